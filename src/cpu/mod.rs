@@ -1,0 +1,6 @@
+//! Attention on the CPU: the definition, and a fast path for machines without a GPU.
+
+pub mod reference;
+mod tiled;
+
+pub use tiled::forward;

@@ -1,0 +1,207 @@
+//! The one error type of the crate.
+
+use crate::problem::DType;
+
+/// Result of every fallible call in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong, found before anything is dispatched wherever that is possible.
+///
+/// Every message carries the numbers that a caller needs to mend the call.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A dimension of the problem is zero.
+    #[error("{dimension} is 0; every dimension must be at least 1")]
+    ZeroDimension {
+        /// Name of the dimension, as in [`Shape`](crate::Shape).
+        dimension: &'static str,
+    },
+    /// A dimension is larger than this version handles.
+    #[error("{dimension} is {value}, the most is {most}")]
+    DimensionTooLarge {
+        /// Name of the dimension, as in [`Shape`](crate::Shape).
+        dimension: &'static str,
+        /// What was asked for.
+        value: u64,
+        /// The largest value allowed.
+        most: u64,
+    },
+    /// Query heads must be a whole multiple of key/value heads.
+    #[error("heads ({heads}) must be a multiple of kv_heads ({kv_heads})")]
+    HeadsNotMultiple {
+        /// Query heads H.
+        heads: usize,
+        /// Key/value heads G.
+        kv_heads: usize,
+    },
+    /// An option has a value that means nothing.
+    #[error("option {option}: {reason}")]
+    InvalidOption {
+        /// Name of the option.
+        option: &'static str,
+        /// What is wrong with it, with the value.
+        reason: String,
+    },
+    /// A slice does not hold the number of elements its shape calls for.
+    #[error("{operand} has {actual} elements, its shape {shape:?} needs {expected}")]
+    OperandLength {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Elements the shape calls for.
+        expected: usize,
+        /// Elements given.
+        actual: usize,
+        /// The operand's shape in the problem's layout.
+        shape: Vec<usize>,
+    },
+    /// The options call for an operand that was not given.
+    #[error("the options ask for {operand}, but none was given")]
+    MissingOperand {
+        /// Name of the operand.
+        operand: &'static str,
+    },
+    /// An operand was given that the options do not use.
+    #[error("{operand} was given, but the options do not use it: {hint}")]
+    UnexpectedOperand {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Which option would use it.
+        hint: &'static str,
+    },
+    /// An element type this version does not compute with.
+    #[error("{operand} is {dtype}; supported here: {supported}")]
+    UnsupportedDType {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Its element type.
+        dtype: DType,
+        /// The element types that work.
+        supported: &'static str,
+    },
+    /// An element index does not fit the 32 bits that shaders count with.
+    #[error("{operand} reaches element {last_element}, shaders index at most {most}")]
+    IndexOverflow {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Highest element index the operand's shape and strides reach.
+        last_element: u128,
+        /// Highest index that fits.
+        most: u64,
+    },
+    /// An operand needs a larger binding than the device offers.
+    #[error(
+        "{operand} needs a binding of {bytes} bytes, the device offers {limit} \
+         (max_storage_buffer_binding_size); request the adapter's limits or split the batch"
+    )]
+    BindingTooLarge {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Bytes needed.
+        bytes: u64,
+        /// Bytes the device binds at most.
+        limit: u64,
+    },
+    /// An operand needs a larger buffer than the device creates.
+    #[error("{operand} needs a buffer of {bytes} bytes, the device creates at most {limit} (max_buffer_size)")]
+    BufferTooLarge {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Bytes needed.
+        bytes: u64,
+        /// Bytes the device allocates at most.
+        limit: u64,
+    },
+    /// A buffer of the caller's is too small for the view of it.
+    #[error("buffer of {operand} has {actual} bytes, offset, shape and strides reach byte {needed}")]
+    BufferTooSmall {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Bytes the view reaches.
+        needed: u64,
+        /// Bytes the buffer has.
+        actual: u64,
+    },
+    /// A buffer of the caller's was created without a usage that is needed.
+    #[error("buffer of {operand} lacks usage {needed:?}, it has {actual:?}")]
+    BufferUsage {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Usages needed.
+        needed: wgpu::BufferUsages,
+        /// Usages the buffer has.
+        actual: wgpu::BufferUsages,
+    },
+    /// A result would be written where another operand lies.
+    #[error("{output} shares its buffer with {other}; a result needs a buffer of its own")]
+    Aliasing {
+        /// The result.
+        output: &'static str,
+        /// The other operand.
+        other: &'static str,
+    },
+    /// Strides let two elements of a result fall on one place.
+    #[error("strides {strides:?} of {operand} let elements overlap; a result needs distinct places")]
+    OverlappingStrides {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Its strides for batch, head and sequence, in elements.
+        strides: [u64; 3],
+    },
+    /// No kernel fits the device's limits.
+    #[error("no kernel for {problem} fits the device: {reason}")]
+    NoKernel {
+        /// The problem in short.
+        problem: String,
+        /// Which limit stands in the way, with its numbers.
+        reason: String,
+    },
+    /// More workgroups than a folded dispatch can number.
+    #[error("the problem needs {workgroups} workgroups, a dispatch numbers at most {most}")]
+    TooManyWorkgroups {
+        /// Workgroups needed.
+        workgroups: u128,
+        /// Workgroups a dispatch can number on this device.
+        most: u64,
+    },
+    /// No GPU adapter was found at all.
+    #[error("no GPU adapter found; use the CPU path, or install a (software) Vulkan driver")]
+    NoAdapter,
+    /// The adapter that was asked for is not there.
+    #[error("no adapter matches {wanted:?}; available: {}", list(.available))]
+    AdapterNotFound {
+        /// Name, part of a name or index that was asked for.
+        wanted: String,
+        /// The adapters there are.
+        available: Vec<String>,
+    },
+    /// The driver did not give a device.
+    #[error("adapter {adapter:?} gives no device: {reason}")]
+    DeviceRequest {
+        /// Name of the adapter.
+        adapter: String,
+        /// What wgpu said.
+        reason: String,
+    },
+    /// This call needs a GPU, and the operator runs on the CPU.
+    #[error("{call} needs a GPU, this operator runs on the CPU")]
+    NeedsGpu {
+        /// The call.
+        call: &'static str,
+    },
+    /// The GPU ran out of memory.
+    #[error("the GPU ran out of memory: {0}")]
+    OutOfMemory(String),
+    /// The GPU, its driver or wgpu reported an error.
+    #[error("the GPU reported an error while {during}: {message}")]
+    Gpu {
+        /// What was being done.
+        during: &'static str,
+        /// What wgpu said.
+        message: String,
+    },
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "none".into() } else { names.join(", ") }
+}

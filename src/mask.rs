@@ -1,0 +1,216 @@
+//! Which keys a query sees, and the tile ranges that follow from it: the rule, once.
+//!
+//! Positions are folded into a band of diagonals on the host, so that kernels need no offset, no
+//! flags and no 64-bit integers: with p = i + offset,
+//!
+//! ```text
+//! j <= p + right   is   j <= i + upper      upper = offset + right
+//! j >= p - left    is   j >= i + lower      lower = offset - left
+//! ```
+//!
+//! `upper` and `lower` are clamped to [-M, N], where one more step changes nothing.
+//! `shaders/mask.wgsl` holds the twins of these functions under the same names.
+
+use std::ops::Range;
+
+use crate::problem::{Alignment, Options, Shape};
+
+/// The visibility rule of one problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mask {
+    seq_q: i64,
+    seq_k: i64,
+    lower: i64,
+    upper: i64,
+    sink_tokens: i64,
+}
+
+/// Key tiles that a tile of queries has to visit, as tile indices: first the tiles that hold visible
+/// sink tokens, then those of the window. The ranges never overlap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyTiles {
+    /// Tiles with visible sink tokens that lie before the window.
+    pub sink: Range<usize>,
+    /// Tiles that the window (or plain causal or full attention) reaches.
+    pub window: Range<usize>,
+}
+
+impl KeyTiles {
+    /// All tiles in the order of the visit.
+    pub fn iter(&self) -> impl Iterator<Item = usize> + use<> {
+        self.sink.clone().chain(self.window.clone())
+    }
+
+    /// Number of tiles.
+    pub fn count(&self) -> usize {
+        self.sink.len() + self.window.len()
+    }
+}
+
+impl Mask {
+    pub(crate) fn new(shape: &Shape, options: &Options) -> Self {
+        let (m, n) = (shape.seq_q as i64, shape.seq_k as i64);
+        let offset = options.query_offset.unwrap_or(match options.alignment {
+            Alignment::BottomRight => n - m,
+            Alignment::TopLeft => 0,
+        });
+        let right = if options.causal { Some(0) } else { options.window.right };
+        // i128: the sum of any offset and any bound is exact.
+        let diagonal = |signed: i128| (i128::from(offset) + signed).clamp(-m as i128, n as i128) as i64;
+        Mask {
+            seq_q: m,
+            seq_k: n,
+            lower: options.window.left.map_or(-m, |left| diagonal(-(left as i128))),
+            upper: right.map_or(n, |right| diagonal(right as i128)),
+            sink_tokens: options.sink_tokens.min(shape.seq_k) as i64,
+        }
+    }
+
+    /// First visible diagonal: key j >= i + lower, unless it is a sink token.
+    pub fn lower(&self) -> i32 {
+        self.lower as i32
+    }
+
+    /// Last visible diagonal: key j <= i + upper.
+    pub fn upper(&self) -> i32 {
+        self.upper as i32
+    }
+
+    /// Keys exempt from the lower bound, at most N.
+    pub fn sink_tokens(&self) -> u32 {
+        self.sink_tokens as u32
+    }
+
+    /// Whether query i sees key j.
+    pub fn visible(&self, i: usize, j: usize) -> bool {
+        let (i, j) = (i as i64, j as i64);
+        j < self.seq_k && j <= i + self.upper && (j >= i + self.lower || j < self.sink_tokens)
+    }
+
+    /// The keys that query i sees: its sink tokens before the window, then its window.
+    pub fn visible_keys(&self, i: usize) -> [Range<usize>; 2] {
+        let end = (i as i64 + self.upper + 1).clamp(0, self.seq_k);
+        let start = (i as i64 + self.lower).clamp(0, end);
+        let sink_end = self.sink_tokens.min(start);
+        [0..sink_end as usize, start as usize..end as usize]
+    }
+
+    /// The tiles of `tile` keys in which some query of `rows` sees something.
+    ///
+    /// Between a row range's first and last window every key is visible to some row, so no tile
+    /// is visited in vain: a brute-force test holds this against [`Mask::visible`].
+    pub fn key_tiles(&self, rows: &Range<usize>, tile: usize) -> KeyTiles {
+        let tile = tile as i64;
+        let end = (rows.end as i64 - 1 + self.upper + 1).clamp(0, self.seq_k);
+        let start = (rows.start as i64 + self.lower).clamp(0, end);
+        let tiles = |keys: i64| (keys + tile - 1) / tile;
+        let sink_tiles = tiles(self.sink_tokens.min(end));
+        let window_start = if start < end { start / tile } else { tiles(end) }.max(sink_tiles);
+        let window_end = tiles(end).max(window_start);
+        KeyTiles { sink: 0..sink_tiles as usize, window: window_start as usize..window_end as usize }
+    }
+
+    /// Whether every query of `rows` sees every key of `keys`, so that nothing need be masked.
+    pub fn all_visible(&self, rows: &Range<usize>, keys: &Range<usize>) -> bool {
+        let (first, last) = (rows.start as i64, rows.end as i64 - 1);
+        let (start, end) = (keys.start as i64, keys.end as i64);
+        end <= self.seq_k && end - 1 <= first + self.upper && start.max(self.sink_tokens) >= end.min(last + self.lower) // no key between the sinks and the window
+    }
+
+    /// Number of (query, key) pairs that are visible, for one head of one sequence.
+    pub fn visible_pairs(&self) -> u64 {
+        (0..self.seq_q as usize).map(|i| self.visible_keys(i).iter().map(|r| r.len() as u64).sum::<u64>()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::{Problem, Window};
+
+    /// Every small problem: the rule of the specification, spelled out.
+    fn small_problems() -> impl Iterator<Item = (Problem, impl Fn(usize, usize) -> bool)> {
+        let bounds = [None, Some(0), Some(1), Some(4), Some(usize::MAX)];
+        let mut problems = Vec::new();
+        for (m, n) in [(1, 1), (1, 9), (3, 3), (5, 2), (7, 11), (12, 7)] {
+            for left in bounds {
+                for right in bounds {
+                    for causal in [false, true] {
+                        for sink_tokens in [0, 1, 3, 50] {
+                            for offset in [None, Some(0), Some(-3), Some(6), Some(i64::MAX), Some(i64::MIN)] {
+                                let options = Options {
+                                    causal,
+                                    window: Window { left, right },
+                                    sink_tokens,
+                                    query_offset: offset,
+                                    ..Options::default()
+                                };
+                                let shape = Shape {
+                                    batch: 1,
+                                    heads: 1,
+                                    kv_heads: 1,
+                                    seq_q: m,
+                                    seq_k: n,
+                                    head_dim: 1,
+                                    value_dim: 1,
+                                };
+                                problems.push((Problem::new(shape, options).unwrap(), m, n));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        problems.into_iter().map(|(problem, m, n)| {
+            let o = *problem.options();
+            let rule = move |i: usize, j: usize| {
+                let p = i as i128 + i128::from(o.query_offset.unwrap_or(n as i64 - m as i64));
+                let right = if o.causal { Some(0) } else { o.window.right };
+                let j_ = j as i128;
+                right.is_none_or(|r| j_ <= p + r as i128)
+                    && (o.window.left.is_none_or(|l| j_ >= p - l as i128) || j < o.sink_tokens)
+            };
+            (problem, rule)
+        })
+    }
+
+    #[test]
+    fn visible_is_the_rule() {
+        for (problem, rule) in small_problems() {
+            let mask = problem.mask();
+            let mut pairs = 0;
+            for i in 0..problem.shape().seq_q {
+                let listed: Vec<usize> = mask.visible_keys(i).into_iter().flatten().collect();
+                for j in 0..problem.shape().seq_k {
+                    assert_eq!(mask.visible(i, j), rule(i, j), "{problem} i={i} j={j}");
+                    assert_eq!(listed.contains(&j), rule(i, j), "{problem} i={i} j={j}");
+                    pairs += u64::from(rule(i, j));
+                }
+                assert!(listed.is_sorted());
+            }
+            assert_eq!(mask.visible_pairs(), pairs, "{problem}");
+        }
+    }
+
+    #[test]
+    fn tiles_are_those_with_something_visible() {
+        for (problem, rule) in small_problems() {
+            let (m, n) = (problem.shape().seq_q, problem.shape().seq_k);
+            let mask = problem.mask();
+            for (query_tile, tile) in [(1, 1), (2, 3), (4, 2), (5, 4), (16, 16)] {
+                for i0 in (0..m).step_by(query_tile) {
+                    let rows = i0..(i0 + query_tile).min(m);
+                    let visited: Vec<usize> = mask.key_tiles(&rows, tile).iter().collect();
+                    for t in 0..n.div_ceil(tile) {
+                        let keys = t * tile..((t + 1) * tile).min(n);
+                        let any = rows.clone().any(|i| keys.clone().any(|j| rule(i, j)));
+                        let all = rows.clone().all(|i| keys.clone().all(|j| rule(i, j)));
+                        assert_eq!(visited.contains(&t), any, "{problem} rows {rows:?} keys {keys:?}");
+                        assert_eq!(mask.all_visible(&rows, &keys), all, "{problem} rows {rows:?} keys {keys:?}");
+                    }
+                    assert!(visited.is_sorted() && visited.windows(2).all(|w| w[0] < w[1]), "{problem}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! What is to be computed: shapes, options, and their validation.
+
+use std::fmt;
+
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+
+/// Longest sequence, so that sums of positions fit 32-bit integers in shaders.
+pub(crate) const MAX_SEQ: usize = 1 << 29;
+/// Widest head, of q and k as of v.
+pub(crate) const MAX_WIDTH: usize = 256;
+
+/// Element type of an operand.
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE 754 single precision.
+    F32,
+    /// IEEE 754 half precision.
+    F16,
+    /// bfloat16: the upper half of a single.
+    Bf16,
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::Bf16 => "bf16",
+        })
+    }
+}
+
+/// Order of the axes of q, k, v and o. `lse` is `[batch, heads, seq_q]` in both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Layout {
+    /// `[batch, seq, heads, width]`.
+    #[default]
+    Bshd,
+    /// `[batch, heads, seq, width]`.
+    Bhsd,
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Layout::Bshd => "bshd",
+            Layout::Bhsd => "bhsd",
+        })
+    }
+}
+
+impl Layout {
+    /// Shape of an operand in this order.
+    pub fn shape(self, batch: usize, heads: usize, seq: usize, width: usize) -> [usize; 4] {
+        match self {
+            Layout::Bshd => [batch, seq, heads, width],
+            Layout::Bhsd => [batch, heads, seq, width],
+        }
+    }
+
+    /// Strides for batch, head and sequence, in elements, of a densely packed operand.
+    pub fn strides(self, heads: usize, seq: usize, width: usize) -> [u64; 3] {
+        let [heads, seq, width] = [heads as u64, seq as u64, width as u64];
+        match self {
+            Layout::Bshd => [seq * heads * width, width, heads * width],
+            Layout::Bhsd => [heads * seq * width, seq * width, width],
+        }
+    }
+}
+
+/// Where query 0 stands among the keys, when M and N differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Alignment {
+    /// The last query stands at the last key: offset = N - M (FlashAttention 2.1 and later).
+    #[default]
+    BottomRight,
+    /// The first query stands at the first key: offset = 0.
+    TopLeft,
+}
+
+/// A band of keys around each query's position, both bounds inclusive; `None` is unbounded.
+///
+/// The same numbers as FlashAttention's `window_size=(left, right)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Window {
+    /// Keys visible before the query's position.
+    pub left: Option<usize>,
+    /// Keys visible after the query's position.
+    pub right: Option<usize>,
+}
+
+impl Window {
+    /// No bound on either side.
+    pub const FULL: Window = Window { left: None, right: None };
+
+    /// A window from `left` keys before the query to `right` keys after it.
+    pub fn new(left: usize, right: usize) -> Self {
+        Window { left: Some(left), right: Some(right) }
+    }
+
+    /// The query's own key and the `keys - 1` before it, as Hugging Face, gpt-oss and llama.cpp
+    /// count a sliding window: left = keys - 1, right = 0. `keys(0)` is treated as `keys(1)`.
+    pub fn keys(keys: usize) -> Self {
+        Window::new(keys.saturating_sub(1), 0)
+    }
+}
+
+/// Learned numbers in the softmax's denominator only (GPT-OSS `sinks`), in natural-log units.
+///
+/// Not to be confused with sink *tokens*, see [`Options::sink_tokens`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum SinkLogits {
+    /// The ordinary softmax.
+    #[default]
+    None,
+    /// A logit of zero for every head: softmax "off by one", exp(s) / (1 + sum exp(s)).
+    OffByOne,
+    /// One logit per query head, given as the operand `sink_logits` of shape `[heads]`.
+    PerHead,
+}
+
+/// The sizes of a problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// B, sequences in the batch.
+    pub batch: usize,
+    /// H, query heads.
+    pub heads: usize,
+    /// G, key/value heads; H is a multiple of G, query head h reads key head h / (H / G).
+    pub kv_heads: usize,
+    /// M, queries in each sequence.
+    pub seq_q: usize,
+    /// N, keys in each sequence.
+    pub seq_k: usize,
+    /// D, width of q and k, 1 to 256.
+    pub head_dim: usize,
+    /// E, width of v and o, 1 to 256.
+    pub value_dim: usize,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "B={} H={} G={} M={} N={} D={} E={}",
+            self.batch, self.heads, self.kv_heads, self.seq_q, self.seq_k, self.head_dim, self.value_dim
+        )
+    }
+}
+
+/// Which keys are visible and how scores become probabilities.
+///
+/// ```
+/// use sink_attention::{Options, SinkLogits, Window};
+/// // A sliding-window layer of GPT-OSS.
+/// let options = Options::new().window(Window::keys(128)).sink_logits(SinkLogits::PerHead);
+/// assert_eq!(options.window.left, Some(127));
+/// ```
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Options {
+    /// No key after the query's position; with a window, its right bound becomes 0.
+    pub causal: bool,
+    /// The band of visible keys around the query's position.
+    pub window: Window,
+    /// The first keys that stay visible whatever the window's *left* bound (StreamingLLM).
+    pub sink_tokens: usize,
+    /// Learned logits in the denominator.
+    pub sink_logits: SinkLogits,
+    /// Factor on q.k; `None` is 1 / sqrt(D).
+    pub scale: Option<f32>,
+    /// Where query 0 stands, unless `query_offset` says so.
+    pub alignment: Alignment,
+    /// Position of query 0 among the keys, for streams and caches.
+    pub query_offset: Option<i64>,
+    /// Order of the axes of q, k, v and o.
+    pub layout: Layout,
+}
+
+impl Options {
+    /// Full attention, no sinks, `bshd`.
+    pub fn new() -> Self {
+        Options::default()
+    }
+
+    /// Sets [`Options::causal`].
+    pub fn causal(self, causal: bool) -> Self {
+        Options { causal, ..self }
+    }
+
+    /// Sets [`Options::window`].
+    pub fn window(self, window: Window) -> Self {
+        Options { window, ..self }
+    }
+
+    /// Sets [`Options::sink_tokens`].
+    pub fn sink_tokens(self, sink_tokens: usize) -> Self {
+        Options { sink_tokens, ..self }
+    }
+
+    /// Sets [`Options::sink_logits`].
+    pub fn sink_logits(self, sink_logits: SinkLogits) -> Self {
+        Options { sink_logits, ..self }
+    }
+
+    /// Sets [`Options::scale`].
+    pub fn scale(self, scale: f32) -> Self {
+        Options { scale: Some(scale), ..self }
+    }
+
+    /// Sets [`Options::alignment`].
+    pub fn alignment(self, alignment: Alignment) -> Self {
+        Options { alignment, ..self }
+    }
+
+    /// Sets [`Options::query_offset`].
+    pub fn query_offset(self, offset: i64) -> Self {
+        Options { query_offset: Some(offset), ..self }
+    }
+
+    /// Sets [`Options::layout`].
+    pub fn layout(self, layout: Layout) -> Self {
+        Options { layout, ..self }
+    }
+}
+
+/// A validated shape with its options.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Problem {
+    shape: Shape,
+    options: Options,
+    scale: f32,
+    mask: Mask,
+}
+
+impl Problem {
+    /// Checks the shape and the options.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDimension`], [`Error::DimensionTooLarge`], [`Error::HeadsNotMultiple`] and
+    /// [`Error::InvalidOption`], each with its numbers.
+    pub fn new(shape: Shape, options: Options) -> Result<Self> {
+        let Shape { batch, heads, kv_heads, seq_q, seq_k, head_dim, value_dim } = shape;
+        let dimensions = [
+            ("batch", batch, u32::MAX as usize),
+            ("heads", heads, u32::MAX as usize),
+            ("kv_heads", kv_heads, u32::MAX as usize),
+            ("seq_q", seq_q, MAX_SEQ),
+            ("seq_k", seq_k, MAX_SEQ),
+            ("head_dim", head_dim, MAX_WIDTH),
+            ("value_dim", value_dim, MAX_WIDTH),
+        ];
+        for (dimension, value, most) in dimensions {
+            if value == 0 {
+                return Err(Error::ZeroDimension { dimension });
+            }
+            if value > most {
+                return Err(Error::DimensionTooLarge { dimension, value: value as u64, most: most as u64 });
+            }
+        }
+        if heads % kv_heads != 0 {
+            return Err(Error::HeadsNotMultiple { heads, kv_heads });
+        }
+        // The sizes of all operands must be countable before anything else is computed from them.
+        for (operand, factors) in [
+            ("q", [batch, heads, seq_q, head_dim]),
+            ("k", [batch, kv_heads, seq_k, head_dim]),
+            ("v", [batch, kv_heads, seq_k, value_dim]),
+            ("o", [batch, heads, seq_q, value_dim]),
+        ] {
+            let elements = factors.iter().try_fold(1u128, |n, &f| n.checked_mul(f as u128));
+            if elements.is_none_or(|n| n > (usize::MAX / 8) as u128) {
+                return Err(Error::IndexOverflow {
+                    operand,
+                    last_element: elements.unwrap_or(u128::MAX),
+                    most: (usize::MAX / 8) as u64,
+                });
+            }
+        }
+        let scale = options.scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
+        if !scale.is_finite() {
+            return Err(Error::InvalidOption { option: "scale", reason: format!("{scale} is not finite") });
+        }
+        Ok(Problem { shape, options, scale, mask: Mask::new(&shape, &options) })
+    }
+
+    /// The sizes.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The options as given.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The factor on q.k.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// Which keys each query sees.
+    pub fn mask(&self) -> &Mask {
+        &self.mask
+    }
+
+    /// Query heads that share one key/value head, H / G.
+    pub fn group(&self) -> usize {
+        self.shape.heads / self.shape.kv_heads
+    }
+
+    /// Shape of q in the problem's layout.
+    pub fn q_shape(&self) -> [usize; 4] {
+        let s = &self.shape;
+        self.options.layout.shape(s.batch, s.heads, s.seq_q, s.head_dim)
+    }
+
+    /// Shape of k in the problem's layout.
+    pub fn k_shape(&self) -> [usize; 4] {
+        let s = &self.shape;
+        self.options.layout.shape(s.batch, s.kv_heads, s.seq_k, s.head_dim)
+    }
+
+    /// Shape of v in the problem's layout.
+    pub fn v_shape(&self) -> [usize; 4] {
+        let s = &self.shape;
+        self.options.layout.shape(s.batch, s.kv_heads, s.seq_k, s.value_dim)
+    }
+
+    /// Shape of o in the problem's layout.
+    pub fn o_shape(&self) -> [usize; 4] {
+        let s = &self.shape;
+        self.options.layout.shape(s.batch, s.heads, s.seq_q, s.value_dim)
+    }
+
+    /// Shape of lse, `[batch, heads, seq_q]` in every layout.
+    pub fn lse_shape(&self) -> [usize; 3] {
+        [self.shape.batch, self.shape.heads, self.shape.seq_q]
+    }
+
+    /// Floating-point operations of the forward pass by the field's convention: two for each
+    /// multiply-add of both matrix products, over the visible pairs only.
+    pub fn forward_flops(&self) -> f64 {
+        let s = &self.shape;
+        let pairs = self.mask.visible_pairs() as f64 * (s.batch * s.heads) as f64;
+        2.0 * pairs * (s.head_dim + s.value_dim) as f64
+    }
+
+    /// Checks host operands against the shapes.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`].
+    pub fn check_inputs(&self, inputs: &Inputs<'_>) -> Result<()> {
+        for (operand, slice, shape) in
+            [("q", inputs.q, self.q_shape()), ("k", inputs.k, self.k_shape()), ("v", inputs.v, self.v_shape())]
+        {
+            check_length(operand, slice.len(), &shape)?;
+        }
+        match (self.options.sink_logits, inputs.sink_logits) {
+            (SinkLogits::PerHead, None) => Err(Error::MissingOperand { operand: "sink_logits" }),
+            (SinkLogits::PerHead, Some(slice)) => check_length("sink_logits", slice.len(), &[self.shape.heads]),
+            (_, Some(_)) => Err(Error::UnexpectedOperand {
+                operand: "sink_logits",
+                hint: "set Options::sink_logits to SinkLogits::PerHead",
+            }),
+            (_, None) => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let o = &self.options;
+        write!(f, "{} {}", self.shape, o.layout)?;
+        if o.causal {
+            write!(f, " causal")?;
+        }
+        if o.window != Window::FULL {
+            let bound = |b: Option<usize>| b.map_or("-".into(), |b| b.to_string());
+            write!(f, " window=({},{})", bound(o.window.left), bound(o.window.right))?;
+        }
+        if o.sink_tokens > 0 {
+            write!(f, " sink_tokens={}", o.sink_tokens)?;
+        }
+        match o.sink_logits {
+            SinkLogits::None => {}
+            SinkLogits::OffByOne => write!(f, " off-by-one")?,
+            SinkLogits::PerHead => write!(f, " sink_logits")?,
+        }
+        if let Some(offset) = o.query_offset {
+            write!(f, " query_offset={offset}")?;
+        } else if o.alignment == Alignment::TopLeft {
+            write!(f, " top-left")?;
+        }
+        Ok(())
+    }
+}
+
+fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result<()> {
+    let expected = shape.iter().product();
+    if actual == expected {
+        return Ok(());
+    }
+    Err(Error::OperandLength { operand, expected, actual, shape: shape.to_vec() })
+}
+
+/// Operands of a forward pass on the host, densely packed in the problem's layout.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Queries, see [`Problem::q_shape`].
+    pub q: &'a [f32],
+    /// Keys, see [`Problem::k_shape`].
+    pub k: &'a [f32],
+    /// Values, see [`Problem::v_shape`].
+    pub v: &'a [f32],
+    /// One logit per query head, where the options say [`SinkLogits::PerHead`].
+    pub sink_logits: Option<&'a [f32]>,
+}
+
+/// Results of a forward pass on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Output<T = f32> {
+    /// Attention outputs, see [`Problem::o_shape`].
+    pub o: Vec<T>,
+    /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].
+    pub lse: Vec<T>,
+}
