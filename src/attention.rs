@@ -1,61 +1,166 @@
 //! The operator.
 
-use crate::cpu;
-use crate::error::Result;
-use crate::problem::{Inputs, Output, Problem};
+use std::sync::Arc;
 
-/// Where to compute.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum DeviceChoice {
-    /// The best GPU adapter, or the CPU where there is none.
-    #[default]
-    Auto,
-    /// The best GPU adapter; an error where there is none.
-    Gpu,
-    /// The GPU adapter with this index, or whose name contains this text (upper and lower case alike).
-    Adapter(String),
-    /// The CPU path.
-    Cpu,
+use crate::cpu;
+use crate::device::{Device, DeviceChoice, describe};
+use crate::dispatch::{ForwardBuffers, PreparedForward};
+use crate::error::{Error, Result};
+use crate::pipeline::Pipelines;
+use crate::problem::{Inputs, Output, Problem};
+use crate::tensor::{TensorView, allocate, download, upload};
+use crate::tiles::Tiles;
+
+/// The attention operator on one device. Cheap to clone; clones share compiled kernels.
+#[derive(Debug, Clone)]
+pub struct Attention {
+    backend: Backend,
 }
 
-/// The attention operator on one device.
-#[derive(Debug)]
-pub struct Attention {}
+#[derive(Debug, Clone)]
+enum Backend {
+    Cpu,
+    Gpu { device: Device, pipelines: Arc<Pipelines> },
+}
 
 impl Attention {
-    /// The operator on the device that `SINK_ATTENTION_ADAPTER` names, else on the best one.
+    /// The operator on the device that `SINK_ATTENTION_ADAPTER` names, else on the best GPU, else on the CPU.
     ///
     /// # Errors
+    /// [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
     pub fn new() -> Result<Self> {
-        Ok(Attention {})
+        Attention::open(&DeviceChoice::from_env())
     }
 
     /// The operator on a chosen device; blocks until the device is there.
     ///
     /// # Errors
-    pub fn open(_choice: &DeviceChoice) -> Result<Self> {
-        Ok(Attention {})
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    pub fn open(choice: &DeviceChoice) -> Result<Self> {
+        pollster::block_on(Attention::open_async(choice))
+    }
+
+    /// As [`open`](Self::open), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_async(choice: &DeviceChoice) -> Result<Self> {
+        Ok(Device::choose(choice).await?.map_or_else(Attention::cpu, Attention::on))
     }
 
     /// The operator on the CPU, which always works.
     pub fn cpu() -> Self {
-        Attention {}
+        Attention { backend: Backend::Cpu }
     }
 
-    /// What computes, for a person to read.
+    /// The operator on a device of the host application.
+    pub fn on(device: Device) -> Self {
+        Attention { backend: Backend::Gpu { device, pipelines: Arc::default() } }
+    }
+
+    /// What computes, for people.
     pub fn device_name(&self) -> String {
-        "CPU".into()
+        match &self.backend {
+            Backend::Cpu => format!("CPU ({} threads)", rayon::current_num_threads()),
+            Backend::Gpu { device, .. } => describe(&device.wgpu().adapter_info()),
+        }
     }
 
     /// Whether a GPU adapter (hardware or software) computes.
     pub fn is_gpu(&self) -> bool {
-        false
+        self.device().is_some()
+    }
+
+    /// The GPU device, unless the operator runs on the CPU.
+    pub fn device(&self) -> Option<&Device> {
+        match &self.backend {
+            Backend::Cpu => None,
+            Backend::Gpu { device, .. } => Some(device),
+        }
     }
 
     /// Forward pass on host slices; blocks until the result is there.
     ///
     /// # Errors
+    /// Those of [`Problem::check_inputs`] and, on a GPU, of [`prepare_forward`](Self::prepare_forward),
+    /// [`Error::BufferTooLarge`], [`Error::OutOfMemory`] and [`Error::Gpu`].
     pub fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
-        cpu::forward(problem, inputs)
+        pollster::block_on(self.forward_async(problem, inputs))
+    }
+
+    /// As [`forward`](Self::forward), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub async fn forward_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+        let Backend::Gpu { device, .. } = &self.backend else {
+            return cpu::forward(problem, inputs);
+        };
+        problem.check_inputs(inputs)?;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let o_len = problem.o_shape().iter().product();
+        let lse_len = problem.lse_shape().iter().product();
+        let operands = device.scoped("uploading operands", || -> Result<_> {
+            let sink_logits = inputs.sink_logits.map(|s| upload(device, "sink_logits", s)).transpose()?;
+            Ok((
+                [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
+                sink_logits,
+                [allocate(device, "o", o_len, usage)?, allocate(device, "lse", lse_len, usage)?],
+            ))
+        });
+        let ([q, k, v], sink_logits, [o, lse]) = operands.await??;
+        let buffers = ForwardBuffers {
+            q: TensorView::new(&q),
+            k: TensorView::new(&k),
+            v: TensorView::new(&v),
+            sink_logits: sink_logits.as_ref().map(TensorView::new),
+            o: TensorView::new(&o),
+            lse: TensorView::new(&lse),
+        };
+        let prepared = self.prepare_forward_async(problem, &buffers).await?;
+        let [o, lse] = download(device, [&o, &lse], |encoder| prepared.encode(encoder)).await?;
+        Ok(Output { o, lse })
+    }
+
+    /// Prepares a forward pass on buffers of the caller's.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::BufferTooSmall`], [`Error::BufferUsage`],
+    /// [`Error::BindingTooLarge`], [`Error::IndexOverflow`], [`Error::Aliasing`] and
+    /// [`Error::OverlappingStrides`] for operands that cannot be bound; [`Error::NoKernel`] and
+    /// [`Error::TooManyWorkgroups`] where the device's limits are too small.
+    pub fn prepare_forward(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<PreparedForward> {
+        pollster::block_on(self.prepare_forward_async(problem, buffers))
+    }
+
+    /// As [`prepare_forward`](Self::prepare_forward), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_forward`](Self::prepare_forward).
+    pub async fn prepare_forward_async(
+        &self,
+        problem: &Problem,
+        buffers: &ForwardBuffers<'_>,
+    ) -> Result<PreparedForward> {
+        self.prepare_forward_with(problem, buffers, None).await
+    }
+
+    /// As [`prepare_forward_async`](Self::prepare_forward_async) with tiles of the caller's choice, for
+    /// measuring candidates.
+    ///
+    /// # Errors
+    /// As [`prepare_forward`](Self::prepare_forward).
+    pub async fn prepare_forward_with(
+        &self,
+        problem: &Problem,
+        buffers: &ForwardBuffers<'_>,
+        tiles: Option<Tiles>,
+    ) -> Result<PreparedForward> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
+            Backend::Gpu { device, pipelines } => {
+                PreparedForward::new(device, pipelines, problem, buffers, tiles).await
+            }
+        }
     }
 }

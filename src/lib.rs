@@ -1,12 +1,29 @@
 //! placeholder
 
 mod attention;
+mod capabilities;
 pub mod cpu;
+mod device;
+mod dispatch;
 mod error;
 mod mask;
+mod pipeline;
+mod plan;
 mod problem;
+mod shader;
+mod tensor;
+mod tiles;
 
-pub use attention::{Attention, DeviceChoice};
+pub use attention::Attention;
+pub use capabilities::{Capabilities, DeviceClass};
+pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
+pub use dispatch::{ForwardBuffers, PreparedForward};
 pub use error::{Error, Result};
 pub use mask::{KeyTiles, Mask};
+pub use pipeline::DUMP_VARIABLE;
+pub use plan::Plan;
 pub use problem::{Alignment, DType, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window};
+pub use shader::Variant;
+pub use tensor::TensorView;
+pub use tiles::Tiles;
+pub use wgpu;

@@ -1,0 +1,140 @@
+//! What a device offers, as plain numbers, so that plans can be made and tested without one.
+
+use std::fmt;
+
+/// Kinds of devices that want different tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceClass {
+    /// NVIDIA.
+    Nvidia,
+    /// AMD.
+    Amd,
+    /// Intel.
+    Intel,
+    /// Apple.
+    Apple,
+    /// A driver that computes on the CPU.
+    Software,
+    /// Anything else, and browsers that do not say.
+    Other,
+}
+
+impl fmt::Display for DeviceClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DeviceClass::Nvidia => "NVIDIA",
+            DeviceClass::Amd => "AMD",
+            DeviceClass::Intel => "Intel",
+            DeviceClass::Apple => "Apple",
+            DeviceClass::Software => "software",
+            DeviceClass::Other => "other",
+        })
+    }
+}
+
+/// The limits of a device that plans depend on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Name for people.
+    pub name: String,
+    /// What the tuning table goes by.
+    pub class: DeviceClass,
+    /// Bytes of workgroup memory.
+    pub workgroup_bytes: u32,
+    /// Threads in a workgroup.
+    pub workgroup_threads: u32,
+    /// Workgroups in one dimension of a dispatch.
+    pub grid_dimension: u32,
+    /// Storage buffers a kernel may bind.
+    pub storage_buffers: u32,
+    /// Bytes of one storage binding.
+    pub binding_bytes: u64,
+    /// Bytes of one buffer.
+    pub buffer_bytes: u64,
+    /// Alignment of a storage binding's offset, in bytes.
+    pub offset_alignment: u32,
+    /// GPU timestamps can be taken.
+    pub timestamps: bool,
+}
+
+impl Capabilities {
+    /// Reads what a device was created with.
+    pub fn of(device: &wgpu::Device) -> Self {
+        let info = device.adapter_info();
+        Capabilities::new(&info, &device.limits(), device.features())
+    }
+
+    pub(crate) fn new(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Self {
+        Capabilities {
+            name: info.name.clone(),
+            class: class(info),
+            workgroup_bytes: limits.max_compute_workgroup_storage_size,
+            workgroup_threads: limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
+            grid_dimension: limits.max_compute_workgroups_per_dimension,
+            storage_buffers: limits.max_storage_buffers_per_shader_stage,
+            binding_bytes: limits.max_storage_buffer_binding_size,
+            buffer_bytes: limits.max_buffer_size,
+            offset_alignment: limits.min_storage_buffer_offset_alignment,
+            timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+        }
+    }
+
+    /// The least that every WebGPU implementation offers.
+    pub fn webgpu_defaults() -> Self {
+        Capabilities {
+            name: "WebGPU defaults".into(),
+            class: DeviceClass::Other,
+            workgroup_bytes: 16 << 10,
+            workgroup_threads: 256,
+            grid_dimension: 65535,
+            storage_buffers: 8,
+            binding_bytes: 128 << 20,
+            buffer_bytes: 256 << 20,
+            offset_alignment: 256,
+            timestamps: false,
+        }
+    }
+
+    /// Named devices as they report themselves, for tests and for `plan` without the device at hand.
+    pub fn samples() -> Vec<Self> {
+        let defaults = Capabilities::webgpu_defaults();
+        let sample = |name: &str, class, workgroup_kib: u32, workgroup_threads, binding_bytes, offset_alignment| {
+            Capabilities {
+                name: name.into(),
+                class,
+                workgroup_bytes: workgroup_kib << 10,
+                workgroup_threads,
+                binding_bytes,
+                buffer_bytes: binding_bytes,
+                offset_alignment,
+                timestamps: true,
+                ..defaults.clone()
+            }
+        };
+        let all_but_four = (2u64 << 30) - 4;
+        let mut samples = vec![
+            sample("NVIDIA H200", DeviceClass::Nvidia, 48, 1024, all_but_four, 16),
+            sample("AMD Radeon RX 7900 XTX (RADV)", DeviceClass::Amd, 64, 1024, all_but_four, 16),
+            sample("Intel Arc A770", DeviceClass::Intel, 64, 1024, all_but_four, 64),
+            sample("Apple M2", DeviceClass::Apple, 32, 1024, all_but_four, 32),
+            sample("llvmpipe", DeviceClass::Software, 32, 1024, 128 << 20, 16),
+        ];
+        samples.push(defaults);
+        samples
+    }
+}
+
+fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
+    const PCI_VENDORS: [(u32, DeviceClass); 4] = [
+        (0x10de, DeviceClass::Nvidia),
+        (0x1002, DeviceClass::Amd),
+        (0x8086, DeviceClass::Intel),
+        (0x106b, DeviceClass::Apple),
+    ];
+    if info.device_type == wgpu::DeviceType::Cpu {
+        return DeviceClass::Software;
+    }
+    let by_vendor = PCI_VENDORS.iter().find(|(vendor, _)| *vendor == info.vendor).map(|(_, class)| *class);
+    // Metal reports no PCI vendor.
+    by_vendor.unwrap_or(if info.name.starts_with("Apple") { DeviceClass::Apple } else { DeviceClass::Other })
+}

@@ -1,0 +1,183 @@
+//! Finding a device, and what to ask of it.
+
+use crate::capabilities::Capabilities;
+use crate::error::{Error, Result};
+
+/// Environment variable that names the device of [`DeviceChoice::from_env`].
+pub const ADAPTER_VARIABLE: &str = "SINK_ATTENTION_ADAPTER";
+
+/// Where to compute.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The best GPU adapter (software ones come last), or the CPU path where there is none.
+    #[default]
+    Auto,
+    /// The best GPU adapter; an error where there is none.
+    Gpu,
+    /// The GPU adapter with this index in [`adapters`], or the best one whose name contains this text,
+    /// upper and lower case alike.
+    Adapter(String),
+    /// The CPU path.
+    Cpu,
+}
+
+impl DeviceChoice {
+    /// What `SINK_ATTENTION_ADAPTER` says: an index or a part of a name, `cpu` for the CPU path;
+    /// [`DeviceChoice::Auto`] where it is unset or empty.
+    pub fn from_env() -> Self {
+        match std::env::var(ADAPTER_VARIABLE) {
+            Ok(name) if name.eq_ignore_ascii_case("cpu") => DeviceChoice::Cpu,
+            Ok(name) if !name.is_empty() => DeviceChoice::Adapter(name),
+            _ => DeviceChoice::Auto,
+        }
+    }
+}
+
+/// All adapters that can compute, the best first: discrete, integrated, virtual, then software.
+pub async fn adapters() -> Vec<wgpu::Adapter> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let mut adapters = instance.enumerate_adapters(wgpu::Backends::all()).await;
+    if adapters.is_empty() {
+        // Browsers do not enumerate; they hand out one adapter on request.
+        adapters.extend(instance.request_adapter(&wgpu::RequestAdapterOptions::default()).await);
+    }
+    adapters.retain(|a| a.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
+    adapters.sort_by_key(|adapter| {
+        let info = adapter.get_info();
+        let kind = match info.device_type {
+            wgpu::DeviceType::DiscreteGpu => 0,
+            wgpu::DeviceType::IntegratedGpu => 1,
+            wgpu::DeviceType::VirtualGpu => 2,
+            wgpu::DeviceType::Other => 3,
+            wgpu::DeviceType::Cpu => 4,
+        };
+        // One GPU can appear under several backends.
+        let backend = match info.backend {
+            wgpu::Backend::Vulkan | wgpu::Backend::Metal => 0,
+            _ => 1,
+        };
+        (kind, backend)
+    });
+    adapters
+}
+
+/// Name, kind and backend of an adapter, for people.
+pub fn describe(info: &wgpu::AdapterInfo) -> String {
+    let software = if info.device_type == wgpu::DeviceType::Cpu { "software, " } else { "" };
+    format!("{} ({software}{})", info.name, info.backend)
+}
+
+/// What a host application should request of its adapter for this crate's kernels to run at their best:
+/// all the workgroup memory, threads and buffer sizes there are, and timestamps where they exist.
+///
+/// Every WebGPU adapter will do. With smaller limits the kernels still run, with smaller tiles.
+pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {
+    let offered = adapter.limits();
+    let required_limits = wgpu::Limits {
+        max_compute_workgroup_storage_size: offered.max_compute_workgroup_storage_size,
+        max_compute_invocations_per_workgroup: offered.max_compute_invocations_per_workgroup,
+        max_compute_workgroup_size_x: offered.max_compute_workgroup_size_x,
+        max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
+        max_buffer_size: offered.max_buffer_size,
+        min_storage_buffer_offset_alignment: offered.min_storage_buffer_offset_alignment,
+        ..wgpu::Limits::defaults().or_worse_values_from(&offered)
+    };
+    wgpu::DeviceDescriptor {
+        label: Some("sink-attention"),
+        required_features: adapter.features() & wgpu::Features::TIMESTAMP_QUERY,
+        required_limits,
+        ..Default::default()
+    }
+}
+
+/// A wgpu device with what it offers.
+#[derive(Debug, Clone)]
+pub struct Device {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    capabilities: Capabilities,
+}
+
+impl Device {
+    /// Wraps a device of the host application; see [`device_descriptor`] for what to request.
+    pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let capabilities = Capabilities::of(&device);
+        Device { device, queue, capabilities }
+    }
+
+    /// Opens an adapter.
+    ///
+    /// # Errors
+    /// [`Error::DeviceRequest`].
+    pub async fn open(adapter: &wgpu::Adapter) -> Result<Self> {
+        let (device, queue) = adapter
+            .request_device(&device_descriptor(adapter))
+            .await
+            .map_err(|e| Error::DeviceRequest { adapter: adapter.get_info().name, reason: e.to_string() })?;
+        Ok(Device::from_wgpu(device, queue))
+    }
+
+    /// Opens what a choice calls for; `None` is the CPU path.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    pub async fn choose(choice: &DeviceChoice) -> Result<Option<Self>> {
+        if *choice == DeviceChoice::Cpu {
+            return Ok(None);
+        }
+        let adapters = adapters().await;
+        let chosen = match choice {
+            DeviceChoice::Adapter(wanted) => {
+                let names: Vec<String> = adapters.iter().map(|a| describe(&a.get_info())).collect();
+                let by_index = wanted.parse().ok().filter(|&index: &usize| index < names.len());
+                let needle = wanted.to_lowercase();
+                let position = by_index.or_else(|| names.iter().position(|n| n.to_lowercase().contains(&needle)));
+                let Some(index) = position else {
+                    return Err(Error::AdapterNotFound { wanted: wanted.clone(), available: names });
+                };
+                &adapters[index]
+            }
+            _ => match adapters.first() {
+                Some(adapter) => adapter,
+                None if *choice == DeviceChoice::Auto => return Ok(None),
+                None => return Err(Error::NoAdapter),
+            },
+        };
+        Device::open(chosen).await.map(Some)
+    }
+
+    /// The wgpu device.
+    pub fn wgpu(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// Its queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    /// What it offers.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    /// Runs `work` and turns what wgpu reports of it into an error, instead of a panic.
+    pub(crate) async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let result = work();
+        // All scopes are closed before the first await: they belong to this thread.
+        let errors = [validation.pop(), internal.pop()];
+        let memory = memory.pop();
+        for error in errors {
+            if let Some(error) = error.await {
+                return Err(Error::Gpu { during, message: error.to_string() });
+            }
+        }
+        match memory.await {
+            Some(_) => Err(Error::OutOfMemory(during.into())),
+            None => Ok(result),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! From a variant to a compiled pipeline, each compiled once.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::shader::Variant;
+
+/// Folder that composed shaders are written to, where this environment variable names one.
+pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";
+
+/// A compiled kernel with the layout of its bindings.
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) layout: wgpu::BindGroupLayout,
+}
+
+/// The pipelines of one device.
+#[derive(Debug, Default)]
+pub(crate) struct Pipelines {
+    compiled: Mutex<HashMap<Variant, Arc<Pipeline>>>,
+}
+
+impl Pipelines {
+    pub(crate) async fn get(&self, device: &Device, variant: &Variant) -> Result<Arc<Pipeline>> {
+        // A thread that panicked elsewhere leaves a map that is still whole.
+        let find = || self.compiled.lock().unwrap_or_else(PoisonError::into_inner).get(variant).cloned();
+        if let Some(pipeline) = find() {
+            return Ok(pipeline);
+        }
+        // Compiled outside the lock: two threads may compile the same variant, the first one stays.
+        let pipeline = Arc::new(compile(device, variant).await?);
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(compiled.entry(*variant).or_insert(pipeline).clone())
+    }
+}
+
+async fn compile(device: &Device, variant: &Variant) -> Result<Pipeline> {
+    let name = variant.name();
+    let text = variant.wgsl()?;
+    if let Some(folder) = std::env::var_os(DUMP_VARIABLE) {
+        // A dump is for reading; failing to write one must not stop the computation.
+        if let Err(error) = std::fs::write(std::path::Path::new(&folder).join(format!("{name}.wgsl")), &text) {
+            eprintln!("sink-attention: {DUMP_VARIABLE}: {}: {error}", folder.display());
+        }
+    }
+    let entries: Vec<wgpu::BindGroupLayoutEntry> = variant
+        .bindings()
+        .into_iter()
+        .map(|binding| wgpu::BindGroupLayoutEntry {
+            binding: binding.slot(),
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer { ty: binding.kind(), has_dynamic_offset: false, min_binding_size: None },
+            count: None,
+        })
+        .collect();
+    device
+        .scoped("compiling a kernel", || {
+            let gpu = device.wgpu();
+            let label = Some(name.as_str());
+            let descriptor = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text.into()) };
+            let module = if std::env::var_os("SA_TRUSTED").is_some() {
+                unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+            } else { gpu.create_shader_module(descriptor) };
+            let layout = gpu.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+            let pipeline_layout = gpu.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label,
+                bind_group_layouts: &[Some(&layout)],
+                ..Default::default()
+            });
+            let pipeline = gpu.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label,
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some("forward"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    // Kernels write workgroup memory before they read it.
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache: None,
+            });
+            Pipeline { pipeline, layout }
+        })
+        .await
+}

@@ -1,0 +1,234 @@
+//! Typed views of GPU buffers, and the way of host slices there and back.
+
+use crate::capabilities::Capabilities;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::problem::Layout;
+
+/// An f32 operand in a buffer of the caller's.
+///
+/// The last axis is contiguous; the others may have any strides. By default the operand is densely
+/// packed in the problem's layout and starts at the buffer's first element.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    /// The buffer; it needs [`wgpu::BufferUsages::STORAGE`].
+    pub buffer: &'a wgpu::Buffer,
+    /// First element, counted in elements.
+    pub offset: u64,
+    /// Strides of batch, head and sequence, in elements, whatever the layout; `None` is densely packed.
+    pub strides: Option<[u64; 3]>,
+}
+
+impl<'a> TensorView<'a> {
+    /// A densely packed operand at the start of `buffer`.
+    pub fn new(buffer: &'a wgpu::Buffer) -> Self {
+        TensorView { buffer, offset: 0, strides: None }
+    }
+
+    /// Starts at element `offset`.
+    pub fn offset(self, offset: u64) -> Self {
+        TensorView { offset, ..self }
+    }
+
+    /// Strides of batch, head and sequence, in elements.
+    pub fn strides(self, strides: [u64; 3]) -> Self {
+        TensorView { strides: Some(strides), ..self }
+    }
+}
+
+impl<'a> From<&'a wgpu::Buffer> for TensorView<'a> {
+    fn from(buffer: &'a wgpu::Buffer) -> Self {
+        TensorView::new(buffer)
+    }
+}
+
+/// Number of elements along batch, head, sequence and width.
+pub(crate) type Extents = [usize; 4];
+
+/// A view with its place in the buffer worked out and checked.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Placed<'a> {
+    buffer: &'a wgpu::Buffer,
+    /// Where the binding starts, aligned down as the device wants, and its length, in bytes.
+    start: u64,
+    len: u64,
+    /// First element, counted from the binding's start.
+    pub(crate) offset: u32,
+    pub(crate) strides: [u32; 3],
+    width: u32,
+}
+
+impl<'a> Placed<'a> {
+    /// Checks a view of an operand against its buffer and the device.
+    pub(crate) fn new(
+        operand: &'static str,
+        view: &TensorView<'a>,
+        extents: Extents,
+        layout: Layout,
+        capabilities: &Capabilities,
+    ) -> Result<Self> {
+        const ELEMENT: u64 = size_of::<f32>() as u64;
+        let [_, heads, seq, width] = extents;
+        let strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
+        let last = (0..3).fold(width as u128 - 1, |sum, axis| sum + strides[axis] as u128 * (extents[axis] as u128 - 1));
+        let most = u64::from(u32::MAX);
+        // Strides of axes with one element are never multiplied by more than 0, but must fit all the same.
+        if last + u128::from(view.offset) > u128::from(most) || strides.iter().any(|&s| s > most) {
+            return Err(Error::IndexOverflow { operand, last_element: last + u128::from(view.offset), most });
+        }
+        let end = (view.offset + last as u64 + 1) * ELEMENT;
+        if end > view.buffer.size() {
+            return Err(Error::BufferTooSmall { operand, needed: end, actual: view.buffer.size() });
+        }
+        let needed = wgpu::BufferUsages::STORAGE;
+        if !view.buffer.usage().contains(needed) {
+            return Err(Error::BufferUsage { operand, needed, actual: view.buffer.usage() });
+        }
+        let alignment = u64::from(capabilities.offset_alignment).max(ELEMENT);
+        let start = view.offset * ELEMENT / alignment * alignment;
+        if end - start > capabilities.binding_bytes {
+            return Err(Error::BindingTooLarge { operand, bytes: end - start, limit: capabilities.binding_bytes });
+        }
+        Ok(Placed {
+            buffer: view.buffer,
+            start,
+            len: end - start,
+            offset: (view.offset - start / ELEMENT) as u32,
+            strides: strides.map(|s| s as u32),
+            width: width as u32,
+        })
+    }
+
+    /// Whether rows can be read four neighbours at a time.
+    pub(crate) fn vec4(&self) -> bool {
+        self.start % 16 == 0 && [self.offset, self.width].iter().chain(&self.strides).all(|n| n % 4 == 0)
+    }
+
+    pub(crate) fn binding(&self) -> wgpu::BindingResource<'a> {
+        wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+            buffer: self.buffer,
+            offset: self.start,
+            size: wgpu::BufferSize::new(self.len),
+        })
+    }
+
+    /// A result must not share its buffer with any other operand, nor its elements with each other.
+    pub(crate) fn check_output(
+        &self,
+        output: &'static str,
+        extents: Extents,
+        others: &[(&'static str, &wgpu::Buffer)],
+    ) -> Result<()> {
+        if let Some(&(other, _)) = others.iter().find(|(_, buffer)| *buffer == self.buffer) {
+            return Err(Error::Aliasing { output, other });
+        }
+        let mut axes: Vec<(u64, u64)> =
+            (0..3).filter(|&a| extents[a] > 1).map(|a| (u64::from(self.strides[a]), extents[a] as u64)).collect();
+        axes.sort_unstable();
+        let mut reach = u64::from(self.width);
+        for (stride, extent) in axes {
+            if stride < reach {
+                return Err(Error::OverlappingStrides { operand: output, strides: self.strides.map(u64::from) });
+            }
+            reach += stride * (extent - 1);
+        }
+        Ok(())
+    }
+}
+
+/// A new buffer that holds a host slice.
+pub(crate) fn upload(device: &Device, operand: &'static str, data: &[f32]) -> Result<wgpu::Buffer> {
+    let buffer = allocate(
+        device,
+        operand,
+        data.len(),
+        wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
+    )?;
+    device.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(data));
+    Ok(buffer)
+}
+
+/// A new buffer for f32 elements.
+pub(crate) fn allocate(
+    device: &Device,
+    operand: &'static str,
+    elements: usize,
+    usage: wgpu::BufferUsages,
+) -> Result<wgpu::Buffer> {
+    let bytes = (elements * size_of::<f32>()) as u64;
+    let limit = device.capabilities().buffer_bytes;
+    if bytes > limit {
+        return Err(Error::BufferTooLarge { operand, bytes, limit });
+    }
+    Ok(device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+        label: Some(operand),
+        size: bytes,
+        usage,
+        mapped_at_creation: false,
+    }))
+}
+
+/// Encodes `work`, submits it, and reads whole buffers back.
+pub(crate) async fn download<const N: usize>(
+    device: &Device,
+    buffers: [&wgpu::Buffer; N],
+    work: impl FnOnce(&mut wgpu::CommandEncoder),
+) -> Result<[Vec<f32>; N]> {
+    let label = Some("sink-attention download");
+    let staging = device
+        .scoped("running a kernel", || {
+            let mut encoder = device.wgpu().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
+            work(&mut encoder);
+            let staging = buffers.map(|buffer| {
+                let staging = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+                    label,
+                    size: buffer.size(),
+                    usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                    mapped_at_creation: false,
+                });
+                encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, buffer.size());
+                staging
+            });
+            device.queue().submit([encoder.finish()]);
+            staging
+        })
+        .await?;
+    let failed = |message: String| Error::Gpu { during: "reading results back", message };
+    let mapped = staging.each_ref().map(|buffer| {
+        let (sender, receiver) = futures_channel::oneshot::channel();
+        buffer.map_async(wgpu::MapMode::Read, .., move |result| {
+            // The receiver is gone only when this whole future was dropped.
+            let _ = sender.send(result);
+        });
+        receiver
+    });
+    wait(device).await.map_err(failed)?;
+    for receiver in mapped {
+        receiver.await.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
+    }
+    let mut results = [const { Vec::new() }; N];
+    for (result, buffer) in results.iter_mut().zip(&staging) {
+        let view = buffer.get_mapped_range(..).map_err(|e| failed(e.to_string()))?;
+        *result = bytemuck::pod_collect_to_vec(&view);
+    }
+    Ok(results)
+}
+
+/// Waits for the queue on a thread of its own, so that the caller's executor is free meanwhile.
+#[cfg(not(target_family = "wasm"))]
+async fn wait(device: &Device) -> Result<(), String> {
+    let device = device.wgpu().clone();
+    let (sender, receiver) = futures_channel::oneshot::channel();
+    let poll = move || {
+        // The receiver is gone only when this whole future was dropped.
+        let _ = sender.send(device.poll(wgpu::PollType::wait_indefinitely()));
+    };
+    std::thread::Builder::new().spawn(poll).map_err(|e| e.to_string())?;
+    receiver.await.map_err(|e| e.to_string())?.map(|_| ()).map_err(|e| e.to_string())
+}
+
+/// Browsers drive the queue by themselves.
+#[cfg(target_family = "wasm")]
+async fn wait(_device: &Device) -> Result<(), String> {
+    Ok(())
+}
