@@ -6,6 +6,8 @@ pub mod cpu;
 mod device;
 mod dispatch;
 mod error;
+#[cfg(feature = "cli")]
+pub mod io;
 mod mask;
 mod pipeline;
 mod plan;
