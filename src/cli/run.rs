@@ -1,0 +1,120 @@
+//! `sink-attention run`: a conformance file in, its results out.
+
+use std::error::Error;
+use std::fmt;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use sink_attention::io::{self, Case};
+
+use super::DeviceArgs;
+
+/// Compute attention for the problem in a file
+///
+/// IN is a safetensors file with tensors q, k, v and, as present, sinks; its string metadata holds the
+/// options: layout, causal, align, window_left, window_right, sink_tokens, scale, q_offset. Tensors named
+/// expected.* are ignored. OUT receives the tensors out and lse in the layout of IN.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// File with the problem
+    #[arg(value_name = "IN")]
+    input: PathBuf,
+
+    /// File for the results; an existing one is replaced
+    #[arg(value_name = "OUT")]
+    output: PathBuf,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+
+    /// Which kernel computes on a GPU
+    #[arg(long, value_enum, default_value_t)]
+    kernel: Kernel,
+
+    /// Print the summary as a JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Kernel {
+    /// The fastest that the device offers
+    #[default]
+    Auto,
+    /// Plain WGSL, on every device
+    Portable,
+    /// Cooperative matrices (tensor cores)
+    Cooperative,
+}
+
+impl Run {
+    /// Reads, computes, writes, and says so.
+    pub fn execute(self) -> Result<(), Box<dyn Error>> {
+        self.device.check()?;
+        if self.kernel == Kernel::Cooperative {
+            return Err("--kernel cooperative: this version has the portable kernel only".into());
+        }
+        io::check_output(&self.input, &self.output)?;
+        let case = Case::read(&self.input)?;
+        if case.d_o.is_some() || case.d_lse.is_some() {
+            let note = "note: dout or dlse is given, but this version computes the forward pass only";
+            let _ = writeln!(std::io::stderr(), "{note}");
+        }
+
+        let attention = self.device.open()?;
+        let start = Instant::now();
+        let output = attention.forward(&case.problem, &case.inputs())?;
+        let elapsed = start.elapsed();
+
+        let results = case.results(output);
+        io::write(&self.output, case.problem.options().layout, &results)?;
+
+        let summary = Summary {
+            pass: "forward",
+            problem: case.problem.to_string(),
+            dtype: case.q.dtype().to_string(),
+            device: attention.device_name(),
+            gpu: attention.is_gpu(),
+            seconds: elapsed.as_secs_f64(),
+            results: results.iter().map(|tensor| (tensor.name, tensor.shape.as_slice())).collect(),
+            output: self.output.display().to_string(),
+        };
+        let text = if self.json { serde_json::to_string(&summary)? } else { summary.to_string() };
+        // Not println!, which panics where the reader has left.
+        writeln!(std::io::stdout(), "{text}").map_err(|error| format!("cannot write to stdout: {error}"))?;
+        Ok(())
+    }
+}
+
+/// What was computed, on what, and how long the call took (uploads and downloads included).
+#[derive(Debug, Serialize)]
+struct Summary<'a> {
+    pass: &'static str,
+    problem: String,
+    dtype: String,
+    device: String,
+    gpu: bool,
+    seconds: f64,
+    #[serde(serialize_with = "as_map")]
+    results: Vec<(&'static str, &'a [usize])>,
+    output: String,
+}
+
+impl fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let elapsed = Duration::from_secs_f64(self.seconds);
+        write!(f, "{} {} {} on {} in {elapsed:.2?}:", self.pass, self.problem, self.dtype, self.device)?;
+        for (name, shape) in &self.results {
+            write!(f, " {name} {shape:?}")?;
+        }
+        write!(f, " written to {}", self.output)
+    }
+}
+
+/// An object in the order of the pairs.
+fn as_map<S: serde::Serializer>(pairs: &[(&str, &[usize])], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(pairs.iter().copied())
+}
