@@ -1,0 +1,163 @@
+//! Every conformance file against every path: the expected results come from an independent dense
+//! float64 computation.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{compare, compare_lse};
+use safetensors::{Dtype, SafeTensors};
+use sink_attention::cpu::reference;
+use sink_attention::io::{Case, FormatError};
+use sink_attention::{Attention, DType, Output};
+
+/// Files that this version does not compute, each with the feature it waits for.
+const WAITING: [(&str, &str); 8] = [
+    ("alibi_causal_f32", "alibi_slopes"),
+    ("bias_full_f32", "bias"),
+    ("bool_mask_broadcast_f32", "mask"),
+    ("gpt_oss_heads_bf16", "bf16"),
+    ("gpt_oss_heads_f16", "f16"),
+    ("llama_heads_d128_f16", "f16"),
+    ("softcap_scale_f32", "softcap"),
+    ("varlen_causal_swa_sink_f32", "thd"),
+];
+
+/// Bound on absolute + relative error of lse, whatever the element type.
+const LSE_BOUND: f64 = 1e-5;
+
+/// Bound on the relative error of results in the operands' element type.
+fn bound(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-5,
+        DType::F16 => 1.5e-3,
+        DType::Bf16 => 6e-3,
+        other => panic!("no bound for {other}"),
+    }
+}
+
+/// All files, as (name without extension, content).
+fn files() -> Vec<(String, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance");
+    let mut paths: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    let name = |path: &PathBuf| path.file_stem().unwrap().to_str().unwrap().to_string();
+    paths.iter().map(|path| (name(path), fs::read(path).unwrap())).collect()
+}
+
+fn feature_awaited_by(name: &str) -> Option<&'static str> {
+    WAITING.iter().find(|(waiting, _)| *waiting == name).map(|(_, feature)| *feature)
+}
+
+fn expected(bytes: &[u8], name: &str) -> Vec<f32> {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let tensor = file.tensor(&format!("expected.{name}")).unwrap();
+    assert_eq!(tensor.dtype(), Dtype::F32);
+    tensor.data().as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect()
+}
+
+/// Runs every file that does not wait for a feature, and reports all that fail, not just the first.
+fn check_all<T: Copy + Into<f64>>(forward: impl Fn(&Case) -> sink_attention::Result<Output<T>>) {
+    let mut failures = Vec::new();
+    for (name, bytes) in files() {
+        if feature_awaited_by(&name).is_some() {
+            continue;
+        }
+        let result = Case::parse(&bytes).map_err(|error| error.to_string()).and_then(|case| {
+            let output = forward(&case).map_err(|error| error.to_string())?;
+            let out = compare(&output.o, &expected(&bytes, "out"), bound(case.q.dtype()));
+            out.map_err(|error| format!("out: {error}"))?;
+            let lse = compare_lse(&output.lse, &expected(&bytes, "lse"), LSE_BOUND);
+            lse.map_err(|error| format!("lse: {error}"))
+        });
+        if let Err(error) = result {
+            failures.push(format!("{name}: {error}"));
+        }
+    }
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+}
+
+#[test]
+fn reference() {
+    check_all(|case| reference::forward(&case.problem, &case.inputs()));
+}
+
+#[test]
+fn cpu() {
+    let cpu = Attention::cpu();
+    check_all(|case| cpu.forward(&case.problem, &case.inputs()));
+}
+
+#[test]
+fn gpu() {
+    if let Some(gpu) = common::gpu() {
+        check_all(|case| gpu.forward(&case.problem, &case.inputs()));
+    }
+}
+
+#[test]
+fn waiting_files_name_the_feature() {
+    let files = files();
+    for (name, feature) in WAITING {
+        let (_, bytes) = files.iter().find(|(file, _)| file == name).unwrap_or_else(|| panic!("no file {name}"));
+        match Case::parse(bytes) {
+            Err(FormatError::Unsupported { feature: named }) if named.contains(feature) => {}
+            other => panic!("{name} should wait for {feature}, but is {other:?}: is the list out of date?"),
+        }
+    }
+}
+
+/// A comparison that cannot fail proves nothing.
+mod comparing {
+    use super::common::{compare, compare_lse};
+
+    const INF: f32 = f32::INFINITY;
+    const NAN: f32 = f32::NAN;
+
+    #[test]
+    fn accepts_what_is_close() {
+        compare(&[3.0, 4.0f32], &[3.0, 4.0], 0.0).unwrap();
+        compare(&[3.0, 4.00004f64], &[3.0, 4.0], 1e-5).unwrap();
+        compare(&[0.0f32; 3], &[0.0; 3], 1e-5).unwrap();
+        compare_lse(&[1.0, -INF, INF, 1000.009], &[1.0, -INF, INF, 1000.0], 1e-5).unwrap();
+        compare_lse(&[0.000009f64], &[0.0], 1e-5).unwrap();
+    }
+
+    #[test]
+    fn rejects_an_error_above_the_bound() {
+        compare(&[3.0, 4.00006f64], &[3.0, 4.0], 1e-5).unwrap_err();
+        compare(&[3.0, -4.0f32], &[3.0, 4.0], 1e-5).unwrap_err();
+        compare(&[0.0f32; 2], &[3.0, 4.0], 1e-5).unwrap_err();
+        compare(&[1e-20f32], &[0.0], 1e-5).unwrap_err();
+        compare_lse(&[0.000011f64], &[0.0], 1e-5).unwrap_err();
+        compare_lse(&[1.0, 1000.02f32], &[1.0, 1000.0], 1e-5).unwrap_err();
+        compare_lse(&[-1.0f32], &[1.0], 1e-5).unwrap_err();
+    }
+
+    #[test]
+    fn rejects_what_is_not_finite() {
+        for bad in [NAN, INF, -INF] {
+            compare(&[1.0, bad], &[1.0, 2.0], 1e-5).unwrap_err();
+            compare(&[1.0, 2.0], &[1.0, bad], 1e-5).unwrap_err();
+            compare(&[1.0, bad], &[1.0, bad], 1e-5).unwrap_err();
+            compare_lse(&[1.0, bad], &[1.0, 2.0], 1e-5).unwrap_err();
+            compare_lse(&[1.0, 2.0], &[1.0, bad], 1e-5).unwrap_err();
+        }
+        compare_lse(&[INF], &[-INF], 1e-5).unwrap_err();
+        compare_lse(&[-INF], &[INF], 1e-5).unwrap_err();
+        compare_lse(&[-f32::MAX], &[-INF], 1e-5).unwrap_err();
+        compare_lse(&[NAN], &[-INF], 1e-5).unwrap_err();
+        compare_lse(&[NAN], &[NAN], 1e-5).unwrap_err();
+    }
+
+    #[test]
+    fn rejects_a_wrong_length() {
+        for wrong in [&[1.0f32][..], &[1.0, 2.0, 3.0], &[]] {
+            compare(wrong, &[1.0, 2.0], 1e-5).unwrap_err();
+            compare_lse(wrong, &[1.0, 2.0], 1e-5).unwrap_err();
+        }
+        compare::<f32>(&[], &[], 1e-5).unwrap_err();
+        compare_lse::<f32>(&[], &[], 1e-5).unwrap_err();
+    }
+}
