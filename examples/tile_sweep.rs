@@ -75,7 +75,9 @@ impl Timer {
 
 fn candidates(head_dim: u32, value_dim: u32) -> Vec<Tiles> {
     let mut all = Vec::new();
-    for (threads_q, threads_k) in [(8, 8), (16, 8), (4, 16), (8, 16), (16, 16), (32, 8), (4, 8), (2, 32), (4, 32), (8, 32)] {
+    for (threads_q, threads_k) in
+        [(8, 8), (16, 8), (4, 16), (8, 16), (16, 16), (32, 8), (4, 8), (2, 32), (4, 32), (8, 32)]
+    {
         for rows in [4, 8, 16] {
             for quads in [1, 2, 4] {
                 for chunk in [4, 8, 16, 32] {
@@ -86,8 +88,12 @@ fn candidates(head_dim: u32, value_dim: u32) -> Vec<Tiles> {
                             let reach = t.tile_q() >= 32 && t.tile_k() >= 32 && t.tile_k() <= 128;
                             let waste = t.value_quads(value_dim) * threads_k * 4 > value_dim;
                             let v_fits = v_chunk == t.tile_k().min(64) || (!v_apart && v_chunk == 16);
-                            if reach && !waste && v_fits && registers <= 250 && registers >= 90 && chunk * 4 <= head_dim
-                            && t.threads() >= 64
+                            if reach
+                                && !waste
+                                && v_fits
+                                && (90..=250).contains(&registers)
+                                && chunk * 4 <= head_dim
+                                && t.threads() >= 64
                             {
                                 all.push(t);
                             }
@@ -163,17 +169,17 @@ fn main() -> Result<(), Box<dyn Error>> {
             let compile = start.elapsed().as_secs_f64();
             let first = timer.time(gpu, queue, 1, |pass| prepared.encode_in(pass))?[0];
             let passes = if first > 3.0 * best { 1 } else { PASSES };
-            let times = if passes > 1 {
-                timer.time(gpu, queue, passes, |pass| prepared.encode_in(pass))?
-            } else {
-                vec![first]
-            };
+            let times =
+                if passes > 1 { timer.time(gpu, queue, passes, |pass| prepared.encode_in(pass))? } else { vec![first] };
             best = best.min(times[0]);
             rows.push((times[times.len() / 2], times[0], times[times.len() - 1], compile, tiles));
         }
         rows.sort_by(|a, b| a.0.total_cmp(&b.0));
         println!("\n{problem}: {} of {total} candidates fit", rows.len());
-        println!("{:>7} {:>8} {:>8} {:>8} {:>5} {:>6} {:>5}  tiles", "TFLOP/s", "median", "min", "max", "comp", "bytes", "regs");
+        println!(
+            "{:>7} {:>8} {:>8} {:>8} {:>5} {:>6} {:>5}  tiles",
+            "TFLOP/s", "median", "min", "max", "comp", "bytes", "regs"
+        );
         for (median, min, max, compile, tiles) in rows {
             println!(
                 "{:7.2} {median:8.3} {min:8.3} {max:8.3} {compile:5.2} {:6} {:5}  {tiles}",

@@ -49,6 +49,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro begin() %}
   let tx = thread % THREADS_K;
   let ty = thread / THREADS_K;
+  if (thread == 0u) { atomicStore(&poisoned, 0u); }
 {% for i in range(rows) %}
   let row_{{ i }} = row0 + ty + {{ i }}u * THREADS_Q;
   var max_{{ i }} = LOWEST;

@@ -98,8 +98,8 @@ impl Capabilities {
     /// Named devices as they report themselves, for tests and for `plan` without the device at hand.
     pub fn samples() -> Vec<Self> {
         let defaults = Capabilities::webgpu_defaults();
-        let sample = |name: &str, class, workgroup_kib: u32, workgroup_threads, binding_bytes, offset_alignment| {
-            Capabilities {
+        let sample =
+            |name: &str, class, workgroup_kib: u32, workgroup_threads, binding_bytes, offset_alignment| Capabilities {
                 name: name.into(),
                 class,
                 workgroup_bytes: workgroup_kib << 10,
@@ -109,8 +109,7 @@ impl Capabilities {
                 offset_alignment,
                 timestamps: true,
                 ..defaults.clone()
-            }
-        };
+            };
         let all_but_four = (2u64 << 30) - 4;
         let mut samples = vec![
             sample("NVIDIA H200", DeviceClass::Nvidia, 48, 1024, all_but_four, 16),

@@ -99,7 +99,9 @@ impl PreparedForward {
         let lse_extents = [s.batch, s.heads, s.seq_q, 1];
         let dense = |operand, view: &TensorView<'_>| match view.strides {
             None => Ok(()),
-            Some(_) => Err(Error::InvalidOption { option: operand, reason: "must be densely packed, without strides".into() }),
+            Some(_) => {
+                Err(Error::InvalidOption { option: operand, reason: "must be densely packed, without strides".into() })
+            }
         };
         dense("lse", &buffers.lse)?;
         let lse = Placed::new("lse", &buffers.lse, lse_extents, Layout::Bhsd, capabilities)?;

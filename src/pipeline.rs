@@ -61,9 +61,7 @@ async fn compile(device: &Device, variant: &Variant) -> Result<Pipeline> {
             let gpu = device.wgpu();
             let label = Some(name.as_str());
             let descriptor = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text.into()) };
-            let module = if std::env::var_os("SA_TRUSTED").is_some() {
-                unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
-            } else { gpu.create_shader_module(descriptor) };
+            let module = shader_module(gpu, descriptor);
             let layout = gpu.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
             let pipeline_layout = gpu.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
                 label,
@@ -85,4 +83,17 @@ async fn compile(device: &Device, variant: &Variant) -> Result<Pipeline> {
             Pipeline { pipeline, layout }
         })
         .await
+}
+
+/// Compiles without run-time bounds checks, which cost 10 % (benches/results/), unless the feature
+/// `checked-shaders` asks for them.
+fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
+    if cfg!(feature = "checked-shaders") {
+        return gpu.create_shader_module(descriptor);
+    }
+    // SAFETY: the text is this crate's own. Every index into a storage buffer stays below the sizes and
+    // strides in `Params`, and `Placed::new` has checked those against the bindings; every index into
+    // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
+    // constants; every loop counts up to a bound that its body does not change.
+    unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
 }

@@ -160,7 +160,7 @@ impl Variant {
             rows => t.rows,
             quads => t.quads,
             chunk => t.chunk,
-            unroll => if t.chunk % 2 == 0 { 2 } else { 1 },
+            unroll => if t.chunk.is_multiple_of(2) { 2 } else { 1 },
             v_chunk => t.v_chunk,
             v_row => t.v_row(self.value_dim),
             q_resident => t.q_resident,

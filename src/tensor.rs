@@ -70,7 +70,8 @@ impl<'a> Placed<'a> {
         const ELEMENT: u64 = size_of::<f32>() as u64;
         let [_, heads, seq, width] = extents;
         let strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
-        let last = (0..3).fold(width as u128 - 1, |sum, axis| sum + strides[axis] as u128 * (extents[axis] as u128 - 1));
+        let last =
+            (0..3).fold(width as u128 - 1, |sum, axis| sum + strides[axis] as u128 * (extents[axis] as u128 - 1));
         let most = u64::from(u32::MAX);
         // Strides of axes with one element are never multiplied by more than 0, but must fit all the same.
         if last + u128::from(view.offset) > u128::from(most) || strides.iter().any(|&s| s > most) {
@@ -101,7 +102,8 @@ impl<'a> Placed<'a> {
 
     /// Whether rows can be read four neighbours at a time.
     pub(crate) fn vec4(&self) -> bool {
-        self.start % 16 == 0 && [self.offset, self.width].iter().chain(&self.strides).all(|n| n % 4 == 0)
+        self.start.is_multiple_of(16)
+            && [self.offset, self.width].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
     }
 
     pub(crate) fn binding(&self) -> wgpu::BindingResource<'a> {
@@ -138,12 +140,7 @@ impl<'a> Placed<'a> {
 
 /// A new buffer that holds a host slice.
 pub(crate) fn upload(device: &Device, operand: &'static str, data: &[f32]) -> Result<wgpu::Buffer> {
-    let buffer = allocate(
-        device,
-        operand,
-        data.len(),
-        wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
-    )?;
+    let buffer = allocate(device, operand, data.len(), wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST)?;
     device.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(data));
     Ok(buffer)
 }

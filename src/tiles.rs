@@ -76,13 +76,13 @@ impl Tiles {
         if numbers.contains(&0) || numbers.iter().any(|&n| n > 1024) {
             return Err("every number must lie between 1 and 1024".into());
         }
-        if self.threads_k % 4 != 0 {
+        if !self.threads_k.is_multiple_of(4) {
             return Err(format!("threads_k ({}) must be a multiple of 4", self.threads_k));
         }
-        if self.tile_k() % self.v_chunk != 0 || self.v_chunk % 4 != 0 {
+        if !self.tile_k().is_multiple_of(self.v_chunk) || !self.v_chunk.is_multiple_of(4) {
             return Err(format!("v_chunk ({}) must be a multiple of 4 that divides {}", self.v_chunk, self.tile_k()));
         }
-        if self.q_resident && head_dim.div_ceil(4) % self.chunk != 0 {
+        if self.q_resident && !head_dim.div_ceil(4).is_multiple_of(self.chunk) {
             return Err(format!("with q resident, chunk ({}) must divide {}", self.chunk, head_dim.div_ceil(4)));
         }
         Ok(())
@@ -121,18 +121,43 @@ impl fmt::Display for Tiles {
     }
 }
 
+/// A row of the tuning table: tiles, and the problems they are good for.
+struct Candidate {
+    tiles: Tiles,
+    /// Widest values that leave the output accumulators in registers.
+    value_dim: usize,
+    /// Fewest queries that fill a tile well enough.
+    seq_q: usize,
+}
+
+const fn candidate(threads: [u32; 2], thread: [u32; 2], chunk: u32, v_chunk: u32, problem: [usize; 2]) -> Candidate {
+    let [threads_q, threads_k] = threads;
+    let [rows, quads] = thread;
+    let tiles = Tiles { threads_q, threads_k, rows, quads, chunk, v_chunk, q_resident: false, v_apart: false };
+    Candidate { tiles, value_dim: problem[0], seq_q: problem[1] }
+}
+
+/// Measured on an NVIDIA H200, see benches/results/; each row falls back to the next where it does not fit.
+const HARDWARE: [Candidate; 6] = [
+    candidate([32, 8], [4, 1], 8, 32, [128, 65]),
+    candidate([16, 8], [4, 1], 4, 32, [128, 33]),
+    candidate([8, 8], [4, 1], 4, 16, [128, 1]),
+    candidate([16, 16], [4, 1], 8, 16, [256, 33]),
+    candidate([4, 16], [4, 1], 4, 8, [256, 1]),
+    LEAST,
+];
+
+/// A software driver runs the threads of a workgroup one after the other, a vector at a time.
+const SOFTWARE: [Candidate; 3] =
+    [candidate([8, 8], [4, 1], 4, 16, [128, 1]), candidate([4, 16], [4, 1], 4, 8, [256, 1]), LEAST];
+
+/// Fits 16 KiB of workgroup memory and 64 threads for every width.
+const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 8, [usize::MAX, 1]);
+
 /// Tiles to try for a problem, the best first; the last one fits every WebGPU device.
-pub(crate) fn candidates(problem: &Problem, class: DeviceClass) -> Vec<Tiles> {
-    let _ = (problem, class);
-    let tiles = |threads_q, threads_k, rows, quads, chunk, v_chunk| Tiles {
-        threads_q,
-        threads_k,
-        rows,
-        quads,
-        chunk,
-        v_chunk,
-        q_resident: false,
-        v_apart: false,
-    };
-    vec![tiles(8, 8, 2, 1, 4, 8)]
+pub(crate) fn candidates(problem: &Problem, class: DeviceClass) -> impl Iterator<Item = Tiles> {
+    let shape = *problem.shape();
+    let table: &[Candidate] = if class == DeviceClass::Software { &SOFTWARE } else { &HARDWARE };
+    let fits = move |c: &&Candidate| shape.value_dim <= c.value_dim && shape.seq_q >= c.seq_q;
+    table.iter().filter(fits).map(|c| c.tiles)
 }
