@@ -45,7 +45,8 @@ impl Plan {
         let (head_dim, value_dim) = (shape.head_dim as u32, shape.value_dim as u32);
         let refuse = |reason: String| Err(Error::NoKernel { problem: problem.to_string(), reason });
         if let Err(reason) = tiles.check(head_dim) {
-            return refuse(format!("tiles {tiles}: {reason}"));
+            // Not the short form: it multiplies numbers that have just failed the check.
+            return refuse(format!("{tiles:?}: {reason}"));
         }
         let needs = [
             ("workgroup memory", tiles.workgroup_bytes(head_dim, value_dim), capabilities.workgroup_bytes),

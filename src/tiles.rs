@@ -72,9 +72,20 @@ impl Tiles {
 
     /// Whether the numbers fit together; the reason where they do not.
     pub(crate) fn check(&self, head_dim: u32) -> Result<(), String> {
-        let numbers = [self.threads_q, self.threads_k, self.rows, self.quads, self.chunk, self.v_chunk];
-        if numbers.contains(&0) || numbers.iter().any(|&n| n > 1024) {
-            return Err("every number must lie between 1 and 1024".into());
+        // Far above anything useful, and low enough that no product of these numbers overflows.
+        let numbers = [
+            ("threads_q", self.threads_q, 1024),
+            ("threads_k", self.threads_k, 1024),
+            ("rows", self.rows, 64),
+            ("quads", self.quads, 64),
+            ("chunk", self.chunk, 64),
+            ("v_chunk", self.v_chunk, 1024),
+        ];
+        if let Some((name, number, most)) = numbers.into_iter().find(|&(_, n, most)| n == 0 || n > most) {
+            return Err(format!("{name} ({number}) must lie between 1 and {most}"));
+        }
+        if self.threads() > 1024 {
+            return Err(format!("{} threads, the most is 1024", self.threads()));
         }
         if !self.threads_k.is_multiple_of(4) {
             return Err(format!("threads_k ({}) must be a multiple of 4", self.threads_k));

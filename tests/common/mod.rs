@@ -1,6 +1,9 @@
-//! Shared by the integration tests: the GPU there is, and the comparing functions.
+//! Shared by the integration tests: the GPU there is, operands, and the comparing functions.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
+
+pub mod buffers;
+pub mod operands;
 
 use std::io::Write as _;
 use std::sync::OnceLock;

@@ -1,0 +1,110 @@
+//! Problems in a line, random operands, and the check against the definition.
+
+use std::ops::Range;
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use sink_attention::cpu::reference;
+use sink_attention::{Attention, Inputs, Options, Output, Problem, Shape, SinkLogits};
+
+use super::{compare, compare_lse};
+
+/// Accepted error of an f32 path, relative to the norm for o, absolute + relative for lse.
+pub const BOUND: f64 = 1e-5;
+
+/// The problem with `[batch, heads, kv_heads]`, `[seq_q, seq_k]` and `[head_dim, value_dim]`.
+pub fn problem(heads: [usize; 3], seq: [usize; 2], width: [usize; 2], options: Options) -> Problem {
+    let [batch, heads, kv_heads] = heads;
+    let [seq_q, seq_k] = seq;
+    let [head_dim, value_dim] = width;
+    Problem::new(Shape { batch, heads, kv_heads, seq_q, seq_k, head_dim, value_dim }, options).unwrap()
+}
+
+/// Operands on the host that live as long as a test wants to change them.
+#[derive(Debug, Clone)]
+pub struct Operands {
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
+    pub sink_logits: Option<Vec<f32>>,
+}
+
+impl Operands {
+    /// Numbers of unit variance, the same for a seed everywhere.
+    pub fn random(problem: &Problem, seed: u64) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let half_width = 3f32.sqrt();
+        let mut vector = |len: usize| (0..len).map(|_| rng.random_range(-half_width..half_width)).collect::<Vec<_>>();
+        Operands {
+            q: vector(problem.q_shape().iter().product()),
+            k: vector(problem.k_shape().iter().product()),
+            v: vector(problem.v_shape().iter().product()),
+            sink_logits: (problem.options().sink_logits == SinkLogits::PerHead).then(|| vector(problem.shape().heads)),
+        }
+    }
+
+    pub fn inputs(&self) -> Inputs<'_> {
+        Inputs { q: &self.q, k: &self.k, v: &self.v, sink_logits: self.sink_logits.as_deref() }
+    }
+
+    /// Key `j` of a key/value head.
+    pub fn key(&mut self, problem: &Problem, batch: usize, kv_head: usize, j: usize) -> &mut [f32] {
+        let s = problem.shape();
+        let row = row(problem, [s.kv_heads, s.seq_k, s.head_dim], [batch, kv_head, j]);
+        &mut self.k[row]
+    }
+
+    /// Value `j` of a key/value head.
+    pub fn value(&mut self, problem: &Problem, batch: usize, kv_head: usize, j: usize) -> &mut [f32] {
+        let s = problem.shape();
+        let row = row(problem, [s.kv_heads, s.seq_k, s.value_dim], [batch, kv_head, j]);
+        &mut self.v[row]
+    }
+}
+
+/// Where row `[batch, head, position]` of a packed operand of `[heads, seq, width]` lies.
+pub fn row(problem: &Problem, [heads, seq, width]: [usize; 3], at: [usize; 3]) -> Range<usize> {
+    let strides = problem.options().layout.strides(heads, seq, width);
+    let start = at.iter().zip(strides).map(|(at, stride)| at * stride as usize).sum();
+    start..start + width
+}
+
+/// Holds a path's result for these operands against the definition.
+pub fn check(attention: &Attention, problem: &Problem, operands: &Operands) -> Output {
+    let actual = attention.forward(problem, &operands.inputs()).unwrap();
+    let expected = reference::forward(problem, &operands.inputs()).unwrap();
+    agree(&actual, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    actual
+}
+
+/// Holds two results against each other; NaN and infinities must stand in the same places.
+pub fn agree(actual: &Output, expected: &Output<impl Copy + Into<f64>>) -> Result<(), String> {
+    let [o, lse] = [&expected.o, &expected.lse].map(|x| x.iter().map(|&x| x.into() as f32).collect::<Vec<_>>());
+    let (actual_o, o) = finite("o", &actual.o, &o)?;
+    if !o.is_empty() {
+        compare(&actual_o, &o, BOUND).map_err(|error| format!("o: {error}"))?;
+    }
+    let is_number = |(a, e): &(f32, f32)| !(a.is_nan() && e.is_nan());
+    let (actual_lse, lse): (Vec<_>, Vec<_>) = actual.lse.iter().copied().zip(lse).filter(is_number).unzip();
+    if !lse.is_empty() {
+        compare_lse(&actual_lse, &lse, BOUND).map_err(|error| format!("lse: {error}"))?;
+    }
+    Ok(())
+}
+
+/// The finite elements of both, which must not be finite in the same places and alike.
+fn finite(operand: &str, actual: &[f32], expected: &[f32]) -> Result<(Vec<f32>, Vec<f32>), String> {
+    if actual.len() != expected.len() {
+        return Err(format!("{operand} has {} elements, expected {}", actual.len(), expected.len()));
+    }
+    let mut both = (Vec::new(), Vec::new());
+    for (i, (&a, &e)) in actual.iter().zip(expected).enumerate() {
+        if e.is_finite() && a.is_finite() {
+            both.0.push(a);
+            both.1.push(e);
+        } else if !(a == e || (a.is_nan() && e.is_nan())) {
+            return Err(format!("{operand}: element {i} is {a}, expected {e}"));
+        }
+    }
+    Ok(both)
+}
