@@ -202,3 +202,41 @@ impl PreparedForward {
         pass.dispatch_workgroups(x, y, 1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use naga::TypeInner;
+
+    use super::*;
+    use crate::capabilities::Capabilities;
+    use crate::problem::{Options, Shape};
+
+    /// Name and offset of each member, and the size of the whole.
+    type Members = (Vec<(String, usize)>, usize);
+
+    macro_rules! members {
+        ($type:ty: $($field:ident)*) => {
+            (vec![$((stringify!($field).to_string(), offset_of!($type, $field))),*], size_of::<$type>())
+        };
+    }
+
+    fn in_the_shader(module: &naga::Module, name: &str) -> Members {
+        let (_, found) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name)).unwrap();
+        let TypeInner::Struct { members, span } = &found.inner else { panic!("{name} is a struct") };
+        (members.iter().map(|m| (m.name.clone().unwrap(), m.offset as usize)).collect(), *span as usize)
+    }
+
+    #[test]
+    fn params_lie_as_in_the_shader() {
+        let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 1, head_dim: 4, value_dim: 4 };
+        let problem = Problem::new(shape, Options::new()).unwrap();
+        let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
+        let module = naga::front::wgsl::parse_str(&plan.variant.wgsl().unwrap()).unwrap();
+        assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
+        let params = members!(Params: q k v o heads kv_heads seq_q seq_k lower upper sink_tokens workgroups
+            lse_offset sink_offset scale_log2 negative_infinity);
+        assert_eq!(params, in_the_shader(&module, "Params"));
+    }
+}
