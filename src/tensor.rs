@@ -69,13 +69,18 @@ impl<'a> Placed<'a> {
     ) -> Result<Self> {
         const ELEMENT: u64 = size_of::<f32>() as u64;
         let [_, heads, seq, width] = extents;
-        let strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
+        let mut strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
+        // The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
+        for (stride, &extent) in strides.iter_mut().zip(&extents) {
+            *stride = if extent == 1 { 0 } else { *stride };
+        }
         let last =
             (0..3).fold(width as u128 - 1, |sum, axis| sum + strides[axis] as u128 * (extents[axis] as u128 - 1));
+        let last_element = last + u128::from(view.offset);
         let most = u64::from(u32::MAX);
-        // Strides of axes with one element are never multiplied by more than 0, but must fit all the same.
-        if last + u128::from(view.offset) > u128::from(most) || strides.iter().any(|&s| s > most) {
-            return Err(Error::IndexOverflow { operand, last_element: last + u128::from(view.offset), most });
+        // With every element within reach, every stride is too.
+        if last_element > u128::from(most) {
+            return Err(Error::IndexOverflow { operand, last_element, most });
         }
         let end = (view.offset + last as u64 + 1) * ELEMENT;
         if end > view.buffer.size() {

@@ -1,0 +1,511 @@
+//! The caller's own buffers: any offsets and strides, prepared once and run often, errors instead of
+//! panics, and an operator that many threads share.
+
+mod common;
+
+use common::buffers::{Buffers, buffer, empty, gpu_with, read, submit};
+use common::gpu;
+use common::operands::{Operands, agree, check, problem};
+use sink_attention::wgpu::{self, BufferUsages};
+use sink_attention::{
+    Attention, Device, DeviceChoice, Error, ForwardBuffers, Inputs, Layout, Options, Problem, Shape, SinkLogits,
+    TensorView, Window,
+};
+
+/// Stands where nothing may be written.
+const SENTINEL: f32 = -12345.678;
+
+/// Asserts what kind of error a result is, numbers included.
+macro_rules! expect_error {
+    ($result:expr, $pattern:pat) => {
+        match $result {
+            Err(error) => {
+                assert!(matches!(error, $pattern), "{error:?} instead of {}", stringify!($pattern));
+                assert!(!error.to_string().is_empty());
+            }
+            Ok(_) => panic!("no error, expected {}", stringify!($pattern)),
+        }
+    };
+}
+
+/// Sinks, groups and several batches; an even width that can be read by fours.
+fn typical() -> Problem {
+    let options = Options::new().window(Window::keys(30)).sink_tokens(2).sink_logits(SinkLogits::PerHead);
+    problem([2, 4, 2], [50, 50], [16, 16], options)
+}
+
+/// A place for an operand of `[batch, heads, seq, width]` in some buffer.
+#[derive(Clone, Copy)]
+struct Place {
+    extents: [usize; 4],
+    offset: usize,
+    strides: [u64; 3],
+}
+
+impl Place {
+    /// Element of the buffer and element of the packed operand, for all elements.
+    fn elements(&self, layout: Layout) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let Place { extents: [batch, heads, seq, width], offset, strides } = *self;
+        let packed = layout.strides(heads, seq, width);
+        let rows = (0..batch).flat_map(move |b| (0..heads).flat_map(move |h| (0..seq).map(move |i| [b, h, i])));
+        let start = |row: [usize; 3], strides: [u64; 3]| (0..3).map(|a| row[a] * strides[a] as usize).sum::<usize>();
+        rows.flat_map(move |row| (0..width).map(move |d| (offset + start(row, strides) + d, start(row, packed) + d)))
+    }
+
+    fn end(&self, layout: Layout) -> usize {
+        self.elements(layout).map(|(at, _)| at).max().unwrap() + 1
+    }
+
+    fn view<'a>(&self, buffer: &'a wgpu::Buffer) -> TensorView<'a> {
+        TensorView::new(buffer).offset(self.offset as u64).strides(self.strides)
+    }
+}
+
+/// Runs `problem` with q, k and v side by side in the rows of one buffer, as a fused projection leaves
+/// them, o in padded rows and lse somewhere in a buffer. Everything starts `offset` elements in.
+fn run_strided(gpu: &Attention, problem: &Problem, operands: &Operands, offset: usize, pad: usize) {
+    let device = gpu.device().unwrap();
+    let Shape { batch, heads, kv_heads, seq_q: seq, seq_k, head_dim: width, value_dim } = *problem.shape();
+    assert_eq!([seq, width], [seq_k, value_dim], "the fused buffer has one row for each position");
+    let layout = problem.options().layout;
+
+    // NaN wherever no operand lies: whatever is read from there shows.
+    let row = (heads + 2 * kv_heads) * width + pad;
+    let strides = [(seq * row) as u64, width as u64, row as u64];
+    let place = |heads: usize, first: usize| Place {
+        extents: [batch, heads, seq, width],
+        offset: offset + first * width,
+        strides,
+    };
+    let places = [place(heads, 0), place(kv_heads, heads), place(kv_heads, heads + kv_heads)];
+    let mut fused = vec![f32::NAN; offset + batch * seq * row];
+    for (place, data) in places.iter().zip([&operands.q, &operands.k, &operands.v]) {
+        place.elements(layout).for_each(|(at, packed)| fused[at] = data[packed]);
+    }
+    let o_row = width + pad;
+    let o = Place {
+        extents: [batch, heads, seq, width],
+        offset,
+        // Heads, batches, positions from the outside in: neither of the two layouts.
+        strides: [(seq * o_row) as u64, (batch * seq * o_row) as u64, o_row as u64],
+    };
+    let lse_range = offset..offset + batch * heads * seq;
+    let sinks = operands.sink_logits.as_ref().map(|sinks| [&vec![f32::NAN; offset], &sinks[..]].concat());
+
+    let fused = buffer(device, &fused);
+    let o_buffer = buffer(device, &vec![SENTINEL; o.end(layout) + 9]);
+    let lse_buffer = buffer(device, &vec![SENTINEL; lse_range.end + 9]);
+    let sinks = sinks.map(|sinks| buffer(device, &sinks));
+    let buffers = ForwardBuffers {
+        q: places[0].view(&fused),
+        k: places[1].view(&fused),
+        v: places[2].view(&fused),
+        sink_logits: sinks.as_ref().map(|sinks| TensorView::new(sinks).offset(offset as u64)),
+        o: o.view(&o_buffer),
+        lse: TensorView::new(&lse_buffer).offset(offset as u64),
+    };
+    let prepared = gpu.prepare_forward(problem, &buffers).unwrap();
+    let vec4 = [offset, pad, width].iter().all(|n| n % 4 == 0);
+    assert_eq!(prepared.plan().variant.vec4, vec4, "{problem}, offset {offset}, pad {pad}");
+    submit(device, |encoder| prepared.encode(encoder));
+
+    let mut actual = check(gpu, problem, operands);
+    let expected = actual.clone();
+    let mut o_data = read(device, &o_buffer);
+    for (at, packed) in o.elements(layout) {
+        actual.o[packed] = std::mem::replace(&mut o_data[at], SENTINEL);
+    }
+    let mut lse_data = read(device, &lse_buffer);
+    actual.lse.copy_from_slice(&lse_data[lse_range.clone()]);
+    lse_data[lse_range].fill(SENTINEL);
+    let what = format!("{problem}, offset {offset}, pad {pad}");
+    assert!(o_data.iter().all(|&x| x == SENTINEL), "{what}: wrote outside of the view of o");
+    assert!(lse_data.iter().all(|&x| x == SENTINEL), "{what}: wrote outside of the view of lse");
+    if vec4 {
+        assert!(actual == expected, "{what}: not the bits of the host path");
+    } else {
+        agree(&actual, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
+    }
+}
+
+#[test]
+fn offsets_and_strides() {
+    let Some(gpu) = gpu() else { return };
+    let narrow = problem([3, 2, 1], [37, 37], [5, 5], Options::new().causal(true).layout(Layout::Bhsd));
+    for problem in [typical(), narrow] {
+        let operands = Operands::random(&problem, 1);
+        // None, the least, a vector's, just off it, at and beside every usual alignment of bindings.
+        for offset in [0, 1, 4, 7, 8, 60, 64, 65, 68, 1024] {
+            for pad in [0, 4, 3] {
+                run_strided(gpu, &problem, &operands, offset, pad);
+            }
+        }
+    }
+}
+
+/// The stride of an axis with one element is never used, whatever it is.
+#[test]
+fn strides_of_single_elements() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let problem = problem([1, 1, 1], [20, 20], [16, 16], Options::new());
+    let operands = Operands::random(&problem, 2);
+    let buffers = Buffers::new(device, &problem, &operands);
+    let strides = [u64::MAX, 3, 16];
+    let views = buffers.views();
+    let views = ForwardBuffers { q: views.q.strides(strides), o: views.o.strides(strides), ..views };
+    let prepared = gpu.prepare_forward(&problem, &views).unwrap();
+    assert!(prepared.plan().variant.vec4);
+    assert!(buffers.run(device, &prepared) == check(gpu, &problem, &operands));
+}
+
+/// Keys and values may be one buffer, and one view: nothing is written to them.
+#[test]
+fn inputs_may_share() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let problem = problem([1, 2, 2], [30, 30], [16, 16], Options::new().causal(true));
+    let mut operands = Operands::random(&problem, 3);
+    let buffers = Buffers::new(device, &problem, &operands);
+    let views = ForwardBuffers { q: TensorView::new(&buffers.k), v: TensorView::new(&buffers.k), ..buffers.views() };
+    let prepared = gpu.prepare_forward(&problem, &views).unwrap();
+    (operands.q, operands.v) = (operands.k.clone(), operands.k.clone());
+    assert!(buffers.run(device, &prepared) == check(gpu, &problem, &operands));
+}
+
+#[test]
+fn prepared_once_encoded_often() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let problem = typical();
+    let operands = Operands::random(&problem, 4);
+    let expected = check(gpu, &problem, &operands);
+    let buffers = Buffers::new(device, &problem, &operands);
+    let prepared = gpu.prepare_forward(&problem, &buffers.views()).unwrap();
+
+    // Several passes in one encoder, and several dispatches in one pass.
+    submit(device, |encoder| {
+        (0..5).for_each(|_| prepared.encode(encoder));
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        (0..5).for_each(|_| prepared.encode_in(&mut pass));
+    });
+    assert!(read(device, &buffers.o) == expected.o && read(device, &buffers.lse) == expected.lse);
+
+    // What is new in the buffers is what the next run sees.
+    let operands = Operands::random(&problem, 5);
+    for (buffer, data) in [(&buffers.q, &operands.q), (&buffers.k, &operands.k), (&buffers.v, &operands.v)] {
+        device.queue().write_buffer(buffer, 0, bytemuck::cast_slice(data));
+    }
+    let sinks = operands.sink_logits.as_ref().unwrap();
+    device.queue().write_buffer(buffers.sink_logits.as_ref().unwrap(), 0, bytemuck::cast_slice(sinks));
+    assert!(buffers.run(device, &prepared) == check(gpu, &problem, &operands));
+
+    // It keeps alive what it needs.
+    let Buffers { o, lse, .. } = buffers;
+    device.queue().write_buffer(&o, 0, bytemuck::cast_slice(&[0f32; 4]));
+    submit(device, |encoder| prepared.encode(encoder));
+    assert!(read(device, &o) == check(gpu, &problem, &operands).o);
+    drop(lse);
+}
+
+#[test]
+fn views_that_do_not_fit() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let problem = typical();
+    let operands = Operands::random(&problem, 6);
+    let buffers = Buffers::new(device, &problem, &operands);
+    let good = buffers.views();
+    let prepare = |buffers: ForwardBuffers<'_>| gpu.prepare_forward(&problem, &buffers);
+    prepare(good).unwrap();
+
+    // q has 2 * 50 * 4 * 16 elements, k and v half of them, lse 2 * 4 * 50, the sink logits 4.
+    let bytes = 6400 * 4;
+    let short = buffer(device, &[0.0; 6399]);
+    expect_error!(
+        prepare(ForwardBuffers { q: TensorView::new(&short), ..good }),
+        Error::BufferTooSmall { operand: "q", needed: 25_600, actual: 25_596 }
+    );
+    assert_eq!(bytes, buffers.q.size());
+    expect_error!(
+        prepare(ForwardBuffers { k: good.k.offset(1), ..good }),
+        Error::BufferTooSmall { operand: "k", needed: 12_804, actual: 12_800 }
+    );
+    expect_error!(
+        prepare(ForwardBuffers { v: good.v.strides([1600, 16, 33]), ..good }),
+        // (1600 + 16 + 49 * 33 + 16) * 4
+        Error::BufferTooSmall { operand: "v", needed: 12_996, actual: 12_800 }
+    );
+    expect_error!(
+        prepare(ForwardBuffers { o: good.o.offset(4), ..good }),
+        Error::BufferTooSmall { operand: "o", needed: 25_616, actual: 25_600 }
+    );
+    expect_error!(
+        prepare(ForwardBuffers { lse: good.lse.offset(2), ..good }),
+        Error::BufferTooSmall { operand: "lse", needed: 1608, actual: 1600 }
+    );
+    expect_error!(
+        prepare(ForwardBuffers { sink_logits: good.sink_logits.map(|s| s.offset(1)), ..good }),
+        Error::BufferTooSmall { operand: "sink_logits", needed: 20, actual: 16 }
+    );
+
+    let plain = empty(device, bytes, BufferUsages::COPY_DST);
+    expect_error!(
+        prepare(ForwardBuffers { v: TensorView::new(&plain), ..good }),
+        Error::BufferUsage { operand: "v", needed: BufferUsages::STORAGE, actual: BufferUsages::COPY_DST }
+    );
+
+    expect_error!(
+        prepare(ForwardBuffers { q: good.q.offset(u64::from(u32::MAX) - 6398), ..good }),
+        Error::IndexOverflow { operand: "q", last_element: 4_294_967_296, most: 4_294_967_295 }
+    );
+    expect_error!(
+        prepare(ForwardBuffers { k: good.k.offset(u64::MAX).strides([u64::MAX; 3]), ..good }),
+        // offset + (1 + 1 + 49) * stride + 15
+        Error::IndexOverflow { operand: "k", last_element: 959_230_691_832_896_683_995, most: 4_294_967_295 }
+    );
+
+    // Packed strides of o are [3200, 16, 64].
+    for strides in [[3200, 16, 0], [3200, 15, 64], [3199, 16, 64], [0, 16, 64], [0, 0, 0], [1, 2, 3]] {
+        match prepare(ForwardBuffers { o: good.o.strides(strides), ..good }) {
+            Err(Error::OverlappingStrides { operand: "o", strides: named }) => assert_eq!(named, strides),
+            other => panic!("{strides:?}: {other:?}"),
+        }
+    }
+
+    expect_error!(
+        prepare(ForwardBuffers { lse: good.lse.strides([200, 50, 1]), ..good }),
+        Error::InvalidOption { option: "lse", .. }
+    );
+
+    // After all that, the operator and the buffers are as good as before.
+    assert!(buffers.run(device, &prepare(good).unwrap()) == check(gpu, &problem, &operands));
+}
+
+#[test]
+fn results_need_buffers_of_their_own() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let problem = typical();
+    let buffers = Buffers::new(device, &problem, &Operands::random(&problem, 7));
+    let large = empty(device, 1 << 20, BufferUsages::STORAGE);
+    let all = TensorView::new(&large);
+    let good = buffers.views();
+    let prepare = |buffers: ForwardBuffers<'_>| gpu.prepare_forward(&problem, &buffers);
+    // Even at places that do not overlap: WebGPU allows no buffer to be read and written in one pass.
+    let far = all.offset(100_000);
+    expect_error!(prepare(ForwardBuffers { q: all, o: far, ..good }), Error::Aliasing { output: "o", other: "q" });
+    expect_error!(prepare(ForwardBuffers { k: all, o: far, ..good }), Error::Aliasing { output: "o", other: "k" });
+    expect_error!(prepare(ForwardBuffers { v: all, lse: far, ..good }), Error::Aliasing { output: "lse", other: "v" });
+    expect_error!(prepare(ForwardBuffers { lse: all, o: far, ..good }), Error::Aliasing { output: "o", other: "lse" });
+    expect_error!(
+        prepare(ForwardBuffers { sink_logits: Some(all), lse: far, ..good }),
+        Error::Aliasing { output: "lse", other: "sink_logits" }
+    );
+    prepare(good).unwrap();
+}
+
+#[test]
+fn sink_logits_as_the_options_say() {
+    let Some(gpu) = gpu() else { return };
+    let with = typical();
+    let without = Problem::new(*with.shape(), with.options().sink_logits(SinkLogits::OffByOne)).unwrap();
+    let operands = Operands::random(&with, 8);
+    let buffers = Buffers::new(gpu.device().unwrap(), &with, &operands);
+    let views = buffers.views();
+    expect_error!(
+        gpu.prepare_forward(&with, &ForwardBuffers { sink_logits: None, ..views }),
+        Error::MissingOperand { operand: "sink_logits" }
+    );
+    expect_error!(gpu.prepare_forward(&without, &views), Error::UnexpectedOperand { operand: "sink_logits", .. });
+    for attention in [gpu, &Attention::cpu()] {
+        let inputs = operands.inputs();
+        expect_error!(
+            attention.forward(&with, &Inputs { sink_logits: None, ..inputs }),
+            Error::MissingOperand { operand: "sink_logits" }
+        );
+        expect_error!(attention.forward(&without, &inputs), Error::UnexpectedOperand { operand: "sink_logits", .. });
+        expect_error!(
+            attention.forward(&with, &Inputs { sink_logits: Some(&[0.0; 3]), ..inputs }),
+            Error::OperandLength { operand: "sink_logits", expected: 4, actual: 3, .. }
+        );
+        expect_error!(
+            attention.forward(&with, &Inputs { q: &operands.q[1..], ..inputs }),
+            Error::OperandLength { operand: "q", expected: 6400, actual: 6399, .. }
+        );
+        check(attention, &with, &operands);
+    }
+}
+
+#[test]
+fn buffers_that_the_device_cannot_use() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let problem = typical();
+    let operands = Operands::random(&problem, 9);
+    let buffers = Buffers::new(device, &problem, &operands);
+    let good = buffers.views();
+
+    let destroyed = buffer(device, &operands.q);
+    destroyed.destroy();
+    let views = ForwardBuffers { q: TensorView::new(&destroyed), ..good };
+    expect_error!(gpu.prepare_forward(&problem, &views), Error::Gpu { during: "preparing a forward pass", .. });
+
+    assert!(buffers.run(device, &gpu.prepare_forward(&problem, &good).unwrap()) == check(gpu, &problem, &operands));
+}
+
+/// Two devices of one wgpu instance. (With two instances, wgpu itself panics: their handles are not comparable.)
+#[test]
+fn buffers_of_another_device() {
+    if gpu().is_none() {
+        return;
+    }
+    let adapters = pollster::block_on(sink_attention::adapters());
+    let [device, other] = [0, 1].map(|_| pollster::block_on(Device::open(&adapters[0])).unwrap());
+    let gpu = Attention::on(device.clone());
+    let problem = typical();
+    let operands = Operands::random(&problem, 9);
+    let buffers = Buffers::new(&device, &problem, &operands);
+    let foreign = buffer(&other, &operands.q);
+    let views = ForwardBuffers { q: TensorView::new(&foreign), ..buffers.views() };
+    expect_error!(gpu.prepare_forward(&problem, &views), Error::Gpu { during: "preparing a forward pass", .. });
+    check(&gpu, &problem, &operands);
+}
+
+#[test]
+fn small_bindings() {
+    let Some(small) = gpu_with(|limits| limits.max_storage_buffer_binding_size = 25_600) else { return };
+    let device = small.device().unwrap();
+    let problem = typical();
+    let operands = Operands::random(&problem, 10);
+    check(&small, &problem, &operands);
+
+    // The limit is on what a view reaches, not on the buffer: the same operand far inside of a larger one.
+    let buffers = Buffers::new(device, &problem, &operands);
+    let large = buffer(device, &[&[f32::NAN; 10_240], &operands.q[..], &[f32::NAN; 1000]].concat());
+    let views = ForwardBuffers { q: TensorView::new(&large).offset(10_240), ..buffers.views() };
+    let prepared = small.prepare_forward(&problem, &views).unwrap();
+    assert!(buffers.run(device, &prepared) == check(&small, &problem, &operands));
+
+    // One element before the limit of alignment, the binding starts earlier than the view.
+    let alignment = u64::from(device.capabilities().offset_alignment);
+    let views = ForwardBuffers { q: TensorView::new(&large).offset(10_240 - 1), ..buffers.views() };
+    match small.prepare_forward(&problem, &views) {
+        Err(Error::BindingTooLarge { operand: "q", bytes, limit: 25_600 }) => {
+            assert_eq!(bytes, 25_600 + alignment - 4);
+        }
+        other => panic!("{other:?}"),
+    }
+
+    let longer = common::operands::problem([2, 4, 2], [51, 50], [16, 16], *problem.options());
+    expect_error!(
+        small.forward(&longer, &Operands::random(&longer, 11).inputs()),
+        Error::BindingTooLarge { operand: "q", bytes: 26_112, limit: 25_600 }
+    );
+    check(&small, &problem, &operands);
+}
+
+#[test]
+fn small_buffers() {
+    let Some(small) = gpu_with(|limits| {
+        limits.max_buffer_size = 25_600;
+        limits.max_storage_buffer_binding_size = 25_600;
+    }) else {
+        return;
+    };
+    let problem = typical();
+    check(&small, &problem, &Operands::random(&problem, 12));
+    let longer = common::operands::problem([2, 4, 4], [50, 51], [16, 16], *problem.options());
+    expect_error!(
+        small.forward(&longer, &Operands::random(&longer, 13).inputs()),
+        Error::BufferTooLarge { operand: "k", bytes: 26_112, limit: 25_600 }
+    );
+    let wide = common::operands::problem([2, 4, 2], [50, 50], [16, 20], *problem.options());
+    expect_error!(
+        small.forward(&wide, &Operands::random(&wide, 14).inputs()),
+        Error::BufferTooLarge { operand: "o", bytes: 32_000, limit: 25_600 }
+    );
+    check(&small, &problem, &Operands::random(&problem, 12));
+}
+
+#[test]
+fn small_workgroups() {
+    let problem = typical();
+    let operands = Operands::random(&problem, 15);
+    let Some(small) = gpu_with(|limits| limits.max_compute_workgroup_storage_size = 1024) else { return };
+    let Err(Error::NoKernel { problem: named, reason }) = small.forward(&problem, &operands.inputs()) else {
+        panic!("1 KiB of workgroup memory is enough?")
+    };
+    assert_eq!(named, problem.to_string());
+    assert!(reason.contains("workgroup memory") && reason.contains("offers 1024"), "{reason}");
+
+    let Some(small) = gpu_with(|limits| limits.max_compute_invocations_per_workgroup = 32) else { return };
+    let Err(Error::NoKernel { reason, .. }) = small.forward(&problem, &operands.inputs()) else {
+        panic!("32 threads are enough?")
+    };
+    assert!(reason.contains("threads") && reason.contains("offers 32"), "{reason}");
+}
+
+#[test]
+fn small_grids() {
+    let Some(small) = gpu_with(|limits| limits.max_compute_workgroups_per_dimension = 3) else { return };
+    let operands = |problem: &Problem| Operands::random(problem, 16);
+    // One query is one workgroup a head, whatever the tiles: 9 are numbered, 10 are not.
+    let fits = problem([1, 9, 1], [1, 5], [16, 16], Options::new());
+    check(&small, &fits, &operands(&fits));
+    let large = problem([1, 10, 1], [1, 5], [16, 16], Options::new());
+    expect_error!(
+        small.forward(&large, &operands(&large).inputs()),
+        Error::TooManyWorkgroups { workgroups: 10, most: 9 }
+    );
+    check(&small, &fits, &operands(&fits));
+}
+
+#[test]
+fn encoding_needs_a_gpu() {
+    let Some(gpu) = gpu() else { return };
+    let problem = typical();
+    let buffers = Buffers::new(gpu.device().unwrap(), &problem, &Operands::random(&problem, 17));
+    expect_error!(
+        Attention::cpu().prepare_forward(&problem, &buffers.views()),
+        Error::NeedsGpu { call: "prepare_forward" }
+    );
+}
+
+#[test]
+fn an_adapter_that_is_not_there() {
+    let wanted = "no adapter has this name";
+    match Attention::open(&DeviceChoice::Adapter(wanted.into())) {
+        Err(Error::AdapterNotFound { wanted: named, available }) => {
+            assert_eq!(named, wanted);
+            assert_eq!(available.len(), pollster::block_on(sink_attention::adapters()).len());
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// One operator, many threads, some of which make mistakes: nobody gets another's result or error.
+#[test]
+fn many_threads() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            scope.spawn(move || {
+                for round in 0..4 {
+                    // Four variants, first wanted by two threads each at the same time.
+                    let width = [4, 8, 12, 20][(thread + round) % 4];
+                    let options = Options::new().causal(thread % 2 == 0);
+                    let problem = problem([1, 2, 1], [20 + thread, 40 + round], [width, width], options);
+                    let operands = Operands::random(&problem, thread as u64);
+                    check(gpu, &problem, &operands);
+                    if thread % 3 == 0 {
+                        let buffers = Buffers::new(device, &problem, &operands);
+                        buffers.q.destroy();
+                        expect_error!(gpu.prepare_forward(&problem, &buffers.views()), Error::Gpu { .. });
+                    }
+                }
+            });
+        }
+    });
+}
