@@ -59,6 +59,21 @@ fn sizes_and_options() {
     }
 }
 
+/// Every bound at every place within a tile and across its edges.
+#[test]
+fn bounds_at_every_place() {
+    let Some(gpu) = gpu() else { return };
+    for bound in 0..70 {
+        let left = Options::new().window(Window { left: Some(bound), right: None });
+        let right = Options::new().window(Window { left: None, right: Some(bound) });
+        let sinks = Options::new().window(Window::keys(3)).sink_tokens(bound);
+        for options in [left, right, sinks, left.query_offset(0), right.query_offset(-40)] {
+            let problem = problem([1, 1, 1], [100, 120], [4, 4], options);
+            check(gpu, &problem, &Operands::random(&problem, bound as u64));
+        }
+    }
+}
+
 #[test]
 fn many_tiles() {
     let Some(gpu) = gpu() else { return };
