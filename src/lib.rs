@@ -24,7 +24,9 @@ pub use error::{Error, Result};
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;
 pub use plan::Plan;
-pub use problem::{Alignment, DType, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window};
+pub use problem::{
+    Alignment, DType, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
+};
 pub use shader::Variant;
 pub use tensor::TensorView;
 pub use tiles::Tiles;
