@@ -1,0 +1,64 @@
+{#- The gradients by k and v in portable blocks: rows are keys, columns are queries. -#}
+{% import "portable/blocks.wgsl" as blocks %}
+
+{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+
+{%- macro begin() %}
+{{ blocks.begin() }}
+{{ blocks.accumulator("d_k", "q") }}
+{{ blocks.accumulator("d_v", "d_o") }}
+{% endmacro -%}
+
+{%- macro scores() %}{{ blocks.product("s", "k", "q") }}{% endmacro -%}
+
+{#- Leaves p as weights, and keeps it. -#}
+{%- macro probabilities() %}
+{% for c in range(quads) %}
+    var delta_{{ c }} = vec4<f32>();
+    {
+      let query = column0 + 4u * (tx + {{ c }}u * THREADS_C);
+      var shift = vec4<f32>();
+      var shift_low = vec4<f32>();
+{% for e in range(4) %}
+      if (query + {{ e }}u < column_limit) {
+        let s = probability_shift(lse[lse_base + query + {{ e }}u]);
+        shift.{{ xyzw[e] }} = s.x;
+        shift_low.{{ xyzw[e] }} = s.y;
+        delta_{{ c }}.{{ xyzw[e] }} = delta[delta_base + query + {{ e }}u];
+      }
+{% endfor %}
+{% for i in range(rows) %}
+      s_{{ i }}_{{ c }} = exp2((s_{{ i }}_{{ c }} - shift) - shift_low);
+      if (masked) { s_{{ i }}_{{ c }} = select(vec4<f32>(), s_{{ i }}_{{ c }}, visible4(row_{{ i }}, query)); }
+{% endfor %}
+    }
+{% endfor %}
+    workgroupBarrier();
+{{ blocks.keep_weights("s") }}
+{% endmacro -%}
+
+{%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o") }}{% endmacro -%}
+
+{%- macro probability_gradients() %}{{ blocks.product("d_p", "v", "d_o") }}{% endmacro -%}
+
+{#- Leaves d_s = p (d_p - delta) as weights. -#}
+{%- macro score_gradients() %}
+{% for c in range(quads) %}{% for i in range(rows) %}
+    d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});
+{% endfor %}{% endfor %}
+    if (masked) {
+      // Where p is 0 because the key is hidden, d_p may still be NaN.
+{% for c in range(quads) %}{% for i in range(rows) %}
+      d_p_{{ i }}_{{ c }} = select(vec4<f32>(), d_p_{{ i }}_{{ c }}, visible4(row_{{ i }}, column0 + 4u * (tx + {{ c }}u * THREADS_C)));
+{% endfor %}{% endfor %}
+    }
+    workgroupBarrier();
+{{ blocks.keep_weights("d_p") }}
+{% endmacro -%}
+
+{%- macro accumulate_d_k() %}{{ blocks.accumulate("d_k", "q") }}{% endmacro -%}
+
+{%- macro finish() %}
+{{ blocks.store("d_k", "d_k", "params.scale") }}
+{{ blocks.store("d_v", "d_v", "1.0") }}
+{% endmacro -%}

@@ -1,0 +1,42 @@
+{#- The gradient by q in portable blocks: rows are queries, columns are keys. -#}
+{% import "portable/blocks.wgsl" as blocks %}
+
+{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+
+{%- macro begin() %}
+{{ blocks.begin() }}
+{% for i in range(rows) %}
+  var shift_{{ i }} = 0.0;
+  var shift_low_{{ i }} = 0.0;
+  var delta_{{ i }} = 0.0;
+  if (row_{{ i }} < row_limit) {
+    let shift = probability_shift(lse[lse_base + row_{{ i }}]);
+    shift_{{ i }} = shift.x;
+    shift_low_{{ i }} = shift.y;
+    delta_{{ i }} = delta[delta_base + row_{{ i }}];
+  }
+{% endfor %}
+{{ blocks.accumulator("d_q", "k") }}
+{% endmacro -%}
+
+{%- macro scores() %}{{ blocks.product("s", "q", "k") }}{% endmacro -%}
+
+{%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
+
+{#- Leaves d_s = p (d_p - delta) as weights. -#}
+{%- macro score_gradients() %}
+{% for i in range(rows) %}{% for c in range(quads) %}
+    s_{{ i }}_{{ c }} = exp2((s_{{ i }}_{{ c }} - shift_{{ i }}) - shift_low_{{ i }}) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
+{% endfor %}{% endfor %}
+    if (masked) {
+{% for i in range(rows) %}{% for c in range(quads) %}
+      s_{{ i }}_{{ c }} = select(vec4<f32>(), s_{{ i }}_{{ c }}, visible4(row_{{ i }}, column0 + 4u * (tx + {{ c }}u * THREADS_C)));
+{% endfor %}{% endfor %}
+    }
+    workgroupBarrier();
+{{ blocks.keep_weights("s") }}
+{% endmacro -%}
+
+{%- macro accumulate() %}{{ blocks.accumulate("d_q", "k") }}{% endmacro -%}
+
+{%- macro finish() %}{{ blocks.store("d_q", "d_q", "params.scale") }}{% endmacro -%}
