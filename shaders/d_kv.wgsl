@@ -4,7 +4,6 @@
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
-{% include "probability.wgsl" %}
 {% import micro_kernel ~ "/d_kv.wgsl" as micro %}
 {{ micro.declare() }}
 

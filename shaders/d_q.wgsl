@@ -3,7 +3,6 @@
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
-{% include "probability.wgsl" %}
 {% import micro_kernel ~ "/d_q.wgsl" as micro %}
 {{ micro.declare() }}
 

@@ -25,7 +25,6 @@ struct Params {
   d_sink_offset: u32,
   batch: u32,
   scale: f32,
-  scale_log2: f32,
   // WGSL has no literal for it.
   negative_infinity: f32,
 }
@@ -34,7 +33,6 @@ struct Params {
 {% endfor %}
 
 const LOG2_E: f32 = 1.4426950408889634;
-const LN_2: f32 = 0.6931471805599453;
 // Below every finite score; stands for "hidden", and for the maximum of a row that has seen nothing.
 const LOWEST: f32 = -3.4028234e38;
 

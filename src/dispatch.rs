@@ -57,8 +57,8 @@ struct Params {
     d_sink_offset: u32,
     batch: u32,
     scale: f32,
-    scale_log2: f32,
     negative_infinity: f32,
+    padding: u32,
 }
 
 /// The operands of a forward pass in buffers of the caller's.
@@ -200,8 +200,8 @@ impl<'a> Operands<'a> {
             d_sink_offset: offset(Binding::DSinkLogits),
             batch: s.batch as u32,
             scale: self.problem.scale(),
-            scale_log2: self.problem.scale() * std::f32::consts::LOG2_E,
             negative_infinity: f32::NEG_INFINITY,
+            padding: 0,
         }
     }
 }

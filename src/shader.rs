@@ -11,7 +11,7 @@ use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 14] = [
+const SOURCES: [(&str, &str); 13] = [
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
     ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
@@ -24,7 +24,6 @@ const SOURCES: [(&str, &str); 14] = [
     ("portable/d_kv.wgsl", include_str!("../shaders/portable/d_kv.wgsl")),
     ("portable/d_q.wgsl", include_str!("../shaders/portable/d_q.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
-    ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
 ];
 

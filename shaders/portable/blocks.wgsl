@@ -61,6 +61,18 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
+{#- Which of the four columns of a thread's c-th quad its i-th row sees. -#}
+{%- macro visible(i, c) %}visible4(row_{{ i }}, column0 + 4u * (tx + {{ c }}u * THREADS_C)){% endmacro -%}
+
+{#- Zero where hidden, whatever was computed there. -#}
+{%- macro hide(s) %}
+    if (masked) {
+{% for i in range(rows) %}{% for c in range(quads) %}
+      {{ s }}_{{ i }}_{{ c }} = select(vec4<f32>(), {{ s }}_{{ i }}_{{ c }}, {{ visible(i, c) }});
+{% endfor %}{% endfor %}
+    }
+{% endmacro -%}
+
 {#- An accumulator of the width of an operand, zero. -#}
 {%- macro accumulator(x, operand) %}
 {% for i in range(rows) %}{% for c in range(accumulator_quads[operand]) %}
@@ -89,17 +101,14 @@ fn is_finite4(x: vec4<f32>) -> bool {
         if (masked && !is_finite4(x)) { atomicStore(&poisoned, step + 1u); }
 {% endif %}
       }
-{% if operand == "q" and not slab %}
-      // Scores come out in units of log 2, for exp2. The same rounding in every kernel.
-      x *= params.scale_log2;
-{% endif %}
       memory[{{ at }} + staged * {{ stride }} + item % {{ quads }}u] = x;
     }
   }
 {% endfor %}
 {% endmacro -%}
 
-{#- s[row, column] = a[row] . b[column], in the order of the features, whichever of the two is q. -#}
+{#- s[row, column] = a[row] . b[column], feature by feature: every kernel must come to the same bits, whichever of
+    the two is q, or lse and o belong to other scores than the backward pass sees. -#}
 {%- macro product(s, a, b) %}
 {% for i in range(rows) %}{% for c in range(quads) %}
     var {{ s }}_{{ i }}_{{ c }} = vec4<f32>();

@@ -17,22 +17,19 @@
     var delta_{{ c }} = vec4<f32>();
     {
       let query = column0 + 4u * (tx + {{ c }}u * THREADS_C);
-      var shift = vec4<f32>();
-      var shift_low = vec4<f32>();
+      var row_lse = vec4<f32>();
 {% for e in range(4) %}
       if (query + {{ e }}u < column_limit) {
-        let s = probability_shift(lse[lse_base + query + {{ e }}u]);
-        shift.{{ xyzw[e] }} = s.x;
-        shift_low.{{ xyzw[e] }} = s.y;
+        row_lse.{{ xyzw[e] }} = lse[lse_base + query + {{ e }}u];
         delta_{{ c }}.{{ xyzw[e] }} = delta[delta_base + query + {{ e }}u];
       }
 {% endfor %}
 {% for i in range(rows) %}
-      s_{{ i }}_{{ c }} = exp2((s_{{ i }}_{{ c }} - shift) - shift_low);
-      if (masked) { s_{{ i }}_{{ c }} = select(vec4<f32>(), s_{{ i }}_{{ c }}, visible4(row_{{ i }}, query)); }
+      s_{{ i }}_{{ c }} = exp2(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), -row_lse) * LOG2_E);
 {% endfor %}
     }
 {% endfor %}
+{{ blocks.hide("s") }}
     workgroupBarrier();
 {{ blocks.keep_weights("s") }}
 {% endmacro -%}
@@ -46,12 +43,7 @@
 {% for c in range(quads) %}{% for i in range(rows) %}
     d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});
 {% endfor %}{% endfor %}
-    if (masked) {
-      // Where p is 0 because the key is hidden, d_p may still be NaN.
-{% for c in range(quads) %}{% for i in range(rows) %}
-      d_p_{{ i }}_{{ c }} = select(vec4<f32>(), d_p_{{ i }}_{{ c }}, visible4(row_{{ i }}, column0 + 4u * (tx + {{ c }}u * THREADS_C)));
-{% endfor %}{% endfor %}
-    }
+{{ blocks.hide("d_p") }}
     workgroupBarrier();
 {{ blocks.keep_weights("d_p") }}
 {% endmacro -%}

@@ -6,13 +6,10 @@
 {%- macro begin() %}
 {{ blocks.begin() }}
 {% for i in range(rows) %}
-  var shift_{{ i }} = 0.0;
-  var shift_low_{{ i }} = 0.0;
+  var lse_{{ i }} = 0.0;
   var delta_{{ i }} = 0.0;
   if (row_{{ i }} < row_limit) {
-    let shift = probability_shift(lse[lse_base + row_{{ i }}]);
-    shift_{{ i }} = shift.x;
-    shift_low_{{ i }} = shift.y;
+    lse_{{ i }} = lse[lse_base + row_{{ i }}];
     delta_{{ i }} = delta[delta_base + row_{{ i }}];
   }
 {% endfor %}
@@ -26,13 +23,9 @@
 {#- Leaves d_s = p (d_p - delta) as weights. -#}
 {%- macro score_gradients() %}
 {% for i in range(rows) %}{% for c in range(quads) %}
-    s_{{ i }}_{{ c }} = exp2((s_{{ i }}_{{ c }} - shift_{{ i }}) - shift_low_{{ i }}) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
+    s_{{ i }}_{{ c }} = exp2(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-lse_{{ i }})) * LOG2_E) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 {% endfor %}{% endfor %}
-    if (masked) {
-{% for i in range(rows) %}{% for c in range(quads) %}
-      s_{{ i }}_{{ c }} = select(vec4<f32>(), s_{{ i }}_{{ c }}, visible4(row_{{ i }}, column0 + 4u * (tx + {{ c }}u * THREADS_C)));
-{% endfor %}{% endfor %}
-    }
+{{ blocks.hide("s") }}
     workgroupBarrier();
 {{ blocks.keep_weights("s") }}
 {% endmacro -%}

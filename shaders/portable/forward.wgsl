@@ -14,38 +14,51 @@
 
 {%- macro scores() %}{{ blocks.product("s", "q", "k") }}{% endmacro -%}
 
+{#- The largest visible score of each row that this thread holds. -#}
+{%- macro most(masked) %}
+{% for i in range(rows) %}
+      {
+        var most = vec4<f32>(LOWEST);
+{% for c in range(quads) %}
+{% if masked %}
+        most = max(most, select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }} * params.scale, {{ blocks.visible(i, c) }}));
+{% else %}
+        most = max(most, s_{{ i }}_{{ c }} * params.scale);
+{% endif %}
+{% endfor %}
+        most_{{ i }} = max(max(most.x, most.y), max(most.z, most.w));
+      }
+{% endfor %}
+{% endmacro -%}
+
 {#- Online softmax: updates each row's maximum and sum, rescales the output, leaves the probabilities
-    as weights. -#}
+    as weights. The backward kernels form a probability the same way, with lse for the maximum. -#}
 {%- macro softmax() %}
-    if (masked) {
-{% for i in range(rows) %}{% for c in range(quads) %}
-      s_{{ i }}_{{ c }} = select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }}, visible4(row_{{ i }}, column0 + 4u * (tx + {{ c }}u * THREADS_C)));
-{% endfor %}{% endfor %}
-    }
 {% for i in range(rows) %}
     var most_{{ i }} = 0.0;
-    {
-      var most = s_{{ i }}_0;
-{% for c in range(1, quads) %}
-      most = max(most, s_{{ i }}_{{ c }});
 {% endfor %}
-      most_{{ i }} = max(max(most.x, most.y), max(most.z, most.w));
+    if (masked) {
+{{ most(true) }}
+    } else {
+{{ most(false) }}
     }
-{% endfor %}
 {{ blocks.reduce_rows("row_most", "most", "max") }}
 {% for i in range(rows) %}
+    let before_{{ i }} = max_{{ i }};
+    max_{{ i }} = max(before_{{ i }}, row_most_{{ i }});
+{% for c in range(quads) %}
+    s_{{ i }}_{{ c }} = exp2(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-max_{{ i }})) * LOG2_E);
+{% endfor %}
+{% endfor %}
+{{ blocks.hide("s") }}
+{% for i in range(rows) %}
     {
-      let before = max_{{ i }};
-      max_{{ i }} = max(before, row_most_{{ i }});
-      // A row that has seen nothing yet must give exp2(LOWEST - 0) = 0, not exp2(0).
-      let shift = select(max_{{ i }}, 0.0, max_{{ i }} == LOWEST);
-      let rescale = exp2(before - max_{{ i }});
+      let rescale = exp2((before_{{ i }} - max_{{ i }}) * LOG2_E);
 {% for c in range(accumulator_quads.v) %}
       o_{{ i }}_{{ c }} *= rescale;
 {% endfor %}
-      var total = vec4<f32>();
-{% for c in range(quads) %}
-      s_{{ i }}_{{ c }} = exp2(s_{{ i }}_{{ c }} - shift);
+      var total = s_{{ i }}_0;
+{% for c in range(1, quads) %}
       total += s_{{ i }}_{{ c }};
 {% endfor %}
       sum_{{ i }} = fma(sum_{{ i }}, rescale, (total.x + total.y) + (total.z + total.w));
