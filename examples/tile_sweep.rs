@@ -1,15 +1,16 @@
-//! Measures many tile shapes of the forward kernel on this device and prints them, the fastest first.
+//! Measures many tile shapes of each kernel on this device and prints them, the fastest first.
 //!
 //! `cargo run --release --example tile_sweep -- [D,E,H,G,N,full|causal ...]`
-//! Times are GPU timestamps in milliseconds: minimum, median and maximum of nine passes.
+//! Times are GPU timestamps in milliseconds: minimum, median and maximum of five passes.
 
 use std::error::Error;
 
 use sink_attention::{
-    Attention, DeviceChoice, ForwardBuffers, Options, Plan, Problem, Shape, SinkLogits, TensorView, Tiles, wgpu,
+    Attention, BackwardBuffers, DeviceChoice, ForwardBuffers, Kernel, Options, Pass, Problem, Shape, SinkLogits,
+    TensorView, Tiles, wgpu,
 };
 
-const PASSES: u32 = 9;
+const PASSES: u32 = 5;
 
 struct Timer {
     queries: wgpu::QuerySet,
@@ -73,31 +74,20 @@ impl Timer {
     }
 }
 
-fn candidates(head_dim: u32, value_dim: u32) -> Vec<Tiles> {
+fn candidates(kernel: Kernel, head_dim: u32, value_dim: u32) -> Vec<Tiles> {
     let mut all = Vec::new();
-    for (threads_q, threads_k) in
-        [(8, 8), (16, 8), (4, 16), (8, 16), (16, 16), (32, 8), (4, 8), (2, 32), (4, 32), (8, 32)]
-    {
-        for rows in [4, 8, 16] {
-            for quads in [1, 2, 4] {
-                for chunk in [4, 8, 16, 32] {
-                    for v_chunk in [8, 16, 32, 64] {
-                        for (q_resident, v_apart) in [(false, false), (true, false), (true, true)] {
-                            let t = Tiles { threads_q, threads_k, rows, quads, chunk, v_chunk, q_resident, v_apart };
-                            let registers = t.registers(value_dim);
-                            let reach = t.tile_q() >= 32 && t.tile_k() >= 32 && t.tile_k() <= 128;
-                            let waste = t.value_quads(value_dim) * threads_k * 4 > value_dim;
-                            let v_fits = v_chunk == t.tile_k().min(64) || (!v_apart && v_chunk == 16);
-                            if reach
-                                && !waste
-                                && v_fits
-                                && (90..=250).contains(&registers)
-                                && chunk * 4 <= head_dim
-                                && t.threads() >= 64
-                            {
-                                all.push(t);
-                            }
-                        }
+    for [threads_r, threads_c] in [[8, 8], [16, 8], [32, 8], [8, 16], [16, 16], [8, 4], [16, 4], [32, 4]] {
+        for [rows, quads] in [[2, 1], [4, 1], [8, 1], [4, 2], [8, 2]] {
+            for chunk in [2, 4, 8] {
+                for slab in [8, 16, 32] {
+                    let t = Tiles { threads_r, threads_c, rows, quads, chunk, slab };
+                    let sensible = t.tile_rows() >= 32
+                        && (slab >= 16 || t.tile_columns() == 16)
+                        && t.tile_columns().is_multiple_of(slab)
+                        && (64..=220).contains(&t.registers(kernel, head_dim, value_dim))
+                        && t.threads() >= 64;
+                    if sensible {
+                        all.push(t);
                     }
                 }
             }
@@ -148,7 +138,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         let o = buffer(elements(problem.o_shape()), 4);
         let lse = buffer(h * n, 5);
         let sinks = buffer(h, 6);
-        let buffers = ForwardBuffers {
+        let d_o = buffer(elements(problem.o_shape()), 7);
+        let d_q = buffer(elements(problem.q_shape()), 8);
+        let d_k = buffer(elements(problem.k_shape()), 9);
+        let d_v = buffer(elements(problem.v_shape()), 10);
+        let d_sinks = buffer(h, 11);
+        let forward = ForwardBuffers {
             q: TensorView::new(&q),
             k: TensorView::new(&k),
             v: TensorView::new(&v),
@@ -156,37 +151,66 @@ fn main() -> Result<(), Box<dyn Error>> {
             o: TensorView::new(&o),
             lse: TensorView::new(&lse),
         };
-        let mut rows = Vec::new();
-        let all = candidates(d as u32, e as u32);
-        let total = all.len();
-        let mut best = f64::INFINITY;
-        for tiles in all {
-            if Plan::with_tiles(&problem, true, device.capabilities(), tiles).is_err() {
-                continue;
-            }
-            let start = std::time::Instant::now();
-            let prepared = pollster::block_on(attention.prepare_forward_with(&problem, &buffers, Some(tiles)))?;
-            let compile = start.elapsed().as_secs_f64();
-            let first = timer.time(gpu, queue, 1, |pass| prepared.encode_in(pass))?[0];
-            let passes = if first > 3.0 * best { 1 } else { PASSES };
-            let times =
-                if passes > 1 { timer.time(gpu, queue, passes, |pass| prepared.encode_in(pass))? } else { vec![first] };
-            best = best.min(times[0]);
-            rows.push((times[times.len() / 2], times[0], times[times.len() - 1], compile, tiles));
+        let backward = BackwardBuffers {
+            forward,
+            d_o: TensorView::new(&d_o),
+            d_lse: None,
+            d_q: TensorView::new(&d_q),
+            d_k: TensorView::new(&d_k),
+            d_v: TensorView::new(&d_v),
+            d_sink_logits: Some(TensorView::new(&d_sinks)),
+        };
+        // The backward kernels want a forward pass's real results.
+        let first = attention.prepare_forward(&problem, &forward)?;
+        timer.time(gpu, queue, 1, |pass| first.encode_in(pass))?;
+        let whole = attention.prepare_backward(&problem, &backward)?;
+        timer.time(gpu, queue, 1, |pass| whole.encode_in(pass))?;
+        for (name, index) in [("delta", 0), ("d_sink_logits", 1)] {
+            let times = timer.time(gpu, queue, PASSES, |pass| whole.encode_pass_in(pass, index))?;
+            println!("{name}: {:.3} ms", times[times.len() / 2]);
         }
-        rows.sort_by(|a, b| a.0.total_cmp(&b.0));
-        println!("\n{problem}: {} of {total} candidates fit", rows.len());
-        println!(
-            "{:>7} {:>8} {:>8} {:>8} {:>5} {:>6} {:>5}  tiles",
-            "TFLOP/s", "median", "min", "max", "comp", "bytes", "regs"
-        );
-        for (median, min, max, compile, tiles) in rows {
+        // Matrix products a kernel really does, of the forward pass's two.
+        for (kernel, products, index) in [(Kernel::Forward, 2.0, 0), (Kernel::DQ, 3.0, 2), (Kernel::DKv, 4.0, 3)] {
+            let all = candidates(kernel, d as u32, e as u32);
+            let total = all.len();
+            let mut rows = Vec::new();
+            let mut best = f64::INFINITY;
+            for tiles in all {
+                if Pass::with_tiles(kernel, &problem, true, device.capabilities(), tiles).is_err() {
+                    continue;
+                }
+                let start = std::time::Instant::now();
+                let choice = [(kernel, tiles)];
+                let prepared = if kernel == Kernel::Forward {
+                    pollster::block_on(attention.prepare_forward_with(&problem, &forward, &choice))?
+                } else {
+                    pollster::block_on(attention.prepare_backward_with(&problem, &backward, &choice))?
+                };
+                let compile = start.elapsed().as_secs_f64();
+                let time = |passes| timer.time(gpu, queue, passes, |pass| prepared.encode_pass_in(pass, index));
+                if compile < 0.05 {
+                    // Software drivers compile at the first dispatch.
+                    time(1)?;
+                }
+                let first = time(1)?;
+                let times = if first[0] > 2.0 * best { first } else { time(PASSES)? };
+                best = best.min(times[0]);
+                rows.push((times[times.len() / 2], times[0], times[times.len() - 1], compile, tiles));
+            }
+            rows.sort_by(|a, b| a.0.total_cmp(&b.0));
+            println!("\n{problem} {kernel:?}: {} of {total} candidates fit", rows.len());
             println!(
-                "{:7.2} {median:8.3} {min:8.3} {max:8.3} {compile:5.2} {:6} {:5}  {tiles}",
-                problem.forward_flops() / median * 1e-9,
-                tiles.workgroup_bytes(d as u32, e as u32),
-                tiles.registers(e as u32),
+                "{:>7} {:>8} {:>8} {:>8} {:>5} {:>6} {:>5}  tiles",
+                "TFLOP/s", "median", "min", "max", "comp", "bytes", "regs"
             );
+            for (median, min, max, compile, tiles) in rows {
+                println!(
+                    "{:7.2} {median:8.3} {min:8.3} {max:8.3} {compile:5.2} {:6} {:5}  {tiles}",
+                    problem.forward_flops() * products / 2.0 / median * 1e-9,
+                    tiles.workgroup_bytes(kernel, d as u32, e as u32),
+                    tiles.registers(kernel, d as u32, e as u32),
+                );
+            }
         }
     }
     Ok(())

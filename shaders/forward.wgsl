@@ -1,47 +1,40 @@
-{#- Forward pass: one workgroup computes TILE_Q queries of one head against all key tiles that they see.
+{#- Forward pass: one workgroup computes a tile of queries of one head against all key tiles that they see.
 
-    The outer loop below knows nothing of how scores are formed or summed: a micro-kernel
-    (portable.wgsl) supplies declare, load_*, scores, probabilities, accumulate and store. -#}
+    The outer loop knows nothing of how scores are formed or summed: the micro-kernel does. -#}
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "softmax.wgsl" %}
-{% import micro_kernel as micro %}
+{% import micro_kernel ~ "/forward.wgsl" as micro %}
 {{ micro.declare() }}
 
 @compute @workgroup_size({{ threads }})
-fn forward(
+fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
   @builtin(num_workgroups) grid: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
 ) {
-  // The grid is folded into two dimensions; the query heads of a group stand side by side (they share
-  // keys and values), and the last query tile comes first (under a causal mask it is the longest).
-  var index = workgroup.x + workgroup.y * grid.x;
+  let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
-  let group = params.heads / params.kv_heads;
-  let member = index % group;
-  index /= group;
-  let query_tiles = (params.seq_q + TILE_Q - 1u) / TILE_Q;
-  let query_tile = query_tiles - 1u - index % query_tiles;
-  index /= query_tiles;
-  let kv_head = index % params.kv_heads;
-  let batch = index / params.kv_heads;
-  let head = kv_head * group + member;
-
-  let row0 = query_tile * TILE_Q;
-  let row_end = min(row0 + TILE_Q, params.seq_q);
-  let q_base = operand_base(params.q, batch, head);
-  let k_base = operand_base(params.k, batch, kv_head);
-  let v_base = operand_base(params.v, batch, kv_head);
+  let work = query_work(index);
+  let head = work.head;
+  let row0 = work.tile * TILE_ROWS;
+  let row_limit = params.seq_q;
+  let column_limit = params.seq_k;
+  let row_end = min(row0 + TILE_ROWS, row_limit);
+  let q_base = operand_base(params.q, work.batch, head);
+  let o_base = operand_base(params.o, work.batch, head);
+  let k_base = operand_base(params.k, work.batch, work.kv_head);
+  let v_base = operand_base(params.v, work.batch, work.kv_head);
+  let lse_base = params.lse_offset + (work.batch * params.heads + head) * params.seq_q;
   let tiles = key_tiles(row0, row_end);
 
   {{ micro.begin() }}
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
-    let key0 = tile * TILE_K;
-    let masked = !all_visible(row0, row_end, key0, key0 + TILE_K);
+    let column0 = tile * TILE_COLUMNS;
+    let masked = !all_visible(row0, row_end, column0, column0 + TILE_COLUMNS);
     {{ micro.scores() }}
-    {{ micro.probabilities() }}
+    {{ micro.softmax() }}
     {{ micro.accumulate() }}
   }
   {{ micro.finish() }}

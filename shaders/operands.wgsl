@@ -1,27 +1,30 @@
 // Four neighbours of a row, zero beyond the width. With vec4 loads the width is a multiple of four.
-{% for name, width in [("q", "HEAD_DIM"), ("k", "HEAD_DIM"), ("v", "VALUE_DIM")] %}
-fn load_{{ name }}(base: u32, column: u32) -> vec4<f32> {
+{% for operand in loads %}
+
+fn load_{{ operand.name }}(base: u32, quad: u32) -> vec4<f32> {
 {% if vec4 %}
-  return {{ name }}[base + column];
+  return {{ operand.name }}[base + quad];
 {% else %}
-  let at = base + column * 4u;
-  var x = vec4<f32>({{ name }}[at], 0.0, 0.0, 0.0);
-  if (column * 4u + 1u < {{ width }}) { x.y = {{ name }}[at + 1u]; }
-  if (column * 4u + 2u < {{ width }}) { x.z = {{ name }}[at + 2u]; }
-  if (column * 4u + 3u < {{ width }}) { x.w = {{ name }}[at + 3u]; }
+  let at = base + quad * 4u;
+  var x = vec4<f32>({{ operand.name }}[at], 0.0, 0.0, 0.0);
+{% for e in range(1, 4) %}
+  if (quad * 4u + {{ e }}u < {{ operand.width }}u) { x.{{ xyzw[e] }} = {{ operand.name }}[at + {{ e }}u]; }
+{% endfor %}
   return x;
 {% endif %}
 }
 {% endfor %}
+{% for operand in stores %}
 
-fn store_o(base: u32, column: u32, x: vec4<f32>) {
+fn store_{{ operand.name }}(base: u32, quad: u32, x: vec4<f32>) {
 {% if vec4 %}
-  o[base + column] = x;
+  {{ operand.name }}[base + quad] = x;
 {% else %}
-  let at = base + column * 4u;
-  o[at] = x.x;
-  if (column * 4u + 1u < VALUE_DIM) { o[at + 1u] = x.y; }
-  if (column * 4u + 2u < VALUE_DIM) { o[at + 2u] = x.z; }
-  if (column * 4u + 3u < VALUE_DIM) { o[at + 3u] = x.w; }
+  let at = base + quad * 4u;
+  {{ operand.name }}[at] = x.x;
+{% for e in range(1, 4) %}
+  if (quad * 4u + {{ e }}u < {{ operand.width }}u) { {{ operand.name }}[at + {{ e }}u] = x.{{ xyzw[e] }}; }
+{% endfor %}
 {% endif %}
 }
+{% endfor %}

@@ -6,6 +6,10 @@ struct Params {
   k: Operand,
   v: Operand,
   o: Operand,
+  d_o: Operand,
+  d_q: Operand,
+  d_k: Operand,
+  d_v: Operand,
   heads: u32,
   kv_heads: u32,
   seq_q: u32,
@@ -13,10 +17,14 @@ struct Params {
   lower: i32,
   upper: i32,
   sink_tokens: u32,
+  // Workgroups of this pass: the grid is folded into two dimensions and may be larger.
   workgroups: u32,
   lse_offset: u32,
+  d_lse_offset: u32,
   sink_offset: u32,
-  scale_log2: f32,
+  d_sink_offset: u32,
+  batch: u32,
+  scale: f32,
   // WGSL has no literal for it.
   negative_infinity: f32,
 }
@@ -24,15 +32,38 @@ struct Params {
 @group(0) @binding({{ b.slot }}) var<{{ b.space }}> {{ b.name }}: {{ b.type }};
 {% endfor %}
 
-const HEAD_DIM: u32 = {{ head_dim }}u;
-const VALUE_DIM: u32 = {{ value_dim }}u;
-const TILE_Q: u32 = {{ tile_q }}u;
-const TILE_K: u32 = {{ tile_k }}u;
 const LOG2_E: f32 = 1.4426950408889634;
-const LN_2: f32 = 0.6931471805599453;
 // Below every finite score; stands for "hidden", and for the maximum of a row that has seen nothing.
 const LOWEST: f32 = -3.4028234e38;
 
 fn operand_base(operand: Operand, batch: u32, head: u32) -> u32 {
   return operand.offset + batch * operand.batch + head * operand.head;
 }
+{% if tile_rows is defined %}
+
+const TILE_ROWS: u32 = {{ tile_rows }}u;
+const TILE_COLUMNS: u32 = {{ tile_columns }}u;
+
+struct Work { tile: u32, batch: u32, head: u32, kv_head: u32 }
+{% if rows_are_keys %}
+
+// The tile of keys of a workgroup; `head` is the first query head of the group. The first key tile comes
+// first: under a causal mask the most queries see it.
+fn key_work(index: u32) -> Work {
+  let tiles = (params.seq_k + TILE_ROWS - 1u) / TILE_ROWS;
+  let kv_head = index / tiles % params.kv_heads;
+  return Work(index % tiles, index / tiles / params.kv_heads, kv_head * (params.heads / params.kv_heads), kv_head);
+}
+{% else %}
+
+// The tile of queries of a workgroup. The query heads of a group stand side by side (they share keys and
+// values), and the last query tile comes first (under a causal mask it is the longest).
+fn query_work(index: u32) -> Work {
+  let group = params.heads / params.kv_heads;
+  let tiles = (params.seq_q + TILE_ROWS - 1u) / TILE_ROWS;
+  let place = index / group;
+  let kv_head = place / tiles % params.kv_heads;
+  return Work(tiles - 1u - place % tiles, place / tiles / params.kv_heads, kv_head * group + index % group, kv_head);
+}
+{% endif %}
+{% endif %}

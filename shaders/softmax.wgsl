@@ -4,21 +4,20 @@ struct RowEnd { factor: f32, lse: f32 }
 // log(x), one Newton step beyond the driver's log2, which may be coarse near 1.
 fn natural_log(x: f32) -> f32 {
   let y = log2(x);
-  return fma(y, LN_2, x * exp2(-y) - 1.0);
+  return fma(y, 0.6931471805599453, x * exp2(-y) - 1.0);
 }
 
-// `most` is the row's maximum score in units of log 2, `sum` is the sum of exp2(score - most).
+// `most` is the row's maximum score, `sum` is the sum of exp(score - most).
 fn finish_row(most: f32, sum: f32, head: u32) -> RowEnd {
 {% if sinks == "none" %}
   if (sum == 0.0) { return RowEnd(0.0, params.negative_infinity); }
-  return RowEnd(1.0 / sum, fma(most, LN_2, natural_log(sum)));
+  return RowEnd(1.0 / sum, most + natural_log(sum));
 {% else %}
   let sink = {{ "sink_logits[params.sink_offset + head]" if sinks == "per_head" else "0.0" }};
   if (sum == 0.0) { return RowEnd(0.0, sink); }
-  let score = most * LN_2;
-  let top = max(score, sink);
+  let top = max(most, sink);
   // Equal terms give exp(0), even where both are infinite.
-  let keys = select(exp2((score - top) * LOG2_E), 1.0, score == top);
+  let keys = select(exp2((most - top) * LOG2_E), 1.0, most == top);
   let total = fma(sum, keys, select(exp2((sink - top) * LOG2_E), 1.0, sink == top));
   return RowEnd(keys / total, top + natural_log(total));
 {% endif %}

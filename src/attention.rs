@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, describe};
-use crate::dispatch::{ForwardBuffers, PreparedForward};
+use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
-use crate::problem::{Inputs, Output, Problem};
+use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
+use crate::shader::Kernel;
 use crate::tensor::{TensorView, allocate, download, upload};
 use crate::tiles::Tiles;
 
@@ -122,6 +123,78 @@ impl Attention {
         Ok(Output { o, lse })
     }
 
+    /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
+    ///
+    /// # Errors
+    /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`] and, on a GPU, those of
+    /// [`forward`](Self::forward).
+    pub fn backward(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        saved: &Output,
+        upstream: &Upstream<'_>,
+    ) -> Result<Gradients> {
+        pollster::block_on(self.backward_async(problem, inputs, saved, upstream))
+    }
+
+    /// As [`backward`](Self::backward), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward).
+    pub async fn backward_async(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        saved: &Output,
+        upstream: &Upstream<'_>,
+    ) -> Result<Gradients> {
+        problem.check_inputs(inputs)?;
+        problem.check_upstream(saved, upstream)?;
+        let Backend::Gpu { device, .. } = &self.backend else {
+            return cpu::backward(problem, inputs, saved, upstream);
+        };
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let operands = device.scoped("uploading operands", || -> Result<_> {
+            let optional = |name, slice: Option<&[f32]>| slice.map(|s| upload(device, name, s)).transpose();
+            Ok((
+                [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
+                optional("sink_logits", inputs.sink_logits)?,
+                [upload(device, "o", &saved.o)?, upload(device, "lse", &saved.lse)?],
+                upload(device, "d_o", upstream.d_o)?,
+                optional("d_lse", upstream.d_lse)?,
+                [
+                    allocate(device, "d_q", inputs.q.len(), usage)?,
+                    allocate(device, "d_k", inputs.k.len(), usage)?,
+                    allocate(device, "d_v", inputs.v.len(), usage)?,
+                    // One element where there are no sink logits, so that there is a buffer to read.
+                    allocate(device, "d_sink_logits", inputs.sink_logits.map_or(1, <[f32]>::len), usage)?,
+                ],
+            ))
+        });
+        let ([q, k, v], sink_logits, [o, lse], d_o, d_lse, [d_q, d_k, d_v, d_sink_logits]) = operands.await??;
+        let buffers = BackwardBuffers {
+            forward: ForwardBuffers {
+                q: TensorView::new(&q),
+                k: TensorView::new(&k),
+                v: TensorView::new(&v),
+                sink_logits: sink_logits.as_ref().map(TensorView::new),
+                o: TensorView::new(&o),
+                lse: TensorView::new(&lse),
+            },
+            d_o: TensorView::new(&d_o),
+            d_lse: d_lse.as_ref().map(TensorView::new),
+            d_q: TensorView::new(&d_q),
+            d_k: TensorView::new(&d_k),
+            d_v: TensorView::new(&d_v),
+            d_sink_logits: sink_logits.as_ref().map(|_| TensorView::new(&d_sink_logits)),
+        };
+        let prepared = self.prepare_backward_async(problem, &buffers).await?;
+        let results = [&d_q, &d_k, &d_v, &d_sink_logits];
+        let [d_q, d_k, d_v, d_sink] = download(device, results, |encoder| prepared.encode(encoder)).await?;
+        Ok(Gradients { d_q, d_k, d_v, d_sink_logits: sink_logits.map(|_| d_sink) })
+    }
+
     /// Prepares a forward pass on buffers of the caller's.
     ///
     /// # Errors
@@ -129,7 +202,7 @@ impl Attention {
     /// [`Error::BindingTooLarge`], [`Error::IndexOverflow`], [`Error::Aliasing`] and
     /// [`Error::OverlappingStrides`] for operands that cannot be bound; [`Error::NoKernel`] and
     /// [`Error::TooManyWorkgroups`] where the device's limits are too small.
-    pub fn prepare_forward(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<PreparedForward> {
+    pub fn prepare_forward(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_forward_async(problem, buffers))
     }
 
@@ -137,12 +210,8 @@ impl Attention {
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
-    pub async fn prepare_forward_async(
-        &self,
-        problem: &Problem,
-        buffers: &ForwardBuffers<'_>,
-    ) -> Result<PreparedForward> {
-        self.prepare_forward_with(problem, buffers, None).await
+    pub async fn prepare_forward_async(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
+        self.prepare_forward_with(problem, buffers, &[]).await
     }
 
     /// As [`prepare_forward_async`](Self::prepare_forward_async) with tiles of the caller's choice, for
@@ -154,13 +223,45 @@ impl Attention {
         &self,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
-        tiles: Option<Tiles>,
-    ) -> Result<PreparedForward> {
+        tiles: &[(Kernel, Tiles)],
+    ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
-            Backend::Gpu { device, pipelines } => {
-                PreparedForward::new(device, pipelines, problem, buffers, tiles).await
-            }
+            Backend::Gpu { device, pipelines } => Prepared::forward(device, pipelines, problem, buffers, tiles).await,
+        }
+    }
+
+    /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
+    /// four bytes for each query of each head, and with sink logits an eighth of a byte more.
+    ///
+    /// # Errors
+    /// As [`prepare_forward`](Self::prepare_forward), and [`Error::OutOfMemory`].
+    pub fn prepare_backward(&self, problem: &Problem, buffers: &BackwardBuffers<'_>) -> Result<Prepared> {
+        pollster::block_on(self.prepare_backward_async(problem, buffers))
+    }
+
+    /// As [`prepare_backward`](Self::prepare_backward), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_backward`](Self::prepare_backward).
+    pub async fn prepare_backward_async(&self, problem: &Problem, buffers: &BackwardBuffers<'_>) -> Result<Prepared> {
+        self.prepare_backward_with(problem, buffers, &[]).await
+    }
+
+    /// As [`prepare_backward_async`](Self::prepare_backward_async) with tiles of the caller's choice, for
+    /// measuring candidates.
+    ///
+    /// # Errors
+    /// As [`prepare_backward`](Self::prepare_backward).
+    pub async fn prepare_backward_with(
+        &self,
+        problem: &Problem,
+        buffers: &BackwardBuffers<'_>,
+        tiles: &[(Kernel, Tiles)],
+    ) -> Result<Prepared> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
+            Backend::Gpu { device, pipelines } => Prepared::backward(device, pipelines, problem, buffers, tiles).await,
         }
     }
 }

@@ -10,14 +10,14 @@ use crate::error::{Error, Result};
 use crate::pipeline::{Pipeline, Pipelines};
 use crate::plan::Plan;
 use crate::problem::{Layout, Problem, SinkLogits};
-use crate::shader::Binding;
-use crate::tensor::{Placed, TensorView};
+use crate::shader::{Binding, DELTA_ROWS, Kernel};
+use crate::tensor::{Extents, Placed, TensorView, allocate};
 use crate::tiles::Tiles;
 
 /// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(crate) struct Operand {
+struct Operand {
     offset: u32,
     batch: u32,
     head: u32,
@@ -34,11 +34,15 @@ impl Operand {
 /// What changes between calls; `Params` in shaders/params.wgsl.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(crate) struct Params {
+struct Params {
     q: Operand,
     k: Operand,
     v: Operand,
     o: Operand,
+    d_o: Operand,
+    d_q: Operand,
+    d_k: Operand,
+    d_v: Operand,
     heads: u32,
     kv_heads: u32,
     seq_q: u32,
@@ -48,9 +52,13 @@ pub(crate) struct Params {
     sink_tokens: u32,
     workgroups: u32,
     lse_offset: u32,
+    d_lse_offset: u32,
     sink_offset: u32,
-    scale_log2: f32,
+    d_sink_offset: u32,
+    batch: u32,
+    scale: f32,
     negative_infinity: f32,
+    padding: u32,
 }
 
 /// The operands of a forward pass in buffers of the caller's.
@@ -70,75 +78,114 @@ pub struct ForwardBuffers<'a> {
     pub lse: TensorView<'a>,
 }
 
-/// A forward pass that is ready to be encoded, as often as wanted: nothing is allocated, submitted
-/// or waited for after this point. Keeps the buffers it was prepared with alive.
-#[derive(Debug, Clone)]
-pub struct PreparedForward {
-    plan: Plan,
-    pipeline: Arc<Pipeline>,
-    bind_group: wgpu::BindGroup,
+/// The operands of a backward pass in buffers of the caller's: those of the forward pass, its results,
+/// the gradients that flow into these, and the gradients to compute.
+#[derive(Debug, Clone, Copy)]
+pub struct BackwardBuffers<'a> {
+    /// The forward pass's operands and results. All of them are read.
+    pub forward: ForwardBuffers<'a>,
+    /// Gradient by o.
+    pub d_o: TensorView<'a>,
+    /// Gradient by lse, densely packed; `None` is zero. Ignored where lse is -inf.
+    pub d_lse: Option<TensorView<'a>>,
+    /// Result: gradient by q.
+    pub d_q: TensorView<'a>,
+    /// Result: gradient by k.
+    pub d_k: TensorView<'a>,
+    /// Result: gradient by v.
+    pub d_v: TensorView<'a>,
+    /// Result: gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`]; densely packed.
+    pub d_sink_logits: Option<TensorView<'a>>,
 }
 
-impl PreparedForward {
-    pub(crate) async fn new(
-        device: &Device,
-        pipelines: &Pipelines,
-        problem: &Problem,
-        buffers: &ForwardBuffers<'_>,
-        tiles: Option<Tiles>,
-    ) -> Result<Self> {
-        let s = problem.shape();
-        let capabilities = device.capabilities();
-        let layout = problem.options().layout;
-        let q = Placed::new("q", &buffers.q, [s.batch, s.heads, s.seq_q, s.head_dim], layout, capabilities)?;
-        let k = Placed::new("k", &buffers.k, [s.batch, s.kv_heads, s.seq_k, s.head_dim], layout, capabilities)?;
-        let v = Placed::new("v", &buffers.v, [s.batch, s.kv_heads, s.seq_k, s.value_dim], layout, capabilities)?;
-        let o_extents = [s.batch, s.heads, s.seq_q, s.value_dim];
-        let o = Placed::new("o", &buffers.o, o_extents, layout, capabilities)?;
-        // lse and the sink logits are rows of their own: one "sequence" of width 1 each.
-        let lse_extents = [s.batch, s.heads, s.seq_q, 1];
-        let dense = |operand, view: &TensorView<'_>| match view.strides {
-            None => Ok(()),
-            Some(_) => {
-                Err(Error::InvalidOption { option: operand, reason: "must be densely packed, without strides".into() })
-            }
-        };
-        dense("lse", &buffers.lse)?;
-        let lse = Placed::new("lse", &buffers.lse, lse_extents, Layout::Bhsd, capabilities)?;
-        let sinks = match (problem.options().sink_logits, &buffers.sink_logits) {
-            (SinkLogits::PerHead, Some(view)) => {
-                dense("sink_logits", view)?;
-                Some(Placed::new("sink_logits", view, [1, 1, s.heads, 1], Layout::Bhsd, capabilities)?)
-            }
-            (SinkLogits::PerHead, None) => return Err(Error::MissingOperand { operand: "sink_logits" }),
+/// The operands of a call, each checked and with its place.
+struct Operands<'a> {
+    problem: &'a Problem,
+    device: &'a Device,
+    placed: Vec<(Binding, TensorView<'a>, Placed<'a>)>,
+}
+
+impl<'a> Operands<'a> {
+    fn new(problem: &'a Problem, device: &'a Device) -> Self {
+        Operands { problem, device, placed: Vec::new() }
+    }
+
+    /// Extents of an operand, and whether it must be densely packed.
+    fn extents(&self, binding: Binding) -> (Extents, bool) {
+        let s = self.problem.shape();
+        match binding {
+            Binding::Q | Binding::DQ => ([s.batch, s.heads, s.seq_q, s.head_dim], false),
+            Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], false),
+            Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], false),
+            Binding::O | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], false),
+            Binding::SinkLogits | Binding::DSinkLogits => ([1, 1, s.heads, 1], true),
+            _ => ([s.batch, s.heads, s.seq_q, 1], true),
+        }
+    }
+
+    fn add(&mut self, binding: Binding, view: &TensorView<'a>) -> Result<()> {
+        let (extents, dense) = self.extents(binding);
+        let name = binding.name();
+        if dense && view.strides.is_some() {
+            let reason = "must be densely packed; give an offset, but no strides".into();
+            return Err(Error::InvalidOption { option: name, reason });
+        }
+        let layout = if dense { Layout::Bhsd } else { self.problem.options().layout };
+        let placed = Placed::new(name, view, extents, layout, self.device.capabilities())?;
+        self.placed.push((binding, *view, placed));
+        Ok(())
+    }
+
+    /// An operand that goes with [`SinkLogits::PerHead`], and with nothing else.
+    fn add_per_head(&mut self, binding: Binding, view: Option<&TensorView<'a>>) -> Result<()> {
+        let operand = binding.name();
+        match (self.problem.options().sink_logits, view) {
+            (SinkLogits::PerHead, Some(view)) => self.add(binding, view),
+            (SinkLogits::PerHead, None) => Err(Error::MissingOperand { operand }),
+            (_, None) => Ok(()),
             (_, Some(_)) => {
-                return Err(Error::UnexpectedOperand {
-                    operand: "sink_logits",
-                    hint: "set Options::sink_logits to SinkLogits::PerHead",
-                });
+                Err(Error::UnexpectedOperand { operand, hint: "set Options::sink_logits to SinkLogits::PerHead" })
             }
-            (_, None) => None,
-        };
-        let mut inputs = vec![("q", buffers.q.buffer), ("k", buffers.k.buffer), ("v", buffers.v.buffer)];
-        inputs.extend(buffers.sink_logits.map(|view| ("sink_logits", view.buffer)));
-        lse.check_output("lse", lse_extents, &inputs)?;
-        inputs.push(("lse", buffers.lse.buffer));
-        o.check_output("o", o_extents, &inputs)?;
+        }
+    }
 
-        let vec4 = [&q, &k, &v, &o].iter().all(|placed| placed.vec4());
-        let plan = match tiles {
-            None => Plan::forward(problem, vec4, capabilities)?,
-            Some(tiles) => Plan::with_tiles(problem, vec4, capabilities, tiles)?,
-        };
-        let pipeline = pipelines.get(device, &plan.variant).await?;
+    /// No result may lie in a buffer that another operand uses, nor overlap itself.
+    fn check_results(&self, results: &[Binding]) -> Result<()> {
+        for (binding, view, placed) in self.placed.iter().filter(|(b, ..)| results.contains(b)) {
+            let others = self.placed.iter().filter(|(b, ..)| b != binding);
+            if let Some((other, ..)) = others.into_iter().find(|(_, o, _)| o.buffer == view.buffer) {
+                return Err(Error::Aliasing { output: binding.name(), other: other.name() });
+            }
+            placed.check_distinct(binding.name(), self.extents(*binding).0)?;
+        }
+        Ok(())
+    }
 
-        let width = if vec4 { 4 } else { 1 };
-        let mask = problem.mask();
-        let params = Params {
-            q: Operand::new(&q, width),
-            k: Operand::new(&k, width),
-            v: Operand::new(&v, width),
-            o: Operand::new(&o, width),
+    fn find(&self, binding: Binding) -> Option<&Placed<'a>> {
+        self.placed.iter().find(|(b, ..)| *b == binding).map(|(.., placed)| placed)
+    }
+
+    fn vec4(&self) -> bool {
+        let wide = self.placed.iter().filter(|(b, ..)| !self.extents(*b).1);
+        wide.into_iter().all(|(.., placed)| placed.vec4())
+    }
+
+    fn params(&self, vec4: bool, workgroups: u32) -> Params {
+        let (s, mask) = (self.problem.shape(), self.problem.mask());
+        let operand = |binding| match self.find(binding) {
+            Some(placed) => Operand::new(placed, if vec4 { 4 } else { 1 }),
+            None => Operand::zeroed(),
+        };
+        let offset = |binding| self.find(binding).map_or(0, |placed| placed.offset);
+        Params {
+            q: operand(Binding::Q),
+            k: operand(Binding::K),
+            v: operand(Binding::V),
+            o: operand(Binding::O),
+            d_o: operand(Binding::DO),
+            d_q: operand(Binding::DQ),
+            d_k: operand(Binding::DK),
+            d_v: operand(Binding::DV),
             heads: s.heads as u32,
             kv_heads: s.kv_heads as u32,
             seq_q: s.seq_q as u32,
@@ -146,41 +193,104 @@ impl PreparedForward {
             lower: mask.lower(),
             upper: mask.upper(),
             sink_tokens: mask.sink_tokens(),
-            workgroups: plan.workgroups,
-            lse_offset: lse.offset,
-            sink_offset: sinks.map_or(0, |p| p.offset),
-            scale_log2: problem.scale() * std::f32::consts::LOG2_E,
+            workgroups,
+            lse_offset: offset(Binding::Lse),
+            d_lse_offset: offset(Binding::DLse),
+            sink_offset: offset(Binding::SinkLogits),
+            d_sink_offset: offset(Binding::DSinkLogits),
+            batch: s.batch as u32,
+            scale: self.problem.scale(),
             negative_infinity: f32::NEG_INFINITY,
-        };
-        let bind_group = device
-            .scoped("preparing a forward pass", || {
-                let label = Some("sink-attention forward");
-                let params = device.wgpu().create_buffer_init(&wgpu::util::BufferInitDescriptor {
-                    label,
-                    contents: bytemuck::bytes_of(&params),
-                    usage: wgpu::BufferUsages::UNIFORM,
-                });
-                let mut entries = Vec::new();
-                for binding in plan.variant.bindings() {
-                    let resource = match binding {
+            padding: 0,
+        }
+    }
+}
+
+/// A forward or backward pass that is ready to be encoded, as often as wanted: nothing is allocated,
+/// submitted or waited for after this point. Keeps the buffers it was prepared with alive.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    plan: Plan,
+    dispatches: Vec<(Arc<Pipeline>, wgpu::BindGroup)>,
+}
+
+impl Prepared {
+    pub(crate) async fn forward(
+        device: &Device,
+        pipelines: &Pipelines,
+        problem: &Problem,
+        buffers: &ForwardBuffers<'_>,
+        tiles: &[(Kernel, Tiles)],
+    ) -> Result<Self> {
+        let mut operands = Operands::new(problem, device);
+        add_forward(&mut operands, buffers)?;
+        operands.check_results(&[Binding::O, Binding::Lse])?;
+        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), tiles)?;
+        Prepared::new(pipelines, operands, plan).await
+    }
+
+    pub(crate) async fn backward(
+        device: &Device,
+        pipelines: &Pipelines,
+        problem: &Problem,
+        buffers: &BackwardBuffers<'_>,
+        tiles: &[(Kernel, Tiles)],
+    ) -> Result<Self> {
+        let mut operands = Operands::new(problem, device);
+        add_forward(&mut operands, &buffers.forward)?;
+        operands.add(Binding::DO, &buffers.d_o)?;
+        if let Some(d_lse) = &buffers.d_lse {
+            operands.add(Binding::DLse, d_lse)?;
+        }
+        operands.add(Binding::DQ, &buffers.d_q)?;
+        operands.add(Binding::DK, &buffers.d_k)?;
+        operands.add(Binding::DV, &buffers.d_v)?;
+        operands.add_per_head(Binding::DSinkLogits, buffers.d_sink_logits.as_ref())?;
+        operands.check_results(&[Binding::DQ, Binding::DK, Binding::DV, Binding::DSinkLogits])?;
+        let d_lse = buffers.d_lse.is_some();
+        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, device.capabilities(), tiles)?;
+        Prepared::new(pipelines, operands, plan).await
+    }
+
+    async fn new(pipelines: &Pipelines, operands: Operands<'_>, plan: Plan) -> Result<Self> {
+        let device = operands.device;
+        let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
+        let mut dispatches = Vec::with_capacity(plan.passes.len());
+        for pass in &plan.passes {
+            let pipeline = pipelines.get(device, &pass.variant).await?;
+            let params = operands.params(pass.variant.vec4, pass.workgroups);
+            let bind_group = device
+                .scoped("binding operands", || {
+                    let label = Some("sink-attention");
+                    let params = device.wgpu().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+                        label,
+                        contents: bytemuck::bytes_of(&params),
+                        usage: wgpu::BufferUsages::UNIFORM,
+                    });
+                    let resource = |binding| match binding {
                         Binding::Params => Some(params.as_entire_binding()),
-                        Binding::Q => Some(q.binding()),
-                        Binding::K => Some(k.binding()),
-                        Binding::V => Some(v.binding()),
-                        Binding::O => Some(o.binding()),
-                        Binding::Lse => Some(lse.binding()),
-                        Binding::SinkLogits => sinks.map(|p| p.binding()),
+                        _ => {
+                            let own = scratch.iter().find(|(b, _)| *b == binding);
+                            own.map(|(_, buffer)| buffer.as_entire_binding())
+                                .or_else(|| operands.find(binding).map(|placed| placed.binding()))
+                        }
                     };
-                    entries.extend(resource.map(|resource| wgpu::BindGroupEntry { binding: binding.slot(), resource }));
-                }
-                device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor {
-                    label,
-                    layout: &pipeline.layout,
-                    entries: &entries,
+                    let entries: Vec<_> = pass
+                        .variant
+                        .bindings()
+                        .into_iter()
+                        .filter_map(|(b, _)| Some(wgpu::BindGroupEntry { binding: b.slot(), resource: resource(b)? }))
+                        .collect();
+                    device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor {
+                        label,
+                        layout: &pipeline.layout,
+                        entries: &entries,
+                    })
                 })
-            })
-            .await?;
-        Ok(PreparedForward { plan, pipeline, bind_group })
+                .await?;
+            dispatches.push((pipeline, bind_group));
+        }
+        Ok(Prepared { plan, dispatches })
     }
 
     /// What will run.
@@ -188,19 +298,56 @@ impl PreparedForward {
         &self.plan
     }
 
-    /// Records the pass into the caller's encoder.
+    /// Records all passes into the caller's encoder.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
-        let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention forward"), timestamp_writes: None };
+        let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention"), timestamp_writes: None };
         self.encode_in(&mut encoder.begin_compute_pass(&descriptor));
     }
 
-    /// Records the dispatch into a compute pass of the caller's, for example one that takes timestamps.
-    pub fn encode_in(&self, pass: &mut wgpu::ComputePass<'_>) {
-        let [x, y] = self.plan.grid;
-        pass.set_pipeline(&self.pipeline.pipeline);
-        pass.set_bind_group(0, &self.bind_group, &[]);
-        pass.dispatch_workgroups(x, y, 1);
+    /// Records all passes into a compute pass of the caller's, for example one that takes timestamps.
+    pub fn encode_in(&self, compute: &mut wgpu::ComputePass<'_>) {
+        for index in 0..self.dispatches.len() {
+            self.encode_pass_in(compute, index);
+        }
     }
+
+    /// Records one pass of the [`plan`](Self::plan), for measuring it alone; nothing where there is no such pass.
+    pub fn encode_pass_in(&self, compute: &mut wgpu::ComputePass<'_>, index: usize) {
+        let (Some((pipeline, bind_group)), Some(pass)) = (self.dispatches.get(index), self.plan.passes.get(index))
+        else {
+            return;
+        };
+        let [x, y] = pass.grid;
+        compute.set_pipeline(&pipeline.pipeline);
+        compute.set_bind_group(0, bind_group, &[]);
+        compute.dispatch_workgroups(x, y, 1);
+    }
+}
+
+fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) -> Result<()> {
+    operands.add(Binding::Q, &buffers.q)?;
+    operands.add(Binding::K, &buffers.k)?;
+    operands.add(Binding::V, &buffers.v)?;
+    operands.add_per_head(Binding::SinkLogits, buffers.sink_logits.as_ref())?;
+    operands.add(Binding::O, &buffers.o)?;
+    operands.add(Binding::Lse, &buffers.lse)
+}
+
+/// What the kernels of a plan hand to each other.
+fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::Buffer)>> {
+    let s = operands.problem.shape();
+    let sequences = s.batch * s.heads;
+    let mut scratch = Vec::new();
+    for (binding, elements) in [
+        (Binding::Delta, sequences * s.seq_q),
+        (Binding::SinkPartials, sequences * s.seq_q.div_ceil(DELTA_ROWS as usize)),
+    ] {
+        if plan.passes.iter().any(|pass| pass.variant.bindings().iter().any(|(b, _)| *b == binding)) {
+            let usage = wgpu::BufferUsages::STORAGE;
+            scratch.push((binding, allocate(operands.device, binding.name(), elements, usage)?));
+        }
+    }
+    Ok(scratch)
 }
 
 #[cfg(test)]
@@ -225,7 +372,9 @@ mod tests {
     fn in_the_shader(module: &naga::Module, name: &str) -> Members {
         let (_, found) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name)).unwrap();
         let TypeInner::Struct { members, span } = &found.inner else { panic!("{name} is a struct") };
-        (members.iter().map(|m| (m.name.clone().unwrap(), m.offset as usize)).collect(), *span as usize)
+        let members = members.iter().map(|m| (m.name.clone().unwrap(), m.offset as usize)).collect();
+        // Uniform buffers are padded to 16 bytes.
+        (members, span.next_multiple_of(16) as usize)
     }
 
     #[test]
@@ -233,10 +382,10 @@ mod tests {
         let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 1, head_dim: 4, value_dim: 4 };
         let problem = Problem::new(shape, Options::new()).unwrap();
         let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
-        let module = naga::front::wgsl::parse_str(&plan.variant.wgsl().unwrap()).unwrap();
+        let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
-        let params = members!(Params: q k v o heads kv_heads seq_q seq_k lower upper sink_tokens workgroups
-            lse_offset sink_offset scale_log2 negative_infinity);
+        let params = members!(Params: q k v o d_o d_q d_k d_v heads kv_heads seq_q seq_k lower upper sink_tokens
+            workgroups lse_offset d_lse_offset sink_offset d_sink_offset batch scale negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));
     }
 }

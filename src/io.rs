@@ -31,7 +31,9 @@ use safetensors::{Dtype, SafeTensorError};
 use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 
-use crate::problem::{Alignment, DType, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits};
+use crate::problem::{
+    Alignment, DType, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream,
+};
 
 /// Metadata keys of the format, for messages.
 const KEYS: &str = "layout, causal, align, window_left, window_right, sink_tokens, scale, softcap, q_offset";
@@ -307,7 +309,7 @@ impl Case {
             tensor.check_shape(name, shape)?;
             tensor.floats(name)
         };
-        Ok(Case {
+        let case = Case {
             q: q_values,
             k: k_values,
             v: v_values,
@@ -315,7 +317,12 @@ impl Case {
             d_o: d_o.map(|tensor| gradient("dout", tensor)).transpose()?,
             d_lse: d_lse.map(|tensor| floats("dlse", tensor, &problem.lse_shape())).transpose()?,
             problem,
-        })
+        };
+        match (&case.d_o, &case.d_lse) {
+            // The backward pass runs where there is dout; a gradient must not be dropped in silence.
+            (None, Some(_)) => Err(FormatError::MissingTensor { name: "dout" }),
+            _ => Ok(case),
+        }
     }
 
     /// The operands of the forward pass.
@@ -324,12 +331,25 @@ impl Case {
         Inputs { q, k, v, sink_logits: self.sink_logits.as_deref() }
     }
 
-    /// The results of the forward pass under the names and shapes of the format.
-    pub fn results(&self, output: Output) -> Vec<Tensor> {
-        vec![
-            Tensor { name: "out", shape: self.problem.o_shape().into(), values: Values::F32(output.o) },
-            Tensor { name: "lse", shape: self.problem.lse_shape().into(), values: Values::F32(output.lse) },
-        ]
+    /// The gradients that flow into the results; `None` where the file asks for the forward pass only.
+    pub fn upstream(&self) -> Option<Upstream<'_>> {
+        let Some(Values::F32(d_o)) = &self.d_o else { return None };
+        Some(Upstream { d_o, d_lse: self.d_lse.as_deref() })
+    }
+
+    /// The results under the names and shapes of the format.
+    pub fn results(&self, output: Output, gradients: Option<Gradients>) -> Vec<Tensor> {
+        let problem = &self.problem;
+        let tensor = |name, shape: &[usize], values| Tensor { name, shape: shape.into(), values: Values::F32(values) };
+        let mut results =
+            vec![tensor("out", &problem.o_shape(), output.o), tensor("lse", &problem.lse_shape(), output.lse)];
+        if let Some(gradients) = gradients {
+            results.push(tensor("dq", &problem.q_shape(), gradients.d_q));
+            results.push(tensor("dk", &problem.k_shape(), gradients.d_k));
+            results.push(tensor("dv", &problem.v_shape(), gradients.d_v));
+            results.extend(gradients.d_sink_logits.map(|d| tensor("dsinks", &[problem.shape().heads], d)));
+        }
+        results
     }
 }
 

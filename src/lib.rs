@@ -19,13 +19,15 @@ mod tiles;
 pub use attention::Attention;
 pub use capabilities::{Capabilities, DeviceClass};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
-pub use dispatch::{ForwardBuffers, PreparedForward};
+pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 pub use error::{Error, Result};
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;
-pub use plan::Plan;
-pub use problem::{Alignment, DType, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window};
-pub use shader::Variant;
+pub use plan::{Pass, Plan};
+pub use problem::{
+    Alignment, DType, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
+};
+pub use shader::{Kernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
 pub use wgpu;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::Device;
 use crate::error::Result;
-use crate::shader::Variant;
+use crate::shader::{Binding, Variant};
 
 /// Folder that composed shaders are written to, where this environment variable names one.
 pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";
@@ -49,10 +49,17 @@ async fn compile(device: &Device, variant: &Variant) -> Result<Pipeline> {
     let entries: Vec<wgpu::BindGroupLayoutEntry> = variant
         .bindings()
         .into_iter()
-        .map(|binding| wgpu::BindGroupLayoutEntry {
+        .map(|(binding, written)| wgpu::BindGroupLayoutEntry {
             binding: binding.slot(),
             visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer { ty: binding.kind(), has_dynamic_offset: false, min_binding_size: None },
+            ty: wgpu::BindingType::Buffer {
+                ty: match binding {
+                    Binding::Params => wgpu::BufferBindingType::Uniform,
+                    _ => wgpu::BufferBindingType::Storage { read_only: !written },
+                },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
             count: None,
         })
         .collect();
@@ -72,7 +79,7 @@ async fn compile(device: &Device, variant: &Variant) -> Result<Pipeline> {
                 label,
                 layout: Some(&pipeline_layout),
                 module: &module,
-                entry_point: Some("forward"),
+                entry_point: Some("main"),
                 compilation_options: wgpu::PipelineCompilationOptions {
                     // Kernels write workgroup memory before they read it.
                     zero_initialize_workgroup_memory: false,

@@ -4,13 +4,13 @@ use std::fmt;
 
 use crate::capabilities::Capabilities;
 use crate::error::{Error, Result};
-use crate::problem::Problem;
-use crate::shader::Variant;
+use crate::problem::{Problem, SinkLogits};
+use crate::shader::{DELTA_ROWS, Kernel, Variant};
 use crate::tiles::{Tiles, candidates};
 
-/// How a problem will be computed on a device.
+/// One kernel of a problem on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct Pass {
     /// The kernel.
     pub variant: Variant,
     /// Workgroups in all.
@@ -19,55 +19,140 @@ pub struct Plan {
     pub grid: [u32; 2],
 }
 
+/// How a problem will be computed on a device: passes that run one after the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The passes in their order.
+    pub passes: Vec<Pass>,
+}
+
 impl Plan {
     /// Plans the forward pass; `vec4` says whether the operands can be read four neighbours at a time.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn forward(problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Result<Self> {
+        Plan::forward_with(problem, vec4, capabilities, &[])
+    }
+
+    pub(crate) fn forward_with(
+        problem: &Problem,
+        vec4: bool,
+        capabilities: &Capabilities,
+        tiles: &[(Kernel, Tiles)],
+    ) -> Result<Self> {
+        Ok(Plan { passes: vec![Pass::tiled(Kernel::Forward, problem, vec4, capabilities, tiles)?] })
+    }
+
+    /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
+    pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
+        Plan::backward_with(problem, vec4, d_lse, capabilities, &[])
+    }
+
+    pub(crate) fn backward_with(
+        problem: &Problem,
+        vec4: bool,
+        d_lse: bool,
+        capabilities: &Capabilities,
+        tiles: &[(Kernel, Tiles)],
+    ) -> Result<Self> {
+        let shape = problem.shape();
+        let sequences = (shape.batch * shape.heads) as u128;
+        let plain = |kernel, workgroups| {
+            let variant = Variant { d_lse, ..variant(kernel, problem, vec4, None) };
+            Pass::new(problem, variant, workgroups, capabilities)
+        };
+        let mut passes = vec![plain(Kernel::Delta, sequences * shape.seq_q.div_ceil(DELTA_ROWS as usize) as u128)?];
+        if problem.options().sink_logits == SinkLogits::PerHead {
+            passes.push(plain(Kernel::DSinkLogits, shape.heads as u128)?);
+        }
+        passes.push(Pass::tiled(Kernel::DQ, problem, vec4, capabilities, tiles)?);
+        passes.push(Pass::tiled(Kernel::DKv, problem, vec4, capabilities, tiles)?);
+        Ok(Plan { passes })
+    }
+}
+
+fn variant(kernel: Kernel, problem: &Problem, vec4: bool, tiles: Option<Tiles>) -> Variant {
+    let shape = problem.shape();
+    Variant {
+        kernel,
+        head_dim: shape.head_dim as u32,
+        value_dim: shape.value_dim as u32,
+        vec4,
+        // The gradients by q, k and v see the sink through lse and delta alone.
+        sink_logits: match kernel {
+            Kernel::DQ | Kernel::DKv => SinkLogits::None,
+            _ => problem.options().sink_logits,
+        },
+        d_lse: false,
+        tiles,
+    }
+}
+
+impl Pass {
+    /// A pass of a kernel that has tiles, with the caller's tiles or the first candidate that fits.
+    fn tiled(
+        kernel: Kernel,
+        problem: &Problem,
+        vec4: bool,
+        capabilities: &Capabilities,
+        tiles: &[(Kernel, Tiles)],
+    ) -> Result<Self> {
+        if let Some((_, tiles)) = tiles.iter().find(|(k, _)| *k == kernel) {
+            return Pass::with_tiles(kernel, problem, vec4, capabilities, *tiles);
+        }
         let mut reason = String::from("no candidate tiles");
-        for tiles in candidates(problem, capabilities.class) {
-            match Plan::with_tiles(problem, vec4, capabilities, tiles) {
+        for tiles in candidates(kernel, problem.shape(), capabilities.class) {
+            match Pass::with_tiles(kernel, problem, vec4, capabilities, tiles) {
                 Err(Error::NoKernel { reason: why, .. }) => reason = why,
-                plan => return plan,
+                pass => return pass,
             }
         }
         Err(Error::NoKernel { problem: problem.to_string(), reason })
     }
 
-    /// The plan with given tiles, for measuring candidates.
+    /// The pass of a kernel with given tiles, for measuring candidates.
     ///
     /// # Errors
     /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together,
     /// [`Error::TooManyWorkgroups`].
-    pub fn with_tiles(problem: &Problem, vec4: bool, capabilities: &Capabilities, tiles: Tiles) -> Result<Self> {
-        let shape = problem.shape();
-        let (head_dim, value_dim) = (shape.head_dim as u32, shape.value_dim as u32);
-        let refuse = |reason: String| Err(Error::NoKernel { problem: problem.to_string(), reason });
-        if let Err(reason) = tiles.check(head_dim) {
-            // Not the short form: it multiplies numbers that have just failed the check.
-            return refuse(format!("{tiles:?}: {reason}"));
+    pub fn with_tiles(
+        kernel: Kernel,
+        problem: &Problem,
+        vec4: bool,
+        capabilities: &Capabilities,
+        tiles: Tiles,
+    ) -> Result<Self> {
+        if let Err(reason) = tiles.check() {
+            // Not the short form of the tiles: it multiplies numbers that have just failed the check.
+            return Err(Error::NoKernel { problem: problem.to_string(), reason: format!("{tiles:?}: {reason}") });
         }
+        let shape = problem.shape();
+        let (seq, heads) = match kernel {
+            Kernel::DKv => (shape.seq_k, shape.kv_heads),
+            _ => (shape.seq_q, shape.heads),
+        };
+        let workgroups = seq.div_ceil(tiles.tile_rows() as usize) as u128 * (shape.batch * heads) as u128;
+        Pass::new(problem, variant(kernel, problem, vec4, Some(tiles)), workgroups, capabilities)
+    }
+
+    fn new(problem: &Problem, variant: Variant, workgroups: u128, capabilities: &Capabilities) -> Result<Self> {
         let needs = [
-            ("workgroup memory", tiles.workgroup_bytes(head_dim, value_dim), capabilities.workgroup_bytes),
-            ("threads in a workgroup", tiles.threads(), capabilities.workgroup_threads),
+            ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
+            ("threads in a workgroup", variant.threads(), capabilities.workgroup_threads),
+            ("storage buffers", variant.storage_buffers(), capabilities.storage_buffers),
         ];
         for (what, needed, offered) in needs {
             if needed > offered {
-                return refuse(format!("tiles {tiles} need {needed} of {what}, the device offers {offered}"));
+                let reason = format!("{} needs {needed} {what}, the device offers {offered}", variant.name());
+                return Err(Error::NoKernel { problem: problem.to_string(), reason });
             }
         }
-        let variant = Variant { head_dim, value_dim, vec4, sink_logits: problem.options().sink_logits, tiles };
-        let bindings = variant.storage_buffers();
-        if bindings > capabilities.storage_buffers {
-            return refuse(format!(
-                "the kernel binds {bindings} storage buffers, the device offers {}",
-                capabilities.storage_buffers
-            ));
-        }
-        let workgroups = shape.seq_q.div_ceil(tiles.tile_q() as usize) as u128 * (shape.batch * shape.heads) as u128;
         let (workgroups, grid) = fold(workgroups, capabilities.grid_dimension)?;
-        Ok(Plan { variant, workgroups, grid })
+        Ok(Pass { variant, workgroups, grid })
     }
 }
 
@@ -82,20 +167,16 @@ fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
     Ok((workgroups, [workgroups.div_ceil(y), y]))
 }
 
-impl fmt::Display for Plan {
+impl fmt::Display for Pass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let v = &self.variant;
-        write!(
-            f,
-            "portable f32{}, tiles {}, {} B workgroup memory, ~{} registers, {} workgroups as {}x{}",
-            if v.vec4 { ", vec4 loads" } else { ", scalar loads" },
-            v.tiles,
-            v.tiles.workgroup_bytes(v.head_dim, v.value_dim),
-            v.tiles.registers(v.value_dim),
-            self.workgroups,
-            self.grid[0],
-            self.grid[1]
-        )
+        write!(f, "{:?}, portable f32, {} loads", v.kernel, if v.vec4 { "vec4" } else { "scalar" })?;
+        if let Some(tiles) = &v.tiles {
+            let registers = tiles.registers(v.kernel, v.head_dim, v.value_dim);
+            write!(f, ", tiles {tiles}, ~{registers} registers")?;
+        }
+        let [x, y] = self.grid;
+        write!(f, ", {} B workgroup memory, {} workgroups as {x}x{y}", v.workgroup_bytes(), self.workgroups)
     }
 }
 

@@ -348,6 +348,13 @@ impl Problem {
         2.0 * pairs * (s.head_dim + s.value_dim) as f64
     }
 
+    /// Floating-point operations of the backward pass by the field's convention, 2.5 times the forward's:
+    /// five matrix products, although the scores are formed in both the d_q and the d_k/d_v kernel, which
+    /// makes seven.
+    pub fn backward_flops(&self) -> f64 {
+        2.5 * self.forward_flops()
+    }
+
     /// Checks host operands against the shapes.
     ///
     /// # Errors
@@ -398,6 +405,19 @@ impl fmt::Display for Problem {
     }
 }
 
+impl Problem {
+    /// Checks what a forward pass saved, and the gradients that flow into its results.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`].
+    pub fn check_upstream(&self, saved: &Output, upstream: &Upstream<'_>) -> Result<()> {
+        check_length("o", saved.o.len(), &self.o_shape())?;
+        check_length("lse", saved.lse.len(), &self.lse_shape())?;
+        check_length("d_o", upstream.d_o.len(), &self.o_shape())?;
+        upstream.d_lse.map_or(Ok(()), |d_lse| check_length("d_lse", d_lse.len(), &self.lse_shape()))
+    }
+}
+
 fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result<()> {
     let expected = shape.iter().product();
     if actual == expected {
@@ -426,4 +446,26 @@ pub struct Output<T = f32> {
     pub o: Vec<T>,
     /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].
     pub lse: Vec<T>,
+}
+
+/// Gradients that flow into a forward pass's results, on the host.
+#[derive(Debug, Clone, Copy)]
+pub struct Upstream<'a> {
+    /// Gradient of the loss by o, see [`Problem::o_shape`].
+    pub d_o: &'a [f32],
+    /// Gradient of the loss by lse, see [`Problem::lse_shape`]; `None` is zero. Ignored where lse is -inf.
+    pub d_lse: Option<&'a [f32]>,
+}
+
+/// Gradients of a forward pass's operands, on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients<T = f32> {
+    /// Gradient by q, see [`Problem::q_shape`].
+    pub d_q: Vec<T>,
+    /// Gradient by k, see [`Problem::k_shape`]; summed over the query heads of the group.
+    pub d_k: Vec<T>,
+    /// Gradient by v, see [`Problem::v_shape`]; summed over the query heads of the group.
+    pub d_v: Vec<T>,
+    /// Gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`].
+    pub d_sink_logits: Option<Vec<T>>,
 }

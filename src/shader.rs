@@ -1,23 +1,80 @@
 //! From a variant to the text of its shader.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, UndefinedBehavior, context};
+use minijinja::{Environment, UndefinedBehavior, Value, context};
 
 use crate::error::{Error, Result};
 use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 6] = [
+const SOURCES: [(&str, &str); 13] = [
+    ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
+    ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
+    ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
+    ("delta.wgsl", include_str!("../shaders/delta.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../shaders/params.wgsl")),
-    ("portable.wgsl", include_str!("../shaders/portable.wgsl")),
+    ("portable/blocks.wgsl", include_str!("../shaders/portable/blocks.wgsl")),
+    ("portable/d_kv.wgsl", include_str!("../shaders/portable/d_kv.wgsl")),
+    ("portable/d_q.wgsl", include_str!("../shaders/portable/d_q.wgsl")),
+    ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
 ];
+
+/// Rows of a workgroup of the delta kernel, and the threads that load a row together.
+pub(crate) const DELTA_ROWS: u32 = 32;
+const DELTA_LANES: u32 = 8;
+
+/// The kernels of the crate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// o and lse.
+    Forward,
+    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient.
+    Delta,
+    /// The second level of the sink logits' gradient.
+    DSinkLogits,
+    /// The gradient by q.
+    DQ,
+    /// The gradients by k and v.
+    DKv,
+}
+
+impl Kernel {
+    fn name(self) -> &'static str {
+        match self {
+            Kernel::Forward => "forward",
+            Kernel::Delta => "delta",
+            Kernel::DSinkLogits => "d_sink_logits",
+            Kernel::DQ => "d_q",
+            Kernel::DKv => "d_kv",
+        }
+    }
+
+    /// Widths of the accumulators that a row of a tile keeps in registers.
+    pub(crate) fn accumulator_widths(self, head_dim: u32, value_dim: u32) -> [u32; 2] {
+        match self {
+            Kernel::Forward => [value_dim, 0],
+            Kernel::DQ => [head_dim, 0],
+            Kernel::DKv => [head_dim, value_dim],
+            Kernel::Delta | Kernel::DSinkLogits => [0, 0],
+        }
+    }
+
+    /// Tiles of scores that a thread holds at once.
+    pub(crate) fn score_tiles(self) -> u32 {
+        match self {
+            Kernel::Forward => 1,
+            _ => 2,
+        }
+    }
+}
 
 /// Everything a kernel may bind. The slot is the discriminant; slots are never renumbered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,12 +86,17 @@ pub(crate) enum Binding {
     O = 4,
     Lse = 5,
     SinkLogits = 6,
+    DO = 7,
+    DLse = 8,
+    DQ = 9,
+    DK = 10,
+    DV = 11,
+    DSinkLogits = 12,
+    Delta = 13,
+    SinkPartials = 14,
 }
 
 impl Binding {
-    pub(crate) const ALL: [Binding; 7] =
-        [Binding::Params, Binding::Q, Binding::K, Binding::V, Binding::O, Binding::Lse, Binding::SinkLogits];
-
     pub(crate) fn slot(self) -> u32 {
         self as u32
     }
@@ -48,30 +110,23 @@ impl Binding {
             Binding::O => "o",
             Binding::Lse => "lse",
             Binding::SinkLogits => "sink_logits",
+            Binding::DO => "d_o",
+            Binding::DLse => "d_lse",
+            Binding::DQ => "d_q",
+            Binding::DK => "d_k",
+            Binding::DV => "d_v",
+            Binding::DSinkLogits => "d_sink_logits",
+            Binding::Delta => "delta",
+            Binding::SinkPartials => "sink_partials",
         }
     }
 
-    fn address_space(self) -> &'static str {
-        match self.kind() {
-            wgpu::BufferBindingType::Uniform => "uniform",
-            wgpu::BufferBindingType::Storage { read_only: true } => "storage, read",
-            wgpu::BufferBindingType::Storage { read_only: false } => "storage, read_write",
-        }
-    }
-
-    fn wgsl_type(self, vec4: bool) -> &'static str {
+    /// Width of an operand whose rows are read or written in vectors.
+    fn width(self, variant: &Variant) -> Option<u32> {
         match self {
-            Binding::Params => "Params",
-            Binding::Q | Binding::K | Binding::V | Binding::O if vec4 => "array<vec4<f32>>",
-            _ => "array<f32>",
-        }
-    }
-
-    pub(crate) fn kind(self) -> wgpu::BufferBindingType {
-        match self {
-            Binding::Params => wgpu::BufferBindingType::Uniform,
-            Binding::O | Binding::Lse => wgpu::BufferBindingType::Storage { read_only: false },
-            _ => wgpu::BufferBindingType::Storage { read_only: true },
+            Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(variant.head_dim),
+            Binding::V | Binding::O | Binding::DO | Binding::DV => Some(variant.value_dim),
+            _ => None,
         }
     }
 }
@@ -79,6 +134,8 @@ impl Binding {
 /// What a pipeline fixes. Two problems of one variant share a pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Variant {
+    /// What is computed.
+    pub kernel: Kernel,
     /// D.
     pub head_dim: u32,
     /// E.
@@ -87,44 +144,71 @@ pub struct Variant {
     pub vec4: bool,
     /// Where the sink logits come from.
     pub sink_logits: SinkLogits,
-    /// The tile shape.
-    pub tiles: Tiles,
+    /// A gradient flows into lse.
+    pub d_lse: bool,
+    /// The tile shape, for the kernels that have tiles.
+    pub tiles: Option<Tiles>,
 }
 
 impl Variant {
-    /// The operands this variant binds, in the order of their slots.
-    pub(crate) fn bindings(&self) -> Vec<Binding> {
-        let absent = |b: &Binding| *b == Binding::SinkLogits && self.sink_logits != SinkLogits::PerHead;
-        Binding::ALL.into_iter().filter(|b| !absent(b)).collect()
+    /// The operands this variant binds, with whether it writes them.
+    pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
+        use Binding::{
+            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, Params, Q, SinkLogits as Sinks, SinkPartials, V,
+        };
+        let per_head = self.sink_logits == SinkLogits::PerHead;
+        let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
+            Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, Lse]),
+            Kernel::Delta => (&[Params, O, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
+            Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
+            Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
+            Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
+        };
+        let present = |binding: &Binding| match binding {
+            Sinks | SinkPartials => per_head,
+            DLse => self.d_lse,
+            _ => true,
+        };
+        let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
+        all.filter(|(b, _)| present(b)).collect()
     }
 
     /// Storage buffers this variant binds.
     pub(crate) fn storage_buffers(&self) -> u32 {
-        self.bindings().iter().filter(|b| b.kind() != wgpu::BufferBindingType::Uniform).count() as u32
+        self.bindings().iter().filter(|(b, _)| *b != Binding::Params).count() as u32
+    }
+
+    /// Threads of a workgroup.
+    pub fn threads(&self) -> u32 {
+        self.tiles.map_or(DELTA_ROWS * DELTA_LANES, |t| t.threads())
+    }
+
+    /// Bytes of workgroup memory.
+    pub fn workgroup_bytes(&self) -> u32 {
+        match &self.tiles {
+            Some(tiles) => tiles.workgroup_bytes(self.kernel, self.head_dim, self.value_dim),
+            // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
+            None => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
+        }
     }
 
     /// Name for labels and dumps.
     pub fn name(&self) -> String {
-        let t = &self.tiles;
-        format!(
-            "forward_portable_f32_d{}_e{}_{}x{}_t{}x{}_c{}_v{}{}{}{}{}",
-            self.head_dim,
-            self.value_dim,
-            t.tile_q(),
-            t.tile_k(),
-            t.threads_q,
-            t.threads_k,
-            t.chunk * 4,
-            t.v_chunk,
-            if t.q_resident { "_qres" } else { "" },
-            if t.v_apart { "_vapart" } else { "" },
-            if self.vec4 { "" } else { "_scalar" },
-            match self.sink_logits {
-                SinkLogits::None => "",
-                SinkLogits::OffByOne => "_offbyone",
-                SinkLogits::PerHead => "_sinks",
-            },
-        )
+        use std::fmt::Write as _;
+        let mut name = format!("{}_portable_f32_d{}_e{}", self.kernel.name(), self.head_dim, self.value_dim);
+        // Writing into a String cannot fail.
+        let _ = self.tiles.map_or(Ok(()), |t| {
+            let [rows, columns] = [t.tile_rows(), t.tile_columns()];
+            write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.chunk * 4, t.slab)
+        });
+        name.push_str(if self.vec4 { "" } else { "_scalar" });
+        name.push_str(match self.sink_logits {
+            SinkLogits::None => "",
+            SinkLogits::OffByOne => "_offbyone",
+            SinkLogits::PerHead => "_sinks",
+        });
+        name.push_str(if self.d_lse { "_dlse" } else { "" });
+        name
     }
 
     /// The WGSL text of this variant.
@@ -132,46 +216,66 @@ impl Variant {
     /// # Errors
     /// [`Error::Gpu`] if the template does not render, which would be a mistake of this crate.
     pub fn wgsl(&self) -> Result<String> {
-        let t = &self.tiles;
-        let [q_tile_len, stage_len, v_stage_len, probs_len, _] = t.arrays(self.head_dim, self.value_dim);
-        let value_quads_all = self.value_dim.div_ceil(4);
-        let context = context! {
-            micro_kernel => "portable.wgsl",
-            bindings => self.bindings().iter().map(|b| context! {
+        let bindings = self.bindings();
+        let quads = |width: u32| width.div_ceil(4);
+        let operands = |written: bool| -> Vec<Value> {
+            let of = |b: &(Binding, bool)| b.0.width(self).filter(|_| b.1 == written).map(|width| (b.0.name(), width));
+            bindings.iter().filter_map(of).map(|(name, width)| context! { name, width }).collect()
+        };
+        let widths = bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
+        let operand_quads: BTreeMap<&str, u32> = widths.map(|(name, width)| (name, quads(width))).collect();
+        let mut context = context! {
+            bindings => bindings.iter().map(|(b, written)| context! {
                 name => b.name(),
                 slot => b.slot(),
-                space => b.address_space(),
-                type => b.wgsl_type(self.vec4),
+                space => match (b, written) {
+                    (Binding::Params, _) => "uniform",
+                    (_, true) => "storage, read_write",
+                    (_, false) => "storage, read",
+                },
+                type => match b {
+                    Binding::Params => "Params",
+                    b if self.vec4 && b.width(self).is_some() => "array<vec4<f32>>",
+                    _ => "array<f32>",
+                },
             }).collect::<Vec<_>>(),
+            loads => operands(false),
+            stores => operands(true),
+            operand_quads => operand_quads.clone(),
             xyzw => ["x", "y", "z", "w"],
-            head_dim => self.head_dim,
-            value_dim => self.value_dim,
             vec4 => self.vec4,
+            d_lse => self.d_lse,
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",
                 SinkLogits::PerHead => "per_head",
             },
-            tile_q => t.tile_q(),
-            tile_k => t.tile_k(),
-            threads => t.threads(),
-            threads_q => t.threads_q,
-            threads_k => t.threads_k,
-            rows => t.rows,
-            quads => t.quads,
-            chunk => t.chunk,
-            unroll => if t.chunk.is_multiple_of(2) { 2 } else { 1 },
-            v_chunk => t.v_chunk,
-            v_row => t.v_row(self.value_dim),
-            q_resident => t.q_resident,
-            v_apart => t.v_apart,
-            head_quads => self.head_dim.div_ceil(4),
-            value_quads => t.value_quads(self.value_dim),
-            value_quads_all,
-            q_tile_len, stage_len, v_stage_len, probs_len,
+            rows_are_keys => self.kernel == Kernel::DKv,
+            lanes => DELTA_LANES,
+            delta_rows => DELTA_ROWS,
+            threads => self.threads(),
         };
+        if let Some(t) = &self.tiles {
+            let accumulator_quads: BTreeMap<&str, u32> =
+                operand_quads.iter().map(|(name, quads)| (*name, quads.div_ceil(t.threads_c))).collect();
+            let [memory_len, partials_len] = t.arrays(self.kernel, self.head_dim, self.value_dim);
+            context = context! {
+                micro_kernel => "portable",
+                tile_rows => t.tile_rows(),
+                tile_columns => t.tile_columns(),
+                threads_r => t.threads_r,
+                threads_c => t.threads_c,
+                rows => t.rows,
+                quads => t.quads,
+                chunk => t.chunk,
+                unroll => if t.chunk.is_multiple_of(2) { 2 } else { 1 },
+                slab => t.slab,
+                accumulator_quads, memory_len, partials_len,
+                ..context
+            };
+        }
         environment()
-            .and_then(|environment| environment.get_template("forward.wgsl"))
+            .and_then(|environment| environment.get_template(&format!("{}.wgsl", self.kernel.name())))
             .and_then(|template| template.render(context))
             .map_err(|error| Error::Gpu { during: "composing a shader", message: format!("{error:#}") })
     }

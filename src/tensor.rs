@@ -119,23 +119,15 @@ impl<'a> Placed<'a> {
         })
     }
 
-    /// A result must not share its buffer with any other operand, nor its elements with each other.
-    pub(crate) fn check_output(
-        &self,
-        output: &'static str,
-        extents: Extents,
-        others: &[(&'static str, &wgpu::Buffer)],
-    ) -> Result<()> {
-        if let Some(&(other, _)) = others.iter().find(|(_, buffer)| *buffer == self.buffer) {
-            return Err(Error::Aliasing { output, other });
-        }
+    /// No two elements of a result may fall on one place.
+    pub(crate) fn check_distinct(&self, operand: &'static str, extents: Extents) -> Result<()> {
         let mut axes: Vec<(u64, u64)> =
             (0..3).filter(|&a| extents[a] > 1).map(|a| (u64::from(self.strides[a]), extents[a] as u64)).collect();
         axes.sort_unstable();
         let mut reach = u64::from(self.width);
         for (stride, extent) in axes {
             if stride < reach {
-                return Err(Error::OverlappingStrides { operand: output, strides: self.strides.map(u64::from) });
+                return Err(Error::OverlappingStrides { operand, strides: self.strides.map(u64::from) });
             }
             reach += stride * (extent - 1);
         }

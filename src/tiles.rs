@@ -3,83 +3,86 @@
 use std::fmt;
 
 use crate::capabilities::DeviceClass;
-use crate::problem::Problem;
+use crate::problem::Shape;
+use crate::shader::Kernel;
 
-/// How a workgroup divides a tile of the score matrix and of the output among its threads.
+/// How a workgroup divides a tile of the score matrix among its threads.
 ///
-/// Threads form a grid of `threads_q` by `threads_k`; each holds `rows` queries by 4 * `quads` keys
-/// of the scores, and the same rows by its share of the value columns of the output.
+/// A tile has rows (queries, or keys in the d_k/d_v kernel) that stay, and columns (keys, or queries)
+/// that pass by. Threads form a grid of `threads_r` by `threads_c`; each holds `rows` rows by
+/// 4 * `quads` columns of the scores, and its share of the features of those rows' accumulators.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tiles {
-    /// Threads along the queries.
-    pub threads_q: u32,
-    /// Threads along the keys, a multiple of 4; also along the value columns.
-    pub threads_k: u32,
-    /// Queries a thread holds.
+    /// Threads along the rows, a multiple of 2.
+    pub threads_r: u32,
+    /// Threads along the columns, a multiple of 4; also along the features of the accumulators.
+    pub threads_c: u32,
+    /// Rows a thread holds.
     pub rows: u32,
-    /// Groups of four keys a thread holds.
+    /// Groups of four columns a thread holds.
     pub quads: u32,
-    /// Columns of q and k staged at once, divided by four.
+    /// Features of both sides staged at once for a product, divided by four.
     pub chunk: u32,
-    /// Keys of v staged at once; divides the key tile.
-    pub v_chunk: u32,
-    /// The query tile stays in workgroup memory (else it is staged again with each chunk of k).
-    pub q_resident: bool,
-    /// v has a stage of its own and is loaded together with k, so that the two latencies overlap.
-    pub v_apart: bool,
+    /// Columns staged at once for an accumulation; divides the tile's columns.
+    pub slab: u32,
 }
 
 impl Tiles {
-    /// Queries of a tile.
-    pub fn tile_q(&self) -> u32 {
-        self.threads_q * self.rows
+    /// Rows of a tile.
+    pub fn tile_rows(&self) -> u32 {
+        self.threads_r * self.rows
     }
 
-    /// Keys of a tile.
-    pub fn tile_k(&self) -> u32 {
-        self.threads_k * self.quads * 4
+    /// Columns of a tile.
+    pub fn tile_columns(&self) -> u32 {
+        self.threads_c * self.quads * 4
     }
 
     /// Threads of a workgroup.
     pub fn threads(&self) -> u32 {
-        self.threads_q * self.threads_k
+        self.threads_r * self.threads_c
     }
 
-    /// Groups of four value columns a thread holds.
-    pub fn value_quads(&self, value_dim: u32) -> u32 {
-        value_dim.div_ceil(4).div_ceil(self.threads_k)
+    /// Groups of four features of an accumulator that a thread holds.
+    fn accumulator_quads(&self, width: u32) -> u32 {
+        width.div_ceil(4).div_ceil(self.threads_c)
     }
 
-    /// Vectors of four that each workgroup array holds, in the order q_tile, stage, v_stage, probs, partials.
-    pub(crate) fn arrays(&self, head_dim: u32, value_dim: u32) -> [u32; 5] {
-        let (tile_q, tile_k) = (self.tile_q(), self.tile_k());
-        let q_tile = if self.q_resident { tile_q * (head_dim.div_ceil(4) + 1) } else { 0 };
-        let qk_rows = if self.q_resident { tile_k } else { tile_k + tile_q };
-        let qk_stage = qk_rows * (self.chunk + 1);
-        let v_stage = self.v_chunk * self.v_row(value_dim);
-        let probs = tile_q * (tile_k / 4 + 1);
-        let partials = tile_q * self.threads_k / 4;
-        match self.v_apart {
-            true => [q_tile, qk_stage, v_stage, probs, partials],
-            false => [q_tile, qk_stage.max(v_stage), 0, probs, partials],
-        }
+    /// Vectors of four in the workgroup arrays `memory` and `partials` of shaders/portable/blocks.wgsl.
+    pub(crate) fn arrays(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u32; 2] {
+        let [rows, columns] = [self.tile_rows(), self.tile_columns()];
+        let product = (rows + columns) * (self.chunk + 1);
+        let widths = kernel.accumulator_widths(head_dim, value_dim);
+        let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
+        let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
+        let partials = if kernel == Kernel::Forward { rows * self.threads_c / 4 } else { 0 };
+        [product.max(accumulation), partials]
     }
 
-    /// Vectors of four in a staged row of v.
-    pub(crate) fn v_row(&self, value_dim: u32) -> u32 {
-        self.threads_k * self.value_quads(value_dim)
+    /// Bytes of workgroup memory.
+    pub fn workgroup_bytes(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+        // The flag `poisoned` takes a slot of its own.
+        16 * (self.arrays(kernel, head_dim, value_dim).iter().sum::<u32>() + 1)
+    }
+
+    /// 32-bit registers that the accumulators and the operands in flight take, roughly.
+    pub fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+        let scores = kernel.score_tiles() * self.rows * self.quads * 4;
+        let widths = kernel.accumulator_widths(head_dim, value_dim);
+        let accumulators: u32 = widths.iter().map(|&width| self.rows * self.accumulator_quads(width) * 4).sum();
+        scores + accumulators + 6 * self.rows + 40
     }
 
     /// Whether the numbers fit together; the reason where they do not.
-    pub(crate) fn check(&self, head_dim: u32) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         // Far above anything useful, and low enough that no product of these numbers overflows.
         let numbers = [
-            ("threads_q", self.threads_q, 1024),
-            ("threads_k", self.threads_k, 1024),
+            ("threads_r", self.threads_r, 1024),
+            ("threads_c", self.threads_c, 1024),
             ("rows", self.rows, 64),
             ("quads", self.quads, 64),
             ("chunk", self.chunk, 64),
-            ("v_chunk", self.v_chunk, 1024),
+            ("slab", self.slab, 1024),
         ];
         if let Some((name, number, most)) = numbers.into_iter().find(|&(_, n, most)| n == 0 || n > most) {
             return Err(format!("{name} ({number}) must lie between 1 and {most}"));
@@ -87,29 +90,16 @@ impl Tiles {
         if self.threads() > 1024 {
             return Err(format!("{} threads, the most is 1024", self.threads()));
         }
-        if !self.threads_k.is_multiple_of(4) {
-            return Err(format!("threads_k ({}) must be a multiple of 4", self.threads_k));
+        if !self.threads_c.is_multiple_of(4) || !self.threads_r.is_multiple_of(2) {
+            return Err(format!(
+                "threads must be a multiple of 2 by one of 4, not {}x{}",
+                self.threads_r, self.threads_c
+            ));
         }
-        if !self.tile_k().is_multiple_of(self.v_chunk) || !self.v_chunk.is_multiple_of(4) {
-            return Err(format!("v_chunk ({}) must be a multiple of 4 that divides {}", self.v_chunk, self.tile_k()));
-        }
-        if self.q_resident && !head_dim.div_ceil(4).is_multiple_of(self.chunk) {
-            return Err(format!("with q resident, chunk ({}) must divide {}", self.chunk, head_dim.div_ceil(4)));
+        if !self.tile_columns().is_multiple_of(self.slab) || !self.slab.is_multiple_of(4) {
+            return Err(format!("slab ({}) must be a multiple of 4 that divides {}", self.slab, self.tile_columns()));
         }
         Ok(())
-    }
-
-    /// Bytes of workgroup memory.
-    pub fn workgroup_bytes(&self, head_dim: u32, value_dim: u32) -> u32 {
-        // The flag `poisoned` takes a slot of its own.
-        16 * (self.arrays(head_dim, value_dim).iter().sum::<u32>() + 1)
-    }
-
-    /// 32-bit registers that the accumulators and the operands in flight take, roughly.
-    pub fn registers(&self, value_dim: u32) -> u32 {
-        let scores = self.rows * self.quads * 4;
-        let output = self.rows * self.value_quads(value_dim) * 4;
-        scores + output + 4 * self.rows + 2 * self.rows + 40
     }
 }
 
@@ -117,17 +107,15 @@ impl fmt::Display for Tiles {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{}x{} ({}x{} threads of {}x{}), chunk {}, v {}{}{}",
-            self.tile_q(),
-            self.tile_k(),
-            self.threads_q,
-            self.threads_k,
+            "{}x{} ({}x{} threads of {}x{}), chunk {}, slab {}",
+            self.tile_rows(),
+            self.tile_columns(),
+            self.threads_r,
+            self.threads_c,
             self.rows,
             self.quads * 4,
             self.chunk * 4,
-            self.v_chunk,
-            if self.q_resident { ", q resident" } else { "" },
-            if self.v_apart { ", v apart" } else { "" },
+            self.slab,
         )
     }
 }
@@ -135,40 +123,64 @@ impl fmt::Display for Tiles {
 /// A row of the tuning table: tiles, and the problems they are good for.
 struct Candidate {
     tiles: Tiles,
-    /// Widest values that leave the output accumulators in registers.
-    value_dim: usize,
-    /// Fewest queries that fill a tile well enough.
-    seq_q: usize,
+    /// Widest accumulators, all of a row taken together, that stay in registers.
+    width: u32,
+    /// Fewest rows that fill a tile well enough.
+    seq: usize,
 }
 
-const fn candidate(threads: [u32; 2], thread: [u32; 2], chunk: u32, v_chunk: u32, problem: [usize; 2]) -> Candidate {
-    let [threads_q, threads_k] = threads;
+const fn candidate(threads: [u32; 2], thread: [u32; 2], chunk: u32, slab: u32, width: u32, seq: usize) -> Candidate {
+    let [threads_r, threads_c] = threads;
     let [rows, quads] = thread;
-    let tiles = Tiles { threads_q, threads_k, rows, quads, chunk, v_chunk, q_resident: false, v_apart: false };
-    Candidate { tiles, value_dim: problem[0], seq_q: problem[1] }
+    Candidate { tiles: Tiles { threads_r, threads_c, rows, quads, chunk, slab }, width, seq }
 }
 
 /// Measured on an NVIDIA H200, see benches/results/; each row falls back to the next where it does not fit.
-const HARDWARE: [Candidate; 6] = [
-    candidate([32, 8], [4, 1], 8, 32, [128, 65]),
-    candidate([16, 8], [4, 1], 4, 32, [128, 33]),
-    candidate([8, 8], [4, 1], 4, 16, [128, 1]),
-    candidate([16, 16], [4, 1], 8, 16, [256, 33]),
-    candidate([4, 16], [4, 1], 4, 8, [256, 1]),
+const FORWARD: [Candidate; 7] = [
+    candidate([16, 8], [4, 1], 8, 16, 64, 33),
+    candidate([32, 8], [4, 2], 8, 16, 128, 65),
+    candidate([16, 8], [4, 1], 8, 16, 128, 33),
+    candidate([8, 8], [4, 1], 8, 16, 128, 1),
+    candidate([16, 16], [4, 1], 8, 16, 256, 33),
+    candidate([4, 16], [4, 1], 4, 8, 256, 1),
+    LEAST,
+];
+
+const D_Q: [Candidate; 7] = [
+    candidate([16, 8], [8, 1], 8, 16, 64, 65),
+    candidate([16, 16], [8, 1], 8, 16, 128, 65),
+    candidate([16, 8], [4, 1], 8, 16, 128, 33),
+    candidate([8, 8], [4, 1], 8, 16, 128, 1),
+    candidate([16, 16], [4, 1], 8, 16, 256, 33),
+    candidate([4, 16], [4, 1], 4, 8, 256, 1),
+    LEAST,
+];
+
+const D_KV: [Candidate; 6] = [
+    candidate([16, 16], [4, 2], 8, 16, 256, 33),
+    candidate([8, 16], [4, 1], 8, 16, 256, 1),
+    candidate([8, 16], [4, 1], 8, 8, 256, 1),
+    candidate([16, 16], [4, 1], 8, 16, 512, 33),
+    candidate([4, 16], [4, 1], 4, 8, 512, 1),
     LEAST,
 ];
 
 /// A software driver runs the threads of a workgroup one after the other, a vector at a time.
 const SOFTWARE: [Candidate; 3] =
-    [candidate([8, 8], [4, 1], 4, 16, [128, 1]), candidate([4, 16], [4, 1], 4, 8, [256, 1]), LEAST];
+    [candidate([8, 8], [4, 1], 4, 16, 256, 1), candidate([4, 16], [4, 1], 4, 8, 512, 1), LEAST];
 
 /// Fits 16 KiB of workgroup memory and 64 threads for every width.
-const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 8, [usize::MAX, 1]);
+const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 8, u32::MAX, 1);
 
-/// Tiles to try for a problem, the best first; the last one fits every WebGPU device.
-pub(crate) fn candidates(problem: &Problem, class: DeviceClass) -> impl Iterator<Item = Tiles> {
-    let shape = *problem.shape();
-    let table: &[Candidate] = if class == DeviceClass::Software { &SOFTWARE } else { &HARDWARE };
-    let fits = move |c: &&Candidate| shape.value_dim <= c.value_dim && shape.seq_q >= c.seq_q;
-    table.iter().filter(fits).map(|c| c.tiles)
+/// Tiles to try for a kernel, the best first; the last one fits every WebGPU device.
+pub(crate) fn candidates(kernel: Kernel, shape: &Shape, class: DeviceClass) -> impl Iterator<Item = Tiles> {
+    let width: u32 = kernel.accumulator_widths(shape.head_dim as u32, shape.value_dim as u32).iter().sum();
+    let seq = if kernel == Kernel::DKv { shape.seq_k } else { shape.seq_q };
+    let table: &[Candidate] = match (class, kernel) {
+        (DeviceClass::Software, _) => &SOFTWARE,
+        (_, Kernel::DQ) => &D_Q,
+        (_, Kernel::DKv) => &D_KV,
+        _ => &FORWARD,
+    };
+    table.iter().filter(move |c| width <= c.width && seq >= c.seq).map(|c| c.tiles)
 }

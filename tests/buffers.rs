@@ -106,7 +106,7 @@ fn run_strided(gpu: &Attention, problem: &Problem, operands: &Operands, offset: 
     };
     let prepared = gpu.prepare_forward(problem, &buffers).unwrap();
     let vec4 = [offset, pad, width].iter().all(|n| n % 4 == 0);
-    assert_eq!(prepared.plan().variant.vec4, vec4, "{problem}, offset {offset}, pad {pad}");
+    assert_eq!(prepared.plan().passes[0].variant.vec4, vec4, "{problem}, offset {offset}, pad {pad}");
     submit(device, |encoder| prepared.encode(encoder));
 
     let mut actual = check(gpu, problem, operands);
@@ -155,7 +155,7 @@ fn strides_of_single_elements() {
     let views = buffers.views();
     let views = ForwardBuffers { q: views.q.strides(strides), o: views.o.strides(strides), ..views };
     let prepared = gpu.prepare_forward(&problem, &views).unwrap();
-    assert!(prepared.plan().variant.vec4);
+    assert!(prepared.plan().passes[0].variant.vec4);
     assert!(buffers.run(device, &prepared) == check(gpu, &problem, &operands));
 }
 
@@ -349,7 +349,7 @@ fn buffers_that_the_device_cannot_use() {
     let destroyed = buffer(device, &operands.q);
     destroyed.destroy();
     let views = ForwardBuffers { q: TensorView::new(&destroyed), ..good };
-    expect_error!(gpu.prepare_forward(&problem, &views), Error::Gpu { during: "preparing a forward pass", .. });
+    expect_error!(gpu.prepare_forward(&problem, &views), Error::Gpu { during: "binding operands", .. });
 
     assert!(buffers.run(device, &gpu.prepare_forward(&problem, &good).unwrap()) == check(gpu, &problem, &operands));
 }
@@ -368,7 +368,7 @@ fn buffers_of_another_device() {
     let buffers = Buffers::new(&device, &problem, &operands);
     let foreign = buffer(&other, &operands.q);
     let views = ForwardBuffers { q: TensorView::new(&foreign), ..buffers.views() };
-    expect_error!(gpu.prepare_forward(&problem, &views), Error::Gpu { during: "preparing a forward pass", .. });
+    expect_error!(gpu.prepare_forward(&problem, &views), Error::Gpu { during: "binding operands", .. });
     check(&gpu, &problem, &operands);
 }
 

@@ -9,7 +9,7 @@ use common::operands::{Operands, agree, check, check_within, problem, row};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
-use sink_attention::{Alignment, Attention, Layout, Options, Plan, Problem, SinkLogits, Tiles, Window};
+use sink_attention::{Alignment, Attention, Kernel, Layout, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window};
 
 const INF: f32 = f32::INFINITY;
 
@@ -285,8 +285,9 @@ fn check_tiles(gpu: &Attention, problem: &Problem, tiles: Tiles, seed: u64) {
         operands.value(problem, 0, 0, hidden).fill(f32::NAN);
     }
     let buffers = Buffers::new(device, problem, &operands);
-    let prepared = pollster::block_on(gpu.prepare_forward_with(problem, &buffers.views(), Some(tiles))).unwrap();
-    assert_eq!(prepared.plan().variant.tiles, tiles);
+    let chosen = [(Kernel::Forward, tiles)];
+    let prepared = pollster::block_on(gpu.prepare_forward_with(problem, &buffers.views(), &chosen)).unwrap();
+    assert_eq!(prepared.plan().passes[0].variant.tiles, Some(tiles));
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&buffers.run(device, &prepared), &expected).unwrap_or_else(|error| panic!("{problem}, {tiles}: {error}"));
 }
@@ -307,9 +308,11 @@ fn tiles_of_every_device() {
         for device in sink_attention::Capabilities::samples() {
             for seq_q in [1, 33, 65] {
                 let problem = |seq_q| problem([1, 2, 1], [seq_q, 140], width, some_hidden());
-                let tiles = Plan::forward(&problem(seq_q), vec4, &device).unwrap().variant.tiles;
+                let tiles = Plan::forward(&problem(seq_q), vec4, &device).unwrap().passes[0].variant.tiles.unwrap();
                 let problem = problem(90);
-                if !seen.contains(&(width, tiles)) && Plan::with_tiles(&problem, vec4, own, tiles).is_ok() {
+                if !seen.contains(&(width, tiles))
+                    && Pass::with_tiles(Kernel::Forward, &problem, vec4, own, tiles).is_ok()
+                {
                     seen.push((width, tiles));
                     check_tiles(gpu, &problem, tiles, 7);
                 }
@@ -323,36 +326,29 @@ fn tiles_of_every_device() {
 #[test]
 fn unusual_tiles() {
     let Some(gpu) = gpu() else { return };
-    let tiles = |threads: [u32; 2], thread: [u32; 2], chunk, v_chunk, q_resident, v_apart| Tiles {
-        threads_q: threads[0],
-        threads_k: threads[1],
-        rows: thread[0],
-        quads: thread[1],
-        chunk,
-        v_chunk,
-        q_resident,
-        v_apart,
+    let tiles = |threads: [u32; 2], thread: [u32; 2], chunk, slab| {
+        let [threads_r, threads_c] = threads;
+        let [rows, quads] = thread;
+        Tiles { threads_r, threads_c, rows, quads, chunk, slab }
     };
     for (width, tiles) in [
         // The largest of the table with half of their rows, so that they fit 32 KiB.
-        ([64, 64], tiles([32, 8], [2, 1], 8, 32, false, false)),
-        ([256, 256], tiles([16, 16], [2, 1], 8, 16, false, false)),
-        // v staged apart: whole, in parts, with q resident.
-        ([64, 64], tiles([8, 8], [4, 1], 4, 32, false, true)),
-        ([64, 64], tiles([8, 8], [4, 1], 4, 8, false, true)),
-        ([64, 64], tiles([8, 8], [2, 1], 8, 16, true, true)),
-        ([64, 64], tiles([8, 8], [2, 1], 16, 32, true, false)),
+        ([64, 64], tiles([32, 8], [2, 2], 8, 16)),
+        ([256, 256], tiles([16, 16], [2, 1], 8, 16)),
+        // Values staged whole, and in the smallest parts.
+        ([64, 64], tiles([8, 8], [4, 1], 4, 32)),
+        ([64, 64], tiles([8, 8], [4, 1], 16, 4)),
         // Chunks that do not divide the width, odd ones, and longer ones than the row.
-        ([64, 64], tiles([8, 8], [4, 1], 5, 16, false, false)),
-        ([80, 48], tiles([8, 8], [4, 1], 8, 16, false, true)),
-        ([20, 20], tiles([8, 8], [4, 1], 5, 16, true, false)),
-        ([16, 16], tiles([8, 8], [4, 1], 8, 32, false, false)),
+        ([64, 64], tiles([8, 8], [4, 1], 5, 16)),
+        ([80, 48], tiles([8, 8], [4, 1], 8, 16)),
+        ([20, 20], tiles([8, 8], [4, 1], 5, 16)),
+        ([16, 16], tiles([8, 8], [4, 1], 9, 32)),
         // Few threads, many keys a thread, more threads than value columns.
-        ([32, 40], tiles([1, 4], [1, 1], 1, 4, false, false)),
-        ([32, 40], tiles([3, 12], [5, 3], 3, 36, false, false)),
-        ([32, 8], tiles([2, 32], [3, 1], 8, 16, false, true)),
-        ([7, 5], tiles([5, 8], [3, 2], 2, 16, true, true)),
-        ([7, 130], tiles([16, 4], [1, 2], 1, 8, false, true)),
+        ([32, 40], tiles([2, 4], [1, 1], 1, 4)),
+        ([32, 40], tiles([6, 12], [3, 3], 3, 36)),
+        ([32, 8], tiles([2, 32], [3, 1], 8, 16)),
+        ([7, 5], tiles([10, 8], [3, 2], 2, 16)),
+        ([7, 130], tiles([16, 4], [1, 2], 1, 8)),
     ] {
         for options in [some_hidden(), Options::new().causal(true)] {
             check_tiles(gpu, &problem([1, 2, 1], [70, 140], width, options), tiles, 8);
@@ -370,20 +366,18 @@ fn random_tiles() {
     while tried < 16 {
         let mut pick = |range: std::ops::RangeInclusive<u32>| rng.random_range(range);
         let tiles = Tiles {
-            threads_q: pick(1..=12),
-            threads_k: 4 * pick(1..=4),
+            threads_r: 2 * pick(1..=6),
+            threads_c: 4 * pick(1..=4),
             rows: pick(1..=4),
             quads: pick(1..=2),
             chunk: pick(1..=9),
-            v_chunk: 4 * pick(1..=8),
-            q_resident: pick(0..=1) == 1,
-            v_apart: pick(0..=1) == 1,
+            slab: 4 * pick(1..=8),
         };
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];
         let size = [pick(1..=100) as usize, pick(1..=150) as usize];
         let problem = problem([1, 2, 1], size, width, some_hidden());
         let vec4 = width.iter().all(|w| w % 4 == 0);
-        if Plan::with_tiles(&problem, vec4, capabilities, tiles).is_ok() {
+        if Pass::with_tiles(Kernel::Forward, &problem, vec4, capabilities, tiles).is_ok() {
             check_tiles(gpu, &problem, tiles, tried);
             tried += 1;
         }
@@ -397,8 +391,9 @@ fn folded_grid() {
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     let problem = problem([2, 4, 2], [130, 130], [64, 64], options);
     let plan = Plan::forward(&problem, true, small.device().unwrap().capabilities()).unwrap();
-    let [x, y] = plan.grid;
-    assert!(x <= 7 && y > 1 && x * y > plan.workgroups, "{plan} is not folded with a rest");
+    let pass = plan.passes[0];
+    let [x, y] = pass.grid;
+    assert!(x <= 7 && y > 1 && x * y > pass.workgroups, "{pass} is not folded with a rest");
     check(&small, &problem, &Operands::random(&problem, 10));
 }
 

@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use common::operands::problem;
-use sink_attention::{Capabilities, Error, Options, Plan, Problem, SinkLogits, Tiles, Window};
+use sink_attention::{Capabilities, Error, Kernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window};
 
 /// Problems that people have, and some that they should not.
 fn problems() -> Vec<(&'static str, Problem)> {
@@ -49,16 +49,19 @@ fn plans() -> String {
         writeln!(text, "\n{name}: {problem}").unwrap();
         // As the operands of a packed problem would be read.
         let vec4 = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
-        let mut plans: Vec<(Plan, Vec<String>)> = Vec::new();
+        let mut plans: Vec<(Vec<Pass>, Vec<String>)> = Vec::new();
         for device in Capabilities::samples() {
-            let plan = Plan::forward(&problem, vec4, &device).unwrap();
-            match plans.iter_mut().find(|(other, _)| *other == plan) {
+            let forward = Plan::forward(&problem, vec4, &device).unwrap();
+            let backward = Plan::backward(&problem, vec4, false, &device).unwrap();
+            let passes = [forward.passes, backward.passes].concat();
+            match plans.iter_mut().find(|(other, _)| *other == passes) {
                 Some((_, devices)) => devices.push(device.name),
-                None => plans.push((plan, vec![device.name])),
+                None => plans.push((passes, vec![device.name])),
             }
         }
-        for (plan, devices) in plans {
-            writeln!(text, "- {}\n  {plan}", devices.join(", ")).unwrap();
+        for (passes, devices) in plans {
+            writeln!(text, "- {}", devices.join(", ")).unwrap();
+            passes.iter().for_each(|pass| writeln!(text, "  {pass}").unwrap());
         }
     }
     text
@@ -76,20 +79,26 @@ fn plans_are_the_reviewed_ones() {
     assert!(reviewed == actual, "plans have changed, first at {changed:#?}; if that is meant: UPDATE_PLANS=1");
 }
 
-/// Every width works on the least device that WebGPU allows, for decoding as for long prompts.
+/// Every width works on the least device that WebGPU allows, for decoding as for long prompts, both ways.
 #[test]
 fn every_width_has_a_plan() {
     let least = Capabilities::webgpu_defaults();
     for head_dim in 1..=256 {
         for value_dim in 1..=256 {
             for seq_q in [1, 1000] {
-                let problem = problem([1, 1, 1], [seq_q, 1000], [head_dim, value_dim], Options::new());
-                let plan = Plan::forward(&problem, false, &least).unwrap();
-                let tiles = plan.variant.tiles;
-                let bytes = tiles.workgroup_bytes(head_dim as u32, value_dim as u32);
-                assert!(bytes <= 16 << 10, "{problem}: {plan}");
-                assert!(tiles.threads() <= 256, "{problem}: {plan}");
-                assert!(plan.workgroups * tiles.tile_q() >= seq_q as u32, "{problem}: {plan}");
+                let options = Options::new().sink_logits(SinkLogits::PerHead);
+                let problem = problem([1, 1, 1], [seq_q, 1000], [head_dim, value_dim], options);
+                let forward = Plan::forward(&problem, false, &least).unwrap();
+                let backward = Plan::backward(&problem, false, true, &least).unwrap();
+                assert_eq!((forward.passes.len(), backward.passes.len()), (1, 4));
+                for pass in [forward.passes, backward.passes].concat() {
+                    assert!(pass.variant.workgroup_bytes() <= 16 << 10, "{problem}: {pass}");
+                    assert!(pass.variant.threads() <= 256, "{problem}: {pass}");
+                    if let Some(tiles) = pass.variant.tiles {
+                        let rows = if pass.variant.kernel == Kernel::DKv { 1000 } else { seq_q };
+                        assert!(pass.workgroups * tiles.tile_rows() >= rows as u32, "{problem}: {pass}");
+                    }
+                }
             }
         }
     }
@@ -103,9 +112,9 @@ fn less_memory_means_smaller_tiles() {
     let mut last = u32::MAX;
     for kib in [48, 32, 16, 12] {
         device.workgroup_bytes = kib << 10;
-        let plan = Plan::forward(&problem, true, &device).unwrap();
-        let bytes = plan.variant.tiles.workgroup_bytes(128, 128);
-        assert!(bytes <= kib << 10 && bytes <= last, "{plan}");
+        let pass = Plan::forward(&problem, true, &device).unwrap().passes[0];
+        let bytes = pass.variant.workgroup_bytes();
+        assert!(bytes <= kib << 10 && bytes <= last, "{pass}");
         last = bytes;
     }
     device.workgroup_bytes = 1 << 10;
@@ -118,36 +127,29 @@ fn less_memory_means_smaller_tiles() {
 fn strange_tiles_are_refused() {
     let problem = problem([1, 1, 1], [100, 100], [64, 64], Options::new());
     let device = &Capabilities::samples()[0];
-    let good = Tiles {
-        threads_q: 8,
-        threads_k: 8,
-        rows: 4,
-        quads: 1,
-        chunk: 4,
-        v_chunk: 32,
-        q_resident: false,
-        v_apart: false,
-    };
-    Plan::with_tiles(&problem, true, device, good).unwrap();
+    let good = Tiles { threads_r: 8, threads_c: 8, rows: 4, quads: 1, chunk: 4, slab: 32 };
     let huge = u32::MAX;
-    for (why, tiles) in [
-        ("no threads", Tiles { threads_q: 0, ..good }),
-        ("threads_k no multiple of 4", Tiles { threads_k: 6, v_chunk: 24, ..good }),
-        ("v_chunk does not divide the tile", Tiles { v_chunk: 12, ..good }),
-        ("v_chunk no multiple of 4", Tiles { v_chunk: 2, ..good }),
-        ("v_chunk above the tile", Tiles { v_chunk: 64, ..good }),
-        ("chunk of nothing", Tiles { chunk: 0, ..good }),
-        ("chunk does not divide a resident q", Tiles { chunk: 5, q_resident: true, ..good }),
-        ("too many threads", Tiles { threads_q: 256, ..good }),
-        ("too much memory", Tiles { rows: 64, ..good }),
-        ("each number at its most", Tiles { threads_q: 1024, threads_k: 1024, rows: 1024, quads: 1024, ..good }),
-        (
-            "huge",
-            Tiles { threads_q: huge, threads_k: huge, rows: huge, quads: huge, chunk: huge, v_chunk: huge, ..good },
-        ),
-        ("long chunk", Tiles { chunk: 1024, quads: 1024, ..good }),
-    ] {
-        let plan = Plan::with_tiles(&problem, true, device, tiles);
-        assert!(matches!(plan, Err(Error::NoKernel { .. })), "{why}: {plan:?}");
+    for kernel in [Kernel::Forward, Kernel::DQ, Kernel::DKv] {
+        Pass::with_tiles(kernel, &problem, true, device, good).unwrap();
+        for (why, tiles) in [
+            ("no threads", Tiles { threads_r: 0, ..good }),
+            ("threads_r no multiple of 2", Tiles { threads_r: 5, ..good }),
+            ("threads_c no multiple of 4", Tiles { threads_c: 6, slab: 24, ..good }),
+            ("slab does not divide the tile", Tiles { slab: 12, ..good }),
+            ("slab no multiple of 4", Tiles { slab: 2, ..good }),
+            ("slab above the tile", Tiles { slab: 64, ..good }),
+            ("chunk of nothing", Tiles { chunk: 0, ..good }),
+            ("too many threads", Tiles { threads_r: 256, ..good }),
+            ("too much memory", Tiles { rows: 64, ..good }),
+            ("long chunk", Tiles { chunk: 64, quads: 64, ..good }),
+            (
+                "each number at its most",
+                Tiles { threads_r: 1024, threads_c: 1024, rows: 1024, quads: 1024, chunk: 1024, slab: 1024 },
+            ),
+            ("huge", Tiles { threads_r: huge, threads_c: huge, rows: huge, quads: huge, chunk: huge, slab: huge }),
+        ] {
+            let pass = Pass::with_tiles(kernel, &problem, true, device, tiles);
+            assert!(matches!(pass, Err(Error::NoKernel { .. })), "{why}: {pass:?}");
+        }
     }
 }

@@ -14,9 +14,10 @@ use super::DeviceArgs;
 
 /// Compute attention for the problem in a file
 ///
-/// IN is a safetensors file with tensors q, k, v and, as present, sinks; its string metadata holds the
-/// options: layout, causal, align, window_left, window_right, sink_tokens, scale, q_offset. Tensors named
-/// expected.* are ignored. OUT receives the tensors out and lse in the layout of IN.
+/// IN is a safetensors file with tensors q, k, v and, as present, sinks, dout, dlse; its string metadata
+/// holds the options: layout, causal, align, window_left, window_right, sink_tokens, scale, q_offset. Tensors
+/// named expected.* are ignored. OUT receives the tensors out and lse and, where there is dout, the gradients
+/// dq, dk, dv and dsinks, in the layout of IN.
 #[derive(Debug, Args)]
 pub struct Run {
     /// File with the problem
@@ -59,21 +60,20 @@ impl Run {
         }
         io::check_output(&self.input, &self.output)?;
         let case = Case::read(&self.input)?;
-        if case.d_o.is_some() || case.d_lse.is_some() {
-            let note = "note: dout or dlse is given, but this version computes the forward pass only";
-            let _ = writeln!(std::io::stderr(), "{note}");
-        }
 
         let attention = self.device.open()?;
         let start = Instant::now();
         let output = attention.forward(&case.problem, &case.inputs())?;
+        let upstream = case.upstream();
+        let gradients = upstream.map(|upstream| attention.backward(&case.problem, &case.inputs(), &output, &upstream));
+        let gradients = gradients.transpose()?;
         let elapsed = start.elapsed();
 
-        let results = case.results(output);
+        let results = case.results(output, gradients);
         io::write(&self.output, case.problem.options().layout, &results)?;
 
         let summary = Summary {
-            pass: "forward",
+            pass: if upstream.is_some() { "forward and backward" } else { "forward" },
             problem: case.problem.to_string(),
             dtype: case.q.dtype().to_string(),
             device: attention.device_name(),

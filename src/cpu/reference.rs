@@ -2,6 +2,7 @@
 //!
 //! Every other path of the crate is tested against this one.
 
+use super::rows::Rows;
 use crate::error::Result;
 use crate::problem::{Inputs, Output, Problem, SinkLogits};
 
@@ -13,10 +14,10 @@ pub fn forward(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output<f64>> {
     problem.check_inputs(inputs)?;
     let shape = problem.shape();
     let layout = problem.options().layout;
-    let q = Rows::new(inputs.q, layout.strides(shape.heads, shape.seq_q, shape.head_dim), shape.head_dim);
-    let k = Rows::new(inputs.k, layout.strides(shape.kv_heads, shape.seq_k, shape.head_dim), shape.head_dim);
-    let v = Rows::new(inputs.v, layout.strides(shape.kv_heads, shape.seq_k, shape.value_dim), shape.value_dim);
-    let o_strides = layout.strides(shape.heads, shape.seq_q, shape.value_dim);
+    let q = Rows::new(inputs.q, layout, shape.heads, shape.seq_q, shape.head_dim);
+    let k = Rows::new(inputs.k, layout, shape.kv_heads, shape.seq_k, shape.head_dim);
+    let v = Rows::new(inputs.v, layout, shape.kv_heads, shape.seq_k, shape.value_dim);
+    let o_strides = layout.strides(shape.heads, shape.seq_q, shape.value_dim).map(|s| s as usize);
     let scale = f64::from(problem.scale());
 
     let mut o = vec![0.0; shape.batch * shape.heads * shape.seq_q * shape.value_dim];
@@ -34,7 +35,7 @@ pub fn forward(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output<f64>> {
                     .map(|j| (j, scale * dot(q.row(b, h, i), k.row(b, g, j))))
                     .collect();
                 let row_lse = log_sum_exp(scores.iter().map(|&(_, s)| s).chain(sink));
-                let start = index(o_strides, b, h, i);
+                let start = b * o_strides[0] + h * o_strides[1] + i * o_strides[2];
                 let o_row = &mut o[start..start + shape.value_dim];
                 for (j, s) in scores {
                     let p = if s == f64::NEG_INFINITY { 0.0 } else { (s - row_lse).exp() };
@@ -59,7 +60,7 @@ pub(super) fn sink_logit(problem: &Problem, inputs: &Inputs<'_>, head: usize) ->
 }
 
 /// `log(sum exp(x))`, shifted by the maximum; -inf for no terms, or where all are -inf.
-fn log_sum_exp(terms: impl Iterator<Item = f64> + Clone) -> f64 {
+pub(super) fn log_sum_exp(terms: impl Iterator<Item = f64> + Clone) -> f64 {
     let max = terms.clone().fold(f64::NEG_INFINITY, f64::max);
     if max.is_infinite() && terms.clone().all(|x| !x.is_nan()) {
         return max;
@@ -69,28 +70,6 @@ fn log_sum_exp(terms: impl Iterator<Item = f64> + Clone) -> f64 {
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
-}
-
-/// A strided operand, seen as rows of its last axis.
-struct Rows<'a> {
-    data: &'a [f32],
-    strides: [u64; 3],
-    width: usize,
-}
-
-impl<'a> Rows<'a> {
-    fn new(data: &'a [f32], strides: [u64; 3], width: usize) -> Self {
-        Rows { data, strides, width }
-    }
-
-    fn row(&self, b: usize, h: usize, i: usize) -> &'a [f32] {
-        let start = index(self.strides, b, h, i);
-        &self.data[start..start + self.width]
-    }
-}
-
-fn index([batch, head, seq]: [u64; 3], b: usize, h: usize, i: usize) -> usize {
-    b * batch as usize + h * head as usize + i * seq as usize
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! GPU buffers of the caller's, and devices with other limits.
 
 use sink_attention::wgpu::{self, BufferUsages};
-use sink_attention::{Attention, Device, ForwardBuffers, Output, PreparedForward, Problem, TensorView};
+use sink_attention::{Attention, Device, ForwardBuffers, Output, Prepared, Problem, TensorView};
 
 use super::gpu;
 use super::operands::Operands;
@@ -86,7 +86,7 @@ impl Buffers {
     }
 
     /// Runs a pass that was prepared with these buffers and reads its results.
-    pub fn run(&self, device: &Device, prepared: &PreparedForward) -> Output {
+    pub fn run(&self, device: &Device, prepared: &Prepared) -> Output {
         submit(device, |encoder| prepared.encode(encoder));
         Output { o: read(device, &self.o), lse: read(device, &self.lse) }
     }

@@ -1,0 +1,53 @@
+//! The CPU path: `cargo bench --bench cpu`.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rand::rngs::StdRng;
+use rand::{Rng, RngExt, SeedableRng};
+use sink_attention::{Inputs, Layout, Options, Problem, Shape, SinkLogits, Window, cpu};
+
+fn forward(c: &mut Criterion) {
+    let shape = |heads, kv_heads, seq_q, seq_k, width| Shape {
+        batch: 1,
+        heads,
+        kv_heads,
+        seq_q,
+        seq_k,
+        head_dim: width,
+        value_dim: width,
+    };
+    let bhsd = Options::new().layout(Layout::Bhsd);
+    let mut group = c.benchmark_group("cpu/forward");
+    for (name, shape, options) in [
+        ("causal", shape(8, 8, 2048, 2048, 64), bhsd.causal(true)),
+        ("causal bshd", shape(8, 8, 2048, 2048, 64), bhsd.causal(true).layout(Layout::Bshd)),
+        ("full", shape(8, 8, 2048, 2048, 64), bhsd),
+        ("wide causal", shape(8, 8, 2048, 2048, 128), bhsd.causal(true)),
+        (
+            "window 128, sinks",
+            shape(64, 8, 2048, 2048, 64),
+            bhsd.window(Window::keys(128)).sink_logits(SinkLogits::OffByOne),
+        ),
+        ("decode", shape(32, 8, 1, 8192, 128), bhsd.causal(true)),
+        ("decode, no groups", shape(8, 8, 1, 8192, 128), bhsd.causal(true)),
+    ] {
+        let problem = Problem::new(shape, options).expect("a valid problem");
+        let mut rng = StdRng::seed_from_u64(0);
+        let mut operand = |shape: [usize; 4]| random(&mut rng, shape.iter().product());
+        let (q, k, v) = (operand(problem.q_shape()), operand(problem.k_shape()), operand(problem.v_shape()));
+        let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: None };
+        group.throughput(Throughput::ElementsAndBytes {
+            elements: problem.forward_flops() as u64,
+            bytes: 4 * (q.len() + k.len() + v.len()) as u64,
+        });
+        group.bench_with_input(BenchmarkId::new(name, problem), &inputs, |b, inputs| {
+            b.iter(|| cpu::forward(&problem, inputs));
+        });
+    }
+}
+
+fn random(rng: &mut impl Rng, len: usize) -> Vec<f32> {
+    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+criterion_group!(benches, forward);
+criterion_main!(benches);

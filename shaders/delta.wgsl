@@ -1,0 +1,90 @@
+{#- delta_i = d_o_i . o_i - d_lse_i, what every d_s of a row has in common, and the row's share of the sink
+    logit's gradient, -exp(sink - lse_i) delta_i, summed over the workgroup's rows in a fixed order.
+
+    The product is summed feature by feature, as the other kernels sum d_o . v: in a row that one key
+    dominates the two cancel, and then they cancel exactly. -#}
+{% include "params.wgsl" %}
+{% include "operands.wgsl" %}
+
+const ROWS: u32 = {{ delta_rows }}u;
+// Feature quads staged at once, one by each of the threads that share a row.
+const LANES: u32 = {{ lanes }}u;
+const LANE_ROW: u32 = LANES + 1u;
+var<workgroup> o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
+var<workgroup> d_o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
+var<workgroup> partials: array<f32, {{ delta_rows }}>;
+
+@compute @workgroup_size({{ threads }})
+fn main(
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+  @builtin(num_workgroups) grid: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+) {
+  let index = workgroup.x + workgroup.y * grid.x;
+  if (index >= params.workgroups) { return; }
+  let tiles = (params.seq_q + ROWS - 1u) / ROWS;
+  let sequence = index / tiles;
+  let batch = sequence / params.heads;
+  let head = sequence % params.heads;
+  let row0 = index % tiles * ROWS;
+
+  // Loads are shared by neighbouring threads; then thread r sums row r.
+  let loaded = row0 + thread / LANES;
+  let o_base = operand_base(params.o, batch, head) + loaded * params.o.seq;
+  let d_o_base = operand_base(params.d_o, batch, head) + loaded * params.d_o.seq;
+  let stage = thread / LANES * LANE_ROW + thread % LANES;
+  var row_delta = 0.0;
+  for (var quad0 = 0u; quad0 < {{ operand_quads.o }}u; quad0 += LANES) {
+    let quad = quad0 + thread % LANES;
+    workgroupBarrier();
+    if (loaded < params.seq_q && quad < {{ operand_quads.o }}u) {
+      o_stage[stage] = load_o(o_base, quad);
+      d_o_stage[stage] = load_d_o(d_o_base, quad);
+    } else {
+      o_stage[stage] = vec4<f32>();
+      d_o_stage[stage] = vec4<f32>();
+    }
+    workgroupBarrier();
+    if (thread < ROWS) {
+      for (var lane = 0u; lane < LANES; lane += 1u) {
+        let a = d_o_stage[thread * LANE_ROW + lane];
+        let b = o_stage[thread * LANE_ROW + lane];
+{% for e in xyzw %}
+        row_delta = fma(a.{{ e }}, b.{{ e }}, row_delta);
+{% endfor %}
+      }
+    }
+  }
+
+  let row = row0 + thread;
+  var sink_share = 0.0;
+  if (thread < ROWS && row < params.seq_q) {
+    let place = sequence * params.seq_q + row;
+    let row_lse = lse[params.lse_offset + place];
+    if (row_lse == params.negative_infinity) {
+      // The row sees nothing, and lse is no function of anything.
+      row_delta = 0.0;
+    } else {
+{% if d_lse %}
+      row_delta -= d_lse[params.d_lse_offset + place];
+{% endif %}
+{% if sinks == "per_head" %}
+      let sink = sink_logits[params.sink_offset + head];
+      // Equal terms give exp(0), even where both are infinite.
+      let p_sink = select(exp2((sink - row_lse) * LOG2_E), 1.0, sink == row_lse);
+      sink_share = -p_sink * row_delta;
+{% endif %}
+    }
+    delta[place] = row_delta;
+  }
+{% if sinks == "per_head" %}
+  if (thread < ROWS) { partials[thread] = sink_share; }
+  workgroupBarrier();
+  // Pairwise: the error grows with the logarithm of the rows.
+  for (var half = ROWS / 2u; half > 0u; half /= 2u) {
+    if (thread < half) { partials[thread] += partials[thread + half]; }
+    workgroupBarrier();
+  }
+  if (thread == 0u) { sink_partials[index] = partials[0]; }
+{% endif %}
+}

@@ -1,0 +1,238 @@
+{#- The portable micro-kernel: f32 multiply-adds on register tiles, no subgroups, no f16.
+
+    Every kernel of this crate keeps a tile of rows (queries, or keys in the d_k/d_v kernel) and walks over
+    tiles of columns (keys, or queries). Two kinds of matrix product occur:
+
+      product(s, a, b)        s[row, column] = sum over features of a[row] * b[column]
+      accumulate(x, b)        x[row] += sum over columns of weights[row, column] * b[column]
+
+    Thread (tx, ty) of THREADS_C x THREADS_R holds rows ty + THREADS_R * i (i < rows) and, for each of
+    them, column quads tx + THREADS_C * c of a score tile (c < quads) or feature quads tx + THREADS_C * c
+    of an accumulator. Everything is unrolled in the text: drivers do not unroll naga's loops, and
+    indexed arrays fall out of registers.
+
+    Tiles lie in workgroup memory as rows of vec4, one vec4 longer than needed so that neighbouring
+    rows start in different banks. The four columns of quad tx are staged THREADS_C rows apart, so that
+    neighbouring threads read neighbouring rows. -#}
+
+{%- macro declare() %}
+const THREADS_C: u32 = {{ threads_c }}u;
+const THREADS_R: u32 = {{ threads_r }}u;
+const THREADS: u32 = {{ threads }}u;
+// Feature quads staged at once for a product, and columns staged at once for an accumulation.
+const CHUNK: u32 = {{ chunk }}u;
+const SLAB: u32 = {{ slab }}u;
+const CHUNK_ROW: u32 = {{ chunk + 1 }}u;
+const WEIGHT_ROW: u32 = {{ tile_columns // 4 + 1 }}u;
+// A product stages columns, then rows; an accumulation keeps weights, then a slab of columns.
+const ROW_STAGE: u32 = {{ tile_columns * (chunk + 1) }}u;
+const SLAB_STAGE: u32 = {{ tile_rows * (tile_columns // 4 + 1) }}u;
+var<workgroup> memory: array<vec4<f32>, {{ memory_len }}>;
+{% if partials_len > 0 %}
+// One partial result per row and tx.
+var<workgroup> partials: array<vec4<f32>, {{ partials_len }}>;
+{% endif %}
+// 1 + the last masked step in which some staged column was NaN or infinite.
+var<workgroup> poisoned: atomic<u32>;
+
+// The column of a tile that lies in a staged row.
+fn staged_column(row: u32) -> u32 {
+  let within = row % (4u * THREADS_C);
+  return row - within + (within % THREADS_C) * 4u + within / THREADS_C;
+}
+
+fn is_finite4(x: vec4<f32>) -> bool {
+  return all(abs(x) <= vec4<f32>(-LOWEST));
+}
+{% endmacro -%}
+
+{#- Place in workgroup memory of a thread's i-th row of weights. -#}
+{%- macro weight_row(i) %}(ty + {{ i }}u * THREADS_R) * WEIGHT_ROW{% endmacro -%}
+
+{%- macro begin() %}
+  // Eight neighbours form a block of four by two threads, so that they share rows of both sides.
+  let block = thread / 8u;
+  let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));
+  let ty = thread / 4u % 2u + 2u * (block / (THREADS_C / 4u));
+  var step = 0u;
+  if (thread == 0u) { atomicStore(&poisoned, 0u); }
+{% for i in range(rows) %}
+  let row_{{ i }} = row0 + ty + {{ i }}u * THREADS_R;
+{% endfor %}
+{% endmacro -%}
+
+{#- Which of the four columns of a thread's c-th quad its i-th row sees. -#}
+{%- macro visible(i, c) %}visible4(row_{{ i }}, column0 + 4u * (tx + {{ c }}u * THREADS_C)){% endmacro -%}
+
+{#- Zero where hidden, whatever was computed there. -#}
+{%- macro hide(s) %}
+    if (masked) {
+{% for i in range(rows) %}{% for c in range(quads) %}
+      {{ s }}_{{ i }}_{{ c }} = select(vec4<f32>(), {{ s }}_{{ i }}_{{ c }}, {{ visible(i, c) }});
+{% endfor %}{% endfor %}
+    }
+{% endmacro -%}
+
+{#- An accumulator of the width of an operand, zero. -#}
+{%- macro accumulator(x, operand) %}
+{% for i in range(rows) %}{% for c in range(accumulator_quads[operand]) %}
+  var {{ x }}_{{ i }}_{{ c }} = vec4<f32>();
+{% endfor %}{% endfor %}
+{% endmacro -%}
+
+{#- Copies `count` rows of `quads` vec4 of an operand into workgroup memory, zeros beyond its end. -#}
+{%- macro stage(at, stride, operand, count, quads, quad0, row, limit, slab) %}
+{% set total = count * quads %}
+{% for pass in range((total + threads - 1) // threads) %}
+  {
+    let item = thread + {{ pass * threads }}u;
+{% if (pass + 1) * threads > total %}
+    if (item < {{ total }}u) {
+{% else %}
+    {
+{% endif %}
+      let staged = item / {{ quads }}u;
+      let quad = {{ quad0 }} + item % {{ quads }}u;
+      let source = {{ row }};
+      var x = vec4<f32>();
+      if (source < {{ limit }}{% if operand_quads[operand] % quads != 0 %} && quad < {{ operand_quads[operand] }}u{% endif %}) {
+        x = load_{{ operand }}({{ operand }}_base + source * params.{{ operand }}.seq, quad);
+{% if slab %}
+        if (masked && !is_finite4(x)) { atomicStore(&poisoned, step + 1u); }
+{% endif %}
+      }
+      memory[{{ at }} + staged * {{ stride }} + item % {{ quads }}u] = x;
+    }
+  }
+{% endfor %}
+{% endmacro -%}
+
+{#- s[row, column] = a[row] . b[column], feature by feature: every kernel must come to the same bits, whichever of
+    the two is q, or lse and o belong to other scores than the backward pass sees. -#}
+{%- macro product(s, a, b) %}
+{% for i in range(rows) %}{% for c in range(quads) %}
+    var {{ s }}_{{ i }}_{{ c }} = vec4<f32>();
+{% endfor %}{% endfor %}
+    for (var quad0 = 0u; quad0 < {{ operand_quads[a] }}u; quad0 += CHUNK) {
+      workgroupBarrier();
+{{ stage("0u", "CHUNK_ROW", b, tile_columns, chunk, "quad0", "column0 + staged_column(staged)", "column_limit", false) }}
+{{ stage("ROW_STAGE", "CHUNK_ROW", a, tile_rows, chunk, "quad0", "row0 + staged", "row_limit", false) }}
+      workgroupBarrier();
+      for (var quad = 0u; quad < CHUNK; quad += {{ unroll }}u) {
+{% for u in range(unroll) %}
+        {
+{% for i in range(rows) %}
+          let a_{{ i }} = memory[ROW_STAGE + (ty + {{ i }}u * THREADS_R) * CHUNK_ROW + quad + {{ u }}u];
+{% endfor %}
+{% for c in range(quads) %}
+          {
+{% for e in range(4) %}
+            let b_{{ e }} = memory[(tx + {{ c * 4 + e }}u * THREADS_C) * CHUNK_ROW + quad + {{ u }}u];
+{% endfor %}
+{% for e in xyzw %}
+            let b_{{ e }} = vec4<f32>(b_0.{{ e }}, b_1.{{ e }}, b_2.{{ e }}, b_3.{{ e }});
+{% endfor %}
+{% for i in range(rows) %}{% for e in xyzw %}
+            {{ s }}_{{ i }}_{{ c }} = fma(vec4<f32>(a_{{ i }}.{{ e }}), b_{{ e }}, {{ s }}_{{ i }}_{{ c }});
+{% endfor %}{% endfor %}
+          }
+{% endfor %}
+        }
+{% endfor %}
+      }
+    }
+{% endmacro -%}
+
+{#- Leaves a score tile in workgroup memory as weights for `accumulate`. Whoever calls this has passed a
+    barrier since the last product or accumulation read that memory. -#}
+{%- macro keep_weights(s) %}
+{% for i in range(rows) %}{% for c in range(quads) %}
+    memory[{{ weight_row(i) }} + tx + {{ c }}u * THREADS_C] = {{ s }}_{{ i }}_{{ c }};
+{% endfor %}{% endfor %}
+{% endmacro -%}
+
+{#- x[row] += sum over columns of weights[row, column] * b[column]. -#}
+{%- macro accumulate(x, b) %}
+{% set x_quads = accumulator_quads[b] %}
+{% set slab_row = x_quads * threads_c %}
+    for (var first = 0u; first < {{ tile_columns }}u; first += SLAB) {
+{% if slab < tile_columns %}
+      if (first != 0u) { workgroupBarrier(); }
+{% endif %}
+{{ stage("SLAB_STAGE", slab_row ~ "u", b, slab, operand_quads[b], "0u", "column0 + first + staged", "column_limit", true) }}
+      workgroupBarrier();
+      if (masked && atomicLoad(&poisoned) == step + 1u) {
+        // A hidden column that is NaN or infinite must not meet its zero weight.
+        for (var j = 0u; j < SLAB; j += 1u) {
+          let column = column0 + first + j;
+{% for i in range(rows) %}
+          if (visible4(row_{{ i }}, column).x) {
+            let w = memory[{{ weight_row(i) }} + (first + j) / 4u][(first + j) % 4u];
+{% for c in range(x_quads) %}
+            {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w), memory[SLAB_STAGE + j * {{ slab_row }}u + tx + {{ c }}u * THREADS_C], {{ x }}_{{ i }}_{{ c }});
+{% endfor %}
+          }
+{% endfor %}
+        }
+      } else {
+        for (var quad = 0u; quad < SLAB / 4u; quad += 1u) {
+{% for i in range(rows) %}
+          let w_{{ i }} = memory[{{ weight_row(i) }} + first / 4u + quad];
+{% endfor %}
+{% for e in range(4) %}
+          {
+            let at = SLAB_STAGE + (quad * 4u + {{ e }}u) * {{ slab_row }}u + tx;
+{% for c in range(x_quads) %}
+            let b_{{ c }} = memory[at + {{ c }}u * THREADS_C];
+{% endfor %}
+{% for i in range(rows) %}{% for c in range(x_quads) %}
+            {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w_{{ i }}.{{ xyzw[e] }}), b_{{ c }}, {{ x }}_{{ i }}_{{ c }});
+{% endfor %}{% endfor %}
+          }
+{% endfor %}
+        }
+      }
+    }
+    step += 1u;
+{% endmacro -%}
+
+{#- Combines a value that each thread of a row holds, by "max" or "sum", in a fixed order. Two uses are
+    kept apart by any barrier between them. -#}
+{%- macro reduce_rows(result, value, op) %}
+{% for i in range(rows) %}
+    {
+      let at = (ty + {{ i }}u * THREADS_R) * THREADS_C + tx;
+      partials[at / 4u][at % 4u] = {{ value }}_{{ i }};
+    }
+{% endfor %}
+    workgroupBarrier();
+{% for i in range(rows) %}
+    var {{ result }}_{{ i }} = 0.0;
+    {
+      let at = (ty + {{ i }}u * THREADS_R) * (THREADS_C / 4u);
+      var x = partials[at];
+{% for t in range(1, threads_c // 4) %}
+{% if op == "max" %}
+      x = max(x, partials[at + {{ t }}u]);
+{% else %}
+      x += partials[at + {{ t }}u];
+{% endif %}
+{% endfor %}
+      {{ result }}_{{ i }} = {{ "max(max(x.x, x.y), max(x.z, x.w))" if op == "max" else "(x.x + x.y) + (x.z + x.w)" }};
+    }
+{% endfor %}
+{% endmacro -%}
+
+{#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
+{%- macro store(x, operand, factor) %}
+{% for i in range(rows) %}
+  if (row_{{ i }} < row_limit) {
+    let base = {{ operand }}_base + row_{{ i }} * params.{{ operand }}.seq;
+{% for c in range(accumulator_quads[operand]) %}
+    if (tx + {{ c }}u * THREADS_C < {{ operand_quads[operand] }}u) {
+      store_{{ operand }}(base, tx + {{ c }}u * THREADS_C, {{ x }}_{{ i }}_{{ c }} * {{ factor ~ i if factor is endingwith("_") else factor }});
+    }
+{% endfor %}
+  }
+{% endfor %}
+{% endmacro -%}

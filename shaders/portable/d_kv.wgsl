@@ -1,0 +1,56 @@
+{#- The gradients by k and v in portable blocks: rows are keys, columns are queries. -#}
+{% import "portable/blocks.wgsl" as blocks %}
+
+{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+
+{%- macro begin() %}
+{{ blocks.begin() }}
+{{ blocks.accumulator("d_k", "q") }}
+{{ blocks.accumulator("d_v", "d_o") }}
+{% endmacro -%}
+
+{%- macro scores() %}{{ blocks.product("s", "k", "q") }}{% endmacro -%}
+
+{#- Leaves p as weights, and keeps it. -#}
+{%- macro probabilities() %}
+{% for c in range(quads) %}
+    var delta_{{ c }} = vec4<f32>();
+    {
+      let query = column0 + 4u * (tx + {{ c }}u * THREADS_C);
+      var row_lse = vec4<f32>();
+{% for e in range(4) %}
+      if (query + {{ e }}u < column_limit) {
+        row_lse.{{ xyzw[e] }} = lse[lse_base + query + {{ e }}u];
+        delta_{{ c }}.{{ xyzw[e] }} = delta[delta_base + query + {{ e }}u];
+      }
+{% endfor %}
+{% for i in range(rows) %}
+      s_{{ i }}_{{ c }} = exp2(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), -row_lse) * LOG2_E);
+{% endfor %}
+    }
+{% endfor %}
+{{ blocks.hide("s") }}
+    workgroupBarrier();
+{{ blocks.keep_weights("s") }}
+{% endmacro -%}
+
+{%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o") }}{% endmacro -%}
+
+{%- macro probability_gradients() %}{{ blocks.product("d_p", "v", "d_o") }}{% endmacro -%}
+
+{#- Leaves d_s = p (d_p - delta) as weights. -#}
+{%- macro score_gradients() %}
+{% for c in range(quads) %}{% for i in range(rows) %}
+    d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});
+{% endfor %}{% endfor %}
+{{ blocks.hide("d_p") }}
+    workgroupBarrier();
+{{ blocks.keep_weights("d_p") }}
+{% endmacro -%}
+
+{%- macro accumulate_d_k() %}{{ blocks.accumulate("d_k", "q") }}{% endmacro -%}
+
+{%- macro finish() %}
+{{ blocks.store("d_k", "d_k", "params.scale") }}
+{{ blocks.store("d_v", "d_v", "1.0") }}
+{% endmacro -%}

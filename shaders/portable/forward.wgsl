@@ -1,0 +1,82 @@
+{#- The forward pass in portable blocks: rows are queries, columns are keys. -#}
+{% import "portable/blocks.wgsl" as blocks %}
+
+{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+
+{%- macro begin() %}
+{{ blocks.begin() }}
+{% for i in range(rows) %}
+  var max_{{ i }} = LOWEST;
+  var sum_{{ i }} = 0.0;
+{% endfor %}
+{{ blocks.accumulator("o", "v") }}
+{% endmacro -%}
+
+{%- macro scores() %}{{ blocks.product("s", "q", "k") }}{% endmacro -%}
+
+{#- The largest visible score of each row that this thread holds. -#}
+{%- macro most(masked) %}
+{% for i in range(rows) %}
+      {
+        var most = vec4<f32>(LOWEST);
+{% for c in range(quads) %}
+{% if masked %}
+        most = max(most, select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }} * params.scale, {{ blocks.visible(i, c) }}));
+{% else %}
+        most = max(most, s_{{ i }}_{{ c }} * params.scale);
+{% endif %}
+{% endfor %}
+        most_{{ i }} = max(max(most.x, most.y), max(most.z, most.w));
+      }
+{% endfor %}
+{% endmacro -%}
+
+{#- Online softmax: updates each row's maximum and sum, rescales the output, leaves the probabilities
+    as weights. The backward kernels form a probability the same way, with lse for the maximum. -#}
+{%- macro softmax() %}
+{% for i in range(rows) %}
+    var most_{{ i }} = 0.0;
+{% endfor %}
+    if (masked) {
+{{ most(true) }}
+    } else {
+{{ most(false) }}
+    }
+{{ blocks.reduce_rows("row_most", "most", "max") }}
+{% for i in range(rows) %}
+    let before_{{ i }} = max_{{ i }};
+    max_{{ i }} = max(before_{{ i }}, row_most_{{ i }});
+{% for c in range(quads) %}
+    s_{{ i }}_{{ c }} = exp2(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-max_{{ i }})) * LOG2_E);
+{% endfor %}
+{% endfor %}
+{{ blocks.hide("s") }}
+{% for i in range(rows) %}
+    {
+      let rescale = exp2((before_{{ i }} - max_{{ i }}) * LOG2_E);
+{% for c in range(accumulator_quads.v) %}
+      o_{{ i }}_{{ c }} *= rescale;
+{% endfor %}
+      var total = s_{{ i }}_0;
+{% for c in range(1, quads) %}
+      total += s_{{ i }}_{{ c }};
+{% endfor %}
+      sum_{{ i }} = fma(sum_{{ i }}, rescale, (total.x + total.y) + (total.z + total.w));
+    }
+{% endfor %}
+{{ blocks.keep_weights("s") }}
+{% endmacro -%}
+
+{%- macro accumulate() %}{{ blocks.accumulate("o", "v") }}{% endmacro -%}
+
+{#- Sums the rows' denominators, adds the sink logit once, and writes o and lse. -#}
+{%- macro finish() %}
+  workgroupBarrier();
+{{ blocks.reduce_rows("total", "sum", "sum") }}
+{% for i in range(rows) %}
+  let end_{{ i }} = finish_row(max_{{ i }}, total_{{ i }}, head);
+  let factor_{{ i }} = end_{{ i }}.factor;
+  if (row_{{ i }} < row_limit && tx == 0u) { lse[lse_base + row_{{ i }}] = end_{{ i }}.lse; }
+{% endfor %}
+{{ blocks.store("o", "o", "factor_") }}
+{% endmacro -%}

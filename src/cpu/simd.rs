@@ -1,0 +1,123 @@
+//! Vector pieces of the tiled paths, generic over the instruction set.
+//!
+//! Queries run along the lanes. A *panel* is `NV` vectors of queries side by side, and every matrix
+//! of a tile is stored panel by panel as `[key or feature][queries of the panel]`. So the softmax
+//! needs no reduction across lanes, and the products broadcast their other operand straight from
+//! the rows of k and v, whatever the layout: only q is copied.
+//!
+//! Everything here is `inline(always)`, to be compiled with the features of the `pulp::Simd` it is
+//! instantiated with.
+
+use pulp::Simd;
+
+/// The vectors of a panel.
+pub(super) type Panel<S, const NV: usize> = [<S as Simd>::f32s; NV];
+
+/// Views a buffer as panels.
+#[inline(always)]
+pub(super) fn panels<S: Simd, const NV: usize>(buffer: &[f32]) -> &[Panel<S, NV>] {
+    S::as_simd_f32s(buffer).0.as_chunks().0
+}
+
+/// Views a buffer as panels.
+#[inline(always)]
+pub(super) fn panels_mut<S: Simd, const NV: usize>(buffer: &mut [f32]) -> &mut [Panel<S, NV>] {
+    S::as_mut_simd_f32s(buffer).0.as_chunks_mut().0
+}
+
+/// Micro-kernel of every product: `out[n] = sum_k a[k] * b[k][n]`, summed in the order of k.
+///
+/// The `NR * NV` sums stay in registers; a caller chooses them to fill the register file.
+#[inline(always)]
+pub(super) fn multiply<S: Simd, const NV: usize, const NR: usize>(
+    simd: S,
+    a: &[Panel<S, NV>],
+    b: impl Iterator<Item = [f32; NR]>,
+) -> [Panel<S, NV>; NR] {
+    let mut out = [[simd.splat_f32s(0.0); NV]; NR];
+    for (a, b) in a.iter().zip(b) {
+        for n in 0..NR {
+            let b = simd.splat_f32s(b[n]);
+            for v in 0..NV {
+                out[n][v] = simd.mul_add_e_f32s(a[v], b, out[n][v]);
+            }
+        }
+    }
+    out
+}
+
+/// Exponential, within 1 ulp (2 without fused multiply-add) for results in the normal range; below it, 0.
+///
+/// `exp(-inf)` is 0 and NaN stays NaN. For x <= 88 only, as every softmax has it (+inf gives NaN).
+#[inline(always)]
+pub(super) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let splat = |x| simd.splat_f32s(x);
+    // x = n ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in
+    // the low bits; 127 more makes it the exponent field of 2^n.
+    let magic = splat(12_582_912.0 + 127.0);
+    let shifted = simd.mul_add_e_f32s(x, splat(std::f32::consts::LOG2_E), magic);
+    let n = simd.sub_f32s(shifted, magic);
+    // ln 2 in two parts, the first so short that n times it is exact.
+    let r = simd.mul_add_e_f32s(n, splat(-355.0 / 512.0), x);
+    let r = simd.mul_add_e_f32s(n, splat(2.121_944_4e-4), r);
+    // Minimax for e^r, relative error 3e-9, with 1 + r exact.
+    let mut p = splat(0.001_381_459_9);
+    for c in [0.008_368_717, 0.041_668_39, 0.166_665_21, 0.499_999_94, 1.0, 1.0] {
+        p = simd.mul_add_e_f32s(p, r, splat(c));
+    }
+    let power = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    // A product, not integer arithmetic on p: it keeps a NaN.
+    let y = simd.mul_f32s(p, simd.transmute_f32s_u32s(power));
+    let underflow = simd.less_than_f32s(x, splat(-87.0));
+    simd.select_f32s(underflow, splat(0.0), y)
+}
+
+#[cfg(test)]
+mod tests {
+    use pulp::{Arch, WithSimd};
+
+    use super::*;
+
+    struct Exp<'a>(&'a mut [f32]);
+
+    impl WithSimd for Exp<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let (vectors, rest) = S::as_mut_simd_f32s(self.0);
+            assert!(rest.is_empty());
+            for x in vectors {
+                *x = exp(simd, *x);
+            }
+        }
+    }
+
+    fn check(x: &[f32], ulps: f64, run: impl Fn(&mut [f32])) {
+        let mut y = x.to_vec();
+        run(&mut y);
+        for (&x, &y) in x.iter().zip(&y) {
+            let exact = f64::from(x).exp();
+            let ulp = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
+            assert!((f64::from(y) - exact).abs() <= ulps * ulp, "exp({x}) = {y}, not {exact}");
+        }
+    }
+
+    #[test]
+    fn exp_is_within_an_ulp() {
+        let x: Vec<f32> = (0..1 << 20).map(|n| -87.0 + 87.5 * n as f32 / (1 << 20) as f32).collect();
+        check(&x, 1.0, |y| Arch::new().dispatch(Exp(y)));
+        check(&x, 2.0, |y| Exp(y).with_simd(pulp::Scalar::new()));
+    }
+
+    #[test]
+    fn exp_of_the_exceptions() {
+        let x = [f32::NEG_INFINITY, f32::MIN, -1e4, -87.5, 0.0, -0.0, f32::NAN, -f32::NAN];
+        let mut x = [x, x, x, x].concat();
+        Arch::new().dispatch(Exp(&mut x));
+        for x in x.chunks(8) {
+            assert_eq!(x[..6], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]);
+            assert!(x[6].is_nan() && x[7].is_nan());
+        }
+    }
+}
