@@ -179,12 +179,12 @@ impl Variant {
     }
 
     /// Threads of a workgroup.
-    pub(crate) fn threads(&self) -> u32 {
+    pub fn threads(&self) -> u32 {
         self.tiles.map_or(DELTA_ROWS * DELTA_LANES, |t| t.threads())
     }
 
     /// Bytes of workgroup memory.
-    pub(crate) fn workgroup_bytes(&self) -> u32 {
+    pub fn workgroup_bytes(&self) -> u32 {
         match &self.tiles {
             Some(tiles) => tiles.workgroup_bytes(self.kernel, self.head_dim, self.value_dim),
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
