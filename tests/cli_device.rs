@@ -96,7 +96,7 @@ fn plan_explains() {
     let arguments = ["plan", "--device", "h200", "--causal", "--seq-k", "4096", "--sinks", "per-head"];
     let (people, _) = succeeds(&arguments);
     let words = ["NVIDIA H200 (sample)", "B=1 H=32 G=8 M=4096 N=4096 D=64 E=64 bshd causal sink_logits", "50.0 %"];
-    for word in words.into_iter().chain(["forward_portable", "workgroup", "key tiles", "sink_logits 128 B"]) {
+    for word in words.into_iter().chain(["forward_portable", "workgroup", "visits", "sink_logits 128 B"]) {
         assert!(people.contains(word), "no {word:?} in\n{people}");
     }
     let plan = json_of(&arguments);
