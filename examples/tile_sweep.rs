@@ -1,6 +1,6 @@
 //! Measures many tile shapes of each kernel on this device and prints them, the fastest first.
 //!
-//! `cargo run --release --example tile_sweep -- [D,E,H,G,N,full|causal ...]`
+//! `cargo run --release --example tile_sweep -- [--short] [D,E,H,G,N,full|causal ...]`
 //! Times are GPU timestamps in milliseconds: minimum, median and maximum of five passes.
 
 use std::error::Error;
@@ -74,7 +74,7 @@ impl Timer {
     }
 }
 
-fn candidates(kernel: Kernel, head_dim: u32, value_dim: u32) -> Vec<Tiles> {
+fn candidates(kernel: Kernel, head_dim: u32, value_dim: u32, short: bool) -> Vec<Tiles> {
     let mut all = Vec::new();
     for [threads_r, threads_c] in [[8, 8], [16, 8], [32, 8], [8, 16], [16, 16], [8, 4], [16, 4], [32, 4]] {
         for [rows, quads] in [[2, 1], [4, 1], [8, 1], [4, 2], [8, 2]] {
@@ -85,7 +85,8 @@ fn candidates(kernel: Kernel, head_dim: u32, value_dim: u32) -> Vec<Tiles> {
                         && (slab >= 16 || t.tile_columns() == 16)
                         && t.tile_columns().is_multiple_of(slab)
                         && (64..=220).contains(&t.registers(kernel, head_dim, value_dim))
-                        && t.threads() >= 64;
+                        && t.threads() >= 64
+                        && (!short || (chunk == 8 && slab == 16 && t.threads() >= 128 && rows >= 4));
                     if sensible {
                         all.push(t);
                     }
@@ -102,6 +103,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (gpu, queue) = (device.wgpu(), device.queue());
     println!("device: {} {}", attention.device_name(), gpu.adapter_info().driver_info);
     let mut shapes: Vec<String> = std::env::args().skip(1).collect();
+    let short = shapes.first().is_some_and(|first| first == "--short");
+    if short {
+        shapes.remove(0);
+    }
     if shapes.is_empty() {
         shapes = vec!["64,64,32,8,8192,causal".into(), "128,128,32,8,8192,causal".into()];
     }
@@ -171,7 +176,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         // Matrix products a kernel really does, of the forward pass's two.
         for (kernel, products, index) in [(Kernel::Forward, 2.0, 0), (Kernel::DQ, 3.0, 2), (Kernel::DKv, 4.0, 3)] {
-            let all = candidates(kernel, d as u32, e as u32);
+            let all = candidates(kernel, d as u32, e as u32, short);
             let total = all.len();
             let mut rows = Vec::new();
             let mut best = f64::INFINITY;

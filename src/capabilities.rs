@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::device::device_descriptor;
+
 /// Kinds of devices that want different tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeviceClass {
@@ -62,6 +64,12 @@ impl Capabilities {
     pub fn of(device: &wgpu::Device) -> Self {
         let info = device.adapter_info();
         Capabilities::new(&info, &device.limits(), device.features())
+    }
+
+    /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
+        let descriptor = device_descriptor(adapter);
+        Capabilities::new(&adapter.get_info(), &descriptor.required_limits, descriptor.required_features)
     }
 
     pub(crate) fn new(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Self {

@@ -31,6 +31,26 @@ impl DeviceChoice {
             _ => DeviceChoice::Auto,
         }
     }
+
+    /// Which of the [`adapters`] this choice calls for; `None` is the CPU path.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`].
+    pub fn index_in(&self, adapters: &[wgpu::Adapter]) -> Result<Option<usize>> {
+        match self {
+            DeviceChoice::Cpu => Ok(None),
+            DeviceChoice::Auto => Ok((!adapters.is_empty()).then_some(0)),
+            DeviceChoice::Gpu if adapters.is_empty() => Err(Error::NoAdapter),
+            DeviceChoice::Gpu => Ok(Some(0)),
+            DeviceChoice::Adapter(wanted) => {
+                let names: Vec<String> = adapters.iter().map(|a| describe(&a.get_info())).collect();
+                let by_index = wanted.parse().ok().filter(|&index: &usize| index < names.len());
+                let needle = wanted.to_lowercase();
+                let index = by_index.or_else(|| names.iter().position(|n| n.to_lowercase().contains(&needle)));
+                index.map(Some).ok_or(Error::AdapterNotFound { wanted: wanted.clone(), available: names })
+            }
+        }
+    }
 }
 
 /// All adapters that can compute, the best first: discrete, integrated, virtual, then software.
@@ -126,24 +146,10 @@ impl Device {
             return Ok(None);
         }
         let adapters = adapters().await;
-        let chosen = match choice {
-            DeviceChoice::Adapter(wanted) => {
-                let names: Vec<String> = adapters.iter().map(|a| describe(&a.get_info())).collect();
-                let by_index = wanted.parse().ok().filter(|&index: &usize| index < names.len());
-                let needle = wanted.to_lowercase();
-                let position = by_index.or_else(|| names.iter().position(|n| n.to_lowercase().contains(&needle)));
-                let Some(index) = position else {
-                    return Err(Error::AdapterNotFound { wanted: wanted.clone(), available: names });
-                };
-                &adapters[index]
-            }
-            _ => match adapters.first() {
-                Some(adapter) => adapter,
-                None if *choice == DeviceChoice::Auto => return Ok(None),
-                None => return Err(Error::NoAdapter),
-            },
-        };
-        Device::open(chosen).await.map(Some)
+        match choice.index_in(&adapters)? {
+            Some(index) => Device::open(&adapters[index]).await.map(Some),
+            None => Ok(None),
+        }
     }
 
     /// The wgpu device.

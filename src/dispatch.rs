@@ -258,7 +258,7 @@ impl Prepared {
         let mut dispatches = Vec::with_capacity(plan.passes.len());
         for pass in &plan.passes {
             let pipeline = pipelines.get(device, &pass.variant).await?;
-            let params = operands.params(pass.variant.vec4, pass.workgroups);
+            let params = operands.params(operands.vec4(), pass.workgroups);
             let bind_group = device
                 .scoped("binding operands", || {
                     let label = Some("sink-attention");

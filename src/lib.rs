@@ -2,6 +2,7 @@
 
 mod attention;
 mod capabilities;
+pub mod compare;
 pub mod cpu;
 mod device;
 mod dispatch;

@@ -21,12 +21,18 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(cli::run::Run),
+    Devices(cli::devices::Devices),
+    Check(cli::check::Check),
+    Plan(cli::plan::PlanArgs),
 }
 
 impl Command {
     fn execute(self) -> Result<(), Box<dyn Error>> {
         match self {
             Command::Run(run) => run.execute(),
+            Command::Devices(devices) => devices.execute(),
+            Command::Check(check) => check.execute(),
+            Command::Plan(plan) => plan.execute(),
         }
     }
 }

@@ -130,6 +130,24 @@ impl Mask {
         end <= self.seq_k && end - 1 <= first + self.upper && start.max(self.sink_tokens) >= end.min(last + self.lower) // no key between the sinks and the window
     }
 
+    /// How many of [`key_tiles`](Self::key_tiles) are [`all_visible`](Self::all_visible), counted without a visit.
+    ///
+    /// A tile at the end of the keys that is not whole never counts: a kernel has to mask what lies beyond.
+    pub fn full_tiles(&self, rows: &Range<usize>, tile: usize) -> usize {
+        let visited = self.key_tiles(rows, tile);
+        let (first, last, tile) = (rows.start as i64, rows.end as i64 - 1, tile as i64);
+        // Whole tiles up to the last key of the first query ...
+        let end = (first + self.upper + 1).clamp(0, self.seq_k) / tile;
+        // ... less those that reach into the gap between the sink tokens and the first key of the last query.
+        let start = last + self.lower;
+        let gap =
+            if self.sink_tokens < start { [self.sink_tokens / tile, (start + tile - 1) / tile] } else { [end, 0] };
+        let count = |tiles: Range<usize>, from: i64, to: i64| {
+            ((tiles.end as i64).min(to) - (tiles.start as i64).max(from)).max(0) as usize
+        };
+        count(visited.sink, 0, end.min(gap[0])) + count(visited.window, gap[1], end)
+    }
+
     /// Number of (query, key) pairs that are visible, for one head of one sequence.
     pub fn visible_pairs(&self) -> u64 {
         (0..self.seq_q as usize).map(|i| self.visible_keys(i).iter().map(|r| r.len() as u64).sum::<u64>()).sum()
@@ -214,13 +232,16 @@ mod tests {
                 for i0 in (0..m).step_by(query_tile) {
                     let rows = i0..(i0 + query_tile).min(m);
                     let visited: Vec<usize> = mask.key_tiles(&rows, tile).iter().collect();
+                    let mut full = 0;
                     for t in 0..n.div_ceil(tile) {
                         let keys = t * tile..((t + 1) * tile).min(n);
                         let any = rows.clone().any(|i| keys.clone().any(|j| rule(i, j)));
                         let all = rows.clone().all(|i| keys.clone().all(|j| rule(i, j)));
                         assert_eq!(visited.contains(&t), any, "{problem} rows {rows:?} keys {keys:?}");
                         assert_eq!(mask.all_visible(&rows, &keys), all, "{problem} rows {rows:?} keys {keys:?}");
+                        full += usize::from(any && all && keys.len() == tile);
                     }
+                    assert_eq!(mask.full_tiles(&rows, tile), full, "{problem} rows {rows:?} tile {tile}");
                     assert!(visited.is_sorted() && visited.windows(2).all(|w| w[0] < w[1]), "{problem}");
                 }
             }

@@ -62,7 +62,7 @@ impl Plan {
         let shape = problem.shape();
         let sequences = (shape.batch * shape.heads) as u128;
         let plain = |kernel, workgroups| {
-            let variant = Variant { d_lse, ..variant(kernel, problem, vec4, None) };
+            let variant = Variant { d_lse: d_lse && kernel == Kernel::Delta, ..variant(kernel, problem, vec4, None) };
             Pass::new(problem, variant, workgroups, capabilities)
         };
         let mut passes = vec![plain(Kernel::Delta, sequences * shape.seq_q.div_ceil(DELTA_ROWS as usize) as u128)?];
@@ -77,11 +77,17 @@ impl Plan {
 
 fn variant(kernel: Kernel, problem: &Problem, vec4: bool, tiles: Option<Tiles>) -> Variant {
     let shape = problem.shape();
+    // What a kernel does not look at is not part of its variant, so that fewer are compiled.
+    let [uses_q, uses_v] = match kernel {
+        Kernel::DSinkLogits => [false, false],
+        Kernel::Delta => [false, true],
+        Kernel::Forward | Kernel::DQ | Kernel::DKv => [true, true],
+    };
     Variant {
         kernel,
-        head_dim: shape.head_dim as u32,
-        value_dim: shape.value_dim as u32,
-        vec4,
+        head_dim: if uses_q { shape.head_dim as u32 } else { 0 },
+        value_dim: if uses_v { shape.value_dim as u32 } else { 0 },
+        vec4: vec4 && uses_v,
         // The gradients by q, k and v see the sink through lse and delta alone.
         sink_logits: match kernel {
             Kernel::DQ | Kernel::DKv => SinkLogits::None,

@@ -396,6 +396,9 @@ impl fmt::Display for Problem {
             SinkLogits::OffByOne => write!(f, " off-by-one")?,
             SinkLogits::PerHead => write!(f, " sink_logits")?,
         }
+        if let Some(scale) = o.scale {
+            write!(f, " scale={scale}")?;
+        }
         if let Some(offset) = o.query_offset {
             write!(f, " query_offset={offset}")?;
         } else if o.alignment == Alignment::TopLeft {

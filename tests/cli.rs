@@ -4,8 +4,8 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
+use common::binary::{fails, sink_attention, succeeds, wrong_usage};
 use common::{compare, compare_lse};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -121,44 +121,6 @@ impl Folder {
         assert!(stderr.contains(&input), "the file is not named in: {stderr}");
         assert_eq!(self.names(), ["in"]);
     }
-}
-
-/// Runs the binary the way cargo runs the tests, under its runner where one is set.
-fn sink_attention(arguments: &[&str]) -> Output {
-    let architecture = format!("CARGO_TARGET_{}_", std::env::consts::ARCH.to_uppercase());
-    let runner = std::env::vars().find(|(key, _)| key.starts_with(&architecture) && key.ends_with("_RUNNER"));
-    let runner = runner.map_or(String::new(), |(_, command)| command);
-    let mut words = runner.split_whitespace().chain([env!("CARGO_BIN_EXE_sink-attention")]);
-    Command::new(words.next().unwrap()).args(words).args(arguments).output().unwrap()
-}
-
-#[track_caller]
-fn succeeds(arguments: &[&str]) -> (String, String) {
-    let output = sink_attention(arguments);
-    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-    assert_eq!(output.status.code(), Some(0), "{stderr}");
-    (stdout, stderr)
-}
-
-/// Runs the binary, which must fail with exit code 1; what it says on stderr.
-#[track_caller]
-fn fails(arguments: &[&str]) -> String {
-    let output = sink_attention(arguments);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.starts_with("error: ") && stderr.trim().lines().count() == 1, "{stderr}");
-    assert!(!stderr.contains("panicked"), "{stderr}");
-    assert!(output.stdout.is_empty());
-    stderr
-}
-
-#[track_caller]
-fn wrong_usage(arguments: &[&str], message: &str) {
-    let output = sink_attention(arguments);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{stderr}");
-    assert!(stderr.contains(message), "no {message:?} in: {stderr}");
-    assert!(stderr.contains("--help"), "{stderr}");
 }
 
 fn fixture(name: &str) -> String {

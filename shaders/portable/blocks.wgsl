@@ -80,29 +80,33 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}{% endfor %}
 {% endmacro -%}
 
-{#- Copies `count` rows of `quads` vec4 of an operand into workgroup memory, zeros beyond its end. -#}
-{%- macro stage(at, stride, operand, count, quads, quad0, row, limit, slab) %}
+{#- Reads `count` rows of `quads` vec4 of an operand into registers, zeros beyond its end: a thread's share.
+    Reads are under way while the threads wait for each other; `put` leaves them in workgroup memory. -#}
+{%- macro fetch(share, operand, count, quads, quad0, row, limit, slab) %}
+{% set total = count * quads %}
+{% for pass in range((total + threads - 1) // threads) %}
+  var {{ share }}_{{ pass }} = vec4<f32>();
+  {
+    let item = thread + {{ pass * threads }}u;
+    let staged = item / {{ quads }}u;
+    let quad = {{ quad0 }} + item % {{ quads }}u;
+    let source = {{ row }};
+    if (source < {{ limit }}{% if (pass + 1) * threads > total %} && item < {{ total }}u{% endif %}{% if operand_quads[operand] % quads != 0 %} && quad < {{ operand_quads[operand] }}u{% endif %}) {
+      {{ share }}_{{ pass }} = load_{{ operand }}({{ operand }}_base + source * params.{{ operand }}.seq, quad);
+{% if slab %}
+      if (masked && !is_finite4({{ share }}_{{ pass }})) { atomicStore(&poisoned, step + 1u); }
+{% endif %}
+    }
+  }
+{% endfor %}
+{% endmacro -%}
+
+{%- macro put(share, at, stride, count, quads) %}
 {% set total = count * quads %}
 {% for pass in range((total + threads - 1) // threads) %}
   {
     let item = thread + {{ pass * threads }}u;
-{% if (pass + 1) * threads > total %}
-    if (item < {{ total }}u) {
-{% else %}
-    {
-{% endif %}
-      let staged = item / {{ quads }}u;
-      let quad = {{ quad0 }} + item % {{ quads }}u;
-      let source = {{ row }};
-      var x = vec4<f32>();
-      if (source < {{ limit }}{% if operand_quads[operand] % quads != 0 %} && quad < {{ operand_quads[operand] }}u{% endif %}) {
-        x = load_{{ operand }}({{ operand }}_base + source * params.{{ operand }}.seq, quad);
-{% if slab %}
-        if (masked && !is_finite4(x)) { atomicStore(&poisoned, step + 1u); }
-{% endif %}
-      }
-      memory[{{ at }} + staged * {{ stride }} + item % {{ quads }}u] = x;
-    }
+    {% if (pass + 1) * threads > total %}if (item < {{ total }}u) {% endif %}{ memory[{{ at }} + item / {{ quads }}u * {{ stride }} + item % {{ quads }}u] = {{ share }}_{{ pass }}; }
   }
 {% endfor %}
 {% endmacro -%}
@@ -114,9 +118,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
     var {{ s }}_{{ i }}_{{ c }} = vec4<f32>();
 {% endfor %}{% endfor %}
     for (var quad0 = 0u; quad0 < {{ operand_quads[a] }}u; quad0 += CHUNK) {
+{{ fetch("column_share", b, tile_columns, chunk, "quad0", "column0 + staged_column(staged)", "column_limit", false) }}
+{{ fetch("row_share", a, tile_rows, chunk, "quad0", "row0 + staged", "row_limit", false) }}
       workgroupBarrier();
-{{ stage("0u", "CHUNK_ROW", b, tile_columns, chunk, "quad0", "column0 + staged_column(staged)", "column_limit", false) }}
-{{ stage("ROW_STAGE", "CHUNK_ROW", a, tile_rows, chunk, "quad0", "row0 + staged", "row_limit", false) }}
+{{ put("column_share", "0u", "CHUNK_ROW", tile_columns, chunk) }}
+{{ put("row_share", "ROW_STAGE", "CHUNK_ROW", tile_rows, chunk) }}
       workgroupBarrier();
       for (var quad = 0u; quad < CHUNK; quad += {{ unroll }}u) {
 {% for u in range(unroll) %}
@@ -156,10 +162,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% set x_quads = accumulator_quads[b] %}
 {% set slab_row = x_quads * threads_c %}
     for (var first = 0u; first < {{ tile_columns }}u; first += SLAB) {
+{{ fetch("share", b, slab, operand_quads[b], "0u", "column0 + first + staged", "column_limit", true) }}
 {% if slab < tile_columns %}
       if (first != 0u) { workgroupBarrier(); }
 {% endif %}
-{{ stage("SLAB_STAGE", slab_row ~ "u", b, slab, operand_quads[b], "0u", "column0 + first + staged", "column_limit", true) }}
+{{ put("share", "SLAB_STAGE", slab_row ~ "u", slab, operand_quads[b]) }}
       workgroupBarrier();
       if (masked && atomicLoad(&poisoned) == step + 1u) {
         // A hidden column that is NaN or infinite must not meet its zero weight.

@@ -1,9 +1,17 @@
 //! The subcommands, and the arguments they share.
 
+pub mod check;
+pub mod devices;
+pub mod plan;
 pub mod run;
+
+use std::error::Error;
+use std::fmt;
+use std::io::Write as _;
 
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 use sink_attention::{Attention, DeviceChoice};
 
 /// Where to compute.
@@ -43,14 +51,59 @@ impl DeviceArgs {
 
     /// Opens the operator on the chosen device.
     pub fn open(&self) -> sink_attention::Result<Attention> {
+        Attention::open(&self.choice())
+    }
+
+    /// What the arguments, and where they leave it open the environment, call for.
+    pub fn choice(&self) -> DeviceChoice {
         match (self.backend, &self.adapter) {
-            (Backend::Cpu, _) => Attention::open(&DeviceChoice::Cpu),
-            (Backend::Gpu | Backend::Auto, Some(name)) => Attention::open(&DeviceChoice::Adapter(name.clone())),
+            (Backend::Cpu, _) => DeviceChoice::Cpu,
+            (Backend::Gpu | Backend::Auto, Some(name)) => DeviceChoice::Adapter(name.clone()),
             (Backend::Gpu, None) => match DeviceChoice::from_env() {
-                adapter @ DeviceChoice::Adapter(_) => Attention::open(&adapter),
-                _ => Attention::open(&DeviceChoice::Gpu),
+                adapter @ DeviceChoice::Adapter(_) => adapter,
+                _ => DeviceChoice::Gpu,
             },
-            (Backend::Auto, None) => Attention::new(),
+            (Backend::Auto, None) => DeviceChoice::from_env(),
+        }
+    }
+}
+
+/// Prints to stdout; not with println!, which panics where the reader has left.
+pub fn print(text: impl fmt::Display) -> Result<(), Box<dyn Error>> {
+    Ok(writeln!(std::io::stdout(), "{text}").map_err(|error| format!("cannot write to stdout: {error}"))?)
+}
+
+/// Prints a summary for people, or as a JSON object.
+pub fn print_summary<T: fmt::Display + Serialize>(summary: &T, json: bool) -> Result<(), Box<dyn Error>> {
+    if json { print(serde_json::to_string(summary)?) } else { print(summary) }
+}
+
+/// A number of bytes in the unit that suits it.
+pub fn bytes(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let unit = (bytes.max(1).ilog2() / 10) as usize;
+    let value = bytes as f64 / (1u64 << (10 * unit)) as f64;
+    // Up to four digits, as few as there are.
+    let decimals = if value.fract() == 0.0 || value >= 100.0 { 0 } else { 1 };
+    format!("{value:.decimals$} {}", units[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn bytes_in_their_unit() {
+        for (n, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (48 << 10, "48 KiB"),
+            ((2 << 30) - 4, "2.0 GiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(bytes(n), text);
         }
     }
 }

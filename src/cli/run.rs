@@ -2,7 +2,6 @@
 
 use std::error::Error;
 use std::fmt;
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::io::{self, Case};
 
-use super::DeviceArgs;
+use super::{DeviceArgs, print_summary};
 
 /// Compute attention for the problem in a file
 ///
@@ -82,10 +81,7 @@ impl Run {
             results: results.iter().map(|tensor| (tensor.name, tensor.shape.as_slice())).collect(),
             output: self.output.display().to_string(),
         };
-        let text = if self.json { serde_json::to_string(&summary)? } else { summary.to_string() };
-        // Not println!, which panics where the reader has left.
-        writeln!(std::io::stdout(), "{text}").map_err(|error| format!("cannot write to stdout: {error}"))?;
-        Ok(())
+        print_summary(&summary, self.json)
     }
 }
 

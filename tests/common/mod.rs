@@ -1,6 +1,9 @@
 //! Shared by the integration tests: the GPU there is, operands, and the comparing functions.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses its own part")]
+
+#[cfg(feature = "cli")]
+pub mod binary;
 
 pub mod buffers;
 pub mod operands;
@@ -8,6 +11,8 @@ pub mod operands;
 use std::io::Write as _;
 use std::sync::OnceLock;
 
+/// The comparing functions of the project; their own tests are in src/compare.rs.
+pub use sink_attention::compare::{lse as compare_lse, tensor as compare};
 use sink_attention::{Attention, DeviceChoice, Error};
 
 /// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one; opened once per test binary.
@@ -39,44 +44,4 @@ pub fn gpu() -> Option<&'static Attention> {
         let _ = writeln!(std::io::stderr(), "\n!!!! NO GPU ADAPTER: the GPU part of {test} DID NOT RUN !!!!\n");
     }
     gpu.as_ref()
-}
-
-/// Checks ||actual - expected|| <= bound * ||expected||, all of it finite.
-pub fn compare<T: Copy + Into<f64>>(actual: &[T], expected: &[f32], bound: f64) -> Result<(), String> {
-    same_length(actual.len(), expected.len())?;
-    let (mut error, mut norm) = (0.0, 0.0);
-    for (i, (&a, &e)) in actual.iter().zip(expected).enumerate() {
-        let (a, e): (f64, f64) = (a.into(), e.into());
-        if !a.is_finite() || !e.is_finite() {
-            return Err(format!("element {i} is {a}, expected {e}"));
-        }
-        error += (a - e) * (a - e);
-        norm += e * e;
-    }
-    let (error, norm) = (f64::sqrt(error), f64::sqrt(norm));
-    if error <= bound * norm {
-        return Ok(());
-    }
-    Err(format!("relative error {:.3e} (norm {norm:.3e}), at most {bound:.1e}", error / norm))
-}
-
-/// Checks |actual - expected| <= bound + bound * |expected| for every element; infinities must be equal.
-pub fn compare_lse<T: Copy + Into<f64>>(actual: &[T], expected: &[f32], bound: f64) -> Result<(), String> {
-    same_length(actual.len(), expected.len())?;
-    for (i, (&a, &e)) in actual.iter().zip(expected).enumerate() {
-        let (a, e): (f64, f64) = (a.into(), e.into());
-        let close = if e.is_finite() { (a - e).abs() <= bound + bound * e.abs() } else { a == e };
-        if !close {
-            return Err(format!("element {i} is {a}, expected {e} within {bound:.1e} absolute + relative"));
-        }
-    }
-    Ok(())
-}
-
-fn same_length(actual: usize, expected: usize) -> Result<(), String> {
-    match expected {
-        0 => Err("nothing is expected, so nothing would be compared".into()),
-        _ if actual == expected => Ok(()),
-        _ => Err(format!("{actual} elements, expected {expected}")),
-    }
 }

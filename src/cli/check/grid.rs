@@ -1,0 +1,334 @@
+//! The cases: which shapes, options and numbers are worth checking.
+
+use std::fmt;
+use std::ops::Range;
+
+use sink_attention::{Alignment, Inputs, Layout, Options, Problem, Shape, SinkLogits, Window};
+
+/// Queries and keys around the edges of tiles, and far from square; a quick check takes the first ones of each list.
+const SIZES: [[usize; 2]; 7] = [[113, 203], [239, 1], [1, 257], [63, 65], [64, 1], [3, 3], [1, 1]];
+/// One size for each query tile there is: whole tiles, a part of one, a single row.
+const TILES: [[usize; 2]; 3] = [[113, 203], [63, 65], [1, 257]];
+/// Widths of models.
+const WIDTHS: [usize; 8] = [128, 80, 16, 32, 64, 96, 192, 256];
+/// Widths of no model: not multiples of 4 (so read one by one), and different for keys and values.
+const ODD_WIDTHS: [[usize; 2]; 8] = [[80, 33], [192, 128], [3, 7], [64, 256], [255, 1], [1, 130], [36, 20], [256, 253]];
+
+/// A problem with its operands.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// Cases of one group share a row of the report.
+    pub group: &'static str,
+    pub problem: Problem,
+    /// Factor on the scores, whose standard deviation is otherwise 1 under the default scale.
+    pub logits: f32,
+    /// Whether the sink logits are extreme.
+    pub extreme_sinks: bool,
+    /// Keys whose k and v are NaN or infinite. Only rows that see none of them are compared.
+    pub poison: Range<usize>,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.problem)?;
+        if self.logits != 1.0 {
+            write!(f, " logits x{}", self.logits)?;
+        }
+        if self.extreme_sinks {
+            write!(f, " extreme")?;
+        }
+        if !self.poison.is_empty() {
+            write!(f, " NaN in keys {}..{}", self.poison.start, self.poison.end)?;
+        }
+        Ok(())
+    }
+}
+
+impl Case {
+    /// Whether query i sees no poisoned key, so that its results are to be compared.
+    pub fn is_compared(&self, i: usize) -> bool {
+        self.poison.clone().all(|j| !self.problem.mask().visible(i, j))
+    }
+
+    /// The operands: the same for the same case and seed, in whatever grid the case stands.
+    pub fn operands(&self, seed: u64) -> Operands {
+        let problem = &self.problem;
+        let mut random = Random::new(seed, &self.to_string());
+        let mut tensor = |shape: [usize; 4], factor: f32| -> Vec<f32> {
+            (0..shape.iter().product()).map(|_| factor * random.next()).collect()
+        };
+        let mut operands = Operands {
+            q: tensor(problem.q_shape(), self.logits),
+            k: tensor(problem.k_shape(), 1.0),
+            v: tensor(problem.v_shape(), 1.0),
+            sink_logits: None,
+        };
+        if problem.options().sink_logits == SinkLogits::PerHead {
+            // From sinks that must vanish to sinks that leave nothing to the keys.
+            let extreme = [f32::NEG_INFINITY, -1e4, -30.0, 20.0, 100.0, 1e4];
+            let sinks = (0..problem.shape().heads)
+                .map(|h| if self.extreme_sinks { extreme[h % extreme.len()] } else { 2.0 * random.next() });
+            operands.sink_logits = Some(sinks.collect());
+        }
+        self.spread_poison(&mut operands);
+        operands
+    }
+
+    fn spread_poison(&self, operands: &mut Operands) {
+        let shape = self.problem.shape();
+        let layout = self.problem.options().layout;
+        for (tensor, width) in [(&mut operands.k, shape.head_dim), (&mut operands.v, shape.value_dim)] {
+            let [batch, head, seq] = layout.strides(shape.kv_heads, shape.seq_k, width).map(|s| s as usize);
+            for (b, g) in (0..shape.batch).flat_map(|b| (0..shape.kv_heads).map(move |g| (b, g))) {
+                for j in self.poison.clone() {
+                    let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][j % 3];
+                    tensor[b * batch + g * head + j * seq..][..width].fill(bad);
+                }
+            }
+        }
+    }
+}
+
+/// The operands of a case.
+#[derive(Debug)]
+pub struct Operands {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    sink_logits: Option<Vec<f32>>,
+}
+
+impl Operands {
+    pub fn inputs(&self) -> Inputs<'_> {
+        Inputs { q: &self.q, k: &self.k, v: &self.v, sink_logits: self.sink_logits.as_deref() }
+    }
+}
+
+/// SplitMix64: the same numbers in every version and on every machine, so that a report can be repeated.
+struct Random(u64);
+
+impl Random {
+    /// A stream for a text: FNV-1a, as the hashes of the standard library change between versions.
+    fn new(seed: u64, text: &str) -> Self {
+        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        Random(text.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, step))
+    }
+
+    /// Evenly distributed, with mean 0 and standard deviation 1.
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let unit = ((x ^ (x >> 31)) >> 40) as f32 / (1u64 << 24) as f32;
+        (2.0 * unit - 1.0) * 3f32.sqrt()
+    }
+}
+
+/// Two query heads that share a key head: enough to see heads mixed up.
+fn shape([seq_q, seq_k]: [usize; 2], [head_dim, value_dim]: [usize; 2]) -> Shape {
+    Shape { batch: 1, heads: 2, kv_heads: 1, seq_q, seq_k, head_dim, value_dim }
+}
+
+/// The width of cases that are not about widths: one variant of the kernel serves them all.
+const WIDTH: [usize; 2] = [64, 64];
+
+/// All cases, group by group; a quick check has each group, with fewer sizes and widths.
+pub fn grid(quick: bool) -> Vec<Case> {
+    let mut grid = Grid { quick, group: "", cases: Vec::new() };
+    let full = Options::new();
+    let causal = full.causal(true);
+    let stream = full.window(Window::keys(17)).sink_tokens(3);
+
+    grid.group("sizes");
+    for size in grid.some(&SIZES) {
+        grid.add(shape(size, WIDTH), full);
+        grid.add(shape(size, WIDTH), causal);
+    }
+    grid.group("widths");
+    for width in grid.some(&WIDTHS) {
+        for size in grid.some(&TILES) {
+            grid.add(shape(size, [width, width]), causal);
+        }
+    }
+    grid.group("odd widths");
+    for width in grid.some(&ODD_WIDTHS) {
+        for size in grid.some(&TILES) {
+            grid.add(shape(size, width), stream);
+        }
+    }
+    grid.group("windows");
+    let bounds = [None, Some(0), Some(5), Some(70), Some(usize::MAX)];
+    for size in grid.some(&TILES) {
+        for (left, right) in bounds.into_iter().flat_map(|left| bounds.map(|right| (left, right))) {
+            grid.add(shape(size, WIDTH), full.window(Window { left, right }));
+        }
+        grid.add(shape(size, WIDTH), causal.window(Window::new(9, 4)));
+    }
+    grid.group("sink tokens");
+    for size in grid.some(&TILES) {
+        for window in [Window::keys(1), Window::keys(17), Window::new(9, 4)] {
+            for sink_tokens in grid.some(&[4, 100, 1, 32, 1000]) {
+                grid.add(shape(size, WIDTH), full.window(window).sink_tokens(sink_tokens));
+            }
+        }
+    }
+    for sinks in [SinkLogits::PerHead, SinkLogits::OffByOne] {
+        grid.group(if sinks == SinkLogits::PerHead { "sink logits" } else { "off by one" });
+        for size in grid.some(&SIZES) {
+            for options in [full, causal, stream] {
+                let shape = Shape { heads: 6, kv_heads: 3, ..shape(size, WIDTH) };
+                grid.add(shape, options.sink_logits(sinks));
+            }
+        }
+    }
+    grid.group("extreme sink logits");
+    for size in grid.some(&TILES) {
+        for options in [full, causal, stream] {
+            let shape = Shape { heads: 6, kv_heads: 3, ..shape(size, WIDTH) };
+            grid.add(shape, options.sink_logits(SinkLogits::PerHead)).extreme_sinks = true;
+        }
+    }
+    grid.group("alignment");
+    for size in grid.some(&[[113, 203], [203, 113], [63, 65], [239, 1], [1, 257]]) {
+        for options in [causal, stream, stream.causal(true).window(Window::new(40, 9))] {
+            grid.add(shape(size, WIDTH), options.alignment(Alignment::TopLeft));
+            for offset in [-30, 7, 150] {
+                grid.add(shape(size, WIDTH), options.query_offset(offset));
+            }
+        }
+    }
+    grid.group("empty rows");
+    for sinks in [SinkLogits::None, SinkLogits::PerHead, SinkLogits::OffByOne] {
+        let [full, causal] = [full.sink_logits(sinks), causal.sink_logits(sinks)];
+        // Queries before all keys, some of them and all; queries whose window has left the keys.
+        grid.add(shape([239, 1], WIDTH), causal);
+        grid.add(shape([113, 31], WIDTH), causal);
+        grid.add(shape([63, 65], WIDTH), causal.query_offset(i64::MIN));
+        grid.add(shape([113, 31], WIDTH), full.window(Window::new(5, 3)).query_offset(0));
+        grid.add(shape([113, 31], WIDTH), full.window(Window::keys(2)).query_offset(i64::MAX));
+    }
+    grid.group("heads, batch, layout");
+    for (batch, heads, kv_heads) in grid.some(&[(2, 6, 2), (3, 5, 1), (1, 8, 8), (2, 8, 2)]) {
+        for layout in [Layout::Bshd, Layout::Bhsd] {
+            for size in grid.some(&TILES) {
+                let shape = Shape { batch, heads, kv_heads, ..shape(size, [64, 64]) };
+                grid.add(shape, causal.layout(layout));
+                grid.add(shape, stream.layout(layout).sink_logits(SinkLogits::PerHead));
+            }
+        }
+    }
+    grid.group("many workgroups");
+    // More than one dimension of a dispatch can number.
+    grid.add(Shape { batch: 3, heads: 22_000, kv_heads: 4, ..shape([1, 3], [4, 4]) }, causal);
+    grid.group("scale");
+    for scale in [0.0, -0.3, 1.0] {
+        for size in grid.some(&TILES) {
+            grid.add(shape(size, WIDTH), causal.scale(scale));
+        }
+    }
+    grid.group("large logits");
+    // Beyond 88, where exp overflows, but not by far: f32 rounds scores of hundreds by more than is accepted here.
+    // And in many rows, as a single one may hang on a near tie.
+    for logits in [4.0, 12.0, 36.0] {
+        for size in grid.some(&[[113, 203], [63, 65], [40, 257]]) {
+            grid.add(shape(size, WIDTH), causal).logits = logits;
+        }
+    }
+    grid.group("NaN in hidden keys");
+    let window = full.window(Window::keys(17));
+    for sinks in [SinkLogits::None, SinkLogits::PerHead, SinkLogits::OffByOne] {
+        for (size, options, poison) in [
+            // Behind all queries; behind some; before the window; between it and the sinks; passed by the window.
+            ([63, 65], causal.alignment(Alignment::TopLeft), 63..65),
+            ([113, 203], causal, 183..203),
+            ([113, 203], window, 0..74),
+            ([113, 203], stream, 3..74),
+            ([113, 203], window.layout(Layout::Bhsd), 100..101),
+            ([1, 257], window, 0..240),
+            // Nothing is visible at all.
+            ([63, 65], causal.query_offset(-100), 0..65),
+        ] {
+            grid.add(shape(size, WIDTH), options.sink_logits(sinks)).poison = poison;
+        }
+    }
+    grid.group("long sequences");
+    for size in grid.some(&[[1023, 1024], [1, 4099], [5, 2048]]) {
+        grid.add(shape(size, WIDTH), full);
+        grid.add(shape(size, WIDTH), causal.sink_logits(SinkLogits::PerHead));
+        grid.add(shape(size, WIDTH), full.window(Window::keys(128)).sink_tokens(4));
+    }
+    grid.cases
+}
+
+/// A grid under construction.
+struct Grid {
+    quick: bool,
+    group: &'static str,
+    cases: Vec<Case>,
+}
+
+impl Grid {
+    fn group(&mut self, group: &'static str) {
+        self.group = group;
+    }
+
+    /// All of a list, or its first two for a quick check.
+    fn some<T: Clone>(&self, list: &[T]) -> Vec<T> {
+        list.iter().take(if self.quick { 2 } else { list.len() }).cloned().collect()
+    }
+
+    /// Adds a case, which the caller may make less ordinary.
+    fn add(&mut self, shape: Shape, options: Options) -> &mut Case {
+        let problem = Problem::new(shape, options).expect("the shapes and options above are valid");
+        self.cases.push(Case { group: self.group, problem, logits: 1.0, extreme_sinks: false, poison: 0..0 });
+        let last = self.cases.len() - 1;
+        &mut self.cases[last]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn descriptions_are_unique_within_a_group() {
+        for quick in [false, true] {
+            let mut seen = HashSet::new();
+            for case in grid(quick) {
+                assert!(seen.insert((case.group, case.to_string())), "twice: {} {case}", case.group);
+            }
+        }
+    }
+
+    #[test]
+    fn a_quick_check_has_every_group_of_the_whole() {
+        let groups = |quick| {
+            let mut groups: Vec<_> = grid(quick).iter().map(|case| case.group).collect();
+            groups.dedup();
+            groups
+        };
+        assert_eq!(groups(true), groups(false));
+        assert!(grid(true).len() < grid(false).len() / 2);
+    }
+
+    #[test]
+    fn every_case_compares_something() {
+        for case in grid(false) {
+            assert!((0..case.problem.shape().seq_q).any(|i| case.is_compared(i)), "{case}");
+        }
+    }
+
+    #[test]
+    fn operands_depend_on_the_case_and_the_seed_alone() {
+        let find = |quick| grid(quick).into_iter().find(|case| case.group == "scale").unwrap();
+        let q = |quick, seed| find(quick).operands(seed).q;
+        assert_eq!(q(true, 1), q(false, 1));
+        assert_ne!(q(true, 1), q(true, 2));
+        let q = q(false, 1);
+        let mean = q.iter().sum::<f32>() / q.len() as f32;
+        let variance = q.iter().map(|x| x * x).sum::<f32>() / q.len() as f32;
+        assert!(mean.abs() < 0.05 && (variance - 1.0).abs() < 0.05, "{mean} {variance}");
+    }
+}

@@ -1,0 +1,181 @@
+//! What a check found: a table for people, an object for programs.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+use sink_attention::Attention;
+
+use super::grid::Case;
+use super::measure::{Column, Outcome};
+
+/// Failures that are listed for people; programs get all of them.
+const LISTED: usize = 10;
+
+/// Errors by the name of their column.
+type Errors = BTreeMap<&'static str, Option<f64>>;
+
+/// All that a bug report needs.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    version: &'static str,
+    pass: &'static str,
+    dtype: &'static str,
+    device: Device,
+    seed: u64,
+    seconds: f64,
+    cases: usize,
+    failed: usize,
+    bounds: Errors,
+    groups: Vec<Group>,
+    /// The case that comes nearest to its bound or exceeds it most, for each column.
+    worst: Vec<Worst>,
+    failures: Vec<Failure>,
+}
+
+/// What computed.
+#[derive(Debug, Serialize)]
+struct Device {
+    name: String,
+    gpu: bool,
+    /// Empty where there is none, or where it does not say.
+    driver: String,
+}
+
+/// A row of the table.
+#[derive(Debug, Serialize)]
+struct Group {
+    name: &'static str,
+    cases: usize,
+    failed: usize,
+    /// The worst error of each column; none where a case gave no number.
+    errors: Errors,
+}
+
+#[derive(Debug, Serialize)]
+struct Worst {
+    column: &'static str,
+    error: f64,
+    group: &'static str,
+    case: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Failure {
+    group: &'static str,
+    case: String,
+    message: String,
+}
+
+impl Report {
+    pub fn new(attention: &Attention, seed: u64, elapsed: Duration, cases: &[Case], outcomes: &[Outcome]) -> Self {
+        let info = attention.device().map(|device| device.wgpu().adapter_info());
+        let pairs: Vec<(&Case, &Outcome)> = cases.iter().zip(outcomes).collect();
+        let failures: Vec<Failure> = pairs
+            .iter()
+            .filter_map(|(case, outcome)| {
+                let message = outcome.failure.clone()?;
+                Some(Failure { group: case.group, case: case.to_string(), message })
+            })
+            .collect();
+        Report {
+            version: env!("CARGO_PKG_VERSION"),
+            pass: "forward",
+            dtype: "f32",
+            device: Device {
+                name: attention.device_name(),
+                gpu: attention.is_gpu(),
+                driver: info
+                    .map_or(String::new(), |info| format!("{} {}", info.driver, info.driver_info).trim().into()),
+            },
+            seed,
+            seconds: elapsed.as_secs_f64(),
+            cases: cases.len(),
+            failed: failures.len(),
+            bounds: Column::ALL.map(|column| (column.name(), Some(column.bound()))).into(),
+            groups: pairs.chunk_by(|a, b| a.0.group == b.0.group).map(Group::new).collect(),
+            worst: (0..Column::ALL.len()).filter_map(|column| Worst::new(column, &pairs)).collect(),
+            failures,
+        }
+    }
+}
+
+impl Report {
+    /// An error with what to do about it, where a case failed.
+    pub fn verdict(&self) -> Result<(), String> {
+        match self.failed {
+            0 => Ok(()),
+            failed => Err(format!(
+                "{failed} of {} cases failed on {}; please report what is above, and what `sink-attention devices` prints",
+                self.cases, self.device.name
+            )),
+        }
+    }
+}
+
+impl Group {
+    fn new(pairs: &[(&Case, &Outcome)]) -> Self {
+        let worst = |column: usize| {
+            let errors = pairs.iter().map(|(_, outcome)| outcome.errors[column]);
+            errors.reduce(|a, b| Some(f64::max(a?, b?))).flatten()
+        };
+        let columns = Column::ALL.iter().enumerate();
+        Group {
+            name: pairs[0].0.group,
+            cases: pairs.len(),
+            failed: pairs.iter().filter(|(_, outcome)| outcome.failure.is_some()).count(),
+            errors: columns.map(|(i, column)| (column.name(), worst(i))).collect(),
+        }
+    }
+}
+
+impl Worst {
+    fn new(column: usize, pairs: &[(&Case, &Outcome)]) -> Option<Self> {
+        let numbers = pairs.iter().filter_map(|(case, outcome)| Some((outcome.errors[column]?, case)));
+        let (error, case) = numbers.max_by(|a, b| a.0.total_cmp(&b.0))?;
+        Some(Worst { column: Column::ALL[column].name(), error, group: case.group, case: case.to_string() })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "device   {}", self.device.name)?;
+        if !self.device.driver.is_empty() {
+            writeln!(f, "driver   {}", self.device.driver)?;
+        }
+        writeln!(f, "checked  sink-attention {}, {} {}, seed {}\n", self.version, self.pass, self.dtype, self.seed)?;
+
+        let row = |f: &mut fmt::Formatter<'_>, name: &str, cases: &str, errors: &Errors, verdict: &str| {
+            write!(f, "{name:<22}{cases:>6}")?;
+            for column in Column::ALL {
+                let error = errors.get(column.name()).copied().flatten();
+                write!(f, "{:>10}", error.map_or("-".into(), |error| format!("{error:.1e}")))?;
+            }
+            writeln!(f, "{verdict}")
+        };
+        write!(f, "{:<22}{:>6}", "group", "cases")?;
+        Column::ALL.iter().try_for_each(|column| write!(f, "{:>10}", column.name()))?;
+        writeln!(f, "  verdict")?;
+        for group in &self.groups {
+            let verdict = if group.failed == 0 { "  ok".into() } else { format!("  {} FAILED", group.failed) };
+            row(f, group.name, &group.cases.to_string(), &group.errors, &verdict)?;
+        }
+        row(f, "accepted", "", &self.bounds, "")?;
+
+        writeln!(f)?;
+        for worst in &self.worst {
+            let Worst { column, error, group, case } = worst;
+            writeln!(f, "worst {column:<4} {error:.1e} in {group}: {case}")?;
+        }
+        for Failure { group, case, message } in self.failures.iter().take(LISTED) {
+            writeln!(f, "FAILED in {group}: {case}\n    {message}")?;
+        }
+        if self.failures.len() > LISTED {
+            writeln!(f, "and {} more, all of them with --json", self.failures.len() - LISTED)?;
+        }
+        writeln!(f, "repeat a case with: sink-attention check --seed {} --only \"CASE\"\n", self.seed)?;
+        let verdict = if self.failed == 0 { "all passed".into() } else { format!("{} FAILED", self.failed) };
+        write!(f, "{} cases in {:.1} s: {verdict}", self.cases, self.seconds)
+    }
+}

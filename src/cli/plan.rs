@@ -1,0 +1,466 @@
+//! `sink-attention plan`: how a problem would be computed, and what that takes.
+
+use std::error::Error;
+use std::fmt;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use sink_attention::{
+    Alignment, Capabilities, DeviceChoice, Kernel, Layout, Options, Pass, Plan, Problem, Shape, SinkLogits, Variant,
+    Window, adapters, describe,
+};
+
+use super::{DeviceArgs, bytes, print_summary};
+
+/// Explain how a problem would be computed: kernel, tiles, work and memory
+///
+/// Nothing is opened or computed. With --device the answer is for a device that need not be here.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Explain the passes of the backward pass, too
+    #[arg(long)]
+    backward: bool,
+
+    /// Print the plan as a JSON object
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    shape: ShapeArgs,
+
+    #[command(flatten)]
+    options: OptionArgs,
+
+    #[command(flatten, next_help_heading = "Device")]
+    target: DeviceArgs,
+
+    /// Plan for a device that is known to the program, by a part of its name, for example "M2" or "WebGPU defaults"
+    #[arg(long, value_name = "SAMPLE", conflicts_with_all = ["backend", "adapter"])]
+    device: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Shape")]
+struct ShapeArgs {
+    /// Sequences in the batch, B
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    batch: usize,
+
+    /// Query heads, H
+    #[arg(long, value_name = "H", default_value_t = 32)]
+    heads: usize,
+
+    /// Key/value heads, G [default: 8 for 32 heads, else as many as query heads]
+    #[arg(long, value_name = "G")]
+    kv_heads: Option<usize>,
+
+    /// Queries, M [default: as many as keys]
+    #[arg(long, value_name = "M")]
+    seq_q: Option<usize>,
+
+    /// Keys, N
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    seq_k: usize,
+
+    /// Width of q and k, D
+    #[arg(long, value_name = "D", default_value_t = 64)]
+    head_dim: usize,
+
+    /// Width of v and o, E [default: as q and k]
+    #[arg(long, value_name = "E")]
+    value_dim: Option<usize>,
+}
+
+impl ShapeArgs {
+    fn shape(&self) -> Shape {
+        Shape {
+            batch: self.batch,
+            heads: self.heads,
+            kv_heads: self.kv_heads.unwrap_or(if self.heads == 32 { 8 } else { self.heads }),
+            seq_q: self.seq_q.unwrap_or(self.seq_k),
+            seq_k: self.seq_k,
+            head_dim: self.head_dim,
+            value_dim: self.value_dim.unwrap_or(self.head_dim),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Attention")]
+struct OptionArgs {
+    /// No key after the query's position
+    #[arg(long)]
+    causal: bool,
+
+    /// Keys visible before the query's position
+    #[arg(long, value_name = "KEYS")]
+    window_left: Option<usize>,
+
+    /// Keys visible after the query's position
+    #[arg(long, value_name = "KEYS")]
+    window_right: Option<usize>,
+
+    /// Keys visible up to the query's position, its own included: a left window of one less, and causal
+    #[arg(long, value_name = "KEYS", conflicts_with_all = ["window_left", "window_right"], value_parser = at_least_one)]
+    window: Option<usize>,
+
+    /// First keys that stay visible whatever the window's left bound
+    #[arg(long, value_name = "KEYS", default_value_t = 0)]
+    sink_tokens: usize,
+
+    /// Sink logits: learned numbers in the softmax's denominator
+    #[arg(long, value_enum, value_name = "KIND", default_value_t)]
+    sinks: Sinks,
+
+    /// Order of the axes of the operands
+    #[arg(long, value_enum, default_value_t)]
+    layout: Axes,
+
+    /// Where query 0 stands when M and N differ
+    #[arg(long, value_enum, default_value_t)]
+    align: Align,
+
+    /// Position of query 0 among the keys, instead of --align
+    #[arg(long, value_name = "POSITION", allow_negative_numbers = true)]
+    q_offset: Option<i64>,
+
+    /// Factor on q.k [default: 1 / sqrt(D)]
+    #[arg(long, value_name = "FACTOR", allow_negative_numbers = true)]
+    scale: Option<f32>,
+}
+
+/// The option's kinds under the names of conformance files.
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum Sinks {
+    #[default]
+    None,
+    PerHead,
+    OffByOne,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum Axes {
+    #[default]
+    Bshd,
+    Bhsd,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum Align {
+    #[default]
+    BottomRight,
+    TopLeft,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(0) => Err("a window holds at least the query's own key".into()),
+        number => number.map_err(|error| error.to_string()),
+    }
+}
+
+impl OptionArgs {
+    fn options(&self) -> Options {
+        let window = Window { left: self.window_left, right: self.window_right };
+        let options = Options::new()
+            .causal(self.causal)
+            .window(self.window.map_or(window, Window::keys))
+            .sink_tokens(self.sink_tokens)
+            .sink_logits(match self.sinks {
+                Sinks::None => SinkLogits::None,
+                Sinks::PerHead => SinkLogits::PerHead,
+                Sinks::OffByOne => SinkLogits::OffByOne,
+            })
+            .layout(match self.layout {
+                Axes::Bshd => Layout::Bshd,
+                Axes::Bhsd => Layout::Bhsd,
+            })
+            .alignment(match self.align {
+                Align::BottomRight => Alignment::BottomRight,
+                Align::TopLeft => Alignment::TopLeft,
+            });
+        let options = self.q_offset.map_or(options, |offset| options.query_offset(offset));
+        self.scale.map_or(options, |scale| options.scale(scale))
+    }
+}
+
+impl PlanArgs {
+    /// Plans, and says how.
+    pub fn execute(self) -> Result<(), Box<dyn Error>> {
+        self.target.check()?;
+        let problem = Problem::new(self.shape.shape(), self.options.options())?;
+        let operands = operands(&problem, self.backward);
+        let explanation = match self.capabilities()? {
+            Some((device, capabilities)) => {
+                check_limits(&operands, &capabilities)?;
+                let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
+                let mut passes = Plan::forward(&problem, vec4, &capabilities)?.passes;
+                if self.backward {
+                    passes.extend(Plan::backward(&problem, vec4, false, &capabilities)?.passes);
+                }
+                let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
+                Explanation::new(&problem, device, operands, launches.collect())
+            }
+            None => {
+                let device = format!("CPU ({} threads)", rayon::current_num_threads());
+                Explanation::new(&problem, device, operands, Vec::new())
+            }
+        };
+        print_summary(&explanation, self.json)
+    }
+
+    /// The device to plan for; `None` is the CPU.
+    fn capabilities(&self) -> Result<Option<(String, Capabilities)>, Box<dyn Error>> {
+        if let Some(wanted) = &self.device {
+            let samples = Capabilities::samples();
+            let names: Vec<String> = samples.iter().map(|sample| sample.name.clone()).collect();
+            let found = samples.into_iter().find(|s| s.name.to_lowercase().contains(&wanted.to_lowercase()));
+            let sample =
+                found.ok_or_else(|| format!("no sample device matches {wanted:?}; known: {}", names.join(", ")))?;
+            return Ok(Some((format!("{} (sample)", sample.name), sample)));
+        }
+        let choice = self.target.choice();
+        if choice == DeviceChoice::Cpu {
+            return Ok(None);
+        }
+        let adapters = pollster::block_on(adapters());
+        let chosen = choice.index_in(&adapters)?.map(|index| &adapters[index]);
+        Ok(chosen.map(|adapter| (describe(&adapter.get_info()), Capabilities::of_adapter(adapter))))
+    }
+}
+
+/// What a call binds, with the number of elements.
+fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64)> {
+    let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+    let mut operands = vec![
+        ("q", elements(&problem.q_shape())),
+        ("k", elements(&problem.k_shape())),
+        ("v", elements(&problem.v_shape())),
+        ("o", elements(&problem.o_shape())),
+        ("lse", elements(&problem.lse_shape())),
+    ];
+    if problem.options().sink_logits == SinkLogits::PerHead {
+        operands.push(("sink_logits", problem.shape().heads as u64));
+    }
+    if backward {
+        // Everything but lse has a gradient; d_lse is left out, as it is optional.
+        let gradients = operands.iter().filter(|(name, _)| *name != "lse").map(|&(name, n)| match name {
+            "q" => ("d_q", n),
+            "k" => ("d_k", n),
+            "v" => ("d_v", n),
+            "o" => ("d_o", n),
+            _ => ("d_sink_logits", n),
+        });
+        let gradients: Vec<_> = gradients.collect();
+        operands.extend(gradients);
+        operands.push(("delta", elements(&problem.lse_shape())));
+    }
+    operands
+}
+
+/// The errors that a call would meet on the device, with operands in buffers of their own.
+fn check_limits(operands: &[(&'static str, u64)], capabilities: &Capabilities) -> sink_attention::Result<()> {
+    use sink_attention::Error;
+    for &(operand, elements) in operands {
+        let (bytes, most) = (elements.saturating_mul(4), u64::from(u32::MAX));
+        if bytes > capabilities.buffer_bytes {
+            return Err(Error::BufferTooLarge { operand, bytes, limit: capabilities.buffer_bytes });
+        }
+        if elements - 1 > most {
+            return Err(Error::IndexOverflow { operand, last_element: u128::from(elements - 1), most });
+        }
+        if bytes > capabilities.binding_bytes {
+            return Err(Error::BindingTooLarge { operand, bytes, limit: capabilities.binding_bytes });
+        }
+    }
+    Ok(())
+}
+
+/// All that can be said before anything runs.
+#[derive(Debug, Serialize)]
+struct Explanation {
+    problem: String,
+    dtype: &'static str,
+    device: String,
+    /// Of one head of one sequence, as is the next.
+    visible_pairs: u64,
+    visible_share: f64,
+    flops: f64,
+    operands: Vec<Operand>,
+    operand_bytes: u64,
+    /// One for each pass; none on the CPU.
+    launches: Vec<Launch>,
+}
+
+#[derive(Debug, Serialize)]
+struct Operand {
+    name: &'static str,
+    bytes: u64,
+}
+
+impl Explanation {
+    fn new(problem: &Problem, device: String, operands: Vec<(&'static str, u64)>, launches: Vec<Launch>) -> Self {
+        let shape = problem.shape();
+        let visible_pairs = problem.mask().visible_pairs();
+        let operands: Vec<_> =
+            operands.into_iter().map(|(name, n)| Operand { name, bytes: n.saturating_mul(4) }).collect();
+        Explanation {
+            problem: problem.to_string(),
+            dtype: "f32",
+            device,
+            visible_pairs,
+            visible_share: visible_pairs as f64 / (shape.seq_q as f64 * shape.seq_k as f64),
+            flops: problem.forward_flops(),
+            operand_bytes: operands.iter().fold(0, |sum, operand| sum.saturating_add(operand.bytes)),
+            operands,
+            launches,
+        }
+    }
+}
+
+/// A kernel and how often it runs.
+#[derive(Debug, Serialize)]
+struct Launch {
+    kernel: String,
+    vec4: bool,
+    /// Absent for the kernels that only sum along rows.
+    tiles: Option<Tiles>,
+    workgroup_bytes: u32,
+    workgroup_bytes_offered: u32,
+    threads: u32,
+    workgroups: u32,
+    grid: [u32; 2],
+}
+
+/// The tiles of a kernel, and how many of them are visited.
+#[derive(Debug, Serialize)]
+struct Tiles {
+    shape: String,
+    rows: u32,
+    columns: u32,
+    registers: u32,
+    /// Of one head of one sequence, as are the next two.
+    all: u64,
+    visited: u64,
+    /// Counted where rows are queries.
+    masked: Option<u64>,
+}
+
+impl Launch {
+    fn new(problem: &Problem, pass: &Pass, capabilities: &Capabilities) -> Self {
+        let variant = &pass.variant;
+        Launch {
+            kernel: variant.name(),
+            vec4: variant.vec4,
+            tiles: variant.tiles.map(|tiles| Tiles::new(problem, variant, &tiles)),
+            workgroup_bytes: variant.workgroup_bytes(),
+            workgroup_bytes_offered: capabilities.workgroup_bytes,
+            threads: variant.threads(),
+            workgroups: pass.workgroups,
+            grid: pass.grid,
+        }
+    }
+}
+
+impl Tiles {
+    fn new(problem: &Problem, variant: &Variant, tiles: &sink_attention::Tiles) -> Self {
+        let (shape, mask) = (problem.shape(), problem.mask());
+        let rows_are_keys = variant.kernel == Kernel::DKv;
+        let [seq_rows, seq_columns] =
+            if rows_are_keys { [shape.seq_k, shape.seq_q] } else { [shape.seq_q, shape.seq_k] };
+        let [rows, columns] = [tiles.tile_rows() as usize, tiles.tile_columns() as usize];
+        let (mut visited, mut masked) = (0, 0);
+        for start in (0..seq_rows).step_by(rows) {
+            let range = start..(start + rows).min(seq_rows);
+            if rows_are_keys {
+                visited += mask.query_tiles(&range, columns).len() as u64;
+            } else {
+                let count = mask.key_tiles(&range, columns).count();
+                visited += count as u64;
+                masked += (count - mask.full_tiles(&range, columns)) as u64;
+            }
+        }
+        Tiles {
+            shape: tiles.to_string(),
+            rows: tiles.tile_rows(),
+            columns: tiles.tile_columns(),
+            registers: tiles.registers(variant.kernel, variant.head_dim, variant.value_dim),
+            all: seq_rows.div_ceil(rows) as u64 * seq_columns.div_ceil(columns) as u64,
+            visited,
+            masked: (!rows_are_keys).then_some(masked),
+        }
+    }
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sizes: Vec<String> = self.operands.iter().map(|o| format!("{} {}", o.name, bytes(o.bytes))).collect();
+        writeln!(f, "problem    {} {}", self.problem, self.dtype)?;
+        writeln!(f, "device     {}", self.device)?;
+        writeln!(
+            f,
+            "visible    {} pairs of query and key a head, {} of the full matrix",
+            self.visible_pairs,
+            percent(self.visible_share)
+        )?;
+        writeln!(f, "work       {}, two operations for each multiply-add of a visible pair", flops(self.flops))?;
+        writeln!(f, "operands   {}: {} in all", sizes.join(", "), bytes(self.operand_bytes))?;
+        if self.launches.is_empty() {
+            return write!(f, "kernel     the CPU path");
+        }
+        let launches: Vec<String> = self.launches.iter().map(Launch::to_string).collect();
+        write!(f, "{}", launches.join("\n"))
+    }
+}
+
+impl fmt::Display for Launch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [x, y] = self.grid;
+        let loads = if self.vec4 { "four at a time" } else { "one by one, as the widths are no multiples of 4" };
+        writeln!(f, "kernel     {}", self.kernel)?;
+        writeln!(f, "loads      {loads}")?;
+        if let Some(tiles) = &self.tiles {
+            writeln!(f, "tiles      {}, about {} registers a thread", tiles.shape, tiles.registers)?;
+            let share = percent(tiles.visited as f64 / tiles.all as f64);
+            write!(f, "visits     {} of {} tiles a head ({share})", tiles.visited, tiles.all)?;
+            match tiles.masked {
+                Some(masked) => writeln!(f, ", {masked} of them masked, the others wholly visible")?,
+                None => writeln!(f, ", for each query head of the group")?,
+            }
+        }
+        writeln!(
+            f,
+            "workgroup  {} threads, {} of {} workgroup memory",
+            self.threads,
+            bytes(self.workgroup_bytes.into()),
+            bytes(self.workgroup_bytes_offered.into()),
+        )?;
+        write!(f, "grid       {} workgroups as {x} x {y}", self.workgroups)
+    }
+}
+
+fn percent(share: f64) -> String {
+    // Enough digits that a narrow window of a long sequence is not 0.0 %.
+    let decimals = if share >= 0.01 || share == 0.0 { 1 } else { 4 };
+    format!("{:.decimals$} %", 100.0 * share)
+}
+
+fn flops(flops: f64) -> String {
+    let units = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"];
+    let unit = if flops < 1.0 { 0 } else { (flops.log10() / 3.0) as usize }.min(units.len() - 1);
+    format!("{:.1} {}", flops / 1000f64.powi(unit as i32), units[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_for_people() {
+        assert_eq!(percent(0.5), "50.0 %");
+        assert_eq!(percent(0.00123), "0.1230 %");
+        assert_eq!(flops(0.0), "0.0 FLOP");
+        assert_eq!(flops(1234.5), "1.2 kFLOP");
+        assert_eq!(flops(2e18), "2000.0 PFLOP");
+    }
+}

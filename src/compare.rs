@@ -1,0 +1,191 @@
+//! How far results are from what is expected: the comparisons that tests and `sink-attention check` use.
+//!
+//! A comparison that cannot fail proves nothing, so everything that is not a number close enough is a
+//! [`Mismatch`]: NaN, an infinity in the wrong place, a wrong length, nothing to compare.
+
+/// Why results are not what is expected.
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+pub enum Mismatch {
+    /// Nothing is expected, so nothing would be compared.
+    #[error("nothing is expected, so nothing would be compared")]
+    Empty,
+    /// The numbers of elements differ.
+    #[error("{actual} elements, expected {expected}")]
+    Length {
+        /// Elements there are.
+        actual: usize,
+        /// Elements there should be.
+        expected: usize,
+    },
+    /// An element is NaN or infinite where it should not be, or the other way round.
+    #[error("element {index} is {actual}, expected {expected}")]
+    NotFinite {
+        /// Which element.
+        index: usize,
+        /// What it is.
+        actual: f64,
+        /// What it should be.
+        expected: f64,
+    },
+    /// The relative error of a whole tensor is too large.
+    #[error("relative error {error:.3e}, at most {bound:.1e}")]
+    Norm {
+        /// ||actual - expected|| / ||expected||.
+        error: f64,
+        /// The largest error accepted.
+        bound: f64,
+    },
+    /// The error of an element is too large; this is the worst one.
+    #[error("element {index} is {actual}, expected {expected} within {bound:.1e} absolute + relative")]
+    Element {
+        /// Which element.
+        index: usize,
+        /// What it is.
+        actual: f64,
+        /// What it should be.
+        expected: f64,
+        /// |actual - expected| / (1 + |expected|).
+        error: f64,
+        /// The largest error accepted.
+        bound: f64,
+    },
+}
+
+impl Mismatch {
+    /// The error that was measured, unless there is none to speak of.
+    pub fn error(&self) -> Option<f64> {
+        match *self {
+            Mismatch::Norm { error, .. } | Mismatch::Element { error, .. } => Some(error),
+            Mismatch::Empty | Mismatch::Length { .. } | Mismatch::NotFinite { .. } => None,
+        }
+    }
+}
+
+/// Compares whole tensors, all of it finite: the error ||actual - expected|| / ||expected||, at most `bound`.
+///
+/// # Errors
+/// A [`Mismatch`] where that does not hold.
+pub fn tensor<A, E>(actual: &[A], expected: &[E], bound: f64) -> Result<f64, Mismatch>
+where
+    A: Copy + Into<f64>,
+    E: Copy + Into<f64>,
+{
+    let (mut difference, mut norm) = (0.0, 0.0);
+    for (index, actual, expected) in pairs(actual, expected)? {
+        if !actual.is_finite() || !expected.is_finite() {
+            return Err(Mismatch::NotFinite { index, actual, expected });
+        }
+        difference += (actual - expected) * (actual - expected);
+        norm += expected * expected;
+    }
+    // Where zeros are expected, nothing but zeros will do.
+    let error = if difference == 0.0 { 0.0 } else { f64::sqrt(difference) / f64::sqrt(norm) };
+    if error <= bound { Ok(error) } else { Err(Mismatch::Norm { error, bound }) }
+}
+
+/// Compares element by element, as suits logarithms: the worst |actual - expected| / (1 + |expected|), which is
+/// absolute for small numbers and relative for large ones, at most `bound`. Infinities must be equal.
+///
+/// # Errors
+/// A [`Mismatch`] where that does not hold.
+pub fn lse<A, E>(actual: &[A], expected: &[E], bound: f64) -> Result<f64, Mismatch>
+where
+    A: Copy + Into<f64>,
+    E: Copy + Into<f64>,
+{
+    let mut worst = (0.0, Ok(0.0));
+    for (index, actual, expected) in pairs(actual, expected)? {
+        if actual == expected {
+            continue;
+        }
+        if !actual.is_finite() || !expected.is_finite() {
+            return Err(Mismatch::NotFinite { index, actual, expected });
+        }
+        let error = (actual - expected).abs() / (1.0 + expected.abs());
+        if error > worst.0 {
+            let mismatch = Mismatch::Element { index, actual, expected, error, bound };
+            worst = (error, if error <= bound { Ok(error) } else { Err(mismatch) });
+        }
+    }
+    worst.1
+}
+
+/// The elements side by side, with their index.
+fn pairs<A, E>(actual: &[A], expected: &[E]) -> Result<impl Iterator<Item = (usize, f64, f64)>, Mismatch>
+where
+    A: Copy + Into<f64>,
+    E: Copy + Into<f64>,
+{
+    match (actual.len(), expected.len()) {
+        (_, 0) => Err(Mismatch::Empty),
+        (a, e) if a != e => Err(Mismatch::Length { actual: a, expected: e }),
+        _ => Ok(actual.iter().zip(expected).enumerate().map(|(i, (&a, &e))| (i, a.into(), e.into()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Mismatch, lse, tensor};
+
+    const INF: f32 = f32::INFINITY;
+    const NAN: f32 = f32::NAN;
+
+    #[test]
+    fn accepts_what_is_close_and_says_how_close() {
+        assert_eq!(tensor(&[3.0, 4.0f32], &[3.0, 4.0f32], 0.0), Ok(0.0));
+        assert_eq!(tensor(&[0.0f32; 3], &[0.0f64; 3], 1e-5), Ok(0.0));
+        approx::assert_relative_eq!(tensor(&[3.0, 4.00004f64], &[3.0, 4.0f32], 1e-5).unwrap(), 8e-6, epsilon = 1e-12);
+        assert_eq!(lse(&[1.0, -INF, INF], &[1.0, -INF, INF], 0.0), Ok(0.0));
+        let worst = lse(&[1.0, -f64::INFINITY, f64::INFINITY, 1000.009], &[1.0, -INF, INF, 1000.0], 1e-5).unwrap();
+        approx::assert_relative_eq!(worst, 0.009 / 1001.0, epsilon = 1e-12);
+        lse(&[0.000009f64], &[0.0f32], 1e-5).unwrap();
+    }
+
+    #[test]
+    fn rejects_an_error_above_the_bound() {
+        tensor(&[3.0, 4.00006f64], &[3.0, 4.0f32], 1e-5).unwrap_err();
+        tensor(&[3.0, -4.0f32], &[3.0, 4.0f32], 1e-5).unwrap_err();
+        tensor(&[0.0f32; 2], &[3.0, 4.0f32], 1e-5).unwrap_err();
+        tensor(&[1e-20f32], &[0.0f32], 1e-5).unwrap_err();
+        lse(&[0.000011f64], &[0.0f32], 1e-5).unwrap_err();
+        lse(&[1.0, 1000.02f32], &[1.0, 1000.0f32], 1e-5).unwrap_err();
+        lse(&[-1.0f32], &[1.0f32], 1e-5).unwrap_err();
+    }
+
+    #[test]
+    fn names_the_worst_element() {
+        match lse(&[1.0, 2.5, 3.1f64], &[1.0, 2.0, 3.0f64], 1e-5) {
+            Err(mismatch @ Mismatch::Element { index: 1, .. }) => assert_eq!(mismatch.error(), Some(0.5 / 3.0)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn rejects_what_is_not_finite() {
+        for bad in [NAN, INF, -INF] {
+            tensor(&[1.0, bad], &[1.0, 2.0f32], 1e-5).unwrap_err();
+            tensor(&[1.0, 2.0f32], &[1.0, bad], 1e-5).unwrap_err();
+            tensor(&[1.0, bad], &[1.0, bad], 1e-5).unwrap_err();
+            lse(&[1.0, bad], &[1.0, 2.0f32], 1e-5).unwrap_err();
+            lse(&[1.0, 2.0f32], &[1.0, bad], 1e-5).unwrap_err();
+        }
+        lse(&[INF], &[-INF], 1e-5).unwrap_err();
+        lse(&[-INF], &[INF], 1e-5).unwrap_err();
+        lse(&[-f32::MAX], &[-INF], 1e-5).unwrap_err();
+        lse(&[NAN], &[-INF], 1e-5).unwrap_err();
+        lse(&[NAN], &[NAN], 1e-5).unwrap_err();
+        // An infinity late in a tensor is not hidden by an error before it.
+        assert!(matches!(lse(&[9.0, NAN], &[1.0, 1.0f32], 1e-5), Err(Mismatch::NotFinite { index: 1, .. })));
+    }
+
+    #[test]
+    fn rejects_a_wrong_length() {
+        for wrong in [&[1.0f32][..], &[1.0, 2.0, 3.0], &[]] {
+            tensor(wrong, &[1.0, 2.0f32], 1e-5).unwrap_err();
+            lse(wrong, &[1.0, 2.0f32], 1e-5).unwrap_err();
+        }
+        assert_eq!(tensor::<f32, f32>(&[], &[], 1e-5), Err(Mismatch::Empty));
+        assert_eq!(lse::<f32, f32>(&[], &[], 1e-5), Err(Mismatch::Empty));
+    }
+}
