@@ -110,6 +110,19 @@ impl Mask {
         KeyTiles { sink: 0..sink_tiles as usize, window: window_start as usize..window_end as usize }
     }
 
+    /// The tiles of `tile` queries in which some query sees something of `keys`: one range.
+    ///
+    /// Key j is seen by the queries from j - upper to j - lower; never none, as lower <= upper. One key
+    /// further, both ends move by one, so what the keys of a range are seen by has no gap. A sink token
+    /// is seen by all queries from j - upper on, which is more than any key after it is seen by.
+    pub fn query_tiles(&self, keys: &Range<usize>, tile: usize) -> Range<usize> {
+        let (tile, first, last) = (tile as i64, keys.start as i64, keys.end as i64 - 1);
+        let end = if first < self.sink_tokens { self.seq_q } else { (last - self.lower + 1).clamp(0, self.seq_q) };
+        let start = (first - self.upper).clamp(0, end);
+        let end_tile = (end + tile - 1) / tile;
+        (if start < end { start / tile } else { end_tile }) as usize..end_tile as usize
+    }
+
     /// Whether every query of `rows` sees every key of `keys`, so that nothing need be masked.
     pub fn all_visible(&self, rows: &Range<usize>, keys: &Range<usize>) -> bool {
         let (first, last) = (rows.start as i64, rows.end as i64 - 1);
@@ -209,6 +222,25 @@ mod tests {
                         assert_eq!(mask.all_visible(&rows, &keys), all, "{problem} rows {rows:?} keys {keys:?}");
                     }
                     assert!(visited.is_sorted() && visited.windows(2).all(|w| w[0] < w[1]), "{problem}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn query_tiles_are_those_that_see_something() {
+        for (problem, rule) in small_problems() {
+            let (m, n) = (problem.shape().seq_q, problem.shape().seq_k);
+            for (tile, key_tile) in [(1, 1), (2, 3), (4, 2), (5, 4), (16, 16)] {
+                for j0 in (0..n).step_by(key_tile) {
+                    let keys = j0..(j0 + key_tile).min(n);
+                    let visited = problem.mask().query_tiles(&keys, tile);
+                    assert!(visited.end <= m.div_ceil(tile), "{problem} keys {keys:?}");
+                    for t in 0..m.div_ceil(tile) {
+                        let rows = t * tile..((t + 1) * tile).min(m);
+                        let any = rows.clone().any(|i| keys.clone().any(|j| rule(i, j)));
+                        assert_eq!(visited.contains(&t), any, "{problem} rows {rows:?} keys {keys:?}");
+                    }
                 }
             }
         }
