@@ -1,8 +1,10 @@
 //! Attention on the CPU: the definition, and a fast path for machines without a GPU.
 
+mod backward;
 pub mod reference;
 mod rows;
 mod simd;
 mod tiled;
 
+pub use backward::backward;
 pub use tiled::forward;
