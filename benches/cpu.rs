@@ -3,9 +3,9 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
-use sink_attention::{Inputs, Layout, Options, Problem, Shape, SinkLogits, Window, cpu};
+use sink_attention::{Inputs, Layout, Options, Problem, Shape, SinkLogits, Upstream, Window, cpu};
 
-fn forward(c: &mut Criterion) {
+fn forward_and_backward(c: &mut Criterion) {
     let shape = |heads, kv_heads, seq_q, seq_k, width| Shape {
         batch: 1,
         heads,
@@ -16,7 +16,7 @@ fn forward(c: &mut Criterion) {
         value_dim: width,
     };
     let bhsd = Options::new().layout(Layout::Bhsd);
-    let mut group = c.benchmark_group("cpu/forward");
+    let mut group = c.benchmark_group("cpu");
     for (name, shape, options) in [
         ("causal", shape(8, 8, 2048, 2048, 64), bhsd.causal(true)),
         ("causal bshd", shape(8, 8, 2048, 2048, 64), bhsd.causal(true).layout(Layout::Bshd)),
@@ -39,8 +39,18 @@ fn forward(c: &mut Criterion) {
             elements: problem.forward_flops() as u64,
             bytes: 4 * (q.len() + k.len() + v.len()) as u64,
         });
-        group.bench_with_input(BenchmarkId::new(name, problem), &inputs, |b, inputs| {
-            b.iter(|| cpu::forward(&problem, inputs));
+        group.bench_function(BenchmarkId::new(format!("forward/{name}"), problem), |b| {
+            b.iter(|| cpu::forward(&problem, &inputs));
+        });
+        let saved = cpu::forward(&problem, &inputs).expect("operands of the right lengths");
+        let d_o = operand(problem.o_shape());
+        let upstream = Upstream { d_o: &d_o, d_lse: None };
+        group.throughput(Throughput::ElementsAndBytes {
+            elements: problem.backward_flops() as u64,
+            bytes: 4 * (2 * (q.len() + k.len() + v.len()) + saved.o.len() + d_o.len()) as u64,
+        });
+        group.bench_function(BenchmarkId::new(format!("backward/{name}"), problem), |b| {
+            b.iter(|| cpu::backward(&problem, &inputs, &saved, &upstream));
         });
     }
 }
@@ -49,5 +59,5 @@ fn random(rng: &mut impl Rng, len: usize) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
-criterion_group!(benches, forward);
+criterion_group!(benches, forward_and_backward);
 criterion_main!(benches);

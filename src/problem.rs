@@ -413,7 +413,7 @@ impl Problem {
     ///
     /// # Errors
     /// [`Error::OperandLength`].
-    pub fn check_upstream(&self, saved: &Output, upstream: &Upstream<'_>) -> Result<()> {
+    pub fn check_upstream<T>(&self, saved: &Output<T>, upstream: &Upstream<'_>) -> Result<()> {
         check_length("o", saved.o.len(), &self.o_shape())?;
         check_length("lse", saved.lse.len(), &self.lse_shape())?;
         check_length("d_o", upstream.d_o.len(), &self.o_shape())?;

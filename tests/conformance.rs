@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use common::{compare, compare_lse};
 use safetensors::{Dtype, SafeTensors};
-use sink_attention::cpu::reference;
+use sink_attention::cpu::{self, reference};
 use sink_attention::io::{Case, FormatError};
-use sink_attention::{Attention, DType, Output};
+use sink_attention::{Attention, DType, Gradients, Output, Upstream};
 
 /// Files that this version does not compute, each with the feature it waits for.
 const WAITING: [(&str, &str); 8] = [
@@ -58,19 +58,13 @@ fn expected(bytes: &[u8], name: &str) -> Vec<f32> {
 }
 
 /// Runs every file that does not wait for a feature, and reports all that fail, not just the first.
-fn check_all<T: Copy + Into<f64>>(forward: impl Fn(&Case) -> sink_attention::Result<Output<T>>) {
+fn check_all(check: impl Fn(&Case, &[u8]) -> Result<(), String>) {
     let mut failures = Vec::new();
     for (name, bytes) in files() {
         if feature_awaited_by(&name).is_some() {
             continue;
         }
-        let result = Case::parse(&bytes).map_err(|error| error.to_string()).and_then(|case| {
-            let output = forward(&case).map_err(|error| error.to_string())?;
-            let out = compare(&output.o, &expected(&bytes, "out"), bound(case.q.dtype()));
-            out.map_err(|error| format!("out: {error}"))?;
-            let lse = compare_lse(&output.lse, &expected(&bytes, "lse"), LSE_BOUND);
-            lse.map(drop).map_err(|error| format!("lse: {error}"))
-        });
+        let result = Case::parse(&bytes).map_err(|error| error.to_string()).and_then(|case| check(&case, &bytes));
         if let Err(error) = result {
             failures.push(format!("{name}: {error}"));
         }
@@ -78,21 +72,83 @@ fn check_all<T: Copy + Into<f64>>(forward: impl Fn(&Case) -> sink_attention::Res
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }
 
-#[test]
-fn reference() {
-    check_all(|case| reference::forward(&case.problem, &case.inputs()));
+fn check_forward<T: Copy + Into<f64>>(forward: impl Fn(&Case) -> sink_attention::Result<Output<T>>) {
+    check_all(|case, bytes| {
+        let output = forward(case).map_err(|error| error.to_string())?;
+        let out = compare(&output.o, &expected(bytes, "out"), bound(case.q.dtype()));
+        out.map_err(|error| format!("out: {error}"))?;
+        let lse = compare_lse(&output.lse, &expected(bytes, "lse"), LSE_BOUND);
+        lse.map(drop).map_err(|error| format!("lse: {error}"))
+    });
 }
 
-#[test]
-fn cpu() {
-    let cpu = Attention::cpu();
-    check_all(|case| cpu.forward(&case.problem, &case.inputs()));
+fn check_backward<T: Copy + Into<f64>>(
+    backward: impl Fn(&Case, &Upstream<'_>) -> sink_attention::Result<Gradients<T>>,
+) {
+    check_all(|case, bytes| {
+        let upstream = case.upstream().ok_or("no dout")?;
+        let gradients = backward(case, &upstream).map_err(|error| error.to_string())?;
+        let mut results = vec![("dq", gradients.d_q), ("dk", gradients.d_k), ("dv", gradients.d_v)];
+        if case.sink_logits.is_some() {
+            results.push(("dsinks", gradients.d_sink_logits.ok_or("no dsinks")?));
+        }
+        let failures: Vec<String> = results
+            .into_iter()
+            .filter_map(|(name, gradient)| {
+                let result = compare(&gradient, &expected(bytes, name), bound(case.q.dtype()));
+                result.err().map(|error| format!("{name}: {error}"))
+            })
+            .collect();
+        if failures.is_empty() { Ok(()) } else { Err(failures.join(", ")) }
+    });
 }
 
-#[test]
-fn gpu() {
-    if let Some(gpu) = common::gpu() {
-        check_all(|case| gpu.forward(&case.problem, &case.inputs()));
+mod forward {
+    use super::*;
+
+    #[test]
+    fn reference() {
+        check_forward(|case| reference::forward(&case.problem, &case.inputs()));
+    }
+
+    #[test]
+    fn cpu() {
+        let cpu = Attention::cpu();
+        check_forward(|case| cpu.forward(&case.problem, &case.inputs()));
+    }
+
+    #[test]
+    fn gpu() {
+        if let Some(gpu) = common::gpu() {
+            check_forward(|case| gpu.forward(&case.problem, &case.inputs()));
+        }
+    }
+}
+
+mod backward {
+    use super::*;
+
+    #[test]
+    fn reference() {
+        check_backward(|case, upstream| reference::backward(&case.problem, &case.inputs(), upstream));
+    }
+
+    #[test]
+    fn cpu() {
+        check_backward(|case, upstream| {
+            let saved = cpu::forward(&case.problem, &case.inputs())?;
+            cpu::backward(&case.problem, &case.inputs(), &saved, upstream)
+        });
+    }
+
+    #[test]
+    fn gpu() {
+        if let Some(gpu) = common::gpu() {
+            check_backward(|case, upstream| {
+                let saved = gpu.forward(&case.problem, &case.inputs())?;
+                gpu.backward(&case.problem, &case.inputs(), &saved, upstream)
+            });
+        }
     }
 }
 

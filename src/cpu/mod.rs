@@ -1,18 +1,10 @@
 //! Attention on the CPU: the definition, and a fast path for machines without a GPU.
 
+mod backward;
 pub mod reference;
 mod rows;
 mod simd;
 mod tiled;
 
+pub use backward::backward;
 pub use tiled::forward;
-
-/// placeholder until the CPU backward lands
-pub fn backward(
-    _: &crate::Problem,
-    _: &crate::Inputs<'_>,
-    _: &crate::Output,
-    _: &crate::Upstream<'_>,
-) -> crate::Result<crate::Gradients> {
-    Err(crate::Error::NoAdapter)
-}

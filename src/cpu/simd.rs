@@ -1,14 +1,23 @@
 //! Vector pieces of the tiled paths, generic over the instruction set.
 //!
-//! Queries run along the lanes. A *panel* is `NV` vectors of queries side by side, and every matrix
-//! of a tile is stored panel by panel as `[key or feature][queries of the panel]`. So the softmax
-//! needs no reduction across lanes, and the products broadcast their other operand straight from
-//! the rows of k and v, whatever the layout: only q is copied.
+//! One side of the score matrix runs along the lanes: the queries, but for d_k and d_v the keys. A *panel*
+//! is `NV` vectors of them side by side, and every matrix of a tile is stored panel by panel as `[row of the
+//! other side, or feature][rows of the panel]`. So the softmax needs no reduction across lanes, and the products
+//! broadcast the other side's operands straight from their rows, whatever the layout: only a tile's own rows
+//! are copied.
 //!
 //! Everything here is `inline(always)`, to be compiled with the features of the `pulp::Simd` it is
 //! instantiated with.
 
+use std::array;
+use std::ops::Range;
+
 use pulp::Simd;
+
+use super::rows::Head;
+
+/// Depth of a partial sum of [`products`].
+const CHUNK: usize = 16;
 
 /// The vectors of a panel.
 pub(super) type Panel<S, const NV: usize> = [<S as Simd>::f32s; NV];
@@ -29,7 +38,7 @@ pub(super) fn panels_mut<S: Simd, const NV: usize>(buffer: &mut [f32]) -> &mut [
 ///
 /// The `NR * NV` sums stay in registers; a caller chooses them to fill the register file.
 #[inline(always)]
-pub(super) fn multiply<S: Simd, const NV: usize, const NR: usize>(
+fn multiply<S: Simd, const NV: usize, const NR: usize>(
     simd: S,
     a: &[Panel<S, NV>],
     b: impl Iterator<Item = [f32; NR]>,
@@ -44,6 +53,131 @@ pub(super) fn multiply<S: Simd, const NV: usize, const NR: usize>(
         }
     }
     out
+}
+
+/// `out = rows x` for one panel: each row of `range` with every column of x.
+#[inline(always)]
+pub(super) fn products<S: Simd, const NV: usize, const NR: usize>(
+    simd: S,
+    out: &mut [Panel<S, NV>],
+    x: &[Panel<S, NV>],
+    rows: Head<'_>,
+    range: Range<usize>,
+) {
+    let (blocks, rest) = out[..range.len()].as_chunks_mut::<NR>();
+    for (block, j) in blocks.iter_mut().zip(range.clone().step_by(NR)) {
+        *block = product_block(simd, x, array::from_fn(|n| rows.row(j + n)));
+    }
+    for (out, j) in rest.iter_mut().rev().zip(range.rev()) {
+        [*out] = product_block(simd, x, [rows.row(j)]);
+    }
+}
+
+/// Products of `NR` rows, in partial sums: with large logits the rounding of one long sum outweighs all other
+/// errors of a gradient. Forward and backward share them, as scores summed in two ways differ by even more.
+#[inline(always)]
+fn product_block<S: Simd, const NV: usize, const NR: usize>(
+    simd: S,
+    x: &[Panel<S, NV>],
+    rows: [&[f32]; NR],
+) -> [Panel<S, NV>; NR] {
+    let mut sum = [[simd.splat_f32s(0.0); NV]; NR];
+    for (n, x) in x.chunks(CHUNK).enumerate() {
+        // One length for all, so that no bounds are checked inside.
+        let rows = rows.map(|row| &row[n * CHUNK..][..x.len()]);
+        let part: [_; NR] = multiply(simd, x, (0..x.len()).map(|d| array::from_fn(|n| rows[n][d])));
+        for n in 0..NR {
+            for v in 0..NV {
+                sum[n][v] = simd.add_f32s(sum[n][v], part[n][v]);
+            }
+        }
+    }
+    sum
+}
+
+/// `o = alpha * o + p rows` for one panel. Each tile is summed by itself, so that the error grows with the
+/// root of the number of tiles, not of rows.
+#[inline(always)]
+pub(super) fn accumulate<S: Simd, const NV: usize, const NR: usize>(
+    simd: S,
+    o: &mut [Panel<S, NV>],
+    alpha: Panel<S, NV>,
+    p: &[Panel<S, NV>],
+    rows: Head<'_>,
+    range: Range<usize>,
+) {
+    let p = &p[..range.len()];
+    let width = o.len();
+    let (blocks, rest) = o.as_chunks_mut::<NR>();
+    for (n, block) in blocks.iter_mut().enumerate() {
+        accumulate_block(simd, block, alpha, p, n * NR, rows, range.clone());
+    }
+    for (n, o) in rest.iter_mut().enumerate() {
+        accumulate_block(simd, array::from_mut(o), alpha, p, width - width % NR + n, rows, range.clone());
+    }
+}
+
+/// `NR` features of o, from feature `e` on.
+#[inline(always)]
+fn accumulate_block<S: Simd, const NV: usize, const NR: usize>(
+    simd: S,
+    o: &mut [Panel<S, NV>; NR],
+    alpha: Panel<S, NV>,
+    p: &[Panel<S, NV>],
+    e: usize,
+    rows: Head<'_>,
+    range: Range<usize>,
+) {
+    let values = rows.rows(range).map(|row| {
+        let row = &row[e..e + NR];
+        array::from_fn(|n| row[n])
+    });
+    let sum: [_; NR] = multiply(simd, p, values);
+    for n in 0..NR {
+        for v in 0..NV {
+            o[n][v] = simd.mul_add_e_f32s(o[n][v], alpha[v], sum[n][v]);
+        }
+    }
+}
+
+/// As [`accumulate`], but multiplies only what `visible(lane, row)`: in a product even a probability of 0
+/// lets NaN through. The same bits, where multiply-add is fused.
+#[inline(always)]
+pub(super) fn accumulate_visible<S: Simd, const NV: usize>(
+    o: &mut [Panel<S, NV>],
+    alpha: Panel<S, NV>,
+    p: &[Panel<S, NV>],
+    rows: Head<'_>,
+    range: Range<usize>,
+    visible: impl Fn(usize, usize) -> bool,
+) {
+    let alpha: &[f32] = bytemuck::cast_slice(&alpha);
+    for (lane, &alpha) in alpha.iter().enumerate() {
+        for (e, o) in o.iter_mut().enumerate() {
+            let sum = range.clone().zip(p).filter(|(row, _)| visible(lane, *row)).fold(0.0, |sum, (row, p)| {
+                let p: &[f32] = bytemuck::cast_slice(p);
+                p[lane].mul_add(rows.row(row)[e], sum)
+            });
+            let o: &mut [f32] = bytemuck::cast_slice_mut(o);
+            o[lane] = o[lane].mul_add(alpha, sum);
+        }
+    }
+}
+
+/// One panel's part of a buffer with `width` values for each of its rows.
+#[inline(always)]
+pub(super) fn column<S: Simd, const NV: usize>(buffer: &[f32], panel: usize, width: usize) -> &[Panel<S, NV>] {
+    &panels::<S, NV>(buffer)[panel * width..][..width]
+}
+
+/// One panel's part of a buffer with `width` values for each of its rows.
+#[inline(always)]
+pub(super) fn column_mut<S: Simd, const NV: usize>(
+    buffer: &mut [f32],
+    panel: usize,
+    width: usize,
+) -> &mut [Panel<S, NV>] {
+    &mut panels_mut::<S, NV>(buffer)[panel * width..][..width]
 }
 
 /// Exponential, within 1 ulp (2 without fused multiply-add) for results in the normal range; below it, 0.

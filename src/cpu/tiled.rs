@@ -13,7 +13,6 @@
 //! and in the end `lse = logaddexp(m + log l, sink)`, `o *= exp(m - lse)`. Items, and the splits of the
 //! keys where items are few, are a function of the problem alone, so results never depend on the threads.
 
-use std::array;
 use std::cmp::Reverse;
 use std::ops::Range;
 
@@ -22,7 +21,7 @@ use rayon::prelude::*;
 
 use super::reference::{log_sum_exp, sink_logit};
 use super::rows::{Head, Rows, rows_mut};
-use super::simd::{Panel, exp, multiply, panels, panels_mut};
+use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::problem::{Inputs, Layout, Output, Problem};
@@ -32,9 +31,9 @@ const ROW_TILE: usize = 64;
 /// Keys between two updates of the softmax's maximum.
 const KEY_TILE: usize = 64;
 /// With fewer items than this, each is split along the keys, to give every core work.
-const FEW_ITEMS: usize = 64;
+pub(super) const FEW_ITEMS: usize = 64;
 /// The least key tiles worth a split.
-const SPLIT_TILES: usize = 8;
+pub(super) const SPLIT_TILES: usize = 8;
 
 /// Forward pass in f32 on all cores of the CPU.
 ///
@@ -223,22 +222,26 @@ impl Operands<'_> {
     /// Attends the tile's rows to a range of its visible key tiles.
     fn attend(&self, tile: &RowTile, key_tiles: Range<usize>, state: &mut State) {
         let kv_head = tile.heads.start / self.problem.group();
-        let scale = self.problem.scale();
+        let (factor, sign) = factor_and_sign(self.problem.scale());
         self.arch.dispatch(Attend {
             mask: self.problem.mask(),
             seq_k: self.problem.shape().seq_k,
             tile,
             key_tiles,
-            // The sign goes to q, where it is exact. So the largest score is the largest product, and
-            // -inf hides a key before scaling as after it.
-            factor: if scale == 0.0 { 1.0 } else { scale.abs() },
-            sign: if scale == 0.0 { 0.0 } else { scale.signum() },
+            factor,
+            sign,
             q: self.q,
             k: self.k.head(tile.batch, kv_head),
             v: self.v.head(tile.batch, kv_head),
             state,
         });
     }
+}
+
+/// The scale's magnitude for the products, and its sign for their operand along the lanes, where it is exact.
+/// So the largest score is the largest product, and -inf hides a key before scaling as after it.
+pub(super) fn factor_and_sign(scale: f32) -> (f32, f32) {
+    if scale == 0.0 { (1.0, 0.0) } else { (scale.abs(), scale.signum()) }
 }
 
 /// One row tile against some of its key tiles: a function of its fields, generic over the instruction set.
@@ -280,18 +283,23 @@ impl Attend<'_> {
         for t in all.iter().skip(self.key_tiles.start).take(self.key_tiles.len()) {
             let keys = t * KEY_TILE..((t + 1) * KEY_TILE).min(self.seq_k);
             let masked = !self.mask.all_visible(&self.tile.queries, &keys);
-            // In a product even a probability of 0 lets NaN through.
             let exact = masked && !self.v.is_finite(keys.clone());
             for panel in 0..self.tile.len().div_ceil(NV * S::F32_LANES) {
-                self.scores::<S, NV, NR>(simd, panel, keys.clone());
+                let q = column::<S, NV>(&self.state.q, panel, self.k.width());
+                products::<S, NV, NR>(simd, panels_mut::<S, NV>(&mut self.state.s), q, self.k, keys.clone());
                 if masked {
                     self.hide(panel, keys.clone());
                 }
                 let alpha = self.softmax::<S, NV>(simd, panel, keys.len());
+                let p = panels::<S, NV>(&self.state.s);
+                let o = column_mut::<S, NV>(&mut self.state.o, panel, self.v.width());
                 if exact {
-                    self.accumulate_visible(panel, keys.clone(), bytemuck::cast_slice(&alpha));
+                    let rows = panel * NV * S::F32_LANES..self.tile.len();
+                    let query = |lane| rows.clone().nth(lane).map(|r| self.tile.row(r).1);
+                    let visible = |lane, j| query(lane).is_some_and(|i| self.mask.visible(i, j));
+                    accumulate_visible::<S, NV>(o, alpha, p, self.v, keys.clone(), visible);
                 } else {
-                    self.accumulate::<S, NV, NR>(simd, panel, keys.clone(), alpha);
+                    accumulate::<S, NV, NR>(simd, o, alpha, p, self.v, keys.clone());
                 }
             }
         }
@@ -314,28 +322,11 @@ impl Attend<'_> {
         }
     }
 
-    /// `s = k q` for one panel.
-    #[inline(always)]
-    fn scores<S: Simd, const NV: usize, const NR: usize>(&mut self, simd: S, panel: usize, keys: Range<usize>) {
-        let q = column::<S, NV>(&self.state.q, panel, self.state.q.len() / ROW_TILE);
-        let s = &mut panels_mut::<S, NV>(&mut self.state.s)[..keys.len()];
-        let (blocks, rest) = s.as_chunks_mut::<NR>();
-        for (block, j) in blocks.iter_mut().zip(keys.clone().step_by(NR)) {
-            *block = score_block(simd, q, array::from_fn(|n| self.k.row(j + n)));
-        }
-        for (s, j) in rest.iter_mut().rev().zip(keys.rev()) {
-            [*s] = score_block(simd, q, [self.k.row(j)]);
-        }
-    }
-
     /// Hides the keys that a row does not see.
     fn hide(&mut self, panel: usize, keys: Range<usize>) {
         let width = self.state.panel;
         for (lane, r) in (panel * width..self.tile.len()).take(width).enumerate() {
-            let [sinks, window] = self.mask.visible_keys(self.tile.row(r).1);
-            let gap = sinks.end.max(keys.start)..window.start.min(keys.end);
-            let after = window.end.max(keys.start)..keys.end;
-            for j in gap.chain(after) {
+            for j in self.mask.hidden_keys(self.tile.row(r).1, &keys).into_iter().flatten() {
                 self.state.s[(j - keys.start) * width + lane] = f32::NEG_INFINITY;
             }
         }
@@ -377,92 +368,6 @@ impl Attend<'_> {
         }
         alpha
     }
-
-    /// `o = alpha * o + p v` for one panel. Each tile is summed by itself, so that the error grows with the
-    /// root of the number of tiles, not of keys.
-    #[inline(always)]
-    fn accumulate<S: Simd, const NV: usize, const NR: usize>(
-        &mut self,
-        simd: S,
-        panel: usize,
-        keys: Range<usize>,
-        alpha: Panel<S, NV>,
-    ) {
-        let p = &panels::<S, NV>(&self.state.s)[..keys.len()];
-        let width = self.state.o.len() / ROW_TILE;
-        let o = column_mut::<S, NV>(&mut self.state.o, panel, width);
-        let (blocks, rest) = o.as_chunks_mut::<NR>();
-        for (n, block) in blocks.iter_mut().enumerate() {
-            accumulate_block(simd, block, alpha, p, n * NR, self.v, keys.clone());
-        }
-        for (n, o) in rest.iter_mut().enumerate() {
-            accumulate_block(simd, array::from_mut(o), alpha, p, width - width % NR + n, self.v, keys.clone());
-        }
-    }
-
-    /// As `accumulate`, but multiplies only the values that a row sees. The same bits, where multiply-add is fused.
-    #[inline(always)]
-    fn accumulate_visible(&mut self, panel: usize, keys: Range<usize>, alpha: &[f32]) {
-        let State { panel: width, s, o, .. } = &mut *self.state;
-        let width = *width;
-        let o = &mut o[panel * width * self.v.width()..][..width * self.v.width()];
-        for (lane, r) in (panel * width..self.tile.len()).take(width).enumerate() {
-            let visible = self.mask.visible_keys(self.tile.row(r).1);
-            let visible = visible.map(|seen| seen.start.max(keys.start)..seen.end.min(keys.end));
-            for (e, o) in o.chunks_exact_mut(width).enumerate() {
-                let terms = visible.iter().cloned().flatten();
-                let sum = terms.fold(0.0, |sum, j| s[(j - keys.start) * width + lane].mul_add(self.v.row(j)[e], sum));
-                o[lane] = o[lane].mul_add(alpha[lane], sum);
-            }
-        }
-    }
-}
-
-/// Scores of `NR` keys.
-#[inline(always)]
-fn score_block<S: Simd, const NV: usize, const NR: usize>(
-    simd: S,
-    q: &[Panel<S, NV>],
-    keys: [&[f32]; NR],
-) -> [Panel<S, NV>; NR] {
-    // One length for all, so that no bounds are checked inside.
-    let depth = q.len();
-    let keys = keys.map(|k| &k[..depth]);
-    multiply(simd, q, (0..depth).map(|d| array::from_fn(|n| keys[n][d])))
-}
-
-/// `NR` features of o, from feature `e` on.
-#[inline(always)]
-fn accumulate_block<S: Simd, const NV: usize, const NR: usize>(
-    simd: S,
-    o: &mut [Panel<S, NV>; NR],
-    alpha: Panel<S, NV>,
-    p: &[Panel<S, NV>],
-    e: usize,
-    v: Head<'_>,
-    keys: Range<usize>,
-) {
-    let values = v.rows(keys).map(|v| {
-        let v = &v[e..e + NR];
-        array::from_fn(|n| v[n])
-    });
-    let sum: [_; NR] = multiply(simd, p, values);
-    for n in 0..NR {
-        for v in 0..NV {
-            o[n][v] = simd.mul_add_e_f32s(o[n][v], alpha[v], sum[n][v]);
-        }
-    }
-}
-
-/// One panel's part of a buffer with `width` values for each row.
-#[inline(always)]
-fn column<S: Simd, const NV: usize>(buffer: &[f32], panel: usize, width: usize) -> &[Panel<S, NV>] {
-    &panels::<S, NV>(buffer)[panel * width..][..width]
-}
-
-#[inline(always)]
-fn column_mut<S: Simd, const NV: usize>(buffer: &mut [f32], panel: usize, width: usize) -> &mut [Panel<S, NV>] {
-    &mut panels_mut::<S, NV>(buffer)[panel * width..][..width]
 }
 
 #[cfg(test)]
@@ -471,7 +376,7 @@ mod tests {
     use crate::cpu::reference;
     use crate::problem::{Options, Shape, SinkLogits, Window};
 
-    /// `tests/cpu.rs` covers the best instruction set of the machine; this, the others.
+    /// `tests/cpu` covers the best instruction set of the machine; this, the others.
     #[test]
     fn every_instruction_set() {
         let mut archs = vec![Arch::Scalar, Arch::new()];

@@ -1,5 +1,7 @@
 //! The tiled CPU path against the f64 definition, and against the laws of the operator.
 
+mod backward;
+
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sink_attention::{Alignment, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window, cpu};
