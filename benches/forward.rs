@@ -1,0 +1,200 @@
+//! The forward pass: `cargo bench --bench forward [-- FILTER]`.
+//!
+//! On a GPU the times are the GPU's own timestamps around the kernel: no uploads, downloads or submissions.
+//! Without a GPU, or with `SINK_ATTENTION_ADAPTER=cpu`, they are wall-clock times of the CPU path.
+//! criterion's elements are floating-point operations, so its "Gelem/s" are GFLOP/s: two operations for each
+//! multiply-add of both matrix products, over the visible pairs only.
+//!
+//! - `forward`: full, causal and windowed attention, with sink logits, on the shapes below or on those in
+//!   `SINK_ATTENTION_BENCH_SHAPES`, for example `"H=64 G=8 N=8192 D=64; H=16 N=4096 D=128"`
+//!   (of B G M N D E, absent ones are B=1, G=H, M=N, E=D).
+//! - `window`: a window of 128 keys over ever longer sequences. The cost grows linearly with N where the
+//!   throughput stays the same.
+
+#[path = "support/mod.rs"]
+mod support;
+
+use std::error::Error;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
+use sink_attention::{Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Window, wgpu};
+use support::{GpuOperands, HostOperands, Timer, too_large};
+
+const SHAPES_VARIABLE: &str = "SINK_ATTENTION_BENCH_SHAPES";
+const WINDOW: usize = 128;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let attention = Attention::open(&DeviceChoice::from_env())?;
+    let timer = attention.device().and_then(Timer::new);
+    announce(&attention, timer.is_some());
+    let sizes = Sizes::of(&attention);
+    let shapes = shapes(&sizes)?;
+
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+        .configure_from_args();
+    let sinks = Options::new().sink_logits(SinkLogits::PerHead);
+    let window = sinks.window(Window::keys(WINDOW));
+
+    let mut group = criterion.benchmark_group("forward");
+    group.sampling_mode(SamplingMode::Flat);
+    for shape in shapes {
+        for (name, options) in [("full", sinks), ("causal", sinks.causal(true)), ("window 128", window)] {
+            measure(&mut group, BenchmarkId::new(name, shape), Problem::new(shape, options)?, &attention, &timer);
+        }
+    }
+    group.finish();
+
+    let mut group = criterion.benchmark_group("window");
+    group.sampling_mode(SamplingMode::Flat);
+    for n in sizes.window {
+        let shape = Shape { batch: 1, heads: 32, kv_heads: 8, seq_q: n, seq_k: n, head_dim: 64, value_dim: 64 };
+        measure(&mut group, BenchmarkId::new("128", shape), Problem::new(shape, window)?, &attention, &timer);
+    }
+    group.finish();
+    criterion.final_summary();
+    Ok(())
+}
+
+fn announce(attention: &Attention, timestamps: bool) {
+    println!("Device: {}", attention.device_name());
+    match attention.device() {
+        Some(device) => {
+            let info = device.wgpu().adapter_info();
+            println!("Driver: {} {}", info.driver, info.driver_info);
+            let clock = if timestamps { "GPU timestamps" } else { "wall clock (the device takes no timestamps)" };
+            println!("Times:  {clock}");
+        }
+        None => println!("Times:  wall clock of the CPU path; no GPU was found or asked for"),
+    }
+    println!("Elements are floating-point operations: Gelem/s are GFLOP/s\n");
+}
+
+/// Sequence lengths that end in reasonable time.
+struct Sizes {
+    forward: usize,
+    window: Vec<usize>,
+}
+
+impl Sizes {
+    fn of(attention: &Attention) -> Self {
+        let (forward, shortest, longest) =
+            match attention.device().map(|device| device.wgpu().adapter_info().device_type) {
+                Some(wgpu::DeviceType::DiscreteGpu) => (8192, 2048, 131_072),
+                None | Some(wgpu::DeviceType::Cpu) => (512, 512, 4096),
+                Some(_) => (2048, 2048, 32_768),
+            };
+        let doublings = std::iter::successors(Some(shortest), |n| Some(n * 2)).take_while(|&n| n <= longest);
+        Sizes { forward, window: doublings.collect() }
+    }
+}
+
+fn shapes(sizes: &Sizes) -> Result<Vec<Shape>, String> {
+    if let Ok(text) = std::env::var(SHAPES_VARIABLE) {
+        return text.split(';').filter(|shape| !shape.trim().is_empty()).map(parse).collect();
+    }
+    // GPT-OSS, Llama 3 and the latter with narrow heads.
+    let widths = [(64, 64), (32, 128), (32, 64)];
+    let shape = |(heads, width)| Shape {
+        batch: 1,
+        heads,
+        kv_heads: 8,
+        seq_q: sizes.forward,
+        seq_k: sizes.forward,
+        head_dim: width,
+        value_dim: width,
+    };
+    Ok(widths.map(shape).to_vec())
+}
+
+fn parse(text: &str) -> Result<Shape, String> {
+    let wrong = |what: &str| format!("{SHAPES_VARIABLE}: {what} in {:?}; want H=64 G=8 N=8192 D=64", text.trim());
+    let unknown = |field: &str| wrong(&format!("{field:?}"));
+    let mut values = [None; 7];
+    const NAMES: [&str; 7] = ["B", "H", "G", "M", "N", "D", "E"];
+    for field in text.split_whitespace() {
+        let (name, value) = field.split_once('=').ok_or_else(|| unknown(field))?;
+        let index = NAMES.iter().position(|known| *known == name).ok_or_else(|| unknown(field))?;
+        values[index] = Some(value.parse().map_err(|_| unknown(field))?);
+    }
+    let [batch, heads, kv_heads, seq_q, seq_k, head_dim, value_dim] = values;
+    let (heads, seq_k, head_dim) = match (heads, seq_k, head_dim) {
+        (Some(heads), Some(seq_k), Some(head_dim)) => (heads, seq_k, head_dim),
+        _ => return Err(wrong("H, N or D is missing")),
+    };
+    Ok(Shape {
+        batch: batch.unwrap_or(1),
+        heads,
+        kv_heads: kv_heads.unwrap_or(heads),
+        seq_q: seq_q.unwrap_or(seq_k),
+        seq_k,
+        head_dim,
+        value_dim: value_dim.unwrap_or(head_dim),
+    })
+}
+
+/// Buffers and kernels are made when the benchmark runs, so that one which is filtered out costs nothing.
+fn measure(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    id: BenchmarkId,
+    problem: Problem,
+    attention: &Attention,
+    timer: &Option<Timer>,
+) {
+    group.throughput(Throughput::Elements(problem.forward_flops() as u64));
+    let Some(device) = attention.device() else {
+        let mut operands = None;
+        group.bench_function(id, |b| {
+            let operands = operands.get_or_insert_with(|| HostOperands::new(&problem));
+            b.iter(|| attention.forward(&problem, &operands.inputs()).expect("operands that fit the problem"));
+        });
+        return;
+    };
+    if let Some(reason) = too_large(&problem, device.capabilities()) {
+        println!("left out: {problem}: {reason}");
+        return;
+    }
+    let mut prepared = None;
+    group.bench_function(id, |b| {
+        let forward = prepared.get_or_insert_with(|| {
+            let operands = GpuOperands::new(device, &problem);
+            let forward = attention.prepare_forward(&problem, &operands.buffers()).expect("a problem that fits");
+            // Drivers finish compiling in the first pass, from which criterion would guess the length of all.
+            wall_clock(device, &forward, 1).expect("a device that is still there");
+            forward
+        });
+        b.iter_custom(|passes| match timer {
+            Some(timer) => {
+                let times = timer.time(passes, |pass| forward.encode_in(pass));
+                times.expect("a device that is still there").iter().sum()
+            }
+            None => wall_clock(device, forward, passes).expect("a device that is still there"),
+        });
+    });
+}
+
+fn wall_clock(device: &Device, forward: &Prepared, passes: u64) -> Result<Duration, wgpu::PollError> {
+    let start = Instant::now();
+    for _ in 0..passes {
+        let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+        forward.encode(&mut encoder);
+        device.queue().submit([encoder.finish()]);
+    }
+    device.wgpu().poll(wgpu::PollType::wait_indefinitely())?;
+    Ok(start.elapsed())
+}
