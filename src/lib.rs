@@ -1,4 +1,167 @@
-//! placeholder
+//! FlashAttention with attention sinks, on every GPU that `wgpu` reaches and on the CPU.
+//!
+//! One operator, exact up to rounding, in memory linear in the sequence length: scores are computed tile by
+//! tile and never stored. This version computes the forward and the backward pass in f32; half precision,
+//! variable lengths and caches are coming.
+//!
+//! ```
+//! use sink_attention::{Attention, Inputs, Options, Problem, Shape, SinkLogits, Window};
+//!
+//! // A sliding-window layer with grouped heads and one learned sink logit per query head.
+//! let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: 100, seq_k: 100, head_dim: 16, value_dim: 16 };
+//! let options = Options::new().window(Window::keys(32)).sink_logits(SinkLogits::PerHead);
+//! let problem = Problem::new(shape, options)?;
+//!
+//! let q = vec![0.1; problem.q_shape().iter().product()];
+//! let k = vec![0.2; problem.k_shape().iter().product()];
+//! let v = vec![0.5; problem.v_shape().iter().product()];
+//! let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: Some(&[0.0, -1.0, 0.0, 1.0]) };
+//!
+//! let attention = Attention::new()?; // the best GPU, or the CPU where there is none
+//! let output = attention.forward(&problem, &inputs)?;
+//! assert_eq!(output.o.len(), q.len());
+//!
+//! // Query 0 of head 0 sees one key, with score 16 * 0.1 * 0.2 / sqrt(16), and the sink logit 0.
+//! let lse = (0.08f32.exp() + 1.0).ln();
+//! assert!((output.lse[0] - lse).abs() < 1e-5);
+//! assert!((output.o[0] - 0.5 * (0.08 - lse).exp()).abs() < 1e-5);
+//! # Ok::<(), sink_attention::Error>(())
+//! ```
+//!
+//! # Symbols and shapes
+//!
+//! B batch, H query heads, G key/value heads, M queries, N keys, D width of q and k, E width of v and o; i counts
+//! queries, j keys. H is a multiple of G, and query head h reads key head h / (H / G): multi-head attention is
+//! G = H, multi-query attention is G = 1.
+//!
+//! | operand | [`Layout::Bshd`] | [`Layout::Bhsd`] |
+//! |---|---|---|
+//! | q | `[B, M, H, D]` | `[B, H, M, D]` |
+//! | k | `[B, N, G, D]` | `[B, G, N, D]` |
+//! | v | `[B, N, G, E]` | `[B, G, N, E]` |
+//! | o | `[B, M, H, E]` | `[B, H, M, E]` |
+//! | lse | `[B, H, M]` | `[B, H, M]` |
+//! | sink logits | `[H]` | `[H]` |
+//!
+//! Host slices are densely packed. GPU operands may start anywhere in a buffer and have any strides for batch,
+//! head and sequence, see [`TensorView`]; that way a cache, or q, k and v interleaved, needs no copy.
+//!
+//! # Which keys a query sees
+//!
+//! Query i stands at position p = i + offset among the keys. The offset is N - M by default, so that the last
+//! query stands at the last key ([`Alignment::BottomRight`]); it is 0 with [`Alignment::TopLeft`], and
+//! [`Options::query_offset`] sets it for streams and caches.
+//!
+//! ```text
+//! visible(i, j) = (no right bound or j <= p + right)
+//!             and (no left bound  or j >= p - left  or j < sink_tokens)
+//! ```
+//!
+//! The bounds are those of [`Window`], inclusive as in FlashAttention's `window_size=(left, right)`. Causal is
+//! right = 0. A window of W keys that ends at the query's own is [`Window::keys`].
+//!
+//! # Two things are called a sink
+//!
+//! - **Sink tokens** ([`Options::sink_tokens`], StreamingLLM): the first keys of the sequence, which stay visible
+//!   when a window has left them behind. They are exempt from the left bound only.
+//! - **Sink logits** ([`SinkLogits`], GPT-OSS): a number per query head that enters the softmax's denominator
+//!   and has no value, so that a head can attend to nothing. In natural-log units, never scaled, counted once.
+//!
+//! # Equations
+//!
+//! ```text
+//! s_ij  = scale * (q_i . k_j)                        scale is 1 / sqrt(D) unless set
+//! lse_i = log(sum over visible j of exp(s_ij)  +  exp(sink_logit_h))
+//! o_i   = sum over visible j of exp(s_ij - lse_i) * v_j
+//! ```
+//!
+//! lse is in natural-log units and includes the sink logit. A query that sees nothing gives o = 0 exactly and
+//! lse = its sink logit, or -infinity without sink logits. A hidden key changes nothing, even where it holds NaN
+//! or infinity.
+//!
+//! Given the gradients d_o and, optionally, d_lse of the two results, the backward pass computes
+//!
+//! ```text
+//! delta_i = d_o_i . o_i - d_lse_i
+//! p_ij    = exp(s_ij - lse_i) where j is visible, else 0
+//! d_s_ij  = p_ij * (d_o_i . v_j - delta_i)
+//! d_q_i   = scale * sum_j d_s_ij * k_j
+//! d_k_j   = scale * sum_i d_s_ij * q_i             d_k and d_v of a key head
+//! d_v_j   = sum_i p_ij * d_o_i                     sum over its H / G query heads
+//! d_sink_logit_h = - sum over batch and i of exp(sink_logit_h - lse_i) * delta_i
+//! ```
+//!
+//! All gradients of a query that sees nothing are exactly 0, but that of its sink logit.
+//!
+//! # Precision
+//!
+//! Operands, products, the softmax's running maximum and sum, and accumulators are f32. [`cpu::reference`] is the
+//! definition in f64; the tests hold every other path to ||x - exact|| / ||exact|| <= 1e-5 for o and the gradients,
+//! and to the same absolute plus relative error in each element of lse. There are no float atomics: equal inputs
+//! give equal bits on the same device, driver and version of this crate. Across devices the order of sums differs.
+//!
+//! # Two ways to call
+//!
+//! - [`Attention::forward`] and [`Attention::backward`]: host slices in, host vectors out, on the GPU or the CPU.
+//! - [`Attention::prepare_forward`] and [`Attention::prepare_backward`]: on the caller's device ([`Attention::on`])
+//!   and buffers. They check, plan and compile once; [`Prepared::encode`] then records into the caller's encoder as
+//!   often as wanted.
+//!
+//! ```
+//! use sink_attention::{Attention, Device, ForwardBuffers, Options, Problem, Shape, wgpu};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let Some(adapter) = pollster::block_on(sink_attention::adapters()).into_iter().next() else { return Ok(()) };
+//! # let descriptor = sink_attention::device_descriptor(&adapter);
+//! # let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
+//! let shape = Shape { batch: 1, heads: 4, kv_heads: 4, seq_q: 64, seq_k: 64, head_dim: 32, value_dim: 32 };
+//! let problem = Problem::new(shape, Options::new().causal(true))?;
+//! let buffer = |elements: usize| {
+//!     let size = 4 * elements as u64;
+//!     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+//!     device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
+//! };
+//! let [q, k, v, o, lse] = [64 * 4 * 32, 64 * 4 * 32, 64 * 4 * 32, 64 * 4 * 32, 64 * 4].map(buffer);
+//!
+//! let attention = Attention::on(Device::from_wgpu(device.clone(), queue.clone()));
+//! let forward = attention.prepare_forward(
+//!     &problem,
+//!     &ForwardBuffers {
+//!         q: (&q).into(),
+//!         k: (&k).into(),
+//!         v: (&v).into(),
+//!         sink_logits: None,
+//!         o: (&o).into(),
+//!         lse: (&lse).into(),
+//!     },
+//! )?;
+//! let mut encoder = device.create_command_encoder(&Default::default());
+//! for _ in 0..3 {
+//!     forward.encode(&mut encoder);
+//! }
+//! queue.submit([encoder.finish()]);
+//! # device.poll(wgpu::PollType::wait_indefinitely())?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Errors
+//!
+//! Every fallible call returns [`Error`], whose message carries the numbers needed to mend the call. Shapes, lengths,
+//! strides, buffer usages and device limits are checked before anything is dispatched; what a driver reports
+//! later comes back as [`Error::Gpu`] or [`Error::OutOfMemory`].
+//!
+//! # Features
+//!
+//! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
+//! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
+//!   host has checked every size.
+//!
+//! # Environment variables
+//!
+//! - [`SINK_ATTENTION_ADAPTER`](ADAPTER_VARIABLE): the device of [`Attention::new`], an index or a part of a name, or
+//!   `cpu`.
+//! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
 mod attention;
 mod capabilities;
@@ -32,3 +195,8 @@ pub use shader::{Kernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
 pub use wgpu;
+
+/// The code in the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
