@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Runs every test, the demo and the device check, on a GPU adapter: bash tests/run.sh
+#
+# Where there is no adapter, a software Vulkan driver (Mesa's llvmpipe) is installed on Debian and Ubuntu; elsewhere
+# the script says what is missing. macOS and Windows bring their own driver.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+temp=$(mktemp -d) || exit 1
+trap 'rm -rf "$temp"' EXIT
+
+# The loader, and a driver with something to drive: a software one, or one for a GPU that is there.
+have_vulkan() {
+    local libraries dir file
+    libraries=$(PATH="$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null)
+    if [[ $libraries != *libvulkan.so.1* ]]; then
+        local found=
+        local -a dirs=()
+        IFS=: read -ra dirs <<<"${LD_LIBRARY_PATH:-}"
+        for dir in ${dirs[@]+"${dirs[@]}"}; do
+            [[ -e $dir/libvulkan.so.1 ]] && found=1
+        done
+        [[ $found ]] || return 1
+    fi
+    [[ -n ${VK_DRIVER_FILES:-}${VK_ICD_FILENAMES:-} ]] && return 0
+    local gpu=
+    for file in /dev/dri/renderD* /dev/nvidia[0-9]* /dev/dxg; do
+        [[ -e $file ]] && gpu=1
+    done
+    local -a places=()
+    IFS=: read -ra places <<<"${XDG_CONFIG_HOME:-${HOME:-/root}/.config}:${XDG_CONFIG_DIRS:-/etc/xdg}:/etc:${XDG_DATA_HOME:-${HOME:-/root}/.local/share}:${XDG_DATA_DIRS:-/usr/local/share:/usr/share}:/usr/share"
+    for dir in "${places[@]}"; do
+        for file in "$dir"/vulkan/icd.d/*.json; do
+            case "${file##*/}" in
+                '*.json') ;;
+                lvp_* | *swiftshader*) return 0 ;;
+                *) [[ $gpu ]] && return 0 ;;
+            esac
+        done
+    done
+    return 1
+}
+
+install_vulkan() {
+    local -a as_root=()
+    if ! command -v apt-get >/dev/null; then
+        echo "No Vulkan driver was found, and there is no apt-get to install one with." >&2
+        echo "Install your system's Vulkan loader and Mesa's software driver (lavapipe), then run this again:" >&2
+        echo "  Fedora: mesa-vulkan-drivers vulkan-loader   Arch: vulkan-swrast vulkan-icd-loader" >&2
+        echo "  Alpine: mesa-vulkan-swrast vulkan-loader    openSUSE: libvulkan_lvp libvulkan1" >&2
+        return 1
+    fi
+    if [[ $(id -u) -ne 0 ]]; then
+        if ! command -v sudo >/dev/null; then
+            echo "No Vulkan driver was found. As root: apt-get install mesa-vulkan-drivers libvulkan1" >&2
+            return 1
+        fi
+        as_root=(sudo)
+        [[ -t 0 ]] || as_root=(sudo -n)
+    fi
+    as_root+=(env DEBIAN_FRONTEND=noninteractive apt-get -qq)
+    echo "No Vulkan driver was found: installing Mesa's software driver"
+    # The install decides: an outdated list may do.
+    "${as_root[@]}" update </dev/null || echo "apt-get update failed; trying all the same" >&2
+    if ! "${as_root[@]}" install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 </dev/null >"$temp/apt" 2>&1; then
+        cat "$temp/apt" >&2
+        echo "Installing mesa-vulkan-drivers and libvulkan1 failed" >&2
+        return 1
+    fi
+    have_vulkan && return 0
+    echo "mesa-vulkan-drivers and libvulkan1 are installed, but no Vulkan driver was found" >&2
+    return 1
+}
+
+case $(uname -s) in
+    Darwin | MINGW* | MSYS* | CYGWIN*) ;;
+    *) have_vulkan || install_vulkan || exit 1 ;;
+esac
+
+# A GPU test without an adapter fails, instead of warning.
+export SINK_ATTENTION_REQUIRE_GPU=1
+# Drivers complain where it is unset.
+if [[ -z ${XDG_RUNTIME_DIR:-} ]]; then
+    mkdir -m 700 "$temp/runtime"
+    export XDG_RUNTIME_DIR=$temp/runtime
+fi
+
+passed=0
+failed=0
+
+# Runs a command that counts as one test.
+step() {
+    echo
+    echo "== $*"
+    if "$@" </dev/null; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED: $*" >&2
+    fi
+}
+
+echo "== cargo test --all-features"
+# Unit, integration and documentation tests, the README's code, and the tests inside examples/streaming.
+cargo test --all-features --no-fail-fast </dev/null 2>&1 | tee "$temp/log"
+status=${PIPESTATUS[0]}
+read -r passed failed < <(awk '/^test result:/ { p += $4; f += $6 } END { print p + 0, f + 0 }' "$temp/log")
+# What fails without a test's name: a build, or a test binary that crashed.
+if [[ $status -ne 0 && $failed -eq 0 ]]; then
+    failed=1
+fi
+
+# The shaders that users get: `--all-features` has those with run-time checks. Built by one command in the tests'
+# profile, which is optimised, so that no dependency is compiled again.
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
+if cargo build --features cli --bin sink-attention --example streaming </dev/null; then
+    step "$CARGO_TARGET_DIR/debug/examples/streaming" --tokens 4000 --out "$temp/streaming.svg"
+    step "$CARGO_TARGET_DIR/debug/sink-attention" check --quick
+else
+    failed=$((failed + 1))
+fi
+
+echo
+echo "$passed passed, $failed failed"
+[[ $failed -eq 0 ]]
