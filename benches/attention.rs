@@ -1,14 +1,15 @@
-//! The forward pass: `cargo bench --bench forward [-- FILTER]`.
+//! Forward and backward pass: `cargo bench --bench attention [-- FILTER]`.
 //!
-//! On a GPU the times are the GPU's own timestamps around the kernel: no uploads, downloads or submissions.
+//! On a GPU the times are the GPU's own timestamps around the kernels: no uploads, downloads or submissions.
 //! Without a GPU, or with `SINK_ATTENTION_ADAPTER=cpu`, they are wall-clock times of the CPU path.
 //! criterion's elements are floating-point operations, so its "Gelem/s" are GFLOP/s: two operations for each
-//! multiply-add of both matrix products, over the visible pairs only.
+//! multiply-add of both matrix products, over the visible pairs only; 2.5 times as many for the backward pass, by the
+//! field's convention, though it does seven products.
 //!
-//! - `forward`: full, causal and windowed attention, with sink logits, on the shapes below or on those in
+//! - `forward`, `backward`: full, causal and windowed attention, with sink logits, on the shapes below or on those in
 //!   `SINK_ATTENTION_BENCH_SHAPES`, for example `"H=64 G=8 N=8192 D=64; H=16 N=4096 D=128"`
 //!   (of B G M N D E, absent ones are B=1, G=H, M=N, E=D).
-//! - `window`: a window of 128 keys over ever longer sequences. The cost grows linearly with N where the
+//! - `window forward`, `window backward`: a window of 128 keys over ever longer sequences. The cost grows linearly with N where the
 //!   throughput stays the same.
 
 #[path = "support/mod.rs"]
@@ -20,8 +21,10 @@ use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
-use sink_attention::{Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Window, wgpu};
-use support::{GpuOperands, HostOperands, Timer, too_large};
+use sink_attention::{
+    Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Upstream, Window, wgpu,
+};
+use support::{GpuGradients, GpuOperands, HostOperands, Timer, too_large};
 
 const SHAPES_VARIABLE: &str = "SINK_ATTENTION_BENCH_SHAPES";
 const WINDOW: usize = 128;
@@ -51,24 +54,43 @@ fn run() -> Result<(), Box<dyn Error>> {
     let sinks = Options::new().sink_logits(SinkLogits::PerHead);
     let window = sinks.window(Window::keys(WINDOW));
 
-    let mut group = criterion.benchmark_group("forward");
-    group.sampling_mode(SamplingMode::Flat);
-    for shape in shapes {
-        for (name, options) in [("full", sinks), ("causal", sinks.causal(true)), ("window 128", window)] {
-            measure(&mut group, BenchmarkId::new(name, shape), Problem::new(shape, options)?, &attention, &timer);
+    for direction in [Direction::Forward, Direction::Backward] {
+        let mut group = criterion.benchmark_group(direction.name());
+        group.sampling_mode(SamplingMode::Flat);
+        for &shape in &shapes {
+            for (name, options) in [("full", sinks), ("causal", sinks.causal(true)), ("window 128", window)] {
+                let id = BenchmarkId::new(name, shape);
+                measure(&mut group, id, Problem::new(shape, options)?, direction, &attention, &timer);
+            }
         }
-    }
-    group.finish();
+        group.finish();
 
-    let mut group = criterion.benchmark_group("window");
-    group.sampling_mode(SamplingMode::Flat);
-    for n in sizes.window {
-        let shape = Shape { batch: 1, heads: 32, kv_heads: 8, seq_q: n, seq_k: n, head_dim: 64, value_dim: 64 };
-        measure(&mut group, BenchmarkId::new("128", shape), Problem::new(shape, window)?, &attention, &timer);
+        let mut group = criterion.benchmark_group(format!("window {}", direction.name()));
+        group.sampling_mode(SamplingMode::Flat);
+        for &n in &sizes.window {
+            let shape = Shape { batch: 1, heads: 32, kv_heads: 8, seq_q: n, seq_k: n, head_dim: 64, value_dim: 64 };
+            let id = BenchmarkId::new("128", shape);
+            measure(&mut group, id, Problem::new(shape, window)?, direction, &attention, &timer);
+        }
+        group.finish();
     }
-    group.finish();
     criterion.final_summary();
     Ok(())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Direction {
+    Forward,
+    Backward,
+}
+
+impl Direction {
+    fn name(self) -> &'static str {
+        match self {
+            Direction::Forward => "forward",
+            Direction::Backward => "backward",
+        }
+    }
 }
 
 fn announce(attention: &Attention, timestamps: bool) {
@@ -153,17 +175,17 @@ fn measure(
     group: &mut BenchmarkGroup<'_, WallTime>,
     id: BenchmarkId,
     problem: Problem,
+    direction: Direction,
     attention: &Attention,
     timer: &Option<Timer>,
 ) {
-    group.throughput(Throughput::Elements(problem.forward_flops() as u64));
+    let flops = match direction {
+        Direction::Forward => problem.forward_flops(),
+        Direction::Backward => problem.backward_flops(),
+    };
+    group.throughput(Throughput::Elements(flops as u64));
     let Some(device) = attention.device() else {
-        let mut operands = None;
-        group.bench_function(id, |b| {
-            let operands = operands.get_or_insert_with(|| HostOperands::new(&problem));
-            b.iter(|| attention.forward(&problem, &operands.inputs()).expect("operands that fit the problem"));
-        });
-        return;
+        return measure_on_the_host(group, id, &problem, direction, attention);
     };
     if let Some(reason) = too_large(&problem, device.capabilities()) {
         println!("left out: {problem}: {reason}");
@@ -171,28 +193,63 @@ fn measure(
     }
     let mut prepared = None;
     group.bench_function(id, |b| {
-        let forward = prepared.get_or_insert_with(|| {
-            let operands = GpuOperands::new(device, &problem);
-            let forward = attention.prepare_forward(&problem, &operands.buffers()).expect("a problem that fits");
-            // Drivers finish compiling in the first pass, from which criterion would guess the length of all.
-            wall_clock(device, &forward, 1).expect("a device that is still there");
-            forward
-        });
+        let prepared = prepared.get_or_insert_with(|| prepare(attention, device, &problem, direction));
         b.iter_custom(|passes| match timer {
             Some(timer) => {
-                let times = timer.time(passes, |pass| forward.encode_in(pass));
+                let times = timer.time(passes, |pass| prepared.encode_in(pass));
                 times.expect("a device that is still there").iter().sum()
             }
-            None => wall_clock(device, forward, passes).expect("a device that is still there"),
+            None => wall_clock(device, prepared, passes).expect("a device that is still there"),
         });
     });
 }
 
-fn wall_clock(device: &Device, forward: &Prepared, passes: u64) -> Result<Duration, wgpu::PollError> {
+fn prepare(attention: &Attention, device: &Device, problem: &Problem, direction: Direction) -> Prepared {
+    let operands = GpuOperands::new(device, problem);
+    let mut prepared = attention.prepare_forward(problem, &operands.buffers()).expect("a problem that fits");
+    // Drivers finish compiling in the first pass, from which criterion would guess the length of all; and the
+    // backward pass wants the forward pass's results.
+    wall_clock(device, &prepared, 1).expect("a device that is still there");
+    if direction == Direction::Backward {
+        let gradients = GpuGradients::new(device, problem);
+        prepared = attention.prepare_backward(problem, &gradients.buffers(&operands)).expect("a problem that fits");
+        wall_clock(device, &prepared, 1).expect("a device that is still there");
+    }
+    prepared
+}
+
+fn measure_on_the_host(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    id: BenchmarkId,
+    problem: &Problem,
+    direction: Direction,
+    attention: &Attention,
+) {
+    let mut made = None;
+    group.bench_function(id, |b| {
+        let (operands, saved) = made.get_or_insert_with(|| {
+            let operands = HostOperands::new(problem);
+            let saved = attention.forward(problem, &operands.inputs()).expect("operands that fit the problem");
+            (operands, saved)
+        });
+        let upstream = Upstream { d_o: &saved.o, d_lse: None };
+        b.iter(|| match direction {
+            Direction::Forward => {
+                attention.forward(problem, &operands.inputs()).expect("operands that fit the problem");
+            }
+            Direction::Backward => {
+                let inputs = operands.inputs();
+                attention.backward(problem, &inputs, saved, &upstream).expect("operands that fit the problem");
+            }
+        });
+    });
+}
+
+fn wall_clock(device: &Device, prepared: &Prepared, passes: u64) -> Result<Duration, wgpu::PollError> {
     let start = Instant::now();
     for _ in 0..passes {
         let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-        forward.encode(&mut encoder);
+        prepared.encode(&mut encoder);
         device.queue().submit([encoder.finish()]);
     }
     device.wgpu().poll(wgpu::PollType::wait_indefinitely())?;
