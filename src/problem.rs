@@ -10,7 +10,7 @@ pub(crate) const MAX_SEQ: usize = 1 << 29;
 /// Widest head, of q and k as of v.
 pub(crate) const MAX_WIDTH: usize = 256;
 
-/// Element type of an operand.
+/// Element type of an operand. This version computes with [`DType::F32`] alone; the others are named in errors.
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -94,6 +94,16 @@ pub struct Window {
 impl Window {
     /// No bound on either side.
     pub const FULL: Window = Window { left: None, right: None };
+
+    /// A bound on the left only: `left` keys before the query, and all after it.
+    pub fn left(left: usize) -> Self {
+        Window { left: Some(left), right: None }
+    }
+
+    /// A bound on the right only: all keys before the query, and `right` after it.
+    pub fn right(right: usize) -> Self {
+        Window { left: None, right: Some(right) }
+    }
 
     /// A window from `left` keys before the query to `right` keys after it.
     pub fn new(left: usize, right: usize) -> Self {
