@@ -4,6 +4,7 @@
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
+{% include "exp.wgsl" %}
 {% import micro_kernel ~ "/d_kv.wgsl" as micro %}
 {{ micro.declare() }}
 

@@ -3,6 +3,7 @@
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
+{% include "exp.wgsl" %}
 {% import micro_kernel ~ "/d_q.wgsl" as micro %}
 {{ micro.declare() }}
 

@@ -1,10 +1,11 @@
 {#- delta_i = d_o_i . o_i - d_lse_i, what every d_s of a row has in common, and the row's share of the sink
     logit's gradient, -exp(sink - lse_i) delta_i, summed over the workgroup's rows in a fixed order.
 
-    The product is summed feature by feature, as the other kernels sum d_o . v: in a row that one key
+    The product is summed in the order in which the other kernels sum d_o . v: in a row that one key
     dominates the two cancel, and then they cancel exactly. -#}
 {% include "params.wgsl" %}
 {% include "operands.wgsl" %}
+{% include "exp.wgsl" %}
 
 const ROWS: u32 = {{ delta_rows }}u;
 // Feature quads staged at once, one by each of the threads that share a row.
@@ -49,9 +50,7 @@ fn main(
       for (var lane = 0u; lane < LANES; lane += 1u) {
         let a = d_o_stage[thread * LANE_ROW + lane];
         let b = o_stage[thread * LANE_ROW + lane];
-{% for e in xyzw %}
-        row_delta = fma(a.{{ e }}, b.{{ e }}, row_delta);
-{% endfor %}
+        row_delta += fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, a.x * b.x)));
       }
     }
   }
@@ -71,7 +70,7 @@ fn main(
 {% if sinks == "per_head" %}
       let sink = sink_logits[params.sink_offset + head];
       // Equal terms give exp(0), even where both are infinite.
-      let p_sink = select(exp2((sink - row_lse) * LOG2_E), 1.0, sink == row_lse);
+      let p_sink = select(exp1(sink - row_lse), 1.0, sink == row_lse);
       sink_share = -p_sink * row_delta;
 {% endif %}
     }

@@ -4,6 +4,7 @@
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
+{% include "exp.wgsl" %}
 {% include "softmax.wgsl" %}
 {% import micro_kernel ~ "/forward.wgsl" as micro %}
 {{ micro.declare() }}

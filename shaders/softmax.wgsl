@@ -1,10 +1,10 @@
 // The end of a row: the sink logit enters the denominator here, exactly once.
 struct RowEnd { factor: f32, lse: f32 }
 
-// log(x), one Newton step beyond the driver's log2, which may be coarse near 1.
+// log(x) for x >= 1, one Newton step beyond the driver's log, which may be coarse near 1.
 fn natural_log(x: f32) -> f32 {
-  let y = log2(x);
-  return fma(y, 0.6931471805599453, x * exp2(-y) - 1.0);
+  let y = log(x);
+  return y + fma(x, exp1(-y), -1.0);
 }
 
 // `most` is the row's maximum score, `sum` is the sum of exp(score - most).
@@ -17,8 +17,8 @@ fn finish_row(most: f32, sum: f32, head: u32) -> RowEnd {
   if (sum == 0.0) { return RowEnd(0.0, sink); }
   let top = max(most, sink);
   // Equal terms give exp(0), even where both are infinite.
-  let keys = select(exp2((most - top) * LOG2_E), 1.0, most == top);
-  let total = fma(sum, keys, select(exp2((sink - top) * LOG2_E), 1.0, sink == top));
+  let keys = select(exp1(most - top), 1.0, most == top);
+  let total = fma(sum, keys, select(exp1(sink - top), 1.0, sink == top));
   return RowEnd(keys / total, top + natural_log(total));
 {% endif %}
 }

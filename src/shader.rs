@@ -11,11 +11,12 @@ use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 13] = [
+const SOURCES: [(&str, &str); 14] = [
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
     ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
     ("delta.wgsl", include_str!("../shaders/delta.wgsl")),
+    ("exp.wgsl", include_str!("../shaders/exp.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),

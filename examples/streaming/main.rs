@@ -25,7 +25,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use indicatif::{HumanBytes, HumanCount};
-use sink_attention::Attention;
+use sink_attention::{Attention, DeviceChoice};
 
 use args::{Args, Command};
 use model::Model;
@@ -60,7 +60,9 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     if attention.is_gpu() {
         println!("Device: {}", attention.device_name());
     } else {
-        println!("No GPU was found, so the CPU path is used: {}", attention.device_name());
+        let asked = DeviceChoice::from_env() == DeviceChoice::Cpu;
+        let why = if asked { "As asked for" } else { "No GPU was found, so" };
+        println!("{why} the CPU path is used: {}", attention.device_name());
     }
     describe(args, &text, &settings);
 

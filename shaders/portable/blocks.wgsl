@@ -111,8 +111,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
-{#- s[row, column] = a[row] . b[column], feature by feature: every kernel must come to the same bits, whichever of
-    the two is q, or lse and o belong to other scores than the backward pass sees. -#}
+{#- s[row, column] = a[row] . b[column], as a sum of sums of four: the shorter chain halves the rounding error of large
+    scores. Every kernel must come to the same bits, whichever of the two is q, or lse and o belong to other scores than
+    the backward pass sees. -#}
 {%- macro product(s, a, b) %}
 {% for i in range(rows) %}{% for c in range(quads) %}
     var {{ s }}_{{ i }}_{{ c }} = vec4<f32>();
@@ -138,9 +139,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for e in xyzw %}
             let b_{{ e }} = vec4<f32>(b_0.{{ e }}, b_1.{{ e }}, b_2.{{ e }}, b_3.{{ e }});
 {% endfor %}
-{% for i in range(rows) %}{% for e in xyzw %}
-            {{ s }}_{{ i }}_{{ c }} = fma(vec4<f32>(a_{{ i }}.{{ e }}), b_{{ e }}, {{ s }}_{{ i }}_{{ c }});
-{% endfor %}{% endfor %}
+{% for i in range(rows) %}
+            {{ s }}_{{ i }}_{{ c }} += fma(vec4<f32>(a_{{ i }}.w), b_w, fma(vec4<f32>(a_{{ i }}.z), b_z, fma(vec4<f32>(a_{{ i }}.y), b_y, a_{{ i }}.x * b_x)));
+{% endfor %}
           }
 {% endfor %}
         }

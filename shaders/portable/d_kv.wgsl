@@ -25,7 +25,7 @@
       }
 {% endfor %}
 {% for i in range(rows) %}
-      s_{{ i }}_{{ c }} = exp2(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), -row_lse) * LOG2_E);
+      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), -row_lse));
 {% endfor %}
     }
 {% endfor %}

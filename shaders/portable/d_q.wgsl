@@ -23,7 +23,7 @@
 {#- Leaves d_s = p (d_p - delta) as weights. -#}
 {%- macro score_gradients() %}
 {% for i in range(rows) %}{% for c in range(quads) %}
-    s_{{ i }}_{{ c }} = exp2(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-lse_{{ i }})) * LOG2_E) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 {% endfor %}{% endfor %}
 {{ blocks.hide("s") }}
     workgroupBarrier();

@@ -47,13 +47,13 @@
     let before_{{ i }} = max_{{ i }};
     max_{{ i }} = max(before_{{ i }}, row_most_{{ i }});
 {% for c in range(quads) %}
-    s_{{ i }}_{{ c }} = exp2(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-max_{{ i }})) * LOG2_E);
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-max_{{ i }})));
 {% endfor %}
 {% endfor %}
 {{ blocks.hide("s") }}
 {% for i in range(rows) %}
     {
-      let rescale = exp2((before_{{ i }} - max_{{ i }}) * LOG2_E);
+      let rescale = exp1(before_{{ i }} - max_{{ i }});
 {% for c in range(accumulator_quads.v) %}
       o_{{ i }}_{{ c }} *= rescale;
 {% endfor %}
