@@ -3,13 +3,14 @@
 
 mod common;
 
-use common::buffers::{Buffers, buffer, empty, gpu_with, read, submit};
+use common::buffers::{Buffers, GradientBuffers, buffer, empty, gpu_with, read, submit};
 use common::gpu;
+use common::gradients::Backward;
 use common::operands::{Operands, agree, check, problem};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, Device, DeviceChoice, Error, ForwardBuffers, Inputs, Layout, Options, Problem, Shape, SinkLogits,
-    TensorView, Window,
+    Attention, BackwardBuffers, Device, DeviceChoice, Error, ForwardBuffers, Gradients, Inputs, Layout, Options,
+    Output, Problem, Shape, SinkLogits, TensorView, Upstream, Window,
 };
 
 /// Stands where nothing may be written.
@@ -508,4 +509,315 @@ fn many_threads() {
             });
         }
     });
+}
+
+mod backward {
+    use super::*;
+
+    /// A result in a buffer full of sentinels.
+    struct Target {
+        place: Place,
+        buffer: wgpu::Buffer,
+    }
+
+    impl Target {
+        fn new(device: &Device, layout: Layout, place: Place) -> Self {
+            Target { place, buffer: buffer(device, &vec![SENTINEL; place.end(layout) + 9]) }
+        }
+
+        /// Reads the result, packed; nothing may have been written beside it.
+        fn read(&self, device: &Device, layout: Layout) -> Vec<f32> {
+            let mut data = read(device, &self.buffer);
+            let mut packed = vec![f32::NAN; self.place.extents.iter().product()];
+            for (at, to) in self.place.elements(layout) {
+                packed[to] = std::mem::replace(&mut data[at], SENTINEL);
+            }
+            assert!(data.iter().all(|&x| x == SENTINEL), "wrote outside of the view");
+            packed
+        }
+    }
+
+    /// Runs both passes of `problem` with q, k and v side by side in the rows of one buffer, everything else in
+    /// padded rows, and everything `offset` elements in.
+    fn run_strided(gpu: &Attention, problem: &Problem, backward: &Backward, offset: usize, pad: usize) {
+        let device = gpu.device().unwrap();
+        let Shape { batch, heads, kv_heads, seq_q: seq, head_dim: width, .. } = *problem.shape();
+        let layout = problem.options().layout;
+        let what = format!("{problem}, offset {offset}, pad {pad}");
+
+        // NaN wherever no operand lies: whatever is read from there shows.
+        let fused_row = (heads + 2 * kv_heads) * width + pad;
+        let fused_place = |heads: usize, first: usize| Place {
+            extents: [batch, heads, seq, width],
+            offset: offset + first * width,
+            strides: [(seq * fused_row) as u64, width as u64, fused_row as u64],
+        };
+        // Heads, batches, positions from the outside in: neither of the two layouts.
+        let row = width + pad;
+        let padded = |heads: usize| Place {
+            extents: [batch, heads, seq, width],
+            offset,
+            strides: [(seq * row) as u64, (batch * seq * row) as u64, row as u64],
+        };
+        let dense = |len: usize| Place { extents: [1, 1, 1, len], offset, strides: [0; 3] };
+        let source = |parts: &[(Place, &Vec<f32>)]| {
+            let len = parts.iter().map(|(place, _)| place.end(layout)).max().unwrap();
+            let mut data = vec![f32::NAN; len];
+            for (place, packed) in parts {
+                place.elements(layout).for_each(|(at, from)| data[at] = packed[from]);
+            }
+            buffer(device, &data)
+        };
+        let operands = &backward.operands;
+        let places = [fused_place(heads, 0), fused_place(kv_heads, heads), fused_place(kv_heads, heads + kv_heads)];
+        let [q, k, v] = places;
+        let fused = source(&[(q, &operands.q), (k, &operands.k), (v, &operands.v)]);
+        let sinks = operands.sink_logits.as_ref().map(|sinks| source(&[(dense(heads), sinks)]));
+        let d_o = source(&[(padded(heads), &backward.d_o)]);
+        let d_lse = backward.d_lse.as_ref().map(|d_lse| source(&[(dense(batch * heads * seq), d_lse)]));
+
+        let target = |place| Target::new(device, layout, place);
+        let [o, lse] = [padded(heads), dense(batch * heads * seq)].map(target);
+        let [d_q, d_k, d_v] = [heads, kv_heads, kv_heads].map(|heads| target(padded(heads)));
+        let d_sink_logits = sinks.as_ref().map(|_| target(dense(heads)));
+        let at_offset = |buffer| TensorView::new(buffer).offset(offset as u64);
+        let buffers = BackwardBuffers {
+            forward: ForwardBuffers {
+                q: q.view(&fused),
+                k: k.view(&fused),
+                v: v.view(&fused),
+                sink_logits: sinks.as_ref().map(at_offset),
+                o: o.place.view(&o.buffer),
+                lse: at_offset(&lse.buffer),
+            },
+            d_o: padded(heads).view(&d_o),
+            d_lse: d_lse.as_ref().map(at_offset),
+            d_q: d_q.place.view(&d_q.buffer),
+            d_k: d_k.place.view(&d_k.buffer),
+            d_v: d_v.place.view(&d_v.buffer),
+            d_sink_logits: d_sink_logits.as_ref().map(|target| at_offset(&target.buffer)),
+        };
+        let forward = gpu.prepare_forward(problem, &buffers.forward).unwrap();
+        let prepared = gpu.prepare_backward(problem, &buffers).unwrap();
+        let vec4 = [offset, pad, width].iter().all(|n| n % 4 == 0);
+        assert_eq!(prepared.plan().passes.last().unwrap().variant.vec4, vec4, "{what}");
+        // What one pass leaves the next one reads: no barrier of the caller's stands between them.
+        submit(device, |encoder| {
+            forward.encode(encoder);
+            prepared.encode(encoder);
+        });
+        for target in [&o, &lse] {
+            target.read(device, layout);
+        }
+        let actual = Gradients {
+            d_q: d_q.read(device, layout),
+            d_k: d_k.read(device, layout),
+            d_v: d_v.read(device, layout),
+            d_sink_logits: d_sink_logits.map(|target| target.read(device, layout)),
+        };
+        let expected = backward.check(gpu, problem);
+        if vec4 {
+            assert!(actual == expected, "{what}: not the bits of the host path");
+        } else {
+            backward.agree(&actual, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
+        }
+    }
+
+    #[test]
+    fn offsets_and_strides() {
+        let Some(gpu) = gpu() else { return };
+        let narrow = problem([3, 2, 1], [37, 37], [5, 5], Options::new().causal(true).layout(Layout::Bhsd));
+        for problem in [typical(), narrow] {
+            let backward = Backward::random(&problem, 1);
+            for offset in [0, 1, 4, 60, 65, 1024] {
+                for pad in [0, 4, 3] {
+                    run_strided(gpu, &problem, &backward, offset, pad);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn prepared_once_encoded_often() {
+        let Some(gpu) = gpu() else { return };
+        let device = gpu.device().unwrap();
+        let problem = typical();
+        let mut backward = Backward::random(&problem, 4);
+        let buffers = GradientBuffers::new(device, &problem, &backward);
+        let forward = gpu.prepare_forward(&problem, &buffers.views().forward).unwrap();
+        let prepared = gpu.prepare_backward(&problem, &buffers.views()).unwrap();
+
+        // Several passes in one encoder, several dispatches in one pass, and each kernel by itself.
+        submit(device, |encoder| {
+            forward.encode(encoder);
+            (0..3).for_each(|_| prepared.encode(encoder));
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            (0..3).for_each(|_| prepared.encode_in(&mut pass));
+            (0..prepared.plan().passes.len()).for_each(|index| prepared.encode_pass_in(&mut pass, index));
+        });
+        assert!(buffers.read(device) == backward.check(gpu, &problem));
+
+        // What is new in the buffers is what the next run sees.
+        backward.d_o.rotate_left(77);
+        backward.operands.k.rotate_left(16);
+        for (buffer, data) in [(&buffers.d_o, &backward.d_o), (&buffers.forward.k, &backward.operands.k)] {
+            device.queue().write_buffer(buffer, 0, bytemuck::cast_slice(data));
+        }
+        submit(device, |encoder| forward.encode(encoder));
+        assert!(buffers.run(device, &prepared) == backward.check(gpu, &problem));
+    }
+
+    #[test]
+    fn views_that_do_not_fit() {
+        let Some(gpu) = gpu() else { return };
+        let device = gpu.device().unwrap();
+        let problem = typical();
+        let backward = Backward::random(&problem, 7);
+        let buffers = GradientBuffers::new(device, &problem, &backward);
+        let good = buffers.views();
+        let forward = good.forward;
+        let prepare = |buffers: BackwardBuffers<'_>| gpu.prepare_backward(&problem, &buffers);
+        prepare(good).unwrap();
+
+        // q, o and their gradients have 2 * 50 * 4 * 16 elements, those of k and v half of them, lse 2 * 4 * 50.
+        expect_error!(
+            prepare(BackwardBuffers { d_lse: good.d_lse.map(|d_lse| d_lse.offset(1)), ..good }),
+            Error::BufferTooSmall { operand: "d_lse", needed: 1604, actual: 1600 }
+        );
+        expect_error!(
+            prepare(BackwardBuffers { d_o: TensorView::new(&buffers.d_k), ..good }),
+            Error::BufferTooSmall { operand: "d_o", needed: 25_600, actual: 12_800 }
+        );
+        expect_error!(
+            prepare(BackwardBuffers { d_q: good.d_q.offset(4), ..good }),
+            Error::BufferTooSmall { operand: "d_q", needed: 25_616, actual: 25_600 }
+        );
+        expect_error!(
+            prepare(BackwardBuffers { d_sink_logits: good.d_sink_logits.map(|d_sink| d_sink.offset(1)), ..good }),
+            Error::BufferTooSmall { operand: "d_sink_logits", needed: 20, actual: 16 }
+        );
+        let plain = empty(device, 1 << 16, BufferUsages::COPY_DST);
+        for (views, named) in [
+            (BackwardBuffers { d_o: TensorView::new(&plain), ..good }, "d_o"),
+            (BackwardBuffers { d_k: TensorView::new(&plain), ..good }, "d_k"),
+            (BackwardBuffers { forward: ForwardBuffers { o: TensorView::new(&plain), ..forward }, ..good }, "o"),
+        ] {
+            match prepare(views) {
+                Err(Error::BufferUsage { operand, needed: BufferUsages::STORAGE, actual: BufferUsages::COPY_DST }) => {
+                    assert_eq!(operand, named);
+                }
+                other => panic!("{named}: {other:?}"),
+            }
+        }
+        // Packed strides of d_k are [1600, 16, 32].
+        for strides in [[1600, 16, 0], [1600, 15, 32], [0, 16, 32]] {
+            expect_error!(
+                prepare(BackwardBuffers { d_k: good.d_k.strides(strides), ..good }),
+                Error::OverlappingStrides { operand: "d_k", .. }
+            );
+        }
+        expect_error!(
+            prepare(BackwardBuffers { d_lse: good.d_lse.map(|d_lse| d_lse.strides([200, 50, 1])), ..good }),
+            Error::InvalidOption { option: "d_lse", .. }
+        );
+        let per_head = good.d_sink_logits.unwrap();
+        expect_error!(
+            prepare(BackwardBuffers { d_sink_logits: Some(per_head.strides([4, 4, 1])), ..good }),
+            Error::InvalidOption { option: "d_sink_logits", .. }
+        );
+
+        // After all that, the operator and the buffers are as good as before.
+        buffers.save(device, &gpu.forward(&problem, &backward.operands.inputs()).unwrap());
+        assert!(buffers.run(device, &prepare(good).unwrap()) == backward.check(gpu, &problem));
+    }
+
+    #[test]
+    fn results_need_buffers_of_their_own() {
+        let Some(gpu) = gpu() else { return };
+        let device = gpu.device().unwrap();
+        let problem = typical();
+        let buffers = GradientBuffers::new(device, &problem, &Backward::random(&problem, 7));
+        let good = buffers.views();
+        let forward = good.forward;
+        let prepare = |buffers: BackwardBuffers<'_>| gpu.prepare_backward(&problem, &buffers);
+        expect_error!(
+            prepare(BackwardBuffers { d_q: forward.q, ..good }),
+            Error::Aliasing { output: "d_q", other: "q" }
+        );
+        expect_error!(
+            prepare(BackwardBuffers { d_q: good.d_o, ..good }),
+            Error::Aliasing { output: "d_q", other: "d_o" }
+        );
+        expect_error!(
+            prepare(BackwardBuffers { d_v: good.d_k, ..good }),
+            Error::Aliasing { output: "d_k", other: "d_v" }
+        );
+        expect_error!(
+            prepare(BackwardBuffers { d_sink_logits: forward.sink_logits, ..good }),
+            Error::Aliasing { output: "d_sink_logits", other: "sink_logits" }
+        );
+
+        // A fused gradient of q, k and v: three views of one buffer that share no element. The kernels write them
+        // in different passes, but d_k and d_v in one.
+        let fused = empty(device, 2 * 50 * 8 * 16 * 4, BufferUsages::STORAGE);
+        let part = |first: u64| TensorView::new(&fused).offset(first * 16).strides([50 * 128, 16, 128]);
+        expect_error!(
+            prepare(BackwardBuffers { d_q: part(0), d_k: part(4), d_v: part(6), ..good }),
+            Error::Aliasing { output: "d_q", other: "d_k" }
+        );
+
+        // Inputs may share: nothing is written to them.
+        prepare(BackwardBuffers { d_o: forward.o, d_lse: Some(forward.lse), ..good }).unwrap();
+    }
+
+    #[test]
+    fn sink_logits_as_the_options_say() {
+        let Some(gpu) = gpu() else { return };
+        let with = typical();
+        let without = Problem::new(*with.shape(), with.options().sink_logits(SinkLogits::None)).unwrap();
+        let backward = Backward::random(&with, 8);
+        let buffers = GradientBuffers::new(gpu.device().unwrap(), &with, &backward);
+        let views = buffers.views();
+        expect_error!(
+            gpu.prepare_backward(&with, &BackwardBuffers { d_sink_logits: None, ..views }),
+            Error::MissingOperand { operand: "d_sink_logits" }
+        );
+        let forward = ForwardBuffers { sink_logits: None, ..views.forward };
+        expect_error!(
+            gpu.prepare_backward(&with, &BackwardBuffers { forward, ..views }),
+            Error::MissingOperand { operand: "sink_logits" }
+        );
+        expect_error!(
+            gpu.prepare_backward(&without, &BackwardBuffers { forward, ..views }),
+            Error::UnexpectedOperand { operand: "d_sink_logits", .. }
+        );
+        gpu.prepare_backward(&without, &BackwardBuffers { forward, d_sink_logits: None, ..views }).unwrap();
+        expect_error!(Attention::cpu().prepare_backward(&with, &views), Error::NeedsGpu { call: "prepare_backward" });
+    }
+
+    #[test]
+    fn host_slices_of_wrong_length() {
+        let Some(gpu) = gpu() else { return };
+        let problem = typical();
+        let backward = Backward::random(&problem, 8);
+        let saved = backward.saved(&problem);
+        for attention in [gpu, &Attention::cpu()] {
+            let run = |saved, upstream| attention.backward(&problem, &backward.operands.inputs(), saved, &upstream);
+            let upstream = backward.upstream();
+            run(&saved, upstream).unwrap();
+            let short = Output { lse: saved.lse[1..].to_vec(), ..saved.clone() };
+            expect_error!(
+                run(&short, upstream),
+                Error::OperandLength { operand: "lse", expected: 400, actual: 399, .. }
+            );
+            expect_error!(
+                run(&saved, Upstream { d_o: &[], ..upstream }),
+                Error::OperandLength { operand: "d_o", expected: 6400, actual: 0, .. }
+            );
+            expect_error!(
+                run(&saved, Upstream { d_lse: Some(&backward.d_o), ..upstream }),
+                Error::OperandLength { operand: "d_lse", expected: 400, actual: 6400, .. }
+            );
+        }
+    }
 }

@@ -5,48 +5,13 @@ mod common;
 
 use common::buffers::{Buffers, gpu_with};
 use common::gpu;
-use common::operands::{Operands, agree, check, check_within, problem, row};
+use common::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
 use sink_attention::{Alignment, Attention, Kernel, Layout, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window};
 
 const INF: f32 = f32::INFINITY;
-
-/// Around, below and above tile sizes, and none of them even.
-const SIZES: [[usize; 2]; 7] = [[1, 1], [1, 257], [3, 3], [64, 1], [63, 65], [113, 203], [239, 1]];
-
-/// Every option, alone and with others.
-fn options() -> Vec<Options> {
-    let new = Options::new();
-    let causal = new.causal(true);
-    let per_head = new.sink_logits(SinkLogits::PerHead);
-    let left_only = Window { left: Some(20), right: None };
-    let right_only = Window { left: None, right: Some(6) };
-    vec![
-        new,
-        per_head.causal(true),
-        causal.sink_logits(SinkLogits::OffByOne).alignment(Alignment::TopLeft),
-        per_head.window(Window::keys(17)).sink_tokens(3).layout(Layout::Bhsd),
-        new.window(Window::new(9, 4)).layout(Layout::Bhsd),
-        causal.window(left_only).sink_tokens(40),
-        per_head.window(right_only),
-        new.window(left_only).alignment(Alignment::TopLeft),
-        // Windows and sink tokens with whole tiles hidden between them.
-        per_head.window(Window::keys(2)).sink_tokens(33),
-        new.window(Window::keys(1)),
-        // The first 30 queries see nothing.
-        per_head.causal(true).query_offset(-30),
-        causal.query_offset(-30),
-        // Every query stands far behind the keys: the window sees nothing, the sink tokens remain.
-        per_head.window(Window::keys(50)).query_offset(1000),
-        new.window(Window::keys(50)).sink_tokens(5).query_offset(1000),
-        causal.query_offset(i64::MIN),
-        new.scale(0.37),
-        new.scale(0.0),
-        per_head.scale(-0.5),
-    ]
-}
 
 #[test]
 fn sizes_and_options() {

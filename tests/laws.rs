@@ -4,9 +4,10 @@
 mod common;
 
 use common::gpu;
+use common::gradients::Backward;
 use common::operands::{BOUND, Operands, agree, problem, row};
 use common::{compare, compare_lse};
-use sink_attention::{Attention, Layout, Options, Output, Problem, SinkLogits, Window};
+use sink_attention::{Attention, Gradients, Layout, Options, Output, Problem, SinkLogits, Window};
 
 /// Runs a law on the CPU and on the GPU.
 fn on_every_path(law: impl Fn(&Attention)) {
@@ -20,19 +21,31 @@ fn forward(attention: &Attention, problem: &Problem, operands: &Operands) -> Out
     attention.forward(problem, &operands.inputs()).unwrap()
 }
 
-/// Two problems of one shape give the same with operands that differ at most in their sink logits.
+/// Two problems of one shape give the same results and gradients with operands that differ at most in their
+/// sink logits.
 fn same(attention: &Attention, [left, right]: [(Options, Option<f32>); 2]) {
     for [m, n] in [[1, 90], [70, 90], [90, 70], [65, 65]] {
         let result = |(options, sink): (Options, Option<f32>)| {
             let problem = problem([2, 4, 2], [m, n], [64, 64], options);
             // One seed, and the sink logits come last: q, k and v are the same.
-            let mut operands = Operands::random(&problem, 1);
-            if let (Some(logits), Some(sink)) = (&mut operands.sink_logits, sink) {
+            let mut backward = Backward::random(&problem, 1);
+            if let (Some(logits), Some(sink)) = (&mut backward.operands.sink_logits, sink) {
                 logits.fill(sink);
             }
-            forward(attention, &problem, &operands)
+            let output = forward(attention, &problem, &backward.operands);
+            let gradients = backward.run_with(attention, &problem, &output);
+            (backward, output, gradients)
         };
-        agree(&result(left), &result(right)).unwrap_or_else(|error| {
+        let (_, left_output, mut left_gradients) = result(left);
+        let (backward, right_output, right_gradients) = result(right);
+        if left.1 == Some(f32::NEG_INFINITY) {
+            assert_eq!(left_gradients.d_sink_logits, Some(vec![0.0; 4]));
+        }
+        // Only one of the two sides may have sink logits as an operand.
+        left_gradients.d_sink_logits = right_gradients.d_sink_logits.as_ref().and(left_gradients.d_sink_logits);
+        let gradients = Gradients { d_sink_logits: left_gradients.d_sink_logits.clone(), ..right_gradients };
+        let all = agree(&left_output, &right_output).and_then(|()| backward.agree(&left_gradients, &gradients));
+        all.unwrap_or_else(|error| {
             panic!("M={m} N={n} {left:?} is not {right:?} on {}: {error}", attention.device_name())
         });
     }
@@ -94,19 +107,43 @@ fn grouped_heads_are_repeated_heads() {
             let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead).layout(layout);
             let grouped = problem([2, 6, 2], [50, 60], [64, 32], options);
             let repeated = problem([2, 6, 6], [50, 60], [64, 32], options);
-            let few = Operands::random(&grouped, 2);
-            let mut many = Operands { q: few.q.clone(), ..Operands::random(&repeated, 3) };
-            many.sink_logits = few.sink_logits.clone();
+            let few = Backward::random(&grouped, 2);
+            let mut many = Backward { operands: Operands::random(&repeated, 3), ..few.clone() };
+            many.operands.q.clone_from(&few.operands.q);
+            many.operands.sink_logits.clone_from(&few.operands.sink_logits);
+            let (few_operands, many_operands) = (&few.operands, &mut many.operands);
             for b in 0..2 {
                 for h in 0..6 {
                     for j in 0..60 {
                         let [key, value] = [64, 32].map(|width| row(&grouped, [2, 60, width], [b, h / 3, j]));
-                        many.key(&repeated, b, h, j).copy_from_slice(&few.k[key]);
-                        many.value(&repeated, b, h, j).copy_from_slice(&few.v[value]);
+                        many_operands.key(&repeated, b, h, j).copy_from_slice(&few_operands.k[key]);
+                        many_operands.value(&repeated, b, h, j).copy_from_slice(&few_operands.v[value]);
                     }
                 }
             }
-            agree(&forward(attention, &grouped, &few), &forward(attention, &repeated, &many)).unwrap();
+            let output = forward(attention, &grouped, few_operands);
+            agree(&output, &forward(attention, &repeated, &many.operands)).unwrap();
+
+            // The gradients by a key are those by its copies, added up.
+            let gradients = many.run(attention, &repeated);
+            let add_up = |copies: &[f32], width| {
+                let mut sum = vec![0.0; 2 * 2 * 60 * width];
+                for (b, h, j) in (0..2 * 6 * 60).map(|n| (n / 360, n / 60 % 6, n % 60)) {
+                    let from = row(&repeated, [6, 60, width], [b, h, j]);
+                    let to = row(&grouped, [2, 60, width], [b, h / 3, j]);
+                    for (sum, x) in sum[to].iter_mut().zip(&copies[from]) {
+                        *sum += f64::from(*x);
+                    }
+                }
+                sum
+            };
+            let expected = Gradients {
+                d_q: widen(&gradients.d_q),
+                d_k: add_up(&gradients.d_k, 64),
+                d_v: add_up(&gradients.d_v, 32),
+                d_sink_logits: gradients.d_sink_logits.as_deref().map(widen),
+            };
+            few.agree(&few.run(attention, &grouped), &expected).unwrap();
         }
     });
 }
@@ -194,5 +231,99 @@ fn scores_may_be_shifted() {
         operands.k.chunks_mut(64).for_each(|k| k[0] = 5.0);
         expected.lse.iter_mut().for_each(|lse| *lse += 5.0);
         agree(&forward(attention, &problem, &operands), &expected).unwrap();
+    });
+}
+
+fn widen(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+/// Applies a function to the elements of several gradients that have the same place.
+fn combine(parts: &[&Gradients], function: impl Fn(&[f64]) -> f64) -> Gradients<f64> {
+    let each = |operand: &dyn for<'a> Fn(&'a Gradients) -> &'a [f32]| -> Vec<f64> {
+        let parts: Vec<Vec<f64>> = parts.iter().map(|part| widen(operand(part))).collect();
+        (0..parts[0].len()).map(|n| function(&parts.iter().map(|part| part[n]).collect::<Vec<_>>())).collect()
+    };
+    let sinks: &dyn for<'a> Fn(&'a Gradients) -> &'a [f32] = &|g| g.d_sink_logits.as_deref().unwrap_or_default();
+    Gradients {
+        d_q: each(&|g| &g.d_q),
+        d_k: each(&|g| &g.d_k),
+        d_v: each(&|g| &g.d_v),
+        d_sink_logits: parts[0].d_sink_logits.as_ref().map(|_| each(sinks)),
+    }
+}
+
+#[test]
+fn gradients_are_linear_in_what_flows_in() {
+    on_every_path(|attention| {
+        let options = Options::new().window(Window::keys(40)).sink_tokens(3).sink_logits(SinkLogits::PerHead);
+        let problem = problem([2, 4, 2], [70, 90], [64, 64], options);
+        let first = Backward::random(&problem, 8);
+        let other = Backward::random(&problem, 10);
+        let second = Backward { operands: first.operands.clone(), ..other };
+        let saved = forward(attention, &problem, &first.operands);
+        let run = |backward: &Backward| backward.run_with(attention, &problem, &saved);
+        // 2 * first - second: exact factors, so that nothing but the gradients is rounded twice.
+        let mix = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| 2.0 * x - y).collect::<Vec<_>>();
+        let mut mixed = first.clone();
+        mixed.d_o = mix(&first.d_o, &second.d_o);
+        mixed.d_lse = first.d_lse.as_deref().zip(second.d_lse.as_deref()).map(|(x, y)| mix(x, y));
+        assert!(mixed.d_lse.is_some());
+        let expected = combine(&[&run(&first), &run(&second)], |x| 2.0 * x[0] - x[1]);
+        mixed.agree(&run(&mixed), &expected).unwrap();
+
+        // A power of two changes exponents alone.
+        let mut scaled = first.clone();
+        scaled.d_o.iter_mut().chain(scaled.d_lse.iter_mut().flatten()).for_each(|x| *x *= 4.0);
+        assert!(combine(&[&run(&scaled)], |x| x[0]) == combine(&[&run(&first)], |x| 4.0 * x[0]));
+
+        // No d_lse is a d_lse of zero.
+        let none = Backward { d_lse: None, ..first.clone() };
+        let zero = Backward { d_lse: Some(vec![0.0; 2 * 4 * 70]), ..first };
+        assert!(run(&none) == run(&zero));
+    });
+}
+
+/// With v = 1 and d_o = 1 the loss is the sum of 1 - p over all rows, p the sink's share, and p' = p (1 - p).
+#[test]
+fn ones_give_the_sink_its_gradient() {
+    on_every_path(|attention| {
+        let options = Options::new().causal(true).layout(Layout::Bhsd).sink_logits(SinkLogits::PerHead);
+        let problem = problem([1, 5, 1], [63, 65], [16, 1], options);
+        let mut backward = Backward::random(&problem, 9);
+        backward.operands.v.fill(1.0);
+        backward.d_o.fill(1.0);
+        backward.d_lse = None;
+        let saved = forward(attention, &problem, &backward.operands);
+        let d_sink_logits = backward.run_with(attention, &problem, &saved).d_sink_logits.unwrap();
+        let expected: Vec<f64> =
+            saved.o.chunks(63).map(|o| -widen(o).iter().map(|o| o * (1.0 - o)).sum::<f64>()).collect();
+        compare(&d_sink_logits, &expected, BOUND).unwrap();
+    });
+}
+
+/// Each shard of the keys, given the whole's o and lse, gives its part of d_q and its own d_k and d_v.
+#[test]
+fn shards_of_the_keys_add_up() {
+    on_every_path(|attention| {
+        let shard = |keys: std::ops::Range<usize>| {
+            // Where the first query stands among the shard's keys.
+            let options = Options::new().causal(true).query_offset(133 - keys.start as i64).layout(Layout::Bhsd);
+            problem([1, 2, 1], [70, keys.len()], [16, 16], options)
+        };
+        let problem = shard(0..203);
+        let whole = Backward::random(&problem, 11);
+        let saved = forward(attention, &problem, &whole.operands);
+        let mut sum = Gradients { d_q: vec![0.0; 2 * 70 * 16], d_k: vec![], d_v: vec![], d_sink_logits: None };
+        for keys in [0..90, 90..91, 91..203] {
+            let mut part = whole.clone();
+            part.operands.k = whole.operands.k[keys.start * 16..keys.end * 16].to_vec();
+            part.operands.v = whole.operands.v[keys.start * 16..keys.end * 16].to_vec();
+            let gradients = part.run_with(attention, &shard(keys), &saved);
+            sum.d_q.iter_mut().zip(gradients.d_q).for_each(|(sum, x)| *sum += x);
+            sum.d_k.extend(gradients.d_k);
+            sum.d_v.extend(gradients.d_v);
+        }
+        whole.agree(&sum, &whole.expected(&problem)).unwrap();
     });
 }

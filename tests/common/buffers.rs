@@ -1,9 +1,12 @@
 //! GPU buffers of the caller's, and devices with other limits.
 
 use sink_attention::wgpu::{self, BufferUsages};
-use sink_attention::{Attention, Device, ForwardBuffers, Output, Prepared, Problem, TensorView};
+use sink_attention::{
+    Attention, BackwardBuffers, Device, ForwardBuffers, Gradients, Output, Prepared, Problem, TensorView,
+};
 
 use super::gpu;
+use super::gradients::Backward;
 use super::operands::Operands;
 
 /// A second device on the adapter of [`gpu`](super::gpu), requested with other limits.
@@ -89,5 +92,69 @@ impl Buffers {
     pub fn run(&self, device: &Device, prepared: &Prepared) -> Output {
         submit(device, |encoder| prepared.encode(encoder));
         Output { o: read(device, &self.o), lse: read(device, &self.lse) }
+    }
+}
+
+/// All operands of a backward pass, each densely packed in a buffer of its own.
+#[derive(Debug)]
+pub struct GradientBuffers {
+    pub forward: Buffers,
+    pub d_o: wgpu::Buffer,
+    pub d_lse: Option<wgpu::Buffer>,
+    pub d_q: wgpu::Buffer,
+    pub d_k: wgpu::Buffer,
+    pub d_v: wgpu::Buffer,
+    pub d_sink_logits: Option<wgpu::Buffer>,
+}
+
+impl GradientBuffers {
+    /// Uploads the operands; the buffers of all results, o and lse among them, hold NaN until they are written.
+    pub fn new(device: &Device, problem: &Problem, backward: &Backward) -> Self {
+        let operands = &backward.operands;
+        let result = |len| buffer(device, &vec![f32::NAN; len]);
+        GradientBuffers {
+            forward: Buffers::new(device, problem, operands),
+            d_o: buffer(device, &backward.d_o),
+            d_lse: backward.d_lse.as_ref().map(|data| buffer(device, data)),
+            d_q: result(operands.q.len()),
+            d_k: result(operands.k.len()),
+            d_v: result(operands.v.len()),
+            d_sink_logits: operands.sink_logits.as_ref().map(|data| result(data.len())),
+        }
+    }
+
+    /// Stands in for a forward pass.
+    pub fn save(&self, device: &Device, saved: &Output) {
+        for (buffer, data) in [(&self.forward.o, &saved.o), (&self.forward.lse, &saved.lse)] {
+            device.queue().write_buffer(buffer, 0, bytemuck::cast_slice(data));
+        }
+    }
+
+    pub fn views(&self) -> BackwardBuffers<'_> {
+        BackwardBuffers {
+            forward: self.forward.views(),
+            d_o: TensorView::new(&self.d_o),
+            d_lse: self.d_lse.as_ref().map(TensorView::new),
+            d_q: TensorView::new(&self.d_q),
+            d_k: TensorView::new(&self.d_k),
+            d_v: TensorView::new(&self.d_v),
+            d_sink_logits: self.d_sink_logits.as_ref().map(TensorView::new),
+        }
+    }
+
+    /// Runs a pass that was prepared with these buffers and reads the gradients.
+    pub fn run(&self, device: &Device, prepared: &Prepared) -> Gradients {
+        submit(device, |encoder| prepared.encode(encoder));
+        self.read(device)
+    }
+
+    /// The gradients as they are now.
+    pub fn read(&self, device: &Device) -> Gradients {
+        Gradients {
+            d_q: read(device, &self.d_q),
+            d_k: read(device, &self.d_k),
+            d_v: read(device, &self.d_v),
+            d_sink_logits: self.d_sink_logits.as_ref().map(|buffer| read(device, buffer)),
+        }
     }
 }

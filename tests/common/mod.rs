@@ -6,6 +6,7 @@
 pub mod binary;
 
 pub mod buffers;
+pub mod gradients;
 pub mod operands;
 
 use std::io::Write as _;

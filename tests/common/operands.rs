@@ -5,12 +5,47 @@ use std::ops::Range;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
-use sink_attention::{Attention, Inputs, Options, Output, Problem, Shape, SinkLogits};
+use sink_attention::{Alignment, Attention, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window};
 
 use super::{compare, compare_lse};
 
 /// Accepted error of an f32 path, relative to the norm for o, absolute + relative for lse.
 pub const BOUND: f64 = 1e-5;
+
+/// Around, below and above tile sizes, and none of them even.
+pub const SIZES: [[usize; 2]; 7] = [[1, 1], [1, 257], [3, 3], [64, 1], [63, 65], [113, 203], [239, 1]];
+
+/// Every option, alone and with others.
+pub fn options() -> Vec<Options> {
+    let new = Options::new();
+    let causal = new.causal(true);
+    let per_head = new.sink_logits(SinkLogits::PerHead);
+    let left_only = Window { left: Some(20), right: None };
+    let right_only = Window { left: None, right: Some(6) };
+    vec![
+        new,
+        per_head.causal(true),
+        causal.sink_logits(SinkLogits::OffByOne).alignment(Alignment::TopLeft),
+        per_head.window(Window::keys(17)).sink_tokens(3).layout(Layout::Bhsd),
+        new.window(Window::new(9, 4)).layout(Layout::Bhsd),
+        causal.window(left_only).sink_tokens(40),
+        per_head.window(right_only),
+        new.window(left_only).alignment(Alignment::TopLeft),
+        // Windows and sink tokens with whole tiles hidden between them.
+        per_head.window(Window::keys(2)).sink_tokens(33),
+        new.window(Window::keys(1)),
+        // The first 30 queries see nothing.
+        per_head.causal(true).query_offset(-30),
+        causal.query_offset(-30),
+        // Every query stands far behind the keys: the window sees nothing, the sink tokens remain.
+        per_head.window(Window::keys(50)).query_offset(1000),
+        new.window(Window::keys(50)).sink_tokens(5).query_offset(1000),
+        causal.query_offset(i64::MIN),
+        new.scale(0.37),
+        new.scale(0.0),
+        per_head.scale(-0.5),
+    ]
+}
 
 /// The problem with `[batch, heads, kv_heads]`, `[seq_q, seq_k]` and `[head_dim, value_dim]`.
 pub fn problem(heads: [usize; 3], seq: [usize; 2], width: [usize; 2], options: Options) -> Problem {
