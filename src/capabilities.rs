@@ -34,6 +34,9 @@ impl fmt::Display for DeviceClass {
     }
 }
 
+/// LP_MAX_TGSI_LOOP_ITERATIONS of Mesa's llvmpipe.
+const LLVMPIPE_LOOP_ITERATIONS: u64 = 65535;
+
 /// The limits of a device that plans depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
@@ -57,6 +60,8 @@ pub struct Capabilities {
     pub offset_alignment: u32,
     /// GPU timestamps can be taken.
     pub timestamps: bool,
+    /// Iterations of all loops of a thread taken together, after which the driver ends loops without a word, where it does.
+    pub loop_iterations: Option<u64>,
 }
 
 impl Capabilities {
@@ -84,6 +89,7 @@ impl Capabilities {
             buffer_bytes: limits.max_buffer_size,
             offset_alignment: limits.min_storage_buffer_offset_alignment,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            loop_iterations: info.name.starts_with("llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS),
         }
     }
 
@@ -100,6 +106,7 @@ impl Capabilities {
             buffer_bytes: 256 << 20,
             offset_alignment: 256,
             timestamps: false,
+            loop_iterations: None,
         }
     }
 
@@ -126,6 +133,9 @@ impl Capabilities {
             sample("Apple M2", DeviceClass::Apple, 32, 1024, all_but_four, 32),
             sample("llvmpipe", DeviceClass::Software, 32, 1024, 128 << 20, 16),
         ];
+        for sample in &mut samples {
+            sample.loop_iterations = (sample.name == "llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS);
+        }
         samples.push(defaults);
         samples
     }

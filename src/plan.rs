@@ -141,6 +141,17 @@ impl Pass {
             Kernel::DKv => (shape.seq_k, shape.kv_heads),
             _ => (shape.seq_q, shape.heads),
         };
+        if let Some(most) = capabilities.loop_iterations {
+            let needed = loop_iterations(kernel, problem, &tiles);
+            if needed > most {
+                let reason = format!(
+                    "{} ends loops in silence after {most} iterations, {kernel:?} needs up to {needed}; \
+                     the CPU path has no such limit",
+                    capabilities.name
+                );
+                return Err(Error::NoKernel { problem: problem.to_string(), reason });
+            }
+        }
         let workgroups = seq.div_ceil(tiles.tile_rows() as usize) as u128 * (shape.batch * heads) as u128;
         Pass::new(problem, variant(kernel, problem, vec4, Some(tiles)), workgroups, capabilities)
     }
@@ -160,6 +171,28 @@ impl Pass {
         let (workgroups, grid) = fold(workgroups, capabilities.grid_dimension)?;
         Ok(Pass { variant, workgroups, grid })
     }
+}
+
+/// Loop iterations of the longest workgroup, at most.
+fn loop_iterations(kernel: Kernel, problem: &Problem, tiles: &Tiles) -> u64 {
+    let (shape, mask) = (problem.shape(), problem.mask());
+    let [rows, columns] = [tiles.tile_rows() as usize, tiles.tile_columns() as usize];
+    let [open, masked] = tiles.loop_iterations(kernel, shape.head_dim as u32, shape.value_dim as u32);
+    let of_tile = |is_open| if is_open { open } else { masked };
+    let rows_are_keys = kernel == Kernel::DKv;
+    let [seq, heads] = if rows_are_keys { [shape.seq_k, problem.group()] } else { [shape.seq_q, 1] };
+    let workgroups = (0..seq).step_by(rows).map(|start| {
+        let range = start..(start + rows).min(seq);
+        if rows_are_keys {
+            let column = |tile| tile * columns..(tile + 1) * columns;
+            let is_open = |tile| column(tile).end <= shape.seq_q && mask.all_visible(&column(tile), &range);
+            mask.query_tiles(&range, columns).map(|tile| of_tile(is_open(tile))).sum::<u64>()
+        } else {
+            let (visited, full) = (mask.key_tiles(&range, columns).count(), mask.full_tiles(&range, columns));
+            full as u64 * of_tile(true) + (visited - full) as u64 * of_tile(false)
+        }
+    });
+    heads as u64 * (1 + workgroups.max().unwrap_or(0))
 }
 
 /// Folds a row of workgroups into two dimensions of at most `most` each.
@@ -189,6 +222,31 @@ impl fmt::Display for Pass {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// llvmpipe would give wrong results without a word.
+    #[test]
+    fn a_driver_that_ends_loops_is_refused_long_sequences() {
+        let samples = Capabilities::samples();
+        let find = |name| samples.iter().find(|c: &&Capabilities| c.name.contains(name)).unwrap();
+        let (software, hardware) = (find("llvmpipe"), find("H200"));
+        let problem = |seq, options| {
+            let shape =
+                crate::Shape { batch: 1, heads: 2, kv_heads: 1, seq_q: seq, seq_k: seq, head_dim: 64, value_dim: 64 };
+            Problem::new(shape, options).unwrap()
+        };
+        let causal = crate::Options::new().causal(true);
+        let long = problem(300_000, causal);
+        for error in [Plan::forward(&long, true, software), Plan::backward(&long, true, false, software)] {
+            assert!(error.unwrap_err().to_string().contains("65535"));
+        }
+        Plan::forward(&long, true, hardware).unwrap();
+        Plan::backward(&long, true, false, hardware).unwrap();
+        // The tiles that are visited count, not the length.
+        let window = problem(300_000, causal.window(crate::Window::keys(128)));
+        Plan::forward(&window, true, software).unwrap();
+        Plan::backward(&window, true, false, software).unwrap();
+        Plan::forward(&problem(8192, causal), true, software).unwrap();
+    }
 
     #[test]
     fn folding_covers_every_workgroup() {

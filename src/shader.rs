@@ -269,7 +269,7 @@ impl Variant {
                 rows => t.rows,
                 quads => t.quads,
                 chunk => t.chunk,
-                unroll => if t.chunk.is_multiple_of(2) { 2 } else { 1 },
+                unroll => t.unroll(),
                 slab => t.slab,
                 accumulator_quads, memory_len, partials_len,
                 ..context

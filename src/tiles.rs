@@ -73,6 +73,27 @@ impl Tiles {
         scores + accumulators + 6 * self.rows + 40
     }
 
+    /// Feature quads in one iteration of a product's inner loop.
+    pub(crate) fn unroll(&self) -> u32 {
+        if self.chunk.is_multiple_of(2) { 2 } else { 1 }
+    }
+
+    /// Loop iterations of a thread for one tile of columns that is wholly visible, and at most for one that is masked:
+    /// the loops of shaders/portable/blocks.wgsl.
+    pub(crate) fn loop_iterations(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u64; 2] {
+        let product = |width: u32| width.div_ceil(4).div_ceil(self.chunk) * (1 + self.chunk / self.unroll());
+        // Column by column where values that are hidden and not finite stand in the way, else four at once.
+        [self.slab / 4, self.slab].map(|slab| {
+            let accumulation = self.tile_columns() / self.slab * (1 + slab);
+            let tile = match kernel {
+                Kernel::Forward => product(head_dim) + accumulation,
+                Kernel::DQ => product(head_dim) + product(value_dim) + accumulation,
+                _ => product(head_dim) + product(value_dim) + 2 * accumulation,
+            };
+            u64::from(1 + tile)
+        })
+    }
+
     /// Whether the numbers fit together; the reason where they do not.
     pub(crate) fn check(&self) -> Result<(), String> {
         // Far above anything useful, and low enough that no product of these numbers overflows.
