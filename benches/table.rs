@@ -62,7 +62,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("\nMemory of forward + backward, {problem}, f32:");
     println!("operands q, k, v, o: {:.0} MiB; their gradients: the same again", mib(2 * q + 2 * kv));
     println!("saved for backward besides o: lse, {:.0} MiB; scratch: delta, {:.0} MiB", mib(lse), mib(lse));
-    println!("in all: {:.0} MiB", mib(4 * q + 4 * kv + 2 * lse + lse / 32));
+    println!("in all: {:.0} MiB, the sum of all buffers", mib(4 * q + 4 * kv + 2 * lse + lse / 32));
+    println!(
+        "Hugging Face's eager attention on an H200, f32: 49862 MiB forward, 66540 MiB forward + backward (measured)"
+    );
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "exp.wgsl" %}
+{% include "probability.wgsl" %}
 {% import micro_kernel ~ "/d_kv.wgsl" as micro %}
 {{ micro.declare() }}
 

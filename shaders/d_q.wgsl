@@ -4,6 +4,7 @@
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "exp.wgsl" %}
+{% include "probability.wgsl" %}
 {% import micro_kernel ~ "/d_q.wgsl" as micro %}
 {{ micro.declare() }}
 

@@ -1,11 +1,12 @@
-// exp(x) for x <= 0 or a little above, within 1 ulp and the same on every device: drivers' exp2 is only good to 2 or 3
+// exp(x) for x <= 1, within 1 ulp and the same on every device: drivers' exp2 is only good to 2 or 3
 // ulp, and a sum over many rows (the sink logits' gradient) may cancel a thousandfold. Twin of src/cpu/simd.rs.
 {% for name, f, u, i in [("exp1", "f32", "u32", "i32"), ("exp4", "vec4<f32>", "vec4<u32>", "vec4<i32>")] %}
 
 fn {{ name }}(x: {{ f }}) -> {{ f }} {
   // x = n ln 2 + r with |r| <= ln(2) / 2; ln 2 in two parts, the first so short that n times it is exact. A comparison
   // and not max(), which may lose a NaN.
-  let bounded = select(x, {{ f }}(-90.0), x < {{ f }}(-90.0));
+  // Where x > 1 it is of a hidden pair, or rounded by more than it is worth: e is as good as any.
+  let bounded = select(select(x, {{ f }}(-90.0), x < {{ f }}(-90.0)), {{ f }}(1.0), x > {{ f }}(1.0));
   let n = floor(fma(bounded, {{ f }}(LOG2_E), {{ f }}(0.5)));
   let r = fma(n, {{ f }}(2.1219444e-4), fma(n, {{ f }}(-0.693359375), bounded));
   // Minimax for e^r, relative error 3e-9, with 1 + r exact.

@@ -25,6 +25,9 @@ struct Params {
   d_sink_offset: u32,
   batch: u32,
   scale: f32,
+  // The same as a product of 1 or -1 and what is not negative.
+  scale_sign: f32,
+  scale_size: f32,
   // WGSL has no literal for it.
   negative_infinity: f32,
 }

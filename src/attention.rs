@@ -54,7 +54,8 @@ impl Attention {
         Attention { backend: Backend::Cpu }
     }
 
-    /// The operator on a device of the host application.
+    /// The operator on a device of the host application. Buffers must come from that device: wgpu panics where it
+    /// meets one of another [`wgpu::Instance`].
     pub fn on(device: Device) -> Self {
         Attention { backend: Backend::Gpu { device, pipelines: Arc::default() } }
     }
@@ -89,7 +90,7 @@ impl Attention {
         pollster::block_on(self.forward_async(problem, inputs))
     }
 
-    /// As [`forward`](Self::forward), for browsers and async hosts.
+    /// As [`forward`](Self::forward), for browsers and async hosts. On the CPU it computes before it returns.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
@@ -138,7 +139,7 @@ impl Attention {
         pollster::block_on(self.backward_async(problem, inputs, saved, upstream))
     }
 
-    /// As [`backward`](Self::backward), for browsers and async hosts.
+    /// As [`backward`](Self::backward), for browsers and async hosts. On the CPU it computes before it returns.
     ///
     /// # Errors
     /// As [`backward`](Self::backward).
@@ -200,8 +201,10 @@ impl Attention {
     /// # Errors
     /// [`Error::NeedsGpu`] on the CPU; [`Error::BufferTooSmall`], [`Error::BufferUsage`],
     /// [`Error::BindingTooLarge`], [`Error::IndexOverflow`], [`Error::Aliasing`] and
-    /// [`Error::OverlappingStrides`] for operands that cannot be bound; [`Error::NoKernel`] and
-    /// [`Error::TooManyWorkgroups`] where the device's limits are too small.
+    /// [`Error::OverlappingStrides`] for operands that cannot be bound, [`Error::MissingOperand`],
+    /// [`Error::UnexpectedOperand`] and [`Error::InvalidOption`] for such that do not fit the options;
+    /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`] where the device's limits are too small;
+    /// [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
     pub fn prepare_forward(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_forward_async(problem, buffers))
     }
@@ -232,10 +235,10 @@ impl Attention {
     }
 
     /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
-    /// four bytes for each query of each head, and with sink logits an eighth of a byte more.
+    /// four bytes for each query of each head, and with sink logits four for each 32 queries or part of them.
     ///
     /// # Errors
-    /// As [`prepare_forward`](Self::prepare_forward), and [`Error::OutOfMemory`].
+    /// As [`prepare_forward`](Self::prepare_forward).
     pub fn prepare_backward(&self, problem: &Problem, buffers: &BackwardBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_backward_async(problem, buffers))
     }

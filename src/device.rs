@@ -176,14 +176,15 @@ impl Device {
         // All scopes are closed before the first await: they belong to this thread.
         let errors = [validation.pop(), internal.pop()];
         let memory = memory.pop();
+        // Memory first: what was not allocated is invalid, which is reported too.
+        if memory.await.is_some() {
+            return Err(Error::OutOfMemory(during.into()));
+        }
         for error in errors {
             if let Some(error) = error.await {
                 return Err(Error::Gpu { during, message: error.to_string() });
             }
         }
-        match memory.await {
-            Some(_) => Err(Error::OutOfMemory(during.into())),
-            None => Ok(result),
-        }
+        Ok(result)
     }
 }

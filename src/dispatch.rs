@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
-use wgpu::util::DeviceExt;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -57,8 +56,10 @@ struct Params {
     d_sink_offset: u32,
     batch: u32,
     scale: f32,
+    scale_sign: f32,
+    scale_size: f32,
     negative_infinity: f32,
-    padding: u32,
+    padding: [u32; 3],
 }
 
 /// The operands of a forward pass in buffers of the caller's.
@@ -200,8 +201,10 @@ impl<'a> Operands<'a> {
             d_sink_offset: offset(Binding::DSinkLogits),
             batch: s.batch as u32,
             scale: self.problem.scale(),
+            scale_sign: if self.problem.scale() < 0.0 { -1.0 } else { 1.0 },
+            scale_size: self.problem.scale().abs(),
             negative_infinity: f32::NEG_INFINITY,
-            padding: 0,
+            padding: [0; 3],
         }
     }
 }
@@ -262,13 +265,16 @@ impl Prepared {
             let bind_group = device
                 .scoped("binding operands", || {
                     let label = Some("sink-attention");
-                    let params = device.wgpu().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+                    // Not create_buffer_init, which panics where the device is lost.
+                    let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
                         label,
-                        contents: bytemuck::bytes_of(&params),
-                        usage: wgpu::BufferUsages::UNIFORM,
+                        size: size_of::<Params>() as u64,
+                        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+                        mapped_at_creation: false,
                     });
+                    device.queue().write_buffer(&buffer, 0, bytemuck::bytes_of(&params));
                     let resource = |binding| match binding {
-                        Binding::Params => Some(params.as_entire_binding()),
+                        Binding::Params => Some(buffer.as_entire_binding()),
                         _ => {
                             let own = scratch.iter().find(|(b, _)| *b == binding);
                             own.map(|(_, buffer)| buffer.as_entire_binding())
@@ -385,7 +391,8 @@ mod tests {
         let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
         let params = members!(Params: q k v o d_o d_q d_k d_v heads kv_heads seq_q seq_k lower upper sink_tokens
-            workgroups lse_offset d_lse_offset sink_offset d_sink_offset batch scale negative_infinity);
+            workgroups lse_offset d_lse_offset sink_offset d_sink_offset batch scale scale_sign scale_size
+            negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));
     }
 }

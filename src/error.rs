@@ -1,7 +1,5 @@
 //! The one error type of the crate.
 
-use crate::problem::DType;
-
 /// Result of every fallible call in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -68,16 +66,6 @@ pub enum Error {
         operand: &'static str,
         /// Which option would use it.
         hint: &'static str,
-    },
-    /// An element type this version does not compute with.
-    #[error("{operand} is {dtype}; supported here: {supported}")]
-    UnsupportedDType {
-        /// Name of the operand.
-        operand: &'static str,
-        /// Its element type.
-        dtype: DType,
-        /// The element types that work.
-        supported: &'static str,
     },
     /// An element index does not fit the 32 bits that shaders count with.
     #[error("{operand} reaches element {last_element}, shaders index at most {most}")]

@@ -81,7 +81,8 @@ async fn compile(device: &Device, variant: &Variant) -> Result<Pipeline> {
                 module: &module,
                 entry_point: Some("main"),
                 compilation_options: wgpu::PipelineCompilationOptions {
-                    // Kernels write workgroup memory before they read it.
+                    // Kernels write workgroup memory before they read it, but for the padding of a slab's rows, whose sums are
+                    // never stored.
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },

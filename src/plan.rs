@@ -91,6 +91,8 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, tiles: Option<Tiles>) 
         // The gradients by q, k and v see the sink through lse and delta alone.
         sink_logits: match kernel {
             Kernel::DQ | Kernel::DKv => SinkLogits::None,
+            // A logit of zero has no gradient.
+            Kernel::Delta if problem.options().sink_logits == SinkLogits::OffByOne => SinkLogits::None,
             _ => problem.options().sink_logits,
         },
         d_lse: false,
@@ -132,6 +134,10 @@ impl Pass {
         capabilities: &Capabilities,
         tiles: Tiles,
     ) -> Result<Self> {
+        if matches!(kernel, Kernel::Delta | Kernel::DSinkLogits) {
+            let reason = format!("{kernel:?} has no tiles");
+            return Err(Error::NoKernel { problem: problem.to_string(), reason });
+        }
         if let Err(reason) = tiles.check() {
             // Not the short form of the tiles: it multiplies numbers that have just failed the check.
             return Err(Error::NoKernel { problem: problem.to_string(), reason: format!("{tiles:?}: {reason}") });
@@ -142,10 +148,10 @@ impl Pass {
             _ => (shape.seq_q, shape.heads),
         };
         if let Some(most) = capabilities.loop_iterations {
-            let needed = loop_iterations(kernel, problem, &tiles);
+            let needed = loop_iterations(kernel, problem, &tiles, most);
             if needed > most {
                 let reason = format!(
-                    "{} ends loops in silence after {most} iterations, {kernel:?} needs up to {needed}; \
+                    "{} ends loops in silence after {most} iterations, {kernel:?} needs {needed} or more; \
                      the CPU path has no such limit",
                     capabilities.name
                 );
@@ -173,16 +179,26 @@ impl Pass {
     }
 }
 
-/// Loop iterations of the longest workgroup, at most.
-fn loop_iterations(kernel: Kernel, problem: &Problem, tiles: &Tiles) -> u64 {
+/// Loop iterations of the longest workgroup, at most; exact only up to `most`.
+fn loop_iterations(kernel: Kernel, problem: &Problem, tiles: &Tiles, most: u64) -> u64 {
     let (shape, mask) = (problem.shape(), problem.mask());
     let [rows, columns] = [tiles.tile_rows() as usize, tiles.tile_columns() as usize];
     let [open, masked] = tiles.loop_iterations(kernel, shape.head_dim as u32, shape.value_dim as u32);
     let of_tile = |is_open| if is_open { open } else { masked };
+    let visited = |range: &std::ops::Range<usize>| match kernel {
+        Kernel::DKv => mask.query_tiles(range, columns).len(),
+        _ => mask.key_tiles(range, columns).count(),
+    };
     let rows_are_keys = kernel == Kernel::DKv;
     let [seq, heads] = if rows_are_keys { [shape.seq_k, problem.group()] } else { [shape.seq_q, 1] };
-    let workgroups = (0..seq).step_by(rows).map(|start| {
-        let range = start..(start + rows).min(seq);
+    let ranges = (0..seq).step_by(rows).map(|start| start..(start + rows).min(seq));
+    // Too many even if nothing is masked: the exact count of a long sequence would take long, too.
+    let longest = ranges.clone().map(|range| visited(&range)).max().unwrap_or(0) as u64;
+    let least = heads as u64 * (1 + longest * open);
+    if least > most {
+        return least;
+    }
+    let workgroups = ranges.map(|range| {
         if rows_are_keys {
             let column = |tile| tile * columns..(tile + 1) * columns;
             let is_open = |tile| column(tile).end <= shape.seq_q && mask.all_visible(&column(tile), &range);
@@ -197,7 +213,9 @@ fn loop_iterations(kernel: Kernel, problem: &Problem, tiles: &Tiles) -> u64 {
 
 /// Folds a row of workgroups into two dimensions of at most `most` each.
 fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
-    let total = (u64::from(most) * u64::from(most)).min(u64::from(u32::MAX - most));
+    // WebGPU's own limit; with it no index wraps.
+    let most = most.min(65535);
+    let total = u64::from(most) * u64::from(most);
     if workgroups > u128::from(total) {
         return Err(Error::TooManyWorkgroups { workgroups, most: total });
     }
@@ -209,7 +227,10 @@ fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
 impl fmt::Display for Pass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let v = &self.variant;
-        write!(f, "{:?}, portable f32, {} loads", v.kernel, if v.vec4 { "vec4" } else { "scalar" })?;
+        write!(f, "{:?}, portable f32", v.kernel)?;
+        if v.value_dim > 0 {
+            write!(f, ", {} loads", if v.vec4 { "vec4" } else { "scalar" })?;
+        }
         if let Some(tiles) = &v.tiles {
             let registers = tiles.registers(v.kernel, v.head_dim, v.value_dim);
             write!(f, ", tiles {tiles}, ~{registers} registers")?;

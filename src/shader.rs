@@ -11,7 +11,7 @@ use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 14] = [
+const SOURCES: [(&str, &str); 15] = [
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
     ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
@@ -25,6 +25,7 @@ const SOURCES: [(&str, &str); 14] = [
     ("portable/d_kv.wgsl", include_str!("../shaders/portable/d_kv.wgsl")),
     ("portable/d_q.wgsl", include_str!("../shaders/portable/d_q.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
+    ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
 ];
 
@@ -196,13 +197,18 @@ impl Variant {
     /// Name for labels and dumps.
     pub fn name(&self) -> String {
         use std::fmt::Write as _;
-        let mut name = format!("{}_portable_f32_d{}_e{}", self.kernel.name(), self.head_dim, self.value_dim);
+        let mut name = format!("{}_portable_f32", self.kernel.name());
+        for (letter, width) in [('d', self.head_dim), ('e', self.value_dim)] {
+            if width > 0 {
+                name.push_str(&format!("_{letter}{width}"));
+            }
+        }
         // Writing into a String cannot fail.
         let _ = self.tiles.map_or(Ok(()), |t| {
             let [rows, columns] = [t.tile_rows(), t.tile_columns()];
             write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.chunk * 4, t.slab)
         });
-        name.push_str(if self.vec4 { "" } else { "_scalar" });
+        name.push_str(if self.vec4 || self.value_dim == 0 { "" } else { "_scalar" });
         name.push_str(match self.sink_logits {
             SinkLogits::None => "",
             SinkLogits::OffByOne => "_offbyone",

@@ -11,7 +11,7 @@ use crate::problem::Layout;
 /// packed in the problem's layout and starts at the buffer's first element.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
-    /// The buffer; it needs [`wgpu::BufferUsages::STORAGE`].
+    /// The buffer, of the operator's own device; it needs [`wgpu::BufferUsages::STORAGE`].
     pub buffer: &'a wgpu::Buffer,
     /// First element, counted in elements.
     pub offset: u64,
@@ -188,14 +188,15 @@ pub(crate) async fn download<const N: usize>(
         })
         .await?;
     let failed = |message: String| Error::Gpu { during: "reading results back", message };
-    let mapped = staging.each_ref().map(|buffer| {
+    let map = |buffer: &wgpu::Buffer| {
         let (sender, receiver) = futures_channel::oneshot::channel();
         buffer.map_async(wgpu::MapMode::Read, .., move |result| {
             // The receiver is gone only when this whole future was dropped.
             let _ = sender.send(result);
         });
         receiver
-    });
+    };
+    let mapped = device.scoped("reading results back", || staging.each_ref().map(map)).await?;
     wait(device).await.map_err(failed)?;
     for receiver in mapped {
         receiver.await.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;

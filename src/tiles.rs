@@ -45,24 +45,25 @@ impl Tiles {
 
     /// Groups of four features of an accumulator that a thread holds.
     fn accumulator_quads(&self, width: u32) -> u32 {
-        width.div_ceil(4).div_ceil(self.threads_c)
+        width.div_ceil(4).div_ceil(self.threads_c.max(1))
     }
 
-    /// Vectors of four in the workgroup arrays `memory` and `partials` of shaders/portable/blocks.wgsl.
+    /// Vectors of four in `memory` and numbers in `partials`, the workgroup arrays of shaders/portable/blocks.wgsl.
     pub(crate) fn arrays(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u32; 2] {
         let [rows, columns] = [self.tile_rows(), self.tile_columns()];
         let product = (rows + columns) * (self.chunk + 1);
         let widths = kernel.accumulator_widths(head_dim, value_dim);
         let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
         let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
-        let partials = if kernel == Kernel::Forward { rows * self.threads_c / 4 } else { 0 };
+        let partials = if kernel == Kernel::Forward { rows * self.threads_c } else { 0 };
         [product.max(accumulation), partials]
     }
 
     /// Bytes of workgroup memory.
     pub fn workgroup_bytes(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
         // The flag `poisoned` takes a slot of its own.
-        16 * (self.arrays(kernel, head_dim, value_dim).iter().sum::<u32>() + 1)
+        let [memory, partials] = self.arrays(kernel, head_dim, value_dim);
+        16 * (memory + partials.div_ceil(4) + 1)
     }
 
     /// 32-bit registers that the accumulators and the operands in flight take, roughly.

@@ -29,8 +29,8 @@ const ROW_STAGE: u32 = {{ tile_columns * (chunk + 1) }}u;
 const SLAB_STAGE: u32 = {{ tile_rows * (tile_columns // 4 + 1) }}u;
 var<workgroup> memory: array<vec4<f32>, {{ memory_len }}>;
 {% if partials_len > 0 %}
-// One partial result per row and tx.
-var<workgroup> partials: array<vec4<f32>, {{ partials_len }}>;
+// One partial result per row and tx. Scalars: threads that write components of one vector may race.
+var<workgroup> partials: array<f32, {{ partials_len }}>;
 {% endif %}
 // 1 + the last masked step in which some staged column was NaN or infinite.
 var<workgroup> poisoned: atomic<u32>;
@@ -41,8 +41,9 @@ fn staged_column(row: u32) -> u32 {
   return row - within + (within % THREADS_C) * 4u + within / THREADS_C;
 }
 
+// By the bits: compilers may take for granted that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
-  return all(abs(x) <= vec4<f32>(-LOWEST));
+  return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
 {% endmacro -%}
 
@@ -208,25 +209,22 @@ fn is_finite4(x: vec4<f32>) -> bool {
     kept apart by any barrier between them. -#}
 {%- macro reduce_rows(result, value, op) %}
 {% for i in range(rows) %}
-    {
-      let at = (ty + {{ i }}u * THREADS_R) * THREADS_C + tx;
-      partials[at / 4u][at % 4u] = {{ value }}_{{ i }};
-    }
+    partials[(ty + {{ i }}u * THREADS_R) * THREADS_C + tx] = {{ value }}_{{ i }};
 {% endfor %}
     workgroupBarrier();
 {% for i in range(rows) %}
     var {{ result }}_{{ i }} = 0.0;
     {
-      let at = (ty + {{ i }}u * THREADS_R) * (THREADS_C / 4u);
+      let at = (ty + {{ i }}u * THREADS_R) * THREADS_C;
       var x = partials[at];
-{% for t in range(1, threads_c // 4) %}
+{% for t in range(1, threads_c) %}
 {% if op == "max" %}
       x = max(x, partials[at + {{ t }}u]);
 {% else %}
       x += partials[at + {{ t }}u];
 {% endif %}
 {% endfor %}
-      {{ result }}_{{ i }} = {{ "max(max(x.x, x.y), max(x.z, x.w))" if op == "max" else "(x.x + x.y) + (x.z + x.w)" }};
+      {{ result }}_{{ i }} = x;
     }
 {% endfor %}
 {% endmacro -%}

@@ -20,7 +20,7 @@
       var row_lse = vec4<f32>();
 {% for e in range(4) %}
       if (query + {{ e }}u < column_limit) {
-        row_lse.{{ xyzw[e] }} = lse[lse_base + query + {{ e }}u];
+        row_lse.{{ xyzw[e] }} = probability_lse(lse[lse_base + query + {{ e }}u]);
         delta_{{ c }}.{{ xyzw[e] }} = delta[delta_base + query + {{ e }}u];
       }
 {% endfor %}

@@ -9,7 +9,7 @@
   var lse_{{ i }} = 0.0;
   var delta_{{ i }} = 0.0;
   if (row_{{ i }} < row_limit) {
-    lse_{{ i }} = lse[lse_base + row_{{ i }}];
+    lse_{{ i }} = probability_lse(lse[lse_base + row_{{ i }}]);
     delta_{{ i }} = delta[delta_base + row_{{ i }}];
   }
 {% endfor %}

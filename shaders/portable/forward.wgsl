@@ -21,9 +21,9 @@
         var most = vec4<f32>(LOWEST);
 {% for c in range(quads) %}
 {% if masked %}
-        most = max(most, select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }} * params.scale, {{ blocks.visible(i, c) }}));
+        most = max(most, select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }} * params.scale_sign, {{ blocks.visible(i, c) }}));
 {% else %}
-        most = max(most, s_{{ i }}_{{ c }} * params.scale);
+        most = max(most, s_{{ i }}_{{ c }} * params.scale_sign);
 {% endif %}
 {% endfor %}
         most_{{ i }} = max(max(most.x, most.y), max(most.z, most.w));
@@ -32,7 +32,7 @@
 {% endmacro -%}
 
 {#- Online softmax: updates each row's maximum and sum, rescales the output, leaves the probabilities
-    as weights. The backward kernels form a probability the same way, with lse for the maximum. -#}
+    as weights. The maximum is of products without the scale's size: the largest one less itself is 0, however large. -#}
 {%- macro softmax() %}
 {% for i in range(rows) %}
     var most_{{ i }} = 0.0;
@@ -47,13 +47,13 @@
     let before_{{ i }} = max_{{ i }};
     max_{{ i }} = max(before_{{ i }}, row_most_{{ i }});
 {% for c in range(quads) %}
-    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-max_{{ i }})));
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale_sign), vec4<f32>(-max_{{ i }})) * params.scale_size);
 {% endfor %}
 {% endfor %}
 {{ blocks.hide("s") }}
 {% for i in range(rows) %}
     {
-      let rescale = exp1(before_{{ i }} - max_{{ i }});
+      let rescale = exp1((before_{{ i }} - max_{{ i }}) * params.scale_size);
 {% for c in range(accumulator_quads.v) %}
       o_{{ i }}_{{ c }} *= rescale;
 {% endfor %}

@@ -112,7 +112,12 @@ impl Kernel {
     fn new(head_dim: usize, capabilities: &Capabilities) -> Self {
         let shape = Shape { batch: 1, heads: 32, kv_heads: 8, seq_q: 8192, seq_k: 8192, head_dim, value_dim: head_dim };
         let problem = Problem::new(shape, Options::new().causal(true));
-        match problem.and_then(|problem| Plan::forward(&problem, true, capabilities)) {
+        let plan = problem.and_then(|problem| {
+            let mut plan = Plan::forward(&problem, true, capabilities)?;
+            plan.passes.extend(Plan::backward(&problem, true, false, capabilities)?.passes);
+            Ok(plan)
+        });
+        match plan {
             Ok(plan) => {
                 let names: Vec<String> = plan.passes.iter().map(|pass| pass.variant.name()).collect();
                 let passes: Vec<String> = plan.passes.iter().map(ToString::to_string).collect();
@@ -187,7 +192,8 @@ impl fmt::Display for Entry {
         writeln!(f, "   timestamps  {}", if self.timestamps { "yes" } else { "no" })?;
         writeln!(f, "   kernels     for 32 heads, 8192 queries and keys, causal:")?;
         for Kernel { head_dim, plan, .. } in &self.kernels {
-            writeln!(f, "     {:<9} {plan}", format!("D=E={head_dim}"))?;
+            writeln!(f, "     D=E={head_dim}")?;
+            plan.split("; ").try_for_each(|pass| writeln!(f, "       {pass}"))?;
         }
         Ok(())
     }

@@ -199,11 +199,11 @@ impl PlanArgs {
                     passes.extend(Plan::backward(&problem, vec4, false, &capabilities)?.passes);
                 }
                 let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
-                Explanation::new(&problem, device, operands, launches.collect())
+                Explanation::new(&problem, device, self.backward, operands, launches.collect())
             }
             None => {
                 let device = format!("CPU ({} threads)", rayon::current_num_threads());
-                Explanation::new(&problem, device, operands, Vec::new())
+                Explanation::new(&problem, device, self.backward, operands, Vec::new())
             }
         };
         print_summary(&explanation, self.json)
@@ -254,6 +254,10 @@ fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64)> {
         let gradients: Vec<_> = gradients.collect();
         operands.extend(gradients);
         operands.push(("delta", elements(&problem.lse_shape())));
+        if problem.options().sink_logits == SinkLogits::PerHead {
+            let shape = problem.shape();
+            operands.push(("sink_partials", (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64));
+        }
     }
     operands
 }
@@ -299,7 +303,13 @@ struct Operand {
 }
 
 impl Explanation {
-    fn new(problem: &Problem, device: String, operands: Vec<(&'static str, u64)>, launches: Vec<Launch>) -> Self {
+    fn new(
+        problem: &Problem,
+        device: String,
+        backward: bool,
+        operands: Vec<(&'static str, u64)>,
+        launches: Vec<Launch>,
+    ) -> Self {
         let shape = problem.shape();
         let visible_pairs = problem.mask().visible_pairs();
         let operands: Vec<_> =
@@ -310,7 +320,7 @@ impl Explanation {
             device,
             visible_pairs,
             visible_share: visible_pairs as f64 / (shape.seq_q as f64 * shape.seq_k as f64),
-            flops: problem.forward_flops(),
+            flops: problem.forward_flops() + if backward { problem.backward_flops() } else { 0.0 },
             operand_bytes: operands.iter().fold(0, |sum, operand| sum.saturating_add(operand.bytes)),
             operands,
             launches,
@@ -322,7 +332,8 @@ impl Explanation {
 #[derive(Debug, Serialize)]
 struct Launch {
     kernel: String,
-    vec4: bool,
+    /// Absent where no rows are read.
+    vec4: Option<bool>,
     /// Absent for the kernels that only sum along rows.
     tiles: Option<Tiles>,
     workgroup_bytes: u32,
@@ -351,7 +362,7 @@ impl Launch {
         let variant = &pass.variant;
         Launch {
             kernel: variant.name(),
-            vec4: variant.vec4,
+            vec4: (variant.value_dim > 0).then_some(variant.vec4),
             tiles: variant.tiles.map(|tiles| Tiles::new(problem, variant, &tiles)),
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
@@ -416,9 +427,13 @@ impl fmt::Display for Explanation {
 impl fmt::Display for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [x, y] = self.grid;
-        let loads = if self.vec4 { "four at a time" } else { "one by one, as the widths are no multiples of 4" };
+        let loads = self
+            .vec4
+            .map(|vec4| if vec4 { "four at a time" } else { "one by one, as the widths are no multiples of 4" });
         writeln!(f, "kernel     {}", self.kernel)?;
-        writeln!(f, "loads      {loads}")?;
+        if let Some(loads) = loads {
+            writeln!(f, "loads      {loads}")?;
+        }
         if let Some(tiles) = &self.tiles {
             writeln!(f, "tiles      {}, about {} registers a thread", tiles.shape, tiles.registers)?;
             let share = percent(tiles.visited as f64 / tiles.all as f64);

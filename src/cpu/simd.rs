@@ -182,10 +182,12 @@ pub(super) fn column_mut<S: Simd, const NV: usize>(
 
 /// Exponential, within 1 ulp (2 without fused multiply-add) for results in the normal range; below it, 0.
 ///
-/// `exp(-inf)` is 0 and NaN stays NaN. For x <= 88 only, as every softmax has it (+inf gives NaN).
+/// `exp(-inf)` is 0 and NaN stays NaN. For x <= 1 only, as every softmax has it; beyond, e.
 #[inline(always)]
 pub(super) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let splat = |x| simd.splat_f32s(x);
+    // Above 1 it is of a hidden pair, or rounded by more than it is worth: e is as good as any. A NaN stays.
+    let x = simd.select_f32s(simd.greater_than_f32s(x, splat(1.0)), splat(1.0), x);
     // x = n ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in
     // the low bits; 127 more makes it the exponent field of 2^n.
     let magic = splat(12_582_912.0 + 127.0);

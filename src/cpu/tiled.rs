@@ -30,6 +30,8 @@ use crate::problem::{Inputs, Layout, Output, Problem};
 const ROW_TILE: usize = 64;
 /// Keys between two updates of the softmax's maximum.
 const KEY_TILE: usize = 64;
+/// Beyond it, half a unit in the last place of a score is no small number any more.
+const HUGE: f32 = (1 << 24) as f32;
 /// With fewer items than this, each is split along the keys, to give every core work.
 pub(super) const FEW_ITEMS: usize = 64;
 /// The least key tiles worth a split.
@@ -358,8 +360,13 @@ impl Attend<'_> {
         let mut sum = [simd.splat_f32s(0.0); NV];
         for s in s {
             for v in 0..NV {
-                // Fused: the score itself is never rounded, only its difference from the maximum.
-                s[v] = exp(simd, simd.mul_add_e_f32s(s[v], factor, neg_m[v]));
+                // Fused: the score itself is never rounded, only its difference from the maximum. That was rounded, by
+                // so much where it is huge that the largest score would lie far above or below it: there both are.
+                let fused = simd.mul_add_e_f32s(s[v], factor, neg_m[v]);
+                let rounded = simd.add_f32s(simd.mul_f32s(s[v], factor), neg_m[v]);
+                let huge = simd.less_than_f32s(neg_m[v], simd.splat_f32s(-HUGE));
+                let huge = simd.or_m32s(huge, simd.greater_than_f32s(neg_m[v], simd.splat_f32s(HUGE)));
+                s[v] = exp(simd, simd.select_f32s(huge, rounded, fused));
                 sum[v] = simd.add_f32s(sum[v], s[v]);
             }
         }

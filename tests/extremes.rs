@@ -1,0 +1,86 @@
+//! Finite operands whose scores are beyond what f32 holds well, on the CPU and on the GPU; and a device that is lost.
+
+mod common;
+
+use sink_attention::{Attention, DeviceChoice, Inputs, Options, Output, Problem, Shape, SinkLogits, Upstream, Window};
+
+fn operators() -> Vec<Attention> {
+    [Some(Attention::cpu()), common::gpu().cloned()].into_iter().flatten().collect()
+}
+
+fn shape(seq: usize, width: usize) -> Shape {
+    Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: seq, seq_k: seq, head_dim: width, value_dim: 1 }
+}
+
+/// The largest score less itself is 0, however large it is and however it was rounded.
+#[test]
+fn a_row_with_huge_scores_is_not_empty() {
+    for attention in operators() {
+        for q in [6e4f32, 3e5, 1e9, 1e15, 1e18] {
+            for (scale, k) in [(None, q), (Some(-0.7), -q), (Some(1.3), q)] {
+                for sinks in [SinkLogits::None, SinkLogits::OffByOne] {
+                    let mut options = Options::new().sink_logits(sinks);
+                    options.scale = scale;
+                    let problem = Problem::new(shape(1, 3), options).unwrap();
+                    let inputs = Inputs { q: &[q; 3], k: &[k; 3], v: &[0.75], sink_logits: None };
+                    let output = attention.forward(&problem, &inputs).unwrap();
+                    let score = 3.0 * f64::from(q) * f64::from(k) * f64::from(problem.scale());
+                    let name = attention.device_name();
+                    assert!((output.o[0] - 0.75).abs() < 1e-6, "{name}: {problem} q={q}: {output:?}");
+                    assert!(
+                        (f64::from(output.lse[0]) / score - 1.0).abs() < 1e-5,
+                        "{name}: {problem} q={q}: {output:?}"
+                    );
+                    // The only key keeps all the probability, so nothing pulls at its score.
+                    let upstream = Upstream { d_o: &[1.0], d_lse: None };
+                    let gradients = attention.backward(&problem, &inputs, &output, &upstream).unwrap();
+                    assert!(gradients.d_q.iter().chain(&gradients.d_k).all(|d| d.is_finite()), "{name}: {gradients:?}");
+                    assert!((0.0..=2.72).contains(&gradients.d_v[0]), "{name}: {gradients:?}");
+                }
+            }
+        }
+    }
+}
+
+/// A visible score that overflowed to -inf takes no probability, and has no gradient.
+#[test]
+fn a_visible_score_of_minus_infinity() {
+    for attention in operators() {
+        let problem = Problem::new(shape(2, 1), Options::new().causal(true)).unwrap();
+        let inputs = Inputs { q: &[1e30, 1.0], k: &[-1e30, 1.0], v: &[2.0, 3.0], sink_logits: None };
+        let output = attention.forward(&problem, &inputs).unwrap();
+        assert_eq!((output.o[0], output.lse[0]), (0.0, f32::NEG_INFINITY), "{}", attention.device_name());
+        let upstream = Upstream { d_o: &[1.0, 1.0], d_lse: Some(&[5.0, 0.0]) };
+        let gradients = attention.backward(&problem, &inputs, &output, &upstream).unwrap();
+        assert_eq!((gradients.d_q[0], gradients.d_k[0], gradients.d_v[0]), (0.0, 0.0, 0.0), "{gradients:?}");
+        assert_eq!(gradients.d_v[1], 1.0, "{gradients:?}");
+    }
+}
+
+/// Whatever is called on a lost device is an error, not a panic, and a new operator works.
+#[test]
+fn a_lost_device_is_an_error() {
+    if common::gpu().is_none() {
+        return;
+    }
+    let choice = match DeviceChoice::from_env() {
+        adapter @ DeviceChoice::Adapter(_) => adapter,
+        _ => DeviceChoice::Gpu,
+    };
+    let options = Options::new().window(Window::keys(2));
+    let problem = Problem::new(shape(4, 4), options).unwrap();
+    let data = [0.5; 16];
+    let inputs = Inputs { q: &data, k: &data, v: &[1.0; 4], sink_logits: None };
+    for warm in [false, true] {
+        let attention = Attention::open(&choice).unwrap();
+        if warm {
+            attention.forward(&problem, &inputs).unwrap();
+        }
+        attention.device().unwrap().wgpu().destroy();
+        attention.forward(&problem, &inputs).unwrap_err();
+        let saved = Output { o: vec![1.0; 4], lse: vec![0.0; 4] };
+        attention.backward(&problem, &inputs, &saved, &Upstream { d_o: &[1.0; 4], d_lse: None }).unwrap_err();
+    }
+    let output = Attention::open(&choice).unwrap().forward(&problem, &inputs).unwrap();
+    assert_eq!(output.o, [1.0; 4]);
+}
