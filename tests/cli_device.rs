@@ -198,11 +198,34 @@ fn check_on_the_cpu() {
     let groups = report["groups"].as_array().unwrap();
     assert_eq!(groups.iter().map(|group| group["cases"].as_u64().unwrap()).sum::<u64>(), report["cases"]);
     for group in groups {
-        for column in ["o", "lse"] {
+        for column in ["o", "lse", "d_q", "d_k", "d_v"] {
             let error = group["errors"][column].as_f64().unwrap();
             assert!(error <= report["bounds"][column].as_f64().unwrap(), "{group}");
         }
+        // Where there are sink logits, and no number is no success.
+        let sinks = group["name"].as_str().unwrap().contains("sink logits");
+        assert!(!sinks || group["errors"]["d_sink"].is_number(), "{group}");
+        assert!(group["errors"].as_object().unwrap().values().all(Value::is_number), "{group}");
     }
+    assert_eq!(report["pass"], "forward and backward");
+    assert_eq!(report["worst"].as_array().unwrap().len(), 6);
+}
+
+#[test]
+fn check_of_the_forward_pass() {
+    let arguments = ["check", "--quick", "--backend", "cpu", "--forward"];
+    let report = json_of(&arguments);
+    assert_eq!((&report["pass"], &report["failed"]), (&json!("forward"), &json!(0)));
+    assert_eq!(report["worst"].as_array().unwrap().len(), 2);
+    assert!(!succeeds(&arguments).0.contains("d_q"));
+}
+
+#[test]
+fn the_table_of_a_check_fits_a_terminal() {
+    let (people, _) = succeeds(&["check", "--backend", "cpu", "--only", "scale"]);
+    let table = people.lines().skip_while(|line| !line.starts_with("group")).take_while(|line| !line.is_empty());
+    let widths: Vec<usize> = table.map(|line| line.chars().count()).collect();
+    assert!(widths.len() == 3 && widths.iter().all(|&width| width <= 100), "{people}");
 }
 
 #[test]
@@ -236,7 +259,7 @@ fn help_is_there() {
     for (command, words) in [
         ("devices", ["--json", "SINK_ATTENTION_ADAPTER"]),
         ("plan", ["--window-left", "--device"]),
-        ("check", ["--quick", "--seed"]),
+        ("check", ["--quick", "--forward"]),
     ] {
         let help = sink_attention(&[command, "--help"]);
         assert_eq!(help.status.code(), Some(0));

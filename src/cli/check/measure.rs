@@ -1,90 +1,320 @@
 //! One case: computed by the operator and by the definition, and compared.
 
-use sink_attention::compare::{self, Mismatch};
+use std::ops::Range;
+
+use sink_attention::compare;
 use sink_attention::cpu::reference;
-use sink_attention::{Inputs, Output, Problem, Result};
+use sink_attention::{Attention, Gradients, Inputs, Output, Problem, Result, Upstream};
 
 use super::grid::Case;
 
-/// What is checked: a device's forward pass, or in tests one with a mistake.
-pub type Operator<'a> = dyn Fn(&Problem, &Inputs<'_>) -> Result<Output> + 'a;
+/// What is checked: a device, or in tests an operator with a mistake.
+pub trait Operator {
+    fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output>;
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        saved: &Output,
+        upstream: &Upstream<'_>,
+    ) -> Result<Gradients>;
+}
+
+impl Operator for Attention {
+    fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+        Attention::forward(self, problem, inputs)
+    }
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        saved: &Output,
+        upstream: &Upstream<'_>,
+    ) -> Result<Gradients> {
+        Attention::backward(self, problem, inputs, saved, upstream)
+    }
+}
+
+/// How much of the operator is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Passes {
+    Forward,
+    ForwardAndBackward,
+}
+
+impl Passes {
+    pub fn name(self) -> &'static str {
+        match self {
+            Passes::Forward => "forward",
+            Passes::ForwardAndBackward => "forward and backward",
+        }
+    }
+
+    /// What these passes compute.
+    pub fn columns(self) -> &'static [Column] {
+        match self {
+            Passes::Forward => &Column::ALL[..2],
+            Passes::ForwardAndBackward => &Column::ALL,
+        }
+    }
+}
 
 /// A result that is compared: a column of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Column {
     O,
     Lse,
+    DQ,
+    DK,
+    DV,
+    DSink,
 }
 
 impl Column {
-    pub const ALL: [Column; 2] = [Column::O, Column::Lse];
+    const ALL: [Column; 6] = [Column::O, Column::Lse, Column::DQ, Column::DK, Column::DV, Column::DSink];
 
     pub fn name(self) -> &'static str {
         match self {
             Column::O => "o",
             Column::Lse => "lse",
+            Column::DQ => "d_q",
+            Column::DK => "d_k",
+            Column::DV => "d_v",
+            Column::DSink => "d_sink",
         }
     }
 
     /// The largest error accepted.
     pub fn bound(self) -> f64 {
+        1e-5
+    }
+
+    /// This result out of all of them, if the problem has it.
+    fn of<T>(self, results: &mut Results<T>) -> Option<&mut Vec<T>> {
+        let Results { output, gradients } = results;
         match self {
-            Column::O | Column::Lse => 1e-5,
+            Column::O => Some(&mut output.o),
+            Column::Lse => Some(&mut output.lse),
+            Column::DQ => gradients.as_mut().map(|g| &mut g.d_q),
+            Column::DK => gradients.as_mut().map(|g| &mut g.d_k),
+            Column::DV => gradients.as_mut().map(|g| &mut g.d_v),
+            Column::DSink => gradients.as_mut().and_then(|g| g.d_sink_logits.as_mut()),
         }
     }
 
-    fn compare(self, actual: &Output, expected: &Output<f64>) -> Result<f64, Mismatch> {
+    /// The rows of this result, and what is known of them.
+    fn rows(self, case: &Case, known: &Knowledge) -> Vec<(Range<usize>, Row)> {
+        let shape = case.problem.shape();
+        let query = |([_, h, i], row): ([usize; 3], _)| (row, known.queries[i].in_head(case.reads_poison(h)));
+        let key = |([_, g, j], row): ([usize; 3], _)| (row, known.keys[j].in_head(g == 0));
         match self {
-            Column::O => compare::tensor(&actual.o, &expected.o, self.bound()),
-            Column::Lse => compare::lse(&actual.lse, &expected.lse, self.bound()),
+            Column::O => case.query_rows(shape.value_dim).into_iter().map(query).collect(),
+            Column::DQ => case.query_rows(shape.head_dim).into_iter().map(query).collect(),
+            Column::DK => case.key_rows(shape.head_dim).into_iter().map(key).collect(),
+            Column::DV => case.key_rows(shape.value_dim).into_iter().map(key).collect(),
+            // The lse of a row that sees nothing is no zero, but the sink logit or -inf.
+            Column::Lse => {
+                let rows = case.lse_rows().into_iter().map(query);
+                rows.map(|(row, kind)| (row, if kind == Row::Zero { Row::Compared } else { kind })).collect()
+            }
+            Column::DSink => (0..shape.heads).map(|h| (h..h + 1, known.sinks.in_head(case.reads_poison(h)))).collect(),
         }
     }
 }
 
-/// What came of a case.
+/// What is known of a row of a result before it is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Row {
+    Compared,
+    /// No query sees this key, or this query sees no key: not nearly zero, but zero.
+    Zero,
+    /// NaN or infinite operands reach it by right, so that there is nothing to compare.
+    Poisoned,
+}
+
+impl Row {
+    /// Poison in one head must not reach another.
+    fn in_head(self, poisoned: bool) -> Row {
+        if self == Row::Poisoned && !poisoned { Row::Compared } else { self }
+    }
+}
+
+/// Which rows can be compared, in a head with poison.
+struct Knowledge {
+    queries: Vec<Row>,
+    keys: Vec<Row>,
+    sinks: Row,
+}
+
+impl Knowledge {
+    fn of(case: &Case) -> Self {
+        let mask = case.problem.mask();
+        let overlap = |a: &Range<usize>, b: &Range<usize>| a.start.max(b.start) < a.end.min(b.end);
+        let query = |i| {
+            let seen = mask.visible_keys(i);
+            if seen.iter().all(Range::is_empty) {
+                Row::Zero
+            } else if case.poisoned_queries.contains(&i) || seen.iter().any(|keys| overlap(keys, &case.poisoned_keys)) {
+                Row::Poisoned
+            } else {
+                Row::Compared
+            }
+        };
+        let queries: Vec<Row> = (0..case.problem.shape().seq_q).map(query).collect();
+        // A gradient of a key sums over the queries that see it, one of a sink logit over all queries.
+        let mut keys = vec![Row::Zero; case.problem.shape().seq_k];
+        for (i, &query) in queries.iter().enumerate() {
+            for seen in mask.visible_keys(i) {
+                for key in keys[seen].iter_mut().filter(|key| **key != Row::Poisoned) {
+                    *key = query;
+                }
+            }
+        }
+        let poisoned = queries.contains(&Row::Poisoned) || !case.poisoned_queries.is_empty();
+        Knowledge { queries, keys, sinks: if poisoned { Row::Poisoned } else { Row::Compared } }
+    }
+}
+
+/// What both ways compute.
+struct Results<T> {
+    output: Output<T>,
+    gradients: Option<Gradients<T>>,
+}
+
+/// How a result compares with what is expected.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    pub column: Column,
+    /// The error, where there is a number to give.
+    pub error: Option<f64>,
+    /// Why the case fails, if it does.
+    failure: Option<String>,
+}
+
+/// What came of a case: a comparison for each result that the problem has.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
-    /// The error in each of [`Column::ALL`], where there is a number to give.
-    pub errors: [Option<f64>; Column::ALL.len()],
+    pub comparisons: Vec<Comparison>,
     /// Why the case fails, if it does.
     pub failure: Option<String>,
 }
 
 /// Computes a case both ways and compares.
-pub fn measure(case: &Case, seed: u64, operator: &Operator<'_>) -> Outcome {
+pub fn measure(case: &Case, seed: u64, passes: Passes, operator: &dyn Operator) -> Outcome {
     let operands = case.operands(seed);
-    let inputs = operands.inputs();
-    let both = operator(&case.problem, &inputs).and_then(|actual| {
-        let expected = reference::forward(&case.problem, &inputs)?;
-        Ok((without_poisoned_rows(case, actual), without_poisoned_rows(case, expected)))
-    });
-    let (actual, expected) = match both {
-        Ok(both) => both,
-        Err(error) => return Outcome { errors: [None; 2], failure: Some(error.to_string()) },
+    let (problem, inputs, upstream) = (&case.problem, operands.inputs(), operands.upstream());
+    let backward = passes == Passes::ForwardAndBackward;
+    let compute = || -> Result<_> {
+        let output = operator.forward(problem, &inputs)?;
+        let twice = || -> Result<_> {
+            let backward = || operator.backward(problem, &inputs, &output, &upstream);
+            Ok([backward()?, backward()?])
+        };
+        let [first, again] = if backward { twice()?.map(Some) } else { [None, None] };
+        Ok([first, again].map(|gradients| Results { output: output.clone(), gradients }))
     };
-    let compared = Column::ALL.map(|column| (column, column.compare(&actual, &expected)));
-    let errors = compared.map(|(_, result)| result.map_or_else(|mismatch| mismatch.error(), Some));
-    let failures = compared.iter().filter_map(|(column, result)| {
-        let mismatch = result.as_ref().err()?;
-        Some(format!("{}: {mismatch}", column.name()))
-    });
-    let failure = failures.reduce(|a, b| format!("{a}; {b}"));
-    Outcome { errors, failure }
+    let expect = || -> Result<_> {
+        Ok(Results {
+            output: reference::forward(problem, &inputs)?,
+            gradients: backward.then(|| reference::backward(problem, &inputs, &upstream)).transpose()?,
+        })
+    };
+    let (actual, expected) = match compute().and_then(|actual| Ok((actual, expect()?))) {
+        Ok(both) => both,
+        Err(error) => {
+            // No numbers, which must not look like nothing to compare.
+            let none = |&column| Comparison { column, error: None, failure: None };
+            let comparisons = passes.columns().iter().map(none).collect();
+            return Outcome { comparisons, failure: Some(error.to_string()) };
+        }
+    };
+    compare_all(case, passes, actual, expected)
 }
 
-/// Sets to zero, in the actual results as in the expected ones, the rows that see a poisoned key.
-fn without_poisoned_rows<T: Default + Copy>(case: &Case, mut output: Output<T>) -> Output<T> {
-    let shape = case.problem.shape();
-    let layout = case.problem.options().layout;
-    let [batch, head, seq] = layout.strides(shape.heads, shape.seq_q, shape.value_dim).map(|s| s as usize);
-    for i in (0..shape.seq_q).filter(|&i| !case.is_compared(i)) {
-        for (b, h) in (0..shape.batch).flat_map(|b| (0..shape.heads).map(move |h| (b, h))) {
-            let o = b * batch + h * head + i * seq;
-            let lse = (b * shape.heads + h) * shape.seq_q + i;
-            // Results of a wrong length are for the comparison to refuse.
-            output.o.get_mut(o..o + shape.value_dim).into_iter().for_each(|row| row.fill(T::default()));
-            output.lse.get_mut(lse).into_iter().for_each(|lse| *lse = T::default());
+fn compare_all(case: &Case, passes: Passes, actual: [Results<f32>; 2], mut expected: Results<f64>) -> Outcome {
+    let [mut actual, mut again] = actual;
+    let known = Knowledge::of(case);
+    let compared = passes.columns().iter().filter_map(|&column| {
+        let expected = column.of(&mut expected)?;
+        let (Some(actual), Some(again)) = (column.of(&mut actual), column.of(&mut again)) else {
+            return Some(Comparison { column, error: None, failure: Some("missing".into()) });
+        };
+        let rows = column.rows(case, &known);
+        let same = actual.iter().map(|x| x.to_bits()).eq(again.iter().map(|x| x.to_bits()));
+        clear_poisoned(actual, &rows);
+        clear_poisoned(expected, &rows);
+        let compared = match column {
+            Column::Lse => compare::lse(actual, expected, column.bound()),
+            _ => compare::tensor(actual, expected, column.bound()),
+        };
+        let (error, failure) = match compared {
+            Ok(error) => (Some(error), None),
+            Err(mismatch) => (mismatch.error(), Some(mismatch.to_string())),
+        };
+        let failure = failure
+            .or_else(|| not_zero(actual, &rows))
+            .or_else(|| (!same).then(|| "other bits when computed again from the same inputs".into()));
+        Some(Comparison { column, error, failure })
+    });
+    let comparisons: Vec<Comparison> = compared.collect();
+    let named = |c: &Comparison| Some(format!("{}: {}", c.column.name(), c.failure.as_ref()?));
+    let failure = comparisons.iter().filter_map(named).reduce(|a, b| format!("{a}; {b}"));
+    Outcome { comparisons, failure }
+}
+
+/// Sets the rows that cannot be compared to zero.
+fn clear_poisoned<T: Default + Copy>(tensor: &mut [T], rows: &[(Range<usize>, Row)]) {
+    for (row, _) in rows.iter().filter(|(_, kind)| *kind == Row::Poisoned) {
+        // Results of a wrong length are for the comparison to refuse.
+        tensor.get_mut(row.clone()).into_iter().for_each(|row| row.fill(T::default()));
+    }
+}
+
+/// The first element that must be zero and is not; a norm would accept it among larger ones.
+fn not_zero(tensor: &[f32], rows: &[(Range<usize>, Row)]) -> Option<String> {
+    let mut zeros = rows.iter().filter(|(_, kind)| *kind == Row::Zero).flat_map(|(row, _)| row.clone());
+    let index = zeros.find(|&index| tensor.get(index).is_some_and(|&x| x != 0.0))?;
+    Some(format!("element {index} is {}, but nothing visible reaches it, so it must be 0", tensor[index]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::grid::grid;
+    use super::*;
+
+    #[test]
+    fn every_case_compares_something_of_every_result() {
+        for case in grid(false) {
+            let known = Knowledge::of(&case);
+            for column in Column::ALL {
+                assert!(column.rows(&case, &known).iter().any(|(_, kind)| *kind != Row::Poisoned), "{case}");
+            }
         }
     }
-    output
+
+    #[test]
+    fn poison_reaches_what_depends_on_it() {
+        let cases = grid(false);
+        let known = |group, text: &str| {
+            let case = cases.iter().find(|case| case.group == group && case.to_string().contains(text)).unwrap();
+            Knowledge::of(case)
+        };
+        // Key 100 alone, in windows of 17: queries at 100 to 116 see it, and keys from 84 on with it.
+        let Knowledge { queries, keys, sinks } = known("NaN in hidden keys", "NaN in keys 100..101");
+        let poisoned = |rows: &[Row]| (0..rows.len()).filter(|&n| rows[n] == Row::Poisoned).collect::<Vec<_>>();
+        assert_eq!(poisoned(&queries), (10..27).collect::<Vec<_>>());
+        assert_eq!(poisoned(&keys), (84..117).collect::<Vec<_>>());
+        assert_eq!(sinks, Row::Poisoned);
+        // Nobody sees keys before the first window.
+        assert!((0..74).all(|j| keys[j] == Row::Zero) && keys[74] == Row::Compared);
+        // Hidden from all.
+        let Knowledge { queries, keys, sinks } = known("NaN in hidden keys", "NaN in keys 0..74");
+        assert!(poisoned(&queries).is_empty() && poisoned(&keys).is_empty() && sinks == Row::Compared);
+        // Queries that see nothing have gradients of zero whatever they hold, but the sink's sum has their d_o.
+        let Knowledge { queries, keys, sinks } = known("NaN in query rows", "NaN in queries 0..82");
+        assert!(poisoned(&queries).is_empty() && poisoned(&keys).is_empty() && queries[81] == Row::Zero);
+        assert_eq!(sinks, Row::Poisoned);
+    }
 }

@@ -11,16 +11,17 @@ use std::time::Instant;
 use clap::Args;
 
 use self::grid::{Case, grid};
-use self::measure::{Operator, Outcome, measure};
+use self::measure::{Operator, Outcome, Passes, measure};
 use self::report::Report;
 use super::{DeviceArgs, print_summary};
 
 /// Check the results of this device against the definition in f64
 ///
 /// What to run first on a new machine. Computes a few hundred small problems: sizes around the edges of tiles, many
-/// widths, every option, extreme numbers. Prints the worst errors of each group of cases, and exits with 1 if one of
-/// them is larger than accepted. The error of o is ||o - expected|| / ||expected||, that of lse the worst
-/// |lse - expected| / (1 + |expected|).
+/// widths, every option, extreme numbers; forward and backward. Prints the worst errors of each group of cases, and
+/// exits with 1 if one of them is larger than accepted, if a gradient has other bits when computed again, or if one
+/// that nothing visible reaches is not zero. The error of lse is the worst |lse - expected| / (1 + |expected|), that of
+/// all else is ||x - expected|| / ||expected||.
 #[derive(Debug, Args)]
 pub struct Check {
     #[command(flatten)]
@@ -29,6 +30,10 @@ pub struct Check {
     /// Fewer sizes and widths in each group
     #[arg(long)]
     quick: bool,
+
+    /// The forward pass only
+    #[arg(long)]
+    forward: bool,
 
     /// Seed of the random operands
     #[arg(long, default_value_t = 0)]
@@ -50,8 +55,9 @@ impl Check {
         let cases = self.cases()?;
         let attention = self.device.open()?;
         let start = Instant::now();
-        let outcomes = run(&cases, self.seed, &|problem, inputs| attention.forward(problem, inputs));
-        let report = Report::new(&attention, self.seed, start.elapsed(), &cases, &outcomes);
+        let passes = if self.forward { Passes::Forward } else { Passes::ForwardAndBackward };
+        let outcomes = run(&cases, self.seed, passes, &attention);
+        let report = Report::new(&attention, self.seed, passes, start.elapsed(), &cases, &outcomes);
         print_summary(&report, self.json)?;
         Ok(report.verdict()?)
     }
@@ -73,7 +79,7 @@ impl Check {
 }
 
 /// Measures every case, and says on a terminal how far it is.
-fn run(cases: &[Case], seed: u64, operator: &Operator<'_>) -> Vec<Outcome> {
+fn run(cases: &[Case], seed: u64, passes: Passes, operator: &dyn Operator) -> Vec<Outcome> {
     let mut stderr = std::io::stderr();
     let terminal = stderr.is_terminal();
     // A terminal that is gone must not stop the check.
@@ -84,7 +90,7 @@ fn run(cases: &[Case], seed: u64, operator: &Operator<'_>) -> Vec<Outcome> {
     };
     let outcomes = cases.iter().enumerate().map(|(i, case)| {
         progress(&format!("{:>3} of {} {}", i + 1, cases.len(), case.group));
-        measure(case, seed, operator)
+        measure(case, seed, passes, operator)
     });
     let outcomes = outcomes.collect();
     progress("");
@@ -94,34 +100,117 @@ fn run(cases: &[Case], seed: u64, operator: &Operator<'_>) -> Vec<Outcome> {
 /// A check that cannot fail proves nothing: operators with one mistake each.
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::collections::BTreeSet;
     use std::time::Duration;
 
     use sink_attention::cpu::reference;
-    use sink_attention::{Attention, Error, Inputs, Options, Output, Problem, Result, SinkLogits, Window};
+    use sink_attention::{
+        Attention, Error, Gradients, Inputs, Options, Output, Problem, Result, SinkLogits, Upstream, Window,
+    };
 
+    use super::Passes::{Forward, ForwardAndBackward};
+    use super::grid::rows;
     use super::*;
 
-    fn right(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+    fn round(x: Vec<f64>) -> Vec<f32> {
+        x.into_iter().map(|x| x as f32).collect()
+    }
+
+    fn right_forward(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
         let Output { o, lse } = reference::forward(problem, inputs)?;
-        let round = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
         Ok(Output { o: round(o), lse: round(lse) })
     }
 
-    /// Computes with other options than asked for.
-    fn with(change: impl Fn(Options) -> Options) -> impl Fn(&Problem, &Inputs<'_>) -> Result<Output> {
-        move |problem, inputs| {
-            let options = change(*problem.options());
-            let per_head = options.sink_logits == SinkLogits::PerHead;
-            let inputs = Inputs { sink_logits: inputs.sink_logits.filter(|_| per_head), ..*inputs };
-            right(&Problem::new(*problem.shape(), options)?, &inputs)
+    fn right_backward(problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>) -> Result<Gradients> {
+        let Gradients { d_q, d_k, d_v, d_sink_logits } = reference::backward(problem, inputs, upstream)?;
+        Ok(Gradients { d_q: round(d_q), d_k: round(d_k), d_v: round(d_v), d_sink_logits: d_sink_logits.map(round) })
+    }
+
+    /// An operator of two functions.
+    struct Functions<F, B>(F, B);
+
+    impl<F, B> Operator for Functions<F, B>
+    where
+        F: Fn(&Problem, &Inputs<'_>) -> Result<Output>,
+        B: Fn(&Problem, &Inputs<'_>, &Upstream<'_>) -> Result<Gradients>,
+    {
+        fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+            self.0(problem, inputs)
+        }
+
+        fn backward(
+            &self,
+            problem: &Problem,
+            inputs: &Inputs<'_>,
+            _saved: &Output,
+            upstream: &Upstream<'_>,
+        ) -> Result<Gradients> {
+            self.1(problem, inputs, upstream)
         }
     }
 
+    /// The right operator with a mistake in its forward pass.
+    fn forward_but(mistake: impl Fn(&Problem, &Inputs<'_>, &mut Output)) -> impl Operator {
+        let forward = move |problem: &Problem, inputs: &Inputs<'_>| {
+            let mut output = right_forward(problem, inputs)?;
+            mistake(problem, inputs, &mut output);
+            Ok(output)
+        };
+        Functions(forward, right_backward)
+    }
+
+    /// The right operator with a mistake in its backward pass.
+    fn backward_but(mistake: impl Fn(&Problem, &Inputs<'_>, &mut Gradients)) -> impl Operator {
+        let backward = move |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
+            let mut gradients = right_backward(problem, inputs, upstream)?;
+            mistake(problem, inputs, &mut gradients);
+            Ok(gradients)
+        };
+        Functions(right_forward, backward)
+    }
+
+    /// The problem with other options than asked for, and the operands that go with them.
+    fn changed<'a>(
+        problem: &Problem,
+        inputs: &Inputs<'a>,
+        change: impl Fn(Options) -> Options,
+    ) -> Result<(Problem, Inputs<'a>)> {
+        let options = change(*problem.options());
+        let per_head = options.sink_logits == SinkLogits::PerHead;
+        let inputs = Inputs { sink_logits: inputs.sink_logits.filter(|_| per_head), ..*inputs };
+        Ok((Problem::new(*problem.shape(), options)?, inputs))
+    }
+
+    fn forward_with(change: impl Fn(Options) -> Options) -> impl Operator {
+        let forward = move |problem: &Problem, inputs: &Inputs<'_>| {
+            let (problem, inputs) = changed(problem, inputs, &change)?;
+            right_forward(&problem, &inputs)
+        };
+        Functions(forward, right_backward)
+    }
+
+    fn backward_with(change: impl Fn(Options) -> Options) -> impl Operator {
+        let backward = move |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
+            let (problem, inputs) = changed(problem, inputs, &change)?;
+            right_backward(&problem, &inputs, upstream)
+        };
+        Functions(right_forward, backward)
+    }
+
+    /// A quick check without the cases that take the definition longest, as every mistake goes through all of them.
+    fn cases() -> Vec<Case> {
+        let costly = |case: &Case| {
+            let pairs = case.problem.mask().visible_pairs();
+            pairs > 100_000 || (case.group == "windows" && pairs > 5_000)
+        };
+        grid(true).into_iter().filter(|case| !costly(case)).collect()
+    }
+
     /// The groups in which the operator fails.
-    fn failing(operator: &Operator<'_>) -> BTreeSet<&'static str> {
-        let cases = grid(true);
-        let outcomes = run(&cases, 0, operator);
+    fn failing(passes: Passes, operator: &dyn Operator) -> BTreeSet<&'static str> {
+        let cases = cases();
+        let outcomes = run(&cases, 0, passes, operator);
         cases
             .iter()
             .zip(outcomes)
@@ -131,96 +220,215 @@ mod tests {
     }
 
     #[track_caller]
-    fn fails_in(operator: &Operator<'_>, groups: &[&str]) {
-        let failing = failing(operator);
+    fn fails_in(passes: Passes, operator: &dyn Operator, groups: &[&str]) {
+        let failing = failing(passes, operator);
         assert!(groups.iter().all(|group| failing.contains(group)), "{groups:?} should fail, but only {failing:?} do");
     }
 
     fn all_groups() -> BTreeSet<&'static str> {
-        grid(true).iter().map(|case| case.group).collect()
+        cases().iter().map(|case| case.group).collect()
+    }
+
+    /// The groups with cases of sink logits.
+    fn groups_with_sink_logits() -> BTreeSet<&'static str> {
+        let per_head = |case: &Case| case.problem.options().sink_logits == SinkLogits::PerHead;
+        cases().iter().filter(|case| per_head(case)).map(|case| case.group).collect()
     }
 
     #[test]
     fn the_definition_passes() {
-        assert_eq!(failing(&right), BTreeSet::new());
+        assert_eq!(failing(ForwardAndBackward, &Functions(right_forward, right_backward)), BTreeSet::new());
     }
 
     #[test]
     fn a_value_that_is_a_little_off_fails() {
-        let off = |problem: &Problem, inputs: &Inputs<'_>| {
-            let mut output = right(problem, inputs)?;
-            *output.o.last_mut().unwrap() += 0.01;
-            Ok(output)
+        let off = forward_but(|_, _, output| *output.o.last_mut().unwrap() += 0.01);
+        assert_eq!(failing(Forward, &off), all_groups());
+        // The first row: it sees no poisoned key in at least one case of each group.
+        let nearly = |lse: f32| if lse.is_finite() { lse * 1.0001 + 0.0001 } else { -1e38 };
+        let off = forward_but(|_, _, output| output.lse[0] = nearly(output.lse[0]));
+        assert_eq!(failing(Forward, &off), all_groups());
+    }
+
+    #[test]
+    fn a_gradient_that_is_a_little_off_fails() {
+        let off = |gradient: &mut [f32]| {
+            let norm = gradient.iter().map(|x| x * x).sum::<f32>().sqrt();
+            *gradient.last_mut().unwrap() += 1e-4 * norm + 1e-30;
         };
-        assert_eq!(failing(&off), all_groups());
-        let off = |problem: &Problem, inputs: &Inputs<'_>| {
-            let mut output = right(problem, inputs)?;
-            // The first row: it sees no poisoned key in at least one case of each group.
-            output.lse[0] = if output.lse[0].is_finite() { output.lse[0] * 1.0001 + 0.0001 } else { -1e38 };
-            Ok(output)
-        };
-        assert_eq!(failing(&off), all_groups());
+        assert_eq!(failing(ForwardAndBackward, &backward_but(|_, _, g| off(&mut g.d_q))), all_groups());
+        assert_eq!(failing(ForwardAndBackward, &backward_but(|_, _, g| off(&mut g.d_k))), all_groups());
+        assert_eq!(failing(ForwardAndBackward, &backward_but(|_, _, g| off(&mut g.d_v))), all_groups());
+        let sink = backward_but(|_, _, g| g.d_sink_logits.iter_mut().for_each(|sinks| off(sinks)));
+        assert_eq!(failing(ForwardAndBackward, &sink), groups_with_sink_logits());
     }
 
     #[test]
     fn a_nan_that_leaks_fails() {
-        let leaking = |problem: &Problem, inputs: &Inputs<'_>| {
-            let mut output = right(problem, inputs)?;
-            if inputs.v.iter().any(|x| !x.is_finite()) {
-                // What a kernel gives that multiplies hidden values by a probability of zero.
-                output.o.iter_mut().for_each(|o| *o += 0.0 * f32::NAN);
+        // What a kernel gives that multiplies hidden operands by a probability of zero.
+        let leak = |inputs: &Inputs<'_>, result: &mut [f32]| {
+            if inputs.k.iter().chain(inputs.v).any(|x| !x.is_finite()) {
+                result.iter_mut().for_each(|x| *x += 0.0 * f32::NAN);
             }
-            Ok(output)
         };
-        assert_eq!(failing(&leaking), BTreeSet::from(["NaN in hidden keys"]));
+        let groups = BTreeSet::from(["NaN in hidden keys"]);
+        assert_eq!(failing(Forward, &forward_but(|_, inputs, output| leak(inputs, &mut output.o))), groups);
+        assert_eq!(failing(ForwardAndBackward, &backward_but(|_, inputs, g| leak(inputs, &mut g.d_q))), groups);
+        assert_eq!(failing(ForwardAndBackward, &backward_but(|_, inputs, g| leak(inputs, &mut g.d_k))), groups);
+        assert_eq!(failing(ForwardAndBackward, &backward_but(|_, inputs, g| leak(inputs, &mut g.d_v))), groups);
+        let sink = backward_but(|_, inputs, g| g.d_sink_logits.iter_mut().for_each(|sinks| leak(inputs, sinks)));
+        assert_eq!(failing(ForwardAndBackward, &sink), groups);
+    }
+
+    #[test]
+    fn a_nan_of_a_query_that_reaches_all_keys_fails() {
+        let leaking = |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
+            let mut gradients = right_backward(problem, inputs, upstream)?;
+            let sum: f32 = inputs.q.iter().chain(upstream.d_o).map(|x| 0.0 * x).sum();
+            gradients.d_k.iter_mut().chain(&mut gradients.d_v).for_each(|x| *x += sum);
+            Ok(gradients)
+        };
+        let failing = failing(ForwardAndBackward, &Functions(right_forward, leaking));
+        assert_eq!(failing, BTreeSet::from(["NaN in query rows"]));
+    }
+
+    #[test]
+    fn other_bits_the_second_time_fail() {
+        let calls = Cell::new(0u32);
+        let racing = backward_but(|_, _, gradients| {
+            calls.set(calls.get() + 1);
+            let last = gradients.d_k.last_mut().unwrap();
+            *last = f32::from_bits(last.to_bits() ^ (calls.get() % 2));
+        });
+        let outcome = measure(&grid(true)[0], 0, ForwardAndBackward, &racing);
+        assert!(outcome.failure.unwrap().starts_with("d_k: other bits"));
+    }
+
+    #[test]
+    fn nearly_zero_where_nothing_is_visible_fails() {
+        let mut case = grid(true).into_iter().find(|case| case.to_string().contains("M=113 N=31")).unwrap();
+        case.poisoned_keys = 0..0;
+        let first = |result: &mut [f32]| result[0] = 1e-30;
+        for (column, operator) in [
+            ("o", Box::new(forward_but(|_, _, output| first(&mut output.o))) as Box<dyn Operator>),
+            ("d_q", Box::new(backward_but(|_, _, gradients| first(&mut gradients.d_q)))),
+        ] {
+            let failure = measure(&case, 0, ForwardAndBackward, &*operator).failure.unwrap();
+            assert!(failure.starts_with(&format!("{column}: element 0 is 0.0000")), "{failure}");
+        }
     }
 
     #[test]
     fn an_option_that_is_ignored_fails() {
-        fails_in(&with(|o| o.causal(false)), &["sizes", "widths", "alignment", "long sequences"]);
-        fails_in(&with(|o| o.window(Window::FULL)), &["windows", "sink tokens", "empty rows", "long sequences"]);
-        fails_in(&with(|o| o.sink_tokens(0)), &["sink tokens", "long sequences"]);
-        fails_in(&with(|o| o.alignment(Default::default())), &["alignment"]);
-        fails_in(
-            &with(|mut o| {
-                o.query_offset = None;
-                o
-            }),
-            &["alignment", "empty rows"],
-        );
-        fails_in(
-            &with(|mut o| {
-                o.scale = None;
-                o
-            }),
-            &["scale"],
-        );
-        fails_in(&with(|o| o.layout(Default::default())), &["heads, batch, layout"]);
+        #[track_caller]
+        fn fails(change: impl Fn(Options) -> Options + Copy, groups: &[&str]) {
+            fails_in(Forward, &forward_with(change), groups);
+            fails_in(ForwardAndBackward, &backward_with(change), groups);
+        }
+        fails(|o| o.causal(false), &["sizes", "widths", "alignment"]);
+        fails(|o| o.window(Window::FULL), &["windows", "sink tokens", "empty rows", "long sequences"]);
+        fails(|o| o.sink_tokens(0), &["sink tokens", "long sequences"]);
+        fails(|o| o.alignment(Default::default()), &["alignment"]);
+        let no_offset = |mut o: Options| {
+            o.query_offset = None;
+            o
+        };
+        fails(no_offset, &["alignment", "empty rows"]);
+        let no_scale = |mut o: Options| {
+            o.scale = None;
+            o
+        };
+        fails(no_scale, &["scale"]);
+        fails(|o| o.layout(Default::default()), &["heads, batch, layout"]);
         let sinks = ["sink logits", "extreme sink logits", "off by one", "empty rows"];
-        fails_in(&with(|o| o.sink_logits(SinkLogits::None)), &sinks);
+        fails(|o| o.sink_logits(SinkLogits::None), &sinks);
     }
 
     #[test]
     fn the_wrong_head_fails() {
+        let reversed = |sinks: Option<&[f32]>| sinks.map(|sinks| sinks.iter().rev().copied().collect::<Vec<_>>());
         let wrong = |problem: &Problem, inputs: &Inputs<'_>| {
-            let reversed = inputs.sink_logits.map(|sinks| sinks.iter().rev().copied().collect::<Vec<_>>());
-            right(problem, &Inputs { sink_logits: reversed.as_deref(), ..*inputs })
+            right_forward(problem, &Inputs { sink_logits: reversed(inputs.sink_logits).as_deref(), ..*inputs })
         };
-        fails_in(&wrong, &["sink logits", "extreme sink logits", "empty rows", "heads, batch, layout"]);
+        let groups = ["sink logits", "extreme sink logits", "empty rows", "heads, batch, layout"];
+        fails_in(Forward, &Functions(wrong, right_backward), &groups);
+        let wrong = backward_but(|_, _, g| g.d_sink_logits.iter_mut().for_each(|sinks| sinks.reverse()));
+        assert_eq!(failing(ForwardAndBackward, &wrong), groups_with_sink_logits());
+    }
+
+    #[test]
+    fn d_k_summed_over_the_wrong_heads_fails() {
+        let groups = |wrong: fn(&Case) -> bool| -> BTreeSet<_> {
+            cases().iter().filter(|case| wrong(case)).map(|case| case.group).collect()
+        };
+        // The sum misses the last query head of each group.
+        let wrong = |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
+            let mut gradients = right_backward(problem, inputs, upstream)?;
+            let (shape, layout) = (problem.shape(), problem.options().layout);
+            let last = |h: usize| problem.group() > 1 && h % problem.group() == problem.group() - 1;
+            let (mut d_o, mut d_lse) = (upstream.d_o.to_vec(), upstream.d_lse.map(<[f32]>::to_vec));
+            for ([_, h, _], row) in rows(layout, [shape.batch, shape.heads, shape.seq_q, shape.value_dim]) {
+                d_o[row].iter_mut().filter(|_| last(h)).for_each(|x| *x = 0.0);
+            }
+            for (n, x) in d_lse.iter_mut().flatten().enumerate() {
+                *x = if last(n / shape.seq_q % shape.heads) { 0.0 } else { *x };
+            }
+            let upstream = Upstream { d_o: &d_o, d_lse: d_lse.as_deref() };
+            gradients.d_k = right_backward(problem, inputs, &upstream)?.d_k;
+            Ok(gradients)
+        };
+        let mut shared = groups(|case| case.problem.group() > 1);
+        shared.remove("gradients that cancel");
+        assert_eq!(failing(ForwardAndBackward, &Functions(right_forward, wrong)), shared);
+
+        // The sums go to the key heads in reverse order.
+        let wrong = backward_but(|problem, _, gradients| {
+            let (shape, layout) = (problem.shape(), problem.options().layout);
+            let right = gradients.d_k.clone();
+            let from = rows(layout, [shape.batch, shape.kv_heads, shape.seq_k, shape.head_dim]);
+            for ([b, g, j], row) in &from {
+                let to = (b * shape.kv_heads + shape.kv_heads - 1 - g) * shape.seq_k + j;
+                gradients.d_k[from[to].1.clone()].copy_from_slice(&right[row.clone()]);
+            }
+        });
+        let mut several = groups(|case| case.problem.shape().kv_heads > 1);
+        several.remove("gradients that cancel");
+        assert_eq!(failing(ForwardAndBackward, &wrong), several);
+    }
+
+    #[test]
+    fn mistakes_of_the_formulas_fail() {
+        // d_lse is ignored.
+        let wrong = |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
+            right_backward(problem, inputs, &Upstream { d_lse: None, ..*upstream })
+        };
+        let with_d_lse = cases().iter().filter(|case| case.d_lse).map(|case| case.group).collect();
+        assert_eq!(failing(ForwardAndBackward, &Functions(right_forward, wrong)), with_d_lse);
+        assert!(with_d_lse.contains("gradient of lse") && with_d_lse.len() > 10, "{with_d_lse:?}");
+
+        // The sink's gradient has the wrong sign.
+        let wrong = backward_but(|_, _, g| g.d_sink_logits.iter_mut().flatten().for_each(|x| *x = -*x));
+        assert_eq!(failing(ForwardAndBackward, &wrong), groups_with_sink_logits());
+
+        // d_q lacks the scale; where that is 1 or d_q is 0 it makes no difference.
+        let wrong = backward_but(|problem, _, g| g.d_q.iter_mut().for_each(|x| *x /= problem.scale()));
+        let mut groups = all_groups();
+        groups.remove("gradients that cancel");
+        assert_eq!(failing(ForwardAndBackward, &wrong), groups);
     }
 
     #[test]
     fn a_failure_reaches_the_report_and_the_verdict() {
-        let cases = grid(true);
-        let report = |operator: &Operator<'_>| {
-            let outcomes = run(&cases, 0, operator);
-            Report::new(&Attention::cpu(), 0, Duration::ZERO, &cases, &outcomes)
+        let cases = cases();
+        let report = |operator: &dyn Operator| {
+            let outcomes = run(&cases, 0, ForwardAndBackward, operator);
+            Report::new(&Attention::cpu(), 0, ForwardAndBackward, Duration::ZERO, &cases, &outcomes)
         };
-        let good = report(&right);
+        let good = report(&Functions(right_forward, right_backward));
         assert_eq!(good.verdict(), Ok(()));
         assert!(good.to_string().ends_with("all passed") && !good.to_string().contains("FAILED"), "{good}");
 
-        let bad = report(&with(|o| o.sink_tokens(0)));
+        let bad = report(&forward_with(|o| o.sink_tokens(0)));
         assert!(bad.verdict().unwrap_err().contains("please report"));
         let text = bad.to_string();
         let row = text.lines().find(|line| line.starts_with("sink tokens ")).unwrap();
@@ -232,9 +440,19 @@ mod tests {
 
     #[test]
     fn errors_and_wrong_lengths_fail() {
-        assert_eq!(failing(&|_, _| Err(Error::NoAdapter)), all_groups());
-        assert_eq!(failing(&|_, _| Ok(Output { o: vec![], lse: vec![] })), all_groups());
-        let outcome = measure(&grid(true)[0], 0, &|_, _| Err(Error::NoAdapter));
+        let fails = |_: &Problem, _: &Inputs<'_>| Err(Error::NoAdapter);
+        assert_eq!(failing(Forward, &Functions(fails, right_backward)), all_groups());
+        let fails = |_: &Problem, _: &Inputs<'_>, _: &Upstream<'_>| Err(Error::NoAdapter);
+        assert_eq!(failing(ForwardAndBackward, &Functions(right_forward, fails)), all_groups());
+        let outcome = measure(&grid(true)[0], 0, ForwardAndBackward, &Functions(right_forward, fails));
         assert_eq!(outcome.failure, Some(Error::NoAdapter.to_string()));
+        assert!(outcome.comparisons.iter().all(|comparison| comparison.error.is_none()));
+
+        let empty = forward_but(|_, _, output| *output = Output { o: vec![], lse: vec![] });
+        assert_eq!(failing(Forward, &empty), all_groups());
+        let empty = backward_but(|_, _, g| g.d_v.clear());
+        assert_eq!(failing(ForwardAndBackward, &empty), all_groups());
+        let missing = backward_but(|_, _, g| g.d_sink_logits = None);
+        assert_eq!(failing(ForwardAndBackward, &missing), groups_with_sink_logits());
     }
 }

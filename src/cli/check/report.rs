@@ -8,12 +8,12 @@ use serde::Serialize;
 use sink_attention::Attention;
 
 use super::grid::Case;
-use super::measure::{Column, Outcome};
+use super::measure::{Column, Comparison, Outcome, Passes};
 
 /// Failures that are listed for people; programs get all of them.
 const LISTED: usize = 10;
 
-/// Errors by the name of their column.
+/// Errors by the name of their column; none where a case gave no number, absent where there is nothing to compare.
 type Errors = BTreeMap<&'static str, Option<f64>>;
 
 /// All that a bug report needs.
@@ -32,6 +32,8 @@ pub struct Report {
     /// The case that comes nearest to its bound or exceeds it most, for each column.
     worst: Vec<Worst>,
     failures: Vec<Failure>,
+    #[serde(skip)]
+    columns: &'static [Column],
 }
 
 /// What computed.
@@ -49,7 +51,7 @@ struct Group {
     name: &'static str,
     cases: usize,
     failed: usize,
-    /// The worst error of each column; none where a case gave no number.
+    /// The worst error of each column.
     errors: Errors,
 }
 
@@ -69,7 +71,14 @@ struct Failure {
 }
 
 impl Report {
-    pub fn new(attention: &Attention, seed: u64, elapsed: Duration, cases: &[Case], outcomes: &[Outcome]) -> Self {
+    pub fn new(
+        attention: &Attention,
+        seed: u64,
+        passes: Passes,
+        elapsed: Duration,
+        cases: &[Case],
+        outcomes: &[Outcome],
+    ) -> Self {
         let info = attention.device().map(|device| device.wgpu().adapter_info());
         let pairs: Vec<(&Case, &Outcome)> = cases.iter().zip(outcomes).collect();
         let failures: Vec<Failure> = pairs
@@ -81,7 +90,7 @@ impl Report {
             .collect();
         Report {
             version: env!("CARGO_PKG_VERSION"),
-            pass: "forward",
+            pass: passes.name(),
             dtype: "f32",
             device: Device {
                 name: attention.device_name(),
@@ -93,10 +102,11 @@ impl Report {
             seconds: elapsed.as_secs_f64(),
             cases: cases.len(),
             failed: failures.len(),
-            bounds: Column::ALL.map(|column| (column.name(), Some(column.bound()))).into(),
+            bounds: passes.columns().iter().map(|column| (column.name(), Some(column.bound()))).collect(),
             groups: pairs.chunk_by(|a, b| a.0.group == b.0.group).map(Group::new).collect(),
-            worst: (0..Column::ALL.len()).filter_map(|column| Worst::new(column, &pairs)).collect(),
+            worst: passes.columns().iter().filter_map(|&column| Worst::new(column, &pairs)).collect(),
             failures,
+            columns: passes.columns(),
         }
     }
 }
@@ -116,25 +126,28 @@ impl Report {
 
 impl Group {
     fn new(pairs: &[(&Case, &Outcome)]) -> Self {
-        let worst = |column: usize| {
-            let errors = pairs.iter().map(|(_, outcome)| outcome.errors[column]);
-            errors.reduce(|a, b| Some(f64::max(a?, b?))).flatten()
-        };
-        let columns = Column::ALL.iter().enumerate();
+        let mut errors = Errors::new();
+        for &Comparison { column, error, .. } in pairs.iter().flat_map(|(_, outcome)| &outcome.comparisons) {
+            let worst = errors.entry(column.name()).or_insert(Some(0.0));
+            *worst = worst.zip(error).map(|(a, b)| f64::max(a, b));
+        }
         Group {
             name: pairs[0].0.group,
             cases: pairs.len(),
             failed: pairs.iter().filter(|(_, outcome)| outcome.failure.is_some()).count(),
-            errors: columns.map(|(i, column)| (column.name(), worst(i))).collect(),
+            errors,
         }
     }
 }
 
 impl Worst {
-    fn new(column: usize, pairs: &[(&Case, &Outcome)]) -> Option<Self> {
-        let numbers = pairs.iter().filter_map(|(case, outcome)| Some((outcome.errors[column]?, case)));
+    fn new(column: Column, pairs: &[(&Case, &Outcome)]) -> Option<Self> {
+        let numbers = pairs.iter().filter_map(|(case, outcome)| {
+            let comparison = outcome.comparisons.iter().find(|comparison| comparison.column == column)?;
+            Some((comparison.error?, case))
+        });
         let (error, case) = numbers.max_by(|a, b| a.0.total_cmp(&b.0))?;
-        Some(Worst { column: Column::ALL[column].name(), error, group: case.group, case: case.to_string() })
+        Some(Worst { column: column.name(), error, group: case.group, case: case.to_string() })
     }
 }
 
@@ -148,14 +161,18 @@ impl fmt::Display for Report {
 
         let row = |f: &mut fmt::Formatter<'_>, name: &str, cases: &str, errors: &Errors, verdict: &str| {
             write!(f, "{name:<22}{cases:>6}")?;
-            for column in Column::ALL {
-                let error = errors.get(column.name()).copied().flatten();
-                write!(f, "{:>10}", error.map_or("-".into(), |error| format!("{error:.1e}")))?;
+            for column in self.columns {
+                let text = match errors.get(column.name()) {
+                    Some(Some(error)) => format!("{error:.1e}"),
+                    Some(None) => "none".into(),
+                    None => "-".into(),
+                };
+                write!(f, "{text:>9}")?;
             }
             writeln!(f, "{verdict}")
         };
         write!(f, "{:<22}{:>6}", "group", "cases")?;
-        Column::ALL.iter().try_for_each(|column| write!(f, "{:>10}", column.name()))?;
+        self.columns.iter().try_for_each(|column| write!(f, "{:>9}", column.name()))?;
         writeln!(f, "  verdict")?;
         for group in &self.groups {
             let verdict = if group.failed == 0 { "  ok".into() } else { format!("  {} FAILED", group.failed) };
@@ -166,7 +183,7 @@ impl fmt::Display for Report {
         writeln!(f)?;
         for worst in &self.worst {
             let Worst { column, error, group, case } = worst;
-            writeln!(f, "worst {column:<4} {error:.1e} in {group}: {case}")?;
+            writeln!(f, "worst {column:<6} {error:.1e} in {group}: {case}")?;
         }
         for Failure { group, case, message } in self.failures.iter().take(LISTED) {
             writeln!(f, "FAILED in {group}: {case}\n    {message}")?;
