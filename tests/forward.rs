@@ -354,7 +354,7 @@ fn random_tiles() {
 fn folded_grid() {
     let Some(small) = gpu_with(|limits| limits.max_compute_workgroups_per_dimension = 7) else { return };
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
-    let problem = problem([2, 4, 2], [130, 130], [64, 64], options);
+    let problem = problem([3, 3, 1], [130, 130], [64, 64], options);
     let plan = Plan::forward(&problem, true, small.device().unwrap().capabilities()).unwrap();
     let pass = plan.passes[0];
     let [x, y] = pass.grid;
