@@ -15,6 +15,17 @@ var<workgroup> o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
 var<workgroup> d_o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
 var<workgroup> partials: array<f32, {{ delta_rows }}>;
 
+{% if sinks == "per_head" %}
+// sum + a b, with what rounding loses of the product and of the sum kept in the second number (Ogita, Rump and Oishi's
+// Dot2): the sink logits' gradient sums delta over all rows, where the rounding of a plain product would show.
+fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
+  let product = a * b;
+  let next = sum.x + product;
+  let kept = next - sum.x;
+  return vec2<f32>(next, sum.y + (fma(a, b, -product) + ((sum.x - (next - kept)) + (product - kept))));
+}
+{% endif %}
+
 @compute @workgroup_size({{ threads }})
 fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -35,6 +46,9 @@ fn main(
   let d_o_base = operand_base(params.d_o, batch, head) + loaded * params.d_o.seq;
   let stage = thread / LANES * LANE_ROW + thread % LANES;
   var row_delta = 0.0;
+{% if sinks == "per_head" %}
+  var exact = vec2<f32>();
+{% endif %}
   for (var quad0 = 0u; quad0 < {{ operand_quads.o }}u; quad0 += LANES) {
     let quad = quad0 + thread % LANES;
     workgroupBarrier();
@@ -51,6 +65,11 @@ fn main(
         let a = d_o_stage[thread * LANE_ROW + lane];
         let b = o_stage[thread * LANE_ROW + lane];
         row_delta += fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, a.x * b.x)));
+{% if sinks == "per_head" %}
+{% for e in xyzw %}
+        exact = add_product(exact, a.{{ e }}, b.{{ e }});
+{% endfor %}
+{% endif %}
       }
     }
   }
@@ -71,7 +90,11 @@ fn main(
       let sink = sink_logits[params.sink_offset + head];
       // Equal terms give exp(0), even where both are infinite.
       let p_sink = select(exp1(sink - row_lse), 1.0, sink == row_lse);
-      sink_share = -p_sink * row_delta;
+      var sink_delta = exact.x + exact.y;
+{% if d_lse %}
+      sink_delta -= d_lse[params.d_lse_offset + place];
+{% endif %}
+      sink_share = -p_sink * sink_delta;
 {% endif %}
     }
     delta[place] = row_delta;
