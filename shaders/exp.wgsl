@@ -1,5 +1,5 @@
-// exp(x) for x <= 1, within 1 ulp and the same on every device: drivers' exp2 is only good to 2 or 3
-// ulp, and a sum over many rows (the sink logits' gradient) may cancel a thousandfold. Twin of src/cpu/simd.rs.
+// exp(x) for x <= 1, within 1 ulp wherever multiply-adds are fused: drivers' exp2 is only good to 2 or 3 ulp, and a sum
+// over many rows (the sink logits' gradient) may cancel a thousandfold. Twin of src/cpu/simd.rs.
 {% for name, f, u, i in [("exp1", "f32", "u32", "i32"), ("exp4", "vec4<f32>", "vec4<u32>", "vec4<i32>")] %}
 
 fn {{ name }}(x: {{ f }}) -> {{ f }} {
