@@ -2,10 +2,14 @@
 
 use crate::capabilities::Capabilities;
 use crate::device::Device;
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::Layout;
 
-/// An f32 operand in a buffer of the caller's.
+/// An operand in a buffer of the caller's, of the problem's element type; lse, the sink logits and their gradients are f32.
+///
+/// Kernels bind whole words of four bytes: a buffer of f16 or bf16 must hold the whole of the word in which its operand
+/// ends. What else lies in that word is kept.
 ///
 /// The last axis is contiguous; the others may have any strides. By default the operand is densely
 /// packed in the problem's layout and starts at the buffer's first element.
@@ -42,6 +46,9 @@ impl<'a> From<&'a wgpu::Buffer> for TensorView<'a> {
     }
 }
 
+/// Bytes of what bindings are counted in.
+const WORD: u64 = 4;
+
 /// Number of elements along batch, head, sequence and width.
 pub(crate) type Extents = [usize; 4];
 
@@ -49,13 +56,14 @@ pub(crate) type Extents = [usize; 4];
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Placed<'a> {
     buffer: &'a wgpu::Buffer,
-    /// Where the binding starts, aligned down as the device wants, and its length, in bytes.
+    /// Where the binding starts, aligned down as the device wants, and its length in whole words, in bytes.
     start: u64,
     len: u64,
     /// First element, counted from the binding's start.
     pub(crate) offset: u32,
     pub(crate) strides: [u32; 3],
     width: u32,
+    dtype: DType,
 }
 
 impl<'a> Placed<'a> {
@@ -65,9 +73,10 @@ impl<'a> Placed<'a> {
         view: &TensorView<'a>,
         extents: Extents,
         layout: Layout,
+        dtype: DType,
         capabilities: &Capabilities,
     ) -> Result<Self> {
-        const ELEMENT: u64 = size_of::<f32>() as u64;
+        let element = dtype.bytes() as u64;
         let [_, heads, seq, width] = extents;
         let mut strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
         // The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
@@ -82,7 +91,7 @@ impl<'a> Placed<'a> {
         if last_element > u128::from(most) {
             return Err(Error::IndexOverflow { operand, last_element, most });
         }
-        let end = (view.offset + last as u64 + 1) * ELEMENT;
+        let end = ((view.offset + last as u64 + 1) * element).next_multiple_of(WORD);
         if end > view.buffer.size() {
             return Err(Error::BufferTooSmall { operand, needed: end, actual: view.buffer.size() });
         }
@@ -90,8 +99,8 @@ impl<'a> Placed<'a> {
         if !view.buffer.usage().contains(needed) {
             return Err(Error::BufferUsage { operand, needed, actual: view.buffer.usage() });
         }
-        let alignment = u64::from(capabilities.offset_alignment).max(ELEMENT);
-        let start = view.offset * ELEMENT / alignment * alignment;
+        let alignment = u64::from(capabilities.offset_alignment).max(WORD);
+        let start = view.offset * element / alignment * alignment;
         if end - start > capabilities.binding_bytes {
             return Err(Error::BindingTooLarge { operand, bytes: end - start, limit: capabilities.binding_bytes });
         }
@@ -99,15 +108,16 @@ impl<'a> Placed<'a> {
             buffer: view.buffer,
             start,
             len: end - start,
-            offset: (view.offset - start / ELEMENT) as u32,
+            offset: (view.offset - start / element) as u32,
             strides: strides.map(|s| s as u32),
             width: width as u32,
+            dtype,
         })
     }
 
     /// Whether rows can be read four neighbours at a time.
     pub(crate) fn vec4(&self) -> bool {
-        self.start.is_multiple_of(16)
+        self.start.is_multiple_of(4 * self.dtype.bytes() as u64)
             && [self.offset, self.width].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
     }
 

@@ -55,8 +55,10 @@ impl Tiles {
         let widths = kernel.accumulator_widths(head_dim, value_dim);
         let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
         let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
+        // What `sum_rows` needs at the end.
+        let row_sums = if kernel == Kernel::DQ { self.threads() * self.rows.div_ceil(4) } else { 0 };
         let partials = if kernel == Kernel::Forward { rows * self.threads_c } else { 0 };
-        [product.max(accumulation), partials]
+        [product.max(accumulation).max(row_sums), partials]
     }
 
     /// Bytes of workgroup memory.
