@@ -5,8 +5,10 @@ use std::sync::Arc;
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, describe};
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
+use crate::plan::check_dtype;
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 use crate::shader::Kernel;
 use crate::tensor::{TensorView, allocate, download, upload};
@@ -86,7 +88,7 @@ impl Attention {
     /// # Errors
     /// Those of [`Problem::check_inputs`] and, on a GPU, of [`prepare_forward`](Self::prepare_forward),
     /// [`Error::BufferTooLarge`], [`Error::OutOfMemory`] and [`Error::Gpu`].
-    pub fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+    pub fn forward<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         pollster::block_on(self.forward_async(problem, inputs))
     }
 
@@ -94,11 +96,12 @@ impl Attention {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub async fn forward_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+    pub async fn forward_async<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         let Backend::Gpu { device, .. } = &self.backend else {
             return cpu::forward(problem, inputs);
         };
         problem.check_inputs(inputs)?;
+        check_dtype(problem)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let o_len = problem.o_shape().iter().product();
         let lse_len = problem.lse_shape().iter().product();
@@ -107,7 +110,7 @@ impl Attention {
             Ok((
                 [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
                 sink_logits,
-                [allocate(device, "o", o_len, usage)?, allocate(device, "lse", lse_len, usage)?],
+                [allocate::<T>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
             ))
         });
         let ([q, k, v], sink_logits, [o, lse]) = operands.await??;
@@ -121,7 +124,7 @@ impl Attention {
         };
         let prepared = self.prepare_forward_async(problem, &buffers).await?;
         let [o, lse] = download(device, [&o, &lse], |encoder| prepared.encode(encoder)).await?;
-        Ok(Output { o, lse })
+        Ok(Output { o: o.read(o_len)?, lse: lse.read(lse_len)? })
     }
 
     /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
@@ -129,13 +132,13 @@ impl Attention {
     /// # Errors
     /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`] and, on a GPU, those of
     /// [`forward`](Self::forward).
-    pub fn backward(
+    pub fn backward<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_>,
-        saved: &Output,
-        upstream: &Upstream<'_>,
-    ) -> Result<Gradients> {
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
         pollster::block_on(self.backward_async(problem, inputs, saved, upstream))
     }
 
@@ -143,18 +146,19 @@ impl Attention {
     ///
     /// # Errors
     /// As [`backward`](Self::backward).
-    pub async fn backward_async(
+    pub async fn backward_async<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_>,
-        saved: &Output,
-        upstream: &Upstream<'_>,
-    ) -> Result<Gradients> {
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
         problem.check_inputs(inputs)?;
         problem.check_upstream(saved, upstream)?;
         let Backend::Gpu { device, .. } = &self.backend else {
             return cpu::backward(problem, inputs, saved, upstream);
         };
+        check_dtype(problem)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let operands = device.scoped("uploading operands", || -> Result<_> {
             let optional = |name, slice: Option<&[f32]>| slice.map(|s| upload(device, name, s)).transpose();
@@ -165,11 +169,11 @@ impl Attention {
                 upload(device, "d_o", upstream.d_o)?,
                 optional("d_lse", upstream.d_lse)?,
                 [
-                    allocate(device, "d_q", inputs.q.len(), usage)?,
-                    allocate(device, "d_k", inputs.k.len(), usage)?,
-                    allocate(device, "d_v", inputs.v.len(), usage)?,
+                    allocate::<T>(device, "d_q", inputs.q.len(), usage)?,
+                    allocate::<T>(device, "d_k", inputs.k.len(), usage)?,
+                    allocate::<T>(device, "d_v", inputs.v.len(), usage)?,
                     // One element where there are no sink logits, so that there is a buffer to read.
-                    allocate(device, "d_sink_logits", inputs.sink_logits.map_or(1, <[f32]>::len), usage)?,
+                    allocate::<f32>(device, "d_sink_logits", inputs.sink_logits.map_or(1, <[f32]>::len), usage)?,
                 ],
             ))
         });
@@ -193,7 +197,12 @@ impl Attention {
         let prepared = self.prepare_backward_async(problem, &buffers).await?;
         let results = [&d_q, &d_k, &d_v, &d_sink_logits];
         let [d_q, d_k, d_v, d_sink] = download(device, results, |encoder| prepared.encode(encoder)).await?;
-        Ok(Gradients { d_q, d_k, d_v, d_sink_logits: sink_logits.map(|_| d_sink) })
+        Ok(Gradients {
+            d_q: d_q.read(inputs.q.len())?,
+            d_k: d_k.read(inputs.k.len())?,
+            d_v: d_v.read(inputs.v.len())?,
+            d_sink_logits: inputs.sink_logits.map(|sink_logits| d_sink.read(sink_logits.len())).transpose()?,
+        })
     }
 
     /// Prepares a forward pass on buffers of the caller's.

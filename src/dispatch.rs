@@ -355,7 +355,7 @@ fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::B
     ] {
         if plan.passes.iter().any(|pass| pass.variant.bindings().iter().any(|(b, _)| *b == binding)) {
             let usage = wgpu::BufferUsages::STORAGE;
-            scratch.push((binding, allocate(operands.device, binding.name(), elements, usage)?));
+            scratch.push((binding, allocate::<f32>(operands.device, binding.name(), elements, usage)?));
         }
     }
     Ok(scratch)

@@ -1,5 +1,7 @@
 //! The one error type of the crate.
 
+use crate::element::DType;
+
 /// Result of every fallible call in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -40,6 +42,14 @@ pub enum Error {
         option: &'static str,
         /// What is wrong with it, with the value.
         reason: String,
+    },
+    /// The element type of the host's slices is not that of the options.
+    #[error("the operands are {operands}, the options say {options}: see Options::dtype")]
+    WrongElementType {
+        /// Element type of the slices.
+        operands: DType,
+        /// Element type that the options name.
+        options: DType,
     },
     /// A slice does not hold the number of elements its shape calls for.
     #[error("{operand} has {actual} elements, its shape {shape:?} needs {expected}")]

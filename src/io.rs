@@ -31,9 +31,8 @@ use safetensors::{Dtype, SafeTensorError};
 use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 
-use crate::problem::{
-    Alignment, DType, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream,
-};
+use crate::element::DType;
+use crate::problem::{Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream};
 
 /// Metadata keys of the format, for messages.
 const KEYS: &str = "layout, causal, align, window_left, window_right, sink_tokens, scale, softcap, q_offset";

@@ -12,7 +12,7 @@
 //! let options = Options::new().window(Window::keys(32)).sink_logits(SinkLogits::PerHead);
 //! let problem = Problem::new(shape, options)?;
 //!
-//! let q = vec![0.1; problem.q_shape().iter().product()];
+//! let q = vec![0.1f32; problem.q_shape().iter().product()];
 //! let k = vec![0.2; problem.k_shape().iter().product()];
 //! let v = vec![0.5; problem.v_shape().iter().product()];
 //! let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: Some(&[0.0, -1.0, 0.0, 1.0]) };
@@ -169,6 +169,7 @@ pub mod compare;
 pub mod cpu;
 mod device;
 mod dispatch;
+mod element;
 mod error;
 #[cfg(feature = "cli")]
 pub mod io;
@@ -184,12 +185,14 @@ pub use attention::Attention;
 pub use capabilities::{Capabilities, DeviceClass};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+pub use element::{DType, Element};
 pub use error::{Error, Result};
+pub use half;
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;
 pub use plan::{Pass, Plan};
 pub use problem::{
-    Alignment, DType, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
+    Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
 };
 pub use shader::{Kernel, MicroKernel, Variant};
 pub use tensor::TensorView;

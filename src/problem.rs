@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 
@@ -9,28 +10,6 @@ use crate::mask::Mask;
 pub(crate) const MAX_SEQ: usize = 1 << 29;
 /// Widest head, of q and k as of v.
 pub(crate) const MAX_WIDTH: usize = 256;
-
-/// Element type of an operand. This version computes with [`DType::F32`] alone; the others are named in errors.
-#[non_exhaustive]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum DType {
-    /// IEEE 754 single precision.
-    F32,
-    /// IEEE 754 half precision.
-    F16,
-    /// bfloat16: the upper half of a single.
-    Bf16,
-}
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            DType::F32 => "f32",
-            DType::F16 => "f16",
-            DType::Bf16 => "bf16",
-        })
-    }
-}
 
 /// Order of the axes of q, k, v and o. `lse` is `[batch, heads, seq_q]` in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -187,10 +166,12 @@ pub struct Options {
     pub query_offset: Option<i64>,
     /// Order of the axes of q, k, v and o.
     pub layout: Layout,
+    /// Element type of q, k, v, o and their gradients; all else is f32.
+    pub dtype: DType,
 }
 
 impl Options {
-    /// Full attention, no sinks, `bshd`.
+    /// Full attention, no sinks, `bshd`, f32.
     pub fn new() -> Self {
         Options::default()
     }
@@ -233,6 +214,11 @@ impl Options {
     /// Sets [`Options::layout`].
     pub fn layout(self, layout: Layout) -> Self {
         Options { layout, ..self }
+    }
+
+    /// Sets [`Options::dtype`].
+    pub fn dtype(self, dtype: DType) -> Self {
+        Options { dtype, ..self }
     }
 }
 
@@ -365,11 +351,14 @@ impl Problem {
         2.5 * self.forward_flops()
     }
 
-    /// Checks host operands against the shapes.
+    /// Checks host operands against the element type and the shapes.
     ///
     /// # Errors
-    /// [`Error::OperandLength`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`].
-    pub fn check_inputs(&self, inputs: &Inputs<'_>) -> Result<()> {
+    /// [`Error::WrongElementType`], [`Error::OperandLength`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`].
+    pub fn check_inputs<T: Element>(&self, inputs: &Inputs<'_, T>) -> Result<()> {
+        if T::DTYPE != self.options.dtype {
+            return Err(Error::WrongElementType { operands: T::DTYPE, options: self.options.dtype });
+        }
         for (operand, slice, shape) in
             [("q", inputs.q, self.q_shape()), ("k", inputs.k, self.k_shape()), ("v", inputs.v, self.v_shape())]
         {
@@ -391,6 +380,9 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let o = &self.options;
         write!(f, "{} {}", self.shape, o.layout)?;
+        if o.dtype != DType::F32 {
+            write!(f, " {}", o.dtype)?;
+        }
         if o.causal {
             write!(f, " causal")?;
         }
@@ -423,7 +415,7 @@ impl Problem {
     ///
     /// # Errors
     /// [`Error::OperandLength`].
-    pub fn check_upstream<T>(&self, saved: &Output<T>, upstream: &Upstream<'_>) -> Result<()> {
+    pub fn check_upstream<T, S, U>(&self, saved: &Output<T, S>, upstream: &Upstream<'_, U>) -> Result<()> {
         check_length("o", saved.o.len(), &self.o_shape())?;
         check_length("lse", saved.lse.len(), &self.lse_shape())?;
         check_length("d_o", upstream.d_o.len(), &self.o_shape())?;
@@ -439,40 +431,40 @@ fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result
     Err(Error::OperandLength { operand, expected, actual, shape: shape.to_vec() })
 }
 
-/// Operands of a forward pass on the host, densely packed in the problem's layout.
+/// Operands of a forward pass on the host, densely packed in the problem's layout; `T` is an [`Element`].
 #[derive(Debug, Clone, Copy)]
-pub struct Inputs<'a> {
+pub struct Inputs<'a, T = f32> {
     /// Queries, see [`Problem::q_shape`].
-    pub q: &'a [f32],
+    pub q: &'a [T],
     /// Keys, see [`Problem::k_shape`].
-    pub k: &'a [f32],
+    pub k: &'a [T],
     /// Values, see [`Problem::v_shape`].
-    pub v: &'a [f32],
+    pub v: &'a [T],
     /// One logit per query head, where the options say [`SinkLogits::PerHead`].
     pub sink_logits: Option<&'a [f32]>,
 }
 
-/// Results of a forward pass on the host.
+/// Results of a forward pass on the host: `T` is the operands' type, `S` that of the softmax's state.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Output<T = f32> {
+pub struct Output<T = f32, S = f32> {
     /// Attention outputs, see [`Problem::o_shape`].
     pub o: Vec<T>,
     /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].
-    pub lse: Vec<T>,
+    pub lse: Vec<S>,
 }
 
 /// Gradients that flow into a forward pass's results, on the host.
 #[derive(Debug, Clone, Copy)]
-pub struct Upstream<'a> {
+pub struct Upstream<'a, T = f32> {
     /// Gradient of the loss by o, see [`Problem::o_shape`].
-    pub d_o: &'a [f32],
+    pub d_o: &'a [T],
     /// Gradient of the loss by lse, see [`Problem::lse_shape`]; `None` is zero. Ignored where lse is -inf.
     pub d_lse: Option<&'a [f32]>,
 }
 
-/// Gradients of a forward pass's operands, on the host.
+/// Gradients of a forward pass's operands, on the host; `T` and `S` as in [`Output`].
 #[derive(Debug, Clone, PartialEq)]
-pub struct Gradients<T = f32> {
+pub struct Gradients<T = f32, S = f32> {
     /// Gradient by q, see [`Problem::q_shape`].
     pub d_q: Vec<T>,
     /// Gradient by k, see [`Problem::k_shape`]; summed over the query heads of the group.
@@ -480,5 +472,5 @@ pub struct Gradients<T = f32> {
     /// Gradient by v, see [`Problem::v_shape`]; summed over the query heads of the group.
     pub d_v: Vec<T>,
     /// Gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`].
-    pub d_sink_logits: Option<Vec<T>>,
+    pub d_sink_logits: Option<Vec<S>>,
 }

@@ -1,5 +1,7 @@
 //! Typed views of GPU buffers, and the way of host slices there and back.
 
+use bytemuck::Pod;
+
 use crate::capabilities::Capabilities;
 use crate::device::Device;
 use crate::element::DType;
@@ -146,20 +148,28 @@ impl<'a> Placed<'a> {
 }
 
 /// A new buffer that holds a host slice.
-pub(crate) fn upload(device: &Device, operand: &'static str, data: &[f32]) -> Result<wgpu::Buffer> {
-    let buffer = allocate(device, operand, data.len(), wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST)?;
-    device.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(data));
+pub(crate) fn upload<T: Pod>(device: &Device, operand: &'static str, data: &[T]) -> Result<wgpu::Buffer> {
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+    let buffer = allocate::<T>(device, operand, data.len(), usage)?;
+    // Writes are of whole words.
+    let (words, rest) = bytemuck::cast_slice::<T, u8>(data).as_chunks::<4>();
+    device.queue().write_buffer(&buffer, 0, words.as_flattened());
+    if !rest.is_empty() {
+        let mut last = [0; 4];
+        last[..rest.len()].copy_from_slice(rest);
+        device.queue().write_buffer(&buffer, 4 * words.len() as u64, &last);
+    }
     Ok(buffer)
 }
 
-/// A new buffer for f32 elements.
-pub(crate) fn allocate(
+/// A new buffer for elements of a type, padded to whole words.
+pub(crate) fn allocate<T>(
     device: &Device,
     operand: &'static str,
     elements: usize,
     usage: wgpu::BufferUsages,
 ) -> Result<wgpu::Buffer> {
-    let bytes = (elements * size_of::<f32>()) as u64;
+    let bytes = (elements * size_of::<T>()).next_multiple_of(4) as u64;
     let limit = device.capabilities().buffer_bytes;
     if bytes > limit {
         return Err(Error::BufferTooLarge { operand, bytes, limit });
@@ -172,12 +182,26 @@ pub(crate) fn allocate(
     }))
 }
 
-/// Encodes `work`, submits it, and reads whole buffers back.
+/// A buffer that is mapped for reading.
+#[derive(Debug)]
+pub(crate) struct Mapped(wgpu::Buffer);
+
+impl Mapped {
+    /// The first `elements` elements.
+    pub(crate) fn read<T: Pod>(&self, elements: usize) -> Result<Vec<T>> {
+        let bytes = (elements * size_of::<T>()) as u64;
+        let view = self.0.get_mapped_range(..bytes);
+        let view = view.map_err(|e| Error::Gpu { during: "reading results back", message: e.to_string() })?;
+        Ok(bytemuck::pod_collect_to_vec(&view))
+    }
+}
+
+/// Encodes `work`, submits it, and maps copies of whole buffers.
 pub(crate) async fn download<const N: usize>(
     device: &Device,
     buffers: [&wgpu::Buffer; N],
     work: impl FnOnce(&mut wgpu::CommandEncoder),
-) -> Result<[Vec<f32>; N]> {
+) -> Result<[Mapped; N]> {
     let label = Some("sink-attention download");
     let staging = device
         .scoped("running a kernel", || {
@@ -211,12 +235,7 @@ pub(crate) async fn download<const N: usize>(
     for receiver in mapped {
         receiver.await.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
     }
-    let mut results = [const { Vec::new() }; N];
-    for (result, buffer) in results.iter_mut().zip(&staging) {
-        let view = buffer.get_mapped_range(..).map_err(|e| failed(e.to_string()))?;
-        *result = bytemuck::pod_collect_to_vec(&view);
-    }
-    Ok(results)
+    Ok(staging.map(Mapped))
 }
 
 /// Waits for the queue on a thread of its own, so that the caller's executor is free meanwhile.

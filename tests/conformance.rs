@@ -72,7 +72,7 @@ fn check_all(check: impl Fn(&Case, &[u8]) -> Result<(), String>) {
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }
 
-fn check_forward<T: Copy + Into<f64>>(forward: impl Fn(&Case) -> sink_attention::Result<Output<T>>) {
+fn check_forward<T: Copy + Into<f64>>(forward: impl Fn(&Case) -> sink_attention::Result<Output<T, T>>) {
     check_all(|case, bytes| {
         let output = forward(case).map_err(|error| error.to_string())?;
         let out = compare(&output.o, &expected(bytes, "out"), bound(case.q.dtype()));
@@ -83,7 +83,7 @@ fn check_forward<T: Copy + Into<f64>>(forward: impl Fn(&Case) -> sink_attention:
 }
 
 fn check_backward<T: Copy + Into<f64>>(
-    backward: impl Fn(&Case, &Upstream<'_>) -> sink_attention::Result<Gradients<T>>,
+    backward: impl Fn(&Case, &Upstream<'_>) -> sink_attention::Result<Gradients<T, T>>,
 ) {
     check_all(|case, bytes| {
         let upstream = case.upstream().ok_or("no dout")?;

@@ -239,7 +239,7 @@ fn widen(x: &[f32]) -> Vec<f64> {
 }
 
 /// Applies a function to the elements of several gradients that have the same place.
-fn combine(parts: &[&Gradients], function: impl Fn(&[f64]) -> f64) -> Gradients<f64> {
+fn combine(parts: &[&Gradients], function: impl Fn(&[f64]) -> f64) -> Gradients<f64, f64> {
     let each = |operand: &dyn for<'a> Fn(&'a Gradients) -> &'a [f32]| -> Vec<f64> {
         let parts: Vec<Vec<f64>> = parts.iter().map(|part| widen(operand(part))).collect();
         (0..parts[0].len()).map(|n| function(&parts.iter().map(|part| part[n]).collect::<Vec<_>>())).collect()

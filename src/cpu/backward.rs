@@ -24,6 +24,7 @@ use super::reference::{sink_logit, sink_weight};
 use super::rows::{Rows, rows_mut};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
 use super::tiled::{FEW_ITEMS, SPLIT_TILES, factor_and_sign};
+use crate::element::Element;
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::problem::{Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
@@ -39,25 +40,39 @@ const TILE: usize = 64;
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`].
-pub fn backward(problem: &Problem, inputs: &Inputs<'_>, saved: &Output, upstream: &Upstream<'_>) -> Result<Gradients> {
-    backward_on(Arch::new(), problem, inputs, saved, upstream)
+pub fn backward<T: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    saved: &Output<T>,
+    upstream: &Upstream<'_, T>,
+) -> Result<Gradients<T>> {
+    problem.check_inputs(inputs)?;
+    problem.check_upstream(saved, upstream)?;
+    let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
+    let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
+    let o = T::widen(&saved.o);
+    let d_o = T::widen(upstream.d_o);
+    let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
+    let Gradients { d_q, d_k, d_v, d_sink_logits } =
+        backward_on(Arch::new(), problem, &inputs, &o, &saved.lse, &upstream);
+    Ok(Gradients { d_q: T::narrow(d_q), d_k: T::narrow(d_k), d_v: T::narrow(d_v), d_sink_logits })
 }
 
+/// The pass in f32, on operands that have been checked.
 fn backward_on(
     arch: Arch,
     problem: &Problem,
     inputs: &Inputs<'_>,
-    saved: &Output,
+    o: &[f32],
+    lse: &[f32],
     upstream: &Upstream<'_>,
-) -> Result<Gradients> {
-    problem.check_inputs(inputs)?;
-    problem.check_upstream(saved, upstream)?;
+) -> Gradients {
     let s = problem.shape();
     let layout = problem.options().layout;
     let queries = |data, width| Rows::new(data, layout, s.heads, s.seq_q, width);
     let keys = |data, width| Rows::new(data, layout, s.kv_heads, s.seq_k, width);
 
-    let (lse, delta) = row_terms(problem, saved, upstream);
+    let (lse, delta) = row_terms(problem, o, lse, upstream);
     let sweep = Sweep {
         arch,
         problem,
@@ -74,26 +89,26 @@ fn backward_on(
     };
     sweep.run(Side::Queries, &mut gradients.d_q, None);
     sweep.run(Side::Keys, &mut gradients.d_k, Some(&mut gradients.d_v));
-    Ok(gradients)
+    gradients
 }
 
 /// What the gradients of a row's scores need beside the operands: lse, and delta less d_lse.
 ///
 /// Rows without any weight, whose lse is -inf, get +inf, with which every probability becomes 0.
-fn row_terms(problem: &Problem, saved: &Output, upstream: &Upstream<'_>) -> (Vec<f32>, Vec<f32>) {
+fn row_terms(problem: &Problem, o: &[f32], lse: &[f32], upstream: &Upstream<'_>) -> (Vec<f32>, Vec<f32>) {
     let s = problem.shape();
     let rows = |data| Rows::new(data, problem.options().layout, s.heads, s.seq_q, s.value_dim);
-    let (o, d_o) = (rows(&saved.o), rows(upstream.d_o));
-    (0..saved.lse.len())
+    let (o, d_o) = (rows(o), rows(upstream.d_o));
+    (0..lse.len())
         .into_par_iter()
         .map(|n| {
-            if saved.lse[n] == f32::NEG_INFINITY {
+            if lse[n] == f32::NEG_INFINITY {
                 return (f32::INFINITY, 0.0);
             }
             let (b, h, i) = (n / s.seq_q / s.heads, n / s.seq_q % s.heads, n % s.seq_q);
             let products = o.row(b, h, i).iter().zip(d_o.row(b, h, i)).map(|(&x, &y)| f64::from(x) * f64::from(y));
             let d_lse = upstream.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[n]));
-            (saved.lse[n], (products.sum::<f64>() - d_lse) as f32)
+            (lse[n], (products.sum::<f64>() - d_lse) as f32)
         })
         .unzip()
 }
@@ -510,7 +525,7 @@ mod tests {
             let saved = forward(&problem, &inputs).unwrap();
             let expected = [expected.d_q, expected.d_k, expected.d_v, expected.d_sink_logits.unwrap()].concat();
             for &arch in &archs {
-                let x = backward_on(arch, &problem, &inputs, &saved, &upstream).unwrap();
+                let x = backward_on(arch, &problem, &inputs, &saved.o, &saved.lse, &upstream);
                 let actual = [x.d_q, x.d_k, x.d_v, x.d_sink_logits.unwrap()].concat();
                 assert_eq!(actual.len(), expected.len());
                 for (x, y) in actual.iter().zip(&expected) {

@@ -22,6 +22,7 @@ use rayon::prelude::*;
 use super::reference::{log_sum_exp, sink_logit};
 use super::rows::{Head, Rows, rows_mut};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
+use crate::element::Element;
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::problem::{Inputs, Layout, Output, Problem};
@@ -43,12 +44,16 @@ pub(super) const SPLIT_TILES: usize = 8;
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`].
-pub fn forward(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
-    forward_on(Arch::new(), problem, inputs)
+pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
+    problem.check_inputs(inputs)?;
+    let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
+    let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
+    let Output { o, lse } = forward_on(Arch::new(), problem, &inputs);
+    Ok(Output { o: T::narrow(o), lse })
 }
 
-fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
-    problem.check_inputs(inputs)?;
+/// The pass in f32, on operands that have been checked.
+fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
     let s = problem.shape();
     let layout = problem.options().layout;
     let operands = Operands {
@@ -86,7 +91,7 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outp
             }
         },
     );
-    Ok(output)
+    output
 }
 
 /// Query rows that are computed together: `queries` of `heads`, head by head.
@@ -406,7 +411,7 @@ mod tests {
                 let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: None };
                 let expected = reference::forward(&problem, &inputs).unwrap();
                 for &arch in &archs {
-                    let output = forward_on(arch, &problem, &inputs).unwrap();
+                    let output = forward_on(arch, &problem, &inputs);
                     for (x, y) in output.o.iter().chain(&output.lse).zip(expected.o.iter().chain(&expected.lse)) {
                         let close = (f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs());
                         assert!(close || x.is_nan() && y.is_nan(), "{arch:?} {problem}: {x}, not {y}");

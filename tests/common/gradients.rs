@@ -44,7 +44,7 @@ impl Backward {
     }
 
     /// The definition's gradients.
-    pub fn expected(&self, problem: &Problem) -> Gradients<f64> {
+    pub fn expected(&self, problem: &Problem) -> Gradients<f64, f64> {
         reference::backward(problem, &self.operands.inputs(), &self.upstream()).unwrap()
     }
 
@@ -68,17 +68,17 @@ impl Backward {
     }
 
     /// Holds two gradients of the same inflow against each other.
-    pub fn agree(&self, actual: &Gradients, expected: &Gradients<impl Copy + Into<f64>>) -> Result<(), String> {
+    pub fn agree<N: Copy + Into<f64>>(&self, actual: &Gradients, expected: &Gradients<N, N>) -> Result<(), String> {
         self.agree_within(BOUND, actual, expected)
     }
 
     /// The error of each gradient relative to its norm. Where terms cancel and little of a gradient is left, as
     /// of d_q with one key and a sink far below it, to a hundredth of the norm of what flows in.
-    fn agree_within(
+    fn agree_within<N: Copy + Into<f64>>(
         &self,
         bound: f64,
         actual: &Gradients,
-        expected: &Gradients<impl Copy + Into<f64>>,
+        expected: &Gradients<N, N>,
     ) -> Result<(), String> {
         let inflow = norm(&self.d_o).hypot(norm(self.d_lse.as_deref().unwrap_or_default()));
         let compare = |name: &str, actual: &[f32], expected: &[_]| {

@@ -118,11 +118,11 @@ pub fn check_within(bound: f64, attention: &Attention, problem: &Problem, operan
 }
 
 /// Holds two results against each other; NaN and infinities must stand in the same places.
-pub fn agree(actual: &Output, expected: &Output<impl Copy + Into<f64>>) -> Result<(), String> {
+pub fn agree<N: Copy + Into<f64>>(actual: &Output, expected: &Output<N, N>) -> Result<(), String> {
     agree_within(BOUND, actual, expected)
 }
 
-fn agree_within(bound: f64, actual: &Output, expected: &Output<impl Copy + Into<f64>>) -> Result<(), String> {
+fn agree_within<N: Copy + Into<f64>>(bound: f64, actual: &Output, expected: &Output<N, N>) -> Result<(), String> {
     let single = |x: &[_]| x.iter().map(|&x: &_| Into::<f64>::into(x) as f32).collect::<Vec<_>>();
     let (actual_o, o) = finite("o", &actual.o, &single(&expected.o))?;
     if !o.is_empty() {

@@ -71,7 +71,7 @@ impl Case {
 
 /// `|o - expected| / |expected| <= 1e-5`, and each lse within 1e-5 absolute + relative.
 /// Infinities and NaN must stand in the same places.
-fn compare(output: &Output, expected: &Output<f64>) -> Result<(), String> {
+fn compare(output: &Output, expected: &Output<f64, f64>) -> Result<(), String> {
     assert_eq!((output.o.len(), output.lse.len()), (expected.o.len(), expected.lse.len()));
     let (mut difference, mut norm) = (0.0, 0.0);
     for (n, (&x, &y)) in output.o.iter().zip(&expected.o).enumerate() {

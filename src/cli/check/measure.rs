@@ -179,8 +179,8 @@ impl Knowledge {
 
 /// What both ways compute.
 struct Results<T> {
-    output: Output<T>,
-    gradients: Option<Gradients<T>>,
+    output: Output<T, T>,
+    gradients: Option<Gradients<T, T>>,
 }
 
 /// How a result compares with what is expected.
