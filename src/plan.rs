@@ -131,17 +131,6 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool, tiles: Op
     }
 }
 
-/// Refuses element types that no kernel computes with.
-pub(crate) fn check_dtype(problem: &Problem) -> Result<()> {
-    match problem.options().dtype {
-        DType::F32 => Ok(()),
-        dtype => {
-            let reason = format!("the kernels of this version compute in f32 only, not {dtype}; the CPU path does");
-            Err(Error::NoKernel { problem: problem.to_string(), reason })
-        }
-    }
-}
-
 impl Pass {
     /// A pass of a kernel that has no tiles.
     fn plain(
@@ -234,7 +223,6 @@ impl Pass {
     }
 
     fn new(problem: &Problem, variant: Variant, workgroups: u128, capabilities: &Capabilities) -> Result<Self> {
-        check_dtype(problem)?;
         let needs = [
             ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
             ("threads in a workgroup", variant.threads(), capabilities.workgroup_threads),

@@ -189,10 +189,12 @@ pub(crate) struct Mapped(wgpu::Buffer);
 impl Mapped {
     /// The first `elements` elements.
     pub(crate) fn read<T: Pod>(&self, elements: usize) -> Result<Vec<T>> {
-        let bytes = (elements * size_of::<T>()) as u64;
-        let view = self.0.get_mapped_range(..bytes);
+        let view = self.0.get_mapped_range(..);
         let view = view.map_err(|e| Error::Gpu { during: "reading results back", message: e.to_string() })?;
-        Ok(bytemuck::pod_collect_to_vec(&view))
+        let mut data: Vec<T> = bytemuck::pod_collect_to_vec(&view);
+        // Buffers end in whole words.
+        data.truncate(elements);
+        Ok(data)
     }
 }
 
