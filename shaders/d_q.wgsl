@@ -1,26 +1,10 @@
 {#- Gradient by q: one workgroup computes a tile of queries of one head against all key tiles that they see.
-    d_q = scale * sum over keys of d_s k, with d_s = p (d_o . v - delta), p = exp(s - lse).
-
-    Where o was rounded to half precision, delta from o is too coarse for the other gradients, above all for that of the
-    sink logits, whose sum over rows cancels: the same delta_i = sum over keys of p d_p - d_lse, in f32, replaces it. -#}
+    d_q = scale * sum over keys of d_s k, with d_s = p (d_o . v - delta), p = exp(s - lse). -#}
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "exp.wgsl" %}
 {% include "probability.wgsl" %}
-{% if writes_delta %}
-
-// `total` is the row's sum of p d_p.
-fn write_delta(place: u32, total: f32) {
-{% if d_lse %}
-  let exact = total - d_lse[params.d_lse_offset + place];
-{% else %}
-  let exact = total;
-{% endif %}
-  // Where the row sees nothing lse is no function of anything.
-  delta[place] = select(exact, 0.0, lse[params.lse_offset + place] == params.negative_infinity);
-}
-{% endif %}
 {% import micro_kernel ~ "/d_q.wgsl" as micro %}
 {{ micro.declare() }}
 
@@ -55,9 +39,5 @@ fn main(
     {{ micro.score_gradients() }}
     {{ micro.accumulate() }}
   }
-{% if writes_delta %}
-  // All threads of a row have read delta before one writes it.
-  storageBarrier();
-{% endif %}
   {{ micro.finish() }}
 }

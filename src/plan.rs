@@ -51,8 +51,8 @@ impl Plan {
         Ok(Plan { passes: vec![Pass::tiled(Kernel::Forward, problem, vec4, false, capabilities, tiles)?] })
     }
 
-    /// Plans the backward pass: delta, d_q, d_k and d_v, then the sink logits' gradient where there is one. `d_lse` says
-    /// whether a gradient flows into lse.
+    /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v. `d_lse`
+    /// says whether a gradient flows into lse.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
@@ -73,17 +73,18 @@ impl Plan {
         tiles: &[(Kernel, Tiles)],
     ) -> Result<Self> {
         check_micro_kernel(micro_kernel, problem)?;
-        let shape = problem.shape();
+        let (shape, options) = (problem.shape(), problem.options());
         let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
-        let mut passes = vec![
-            Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?,
-            Pass::tiled(Kernel::DQ, problem, vec4, d_lse, capabilities, tiles)?,
-            Pass::tiled(Kernel::DKv, problem, vec4, d_lse, capabilities, tiles)?,
-        ];
-        if problem.options().sink_logits == SinkLogits::PerHead {
+        let mut passes = vec![match options.dtype {
+            DType::F32 => Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?,
+            _ => Pass::tiled(Kernel::ExactDelta, problem, vec4, d_lse, capabilities, tiles)?,
+        }];
+        if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
             passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, d_lse, heads, capabilities)?);
         }
+        passes.push(Pass::tiled(Kernel::DQ, problem, vec4, d_lse, capabilities, tiles)?);
+        passes.push(Pass::tiled(Kernel::DKv, problem, vec4, d_lse, capabilities, tiles)?);
         Ok(Plan { passes })
     }
 }
@@ -104,12 +105,11 @@ fn check_micro_kernel(micro_kernel: MicroKernel, problem: &Problem) -> Result<()
 
 fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool, tiles: Option<Tiles>) -> Variant {
     let (shape, options) = (problem.shape(), problem.options());
-    let half = options.dtype != DType::F32;
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
         Kernel::DSinkLogits => [false, false],
         Kernel::Delta => [false, true],
-        Kernel::Forward | Kernel::DQ | Kernel::DKv => [true, true],
+        _ => [true, true],
     };
     Variant {
         kernel,
@@ -120,13 +120,13 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool, tiles: Op
         vec4: vec4 && uses_v,
         // The gradients by q, k and v see the sink through lse and delta alone.
         sink_logits: match kernel {
-            Kernel::DQ | Kernel::DKv => SinkLogits::None,
-            // A logit of zero has no gradient; and in half precision delta from o is not for the sinks.
-            Kernel::Delta if half || options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
+            Kernel::ExactDelta | Kernel::DQ | Kernel::DKv => SinkLogits::None,
+            // A logit of zero has no gradient.
+            Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
             _ => options.sink_logits,
         },
-        // Enters where delta is written.
-        d_lse: d_lse && (kernel == Kernel::Delta || half && kernel == Kernel::DQ),
+        // Enters with delta.
+        d_lse: d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
         tiles,
     }
 }
@@ -214,10 +214,7 @@ impl Pass {
             Kernel::DKv => (shape.seq_k, shape.kv_heads),
             _ => (shape.seq_q, shape.heads),
         };
-        check_loop_iterations(kernel, problem, capabilities, |most| {
-            // The sum over the threads of a row, where there is one.
-            u64::from(tiles.threads_c) + loop_iterations(kernel, problem, &tiles, most)
-        })?;
+        check_loop_iterations(kernel, problem, capabilities, |most| loop_iterations(kernel, problem, &tiles, most))?;
         let workgroups = seq.div_ceil(tiles.tile_rows() as usize) as u128 * (shape.batch * heads) as u128;
         Pass::new(problem, variant(kernel, problem, vec4, d_lse, Some(tiles)), workgroups, capabilities)
     }

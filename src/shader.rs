@@ -13,12 +13,13 @@ use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 17] = [
+const SOURCES: [(&str, &str); 19] = [
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
     ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
     ("delta.wgsl", include_str!("../shaders/delta.wgsl")),
+    ("exact_delta.wgsl", include_str!("../shaders/exact_delta.wgsl")),
     ("exp.wgsl", include_str!("../shaders/exp.wgsl")),
     ("f16.wgsl", include_str!("../shaders/f16.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
@@ -28,6 +29,7 @@ const SOURCES: [(&str, &str); 17] = [
     ("portable/blocks.wgsl", include_str!("../shaders/portable/blocks.wgsl")),
     ("portable/d_kv.wgsl", include_str!("../shaders/portable/d_kv.wgsl")),
     ("portable/d_q.wgsl", include_str!("../shaders/portable/d_q.wgsl")),
+    ("portable/exact_delta.wgsl", include_str!("../shaders/portable/exact_delta.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
@@ -42,11 +44,13 @@ pub(crate) const DELTA_LANES: u32 = 8;
 pub enum Kernel {
     /// o and lse.
     Forward,
-    /// delta = d_o . o - d_lse; in f32 the first level of the sink logits' gradient, too.
+    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient; in f32.
     Delta,
+    /// delta as the sum of p (d_o . v), less d_lse; in half precision, where o is rounded.
+    ExactDelta,
     /// The sink logits' gradient: in f32 its second level, in half precision the whole of it.
     DSinkLogits,
-    /// The gradient by q; in half precision delta, too, as precise as in f32.
+    /// The gradient by q.
     DQ,
     /// The gradients by k and v.
     DKv,
@@ -57,6 +61,7 @@ impl Kernel {
         match self {
             Kernel::Forward => "forward",
             Kernel::Delta => "delta",
+            Kernel::ExactDelta => "exact_delta",
             Kernel::DSinkLogits => "d_sink_logits",
             Kernel::DQ => "d_q",
             Kernel::DKv => "d_kv",
@@ -69,7 +74,7 @@ impl Kernel {
             Kernel::Forward => [value_dim, 0],
             Kernel::DQ => [head_dim, 0],
             Kernel::DKv => [head_dim, value_dim],
-            Kernel::Delta | Kernel::DSinkLogits => [0, 0],
+            Kernel::Delta | Kernel::ExactDelta | Kernel::DSinkLogits => [0, 0],
         }
     }
 
@@ -193,9 +198,9 @@ impl Variant {
         let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
             Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, Lse]),
             Kernel::Delta => (&[Params, O, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
+            Kernel::ExactDelta => (&[Params, Q, K, V, Lse, DO, DLse], &[Delta]),
             Kernel::DSinkLogits if half => (&[Params, Lse, Sinks, Delta], &[DSinkLogits]),
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
-            Kernel::DQ if half => (&[Params, Q, K, V, Lse, DO, DLse], &[DQ, Delta]),
             Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
             Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
         };
@@ -289,7 +294,6 @@ impl Variant {
             dtype => self.dtype.to_string(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
-            writes_delta => half && self.kernel == Kernel::DQ,
             sums_delta => half && self.kernel == Kernel::DSinkLogits,
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",

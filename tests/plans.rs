@@ -9,7 +9,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use common::operands::problem;
-use sink_attention::{Capabilities, DType, Error, Kernel, MicroKernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window};
+use sink_attention::{
+    Capabilities, DType, Error, Kernel, MicroKernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window,
+};
 
 /// Problems that people have, and some that they should not.
 fn problems() -> Vec<(&'static str, Problem)> {

@@ -14,8 +14,8 @@ use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, Options, Pass, Plan, Problem, SinkLogits,
-    TensorView, Variant,
+    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, Options, Pass, Plan, Problem,
+    SinkLogits, TensorView, Variant,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.
@@ -71,7 +71,8 @@ fn reachable() -> &'static [Planned] {
                 for (sinks, dtype) in SINKS.into_iter().flat_map(|sinks| DTYPES.map(|dtype| (sinks, dtype))) {
                     // Both sides of every length at which the planner might change its mind.
                     for seq in [1, 32, 33, 64, 65, 1000] {
-                        let problem = problem([1, 2, 1], [seq, seq], width, Options::new().sink_logits(sinks).dtype(dtype));
+                        let problem =
+                            problem([1, 2, 1], [seq, seq], width, Options::new().sink_logits(sinks).dtype(dtype));
                         // Packed operands of such widths can be read by fours; strides may still forbid it.
                         let by_fours = width.iter().all(|w| w % 4 == 0);
                         for vec4 in [false, by_fours] {
@@ -117,20 +118,23 @@ fn the_list_reaches_every_class() {
         let variants: Vec<_> = variants.iter().filter(|v| v.dtype == dtype).collect();
         for sinks in SINKS {
             for vec4 in [false, true] {
-                // A logit of zero has no gradient, so delta knows it as little as none; in half precision it knows no sinks.
-                let knows = sinks == SinkLogits::None || sinks == SinkLogits::PerHead && dtype == DType::F32;
-                for kernel in [Some(Kernel::Forward), Some(Kernel::Delta).filter(|_| knows)].into_iter().flatten() {
+                // A logit of zero has no gradient, so delta knows it as little as none; the exact one knows no sinks.
+                let delta = Some(Kernel::Delta).filter(|_| dtype == DType::F32 && sinks != SinkLogits::OffByOne);
+                for kernel in [Some(Kernel::Forward), delta].into_iter().flatten() {
                     assert!(variants.iter().any(|v| (v.kernel, v.sink_logits, v.vec4) == (kernel, sinks, vec4)));
                 }
             }
         }
-        for kernel in [Kernel::Forward, Kernel::DQ, Kernel::DKv] {
+        let delta = if dtype == DType::F32 { Kernel::Delta } else { Kernel::ExactDelta };
+        for kernel in [Kernel::Forward, delta, Kernel::DQ, Kernel::DKv] {
             let tiles: HashSet<_> = variants.iter().filter(|v| v.kernel == kernel).map(|v| v.tiles).collect();
-            assert!(tiles.len() >= 5, "the tuning table of {kernel:?} has more rows than {tiles:?}");
+            assert!(
+                kernel == Kernel::Delta || tiles.len() >= 5,
+                "the tuning table of {kernel:?} has more rows than {tiles:?}"
+            );
         }
         for d_lse in [false, true] {
-            let kernel = if dtype == DType::F32 { Kernel::Delta } else { Kernel::DQ };
-            assert!(variants.iter().any(|v| v.kernel == kernel && v.d_lse == d_lse));
+            assert!(variants.iter().any(|v| v.kernel == delta && v.d_lse == d_lse));
         }
         assert!(variants.iter().any(|v| v.kernel == Kernel::DSinkLogits));
     }
@@ -233,9 +237,8 @@ fn bindings_stay_where_they_are() {
         let results: &[&str] = match variant.kernel {
             Kernel::Forward => &["lse", "o"],
             Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["delta", "sink_partials"],
-            Kernel::Delta => &["delta"],
+            Kernel::Delta | Kernel::ExactDelta => &["delta"],
             Kernel::DSinkLogits => &["d_sink_logits"],
-            Kernel::DQ if variant.dtype != DType::F32 => &["d_q", "delta"],
             Kernel::DQ => &["d_q"],
             Kernel::DKv => &["d_k", "d_v"],
         };

@@ -229,25 +229,6 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
-{#- Sums a value that each thread of a row holds, in a fixed order, at the end of a kernel: in memory that nothing else
-    needs any more. -#}
-{%- macro sum_rows(result, value) %}
-{% set vectors = (rows + 3) // 4 %}
-  workgroupBarrier();
-{% for n in range(vectors) %}
-  memory[(ty * THREADS_C + tx) * {{ vectors }}u + {{ n }}u] = vec4<f32>({% for e in range(4) %}{{ value ~ "_" ~ (n * 4 + e) if n * 4 + e < rows else "0.0" }}{{ "" if loop.last else ", " }}{% endfor %});
-{% endfor %}
-  workgroupBarrier();
-{% for i in range(rows) %}
-  var {{ result }}_{{ i }} = 0.0;
-{% endfor %}
-  for (var t = 0u; t < THREADS_C; t += 1u) {
-{% for i in range(rows) %}
-    {{ result }}_{{ i }} += memory[(ty * THREADS_C + t) * {{ vectors }}u + {{ i // 4 }}u].{{ xyzw[i % 4] }};
-{% endfor %}
-  }
-{% endmacro -%}
-
 {#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
 {%- macro store(x, operand, factor) %}
 {% for i in range(rows) %}

@@ -6,8 +6,8 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, Shape, SinkLogits, Variant,
-    Window, adapters, describe,
+    Alignment, Capabilities, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, Shape,
+    SinkLogits, Variant, Window, adapters, describe,
 };
 
 use super::{DeviceArgs, bytes, print_summary};
