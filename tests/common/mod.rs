@@ -7,13 +7,14 @@ pub mod binary;
 
 pub mod buffers;
 pub mod gradients;
+pub mod low_precision;
 pub mod operands;
 
 use std::io::Write as _;
 use std::sync::OnceLock;
 
 /// The comparing functions of the project; their own tests are in src/compare.rs.
-pub use sink_attention::compare::{lse as compare_lse, tensor as compare};
+pub use sink_attention::compare::{low_precision as compare_low_precision, lse as compare_lse, tensor as compare};
 use sink_attention::{Attention, DeviceChoice, Error};
 
 /// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one; opened once per test binary.
