@@ -8,9 +8,8 @@ use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
-use crate::plan::check_dtype;
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
-use crate::shader::Kernel;
+use crate::shader::{Kernel, MicroKernel};
 use crate::tensor::{TensorView, allocate, download, upload};
 use crate::tiles::Tiles;
 
@@ -18,6 +17,7 @@ use crate::tiles::Tiles;
 #[derive(Debug, Clone)]
 pub struct Attention {
     backend: Backend,
+    micro_kernel: MicroKernel,
 }
 
 #[derive(Debug, Clone)]
@@ -53,13 +53,29 @@ impl Attention {
 
     /// The operator on the CPU, which always works.
     pub fn cpu() -> Self {
-        Attention { backend: Backend::Cpu }
+        Attention { backend: Backend::Cpu, micro_kernel: MicroKernel::Auto }
     }
 
     /// The operator on a device of the host application. Buffers must come from that device: wgpu panics where it
     /// meets one of another [`wgpu::Instance`].
     pub fn on(device: Device) -> Self {
-        Attention { backend: Backend::Gpu { device, pipelines: Arc::default() } }
+        let backend = Backend::Gpu { device, pipelines: Arc::default() };
+        Attention { backend, micro_kernel: MicroKernel::Auto }
+    }
+
+    /// With a micro-kernel of the caller's choice instead of the planner's. Where there is none for a problem on the device,
+    /// passes fail with [`Error::NoKernel`]; on the CPU with [`Error::NeedsGpu`], unless it is [`MicroKernel::Auto`].
+    pub fn with_micro_kernel(self, micro_kernel: MicroKernel) -> Self {
+        Attention { micro_kernel, ..self }
+    }
+
+    /// The CPU has no micro-kernels to choose from.
+    fn check_cpu(&self) -> Result<()> {
+        match self.micro_kernel {
+            MicroKernel::Auto => Ok(()),
+            MicroKernel::Portable => Err(Error::NeedsGpu { call: "the portable micro-kernel" }),
+            MicroKernel::Cooperative => Err(Error::NeedsGpu { call: "the cooperative micro-kernel" }),
+        }
     }
 
     /// What computes, for people.
@@ -98,10 +114,10 @@ impl Attention {
     /// As [`forward`](Self::forward).
     pub async fn forward_async<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         let Backend::Gpu { device, .. } = &self.backend else {
+            self.check_cpu()?;
             return cpu::forward(problem, inputs);
         };
         problem.check_inputs(inputs)?;
-        check_dtype(problem)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let o_len = problem.o_shape().iter().product();
         let lse_len = problem.lse_shape().iter().product();
@@ -156,9 +172,9 @@ impl Attention {
         problem.check_inputs(inputs)?;
         problem.check_upstream(saved, upstream)?;
         let Backend::Gpu { device, .. } = &self.backend else {
+            self.check_cpu()?;
             return cpu::backward(problem, inputs, saved, upstream);
         };
-        check_dtype(problem)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let operands = device.scoped("uploading operands", || -> Result<_> {
             let optional = |name, slice: Option<&[f32]>| slice.map(|s| upload(device, name, s)).transpose();
@@ -239,12 +255,14 @@ impl Attention {
     ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
-            Backend::Gpu { device, pipelines } => Prepared::forward(device, pipelines, problem, buffers, tiles).await,
+            Backend::Gpu { device, pipelines } => {
+                Prepared::forward(device, pipelines, problem, buffers, self.micro_kernel, tiles).await
+            }
         }
     }
 
     /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
-    /// four bytes for each query of each head, and with sink logits four for each 32 queries or part of them.
+    /// four bytes for each query of each head, and in f32 with sink logits four for each 32 queries or part of them.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
@@ -273,7 +291,9 @@ impl Attention {
     ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
-            Backend::Gpu { device, pipelines } => Prepared::backward(device, pipelines, problem, buffers, tiles).await,
+            Backend::Gpu { device, pipelines } => {
+                Prepared::backward(device, pipelines, problem, buffers, self.micro_kernel, tiles).await
+            }
         }
     }
 }

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use crate::device::Device;
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::pipeline::{Pipeline, Pipelines};
 use crate::plan::Plan;
 use crate::problem::{Layout, Problem, SinkLogits};
-use crate::shader::{Binding, DELTA_ROWS, Kernel};
+use crate::shader::{Binding, DELTA_ROWS, Kernel, MicroKernel};
 use crate::tensor::{Extents, Placed, TensorView, allocate};
 use crate::tiles::Tiles;
 
@@ -111,7 +112,7 @@ impl<'a> Operands<'a> {
         Operands { problem, device, placed: Vec::new() }
     }
 
-    /// Extents of an operand, and whether it must be densely packed.
+    /// Extents of an operand, and whether it must be densely packed; those that must are f32 whatever the others are.
     fn extents(&self, binding: Binding) -> (Extents, bool) {
         let s = self.problem.shape();
         match binding {
@@ -131,8 +132,9 @@ impl<'a> Operands<'a> {
             let reason = "must be densely packed; give an offset, but no strides".into();
             return Err(Error::InvalidOption { option: name, reason });
         }
-        let layout = if dense { Layout::Bhsd } else { self.problem.options().layout };
-        let placed = Placed::new(name, view, extents, layout, self.device.capabilities())?;
+        let options = self.problem.options();
+        let (layout, dtype) = if dense { (Layout::Bhsd, DType::F32) } else { (options.layout, options.dtype) };
+        let placed = Placed::new(name, view, extents, layout, dtype, self.device.capabilities())?;
         self.placed.push((binding, *view, placed));
         Ok(())
     }
@@ -223,12 +225,13 @@ impl Prepared {
         pipelines: &Pipelines,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
+        micro_kernel: MicroKernel,
         tiles: &[(Kernel, Tiles)],
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
         operands.check_results(&[Binding::O, Binding::Lse])?;
-        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), tiles)?;
+        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), micro_kernel, tiles)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
@@ -237,6 +240,7 @@ impl Prepared {
         pipelines: &Pipelines,
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,
+        micro_kernel: MicroKernel,
         tiles: &[(Kernel, Tiles)],
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
@@ -251,7 +255,8 @@ impl Prepared {
         operands.add_per_head(Binding::DSinkLogits, buffers.d_sink_logits.as_ref())?;
         operands.check_results(&[Binding::DQ, Binding::DK, Binding::DV, Binding::DSinkLogits])?;
         let d_lse = buffers.d_lse.is_some();
-        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, device.capabilities(), tiles)?;
+        let capabilities = device.capabilities();
+        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, capabilities, micro_kernel, tiles)?;
         Prepared::new(pipelines, operands, plan).await
     }
 

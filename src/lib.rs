@@ -194,7 +194,7 @@ pub use plan::{Pass, Plan};
 pub use problem::{
     Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
 };
-pub use shader::{Kernel, Variant};
+pub use shader::{Kernel, MicroKernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
 pub use wgpu;

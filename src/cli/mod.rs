@@ -12,7 +12,7 @@ use std::io::Write as _;
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use sink_attention::{Attention, DeviceChoice};
+use sink_attention::{Attention, DeviceChoice, MicroKernel};
 
 /// Where to compute.
 #[derive(Debug, Args)]
@@ -24,6 +24,10 @@ pub struct DeviceArgs {
     /// GPU adapter: its index, or a part of its name [default: $SINK_ATTENTION_ADAPTER, else the best]
     #[arg(long, value_name = "NAME")]
     adapter: Option<String>,
+
+    /// How kernels form matrix products; all but auto need a GPU
+    #[arg(long, value_enum, default_value_t)]
+    kernel: Kernel,
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -37,6 +41,17 @@ enum Backend {
     Auto,
 }
 
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Kernel {
+    /// The fastest way that the device offers
+    #[default]
+    Auto,
+    /// Plain WGSL, on every device
+    Portable,
+    /// Cooperative matrices (tensor cores)
+    Cooperative,
+}
+
 impl DeviceArgs {
     /// Refuses arguments that exclude each other; before any other work, as clap would.
     pub fn check(&self) -> Result<(), clap::Error> {
@@ -45,13 +60,26 @@ impl DeviceArgs {
                 let message = "the argument '--adapter <NAME>' cannot be used with '--backend cpu'";
                 Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
             }
+            (Backend::Cpu, None) if self.kernel != Kernel::Auto => {
+                let message = "the argument '--kernel' cannot be used with '--backend cpu'";
+                Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
+            }
             _ => Ok(()),
+        }
+    }
+
+    /// The micro-kernel asked for.
+    pub fn micro_kernel(&self) -> MicroKernel {
+        match self.kernel {
+            Kernel::Auto => MicroKernel::Auto,
+            Kernel::Portable => MicroKernel::Portable,
+            Kernel::Cooperative => MicroKernel::Cooperative,
         }
     }
 
     /// Opens the operator on the chosen device.
     pub fn open(&self) -> sink_attention::Result<Attention> {
-        Attention::open(&self.choice())
+        Ok(Attention::open(&self.choice())?.with_micro_kernel(self.micro_kernel()))
     }
 
     /// What the arguments, and where they leave it open the environment, call for.

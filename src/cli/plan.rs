@@ -6,8 +6,8 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DeviceChoice, Kernel, Layout, Options, Pass, Plan, Problem, Shape, SinkLogits, Variant,
-    Window, adapters, describe,
+    Alignment, Capabilities, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, Shape,
+    SinkLogits, Variant, Window, adapters, describe,
 };
 
 use super::{DeviceArgs, bytes, print_summary};
@@ -194,12 +194,16 @@ impl PlanArgs {
             Some((device, capabilities)) => {
                 check_limits(&operands, &capabilities)?;
                 let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
-                let mut passes = Plan::forward(&problem, vec4, &capabilities)?.passes;
+                let kernel = self.target.micro_kernel();
+                let mut passes = Plan::forward_with(&problem, vec4, &capabilities, kernel, &[])?.passes;
                 if self.backward {
-                    passes.extend(Plan::backward(&problem, vec4, false, &capabilities)?.passes);
+                    passes.extend(Plan::backward_with(&problem, vec4, false, &capabilities, kernel, &[])?.passes);
                 }
                 let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
                 Explanation::new(&problem, device, self.backward, operands, launches.collect())
+            }
+            None if self.target.micro_kernel() != MicroKernel::Auto => {
+                return Err(sink_attention::Error::NeedsGpu { call: "--kernel" }.into());
             }
             None => {
                 let device = format!("CPU ({} threads)", rayon::current_num_threads());
