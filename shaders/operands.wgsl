@@ -5,7 +5,7 @@
 
 {% endif %}
 // Four neighbours of a row, zero beyond the width. With vec4 loads the width is a multiple of four.
-{% for operand in loads %}
+{% for operand in loads if not (cooperative and dtype == "f16") %}
 
 fn load_{{ operand.name }}(base: u32, quad: u32) -> vec4<f32> {
 {% if not vec4 %}

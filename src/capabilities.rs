@@ -37,6 +37,15 @@ impl fmt::Display for DeviceClass {
 /// LP_MAX_TGSI_LOOP_ITERATIONS of Mesa's llvmpipe.
 const LLVMPIPE_LOOP_ITERATIONS: u64 = 65535;
 
+/// Cooperative matrices of a device: square fragments of f16 that are multiplied and summed in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CooperativeMatrices {
+    /// Rows and columns of a fragment, 8 or 16.
+    pub side: u32,
+    /// Lanes of a subgroup, which holds a fragment together; the same for every kernel.
+    pub lanes: u32,
+}
+
 /// The limits of a device that plans depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
@@ -60,21 +69,26 @@ pub struct Capabilities {
     pub offset_alignment: u32,
     /// GPU timestamps can be taken.
     pub timestamps: bool,
+    /// Cooperative matrices, where they can be used.
+    pub cooperative: Option<CooperativeMatrices>,
     /// Iterations of all loops of a thread taken together, after which the driver ends loops without a word, where it does.
     pub loop_iterations: Option<u64>,
 }
 
 impl Capabilities {
-    /// Reads what a device was created with.
-    pub fn of(device: &wgpu::Device) -> Self {
-        let info = device.adapter_info();
-        Capabilities::new(&info, &device.limits(), device.features())
+    /// Reads what a device was created with. Only its adapter knows of cooperative matrices: without it there are none.
+    pub fn of(device: &wgpu::Device, adapter: Option<&wgpu::Adapter>) -> Self {
+        let (info, features) = (device.adapter_info(), device.features());
+        let cooperative = adapter.and_then(|adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()));
+        Capabilities { cooperative, ..Capabilities::new(&info, &device.limits(), features) }
     }
 
     /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
-        let descriptor = device_descriptor(adapter);
-        Capabilities::new(&adapter.get_info(), &descriptor.required_limits, descriptor.required_features)
+        let (info, descriptor) = (adapter.get_info(), device_descriptor(adapter));
+        let features = descriptor.required_features;
+        let cooperative = cooperative(&info, features, &adapter.cooperative_matrix_properties());
+        Capabilities { cooperative, ..Capabilities::new(&info, &descriptor.required_limits, features) }
     }
 
     pub(crate) fn new(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Self {
@@ -89,6 +103,7 @@ impl Capabilities {
             buffer_bytes: limits.max_buffer_size,
             offset_alignment: limits.min_storage_buffer_offset_alignment,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            cooperative: None,
             loop_iterations: info.name.starts_with("llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS),
         }
     }
@@ -106,6 +121,7 @@ impl Capabilities {
             buffer_bytes: 256 << 20,
             offset_alignment: 256,
             timestamps: false,
+            cooperative: None,
             loop_iterations: None,
         }
     }
@@ -134,11 +150,46 @@ impl Capabilities {
             sample("llvmpipe", DeviceClass::Software, 32, 1024, 128 << 20, 16),
         ];
         for sample in &mut samples {
+            sample.cooperative = match sample.class {
+                DeviceClass::Nvidia => Some(CooperativeMatrices { side: 16, lanes: 32 }),
+                DeviceClass::Apple => Some(CooperativeMatrices { side: 8, lanes: 32 }),
+                // Mesa's from version 26 on.
+                DeviceClass::Software => Some(CooperativeMatrices { side: 8, lanes: 8 }),
+                // Subgroups of more than one size.
+                _ => None,
+            };
             sample.loop_iterations = (sample.name == "llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS);
         }
         samples.push(defaults);
         samples
     }
+}
+
+/// Features that the cooperative kernels need.
+pub(crate) fn cooperative_features() -> wgpu::Features {
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+        | wgpu::Features::SHADER_F16
+        | wgpu::Features::SUBGROUP
+        | wgpu::Features::SUBGROUP_BARRIER
+}
+
+/// The largest fragments of f16 with sums in f32, where subgroups have one size only: a kernel cannot ask for one.
+fn cooperative(
+    info: &wgpu::AdapterInfo,
+    features: wgpu::Features,
+    offered: &[wgpu::CooperativeMatrixProperties],
+) -> Option<CooperativeMatrices> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let lanes = info.subgroup_max_size;
+    let is_usable = |p: &&wgpu::CooperativeMatrixProperties| {
+        let side = p.m_size;
+        // A row of a fragment is shared by 1 to 4 lanes.
+        let fits = [8, 16].contains(&side) && [1, 2, 4].iter().any(|n| n * side == lanes);
+        fits && [p.n_size, p.k_size] == [side; 2] && (p.ab_type, p.cr_type) == (F16, F32)
+    };
+    let side = offered.iter().filter(is_usable).map(|p| p.m_size).max()?;
+    let usable = features.contains(cooperative_features()) && info.subgroup_min_size == lanes;
+    usable.then_some(CooperativeMatrices { side, lanes })
 }
 
 fn class(info: &wgpu::AdapterInfo) -> DeviceClass {

@@ -179,6 +179,7 @@ mod device;
 mod dispatch;
 mod element;
 mod error;
+mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
 mod mask;
@@ -190,11 +191,12 @@ mod tensor;
 mod tiles;
 
 pub use attention::Attention;
-pub use capabilities::{Capabilities, DeviceClass};
+pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
+pub use fragments::Fragments;
 pub use half;
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;

@@ -5,6 +5,7 @@ use std::fmt;
 use crate::capabilities::Capabilities;
 use crate::element::DType;
 use crate::error::{Error, Result};
+use crate::fragments::{self, Fragments};
 use crate::problem::{Problem, SinkLogits};
 use crate::shader::{DELTA_LANES, DELTA_ROWS, Kernel, MicroKernel, Variant};
 use crate::tiles::{Tiles, candidates};
@@ -47,8 +48,8 @@ impl Plan {
         micro_kernel: MicroKernel,
         tiles: &[(Kernel, Tiles)],
     ) -> Result<Self> {
-        check_micro_kernel(micro_kernel, problem)?;
-        Ok(Plan { passes: vec![Pass::tiled(Kernel::Forward, problem, vec4, false, capabilities, tiles)?] })
+        let passes = Passes { problem, vec4, d_lse: false, capabilities, micro_kernel, tiles };
+        Ok(Plan { passes: passes.of(Kernel::Forward)? })
     }
 
     /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v. `d_lse`
@@ -72,38 +73,82 @@ impl Plan {
         micro_kernel: MicroKernel,
         tiles: &[(Kernel, Tiles)],
     ) -> Result<Self> {
-        check_micro_kernel(micro_kernel, problem)?;
+        let all = Passes { problem, vec4, d_lse, capabilities, micro_kernel, tiles };
         let (shape, options) = (problem.shape(), problem.options());
         let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
-        let mut passes = vec![match options.dtype {
-            DType::F32 => Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?,
-            _ => Pass::tiled(Kernel::ExactDelta, problem, vec4, d_lse, capabilities, tiles)?,
-        }];
+        let mut passes = match options.dtype {
+            DType::F32 => vec![Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?],
+            _ => all.of(Kernel::ExactDelta)?,
+        };
         if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
             passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, d_lse, heads, capabilities)?);
         }
-        passes.push(Pass::tiled(Kernel::DQ, problem, vec4, d_lse, capabilities, tiles)?);
-        passes.push(Pass::tiled(Kernel::DKv, problem, vec4, d_lse, capabilities, tiles)?);
+        passes.extend(all.of(Kernel::DQ)?);
+        passes.extend(all.of(Kernel::DKv)?);
         Ok(Plan { passes })
     }
 }
 
-/// Refuses micro-kernels that there are not.
-fn check_micro_kernel(micro_kernel: MicroKernel, problem: &Problem) -> Result<()> {
-    match micro_kernel {
-        MicroKernel::Auto | MicroKernel::Portable => Ok(()),
-        MicroKernel::Cooperative => {
-            let reason = format!(
-                "{micro_kernel} kernels were asked for, and this version has none for {}; the portable ones compute it",
-                problem.options().dtype
-            );
-            Err(Error::NoKernel { problem: problem.to_string(), reason })
+/// Widest head for which fragments stay in registers.
+const COOPERATIVE_WIDTH: usize = 128;
+
+/// What the passes of a plan have in common.
+struct Passes<'a> {
+    problem: &'a Problem,
+    vec4: bool,
+    d_lse: bool,
+    capabilities: &'a Capabilities,
+    micro_kernel: MicroKernel,
+    tiles: &'a [(Kernel, Tiles)],
+}
+
+impl Passes<'_> {
+    /// The passes of a kernel that has tiles: one of the portable micro-kernel, or one of the cooperative one and one that
+    /// computes again what that cannot.
+    fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
+        let Passes { problem, vec4, d_lse, capabilities, tiles, .. } = *self;
+        let portable = |repairs| Pass::tiled(kernel, problem, vec4, d_lse, capabilities, tiles, repairs);
+        let cooperative = match self.micro_kernel {
+            MicroKernel::Portable => None,
+            MicroKernel::Cooperative => Some(self.cooperative(kernel)?),
+            MicroKernel::Auto if tiles.iter().any(|(k, _)| *k == kernel) => None,
+            MicroKernel::Auto => self.cooperative(kernel).ok(),
+        };
+        let Some(pass) = cooperative else { return Ok(vec![portable(None)?]) };
+        let repairs = pass.variant.fragments.map(|fragments| fragments.tile_rows());
+        Ok(vec![pass, portable(repairs)?])
+    }
+
+    /// The cooperative pass of a kernel: the first candidate that fits.
+    fn cooperative(&self, kernel: Kernel) -> Result<Pass> {
+        let Passes { problem, vec4, d_lse, capabilities, .. } = *self;
+        let shape = problem.shape();
+        let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
+        if problem.options().dtype == DType::F32 {
+            return Err(none("cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into()));
         }
+        let Some(matrices) = capabilities.cooperative else {
+            return Err(none(format!("{} has no cooperative matrices of f16 with sums in f32", capabilities.name)));
+        };
+        if kernel != Kernel::Forward { return Err(none("not yet".into())); }
+        let width = shape.head_dim.max(shape.value_dim);
+        if width > COOPERATIVE_WIDTH {
+            let reason = format!("cooperative kernels take widths up to {COOPERATIVE_WIDTH}, not {width}");
+            return Err(none(reason));
+        }
+        let mut reason = String::from("no candidate fragments");
+        for fragments in fragments::candidates(kernel, problem, matrices, capabilities.class) {
+            match Pass::of_fragments(kernel, problem, vec4, d_lse, capabilities, fragments) {
+                Err(Error::NoKernel { reason: why, .. }) => reason = why,
+                pass => return pass,
+            }
+        }
+        Err(none(reason))
     }
 }
 
-fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool, tiles: Option<Tiles>) -> Variant {
+fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Variant {
     let (shape, options) = (problem.shape(), problem.options());
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
@@ -127,7 +172,9 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool, tiles: Op
         },
         // Enters with delta.
         d_lse: d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
-        tiles,
+        tiles: None,
+        fragments: None,
+        repairs: None,
     }
 }
 
@@ -142,7 +189,7 @@ impl Pass {
         capabilities: &Capabilities,
     ) -> Result<Self> {
         let shape = problem.shape();
-        let variant = variant(kernel, problem, vec4, d_lse, None);
+        let variant = variant(kernel, problem, vec4, d_lse);
         check_loop_iterations(kernel, problem, capabilities, |_| match kernel {
             Kernel::Delta => {
                 let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
@@ -164,13 +211,14 @@ impl Pass {
         d_lse: bool,
         capabilities: &Capabilities,
         tiles: &[(Kernel, Tiles)],
+        repairs: Option<u32>,
     ) -> Result<Self> {
         if let Some((_, tiles)) = tiles.iter().find(|(k, _)| *k == kernel) {
-            return Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, *tiles);
+            return Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, *tiles, repairs);
         }
         let mut reason = String::from("no candidate tiles");
         for tiles in candidates(kernel, problem.shape(), capabilities.class) {
-            match Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, tiles) {
+            match Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, tiles, repairs) {
                 Err(Error::NoKernel { reason: why, .. }) => reason = why,
                 pass => return pass,
             }
@@ -190,7 +238,7 @@ impl Pass {
         capabilities: &Capabilities,
         tiles: Tiles,
     ) -> Result<Self> {
-        Pass::of_tiles(kernel, problem, vec4, false, capabilities, tiles)
+        Pass::of_tiles(kernel, problem, vec4, false, capabilities, tiles, None)
     }
 
     fn of_tiles(
@@ -200,6 +248,7 @@ impl Pass {
         d_lse: bool,
         capabilities: &Capabilities,
         tiles: Tiles,
+        repairs: Option<u32>,
     ) -> Result<Self> {
         if matches!(kernel, Kernel::Delta | Kernel::DSinkLogits) {
             let reason = format!("{kernel:?} has no tiles");
@@ -210,13 +259,39 @@ impl Pass {
             return Err(Error::NoKernel { problem: problem.to_string(), reason: format!("{tiles:?}: {reason}") });
         }
         let shape = problem.shape();
-        let (seq, heads) = match kernel {
-            Kernel::DKv => (shape.seq_k, shape.kv_heads),
-            _ => (shape.seq_q, shape.heads),
+        let tile = [tiles.tile_rows(), tiles.tile_columns()];
+        let iterations = tiles.loop_iterations(kernel, shape.head_dim as u32, shape.value_dim as u32);
+        check_loop_iterations(kernel, problem, capabilities, |most| {
+            loop_iterations(kernel, problem, tile, iterations, most)
+        })?;
+        let variant = Variant { tiles: Some(tiles), repairs, ..variant(kernel, problem, vec4, d_lse) };
+        Pass::new(problem, variant, row_tiles(kernel, problem, tiles.tile_rows()), capabilities)
+    }
+
+    /// The cooperative pass of a kernel with given fragments.
+    fn of_fragments(
+        kernel: Kernel,
+        problem: &Problem,
+        vec4: bool,
+        d_lse: bool,
+        capabilities: &Capabilities,
+        fragments: Fragments,
+    ) -> Result<Self> {
+        if let Err(reason) = fragments.check() {
+            return Err(Error::NoKernel { problem: problem.to_string(), reason: format!("{fragments:?}: {reason}") });
+        }
+        let shape = problem.shape();
+        let tile = [fragments.tile_rows(), fragments.tile_columns()];
+        let iterations = fragments.loop_iterations(kernel, shape.head_dim as u32, shape.value_dim as u32);
+        check_loop_iterations(kernel, problem, capabilities, |most| {
+            loop_iterations(kernel, problem, tile, iterations, most)
+        })?;
+        let variant = Variant {
+            micro_kernel: MicroKernel::Cooperative,
+            fragments: Some(fragments),
+            ..variant(kernel, problem, vec4, d_lse)
         };
-        check_loop_iterations(kernel, problem, capabilities, |most| loop_iterations(kernel, problem, &tiles, most))?;
-        let workgroups = seq.div_ceil(tiles.tile_rows() as usize) as u128 * (shape.batch * heads) as u128;
-        Pass::new(problem, variant(kernel, problem, vec4, d_lse, Some(tiles)), workgroups, capabilities)
+        Pass::new(problem, variant, row_tiles(kernel, problem, fragments.tile_rows()), capabilities)
     }
 
     fn new(problem: &Problem, variant: Variant, workgroups: u128, capabilities: &Capabilities) -> Result<Self> {
@@ -234,6 +309,16 @@ impl Pass {
         let (workgroups, grid) = fold(workgroups, capabilities.grid_dimension)?;
         Ok(Pass { variant, workgroups, grid })
     }
+}
+
+/// Tiles of rows of all heads.
+fn row_tiles(kernel: Kernel, problem: &Problem, rows: u32) -> u128 {
+    let shape = problem.shape();
+    let (seq, heads) = match kernel {
+        Kernel::DKv => (shape.seq_k, shape.kv_heads),
+        _ => (shape.seq_q, shape.heads),
+    };
+    seq.div_ceil(rows as usize) as u128 * (shape.batch * heads) as u128
 }
 
 /// Refuses what the driver would end before it is done; `needed` gets the most that it allows.
@@ -255,11 +340,11 @@ fn check_loop_iterations(
     Err(Error::NoKernel { problem: problem.to_string(), reason })
 }
 
-/// Loop iterations of the longest workgroup, at most; exact only up to `most`.
-fn loop_iterations(kernel: Kernel, problem: &Problem, tiles: &Tiles, most: u64) -> u64 {
+/// Loop iterations of the longest workgroup, at most, given those of an open and of a masked tile; exact only up to `most`.
+fn loop_iterations(kernel: Kernel, problem: &Problem, tile: [u32; 2], iterations: [u64; 2], most: u64) -> u64 {
     let (shape, mask) = (problem.shape(), problem.mask());
-    let [rows, columns] = [tiles.tile_rows() as usize, tiles.tile_columns() as usize];
-    let [open, masked] = tiles.loop_iterations(kernel, shape.head_dim as u32, shape.value_dim as u32);
+    let [rows, columns] = tile.map(|n| n as usize);
+    let [open, masked] = iterations;
     let of_tile = |is_open| if is_open { open } else { masked };
     let visited = |range: &std::ops::Range<usize>| match kernel {
         Kernel::DKv => mask.query_tiles(range, columns).len(),
@@ -306,6 +391,13 @@ impl fmt::Display for Pass {
         write!(f, "{:?}, {} {}", v.kernel, v.micro_kernel, v.dtype)?;
         if v.value_dim > 0 {
             write!(f, ", {} loads", if v.vec4 { "vec4" } else { "scalar" })?;
+        }
+        if let Some(fragments) = &v.fragments {
+            let registers = fragments.registers(v.kernel, v.head_dim, v.value_dim);
+            write!(f, ", tiles {fragments}, ~{registers} registers")?;
+        }
+        if let Some(rows) = v.repairs {
+            write!(f, ", repairs tiles of {rows} rows")?;
         }
         if let Some(tiles) = &v.tiles {
             let registers = tiles.registers(v.kernel, v.head_dim, v.value_dim);

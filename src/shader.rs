@@ -10,11 +10,14 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::SinkLogits;
+use crate::fragments::Fragments;
 use crate::tiles::Tiles;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 19] = [
+const SOURCES: [(&str, &str); 22] = [
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
+    ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
+    ("cooperative/forward.wgsl", include_str!("../shaders/cooperative/forward.wgsl")),
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
     ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
@@ -23,6 +26,7 @@ const SOURCES: [(&str, &str); 19] = [
     ("exp.wgsl", include_str!("../shaders/exp.wgsl")),
     ("f16.wgsl", include_str!("../shaders/f16.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
+    ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../shaders/params.wgsl")),
@@ -127,6 +131,7 @@ pub(crate) enum Binding {
     DSinkLogits = 12,
     Delta = 13,
     SinkPartials = 14,
+    Repairs = 15,
 }
 
 impl Binding {
@@ -151,6 +156,7 @@ impl Binding {
             Binding::DSinkLogits => "d_sink_logits",
             Binding::Delta => "delta",
             Binding::SinkPartials => "sink_partials",
+            Binding::Repairs => "repairs",
         }
     }
 
@@ -183,15 +189,19 @@ pub struct Variant {
     pub sink_logits: SinkLogits,
     /// A gradient flows into lse.
     pub d_lse: bool,
-    /// The tile shape, for the kernels that have tiles.
+    /// The tile shape, for the portable kernels that have tiles.
     pub tiles: Option<Tiles>,
+    /// The tile shape of a cooperative kernel.
+    pub fragments: Option<Fragments>,
+    /// Computes only what a cooperative kernel with so many rows in a tile has reported.
+    pub repairs: Option<u32>,
 }
 
 impl Variant {
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
-            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, Params, Q, SinkLogits as Sinks, SinkPartials, V,
+            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, Params, Q, Repairs, SinkLogits as Sinks, SinkPartials, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
         let half = self.dtype != DType::F32;
@@ -210,7 +220,8 @@ impl Variant {
             _ => true,
         };
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
-        all.filter(|(b, _)| present(b)).collect()
+        let repairs = (self.fragments.is_some() || self.repairs.is_some()).then_some((Repairs, self.fragments.is_some()));
+        all.filter(|(b, _)| present(b)).chain(repairs).collect()
     }
 
     /// Storage buffers this variant binds.
@@ -220,15 +231,21 @@ impl Variant {
 
     /// Threads of a workgroup.
     pub fn threads(&self) -> u32 {
-        self.tiles.map_or(DELTA_ROWS * DELTA_LANES, |t| t.threads())
+        match (&self.fragments, &self.tiles) {
+            (Some(fragments), _) => fragments.threads(),
+            (_, Some(tiles)) => tiles.threads(),
+            _ => DELTA_ROWS * DELTA_LANES,
+        }
     }
 
     /// Bytes of workgroup memory.
     pub fn workgroup_bytes(&self) -> u32 {
-        match &self.tiles {
-            Some(tiles) => tiles.workgroup_bytes(self.kernel, self.head_dim, self.value_dim),
+        let (d, e) = (self.head_dim, self.value_dim);
+        match (&self.fragments, &self.tiles) {
+            (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
+            (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e),
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
-            None => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
+            _ => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
         }
     }
 
@@ -246,6 +263,11 @@ impl Variant {
             let [rows, columns] = [t.tile_rows(), t.tile_columns()];
             write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.chunk * 4, t.slab)
         });
+        if let Some(f) = &self.fragments {
+            let [rows, columns] = [f.tile_rows(), f.tile_columns()];
+            let _ = write!(name, "_{rows}x{columns}_s{}r{}f{}", f.subgroups, f.rows, f.matrices.side);
+        }
+        let _ = self.repairs.map_or(Ok(()), |rows| write!(name, "_repairs{rows}"));
         name.push_str(if self.vec4 || self.value_dim == 0 { "" } else { "_scalar" });
         name.push_str(match self.sink_logits {
             SinkLogits::None => "",
@@ -270,7 +292,10 @@ impl Variant {
         };
         let widths = bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
         let operand_quads: BTreeMap<&str, u32> = widths.map(|(name, width)| (name, quads(width))).collect();
+        let cooperative = self.fragments.is_some();
         let mut context = context! {
+            cooperative,
+            repairs => self.repairs,
             bindings => bindings.iter().map(|(b, written)| context! {
                 name => b.name(),
                 slot => b.slot(),
@@ -281,7 +306,11 @@ impl Variant {
                 },
                 type => match (b, b.width(self), self.vec4) {
                     (Binding::Params, ..) => "Params",
+                    (Binding::Repairs, ..) => "array<u32>",
                     (_, None, _) => "array<f32>",
+                    (_, Some(_), vec4) if self.fragments.is_some() && self.dtype == DType::F16 && !written => {
+                        if vec4 { "array<vec4<f16>>" } else { "array<f16>" }
+                    }
                     (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
                     (_, Some(_), false) if half && *written => "array<atomic<u32>>",
                     (_, Some(_), false) => if half { "array<u32>" } else { "array<f32>" },
@@ -321,6 +350,37 @@ impl Variant {
                 unroll => t.unroll(),
                 slab => t.slab,
                 accumulator_quads, memory_len, partials_len,
+                ..context
+            };
+        }
+        if let Some(f) = &self.fragments {
+            let side = f.matrices.side;
+            let widths = || bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
+            let fragments: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.across(width))).collect();
+            let staged: &[&str] = match self.kernel {
+                Kernel::DKv => &["q", "d_o"],
+                _ => &["k", "v"],
+            };
+            let staged_rows: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.staged_row(width))).collect();
+            let staged_quads: BTreeMap<&str, u32> = fragments.iter().map(|(name, n)| (*name, n * side / 4)).collect();
+            let shares = |quads: u32| (f.tile_columns() * quads).div_ceil(f.threads());
+            let staged_shares: BTreeMap<&str, u32> = staged_quads.iter().map(|(name, n)| (*name, shares(*n))).collect();
+            context = context! {
+                micro_kernel => self.micro_kernel.to_string(),
+                side,
+                lanes => f.matrices.lanes,
+                subgroups => f.subgroups,
+                row_fragments => f.rows,
+                column_fragments => f.columns,
+                tile_rows => f.tile_rows(),
+                tile_columns => f.tile_columns(),
+                lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
+                strip_row => f.strip_row(),
+                weight_row => f.weight_row(),
+                weight_sets => f.weight_sets(self.kernel),
+                column_statistics => self.kernel == Kernel::DKv,
+                staged => staged.to_vec(),
+                fragments, staged_rows, staged_quads, staged_shares,
                 ..context
             };
         }
