@@ -88,7 +88,7 @@ pub fn describe(info: &wgpu::AdapterInfo) -> String {
 }
 
 /// What a host application should request of its adapter for this crate's kernels to run at their best:
-/// all the workgroup memory, threads and buffer sizes there are, and timestamps where they exist.
+/// all the workgroup memory, threads and buffer sizes there are, and timestamps and pipeline caches where they exist.
 ///
 /// Every WebGPU adapter will do. With smaller limits the kernels still run, with smaller tiles.
 pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {
@@ -104,7 +104,7 @@ pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'sta
     };
     wgpu::DeviceDescriptor {
         label: Some("sink-attention"),
-        required_features: adapter.features() & wgpu::Features::TIMESTAMP_QUERY,
+        required_features: adapter.features() & (wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE),
         required_limits,
         ..Default::default()
     }

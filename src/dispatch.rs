@@ -7,11 +7,10 @@ use bytemuck::{Pod, Zeroable};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::pipeline::{Pipeline, Pipelines};
-use crate::plan::Plan;
+use crate::plan::{Plan, Preference};
 use crate::problem::{Layout, Problem, SinkLogits};
-use crate::shader::{Binding, DELTA_ROWS, Kernel};
+use crate::shader::{Binding, DELTA_ROWS};
 use crate::tensor::{Extents, Placed, TensorView, allocate};
-use crate::tiles::Tiles;
 
 /// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
 #[repr(C)]
@@ -223,12 +222,12 @@ impl Prepared {
         pipelines: &Pipelines,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
         operands.check_results(&[Binding::O, Binding::Lse])?;
-        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), tiles)?;
+        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
@@ -237,7 +236,7 @@ impl Prepared {
         pipelines: &Pipelines,
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, &buffers.forward)?;
@@ -251,16 +250,16 @@ impl Prepared {
         operands.add_per_head(Binding::DSinkLogits, buffers.d_sink_logits.as_ref())?;
         operands.check_results(&[Binding::DQ, Binding::DK, Binding::DV, Binding::DSinkLogits])?;
         let d_lse = buffers.d_lse.is_some();
-        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, device.capabilities(), tiles)?;
+        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
     async fn new(pipelines: &Pipelines, operands: Operands<'_>, plan: Plan) -> Result<Self> {
         let device = operands.device;
         let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
+        let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
-        for pass in &plan.passes {
-            let pipeline = pipelines.get(device, &pass.variant).await?;
+        for (pass, pipeline) in plan.passes.iter().zip(compiled) {
             let params = operands.params(operands.vec4(), pass.workgroups);
             let bind_group = device
                 .scoped("binding operands", || {

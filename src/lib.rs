@@ -161,6 +161,8 @@
 //!
 //! - [`SINK_ATTENTION_ADAPTER`](ADAPTER_VARIABLE): the device of [`Attention::new`], an index or a part of a name, or
 //!   `cpu`.
+//! - [`SINK_ATTENTION_TUNING`](TUNING_VARIABLE): a file of [`Tuning`] that [`Attention::new`] and [`Attention::open`]
+//!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
 mod attention;
@@ -180,6 +182,9 @@ mod problem;
 mod shader;
 mod tensor;
 mod tiles;
+#[cfg(not(target_family = "wasm"))]
+mod timer;
+mod tuning;
 
 pub use attention::Attention;
 pub use capabilities::{Capabilities, DeviceClass};
@@ -190,13 +195,16 @@ pub use error::{Error, Result};
 pub use half;
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;
-pub use plan::{Pass, Plan};
+pub use plan::{Pass, Plan, Preference, TilesOrigin};
 pub use problem::{
     Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
 };
 pub use shader::{Kernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
+#[cfg(not(target_family = "wasm"))]
+pub use timer::{Clock, Series, Timer};
+pub use tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
 pub use wgpu;
 
 /// The code in the README compiles.

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::problem::{Problem, SinkLogits};
 use crate::shader::{DELTA_ROWS, Kernel, Variant};
 use crate::tiles::{Tiles, candidates};
+use crate::tuning::{Tuning, TuningKey};
 
 /// One kernel of a problem on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +19,38 @@ pub struct Pass {
     pub workgroups: u32,
     /// The same, folded into two dimensions.
     pub grid: [u32; 2],
+    /// Where the tiles come from, for the kernels that have tiles.
+    pub tiles_origin: TilesOrigin,
+}
+
+/// Where the tiles of a [`Pass`] come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TilesOrigin {
+    /// The table that the crate brings along.
+    BuiltIn,
+    /// A [`Tuning`].
+    Tuning,
+    /// The caller.
+    Caller,
+}
+
+impl fmt::Display for TilesOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TilesOrigin::BuiltIn => "built-in table",
+            TilesOrigin::Tuning => "tuning",
+            TilesOrigin::Caller => "caller",
+        })
+    }
+}
+
+/// Tiles that go before the built-in table.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Preference<'a> {
+    /// The caller's own, for measuring candidates: an error where they do not fit.
+    pub tiles: &'a [(Kernel, Tiles)],
+    /// Measured ones, passed over where they do not fit.
+    pub tuning: Option<&'a Tuning>,
 }
 
 /// How a problem will be computed on a device: passes that run one after the other.
@@ -33,16 +66,20 @@ impl Plan {
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn forward(problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::forward_with(problem, vec4, capabilities, &[])
+        Plan::forward_with(problem, vec4, capabilities, &Preference::default())
     }
 
-    pub(crate) fn forward_with(
+    /// As [`forward`](Self::forward), with tiles to prefer.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with(
         problem: &Problem,
         vec4: bool,
         capabilities: &Capabilities,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
-        Ok(Plan { passes: vec![Pass::tiled(Kernel::Forward, problem, vec4, capabilities, tiles)?] })
+        Ok(Plan { passes: vec![Pass::tiled(Kernel::Forward, problem, vec4, capabilities, preference)?] })
     }
 
     /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v.
@@ -50,15 +87,19 @@ impl Plan {
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::backward_with(problem, vec4, d_lse, capabilities, &[])
+        Plan::backward_with(problem, vec4, d_lse, capabilities, &Preference::default())
     }
 
-    pub(crate) fn backward_with(
+    /// As [`backward`](Self::backward), with tiles to prefer.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward).
+    pub fn backward_with(
         problem: &Problem,
         vec4: bool,
         d_lse: bool,
         capabilities: &Capabilities,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
         let shape = problem.shape();
         let sequences = (shape.batch * shape.heads) as u128;
@@ -70,8 +111,8 @@ impl Plan {
         if problem.options().sink_logits == SinkLogits::PerHead {
             passes.push(plain(Kernel::DSinkLogits, shape.heads as u128)?);
         }
-        passes.push(Pass::tiled(Kernel::DQ, problem, vec4, capabilities, tiles)?);
-        passes.push(Pass::tiled(Kernel::DKv, problem, vec4, capabilities, tiles)?);
+        passes.push(Pass::tiled(Kernel::DQ, problem, vec4, capabilities, preference)?);
+        passes.push(Pass::tiled(Kernel::DKv, problem, vec4, capabilities, preference)?);
         Ok(Plan { passes })
     }
 }
@@ -113,22 +154,28 @@ pub(crate) fn check_dtype(problem: &Problem) -> Result<()> {
 }
 
 impl Pass {
-    /// A pass of a kernel that has tiles, with the caller's tiles or the first candidate that fits.
+    /// A pass of a kernel that has tiles: with the caller's, with measured ones that fit, or with the first of the
+    /// built-in table that fit.
     fn tiled(
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
         capabilities: &Capabilities,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
-        if let Some((_, tiles)) = tiles.iter().find(|(k, _)| *k == kernel) {
+        if let Some((_, tiles)) = preference.tiles.iter().find(|(k, _)| *k == kernel) {
             return Pass::with_tiles(kernel, problem, vec4, capabilities, *tiles);
         }
+        let key = TuningKey::of(kernel, problem);
+        let measured = preference.tuning.zip(key).and_then(|(tuning, key)| tuning.get(&key));
+        let measured = measured.map(|tiles| (tiles, TilesOrigin::Tuning));
+        let built_in = candidates(kernel, problem, capabilities.class);
+        let built_in = built_in.into_iter().map(|tiles| (tiles, TilesOrigin::BuiltIn));
         let mut reason = String::from("no candidate tiles");
-        for tiles in candidates(kernel, problem.shape(), capabilities.class) {
+        for (tiles, tiles_origin) in measured.into_iter().chain(built_in) {
             match Pass::with_tiles(kernel, problem, vec4, capabilities, tiles) {
                 Err(Error::NoKernel { reason: why, .. }) => reason = why,
-                pass => return pass,
+                pass => return pass.map(|pass| Pass { tiles_origin, ..pass }),
             }
         }
         Err(Error::NoKernel { problem: problem.to_string(), reason })
@@ -146,7 +193,7 @@ impl Pass {
         capabilities: &Capabilities,
         tiles: Tiles,
     ) -> Result<Self> {
-        if matches!(kernel, Kernel::Delta | Kernel::DSinkLogits) {
+        if !kernel.has_tiles() {
             let reason = format!("{kernel:?} has no tiles");
             return Err(Error::NoKernel { problem: problem.to_string(), reason });
         }
@@ -188,7 +235,7 @@ impl Pass {
             }
         }
         let (workgroups, grid) = fold(workgroups, capabilities.grid_dimension)?;
-        Ok(Pass { variant, workgroups, grid })
+        Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
     }
 }
 
