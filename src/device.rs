@@ -167,8 +167,12 @@ impl Device {
         &self.capabilities
     }
 
-    /// Runs `work` and turns what wgpu reports of it into an error, instead of a panic.
-    pub(crate) async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+    /// Runs `work` and turns what wgpu reports of it into an error, where by default it would panic. `during` goes into
+    /// the message.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Gpu`].
+    pub async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);

@@ -49,7 +49,8 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    pub(crate) fn name(self) -> &'static str {
+    /// Its short name, as in files and tables.
+    pub fn name(self) -> &'static str {
         match self {
             Kernel::Forward => "forward",
             Kernel::Delta => "delta",

@@ -255,8 +255,12 @@ impl Tiles {
         }
         let shape = problem.shape();
         let fits = |tiles: &Tiles| Pass::with_tiles(kernel, problem, vec4, capabilities, *tiles).is_ok();
-        let mut found = candidates(kernel, problem, capabilities.class);
-        found.retain(fits);
+        let mut found: Vec<Tiles> = Vec::new();
+        for tiles in candidates(kernel, problem, capabilities.class) {
+            if !found.contains(&tiles) && fits(&tiles) {
+                found.push(tiles);
+            }
+        }
         let built_in = found.len();
         // Two steps away from the first choice, one from the others.
         let mut index = 0;

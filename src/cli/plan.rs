@@ -6,8 +6,8 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DeviceChoice, Kernel, Layout, Options, Pass, Plan, Problem, Shape, SinkLogits, Variant,
-    Window, adapters, describe,
+    Alignment, Capabilities, DeviceChoice, Kernel, Layout, Options, Pass, Plan, Preference, Problem, Shape, SinkLogits,
+    Tuning, Window, adapters, describe,
 };
 
 use super::{DeviceArgs, bytes, print_summary};
@@ -131,7 +131,7 @@ struct OptionArgs {
 
 /// The option's kinds under the names of conformance files.
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum Sinks {
+pub enum Sinks {
     #[default]
     None,
     PerHead,
@@ -139,10 +139,29 @@ enum Sinks {
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum Axes {
+pub enum Axes {
     #[default]
     Bshd,
     Bhsd,
+}
+
+impl From<Sinks> for SinkLogits {
+    fn from(sinks: Sinks) -> Self {
+        match sinks {
+            Sinks::None => SinkLogits::None,
+            Sinks::PerHead => SinkLogits::PerHead,
+            Sinks::OffByOne => SinkLogits::OffByOne,
+        }
+    }
+}
+
+impl From<Axes> for Layout {
+    fn from(axes: Axes) -> Self {
+        match axes {
+            Axes::Bshd => Layout::Bshd,
+            Axes::Bhsd => Layout::Bhsd,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -152,7 +171,7 @@ enum Align {
     TopLeft,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(0) => Err("a window holds at least the query's own key".into()),
         number => number.map_err(|error| error.to_string()),
@@ -166,15 +185,8 @@ impl OptionArgs {
             .causal(self.causal)
             .window(self.window.map_or(window, Window::keys))
             .sink_tokens(self.sink_tokens)
-            .sink_logits(match self.sinks {
-                Sinks::None => SinkLogits::None,
-                Sinks::PerHead => SinkLogits::PerHead,
-                Sinks::OffByOne => SinkLogits::OffByOne,
-            })
-            .layout(match self.layout {
-                Axes::Bshd => Layout::Bshd,
-                Axes::Bhsd => Layout::Bhsd,
-            })
+            .sink_logits(self.sinks.into())
+            .layout(self.layout.into())
             .alignment(match self.align {
                 Align::BottomRight => Alignment::BottomRight,
                 Align::TopLeft => Alignment::TopLeft,
@@ -194,9 +206,11 @@ impl PlanArgs {
             Some((device, capabilities)) => {
                 check_limits(&operands, &capabilities)?;
                 let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
-                let mut passes = Plan::forward(&problem, vec4, &capabilities)?.passes;
+                let tuning = self.tuning(&capabilities)?;
+                let preference = Preference { tuning: tuning.as_ref(), ..Preference::default() };
+                let mut passes = Plan::forward_with(&problem, vec4, &capabilities, &preference)?.passes;
                 if self.backward {
-                    passes.extend(Plan::backward(&problem, vec4, false, &capabilities)?.passes);
+                    passes.extend(Plan::backward_with(&problem, vec4, false, &capabilities, &preference)?.passes);
                 }
                 let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
                 Explanation::new(&problem, device, self.backward, operands, launches.collect())
@@ -207,6 +221,16 @@ impl PlanArgs {
             }
         };
         print_summary(&explanation, self.json)
+    }
+
+    /// The measured tiles to plan with. A device that need not be here takes none from the environment.
+    fn tuning(&self, capabilities: &Capabilities) -> sink_attention::Result<Option<Tuning>> {
+        if self.device.is_some() && !self.target.has_tuning() {
+            return Ok(None);
+        }
+        let tuning = self.target.tuning()?;
+        tuning.as_ref().map_or(Ok(()), |tuning| tuning.check_device(&capabilities.name))?;
+        Ok(tuning)
     }
 
     /// The device to plan for; `None` is the CPU.
@@ -347,6 +371,8 @@ struct Launch {
 #[derive(Debug, Serialize)]
 struct Tiles {
     shape: String,
+    /// Built-in table or tuning.
+    origin: String,
     rows: u32,
     columns: u32,
     registers: u32,
@@ -363,7 +389,7 @@ impl Launch {
         Launch {
             kernel: variant.name(),
             vec4: (variant.value_dim > 0).then_some(variant.vec4),
-            tiles: variant.tiles.map(|tiles| Tiles::new(problem, variant, &tiles)),
+            tiles: variant.tiles.map(|tiles| Tiles::new(problem, pass, &tiles)),
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
             threads: variant.threads(),
@@ -374,7 +400,8 @@ impl Launch {
 }
 
 impl Tiles {
-    fn new(problem: &Problem, variant: &Variant, tiles: &sink_attention::Tiles) -> Self {
+    fn new(problem: &Problem, pass: &Pass, tiles: &sink_attention::Tiles) -> Self {
+        let variant = &pass.variant;
         let (shape, mask) = (problem.shape(), problem.mask());
         let rows_are_keys = variant.kernel == Kernel::DKv;
         let [seq_rows, seq_columns] =
@@ -393,6 +420,7 @@ impl Tiles {
         }
         Tiles {
             shape: tiles.to_string(),
+            origin: pass.tiles_origin.to_string(),
             rows: tiles.tile_rows(),
             columns: tiles.tile_columns(),
             registers: tiles.registers(variant.kernel, variant.head_dim, variant.value_dim),
@@ -435,7 +463,11 @@ impl fmt::Display for Launch {
             writeln!(f, "loads      {loads}")?;
         }
         if let Some(tiles) = &self.tiles {
-            writeln!(f, "tiles      {}, about {} registers a thread", tiles.shape, tiles.registers)?;
+            writeln!(
+                f,
+                "tiles      {}, about {} registers a thread, from the {}",
+                tiles.shape, tiles.registers, tiles.origin
+            )?;
             let share = percent(tiles.visited as f64 / tiles.all as f64);
             write!(f, "visits     {} of {} tiles a head ({share})", tiles.visited, tiles.all)?;
             match tiles.masked {

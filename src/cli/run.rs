@@ -40,7 +40,7 @@ pub struct Run {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-enum Kernel {
+pub enum Kernel {
     /// The fastest that the device offers
     #[default]
     Auto,
