@@ -3,6 +3,18 @@
 //! A comparison that cannot fail proves nothing, so everything that is not a number close enough is a
 //! [`Mismatch`]: NaN, an infinity in the wrong place, a wrong length, nothing to compare.
 
+use crate::element::DType;
+
+/// The relative error accepted of a whole result of this element type, see [`tensor`]: for o and the gradients of q, k
+/// and v that of the operands, for all else f32, as for [`lse`].
+pub const fn accepted(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-5,
+        DType::F16 => 1.5e-3,
+        DType::Bf16 => 6e-3,
+    }
+}
+
 /// Why results are not what is expected.
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]

@@ -20,11 +20,12 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::range;
 use super::reference::{sink_logit, sink_weight};
 use super::rows::{Rows, rows_mut};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
-use super::tiled::{FEW_ITEMS, SPLIT_TILES, factor_and_sign};
-use crate::element::Element;
+use super::tiled::{FEW_ITEMS, SPLIT_TILES, factor_and_sign, forward_widened};
+use crate::element::{DType, Element};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::problem::{Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
@@ -32,10 +33,16 @@ use crate::problem::{Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
 /// Rows of a tile, of queries as of keys.
 const TILE: usize = 64;
 
-/// Backward pass in f32 on all cores of the CPU, from the results of the forward pass.
+/// Backward pass on all cores of the CPU, from the results of the forward pass: in f32 whatever the operands are, and
+/// d_q, d_k and d_v rounded once.
 ///
-/// The result has the same bits in every run, for any number of threads. `saved` may also be the final o and lse of
-/// an attention over more keys than these: the gradients are then this shard's share, but that by the sink logits,
+/// `delta_i = d_o_i . o_i` is summed from the saved o in f32. In half precision o has been rounded, and delta would
+/// inherit that error, which outweighs what cancels in d_sink_logits. There it is computed anew from the definition of
+/// o, `o_i = sum_j p_ij v_j`, and so amounts to `sum_j p_ij (d_o_i . v_j)`, at the price of another forward pass; the
+/// saved o is checked for its length only.
+///
+/// The result has the same bits in every run, for any number of threads. In f32, `saved` may also be the final o and lse
+/// of an attention over more keys than these: the gradients are then this shard's share, but that by the sink logits,
 /// which is whole in every shard.
 ///
 /// # Errors
@@ -50,12 +57,58 @@ pub fn backward<T: Element>(
     problem.check_upstream(saved, upstream)?;
     let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
     let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
-    let o = T::widen(&saved.o);
     let d_o = T::widen(upstream.d_o);
     let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
-    let Gradients { d_q, d_k, d_v, d_sink_logits } =
-        backward_on(Arch::new(), problem, &inputs, &o, &saved.lse, &upstream);
+    let o = match T::DTYPE {
+        DType::F32 => T::widen(&saved.o),
+        DType::F16 | DType::Bf16 => forward_widened(problem, &inputs).o.into(),
+    };
+    let Gradients { d_q, d_k, d_v, d_sink_logits } = backward_widened(problem, &inputs, &o, &saved.lse, &upstream);
     Ok(Gradients { d_q: T::narrow(d_q), d_k: T::narrow(d_k), d_v: T::narrow(d_v), d_sink_logits })
+}
+
+/// The pass on operands of any element type, checked and widened; the gradients unrounded.
+fn backward_widened(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    o: &[f32],
+    lse: &[f32],
+    upstream: &Upstream<'_>,
+) -> Gradients {
+    let unit = match problem.options().dtype {
+        DType::Bf16 => gradient_unit(problem, inputs, upstream.d_o),
+        DType::F32 | DType::F16 => 0,
+    };
+    if unit == 0 {
+        return backward_on(Arch::new(), problem, inputs, o, lse, upstream);
+    }
+    let scaled = |x: &[f32], exponent| {
+        let mut x = x.to_vec();
+        range::scale(&mut x, exponent);
+        x
+    };
+    let (d_o, d_lse) = (scaled(upstream.d_o, -unit), upstream.d_lse.map(|d_lse| scaled(d_lse, -unit)));
+    let upstream = Upstream { d_o: &d_o, d_lse: d_lse.as_deref() };
+    let mut gradients = backward_on(Arch::new(), problem, inputs, o, lse, &upstream);
+    let Gradients { d_q, d_k, d_v, d_sink_logits } = &mut gradients;
+    for gradient in [d_q, d_k, d_v].into_iter().chain(d_sink_logits) {
+        range::scale(gradient, unit);
+    }
+    gradients
+}
+
+/// The unit of d_o in which all sums on the way to the gradients have room.
+fn gradient_unit(problem: &Problem, inputs: &Inputs<'_>, d_o: &[f32]) -> i32 {
+    let s = problem.shape();
+    let Some(d_o) = range::exponent(d_o) else { return 0 };
+    let x = range::exponent(inputs.q).max(range::exponent(inputs.k)).unwrap_or(0);
+    let v = range::exponent(inputs.v).unwrap_or(0);
+    // d_s is below twice d_p; d_q, d_k and d_v sum over keys or over the queries of a group.
+    let d_s = d_o + v + range::exponent_of(s.value_dim) + 1;
+    let terms = range::exponent_of(s.seq_k.max(s.seq_q * problem.group()));
+    let sums = [d_s, d_s + x + terms, d_o + terms];
+    // With everything large at once no unit serves all; the larger terms of d_o must not vanish.
+    sums.map(range::unit).into_iter().max().unwrap_or(0).min((d_o + 64).max(0))
 }
 
 /// The pass in f32, on operands that have been checked.

@@ -1,4 +1,5 @@
-//! Tiled online-softmax attention in f32 on all cores.
+//! Tiled online-softmax attention in f32 on all cores. Operands in half precision are widened beforehand, all at once:
+//! a product of matrices reads them many times.
 //!
 //! A work item is a tile of query rows of one key/value head; if there are few queries, the rows of
 //! several query heads of the group are packed into one tile, so that decoding with grouped heads
@@ -19,10 +20,11 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::range;
 use super::reference::{log_sum_exp, sink_logit};
 use super::rows::{Head, Rows, rows_mut};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
-use crate::element::Element;
+use crate::element::{DType, Element};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::problem::{Inputs, Layout, Output, Problem};
@@ -38,7 +40,7 @@ pub(super) const FEW_ITEMS: usize = 64;
 /// The least key tiles worth a split.
 pub(super) const SPLIT_TILES: usize = 8;
 
-/// Forward pass in f32 on all cores of the CPU.
+/// Forward pass on all cores of the CPU: in f32 whatever the operands are, o rounded once.
 ///
 /// The result has the same bits in every run, for any number of threads.
 ///
@@ -48,8 +50,25 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
     problem.check_inputs(inputs)?;
     let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
     let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
-    let Output { o, lse } = forward_on(Arch::new(), problem, &inputs);
+    let Output { o, lse } = forward_widened(problem, &inputs);
     Ok(Output { o: T::narrow(o), lse })
+}
+
+/// The pass on operands of any element type, checked and widened; o unrounded.
+pub(super) fn forward_widened(problem: &Problem, inputs: &Inputs<'_>) -> Output {
+    // o is sums of up to N values before it is divided by the sum of the weights.
+    let unit = match problem.options().dtype {
+        DType::Bf16 => range::unit(range::exponent(inputs.v).unwrap_or(0) + range::exponent_of(problem.shape().seq_k)),
+        DType::F32 | DType::F16 => 0,
+    };
+    if unit == 0 {
+        return forward_on(Arch::new(), problem, inputs);
+    }
+    let mut v = inputs.v.to_vec();
+    range::scale(&mut v, -unit);
+    let mut output = forward_on(Arch::new(), problem, &Inputs { v: &v, ..*inputs });
+    range::scale(&mut output.o, unit);
+    output
 }
 
 /// The pass in f32, on operands that have been checked.
