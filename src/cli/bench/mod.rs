@@ -240,7 +240,8 @@ impl Bench {
             progress.set_message(format!("{name}: {problem}"));
             let timings = self.measure(&attention, timer.as_ref(), problem, directions, effort);
             for (direction, timing) in directions.iter().zip(timings) {
-                report.rows.push(Row::new(name, problem, *direction, timing?, report.peaks));
+                let row = Row::new(name, problem, *direction, timing?, &report);
+                report.rows.push(row);
             }
             progress.inc(1);
         }

@@ -20,6 +20,9 @@ pub struct Report {
     /// Sequences are shorter than they would be on a GPU.
     shortened: bool,
     pub rows: Vec<Row>,
+    /// The micro-kernel, or the CPU path.
+    #[serde(skip)]
+    pub kernel: &'static str,
     #[serde(skip)]
     pub peaks: Option<Peaks>,
 }
@@ -110,6 +113,7 @@ impl Report {
             driver: info.map_or(String::new(), |info| format!("{} {}", info.driver, info.driver_info).trim().into()),
             clock: clock.map_or("wall clock of the CPU path".into(), |clock| clock.to_string()),
             shortened,
+            kernel: if attention.is_gpu() { "portable" } else { "cpu" },
             rows: Vec::new(),
         }
     }
@@ -130,7 +134,7 @@ impl Row {
         problem: &Problem,
         direction: Direction,
         timing: Result<Timing, String>,
-        peaks: Option<Peaks>,
+        report: &Report,
     ) -> Self {
         let (shape, options) = (problem.shape(), problem.options());
         let (timing, skipped) = match timing {
@@ -152,9 +156,9 @@ impl Row {
             sink_logits: options.sink_logits != SinkLogits::None,
             dtype: options.dtype.to_string(),
             pass: direction.name(),
-            kernel: "portable",
+            kernel: report.kernel,
             problem: problem.to_string(),
-            figures: timing.map(|timing| Figures::new(problem, direction, &timing, peaks)),
+            figures: timing.map(|timing| Figures::new(problem, direction, &timing, report.peaks)),
             skipped,
         }
     }
@@ -280,6 +284,9 @@ impl fmt::Display for Report {
         }
         if lines.iter().any(|line| line[5].ends_with('*')) {
             writeln!(f, "* over 1.5 times the minimum: the series was disturbed, measure again")?;
+        }
+        if lines.iter().all(|line| line[10].is_empty()) {
+            return Ok(());
         }
         write!(
             f,
