@@ -205,12 +205,14 @@ const D_Q: [Candidate; 7] = [
     LEAST,
 ];
 
-const D_KV: [Candidate; 6] = [
+const D_KV: [Candidate; 7] = [
     candidate([16, 16], [4, 2], 8, 16, 256, 33),
     candidate([8, 16], [4, 1], 8, 16, 256, 1),
     candidate([8, 16], [4, 1], 8, 8, 256, 1),
     candidate([16, 16], [4, 1], 8, 16, 512, 33),
     candidate([4, 16], [4, 1], 4, 8, 512, 1),
+    // For narrow windows.
+    candidate([8, 8], [4, 1], 8, 16, 128, 1),
     LEAST,
 ];
 
@@ -299,13 +301,16 @@ impl Tiles {
         })
     }
 
-    /// What a visible key costs under a band of keys: the area of the tiles visited, by that of the band, and what an
-    /// element of a tile takes, which falls with the tile's size as loads are shared.
+    /// What a visible key costs under a band of keys: the area of the tiles visited, by that of the band, times what an
+    /// element of a tile takes.
     fn window_cost(&self, band: u32) -> f32 {
-        // A load from workgroup memory by a multiply-add, roughly; to be measured.
-        const LOAD: f32 = 8.0;
         let [rows, columns, band] = [self.tile_rows(), self.tile_columns(), band.max(1)].map(|n| n as f32);
-        (band + rows + columns) / band * (1.0 + LOAD * (1.0 / rows + 1.0 / columns))
+        let [thread_rows, thread_columns] = [self.rows, 4 * self.quads].map(|n| n as f32);
+        // Of the inner loops, which are bound by reads from workgroup memory; thread tiles above 4x4 gain nothing.
+        let inner = (2.0 / thread_rows + 2.0 / thread_columns).max(1.0);
+        // Of reads from global memory, a seventh of the time at 64x32 (both in benches/results/).
+        let global = 3.5 / rows + 3.5 / columns;
+        (band + rows + columns) / band * (inner + global)
     }
 }
 
