@@ -23,9 +23,6 @@ const WAITING: [(&str, &str); 5] = [
     ("varlen_causal_swa_sink_f32", "thd"),
 ];
 
-/// Element types that the kernels do not compute in yet, so that files in them wait on a GPU.
-const WAITING_ON_GPU: [DType; 2] = [DType::F16, DType::Bf16];
-
 /// All files, as (name without extension, content).
 fn files() -> Vec<(String, Vec<u8>)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance");
@@ -94,7 +91,7 @@ impl Compute for Attention {
     }
 
     fn waits(&self, dtype: DType) -> bool {
-        self.is_gpu() && WAITING_ON_GPU.contains(&dtype)
+        common::waits(self, dtype)
     }
 }
 

@@ -75,11 +75,40 @@ fn backward_widened(
     lse: &[f32],
     upstream: &Upstream<'_>,
 ) -> Gradients {
-    let unit = match problem.options().dtype {
-        DType::Bf16 => gradient_unit(problem, inputs, upstream.d_o),
-        DType::F32 | DType::F16 => 0,
+    let pass = |units| backward_in(units, problem, inputs, o, lse, upstream);
+    // d_s is summed with k for d_q, and with q for d_k.
+    let [d_q_units, units] = match problem.options().dtype {
+        DType::Bf16 => [inputs.k, inputs.q].map(|x| gradient_units(problem, x, inputs.v, upstream.d_o)),
+        DType::F32 | DType::F16 => [[0; 2]; 2],
     };
-    if unit == 0 {
+    let gradients = pass(units);
+    if d_q_units == units { gradients } else { Gradients { d_q: pass(d_q_units).d_q, ..gradients } }
+}
+
+/// The units of d_o and v in which d_s, its sums with `x` and those of d_o have room.
+fn gradient_units(problem: &Problem, x: &[f32], v: &[f32], d_o: &[f32]) -> [i32; 2] {
+    let s = problem.shape();
+    let [x, v, d_o] = [x, v, d_o].map(range::exponent);
+    // d_s is below twice d_p; a sum is over keys or over the queries of a group.
+    let d_s = d_o + v + range::exponent_of(s.value_dim) + 1;
+    let terms = range::exponent_of(s.seq_k.max(s.seq_q * problem.group()));
+    let d_s_unit = range::unit(d_s).max(range::unit(d_s + x + terms));
+    // v takes its part of it as far as its own elements allow, d_o the rest.
+    let least = range::unit(d_o + terms);
+    let v_unit = (d_s_unit - least).clamp(0, (v + 64).max(0));
+    [d_s_unit.max(least) - v_unit, v_unit]
+}
+
+/// The pass with d_o and v in units of powers of two.
+fn backward_in(
+    [d_o_unit, v_unit]: [i32; 2],
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    o: &[f32],
+    lse: &[f32],
+    upstream: &Upstream<'_>,
+) -> Gradients {
+    if [d_o_unit, v_unit] == [0; 2] {
         return backward_on(Arch::new(), problem, inputs, o, lse, upstream);
     }
     let scaled = |x: &[f32], exponent| {
@@ -87,28 +116,18 @@ fn backward_widened(
         range::scale(&mut x, exponent);
         x
     };
-    let (d_o, d_lse) = (scaled(upstream.d_o, -unit), upstream.d_lse.map(|d_lse| scaled(d_lse, -unit)));
+    // d_s comes from products of the two.
+    let d_s_unit = d_o_unit + v_unit;
+    let (o, v) = (scaled(o, -v_unit), scaled(inputs.v, -v_unit));
+    let (d_o, d_lse) = (scaled(upstream.d_o, -d_o_unit), upstream.d_lse.map(|d_lse| scaled(d_lse, -d_s_unit)));
     let upstream = Upstream { d_o: &d_o, d_lse: d_lse.as_deref() };
-    let mut gradients = backward_on(Arch::new(), problem, inputs, o, lse, &upstream);
+    let mut gradients = backward_on(Arch::new(), problem, &Inputs { v: &v, ..*inputs }, &o, lse, &upstream);
     let Gradients { d_q, d_k, d_v, d_sink_logits } = &mut gradients;
-    for gradient in [d_q, d_k, d_v].into_iter().chain(d_sink_logits) {
-        range::scale(gradient, unit);
+    range::scale(d_v, d_o_unit);
+    for gradient in [d_q, d_k].into_iter().chain(d_sink_logits) {
+        range::scale(gradient, d_s_unit);
     }
     gradients
-}
-
-/// The unit of d_o in which all sums on the way to the gradients have room.
-fn gradient_unit(problem: &Problem, inputs: &Inputs<'_>, d_o: &[f32]) -> i32 {
-    let s = problem.shape();
-    let Some(d_o) = range::exponent(d_o) else { return 0 };
-    let x = range::exponent(inputs.q).max(range::exponent(inputs.k)).unwrap_or(0);
-    let v = range::exponent(inputs.v).unwrap_or(0);
-    // d_s is below twice d_p; d_q, d_k and d_v sum over keys or over the queries of a group.
-    let d_s = d_o + v + range::exponent_of(s.value_dim) + 1;
-    let terms = range::exponent_of(s.seq_k.max(s.seq_q * problem.group()));
-    let sums = [d_s, d_s + x + terms, d_o + terms];
-    // With everything large at once no unit serves all; the larger terms of d_o must not vanish.
-    sums.map(range::unit).into_iter().max().unwrap_or(0).min((d_o + 64).max(0))
 }
 
 /// The pass in f32, on operands that have been checked.

@@ -7,11 +7,10 @@
 /// Sums in f32 stay below 2 to the power of this.
 const ROOM: i32 = 126;
 
-/// An exponent above that of every finite element; `None` where all are zero.
-pub(super) fn exponent(x: &[f32]) -> Option<i32> {
-    let most = x.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f32::max);
-    // In f64, where every f32 is normal.
-    (most > 0.0).then(|| f64::from(most).log2().floor() as i32 + 1)
+/// An exponent above that of every finite element.
+pub(super) fn exponent(x: &[f32]) -> i32 {
+    let most = x.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(f32::MIN_POSITIVE, f32::max);
+    most.log2().floor() as i32 + 1
 }
 
 /// The exponent above a count.

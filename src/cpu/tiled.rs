@@ -58,7 +58,7 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
 pub(super) fn forward_widened(problem: &Problem, inputs: &Inputs<'_>) -> Output {
     // o is sums of up to N values before it is divided by the sum of the weights.
     let unit = match problem.options().dtype {
-        DType::Bf16 => range::unit(range::exponent(inputs.v).unwrap_or(0) + range::exponent_of(problem.shape().seq_k)),
+        DType::Bf16 => range::unit(range::exponent(inputs.v) + range::exponent_of(problem.shape().seq_k)),
         DType::F32 | DType::F16 => 0,
     };
     if unit == 0 {
