@@ -145,6 +145,12 @@
 //! # }
 //! ```
 //!
+//! # Speed
+//!
+//! Tiles come from a table, or from a [`Tuning`] that `sink-attention tune` has measured on the device
+//! ([`Attention::with_tuning`]). Kernels compile on first use or by [`Attention::precompile`], and on Vulkan are kept in a
+//! file on request ([`Attention::with_pipeline_cache`]). [`Timer`] times passes by the GPU's own clock.
+//!
 //! # Errors
 //!
 //! Every fallible call returns [`Error`], whose message carries the numbers needed to mend the call. Shapes, lengths,

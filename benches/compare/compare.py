@@ -163,8 +163,10 @@ class Torch:
         torch._dynamo.config.cache_size_limit = 256
 
     def name(self):
-        where = self.torch.cuda.get_device_name(0) if self.cuda else "CPU"
-        return f"PyTorch {self.torch.__version__}, CUDA {self.torch.version.cuda}, {where}"
+        if not self.cuda:
+            return f"PyTorch {self.torch.__version__}, CPU; wall clock"
+        device = self.torch.cuda.get_device_name(0)
+        return f"PyTorch {self.torch.__version__}, CUDA {self.torch.version.cuda}, {device}; CUDA events"
 
     def synchronize(self):
         if self.cuda:
@@ -242,6 +244,10 @@ class Torch:
         """FlexAttention, with the sink logits applied to its result by lse."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        try:
+            from torch.nn.attention.flex_attention import AuxRequest
+        except ImportError:  # before PyTorch 2.9
+            AuxRequest = None
         _, _, heads, kv_heads, n, _, window = shape
 
         def visible(b, h, i, j):
@@ -250,7 +256,12 @@ class Torch:
         blocks = create_block_mask(visible, None, None, n, n, device=self.device)
 
         def call(q, k, v, sinks):
-            o, lse = flex_attention(q, k, v, block_mask=blocks, enable_gqa=heads != kv_heads, return_lse=True)
+            how = {"block_mask": blocks, "enable_gqa": heads != kv_heads}
+            if AuxRequest:
+                o, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **how)
+                lse = aux.lse
+            else:
+                o, lse = flex_attention(q, k, v, return_lse=True, **how)
             return o * self.torch.sigmoid(lse - sinks.float().view(1, -1, 1)).unsqueeze(-1).to(o.dtype)
 
         return (self.torch.compile(call, dynamic=False) if self.cuda else call), True
@@ -355,7 +366,7 @@ def table(own, peers):
     where = ", ".join(word for word in (own["device"], own["driver"]) if word)
     lines = [f"sink-attention {own['version']}: {where}; {own['clock']}"]
     if peers:
-        lines.append(f"{peers['torch']}; CUDA events")
+        lines.append(peers["torch"])
     lines += ["", "| shape | dtype | pass | implementation | sinks | ms | TFLOP/s |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         shape = f"{row['shape']}: B={row['B']} H={row['H']} G={row['G']} N={row['N']} D={row['D']}"
@@ -368,8 +379,11 @@ def table(own, peers):
         lines += ["", "\\* the slowest run took over 1.5 times the fastest: measure again"]
     if left_out:
         lines += ["", "Left out:", ""]
-        seen = dict.fromkeys(f"- {r['shape']} {r['dtype']} {r['pass']}, {r['implementation']}: {r['note']}" for r in left_out)
-        lines += list(seen)
+        reasons = {}
+        for row in left_out:
+            where = reasons.setdefault((row["implementation"], row["note"]), [])
+            where.append(f"{row['shape']} {row['dtype']} {row['pass']}")
+        lines += [f"- {implementation}: {note} ({', '.join(where)})" for (implementation, note), where in reasons.items()]
     return "\n".join(lines)
 
 
