@@ -9,9 +9,9 @@ use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
-use crate::plan::{Plan, Preference, check_dtype};
+use crate::plan::{Plan, Preference};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
-use crate::shader::Kernel;
+use crate::shader::{Kernel, MicroKernel};
 use crate::tensor::{TensorView, allocate, download, upload};
 use crate::tiles::Tiles;
 use crate::tuning::Tuning;
@@ -20,6 +20,7 @@ use crate::tuning::Tuning;
 #[derive(Debug, Clone)]
 pub struct Attention {
     backend: Backend,
+    micro_kernel: MicroKernel,
 }
 
 #[derive(Debug, Clone)]
@@ -62,13 +63,29 @@ impl Attention {
 
     /// The operator on the CPU, which always works.
     pub fn cpu() -> Self {
-        Attention { backend: Backend::Cpu }
+        Attention { backend: Backend::Cpu, micro_kernel: MicroKernel::Auto }
     }
 
     /// The operator on a device of the host application. Buffers must come from that device: wgpu panics where it
     /// meets one of another [`wgpu::Instance`].
     pub fn on(device: Device) -> Self {
-        Attention { backend: Backend::Gpu { device, pipelines: Arc::default(), tuning: None } }
+        let backend = Backend::Gpu { device, pipelines: Arc::default(), tuning: None };
+        Attention { backend, micro_kernel: MicroKernel::Auto }
+    }
+
+    /// With a micro-kernel of the caller's choice instead of the planner's. Where there is none for a problem on the device,
+    /// passes fail with [`Error::NoKernel`]; on the CPU with [`Error::NeedsGpu`], unless it is [`MicroKernel::Auto`].
+    pub fn with_micro_kernel(self, micro_kernel: MicroKernel) -> Self {
+        Attention { micro_kernel, ..self }
+    }
+
+    /// The CPU has no micro-kernels to choose from.
+    fn check_cpu(&self) -> Result<()> {
+        match self.micro_kernel {
+            MicroKernel::Auto => Ok(()),
+            MicroKernel::Portable => Err(Error::NeedsGpu { call: "the portable micro-kernel" }),
+            MicroKernel::Cooperative => Err(Error::NeedsGpu { call: "the cooperative micro-kernel" }),
+        }
     }
 
     /// Prefers measured tiles to the built-in table wherever they fit, instead of those it may have preferred before.
@@ -81,7 +98,8 @@ impl Attention {
             Backend::Cpu => Err(Error::NeedsGpu { call: "with_tuning" }),
             Backend::Gpu { device, pipelines, .. } => {
                 tuning.check_device(&device.capabilities().name)?;
-                Ok(Attention { backend: Backend::Gpu { device, pipelines, tuning: Some(Arc::new(tuning)) } })
+                let backend = Backend::Gpu { device, pipelines, tuning: Some(Arc::new(tuning)) };
+                Ok(Attention { backend, ..self })
             }
         }
     }
@@ -109,7 +127,7 @@ impl Attention {
             Backend::Cpu => Err(Error::NeedsGpu { call: "with_pipeline_cache" }),
             Backend::Gpu { device, tuning, .. } => {
                 let pipelines = Arc::new(pollster::block_on(Pipelines::with_cache(&device, path.as_ref()))?);
-                Ok(Attention { backend: Backend::Gpu { device, pipelines, tuning } })
+                Ok(Attention { backend: Backend::Gpu { device, pipelines, tuning }, ..self })
             }
         }
     }
@@ -166,7 +184,7 @@ impl Attention {
 
     fn gpu<'a>(&'a self, call: &'static str, tiles: &'a [(Kernel, Tiles)]) -> Result<(&'a Device, Preference<'a>)> {
         let device = self.device().ok_or(Error::NeedsGpu { call })?;
-        Ok((device, Preference { tiles, tuning: self.tuning() }))
+        Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, tuning: self.tuning() }))
     }
 
     /// What computes, for people.
@@ -205,10 +223,10 @@ impl Attention {
     /// As [`forward`](Self::forward).
     pub async fn forward_async<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         let Backend::Gpu { device, .. } = &self.backend else {
+            self.check_cpu()?;
             return cpu::forward(problem, inputs);
         };
         problem.check_inputs(inputs)?;
-        check_dtype(problem)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let o_len = problem.o_shape().iter().product();
         let lse_len = problem.lse_shape().iter().product();
@@ -263,9 +281,9 @@ impl Attention {
         problem.check_inputs(inputs)?;
         problem.check_upstream(saved, upstream)?;
         let Backend::Gpu { device, .. } = &self.backend else {
+            self.check_cpu()?;
             return cpu::backward(problem, inputs, saved, upstream);
         };
-        check_dtype(problem)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let operands = device.scoped("uploading operands", || -> Result<_> {
             let optional = |name, slice: Option<&[f32]>| slice.map(|s| upload(device, name, s)).transpose();
@@ -347,14 +365,14 @@ impl Attention {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
             Backend::Gpu { device, pipelines, tuning } => {
-                let preference = Preference { tiles, tuning: tuning.as_deref() };
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
                 Prepared::forward(device, pipelines, problem, buffers, &preference).await
             }
         }
     }
 
     /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
-    /// four bytes for each query of each head, and with sink logits four for each 32 queries or part of them.
+    /// four bytes for each query of each head, and in f32 with sink logits four for each 32 queries or part of them.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
@@ -384,7 +402,7 @@ impl Attention {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
             Backend::Gpu { device, pipelines, tuning } => {
-                let preference = Preference { tiles, tuning: tuning.as_deref() };
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
                 Prepared::backward(device, pipelines, problem, buffers, &preference).await
             }
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use crate::device::Device;
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::pipeline::{Pipeline, Pipelines};
 use crate::plan::{Plan, Preference};
@@ -110,7 +111,7 @@ impl<'a> Operands<'a> {
         Operands { problem, device, placed: Vec::new() }
     }
 
-    /// Extents of an operand, and whether it must be densely packed.
+    /// Extents of an operand, and whether it must be densely packed; those that must are f32 whatever the others are.
     fn extents(&self, binding: Binding) -> (Extents, bool) {
         let s = self.problem.shape();
         match binding {
@@ -130,8 +131,9 @@ impl<'a> Operands<'a> {
             let reason = "must be densely packed; give an offset, but no strides".into();
             return Err(Error::InvalidOption { option: name, reason });
         }
-        let layout = if dense { Layout::Bhsd } else { self.problem.options().layout };
-        let placed = Placed::new(name, view, extents, layout, self.device.capabilities())?;
+        let options = self.problem.options();
+        let (layout, dtype) = if dense { (Layout::Bhsd, DType::F32) } else { (options.layout, options.dtype) };
+        let placed = Placed::new(name, view, extents, layout, dtype, self.device.capabilities())?;
         self.placed.push((binding, *view, placed));
         Ok(())
     }

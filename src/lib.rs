@@ -205,7 +205,7 @@ pub use plan::{Pass, Plan, Preference, TilesOrigin};
 pub use problem::{
     Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
 };
-pub use shader::{Kernel, Variant};
+pub use shader::{Kernel, MicroKernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
 #[cfg(not(target_family = "wasm"))]

@@ -6,7 +6,7 @@ use crate::capabilities::Capabilities;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::{Problem, SinkLogits};
-use crate::shader::{DELTA_ROWS, Kernel, Variant};
+use crate::shader::{DELTA_LANES, DELTA_ROWS, Kernel, MicroKernel, Variant};
 use crate::tiles::{Tiles, candidates};
 use crate::tuning::{Tuning, TuningKey};
 
@@ -44,9 +44,11 @@ impl fmt::Display for TilesOrigin {
     }
 }
 
-/// Tiles that go before the built-in table.
+/// A micro-kernel, and tiles that go before the built-in table.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Preference<'a> {
+    /// The caller's choice: an error where there is none for the problem.
+    pub micro_kernel: MicroKernel,
     /// The caller's own, for measuring candidates: an error where they do not fit.
     pub tiles: &'a [(Kernel, Tiles)],
     /// Measured ones, passed over where they do not fit.
@@ -69,20 +71,22 @@ impl Plan {
         Plan::forward_with(problem, vec4, capabilities, &Preference::default())
     }
 
-    /// As [`forward`](Self::forward), with tiles to prefer.
+    /// As [`forward`](Self::forward), with a micro-kernel of the caller's choice and tiles to prefer.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward).
+    /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem.
     pub fn forward_with(
         problem: &Problem,
         vec4: bool,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        Ok(Plan { passes: vec![Pass::tiled(Kernel::Forward, problem, vec4, capabilities, preference)?] })
+        check_micro_kernel(preference.micro_kernel, problem)?;
+        Ok(Plan { passes: vec![Pass::tiled(Kernel::Forward, problem, vec4, false, capabilities, preference)?] })
     }
 
-    /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v.
+    /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v. `d_lse`
+    /// says whether a gradient flows into lse.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
@@ -90,10 +94,10 @@ impl Plan {
         Plan::backward_with(problem, vec4, d_lse, capabilities, &Preference::default())
     }
 
-    /// As [`backward`](Self::backward), with tiles to prefer.
+    /// As [`backward`](Self::backward), with a micro-kernel of the caller's choice and tiles to prefer.
     ///
     /// # Errors
-    /// As [`backward`](Self::backward).
+    /// As [`backward`](Self::backward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem.
     pub fn backward_with(
         problem: &Problem,
         vec4: bool,
@@ -101,79 +105,111 @@ impl Plan {
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        let shape = problem.shape();
-        let sequences = (shape.batch * shape.heads) as u128;
-        let plain = |kernel, workgroups| {
-            let variant = Variant { d_lse: d_lse && kernel == Kernel::Delta, ..variant(kernel, problem, vec4, None) };
-            Pass::new(problem, variant, workgroups, capabilities)
-        };
-        let mut passes = vec![plain(Kernel::Delta, sequences * shape.seq_q.div_ceil(DELTA_ROWS as usize) as u128)?];
-        if problem.options().sink_logits == SinkLogits::PerHead {
-            passes.push(plain(Kernel::DSinkLogits, shape.heads as u128)?);
+        check_micro_kernel(preference.micro_kernel, problem)?;
+        let (shape, options) = (problem.shape(), problem.options());
+        let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
+        let mut passes = vec![match options.dtype {
+            DType::F32 => Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?,
+            _ => Pass::tiled(Kernel::ExactDelta, problem, vec4, d_lse, capabilities, preference)?,
+        }];
+        if options.sink_logits == SinkLogits::PerHead {
+            let heads = shape.heads as u128;
+            passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, d_lse, heads, capabilities)?);
         }
-        passes.push(Pass::tiled(Kernel::DQ, problem, vec4, capabilities, preference)?);
-        passes.push(Pass::tiled(Kernel::DKv, problem, vec4, capabilities, preference)?);
+        passes.push(Pass::tiled(Kernel::DQ, problem, vec4, d_lse, capabilities, preference)?);
+        passes.push(Pass::tiled(Kernel::DKv, problem, vec4, d_lse, capabilities, preference)?);
         Ok(Plan { passes })
     }
 }
 
-fn variant(kernel: Kernel, problem: &Problem, vec4: bool, tiles: Option<Tiles>) -> Variant {
-    let shape = problem.shape();
-    // What a kernel does not look at is not part of its variant, so that fewer are compiled.
-    let [uses_q, uses_v] = match kernel {
-        Kernel::DSinkLogits => [false, false],
-        Kernel::Delta => [false, true],
-        Kernel::Forward | Kernel::DQ | Kernel::DKv => [true, true],
-    };
-    Variant {
-        kernel,
-        head_dim: if uses_q { shape.head_dim as u32 } else { 0 },
-        value_dim: if uses_v { shape.value_dim as u32 } else { 0 },
-        vec4: vec4 && uses_v,
-        // The gradients by q, k and v see the sink through lse and delta alone.
-        sink_logits: match kernel {
-            Kernel::DQ | Kernel::DKv => SinkLogits::None,
-            // A logit of zero has no gradient.
-            Kernel::Delta if problem.options().sink_logits == SinkLogits::OffByOne => SinkLogits::None,
-            _ => problem.options().sink_logits,
-        },
-        d_lse: false,
-        tiles,
-    }
-}
-
-/// Refuses element types that no kernel computes with.
-pub(crate) fn check_dtype(problem: &Problem) -> Result<()> {
-    match problem.options().dtype {
-        DType::F32 => Ok(()),
-        dtype => {
-            let reason = format!("the kernels of this version compute in f32 only, not {dtype}; the CPU path does");
+/// Refuses micro-kernels that there are not.
+fn check_micro_kernel(micro_kernel: MicroKernel, problem: &Problem) -> Result<()> {
+    match micro_kernel {
+        MicroKernel::Auto | MicroKernel::Portable => Ok(()),
+        MicroKernel::Cooperative => {
+            let reason = format!(
+                "{micro_kernel} kernels were asked for, and this version has none for {}; the portable ones compute it",
+                problem.options().dtype
+            );
             Err(Error::NoKernel { problem: problem.to_string(), reason })
         }
     }
 }
 
+fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool, tiles: Option<Tiles>) -> Variant {
+    let (shape, options) = (problem.shape(), problem.options());
+    // What a kernel does not look at is not part of its variant, so that fewer are compiled.
+    let [uses_q, uses_v] = match kernel {
+        Kernel::DSinkLogits => [false, false],
+        Kernel::Delta => [false, true],
+        _ => [true, true],
+    };
+    Variant {
+        kernel,
+        micro_kernel: MicroKernel::Portable,
+        dtype: options.dtype,
+        head_dim: if uses_q { shape.head_dim as u32 } else { 0 },
+        value_dim: if uses_v { shape.value_dim as u32 } else { 0 },
+        vec4: vec4 && uses_v,
+        // The gradients by q, k and v see the sink through lse and delta alone.
+        sink_logits: match kernel {
+            Kernel::ExactDelta | Kernel::DQ | Kernel::DKv => SinkLogits::None,
+            // A logit of zero has no gradient.
+            Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
+            _ => options.sink_logits,
+        },
+        // Enters with delta.
+        d_lse: d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
+        tiles,
+    }
+}
+
 impl Pass {
+    /// A pass of a kernel that has no tiles.
+    fn plain(
+        kernel: Kernel,
+        problem: &Problem,
+        vec4: bool,
+        d_lse: bool,
+        workgroups: u128,
+        capabilities: &Capabilities,
+    ) -> Result<Self> {
+        let shape = problem.shape();
+        let variant = variant(kernel, problem, vec4, d_lse, None);
+        check_loop_iterations(kernel, problem, capabilities, |_| match kernel {
+            Kernel::Delta => {
+                let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
+                (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
+            }
+            _ => {
+                let tile = if variant.dtype == DType::F32 { DELTA_ROWS as usize } else { 1 };
+                (shape.batch as u64 * shape.seq_q.div_ceil(tile) as u64).div_ceil(u64::from(variant.threads())) + 8
+            }
+        })?;
+        Pass::new(problem, variant, workgroups, capabilities)
+    }
+
     /// A pass of a kernel that has tiles: with the caller's, with measured ones that fit, or with the first of the
     /// built-in table that fit.
     fn tiled(
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
+        d_lse: bool,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
         if let Some((_, tiles)) = preference.tiles.iter().find(|(k, _)| *k == kernel) {
-            return Pass::with_tiles(kernel, problem, vec4, capabilities, *tiles);
+            return Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, *tiles);
         }
-        let key = TuningKey::of(kernel, problem);
+        let key = TuningKey::of(kernel, MicroKernel::Portable, problem);
         let measured = preference.tuning.zip(key).and_then(|(tuning, key)| tuning.get(&key));
         let measured = measured.map(|tiles| (tiles, TilesOrigin::Tuning));
         let built_in = candidates(kernel, problem, capabilities.class);
         let built_in = built_in.into_iter().map(|tiles| (tiles, TilesOrigin::BuiltIn));
         let mut reason = String::from("no candidate tiles");
         for (tiles, tiles_origin) in measured.into_iter().chain(built_in) {
-            match Pass::with_tiles(kernel, problem, vec4, capabilities, tiles) {
+            match Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, tiles) {
                 Err(Error::NoKernel { reason: why, .. }) => reason = why,
                 pass => return pass.map(|pass| Pass { tiles_origin, ..pass }),
             }
@@ -181,7 +217,7 @@ impl Pass {
         Err(Error::NoKernel { problem: problem.to_string(), reason })
     }
 
-    /// The pass of a kernel with given tiles, for measuring candidates.
+    /// The pass of a kernel with given tiles, for measuring candidates; no gradient flows into lse.
     ///
     /// # Errors
     /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together,
@@ -190,6 +226,17 @@ impl Pass {
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
+        capabilities: &Capabilities,
+        tiles: Tiles,
+    ) -> Result<Self> {
+        Pass::of_tiles(kernel, problem, vec4, false, capabilities, tiles)
+    }
+
+    fn of_tiles(
+        kernel: Kernel,
+        problem: &Problem,
+        vec4: bool,
+        d_lse: bool,
         capabilities: &Capabilities,
         tiles: Tiles,
     ) -> Result<Self> {
@@ -206,23 +253,12 @@ impl Pass {
             Kernel::DKv => (shape.seq_k, shape.kv_heads),
             _ => (shape.seq_q, shape.heads),
         };
-        if let Some(most) = capabilities.loop_iterations {
-            let needed = loop_iterations(kernel, problem, &tiles, most);
-            if needed > most {
-                let reason = format!(
-                    "{} ends loops in silence after {most} iterations, {kernel:?} needs {needed} or more; \
-                     the CPU path has no such limit",
-                    capabilities.name
-                );
-                return Err(Error::NoKernel { problem: problem.to_string(), reason });
-            }
-        }
+        check_loop_iterations(kernel, problem, capabilities, |most| loop_iterations(kernel, problem, &tiles, most))?;
         let workgroups = seq.div_ceil(tiles.tile_rows() as usize) as u128 * (shape.batch * heads) as u128;
-        Pass::new(problem, variant(kernel, problem, vec4, Some(tiles)), workgroups, capabilities)
+        Pass::new(problem, variant(kernel, problem, vec4, d_lse, Some(tiles)), workgroups, capabilities)
     }
 
     fn new(problem: &Problem, variant: Variant, workgroups: u128, capabilities: &Capabilities) -> Result<Self> {
-        check_dtype(problem)?;
         let needs = [
             ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
             ("threads in a workgroup", variant.threads(), capabilities.workgroup_threads),
@@ -237,6 +273,25 @@ impl Pass {
         let (workgroups, grid) = fold(workgroups, capabilities.grid_dimension)?;
         Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
     }
+}
+
+/// Refuses what the driver would end before it is done; `needed` gets the most that it allows.
+fn check_loop_iterations(
+    kernel: Kernel,
+    problem: &Problem,
+    capabilities: &Capabilities,
+    needed: impl FnOnce(u64) -> u64,
+) -> Result<()> {
+    let Some(most) = capabilities.loop_iterations else { return Ok(()) };
+    let needed = needed(most);
+    if needed <= most {
+        return Ok(());
+    }
+    let reason = format!(
+        "{} ends loops in silence after {most} iterations, {kernel:?} needs {needed} or more; the CPU path has no such limit",
+        capabilities.name
+    );
+    Err(Error::NoKernel { problem: problem.to_string(), reason })
 }
 
 /// Loop iterations of the longest workgroup, at most; exact only up to `most`.
@@ -287,7 +342,7 @@ fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
 impl fmt::Display for Pass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let v = &self.variant;
-        write!(f, "{:?}, portable f32", v.kernel)?;
+        write!(f, "{:?}, {} {}", v.kernel, v.micro_kernel, v.dtype)?;
         if v.value_dim > 0 {
             write!(f, ", {} loads", if v.vec4 { "vec4" } else { "scalar" })?;
         }

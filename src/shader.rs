@@ -1,22 +1,27 @@
 //! From a variant to the text of its shader.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::OnceLock;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 15] = [
+const SOURCES: [(&str, &str); 19] = [
+    ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
     ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
     ("delta.wgsl", include_str!("../shaders/delta.wgsl")),
+    ("exact_delta.wgsl", include_str!("../shaders/exact_delta.wgsl")),
     ("exp.wgsl", include_str!("../shaders/exp.wgsl")),
+    ("f16.wgsl", include_str!("../shaders/f16.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
@@ -24,6 +29,7 @@ const SOURCES: [(&str, &str); 15] = [
     ("portable/blocks.wgsl", include_str!("../shaders/portable/blocks.wgsl")),
     ("portable/d_kv.wgsl", include_str!("../shaders/portable/d_kv.wgsl")),
     ("portable/d_q.wgsl", include_str!("../shaders/portable/d_q.wgsl")),
+    ("portable/exact_delta.wgsl", include_str!("../shaders/portable/exact_delta.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
@@ -31,16 +37,18 @@ const SOURCES: [(&str, &str); 15] = [
 
 /// Rows of a workgroup of the delta kernel, and the threads that load a row together.
 pub(crate) const DELTA_ROWS: u32 = 32;
-const DELTA_LANES: u32 = 8;
+pub(crate) const DELTA_LANES: u32 = 8;
 
 /// The kernels of the crate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kernel {
     /// o and lse.
     Forward,
-    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient.
+    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient; in f32.
     Delta,
-    /// The second level of the sink logits' gradient.
+    /// delta as the sum of p (d_o . v), less d_lse; in half precision, where o is rounded.
+    ExactDelta,
+    /// The sink logits' gradient: in f32 its second level, in half precision the whole of it.
     DSinkLogits,
     /// The gradient by q.
     DQ,
@@ -54,6 +62,7 @@ impl Kernel {
         match self {
             Kernel::Forward => "forward",
             Kernel::Delta => "delta",
+            Kernel::ExactDelta => "exact_delta",
             Kernel::DSinkLogits => "d_sink_logits",
             Kernel::DQ => "d_q",
             Kernel::DKv => "d_kv",
@@ -71,7 +80,7 @@ impl Kernel {
             Kernel::Forward => [value_dim, 0],
             Kernel::DQ => [head_dim, 0],
             Kernel::DKv => [head_dim, value_dim],
-            Kernel::Delta | Kernel::DSinkLogits => [0, 0],
+            Kernel::Delta | Kernel::ExactDelta | Kernel::DSinkLogits => [0, 0],
         }
     }
 
@@ -81,6 +90,28 @@ impl Kernel {
             Kernel::Forward => 1,
             _ => 2,
         }
+    }
+}
+
+/// How a kernel forms matrix products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum MicroKernel {
+    /// The fastest one that the device offers for the problem; what is planned is one of the others.
+    #[default]
+    Auto,
+    /// Multiply-adds in f32, on every device.
+    Portable,
+    /// Cooperative matrices (tensor cores).
+    Cooperative,
+}
+
+impl fmt::Display for MicroKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            MicroKernel::Auto => "auto",
+            MicroKernel::Portable => "portable",
+            MicroKernel::Cooperative => "cooperative",
+        })
     }
 }
 
@@ -129,7 +160,7 @@ impl Binding {
         }
     }
 
-    /// Width of an operand whose rows are read or written in vectors.
+    /// Width of an operand of the problem's element type, whose rows are read or written in vectors.
     fn width(self, variant: &Variant) -> Option<u32> {
         match self {
             Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(variant.head_dim),
@@ -144,6 +175,10 @@ impl Binding {
 pub struct Variant {
     /// What is computed.
     pub kernel: Kernel,
+    /// How matrix products are formed, where there are any.
+    pub micro_kernel: MicroKernel,
+    /// Element type of q, k, v, o and their gradients in memory.
+    pub dtype: DType,
     /// D.
     pub head_dim: u32,
     /// E.
@@ -165,9 +200,12 @@ impl Variant {
             DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, Params, Q, SinkLogits as Sinks, SinkPartials, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
+        let half = self.dtype != DType::F32;
         let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
             Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, Lse]),
             Kernel::Delta => (&[Params, O, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
+            Kernel::ExactDelta => (&[Params, Q, K, V, Lse, DO, DLse], &[Delta]),
+            Kernel::DSinkLogits if half => (&[Params, Lse, Sinks, Delta], &[DSinkLogits]),
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
             Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
             Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
@@ -203,7 +241,7 @@ impl Variant {
     /// Name for labels and dumps.
     pub fn name(&self) -> String {
         use std::fmt::Write as _;
-        let mut name = format!("{}_portable_f32", self.kernel.name());
+        let mut name = format!("{}_{}_{}", self.kernel.name(), self.micro_kernel, self.dtype);
         for (letter, width) in [('d', self.head_dim), ('e', self.value_dim)] {
             if width > 0 {
                 name.push_str(&format!("_{letter}{width}"));
@@ -230,6 +268,7 @@ impl Variant {
     /// [`Error::Gpu`] if the template does not render, which would be a mistake of this crate.
     pub fn wgsl(&self) -> Result<String> {
         let bindings = self.bindings();
+        let half = self.dtype != DType::F32;
         let quads = |width: u32| width.div_ceil(4);
         let operands = |written: bool| -> Vec<Value> {
             let of = |b: &(Binding, bool)| b.0.width(self).filter(|_| b.1 == written).map(|width| (b.0.name(), width));
@@ -246,18 +285,22 @@ impl Variant {
                     (_, true) => "storage, read_write",
                     (_, false) => "storage, read",
                 },
-                type => match b {
-                    Binding::Params => "Params",
-                    b if self.vec4 && b.width(self).is_some() => "array<vec4<f32>>",
-                    _ => "array<f32>",
+                type => match (b, b.width(self), self.vec4) {
+                    (Binding::Params, ..) => "Params",
+                    (_, None, _) => "array<f32>",
+                    (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
+                    (_, Some(_), false) if half && *written => "array<atomic<u32>>",
+                    (_, Some(_), false) => if half { "array<u32>" } else { "array<f32>" },
                 },
             }).collect::<Vec<_>>(),
             loads => operands(false),
             stores => operands(true),
             operand_quads => operand_quads.clone(),
             xyzw => ["x", "y", "z", "w"],
+            dtype => self.dtype.to_string(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
+            sums_delta => half && self.kernel == Kernel::DSinkLogits,
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",
@@ -273,7 +316,7 @@ impl Variant {
                 operand_quads.iter().map(|(name, quads)| (*name, quads.div_ceil(t.threads_c))).collect();
             let [memory_len, partials_len] = t.arrays(self.kernel, self.head_dim, self.value_dim);
             context = context! {
-                micro_kernel => "portable",
+                micro_kernel => self.micro_kernel.to_string(),
                 tile_rows => t.tile_rows(),
                 tile_columns => t.tile_columns(),
                 threads_r => t.threads_r,

@@ -4,10 +4,14 @@ use bytemuck::Pod;
 
 use crate::capabilities::Capabilities;
 use crate::device::Device;
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::Layout;
 
-/// An f32 operand in a buffer of the caller's.
+/// An operand in a buffer of the caller's, of the problem's element type; lse, the sink logits and their gradients are f32.
+///
+/// Kernels bind whole words of four bytes: a buffer of f16 or bf16 must hold the whole of the word in which its operand
+/// ends. What else lies in that word is kept.
 ///
 /// The last axis is contiguous; the others may have any strides. By default the operand is densely
 /// packed in the problem's layout and starts at the buffer's first element.
@@ -44,6 +48,9 @@ impl<'a> From<&'a wgpu::Buffer> for TensorView<'a> {
     }
 }
 
+/// Bytes of what bindings are counted in.
+const WORD: u64 = 4;
+
 /// Number of elements along batch, head, sequence and width.
 pub(crate) type Extents = [usize; 4];
 
@@ -51,13 +58,14 @@ pub(crate) type Extents = [usize; 4];
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Placed<'a> {
     buffer: &'a wgpu::Buffer,
-    /// Where the binding starts, aligned down as the device wants, and its length, in bytes.
+    /// Where the binding starts, aligned down as the device wants, and its length in whole words, in bytes.
     start: u64,
     len: u64,
     /// First element, counted from the binding's start.
     pub(crate) offset: u32,
     pub(crate) strides: [u32; 3],
     width: u32,
+    dtype: DType,
 }
 
 impl<'a> Placed<'a> {
@@ -67,9 +75,10 @@ impl<'a> Placed<'a> {
         view: &TensorView<'a>,
         extents: Extents,
         layout: Layout,
+        dtype: DType,
         capabilities: &Capabilities,
     ) -> Result<Self> {
-        const ELEMENT: u64 = size_of::<f32>() as u64;
+        let element = dtype.bytes() as u64;
         let [_, heads, seq, width] = extents;
         let mut strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
         // The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
@@ -84,7 +93,7 @@ impl<'a> Placed<'a> {
         if last_element > u128::from(most) {
             return Err(Error::IndexOverflow { operand, last_element, most });
         }
-        let end = (view.offset + last as u64 + 1) * ELEMENT;
+        let end = ((view.offset + last as u64 + 1) * element).next_multiple_of(WORD);
         if end > view.buffer.size() {
             return Err(Error::BufferTooSmall { operand, needed: end, actual: view.buffer.size() });
         }
@@ -92,8 +101,8 @@ impl<'a> Placed<'a> {
         if !view.buffer.usage().contains(needed) {
             return Err(Error::BufferUsage { operand, needed, actual: view.buffer.usage() });
         }
-        let alignment = u64::from(capabilities.offset_alignment).max(ELEMENT);
-        let start = view.offset * ELEMENT / alignment * alignment;
+        let alignment = u64::from(capabilities.offset_alignment).max(WORD);
+        let start = view.offset * element / alignment * alignment;
         if end - start > capabilities.binding_bytes {
             return Err(Error::BindingTooLarge { operand, bytes: end - start, limit: capabilities.binding_bytes });
         }
@@ -101,15 +110,16 @@ impl<'a> Placed<'a> {
             buffer: view.buffer,
             start,
             len: end - start,
-            offset: (view.offset - start / ELEMENT) as u32,
+            offset: (view.offset - start / element) as u32,
             strides: strides.map(|s| s as u32),
             width: width as u32,
+            dtype,
         })
     }
 
     /// Whether rows can be read four neighbours at a time.
     pub(crate) fn vec4(&self) -> bool {
-        self.start.is_multiple_of(16)
+        self.start.is_multiple_of(4 * self.dtype.bytes() as u64)
             && [self.offset, self.width].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
     }
 
@@ -179,10 +189,12 @@ pub(crate) struct Mapped(wgpu::Buffer);
 impl Mapped {
     /// The first `elements` elements.
     pub(crate) fn read<T: Pod>(&self, elements: usize) -> Result<Vec<T>> {
-        let bytes = (elements * size_of::<T>()) as u64;
-        let view = self.0.get_mapped_range(..bytes);
+        let view = self.0.get_mapped_range(..);
         let view = view.map_err(|e| Error::Gpu { during: "reading results back", message: e.to_string() })?;
-        Ok(bytemuck::pod_collect_to_vec(&view))
+        let mut data: Vec<T> = bytemuck::pod_collect_to_vec(&view);
+        // Buffers end in whole words.
+        data.truncate(elements);
+        Ok(data)
     }
 }
 

@@ -58,7 +58,7 @@ impl Tiles {
         let widths = kernel.accumulator_widths(head_dim, value_dim);
         let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
         let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
-        let partials = if kernel == Kernel::Forward { rows * self.threads_c } else { 0 };
+        let partials = if matches!(kernel, Kernel::Forward | Kernel::ExactDelta) { rows * self.threads_c } else { 0 };
         [product.max(accumulation), partials]
     }
 
@@ -91,6 +91,7 @@ impl Tiles {
             let accumulation = self.tile_columns() / self.slab * (1 + slab);
             let tile = match kernel {
                 Kernel::Forward => product(head_dim) + accumulation,
+                Kernel::ExactDelta => product(head_dim) + product(value_dim),
                 Kernel::DQ => product(head_dim) + product(value_dim) + accumulation,
                 _ => product(head_dim) + product(value_dim) + 2 * accumulation,
             };
@@ -230,7 +231,7 @@ pub(crate) fn candidates(kernel: Kernel, problem: &Problem, class: DeviceClass) 
     let seq = if kernel == Kernel::DKv { shape.seq_k } else { shape.seq_q };
     let table: &[Candidate] = match (class, kernel) {
         (DeviceClass::Software, _) => &SOFTWARE,
-        (_, Kernel::DQ) => &D_Q,
+        (_, Kernel::DQ | Kernel::ExactDelta) => &D_Q,
         (_, Kernel::DKv) => &D_KV,
         _ => &FORWARD,
     };

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::Problem;
-use crate::shader::Kernel;
+use crate::shader::{Kernel, MicroKernel};
 use crate::tiles::Tiles;
 
 /// File with the [`Tuning`] of [`Attention::new`](crate::Attention::new) and [`Attention::open`](crate::Attention::open),
@@ -15,8 +15,8 @@ use crate::tiles::Tiles;
 pub const TUNING_VARIABLE: &str = "SINK_ATTENTION_TUNING";
 
 const FIRST_LINE: &str = "sink-attention tuning 1";
-/// The only micro-kernel so far.
-const MICRO_KERNEL: &str = "portable";
+/// The kernels that have tiles.
+const KERNELS: [Kernel; 4] = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
 /// Widths up to each of these share tiles.
 const WIDTHS: [u32; 4] = [32, 64, 128, 256];
 /// Fewer queries than this are decoding, which no class stands for.
@@ -66,10 +66,12 @@ impl fmt::Display for MaskClass {
 /// What tiles are measured for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TuningKey {
-    /// One of the kernels that have tiles: forward, d_q, d_k/d_v.
+    /// One of the kernels that have tiles.
     pub kernel: Kernel,
     /// Element type of the operands.
     pub dtype: DType,
+    /// How matrix products are formed; not [`MicroKernel::Auto`].
+    pub micro_kernel: MicroKernel,
     /// The larger of D and E, rounded up to 32, 64, 128 or 256.
     pub width: u32,
     /// Mask and length.
@@ -79,17 +81,18 @@ pub struct TuningKey {
 impl TuningKey {
     /// What a kernel of a problem is looked up by; `None` where no class stands for the problem or the kernel has no
     /// tiles.
-    pub fn of(kernel: Kernel, problem: &Problem) -> Option<Self> {
+    pub fn of(kernel: Kernel, micro_kernel: MicroKernel, problem: &Problem) -> Option<Self> {
         let width = problem.shape().head_dim.max(problem.shape().value_dim) as u32;
         let width = WIDTHS.into_iter().find(|most| width <= *most)?;
-        let dtype = problem.options().dtype;
-        kernel.has_tiles().then_some(TuningKey { kernel, dtype, width, mask: MaskClass::of(problem)? })
+        let (dtype, mask) = (problem.options().dtype, MaskClass::of(problem)?);
+        kernel.has_tiles().then_some(TuningKey { kernel, dtype, micro_kernel, width, mask })
     }
 }
 
 impl fmt::Display for TuningKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {MICRO_KERNEL} width {} {}", self.kernel.name(), self.dtype, self.width, self.mask)
+        let TuningKey { kernel, dtype, micro_kernel, width, mask } = self;
+        write!(f, "{} {dtype} {micro_kernel} width {width} {mask}", kernel.name())
     }
 }
 
@@ -99,14 +102,13 @@ impl FromStr for TuningKey {
     fn from_str(text: &str) -> Result<Self, String> {
         let words: Vec<&str> = text.split_whitespace().collect();
         let [kernel, dtype, micro_kernel, "width", width, mask] = words[..] else {
-            return Err(format!("{text:?} is not of the form \"forward f32 {MICRO_KERNEL} width 64 long\""));
+            return Err(format!("{text:?} is not of the form \"forward f32 portable width 64 long\""));
         };
-        if micro_kernel != MICRO_KERNEL {
-            return Err(unknown("micro-kernel", micro_kernel, [MICRO_KERNEL]));
-        }
         Ok(TuningKey {
-            kernel: one_of("kernel", kernel, [Kernel::Forward, Kernel::DQ, Kernel::DKv], |kernel| kernel.name())?,
+            kernel: one_of("kernel", kernel, KERNELS, |kernel| kernel.name())?,
             dtype: one_of("dtype", dtype, [DType::F32, DType::F16, DType::Bf16], ToString::to_string)?,
+            // Those that have tiles of this kind.
+            micro_kernel: one_of("micro-kernel", micro_kernel, [MicroKernel::Portable], ToString::to_string)?,
             width: one_of("width", width, WIDTHS, ToString::to_string)?,
             mask: one_of("mask", mask, MaskClass::ALL, ToString::to_string)?,
         })
@@ -292,20 +294,23 @@ mod tests {
         assert_eq!(class([512, 512], causal.window(Window::keys(128))), Some(MaskClass::Short));
         assert_eq!(class([1024, 64], causal), Some(MaskClass::Short));
         assert_eq!(class([32, 8192], causal), None);
-        let key = |width| TuningKey::of(Kernel::DQ, &problem([99, 99], width, causal));
+        let key = |width| TuningKey::of(Kernel::DQ, MicroKernel::Portable, &problem([99, 99], width, causal));
         for (width, class) in [(1, 32), (32, 32), (33, 64), (80, 128), (256, 256)] {
             assert_eq!(key(width).unwrap().width, class);
         }
-        assert_eq!(TuningKey::of(Kernel::Delta, &problem([99, 99], 64, causal)), None);
+        assert_eq!(TuningKey::of(Kernel::Delta, MicroKernel::Portable, &problem([99, 99], 64, causal)), None);
     }
 
     fn sample() -> Tuning {
         let mut tuning = Tuning::new(" Some\nGPU ", "1.2 (Mesa)");
         let mut tiles = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
-        for kernel in [Kernel::Forward, Kernel::DQ, Kernel::DKv] {
+        for kernel in KERNELS {
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 for mask in MaskClass::ALL {
-                    tuning.insert(TuningKey { kernel, dtype, width: 64, mask }, tiles);
+                    tuning.insert(
+                        TuningKey { kernel, dtype, micro_kernel: MicroKernel::Portable, width: 64, mask },
+                        tiles,
+                    );
                     tiles.rows = tiles.rows % 8 + 1;
                 }
             }
@@ -316,7 +321,7 @@ mod tests {
     #[test]
     fn text_and_back() {
         let tuning = sample();
-        assert_eq!(tuning.entries().len(), 27);
+        assert_eq!(tuning.entries().len(), 36);
         assert_eq!(tuning.to_string().parse(), Ok(tuning.clone()));
         let with_windows_ends = tuning.to_string().replace('\n', "\r\n\r\n  # a remark\r\n");
         assert_eq!(with_windows_ends.parse(), Ok(tuning.clone()));
@@ -341,7 +346,11 @@ mod tests {
             ("sink-attention tuning 1\ndevice:\ndriver: y".into(), 2, "device"),
             ("sink-attention tuning 1\ndevice: x\n\nforward".into(), 4, "driver"),
             (entry("forward f32 portable width 64 long"), 5, "no \":\""),
-            (entry(&good.replace("forward", "delta")), 5, "unknown kernel \"delta\"; known: forward, d_q, d_kv"),
+            (
+                entry(&good.replace("forward", "delta")),
+                5,
+                "unknown kernel \"delta\"; known: forward, exact_delta, d_q, d_kv",
+            ),
             (entry(&good.replace("f32", "f64")), 5, "unknown dtype \"f64\"; known: f32, f16, bf16"),
             (entry(&good.replace("portable", "magic")), 5, "unknown micro-kernel \"magic\""),
             (entry(&good.replace("width 64", "width 65")), 5, "unknown width \"65\"; known: 32, 64, 128, 256"),

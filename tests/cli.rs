@@ -185,7 +185,7 @@ fn run_computes_what_the_file_expects() {
     assert!(stderr.is_empty(), "{stderr}");
     // The second run replaces the results of the first.
     check_fixture(&folder, "mqa_bhsd_layout_f32", "bhsd", &["--backend", "cpu", "--kernel", "auto"]);
-    check_fixture(&folder, "top_left_causal_f32", "bshd", &["--kernel", "portable"]);
+    check_fixture(&folder, "top_left_causal_f32", "bshd", &[]);
 }
 
 #[test]
@@ -203,7 +203,7 @@ fn run_computes_in_half_precision() {
 fn run_on_the_gpu() {
     if common::gpu().is_some() {
         let folder = Folder::new("run_on_the_gpu");
-        let arguments = ["--backend", "gpu", "--json"];
+        let arguments = ["--backend", "gpu", "--kernel", "portable", "--json"];
         let (stdout, _) = check_fixture(&folder, "swa_sinks_both_kinds_dlse_f32", "bshd", &arguments);
         assert_eq!(serde_json::from_str::<Value>(&stdout).unwrap()["gpu"], true);
     }
@@ -552,6 +552,7 @@ fn wrong_usage_exits_with_2() {
     wrong_usage(&["run", &input, &output, "--kernel", "fast"], "fast");
     wrong_usage(&["run", &input, &output, "--fast"], "--fast");
     wrong_usage(&["run", &input, &output, "--backend", "cpu", "--adapter", "x"], "cannot be used with '--backend cpu'");
+    wrong_usage(&["run", &input, &output, "--backend", "cpu", "--kernel", "portable"], "cannot be used with");
     wrong_usage(&["run", &input, ""], "OUT");
     wrong_usage(&["walk"], "walk");
     assert_eq!(folder.names(), ["in"]);
@@ -561,9 +562,13 @@ fn wrong_usage_exits_with_2() {
 fn the_cooperative_kernel_is_not_there_yet() {
     let folder = Folder::new("cooperative");
     let (input, output) = (folder.write("in", &TestFile::good().bytes()), folder.path("out"));
+    // With a GPU or without one, it says why.
     let stderr = fails(&["run", &input, &output, "--kernel", "cooperative"]);
-    assert!(stderr.contains("portable kernel only"), "{stderr}");
+    assert!(stderr.contains("cooperative"), "{stderr}");
     assert_eq!(folder.names(), ["in"]);
+    let stderr = fails(&["plan", "--device", "H200", "--kernel", "cooperative"]);
+    assert!(stderr.contains("cooperative kernels were asked for, and this version has none for f32"), "{stderr}");
+    succeeds(&["plan", "--device", "H200", "--kernel", "portable", "--backward"]);
 }
 
 #[test]

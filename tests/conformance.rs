@@ -66,10 +66,6 @@ fn wide<T: Into<f64>>(x: Vec<T>) -> Vec<f64> {
 /// A way to compute a file's results.
 trait Compute {
     fn compute<T: Element>(&self, case: &Case) -> sink_attention::Result<Results>;
-
-    fn waits(&self, _: DType) -> bool {
-        false
-    }
 }
 
 struct Reference;
@@ -88,10 +84,6 @@ impl Compute for Attention {
         let output = self.forward(&case.problem, &inputs)?;
         let gradients = self.backward(&case.problem, &inputs, &output, &upstream)?;
         Ok(Results::new(output, gradients))
-    }
-
-    fn waits(&self, dtype: DType) -> bool {
-        common::waits(self, dtype)
     }
 }
 
@@ -118,11 +110,7 @@ fn check(path: &impl Compute, bytes: &[u8]) -> Result<(), String> {
         DType::Bf16 => path.compute::<bf16>(&case),
         other => panic!("no path for {other}"),
     };
-    let results = match results {
-        Err(error) if path.waits(dtype) && error.to_string().contains(&dtype.to_string()) => return Ok(()),
-        Ok(_) if path.waits(dtype) => return Err(format!("{dtype} is computed: is WAITING_ON_GPU out of date?")),
-        results => results.map_err(|error| error.to_string())?,
-    };
+    let results = results.map_err(|error| error.to_string())?;
     let names: Vec<&str> = results.gradients.iter().map(|(name, _)| *name).collect();
     assert_eq!(names.contains(&"dsinks"), case.sink_logits.is_some());
     let mut errors = vec![

@@ -9,7 +9,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use common::operands::problem;
-use sink_attention::{Capabilities, Error, Kernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window};
+use sink_attention::{
+    Capabilities, DType, Error, Kernel, MicroKernel, Options, Pass, Plan, Preference, Problem, SinkLogits, Tiles,
+    Window,
+};
 
 /// Problems that people have, and some that they should not.
 fn problems() -> Vec<(&'static str, Problem)> {
@@ -34,6 +37,9 @@ fn problems() -> Vec<(&'static str, Problem)> {
         ("vision, no mask", problem([8, 16, 16], [577, 577], [64, 64], Options::new())),
         ("phi, D 80", problem([1, 32, 32], [2048, 2048], [80, 80], causal)),
         ("50 queries", problem([1, 8, 8], [50, 50], [64, 64], causal)),
+        ("GPT-OSS prefill in bf16", problem([1, 64, 8], [4096, 4096], [64, 64], sinks.dtype(DType::Bf16))),
+        ("Llama 3 8B prefill in f16", problem([1, 32, 8], [8192, 8192], [128, 128], causal.dtype(DType::F16))),
+        ("odd widths in f16", problem([2, 6, 3], [113, 203], [33, 77], sinks.dtype(DType::F16))),
         ("16 wide", problem([1, 4, 4], [1000, 1000], [16, 16], causal)),
         ("tiny", problem([1, 1, 1], [1, 1], [1, 1], Options::new())),
         ("odd widths", problem([2, 6, 3], [113, 203], [33, 77], sinks)),
@@ -86,7 +92,8 @@ fn every_width_has_a_plan() {
     for head_dim in 1..=256 {
         for value_dim in 1..=256 {
             for seq_q in [1, 1000] {
-                let options = Options::new().sink_logits(SinkLogits::PerHead);
+                let dtype = [DType::F32, DType::F16, DType::Bf16][(head_dim + value_dim) % 3];
+                let options = Options::new().sink_logits(SinkLogits::PerHead).dtype(dtype);
                 let problem = problem([1, 1, 1], [seq_q, 1000], [head_dim, value_dim], options);
                 let forward = Plan::forward(&problem, false, &least).unwrap();
                 let backward = Plan::backward(&problem, false, true, &least).unwrap();
@@ -99,6 +106,36 @@ fn every_width_has_a_plan() {
                         assert!(pass.workgroups * tiles.tile_rows() >= rows as u32, "{problem}: {pass}");
                     }
                 }
+            }
+        }
+    }
+}
+
+/// A micro-kernel that was asked for is the one that is planned, or an error that says why not.
+#[test]
+fn micro_kernels_are_as_asked_for() {
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        let problem = problem([1, 2, 2], [100, 100], [64, 64], Options::new().dtype(dtype));
+        for device in Capabilities::samples() {
+            let plans = |micro_kernel| {
+                let preference = Preference { micro_kernel, ..Preference::default() };
+                [
+                    Plan::forward_with(&problem, true, &device, &preference),
+                    Plan::backward_with(&problem, true, false, &device, &preference),
+                ]
+            };
+            for pass in plans(MicroKernel::Portable).into_iter().flat_map(|plan| plan.unwrap().passes) {
+                assert_eq!((pass.variant.micro_kernel, pass.variant.dtype), (MicroKernel::Portable, dtype));
+                let name = format!("portable_{dtype}");
+                assert!(pass.variant.name().contains(&name) && pass.to_string().contains(&name.replace('_', " ")));
+            }
+            for pass in plans(MicroKernel::Auto).into_iter().flat_map(|plan| plan.unwrap().passes) {
+                assert_ne!(pass.variant.micro_kernel, MicroKernel::Auto);
+            }
+            for error in plans(MicroKernel::Cooperative).map(|plan| plan.unwrap_err()) {
+                assert!(matches!(error, Error::NoKernel { .. }), "{error:?}");
+                let reason = format!("cooperative kernels were asked for, and this version has none for {dtype}");
+                assert!(error.to_string().contains(&reason), "{error}");
             }
         }
     }

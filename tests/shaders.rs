@@ -14,8 +14,8 @@ use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Capabilities, Device, ForwardBuffers, Kernel, Options, Pass, Plan, Problem, SinkLogits,
-    TensorView, Variant,
+    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, Options, Pass, Plan, Problem,
+    SinkLogits, TensorView, TilesOrigin, Variant,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.
@@ -42,6 +42,8 @@ const WIDTHS: [[usize; 2]; 18] = [
 
 const SINKS: [SinkLogits; 3] = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead];
 
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+
 /// A problem on a device, its operands readable by fours or not, and what the planner makes of it.
 struct Planned {
     device: Capabilities,
@@ -66,10 +68,11 @@ fn reachable() -> &'static [Planned] {
         let mut reachable = Vec::new();
         for device in Capabilities::samples() {
             for width in WIDTHS {
-                for sinks in SINKS {
+                for (sinks, dtype) in SINKS.into_iter().flat_map(|sinks| DTYPES.map(|dtype| (sinks, dtype))) {
                     // Both sides of every length at which the planner might change its mind.
                     for seq in [1, 32, 33, 64, 65, 1000] {
-                        let problem = problem([1, 2, 1], [seq, seq], width, Options::new().sink_logits(sinks));
+                        let problem =
+                            problem([1, 2, 1], [seq, seq], width, Options::new().sink_logits(sinks).dtype(dtype));
                         // Packed operands of such widths can be read by fours; strides may still forbid it.
                         let by_fours = width.iter().all(|w| w % 4 == 0);
                         for vec4 in [false, by_fours] {
@@ -102,7 +105,9 @@ fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     let text = variant.wgsl().unwrap();
     let module = naga::front::wgsl::parse_str(&text)
         .unwrap_or_else(|error| panic!("{}: {}", variant.name(), error.emit_to_string(&text)));
-    let info = Validator::new(ValidationFlags::all(), naga::valid::Capabilities::empty())
+    // unpack2x16float, which is no extension: naga counts it as one for the sake of OpenGL ES 3.0.
+    let guaranteed = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    let info = Validator::new(ValidationFlags::all(), guaranteed)
         .validate(&module)
         .unwrap_or_else(|error| panic!("{}: {}", variant.name(), error.emit_to_string(&text)));
     (module, info)
@@ -111,20 +116,29 @@ fn validated(variant: &Variant) -> (Module, ModuleInfo) {
 #[test]
 fn the_list_reaches_every_class() {
     let variants = variants();
-    for sinks in SINKS {
-        for vec4 in [false, true] {
-            // A logit of zero has no gradient, so delta knows it as little as none.
-            let delta = Some(Kernel::Delta).filter(|_| sinks != SinkLogits::OffByOne);
-            for kernel in [Some(Kernel::Forward), delta].into_iter().flatten() {
-                assert!(variants.iter().any(|v| (v.kernel, v.sink_logits, v.vec4) == (kernel, sinks, vec4)));
+    for dtype in DTYPES {
+        let variants: Vec<_> = variants.iter().filter(|v| v.dtype == dtype).collect();
+        for sinks in SINKS {
+            for vec4 in [false, true] {
+                // A logit of zero has no gradient, so delta knows it as little as none; the exact one knows no sinks.
+                let delta = Some(Kernel::Delta).filter(|_| dtype == DType::F32 && sinks != SinkLogits::OffByOne);
+                for kernel in [Some(Kernel::Forward), delta].into_iter().flatten() {
+                    assert!(variants.iter().any(|v| (v.kernel, v.sink_logits, v.vec4) == (kernel, sinks, vec4)));
+                }
             }
         }
+        let delta = if dtype == DType::F32 { Kernel::Delta } else { Kernel::ExactDelta };
+        // The exact delta has no accumulators, whose width would choose among the rows of the table.
+        let least = if dtype == DType::F32 { 1 } else { 4 };
+        for (kernel, least) in [(Kernel::Forward, 5), (delta, least), (Kernel::DQ, 5), (Kernel::DKv, 5)] {
+            let tiles: HashSet<_> = variants.iter().filter(|v| v.kernel == kernel).map(|v| v.tiles).collect();
+            assert!(tiles.len() >= least, "the tuning table of {kernel:?} has more rows than {tiles:?}");
+        }
+        for d_lse in [false, true] {
+            assert!(variants.iter().any(|v| v.kernel == delta && v.d_lse == d_lse));
+        }
+        assert!(variants.iter().any(|v| v.kernel == Kernel::DSinkLogits));
     }
-    for kernel in [Kernel::Forward, Kernel::DQ, Kernel::DKv] {
-        let tiles: HashSet<_> = variants.iter().filter(|v| v.kernel == kernel).map(|v| v.tiles).collect();
-        assert!(tiles.len() >= 5, "the tuning table of {kernel:?} has more rows than {tiles:?}");
-    }
-    assert!(variants.iter().any(|v| v.d_lse) && variants.iter().any(|v| v.kernel == Kernel::DSinkLogits));
 }
 
 #[test]
@@ -224,7 +238,7 @@ fn bindings_stay_where_they_are() {
         let results: &[&str] = match variant.kernel {
             Kernel::Forward => &["lse", "o"],
             Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["delta", "sink_partials"],
-            Kernel::Delta => &["delta"],
+            Kernel::Delta | Kernel::ExactDelta => &["delta"],
             Kernel::DSinkLogits => &["d_sink_logits"],
             Kernel::DQ => &["d_q"],
             Kernel::DKv => &["d_k", "d_v"],
@@ -257,15 +271,18 @@ fn build(attention: &Attention, planned: &Planned) {
     let Planned { problem, vec4, d_lse, forward, backward, .. } = planned;
     // An element's offset makes the kernels read one by one.
     let offset = u64::from(!vec4);
-    let buffer = |elements: usize| empty(device, (elements as u64 + offset) * 4, BufferUsages::STORAGE);
+    let buffer = |elements: usize, bytes: usize| {
+        let size = (elements as u64 + offset) * bytes as u64;
+        empty(device, size.next_multiple_of(4), BufferUsages::STORAGE)
+    };
     let operands = || {
         let shapes = [problem.q_shape(), problem.k_shape(), problem.v_shape(), problem.o_shape()];
-        shapes.map(|shape| buffer(shape.iter().product()))
+        shapes.map(|shape| buffer(shape.iter().product(), problem.options().dtype.bytes()))
     };
     let ([q, k, v, o], [d_q, d_k, d_v, d_o]) = (operands(), operands());
-    let rows = || buffer(problem.lse_shape().iter().product());
+    let rows = || buffer(problem.lse_shape().iter().product(), 4);
     let (lse, flows_into_lse) = (rows(), rows());
-    let heads = || buffer(problem.shape().heads);
+    let heads = || buffer(problem.shape().heads, 4);
     let (sinks, d_sinks) = (heads(), heads());
 
     let at = |buffer| TensorView::new(buffer).offset(offset);

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use common::operands::{Operands, agree, problem};
 use sink_attention::{
-    Attention, Capabilities, Clock, Device, Error, Kernel, MaskClass, Options, Pass, Plan, Preference, Problem,
-    SinkLogits, Tiles, TilesOrigin, Timer, Tuning, TuningKey, Upstream, Window, wgpu,
+    Attention, Capabilities, Clock, Device, Error, Kernel, MaskClass, MicroKernel, Options, Pass, Plan, Preference,
+    Problem, SinkLogits, Tiles, TilesOrigin, Timer, Tuning, TuningKey, Upstream, Window, wgpu,
 };
 
 const KERNELS: [Kernel; 3] = [Kernel::Forward, Kernel::DQ, Kernel::DKv];
@@ -22,7 +22,9 @@ const OTHER: Tiles = Tiles { threads_r: 4, threads_c: 8, rows: 4, quads: 1, chun
 
 fn tuning(device: &str, problem: &Problem, tiles: Tiles) -> Tuning {
     let mut tuning = Tuning::new(device, "");
-    KERNELS.iter().for_each(|kernel| tuning.insert(TuningKey::of(*kernel, problem).unwrap(), tiles));
+    KERNELS
+        .iter()
+        .for_each(|kernel| tuning.insert(TuningKey::of(*kernel, MicroKernel::Portable, problem).unwrap(), tiles));
     tuning
 }
 
@@ -78,7 +80,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         let own = Tiles { rows: 2, ..OTHER };
         let own_tiles = [(Kernel::Forward, own)];
         let tuning = tuning(&device.name, &problem, OTHER);
-        let preference = Preference { tiles: &own_tiles, tuning: Some(&tuning) };
+        let preference = Preference { tiles: &own_tiles, tuning: Some(&tuning), ..Preference::default() };
         let pass = Plan::forward_with(&problem, true, &device, &preference).unwrap().passes[0];
         assert_eq!((pass.variant.tiles, pass.tiles_origin), (Some(own), TilesOrigin::Caller));
     }

@@ -102,7 +102,7 @@ def own_rows(report):
                 "causal": row["causal"],
                 "dtype": row["dtype"],
                 "pass": row["pass"],
-                "implementation": f"sink-attention, {row['kernel']}",
+                "implementation": "sink-attention" + (f", {row['kernel']}" if "kernel" in row else ""),
                 "sinks": row["sink_logits"],
                 "ms": row.get("ms"),
                 "tflops": row.get("tflops"),

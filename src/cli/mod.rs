@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use sink_attention::{Attention, DType, Device, DeviceChoice, Tuning};
+use sink_attention::{Attention, DType, Device, DeviceChoice, MicroKernel, Tuning};
 
 /// Where to compute.
 #[derive(Debug, Args)]
@@ -28,6 +28,10 @@ pub struct DeviceArgs {
     /// GPU adapter: its index, or a part of its name [default: $SINK_ATTENTION_ADAPTER, else the best]
     #[arg(long, value_name = "NAME")]
     adapter: Option<String>,
+
+    /// How kernels form matrix products; all but auto need a GPU
+    #[arg(long, value_enum, default_value_t)]
+    kernel: Kernel,
 
     /// File with tiles measured by `tune` on this device [default: $SINK_ATTENTION_TUNING]
     #[arg(long, value_name = "FILE")]
@@ -43,6 +47,17 @@ enum Backend {
     /// A GPU, or the CPU where there is none
     #[default]
     Auto,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Kernel {
+    /// The fastest way that the device offers
+    #[default]
+    Auto,
+    /// Plain WGSL, on every device
+    Portable,
+    /// Cooperative matrices (tensor cores)
+    Cooperative,
 }
 
 /// Element type of the operands.
@@ -73,21 +88,36 @@ impl DeviceArgs {
                 let message = format!("the argument '{argument}' cannot be used with '--backend cpu'");
                 Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
             }
+            (Backend::Cpu, None) if self.kernel != Kernel::Auto => {
+                let message = "the argument '--kernel' cannot be used with '--backend cpu'";
+                Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
+            }
             _ => Ok(()),
+        }
+    }
+
+    /// The micro-kernel asked for.
+    pub fn micro_kernel(&self) -> MicroKernel {
+        match self.kernel {
+            Kernel::Auto => MicroKernel::Auto,
+            Kernel::Portable => MicroKernel::Portable,
+            Kernel::Cooperative => MicroKernel::Cooperative,
         }
     }
 
     /// Opens the operator on the chosen device.
     pub fn open(&self) -> sink_attention::Result<Attention> {
         // Not the one of the environment, which may be of another device.
-        let Some(path) = &self.tuning else { return Attention::open(&self.choice()) };
+        let Some(path) = &self.tuning else {
+            return Ok(Attention::open(&self.choice())?.with_micro_kernel(self.micro_kernel()));
+        };
         self.open_untuned()?.with_tuning(Tuning::load(path)?)
     }
 
     /// As [`open`](Self::open), with the built-in table.
     pub fn open_untuned(&self) -> sink_attention::Result<Attention> {
         let device = pollster::block_on(Device::choose(&self.choice()))?;
-        Ok(device.map_or_else(Attention::cpu, Attention::on))
+        Ok(device.map_or_else(Attention::cpu, Attention::on).with_micro_kernel(self.micro_kernel()))
     }
 
     /// Whether the arguments name measured tiles.

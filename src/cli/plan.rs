@@ -6,8 +6,8 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DeviceChoice, Kernel, Layout, Options, Pass, Plan, Preference, Problem, Shape, SinkLogits,
-    Tuning, Window, adapters, describe,
+    Alignment, Capabilities, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Preference, Problem,
+    Shape, SinkLogits, Tuning, Window, adapters, describe,
 };
 
 use super::{DeviceArgs, bytes, print_summary};
@@ -207,13 +207,17 @@ impl PlanArgs {
                 check_limits(&operands, &capabilities)?;
                 let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
                 let tuning = self.tuning(&capabilities)?;
-                let preference = Preference { tuning: tuning.as_ref(), ..Preference::default() };
+                let preference =
+                    Preference { micro_kernel: self.target.micro_kernel(), tuning: tuning.as_ref(), tiles: &[] };
                 let mut passes = Plan::forward_with(&problem, vec4, &capabilities, &preference)?.passes;
                 if self.backward {
                     passes.extend(Plan::backward_with(&problem, vec4, false, &capabilities, &preference)?.passes);
                 }
                 let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
                 Explanation::new(&problem, device, self.backward, operands, launches.collect())
+            }
+            None if self.target.micro_kernel() != MicroKernel::Auto => {
+                return Err(sink_attention::Error::NeedsGpu { call: "--kernel" }.into());
             }
             None => {
                 let device = format!("CPU ({} threads)", rayon::current_num_threads());

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 use sink_attention::io::{self, Case};
 
@@ -31,33 +31,15 @@ pub struct Run {
     #[command(flatten)]
     device: DeviceArgs,
 
-    /// Which kernel computes on a GPU
-    #[arg(long, value_enum, default_value_t)]
-    kernel: Kernel,
-
     /// Print the summary as a JSON object
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum Kernel {
-    /// The fastest that the device offers
-    #[default]
-    Auto,
-    /// Plain WGSL, on every device
-    Portable,
-    /// Cooperative matrices (tensor cores)
-    Cooperative,
 }
 
 impl Run {
     /// Reads, computes, writes, and says so.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
-        if self.kernel == Kernel::Cooperative {
-            return Err("--kernel cooperative: this version has the portable kernel only".into());
-        }
         io::check_output(&self.input, &self.output)?;
         let case = Case::read(&self.input)?;
 

@@ -10,8 +10,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, DType, Device, Element, Kernel, MaskClass, Options, Pass, Plan, Prepared, Problem, Series, Shape,
-    SinkLogits, Tiles, Timer, Tuning, TuningKey, Upstream, Window, compare,
+    Attention, DType, Device, Element, Kernel, MaskClass, MicroKernel, Options, Pass, Plan, Prepared, Problem, Series,
+    Shape, SinkLogits, Tiles, Timer, Tuning, TuningKey, Upstream, Window, compare,
 };
 
 use super::operands::{GpuGradients, GpuOperands, HostOperands, too_large};
@@ -54,7 +54,7 @@ pub struct Tune {
     dtype: Vec<ElementType>,
 
     /// Kernels to tune
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "KERNELS", default_values = ["forward", "d_q", "d_kv"])]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "KERNELS", default_values = ["forward", "exact_delta", "d_q", "d_kv"])]
     kernels: Vec<Tunable>,
 
     /// Classes of masks to measure
@@ -69,6 +69,9 @@ pub struct Tune {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Tunable {
     Forward,
+    /// Part of the backward pass in f16 and bf16
+    #[value(name = "exact_delta")]
+    ExactDelta,
     #[value(name = "d_q")]
     DQ,
     #[value(name = "d_kv")]
@@ -86,6 +89,7 @@ impl Tunable {
     fn kernel(self) -> Kernel {
         match self {
             Tunable::Forward => Kernel::Forward,
+            Tunable::ExactDelta => Kernel::ExactDelta,
             Tunable::DQ => Kernel::DQ,
             Tunable::DKv => Kernel::DKv,
         }
@@ -264,11 +268,14 @@ impl Tune {
                     let bench = Bench::new(&attention, &device, &timer, *masks, width, dtype)?;
                     for kernel in self.kernels.iter().map(|kernel| kernel.kernel()) {
                         let problem = bench.large().problem;
-                        let key = TuningKey::of(kernel, &problem).ok_or("a problem without a class")?;
+                        let key = TuningKey::of(kernel, MicroKernel::Portable, &problem)
+                            .ok_or("a problem without a class")?;
                         progress.set_message(key.to_string());
                         let left = deadline.saturating_duration_since(Instant::now());
                         let jobs = progress.length().unwrap_or(1).saturating_sub(progress.position()).max(1);
-                        if left.is_zero() {
+                        if kernel == Kernel::ExactDelta && dtype == DType::F32 {
+                            // There the kernel without tiles does.
+                        } else if left.is_zero() {
                             summary.not_measured.push(key.to_string());
                         } else {
                             let until = Instant::now() + left.div_f64(jobs as f64);
@@ -394,7 +401,7 @@ fn right_with<T: Element>(
     tiles: Tiles,
     bound: f64,
 ) -> Result<(), String> {
-    let key = TuningKey::of(kernel, problem).ok_or("a problem without a class")?;
+    let key = TuningKey::of(kernel, MicroKernel::Portable, problem).ok_or("a problem without a class")?;
     let device = attention.device().ok_or("no GPU")?;
     let mut tuning = Tuning::new(&device.capabilities().name, "");
     tuning.insert(key, tiles);

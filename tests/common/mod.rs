@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 
 /// The comparing functions of the project; their own tests are in src/compare.rs.
 pub use sink_attention::compare::{low_precision as compare_low_precision, lse as compare_lse, tensor as compare};
-use sink_attention::{Attention, DType, DeviceChoice, Error};
+use sink_attention::{Attention, DeviceChoice, Error};
 
 /// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one; opened once per test binary.
 ///
@@ -46,13 +46,4 @@ pub fn gpu() -> Option<&'static Attention> {
         let _ = writeln!(std::io::stderr(), "\n!!!! NO GPU ADAPTER: the GPU part of {test} DID NOT RUN !!!!\n");
     }
     gpu.as_ref()
-}
-
-/// Element types that the kernels do not compute in yet, so that tests in them wait on a GPU. `tests/conformance.rs`
-/// fails where this is out of date.
-const WAITING_ON_GPU: [DType; 2] = [DType::F16, DType::Bf16];
-
-/// Whether a path does not compute in an element type yet.
-pub fn waits(path: &Attention, dtype: DType) -> bool {
-    path.is_gpu() && WAITING_ON_GPU.contains(&dtype)
 }

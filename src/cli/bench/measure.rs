@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, DType, Device, Element, Error, Plan, Prepared, Problem, Result, Series, SinkLogits, Timer, Upstream,
-    wgpu,
+    Attention, DType, Device, Element, Error, MicroKernel, Plan, Prepared, Problem, Result, Series, SinkLogits, Timer,
+    Upstream, wgpu,
 };
 
 use super::super::operands::{GpuGradients, GpuOperands, HostOperands, too_large};
@@ -67,6 +67,8 @@ pub struct Effort {
 /// What one pass of a problem took.
 #[derive(Debug)]
 pub struct Timing {
+    /// The micro-kernel, or the CPU path.
+    pub kernel: String,
     pub series: Series,
     /// Kernels on their own, where they were asked for.
     pub kernels: Vec<(&'static str, Series)>,
@@ -155,7 +157,10 @@ fn one(
             kernels.push((pass.variant.kernel.name(), series));
         }
     }
-    Ok(Ok(Timing { series, kernels, first_call: Some(first_call) }))
+    // A pass holds kernels of other kinds, too, which take next to no time.
+    let tiled = prepared.plan().passes.iter().rev().find(|pass| pass.variant.tiles.is_some());
+    let kernel = tiled.map_or(MicroKernel::Portable, |pass| pass.variant.micro_kernel).to_string();
+    Ok(Ok(Timing { kernel, series, kernels, first_call: Some(first_call) }))
 }
 
 /// Compiles twice, by operators that know nothing of each other but a file.
@@ -221,6 +226,7 @@ fn on_cpu_with<T: Element>(
         }
         times.push(start.elapsed());
     }
-    let timing = Series::new(times).map(|series| Timing { series, kernels: Vec::new(), first_call: None });
+    let timing =
+        Series::new(times).map(|series| Timing { kernel: "cpu".into(), series, kernels: Vec::new(), first_call: None });
     Ok(timing.ok_or_else(|| "no run was timed".into()))
 }

@@ -16,7 +16,6 @@ use sink_attention::{Attention, DType, Layout, Options, Problem, Shape, SinkLogi
 use self::measure::{Direction, Effort, on_cpu, on_gpu};
 use self::report::{Report, Row};
 use super::plan::{Axes, Sinks, at_least_one};
-use super::run::Kernel;
 use super::{DeviceArgs, ElementType, print};
 
 /// Long sequences are shortened by this on devices without GPU.
@@ -44,10 +43,6 @@ pub struct Bench {
     /// Passes to measure
     #[arg(long, value_enum, default_value_t)]
     pass: PassArg,
-
-    /// Which kernel computes on a GPU
-    #[arg(long, value_enum, default_value_t)]
-    kernel: Kernel,
 
     /// Measure each kernel of a pass by itself, too
     #[arg(long)]
@@ -208,9 +203,6 @@ impl Bench {
     /// Measures and reports; an error where nothing could be measured.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
-        if self.kernel == Kernel::Cooperative {
-            return Err("--kernel cooperative: this version has the portable kernel only".into());
-        }
         let attention = self.device.open()?;
         let timer = attention.device().map(Timer::new).transpose()?;
         let slow = attention.device().is_none_or(|d| d.wgpu().adapter_info().device_type == wgpu::DeviceType::Cpu);
@@ -240,7 +232,7 @@ impl Bench {
             progress.set_message(format!("{name}: {problem}"));
             let timings = self.measure(&attention, timer.as_ref(), problem, directions, effort);
             for (direction, timing) in directions.iter().zip(timings) {
-                let row = Row::new(name, problem, *direction, timing?, &report);
+                let row = Row::new(name, problem, *direction, timing?, report.peaks);
                 report.rows.push(row);
             }
             progress.inc(1);

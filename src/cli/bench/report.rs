@@ -20,9 +20,6 @@ pub struct Report {
     /// Sequences are shorter than they would be on a GPU.
     shortened: bool,
     pub rows: Vec<Row>,
-    /// The micro-kernel, or the CPU path.
-    #[serde(skip)]
-    pub kernel: &'static str,
     #[serde(skip)]
     pub peaks: Option<Peaks>,
 }
@@ -45,7 +42,6 @@ pub struct Row {
     sink_logits: bool,
     pub dtype: String,
     pub pass: &'static str,
-    kernel: &'static str,
     problem: String,
     #[serde(flatten)]
     pub figures: Option<Figures>,
@@ -56,6 +52,8 @@ pub struct Row {
 /// What a pass took.
 #[derive(Debug, Serialize)]
 pub struct Figures {
+    /// The micro-kernel, or the CPU path.
+    kernel: String,
     #[serde(flatten)]
     times: Times,
     pub tflops: f64,
@@ -113,7 +111,6 @@ impl Report {
             driver: info.map_or(String::new(), |info| format!("{} {}", info.driver, info.driver_info).trim().into()),
             clock: clock.map_or("wall clock of the CPU path".into(), |clock| clock.to_string()),
             shortened,
-            kernel: if attention.is_gpu() { "portable" } else { "cpu" },
             rows: Vec::new(),
         }
     }
@@ -134,7 +131,7 @@ impl Row {
         problem: &Problem,
         direction: Direction,
         timing: Result<Timing, String>,
-        report: &Report,
+        peaks: Option<Peaks>,
     ) -> Self {
         let (shape, options) = (problem.shape(), problem.options());
         let (timing, skipped) = match timing {
@@ -156,9 +153,8 @@ impl Row {
             sink_logits: options.sink_logits != SinkLogits::None,
             dtype: options.dtype.to_string(),
             pass: direction.name(),
-            kernel: report.kernel,
             problem: problem.to_string(),
-            figures: timing.map(|timing| Figures::new(problem, direction, &timing, report.peaks)),
+            figures: timing.map(|timing| Figures::new(problem, direction, &timing, peaks)),
             skipped,
         }
     }
@@ -172,6 +168,7 @@ impl Figures {
         let (tflops, gb_per_s) = (rate(direction.flops(problem), 1e12), rate(direction.bytes(problem), 1e9));
         let kernels = timing.kernels.iter();
         Figures {
+            kernel: timing.kernel.clone(),
             tflops,
             gb_per_s,
             peak_share: peaks.map(|peaks| tflops / peaks.tflops(problem.options().dtype)),

@@ -1,0 +1,23 @@
+// IEEE 754 half precision, two numbers in a word, without the extension that would give WGSL a type for it.
+
+// Drivers may take numbers below 2^-14 for zero.
+fn widen2(word: u32) -> vec2<f32> {
+  return unpack2x16float(word);
+}
+
+// Rounded to nearest, ties to even, by the bits: pack2x16float may round otherwise, and makes anything of what is too large.
+fn narrow4(x: vec4<f32>) -> vec4<u32> {
+  let bits = bitcast<vec4<u32>>(x);
+  let size = bits & vec4<u32>(0x7fffffffu);
+  // Exponents fewer by 112, and never more than that of infinity.
+  let normal = min(((size + vec4<u32>(0xfffu) + ((size >> vec4<u32>(13u)) & vec4<u32>(1u))) >> vec4<u32>(13u)) - vec4<u32>(0x1c000u), vec4<u32>(0x7c00u));
+  // Below 2^-14: multiples of 2^-24. What is below a quarter of that is zero at the largest shift, too.
+  let shift = clamp(vec4<u32>(126u) - (size >> vec4<u32>(23u)), vec4<u32>(1u), vec4<u32>(25u));
+  let digits = (size & vec4<u32>(0x7fffffu)) | vec4<u32>(0x800000u);
+  let half_ulp = vec4<u32>(1u) << (shift - vec4<u32>(1u));
+  let subnormal = (digits + half_ulp - vec4<u32>(1u) + ((digits >> shift) & vec4<u32>(1u))) >> shift;
+  let number = select(normal, subnormal, size < vec4<u32>(0x38800000u));
+  // A NaN keeps its first bits, and is quiet.
+  let nan = vec4<u32>(0x7e00u) | ((size >> vec4<u32>(13u)) & vec4<u32>(0x3ffu));
+  return select(number, nan, size > vec4<u32>(0x7f800000u)) | ((bits >> vec4<u32>(16u)) & vec4<u32>(0x8000u));
+}

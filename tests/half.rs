@@ -1,0 +1,316 @@
+//! f16 and bf16 in GPU buffers: halves of words wherever they lie, every bit pattern, rounding. Numbers are held against the
+//! definition in tests/low_precision.rs.
+
+mod common;
+
+use common::buffers::{empty, submit};
+use common::gpu;
+use common::gradients::Backward;
+use common::operands::{agree, problem};
+use sink_attention::cpu::reference;
+use sink_attention::half::{bf16, f16};
+use sink_attention::wgpu::{self, BufferUsages};
+use sink_attention::{
+    BackwardBuffers, DType, Device, Element, Error, ForwardBuffers, Gradients, Inputs, Layout, Options, Output,
+    Problem, SinkLogits, TensorView, Upstream, Window,
+};
+
+/// A test for both types.
+macro_rules! both {
+    ($($name:ident)*) => {$(
+        mod $name {
+            #[test]
+            fn f16() {
+                super::$name::<super::f16>();
+            }
+
+            #[test]
+            fn bf16() {
+                super::$name::<super::bf16>();
+            }
+        }
+    )*};
+}
+
+both! {
+    views_with_offsets_and_strides
+    every_number_passes_through
+    results_are_rounded_to_nearest_even
+    same_bits_every_time
+    buffers_that_are_too_small
+}
+
+/// The problem in an element type, with operands.
+fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
+    let problem = Problem::new(*problem.shape(), problem.options().dtype(T::DTYPE)).unwrap();
+    (problem, Backward::random(&problem, seed).cast())
+}
+
+/// A buffer of halves, whole words of them.
+fn buffer<T: Element>(device: &Device, data: &[T]) -> wgpu::Buffer {
+    let mut data = data.to_vec();
+    data.resize(data.len().next_multiple_of(2), T::default());
+    let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+    let buffer = empty(device, size_of_val(&data[..]) as u64, usage);
+    device.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(&data));
+    buffer
+}
+
+fn read<T: Element>(device: &Device, buffer: &wgpu::Buffer) -> Vec<T> {
+    let words = common::buffers::read(device, buffer);
+    bytemuck::cast_slice(&words).to_vec()
+}
+
+/// A place for an operand in a buffer that holds other things, too: rows of `width` in rows of `row` elements.
+struct Place {
+    extents: [usize; 4],
+    offset: usize,
+    row: usize,
+}
+
+impl Place {
+    /// Positions, heads, batches from the inside out; neither of the layouts where the rows are padded.
+    fn strides(&self) -> [usize; 3] {
+        let [_, heads, seq, _] = self.extents;
+        [heads * seq * self.row, seq * self.row, self.row]
+    }
+
+    fn len(&self) -> usize {
+        self.offset + self.extents[..3].iter().product::<usize>() * self.row
+    }
+
+    /// Elements of the buffer and of the packed operand.
+    fn elements(&self, layout: Layout) -> Vec<(usize, usize)> {
+        let [batch, heads, seq, width] = self.extents;
+        let (own, packed) = (self.strides(), layout.strides(heads, seq, width).map(|stride| stride as usize));
+        let at = |strides: [usize; 3], row: [usize; 3]| (0..3).map(|axis| strides[axis] * row[axis]).sum::<usize>();
+        let rows = (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..seq).map(move |i| [b, h, i])));
+        rows.flat_map(|row| (0..width).map(move |d| (self.offset + at(own, row) + d, at(packed, row) + d))).collect()
+    }
+
+    fn view<'a>(&self, buffer: &'a wgpu::Buffer) -> TensorView<'a> {
+        TensorView::new(buffer).offset(self.offset as u64).strides(self.strides().map(|stride| stride as u64))
+    }
+
+    /// A buffer with the operand at its place and `rest` everywhere else.
+    fn fill<T: Element>(&self, device: &Device, layout: Layout, data: &[T], rest: f32) -> wgpu::Buffer {
+        let mut elements = vec![T::from_f32(rest); self.len() + 5];
+        self.elements(layout).into_iter().for_each(|(at, packed)| elements[at] = data[packed]);
+        buffer(device, &elements)
+    }
+
+    /// The operand out of its place; everything else must be `rest` still.
+    fn take<T: Element>(&self, device: &Device, layout: Layout, buffer: &wgpu::Buffer, rest: f32) -> Vec<T> {
+        let mut all = read::<T>(device, buffer);
+        let mut data = vec![T::default(); self.extents.iter().product()];
+        for (at, packed) in self.elements(layout) {
+            data[packed] = std::mem::replace(&mut all[at], T::from_f32(rest));
+        }
+        let written = all[..self.len() + 5].iter().position(|&x| x != T::from_f32(rest));
+        assert_eq!(written, None, "wrote outside of the view");
+        data
+    }
+}
+
+fn views_with_offsets_and_strides<T: Element>() {
+    const SENTINEL: f32 = -12345.0;
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let options = Options::new().window(Window::keys(9)).sink_tokens(2).sink_logits(SinkLogits::PerHead);
+    let narrow = problem([2, 2, 1], [19, 19], [5, 3], options.layout(Layout::Bhsd));
+    let by_fours = problem([2, 4, 2], [33, 33], [16, 8], options);
+    for (seed, problem) in (1..).zip([narrow, by_fours]) {
+        for [offset, pad] in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
+            let (problem, case) = random::<T>(&problem, seed);
+            let (operands, layout) = (&case.operands, problem.options().layout);
+            let s = problem.shape();
+            let place =
+                |heads, seq, width: usize| Place { extents: [s.batch, heads, seq, width], offset, row: width + pad };
+            let queries = |width| place(s.heads, s.seq_q, width);
+            let keys = |width| place(s.kv_heads, s.seq_k, width);
+            // NaN wherever no operand lies: whatever is read from there shows.
+            let given = |place: &Place, data: &[T]| place.fill(device, layout, data, f32::NAN);
+            let result = |place: &Place| {
+                place.fill(device, layout, &vec![T::from_f32(SENTINEL); place.extents.iter().product()], SENTINEL)
+            };
+            let [q_at, o_at, k_at, v_at] =
+                [queries(s.head_dim), queries(s.value_dim), keys(s.head_dim), keys(s.value_dim)];
+            let [q, k, v, d_o] = [
+                given(&q_at, &operands.q),
+                given(&k_at, &operands.k),
+                given(&v_at, &operands.v),
+                given(&o_at, &case.d_o),
+            ];
+            let [o, d_q, d_k, d_v] = [result(&o_at), result(&q_at), result(&k_at), result(&v_at)];
+            // f32 operands begin anywhere, too.
+            let single = |data: &[f32]| common::buffers::buffer(device, &[&vec![f32::NAN; offset], data].concat());
+            let rows = problem.lse_shape().iter().product();
+            let sinks = single(operands.sink_logits.as_ref().unwrap());
+            let [lse, d_sinks] = [rows, s.heads].map(|len| single(&vec![f32::NAN; len]));
+            let d_lse = case.d_lse.as_deref().map(single);
+            let at = |buffer| TensorView::new(buffer).offset(offset as u64);
+            let forward = ForwardBuffers {
+                q: q_at.view(&q),
+                k: k_at.view(&k),
+                v: v_at.view(&v),
+                sink_logits: Some(at(&sinks)),
+                o: o_at.view(&o),
+                lse: at(&lse),
+            };
+            let backward = BackwardBuffers {
+                forward,
+                d_o: o_at.view(&d_o),
+                d_lse: d_lse.as_ref().map(at),
+                d_q: q_at.view(&d_q),
+                d_k: k_at.view(&d_k),
+                d_v: v_at.view(&d_v),
+                d_sink_logits: Some(at(&d_sinks)),
+            };
+            let forward = gpu.prepare_forward(&problem, &forward).unwrap();
+            let backward = gpu.prepare_backward(&problem, &backward).unwrap();
+            let vec4 = [offset, pad, s.head_dim, s.value_dim].iter().all(|n| n % 4 == 0);
+            assert_eq!(forward.plan().passes[0].variant.vec4, vec4, "{problem}, offset {offset}, pad {pad}");
+            submit(device, |encoder| {
+                forward.encode(encoder);
+                backward.encode(encoder);
+            });
+            let single = |buffer| common::buffers::read(device, buffer)[offset..].to_vec();
+            let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), lse: single(&lse) };
+            let gradients = Gradients {
+                d_q: q_at.take::<T>(device, layout, &d_q, SENTINEL),
+                d_k: k_at.take(device, layout, &d_k, SENTINEL),
+                d_v: v_at.take(device, layout, &d_v, SENTINEL),
+                d_sink_logits: Some(single(&d_sinks)),
+            };
+            let what = format!("{problem}, offset {offset}, pad {pad}");
+            let expected = reference::forward(&problem, &operands.inputs()).unwrap();
+            agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
+            case.agree(&gradients, &case.expected(&problem)).unwrap_or_else(|error| panic!("{what}: {error}"));
+        }
+    }
+}
+
+/// Every bit pattern of the type.
+fn numbers<T: Element>() -> Vec<T> {
+    (0..=u16::MAX).map(|bits| bytemuck::cast(bits)).collect()
+}
+
+/// But for the sign of zero, which a sum that starts with zero loses.
+fn same<T: Element>(a: T, b: T) -> bool {
+    a == b || a.to_f32().is_nan() && b.to_f32().is_nan()
+}
+
+/// One key: o is its value, whatever that is. Subnormal numbers, infinities and NaN are no exceptions.
+fn every_number_passes_through<T: Element>() {
+    let Some(gpu) = gpu() else { return };
+    // 65536 values in rows that are read by fours, and 65535 = 257 * 255 and one more in rows that are not.
+    for (heads, width) in [(256, 256), (258, 255)] {
+        let problem = problem([1, heads, heads], [1, 1], [4, width], Options::new().dtype(T::DTYPE));
+        let v: Vec<T> = numbers().into_iter().cycle().take(heads * width).collect();
+        let q = vec![T::default(); heads * 4];
+        let output = gpu.forward(&problem, &Inputs { q: &q, k: &q, v: &v, sink_logits: None }).unwrap();
+        for (n, (&o, &v)) in output.o.iter().zip(&v).enumerate() {
+            assert!(same(o, v), "{:#06x} came back as {:#06x}", n, bytemuck::cast::<T, u16>(o));
+        }
+    }
+}
+
+/// d_v of one key that two queries see is the sum of their d_o, exact in f32 but for the last step.
+fn results_are_rounded_to_nearest_even<T: Element>() {
+    let Some(gpu) = gpu() else { return };
+    let all = numbers::<T>();
+    let finite: Vec<T> = all.into_iter().filter(|x| x.to_f32().is_finite()).collect();
+    for width in [256, 255] {
+        let heads = 512;
+        let problem =
+            problem([1, heads, heads], [2, 1], [4, width], Options::new().dtype(T::DTYPE).layout(Layout::Bhsd));
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for n in 0..heads * width {
+            let x = finite[n * 37 % finite.len()];
+            // Half an ulp of x, for ties; a bit more; something of its own size, for carries and infinities; anything.
+            let size = x.to_f32().abs();
+            let ulp = if T::DTYPE == DType::F16 { size / 2048.0 } else { size / 256.0 };
+            let exponent = f32::from_bits(ulp.to_bits() & 0x7f80_0000);
+            let y = match n % 5 {
+                0 => T::from_f32(exponent),
+                1 => T::from_f32(exponent * 1.25),
+                2 => T::from_f32(exponent * 3.0),
+                3 => x,
+                _ => finite[n * 7919 % finite.len()],
+            };
+            a.push(x);
+            b.push(y);
+        }
+        let rows = a.chunks(width).zip(b.chunks(width));
+        let d_o: Vec<T> = rows.flat_map(|(a, b)| a.iter().chain(b)).copied().collect();
+        let q = vec![T::default(); heads * 2 * 4];
+        let [k, v] = [heads * 4, heads * width].map(|len| vec![T::default(); len]);
+        let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: None };
+        let output = gpu.forward(&problem, &inputs).unwrap();
+        let gradients = gpu.backward(&problem, &inputs, &output, &Upstream { d_o: &d_o, d_lse: None }).unwrap();
+        let mut kinds = [0; 3];
+        for (n, &sum) in gradients.d_v.iter().enumerate() {
+            let exact = f64::from(a[n].to_f32()) + f64::from(b[n].to_f32());
+            // Sums that f32 does not hold, or holds as subnormal numbers that drivers take for zero.
+            if f64::from(exact as f32) != exact && exact.abs() < 3e38 || exact != 0.0 && exact.abs() < 1.2e-38 {
+                continue;
+            }
+            let expected = T::from_f32(exact as f32);
+            assert!(same(sum, expected), "{:?} + {:?} is {sum:?}, expected {expected:?}", a[n], b[n]);
+            let wide = expected.to_f32();
+            kinds[if wide.is_infinite() { 2 } else { usize::from(f64::from(wide) != exact) }] += 1;
+        }
+        assert!(kinds.iter().all(|&kind| kind > 100), "exact, rounded and infinite: {kinds:?}");
+    }
+}
+
+fn same_bits_every_time<T: Element>() {
+    let Some(gpu) = gpu() else { return };
+    for width in [64, 31] {
+        let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+        let (problem, case) = random::<T>(&problem([2, 4, 2], [150, 150], [width, width], options), 1);
+        let bits = || {
+            let output = gpu.forward(&problem, &case.operands.inputs()).unwrap();
+            let gradients = case.run_with(gpu, &problem, &output);
+            let halves = [output.o, gradients.d_q, gradients.d_k, gradients.d_v].concat();
+            let singles = [output.lse, gradients.d_sink_logits.unwrap()].concat();
+            (bytemuck::cast_slice::<T, u16>(&halves).to_vec(), bytemuck::cast_slice::<f32, u32>(&singles).to_vec())
+        };
+        let first = bits();
+        assert!((0..3).all(|_| bits() == first));
+    }
+}
+
+/// Sizes in errors are those of the element type, in whole words.
+fn buffers_that_are_too_small<T: Element>() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let problem = problem([1, 1, 1], [3, 3], [5, 5], Options::new().dtype(T::DTYPE));
+    let storage = |size| empty(device, size, BufferUsages::STORAGE);
+    // 15 halves are 30 bytes, which end in the word up to byte 32; lse has 3 singles.
+    let [q, k, v, o, short, lse] = [32, 32, 32, 32, 30, 12].map(storage);
+    let views = ForwardBuffers {
+        q: TensorView::new(&q),
+        k: TensorView::new(&k),
+        v: TensorView::new(&v),
+        sink_logits: None,
+        o: TensorView::new(&o),
+        lse: TensorView::new(&lse),
+    };
+    let prepare = |views: ForwardBuffers<'_>| gpu.prepare_forward(&problem, &views);
+    prepare(views).unwrap();
+    prepare(ForwardBuffers { q: views.q.offset(1), ..views }).unwrap();
+    let too_small = |views, operand, needed, actual| match prepare(views) {
+        Err(Error::BufferTooSmall { operand: o, needed: n, actual: a }) => {
+            assert_eq!((o, n, a), (operand, needed, actual))
+        }
+        other => panic!("{operand}: {other:?}"),
+    };
+    too_small(ForwardBuffers { v: TensorView::new(&short), ..views }, "v", 32, 30);
+    too_small(ForwardBuffers { o: views.o.offset(2), ..views }, "o", 36, 32);
+    too_small(ForwardBuffers { lse: views.lse.offset(1), ..views }, "lse", 16, 12);
+    match prepare(ForwardBuffers { k: views.k.offset(u64::from(u32::MAX) - 13), ..views }) {
+        Err(Error::IndexOverflow { operand: "k", last_element: 4_294_967_296, most: 4_294_967_295 }) => {}
+        other => panic!("{other:?}"),
+    }
+}
