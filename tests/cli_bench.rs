@@ -95,6 +95,12 @@ fn bench_on_the_gpu() {
         assert_eq!(split.iter().map(|kernel| kernel["kernel"].as_str().unwrap()).collect::<Vec<_>>(), kernels);
         assert!(split.iter().all(|kernel| number(kernel, "ms") > 0.0));
     }
+    for dtype in ["f16", "bf16"] {
+        let report = small("gpu", &["--dtype", dtype]);
+        let row = &report["rows"][1];
+        assert_eq!((&row["dtype"], &row["pass"], &row["skipped"]), (&json!(dtype), &json!("backward"), &Value::Null));
+        assert!(number(row, "ms") > 0.0);
+    }
     let report = small("gpu", &["--pass", "backward", "--full", "--sinks", "none", "--layout", "bhsd"]);
     let row = &report["rows"].as_array().unwrap()[..];
     assert_eq!(row.len(), 1);

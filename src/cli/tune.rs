@@ -246,6 +246,11 @@ impl Tune {
         // Candidates are held against the built-in table, whatever the environment prefers.
         let attention = self.device.open_untuned()?;
         let device = attention.device().ok_or("tune needs a GPU: the CPU path has no tiles")?.clone();
+        let attention = match self.device.micro_kernel() {
+            // The one whose tiles a tuning holds.
+            MicroKernel::Auto => attention.with_micro_kernel(MicroKernel::Portable),
+            _ => attention,
+        };
         let timer = Timer::new(&device)?;
         let mut tuning = self.table(&device)?;
         self.write(&tuning)?;

@@ -295,7 +295,33 @@ impl fmt::Display for Report {
 
 #[cfg(test)]
 mod tests {
-    use super::short;
+    use std::time::Duration;
+
+    use sink_attention::{Options, Shape};
+
+    use super::*;
+
+    /// A size that does not fit is told and spoils nothing; nothing but such is no success.
+    #[test]
+    fn what_is_left_out_has_its_reason() {
+        let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 64, seq_k: 64, head_dim: 8, value_dim: 8 };
+        let problem = Problem::new(shape, Options::new()).unwrap();
+        let row = |timing| Row::new("some", &problem, Direction::Forward, timing, Peaks::of("NVIDIA H200"));
+        let mut report = Report::new(&Attention::cpu(), None, false);
+        report.rows.push(row(Err("too large".into())));
+        assert!(report.verdict().unwrap_err().contains("too large"));
+        let series = Series::new([1, 2].map(Duration::from_millis).into()).unwrap();
+        let timing = Timing { kernel: "portable".into(), series, kernels: Vec::new(), first_call: None };
+        report.rows.push(row(Ok(timing)));
+        assert_eq!(report.verdict(), Ok(()));
+        let text = report.to_string();
+        assert!(text.contains("left out: some f32 forward: too large"), "{text}");
+        assert!(text.contains("2.00* |") && text.contains("the series was disturbed"), "{text}");
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!((&json["rows"][0]["skipped"], json["rows"][0].get("ms")), (&"too large".into(), None));
+        let share = 2.0 * 64.0 * 64.0 * 16.0 / 2e-3 / 67e12;
+        assert!((json["rows"][1]["peak_share"].as_f64().unwrap() / share - 1.0).abs() < 1e-9, "{json}");
+    }
 
     #[test]
     fn three_digits() {
