@@ -106,7 +106,8 @@
 //! In half precision delta comes from the probabilities, sum_j p_ij (d_o_i . v_j) - d_lse_i, and not from o, which has been
 //! rounded: the saved o is not read. Half precision needs no extension of the device; kernels read it by WGSL's unpacking of
 //! words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or
-//! f32 up to 1.2e-38.
+//! f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of their number of terms to the
+//! largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead.
 //!
 //! # Two ways to call
 //!
