@@ -6,7 +6,7 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, Shape,
+    Alignment, Capabilities, DType, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, Shape,
     SinkLogits, Variant, Window, adapters, describe,
 };
 
@@ -112,6 +112,10 @@ struct OptionArgs {
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     sinks: Sinks,
 
+    /// Element type of q, k, v, o and their gradients
+    #[arg(long, value_enum, default_value_t)]
+    dtype: Type,
+
     /// Order of the axes of the operands
     #[arg(long, value_enum, default_value_t)]
     layout: Axes,
@@ -136,6 +140,14 @@ enum Sinks {
     None,
     PerHead,
     OffByOne,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum Type {
+    #[default]
+    F32,
+    F16,
+    Bf16,
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -170,6 +182,11 @@ impl OptionArgs {
                 Sinks::None => SinkLogits::None,
                 Sinks::PerHead => SinkLogits::PerHead,
                 Sinks::OffByOne => SinkLogits::OffByOne,
+            })
+            .dtype(match self.dtype {
+                Type::F32 => DType::F32,
+                Type::F16 => DType::F16,
+                Type::Bf16 => DType::Bf16,
             })
             .layout(match self.layout {
                 Axes::Bshd => Layout::Bshd,
@@ -233,44 +250,51 @@ impl PlanArgs {
     }
 }
 
-/// What a call binds, with the number of elements.
-fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64)> {
+/// What a call binds, with the number of elements and their type.
+fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64, DType)> {
     let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+    let dtype = problem.options().dtype;
     let mut operands = vec![
-        ("q", elements(&problem.q_shape())),
-        ("k", elements(&problem.k_shape())),
-        ("v", elements(&problem.v_shape())),
-        ("o", elements(&problem.o_shape())),
-        ("lse", elements(&problem.lse_shape())),
+        ("q", elements(&problem.q_shape()), dtype),
+        ("k", elements(&problem.k_shape()), dtype),
+        ("v", elements(&problem.v_shape()), dtype),
+        ("o", elements(&problem.o_shape()), dtype),
+        ("lse", elements(&problem.lse_shape()), DType::F32),
     ];
     if problem.options().sink_logits == SinkLogits::PerHead {
-        operands.push(("sink_logits", problem.shape().heads as u64));
+        operands.push(("sink_logits", problem.shape().heads as u64, DType::F32));
     }
     if backward {
         // Everything but lse has a gradient; d_lse is left out, as it is optional.
-        let gradients = operands.iter().filter(|(name, _)| *name != "lse").map(|&(name, n)| match name {
-            "q" => ("d_q", n),
-            "k" => ("d_k", n),
-            "v" => ("d_v", n),
-            "o" => ("d_o", n),
-            _ => ("d_sink_logits", n),
+        let gradients = operands.iter().filter(|(name, ..)| *name != "lse").map(|&(name, n, dtype)| match name {
+            "q" => ("d_q", n, dtype),
+            "k" => ("d_k", n, dtype),
+            "v" => ("d_v", n, dtype),
+            "o" => ("d_o", n, dtype),
+            _ => ("d_sink_logits", n, dtype),
         });
         let gradients: Vec<_> = gradients.collect();
         operands.extend(gradients);
-        operands.push(("delta", elements(&problem.lse_shape())));
-        if problem.options().sink_logits == SinkLogits::PerHead {
+        operands.push(("delta", elements(&problem.lse_shape()), DType::F32));
+        if problem.options().sink_logits == SinkLogits::PerHead && dtype == DType::F32 {
             let shape = problem.shape();
-            operands.push(("sink_partials", (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64));
+            let partials = (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64;
+            operands.push(("sink_partials", partials, DType::F32));
         }
     }
     operands
 }
 
+/// Bytes of an operand in whole words, as kernels bind it.
+fn size(elements: u64, dtype: DType) -> u64 {
+    elements.saturating_mul(dtype.bytes() as u64).checked_next_multiple_of(4).unwrap_or(u64::MAX)
+}
+
 /// The errors that a call would meet on the device, with operands in buffers of their own.
-fn check_limits(operands: &[(&'static str, u64)], capabilities: &Capabilities) -> sink_attention::Result<()> {
+fn check_limits(operands: &[(&'static str, u64, DType)], capabilities: &Capabilities) -> sink_attention::Result<()> {
     use sink_attention::Error;
-    for &(operand, elements) in operands {
-        let (bytes, most) = (elements.saturating_mul(4), u64::from(u32::MAX));
+    for &(operand, elements, dtype) in operands {
+        let (bytes, most) = (size(elements, dtype), u64::from(u32::MAX));
         if bytes > capabilities.buffer_bytes {
             return Err(Error::BufferTooLarge { operand, bytes, limit: capabilities.buffer_bytes });
         }
@@ -288,7 +312,7 @@ fn check_limits(operands: &[(&'static str, u64)], capabilities: &Capabilities) -
 #[derive(Debug, Serialize)]
 struct Explanation {
     problem: String,
-    dtype: &'static str,
+    dtype: String,
     device: String,
     /// Of one head of one sequence, as is the next.
     visible_pairs: u64,
@@ -311,16 +335,16 @@ impl Explanation {
         problem: &Problem,
         device: String,
         backward: bool,
-        operands: Vec<(&'static str, u64)>,
+        operands: Vec<(&'static str, u64, DType)>,
         launches: Vec<Launch>,
     ) -> Self {
         let shape = problem.shape();
         let visible_pairs = problem.mask().visible_pairs();
         let operands: Vec<_> =
-            operands.into_iter().map(|(name, n)| Operand { name, bytes: n.saturating_mul(4) }).collect();
+            operands.into_iter().map(|(name, n, dtype)| Operand { name, bytes: size(n, dtype) }).collect();
         Explanation {
             problem: problem.to_string(),
-            dtype: "f32",
+            dtype: problem.options().dtype.to_string(),
             device,
             visible_pairs,
             visible_share: visible_pairs as f64 / (shape.seq_q as f64 * shape.seq_k as f64),
@@ -410,7 +434,7 @@ impl Tiles {
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sizes: Vec<String> = self.operands.iter().map(|o| format!("{} {}", o.name, bytes(o.bytes))).collect();
-        writeln!(f, "problem    {} {}", self.problem, self.dtype)?;
+        writeln!(f, "problem    {}", self.problem)?;
         writeln!(f, "device     {}", self.device)?;
         writeln!(
             f,
