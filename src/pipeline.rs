@@ -139,7 +139,7 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
         return gpu.create_shader_module(descriptor);
     }
     // SAFETY: the text is this crate's own. Every index into a storage buffer stays below the sizes and
-    // strides in `Params`, and `Placed::new` has checked those against the bindings; every index into
+    // strides in `Params`, and `Placed::new` has checked those against the bindings, whose sizes are whole words; every index into
     // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
     // constants; every loop counts up to a bound that its body does not change.
     unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }

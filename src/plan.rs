@@ -382,6 +382,17 @@ mod tests {
         Plan::forward(&window, true, software).unwrap();
         Plan::backward(&window, true, false, software).unwrap();
         Plan::forward(&problem(8192, causal), true, software).unwrap();
+
+        // In half precision the sinks' gradient goes by rows, of which a thread gets one in 256.
+        let narrow = |dtype| {
+            let batch = 1 << 20;
+            let shape = crate::Shape { batch, heads: 1, kv_heads: 1, seq_q: 32, seq_k: 1, head_dim: 1, value_dim: 1 };
+            Problem::new(shape, crate::Options::new().sink_logits(SinkLogits::PerHead).dtype(dtype)).unwrap()
+        };
+        Plan::backward(&narrow(DType::F32), false, false, software).unwrap();
+        Plan::backward(&narrow(DType::F16), false, false, hardware).unwrap();
+        let error = Plan::backward(&narrow(DType::F16), false, false, software).unwrap_err().to_string();
+        assert!(error.contains("DSinkLogits needs 131080 or more"), "{error}");
     }
 
     #[test]

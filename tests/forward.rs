@@ -9,7 +9,9 @@ use common::operands::{Operands, SIZES, agree, check, check_within, options, pro
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
-use sink_attention::{Alignment, Attention, Kernel, Layout, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window};
+use sink_attention::{
+    Alignment, Attention, Error, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window,
+};
 
 const INF: f32 = f32::INFINITY;
 
@@ -65,6 +67,28 @@ fn widths() {
             check(gpu, &problem, &Operands::random(&problem, seed));
         }
     }
+}
+
+/// The micro-kernel that was asked for, or an error that says why not: never another one.
+#[test]
+fn micro_kernels() {
+    let problem = problem([1, 2, 2], [20, 20], [16, 16], Options::new());
+    let operands = Operands::random(&problem, 0);
+    let forward = |attention: &Attention, micro_kernel| {
+        attention.clone().with_micro_kernel(micro_kernel).forward(&problem, &operands.inputs())
+    };
+    let cpu = Attention::cpu();
+    forward(&cpu, MicroKernel::Auto).unwrap();
+    for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
+        match forward(&cpu, micro_kernel) {
+            Err(Error::NeedsGpu { call }) => assert!(call.contains(&micro_kernel.to_string()), "{call}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    let Some(gpu) = gpu() else { return };
+    assert_eq!(forward(gpu, MicroKernel::Portable).unwrap(), forward(gpu, MicroKernel::Auto).unwrap());
+    let error = forward(gpu, MicroKernel::Cooperative).unwrap_err();
+    assert!(matches!(error, Error::NoKernel { .. }) && error.to_string().contains("cooperative"), "{error}");
 }
 
 #[test]

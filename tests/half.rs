@@ -200,9 +200,12 @@ fn same<T: Element>(a: T, b: T) -> bool {
     a == b || a.to_f32().is_nan() && b.to_f32().is_nan()
 }
 
-/// One key: o is its value, whatever that is. Subnormal numbers, infinities and NaN are no exceptions.
+/// One key: o is its value, whatever that is. Infinities and NaN are no exceptions; subnormal numbers are where WGSL lets a
+/// device take them for zero, which llvmpipe does not.
 fn every_number_passes_through<T: Element>() {
     let Some(gpu) = gpu() else { return };
+    let least_normal = f32::from_bits(if T::DTYPE == DType::F16 { 0x3880_0000 } else { 0x0080_0000 });
+    let flushes = !gpu.device_name().contains("llvmpipe");
     // 65536 values in rows that are read by fours, and 65535 = 257 * 255 and one more in rows that are not.
     for (heads, width) in [(256, 256), (258, 255)] {
         let problem = problem([1, heads, heads], [1, 1], [4, width], Options::new().dtype(T::DTYPE));
@@ -210,7 +213,8 @@ fn every_number_passes_through<T: Element>() {
         let q = vec![T::default(); heads * 4];
         let output = gpu.forward(&problem, &Inputs { q: &q, k: &q, v: &v, sink_logits: None }).unwrap();
         for (n, (&o, &v)) in output.o.iter().zip(&v).enumerate() {
-            assert!(same(o, v), "{:#06x} came back as {:#06x}", n, bytemuck::cast::<T, u16>(o));
+            let flushed = flushes && v.to_f32().abs() < least_normal && o.to_f32() == 0.0;
+            assert!(same(o, v) || flushed, "{:#06x} came back as {:#06x}", n, bytemuck::cast::<T, u16>(o));
         }
     }
 }

@@ -61,8 +61,9 @@ enum Kernel {
 }
 
 /// Element type of the operands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
 pub enum ElementType {
+    #[default]
     F32,
     F16,
     Bf16,
