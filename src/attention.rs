@@ -1,5 +1,6 @@
 //! The operator.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::cpu;
@@ -8,10 +9,12 @@ use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
+use crate::plan::{Plan, Preference};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 use crate::shader::{Kernel, MicroKernel};
 use crate::tensor::{TensorView, allocate, download, upload};
 use crate::tiles::Tiles;
+use crate::tuning::Tuning;
 
 /// The attention operator on one device. Cheap to clone; clones share compiled kernels.
 #[derive(Debug, Clone)]
@@ -23,22 +26,24 @@ pub struct Attention {
 #[derive(Debug, Clone)]
 enum Backend {
     Cpu,
-    Gpu { device: Device, pipelines: Arc<Pipelines> },
+    Gpu { device: Device, pipelines: Arc<Pipelines>, tuning: Option<Arc<Tuning>> },
 }
 
 impl Attention {
     /// The operator on the device that `SINK_ATTENTION_ADAPTER` names, else on the best GPU, else on the CPU.
     ///
     /// # Errors
-    /// [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    /// [`Error::AdapterNotFound`], [`Error::DeviceRequest`], [`Error::TuningFile`], [`Error::TuningDevice`].
     pub fn new() -> Result<Self> {
         Attention::open(&DeviceChoice::from_env())
     }
 
-    /// The operator on a chosen device; blocks until the device is there.
+    /// The operator on a chosen device; blocks until the device is there. On a GPU, the file that
+    /// `SINK_ATTENTION_TUNING` names is loaded as by [`with_tuning`](Self::with_tuning).
     ///
     /// # Errors
-    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`], [`Error::TuningFile`],
+    /// [`Error::TuningDevice`].
     pub fn open(choice: &DeviceChoice) -> Result<Self> {
         pollster::block_on(Attention::open_async(choice))
     }
@@ -48,7 +53,12 @@ impl Attention {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn open_async(choice: &DeviceChoice) -> Result<Self> {
-        Ok(Device::choose(choice).await?.map_or_else(Attention::cpu, Attention::on))
+        let Some(device) = Device::choose(choice).await? else { return Ok(Attention::cpu()) };
+        let attention = Attention::on(device);
+        match Tuning::from_env()? {
+            Some(tuning) => attention.with_tuning(tuning),
+            None => Ok(attention),
+        }
     }
 
     /// The operator on the CPU, which always works.
@@ -59,7 +69,7 @@ impl Attention {
     /// The operator on a device of the host application. Buffers must come from that device: wgpu panics where it
     /// meets one of another [`wgpu::Instance`].
     pub fn on(device: Device) -> Self {
-        let backend = Backend::Gpu { device, pipelines: Arc::default() };
+        let backend = Backend::Gpu { device, pipelines: Arc::default(), tuning: None };
         Attention { backend, micro_kernel: MicroKernel::Auto }
     }
 
@@ -76,6 +86,105 @@ impl Attention {
             MicroKernel::Portable => Err(Error::NeedsGpu { call: "the portable micro-kernel" }),
             MicroKernel::Cooperative => Err(Error::NeedsGpu { call: "the cooperative micro-kernel" }),
         }
+    }
+
+    /// Prefers measured tiles to the built-in table wherever they fit, instead of those it may have preferred before.
+    /// Results change by no more than the order of sums does.
+    ///
+    /// # Errors
+    /// [`Error::TuningDevice`] if they were measured on another device, [`Error::NeedsGpu`] on the CPU.
+    pub fn with_tuning(self, tuning: Tuning) -> Result<Self> {
+        match self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "with_tuning" }),
+            Backend::Gpu { device, pipelines, .. } => {
+                tuning.check_device(&device.capabilities().name)?;
+                let backend = Backend::Gpu { device, pipelines, tuning: Some(Arc::new(tuning)) };
+                Ok(Attention { backend, ..self })
+            }
+        }
+    }
+
+    /// The measured tiles that are preferred.
+    pub fn tuning(&self) -> Option<&Tuning> {
+        match &self.backend {
+            Backend::Cpu => None,
+            Backend::Gpu { tuning, .. } => tuning.as_deref(),
+        }
+    }
+
+    /// Keeps compiled kernels in a file from one process to the next: what `path` holds is loaded, what is compiled
+    /// from now on goes there by [`save_pipeline_cache`](Self::save_pipeline_cache). Kernels that were compiled before
+    /// this call are forgotten. A file that is absent, spoiled, or of another device or driver counts as empty.
+    ///
+    /// The file must be as safe from malicious changes as the program itself: it holds code for the GPU.
+    ///
+    /// # Errors
+    /// [`Error::PipelineCache`] where the file cannot be read, or the device was opened without
+    /// [`wgpu::Features::PIPELINE_CACHE`], which only Vulkan has (drivers of other backends keep caches of their own);
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
+    pub fn with_pipeline_cache(self, path: impl AsRef<Path>) -> Result<Self> {
+        match self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "with_pipeline_cache" }),
+            Backend::Gpu { device, tuning, .. } => {
+                let pipelines = Arc::new(pollster::block_on(Pipelines::with_cache(&device, path.as_ref()))?);
+                Ok(Attention { backend: Backend::Gpu { device, pipelines, tuning }, ..self })
+            }
+        }
+    }
+
+    /// Writes the file of [`with_pipeline_cache`](Self::with_pipeline_cache), which is replaced as a whole or not at
+    /// all. Returns its number of bytes, or `None` where there is no such file to write.
+    ///
+    /// # Errors
+    /// [`Error::PipelineCache`].
+    pub fn save_pipeline_cache(&self) -> Result<Option<usize>> {
+        match &self.backend {
+            Backend::Cpu => Ok(None),
+            Backend::Gpu { pipelines, .. } => pipelines.save_cache(),
+        }
+    }
+
+    /// How a forward pass on densely packed operands will be computed.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
+    pub fn plan_forward(&self, problem: &Problem) -> Result<Plan> {
+        let (device, preference) = self.gpu("plan_forward", &[])?;
+        Plan::forward_with(problem, dense_vec4(problem), device.capabilities(), &preference)
+    }
+
+    /// How a backward pass on densely packed operands, without d_lse, will be computed.
+    ///
+    /// # Errors
+    /// As [`plan_forward`](Self::plan_forward).
+    pub fn plan_backward(&self, problem: &Problem) -> Result<Plan> {
+        let (device, preference) = self.gpu("plan_backward", &[])?;
+        Plan::backward_with(problem, dense_vec4(problem), false, device.capabilities(), &preference)
+    }
+
+    /// Compiles a plan's kernels ahead of their first use, natively side by side: `attention.precompile(
+    /// &attention.plan_forward(&problem)?)`. Kernels depend on widths, options and tiles, hardly on lengths.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
+    pub fn precompile(&self, plan: &Plan) -> Result<()> {
+        pollster::block_on(self.precompile_async(plan))
+    }
+
+    /// As [`precompile`](Self::precompile), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`precompile`](Self::precompile).
+    pub async fn precompile_async(&self, plan: &Plan) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "precompile" }),
+            Backend::Gpu { device, pipelines, .. } => pipelines.get_all(device, plan).await.map(|_| ()),
+        }
+    }
+
+    fn gpu<'a>(&'a self, call: &'static str, tiles: &'a [(Kernel, Tiles)]) -> Result<(&'a Device, Preference<'a>)> {
+        let device = self.device().ok_or(Error::NeedsGpu { call })?;
+        Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, fragments: &[], tuning: self.tuning() }))
     }
 
     /// What computes, for people.
@@ -255,8 +364,9 @@ impl Attention {
     ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
-            Backend::Gpu { device, pipelines } => {
-                Prepared::forward(device, pipelines, problem, buffers, self.micro_kernel, tiles).await
+            Backend::Gpu { device, pipelines, tuning } => {
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, fragments: &[], tuning: tuning.as_deref() };
+                Prepared::forward(device, pipelines, problem, buffers, &preference).await
             }
         }
     }
@@ -291,9 +401,15 @@ impl Attention {
     ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
-            Backend::Gpu { device, pipelines } => {
-                Prepared::backward(device, pipelines, problem, buffers, self.micro_kernel, tiles).await
+            Backend::Gpu { device, pipelines, tuning } => {
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, fragments: &[], tuning: tuning.as_deref() };
+                Prepared::backward(device, pipelines, problem, buffers, &preference).await
             }
         }
     }
+}
+
+/// Whether densely packed operands can be read four neighbours at a time.
+fn dense_vec4(problem: &Problem) -> bool {
+    [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width.is_multiple_of(4))
 }

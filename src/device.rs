@@ -88,7 +88,7 @@ pub fn describe(info: &wgpu::AdapterInfo) -> String {
 }
 
 /// What a host application should request of its adapter for this crate's kernels to run at their best:
-/// all the workgroup memory, threads and buffer sizes there are, and timestamps where they exist.
+/// all the workgroup memory, threads and buffer sizes there are, and timestamps and pipeline caches where they exist.
 ///
 /// Every WebGPU adapter will do. With smaller limits the kernels still run, with smaller tiles.
 pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {
@@ -105,7 +105,8 @@ pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'sta
     };
     wgpu::DeviceDescriptor {
         label: Some("sink-attention"),
-        required_features: adapter.features() & (wgpu::Features::TIMESTAMP_QUERY | cooperative_features()),
+        required_features: adapter.features()
+            & (wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE | cooperative_features()),
         required_limits,
         // SAFETY: experimental features may be unsound; cooperative matrices are the only one asked for, and are used by this
         // crate's own kernels alone, which keep to what their operations require.
@@ -178,8 +179,12 @@ impl Device {
         &self.capabilities
     }
 
-    /// Runs `work` and turns what wgpu reports of it into an error, instead of a panic.
-    pub(crate) async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+    /// Runs `work` and turns what wgpu reports of it into an error, where by default it would panic. `during` goes into
+    /// the message.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Gpu`].
+    pub async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);

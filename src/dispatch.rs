@@ -8,11 +8,10 @@ use crate::device::Device;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::pipeline::{Pipeline, Pipelines};
-use crate::plan::Plan;
+use crate::plan::{Plan, Preference};
 use crate::problem::{Layout, Problem, SinkLogits};
-use crate::shader::{Binding, DELTA_ROWS, Kernel, MicroKernel};
+use crate::shader::{Binding, DELTA_ROWS};
 use crate::tensor::{Extents, Placed, TensorView, allocate};
-use crate::tiles::Tiles;
 
 /// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
 #[repr(C)]
@@ -225,13 +224,12 @@ impl Prepared {
         pipelines: &Pipelines,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
-        micro_kernel: MicroKernel,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
         operands.check_results(&[Binding::O, Binding::Lse])?;
-        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), micro_kernel, tiles)?;
+        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
@@ -240,8 +238,7 @@ impl Prepared {
         pipelines: &Pipelines,
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,
-        micro_kernel: MicroKernel,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, &buffers.forward)?;
@@ -255,17 +252,16 @@ impl Prepared {
         operands.add_per_head(Binding::DSinkLogits, buffers.d_sink_logits.as_ref())?;
         operands.check_results(&[Binding::DQ, Binding::DK, Binding::DV, Binding::DSinkLogits])?;
         let d_lse = buffers.d_lse.is_some();
-        let capabilities = device.capabilities();
-        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, capabilities, micro_kernel, tiles)?;
+        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
     async fn new(pipelines: &Pipelines, operands: Operands<'_>, plan: Plan) -> Result<Self> {
         let device = operands.device;
         let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
+        let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
-        for pass in &plan.passes {
-            let pipeline = pipelines.get(device, &pass.variant).await?;
+        for (pass, pipeline) in plan.passes.iter().zip(compiled) {
             let params = operands.params(operands.vec4(), pass.workgroups);
             let bind_group = device
                 .scoped("binding operands", || {

@@ -47,7 +47,7 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// An element of a host operand: `f32`, [`f16`] or [`bf16`]. Nothing else implements it.
+/// An element of a host operand: `f32`, [`f16`](struct@f16) or [`bf16`]. Nothing else implements it.
 pub trait Element:
     sealed::Sealed + bytemuck::Pod + Into<f64> + Send + Sync + Default + PartialEq + fmt::Debug + 'static
 {

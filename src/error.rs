@@ -1,5 +1,7 @@
 //! The one error type of the crate.
 
+use std::path::PathBuf;
+
 use crate::element::DType;
 
 /// Result of every fallible call in this crate.
@@ -186,6 +188,32 @@ pub enum Error {
     NeedsGpu {
         /// The call.
         call: &'static str,
+    },
+    /// A file of measured tiles cannot be read.
+    #[error("tuning file {}: {reason}", .path.display())]
+    TuningFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the line where there is one.
+        reason: String,
+    },
+    /// Measured tiles are of another device.
+    #[error(
+        "the tuning was measured on {measured:?}, this device is {actual:?}: measure it with `sink-attention tune`"
+    )]
+    TuningDevice {
+        /// Device that was measured.
+        measured: String,
+        /// Device that computes.
+        actual: String,
+    },
+    /// The persistent pipeline cache cannot be used.
+    #[error("pipeline cache {}: {reason}", .path.display())]
+    PipelineCache {
+        /// Its file.
+        path: PathBuf,
+        /// What stands in the way.
+        reason: String,
     },
     /// The GPU ran out of memory.
     #[error("the GPU ran out of memory: {0}")]

@@ -106,7 +106,13 @@
 //! In half precision delta comes from the probabilities, sum_j p_ij (d_o_i . v_j) - d_lse_i, and not from o, which has been
 //! rounded: the saved o is not read. Half precision needs no extension of the device; kernels read it by WGSL's unpacking of
 //! words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or
-//! f32 up to 1.2e-38.
+//! f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of their number of terms to the
+//! largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead.
+//! It also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
+//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
+//!
+//! Since delta is a sum over the keys at hand, only in f32 does the backward pass of some of the keys, with the final o and
+//! lse of all of them, give their share of the gradients.
 //!
 //! # Two ways to call
 //!
@@ -153,6 +159,12 @@
 //! # }
 //! ```
 //!
+//! # Speed
+//!
+//! Tiles come from a table, or from a [`Tuning`] that `sink-attention tune` has measured on the device
+//! ([`Attention::with_tuning`]). Kernels compile on first use or by [`Attention::precompile`], and on Vulkan are kept in a
+//! file on request ([`Attention::with_pipeline_cache`]). [`Timer`] times passes by the GPU's own clock.
+//!
 //! # Errors
 //!
 //! Every fallible call returns [`Error`], whose message carries the numbers needed to mend the call. Shapes, lengths,
@@ -169,6 +181,8 @@
 //!
 //! - [`SINK_ATTENTION_ADAPTER`](ADAPTER_VARIABLE): the device of [`Attention::new`], an index or a part of a name, or
 //!   `cpu`.
+//! - [`SINK_ATTENTION_TUNING`](TUNING_VARIABLE): a file of [`Tuning`] that [`Attention::new`] and [`Attention::open`]
+//!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
 mod attention;
@@ -189,6 +203,9 @@ mod problem;
 mod shader;
 mod tensor;
 mod tiles;
+#[cfg(not(target_family = "wasm"))]
+mod timer;
+mod tuning;
 
 pub use attention::Attention;
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
@@ -200,13 +217,16 @@ pub use fragments::Fragments;
 pub use half;
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;
-pub use plan::{Pass, Plan};
+pub use plan::{Pass, Plan, Preference, TilesOrigin};
 pub use problem::{
     Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
 };
 pub use shader::{Kernel, MicroKernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
+#[cfg(not(target_family = "wasm"))]
+pub use timer::{Clock, Series, Timer};
+pub use tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
 pub use wgpu;
 
 /// The code in the README compiles.

@@ -9,6 +9,7 @@ use crate::fragments::{self, Fragments};
 use crate::problem::{Problem, SinkLogits};
 use crate::shader::{DELTA_LANES, DELTA_ROWS, Kernel, MicroKernel, Variant};
 use crate::tiles::{Tiles, candidates};
+use crate::tuning::{Tuning, TuningKey};
 
 /// One kernel of a problem on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +20,42 @@ pub struct Pass {
     pub workgroups: u32,
     /// The same, folded into two dimensions.
     pub grid: [u32; 2],
+    /// Where the tiles come from, for the kernels that have tiles.
+    pub tiles_origin: TilesOrigin,
+}
+
+/// Where the tiles of a [`Pass`] come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TilesOrigin {
+    /// The table that the crate brings along.
+    BuiltIn,
+    /// A [`Tuning`].
+    Tuning,
+    /// The caller.
+    Caller,
+}
+
+impl fmt::Display for TilesOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TilesOrigin::BuiltIn => "built-in table",
+            TilesOrigin::Tuning => "tuning",
+            TilesOrigin::Caller => "caller",
+        })
+    }
+}
+
+/// A micro-kernel, and tiles that go before the built-in table.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Preference<'a> {
+    /// The caller's choice: an error where there is none for the problem.
+    pub micro_kernel: MicroKernel,
+    /// The caller's own, for measuring candidates: an error where they do not fit.
+    pub tiles: &'a [(Kernel, Tiles)],
+    /// The same for cooperative kernels.
+    pub fragments: &'a [(Kernel, Fragments)],
+    /// Measured ones, passed over where they do not fit.
+    pub tuning: Option<&'a Tuning>,
 }
 
 /// How a problem will be computed on a device: passes that run one after the other.
@@ -34,10 +71,10 @@ impl Plan {
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn forward(problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::forward_with(problem, vec4, capabilities, MicroKernel::Auto, &[])
+        Plan::forward_with(problem, vec4, capabilities, &Preference::default())
     }
 
-    /// As [`forward`](Self::forward) with a micro-kernel and tiles of the caller's choice.
+    /// As [`forward`](Self::forward), with a micro-kernel of the caller's choice and tiles to prefer.
     ///
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem.
@@ -45,10 +82,9 @@ impl Plan {
         problem: &Problem,
         vec4: bool,
         capabilities: &Capabilities,
-        micro_kernel: MicroKernel,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
-        let passes = Passes { problem, vec4, d_lse: false, capabilities, micro_kernel, tiles };
+        let passes = Passes { problem, vec4, d_lse: false, capabilities, preference };
         Ok(Plan { passes: passes.of(Kernel::Forward)? })
     }
 
@@ -58,10 +94,10 @@ impl Plan {
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::backward_with(problem, vec4, d_lse, capabilities, MicroKernel::Auto, &[])
+        Plan::backward_with(problem, vec4, d_lse, capabilities, &Preference::default())
     }
 
-    /// As [`backward`](Self::backward) with a micro-kernel and tiles of the caller's choice.
+    /// As [`backward`](Self::backward), with a micro-kernel of the caller's choice and tiles to prefer.
     ///
     /// # Errors
     /// As [`backward`](Self::backward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem.
@@ -70,10 +106,9 @@ impl Plan {
         vec4: bool,
         d_lse: bool,
         capabilities: &Capabilities,
-        micro_kernel: MicroKernel,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
-        let all = Passes { problem, vec4, d_lse, capabilities, micro_kernel, tiles };
+        let all = Passes { problem, vec4, d_lse, capabilities, preference };
         let (shape, options) = (problem.shape(), problem.options());
         let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
         let mut passes = match options.dtype {
@@ -99,20 +134,19 @@ struct Passes<'a> {
     vec4: bool,
     d_lse: bool,
     capabilities: &'a Capabilities,
-    micro_kernel: MicroKernel,
-    tiles: &'a [(Kernel, Tiles)],
+    preference: &'a Preference<'a>,
 }
 
 impl Passes<'_> {
     /// The passes of a kernel that has tiles: one of the portable micro-kernel, or one of the cooperative one and one that
     /// computes again what that cannot.
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
-        let Passes { problem, vec4, d_lse, capabilities, tiles, .. } = *self;
-        let portable = |repairs| Pass::tiled(kernel, problem, vec4, d_lse, capabilities, tiles, repairs);
-        let cooperative = match self.micro_kernel {
+        let Passes { problem, vec4, d_lse, capabilities, preference } = *self;
+        let portable = |repairs| Pass::tiled(kernel, problem, vec4, d_lse, capabilities, preference, repairs);
+        let cooperative = match preference.micro_kernel {
             MicroKernel::Portable => None,
             MicroKernel::Cooperative => Some(self.cooperative(kernel)?),
-            MicroKernel::Auto if tiles.iter().any(|(k, _)| *k == kernel) => None,
+            MicroKernel::Auto if preference.tiles.iter().any(|(k, _)| *k == kernel) => None,
             MicroKernel::Auto => self.cooperative(kernel).ok(),
         };
         let Some(pass) = cooperative else { return Ok(vec![portable(None)?]) };
@@ -122,7 +156,7 @@ impl Passes<'_> {
 
     /// The cooperative pass of a kernel: the first candidate that fits.
     fn cooperative(&self, kernel: Kernel) -> Result<Pass> {
-        let Passes { problem, vec4, d_lse, capabilities, .. } = *self;
+        let Passes { problem, vec4, d_lse, capabilities, preference } = *self;
         let shape = problem.shape();
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
         if problem.options().dtype == DType::F32 {
@@ -136,6 +170,9 @@ impl Passes<'_> {
         if width > COOPERATIVE_WIDTH {
             let reason = format!("cooperative kernels take widths up to {COOPERATIVE_WIDTH}, not {width}");
             return Err(none(reason));
+        }
+        if let Some((_, fragments)) = preference.fragments.iter().find(|(k, _)| *k == kernel) {
+            return Pass::of_fragments(kernel, problem, vec4, d_lse, capabilities, *fragments);
         }
         let mut reason = String::from("no candidate fragments");
         for fragments in fragments::candidates(kernel, problem, matrices, capabilities.class) {
@@ -203,24 +240,30 @@ impl Pass {
         Pass::new(problem, variant, workgroups, capabilities)
     }
 
-    /// A pass of a kernel that has tiles, with the caller's tiles or the first candidate that fits.
+    /// A pass of a kernel that has tiles: with the caller's, with measured ones that fit, or with the first of the
+    /// built-in table that fit.
     fn tiled(
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
         d_lse: bool,
         capabilities: &Capabilities,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
         repairs: Option<u32>,
     ) -> Result<Self> {
-        if let Some((_, tiles)) = tiles.iter().find(|(k, _)| *k == kernel) {
+        if let Some((_, tiles)) = preference.tiles.iter().find(|(k, _)| *k == kernel) {
             return Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, *tiles, repairs);
         }
+        let key = TuningKey::of(kernel, MicroKernel::Portable, problem);
+        let measured = preference.tuning.zip(key).and_then(|(tuning, key)| tuning.get(&key));
+        let measured = measured.map(|tiles| (tiles, TilesOrigin::Tuning));
+        let built_in = candidates(kernel, problem, capabilities.class);
+        let built_in = built_in.into_iter().map(|tiles| (tiles, TilesOrigin::BuiltIn));
         let mut reason = String::from("no candidate tiles");
-        for tiles in candidates(kernel, problem.shape(), capabilities.class) {
+        for (tiles, tiles_origin) in measured.into_iter().chain(built_in) {
             match Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, tiles, repairs) {
                 Err(Error::NoKernel { reason: why, .. }) => reason = why,
-                pass => return pass,
+                pass => return pass.map(|pass| Pass { tiles_origin, ..pass }),
             }
         }
         Err(Error::NoKernel { problem: problem.to_string(), reason })
@@ -250,7 +293,7 @@ impl Pass {
         tiles: Tiles,
         repairs: Option<u32>,
     ) -> Result<Self> {
-        if matches!(kernel, Kernel::Delta | Kernel::DSinkLogits) {
+        if !kernel.has_tiles() {
             let reason = format!("{kernel:?} has no tiles");
             return Err(Error::NoKernel { problem: problem.to_string(), reason });
         }
@@ -307,7 +350,7 @@ impl Pass {
             }
         }
         let (workgroups, grid) = fold(workgroups, capabilities.grid_dimension)?;
-        Ok(Pass { variant, workgroups, grid })
+        Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
     }
 }
 

@@ -61,7 +61,8 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    fn name(self) -> &'static str {
+    /// Its short name, as in files and tables.
+    pub fn name(self) -> &'static str {
         match self {
             Kernel::Forward => "forward",
             Kernel::Delta => "delta",
@@ -70,6 +71,11 @@ impl Kernel {
             Kernel::DQ => "d_q",
             Kernel::DKv => "d_kv",
         }
+    }
+
+    /// Whether it has tiles, or only sums along rows.
+    pub(crate) fn has_tiles(self) -> bool {
+        !matches!(self, Kernel::Delta | Kernel::DSinkLogits)
     }
 
     /// Widths of the accumulators that a row of a tile keeps in registers.

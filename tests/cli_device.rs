@@ -123,12 +123,41 @@ fn plan_takes_every_option() {
         (&["--window-right", "0"], "window=(-,0)"),
         (&["--sinks", "off-by-one"], "off-by-one"),
         (&["--layout", "bhsd"], "bhsd"),
+        (&["--dtype", "f16"], "bshd f16"),
+        (&["--dtype", "bf16"], "forward_portable_bf16_d64"),
+        (&["--kernel", "portable"], "forward_portable_f32_d64"),
         (&["--align", "top-left"], "top-left"),
         (&["--q-offset", "-5"], "query_offset=-5"),
         (&["--scale", "-0.5"], "scale=-0.5"),
     ] {
         let (people, _) = succeeds(&[&["plan", "--device", "a770"], arguments].concat());
         assert!(people.contains(phrase), "no {phrase:?} in\n{people}");
+    }
+}
+
+/// Operands take half the bytes, what goes with the softmax as many.
+#[test]
+fn plan_in_half_precision() {
+    let sizes = |dtype| {
+        let arguments = ["plan", "--device", "M2", "--backward", "--sinks", "per-head", "--head-dim", "63", "--dtype"];
+        let plan = json_of(&[&arguments[..], &[dtype]].concat());
+        assert_eq!(plan["dtype"], dtype);
+        let operands = plan["operands"].as_array().unwrap().clone();
+        operands.into_iter().map(|o| (o["name"].as_str().unwrap().to_string(), o["bytes"].as_u64().unwrap())).collect()
+    };
+    let single: Vec<(String, u64)> = sizes("f32");
+    for dtype in ["f16", "bf16"] {
+        let half: Vec<(String, u64)> = sizes(dtype);
+        for (name, bytes) in &single {
+            let expected = match name.as_str() {
+                // Its kernel sums the rows by itself.
+                "sink_partials" => None,
+                "lse" | "sink_logits" | "d_sink_logits" | "delta" => Some(*bytes),
+                _ => Some(bytes / 2),
+            };
+            let actual = half.iter().find(|(other, _)| other == name).map(|(_, bytes)| *bytes);
+            assert_eq!(actual, expected, "{name} in {dtype}");
+        }
     }
 }
 
@@ -163,6 +192,10 @@ fn unfit_plans_are_errors() {
         (&["--device", "H200", "--batch", "999999999999"], "batch is 999999999999"),
         (&["--device", "H200", "--batch", "1000"], "q needs a buffer of 67108864000 bytes"),
         (&["--device", "WebGPU defaults", "--seq-k", "30000"], "q needs a binding of 245760000 bytes"),
+        (
+            &["--device", "WebGPU defaults", "--seq-k", "60000", "--dtype", "f16"],
+            "q needs a binding of 245760000 bytes",
+        ),
         (&["--device", "WebGPU", "--batch", "200000", "--seq-k", "1", "--head-dim", "1"], ""),
     ] {
         let arguments = [&["plan"], arguments].concat();

@@ -10,7 +10,8 @@ use std::path::Path;
 
 use common::operands::problem;
 use sink_attention::{
-    Capabilities, DType, Error, Kernel, MicroKernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window,
+    Capabilities, DType, Error, Kernel, MicroKernel, Options, Pass, Plan, Preference, Problem, SinkLogits, Tiles,
+    Window,
 };
 
 /// Problems that people have, and some that they should not.
@@ -117,9 +118,10 @@ fn micro_kernels_are_as_asked_for() {
         let problem = problem([1, 2, 2], [100, 100], [64, 64], Options::new().dtype(dtype));
         for device in Capabilities::samples() {
             let plans = |micro_kernel| {
+                let preference = Preference { micro_kernel, ..Preference::default() };
                 [
-                    Plan::forward_with(&problem, true, &device, micro_kernel, &[]),
-                    Plan::backward_with(&problem, true, false, &device, micro_kernel, &[]),
+                    Plan::forward_with(&problem, true, &device, &preference),
+                    Plan::backward_with(&problem, true, false, &device, &preference),
                 ]
             };
             for pass in plans(MicroKernel::Portable).into_iter().flat_map(|plan| plan.unwrap().passes) {

@@ -117,6 +117,7 @@ if cargo build --features cli --bin sink-attention --example streaming --example
     step "$CARGO_TARGET_DIR/debug/examples/streaming" --tokens 4000 --out "$temp/streaming.svg"
     step "$CARGO_TARGET_DIR/debug/examples/fit_sinks" --out "$temp/fit_sinks.svg"
     step "$CARGO_TARGET_DIR/debug/sink-attention" check --quick
+    step "$CARGO_TARGET_DIR/debug/sink-attention" bench --quick --shape seed
 else
     failed=$((failed + 1))
 fi

@@ -6,11 +6,11 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, Shape,
-    SinkLogits, Variant, Window, adapters, describe,
+    Alignment, Capabilities, DType, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Preference,
+    Problem, Shape, SinkLogits, Tuning, Window, adapters, describe,
 };
 
-use super::{DeviceArgs, bytes, print_summary};
+use super::{DeviceArgs, ElementType, bytes, print_summary};
 
 /// Explain how a problem would be computed: kernel, tiles, work and memory
 ///
@@ -112,6 +112,10 @@ struct OptionArgs {
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     sinks: Sinks,
 
+    /// Element type of q, k, v, o and their gradients
+    #[arg(long, value_enum, default_value_t)]
+    dtype: ElementType,
+
     /// Order of the axes of the operands
     #[arg(long, value_enum, default_value_t)]
     layout: Axes,
@@ -131,7 +135,7 @@ struct OptionArgs {
 
 /// The option's kinds under the names of conformance files.
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum Sinks {
+pub enum Sinks {
     #[default]
     None,
     PerHead,
@@ -139,10 +143,29 @@ enum Sinks {
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum Axes {
+pub enum Axes {
     #[default]
     Bshd,
     Bhsd,
+}
+
+impl From<Sinks> for SinkLogits {
+    fn from(sinks: Sinks) -> Self {
+        match sinks {
+            Sinks::None => SinkLogits::None,
+            Sinks::PerHead => SinkLogits::PerHead,
+            Sinks::OffByOne => SinkLogits::OffByOne,
+        }
+    }
+}
+
+impl From<Axes> for Layout {
+    fn from(axes: Axes) -> Self {
+        match axes {
+            Axes::Bshd => Layout::Bshd,
+            Axes::Bhsd => Layout::Bhsd,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -152,7 +175,7 @@ enum Align {
     TopLeft,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(0) => Err("a window holds at least the query's own key".into()),
         number => number.map_err(|error| error.to_string()),
@@ -166,15 +189,9 @@ impl OptionArgs {
             .causal(self.causal)
             .window(self.window.map_or(window, Window::keys))
             .sink_tokens(self.sink_tokens)
-            .sink_logits(match self.sinks {
-                Sinks::None => SinkLogits::None,
-                Sinks::PerHead => SinkLogits::PerHead,
-                Sinks::OffByOne => SinkLogits::OffByOne,
-            })
-            .layout(match self.layout {
-                Axes::Bshd => Layout::Bshd,
-                Axes::Bhsd => Layout::Bhsd,
-            })
+            .sink_logits(self.sinks.into())
+            .dtype(self.dtype.into())
+            .layout(self.layout.into())
             .alignment(match self.align {
                 Align::BottomRight => Alignment::BottomRight,
                 Align::TopLeft => Alignment::TopLeft,
@@ -194,10 +211,12 @@ impl PlanArgs {
             Some((device, capabilities)) => {
                 check_limits(&operands, &capabilities)?;
                 let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
-                let kernel = self.target.micro_kernel();
-                let mut passes = Plan::forward_with(&problem, vec4, &capabilities, kernel, &[])?.passes;
+                let tuning = self.tuning(&capabilities)?;
+                let preference =
+                    Preference { micro_kernel: self.target.micro_kernel(), tuning: tuning.as_ref(), tiles: &[] };
+                let mut passes = Plan::forward_with(&problem, vec4, &capabilities, &preference)?.passes;
                 if self.backward {
-                    passes.extend(Plan::backward_with(&problem, vec4, false, &capabilities, kernel, &[])?.passes);
+                    passes.extend(Plan::backward_with(&problem, vec4, false, &capabilities, &preference)?.passes);
                 }
                 let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
                 Explanation::new(&problem, device, self.backward, operands, launches.collect())
@@ -211,6 +230,16 @@ impl PlanArgs {
             }
         };
         print_summary(&explanation, self.json)
+    }
+
+    /// The measured tiles to plan with. A device that need not be here takes none from the environment.
+    fn tuning(&self, capabilities: &Capabilities) -> sink_attention::Result<Option<Tuning>> {
+        if self.device.is_some() && !self.target.has_tuning() {
+            return Ok(None);
+        }
+        let tuning = self.target.tuning()?;
+        tuning.as_ref().map_or(Ok(()), |tuning| tuning.check_device(&capabilities.name))?;
+        Ok(tuning)
     }
 
     /// The device to plan for; `None` is the CPU.
@@ -233,44 +262,51 @@ impl PlanArgs {
     }
 }
 
-/// What a call binds, with the number of elements.
-fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64)> {
+/// What a call binds, with the number of elements and their type.
+fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64, DType)> {
     let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+    let dtype = problem.options().dtype;
     let mut operands = vec![
-        ("q", elements(&problem.q_shape())),
-        ("k", elements(&problem.k_shape())),
-        ("v", elements(&problem.v_shape())),
-        ("o", elements(&problem.o_shape())),
-        ("lse", elements(&problem.lse_shape())),
+        ("q", elements(&problem.q_shape()), dtype),
+        ("k", elements(&problem.k_shape()), dtype),
+        ("v", elements(&problem.v_shape()), dtype),
+        ("o", elements(&problem.o_shape()), dtype),
+        ("lse", elements(&problem.lse_shape()), DType::F32),
     ];
     if problem.options().sink_logits == SinkLogits::PerHead {
-        operands.push(("sink_logits", problem.shape().heads as u64));
+        operands.push(("sink_logits", problem.shape().heads as u64, DType::F32));
     }
     if backward {
         // Everything but lse has a gradient; d_lse is left out, as it is optional.
-        let gradients = operands.iter().filter(|(name, _)| *name != "lse").map(|&(name, n)| match name {
-            "q" => ("d_q", n),
-            "k" => ("d_k", n),
-            "v" => ("d_v", n),
-            "o" => ("d_o", n),
-            _ => ("d_sink_logits", n),
+        let gradients = operands.iter().filter(|(name, ..)| *name != "lse").map(|&(name, n, dtype)| match name {
+            "q" => ("d_q", n, dtype),
+            "k" => ("d_k", n, dtype),
+            "v" => ("d_v", n, dtype),
+            "o" => ("d_o", n, dtype),
+            _ => ("d_sink_logits", n, dtype),
         });
         let gradients: Vec<_> = gradients.collect();
         operands.extend(gradients);
-        operands.push(("delta", elements(&problem.lse_shape())));
-        if problem.options().sink_logits == SinkLogits::PerHead {
+        operands.push(("delta", elements(&problem.lse_shape()), DType::F32));
+        if problem.options().sink_logits == SinkLogits::PerHead && dtype == DType::F32 {
             let shape = problem.shape();
-            operands.push(("sink_partials", (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64));
+            let partials = (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64;
+            operands.push(("sink_partials", partials, DType::F32));
         }
     }
     operands
 }
 
+/// Bytes of an operand in whole words, as kernels bind it.
+fn size(elements: u64, dtype: DType) -> u64 {
+    elements.saturating_mul(dtype.bytes() as u64).checked_next_multiple_of(4).unwrap_or(u64::MAX)
+}
+
 /// The errors that a call would meet on the device, with operands in buffers of their own.
-fn check_limits(operands: &[(&'static str, u64)], capabilities: &Capabilities) -> sink_attention::Result<()> {
+fn check_limits(operands: &[(&'static str, u64, DType)], capabilities: &Capabilities) -> sink_attention::Result<()> {
     use sink_attention::Error;
-    for &(operand, elements) in operands {
-        let (bytes, most) = (elements.saturating_mul(4), u64::from(u32::MAX));
+    for &(operand, elements, dtype) in operands {
+        let (bytes, most) = (size(elements, dtype), u64::from(u32::MAX));
         if bytes > capabilities.buffer_bytes {
             return Err(Error::BufferTooLarge { operand, bytes, limit: capabilities.buffer_bytes });
         }
@@ -288,7 +324,7 @@ fn check_limits(operands: &[(&'static str, u64)], capabilities: &Capabilities) -
 #[derive(Debug, Serialize)]
 struct Explanation {
     problem: String,
-    dtype: &'static str,
+    dtype: String,
     device: String,
     /// Of one head of one sequence, as is the next.
     visible_pairs: u64,
@@ -311,16 +347,16 @@ impl Explanation {
         problem: &Problem,
         device: String,
         backward: bool,
-        operands: Vec<(&'static str, u64)>,
+        operands: Vec<(&'static str, u64, DType)>,
         launches: Vec<Launch>,
     ) -> Self {
         let shape = problem.shape();
         let visible_pairs = problem.mask().visible_pairs();
         let operands: Vec<_> =
-            operands.into_iter().map(|(name, n)| Operand { name, bytes: n.saturating_mul(4) }).collect();
+            operands.into_iter().map(|(name, n, dtype)| Operand { name, bytes: size(n, dtype) }).collect();
         Explanation {
             problem: problem.to_string(),
-            dtype: "f32",
+            dtype: problem.options().dtype.to_string(),
             device,
             visible_pairs,
             visible_share: visible_pairs as f64 / (shape.seq_q as f64 * shape.seq_k as f64),
@@ -351,6 +387,8 @@ struct Launch {
 #[derive(Debug, Serialize)]
 struct Tiles {
     shape: String,
+    /// Built-in table or tuning.
+    origin: String,
     rows: u32,
     columns: u32,
     registers: u32,
@@ -367,7 +405,7 @@ impl Launch {
         Launch {
             kernel: variant.name(),
             vec4: (variant.value_dim > 0).then_some(variant.vec4),
-            tiles: variant.tiles.map(|tiles| Tiles::new(problem, variant, &tiles)),
+            tiles: variant.tiles.map(|tiles| Tiles::new(problem, pass, &tiles)),
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
             threads: variant.threads(),
@@ -378,7 +416,8 @@ impl Launch {
 }
 
 impl Tiles {
-    fn new(problem: &Problem, variant: &Variant, tiles: &sink_attention::Tiles) -> Self {
+    fn new(problem: &Problem, pass: &Pass, tiles: &sink_attention::Tiles) -> Self {
+        let variant = &pass.variant;
         let (shape, mask) = (problem.shape(), problem.mask());
         let rows_are_keys = variant.kernel == Kernel::DKv;
         let [seq_rows, seq_columns] =
@@ -397,6 +436,7 @@ impl Tiles {
         }
         Tiles {
             shape: tiles.to_string(),
+            origin: pass.tiles_origin.to_string(),
             rows: tiles.tile_rows(),
             columns: tiles.tile_columns(),
             registers: tiles.registers(variant.kernel, variant.head_dim, variant.value_dim),
@@ -410,7 +450,7 @@ impl Tiles {
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sizes: Vec<String> = self.operands.iter().map(|o| format!("{} {}", o.name, bytes(o.bytes))).collect();
-        writeln!(f, "problem    {} {}", self.problem, self.dtype)?;
+        writeln!(f, "problem    {}", self.problem)?;
         writeln!(f, "device     {}", self.device)?;
         writeln!(
             f,
@@ -439,7 +479,11 @@ impl fmt::Display for Launch {
             writeln!(f, "loads      {loads}")?;
         }
         if let Some(tiles) = &self.tiles {
-            writeln!(f, "tiles      {}, about {} registers a thread", tiles.shape, tiles.registers)?;
+            writeln!(
+                f,
+                "tiles      {}, about {} registers a thread, from the {}",
+                tiles.shape, tiles.registers, tiles.origin
+            )?;
             let share = percent(tiles.visited as f64 / tiles.all as f64);
             write!(f, "visits     {} of {} tiles a head ({share})", tiles.visited, tiles.all)?;
             match tiles.masked {
