@@ -133,17 +133,18 @@ fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>)
 /// Tiles that were measured on one device, which [`Attention::with_tuning`](crate::Attention::with_tuning) prefers to
 /// the built-in table. They change the speed, and results by no more than the order of sums does.
 ///
-/// As text ([`FromStr`] and [`Display`](fmt::Display)) it is what `sink-attention tune` writes:
+/// As text ([`FromStr`] and [`Display`](fmt::Display)) it is what `sink-attention tune` writes: three lines that say what it
+/// is of, then a line for each entry, `kernel dtype micro-kernel width WIDTH mask: tiles`. Empty lines and those that begin
+/// with `#` count for nothing.
 ///
 /// ```
 /// let text = "sink-attention tuning 1
 /// device: NVIDIA H200
 /// driver: NVIDIA 580.159.04
-/// # kernel, dtype, micro-kernel, widths up to, mask: tiles
 /// forward f32 portable width 64 long: 64x32 (16x8 threads of 4x4), chunk 32, slab 16
 /// ";
 /// let tuning: sink_attention::Tuning = text.parse()?;
-/// assert_eq!(tuning.device(), "NVIDIA H200");
+/// assert_eq!((tuning.device(), tuning.entries().len()), ("NVIDIA H200", 1));
 /// assert_eq!(tuning.to_string().parse(), Ok(tuning));
 /// # Ok::<(), sink_attention::TuningError>(())
 /// ```
