@@ -108,6 +108,11 @@
 //! words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or
 //! f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of their number of terms to the
 //! largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead.
+//! It also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
+//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
+//!
+//! Since delta is a sum over the keys at hand, only in f32 does the backward pass of some of the keys, with the final o and
+//! lse of all of them, give their share of the gradients.
 //!
 //! # Two ways to call
 //!

@@ -217,6 +217,19 @@ impl Options {
     }
 
     /// Sets [`Options::dtype`].
+    ///
+    /// ```
+    /// use sink_attention::half::f16;
+    /// use sink_attention::{Attention, DType, Inputs, Options, Problem, Shape};
+    ///
+    /// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 2, head_dim: 2, value_dim: 2 };
+    /// let problem = Problem::new(shape, Options::new().dtype(DType::F16))?;
+    /// let (q, k, v) = ([f16::ZERO; 2], [f16::ONE; 4], [1.0, 2.0, 3.0, 4.0].map(f16::from_f32));
+    /// let output = Attention::cpu().forward(&problem, &Inputs { q: &q, k: &k, v: &v, sink_logits: None })?;
+    /// assert_eq!(output.o, [2.0, 3.0].map(f16::from_f32)); // f16, as the operands
+    /// assert_eq!(output.lse, [2f32.ln()]); // f32 in every case
+    /// # Ok::<(), sink_attention::Error>(())
+    /// ```
     pub fn dtype(self, dtype: DType) -> Self {
         Options { dtype, ..self }
     }

@@ -110,9 +110,11 @@ fn dtype(case: &Case) -> DType {
 fn in_types(cases: &[Case], types: Types, quick: bool) -> Vec<Case> {
     let all = |dtype| cases.iter().map(|case| case.with_dtype(dtype)).collect::<Vec<_>>();
     // A quick check of all types is to take no more than twice as long as one of f32.
-    // By a rule that has no period, as the grid has some: no option falls to one of them alone.
+    // By a rule that has no period, as the grid has some: no option falls to one of them alone. And without the one case
+    // that takes a software driver longest, and is about numbers of workgroups, which the types share.
     let turn = |turn, dtype| {
-        let own = cases.iter().enumerate().filter(|(n, _)| n.count_ones() % 2 == turn);
+        let cases = cases.iter().filter(|case| case.group != "many workgroups");
+        let own = cases.enumerate().filter(|(n, _)| n.count_ones() % 2 == turn);
         own.map(|(_, case)| case.with_dtype(dtype)).collect()
     };
     match types {
@@ -359,15 +361,15 @@ mod tests {
     fn types_have_every_group_and_a_quick_check_is_at_most_twice_as_long() {
         let cases = grid(true);
         let all = in_types(&cases, Types::All, true);
-        assert_eq!(all.len(), 2 * cases.len());
+        assert_eq!(all.len(), 2 * cases.len() - 1);
         assert_eq!(in_types(&cases, Types::All, false).len(), 3 * cases.len());
         let one = in_types(&cases, Types::Bf16, true);
         assert!(one.len() == cases.len() && one.iter().all(|case| dtype(case) == DType::Bf16));
-        // The turns leave every group something in half precision, and all but those of one case something in each.
+        // The turns leave every group something in each type.
         let groups = |wanted| all.iter().filter(|case| dtype(case) == wanted).map(|case| case.group).collect();
-        let [f16, bf16]: [BTreeSet<&str>; 2] = [groups(DType::F16), groups(DType::Bf16)];
-        let missing: Vec<_> = f16.symmetric_difference(&bf16).collect();
-        assert_eq!(missing, [&"many workgroups"]);
+        let [single, f16, bf16]: [BTreeSet<&str>; 3] = [DType::F32, DType::F16, DType::Bf16].map(groups);
+        assert_eq!(f16, bf16);
+        assert_eq!(single.difference(&f16).collect::<Vec<_>>(), [&"many workgroups"]);
     }
 
     #[test]
