@@ -1,5 +1,5 @@
-//! f16 and bf16 in GPU buffers: halves of words wherever they lie, every bit pattern, rounding. Numbers are held against the
-//! definition in tests/low_precision.rs.
+//! f16 and bf16 in GPU buffers: halves of words wherever they lie, every bit pattern, rounding. Numbers are held
+//! against the definition in tests/low_precision.rs.
 
 mod common;
 
@@ -196,8 +196,8 @@ fn views_with_offsets_and_strides<T: Element>() {
     }
 }
 
-/// Of the kernel that f32 does not have: what the planner gives to any sample device, and what nobody would pick. In one type: the
-/// other differs in how words are read.
+/// Of the kernel that f32 does not have: what the planner gives to any sample device, and what nobody would pick. In
+/// one type: the other differs in how words are read.
 #[test]
 fn tiles_of_the_exact_delta() {
     let Some(gpu) = gpu() else { return };
@@ -242,8 +242,8 @@ fn same<T: Element>(a: T, b: T) -> bool {
     a == b || a.to_f32().is_nan() && b.to_f32().is_nan()
 }
 
-/// One key: o is its value, whatever that is. Infinities and NaN are no exceptions; subnormal numbers are where WGSL lets a
-/// device take them for zero, which llvmpipe does not.
+/// One key: o is its value, whatever that is. Infinities and NaN are no exceptions; subnormal numbers are where WGSL
+/// lets a device take them for zero, which llvmpipe does not.
 fn every_number_passes_through<T: Element>() {
     let Some(gpu) = gpu() else { return };
     let least_normal = f32::from_bits(if T::DTYPE == DType::F16 { 0x3880_0000 } else { 0x0080_0000 });
