@@ -1,5 +1,5 @@
-{#- The sink logits' gradient, -sum over rows of exp(sink - lse) delta: one workgroup sums a head over the batch and the rows,
-    in a fixed order. In f32 the delta kernel has summed tiles of rows, with a delta more exact than what it stores. -#}
+{#- The sink logits' gradient, -sum over rows of exp(sink - lse) delta: one workgroup sums a head over the batch and
+    the rows, in a fixed order. In f32 the delta kernel has summed tiles of rows, with a delta more exact than what it stores. -#}
 {% include "params.wgsl" %}
 {% if sums_delta %}
 {% include "exp.wgsl" %}

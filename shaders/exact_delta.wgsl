@@ -1,6 +1,7 @@
-{#- delta_i = sum over keys of p d_p - d_lse_i, with d_p = d_o . v, p = exp(s - lse): what d_o . o would be had o not been
-    rounded to half precision. That rounding is too coarse wherever delta meets what it cancels with: in a row that few keys
-    dominate, and in the sum over rows of the sink logits' gradient. One workgroup computes a tile of queries of one head. -#}
+{#- delta_i = sum over keys of p d_p - d_lse_i, with d_p = d_o . v, p = exp(s - lse): what d_o . o would be had o not
+    been rounded to half precision. That rounding is too coarse wherever delta meets what it cancels with: in a row
+    that few keys dominate, and in the sum over rows of the sink logits' gradient. One workgroup computes a tile of
+    queries of one head. -#}
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
 {% include "operands.wgsl" %}

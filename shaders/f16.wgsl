@@ -5,12 +5,14 @@ fn widen2(word: u32) -> vec2<f32> {
   return unpack2x16float(word);
 }
 
-// Rounded to nearest, ties to even, by the bits: pack2x16float may round otherwise, and makes anything of what is too large.
+// Rounded to nearest, ties to even, by the bits: pack2x16float may round otherwise, and makes anything of what is too
+// large.
 fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let bits = bitcast<vec4<u32>>(x);
   let size = bits & vec4<u32>(0x7fffffffu);
   // Exponents fewer by 112, and never more than that of infinity.
-  let normal = min(((size + vec4<u32>(0xfffu) + ((size >> vec4<u32>(13u)) & vec4<u32>(1u))) >> vec4<u32>(13u)) - vec4<u32>(0x1c000u), vec4<u32>(0x7c00u));
+  let rounded = (size + vec4<u32>(0xfffu) + ((size >> vec4<u32>(13u)) & vec4<u32>(1u))) >> vec4<u32>(13u);
+  let normal = min(rounded - vec4<u32>(0x1c000u), vec4<u32>(0x7c00u));
   // Below 2^-14: multiples of 2^-24. What is below a quarter of that is zero at the largest shift, too.
   let shift = clamp(vec4<u32>(126u) - (size >> vec4<u32>(23u)), vec4<u32>(1u), vec4<u32>(25u));
   let digits = (size & vec4<u32>(0x7fffffu)) | vec4<u32>(0x800000u);

@@ -73,8 +73,9 @@ impl Attention {
         Attention { backend, micro_kernel: MicroKernel::Auto }
     }
 
-    /// With a micro-kernel of the caller's choice instead of the planner's. Where there is none for a problem on the device,
-    /// passes fail with [`Error::NoKernel`]; on the CPU with [`Error::NeedsGpu`], unless it is [`MicroKernel::Auto`].
+    /// With a micro-kernel of the caller's choice instead of the planner's. Where there is none for a problem on the
+    /// device, passes fail with [`Error::NoKernel`]; on the CPU with [`Error::NeedsGpu`], unless it is
+    /// [`MicroKernel::Auto`].
     pub fn with_micro_kernel(self, micro_kernel: MicroKernel) -> Self {
         Attention { micro_kernel, ..self }
     }

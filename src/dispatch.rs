@@ -83,7 +83,8 @@ pub struct ForwardBuffers<'a> {
 /// the gradients that flow into these, and the gradients to compute.
 #[derive(Debug, Clone, Copy)]
 pub struct BackwardBuffers<'a> {
-    /// The forward pass's operands and results. o is read in f32 only: rounded to half precision it would be too coarse.
+    /// The forward pass's operands and results. o is read in f32 only: rounded to half precision it would be too
+    /// coarse.
     pub forward: ForwardBuffers<'a>,
     /// Gradient by o.
     pub d_o: TensorView<'a>,

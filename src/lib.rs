@@ -1,8 +1,8 @@
 //! FlashAttention with attention sinks, on every GPU that `wgpu` reaches and on the CPU.
 //!
-//! One operator, exact up to rounding, in memory linear in the sequence length: scores are computed tile by
-//! tile and never stored. This version computes the forward and the backward pass, of f32, f16 and bf16; variable lengths
-//! and caches are coming.
+//! One operator, exact up to rounding, in memory linear in the sequence length: scores are computed tile by tile and
+//! never stored. This version computes the forward and the backward pass, of f32, f16 and bf16; variable lengths and
+//! caches are coming.
 //!
 //! ```
 //! use sink_attention::{Attention, Inputs, Options, Problem, Shape, SinkLogits, Window};
@@ -95,24 +95,24 @@
 //!
 //! # Precision
 //!
-//! q, k, v, o, d_o and the gradients of q, k and v are f32, f16 or bf16, see [`Options::dtype`]; lse, the sink logits and
-//! the gradients of both are f32. Products, the softmax's running maximum and sum, and accumulators are f32 in every case,
-//! and results are rounded once: to nearest, ties to even, too large numbers to infinity.
-//! [`cpu::reference`] is the definition in f64; the tests hold every other path to ||x - exact|| / ||exact|| <= 1e-5 (f32),
-//! 1.5e-3 (f16) and 6e-3 (bf16) for o and the gradients of q, k and v, and to 1e-5 for the sink logits' gradient and, absolute
-//! plus relative, for each element of lse. There are no float atomics: equal inputs give equal bits on the same device,
-//! driver and version of this crate. Across devices the order of sums differs.
+//! q, k, v, o, d_o and the gradients of q, k and v are f32, f16 or bf16, see [`Options::dtype`]; lse, the sink logits
+//! and the gradients of both are f32. Products, the softmax's running maximum and sum, and accumulators are f32 in
+//! every case, and results are rounded once: to nearest, ties to even, too large numbers to infinity.
+//! [`cpu::reference`] is the definition in f64; the tests hold every other path to ||x - exact|| / ||exact|| <= 1e-5
+//! (f32), 1.5e-3 (f16) and 6e-3 (bf16) for o and the gradients of q, k and v, and to 1e-5 for the sink logits' gradient
+//! and, absolute plus relative, for each element of lse. There are no float atomics: equal inputs give equal bits on
+//! the same device, driver and version of this crate. Across devices the order of sums differs.
 //!
-//! In half precision delta comes from the probabilities, sum_j p_ij (d_o_i . v_j) - d_lse_i, and not from o, which has been
-//! rounded: the saved o is not read. Half precision needs no extension of the device; kernels read it by WGSL's unpacking of
-//! words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or
-//! f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of their number of terms to the
-//! largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead.
-//! It also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
+//! In half precision delta comes from the probabilities, sum_j p_ij (d_o_i . v_j) - d_lse_i, and not from o, which has
+//! been rounded: the saved o is not read. Half precision needs no extension of the device; kernels read it by WGSL's
+//! unpacking of words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to
+//! 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
+//! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
+//! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
 //! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
 //!
-//! Since delta is a sum over the keys at hand, only in f32 does the backward pass of some of the keys, with the final o and
-//! lse of all of them, give their share of the gradients.
+//! Since delta is a sum over the keys at hand, only in f32 does the backward pass of some of the keys, with the final o
+//! and lse of all of them, give their share of the gradients.
 //!
 //! # Two ways to call
 //!

@@ -377,7 +377,8 @@ fn check_loop_iterations(
         return Ok(());
     }
     let reason = format!(
-        "{} ends loops in silence after {most} iterations, {kernel:?} needs {needed} or more; the CPU path has no such limit",
+        "{} ends loops in silence after {most} iterations, {kernel:?} needs {needed} or more; \
+         the CPU path has no such limit",
         capabilities.name
     );
     Err(Error::NoKernel { problem: problem.to_string(), reason })

@@ -8,7 +8,8 @@ use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::Layout;
 
-/// An operand in a buffer of the caller's, of the problem's element type; lse, the sink logits and their gradients are f32.
+/// An operand in a buffer of the caller's, of the problem's element type; lse, the sink logits and their gradients are
+/// f32.
 ///
 /// Kernels bind whole words of four bytes: a buffer of f16 or bf16 must hold the whole of the word in which its operand
 /// ends. What else lies in that word is kept.

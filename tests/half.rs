@@ -1,5 +1,5 @@
-//! f16 and bf16 in GPU buffers: halves of words wherever they lie, every bit pattern, rounding. Numbers are held against the
-//! definition in tests/low_precision.rs.
+//! f16 and bf16 in GPU buffers: halves of words wherever they lie, every bit pattern, rounding. Numbers are held
+//! against the definition in tests/low_precision.rs.
 
 mod common;
 
@@ -11,8 +11,8 @@ use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    BackwardBuffers, DType, Device, Element, Error, ForwardBuffers, Gradients, Inputs, Layout, Options, Output,
-    Problem, SinkLogits, TensorView, Upstream, Window,
+    Attention, BackwardBuffers, Capabilities, DType, Device, Element, Error, ForwardBuffers, Gradients, Inputs, Kernel,
+    Layout, Options, Output, Pass, Plan, Problem, SinkLogits, TensorView, Tiles, Upstream, Window,
 };
 
 /// A test for both types.
@@ -112,81 +112,123 @@ impl Place {
     }
 }
 
-fn views_with_offsets_and_strides<T: Element>() {
+/// Runs both passes on operands `offset` elements into their buffers and in rows with `pad` elements between them, the
+/// backward pass with tiles of our choice, against the definition.
+fn run_at<T: Element>(
+    gpu: &Attention,
+    problem: &Problem,
+    case: &Backward<T>,
+    [offset, pad]: [usize; 2],
+    tiles: &[(Kernel, Tiles)],
+) {
     const SENTINEL: f32 = -12345.0;
-    let Some(gpu) = gpu() else { return };
     let device = gpu.device().unwrap();
+    let (operands, layout) = (&case.operands, problem.options().layout);
+    let s = problem.shape();
+    let place = |heads, seq, width: usize| Place { extents: [s.batch, heads, seq, width], offset, row: width + pad };
+    let queries = |width| place(s.heads, s.seq_q, width);
+    let keys = |width| place(s.kv_heads, s.seq_k, width);
+    // NaN wherever no operand lies: whatever is read from there shows.
+    let given = |place: &Place, data: &[T]| place.fill(device, layout, data, f32::NAN);
+    let result = |place: &Place| {
+        place.fill(device, layout, &vec![T::from_f32(SENTINEL); place.extents.iter().product()], SENTINEL)
+    };
+    let [q_at, o_at, k_at, v_at] = [queries(s.head_dim), queries(s.value_dim), keys(s.head_dim), keys(s.value_dim)];
+    let [q, k, v, d_o] =
+        [given(&q_at, &operands.q), given(&k_at, &operands.k), given(&v_at, &operands.v), given(&o_at, &case.d_o)];
+    let [o, d_q, d_k, d_v] = [result(&o_at), result(&q_at), result(&k_at), result(&v_at)];
+    // f32 operands begin anywhere, too.
+    let single = |data: &[f32]| common::buffers::buffer(device, &[&vec![f32::NAN; offset], data].concat());
+    let rows = problem.lse_shape().iter().product();
+    let sinks = single(operands.sink_logits.as_ref().unwrap());
+    let [lse, d_sinks] = [rows, s.heads].map(|len| single(&vec![f32::NAN; len]));
+    let d_lse = case.d_lse.as_deref().map(single);
+    let at = |buffer| TensorView::new(buffer).offset(offset as u64);
+    let forward = ForwardBuffers {
+        q: q_at.view(&q),
+        k: k_at.view(&k),
+        v: v_at.view(&v),
+        sink_logits: Some(at(&sinks)),
+        o: o_at.view(&o),
+        lse: at(&lse),
+    };
+    let backward = BackwardBuffers {
+        forward,
+        d_o: o_at.view(&d_o),
+        d_lse: d_lse.as_ref().map(at),
+        d_q: q_at.view(&d_q),
+        d_k: k_at.view(&d_k),
+        d_v: v_at.view(&d_v),
+        d_sink_logits: Some(at(&d_sinks)),
+    };
+    let forward = gpu.prepare_forward(problem, &forward).unwrap();
+    let backward = pollster::block_on(gpu.prepare_backward_with(problem, &backward, tiles)).unwrap();
+    let vec4 = [offset, pad, s.head_dim, s.value_dim].iter().all(|n| n % 4 == 0);
+    assert_eq!(forward.plan().passes[0].variant.vec4, vec4, "{problem}, offset {offset}, pad {pad}");
+    submit(device, |encoder| {
+        forward.encode(encoder);
+        backward.encode(encoder);
+    });
+    let single = |buffer| common::buffers::read(device, buffer)[offset..].to_vec();
+    let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), lse: single(&lse) };
+    let gradients = Gradients {
+        d_q: q_at.take::<T>(device, layout, &d_q, SENTINEL),
+        d_k: k_at.take(device, layout, &d_k, SENTINEL),
+        d_v: v_at.take(device, layout, &d_v, SENTINEL),
+        d_sink_logits: Some(single(&d_sinks)),
+    };
+    let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}");
+    let expected = reference::forward(problem, &operands.inputs()).unwrap();
+    agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
+    case.agree(&gradients, &case.expected(problem)).unwrap_or_else(|error| panic!("{what}: {error}"));
+}
+
+fn views_with_offsets_and_strides<T: Element>() {
+    let Some(gpu) = gpu() else { return };
     let options = Options::new().window(Window::keys(9)).sink_tokens(2).sink_logits(SinkLogits::PerHead);
     let narrow = problem([2, 2, 1], [19, 19], [5, 3], options.layout(Layout::Bhsd));
     let by_fours = problem([2, 4, 2], [33, 33], [16, 8], options);
     for (seed, problem) in (1..).zip([narrow, by_fours]) {
-        for [offset, pad] in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
-            let (problem, case) = random::<T>(&problem, seed);
-            let (operands, layout) = (&case.operands, problem.options().layout);
-            let s = problem.shape();
-            let place =
-                |heads, seq, width: usize| Place { extents: [s.batch, heads, seq, width], offset, row: width + pad };
-            let queries = |width| place(s.heads, s.seq_q, width);
-            let keys = |width| place(s.kv_heads, s.seq_k, width);
-            // NaN wherever no operand lies: whatever is read from there shows.
-            let given = |place: &Place, data: &[T]| place.fill(device, layout, data, f32::NAN);
-            let result = |place: &Place| {
-                place.fill(device, layout, &vec![T::from_f32(SENTINEL); place.extents.iter().product()], SENTINEL)
-            };
-            let [q_at, o_at, k_at, v_at] =
-                [queries(s.head_dim), queries(s.value_dim), keys(s.head_dim), keys(s.value_dim)];
-            let [q, k, v, d_o] = [
-                given(&q_at, &operands.q),
-                given(&k_at, &operands.k),
-                given(&v_at, &operands.v),
-                given(&o_at, &case.d_o),
-            ];
-            let [o, d_q, d_k, d_v] = [result(&o_at), result(&q_at), result(&k_at), result(&v_at)];
-            // f32 operands begin anywhere, too.
-            let single = |data: &[f32]| common::buffers::buffer(device, &[&vec![f32::NAN; offset], data].concat());
-            let rows = problem.lse_shape().iter().product();
-            let sinks = single(operands.sink_logits.as_ref().unwrap());
-            let [lse, d_sinks] = [rows, s.heads].map(|len| single(&vec![f32::NAN; len]));
-            let d_lse = case.d_lse.as_deref().map(single);
-            let at = |buffer| TensorView::new(buffer).offset(offset as u64);
-            let forward = ForwardBuffers {
-                q: q_at.view(&q),
-                k: k_at.view(&k),
-                v: v_at.view(&v),
-                sink_logits: Some(at(&sinks)),
-                o: o_at.view(&o),
-                lse: at(&lse),
-            };
-            let backward = BackwardBuffers {
-                forward,
-                d_o: o_at.view(&d_o),
-                d_lse: d_lse.as_ref().map(at),
-                d_q: q_at.view(&d_q),
-                d_k: k_at.view(&d_k),
-                d_v: v_at.view(&d_v),
-                d_sink_logits: Some(at(&d_sinks)),
-            };
-            let forward = gpu.prepare_forward(&problem, &forward).unwrap();
-            let backward = gpu.prepare_backward(&problem, &backward).unwrap();
-            let vec4 = [offset, pad, s.head_dim, s.value_dim].iter().all(|n| n % 4 == 0);
-            assert_eq!(forward.plan().passes[0].variant.vec4, vec4, "{problem}, offset {offset}, pad {pad}");
-            submit(device, |encoder| {
-                forward.encode(encoder);
-                backward.encode(encoder);
-            });
-            let single = |buffer| common::buffers::read(device, buffer)[offset..].to_vec();
-            let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), lse: single(&lse) };
-            let gradients = Gradients {
-                d_q: q_at.take::<T>(device, layout, &d_q, SENTINEL),
-                d_k: k_at.take(device, layout, &d_k, SENTINEL),
-                d_v: v_at.take(device, layout, &d_v, SENTINEL),
-                d_sink_logits: Some(single(&d_sinks)),
-            };
-            let what = format!("{problem}, offset {offset}, pad {pad}");
-            let expected = reference::forward(&problem, &operands.inputs()).unwrap();
-            agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
-            case.agree(&gradients, &case.expected(&problem)).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let (problem, case) = random::<T>(&problem, seed);
+        for place in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
+            run_at(gpu, &problem, &case, place, &[]);
         }
+    }
+}
+
+/// Of the kernel that f32 does not have: what the planner gives to any sample device, and what nobody would pick. In
+/// one type: the other differs in how words are read.
+#[test]
+fn tiles_of_the_exact_delta() {
+    let Some(gpu) = gpu() else { return };
+    let own = gpu.device().unwrap().capabilities();
+    let tiles = |threads: [u32; 2], thread: [u32; 2], chunk, slab| {
+        let [threads_r, threads_c] = threads;
+        let [rows, quads] = thread;
+        Tiles { threads_r, threads_c, rows, quads, chunk, slab }
+    };
+    let mut all = vec![tiles([6, 12], [3, 3], 3, 36), tiles([2, 32], [5, 1], 8, 16)];
+    // The first queries see nothing, and the last keys are hidden from all.
+    let options = Options::new().window(Window::keys(50)).sink_tokens(2).query_offset(-10);
+    let options = options.sink_logits(SinkLogits::PerHead).dtype(DType::F16);
+    for device in Capabilities::samples() {
+        for seq in [1, 33, 65] {
+            let problem = problem([1, 2, 1], [seq, seq], [20, 33], options);
+            let planned = Plan::backward(&problem, false, true, &device).unwrap().passes[0].variant;
+            assert_eq!(planned.kernel, Kernel::ExactDelta);
+            all.extend(planned.tiles.filter(|tiles| !all.contains(tiles)));
+        }
+    }
+    let (problem, mut case) = random::<f16>(&problem([1, 2, 1], [70, 90], [20, 33], options), 1);
+    for j in 60..90 {
+        case.operands.key(&problem, 0, 0, j).fill(f16::NAN);
+        case.operands.value(&problem, 0, 0, j).fill(f16::NAN);
+    }
+    let fits = |tiles: &Tiles| Pass::with_tiles(Kernel::ExactDelta, &problem, false, own, *tiles).is_ok();
+    let fit: Vec<Tiles> = all.into_iter().filter(fits).collect();
+    assert!(fit.len() >= 5, "{fit:?}");
+    for tiles in fit {
+        run_at(gpu, &problem, &case, [0, 0], &[(Kernel::ExactDelta, tiles)]);
     }
 }
 
@@ -200,8 +242,8 @@ fn same<T: Element>(a: T, b: T) -> bool {
     a == b || a.to_f32().is_nan() && b.to_f32().is_nan()
 }
 
-/// One key: o is its value, whatever that is. Infinities and NaN are no exceptions; subnormal numbers are where WGSL lets a
-/// device take them for zero, which llvmpipe does not.
+/// One key: o is its value, whatever that is. Infinities and NaN are no exceptions; subnormal numbers are where WGSL
+/// lets a device take them for zero, which llvmpipe does not.
 fn every_number_passes_through<T: Element>() {
     let Some(gpu) = gpu() else { return };
     let least_normal = f32::from_bits(if T::DTYPE == DType::F16 { 0x3880_0000 } else { 0x0080_0000 });

@@ -242,8 +242,8 @@ fn largest<T: Element>() -> T {
     bytemuck::cast(bits - 1)
 }
 
-/// What is finite once it is rounded to the type must come out as that, wherever the scores are finite in f32. Subnormal
-/// results may be lost beside numbers as large as these.
+/// What is finite once it is rounded to the type must come out as that, wherever the scores are finite in f32.
+/// Subnormal results may be lost beside numbers as large as these.
 fn no_worse_than_rounding<T: Element>(name: &str, actual: &[T], expected: &[f64]) {
     let most = expected.iter().fold(0.0, |most, x| f64::max(most, x.abs()));
     let subnormal = if T::DTYPE == DType::F16 { 2f64.powi(-24) } else { 2f64.powi(-126) };

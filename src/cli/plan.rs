@@ -213,7 +213,7 @@ impl PlanArgs {
                 let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
                 let tuning = self.tuning(&capabilities)?;
                 let preference =
-                    Preference { micro_kernel: self.target.micro_kernel(), tuning: tuning.as_ref(), tiles: &[] };
+                    Preference { micro_kernel: self.target.micro_kernel(), tuning: tuning.as_ref(), ..Preference::default() };
                 let mut passes = Plan::forward_with(&problem, vec4, &capabilities, &preference)?.passes;
                 if self.backward {
                     passes.extend(Plan::backward_with(&problem, vec4, false, &capabilities, &preference)?.passes);
