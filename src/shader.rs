@@ -412,6 +412,7 @@ impl Variant {
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
+                fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
                 strip_row => f.strip_row(),
                 weight_row => f.weight_row(),
                 weight_sets => f.weight_sets(self.kernel),

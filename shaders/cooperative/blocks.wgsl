@@ -15,6 +15,10 @@
     Fragments have no hidden elements: where a hidden column is NaN or infinite, its zero weight makes a NaN of the results.
     `finish` reports a tile that holds one, and the portable kernel computes that tile again. -#}
 
+{#- Waits for the other lanes of the subgroup. llvmpipe runs them in step, and takes every barrier for one of the workgroup,
+    which subgroups that rescale at different tiles do not reach together. -#}
+{%- macro sync() %}{% if lanes != 8 %}subgroupBarrier();{% endif %}{% endmacro -%}
+
 {%- macro declare() %}
 const SIDE: u32 = {{ side }}u;
 const LANES: u32 = {{ lanes }}u;
@@ -56,19 +60,28 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
+{#- Begins the n-th part of what a lane does for its quads of a fragment's row; a fragment may have fewer quads than lanes. -#}
+{%- macro each_quad(n) %}{
+    let quad = part + {{ n * lanes // side }}u;
+    {% if lanes // side > side // 4 %}if (quad < {{ side // 4 }}u) {% endif %}
+{%- endmacro -%}
+
 {#- The subgroup's rows of an operand as fragments, times `factor`; zeros beyond its end. -#}
 {%- macro resident(a, factor) %}
 {% for r in range(row_fragments) %}{% for f in range(fragments[a]) %}
-  for (var quad = part; quad < {{ side // 4 }}u; quad += LANES_A_ROW) {
-    var x = vec4<f16>();
-    if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
-      x = half_{{ a }}({{ a }}_base + row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad, {{ factor }});
+{% for n in range(fragment_quads) %}
+  {{ each_quad(n) }} {
+      var x = vec4<f16>();
+      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
+        x = half_{{ a }}({{ a }}_base + row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad, {{ factor }});
+      }
+      weights[weight_at - part + quad] = x;
     }
-    weights[weight_at - part + quad] = x;
   }
-  subgroupBarrier();
+{% endfor %}
+  {{ sync() }}
   let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[weight_at - part - lane_row * WEIGHT_ROW], WEIGHT_ROW);
-  subgroupBarrier();
+  {{ sync() }}
 {% endfor %}{% endfor %}
 {% endmacro -%}
 
@@ -147,7 +160,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for c in range(column_fragments) %}
     coopStoreT({{ s }}_{{ r }}_{{ c }}, &strips[strip + {{ c * side // 4 }}u], STRIP_ROW);
 {% endfor %}
-    subgroupBarrier();
+    {{ sync() }}
 {% endmacro -%}
 
 {#- First column of a lane's n-th quad of a strip. -#}
@@ -157,7 +170,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for n in range(lane_quads) %}
     let {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
 {% endfor %}
-    subgroupBarrier();
+    {{ sync() }}
 {% endmacro -%}
 
 {%- macro keep_weights(r, set, n, x) %}
@@ -183,13 +196,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
-{#- One fragment of an accumulator in the strip, and a lane's quads of it as `quad`. -#}
-{%- macro by_quads(x) %}
-    subgroupBarrier();
+{#- Leaves one fragment of an accumulator in the strip. -#}
+{%- macro park_fragment(x) %}
+    {{ sync() }}
     coopStoreT({{ x }}, &strips[strip], STRIP_ROW);
-    subgroupBarrier();
-    for (var quad = part; quad < {{ side // 4 }}u; quad += LANES_A_ROW)
-{%- endmacro -%}
+    {{ sync() }}
+{% endmacro -%}
 
 {#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
 {%- macro store(x, operand, factor) %}
@@ -197,13 +209,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
   {
     let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
 {% for f in range(fragments[operand]) %}
-    {{ by_quads(x ~ "_" ~ r ~ "_" ~ f) }} {
-      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
+{{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+{% for n in range(fragment_quads) %}
+    {{ each_quad(n) }} if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
         let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
         if (!is_finite4(result)) { atomicStore(&broken, 1u); }
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
       }
     }
+{% endfor %}
 {% endfor %}
   }
 {% endfor %}

@@ -65,6 +65,12 @@ const SLACK: f32 = 8.0;
       row_most_{{ r }} = most;
     }
 {% endfor %}
+    // Nothing to rescale yet.
+    if (tile == tiles.first) {
+{% for r in range(row_fragments) %}
+      most_{{ r }} = row_most_{{ r }};
+{% endfor %}
+    }
     loop {
       // Not an if: the fragments' registers stay where they are.
       if (!subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(row_most_{{ r }} - most_{{ r }}) * scale > SLACK{% endfor %})) { break; }
@@ -74,14 +80,15 @@ const SLACK: f32 = 8.0;
       let rescale_{{ r }} = exp2((before_{{ r }} - most_{{ r }}) * scale);
       sum_{{ r }} *= rescale_{{ r }};
 {% endfor %}
-      // Nothing to rescale yet.
-      if (tile == tiles.first) { continue; }
 {% for r in range(row_fragments) %}{% for f in range(fragments.v) %}
-      {{ blocks.by_quads("o_" ~ r ~ "_" ~ f) }} { strips[strip_at - part + quad] *= rescale_{{ r }}; }
-      subgroupBarrier();
+{{ blocks.park_fragment("o_" ~ r ~ "_" ~ f) }}
+{% for n in range(fragment_quads) %}
+      {{ blocks.each_quad(n) }} { strips[strip_at - part + quad] *= rescale_{{ r }}; } }
+{% endfor %}
+      {{ blocks.sync() }}
       o_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&strips[strip], STRIP_ROW);
 {% endfor %}{% endfor %}
-      subgroupBarrier();
+      {{ blocks.sync() }}
     }
 {% for r in range(row_fragments) %}
     {
@@ -95,7 +102,7 @@ const SLACK: f32 = 8.0;
       sum_{{ r }} += (total.x + total.y) + (total.z + total.w);
     }
 {% endfor %}
-    subgroupBarrier();
+    {{ blocks.sync() }}
 {% endmacro -%}
 
 {%- macro accumulate() %}
