@@ -209,7 +209,7 @@ mod timer;
 mod tuning;
 
 pub use attention::Attention;
-pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
+pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 pub use element::{DType, Element};

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::capabilities::{Capabilities, CooperativeMatrices};
+use crate::capabilities::{Capabilities, CooperativeMatrices, Multiprocessor};
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
@@ -327,6 +327,17 @@ impl Pass {
         Passes { problem, vec4, d_lse: false, capabilities, preference }.of_tiling(kernel, tiles.into(), None)
     }
 
+    /// Workgroups that run on a multiprocessor at a time, by the memory and the registers they share; `None` where these
+    /// are not known of the device.
+    pub fn resident_workgroups(&self, capabilities: &Capabilities) -> Option<u32> {
+        let Multiprocessor { workgroup_bytes, registers } = capabilities.multiprocessor?;
+        let variant = &self.variant;
+        let by_memory = workgroup_bytes / variant.workgroup_bytes().max(1);
+        let by_registers = variant.registers().map_or(u32::MAX, |each| registers / (each * variant.threads()).max(1));
+        // The driver makes do with fewer registers than one workgroup would like.
+        Some(by_memory.min(by_registers).max(1))
+    }
+
     fn new(problem: &Problem, variant: Variant, workgroups: u128, capabilities: &Capabilities) -> Result<Self> {
         let needs = [
             ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
@@ -480,6 +491,29 @@ mod tests {
         Plan::backward(&narrow(DType::F16), false, false, hardware).unwrap();
         let error = Plan::backward(&narrow(DType::F16), false, false, software).unwrap_err().to_string();
         assert!(error.contains("DSinkLogits needs 131080 or more"), "{error}");
+    }
+
+    /// What was measured on an H200: two workgroups of at most 24 KiB at a time.
+    #[test]
+    fn memory_and_registers_bound_resident_workgroups() {
+        let samples = Capabilities::samples();
+        let shape =
+            crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
+        let problem = Problem::new(shape, crate::Options::new()).unwrap();
+        let tiles = crate::Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+        let pass = Pass::with_tiles(Kernel::Forward, &problem, true, &samples[0], tiles).unwrap();
+        let variant = pass.variant;
+        assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));
+        let resident = |workgroup_bytes, registers| {
+            let multiprocessor = Some(Multiprocessor { workgroup_bytes, registers });
+            pass.resident_workgroups(&Capabilities { multiprocessor, ..samples[0].clone() })
+        };
+        assert_eq!(pass.resident_workgroups(&samples[0]), Some(3));
+        assert_eq!(resident(2 * 15888, 65536), Some(2));
+        assert_eq!(resident(2 * 15888 - 1, 65536), Some(1));
+        assert_eq!(resident(1 << 20, 65536), Some(4), "each takes 112 * 128 registers");
+        assert_eq!(resident(1 << 20, 100), Some(1), "the driver spills");
+        assert_eq!(pass.resident_workgroups(samples.last().unwrap()), None);
     }
 
     #[test]

@@ -252,7 +252,7 @@ impl Tiles {
     /// Tiles worth measuring for a kernel of a problem on a device: the built-in table, its first choice first, then
     /// neighbours of what it holds, the nearest first. All fit the device's limits; those of the kernels without tiles
     /// are none.
-    pub fn candidates(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiles> {
+    pub(crate) fn candidates(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiles> {
         if !kernel.has_tiles() {
             return Vec::new();
         }

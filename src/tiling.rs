@@ -1,9 +1,14 @@
 //! Tile shapes of any micro-kernel, by one name.
 
+use std::cmp::Reverse;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::shader::MicroKernel;
+use crate::capabilities::Capabilities;
+use crate::fragments;
+use crate::plan::Pass;
+use crate::problem::Problem;
+use crate::shader::{Kernel, MicroKernel};
 use crate::tiles::Tiles;
 
 /// How a kernel divides the score matrix: the micro-kernel with its tile shape.
@@ -41,6 +46,61 @@ impl Tiling {
             Tiling::Cooperative { .. } => MicroKernel::Cooperative,
         }
     }
+
+    /// Tiles worth measuring for a kernel of a problem on a device, of one micro-kernel, or, with [`MicroKernel::Auto`], of
+    /// all. Those of a micro-kernel follow each other: the built-in table, its first choice first, then what it lacks, the
+    /// most promising first. All fit the device's limits; of what the device, the problem or the kernel rules out there
+    /// are none.
+    pub fn candidates(
+        kernel: Kernel,
+        problem: &Problem,
+        vec4: bool,
+        capabilities: &Capabilities,
+        micro_kernel: MicroKernel,
+    ) -> Vec<Tiling> {
+        let mut found = Vec::new();
+        if micro_kernel != MicroKernel::Portable {
+            found.extend(cooperative(kernel, problem, vec4, capabilities));
+        }
+        if micro_kernel != MicroKernel::Cooperative {
+            let portable = Tiles::candidates(kernel, problem, vec4, capabilities);
+            found.extend(portable.into_iter().map(Tiling::Portable));
+        }
+        found
+    }
+}
+
+/// Registers a thread, by the estimate, above which cooperative tiles are not worth a measurement: the most that GPUs have
+/// is 255, and a few that do not fit cost little.
+const MOST_REGISTERS: u32 = 300;
+/// Subgroups and rows of fragments that are tried; of columns as many as the table has, and twice that.
+const SUBGROUPS: u32 = 16;
+const ROWS: u32 = 4;
+
+fn cooperative(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiling> {
+    let Some(matrices) = capabilities.cooperative else { return Vec::new() };
+    let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, vec4, capabilities, *tiling).ok();
+    let table =
+        fragments::candidates(kernel, problem, matrices, capabilities.class).map(|fragments| fragments.tiling());
+    let mut found: Vec<Tiling> = table.filter(|tiling| pass(tiling).is_some()).collect();
+    let mut others = Vec::new();
+    for columns in [16 / matrices.side, 32 / matrices.side] {
+        for (subgroups, rows) in (1..=SUBGROUPS).flat_map(|subgroups| (1..=ROWS).map(move |rows| (subgroups, rows))) {
+            let tiling = Tiling::Cooperative { subgroups, rows, columns };
+            let Some(pass) = pass(&tiling).filter(|_| !found.contains(&tiling)) else { continue };
+            let (Some([tile_rows, _]), Some(registers)) = (pass.variant.tile(), pass.variant.registers()) else {
+                continue;
+            };
+            if registers <= MOST_REGISTERS {
+                // What passes by is read once for all rows that a workgroup holds; more workgroups hide each other's waits.
+                let rows_in_flight = tile_rows * pass.resident_workgroups(capabilities).unwrap_or(1);
+                others.push((Reverse(rows_in_flight), registers, tiling));
+            }
+        }
+    }
+    others.sort_by_key(|&(rows, registers, _)| (rows, registers));
+    found.extend(others.into_iter().map(|(.., tiling)| tiling));
+    found
 }
 
 impl From<Tiles> for Tiling {
@@ -91,6 +151,38 @@ impl FromStr for Tiling {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::element::DType;
+    use crate::problem::{Options, Shape};
+
+    #[test]
+    fn candidates_fit_and_differ() {
+        let problem = |dtype, width| {
+            let shape =
+                Shape { batch: 1, heads: 8, kv_heads: 2, seq_q: 8192, seq_k: 8192, head_dim: width, value_dim: width };
+            Problem::new(shape, Options::new().causal(true).dtype(dtype)).unwrap()
+        };
+        let of = |problem: &Problem, device: &Capabilities, micro_kernel| {
+            Tiling::candidates(Kernel::Forward, problem, true, device, micro_kernel)
+        };
+        for device in Capabilities::samples() {
+            for problem in [problem(DType::F16, 64), problem(DType::F16, 128), problem(DType::F32, 64)] {
+                let both = of(&problem, &device, MicroKernel::Auto);
+                let [cooperative, portable] =
+                    [MicroKernel::Cooperative, MicroKernel::Portable].map(|kernel| of(&problem, &device, kernel));
+                assert_eq!(both, [&cooperative[..], &portable[..]].concat());
+                let halves = problem.options().dtype != DType::F32;
+                assert_eq!(cooperative.len() > 8, halves && device.cooperative.is_some(), "{}: {problem}", device.name);
+                let plan = crate::Plan::forward(&problem, true, &device).unwrap();
+                assert_eq!(plan.passes[0].variant.tiling, Some(both[0]), "the built-in choice comes first");
+                for (index, tiling) in cooperative.iter().enumerate() {
+                    assert_eq!(tiling.micro_kernel(), MicroKernel::Cooperative);
+                    Pass::with_tiles(Kernel::Forward, &problem, true, &device, *tiling).unwrap();
+                    assert!(!cooperative[..index].contains(tiling));
+                }
+            }
+        }
+        assert_eq!(of(&problem(DType::F16, 256), &Capabilities::samples()[0], MicroKernel::Cooperative), []);
+    }
 
     #[test]
     fn text_and_back() {

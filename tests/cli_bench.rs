@@ -336,6 +336,53 @@ fn plan_shows_a_tuning_of_a_sample_device() {
     assert_eq!(d_q["tiles"]["shape"], tiles);
 }
 
+/// A forced micro-kernel is the only one whose tiles are measured.
+#[test]
+fn tune_measures_what_is_asked_for() {
+    let Some(gpu) = common::gpu() else { return };
+    let has_matrices = gpu.device().unwrap().capabilities().cooperative.is_some();
+    let folder = Folder::new("tune-kernel");
+    let file = folder.file("device.tuning");
+    let what = ["--masks", "short", "--kernels", "forward", "--dtype", "f16"];
+    for (kernel, there) in [("portable", true), ("cooperative", has_matrices), ("auto", true)] {
+        let arguments = [&what[..], &["--kernel", kernel]].concat();
+        if !there {
+            let stderr = fails(&[&["tune", "--head-dim", "16", "--out", &file], &arguments[..]].concat());
+            assert!(stderr.contains("has no cooperative matrices"), "{stderr}");
+            continue;
+        }
+        let summary = tune(&file, &arguments);
+        assert_eq!(summary["dropped"], json!([]), "all candidates compute the same");
+        let entry = &summary["entries"][0];
+        assert_eq!(entry["key"], "forward f16 width 32 short");
+        let tiles = entry["tiles"].as_str().unwrap();
+        assert!(kernel == "auto" || tiles.starts_with(kernel), "{kernel}: {tiles}");
+        assert_eq!(Tuning::load(&file).unwrap().entries()[0].1.to_string(), tiles);
+        // Followed where nothing is forced.
+        let shape = ["--backend", "gpu", "--dtype", "f16", "--seq-k", "400", "--head-dim", "20", "--causal"];
+        let plan = succeeds(&[&["plan", "--tuning", &file], &shape[..]].concat()).0;
+        assert!(plan.contains(&format!("tiles      {tiles} (")) && plan.contains("from the tuning"), "{plan}");
+    }
+}
+
+#[test]
+fn plan_shows_how_many_workgroups_run_at_a_time() {
+    let plan = |device: &str| {
+        let arguments = ["plan", "--device", device, "--seq-k", "4096", "--dtype", "f32"];
+        let people = succeeds(&arguments).0;
+        let plan: Value = serde_json::from_str(&succeeds(&[&arguments[..], &["--json"]].concat()).0).unwrap();
+        (people, plan["launches"][0]["resident_workgroups"].clone())
+    };
+    let (people, count) = plan("H200");
+    assert_eq!(count, 3);
+    assert!(
+        people.contains("128 threads, 15.5 KiB of 48 KiB workgroup memory, 3 at a time on a multiprocessor"),
+        "{people}"
+    );
+    let (people, count) = plan("M2");
+    assert_eq!((people.contains("multiprocessor"), count), (false, Value::Null));
+}
+
 #[test]
 fn tune_refuses() {
     assert!(fails(&["tune", "--backend", "cpu"]).contains("tune needs a GPU"));

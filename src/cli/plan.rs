@@ -382,6 +382,8 @@ struct Launch {
     workgroup_bytes: u32,
     workgroup_bytes_offered: u32,
     threads: u32,
+    /// At a time on a multiprocessor, by the memory and the registers they share, where those are known.
+    resident_workgroups: Option<u32>,
     workgroups: u32,
     grid: [u32; 2],
 }
@@ -413,6 +415,7 @@ impl Launch {
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
             threads: variant.threads(),
+            resident_workgroups: pass.resident_workgroups(capabilities),
             workgroups: pass.workgroups,
             grid: pass.grid,
         }
@@ -495,13 +498,17 @@ impl fmt::Display for Launch {
                 None => writeln!(f, ", for each query head of the group")?,
             }
         }
-        writeln!(
+        write!(
             f,
             "workgroup  {} threads, {} of {} workgroup memory",
             self.threads,
             bytes(self.workgroup_bytes.into()),
             bytes(self.workgroup_bytes_offered.into()),
         )?;
+        match self.resident_workgroups {
+            Some(count) => writeln!(f, ", {count} at a time on a multiprocessor")?,
+            None => writeln!(f)?,
+        }
         write!(f, "grid       {} workgroups as {x} x {y}", self.workgroups)
     }
 }
