@@ -79,7 +79,8 @@ impl Capabilities {
     /// Reads what a device was created with. Only its adapter knows of cooperative matrices: without it there are none.
     pub fn of(device: &wgpu::Device, adapter: Option<&wgpu::Adapter>) -> Self {
         let (info, features) = (device.adapter_info(), device.features());
-        let cooperative = adapter.and_then(|adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()));
+        let cooperative =
+            adapter.and_then(|adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()));
         Capabilities { cooperative, ..Capabilities::new(&info, &device.limits(), features) }
     }
 

@@ -346,7 +346,8 @@ fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::B
     let s = operands.problem.shape();
     let sequences = s.batch * s.heads;
     let mut scratch = Vec::new();
-    let reports = plan.passes.iter().filter(|pass| pass.variant.fragments.is_some()).map(|pass| pass.workgroups as usize);
+    let reports =
+        plan.passes.iter().filter(|pass| pass.variant.fragments().is_some()).map(|pass| pass.workgroups as usize);
     for (binding, elements) in [
         (Binding::Repairs, reports.max().unwrap_or(0)),
         (Binding::Maxima, (RANGED_OPERANDS * MAXIMA_PARTS) as usize),

@@ -7,11 +7,13 @@ use std::sync::OnceLock;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
+use crate::capabilities::CooperativeMatrices;
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::problem::SinkLogits;
 use crate::fragments::Fragments;
+use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
+use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
 const SOURCES: [(&str, &str); 27] = [
@@ -75,6 +77,9 @@ pub enum Kernel {
 }
 
 impl Kernel {
+    /// The kernels that have tiles.
+    pub const TILED: [Kernel; 4] = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
+
     /// Its short name, as in files and tables.
     pub fn name(self) -> &'static str {
         match self {
@@ -99,7 +104,7 @@ impl Kernel {
 
     /// Whether it has tiles, or only sums along rows.
     pub(crate) fn has_tiles(self) -> bool {
-        matches!(self, Kernel::Forward | Kernel::ExactDelta | Kernel::DQ | Kernel::DKv)
+        Kernel::TILED.contains(&self)
     }
 
     /// Widths of the accumulators that a row of a tile keeps in registers.
@@ -223,15 +228,39 @@ pub struct Variant {
     pub sink_logits: SinkLogits,
     /// A gradient flows into lse.
     pub d_lse: bool,
-    /// The tile shape, for the portable kernels that have tiles.
-    pub tiles: Option<Tiles>,
-    /// The tile shape of a cooperative kernel.
-    pub fragments: Option<Fragments>,
+    /// The tile shape, for the kernels that have tiles.
+    pub tiling: Option<Tiling>,
+    /// The device's cooperative matrices, for a cooperative kernel.
+    pub matrices: Option<CooperativeMatrices>,
     /// Computes only what a cooperative kernel with so many rows in a tile has reported.
     pub repairs: Option<u32>,
 }
 
 impl Variant {
+    fn tiles(&self) -> Option<Tiles> {
+        match self.tiling? {
+            Tiling::Portable(tiles) => Some(tiles),
+            Tiling::Cooperative { .. } => None,
+        }
+    }
+
+    pub(crate) fn fragments(&self) -> Option<Fragments> {
+        Fragments::new(self.tiling?, self.matrices?)
+    }
+
+    /// Rows and columns of a tile.
+    pub fn tile(&self) -> Option<[u32; 2]> {
+        let portable = self.tiles().map(|tiles| [tiles.tile_rows(), tiles.tile_columns()]);
+        portable.or_else(|| self.fragments().map(|fragments| [fragments.tile_rows(), fragments.tile_columns()]))
+    }
+
+    /// 32-bit registers that a thread's share of a tile takes, roughly.
+    pub fn registers(&self) -> Option<u32> {
+        let (d, e) = (self.head_dim, self.value_dim);
+        let portable = self.tiles().map(|tiles| tiles.registers(self.kernel, d, e));
+        portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, d, e)))
+    }
+
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
@@ -259,14 +288,15 @@ impl Variant {
             _ => true,
         };
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
-        let repairs = (self.fragments.is_some() || self.repairs.is_some()).then_some((Repairs, self.fragments.is_some()));
+        let cooperative = self.fragments().is_some();
+        let repairs = (cooperative || self.repairs.is_some()).then_some((Repairs, cooperative));
         let ranges = (!self.ranged().is_empty()).then_some((Ranges, false));
         all.filter(|(b, _)| present(b)).chain(ranges).chain(repairs).collect()
     }
 
     /// Operands whose range a cooperative kernel reads: all in bf16, which has more than f16; else those that bound d_s.
     fn ranged(&self) -> &'static [&'static str] {
-        match (self.fragments.is_some(), self.kernel, self.dtype) {
+        match (self.fragments().is_some(), self.kernel, self.dtype) {
             (true, Kernel::Forward, DType::Bf16) => &["q", "k", "v"],
             (true, _, DType::Bf16) => &["q", "k", "v", "d_o"],
             (true, Kernel::DQ | Kernel::DKv, _) => &["v", "d_o"],
@@ -281,7 +311,7 @@ impl Variant {
 
     /// Threads of a workgroup.
     pub fn threads(&self) -> u32 {
-        match (&self.fragments, &self.tiles) {
+        match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.threads(),
             (_, Some(tiles)) => tiles.threads(),
             _ => DELTA_ROWS * DELTA_LANES,
@@ -291,7 +321,7 @@ impl Variant {
     /// Bytes of workgroup memory.
     pub fn workgroup_bytes(&self) -> u32 {
         let (d, e) = (self.head_dim, self.value_dim);
-        match (&self.fragments, &self.tiles) {
+        match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e),
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
@@ -309,11 +339,11 @@ impl Variant {
             }
         }
         // Writing into a String cannot fail.
-        let _ = self.tiles.map_or(Ok(()), |t| {
+        let _ = self.tiles().map_or(Ok(()), |t| {
             let [rows, columns] = [t.tile_rows(), t.tile_columns()];
             write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.chunk * 4, t.slab)
         });
-        if let Some(f) = &self.fragments {
+        if let Some(f) = self.fragments() {
             let [rows, columns] = [f.tile_rows(), f.tile_columns()];
             let _ = write!(name, "_{rows}x{columns}_s{}r{}f{}", f.subgroups, f.rows, f.matrices.side);
         }
@@ -342,7 +372,7 @@ impl Variant {
         };
         let widths = bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
         let operand_quads: BTreeMap<&str, u32> = widths.map(|(name, width)| (name, quads(width))).collect();
-        let cooperative = self.fragments.is_some();
+        let cooperative = self.fragments().is_some();
         let mut context = context! {
             cooperative,
             repairs => self.repairs,
@@ -358,7 +388,7 @@ impl Variant {
                     (Binding::Params, ..) => "Params",
                     (Binding::Repairs, ..) => "array<u32>",
                     (_, None, _) => "array<f32>",
-                    (_, Some(_), vec4) if self.fragments.is_some() && self.dtype == DType::F16 && !written => {
+                    (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
                         if vec4 { "array<vec4<f16>>" } else { "array<f16>" }
                     }
                     (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
@@ -386,7 +416,7 @@ impl Variant {
             maxima_parts => MAXIMA_PARTS,
             range_slots => BTreeMap::from([("q", 0), ("k", 1), ("v", 2), ("d_o", 3)]),
         };
-        if let Some(t) = &self.tiles {
+        if let Some(t) = self.tiles() {
             let accumulator_quads: BTreeMap<&str, u32> =
                 operand_quads.iter().map(|(name, quads)| (*name, quads.div_ceil(t.threads_c))).collect();
             let [memory_len, partials_len] = t.arrays(self.kernel, self.head_dim, self.value_dim);
@@ -405,7 +435,7 @@ impl Variant {
                 ..context
             };
         }
-        if let Some(f) = &self.fragments {
+        if let Some(f) = self.fragments() {
             let side = f.matrices.side;
             let widths = || bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
             let fragments: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.across(width))).collect();

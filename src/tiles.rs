@@ -343,7 +343,7 @@ mod tests {
                     let problem = problem(seq, width, options);
                     let found = Tiles::candidates(kernel, &problem, true, &device);
                     let plan = crate::Plan::forward(&problem, true, &device).unwrap();
-                    assert!(kernel != Kernel::Forward || plan.passes[0].variant.tiles == Some(found[0]));
+                    assert!(kernel != Kernel::Forward || plan.passes[0].variant.tiling == Some(found[0].into()));
                     assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
                     for (index, tiles) in found.iter().enumerate() {
                         Pass::with_tiles(kernel, &problem, true, &device, *tiles).unwrap();

@@ -11,7 +11,7 @@ use serde::Serialize;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
     Attention, DType, Device, Element, Kernel, MaskClass, MicroKernel, Options, Pass, Plan, Prepared, Problem, Series,
-    Shape, SinkLogits, Tiles, Timer, Tuning, TuningKey, Upstream, Window, compare,
+    Shape, SinkLogits, Tiles, Tiling, Timer, Tuning, TuningKey, Upstream, Window, compare,
 };
 
 use super::operands::{GpuGradients, GpuOperands, HostOperands, too_large};
@@ -139,13 +139,13 @@ impl Stand {
         Ok(Stand { problem, operands, gradients })
     }
 
-    /// A kernel with tiles of choice, and its place in the pass.
+    /// A kernel with tiles of choice, and its places in the pass: repairs count, too.
     fn prepare(
         &self,
         attention: &Attention,
         kernel: Kernel,
-        tiles: Tiles,
-    ) -> sink_attention::Result<(Prepared, usize)> {
+        tiles: Tiling,
+    ) -> sink_attention::Result<(Prepared, Vec<usize>)> {
         let tiles = [(kernel, tiles)];
         let forward = self.operands.buffers();
         let prepared = match kernel {
@@ -155,8 +155,9 @@ impl Stand {
                 pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))
             }
         }?;
-        let place = prepared.plan().passes.iter().position(|pass| pass.variant.kernel == kernel);
-        Ok((prepared, place.unwrap_or_default()))
+        let passes = prepared.plan().passes.iter().enumerate();
+        let places = passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect();
+        Ok((prepared, places))
     }
 
     /// The shorter of two runs.
@@ -165,10 +166,10 @@ impl Stand {
         attention: &Attention,
         timer: &Timer,
         kernel: Kernel,
-        tiles: Tiles,
+        tiles: Tiling,
     ) -> sink_attention::Result<Duration> {
-        let (prepared, place) = self.prepare(attention, kernel, tiles)?;
-        let times = timer.time(2, |pass| prepared.encode_pass_in(pass, place))?;
+        let (prepared, places) = self.prepare(attention, kernel, tiles)?;
+        let times = timer.time(2, |pass| places.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
         Ok(times.into_iter().min().unwrap_or_default())
     }
 
@@ -178,11 +179,12 @@ impl Stand {
         attention: &Attention,
         timer: &Timer,
         kernel: Kernel,
-        tiles: Tiles,
+        tiles: Tiling,
         best: Option<Duration>,
     ) -> sink_attention::Result<Option<Series>> {
-        let (prepared, place) = self.prepare(attention, kernel, tiles)?;
-        let time = |runs| timer.time(runs, |pass| prepared.encode_pass_in(pass, place));
+        let (prepared, places) = self.prepare(attention, kernel, tiles)?;
+        let time =
+            |runs| timer.time(runs, |pass| places.iter().for_each(|place| prepared.encode_pass_in(pass, *place)));
         let once = time(2)?.into_iter().min().unwrap_or_default();
         if best.is_some_and(|best| once > 2 * best) {
             return Ok(None);
@@ -220,7 +222,7 @@ impl Bench {
         let mut large = None;
         for size in larger {
             let on: &Stand = large.as_ref().unwrap_or(&small);
-            let tiles = attention.plan_forward(&on.problem)?.passes.first().and_then(|pass| pass.variant.tiles);
+            let tiles = attention.plan_forward(&on.problem)?.passes.first().and_then(|pass| pass.variant.tiling);
             let Some(tiles) = tiles else { break };
             let next = problem(size)?;
             let growth = next.forward_flops() / on.problem.forward_flops();
@@ -273,8 +275,7 @@ impl Tune {
                     let bench = Bench::new(&attention, &device, &timer, *masks, width, dtype)?;
                     for kernel in self.kernels.iter().map(|kernel| kernel.kernel()) {
                         let problem = bench.large().problem;
-                        let key = TuningKey::of(kernel, MicroKernel::Portable, &problem)
-                            .ok_or("a problem without a class")?;
+                        let key = TuningKey::of(kernel, &problem).ok_or("a problem without a class")?;
                         progress.set_message(key.to_string());
                         let left = deadline.saturating_duration_since(Instant::now());
                         let jobs = progress.length().unwrap_or(1).saturating_sub(progress.position()).max(1);
@@ -318,7 +319,7 @@ impl Tune {
 }
 
 /// Whether a kernel computes right with these tiles.
-type Judge = fn(&Attention, &Problem, Kernel, Tiles) -> Result<(), String>;
+type Judge = fn(&Attention, &Problem, Kernel, Tiling) -> Result<(), String>;
 
 /// Measures candidates until the time is up; the fastest one that computes right.
 fn search(
@@ -338,13 +339,14 @@ fn search(
     };
     let of_kernel = |plan: Plan| plan.passes.into_iter().find(|pass| pass.variant.kernel == kernel);
     let built_in = of_kernel(plan(&large.problem)?).ok_or("a kernel without a pass")?.variant;
-    let first = built_in.tiles.ok_or("a kernel without tiles")?;
+    let first = built_in.tiling.ok_or("a kernel without tiles")?;
     let default = large.measure(attention, timer, kernel, first, None)?.ok_or("nothing was timed")?;
     let glance = |_| small.glance(attention, timer, kernel, first);
     let default_small = bench.large.as_ref().map(glance).transpose()?;
-    let mut candidates = Tiles::candidates(kernel, &large.problem, built_in.vec4, capabilities);
+    let candidates = Tiles::candidates(kernel, &large.problem, built_in.vec4, capabilities);
+    let mut candidates: Vec<Tiling> = candidates.into_iter().map(Tiling::Portable).collect();
     candidates.retain(|tiles| *tiles != first);
-    let mut measured: Vec<(Duration, Tiles)> = vec![(default.median(), first)];
+    let mut measured: Vec<(Duration, Tiling)> = vec![(default.median(), first)];
     'time: for batch in candidates.chunks(rayon::current_num_threads().max(2)) {
         if Instant::now() >= until {
             break;
@@ -390,7 +392,7 @@ fn search(
 }
 
 /// Holds the results of a kernel against those with the built-in tiles.
-fn right(attention: &Attention, problem: &Problem, kernel: Kernel, tiles: Tiles) -> Result<(), String> {
+fn right(attention: &Attention, problem: &Problem, kernel: Kernel, tiles: Tiling) -> Result<(), String> {
     match problem.options().dtype {
         DType::F32 => right_with::<f32>(attention, problem, kernel, tiles, 1e-5),
         DType::F16 => right_with::<f16>(attention, problem, kernel, tiles, 2e-3),
@@ -403,10 +405,10 @@ fn right_with<T: Element>(
     attention: &Attention,
     problem: &Problem,
     kernel: Kernel,
-    tiles: Tiles,
+    tiles: Tiling,
     bound: f64,
 ) -> Result<(), String> {
-    let key = TuningKey::of(kernel, MicroKernel::Portable, problem).ok_or("a problem without a class")?;
+    let key = TuningKey::of(kernel, problem).ok_or("a problem without a class")?;
     let device = attention.device().ok_or("no GPU")?;
     let mut tuning = Tuning::new(&device.capabilities().name, "");
     tuning.insert(key, tiles);
@@ -431,7 +433,7 @@ fn right_with<T: Element>(
 
 /// The tiles that a kernel is best off with.
 struct Found {
-    tiles: Tiles,
+    tiles: Tiling,
     time: Duration,
     default: Duration,
     tried: usize,
