@@ -164,9 +164,8 @@ impl Passes<'_> {
             return Ok(Vec::new());
         }
         let operands = variant(maxima, problem, vec4, d_lse).storage_buffers() - 1;
-        let plain = |kernel, workgroups: u32| {
-            Pass::plain(kernel, problem, vec4, d_lse, u128::from(workgroups), capabilities)
-        };
+        let plain =
+            |kernel, workgroups: u32| Pass::plain(kernel, problem, vec4, d_lse, u128::from(workgroups), capabilities);
         Ok(vec![plain(maxima, operands * MAXIMA_PARTS)?, plain(Kernel::Ranges, RANGED_OPERANDS)?])
     }
 
@@ -287,9 +286,12 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Varian
         vec4: vec4 && uses_v,
         // The gradients by q, k and v see the sink through lse and delta alone.
         sink_logits: match kernel {
-            Kernel::ExactDelta | Kernel::DQ | Kernel::DKv | Kernel::Maxima | Kernel::GradientMaxima | Kernel::Ranges => {
-                SinkLogits::None
-            }
+            Kernel::ExactDelta
+            | Kernel::DQ
+            | Kernel::DKv
+            | Kernel::Maxima
+            | Kernel::GradientMaxima
+            | Kernel::Ranges => SinkLogits::None,
             // A logit of zero has no gradient.
             Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
             _ => options.sink_logits,
