@@ -185,6 +185,7 @@ impl Capabilities {
                 binding_bytes,
                 buffer_bytes: binding_bytes,
                 offset_alignment,
+                storage_buffers: 16,
                 timestamps: true,
                 ..defaults.clone()
             };

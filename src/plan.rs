@@ -7,7 +7,7 @@ use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
 use crate::problem::{Problem, SinkLogits};
-use crate::shader::{DELTA_LANES, DELTA_ROWS, Kernel, MicroKernel, Variant};
+use crate::shader::{Binding, DELTA_LANES, DELTA_ROWS, Kernel, MAXIMA_PARTS, MicroKernel, RANGED_OPERANDS, Variant};
 use crate::tiles;
 use crate::tiling::Tiling;
 use crate::tuning::{Tuning, TuningKey};
@@ -85,7 +85,10 @@ impl Plan {
         preference: &Preference<'_>,
     ) -> Result<Self> {
         let passes = Passes { problem, vec4, d_lse: false, capabilities, preference };
-        Ok(Plan { passes: passes.of(Kernel::Forward)? })
+        let tiled = passes.of(Kernel::Forward)?;
+        let mut all = passes.ranges(&tiled, Kernel::Maxima)?;
+        all.extend(tiled);
+        Ok(Plan { passes: all })
     }
 
     /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v. `d_lse`
@@ -111,16 +114,17 @@ impl Plan {
         let all = Passes { problem, vec4, d_lse, capabilities, preference };
         let (shape, options) = (problem.shape(), problem.options());
         let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
-        let mut passes = match options.dtype {
+        let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
+        let mut passes = all.ranges(&gradients, Kernel::GradientMaxima)?;
+        passes.extend(match options.dtype {
             DType::F32 => vec![Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?],
             _ => all.of(Kernel::ExactDelta)?,
-        };
+        });
         if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
             passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, d_lse, heads, capabilities)?);
         }
-        passes.extend(all.of(Kernel::DQ)?);
-        passes.extend(all.of(Kernel::DKv)?);
+        passes.extend(gradients);
         Ok(Plan { passes })
     }
 }
@@ -152,6 +156,19 @@ impl Passes<'_> {
         Ok(vec![pass, self.tiled(kernel, MicroKernel::Portable, repairs)?])
     }
 
+    /// What finds the operands' ranges, where the passes ask for them.
+    fn ranges(&self, passes: &[Pass], maxima: Kernel) -> Result<Vec<Pass>> {
+        let Passes { problem, vec4, d_lse, capabilities, .. } = *self;
+        let reads = |pass: &Pass| pass.variant.bindings().iter().any(|(binding, _)| *binding == Binding::Ranges);
+        if !passes.iter().any(reads) {
+            return Ok(Vec::new());
+        }
+        let operands = variant(maxima, problem, vec4, d_lse).storage_buffers() - 1;
+        let plain =
+            |kernel, workgroups: u32| Pass::plain(kernel, problem, vec4, d_lse, u128::from(workgroups), capabilities);
+        Ok(vec![plain(maxima, operands * MAXIMA_PARTS)?, plain(Kernel::Ranges, RANGED_OPERANDS)?])
+    }
+
     /// The caller's tiles for a kernel.
     fn own(&self, kernel: Kernel) -> impl Iterator<Item = Tiling> {
         self.preference.tiles.iter().filter(move |(k, _)| *k == kernel).map(|(_, tiling)| *tiling)
@@ -177,7 +194,7 @@ impl Passes<'_> {
         }
         let built_in = match micro_kernel {
             MicroKernel::Cooperative => {
-                let matrices = self.matrices(kernel)?;
+                let matrices = self.matrices()?;
                 let fragments = fragments::candidates(kernel, problem, matrices, capabilities.class);
                 fragments.map(|fragments| fragments.tiling()).collect()
             }
@@ -199,7 +216,7 @@ impl Passes<'_> {
     }
 
     /// The cooperative matrices that a kernel can use, or why there is no cooperative kernel.
-    fn matrices(&self, kernel: Kernel) -> Result<CooperativeMatrices> {
+    fn matrices(&self) -> Result<CooperativeMatrices> {
         let Passes { problem, capabilities, .. } = *self;
         let shape = problem.shape();
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
@@ -211,9 +228,6 @@ impl Passes<'_> {
         let Some(matrices) = capabilities.cooperative else {
             return Err(none(format!("{} has no cooperative matrices of f16 with sums in f32", capabilities.name)));
         };
-        if kernel != Kernel::Forward {
-            return Err(none("not yet".into()));
-        }
         let width = shape.head_dim.max(shape.value_dim);
         if width > COOPERATIVE_WIDTH {
             let reason = format!("cooperative kernels take widths up to {COOPERATIVE_WIDTH}, not {width}");
@@ -238,7 +252,7 @@ impl Passes<'_> {
                 (None, tiles.loop_iterations(kernel, d, e))
             }
             Tiling::Cooperative { subgroups, rows, columns } => {
-                let matrices = self.matrices(kernel)?;
+                let matrices = self.matrices()?;
                 let fragments = Fragments { matrices, subgroups, rows, columns };
                 fragments.check().map_err(unfit)?;
                 (Some(matrices), fragments.loop_iterations(kernel, d, e))
@@ -259,7 +273,7 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Varian
     let (shape, options) = (problem.shape(), problem.options());
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
-        Kernel::DSinkLogits => [false, false],
+        Kernel::DSinkLogits | Kernel::Ranges => [false, false],
         Kernel::Delta => [false, true],
         _ => [true, true],
     };
@@ -272,7 +286,12 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Varian
         vec4: vec4 && uses_v,
         // The gradients by q, k and v see the sink through lse and delta alone.
         sink_logits: match kernel {
-            Kernel::ExactDelta | Kernel::DQ | Kernel::DKv => SinkLogits::None,
+            Kernel::ExactDelta
+            | Kernel::DQ
+            | Kernel::DKv
+            | Kernel::Maxima
+            | Kernel::GradientMaxima
+            | Kernel::Ranges => SinkLogits::None,
             // A logit of zero has no gradient.
             Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
             _ => options.sink_logits,
@@ -301,6 +320,12 @@ impl Pass {
             Kernel::Delta => {
                 let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
                 (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
+            }
+            Kernel::Ranges => 16,
+            Kernel::Maxima | Kernel::GradientMaxima => {
+                let width = shape.head_dim.max(shape.value_dim).div_ceil(4);
+                let quads = shape.batch * shape.heads * shape.seq_q.max(shape.seq_k) * width;
+                (quads as u64).div_ceil(u64::from(MAXIMA_PARTS * variant.threads())) + 16
             }
             _ => {
                 let tile = if variant.dtype == DType::F32 { DELTA_ROWS as usize } else { 1 };

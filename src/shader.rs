@@ -16,9 +16,12 @@ use crate::tiles::Tiles;
 use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 22] = [
+const SOURCES: [(&str, &str); 27] = [
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
+    ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
+    ("cooperative/d_q.wgsl", include_str!("../shaders/cooperative/d_q.wgsl")),
+    ("cooperative/exact_delta.wgsl", include_str!("../shaders/cooperative/exact_delta.wgsl")),
     ("cooperative/forward.wgsl", include_str!("../shaders/cooperative/forward.wgsl")),
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
@@ -29,6 +32,7 @@ const SOURCES: [(&str, &str); 22] = [
     ("f16.wgsl", include_str!("../shaders/f16.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
     ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
+    ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../shaders/params.wgsl")),
@@ -38,12 +42,16 @@ const SOURCES: [(&str, &str); 22] = [
     ("portable/exact_delta.wgsl", include_str!("../shaders/portable/exact_delta.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
+    ("ranges.wgsl", include_str!("../shaders/ranges.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
 ];
 
 /// Rows of a workgroup of the delta kernel, and the threads that load a row together.
 pub(crate) const DELTA_ROWS: u32 = 32;
 pub(crate) const DELTA_LANES: u32 = 8;
+/// Parts in which an operand's largest size is found, and operands there are at most.
+pub(crate) const MAXIMA_PARTS: u32 = DELTA_ROWS * DELTA_LANES;
+pub(crate) const RANGED_OPERANDS: u32 = 4;
 
 /// The kernels of the crate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,6 +68,12 @@ pub enum Kernel {
     DQ,
     /// The gradients by k and v.
     DKv,
+    /// The largest sizes of q, k and v, in parts.
+    Maxima,
+    /// The same for a backward pass, with d_o.
+    GradientMaxima,
+    /// The power of two that brings each operand to the range of halves.
+    Ranges,
 }
 
 impl Kernel {
@@ -75,6 +89,16 @@ impl Kernel {
             Kernel::DSinkLogits => "d_sink_logits",
             Kernel::DQ => "d_q",
             Kernel::DKv => "d_kv",
+            Kernel::Maxima => "maxima",
+            Kernel::GradientMaxima => "gradient_maxima",
+            Kernel::Ranges => "ranges",
+        }
+    }
+
+    fn template(self) -> String {
+        match self {
+            Kernel::GradientMaxima => "maxima.wgsl".into(),
+            kernel => format!("{}.wgsl", kernel.name()),
         }
     }
 
@@ -89,7 +113,7 @@ impl Kernel {
             Kernel::Forward => [value_dim, 0],
             Kernel::DQ => [head_dim, 0],
             Kernel::DKv => [head_dim, value_dim],
-            Kernel::Delta | Kernel::ExactDelta | Kernel::DSinkLogits => [0, 0],
+            _ => [0, 0],
         }
     }
 
@@ -143,6 +167,8 @@ pub(crate) enum Binding {
     Delta = 13,
     SinkPartials = 14,
     Repairs = 15,
+    Maxima = 16,
+    Ranges = 17,
 }
 
 impl Binding {
@@ -168,6 +194,8 @@ impl Binding {
             Binding::Delta => "delta",
             Binding::SinkPartials => "sink_partials",
             Binding::Repairs => "repairs",
+            Binding::Maxima => "maxima",
+            Binding::Ranges => "ranges",
         }
     }
 
@@ -236,8 +264,8 @@ impl Variant {
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
-            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, Params, Q, Repairs, SinkLogits as Sinks, SinkPartials,
-            V,
+            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, Maxima, O, Params, Q, Ranges, Repairs,
+            SinkLogits as Sinks, SinkPartials, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
         let half = self.dtype != DType::F32;
@@ -249,6 +277,10 @@ impl Variant {
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
             Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
             Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
+            Kernel::Maxima => (&[Params, Q, K, V], &[Maxima]),
+            Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO], &[Maxima]),
+            Kernel::GradientMaxima => (&[Params, Q, K, V, DO], &[Maxima]),
+            Kernel::Ranges => (&[Params, Maxima], &[Ranges]),
         };
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
@@ -258,7 +290,18 @@ impl Variant {
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
         let cooperative = self.fragments().is_some();
         let repairs = (cooperative || self.repairs.is_some()).then_some((Repairs, cooperative));
-        all.filter(|(b, _)| present(b)).chain(repairs).collect()
+        let ranges = (!self.ranged().is_empty()).then_some((Ranges, false));
+        all.filter(|(b, _)| present(b)).chain(ranges).chain(repairs).collect()
+    }
+
+    /// Operands whose range a cooperative kernel reads: all in bf16, which has more than f16; else those that bound d_s.
+    fn ranged(&self) -> &'static [&'static str] {
+        match (self.fragments().is_some(), self.kernel, self.dtype) {
+            (true, Kernel::Forward, DType::Bf16) => &["q", "k", "v"],
+            (true, _, DType::Bf16) => &["q", "k", "v", "d_o"],
+            (true, Kernel::DQ | Kernel::DKv, _) => &["v", "d_o"],
+            _ => &[],
+        }
     }
 
     /// Storage buffers this variant binds.
@@ -370,6 +413,8 @@ impl Variant {
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,
             threads => self.threads(),
+            maxima_parts => MAXIMA_PARTS,
+            range_slots => BTreeMap::from([("q", 0), ("k", 1), ("v", 2), ("d_o", 3)]),
         };
         if let Some(t) = self.tiles() {
             let accumulator_quads: BTreeMap<&str, u32> =
@@ -416,14 +461,18 @@ impl Variant {
                 strip_row => f.strip_row(),
                 weight_row => f.weight_row(),
                 weight_sets => f.weight_sets(self.kernel),
-                column_statistics => self.kernel == Kernel::DKv,
+                statistic_shares => (2 * f.tile_columns()).div_ceil(f.threads()),
+                ranged => self.ranged().to_vec(),
+                signed => if self.kernel == Kernel::DKv { "k" } else { "q" },
+                // Halves hold 2^15.
+                d_s_bound => format!("{:e}", (-16.0 - f32::from(self.value_dim as u16).log2().ceil()).exp2()),
                 staged => staged.to_vec(),
                 fragments, staged_rows, staged_quads, staged_shares,
                 ..context
             };
         }
         environment()
-            .and_then(|environment| environment.get_template(&format!("{}.wgsl", self.kernel.name())))
+            .and_then(|environment| environment.get_template(&self.kernel.template()))
             .and_then(|template| template.render(context))
             .map_err(|error| Error::Gpu { during: "composing a shader", message: format!("{error:#}") })
     }
