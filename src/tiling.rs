@@ -158,7 +158,7 @@ mod tests {
     fn candidates_fit_and_differ() {
         let problem = |dtype, width| {
             let shape =
-                Shape { batch: 1, heads: 8, kv_heads: 2, seq_q: 8192, seq_k: 8192, head_dim: width, value_dim: width };
+                Shape { batch: 1, heads: 8, kv_heads: 2, seq_q: 1024, seq_k: 1024, head_dim: width, value_dim: width };
             Problem::new(shape, Options::new().causal(true).dtype(dtype)).unwrap()
         };
         let of = |problem: &Problem, device: &Capabilities, micro_kernel| {

@@ -140,24 +140,31 @@ impl Stand {
         Ok(Stand { problem, operands, gradients })
     }
 
-    /// A kernel with tiles of choice, and its places in the pass: repairs count, too.
+    /// A kernel with tiles of choice, and the places of what it takes in the pass: repairs, and forward what prepares them.
+    /// Backward that is shared by all kernels, and runs here, so that each finds its ranges.
     fn prepare(
         &self,
         attention: &Attention,
+        timer: &Timer,
         kernel: Kernel,
         tiles: Tiling,
     ) -> sink_attention::Result<(Prepared, Vec<usize>)> {
         let tiles = [(kernel, tiles)];
         let forward = self.operands.buffers();
-        let prepared = match kernel {
-            Kernel::Forward => pollster::block_on(attention.prepare_forward_with(&self.problem, &forward, &tiles)),
-            _ => {
-                let backward = self.gradients.buffers(&self.operands);
-                pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))
-            }
-        }?;
-        let passes = prepared.plan().passes.iter().enumerate();
-        let places = passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect();
+        if kernel == Kernel::Forward {
+            let prepared = pollster::block_on(attention.prepare_forward_with(&self.problem, &forward, &tiles))?;
+            let places = (0..prepared.plan().passes.len()).collect();
+            return Ok((prepared, places));
+        }
+        let backward = self.gradients.buffers(&self.operands);
+        let prepared = pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))?;
+        let places_of = |kernel| {
+            let passes = prepared.plan().passes.iter().enumerate();
+            passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect::<Vec<_>>()
+        };
+        let ranges = [places_of(Kernel::GradientMaxima), places_of(Kernel::Ranges)].concat();
+        timer.time(1, |pass| ranges.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
+        let places = places_of(kernel);
         Ok((prepared, places))
     }
 
@@ -169,7 +176,7 @@ impl Stand {
         kernel: Kernel,
         tiles: Tiling,
     ) -> sink_attention::Result<Duration> {
-        let (prepared, places) = self.prepare(attention, kernel, tiles)?;
+        let (prepared, places) = self.prepare(attention, timer, kernel, tiles)?;
         let times = timer.time(2, |pass| places.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
         Ok(times.into_iter().min().unwrap_or_default())
     }
@@ -183,7 +190,7 @@ impl Stand {
         tiles: Tiling,
         best: Option<Duration>,
     ) -> sink_attention::Result<Option<Series>> {
-        let (prepared, places) = self.prepare(attention, kernel, tiles)?;
+        let (prepared, places) = self.prepare(attention, timer, kernel, tiles)?;
         let time =
             |runs| timer.time(runs, |pass| places.iter().for_each(|place| prepared.encode_pass_in(pass, *place)));
         let once = time(2)?.into_iter().min().unwrap_or_default();

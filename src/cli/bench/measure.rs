@@ -59,11 +59,13 @@ impl Direction {
     }
 }
 
-/// How long a series may take.
+/// How long a series may take, and how many there are.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
     pub runs: usize,
     pub most: Duration,
+    /// Each kernel by itself, too.
+    pub passes: bool,
 }
 
 /// What one pass of a problem took.
@@ -107,12 +109,11 @@ pub fn on_gpu(
     directions: &[Direction],
     effort: Effort,
     preference: &Preference<'_>,
-    split: bool,
 ) -> Vec<Result<Result<Timing, String>>> {
     let mut made: Option<GpuOperands> = None;
     let mut timings = Vec::new();
     for &direction in directions {
-        let timing = one(attention, timer, problem, direction, effort, preference, split, &mut made);
+        let timing = one(attention, timer, problem, direction, effort, preference, &mut made);
         timings.push(match timing {
             Err(error) if unfit(&error) => Ok(Err(error.to_string())),
             timing => timing,
@@ -128,7 +129,6 @@ fn one(
     direction: Direction,
     effort: Effort,
     preference: &Preference<'_>,
-    split: bool,
     made: &mut Option<GpuOperands>,
 ) -> Result<Result<Timing, String>> {
     let device = attention.device().ok_or(Error::NeedsGpu { call: "timing" })?;
@@ -158,7 +158,7 @@ fn one(
     let mut kernels = Vec::new();
     for (index, pass) in prepared.plan().passes.iter().enumerate() {
         let alone = || timer.measure(effort.runs, effort.most, |pass| prepared.encode_pass_in(pass, index));
-        kernels.push((*pass, split.then(alone).transpose()?));
+        kernels.push((*pass, effort.passes.then(alone).transpose()?));
     }
     // Those without tiles, and the repairs, take next to no time.
     let heavy = kernels.iter().map(|(pass, _)| pass.variant).filter(|v| v.tiling.is_some() && v.repairs.is_none());

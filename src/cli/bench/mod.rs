@@ -240,7 +240,8 @@ impl Bench {
             PassArg::Backward => &[Direction::Backward],
             PassArg::Both => &[Direction::Forward, Direction::Backward],
         };
-        let mut effort = Effort { runs: self.runs as usize, most: if quick { MOST_QUICK } else { MOST } };
+        let mut effort =
+            Effort { runs: self.runs as usize, most: if quick { MOST_QUICK } else { MOST }, passes: self.passes };
         if quick {
             effort.runs = effort.runs.min(5);
         }
@@ -273,7 +274,7 @@ impl Bench {
         let preference =
             Preference { micro_kernel: self.device.micro_kernel(), tiles: &self.tiles, tuning: attention.tuning() };
         match timer {
-            Some(timer) => on_gpu(attention, timer, problem, directions, effort, &preference, self.passes),
+            Some(timer) => on_gpu(attention, timer, problem, directions, effort, &preference),
             None if !self.tiles.is_empty() => vec![Err(sink_attention::Error::NeedsGpu { call: "--tiles" })],
             None => on_cpu(attention, problem, directions, effort),
         }
