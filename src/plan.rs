@@ -58,6 +58,15 @@ pub struct Preference<'a> {
     pub tuning: Option<&'a Tuning>,
 }
 
+/// Which operands are there that a call may go without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct OptionalOperands {
+    /// A gradient flows into lse.
+    pub d_lse: bool,
+    /// The forward pass writes, the backward pass reads what rounding took from o; in half precision only.
+    pub o_rest: bool,
+}
+
 /// How a problem will be computed on a device: passes that run one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -66,62 +75,82 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the forward pass; `vec4` says whether the operands can be read four neighbours at a time.
+    /// Plans the forward pass without o_rest; `vec4` says whether the operands can be read four neighbours at a time.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn forward(problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::forward_with(problem, vec4, capabilities, &Preference::default())
+        Plan::forward_with(problem, vec4, OptionalOperands::default(), capabilities, &Preference::default())
     }
 
-    /// As [`forward`](Self::forward), with a micro-kernel of the caller's choice and tiles to prefer.
+    /// As [`forward`](Self::forward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
+    /// prefer.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem.
+    /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem;
+    /// [`Error::UnexpectedOperand`] for o_rest in f32.
     pub fn forward_with(
         problem: &Problem,
         vec4: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        let passes = Passes { problem, vec4, d_lse: false, capabilities, preference };
+        optional.check(problem)?;
+        let passes = Passes { problem, vec4, optional, capabilities, preference };
         Ok(Plan { passes: passes.of(Kernel::Forward)? })
     }
 
-    /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v. `d_lse`
-    /// says whether a gradient flows into lse.
+    /// Plans the backward pass without o_rest: delta, the sink logits' gradient (where there is one), d_q, then d_k and
+    /// d_v. `d_lse` says whether a gradient flows into lse.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::backward_with(problem, vec4, d_lse, capabilities, &Preference::default())
+        let optional = OptionalOperands { d_lse, o_rest: false };
+        Plan::backward_with(problem, vec4, optional, capabilities, &Preference::default())
     }
 
-    /// As [`backward`](Self::backward), with a micro-kernel of the caller's choice and tiles to prefer.
+    /// As [`backward`](Self::backward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
+    /// prefer.
     ///
     /// # Errors
-    /// As [`backward`](Self::backward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem.
+    /// As [`forward_with`](Self::forward_with).
     pub fn backward_with(
         problem: &Problem,
         vec4: bool,
-        d_lse: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        let all = Passes { problem, vec4, d_lse, capabilities, preference };
+        optional.check(problem)?;
+        let all = Passes { problem, vec4, optional, capabilities, preference };
         let (shape, options) = (problem.shape(), problem.options());
         let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
-        let mut passes = match options.dtype {
-            DType::F32 => vec![Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?],
-            _ => all.of(Kernel::ExactDelta)?,
+        // o that has been rounded is too coarse for delta.
+        let mut passes = if options.dtype == DType::F32 || optional.o_rest {
+            vec![Pass::plain(Kernel::Delta, problem, vec4, optional, row_tiles as u128, capabilities)?]
+        } else {
+            all.of(Kernel::ExactDelta)?
         };
         if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
-            passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, d_lse, heads, capabilities)?);
+            passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, optional, heads, capabilities)?);
         }
         passes.extend(all.of(Kernel::DQ)?);
         passes.extend(all.of(Kernel::DKv)?);
         Ok(Plan { passes })
+    }
+}
+
+impl OptionalOperands {
+    /// What a call on host slices passes, but for d_lse.
+    pub(crate) fn of_host(problem: &Problem) -> Self {
+        OptionalOperands { d_lse: false, o_rest: problem.options().dtype != DType::F32 }
+    }
+
+    fn check(self, problem: &Problem) -> Result<()> {
+        if self.o_rest { problem.check_rest() } else { Ok(()) }
     }
 }
 
@@ -132,7 +161,7 @@ const COOPERATIVE_WIDTH: usize = 128;
 struct Passes<'a> {
     problem: &'a Problem,
     vec4: bool,
-    d_lse: bool,
+    optional: OptionalOperands,
     capabilities: &'a Capabilities,
     preference: &'a Preference<'a>,
 }
@@ -141,8 +170,8 @@ impl Passes<'_> {
     /// The passes of a kernel that has tiles: one of the portable micro-kernel, or one of the cooperative one and one that
     /// computes again what that cannot.
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
-        let Passes { problem, vec4, d_lse, capabilities, preference } = *self;
-        let portable = |repairs| Pass::tiled(kernel, problem, vec4, d_lse, capabilities, preference, repairs);
+        let Passes { problem, vec4, optional, capabilities, preference } = *self;
+        let portable = |repairs| Pass::tiled(kernel, problem, vec4, optional, capabilities, preference, repairs);
         let cooperative = match preference.micro_kernel {
             MicroKernel::Portable => None,
             MicroKernel::Cooperative => Some(self.cooperative(kernel)?),
@@ -156,27 +185,31 @@ impl Passes<'_> {
 
     /// The cooperative pass of a kernel: the first candidate that fits.
     fn cooperative(&self, kernel: Kernel) -> Result<Pass> {
-        let Passes { problem, vec4, d_lse, capabilities, preference } = *self;
+        let Passes { problem, vec4, optional, capabilities, preference } = *self;
         let shape = problem.shape();
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
         if problem.options().dtype == DType::F32 {
-            return Err(none("cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into()));
+            return Err(none(
+                "cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into(),
+            ));
         }
         let Some(matrices) = capabilities.cooperative else {
             return Err(none(format!("{} has no cooperative matrices of f16 with sums in f32", capabilities.name)));
         };
-        if kernel != Kernel::Forward { return Err(none("not yet".into())); }
+        if kernel != Kernel::Forward {
+            return Err(none("not yet".into()));
+        }
         let width = shape.head_dim.max(shape.value_dim);
         if width > COOPERATIVE_WIDTH {
             let reason = format!("cooperative kernels take widths up to {COOPERATIVE_WIDTH}, not {width}");
             return Err(none(reason));
         }
         if let Some((_, fragments)) = preference.fragments.iter().find(|(k, _)| *k == kernel) {
-            return Pass::of_fragments(kernel, problem, vec4, d_lse, capabilities, *fragments);
+            return Pass::of_fragments(kernel, problem, vec4, optional, capabilities, *fragments);
         }
         let mut reason = String::from("no candidate fragments");
         for fragments in fragments::candidates(kernel, problem, matrices, capabilities.class) {
-            match Pass::of_fragments(kernel, problem, vec4, d_lse, capabilities, fragments) {
+            match Pass::of_fragments(kernel, problem, vec4, optional, capabilities, fragments) {
                 Err(Error::NoKernel { reason: why, .. }) => reason = why,
                 pass => return pass,
             }
@@ -185,7 +218,7 @@ impl Passes<'_> {
     }
 }
 
-fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Variant {
+fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOperands) -> Variant {
     let (shape, options) = (problem.shape(), problem.options());
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
@@ -208,7 +241,8 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Varian
             _ => options.sink_logits,
         },
         // Enters with delta.
-        d_lse: d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
+        d_lse: optional.d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
+        o_rest: optional.o_rest && matches!(kernel, Kernel::Forward | Kernel::Delta | Kernel::DSinkLogits),
         tiles: None,
         fragments: None,
         repairs: None,
@@ -221,19 +255,19 @@ impl Pass {
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
-        d_lse: bool,
+        optional: OptionalOperands,
         workgroups: u128,
         capabilities: &Capabilities,
     ) -> Result<Self> {
         let shape = problem.shape();
-        let variant = variant(kernel, problem, vec4, d_lse);
+        let variant = variant(kernel, problem, vec4, optional);
         check_loop_iterations(kernel, problem, capabilities, |_| match kernel {
             Kernel::Delta => {
                 let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
                 (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
             }
             _ => {
-                let tile = if variant.dtype == DType::F32 { DELTA_ROWS as usize } else { 1 };
+                let tile = if variant.sums_delta() { 1 } else { DELTA_ROWS as usize };
                 (shape.batch as u64 * shape.seq_q.div_ceil(tile) as u64).div_ceil(u64::from(variant.threads())) + 8
             }
         })?;
@@ -246,13 +280,13 @@ impl Pass {
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
-        d_lse: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
         repairs: Option<u32>,
     ) -> Result<Self> {
         if let Some((_, tiles)) = preference.tiles.iter().find(|(k, _)| *k == kernel) {
-            return Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, *tiles, repairs);
+            return Pass::of_tiles(kernel, problem, vec4, optional, capabilities, *tiles, repairs);
         }
         let key = TuningKey::of(kernel, MicroKernel::Portable, problem);
         let measured = preference.tuning.zip(key).and_then(|(tuning, key)| tuning.get(&key));
@@ -261,7 +295,7 @@ impl Pass {
         let built_in = built_in.into_iter().map(|tiles| (tiles, TilesOrigin::BuiltIn));
         let mut reason = String::from("no candidate tiles");
         for (tiles, tiles_origin) in measured.into_iter().chain(built_in) {
-            match Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, tiles, repairs) {
+            match Pass::of_tiles(kernel, problem, vec4, optional, capabilities, tiles, repairs) {
                 Err(Error::NoKernel { reason: why, .. }) => reason = why,
                 pass => return pass.map(|pass| Pass { tiles_origin, ..pass }),
             }
@@ -269,7 +303,7 @@ impl Pass {
         Err(Error::NoKernel { problem: problem.to_string(), reason })
     }
 
-    /// The pass of a kernel with given tiles, for measuring candidates; no gradient flows into lse.
+    /// The pass of a kernel with given tiles, for measuring candidates; without optional operands.
     ///
     /// # Errors
     /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together,
@@ -281,14 +315,14 @@ impl Pass {
         capabilities: &Capabilities,
         tiles: Tiles,
     ) -> Result<Self> {
-        Pass::of_tiles(kernel, problem, vec4, false, capabilities, tiles, None)
+        Pass::of_tiles(kernel, problem, vec4, OptionalOperands::default(), capabilities, tiles, None)
     }
 
     fn of_tiles(
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
-        d_lse: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
         tiles: Tiles,
         repairs: Option<u32>,
@@ -307,7 +341,7 @@ impl Pass {
         check_loop_iterations(kernel, problem, capabilities, |most| {
             loop_iterations(kernel, problem, tile, iterations, most)
         })?;
-        let variant = Variant { tiles: Some(tiles), repairs, ..variant(kernel, problem, vec4, d_lse) };
+        let variant = Variant { tiles: Some(tiles), repairs, ..variant(kernel, problem, vec4, optional) };
         Pass::new(problem, variant, row_tiles(kernel, problem, tiles.tile_rows()), capabilities)
     }
 
@@ -316,7 +350,7 @@ impl Pass {
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
-        d_lse: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
         fragments: Fragments,
     ) -> Result<Self> {
@@ -332,7 +366,7 @@ impl Pass {
         let variant = Variant {
             micro_kernel: MicroKernel::Cooperative,
             fragments: Some(fragments),
-            ..variant(kernel, problem, vec4, d_lse)
+            ..variant(kernel, problem, vec4, optional)
         };
         Pass::new(problem, variant, row_tiles(kernel, problem, fragments.tile_rows()), capabilities)
     }
@@ -480,7 +514,7 @@ mod tests {
         Plan::backward(&window, true, false, software).unwrap();
         Plan::forward(&problem(8192, causal), true, software).unwrap();
 
-        // In half precision the sinks' gradient goes by rows, of which a thread gets one in 256.
+        // In half precision without o_rest the sinks' gradient goes by rows, of which a thread gets one in 256.
         let narrow = |dtype| {
             let batch = 1 << 20;
             let shape = crate::Shape { batch, heads: 1, kv_heads: 1, seq_q: 32, seq_k: 1, head_dim: 1, value_dim: 1 };

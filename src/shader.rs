@@ -9,8 +9,8 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::problem::SinkLogits;
 use crate::fragments::Fragments;
+use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
@@ -48,11 +48,12 @@ pub(crate) const DELTA_LANES: u32 = 8;
 pub enum Kernel {
     /// o and lse.
     Forward,
-    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient; in f32.
+    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient: in f32, and in half precision where
+    /// o_rest is there.
     Delta,
-    /// delta as the sum of p (d_o . v), less d_lse; in half precision, where o is rounded.
+    /// delta as the sum of p (d_o . v), less d_lse; in half precision without o_rest, where o is rounded.
     ExactDelta,
-    /// The sink logits' gradient: in f32 its second level, in half precision the whole of it.
+    /// The sink logits' gradient: its second level, but after [`ExactDelta`](Self::ExactDelta) the whole of it.
     DSinkLogits,
     /// The gradient by q.
     DQ,
@@ -138,6 +139,7 @@ pub(crate) enum Binding {
     Delta = 13,
     SinkPartials = 14,
     Repairs = 15,
+    ORest = 16,
 }
 
 impl Binding {
@@ -163,6 +165,7 @@ impl Binding {
             Binding::Delta => "delta",
             Binding::SinkPartials => "sink_partials",
             Binding::Repairs => "repairs",
+            Binding::ORest => "o_rest",
         }
     }
 
@@ -170,7 +173,7 @@ impl Binding {
     fn width(self, variant: &Variant) -> Option<u32> {
         match self {
             Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(variant.head_dim),
-            Binding::V | Binding::O | Binding::DO | Binding::DV => Some(variant.value_dim),
+            Binding::V | Binding::O | Binding::ORest | Binding::DO | Binding::DV => Some(variant.value_dim),
             _ => None,
         }
     }
@@ -195,6 +198,8 @@ pub struct Variant {
     pub sink_logits: SinkLogits,
     /// A gradient flows into lse.
     pub d_lse: bool,
+    /// o is bound with what its rounding to half precision takes.
+    pub o_rest: bool,
     /// The tile shape, for the portable kernels that have tiles.
     pub tiles: Option<Tiles>,
     /// The tile shape of a cooperative kernel.
@@ -207,15 +212,15 @@ impl Variant {
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
-            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, Params, Q, Repairs, SinkLogits as Sinks, SinkPartials, V,
+            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, ORest, Params, Q, Repairs, SinkLogits as Sinks,
+            SinkPartials, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
-        let half = self.dtype != DType::F32;
         let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
-            Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, Lse]),
-            Kernel::Delta => (&[Params, O, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
+            Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, ORest, Lse]),
+            Kernel::Delta => (&[Params, O, ORest, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
             Kernel::ExactDelta => (&[Params, Q, K, V, Lse, DO, DLse], &[Delta]),
-            Kernel::DSinkLogits if half => (&[Params, Lse, Sinks, Delta], &[DSinkLogits]),
+            Kernel::DSinkLogits if self.sums_delta() => (&[Params, Lse, Sinks, Delta], &[DSinkLogits]),
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
             Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
             Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
@@ -223,11 +228,18 @@ impl Variant {
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
             DLse => self.d_lse,
+            ORest => self.o_rest,
             _ => true,
         };
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
-        let repairs = (self.fragments.is_some() || self.repairs.is_some()).then_some((Repairs, self.fragments.is_some()));
+        let repairs =
+            (self.fragments.is_some() || self.repairs.is_some()).then_some((Repairs, self.fragments.is_some()));
         all.filter(|(b, _)| present(b)).chain(repairs).collect()
+    }
+
+    /// Whether the sink logits' gradient is summed from delta: the kernel that computed it has left no sums of rows.
+    pub(crate) fn sums_delta(&self) -> bool {
+        self.kernel == Kernel::DSinkLogits && self.dtype != DType::F32 && !self.o_rest
     }
 
     /// Storage buffers this variant binds.
@@ -281,6 +293,7 @@ impl Variant {
             SinkLogits::PerHead => "_sinks",
         });
         name.push_str(if self.d_lse { "_dlse" } else { "" });
+        name.push_str(if self.o_rest { "_rest" } else { "" });
         name
     }
 
@@ -329,7 +342,8 @@ impl Variant {
             dtype => self.dtype.to_string(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
-            sums_delta => half && self.kernel == Kernel::DSinkLogits,
+            o_rest => self.o_rest,
+            sums_delta => self.sums_delta(),
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",

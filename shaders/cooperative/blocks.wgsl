@@ -191,17 +191,24 @@ fn is_finite4(x: vec4<f32>) -> bool {
     for (var quad = part; quad < {{ side // 4 }}u; quad += LANES_A_ROW)
 {%- endmacro -%}
 
-{#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
+{#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_"; of o also what rounding
+    takes, where that is wanted. -#}
 {%- macro store(x, operand, factor) %}
 {% for r in range(row_fragments) %}
   {
     let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
+{% if o_rest %}
+    let rest_base = o_rest_base + row_{{ r }} * params.o_rest.seq;
+{% endif %}
 {% for f in range(fragments[operand]) %}
     {{ by_quads(x ~ "_" ~ r ~ "_" ~ f) }} {
       if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
         let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
         if (!is_finite4(result)) { atomicStore(&broken, 1u); }
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
+{% if o_rest %}
+        store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
+{% endif %}
       }
     }
 {% endfor %}

@@ -151,7 +151,11 @@ impl Stand {
         let prepared = match kernel {
             Kernel::Forward => pollster::block_on(attention.prepare_forward_with(&self.problem, &forward, &tiles)),
             _ => {
-                let backward = self.gradients.buffers(&self.operands);
+                let mut backward = self.gradients.buffers(&self.operands);
+                if kernel == Kernel::ExactDelta {
+                    // With what rounding took from o there would be no such kernel.
+                    backward.forward.o_rest = None;
+                }
                 pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))
             }
         }?;
@@ -334,6 +338,10 @@ fn search(
     let capabilities = attention.device().ok_or("no GPU")?.capabilities();
     let plan = |problem: &Problem| match kernel {
         Kernel::Forward => attention.plan_forward(problem),
+        Kernel::ExactDelta => {
+            let by_fours = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
+            Plan::backward(problem, by_fours, false, capabilities)
+        }
         _ => attention.plan_backward(problem),
     };
     let of_kernel = |plan: Plan| plan.passes.into_iter().find(|pass| pass.variant.kernel == kernel);
@@ -412,9 +420,12 @@ fn right_with<T: Element>(
     tuning.insert(key, tiles);
     let compute = |attention: &Attention| -> sink_attention::Result<_> {
         let operands = HostOperands::<T>::new(problem);
-        let output = attention.forward(problem, &operands.inputs())?;
+        let mut output = attention.forward(problem, &operands.inputs())?;
         if kernel == Kernel::Forward {
             return Ok((output.lse, vec![output.o]));
+        }
+        if kernel == Kernel::ExactDelta {
+            output.o_rest = None;
         }
         let upstream = Upstream { d_o: &output.o, d_lse: None };
         let gradients = attention.backward(problem, &operands.inputs(), &output, &upstream)?;
