@@ -253,7 +253,7 @@ mod tests {
                 let last_bit_of_a_tie = rest == i16::MAX && x.to_bits() - whole.to_bits() == 1;
                 assert!(same(whole, x) || last_bit_of_a_tie, "{x:e} comes back as {whole:e} from {rounded} and {rest}");
             } else {
-                assert!(rest == 0 && (same(whole, rounded.to_f32())), "{x:e} leaves {rest}");
+                assert!(rest == 0 && same(whole, rounded.to_f32()), "{x:e} leaves {rest}");
             }
 
             let (rounded, rest) = (f16::from_f32(x), <f16 as Element>::rest(x));
@@ -274,7 +274,7 @@ mod tests {
     #[test]
     fn any_rest_has_a_whole() {
         for bits in 0..=u16::MAX {
-            for rest in [i16::MIN, -1, 1, i16::MAX] {
+            for rest in [i16::MIN, i16::MAX] {
                 // Another number, and no overflow that a debug build would end at.
                 let (f16, bf16) = (f16::from_bits(bits), bf16::from_bits(bits));
                 assert_ne!(f16.whole(rest).to_bits(), f16.to_f32().to_bits());
