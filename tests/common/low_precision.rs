@@ -74,12 +74,12 @@ fn forward_in_f32<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Outp
         }
         lse.push(query.lse);
     }
-    Output { o, lse }
+    Output { o, o_rest: None, lse }
 }
 
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Output<T> {
-    let Output { o, lse } = forward_in_f32(problem, inputs);
-    Output { o: T::narrow(o), lse }
+    let Output { o, lse, .. } = forward_in_f32(problem, inputs);
+    Output { o: T::narrow(o), o_rest: None, lse }
 }
 
 pub fn backward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, upstream: &Upstream<'_, T>) -> Gradients<T> {
