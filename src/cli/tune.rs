@@ -392,17 +392,19 @@ fn search(
         Some(rival) if time(rival) < time(first) => rival.micro_kernel(),
         _ => first.micro_kernel(),
     };
-    candidates.sort_by_key(|tiling| tiling.micro_kernel() != faster);
+    // Between the micro-kernels is decided in any case.
+    candidates.sort_by_key(|tiling| (Some(*tiling) != rival, tiling.micro_kernel() != faster));
+    let is_over = |tiling: &Tiling| Some(*tiling) != rival && Instant::now() >= until;
     let mut measured: Vec<(Duration, Tiling)> = vec![(default.median(), first)];
     'time: for batch in candidates.chunks(rayon::current_num_threads().max(2)) {
-        if Instant::now() >= until {
+        if batch.iter().all(is_over) {
             break;
         }
         // Side by side. What does not compile tells so below, by itself.
         let passes = batch.iter().map(|tiles| Pass::with_tiles(kernel, &large.problem, vec4, capabilities, *tiles));
         let _ = attention.precompile(&Plan { passes: passes.filter_map(Result::ok).collect() });
         for &tiles in batch {
-            if Instant::now() >= until {
+            if is_over(&tiles) {
                 break 'time;
             }
             let best = measured.iter().map(|(time, _)| *time).min();
