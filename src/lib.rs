@@ -105,9 +105,10 @@
 //!
 //! In half precision o, which has been rounded, is too coarse for delta. The forward pass gives what rounding took beside
 //! it, [`Output::o_rest`] or [`ForwardBuffers::o_rest`], two bytes an element; both together are o in f32, and delta is
-//! what it is there. Where the backward pass gets no o_rest, delta comes from the probabilities, sum_j p_ij (d_o_i . v_j)
-//! - d_lse_i, two matrix products more, and the saved o is not read. Half precision needs no extension of the device; kernels read it by WGSL's
-//! unpacking of words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to
+//! what it is there. Where the backward pass gets no o_rest, the saved o is not read: delta comes from the probabilities,
+//! sum_j p_ij (d_o_i . v_j) - d_lse_i, which takes two matrix products more.
+//!
+//! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to
 //! 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
 //! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
 //! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
