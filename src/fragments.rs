@@ -137,6 +137,9 @@ pub(crate) fn candidates(
     let width = shape.head_dim.max(shape.value_dim);
     // Subgroups, rows; measured on an NVIDIA H200, see benches/results/.
     let table: &[[u32; 2]] = match (class, kernel) {
+        // One subgroup: llvmpipe takes a subgroup's barrier for the workgroup's, and not every subgroup rescales when another
+        // does. The other kernels' subgroups all meet the same barriers.
+        (DeviceClass::Software, Kernel::Forward) => &[[1, 1]],
         (DeviceClass::Software, _) => &[[2, 1]],
         (_, Kernel::Forward) if width <= 64 => &[[4, 3], [4, 2], [4, 1], [2, 1]],
         (_, Kernel::Forward) if width <= 128 => &[[8, 2], [8, 1], [4, 1], [2, 1]],
@@ -144,6 +147,10 @@ pub(crate) fn candidates(
         (_, Kernel::DKv) if width <= 64 => &[[4, 2], [4, 1], [2, 1]],
         _ => &[[8, 1], [4, 1], [2, 1]],
     };
-    let columns = 16 / matrices.side;
+    let columns = match class {
+        // llvmpipe compiles for seconds by the fragment; narrow heads stand for the others.
+        DeviceClass::Software if width > 16 => 1,
+        _ => 16 / matrices.side,
+    };
     table.iter().map(move |&[subgroups, rows]| Fragments { matrices, subgroups, rows: rows * columns, columns })
 }
