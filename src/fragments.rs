@@ -163,6 +163,10 @@ pub(crate) fn candidates(
         (_, Kernel::DKv) if width <= 64 => &[[4, 2], [4, 1], [2, 1]],
         _ => &[[8, 1], [4, 1], [2, 1]],
     };
-    let columns = 16 / matrices.side;
+    let columns = match class {
+        // llvmpipe compiles for seconds by the fragment; narrow heads stand for the others.
+        DeviceClass::Software if width > 16 => 1,
+        _ => 16 / matrices.side,
+    };
     table.iter().map(move |&[subgroups, rows]| Fragments { matrices, subgroups, rows: rows * columns, columns })
 }

@@ -193,8 +193,9 @@ impl Passes<'_> {
             return Ok(Vec::new());
         }
         let operands = variant(maxima, problem, vec4, optional).storage_buffers() - 1;
-        let plain =
-            |kernel, workgroups: u32| Pass::plain(kernel, problem, vec4, optional, u128::from(workgroups), capabilities);
+        let plain = |kernel, workgroups: u32| {
+            Pass::plain(kernel, problem, vec4, optional, u128::from(workgroups), capabilities)
+        };
         Ok(vec![plain(maxima, operands * MAXIMA_PARTS)?, plain(Kernel::Ranges, RANGED_OPERANDS)?])
     }
 
@@ -379,7 +380,11 @@ impl Pass {
         tiles: impl Into<Tiling>,
     ) -> Result<Self> {
         let preference = &Preference::default();
-        Passes { problem, vec4, optional: OptionalOperands::default(), capabilities, preference }.of_tiling(kernel, tiles.into(), None)
+        Passes { problem, vec4, optional: OptionalOperands::default(), capabilities, preference }.of_tiling(
+            kernel,
+            tiles.into(),
+            None,
+        )
     }
 
     /// Workgroups that run on a multiprocessor at a time, by the memory and the registers they share; `None` where these

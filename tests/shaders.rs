@@ -248,6 +248,8 @@ fn bindings_stay_where_they_are() {
             Kernel::DSinkLogits => &["d_sink_logits"],
             Kernel::DQ => &["d_q"],
             Kernel::DKv => &["d_k", "d_v"],
+            Kernel::Maxima | Kernel::GradientMaxima => &["maxima"],
+            Kernel::Ranges => &["ranges"],
         };
         assert_eq!(written, results, "{name}");
     }

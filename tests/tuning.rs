@@ -7,8 +7,9 @@ use std::path::PathBuf;
 
 use common::operands::{Operands, agree, problem};
 use sink_attention::{
-    Attention, Capabilities, Clock, DType, Device, Error, Kernel, MaskClass, MicroKernel, OptionalOperands, Options, Pass,
-    Plan, Preference, Problem, SinkLogits, Tiles, TilesOrigin, Tiling, Timer, Tuning, TuningKey, Upstream, Window, wgpu,
+    Attention, Capabilities, Clock, DType, Device, Error, Kernel, MaskClass, MicroKernel, OptionalOperands, Options,
+    Pass, Plan, Preference, Problem, SinkLogits, Tiles, TilesOrigin, Tiling, Timer, Tuning, TuningKey, Upstream,
+    Window, wgpu,
 };
 
 const KERNELS: [Kernel; 3] = [Kernel::Forward, Kernel::DQ, Kernel::DKv];
@@ -93,7 +94,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let samples = Capabilities::samples();
     let device = samples.iter().find(|device| device.name.contains("H200")).unwrap();
     let plan = |device, preference: &Preference<'_>| {
-        Plan::forward_with(&problem, true, device, preference).map(|plan| {
+        Plan::forward_with(&problem, true, OptionalOperands::default(), device, preference).map(|plan| {
             let of = |pass: &Pass| (pass.variant.tiling.unwrap(), pass.tiles_origin, pass.variant.repairs);
             plan.passes.iter().map(of).collect::<Vec<_>>()
         })

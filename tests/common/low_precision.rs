@@ -1,5 +1,6 @@
 //! What a plain dense computation in f32 gives, with results rounded to the element type once: the yardstick for the
-//! error of tiled paths, which can hardly be better.
+//! error of tiled paths, which can hardly be better. Tensor cores multiply halves: the yardstick for kernels that use them
+//! rounds p and d_s as well.
 
 use sink_attention::{Element, Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
 
@@ -12,6 +13,19 @@ struct Query {
     keys: Vec<([std::ops::Range<usize>; 2], f32)>,
     sink: Option<f32>,
     lse: f32,
+}
+
+/// What becomes of p and d_s before they are multiplied.
+pub type Round = fn(f32) -> f32;
+
+/// They stay as they are.
+fn keep(x: f32) -> f32 {
+    x
+}
+
+/// They are rounded to an element type.
+pub fn to_half<T: Element>(x: f32) -> f32 {
+    T::from_f32(x).to_f32()
 }
 
 impl Query {
@@ -64,13 +78,13 @@ fn o_row(problem: &Problem, query: [usize; 3]) -> std::ops::Range<usize> {
 }
 
 /// o before it is rounded, and lse.
-fn forward_in_f32<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Output {
+fn forward_in_f32<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, round: Round) -> Output {
     let mut o = vec![0.0; problem.o_shape().iter().product()];
     let mut lse = Vec::new();
     for place in queries(problem) {
         let query = Query::new(problem, inputs, place);
         for ([_, value], p) in query.keys {
-            add_scaled(&mut o[o_row(problem, place)], p, &widen(&inputs.v[value]));
+            add_scaled(&mut o[o_row(problem, place)], round(p), &widen(&inputs.v[value]));
         }
         lse.push(query.lse);
     }
@@ -78,13 +92,26 @@ fn forward_in_f32<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Outp
 }
 
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Output<T> {
-    let Output { o, lse, .. } = forward_in_f32(problem, inputs);
+    forward_with(problem, inputs, keep)
+}
+
+pub fn forward_with<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, round: Round) -> Output<T> {
+    let Output { o, lse, .. } = forward_in_f32(problem, inputs, round);
     Output { o: T::narrow(o), o_rest: None, lse }
 }
 
 pub fn backward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, upstream: &Upstream<'_, T>) -> Gradients<T> {
+    backward_with(problem, inputs, upstream, keep)
+}
+
+pub fn backward_with<T: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    upstream: &Upstream<'_, T>,
+    round: Round,
+) -> Gradients<T> {
     let s = problem.shape();
-    let o = forward_in_f32(problem, inputs).o;
+    let o = forward_in_f32(problem, inputs, keep).o;
     let [mut d_q, mut d_k, mut d_v] = [inputs.q, inputs.k, inputs.v].map(|x| vec![0.0; x.len()]);
     let mut d_sink_logits = vec![0.0; s.heads];
     for (n, place) in queries(problem).enumerate() {
@@ -95,11 +122,11 @@ pub fn backward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, upstream:
         let d_o = widen(&upstream.d_o[o_row(problem, place)]);
         let delta = dot(&d_o, &o[o_row(problem, place)]) - upstream.d_lse.map_or(0.0, |d_lse| d_lse[n]);
         for ([key, value], p) in query.keys {
-            let d_s = p * (dot(&d_o, &widen(&inputs.v[value.clone()])) - delta);
+            let d_s = round(p * (dot(&d_o, &widen(&inputs.v[value.clone()])) - delta));
             let d_q = &mut d_q[row(problem, [s.heads, s.seq_q, s.head_dim], place)];
             add_scaled(d_q, problem.scale() * d_s, &widen(&inputs.k[key.clone()]));
             add_scaled(&mut d_k[key], problem.scale() * d_s, &query.q);
-            add_scaled(&mut d_v[value], p, &d_o);
+            add_scaled(&mut d_v[value], round(p), &d_o);
         }
         d_sink_logits[place[1]] -= query.sink.map_or(0.0, |sink| (sink - query.lse).exp() * delta);
     }

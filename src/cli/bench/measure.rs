@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, DType, Device, Element, Error, Pass, Plan, Preference, Prepared, Problem, Result, Series, SinkLogits,
-    Timer, Upstream, wgpu,
+    Attention, DType, Device, Element, Error, OptionalOperands, Pass, Plan, Preference, Prepared, Problem, Result,
+    Series, SinkLogits, Timer, Upstream, wgpu,
 };
 
 use super::super::operands::{GpuGradients, GpuOperands, HostOperands, too_large};
@@ -53,9 +53,11 @@ impl Direction {
     fn plan(self, device: &Device, problem: &Problem, preference: &Preference<'_>) -> Result<Plan> {
         let (shape, capabilities) = (problem.shape(), device.capabilities());
         let vec4 = [shape.head_dim, shape.value_dim].iter().all(|width| width.is_multiple_of(4));
+        // As a training step has it.
+        let optional = OptionalOperands { d_lse: false, o_rest: problem.options().dtype != DType::F32 };
         match self {
-            Direction::Forward => Plan::forward_with(problem, vec4, capabilities, preference),
-            Direction::Backward => Plan::backward_with(problem, vec4, false, capabilities, preference),
+            Direction::Forward => Plan::forward_with(problem, vec4, optional, capabilities, preference),
+            Direction::Backward => Plan::backward_with(problem, vec4, optional, capabilities, preference),
         }
     }
 }
