@@ -13,7 +13,7 @@ use crate::plan::{Plan, Preference};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 use crate::shader::{Kernel, MicroKernel};
 use crate::tensor::{TensorView, allocate, download, upload};
-use crate::tiles::Tiles;
+use crate::tiling::Tiling;
 use crate::tuning::Tuning;
 
 /// The attention operator on one device. Cheap to clone; clones share compiled kernels.
@@ -183,9 +183,9 @@ impl Attention {
         }
     }
 
-    fn gpu<'a>(&'a self, call: &'static str, tiles: &'a [(Kernel, Tiles)]) -> Result<(&'a Device, Preference<'a>)> {
+    fn gpu<'a>(&'a self, call: &'static str, tiles: &'a [(Kernel, Tiling)]) -> Result<(&'a Device, Preference<'a>)> {
         let device = self.device().ok_or(Error::NeedsGpu { call })?;
-        Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, fragments: &[], tuning: self.tuning() }))
+        Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, tuning: self.tuning() }))
     }
 
     /// What computes, for people.
@@ -353,7 +353,7 @@ impl Attention {
     }
 
     /// As [`prepare_forward_async`](Self::prepare_forward_async) with tiles of the caller's choice, for
-    /// measuring candidates.
+    /// measuring candidates; they count as [`Preference::tiles`] do.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
@@ -361,12 +361,12 @@ impl Attention {
         &self,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
-        tiles: &[(Kernel, Tiles)],
+        tiles: &[(Kernel, Tiling)],
     ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
             Backend::Gpu { device, pipelines, tuning } => {
-                let preference = Preference { micro_kernel: self.micro_kernel, tiles, fragments: &[], tuning: tuning.as_deref() };
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
                 Prepared::forward(device, pipelines, problem, buffers, &preference).await
             }
         }
@@ -390,7 +390,7 @@ impl Attention {
     }
 
     /// As [`prepare_backward_async`](Self::prepare_backward_async) with tiles of the caller's choice, for
-    /// measuring candidates.
+    /// measuring candidates; they count as [`Preference::tiles`] do.
     ///
     /// # Errors
     /// As [`prepare_backward`](Self::prepare_backward).
@@ -398,12 +398,12 @@ impl Attention {
         &self,
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,
-        tiles: &[(Kernel, Tiles)],
+        tiles: &[(Kernel, Tiling)],
     ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
             Backend::Gpu { device, pipelines, tuning } => {
-                let preference = Preference { micro_kernel: self.micro_kernel, tiles, fragments: &[], tuning: tuning.as_deref() };
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
                 Prepared::backward(device, pipelines, problem, buffers, &preference).await
             }
         }

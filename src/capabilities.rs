@@ -46,6 +46,46 @@ pub struct CooperativeMatrices {
     pub lanes: u32,
 }
 
+impl CooperativeMatrices {
+    /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
+    ///
+    /// # Errors
+    /// The reason, in words, where kernels cannot use cooperative matrices on it.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Result<Self, String> {
+        let features = device_descriptor(adapter).required_features;
+        cooperative(&adapter.get_info(), features, &adapter.cooperative_matrix_properties())
+    }
+}
+
+impl fmt::Display for CooperativeMatrices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let CooperativeMatrices { side, lanes } = self;
+        write!(f, "{side}x{side} of f16 with sums in f32, subgroups of {lanes}")
+    }
+}
+
+/// What the workgroups that run on one multiprocessor at a time share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Multiprocessor {
+    /// Bytes of workgroup memory.
+    pub workgroup_bytes: u32,
+    /// 32-bit registers.
+    pub registers: u32,
+}
+
+impl Multiprocessor {
+    /// Of NVIDIA's through Vulkan; measured on an H200, where two workgroups of at most 24 KiB run at a time, and never
+    /// more than 48 KiB of them, although CUDA may use 227 KiB.
+    const NVIDIA_VULKAN: Multiprocessor = Multiprocessor { workgroup_bytes: 48 << 10, registers: 65536 };
+
+    fn of(class: DeviceClass, backend: wgpu::Backend) -> Option<Self> {
+        match (class, backend) {
+            (DeviceClass::Nvidia, wgpu::Backend::Vulkan) => Some(Multiprocessor::NVIDIA_VULKAN),
+            _ => None,
+        }
+    }
+}
+
 /// The limits of a device that plans depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
@@ -71,6 +111,8 @@ pub struct Capabilities {
     pub timestamps: bool,
     /// Cooperative matrices, where they can be used.
     pub cooperative: Option<CooperativeMatrices>,
+    /// What bounds the workgroups that run at a time, where that is known.
+    pub multiprocessor: Option<Multiprocessor>,
     /// Iterations of all loops of a thread taken together, after which the driver ends loops without a word, where it does.
     pub loop_iterations: Option<u64>,
 }
@@ -79,16 +121,19 @@ impl Capabilities {
     /// Reads what a device was created with. Only its adapter knows of cooperative matrices: without it there are none.
     pub fn of(device: &wgpu::Device, adapter: Option<&wgpu::Adapter>) -> Self {
         let (info, features) = (device.adapter_info(), device.features());
-        let cooperative = adapter.and_then(|adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()));
+        let matrices =
+            |adapter: &wgpu::Adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()).ok();
+        let cooperative = adapter.and_then(matrices);
         Capabilities { cooperative, ..Capabilities::new(&info, &device.limits(), features) }
     }
 
     /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
-        let (info, descriptor) = (adapter.get_info(), device_descriptor(adapter));
-        let features = descriptor.required_features;
-        let cooperative = cooperative(&info, features, &adapter.cooperative_matrix_properties());
-        Capabilities { cooperative, ..Capabilities::new(&info, &descriptor.required_limits, features) }
+        let descriptor = device_descriptor(adapter);
+        let cooperative = CooperativeMatrices::of_adapter(adapter).ok();
+        let capabilities =
+            Capabilities::new(&adapter.get_info(), &descriptor.required_limits, descriptor.required_features);
+        Capabilities { cooperative, ..capabilities }
     }
 
     pub(crate) fn new(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Self {
@@ -104,6 +149,7 @@ impl Capabilities {
             offset_alignment: limits.min_storage_buffer_offset_alignment,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             cooperative: None,
+            multiprocessor: Multiprocessor::of(class(info), info.backend),
             loop_iterations: info.name.starts_with("llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS),
         }
     }
@@ -122,6 +168,7 @@ impl Capabilities {
             offset_alignment: 256,
             timestamps: false,
             cooperative: None,
+            multiprocessor: None,
             loop_iterations: None,
         }
     }
@@ -138,6 +185,7 @@ impl Capabilities {
                 binding_bytes,
                 buffer_bytes: binding_bytes,
                 offset_alignment,
+                storage_buffers: 16,
                 timestamps: true,
                 ..defaults.clone()
             };
@@ -158,6 +206,7 @@ impl Capabilities {
                 // Subgroups of more than one size.
                 _ => None,
             };
+            sample.multiprocessor = Multiprocessor::of(sample.class, wgpu::Backend::Vulkan);
             sample.loop_iterations = (sample.name == "llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS);
         }
         samples.push(defaults);
@@ -173,23 +222,38 @@ pub(crate) fn cooperative_features() -> wgpu::Features {
         | wgpu::Features::SUBGROUP_BARRIER
 }
 
-/// The largest fragments of f16 with sums in f32, where subgroups have one size only: a kernel cannot ask for one.
+/// The largest fragments of f16 with sums in f32, where subgroups have one size only: a kernel cannot ask for one. The
+/// reason where there are none.
 fn cooperative(
     info: &wgpu::AdapterInfo,
     features: wgpu::Features,
     offered: &[wgpu::CooperativeMatrixProperties],
-) -> Option<CooperativeMatrices> {
+) -> Result<CooperativeMatrices, String> {
     use wgpu::CooperativeScalarType::{F16, F32};
-    let lanes = info.subgroup_max_size;
+    let missing = cooperative_features() - features;
+    if !missing.is_empty() {
+        let names: Vec<&str> = missing.iter_names().map(|(name, _)| name).collect();
+        return Err(format!("the driver or wgpu lacks {}", names.join(", ")));
+    }
+    let [least, lanes] = [info.subgroup_min_size, info.subgroup_max_size];
+    if least != lanes {
+        return Err(format!("subgroups have {least} to {lanes} lanes, and a kernel cannot ask for one size"));
+    }
     let is_usable = |p: &&wgpu::CooperativeMatrixProperties| {
         let side = p.m_size;
         // A row of a fragment is shared by 1 to 4 lanes.
         let fits = [8, 16].contains(&side) && [1, 2, 4].iter().any(|n| n * side == lanes);
         fits && [p.n_size, p.k_size] == [side; 2] && (p.ab_type, p.cr_type) == (F16, F32)
     };
-    let side = offered.iter().filter(is_usable).map(|p| p.m_size).max()?;
-    let usable = features.contains(cooperative_features()) && info.subgroup_min_size == lanes;
-    usable.then_some(CooperativeMatrices { side, lanes })
+    let side = offered.iter().filter(is_usable).map(|p| p.m_size).max();
+    side.map(|side| CooperativeMatrices { side, lanes }).ok_or_else(|| {
+        let name = |p: &wgpu::CooperativeMatrixProperties| {
+            format!("{}x{}x{} of {:?} in {:?}", p.m_size, p.n_size, p.k_size, p.ab_type, p.cr_type)
+        };
+        let offered: Vec<String> = offered.iter().map(name).collect();
+        let offered = if offered.is_empty() { "none".into() } else { offered.join(", ") };
+        format!("of f16 with sums in f32, 8x8x8 or 16x16x16 by 1 to 4 lanes a row are needed; for {lanes} lanes there are {offered}")
+    })
 }
 
 fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
@@ -205,4 +269,37 @@ fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
     let by_vendor = PCI_VENDORS.iter().find(|(vendor, _)| *vendor == info.vendor).map(|(_, class)| *class);
     // Metal reports no PCI vendor.
     by_vendor.unwrap_or(if info.name.starts_with("Apple") { DeviceClass::Apple } else { DeviceClass::Other })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_or_the_reason() {
+        use wgpu::CooperativeScalarType::{F16, F32};
+        let mut info = wgpu::AdapterInfo::new(wgpu::DeviceType::DiscreteGpu, wgpu::Backend::Vulkan);
+        (info.subgroup_min_size, info.subgroup_max_size) = (32, 32);
+        let of = |size: u32, sums| wgpu::CooperativeMatrixProperties {
+            m_size: size,
+            n_size: size,
+            k_size: size,
+            ab_type: F16,
+            cr_type: sums,
+            saturating_accumulation: false,
+        };
+        let all = cooperative_features();
+        let matrices = |side| Ok(CooperativeMatrices { side, lanes: 32 });
+        assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F32), of(16, F16)]), matrices(16));
+        assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F16), of(32, F32)]), matrices(8));
+        let told = |info: &_, features, offered: &[_], message: &str| {
+            let reason = cooperative(info, features, offered).unwrap_err();
+            assert!(reason.contains(message), "no {message:?} in {reason}");
+        };
+        told(&info, all, &[], "32 lanes there are none");
+        told(&info, all, &[of(16, F16)], "16x16x16 of F16 in F16");
+        told(&info, all - wgpu::Features::SHADER_F16, &[of(16, F32)], "lacks SHADER_F16");
+        info.subgroup_max_size = 64;
+        told(&info, all, &[of(16, F32)], "32 to 64 lanes");
+    }
 }

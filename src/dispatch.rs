@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::pipeline::{Pipeline, Pipelines};
 use crate::plan::{Plan, Preference};
 use crate::problem::{Layout, Problem, SinkLogits};
-use crate::shader::{Binding, DELTA_ROWS};
+use crate::shader::{Binding, DELTA_ROWS, MAXIMA_PARTS, RANGED_OPERANDS};
 use crate::tensor::{Extents, Placed, TensorView, allocate};
 
 /// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
@@ -346,9 +346,12 @@ fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::B
     let s = operands.problem.shape();
     let sequences = s.batch * s.heads;
     let mut scratch = Vec::new();
-    let reports = plan.passes.iter().filter(|pass| pass.variant.fragments.is_some()).map(|pass| pass.workgroups as usize);
+    let reports =
+        plan.passes.iter().filter(|pass| pass.variant.fragments().is_some()).map(|pass| pass.workgroups as usize);
     for (binding, elements) in [
         (Binding::Repairs, reports.max().unwrap_or(0)),
+        (Binding::Maxima, (RANGED_OPERANDS * MAXIMA_PARTS) as usize),
+        (Binding::Ranges, RANGED_OPERANDS as usize),
         (Binding::Delta, sequences * s.seq_q),
         (Binding::SinkPartials, sequences * s.seq_q.div_ceil(DELTA_ROWS as usize)),
     ] {

@@ -5,36 +5,49 @@ use std::fmt;
 use crate::capabilities::{CooperativeMatrices, DeviceClass};
 use crate::problem::Problem;
 use crate::shader::Kernel;
+use crate::tiling::Tiling;
 
 /// How a workgroup divides a tile of the score matrix among its subgroups, in square fragments.
 ///
 /// A tile has rows (queries, or keys in the d_k/d_v kernel) that stay, and columns (keys, or queries) that pass by. Every
 /// subgroup has `rows` rows of fragments to itself, each `columns` fragments wide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Fragments {
+pub(crate) struct Fragments {
     /// Rows and columns of a fragment, and lanes of a subgroup.
-    pub matrices: CooperativeMatrices,
+    pub(crate) matrices: CooperativeMatrices,
     /// Subgroups of a workgroup.
-    pub subgroups: u32,
+    pub(crate) subgroups: u32,
     /// Rows of fragments of a subgroup.
-    pub rows: u32,
+    pub(crate) rows: u32,
     /// Columns of fragments of a tile.
-    pub columns: u32,
+    pub(crate) columns: u32,
 }
 
 impl Fragments {
+    /// A tile shape on a device; `None` of a portable one.
+    pub(crate) fn new(tiling: Tiling, matrices: CooperativeMatrices) -> Option<Self> {
+        match tiling {
+            Tiling::Portable(_) => None,
+            Tiling::Cooperative { subgroups, rows, columns } => Some(Fragments { matrices, subgroups, rows, columns }),
+        }
+    }
+
+    pub(crate) fn tiling(&self) -> Tiling {
+        Tiling::Cooperative { subgroups: self.subgroups, rows: self.rows, columns: self.columns }
+    }
+
     /// Rows of a tile.
-    pub fn tile_rows(&self) -> u32 {
+    pub(crate) fn tile_rows(&self) -> u32 {
         self.matrices.side * self.rows * self.subgroups
     }
 
     /// Columns of a tile.
-    pub fn tile_columns(&self) -> u32 {
+    pub(crate) fn tile_columns(&self) -> u32 {
         self.matrices.side * self.columns
     }
 
     /// Threads of a workgroup.
-    pub fn threads(&self) -> u32 {
+    pub(crate) fn threads(&self) -> u32 {
         self.matrices.lanes * self.subgroups
     }
 
@@ -65,7 +78,7 @@ impl Fragments {
     }
 
     /// Bytes of workgroup memory; the arrays of shaders/cooperative/blocks.wgsl.
-    pub fn workgroup_bytes(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+    pub(crate) fn workgroup_bytes(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
         let staged = 2 * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
         let strips = self.subgroups * self.matrices.side * self.strip_row() * 16;
         let weights = self.tile_rows() * self.weight_sets(kernel) * self.weight_row() * 8;
@@ -75,7 +88,7 @@ impl Fragments {
     }
 
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
-    pub fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+    pub(crate) fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
         let CooperativeMatrices { side, lanes } = self.matrices;
         let (halves, floats) = (side * side / 2 / lanes, side * side / lanes);
         let (d, e) = (self.across(head_dim), self.across(value_dim));
@@ -106,7 +119,9 @@ impl Fragments {
         if ![8, 16].contains(&side) || ![1, 2, 4].iter().any(|n| n * side == lanes) {
             return Err(format!("{lanes} lanes cannot share fragments of {side}x{side}"));
         }
-        for (what, value, most) in [("subgroups", self.subgroups, 32), ("rows", self.rows, 4), ("columns", self.columns, 8)] {
+        for (what, value, most) in
+            [("subgroups", self.subgroups, 32), ("rows", self.rows, 4), ("columns", self.columns, 8)]
+        {
             if value == 0 || value > most {
                 return Err(format!("{what} must be 1 to {most}, not {value}"));
             }
@@ -122,7 +137,11 @@ impl fmt::Display for Fragments {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let CooperativeMatrices { side, lanes } = self.matrices;
         let [rows, columns] = [self.tile_rows(), self.tile_columns()];
-        write!(f, "{rows}x{columns} ({} subgroups of {lanes}, {}x{} fragments of {side}x{side})", self.subgroups, self.rows, self.columns)
+        write!(
+            f,
+            "{rows}x{columns} ({} subgroups of {lanes}, {}x{} fragments of {side}x{side})",
+            self.subgroups, self.rows, self.columns
+        )
     }
 }
 
@@ -137,9 +156,6 @@ pub(crate) fn candidates(
     let width = shape.head_dim.max(shape.value_dim);
     // Subgroups, rows; measured on an NVIDIA H200, see benches/results/.
     let table: &[[u32; 2]] = match (class, kernel) {
-        // One subgroup: llvmpipe takes a subgroup's barrier for the workgroup's, and not every subgroup rescales when another
-        // does. The other kernels' subgroups all meet the same barriers.
-        (DeviceClass::Software, Kernel::Forward) => &[[1, 1]],
         (DeviceClass::Software, _) => &[[2, 1]],
         (_, Kernel::Forward) if width <= 64 => &[[4, 3], [4, 2], [4, 1], [2, 1]],
         (_, Kernel::Forward) if width <= 128 => &[[8, 2], [8, 1], [4, 1], [2, 1]],
@@ -148,8 +164,8 @@ pub(crate) fn candidates(
         _ => &[[8, 1], [4, 1], [2, 1]],
     };
     let columns = match class {
-        // llvmpipe compiles for seconds by the fragment; narrow heads stand for the others.
-        DeviceClass::Software if width > 16 => 1,
+        // llvmpipe compiles a kernel for seconds, by the number of products in it.
+        DeviceClass::Software => 1,
         _ => 16 / matrices.side,
     };
     table.iter().map(move |&[subgroups, rows]| Fragments { matrices, subgroups, rows: rows * columns, columns })

@@ -203,17 +203,17 @@ mod problem;
 mod shader;
 mod tensor;
 mod tiles;
+mod tiling;
 #[cfg(not(target_family = "wasm"))]
 mod timer;
 mod tuning;
 
 pub use attention::Attention;
-pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
+pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
-pub use fragments::Fragments;
 pub use half;
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;
@@ -224,6 +224,7 @@ pub use problem::{
 pub use shader::{Kernel, MicroKernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
+pub use tiling::Tiling;
 #[cfg(not(target_family = "wasm"))]
 pub use timer::{Clock, Series, Timer};
 pub use tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};

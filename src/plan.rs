@@ -2,13 +2,14 @@
 
 use std::fmt;
 
-use crate::capabilities::Capabilities;
+use crate::capabilities::{Capabilities, CooperativeMatrices, Multiprocessor};
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
 use crate::problem::{Problem, SinkLogits};
-use crate::shader::{DELTA_LANES, DELTA_ROWS, Kernel, MicroKernel, Variant};
-use crate::tiles::{Tiles, candidates};
+use crate::shader::{Binding, DELTA_LANES, DELTA_ROWS, Kernel, MAXIMA_PARTS, MicroKernel, RANGED_OPERANDS, Variant};
+use crate::tiles;
+use crate::tiling::Tiling;
 use crate::tuning::{Tuning, TuningKey};
 
 /// One kernel of a problem on a device.
@@ -50,11 +51,10 @@ impl fmt::Display for TilesOrigin {
 pub struct Preference<'a> {
     /// The caller's choice: an error where there is none for the problem.
     pub micro_kernel: MicroKernel,
-    /// The caller's own, for measuring candidates: an error where they do not fit.
-    pub tiles: &'a [(Kernel, Tiles)],
-    /// The same for cooperative kernels.
-    pub fragments: &'a [(Kernel, Fragments)],
-    /// Measured ones, passed over where they do not fit.
+    /// The caller's own, for measuring candidates: an error where they do not fit. Under [`MicroKernel::Auto`] the first
+    /// one of a kernel decides on its micro-kernel, too.
+    pub tiles: &'a [(Kernel, Tiling)],
+    /// Measured ones, passed over where they do not fit. Under [`MicroKernel::Auto`] they decide on the micro-kernel, too.
     pub tuning: Option<&'a Tuning>,
 }
 
@@ -85,7 +85,10 @@ impl Plan {
         preference: &Preference<'_>,
     ) -> Result<Self> {
         let passes = Passes { problem, vec4, d_lse: false, capabilities, preference };
-        Ok(Plan { passes: passes.of(Kernel::Forward)? })
+        let tiled = passes.of(Kernel::Forward)?;
+        let mut all = passes.ranges(&tiled, Kernel::Maxima)?;
+        all.extend(tiled);
+        Ok(Plan { passes: all })
     }
 
     /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v. `d_lse`
@@ -111,16 +114,17 @@ impl Plan {
         let all = Passes { problem, vec4, d_lse, capabilities, preference };
         let (shape, options) = (problem.shape(), problem.options());
         let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
-        let mut passes = match options.dtype {
+        let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
+        let mut passes = all.ranges(&gradients, Kernel::GradientMaxima)?;
+        passes.extend(match options.dtype {
             DType::F32 => vec![Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?],
             _ => all.of(Kernel::ExactDelta)?,
-        };
+        });
         if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
             passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, d_lse, heads, capabilities)?);
         }
-        passes.extend(all.of(Kernel::DQ)?);
-        passes.extend(all.of(Kernel::DKv)?);
+        passes.extend(gradients);
         Ok(Plan { passes })
     }
 }
@@ -141,47 +145,127 @@ impl Passes<'_> {
     /// The passes of a kernel that has tiles: one of the portable micro-kernel, or one of the cooperative one and one that
     /// computes again what that cannot.
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
-        let Passes { problem, vec4, d_lse, capabilities, preference } = *self;
-        let portable = |repairs| Pass::tiled(kernel, problem, vec4, d_lse, capabilities, preference, repairs);
-        let cooperative = match preference.micro_kernel {
-            MicroKernel::Portable => None,
-            MicroKernel::Cooperative => Some(self.cooperative(kernel)?),
-            MicroKernel::Auto if preference.tiles.iter().any(|(k, _)| *k == kernel) => None,
-            MicroKernel::Auto => self.cooperative(kernel).ok(),
+        let own = self.own(kernel).next();
+        let cooperative = match (self.preference.micro_kernel, own.or_else(|| self.measured(kernel))) {
+            (MicroKernel::Portable, _) | (MicroKernel::Auto, Some(Tiling::Portable(_))) => None,
+            (MicroKernel::Auto, _) if own.is_none() => self.tiled(kernel, MicroKernel::Cooperative, None).ok(),
+            _ => Some(self.tiled(kernel, MicroKernel::Cooperative, None)?),
         };
-        let Some(pass) = cooperative else { return Ok(vec![portable(None)?]) };
-        let repairs = pass.variant.fragments.map(|fragments| fragments.tile_rows());
-        Ok(vec![pass, portable(repairs)?])
+        let Some(pass) = cooperative else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
+        let repairs = pass.variant.tile().map(|[rows, _]| rows);
+        Ok(vec![pass, self.tiled(kernel, MicroKernel::Portable, repairs)?])
     }
 
-    /// The cooperative pass of a kernel: the first candidate that fits.
-    fn cooperative(&self, kernel: Kernel) -> Result<Pass> {
-        let Passes { problem, vec4, d_lse, capabilities, preference } = *self;
+    /// What finds the operands' ranges, where the passes ask for them.
+    fn ranges(&self, passes: &[Pass], maxima: Kernel) -> Result<Vec<Pass>> {
+        let Passes { problem, vec4, d_lse, capabilities, .. } = *self;
+        let reads = |pass: &Pass| pass.variant.bindings().iter().any(|(binding, _)| *binding == Binding::Ranges);
+        if !passes.iter().any(reads) {
+            return Ok(Vec::new());
+        }
+        let operands = variant(maxima, problem, vec4, d_lse).storage_buffers() - 1;
+        let plain =
+            |kernel, workgroups: u32| Pass::plain(kernel, problem, vec4, d_lse, u128::from(workgroups), capabilities);
+        Ok(vec![plain(maxima, operands * MAXIMA_PARTS)?, plain(Kernel::Ranges, RANGED_OPERANDS)?])
+    }
+
+    /// The caller's tiles for a kernel.
+    fn own(&self, kernel: Kernel) -> impl Iterator<Item = Tiling> {
+        self.preference.tiles.iter().filter(move |(k, _)| *k == kernel).map(|(_, tiling)| *tiling)
+    }
+
+    fn measured(&self, kernel: Kernel) -> Option<Tiling> {
+        self.preference.tuning?.get(&TuningKey::of(kernel, self.problem)?)
+    }
+
+    /// A pass of a kernel that has tiles: with the caller's, with measured ones that fit, or with the first of the
+    /// built-in table that fit.
+    fn tiled(&self, kernel: Kernel, micro_kernel: MicroKernel, repairs: Option<u32>) -> Result<Pass> {
+        let Passes { problem, capabilities, .. } = *self;
+        let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
+        let is_meant = |tiling: &Tiling| tiling.micro_kernel() == micro_kernel;
+        if let Some(tiling) = self.own(kernel).find(is_meant) {
+            return self.of_tiling(kernel, tiling, repairs);
+        }
+        // What the repairs run with, the caller need not say.
+        if let Some(tiling) = self.own(kernel).next().filter(|_| repairs.is_none()) {
+            let kernel = kernel.name();
+            return Err(none(format!("{kernel} was asked for as {micro_kernel} and with the tiles \"{tiling}\"")));
+        }
+        let built_in = match micro_kernel {
+            MicroKernel::Cooperative => {
+                let matrices = self.matrices()?;
+                let fragments = fragments::candidates(kernel, problem, matrices, capabilities.class);
+                fragments.map(|fragments| fragments.tiling()).collect()
+            }
+            _ => {
+                let tiles = tiles::candidates(kernel, problem, capabilities.class);
+                tiles.into_iter().map(Tiling::Portable).collect::<Vec<_>>()
+            }
+        };
+        let measured = self.measured(kernel).filter(is_meant).map(|tiling| (tiling, TilesOrigin::Tuning));
+        let built_in = built_in.into_iter().map(|tiling| (tiling, TilesOrigin::BuiltIn));
+        let mut reason = String::from("no candidate tiles");
+        for (tiling, tiles_origin) in measured.into_iter().chain(built_in) {
+            match self.of_tiling(kernel, tiling, repairs) {
+                Err(Error::NoKernel { reason: why, .. }) => reason = why,
+                pass => return pass.map(|pass| Pass { tiles_origin, ..pass }),
+            }
+        }
+        Err(none(reason))
+    }
+
+    /// The cooperative matrices that a kernel can use, or why there is no cooperative kernel.
+    fn matrices(&self) -> Result<CooperativeMatrices> {
+        let Passes { problem, capabilities, .. } = *self;
         let shape = problem.shape();
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
         if problem.options().dtype == DType::F32 {
-            return Err(none("cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into()));
+            return Err(none(
+                "cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into(),
+            ));
         }
         let Some(matrices) = capabilities.cooperative else {
             return Err(none(format!("{} has no cooperative matrices of f16 with sums in f32", capabilities.name)));
         };
-        if kernel != Kernel::Forward { return Err(none("not yet".into())); }
         let width = shape.head_dim.max(shape.value_dim);
         if width > COOPERATIVE_WIDTH {
             let reason = format!("cooperative kernels take widths up to {COOPERATIVE_WIDTH}, not {width}");
             return Err(none(reason));
         }
-        if let Some((_, fragments)) = preference.fragments.iter().find(|(k, _)| *k == kernel) {
-            return Pass::of_fragments(kernel, problem, vec4, d_lse, capabilities, *fragments);
+        Ok(matrices)
+    }
+
+    /// The pass of a kernel with given tiles.
+    fn of_tiling(&self, kernel: Kernel, tiling: Tiling, repairs: Option<u32>) -> Result<Pass> {
+        let Passes { problem, vec4, d_lse, capabilities, .. } = *self;
+        let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
+        if !kernel.has_tiles() {
+            return Err(none(format!("{kernel:?} has no tiles")));
         }
-        let mut reason = String::from("no candidate fragments");
-        for fragments in fragments::candidates(kernel, problem, matrices, capabilities.class) {
-            match Pass::of_fragments(kernel, problem, vec4, d_lse, capabilities, fragments) {
-                Err(Error::NoKernel { reason: why, .. }) => reason = why,
-                pass => return pass,
+        let [d, e] = [problem.shape().head_dim, problem.shape().value_dim].map(|width| width as u32);
+        // Not the short form of the tiles: it multiplies numbers that have just failed the check.
+        let unfit = |reason: String| none(format!("{tiling:?}: {reason}"));
+        let (matrices, iterations) = match tiling {
+            Tiling::Portable(tiles) => {
+                tiles.check().map_err(unfit)?;
+                (None, tiles.loop_iterations(kernel, d, e))
             }
-        }
-        Err(none(reason))
+            Tiling::Cooperative { subgroups, rows, columns } => {
+                let matrices = self.matrices()?;
+                let fragments = Fragments { matrices, subgroups, rows, columns };
+                fragments.check().map_err(unfit)?;
+                (Some(matrices), fragments.loop_iterations(kernel, d, e))
+            }
+        };
+        let variant = variant(kernel, problem, vec4, d_lse);
+        let micro_kernel = tiling.micro_kernel();
+        let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, repairs, ..variant };
+        let tile = variant.tile().unwrap_or([1; 2]);
+        check_loop_iterations(kernel, problem, capabilities, |most| {
+            loop_iterations(kernel, problem, tile, iterations, most)
+        })?;
+        Pass::new(problem, variant, row_tiles(kernel, problem, tile[0]), capabilities)
     }
 }
 
@@ -189,7 +273,7 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Varian
     let (shape, options) = (problem.shape(), problem.options());
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
-        Kernel::DSinkLogits => [false, false],
+        Kernel::DSinkLogits | Kernel::Ranges => [false, false],
         Kernel::Delta => [false, true],
         _ => [true, true],
     };
@@ -202,15 +286,20 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Varian
         vec4: vec4 && uses_v,
         // The gradients by q, k and v see the sink through lse and delta alone.
         sink_logits: match kernel {
-            Kernel::ExactDelta | Kernel::DQ | Kernel::DKv => SinkLogits::None,
+            Kernel::ExactDelta
+            | Kernel::DQ
+            | Kernel::DKv
+            | Kernel::Maxima
+            | Kernel::GradientMaxima
+            | Kernel::Ranges => SinkLogits::None,
             // A logit of zero has no gradient.
             Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
             _ => options.sink_logits,
         },
         // Enters with delta.
         d_lse: d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
-        tiles: None,
-        fragments: None,
+        tiling: None,
+        matrices: None,
         repairs: None,
     }
 }
@@ -232,6 +321,12 @@ impl Pass {
                 let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
                 (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
             }
+            Kernel::Ranges => 16,
+            Kernel::Maxima | Kernel::GradientMaxima => {
+                let width = shape.head_dim.max(shape.value_dim).div_ceil(4);
+                let quads = shape.batch * shape.heads * shape.seq_q.max(shape.seq_k) * width;
+                (quads as u64).div_ceil(u64::from(MAXIMA_PARTS * variant.threads())) + 16
+            }
             _ => {
                 let tile = if variant.dtype == DType::F32 { DELTA_ROWS as usize } else { 1 };
                 (shape.batch as u64 * shape.seq_q.div_ceil(tile) as u64).div_ceil(u64::from(variant.threads())) + 8
@@ -240,36 +335,8 @@ impl Pass {
         Pass::new(problem, variant, workgroups, capabilities)
     }
 
-    /// A pass of a kernel that has tiles: with the caller's, with measured ones that fit, or with the first of the
-    /// built-in table that fit.
-    fn tiled(
-        kernel: Kernel,
-        problem: &Problem,
-        vec4: bool,
-        d_lse: bool,
-        capabilities: &Capabilities,
-        preference: &Preference<'_>,
-        repairs: Option<u32>,
-    ) -> Result<Self> {
-        if let Some((_, tiles)) = preference.tiles.iter().find(|(k, _)| *k == kernel) {
-            return Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, *tiles, repairs);
-        }
-        let key = TuningKey::of(kernel, MicroKernel::Portable, problem);
-        let measured = preference.tuning.zip(key).and_then(|(tuning, key)| tuning.get(&key));
-        let measured = measured.map(|tiles| (tiles, TilesOrigin::Tuning));
-        let built_in = candidates(kernel, problem, capabilities.class);
-        let built_in = built_in.into_iter().map(|tiles| (tiles, TilesOrigin::BuiltIn));
-        let mut reason = String::from("no candidate tiles");
-        for (tiles, tiles_origin) in measured.into_iter().chain(built_in) {
-            match Pass::of_tiles(kernel, problem, vec4, d_lse, capabilities, tiles, repairs) {
-                Err(Error::NoKernel { reason: why, .. }) => reason = why,
-                pass => return pass.map(|pass| Pass { tiles_origin, ..pass }),
-            }
-        }
-        Err(Error::NoKernel { problem: problem.to_string(), reason })
-    }
-
-    /// The pass of a kernel with given tiles, for measuring candidates; no gradient flows into lse.
+    /// The pass of a kernel with given tiles, for measuring candidates; no gradient flows into lse. A cooperative kernel's
+    /// is the one that comes before the repairs.
     ///
     /// # Errors
     /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together,
@@ -279,62 +346,21 @@ impl Pass {
         problem: &Problem,
         vec4: bool,
         capabilities: &Capabilities,
-        tiles: Tiles,
+        tiles: impl Into<Tiling>,
     ) -> Result<Self> {
-        Pass::of_tiles(kernel, problem, vec4, false, capabilities, tiles, None)
+        let preference = &Preference::default();
+        Passes { problem, vec4, d_lse: false, capabilities, preference }.of_tiling(kernel, tiles.into(), None)
     }
 
-    fn of_tiles(
-        kernel: Kernel,
-        problem: &Problem,
-        vec4: bool,
-        d_lse: bool,
-        capabilities: &Capabilities,
-        tiles: Tiles,
-        repairs: Option<u32>,
-    ) -> Result<Self> {
-        if !kernel.has_tiles() {
-            let reason = format!("{kernel:?} has no tiles");
-            return Err(Error::NoKernel { problem: problem.to_string(), reason });
-        }
-        if let Err(reason) = tiles.check() {
-            // Not the short form of the tiles: it multiplies numbers that have just failed the check.
-            return Err(Error::NoKernel { problem: problem.to_string(), reason: format!("{tiles:?}: {reason}") });
-        }
-        let shape = problem.shape();
-        let tile = [tiles.tile_rows(), tiles.tile_columns()];
-        let iterations = tiles.loop_iterations(kernel, shape.head_dim as u32, shape.value_dim as u32);
-        check_loop_iterations(kernel, problem, capabilities, |most| {
-            loop_iterations(kernel, problem, tile, iterations, most)
-        })?;
-        let variant = Variant { tiles: Some(tiles), repairs, ..variant(kernel, problem, vec4, d_lse) };
-        Pass::new(problem, variant, row_tiles(kernel, problem, tiles.tile_rows()), capabilities)
-    }
-
-    /// The cooperative pass of a kernel with given fragments.
-    fn of_fragments(
-        kernel: Kernel,
-        problem: &Problem,
-        vec4: bool,
-        d_lse: bool,
-        capabilities: &Capabilities,
-        fragments: Fragments,
-    ) -> Result<Self> {
-        if let Err(reason) = fragments.check() {
-            return Err(Error::NoKernel { problem: problem.to_string(), reason: format!("{fragments:?}: {reason}") });
-        }
-        let shape = problem.shape();
-        let tile = [fragments.tile_rows(), fragments.tile_columns()];
-        let iterations = fragments.loop_iterations(kernel, shape.head_dim as u32, shape.value_dim as u32);
-        check_loop_iterations(kernel, problem, capabilities, |most| {
-            loop_iterations(kernel, problem, tile, iterations, most)
-        })?;
-        let variant = Variant {
-            micro_kernel: MicroKernel::Cooperative,
-            fragments: Some(fragments),
-            ..variant(kernel, problem, vec4, d_lse)
-        };
-        Pass::new(problem, variant, row_tiles(kernel, problem, fragments.tile_rows()), capabilities)
+    /// Workgroups that run on a multiprocessor at a time, by the memory and the registers they share; `None` where these
+    /// are not known of the device.
+    pub fn resident_workgroups(&self, capabilities: &Capabilities) -> Option<u32> {
+        let Multiprocessor { workgroup_bytes, registers } = capabilities.multiprocessor?;
+        let variant = &self.variant;
+        let by_memory = workgroup_bytes / variant.workgroup_bytes().max(1);
+        let by_registers = variant.registers().map_or(u32::MAX, |each| registers / (each * variant.threads()).max(1));
+        // The driver makes do with fewer registers than one workgroup would like.
+        Some(by_memory.min(by_registers).max(1))
     }
 
     fn new(problem: &Problem, variant: Variant, workgroups: u128, capabilities: &Capabilities) -> Result<Self> {
@@ -436,16 +462,16 @@ impl fmt::Display for Pass {
         if v.value_dim > 0 {
             write!(f, ", {} loads", if v.vec4 { "vec4" } else { "scalar" })?;
         }
-        if let Some(fragments) = &v.fragments {
-            let registers = fragments.registers(v.kernel, v.head_dim, v.value_dim);
-            write!(f, ", tiles {fragments}, ~{registers} registers")?;
+        match (v.fragments(), v.tiling) {
+            (Some(fragments), _) => write!(f, ", tiles {fragments}")?,
+            (_, Some(Tiling::Portable(tiles))) => write!(f, ", tiles {tiles}")?,
+            _ => {}
+        }
+        if let Some(registers) = v.registers() {
+            write!(f, ", ~{registers} registers")?;
         }
         if let Some(rows) = v.repairs {
             write!(f, ", repairs tiles of {rows} rows")?;
-        }
-        if let Some(tiles) = &v.tiles {
-            let registers = tiles.registers(v.kernel, v.head_dim, v.value_dim);
-            write!(f, ", tiles {tiles}, ~{registers} registers")?;
         }
         let [x, y] = self.grid;
         write!(f, ", {} B workgroup memory, {} workgroups as {x}x{y}", v.workgroup_bytes(), self.workgroups)
@@ -490,6 +516,29 @@ mod tests {
         Plan::backward(&narrow(DType::F16), false, false, hardware).unwrap();
         let error = Plan::backward(&narrow(DType::F16), false, false, software).unwrap_err().to_string();
         assert!(error.contains("DSinkLogits needs 131080 or more"), "{error}");
+    }
+
+    /// What was measured on an H200: two workgroups of at most 24 KiB at a time.
+    #[test]
+    fn memory_and_registers_bound_resident_workgroups() {
+        let samples = Capabilities::samples();
+        let shape =
+            crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
+        let problem = Problem::new(shape, crate::Options::new()).unwrap();
+        let tiles = crate::Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+        let pass = Pass::with_tiles(Kernel::Forward, &problem, true, &samples[0], tiles).unwrap();
+        let variant = pass.variant;
+        assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));
+        let resident = |workgroup_bytes, registers| {
+            let multiprocessor = Some(Multiprocessor { workgroup_bytes, registers });
+            pass.resident_workgroups(&Capabilities { multiprocessor, ..samples[0].clone() })
+        };
+        assert_eq!(pass.resident_workgroups(&samples[0]), Some(3));
+        assert_eq!(resident(2 * 15888, 65536), Some(2));
+        assert_eq!(resident(2 * 15888 - 1, 65536), Some(1));
+        assert_eq!(resident(1 << 20, 65536), Some(4), "each takes 112 * 128 registers");
+        assert_eq!(resident(1 << 20, 100), Some(1), "the driver spills");
+        assert_eq!(pass.resident_workgroups(samples.last().unwrap()), None);
     }
 
     #[test]

@@ -7,16 +7,21 @@ use std::sync::OnceLock;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
+use crate::capabilities::CooperativeMatrices;
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::problem::SinkLogits;
 use crate::fragments::Fragments;
+use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
+use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 22] = [
+const SOURCES: [(&str, &str); 27] = [
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
+    ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
+    ("cooperative/d_q.wgsl", include_str!("../shaders/cooperative/d_q.wgsl")),
+    ("cooperative/exact_delta.wgsl", include_str!("../shaders/cooperative/exact_delta.wgsl")),
     ("cooperative/forward.wgsl", include_str!("../shaders/cooperative/forward.wgsl")),
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
@@ -27,6 +32,7 @@ const SOURCES: [(&str, &str); 22] = [
     ("f16.wgsl", include_str!("../shaders/f16.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
     ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
+    ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../shaders/params.wgsl")),
@@ -36,12 +42,16 @@ const SOURCES: [(&str, &str); 22] = [
     ("portable/exact_delta.wgsl", include_str!("../shaders/portable/exact_delta.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
+    ("ranges.wgsl", include_str!("../shaders/ranges.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
 ];
 
 /// Rows of a workgroup of the delta kernel, and the threads that load a row together.
 pub(crate) const DELTA_ROWS: u32 = 32;
 pub(crate) const DELTA_LANES: u32 = 8;
+/// Parts in which an operand's largest size is found, and operands there are at most.
+pub(crate) const MAXIMA_PARTS: u32 = DELTA_ROWS * DELTA_LANES;
+pub(crate) const RANGED_OPERANDS: u32 = 4;
 
 /// The kernels of the crate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,9 +68,18 @@ pub enum Kernel {
     DQ,
     /// The gradients by k and v.
     DKv,
+    /// The largest sizes of q, k and v, in parts.
+    Maxima,
+    /// The same for a backward pass, with d_o.
+    GradientMaxima,
+    /// The power of two that brings each operand to the range of halves.
+    Ranges,
 }
 
 impl Kernel {
+    /// The kernels that have tiles.
+    pub const TILED: [Kernel; 4] = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
+
     /// Its short name, as in files and tables.
     pub fn name(self) -> &'static str {
         match self {
@@ -70,12 +89,22 @@ impl Kernel {
             Kernel::DSinkLogits => "d_sink_logits",
             Kernel::DQ => "d_q",
             Kernel::DKv => "d_kv",
+            Kernel::Maxima => "maxima",
+            Kernel::GradientMaxima => "gradient_maxima",
+            Kernel::Ranges => "ranges",
+        }
+    }
+
+    fn template(self) -> String {
+        match self {
+            Kernel::GradientMaxima => "maxima.wgsl".into(),
+            kernel => format!("{}.wgsl", kernel.name()),
         }
     }
 
     /// Whether it has tiles, or only sums along rows.
     pub(crate) fn has_tiles(self) -> bool {
-        !matches!(self, Kernel::Delta | Kernel::DSinkLogits)
+        Kernel::TILED.contains(&self)
     }
 
     /// Widths of the accumulators that a row of a tile keeps in registers.
@@ -84,7 +113,7 @@ impl Kernel {
             Kernel::Forward => [value_dim, 0],
             Kernel::DQ => [head_dim, 0],
             Kernel::DKv => [head_dim, value_dim],
-            Kernel::Delta | Kernel::ExactDelta | Kernel::DSinkLogits => [0, 0],
+            _ => [0, 0],
         }
     }
 
@@ -138,6 +167,8 @@ pub(crate) enum Binding {
     Delta = 13,
     SinkPartials = 14,
     Repairs = 15,
+    Maxima = 16,
+    Ranges = 17,
 }
 
 impl Binding {
@@ -163,6 +194,8 @@ impl Binding {
             Binding::Delta => "delta",
             Binding::SinkPartials => "sink_partials",
             Binding::Repairs => "repairs",
+            Binding::Maxima => "maxima",
+            Binding::Ranges => "ranges",
         }
     }
 
@@ -195,19 +228,44 @@ pub struct Variant {
     pub sink_logits: SinkLogits,
     /// A gradient flows into lse.
     pub d_lse: bool,
-    /// The tile shape, for the portable kernels that have tiles.
-    pub tiles: Option<Tiles>,
-    /// The tile shape of a cooperative kernel.
-    pub fragments: Option<Fragments>,
+    /// The tile shape, for the kernels that have tiles.
+    pub tiling: Option<Tiling>,
+    /// The device's cooperative matrices, for a cooperative kernel.
+    pub matrices: Option<CooperativeMatrices>,
     /// Computes only what a cooperative kernel with so many rows in a tile has reported.
     pub repairs: Option<u32>,
 }
 
 impl Variant {
+    fn tiles(&self) -> Option<Tiles> {
+        match self.tiling? {
+            Tiling::Portable(tiles) => Some(tiles),
+            Tiling::Cooperative { .. } => None,
+        }
+    }
+
+    pub(crate) fn fragments(&self) -> Option<Fragments> {
+        Fragments::new(self.tiling?, self.matrices?)
+    }
+
+    /// Rows and columns of a tile.
+    pub fn tile(&self) -> Option<[u32; 2]> {
+        let portable = self.tiles().map(|tiles| [tiles.tile_rows(), tiles.tile_columns()]);
+        portable.or_else(|| self.fragments().map(|fragments| [fragments.tile_rows(), fragments.tile_columns()]))
+    }
+
+    /// 32-bit registers that a thread's share of a tile takes, roughly.
+    pub fn registers(&self) -> Option<u32> {
+        let (d, e) = (self.head_dim, self.value_dim);
+        let portable = self.tiles().map(|tiles| tiles.registers(self.kernel, d, e));
+        portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, d, e)))
+    }
+
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
-            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, Params, Q, Repairs, SinkLogits as Sinks, SinkPartials, V,
+            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, Maxima, O, Params, Q, Ranges, Repairs,
+            SinkLogits as Sinks, SinkPartials, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
         let half = self.dtype != DType::F32;
@@ -219,6 +277,10 @@ impl Variant {
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
             Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
             Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
+            Kernel::Maxima => (&[Params, Q, K, V], &[Maxima]),
+            Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO], &[Maxima]),
+            Kernel::GradientMaxima => (&[Params, Q, K, V, DO], &[Maxima]),
+            Kernel::Ranges => (&[Params, Maxima], &[Ranges]),
         };
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
@@ -226,8 +288,20 @@ impl Variant {
             _ => true,
         };
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
-        let repairs = (self.fragments.is_some() || self.repairs.is_some()).then_some((Repairs, self.fragments.is_some()));
-        all.filter(|(b, _)| present(b)).chain(repairs).collect()
+        let cooperative = self.fragments().is_some();
+        let repairs = (cooperative || self.repairs.is_some()).then_some((Repairs, cooperative));
+        let ranges = (!self.ranged().is_empty()).then_some((Ranges, false));
+        all.filter(|(b, _)| present(b)).chain(ranges).chain(repairs).collect()
+    }
+
+    /// Operands whose range a cooperative kernel reads: all in bf16, which has more than f16; else those that bound d_s.
+    fn ranged(&self) -> &'static [&'static str] {
+        match (self.fragments().is_some(), self.kernel, self.dtype) {
+            (true, Kernel::Forward, DType::Bf16) => &["q", "k", "v"],
+            (true, _, DType::Bf16) => &["q", "k", "v", "d_o"],
+            (true, Kernel::DQ | Kernel::DKv, _) => &["v", "d_o"],
+            _ => &[],
+        }
     }
 
     /// Storage buffers this variant binds.
@@ -237,7 +311,7 @@ impl Variant {
 
     /// Threads of a workgroup.
     pub fn threads(&self) -> u32 {
-        match (&self.fragments, &self.tiles) {
+        match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.threads(),
             (_, Some(tiles)) => tiles.threads(),
             _ => DELTA_ROWS * DELTA_LANES,
@@ -247,7 +321,7 @@ impl Variant {
     /// Bytes of workgroup memory.
     pub fn workgroup_bytes(&self) -> u32 {
         let (d, e) = (self.head_dim, self.value_dim);
-        match (&self.fragments, &self.tiles) {
+        match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e),
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
@@ -265,11 +339,11 @@ impl Variant {
             }
         }
         // Writing into a String cannot fail.
-        let _ = self.tiles.map_or(Ok(()), |t| {
+        let _ = self.tiles().map_or(Ok(()), |t| {
             let [rows, columns] = [t.tile_rows(), t.tile_columns()];
             write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.chunk * 4, t.slab)
         });
-        if let Some(f) = &self.fragments {
+        if let Some(f) = self.fragments() {
             let [rows, columns] = [f.tile_rows(), f.tile_columns()];
             let _ = write!(name, "_{rows}x{columns}_s{}r{}f{}", f.subgroups, f.rows, f.matrices.side);
         }
@@ -298,7 +372,7 @@ impl Variant {
         };
         let widths = bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
         let operand_quads: BTreeMap<&str, u32> = widths.map(|(name, width)| (name, quads(width))).collect();
-        let cooperative = self.fragments.is_some();
+        let cooperative = self.fragments().is_some();
         let mut context = context! {
             cooperative,
             repairs => self.repairs,
@@ -314,7 +388,7 @@ impl Variant {
                     (Binding::Params, ..) => "Params",
                     (Binding::Repairs, ..) => "array<u32>",
                     (_, None, _) => "array<f32>",
-                    (_, Some(_), vec4) if self.fragments.is_some() && self.dtype == DType::F16 && !written => {
+                    (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
                         if vec4 { "array<vec4<f16>>" } else { "array<f16>" }
                     }
                     (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
@@ -339,8 +413,10 @@ impl Variant {
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,
             threads => self.threads(),
+            maxima_parts => MAXIMA_PARTS,
+            range_slots => BTreeMap::from([("q", 0), ("k", 1), ("v", 2), ("d_o", 3)]),
         };
-        if let Some(t) = &self.tiles {
+        if let Some(t) = self.tiles() {
             let accumulator_quads: BTreeMap<&str, u32> =
                 operand_quads.iter().map(|(name, quads)| (*name, quads.div_ceil(t.threads_c))).collect();
             let [memory_len, partials_len] = t.arrays(self.kernel, self.head_dim, self.value_dim);
@@ -359,7 +435,7 @@ impl Variant {
                 ..context
             };
         }
-        if let Some(f) = &self.fragments {
+        if let Some(f) = self.fragments() {
             let side = f.matrices.side;
             let widths = || bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
             let fragments: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.across(width))).collect();
@@ -381,17 +457,22 @@ impl Variant {
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
+                fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
                 strip_row => f.strip_row(),
                 weight_row => f.weight_row(),
                 weight_sets => f.weight_sets(self.kernel),
-                column_statistics => self.kernel == Kernel::DKv,
+                statistic_shares => (2 * f.tile_columns()).div_ceil(f.threads()),
+                ranged => self.ranged().to_vec(),
+                signed => if self.kernel == Kernel::DKv { "k" } else { "q" },
+                // Halves hold 2^15.
+                d_s_bound => format!("{:e}", (-16.0 - f32::from(self.value_dim as u16).log2().ceil()).exp2()),
                 staged => staged.to_vec(),
                 fragments, staged_rows, staged_quads, staged_shares,
                 ..context
             };
         }
         environment()
-            .and_then(|environment| environment.get_template(&format!("{}.wgsl", self.kernel.name())))
+            .and_then(|environment| environment.get_template(&self.kernel.template()))
             .and_then(|template| template.render(context))
             .map_err(|error| Error::Gpu { during: "composing a shader", message: format!("{error:#}") })
     }

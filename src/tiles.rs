@@ -252,7 +252,7 @@ impl Tiles {
     /// Tiles worth measuring for a kernel of a problem on a device: the built-in table, its first choice first, then
     /// neighbours of what it holds, the nearest first. All fit the device's limits; those of the kernels without tiles
     /// are none.
-    pub fn candidates(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiles> {
+    pub(crate) fn candidates(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiles> {
         if !kernel.has_tiles() {
             return Vec::new();
         }
@@ -343,7 +343,7 @@ mod tests {
                     let problem = problem(seq, width, options);
                     let found = Tiles::candidates(kernel, &problem, true, &device);
                     let plan = crate::Plan::forward(&problem, true, &device).unwrap();
-                    assert!(kernel != Kernel::Forward || plan.passes[0].variant.tiles == Some(found[0]));
+                    assert!(kernel != Kernel::Forward || plan.passes[0].variant.tiling == Some(found[0].into()));
                     assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
                     for (index, tiles) in found.iter().enumerate() {
                         Pass::with_tiles(kernel, &problem, true, &device, *tiles).unwrap();

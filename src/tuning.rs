@@ -7,16 +7,14 @@ use std::str::FromStr;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::Problem;
-use crate::shader::{Kernel, MicroKernel};
-use crate::tiles::Tiles;
+use crate::shader::Kernel;
+use crate::tiling::Tiling;
 
 /// File with the [`Tuning`] of [`Attention::new`](crate::Attention::new) and [`Attention::open`](crate::Attention::open),
 /// where this environment variable names one.
 pub const TUNING_VARIABLE: &str = "SINK_ATTENTION_TUNING";
 
 const FIRST_LINE: &str = "sink-attention tuning 1";
-/// The kernels that have tiles.
-const KERNELS: [Kernel; 4] = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
 /// Widths up to each of these share tiles.
 const WIDTHS: [u32; 4] = [32, 64, 128, 256];
 /// Fewer queries than this are decoding, which no class stands for.
@@ -70,8 +68,6 @@ pub struct TuningKey {
     pub kernel: Kernel,
     /// Element type of the operands.
     pub dtype: DType,
-    /// How matrix products are formed; not [`MicroKernel::Auto`].
-    pub micro_kernel: MicroKernel,
     /// The larger of D and E, rounded up to 32, 64, 128 or 256.
     pub width: u32,
     /// Mask and length.
@@ -81,18 +77,18 @@ pub struct TuningKey {
 impl TuningKey {
     /// What a kernel of a problem is looked up by; `None` where no class stands for the problem or the kernel has no
     /// tiles.
-    pub fn of(kernel: Kernel, micro_kernel: MicroKernel, problem: &Problem) -> Option<Self> {
+    pub fn of(kernel: Kernel, problem: &Problem) -> Option<Self> {
         let width = problem.shape().head_dim.max(problem.shape().value_dim) as u32;
         let width = WIDTHS.into_iter().find(|most| width <= *most)?;
         let (dtype, mask) = (problem.options().dtype, MaskClass::of(problem)?);
-        kernel.has_tiles().then_some(TuningKey { kernel, dtype, micro_kernel, width, mask })
+        kernel.has_tiles().then_some(TuningKey { kernel, dtype, width, mask })
     }
 }
 
 impl fmt::Display for TuningKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let TuningKey { kernel, dtype, micro_kernel, width, mask } = self;
-        write!(f, "{} {dtype} {micro_kernel} width {width} {mask}", kernel.name())
+        let TuningKey { kernel, dtype, width, mask } = self;
+        write!(f, "{} {dtype} width {width} {mask}", kernel.name())
     }
 }
 
@@ -101,14 +97,12 @@ impl FromStr for TuningKey {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let words: Vec<&str> = text.split_whitespace().collect();
-        let [kernel, dtype, micro_kernel, "width", width, mask] = words[..] else {
-            return Err(format!("{text:?} is not of the form \"forward f32 portable width 64 long\""));
+        let [kernel, dtype, "width", width, mask] = words[..] else {
+            return Err(format!("{text:?} is not of the form \"forward f32 width 64 long\""));
         };
         Ok(TuningKey {
-            kernel: one_of("kernel", kernel, KERNELS, |kernel| kernel.name())?,
+            kernel: one_of("kernel", kernel, Kernel::TILED, |kernel| kernel.name())?,
             dtype: one_of("dtype", dtype, [DType::F32, DType::F16, DType::Bf16], ToString::to_string)?,
-            // Those that have tiles of this kind.
-            micro_kernel: one_of("micro-kernel", micro_kernel, [MicroKernel::Portable], ToString::to_string)?,
             width: one_of("width", width, WIDTHS, ToString::to_string)?,
             mask: one_of("mask", mask, MaskClass::ALL, ToString::to_string)?,
         })
@@ -134,17 +128,18 @@ fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>)
 /// the built-in table. They change the speed, and results by no more than the order of sums does.
 ///
 /// As text ([`FromStr`] and [`Display`](fmt::Display)) it is what `sink-attention tune` writes: three lines that say what it
-/// is of, then a line for each entry, `kernel dtype micro-kernel width WIDTH mask: tiles`. Empty lines and those that begin
+/// is of, then a line for each entry, `kernel dtype width WIDTH mask: tiles`, where the tiles are a [`Tiling`], which names the micro-kernel that won. Empty lines and those that begin
 /// with `#` count for nothing.
 ///
 /// ```
 /// let text = "sink-attention tuning 1
 /// device: NVIDIA H200
 /// driver: NVIDIA 580.159.04
-/// forward f32 portable width 64 long: 64x32 (16x8 threads of 4x4), chunk 32, slab 16
+/// forward f32 width 64 long: portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16
+/// forward f16 width 64 long: cooperative 4x3x1
 /// ";
 /// let tuning: sink_attention::Tuning = text.parse()?;
-/// assert_eq!((tuning.device(), tuning.entries().len()), ("NVIDIA H200", 1));
+/// assert_eq!((tuning.device(), tuning.entries().len()), ("NVIDIA H200", 2));
 /// assert_eq!(tuning.to_string().parse(), Ok(tuning));
 /// # Ok::<(), sink_attention::TuningError>(())
 /// ```
@@ -152,7 +147,7 @@ fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>)
 pub struct Tuning {
     device: String,
     driver: String,
-    entries: Vec<(TuningKey, Tiles)>,
+    entries: Vec<(TuningKey, Tiling)>,
 }
 
 impl Tuning {
@@ -193,12 +188,13 @@ impl Tuning {
     }
 
     /// The entries in their order.
-    pub fn entries(&self) -> &[(TuningKey, Tiles)] {
+    pub fn entries(&self) -> &[(TuningKey, Tiling)] {
         &self.entries
     }
 
     /// Adds an entry, or replaces the one of this key.
-    pub fn insert(&mut self, key: TuningKey, tiles: Tiles) {
+    pub fn insert(&mut self, key: TuningKey, tiles: impl Into<Tiling>) {
+        let tiles = tiles.into();
         match self.entries.iter_mut().find(|(other, _)| *other == key) {
             Some((_, old)) => *old = tiles,
             None => self.entries.push((key, tiles)),
@@ -206,7 +202,7 @@ impl Tuning {
     }
 
     /// The tiles for a key.
-    pub fn get(&self, key: &TuningKey) -> Option<Tiles> {
+    pub fn get(&self, key: &TuningKey) -> Option<Tiling> {
         self.entries.iter().find(|(other, _)| other == key).map(|(_, tiles)| *tiles)
     }
 
@@ -225,7 +221,7 @@ impl Tuning {
 impl fmt::Display for Tuning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{FIRST_LINE}\ndevice: {}\ndriver: {}", self.device, self.driver)?;
-        writeln!(f, "# kernel, dtype, micro-kernel, widths up to, mask: tiles")?;
+        writeln!(f, "# kernel, dtype, widths up to, mask: micro-kernel and tiles")?;
         self.entries.iter().try_for_each(|(key, tiles)| writeln!(f, "{key}: {tiles}"))
     }
 }
@@ -264,7 +260,7 @@ impl FromStr for Tuning {
             if tuning.get(&key).is_some() {
                 return Err(failed(format!("a second entry for {key}")));
             }
-            tuning.insert(key, tiles.trim().parse().map_err(failed)?);
+            tuning.insert(key, tiles.parse::<Tiling>().map_err(failed)?);
         }
         Ok(tuning)
     }
@@ -274,6 +270,7 @@ impl FromStr for Tuning {
 mod tests {
     use super::*;
     use crate::problem::{Options, Shape, Window};
+    use crate::tiles::Tiles;
 
     fn problem(seq: [usize; 2], width: usize, options: Options) -> Problem {
         let [seq_q, seq_k] = seq;
@@ -295,23 +292,22 @@ mod tests {
         assert_eq!(class([512, 512], causal.window(Window::keys(128))), Some(MaskClass::Short));
         assert_eq!(class([1024, 64], causal), Some(MaskClass::Short));
         assert_eq!(class([32, 8192], causal), None);
-        let key = |width| TuningKey::of(Kernel::DQ, MicroKernel::Portable, &problem([99, 99], width, causal));
+        let key = |width| TuningKey::of(Kernel::DQ, &problem([99, 99], width, causal));
         for (width, class) in [(1, 32), (32, 32), (33, 64), (80, 128), (256, 256)] {
             assert_eq!(key(width).unwrap().width, class);
         }
-        assert_eq!(TuningKey::of(Kernel::Delta, MicroKernel::Portable, &problem([99, 99], 64, causal)), None);
+        assert_eq!(TuningKey::of(Kernel::Delta, &problem([99, 99], 64, causal)), None);
     }
 
     fn sample() -> Tuning {
         let mut tuning = Tuning::new(" Some\nGPU ", "1.2 (Mesa)");
         let mut tiles = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
-        for kernel in KERNELS {
+        for kernel in Kernel::TILED {
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 for mask in MaskClass::ALL {
-                    tuning.insert(
-                        TuningKey { kernel, dtype, micro_kernel: MicroKernel::Portable, width: 64, mask },
-                        tiles,
-                    );
+                    tuning.insert(TuningKey { kernel, dtype, width: 64, mask }, tiles);
+                    let cooperative = Tiling::Cooperative { subgroups: tiles.rows, rows: 2, columns: 1 };
+                    tuning.insert(TuningKey { kernel, dtype, width: 128, mask }, cooperative);
                     tiles.rows = tiles.rows % 8 + 1;
                 }
             }
@@ -322,7 +318,7 @@ mod tests {
     #[test]
     fn text_and_back() {
         let tuning = sample();
-        assert_eq!(tuning.entries().len(), 36);
+        assert_eq!(tuning.entries().len(), 72);
         assert_eq!(tuning.to_string().parse(), Ok(tuning.clone()));
         let with_windows_ends = tuning.to_string().replace('\n', "\r\n\r\n  # a remark\r\n");
         assert_eq!(with_windows_ends.parse(), Ok(tuning.clone()));
@@ -337,7 +333,7 @@ mod tests {
     fn what_is_malformed_is_told_with_its_line() {
         let head = "sink-attention tuning 1\ndevice: x\ndriver: y\n";
         let tiles = "64x32 (16x8 threads of 4x4), chunk 32, slab 16";
-        let good = format!("forward f32 portable width 64 long: {tiles}");
+        let good = format!("forward f32 width 64 long: portable {tiles}");
         format!("{head}{good}").parse::<Tuning>().unwrap();
         let entry = |text: &str| format!("{head}# remark\n{text}\n");
         for (text, line, message) in [
@@ -346,7 +342,7 @@ mod tests {
             ("sink-attention tuning 1\n".into(), 2, "device"),
             ("sink-attention tuning 1\ndevice:\ndriver: y".into(), 2, "device"),
             ("sink-attention tuning 1\ndevice: x\n\nforward".into(), 4, "driver"),
-            (entry("forward f32 portable width 64 long"), 5, "no \":\""),
+            (entry("forward f32 width 64 long"), 5, "no \":\""),
             (
                 entry(&good.replace("forward", "delta")),
                 5,

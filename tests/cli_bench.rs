@@ -110,6 +110,47 @@ fn bench_on_the_gpu() {
     );
 }
 
+/// A candidate is measured by its tiles' name, and the figures tell what ran.
+#[test]
+fn bench_of_given_tiles() {
+    if common::gpu().is_none() {
+        return;
+    }
+    let tiles = "portable 32x32 (8x8 threads of 4x4), chunk 16, slab 32";
+    let given = ["--tiles", &format!("forward={tiles}"), "--tiles", &format!("d_kv={tiles}")];
+    let report = small("gpu", &given);
+    let ran = |report: &Value| {
+        let kernels = report["rows"].as_array().unwrap().iter().flat_map(|row| row["kernels"].as_array().unwrap());
+        let tiled = kernels.filter(|kernel| kernel["tiles"].is_string()).map(|kernel| {
+            assert_eq!(kernel.get("ms"), None, "not asked for: {kernel}");
+            (kernel["kernel"].as_str().unwrap().to_string(), kernel["tiles"].as_str().unwrap().to_string())
+        });
+        tiled.collect::<Vec<_>>()
+    };
+    let [forward, d_q, d_kv] = &ran(&report)[..] else { panic!("{report}") };
+    assert_eq!([forward, d_kv], [&("forward".into(), tiles.into()), &("d_kv".into(), tiles.into())]);
+    assert_ne!(*ran(&small("gpu", &[]))[0].1, *tiles);
+    assert_eq!(d_q.1, ran(&small("gpu", &[]))[1].1);
+    let table = succeeds(&[&["bench", "--backend", "gpu", "--pass", "forward"], &SMALL[..], &given].concat()).0;
+    assert!(table.contains("custom f32 forward: Forward, portable f32, vec4 loads, tiles 32x32 (8x8"), "{table}");
+
+    // What does not fit is a row with its reason, as is a micro-kernel for which there are no tiles.
+    let skipped = |arguments: &[&str]| {
+        let all = [&["bench", "--json", "-", "--backend", "gpu", "--pass", "forward"], &SMALL[..], arguments].concat();
+        let output = sink_attention(&all);
+        assert_eq!(output.status.code(), Some(1));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        report["rows"][0]["skipped"].as_str().unwrap().to_string()
+    };
+    let reason = skipped(&["--tiles", "forward=cooperative 4x1x1"]);
+    assert!(reason.contains("f32 operands need the portable micro-kernel"), "{reason}");
+    let reason = skipped(&["--kernel", "portable", "--tiles", "forward=cooperative 4x1x1"]);
+    assert!(reason.contains("asked for as portable and with the tiles \"cooperative 4x1x1\""), "{reason}");
+    let huge = "forward=portable 1024x32 (128x8 threads of 8x4), chunk 256, slab 32";
+    let reason = skipped(&["--tiles", huge]);
+    assert!(reason.contains("bytes of workgroup memory"), "{reason}");
+}
+
 #[test]
 fn bench_of_the_default_shapes() {
     let report = bench(&["--backend", "cpu", "--pass", "forward", "--runs", "1"]);
@@ -193,6 +234,11 @@ fn bench_refuses() {
     let stderr = fails(&["bench", "--backend", "cpu", "--heads", "5", "--kv-heads", "2"]);
     assert!(stderr.contains("heads (5) must be a multiple of kv_heads (2)"), "{stderr}");
     wrong_usage(&["bench", "--backend", "cpu", "--kernel", "cooperative"], "cannot be used with");
+    wrong_usage(&["bench", "--backend", "cpu", "--tiles", "forward=cooperative 4x1x1"], "cannot be used with");
+    wrong_usage(&["bench", "--tiles", "forward"], "want KERNEL=TILES");
+    wrong_usage(&["bench", "--tiles", "delta=cooperative 4x1x1"], "known: forward, exact_delta, d_q, d_kv");
+    wrong_usage(&["bench", "--tiles", "forward=cooperative 4x1"], "subgroups x row fragments x column fragments");
+    wrong_usage(&["bench", "--tiles", "forward=portable 64x32"], "chunk 32, slab 16");
 }
 
 fn tune(out: &str, arguments: &[&str]) -> Value {
@@ -211,7 +257,7 @@ fn tune_writes_what_the_library_loads() {
     let keys = summary["entries"].as_array().unwrap().iter().map(|entry| &entry["key"]);
     // On a slow machine the time may be up before the second.
     let keys: Vec<_> = keys.chain(summary["not_measured"].as_array().unwrap()).collect();
-    assert_eq!(keys, ["forward f32 portable width 32 short", "d_kv f32 portable width 32 short"]);
+    assert_eq!(keys, ["forward f32 width 32 short", "d_kv f32 width 32 short"]);
     let measured = summary["entries"].as_array().unwrap().len();
     assert!(measured > 0);
     for entry in summary["entries"].as_array().unwrap() {
@@ -254,7 +300,7 @@ fn tunings_that_are_wrong() {
     };
     fs::write(&file, "sink-attention tuning 1\ndevice: Voodoo 2\ndriver:\n").unwrap();
     refused("Voodoo 2");
-    fs::write(&file, "sink-attention tuning 1\ndevice: x\ndriver:\nforward f32 portable width 64 round: 1").unwrap();
+    fs::write(&file, "sink-attention tuning 1\ndevice: x\ndriver:\nforward f32 width 64 round: 1").unwrap();
     refused("line 4: unknown mask \"round\"; known: long, window, short");
     assert!(fails(&["plan", "--device", "H200", "--tuning", &folder.file("absent")]).contains("absent"));
     if common::gpu().is_some() {
@@ -278,12 +324,9 @@ fn plan_shows_a_tuning_of_a_sample_device() {
     let folder = Folder::new("sample");
     let file = folder.file("tuning");
     let name = &Capabilities::samples()[0].name;
-    let tiles = "32x32 (8x8 threads of 4x4), chunk 16, slab 16";
-    fs::write(
-        &file,
-        format!("sink-attention tuning 1\ndevice: {name}\ndriver:\nd_q f32 portable width 64 long: {tiles}\n"),
-    )
-    .unwrap();
+    let tiles = "portable 32x32 (8x8 threads of 4x4), chunk 16, slab 16";
+    fs::write(&file, format!("sink-attention tuning 1\ndevice: {name}\ndriver:\nd_q f32 width 64 long: {tiles}\n"))
+        .unwrap();
     let plan = succeeds(&["plan", "--device", "H200", "--backward", "--json", "--tuning", &file]).0;
     let plan: Value = serde_json::from_str(&plan).unwrap();
     let origins = plan["launches"].as_array().unwrap().iter().map(|launch| launch["tiles"]["origin"].as_str());
@@ -291,6 +334,53 @@ fn plan_shows_a_tuning_of_a_sample_device() {
     assert_eq!(origins, ["built-in table", "tuning", "built-in table"]);
     let d_q = plan["launches"].as_array().unwrap().iter().find(|l| l["tiles"]["origin"] == "tuning").unwrap();
     assert_eq!(d_q["tiles"]["shape"], tiles);
+}
+
+/// A forced micro-kernel is the only one whose tiles are measured.
+#[test]
+fn tune_measures_what_is_asked_for() {
+    let Some(gpu) = common::gpu() else { return };
+    let has_matrices = gpu.device().unwrap().capabilities().cooperative.is_some();
+    let folder = Folder::new("tune-kernel");
+    let file = folder.file("device.tuning");
+    let what = ["--masks", "short", "--kernels", "forward", "--dtype", "f16"];
+    for (kernel, there) in [("portable", true), ("cooperative", has_matrices), ("auto", true)] {
+        let arguments = [&what[..], &["--kernel", kernel]].concat();
+        if !there {
+            let stderr = fails(&[&["tune", "--head-dim", "16", "--out", &file], &arguments[..]].concat());
+            assert!(stderr.contains("has no cooperative matrices"), "{stderr}");
+            continue;
+        }
+        let summary = tune(&file, &arguments);
+        assert_eq!(summary["dropped"], json!([]), "all candidates compute the same");
+        let entry = &summary["entries"][0];
+        assert_eq!(entry["key"], "forward f16 width 32 short");
+        let tiles = entry["tiles"].as_str().unwrap();
+        assert!(kernel == "auto" || tiles.starts_with(kernel), "{kernel}: {tiles}");
+        assert_eq!(Tuning::load(&file).unwrap().entries()[0].1.to_string(), tiles);
+        // Followed where nothing is forced.
+        let shape = ["--backend", "gpu", "--dtype", "f16", "--seq-k", "400", "--head-dim", "20", "--causal"];
+        let plan = succeeds(&[&["plan", "--tuning", &file], &shape[..]].concat()).0;
+        assert!(plan.contains(&format!("tiles      {tiles} (")) && plan.contains("from the tuning"), "{plan}");
+    }
+}
+
+#[test]
+fn plan_shows_how_many_workgroups_run_at_a_time() {
+    let plan = |device: &str| {
+        let arguments = ["plan", "--device", device, "--seq-k", "4096", "--dtype", "f32"];
+        let people = succeeds(&arguments).0;
+        let plan: Value = serde_json::from_str(&succeeds(&[&arguments[..], &["--json"]].concat()).0).unwrap();
+        (people, plan["launches"][0]["resident_workgroups"].clone())
+    };
+    let (people, count) = plan("H200");
+    assert_eq!(count, 3);
+    assert!(
+        people.contains("128 threads, 15.5 KiB of 48 KiB workgroup memory, 3 at a time on a multiprocessor"),
+        "{people}"
+    );
+    let (people, count) = plan("M2");
+    assert_eq!((people.contains("multiprocessor"), count), (false, Value::Null));
 }
 
 #[test]

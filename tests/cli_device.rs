@@ -36,14 +36,22 @@ fn devices_lists_what_the_library_finds() {
         assert_eq!(entry["name"], adapter.get_info().name);
         assert_eq!(entry["workgroup_bytes"], offered.workgroup_bytes);
         assert_eq!(entry["binding_bytes"], offered.binding_bytes);
+        let matrices = offered.cooperative.map(|matrices| [matrices.side, matrices.lanes]);
+        assert_eq!(entry["cooperative_matrices"], serde_json::json!(matrices));
+        assert_eq!(entry["cooperative_error"].is_null(), matrices.is_some(), "either they are there, or the reason");
         let kernels = entry["kernels"].as_array().unwrap();
         assert_eq!(kernels.iter().map(|k| k["head_dim"].as_u64().unwrap()).collect::<Vec<_>>(), [64, 128]);
         assert!(kernels.iter().all(|kernel| kernel["name"].as_str().unwrap().starts_with("forward_")));
     }
     let (people, _) = succeeds(&["devices"]);
     assert!(people.contains("cpu: ") && people.contains("default: "), "{people}");
-    for adapter in &adapters {
+    for (adapter, entry) in adapters.iter().zip(listed) {
         assert!(people.contains(&adapter.get_info().name), "{people}");
+        let matrices = match entry["cooperative_error"].as_str() {
+            Some(reason) => format!("matrices    none: {reason}\n"),
+            None => format!("matrices    {}\n", Capabilities::of_adapter(adapter).cooperative.unwrap()),
+        };
+        assert!(people.contains(&matrices), "no {matrices:?} in {people}");
     }
 }
 

@@ -12,38 +12,34 @@ use common::{compare_low_precision, cooperative, gpu, low_precision};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, Capabilities, DType, Device, Element, Error, Layout, MicroKernel, Options, Output, Plan, Preference,
-    Problem, SinkLogits, Window,
+    Attention, Capabilities, DType, Device, Element, Error, Kernel, Layout, MicroKernel, Options, Output, Plan,
+    Preference, Problem, SinkLogits, Tiling, Window,
 };
 
-/// Element types that have cooperative kernels of the forward and of the backward pass; the others say that they have
-/// none, which `what_has_no_kernel_says_why` sees to.
-const FORWARD: [DType; 2] = [DType::F16, DType::Bf16];
-const BACKWARD: [DType; 0] = [];
-
-/// A test for every type that there are kernels for.
-macro_rules! each_type {
+/// A test for both types.
+macro_rules! both {
     ($($(#[$meta:meta])* $name:ident)*) => {$(
         $(#[$meta])*
         mod $name {
             #[test]
             fn f16() {
-                super::run_for::<super::f16>(super::$name::<super::f16>);
+                super::with_matrices(super::$name::<super::f16>);
             }
 
             #[test]
             fn bf16() {
-                super::run_for::<super::bf16>(super::$name::<super::bf16>);
+                super::with_matrices(super::$name::<super::bf16>);
             }
         }
     )*};
 }
 
-each_type! {
+both! {
     sizes_and_options
     widths
     heads_and_batches
     views_with_offsets_and_strides
+    fragments_of_every_shape
     large_scores
     the_range_of_the_type
     hidden_keys_never_come_through
@@ -52,17 +48,19 @@ each_type! {
     same_bits_every_time
 }
 
-fn run_for<T: Element>(test: fn(&Attention)) {
-    if !FORWARD.contains(&T::DTYPE) {
-        return;
-    }
+fn with_matrices(test: fn(&Attention)) {
     if let Some(attention) = cooperative() {
         test(&attention);
     }
 }
 
-fn has_backward<T: Element>() -> bool {
-    BACKWARD.contains(&T::DTYPE)
+/// Every kernel that has tiles is cooperative, and followed by the portable one that repairs.
+fn is_cooperative(plan: &Plan) -> bool {
+    let of = |kernel| plan.passes.iter().filter(move |pass| pass.variant.kernel == kernel).map(|pass| pass.variant);
+    [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv].into_iter().all(|kernel| {
+        let variants: Vec<_> = of(kernel).map(|variant| (variant.micro_kernel, variant.repairs.is_some())).collect();
+        variants.is_empty() || variants == [(MicroKernel::Cooperative, false), (MicroKernel::Portable, true)]
+    })
 }
 
 /// The problem in an element type, with operands.
@@ -75,27 +73,26 @@ fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
 /// off where no element has more than rounding noise.
 fn check<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>, explain: bool) -> Output<T> {
     let inputs = case.operands.inputs();
-    let plan = attention.plan_forward(problem).unwrap();
-    assert_eq!(plan.passes[0].variant.micro_kernel, MicroKernel::Cooperative, "{problem}");
+    assert!(is_cooperative(&attention.plan_forward(problem).unwrap()), "{problem}");
     let output = attention.forward(problem, &inputs).unwrap();
     let expected = reference::forward(problem, &inputs).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
     let round = low_precision::to_half::<T>;
-    let mut results = vec![("o", output.o.clone(), low_precision::forward_with(problem, &inputs, round).o, expected.o)];
-    if has_backward::<T>() {
-        let gradients = case.run_with(attention, problem, &output);
-        let expected = case.expected(problem);
-        case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
-        let low = low_precision::backward_with(problem, &inputs, &case.upstream(), round);
-        results.push(("d_q", gradients.d_q, low.d_q, expected.d_q));
-        results.push(("d_k", gradients.d_k, low.d_k, expected.d_k));
-        results.push(("d_v", gradients.d_v, low.d_v, expected.d_v));
-    }
-    for (name, actual, low, expected) in results {
+    let low_o = low_precision::forward_with(problem, &inputs, round).o;
+    assert!(is_cooperative(&attention.plan_backward(problem).unwrap()), "{problem}");
+    let gradients = case.run_with(attention, problem, &output);
+    let expected_gradients = case.expected(problem);
+    case.agree(&gradients, &expected_gradients).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    let low = low_precision::backward_with(problem, &inputs, &case.upstream(), round);
+    for (name, actual, low, expected) in [
+        ("o", &output.o, &low_o, &expected.o),
+        ("d_q", &gradients.d_q, &low.d_q, &expected_gradients.d_q),
+        ("d_k", &gradients.d_k, &low.d_k, &expected_gradients.d_k),
+        ("d_v", &gradients.d_v, &low.d_v, &expected_gradients.d_v),
+    ] {
         // Where terms cancel to nothing, two orders of f32 sums may be a few roundings apart.
         if explain && expected.iter().any(|x| x.abs() >= 1e-6) {
-            compare_low_precision(&actual, &low, &expected)
-                .unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
+            compare_low_precision(actual, low, expected).unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
         }
     }
     output
@@ -138,8 +135,20 @@ fn views_with_offsets_and_strides<T: Element>(attention: &Attention) {
     for (seed, problem) in (1..).zip([narrow, by_fours]) {
         let (problem, case) = random::<T>(&problem, seed);
         for place in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
-            run_at(attention, &problem, &case, place, has_backward::<T>().then_some(&[]));
+            run_at(attention, &problem, &case, place, &[]);
         }
+    }
+}
+
+/// Subgroups, rows and columns of fragments: what hardware gets, and what nobody would pick.
+fn fragments_of_every_shape<T: Element>(attention: &Attention) {
+    let shapes = [[1, 1, 1], [2, 2, 2], [4, 2, 2], [3, 1, 3], [1, 3, 2], [2, 4, 1]];
+    for (seed, [subgroups, rows, columns]) in (0..).zip(shapes) {
+        let options = Options::new().window(Window::keys(30)).sink_tokens(3).sink_logits(SinkLogits::PerHead);
+        let (problem, case) = random::<T>(&problem([1, 4, 2], [70, 90], [16, 20], options), seed);
+        let tiling = Tiling::Cooperative { subgroups, rows, columns };
+        let kernels = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
+        run_at(attention, &problem, &case, [0, 0], &kernels.map(|kernel| (kernel, tiling)));
     }
 }
 
@@ -184,7 +193,7 @@ fn hidden_keys_never_come_through<T: Element>(attention: &Attention) {
         let (problem, mut case) = random::<T>(&problem([1, 2, 1], [70, 70], [16, 16], options.sink_logits(sinks)), 4);
         let run = |attention: &Attention, case: &Backward<T>| {
             let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
-            let gradients = has_backward::<T>().then(|| case.run_with(attention, &problem, &output));
+            let gradients = case.run_with(attention, &problem, &output);
             (output, gradients)
         };
         let (clean, clean_gradients) = run(attention, &case);
@@ -197,9 +206,7 @@ fn hidden_keys_never_come_through<T: Element>(attention: &Attention) {
         let (output, gradients) = run(attention, &case);
         agree(&output, &clean).unwrap_or_else(|error| panic!("{problem}: {error}"));
         agree(&output, &reference::forward(&problem, &case.operands.inputs()).unwrap()).unwrap();
-        if let (Some(gradients), Some(clean)) = (&gradients, &clean_gradients) {
-            case.agree(gradients, clean).unwrap_or_else(|error| panic!("{problem}: {error}"));
-        }
+        case.agree(&gradients, &clean_gradients).unwrap_or_else(|error| panic!("{problem}: {error}"));
         // Rows that meet such keys are the portable kernel's own, and would be others without them, where the type shows
         // what p is rounded to.
         let (by_portable, _) = run(&portable, &case);
@@ -248,13 +255,9 @@ fn same_bits_every_time<T: Element>(attention: &Attention) {
         let (problem, case) = random::<T>(&problem([2, 4, 2], [150, 150], [width, width], options), 1);
         let bits = || {
             let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
-            let mut halves = output.o.clone();
-            let mut singles = output.lse.clone();
-            if has_backward::<T>() {
-                let gradients = case.run_with(attention, &problem, &output);
-                halves.extend([gradients.d_q, gradients.d_k, gradients.d_v].concat());
-                singles.extend(gradients.d_sink_logits.unwrap());
-            }
+            let gradients = case.run_with(attention, &problem, &output);
+            let halves = [output.o, gradients.d_q, gradients.d_k, gradients.d_v].concat();
+            let singles = [output.lse, gradients.d_sink_logits.unwrap()].concat();
             (bytemuck::cast_slice::<T, u16>(&halves).to_vec(), bytemuck::cast_slice::<f32, u32>(&singles).to_vec())
         };
         let first = bits();
@@ -281,11 +284,7 @@ fn what_has_no_kernel_says_why() {
         for dtype in [DType::F16, DType::Bf16] {
             for width in [[64, 64], [128, 128], [1, 1]] {
                 let (forward, backward) = forward(dtype, width, device);
-                assert_eq!(forward.is_ok(), FORWARD.contains(&dtype), "{dtype} on {}: {forward:?}", device.name);
-                assert_eq!(backward.is_ok(), BACKWARD.contains(&dtype), "{dtype} on {}: {backward:?}", device.name);
-                for passes in [forward, backward].into_iter().flatten().map(|plan| plan.passes) {
-                    assert!(passes.iter().any(|pass| pass.variant.fragments.is_some()));
-                }
+                [forward, backward].into_iter().for_each(|plan| assert!(is_cooperative(&plan.unwrap())));
             }
         }
         refused(forward(DType::F32, [64, 64], device).0, "f32 operands need the portable micro-kernel");
@@ -293,6 +292,7 @@ fn what_has_no_kernel_says_why() {
         for width in [[129, 64], [64, 256]] {
             let reason = format!("widths up to 128, not {}", width[0].max(width[1]));
             refused(forward(DType::F16, width, device).0, &reason);
+            refused(forward(DType::F16, width, device).1, &reason);
         }
     }
     let (forward, backward) = forward(DType::F16, [64, 64], sample("Arc"));

@@ -12,7 +12,7 @@ use sink_attention::half::{bf16, f16};
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
     Capabilities, DType, Element, Error, ForwardBuffers, Inputs, Kernel, Layout, Options, Pass, Plan, Problem,
-    SinkLogits, TensorView, Tiles, Upstream, Window,
+    SinkLogits, TensorView, Tiles, Tiling, Upstream, Window,
 };
 
 /// A test for both types.
@@ -54,7 +54,7 @@ fn views_with_offsets_and_strides<T: Element>() {
     for (seed, problem) in (1..).zip([narrow, by_fours]) {
         let (problem, case) = random::<T>(&problem, seed);
         for place in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
-            run_at(gpu, &problem, &case, place, Some(&[]));
+            run_at(gpu, &problem, &case, place, &[]);
         }
     }
 }
@@ -70,7 +70,7 @@ fn tiles_of_the_exact_delta() {
         let [rows, quads] = thread;
         Tiles { threads_r, threads_c, rows, quads, chunk, slab }
     };
-    let mut all = vec![tiles([6, 12], [3, 3], 3, 36), tiles([2, 32], [5, 1], 8, 16)];
+    let mut all: Vec<Tiling> = vec![tiles([6, 12], [3, 3], 3, 36).into(), tiles([2, 32], [5, 1], 8, 16).into()];
     // The first queries see nothing, and the last keys are hidden from all.
     let options = Options::new().window(Window::keys(50)).sink_tokens(2).query_offset(-10);
     let options = options.sink_logits(SinkLogits::PerHead).dtype(DType::F16);
@@ -79,7 +79,7 @@ fn tiles_of_the_exact_delta() {
             let problem = problem([1, 2, 1], [seq, seq], [20, 33], options);
             let planned = Plan::backward(&problem, false, true, &device).unwrap().passes[0].variant;
             assert_eq!(planned.kernel, Kernel::ExactDelta);
-            all.extend(planned.tiles.filter(|tiles| !all.contains(tiles)));
+            all.extend(planned.tiling.filter(|tiles| !all.contains(tiles)));
         }
     }
     let (problem, mut case) = random::<f16>(&problem([1, 2, 1], [70, 90], [20, 33], options), 1);
@@ -87,11 +87,11 @@ fn tiles_of_the_exact_delta() {
         case.operands.key(&problem, 0, 0, j).fill(f16::NAN);
         case.operands.value(&problem, 0, 0, j).fill(f16::NAN);
     }
-    let fits = |tiles: &Tiles| Pass::with_tiles(Kernel::ExactDelta, &problem, false, own, *tiles).is_ok();
-    let fit: Vec<Tiles> = all.into_iter().filter(fits).collect();
+    let fits = |tiles: &Tiling| Pass::with_tiles(Kernel::ExactDelta, &problem, false, own, *tiles).is_ok();
+    let fit: Vec<Tiling> = all.into_iter().filter(fits).collect();
     assert!(fit.len() >= 5, "{fit:?}");
     for tiles in fit {
-        run_at(gpu, &problem, &case, [0, 0], Some(&[(Kernel::ExactDelta, tiles)]));
+        run_at(gpu, &problem, &case, [0, 0], &[(Kernel::ExactDelta, tiles)]);
     }
 }
 

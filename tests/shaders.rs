@@ -131,7 +131,7 @@ fn the_list_reaches_every_class() {
         // The exact delta has no accumulators, whose width would choose among the rows of the table.
         let least = if dtype == DType::F32 { 1 } else { 4 };
         for (kernel, least) in [(Kernel::Forward, 5), (delta, least), (Kernel::DQ, 5), (Kernel::DKv, 5)] {
-            let tiles: HashSet<_> = variants.iter().filter(|v| v.kernel == kernel).map(|v| v.tiles).collect();
+            let tiles: HashSet<_> = variants.iter().filter(|v| v.kernel == kernel).map(|v| v.tiling).collect();
             assert!(tiles.len() >= least, "the tuning table of {kernel:?} has more rows than {tiles:?}");
         }
         for d_lse in [false, true] {
@@ -189,7 +189,7 @@ fn variants_keep_the_planners_promises() {
         let promised = variant.workgroup_bytes();
         assert!(bytes <= promised, "{name}: {bytes} bytes of workgroup memory, {promised} were planned");
         // Where memory is what decides between tiles, none is given away either.
-        assert!(bytes == promised || variant.tiles.is_none(), "{name}: {bytes} bytes, {promised} were planned");
+        assert!(bytes == promised || variant.tiling.is_none(), "{name}: {bytes} bytes, {promised} were planned");
         let [entry] = &module.entry_points[..] else { panic!("{name}: one entry point") };
         assert_eq!((&*entry.name, entry.workgroup_size), ("main", [variant.threads(), 1, 1]), "{name}");
     });
@@ -305,7 +305,7 @@ fn build(attention: &Attention, planned: &Planned) {
         d_sink_logits: per_head.then(|| at(&d_sinks)),
     };
     let tiles = |plan: &Plan| -> Vec<_> {
-        plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, pass.variant.tiles?))).collect()
+        plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, pass.variant.tiling?))).collect()
     };
     let [forward_tiles, backward_tiles] = [tiles(forward), tiles(backward)];
     // The same passes, but for where their tiles come from.

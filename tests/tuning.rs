@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use common::operands::{Operands, agree, problem};
 use sink_attention::{
-    Attention, Capabilities, Clock, Device, Error, Kernel, MaskClass, MicroKernel, Options, Pass, Plan, Preference,
-    Problem, SinkLogits, Tiles, TilesOrigin, Timer, Tuning, TuningKey, Upstream, Window, wgpu,
+    Attention, Capabilities, Clock, DType, Device, Error, Kernel, MaskClass, MicroKernel, Options, Pass, Plan,
+    Preference, Problem, SinkLogits, Tiles, TilesOrigin, Tiling, Timer, Tuning, TuningKey, Upstream, Window, wgpu,
 };
 
 const KERNELS: [Kernel; 3] = [Kernel::Forward, Kernel::DQ, Kernel::DKv];
@@ -22,9 +22,7 @@ const OTHER: Tiles = Tiles { threads_r: 4, threads_c: 8, rows: 4, quads: 1, chun
 
 fn tuning(device: &str, problem: &Problem, tiles: Tiles) -> Tuning {
     let mut tuning = Tuning::new(device, "");
-    KERNELS
-        .iter()
-        .for_each(|kernel| tuning.insert(TuningKey::of(*kernel, MicroKernel::Portable, problem).unwrap(), tiles));
+    KERNELS.iter().for_each(|kernel| tuning.insert(TuningKey::of(*kernel, problem).unwrap(), tiles));
     tuning
 }
 
@@ -46,7 +44,7 @@ impl Drop for File {
 }
 
 fn tiled(passes: &[Pass]) -> impl Iterator<Item = &Pass> {
-    passes.iter().filter(|pass| pass.variant.tiles.is_some())
+    passes.iter().filter(|pass| pass.variant.tiling.is_some())
 }
 
 #[test]
@@ -64,7 +62,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         let tuned = passes(&problem, &fitting);
         assert_eq!(tiled(&tuned).count(), 3);
         for pass in tiled(&tuned) {
-            assert_eq!((pass.variant.tiles, pass.tiles_origin), (Some(OTHER), TilesOrigin::Tuning));
+            assert_eq!((pass.variant.tiling, pass.tiles_origin), (Some(OTHER.into()), TilesOrigin::Tuning));
         }
         // Another class, and tiles that do not fit the device, are left to the built-in table.
         let huge = Tiles { rows: 64, threads_r: 64, ..OTHER };
@@ -78,12 +76,72 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         }
         // The caller's own go before measured ones.
         let own = Tiles { rows: 2, ..OTHER };
-        let own_tiles = [(Kernel::Forward, own)];
+        let own_tiles = [(Kernel::Forward, own.into())];
         let tuning = tuning(&device.name, &problem, OTHER);
         let preference = Preference { tiles: &own_tiles, tuning: Some(&tuning), ..Preference::default() };
         let pass = Plan::forward_with(&problem, true, &device, &preference).unwrap().passes[0];
-        assert_eq!((pass.variant.tiles, pass.tiles_origin), (Some(own), TilesOrigin::Caller));
+        assert_eq!((pass.variant.tiling, pass.tiles_origin), (Some(own.into()), TilesOrigin::Caller));
     }
+}
+
+/// In half precision, the tiles that a caller gives or that were measured decide on the micro-kernel under `auto`; a
+/// micro-kernel that is asked for stays.
+#[test]
+fn tiles_decide_on_the_micro_kernel() {
+    let problem = problem([1, 4, 2], [300, 300], [64, 64], options().dtype(DType::F16));
+    let samples = Capabilities::samples();
+    let device = samples.iter().find(|device| device.name.contains("H200")).unwrap();
+    let plan = |device, preference: &Preference<'_>| {
+        Plan::forward_with(&problem, true, device, preference).map(|plan| {
+            let of = |pass: &Pass| (pass.variant.tiling.unwrap(), pass.tiles_origin, pass.variant.repairs);
+            plan.passes.iter().map(of).collect::<Vec<_>>()
+        })
+    };
+    let cooperative = Tiling::Cooperative { subgroups: 2, rows: 2, columns: 1 };
+    let portable = Tiling::Portable(OTHER);
+    let built_in = |micro_kernel| plan(device, &Preference { micro_kernel, ..Preference::default() }).unwrap();
+    let built_in_portable = built_in(MicroKernel::Portable)[0];
+
+    // The repairs run with the built-in tiles, unless the caller names some.
+    let own = |tiles: &[Tiling], micro_kernel| {
+        let tiles: Vec<_> = tiles.iter().map(|tiling| (Kernel::Forward, *tiling)).collect();
+        plan(device, &Preference { tiles: &tiles, micro_kernel, ..Preference::default() })
+    };
+    let (caller, repairs) = (TilesOrigin::Caller, Some(64));
+    let repaired = |tiling, origin| vec![(tiling, origin, repairs)];
+    let [first, second] = own(&[cooperative], MicroKernel::Auto).unwrap()[..] else { panic!() };
+    assert_eq!(first, (cooperative, caller, None));
+    assert_eq!(vec![second], repaired(built_in_portable.0, TilesOrigin::BuiltIn));
+    let both = own(&[cooperative, portable], MicroKernel::Auto).unwrap();
+    assert_eq!(both, [vec![(cooperative, caller, None)], repaired(portable, caller)].concat());
+    assert_eq!(own(&[portable, cooperative], MicroKernel::Auto).unwrap(), [(portable, caller, None)]);
+    for (tiling, micro_kernel) in [(portable, MicroKernel::Cooperative), (cooperative, MicroKernel::Portable)] {
+        let error = own(&[tiling], micro_kernel).unwrap_err().to_string();
+        let reason = format!("asked for as {micro_kernel} and with the tiles \"{tiling}\"");
+        assert!(error.contains(&reason), "{error}");
+    }
+
+    let measured = |tiling, micro_kernel| {
+        let mut tuning = Tuning::new(&device.name, "");
+        tuning.insert(TuningKey::of(Kernel::Forward, &problem).unwrap(), tiling);
+        plan(device, &Preference { tuning: Some(&tuning), micro_kernel, ..Preference::default() }).unwrap()
+    };
+    let tuned = measured(cooperative, MicroKernel::Auto);
+    assert_eq!((tuned.len(), tuned[0]), (2, (cooperative, TilesOrigin::Tuning, None)));
+    assert_eq!(measured(portable, MicroKernel::Auto), [(portable, TilesOrigin::Tuning, None)]);
+    assert_eq!(measured(cooperative, MicroKernel::Portable), [built_in_portable]);
+    let forced = built_in(MicroKernel::Cooperative);
+    let kept = measured(portable, MicroKernel::Cooperative);
+    assert_eq!((forced.len(), kept[0], kept[1].0), (2, forced[0], portable));
+    // Fragments that do not fit are passed over as tiles are.
+    let huge = Tiling::Cooperative { subgroups: 32, rows: 4, columns: 8 };
+    assert_eq!(measured(huge, MicroKernel::Auto), built_in(MicroKernel::Auto));
+
+    // Without the matrices they are an error of the caller's, and nothing to a tuning.
+    let least = samples.last().unwrap();
+    let tiles = [(Kernel::Forward, cooperative)];
+    let error = plan(least, &Preference { tiles: &tiles, ..Preference::default() }).unwrap_err().to_string();
+    assert!(error.contains("WebGPU defaults has no cooperative matrices"), "{error}");
 }
 
 #[test]
@@ -94,8 +152,8 @@ fn a_tuning_does_not_change_results() {
         let problem = problem([1, 4, 2], [130, 130], [20, 20], options);
         let operands = Operands::random(&problem, 3);
         let tuned = attention.clone().with_tuning(tuning(name, &problem, OTHER)).unwrap();
-        assert_eq!(tuned.plan_forward(&problem).unwrap().passes[0].variant.tiles, Some(OTHER));
-        assert_ne!(attention.plan_forward(&problem).unwrap().passes[0].variant.tiles, Some(OTHER));
+        assert_eq!(tuned.plan_forward(&problem).unwrap().passes[0].variant.tiling, Some(OTHER.into()));
+        assert_ne!(attention.plan_forward(&problem).unwrap().passes[0].variant.tiling, Some(OTHER.into()));
         let output = tuned.forward(&problem, &operands.inputs()).unwrap();
         let expected = attention.forward(&problem, &operands.inputs()).unwrap();
         agree(&output, &expected).unwrap();

@@ -15,6 +15,10 @@
     Fragments have no hidden elements: where a hidden column is NaN or infinite, its zero weight makes a NaN of the results.
     `finish` reports a tile that holds one, and the portable kernel computes that tile again. -#}
 
+{#- Waits for the other lanes of the subgroup. llvmpipe runs them in step, and takes every barrier for one of the workgroup,
+    which subgroups that rescale at different tiles do not reach together. -#}
+{%- macro sync() %}{% if lanes != 8 %}subgroupBarrier();{% endif %}{% endmacro -%}
+
 {%- macro declare() %}
 const SIDE: u32 = {{ side }}u;
 const LANES: u32 = {{ lanes }}u;
@@ -31,8 +35,8 @@ var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ 2 * staged_rows[b] * tile_colu
 {% endfor %}
 var<workgroup> strips: array<vec4<f32>, {{ subgroups * side * strip_row }}>;
 var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * weight_sets * side * weight_row }}>;
-{% if column_statistics %}
-// lse and delta of two tiles of columns.
+{% if rows_are_keys %}
+// What the columns' lse and delta add, of two tiles.
 var<workgroup> statistics: array<f32, {{ 4 * tile_columns }}>;
 {% endif %}
 var<workgroup> broken: atomic<u32>;
@@ -43,7 +47,22 @@ fn is_finite4(x: vec4<f32>) -> bool {
 }
 {% endmacro -%}
 
+{#- What an operand is multiplied with as it is loaded. bf16 has more range than f16: a power of two for each operand brings
+    its largest number to 2^14, and is taken out of the results. The sign of the scale goes with the rows of scores. -#}
+{%- macro factor(b) %}{{ b ~ "_range" if dtype == "bf16" else "1.0" }}{{ " * params.scale_sign" if b == signed }}{% endmacro -%}
+
+{#- What takes an operand's power of two out of a result. -#}
+{%- macro inverse(b) %}{{ "(1.0 / " ~ b ~ "_range)" if dtype == "bf16" else "1.0" }}{% endmacro -%}
+
 {%- macro begin() %}
+{% for b in ranged %}
+  let {{ b }}_range = ranges[{{ range_slots[b] }}];
+{% endfor %}
+{% if range_slots.d_o is defined and "d_o" in ranged %}
+  // d_s is kept as halves: |d_p - delta| is at most 2^31 E once both operands are in their ranges.
+  let d_s_range = v_range * d_o_range * {{ d_s_bound }};
+  let d_p_range = {{ d_s_bound if dtype == "bf16" else "d_s_range" }}{{ " * " ~ (1 / 32768) if rows_are_keys }};
+{% endif %}
   let strip = subgroup * {{ side * strip_row }}u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
@@ -56,19 +75,28 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
+{#- Begins the n-th part of what a lane does for its quads of a fragment's row; a fragment may have fewer quads than lanes. -#}
+{%- macro each_quad(n) %}{
+    let quad = part + {{ n * lanes // side }}u;
+    {% if lanes // side > side // 4 %}if (quad < {{ side // 4 }}u) {% endif %}
+{%- endmacro -%}
+
 {#- The subgroup's rows of an operand as fragments, times `factor`; zeros beyond its end. -#}
 {%- macro resident(a, factor) %}
 {% for r in range(row_fragments) %}{% for f in range(fragments[a]) %}
-  for (var quad = part; quad < {{ side // 4 }}u; quad += LANES_A_ROW) {
-    var x = vec4<f16>();
-    if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
-      x = half_{{ a }}({{ a }}_base + row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad, {{ factor }});
+{% for n in range(fragment_quads) %}
+  {{ each_quad(n) }} {
+      var x = vec4<f16>();
+      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
+        x = half_{{ a }}({{ a }}_base + row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad, {{ factor }});
+      }
+      weights[weight_at - part + quad] = x;
     }
-    weights[weight_at - part + quad] = x;
   }
-  subgroupBarrier();
+{% endfor %}
+  {{ sync() }}
   let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[weight_at - part - lane_row * WEIGHT_ROW], WEIGHT_ROW);
-  subgroupBarrier();
+  {{ sync() }}
 {% endfor %}{% endfor %}
 {% endmacro -%}
 
@@ -119,6 +147,87 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
+{#- Before the first tile: the scale of scores in powers of two, and, where there is one range of tiles, its first. -#}
+{%- macro begin_columns() %}
+  // Never zero, so that hidden scores stay hidden.
+  let scale = max(params.scale_size * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }}, 1e-25);
+  var stage = 0u;
+{% for b in staged %}
+{{ shares(b) }}
+{% endfor %}
+{% if rows_are_keys %}
+{% for n in range(statistic_shares) %}
+  var statistic_share_{{ n }} = 0.0;
+{% endfor %}
+{% else %}
+{{ first_columns() }}
+{% endif %}
+{% endmacro -%}
+
+{%- macro fetch_columns(column) %}
+{% for b in staged %}
+{{ fetch(b, column, factor(b)) }}
+{% endfor %}
+{% if rows_are_keys %}
+{% for n in range(statistic_shares) %}
+    if (thread < {{ 2 * tile_columns - n * threads }}u) {
+      let item = thread + {{ n * threads }}u;
+      let source = min({{ column }} + item % TILE_COLUMNS, column_limit - 1u);
+      if (item < TILE_COLUMNS) {
+        statistic_share_{{ n }} = 15.0 - probability_lse(lse[lse_base + source]) * LOG2_E;
+      } else {
+        statistic_share_{{ n }} = -delta[delta_base + source] * (d_s_range * {{ 1 / 32768 }});
+      }
+    }
+{% endfor %}
+{% endif %}
+{% endmacro -%}
+
+{%- macro put_columns() %}
+{% for b in staged %}
+{{ put(b, "stage") }}
+{% endfor %}
+{% if rows_are_keys %}
+{% for n in range(statistic_shares) %}
+    if (thread < {{ 2 * tile_columns - n * threads }}u) { statistics[stage * {{ 2 * tile_columns }}u + {{ n * threads }}u + thread] = statistic_share_{{ n }}; }
+{% endfor %}
+{% endif %}
+    workgroupBarrier();
+{% endmacro -%}
+
+{%- macro first_columns() %}
+  {
+{{ fetch_columns("tiles.first * TILE_COLUMNS") }}
+  }
+{{ put_columns() }}
+{% endmacro -%}
+
+{#- The next tile has until the end of this one. -#}
+{%- macro fetch_next() %}
+    let next = {{ "(tile + 1u)" if rows_are_keys else "next_tile(tiles, tile)" }} * TILE_COLUMNS;
+{{ fetch_columns("next") }}
+{% endmacro -%}
+
+{%- macro next_stage() %}
+    stage = 1u - stage;
+{{ put_columns() }}
+{% endmacro -%}
+
+{#- What lse (0) or delta (1) adds for a lane's n-th quad of columns. -#}
+{%- macro statistic(n, which) %}vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}statistics[statistic_{{ n }} + {{ which * tile_columns + e }}u]{% endfor %}){% endmacro -%}
+
+{#- What lse and delta add in the subgroup's rows. -#}
+{%- macro row_statistics() %}
+{% for r in range(row_fragments) %}
+  var shift_{{ r }} = 0.0;
+  var delta_{{ r }} = 0.0;
+  if (row_{{ r }} < row_limit) {
+    shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]) * LOG2_E;
+    delta_{{ r }} = delta[delta_base + row_{{ r }}] * d_s_range;
+  }
+{% endfor %}
+{% endmacro -%}
+
 {#- s[row, column] = a[row] . b[column]. -#}
 {%- macro product(s, a, b, stage) %}
 {% for c in range(column_fragments) %}
@@ -147,7 +256,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for c in range(column_fragments) %}
     coopStoreT({{ s }}_{{ r }}_{{ c }}, &strips[strip + {{ c * side // 4 }}u], STRIP_ROW);
 {% endfor %}
-    subgroupBarrier();
+    {{ sync() }}
 {% endmacro -%}
 
 {#- First column of a lane's n-th quad of a strip. -#}
@@ -157,7 +266,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for n in range(lane_quads) %}
     let {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
 {% endfor %}
-    subgroupBarrier();
+    {{ sync() }}
 {% endmacro -%}
 
 {%- macro keep_weights(r, set, n, x) %}
@@ -183,13 +292,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
-{#- One fragment of an accumulator in the strip, and a lane's quads of it as `quad`. -#}
-{%- macro by_quads(x) %}
-    subgroupBarrier();
+{#- Leaves one fragment of an accumulator in the strip. -#}
+{%- macro park_fragment(x) %}
+    {{ sync() }}
     coopStoreT({{ x }}, &strips[strip], STRIP_ROW);
-    subgroupBarrier();
-    for (var quad = part; quad < {{ side // 4 }}u; quad += LANES_A_ROW)
-{%- endmacro -%}
+    {{ sync() }}
+{% endmacro -%}
 
 {#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
 {%- macro store(x, operand, factor) %}
@@ -197,13 +305,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
   {
     let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
 {% for f in range(fragments[operand]) %}
-    {{ by_quads(x ~ "_" ~ r ~ "_" ~ f) }} {
-      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
+{{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+{% for n in range(fragment_quads) %}
+    {{ each_quad(n) }} if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
         let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
         if (!is_finite4(result)) { atomicStore(&broken, 1u); }
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
       }
     }
+{% endfor %}
 {% endfor %}
   }
 {% endfor %}

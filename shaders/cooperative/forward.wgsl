@@ -15,25 +15,13 @@ const SLACK: f32 = 8.0;
   var most_{{ r }} = HIDDEN;
   var sum_{{ r }} = 0.0;
 {% endfor %}
-{{ blocks.resident("q", "params.scale_sign") }}
+{{ blocks.resident("q", blocks.factor("q")) }}
 {{ blocks.accumulator("o", "v") }}
-{{ blocks.shares("k") }}
-{{ blocks.shares("v") }}
-  // Not zero, so that hidden scores stay hidden.
-  let scale = max(params.scale_size * LOG2_E, 1e-25);
-  var stage = 0u;
-{{ blocks.fetch("k", "tiles.first * TILE_COLUMNS", "1.0") }}
-{{ blocks.fetch("v", "tiles.first * TILE_COLUMNS", "1.0") }}
-{{ blocks.put("k", "0u") }}
-{{ blocks.put("v", "0u") }}
-  workgroupBarrier();
+{{ blocks.begin_columns() }}
 {% endmacro -%}
 
-{#- Fetches the next tile, too: it has until the end of this one. -#}
 {%- macro scores() %}
-    let next = next_tile(tiles, tile) * TILE_COLUMNS;
-{{ blocks.fetch("k", "next", "1.0") }}
-{{ blocks.fetch("v", "next", "1.0") }}
+{{ blocks.fetch_next() }}
 {{ blocks.scores_of("s") }}
 {{ blocks.product("s", "q", "k", "stage") }}
 {% endmacro -%}
@@ -65,6 +53,12 @@ const SLACK: f32 = 8.0;
       row_most_{{ r }} = most;
     }
 {% endfor %}
+    // Nothing to rescale yet.
+    if (tile == tiles.first) {
+{% for r in range(row_fragments) %}
+      most_{{ r }} = row_most_{{ r }};
+{% endfor %}
+    }
     loop {
       // Not an if: the fragments' registers stay where they are.
       if (!subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(row_most_{{ r }} - most_{{ r }}) * scale > SLACK{% endfor %})) { break; }
@@ -74,14 +68,15 @@ const SLACK: f32 = 8.0;
       let rescale_{{ r }} = exp2((before_{{ r }} - most_{{ r }}) * scale);
       sum_{{ r }} *= rescale_{{ r }};
 {% endfor %}
-      // Nothing to rescale yet.
-      if (tile == tiles.first) { continue; }
 {% for r in range(row_fragments) %}{% for f in range(fragments.v) %}
-      {{ blocks.by_quads("o_" ~ r ~ "_" ~ f) }} { strips[strip_at - part + quad] *= rescale_{{ r }}; }
-      subgroupBarrier();
+{{ blocks.park_fragment("o_" ~ r ~ "_" ~ f) }}
+{% for n in range(fragment_quads) %}
+      {{ blocks.each_quad(n) }} { strips[strip_at - part + quad] *= rescale_{{ r }}; } }
+{% endfor %}
+      {{ blocks.sync() }}
       o_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&strips[strip], STRIP_ROW);
 {% endfor %}{% endfor %}
-      subgroupBarrier();
+      {{ blocks.sync() }}
     }
 {% for r in range(row_fragments) %}
     {
@@ -95,15 +90,12 @@ const SLACK: f32 = 8.0;
       sum_{{ r }} += (total.x + total.y) + (total.z + total.w);
     }
 {% endfor %}
-    subgroupBarrier();
+    {{ blocks.sync() }}
 {% endmacro -%}
 
 {%- macro accumulate() %}
 {{ blocks.accumulate("o", "v", "stage", 0) }}
-    stage = 1u - stage;
-{{ blocks.put("k", "stage") }}
-{{ blocks.put("v", "stage") }}
-    workgroupBarrier();
+{{ blocks.next_stage() }}
 {% endmacro -%}
 
 {#- Sums the rows' denominators, adds the sink logit once, and writes o and lse. -#}
@@ -112,8 +104,8 @@ const SLACK: f32 = 8.0;
 {% for n in [1, 2, 4] %}{% if n < lanes // side %}
   sum_{{ r }} += subgroupShuffleXor(sum_{{ r }}, {{ n }}u);
 {% endif %}{% endfor %}
-  let end_{{ r }} = finish_row(most_{{ r }}, sum_{{ r }}, head);
-  let factor_{{ r }} = end_{{ r }}.factor;
+  let end_{{ r }} = finish_row(most_{{ r }} * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}, sum_{{ r }}, head);
+  let factor_{{ r }} = end_{{ r }}.factor * {{ blocks.inverse("v") }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = end_{{ r }}.lse; }
 {% endfor %}
 {{ blocks.store("o", "o", "factor_") }}

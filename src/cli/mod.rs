@@ -97,6 +97,11 @@ impl DeviceArgs {
         }
     }
 
+    /// Whether the CPU is asked for.
+    pub fn is_cpu(&self) -> bool {
+        matches!(self.backend, Backend::Cpu)
+    }
+
     /// The micro-kernel asked for.
     pub fn micro_kernel(&self) -> MicroKernel {
         match self.kernel {

@@ -212,8 +212,11 @@ impl PlanArgs {
                 check_limits(&operands, &capabilities)?;
                 let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
                 let tuning = self.tuning(&capabilities)?;
-                let preference =
-                    Preference { micro_kernel: self.target.micro_kernel(), tuning: tuning.as_ref(), ..Preference::default() };
+                let preference = Preference {
+                    micro_kernel: self.target.micro_kernel(),
+                    tuning: tuning.as_ref(),
+                    ..Preference::default()
+                };
                 let mut passes = Plan::forward_with(&problem, vec4, &capabilities, &preference)?.passes;
                 if self.backward {
                     passes.extend(Plan::backward_with(&problem, vec4, false, &capabilities, &preference)?.passes);
@@ -379,6 +382,8 @@ struct Launch {
     workgroup_bytes: u32,
     workgroup_bytes_offered: u32,
     threads: u32,
+    /// At a time on a multiprocessor, by the memory and the registers they share, where those are known.
+    resident_workgroups: Option<u32>,
     workgroups: u32,
     grid: [u32; 2],
 }
@@ -386,6 +391,7 @@ struct Launch {
 /// The tiles of a kernel, and how many of them are visited.
 #[derive(Debug, Serialize)]
 struct Tiles {
+    /// The micro-kernel and its tiles, as `bench --tiles` takes them.
     shape: String,
     /// Built-in table or tuning.
     origin: String,
@@ -405,10 +411,11 @@ impl Launch {
         Launch {
             kernel: variant.name(),
             vec4: (variant.value_dim > 0).then_some(variant.vec4),
-            tiles: variant.tiles.map(|tiles| Tiles::new(problem, pass, &tiles)),
+            tiles: variant.tile().map(|tile| Tiles::new(problem, pass, tile)),
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
             threads: variant.threads(),
+            resident_workgroups: pass.resident_workgroups(capabilities),
             workgroups: pass.workgroups,
             grid: pass.grid,
         }
@@ -416,13 +423,13 @@ impl Launch {
 }
 
 impl Tiles {
-    fn new(problem: &Problem, pass: &Pass, tiles: &sink_attention::Tiles) -> Self {
+    fn new(problem: &Problem, pass: &Pass, tile: [u32; 2]) -> Self {
         let variant = &pass.variant;
         let (shape, mask) = (problem.shape(), problem.mask());
         let rows_are_keys = variant.kernel == Kernel::DKv;
         let [seq_rows, seq_columns] =
             if rows_are_keys { [shape.seq_k, shape.seq_q] } else { [shape.seq_q, shape.seq_k] };
-        let [rows, columns] = [tiles.tile_rows() as usize, tiles.tile_columns() as usize];
+        let [rows, columns] = tile.map(|n| n as usize);
         let (mut visited, mut masked) = (0, 0);
         for start in (0..seq_rows).step_by(rows) {
             let range = start..(start + rows).min(seq_rows);
@@ -435,11 +442,11 @@ impl Tiles {
             }
         }
         Tiles {
-            shape: tiles.to_string(),
+            shape: variant.tiling.map_or(String::new(), |tiling| tiling.to_string()),
             origin: pass.tiles_origin.to_string(),
-            rows: tiles.tile_rows(),
-            columns: tiles.tile_columns(),
-            registers: tiles.registers(variant.kernel, variant.head_dim, variant.value_dim),
+            rows: tile[0],
+            columns: tile[1],
+            registers: variant.registers().unwrap_or(0),
             all: seq_rows.div_ceil(rows) as u64 * seq_columns.div_ceil(columns) as u64,
             visited,
             masked: (!rows_are_keys).then_some(masked),
@@ -481,8 +488,8 @@ impl fmt::Display for Launch {
         if let Some(tiles) = &self.tiles {
             writeln!(
                 f,
-                "tiles      {}, about {} registers a thread, from the {}",
-                tiles.shape, tiles.registers, tiles.origin
+                "tiles      {} ({} x {}), about {} registers a thread, from the {}",
+                tiles.shape, tiles.rows, tiles.columns, tiles.registers, tiles.origin
             )?;
             let share = percent(tiles.visited as f64 / tiles.all as f64);
             write!(f, "visits     {} of {} tiles a head ({share})", tiles.visited, tiles.all)?;
@@ -491,13 +498,17 @@ impl fmt::Display for Launch {
                 None => writeln!(f, ", for each query head of the group")?,
             }
         }
-        writeln!(
+        write!(
             f,
             "workgroup  {} threads, {} of {} workgroup memory",
             self.threads,
             bytes(self.workgroup_bytes.into()),
             bytes(self.workgroup_bytes_offered.into()),
         )?;
+        match self.resident_workgroups {
+            Some(count) => writeln!(f, ", {count} at a time on a multiprocessor")?,
+            None => writeln!(f)?,
+        }
         write!(f, "grid       {} workgroups as {x} x {y}", self.workgroups)
     }
 }

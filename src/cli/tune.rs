@@ -11,7 +11,7 @@ use serde::Serialize;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
     Attention, DType, Device, Element, Kernel, MaskClass, MicroKernel, Options, Pass, Plan, Prepared, Problem, Series,
-    Shape, SinkLogits, Tiles, Timer, Tuning, TuningKey, Upstream, Window, compare,
+    Shape, SinkLogits, Tiling, Timer, Tuning, TuningKey, Upstream, Window, compare,
 };
 
 use super::operands::{GpuGradients, GpuOperands, HostOperands, too_large};
@@ -28,10 +28,11 @@ const WARM_UP: Duration = Duration::from_millis(60);
 
 /// Find the fastest tiles for this device and write them to a file
 ///
-/// Measures the built-in tiles and their neighbours for each kernel, width and class of masks (long sequences, narrow
-/// windows, short sequences), holds the results of each winner against those of the built-in tiles, and writes a tuning
-/// file, which --tuning, the environment variable SINK_ATTENTION_TUNING and Attention::with_tuning take. Entries of an
-/// existing file for the same device are kept where they are not measured again.
+/// Measures the built-in tiles and others for each kernel, width and class of masks (long sequences, narrow windows, short
+/// sequences), for f16 and bf16 those of cooperative kernels, too (one of them with --kernel), holds the results of each
+/// winner against those of the built-in portable tiles, and writes a tuning file, which --tuning, the environment variable
+/// SINK_ATTENTION_TUNING and Attention::with_tuning take; it decides on the micro-kernel, too. Entries of an existing file
+/// for the same device are kept where they are not measured again.
 #[derive(Debug, Args)]
 pub struct Tune {
     #[command(flatten, next_help_heading = "Device")]
@@ -139,24 +140,32 @@ impl Stand {
         Ok(Stand { problem, operands, gradients })
     }
 
-    /// A kernel with tiles of choice, and its place in the pass.
+    /// A kernel with tiles of choice, and the places of what it takes in the pass: repairs, and forward what prepares them.
+    /// Backward that is shared by all kernels, and runs here, so that each finds its ranges.
     fn prepare(
         &self,
         attention: &Attention,
+        timer: &Timer,
         kernel: Kernel,
-        tiles: Tiles,
-    ) -> sink_attention::Result<(Prepared, usize)> {
+        tiles: Tiling,
+    ) -> sink_attention::Result<(Prepared, Vec<usize>)> {
         let tiles = [(kernel, tiles)];
         let forward = self.operands.buffers();
-        let prepared = match kernel {
-            Kernel::Forward => pollster::block_on(attention.prepare_forward_with(&self.problem, &forward, &tiles)),
-            _ => {
-                let backward = self.gradients.buffers(&self.operands);
-                pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))
-            }
-        }?;
-        let place = prepared.plan().passes.iter().position(|pass| pass.variant.kernel == kernel);
-        Ok((prepared, place.unwrap_or_default()))
+        if kernel == Kernel::Forward {
+            let prepared = pollster::block_on(attention.prepare_forward_with(&self.problem, &forward, &tiles))?;
+            let places = (0..prepared.plan().passes.len()).collect();
+            return Ok((prepared, places));
+        }
+        let backward = self.gradients.buffers(&self.operands);
+        let prepared = pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))?;
+        let places_of = |kernel| {
+            let passes = prepared.plan().passes.iter().enumerate();
+            passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect::<Vec<_>>()
+        };
+        let ranges = [places_of(Kernel::GradientMaxima), places_of(Kernel::Ranges)].concat();
+        timer.time(1, |pass| ranges.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
+        let places = places_of(kernel);
+        Ok((prepared, places))
     }
 
     /// The shorter of two runs.
@@ -165,10 +174,10 @@ impl Stand {
         attention: &Attention,
         timer: &Timer,
         kernel: Kernel,
-        tiles: Tiles,
+        tiles: Tiling,
     ) -> sink_attention::Result<Duration> {
-        let (prepared, place) = self.prepare(attention, kernel, tiles)?;
-        let times = timer.time(2, |pass| prepared.encode_pass_in(pass, place))?;
+        let (prepared, places) = self.prepare(attention, timer, kernel, tiles)?;
+        let times = timer.time(2, |pass| places.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
         Ok(times.into_iter().min().unwrap_or_default())
     }
 
@@ -178,11 +187,12 @@ impl Stand {
         attention: &Attention,
         timer: &Timer,
         kernel: Kernel,
-        tiles: Tiles,
+        tiles: Tiling,
         best: Option<Duration>,
     ) -> sink_attention::Result<Option<Series>> {
-        let (prepared, place) = self.prepare(attention, kernel, tiles)?;
-        let time = |runs| timer.time(runs, |pass| prepared.encode_pass_in(pass, place));
+        let (prepared, places) = self.prepare(attention, timer, kernel, tiles)?;
+        let time =
+            |runs| timer.time(runs, |pass| places.iter().for_each(|place| prepared.encode_pass_in(pass, *place)));
         let once = time(2)?.into_iter().min().unwrap_or_default();
         if best.is_some_and(|best| once > 2 * best) {
             return Ok(None);
@@ -220,7 +230,7 @@ impl Bench {
         let mut large = None;
         for size in larger {
             let on: &Stand = large.as_ref().unwrap_or(&small);
-            let tiles = attention.plan_forward(&on.problem)?.passes.first().and_then(|pass| pass.variant.tiles);
+            let tiles = attention.plan_forward(&on.problem)?.passes.first().and_then(|pass| pass.variant.tiling);
             let Some(tiles) = tiles else { break };
             let next = problem(size)?;
             let growth = next.forward_flops() / on.problem.forward_flops();
@@ -246,11 +256,6 @@ impl Tune {
         // Candidates are held against the built-in table, whatever the environment prefers.
         let attention = self.device.open_untuned()?;
         let device = attention.device().ok_or("tune needs a GPU: the CPU path has no tiles")?.clone();
-        let attention = match self.device.micro_kernel() {
-            // The one whose tiles a tuning holds.
-            MicroKernel::Auto => attention.with_micro_kernel(MicroKernel::Portable),
-            _ => attention,
-        };
         let timer = Timer::new(&device)?;
         let mut tuning = self.table(&device)?;
         self.write(&tuning)?;
@@ -273,22 +278,25 @@ impl Tune {
                     let bench = Bench::new(&attention, &device, &timer, *masks, width, dtype)?;
                     for kernel in self.kernels.iter().map(|kernel| kernel.kernel()) {
                         let problem = bench.large().problem;
-                        let key = TuningKey::of(kernel, MicroKernel::Portable, &problem)
-                            .ok_or("a problem without a class")?;
+                        let key = TuningKey::of(kernel, &problem).ok_or("a problem without a class")?;
                         progress.set_message(key.to_string());
                         let left = deadline.saturating_duration_since(Instant::now());
                         let jobs = progress.length().unwrap_or(1).saturating_sub(progress.position()).max(1);
-                        if kernel == Kernel::ExactDelta && dtype == DType::F32 {
-                            // There the kernel without tiles does.
-                        } else if left.is_zero() {
-                            summary.not_measured.push(key.to_string());
-                        } else {
-                            let until = Instant::now() + left.div_f64(jobs as f64);
-                            let entry = search(&attention, &timer, &bench, kernel, until, &mut summary.dropped, right)?;
-                            tuning.insert(key, entry.tiles);
-                            summary.entries.push(entry.named(key));
-                            // What is measured stays, whatever happens next.
-                            self.write(&tuning)?;
+                        let micro_kernel = self.device.micro_kernel();
+                        let choice = Choice::new(&attention, &problem, kernel, micro_kernel)?;
+                        match choice {
+                            // Nothing of this type is computed by it.
+                            None => {}
+                            Some(_) if left.is_zero() => summary.not_measured.push(key.to_string()),
+                            Some(choice) => {
+                                let until = Instant::now() + left.div_f64(jobs as f64);
+                                let dropped = &mut summary.dropped;
+                                let entry = search(&attention, &timer, &bench, choice, until, dropped, right)?;
+                                tuning.insert(key, entry.tiles);
+                                summary.entries.push(entry.named(key));
+                                // What is measured stays, whatever happens next.
+                                self.write(&tuning)?;
+                            }
                         }
                         progress.inc(1);
                     }
@@ -318,40 +326,76 @@ impl Tune {
 }
 
 /// Whether a kernel computes right with these tiles.
-type Judge = fn(&Attention, &Problem, Kernel, Tiles) -> Result<(), String>;
+type Judge = fn(&Attention, &Problem, Kernel, Tiling) -> Result<(), String>;
+
+/// What there is to choose from for a kernel.
+struct Choice {
+    kernel: Kernel,
+    /// What runs untuned.
+    built_in: Tiling,
+    vec4: bool,
+    /// All others.
+    candidates: Vec<Tiling>,
+}
+
+impl Choice {
+    /// `None` where the problem does without the kernel.
+    fn new(
+        attention: &Attention,
+        problem: &Problem,
+        kernel: Kernel,
+        micro_kernel: MicroKernel,
+    ) -> Result<Option<Self>, Box<dyn Error>> {
+        let capabilities = attention.device().ok_or("no GPU")?.capabilities();
+        let plan = match kernel {
+            Kernel::Forward => attention.plan_forward(problem),
+            _ => attention.plan_backward(problem),
+        }?;
+        let Some(pass) = plan.passes.into_iter().find(|pass| pass.variant.kernel == kernel) else { return Ok(None) };
+        let (built_in, vec4) = (pass.variant.tiling.ok_or("a kernel without tiles")?, pass.variant.vec4);
+        let mut candidates = Tiling::candidates(kernel, problem, vec4, capabilities, micro_kernel);
+        candidates.retain(|tiling| *tiling != built_in);
+        Ok(Some(Choice { kernel, built_in, vec4, candidates }))
+    }
+
+    /// The first candidate of the micro-kernel that does not run untuned, if there is one.
+    fn rival(&self) -> Option<Tiling> {
+        self.candidates.iter().find(|tiling| tiling.micro_kernel() != self.built_in.micro_kernel()).copied()
+    }
+}
 
 /// Measures candidates until the time is up; the fastest one that computes right.
 fn search(
     attention: &Attention,
     timer: &Timer,
     bench: &Bench,
-    kernel: Kernel,
+    choice: Choice,
     until: Instant,
     dropped: &mut Vec<String>,
     judge: Judge,
 ) -> Result<Found, Box<dyn Error>> {
+    let rival = choice.rival();
+    let Choice { kernel, built_in: first, vec4, mut candidates } = choice;
     let (small, large) = (&bench.small, bench.large());
     let capabilities = attention.device().ok_or("no GPU")?.capabilities();
-    let plan = |problem: &Problem| match kernel {
-        Kernel::Forward => attention.plan_forward(problem),
-        _ => attention.plan_backward(problem),
-    };
-    let of_kernel = |plan: Plan| plan.passes.into_iter().find(|pass| pass.variant.kernel == kernel);
-    let built_in = of_kernel(plan(&large.problem)?).ok_or("a kernel without a pass")?.variant;
-    let first = built_in.tiles.ok_or("a kernel without tiles")?;
     let default = large.measure(attention, timer, kernel, first, None)?.ok_or("nothing was timed")?;
     let glance = |_| small.glance(attention, timer, kernel, first);
     let default_small = bench.large.as_ref().map(glance).transpose()?;
-    let mut candidates = Tiles::candidates(kernel, &large.problem, built_in.vec4, capabilities);
-    candidates.retain(|tiles| *tiles != first);
-    let mut measured: Vec<(Duration, Tiles)> = vec![(default.median(), first)];
+    // The micro-kernel whose first choice is the faster one goes first, where the time does not suffice for both. An error
+    // is told when the rival's turn comes.
+    let time = |tiling| small.glance(attention, timer, kernel, tiling).unwrap_or(Duration::MAX);
+    let faster = match rival {
+        Some(rival) if time(rival) < time(first) => rival.micro_kernel(),
+        _ => first.micro_kernel(),
+    };
+    candidates.sort_by_key(|tiling| tiling.micro_kernel() != faster);
+    let mut measured: Vec<(Duration, Tiling)> = vec![(default.median(), first)];
     'time: for batch in candidates.chunks(rayon::current_num_threads().max(2)) {
         if Instant::now() >= until {
             break;
         }
         // Side by side. What does not compile tells so below, by itself.
-        let passes =
-            batch.iter().map(|tiles| Pass::with_tiles(kernel, &large.problem, built_in.vec4, capabilities, *tiles));
+        let passes = batch.iter().map(|tiles| Pass::with_tiles(kernel, &large.problem, vec4, capabilities, *tiles));
         let _ = attention.precompile(&Plan { passes: passes.filter_map(Result::ok).collect() });
         for &tiles in batch {
             if Instant::now() >= until {
@@ -389,8 +433,8 @@ fn search(
     Ok(Found { tiles: first, time: default.median(), default: default.median(), tried })
 }
 
-/// Holds the results of a kernel against those with the built-in tiles.
-fn right(attention: &Attention, problem: &Problem, kernel: Kernel, tiles: Tiles) -> Result<(), String> {
+/// Holds the results of a kernel against those of the portable micro-kernel with the built-in tiles.
+fn right(attention: &Attention, problem: &Problem, kernel: Kernel, tiles: Tiling) -> Result<(), String> {
     match problem.options().dtype {
         DType::F32 => right_with::<f32>(attention, problem, kernel, tiles, 1e-5),
         DType::F16 => right_with::<f16>(attention, problem, kernel, tiles, 2e-3),
@@ -403,27 +447,33 @@ fn right_with<T: Element>(
     attention: &Attention,
     problem: &Problem,
     kernel: Kernel,
-    tiles: Tiles,
+    tiles: Tiling,
     bound: f64,
 ) -> Result<(), String> {
-    let key = TuningKey::of(kernel, MicroKernel::Portable, problem).ok_or("a problem without a class")?;
+    let key = TuningKey::of(kernel, problem).ok_or("a problem without a class")?;
     let device = attention.device().ok_or("no GPU")?;
     let mut tuning = Tuning::new(&device.capabilities().name, "");
     tuning.insert(key, tiles);
-    let compute = |attention: &Attention| -> sink_attention::Result<_> {
-        let operands = HostOperands::<T>::new(problem);
-        let output = attention.forward(problem, &operands.inputs())?;
+    let tuned = attention.clone().with_tuning(tuning).map_err(|error| error.to_string())?;
+    let portable = attention.clone().with_micro_kernel(MicroKernel::Portable);
+    let operands = HostOperands::<T>::new(problem);
+    let inputs = operands.inputs();
+    let compute = || -> sink_attention::Result<_> {
+        let expected = portable.forward(problem, &inputs)?;
         if kernel == Kernel::Forward {
-            return Ok((output.lse, vec![output.o]));
+            let actual = tuned.forward(problem, &inputs)?;
+            return Ok((Some([actual.lse, expected.lse]), vec![[actual.o, expected.o]]));
         }
-        let upstream = Upstream { d_o: &output.o, d_lse: None };
-        let gradients = attention.backward(problem, &operands.inputs(), &output, &upstream)?;
-        Ok((output.lse, vec![gradients.d_q, gradients.d_k, gradients.d_v]))
+        let upstream = Upstream { d_o: &expected.o, d_lse: None };
+        let of = |attention: &Attention| attention.backward(problem, &inputs, &expected, &upstream);
+        let (a, b) = (of(&tuned)?, of(&portable)?);
+        Ok((None, vec![[a.d_q, b.d_q], [a.d_k, b.d_k], [a.d_v, b.d_v]]))
     };
-    let tuned = attention.clone().with_tuning(tuning).and_then(|tuned| compute(&tuned)).map_err(|e| e.to_string())?;
-    let expected = compute(attention).map_err(|e| e.to_string())?;
-    compare::lse(&tuned.0, &expected.0, 1e-5).map_err(|error| format!("wrong lse: {error}"))?;
-    for (actual, expected) in tuned.1.iter().zip(&expected.1) {
+    let (lse, results) = compute().map_err(|error| error.to_string())?;
+    if let Some([actual, expected]) = &lse {
+        compare::lse(actual, expected, 1e-5).map_err(|error| format!("wrong lse: {error}"))?;
+    }
+    for [actual, expected] in &results {
         compare::tensor(actual, expected, bound).map_err(|error| format!("wrong results: {error}"))?;
     }
     Ok(())
@@ -431,7 +481,7 @@ fn right_with<T: Element>(
 
 /// The tiles that a kernel is best off with.
 struct Found {
-    tiles: Tiles,
+    tiles: Tiling,
     time: Duration,
     default: Duration,
     tried: usize,

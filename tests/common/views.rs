@@ -4,7 +4,7 @@ use sink_attention::cpu::reference;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, BackwardBuffers, Device, Element, ForwardBuffers, Gradients, Kernel, Layout, Output, Problem,
-    TensorView, Tiles,
+    TensorView, Tiling,
 };
 
 use super::buffers::{empty, submit};
@@ -77,14 +77,14 @@ impl Place {
     }
 }
 
-/// Runs the forward pass on operands `offset` elements into their buffers and in rows with `pad` elements between them,
-/// and the backward pass where `tiles` of our choice are given for it, against the definition.
+/// Runs both passes on operands `offset` elements into their buffers and in rows with `pad` elements between them, with
+/// tiles of our choice, against the definition.
 pub fn run_at<T: Element>(
     gpu: &Attention,
     problem: &Problem,
     case: &Backward<T>,
     [offset, pad]: [usize; 2],
-    tiles: Option<&[(Kernel, Tiles)]>,
+    tiles: &[(Kernel, Tiling)],
 ) {
     const SENTINEL: f32 = -12345.0;
     let device = gpu.device().unwrap();
@@ -126,22 +126,22 @@ pub fn run_at<T: Element>(
         d_v: v_at.view(&d_v),
         d_sink_logits: Some(at(&d_sinks)),
     };
-    let forward = gpu.prepare_forward(problem, &forward).unwrap();
-    let backward = tiles.map(|tiles| pollster::block_on(gpu.prepare_backward_with(problem, &backward, tiles)).unwrap());
+    let forward = pollster::block_on(gpu.prepare_forward_with(problem, &forward, tiles)).unwrap();
+    let backward = pollster::block_on(gpu.prepare_backward_with(problem, &backward, tiles)).unwrap();
     let vec4 = [offset, pad, s.head_dim, s.value_dim].iter().all(|n| n % 4 == 0);
-    assert_eq!(forward.plan().passes[0].variant.vec4, vec4, "{problem}, offset {offset}, pad {pad}");
+    assert!(
+        forward.plan().passes.iter().all(|pass| pass.variant.vec4 == vec4),
+        "{problem}, offset {offset}, pad {pad}"
+    );
     submit(device, |encoder| {
         forward.encode(encoder);
-        backward.iter().for_each(|backward| backward.encode(encoder));
+        backward.encode(encoder);
     });
     let single = |buffer| super::buffers::read(device, buffer)[offset..].to_vec();
     let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), lse: single(&lse) };
     let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}");
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
-    if backward.is_none() {
-        return;
-    }
     let gradients = Gradients {
         d_q: q_at.take::<T>(device, layout, &d_q, SENTINEL),
         d_k: k_at.take(device, layout, &d_k, SENTINEL),

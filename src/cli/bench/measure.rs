@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, DType, Device, Element, Error, MicroKernel, Plan, Prepared, Problem, Result, Series, SinkLogits, Timer,
-    Upstream, wgpu,
+    Attention, DType, Device, Element, Error, Pass, Plan, Preference, Prepared, Problem, Result, Series, SinkLogits,
+    Timer, Upstream, wgpu,
 };
 
 use super::super::operands::{GpuGradients, GpuOperands, HostOperands, too_large};
@@ -49,29 +49,33 @@ impl Direction {
         }
     }
 
-    pub fn plan(self, attention: &Attention, problem: &Problem) -> Result<Plan> {
+    fn plan(self, device: &Device, problem: &Problem, preference: &Preference<'_>) -> Result<Plan> {
+        let (shape, capabilities) = (problem.shape(), device.capabilities());
+        let vec4 = [shape.head_dim, shape.value_dim].iter().all(|width| width.is_multiple_of(4));
         match self {
-            Direction::Forward => attention.plan_forward(problem),
-            Direction::Backward => attention.plan_backward(problem),
+            Direction::Forward => Plan::forward_with(problem, vec4, capabilities, preference),
+            Direction::Backward => Plan::backward_with(problem, vec4, false, capabilities, preference),
         }
     }
 }
 
-/// How long a series may take.
+/// How long a series may take, and how many there are.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
     pub runs: usize,
     pub most: Duration,
+    /// Each kernel by itself, too.
+    pub passes: bool,
 }
 
 /// What one pass of a problem took.
 #[derive(Debug)]
 pub struct Timing {
-    /// The micro-kernel, or the CPU path.
+    /// The micro-kernels, or the CPU path.
     pub kernel: String,
     pub series: Series,
-    /// Kernels on their own, where they were asked for.
-    pub kernels: Vec<(&'static str, Series)>,
+    /// The kernels, with the time of each on its own where that was asked for.
+    pub kernels: Vec<(Pass, Option<Series>)>,
     /// Composing and compiling the kernels.
     pub first_call: Option<FirstCall>,
 }
@@ -104,12 +108,12 @@ pub fn on_gpu(
     problem: &Problem,
     directions: &[Direction],
     effort: Effort,
-    split: bool,
+    preference: &Preference<'_>,
 ) -> Vec<Result<Result<Timing, String>>> {
     let mut made: Option<GpuOperands> = None;
     let mut timings = Vec::new();
     for &direction in directions {
-        let timing = one(attention, timer, problem, direction, effort, split, &mut made);
+        let timing = one(attention, timer, problem, direction, effort, preference, &mut made);
         timings.push(match timing {
             Err(error) if unfit(&error) => Ok(Err(error.to_string())),
             timing => timing,
@@ -124,12 +128,12 @@ fn one(
     problem: &Problem,
     direction: Direction,
     effort: Effort,
-    split: bool,
+    preference: &Preference<'_>,
     made: &mut Option<GpuOperands>,
 ) -> Result<Result<Timing, String>> {
     let device = attention.device().ok_or(Error::NeedsGpu { call: "timing" })?;
     // Before anything is allocated.
-    let plan = direction.plan(attention, problem)?;
+    let plan = direction.plan(device, problem, preference)?;
     if let Some(reason) = too_large(problem, device.capabilities()) {
         return Ok(Err(reason));
     }
@@ -138,7 +142,7 @@ fn one(
         Some(operands) => operands,
         None => made.insert(GpuOperands::new(device, problem)?),
     };
-    let forward = attention.prepare_forward(problem, &operands.buffers())?;
+    let forward = pollster::block_on(attention.prepare_forward_with(problem, &operands.buffers(), preference.tiles))?;
     let gradients;
     let prepared: Prepared = match direction {
         Direction::Forward => forward,
@@ -146,20 +150,22 @@ fn one(
             // Its results are read.
             timer.time(1, |pass| forward.encode_in(pass))?;
             gradients = GpuGradients::new(device, problem)?;
-            attention.prepare_backward(problem, &gradients.buffers(operands))?
+            let buffers = gradients.buffers(operands);
+            pollster::block_on(attention.prepare_backward_with(problem, &buffers, preference.tiles))?
         }
     };
     let series = timer.measure(effort.runs, effort.most, |pass| prepared.encode_in(pass))?;
     let mut kernels = Vec::new();
-    if split {
-        for (index, pass) in prepared.plan().passes.iter().enumerate() {
-            let series = timer.measure(effort.runs, effort.most, |pass| prepared.encode_pass_in(pass, index))?;
-            kernels.push((pass.variant.kernel.name(), series));
-        }
+    for (index, pass) in prepared.plan().passes.iter().enumerate() {
+        let alone = || timer.measure(effort.runs, effort.most, |pass| prepared.encode_pass_in(pass, index));
+        kernels.push((*pass, effort.passes.then(alone).transpose()?));
     }
-    // A pass holds kernels of other kinds, too, which take next to no time.
-    let tiled = prepared.plan().passes.iter().rev().find(|pass| pass.variant.tiles.is_some());
-    let kernel = tiled.map_or(MicroKernel::Portable, |pass| pass.variant.micro_kernel).to_string();
+    // Those without tiles, and the repairs, take next to no time.
+    let heavy = kernels.iter().map(|(pass, _)| pass.variant).filter(|v| v.tiling.is_some() && v.repairs.is_none());
+    let mut kinds: Vec<String> = heavy.map(|variant| variant.micro_kernel.to_string()).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    let kernel = kinds.join(" and ");
     Ok(Ok(Timing { kernel, series, kernels, first_call: Some(first_call) }))
 }
 

@@ -9,9 +9,12 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use sink_attention::{Attention, DType, Layout, Options, Problem, Shape, SinkLogits, Timer, Window, wgpu};
+use sink_attention::{
+    Attention, DType, Kernel, Layout, Options, Preference, Problem, Shape, SinkLogits, Tiling, Timer, Window, wgpu,
+};
 
 use self::measure::{Direction, Effort, on_cpu, on_gpu};
 use self::report::{Report, Row};
@@ -47,6 +50,11 @@ pub struct Bench {
     /// Measure each kernel of a pass by itself, too
     #[arg(long)]
     passes: bool,
+
+    /// Tiles of a kernel, for measuring them: "forward=cooperative 4x3x1" (subgroups, row and column fragments), or "d_q=portable
+    /// 64x32 (16x8 threads of 4x4), chunk 32, slab 16"; once for each kernel
+    #[arg(long, value_name = "KERNEL=TILES", value_parser = kernel_tiles)]
+    tiles: Vec<(Kernel, Tiling)>,
 
     /// Runs in a series
     #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -148,6 +156,14 @@ struct ShapeArgs {
     layout: Axes,
 }
 
+fn kernel_tiles(text: &str) -> Result<(Kernel, Tiling), String> {
+    let (name, tiling) = text.split_once('=').ok_or("want KERNEL=TILES, such as \"forward=cooperative 4x3x1\"")?;
+    let known = Kernel::TILED.map(Kernel::name);
+    let kernel = Kernel::TILED.into_iter().find(|kernel| kernel.name() == name);
+    let kernel = kernel.ok_or_else(|| format!("unknown kernel {name:?}; known: {}", known.join(", ")))?;
+    Ok((kernel, tiling.parse()?))
+}
+
 /// A shape to measure.
 #[derive(Debug, Clone)]
 struct Case {
@@ -203,6 +219,10 @@ impl Bench {
     /// Measures and reports; an error where nothing could be measured.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
+        if self.device.is_cpu() && !self.tiles.is_empty() {
+            let message = "the argument '--tiles <KERNEL=TILES>' cannot be used with '--backend cpu'";
+            return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message).into());
+        }
         let attention = self.device.open()?;
         let timer = attention.device().map(Timer::new).transpose()?;
         let slow = attention.device().is_none_or(|d| d.wgpu().adapter_info().device_type == wgpu::DeviceType::Cpu);
@@ -220,7 +240,8 @@ impl Bench {
             PassArg::Backward => &[Direction::Backward],
             PassArg::Both => &[Direction::Forward, Direction::Backward],
         };
-        let mut effort = Effort { runs: self.runs as usize, most: if quick { MOST_QUICK } else { MOST } };
+        let mut effort =
+            Effort { runs: self.runs as usize, most: if quick { MOST_QUICK } else { MOST }, passes: self.passes };
         if quick {
             effort.runs = effort.runs.min(5);
         }
@@ -250,8 +271,11 @@ impl Bench {
         directions: &[Direction],
         effort: Effort,
     ) -> Vec<sink_attention::Result<Result<measure::Timing, String>>> {
+        let preference =
+            Preference { micro_kernel: self.device.micro_kernel(), tiles: &self.tiles, tuning: attention.tuning() };
         match timer {
-            Some(timer) => on_gpu(attention, timer, problem, directions, effort, self.passes),
+            Some(timer) => on_gpu(attention, timer, problem, directions, effort, &preference),
+            None if !self.tiles.is_empty() => vec![Err(sink_attention::Error::NeedsGpu { call: "--tiles" })],
             None => on_cpu(attention, problem, directions, effort),
         }
     }

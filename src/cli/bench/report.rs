@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
-use sink_attention::{Attention, Clock, Problem, Series, SinkLogits};
+use sink_attention::{Attention, Clock, Pass, Problem, Series, SinkLogits};
 
 use super::measure::{Direction, Timing};
 use super::peaks::Peaks;
@@ -52,7 +52,7 @@ pub struct Row {
 /// What a pass took.
 #[derive(Debug, Serialize)]
 pub struct Figures {
-    /// The micro-kernel, or the CPU path.
+    /// The micro-kernels, or the CPU path.
     kernel: String,
     #[serde(flatten)]
     times: Times,
@@ -69,9 +69,14 @@ pub struct Figures {
 
 #[derive(Debug, Serialize)]
 struct KernelTimes {
-    kernel: &'static str,
+    kernel: String,
+    /// The plan in short: micro-kernel, tiles, registers, workgroup memory and workgroups.
+    plan: String,
+    /// The micro-kernel and its tiles, as --tiles takes them, where there are tiles.
+    tiles: Option<String>,
+    /// On its own, where that was asked for.
     #[serde(flatten)]
-    times: Times,
+    times: Option<Times>,
 }
 
 #[derive(Debug, Serialize)]
@@ -97,6 +102,18 @@ impl Times {
             max_ms: milliseconds(series.max()),
             runs: series.runs(),
             disturbed: series.disturbed(),
+        }
+    }
+}
+
+impl KernelTimes {
+    fn new(pass: &Pass, series: Option<&Series>) -> Self {
+        let repairs = if pass.variant.repairs.is_some() { " repairs" } else { "" };
+        KernelTimes {
+            kernel: format!("{}{repairs}", pass.variant.kernel.name()),
+            plan: pass.to_string(),
+            tiles: pass.variant.tiling.map(|tiling| tiling.to_string()),
+            times: series.map(Times::new),
         }
     }
 }
@@ -175,7 +192,7 @@ impl Figures {
             bandwidth_share: peaks.map(|peaks| gb_per_s / peaks.bandwidth),
             first_call_ms: timing.first_call.map(|first| milliseconds(first.cold)),
             cached_first_call_ms: timing.first_call.and_then(|first| first.warm).map(milliseconds),
-            kernels: kernels.map(|(kernel, series)| KernelTimes { kernel, times: Times::new(series) }).collect(),
+            kernels: kernels.map(|(pass, series)| KernelTimes::new(pass, series.as_ref())).collect(),
             times,
         }
     }
@@ -225,7 +242,8 @@ impl Row {
             first(figures.cached_first_call_ms),
         ]];
         for kernel in &figures.kernels {
-            let [ms, min, max] = times(&kernel.times);
+            let Some(alone) = &kernel.times else { continue };
+            let [ms, min, max] = times(alone);
             let mut line = [const { String::new() }; 12];
             [line[2], line[3], line[4], line[5]] = [format!("- {}", kernel.kernel), ms, min, max];
             lines.push(line);
@@ -275,6 +293,9 @@ impl fmt::Display for Report {
             }
         }
         for row in &self.rows {
+            for kernel in row.figures.iter().flat_map(|figures| &figures.kernels) {
+                writeln!(f, "{} {} {}: {}", row.name, row.dtype, row.pass, kernel.plan)?;
+            }
             if let Some(reason) = &row.skipped {
                 writeln!(f, "left out: {} {} {}: {reason}", row.name, row.dtype, row.pass)?;
             }
