@@ -12,3 +12,19 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let nan = (bits >> vec4<u32>(16u)) | vec4<u32>(0x40u);
   return select(number, nan, (bits & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u));
 }
+{% if o_rest %}
+
+// What narrow4 takes from x, in i16: the difference of the bits. Twin of Element::rest.
+fn rest4(x: vec4<f32>) -> vec4<u32> {
+  let narrow = narrow4(x);
+  // A tie leaves one too many: the last bit of a single.
+  let rest = min(bitcast<vec4<i32>>(bitcast<vec4<u32>>(x) - (narrow << vec4<u32>(16u))), vec4<i32>(0x7fff));
+  let finite = (narrow & vec4<u32>(0x7fffu)) < vec4<u32>(0x7f80u);
+  return select(vec4<u32>(), bitcast<vec4<u32>>(rest) & vec4<u32>(0xffffu), finite);
+}
+
+// The number before narrow4, from what it made of it and took from it. Twin of Element::whole.
+fn whole4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
+  return bitcast<vec4<f32>>(bitcast<vec4<u32>>(x) + bitcast<vec4<u32>>(rest));
+}
+{% endif %}

@@ -23,3 +23,25 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let nan = vec4<u32>(0x7e00u) | ((size >> vec4<u32>(13u)) & vec4<u32>(0x3ffu));
   return select(number, nan, size > vec4<u32>(0x7f800000u)) | ((bits >> vec4<u32>(16u)) & vec4<u32>(0x8000u));
 }
+{% if o_rest %}
+
+// What narrow4 takes from x, in i16: the difference of the bits as singles; below 2^-14, where these lie too far apart, that
+// of the sizes in units of 2^-39. Twin of Element::rest.
+fn rest4(x: vec4<f32>) -> vec4<u32> {
+  let narrow = narrow4(x) & vec4<u32>(0x7fffu);
+  let size = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
+  let normal = bitcast<vec4<i32>>(size - ((narrow + vec4<u32>(0x1c000u)) << vec4<u32>(13u)));
+  let subnormal = vec4<i32>(round(fma(abs(x), vec4<f32>(549755813888.0), vec4<f32>(narrow) * -32768.0)));
+  let rest = bitcast<vec4<u32>>(select(normal, subnormal, narrow < vec4<u32>(0x400u))) & vec4<u32>(0xffffu);
+  return select(vec4<u32>(), rest, narrow < vec4<u32>(0x7c00u));
+}
+
+// The number before narrow4, from what it made of it and took from it. Twin of Element::whole.
+fn whole4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
+  let bits = bitcast<vec4<u32>>(x);
+  let subnormal = abs(fma(vec4<f32>(rest), vec4<f32>(1.8189894e-12), abs(x)));
+  let signed = bitcast<vec4<u32>>(subnormal) | (bits & vec4<u32>(0x80000000u));
+  let normal = bits + bitcast<vec4<u32>>(rest);
+  return bitcast<vec4<f32>>(select(normal, signed, (bits & vec4<u32>(0x7fffffffu)) < vec4<u32>(0x38800000u)));
+}
+{% endif %}

@@ -39,6 +39,9 @@ fn main(
 {% endif %}
   let q_base = operand_base(params.q, work.batch, head);
   let o_base = operand_base(params.o, work.batch, head);
+{% if o_rest %}
+  let o_rest_base = operand_base(params.o_rest, work.batch, head);
+{% endif %}
   let k_base = operand_base(params.k, work.batch, work.kv_head);
   let v_base = operand_base(params.v, work.batch, work.kv_head);
   let lse_base = params.lse_offset + (work.batch * params.heads + head) * params.seq_q;

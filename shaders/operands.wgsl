@@ -4,29 +4,38 @@
 {% include dtype ~ ".wgsl" %}
 
 {% endif %}
+{% if o_rest %}
+// Two signed halves of a word.
+fn signed2(word: u32) -> vec2<i32> {
+  return bitcast<vec2<i32>>(vec2<u32>(word << 16u, word)) >> vec2<u32>(16u);
+}
+
+{% endif %}
 // Four neighbours of a row, zero beyond the width. With vec4 loads the width is a multiple of four.
 {% for operand in loads if not (cooperative and dtype == "f16") %}
+{% set scalar = "i32" if operand.name == "o_rest" else "f32" %}
+{% set widen = "signed2" if operand.name == "o_rest" else "widen2" %}
 
-fn load_{{ operand.name }}(base: u32, quad: u32) -> vec4<f32> {
+fn load_{{ operand.name }}(base: u32, quad: u32) -> vec4<{{ scalar }}> {
 {% if not vec4 %}
   let at = base + quad * 4u;
-  var x = vec4<f32>({{ operand.name }}_at(at), 0.0, 0.0, 0.0);
+  var x = vec4<{{ scalar }}>({{ operand.name }}_at(at), 0, 0, 0);
 {% for e in range(1, 4) %}
   if (quad * 4u + {{ e }}u < {{ operand.width }}u) { x.{{ xyzw[e] }} = {{ operand.name }}_at(at + {{ e }}u); }
 {% endfor %}
   return x;
 {% elif halves %}
   let words = {{ operand.name }}[base + quad];
-  return vec4<f32>(widen2(words.x), widen2(words.y));
+  return vec4<{{ scalar }}>({{ widen }}(words.x), {{ widen }}(words.y));
 {% else %}
   return {{ operand.name }}[base + quad];
 {% endif %}
 }
 {% if not vec4 %}
 
-fn {{ operand.name }}_at(at: u32) -> f32 {
+fn {{ operand.name }}_at(at: u32) -> {{ scalar }} {
 {% if halves %}
-  return widen2({{ operand.name }}[at / 2u] >> (at % 2u * 16u)).x;
+  return {{ widen }}({{ operand.name }}[at / 2u] >> (at % 2u * 16u)).x;
 {% else %}
   return {{ operand.name }}[at];
 {% endif %}
@@ -37,7 +46,7 @@ fn {{ operand.name }}_at(at: u32) -> f32 {
 
 fn store_{{ operand.name }}(base: u32, quad: u32, x: vec4<f32>) {
 {% if halves %}
-  let stored = narrow4(x);
+  let stored = {{ "rest4" if operand.name == "o_rest" else "narrow4" }}(x);
 {% else %}
   let stored = x;
 {% endif %}

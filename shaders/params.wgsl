@@ -10,6 +10,7 @@ struct Params {
   d_q: Operand,
   d_k: Operand,
   d_v: Operand,
+  o_rest: Operand,
   heads: u32,
   kv_heads: u32,
   seq_q: u32,

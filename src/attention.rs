@@ -6,10 +6,10 @@ use std::sync::Arc;
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, describe};
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
-use crate::element::Element;
+use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
-use crate::plan::{Plan, Preference};
+use crate::plan::{OptionalOperands, Plan, Preference};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 use crate::shader::{Kernel, MicroKernel};
 use crate::tensor::{TensorView, allocate, download, upload};
@@ -145,22 +145,24 @@ impl Attention {
         }
     }
 
-    /// How a forward pass on densely packed operands will be computed.
+    /// How [`forward`](Self::forward), whose operands are densely packed, will compute: in half precision with o_rest.
     ///
     /// # Errors
     /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn plan_forward(&self, problem: &Problem) -> Result<Plan> {
         let (device, preference) = self.gpu("plan_forward", &[])?;
-        Plan::forward_with(problem, dense_vec4(problem), device.capabilities(), &preference)
+        let optional = OptionalOperands::of_host(problem);
+        Plan::forward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
     }
 
-    /// How a backward pass on densely packed operands, without d_lse, will be computed.
+    /// How [`backward`](Self::backward) will compute without d_lse: in half precision with o_rest.
     ///
     /// # Errors
     /// As [`plan_forward`](Self::plan_forward).
     pub fn plan_backward(&self, problem: &Problem) -> Result<Plan> {
         let (device, preference) = self.gpu("plan_backward", &[])?;
-        Plan::backward_with(problem, dense_vec4(problem), false, device.capabilities(), &preference)
+        let optional = OptionalOperands::of_host(problem);
+        Plan::backward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
     }
 
     /// Compiles a plan's kernels ahead of their first use, natively side by side: `attention.precompile(
@@ -229,6 +231,7 @@ impl Attention {
         };
         problem.check_inputs(inputs)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let rounded = T::DTYPE != DType::F32;
         let o_len = problem.o_shape().iter().product();
         let lse_len = problem.lse_shape().iter().product();
         let operands = device.scoped("uploading operands", || -> Result<_> {
@@ -237,20 +240,24 @@ impl Attention {
                 [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
                 sink_logits,
                 [allocate::<T>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
+                // One element in f32, so that there is a buffer to read.
+                allocate::<i16>(device, "o_rest", if rounded { o_len } else { 1 }, usage)?,
             ))
         });
-        let ([q, k, v], sink_logits, [o, lse]) = operands.await??;
+        let ([q, k, v], sink_logits, [o, lse], o_rest) = operands.await??;
         let buffers = ForwardBuffers {
             q: TensorView::new(&q),
             k: TensorView::new(&k),
             v: TensorView::new(&v),
             sink_logits: sink_logits.as_ref().map(TensorView::new),
             o: TensorView::new(&o),
+            o_rest: rounded.then(|| TensorView::new(&o_rest)),
             lse: TensorView::new(&lse),
         };
         let prepared = self.prepare_forward_async(problem, &buffers).await?;
-        let [o, lse] = download(device, [&o, &lse], |encoder| prepared.encode(encoder)).await?;
-        Ok(Output { o: o.read(o_len)?, lse: lse.read(lse_len)? })
+        let [o, o_rest, lse] = download(device, [&o, &o_rest, &lse], |encoder| prepared.encode(encoder)).await?;
+        let o_rest = rounded.then(|| o_rest.read(o_len)).transpose()?;
+        Ok(Output { o: o.read(o_len)?, o_rest, lse: lse.read(lse_len)? })
     }
 
     /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
@@ -292,6 +299,7 @@ impl Attention {
                 [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
                 optional("sink_logits", inputs.sink_logits)?,
                 [upload(device, "o", &saved.o)?, upload(device, "lse", &saved.lse)?],
+                saved.o_rest.as_ref().map(|o_rest| upload(device, "o_rest", o_rest)).transpose()?,
                 upload(device, "d_o", upstream.d_o)?,
                 optional("d_lse", upstream.d_lse)?,
                 [
@@ -303,7 +311,7 @@ impl Attention {
                 ],
             ))
         });
-        let ([q, k, v], sink_logits, [o, lse], d_o, d_lse, [d_q, d_k, d_v, d_sink_logits]) = operands.await??;
+        let ([q, k, v], sink_logits, [o, lse], o_rest, d_o, d_lse, [d_q, d_k, d_v, d_sink_logits]) = operands.await??;
         let buffers = BackwardBuffers {
             forward: ForwardBuffers {
                 q: TensorView::new(&q),
@@ -311,6 +319,7 @@ impl Attention {
                 v: TensorView::new(&v),
                 sink_logits: sink_logits.as_ref().map(TensorView::new),
                 o: TensorView::new(&o),
+                o_rest: o_rest.as_ref().map(TensorView::new),
                 lse: TensorView::new(&lse),
             },
             d_o: TensorView::new(&d_o),
@@ -373,7 +382,8 @@ impl Attention {
     }
 
     /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
-    /// four bytes for each query of each head, and in f32 with sink logits four for each 32 queries or part of them.
+    /// four bytes for each query of each head, and with sink logits, but for half precision without o_rest, four for each 32
+    /// queries or part of them.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).

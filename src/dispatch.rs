@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::pipeline::{Pipeline, Pipelines};
-use crate::plan::{Plan, Preference};
+use crate::plan::{OptionalOperands, Plan, Preference};
 use crate::problem::{Layout, Problem, SinkLogits};
 use crate::shader::{Binding, DELTA_ROWS, MAXIMA_PARTS, RANGED_OPERANDS};
 use crate::tensor::{Extents, Placed, TensorView, allocate};
@@ -42,6 +42,7 @@ struct Params {
     d_q: Operand,
     d_k: Operand,
     d_v: Operand,
+    o_rest: Operand,
     heads: u32,
     kv_heads: u32,
     seq_q: u32,
@@ -75,6 +76,9 @@ pub struct ForwardBuffers<'a> {
     pub sink_logits: Option<TensorView<'a>>,
     /// Result: attention outputs.
     pub o: TensorView<'a>,
+    /// Result, in f16 and bf16 only, where the backward pass is to have it: what rounding took from o, an i16 in the place
+    /// of each of its elements, see [`Element::rest`](crate::Element::rest). Views are as those of o, two bytes an element.
+    pub o_rest: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[batch, heads, seq_q]`, densely packed.
     pub lse: TensorView<'a>,
 }
@@ -83,8 +87,8 @@ pub struct ForwardBuffers<'a> {
 /// the gradients that flow into these, and the gradients to compute.
 #[derive(Debug, Clone, Copy)]
 pub struct BackwardBuffers<'a> {
-    /// The forward pass's operands and results. o is read in f32 only: rounded to half precision it would be too
-    /// coarse.
+    /// The forward pass's operands and results. o rounded to half precision would be too coarse: there it is read together
+    /// with o_rest, which makes it f32 again, or not at all. Without o_rest two more matrix products are computed.
     pub forward: ForwardBuffers<'a>,
     /// Gradient by o.
     pub d_o: TensorView<'a>,
@@ -119,7 +123,7 @@ impl<'a> Operands<'a> {
             Binding::Q | Binding::DQ => ([s.batch, s.heads, s.seq_q, s.head_dim], false),
             Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], false),
             Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], false),
-            Binding::O | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], false),
+            Binding::O | Binding::ORest | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], false),
             Binding::SinkLogits | Binding::DSinkLogits => ([1, 1, s.heads, 1], true),
             _ => ([s.batch, s.heads, s.seq_q, 1], true),
         }
@@ -189,6 +193,7 @@ impl<'a> Operands<'a> {
             d_q: operand(Binding::DQ),
             d_k: operand(Binding::DK),
             d_v: operand(Binding::DV),
+            o_rest: operand(Binding::ORest),
             heads: s.heads as u32,
             kv_heads: s.kv_heads as u32,
             seq_q: s.seq_q as u32,
@@ -229,8 +234,9 @@ impl Prepared {
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
-        operands.check_results(&[Binding::O, Binding::Lse])?;
-        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), preference)?;
+        operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
+        let optional = OptionalOperands { d_lse: false, o_rest: buffers.o_rest.is_some() };
+        let plan = Plan::forward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
@@ -252,8 +258,8 @@ impl Prepared {
         operands.add(Binding::DV, &buffers.d_v)?;
         operands.add_per_head(Binding::DSinkLogits, buffers.d_sink_logits.as_ref())?;
         operands.check_results(&[Binding::DQ, Binding::DK, Binding::DV, Binding::DSinkLogits])?;
-        let d_lse = buffers.d_lse.is_some();
-        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, device.capabilities(), preference)?;
+        let optional = OptionalOperands { d_lse: buffers.d_lse.is_some(), o_rest: buffers.forward.o_rest.is_some() };
+        let plan = Plan::backward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
@@ -338,6 +344,10 @@ fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) ->
     operands.add(Binding::V, &buffers.v)?;
     operands.add_per_head(Binding::SinkLogits, buffers.sink_logits.as_ref())?;
     operands.add(Binding::O, &buffers.o)?;
+    if let Some(o_rest) = &buffers.o_rest {
+        operands.problem.check_rest()?;
+        operands.add(Binding::ORest, o_rest)?;
+    }
     operands.add(Binding::Lse, &buffers.lse)
 }
 
@@ -397,7 +407,7 @@ mod tests {
         let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
         let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
-        let params = members!(Params: q k v o d_o d_q d_k d_v heads kv_heads seq_q seq_k lower upper sink_tokens
+        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest heads kv_heads seq_q seq_k lower upper sink_tokens
             workgroups lse_offset d_lse_offset sink_offset d_sink_offset batch scale scale_sign scale_size
             negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));

@@ -60,6 +60,17 @@ pub trait Element:
     /// The nearest number of this type, to even in the middle; beyond the largest one, infinity.
     fn from_f32(x: f32) -> Self;
 
+    /// What [`from_f32`](Self::from_f32) takes from x, for [`whole`](Self::whole) to give it back: 0 where nothing is taken,
+    /// as always in f32, and where the rounded number is not finite.
+    ///
+    /// It is the difference of the bits of |x| and of the rounded |x|, both as f32; for f16 below 2^-14 their own
+    /// difference in units of 2^-39.
+    fn rest(x: f32) -> i16;
+
+    /// x, from itself rounded and its [`rest`](Self::rest): exactly, but for the last bit of a tie of bf16, and within 2^-40
+    /// for f16 below 2^-14.
+    fn whole(self, rest: i16) -> f32;
+
     /// [`to_f32`](Self::to_f32) of a whole operand, which is no copy where it is f32 already.
     fn widen(x: &[Self]) -> Cow<'_, [f32]>;
 
@@ -78,6 +89,14 @@ impl Element for f32 {
         x
     }
 
+    fn rest(_: f32) -> i16 {
+        0
+    }
+
+    fn whole(self, _: i16) -> f32 {
+        self
+    }
+
     fn widen(x: &[Self]) -> Cow<'_, [f32]> {
         Cow::Borrowed(x)
     }
@@ -91,7 +110,7 @@ impl Element for f32 {
 const CHUNK: usize = 1 << 14;
 
 macro_rules! half_element {
-    ($type:ty, $dtype:expr) => {
+    ($type:ty, $dtype:expr, $rest:expr, $whole:expr) => {
         impl Element for $type {
             const DTYPE: DType = $dtype;
 
@@ -101,6 +120,14 @@ macro_rules! half_element {
 
             fn from_f32(x: f32) -> Self {
                 <$type>::from_f32(x)
+            }
+
+            fn rest(x: f32) -> i16 {
+                $rest(x)
+            }
+
+            fn whole(self, rest: i16) -> f32 {
+                $whole(self, rest)
             }
 
             fn widen(x: &[Self]) -> Cow<'_, [f32]> {
@@ -120,8 +147,45 @@ macro_rules! half_element {
     };
 }
 
-half_element!(f16, DType::F16);
-half_element!(bf16, DType::Bf16);
+half_element!(f16, DType::F16, f16_rest, f16_whole);
+half_element!(bf16, DType::Bf16, bf16_rest, bf16_whole);
+
+/// The unit of what rounding takes from f16 numbers below 2^-14.
+const SUBNORMAL_UNIT: f32 = 1.0 / (1u64 << 39) as f32;
+
+fn f16_rest(x: f32) -> i16 {
+    let rounded = f16::from_f32(x);
+    if !rounded.is_finite() {
+        return 0;
+    }
+    let (size, wide) = (x.abs(), rounded.to_f32().abs());
+    if wide < f16::MIN_POSITIVE.to_f32() {
+        return ((size - wide) / SUBNORMAL_UNIT).round_ties_even() as i16;
+    }
+    size.to_bits().wrapping_sub(wide.to_bits()) as i16
+}
+
+fn f16_whole(x: f16, rest: i16) -> f32 {
+    let wide = x.to_f32();
+    if wide.abs() < f16::MIN_POSITIVE.to_f32() {
+        return (wide.abs() + f32::from(rest) * SUBNORMAL_UNIT).abs().copysign(wide);
+    }
+    f32::from_bits(wide.to_bits().wrapping_add_signed(rest.into()))
+}
+
+fn bf16_rest(x: f32) -> i16 {
+    let rounded = bf16::from_f32(x);
+    if !rounded.is_finite() {
+        return 0;
+    }
+    // A tie leaves one too many.
+    let rest = x.to_bits().wrapping_sub(rounded.to_f32().to_bits()) as i32;
+    rest.min(i16::MAX.into()) as i16
+}
+
+fn bf16_whole(x: bf16, rest: i16) -> f32 {
+    f32::from_bits(x.to_f32().to_bits().wrapping_add_signed(rest.into()))
+}
 
 #[cfg(test)]
 mod tests {
@@ -166,6 +230,56 @@ mod tests {
         for bits in [0x80, 0x81, 0x3f80, 0x3f81, 0x7f7e] {
             let even = bits + bits % 2;
             rounds_to_even(bf16::from_bits(bits), bf16::from_bits(bits + 1), bf16::from_bits(even));
+        }
+    }
+
+    /// Numbers of all sizes, the ends of the types, ties, and the neighbours of all.
+    fn all_sizes() -> impl Iterator<Item = f32> {
+        let spread = (0..1 << 16).map(|n: u32| f32::from_bits(n.wrapping_mul(0x9e37_79b1)));
+        let ties = (0..1 << 16).map(|n: u32| f32::from_bits(n << 16 | 0x8000));
+        let halves = (0..=u16::MAX).map(|n| f16::from_bits(n).to_f32());
+        let halfway = (0..0x7bff).map(|n| (f16::from_bits(n).to_f32() + f16::from_bits(n + 1).to_f32()) / 2.0);
+        let all = spread.chain(ties).chain(halves).chain(halfway).chain([65519.9, 65520.0, f32::MAX, 0.0]);
+        all.flat_map(|x| [x, x.next_up(), x.next_down(), -x])
+    }
+
+    #[test]
+    fn what_rounding_takes_comes_back() {
+        let same = |x: f32, y: f32| x.to_bits() == y.to_bits();
+        for x in all_sizes() {
+            let (rounded, rest) = (bf16::from_f32(x), <bf16 as Element>::rest(x));
+            let whole = rounded.whole(rest);
+            if rounded.is_finite() {
+                let last_bit_of_a_tie = rest == i16::MAX && x.to_bits() - whole.to_bits() == 1;
+                assert!(same(whole, x) || last_bit_of_a_tie, "{x:e} comes back as {whole:e} from {rounded} and {rest}");
+            } else {
+                assert!(rest == 0 && same(whole, rounded.to_f32()), "{x:e} leaves {rest}");
+            }
+
+            let (rounded, rest) = (f16::from_f32(x), <f16 as Element>::rest(x));
+            let whole = rounded.whole(rest);
+            if !rounded.is_finite() {
+                assert!(rest == 0 && same(whole, rounded.to_f32()), "{x:e} leaves {rest}");
+            } else if rounded.to_f32().abs() < 2f32.powi(-14) {
+                let close = (whole - x).abs() <= 2f32.powi(-40) && whole.is_sign_negative() == x.is_sign_negative();
+                assert!(close, "{x:e} comes back as {whole:e} from {rounded} and {rest}");
+            } else {
+                assert!(same(whole, x), "{x:e} comes back as {whole:e} from {rounded} and {rest}");
+            }
+
+            assert!(f32::rest(x) == 0 && same(x.whole(0), x));
+        }
+    }
+
+    #[test]
+    fn any_rest_has_a_whole() {
+        for bits in 0..=u16::MAX {
+            for rest in [i16::MIN, i16::MAX] {
+                // Another number, and no overflow that a debug build would end at.
+                let (f16, bf16) = (f16::from_bits(bits), bf16::from_bits(bits));
+                assert_ne!(f16.whole(rest).to_bits(), f16.to_f32().to_bits());
+                assert_ne!(bf16.whole(rest).to_bits(), bf16.to_f32().to_bits());
+            }
         }
     }
 

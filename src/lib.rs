@@ -103,16 +103,19 @@
 //! and, absolute plus relative, for each element of lse. There are no float atomics: equal inputs give equal bits on
 //! the same device, driver and version of this crate. Across devices the order of sums differs.
 //!
-//! In half precision delta comes from the probabilities, sum_j p_ij (d_o_i . v_j) - d_lse_i, and not from o, which has
-//! been rounded: the saved o is not read. Half precision needs no extension of the device; kernels read it by WGSL's
-//! unpacking of words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to
+//! In half precision o, which has been rounded, is too coarse for delta. The forward pass gives what rounding took beside
+//! it, [`Output::o_rest`] or [`ForwardBuffers::o_rest`], two bytes an element; both together are o in f32, and delta is
+//! what it is there. Where the backward pass gets no o_rest, the saved o is not read: delta comes from the probabilities,
+//! sum_j p_ij (d_o_i . v_j) - d_lse_i, which takes two matrix products more.
+//!
+//! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to
 //! 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
 //! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
 //! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
 //! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
 //!
-//! Since delta is a sum over the keys at hand, only in f32 does the backward pass of some of the keys, with the final o
-//! and lse of all of them, give their share of the gradients.
+//! The backward pass of some of the keys, with the final o, o_rest and lse of all of them, gives their share of the
+//! gradients. In half precision without o_rest it does not: delta is then a sum over the keys at hand.
 //!
 //! # Two ways to call
 //!
@@ -146,6 +149,7 @@
 //!         v: (&v).into(),
 //!         sink_logits: None,
 //!         o: (&o).into(),
+//!         o_rest: None,
 //!         lse: (&lse).into(),
 //!     },
 //! )?;
@@ -217,7 +221,7 @@ pub use error::{Error, Result};
 pub use half;
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;
-pub use plan::{Pass, Plan, Preference, TilesOrigin};
+pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
 pub use problem::{
     Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
 };

@@ -58,6 +58,15 @@ pub struct Preference<'a> {
     pub tuning: Option<&'a Tuning>,
 }
 
+/// Which operands are there that a call may go without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct OptionalOperands {
+    /// A gradient flows into lse.
+    pub d_lse: bool,
+    /// The forward pass writes, the backward pass reads what rounding took from o; in half precision only.
+    pub o_rest: bool,
+}
+
 /// How a problem will be computed on a device: passes that run one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -66,66 +75,86 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the forward pass; `vec4` says whether the operands can be read four neighbours at a time.
+    /// Plans the forward pass without o_rest; `vec4` says whether the operands can be read four neighbours at a time.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn forward(problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::forward_with(problem, vec4, capabilities, &Preference::default())
+        Plan::forward_with(problem, vec4, OptionalOperands::default(), capabilities, &Preference::default())
     }
 
-    /// As [`forward`](Self::forward), with a micro-kernel of the caller's choice and tiles to prefer.
+    /// As [`forward`](Self::forward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
+    /// prefer.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem.
+    /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem;
+    /// [`Error::UnexpectedOperand`] for o_rest in f32.
     pub fn forward_with(
         problem: &Problem,
         vec4: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        let passes = Passes { problem, vec4, d_lse: false, capabilities, preference };
+        optional.check(problem)?;
+        let passes = Passes { problem, vec4, optional, capabilities, preference };
         let tiled = passes.of(Kernel::Forward)?;
         let mut all = passes.ranges(&tiled, Kernel::Maxima)?;
         all.extend(tiled);
         Ok(Plan { passes: all })
     }
 
-    /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v. `d_lse`
-    /// says whether a gradient flows into lse.
+    /// Plans the backward pass without o_rest: delta, the sink logits' gradient (where there is one), d_q, then d_k and
+    /// d_v. `d_lse` says whether a gradient flows into lse.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::backward_with(problem, vec4, d_lse, capabilities, &Preference::default())
+        let optional = OptionalOperands { d_lse, o_rest: false };
+        Plan::backward_with(problem, vec4, optional, capabilities, &Preference::default())
     }
 
-    /// As [`backward`](Self::backward), with a micro-kernel of the caller's choice and tiles to prefer.
+    /// As [`backward`](Self::backward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
+    /// prefer.
     ///
     /// # Errors
-    /// As [`backward`](Self::backward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem.
+    /// As [`forward_with`](Self::forward_with).
     pub fn backward_with(
         problem: &Problem,
         vec4: bool,
-        d_lse: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        let all = Passes { problem, vec4, d_lse, capabilities, preference };
+        optional.check(problem)?;
+        let all = Passes { problem, vec4, optional, capabilities, preference };
         let (shape, options) = (problem.shape(), problem.options());
         let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
         let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
         let mut passes = all.ranges(&gradients, Kernel::GradientMaxima)?;
-        passes.extend(match options.dtype {
-            DType::F32 => vec![Pass::plain(Kernel::Delta, problem, vec4, d_lse, row_tiles as u128, capabilities)?],
-            _ => all.of(Kernel::ExactDelta)?,
-        });
+        // o that has been rounded is too coarse for delta.
+        if options.dtype == DType::F32 || optional.o_rest {
+            passes.push(Pass::plain(Kernel::Delta, problem, vec4, optional, row_tiles as u128, capabilities)?);
+        } else {
+            passes.extend(all.of(Kernel::ExactDelta)?);
+        }
         if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
-            passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, d_lse, heads, capabilities)?);
+            passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, optional, heads, capabilities)?);
         }
         passes.extend(gradients);
         Ok(Plan { passes })
+    }
+}
+
+impl OptionalOperands {
+    /// What a call on host slices passes, but for d_lse.
+    pub(crate) fn of_host(problem: &Problem) -> Self {
+        OptionalOperands { d_lse: false, o_rest: problem.options().dtype != DType::F32 }
+    }
+
+    fn check(self, problem: &Problem) -> Result<()> {
+        if self.o_rest { problem.check_rest() } else { Ok(()) }
     }
 }
 
@@ -136,7 +165,7 @@ const COOPERATIVE_WIDTH: usize = 128;
 struct Passes<'a> {
     problem: &'a Problem,
     vec4: bool,
-    d_lse: bool,
+    optional: OptionalOperands,
     capabilities: &'a Capabilities,
     preference: &'a Preference<'a>,
 }
@@ -158,14 +187,14 @@ impl Passes<'_> {
 
     /// What finds the operands' ranges, where the passes ask for them.
     fn ranges(&self, passes: &[Pass], maxima: Kernel) -> Result<Vec<Pass>> {
-        let Passes { problem, vec4, d_lse, capabilities, .. } = *self;
+        let Passes { problem, vec4, optional, capabilities, .. } = *self;
         let reads = |pass: &Pass| pass.variant.bindings().iter().any(|(binding, _)| *binding == Binding::Ranges);
         if !passes.iter().any(reads) {
             return Ok(Vec::new());
         }
-        let operands = variant(maxima, problem, vec4, d_lse).storage_buffers() - 1;
+        let operands = variant(maxima, problem, vec4, optional).storage_buffers() - 1;
         let plain =
-            |kernel, workgroups: u32| Pass::plain(kernel, problem, vec4, d_lse, u128::from(workgroups), capabilities);
+            |kernel, workgroups: u32| Pass::plain(kernel, problem, vec4, optional, u128::from(workgroups), capabilities);
         Ok(vec![plain(maxima, operands * MAXIMA_PARTS)?, plain(Kernel::Ranges, RANGED_OPERANDS)?])
     }
 
@@ -238,7 +267,7 @@ impl Passes<'_> {
 
     /// The pass of a kernel with given tiles.
     fn of_tiling(&self, kernel: Kernel, tiling: Tiling, repairs: Option<u32>) -> Result<Pass> {
-        let Passes { problem, vec4, d_lse, capabilities, .. } = *self;
+        let Passes { problem, vec4, optional, capabilities, .. } = *self;
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
         if !kernel.has_tiles() {
             return Err(none(format!("{kernel:?} has no tiles")));
@@ -258,7 +287,7 @@ impl Passes<'_> {
                 (Some(matrices), fragments.loop_iterations(kernel, d, e))
             }
         };
-        let variant = variant(kernel, problem, vec4, d_lse);
+        let variant = variant(kernel, problem, vec4, optional);
         let micro_kernel = tiling.micro_kernel();
         let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, repairs, ..variant };
         let tile = variant.tile().unwrap_or([1; 2]);
@@ -269,7 +298,7 @@ impl Passes<'_> {
     }
 }
 
-fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Variant {
+fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOperands) -> Variant {
     let (shape, options) = (problem.shape(), problem.options());
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
@@ -297,7 +326,8 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, d_lse: bool) -> Varian
             _ => options.sink_logits,
         },
         // Enters with delta.
-        d_lse: d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
+        d_lse: optional.d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
+        o_rest: optional.o_rest && matches!(kernel, Kernel::Forward | Kernel::Delta | Kernel::DSinkLogits),
         tiling: None,
         matrices: None,
         repairs: None,
@@ -310,12 +340,12 @@ impl Pass {
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
-        d_lse: bool,
+        optional: OptionalOperands,
         workgroups: u128,
         capabilities: &Capabilities,
     ) -> Result<Self> {
         let shape = problem.shape();
-        let variant = variant(kernel, problem, vec4, d_lse);
+        let variant = variant(kernel, problem, vec4, optional);
         check_loop_iterations(kernel, problem, capabilities, |_| match kernel {
             Kernel::Delta => {
                 let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
@@ -328,7 +358,7 @@ impl Pass {
                 (quads as u64).div_ceil(u64::from(MAXIMA_PARTS * variant.threads())) + 16
             }
             _ => {
-                let tile = if variant.dtype == DType::F32 { DELTA_ROWS as usize } else { 1 };
+                let tile = if variant.sums_delta() { 1 } else { DELTA_ROWS as usize };
                 (shape.batch as u64 * shape.seq_q.div_ceil(tile) as u64).div_ceil(u64::from(variant.threads())) + 8
             }
         })?;
@@ -349,7 +379,7 @@ impl Pass {
         tiles: impl Into<Tiling>,
     ) -> Result<Self> {
         let preference = &Preference::default();
-        Passes { problem, vec4, d_lse: false, capabilities, preference }.of_tiling(kernel, tiles.into(), None)
+        Passes { problem, vec4, optional: OptionalOperands::default(), capabilities, preference }.of_tiling(kernel, tiles.into(), None)
     }
 
     /// Workgroups that run on a multiprocessor at a time, by the memory and the registers they share; `None` where these
@@ -506,7 +536,7 @@ mod tests {
         Plan::backward(&window, true, false, software).unwrap();
         Plan::forward(&problem(8192, causal), true, software).unwrap();
 
-        // In half precision the sinks' gradient goes by rows, of which a thread gets one in 256.
+        // In half precision without o_rest the sinks' gradient goes by rows, of which a thread gets one in 256.
         let narrow = |dtype| {
             let batch = 1 << 20;
             let shape = crate::Shape { batch, heads: 1, kv_heads: 1, seq_q: 32, seq_k: 1, head_dim: 1, value_dim: 1 };

@@ -58,11 +58,12 @@ pub(crate) const RANGED_OPERANDS: u32 = 4;
 pub enum Kernel {
     /// o and lse.
     Forward,
-    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient; in f32.
+    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient: in f32, and in half precision where
+    /// o_rest is there.
     Delta,
-    /// delta as the sum of p (d_o . v), less d_lse; in half precision, where o is rounded.
+    /// delta as the sum of p (d_o . v), less d_lse; in half precision without o_rest, where o is rounded.
     ExactDelta,
-    /// The sink logits' gradient: in f32 its second level, in half precision the whole of it.
+    /// The sink logits' gradient: its second level, but after [`ExactDelta`](Self::ExactDelta) the whole of it.
     DSinkLogits,
     /// The gradient by q.
     DQ,
@@ -169,6 +170,7 @@ pub(crate) enum Binding {
     Repairs = 15,
     Maxima = 16,
     Ranges = 17,
+    ORest = 18,
 }
 
 impl Binding {
@@ -196,6 +198,7 @@ impl Binding {
             Binding::Repairs => "repairs",
             Binding::Maxima => "maxima",
             Binding::Ranges => "ranges",
+            Binding::ORest => "o_rest",
         }
     }
 
@@ -203,7 +206,7 @@ impl Binding {
     fn width(self, variant: &Variant) -> Option<u32> {
         match self {
             Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(variant.head_dim),
-            Binding::V | Binding::O | Binding::DO | Binding::DV => Some(variant.value_dim),
+            Binding::V | Binding::O | Binding::ORest | Binding::DO | Binding::DV => Some(variant.value_dim),
             _ => None,
         }
     }
@@ -228,6 +231,8 @@ pub struct Variant {
     pub sink_logits: SinkLogits,
     /// A gradient flows into lse.
     pub d_lse: bool,
+    /// o is bound with what its rounding to half precision takes.
+    pub o_rest: bool,
     /// The tile shape, for the kernels that have tiles.
     pub tiling: Option<Tiling>,
     /// The device's cooperative matrices, for a cooperative kernel.
@@ -264,16 +269,15 @@ impl Variant {
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
-            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, Maxima, O, Params, Q, Ranges, Repairs,
+            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, Maxima, O, ORest, Params, Q, Ranges, Repairs,
             SinkLogits as Sinks, SinkPartials, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
-        let half = self.dtype != DType::F32;
         let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
-            Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, Lse]),
-            Kernel::Delta => (&[Params, O, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
+            Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, ORest, Lse]),
+            Kernel::Delta => (&[Params, O, ORest, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
             Kernel::ExactDelta => (&[Params, Q, K, V, Lse, DO, DLse], &[Delta]),
-            Kernel::DSinkLogits if half => (&[Params, Lse, Sinks, Delta], &[DSinkLogits]),
+            Kernel::DSinkLogits if self.sums_delta() => (&[Params, Lse, Sinks, Delta], &[DSinkLogits]),
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
             Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
             Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
@@ -285,6 +289,7 @@ impl Variant {
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
             DLse => self.d_lse,
+            ORest => self.o_rest,
             _ => true,
         };
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
@@ -302,6 +307,11 @@ impl Variant {
             (true, Kernel::DQ | Kernel::DKv, _) => &["v", "d_o"],
             _ => &[],
         }
+    }
+
+    /// Whether the sink logits' gradient is summed from delta: the kernel that computed it has left no sums of rows.
+    pub(crate) fn sums_delta(&self) -> bool {
+        self.kernel == Kernel::DSinkLogits && self.dtype != DType::F32 && !self.o_rest
     }
 
     /// Storage buffers this variant binds.
@@ -355,6 +365,7 @@ impl Variant {
             SinkLogits::PerHead => "_sinks",
         });
         name.push_str(if self.d_lse { "_dlse" } else { "" });
+        name.push_str(if self.o_rest { "_rest" } else { "" });
         name
     }
 
@@ -403,7 +414,8 @@ impl Variant {
             dtype => self.dtype.to_string(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
-            sums_delta => half && self.kernel == Kernel::DSinkLogits,
+            o_rest => self.o_rest,
+            sums_delta => self.sums_delta(),
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",

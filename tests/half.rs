@@ -54,7 +54,9 @@ fn views_with_offsets_and_strides<T: Element>() {
     for (seed, problem) in (1..).zip([narrow, by_fours]) {
         let (problem, case) = random::<T>(&problem, seed);
         for place in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
-            run_at(gpu, &problem, &case, place, &[]);
+            for keeps_rest in [false, true] {
+                run_at(gpu, &problem, &case, place, &[], keeps_rest);
+            }
         }
     }
 }
@@ -91,7 +93,7 @@ fn tiles_of_the_exact_delta() {
     let fit: Vec<Tiling> = all.into_iter().filter(fits).collect();
     assert!(fit.len() >= 5, "{fit:?}");
     for tiles in fit {
-        run_at(gpu, &problem, &case, [0, 0], &[(Kernel::ExactDelta, tiles)]);
+        run_at(gpu, &problem, &case, [0, 0], &[(Kernel::ExactDelta, tiles)], false);
     }
 }
 
@@ -121,6 +123,8 @@ fn every_number_passes_through<T: Element>() {
             let flushed = flushes && v.to_f32().abs() < least_normal && o.to_f32() == 0.0;
             assert!(same(o, v) || flushed, "{:#06x} came back as {:#06x}", n, bytemuck::cast::<T, u16>(o));
         }
+        let taken = output.o_rest.unwrap().iter().position(|&rest| rest != 0);
+        assert_eq!(taken, None, "nothing was rounded");
     }
 }
 
@@ -181,9 +185,15 @@ fn same_bits_every_time<T: Element>() {
         let bits = || {
             let output = gpu.forward(&problem, &case.operands.inputs()).unwrap();
             let gradients = case.run_with(gpu, &problem, &output);
-            let halves = [output.o, gradients.d_q, gradients.d_k, gradients.d_v].concat();
-            let singles = [output.lse, gradients.d_sink_logits.unwrap()].concat();
-            (bytemuck::cast_slice::<T, u16>(&halves).to_vec(), bytemuck::cast_slice::<f32, u32>(&singles).to_vec())
+            let without = case.run_with(gpu, &problem, &Output { o_rest: None, ..output.clone() });
+            let rest = output.o_rest.unwrap();
+            let halves = [output.o, gradients.d_q, gradients.d_k, gradients.d_v, without.d_q, without.d_k].concat();
+            let singles = [output.lse, gradients.d_sink_logits.unwrap(), without.d_sink_logits.unwrap()].concat();
+            (
+                rest,
+                bytemuck::cast_slice::<T, u16>(&halves).to_vec(),
+                bytemuck::cast_slice::<f32, u32>(&singles).to_vec(),
+            )
         };
         let first = bits();
         assert!((0..3).all(|_| bits() == first));
@@ -204,6 +214,7 @@ fn buffers_that_are_too_small<T: Element>() {
         v: TensorView::new(&v),
         sink_logits: None,
         o: TensorView::new(&o),
+        o_rest: None,
         lse: TensorView::new(&lse),
     };
     let prepare = |views: ForwardBuffers<'_>| gpu.prepare_forward(&problem, &views);
@@ -218,6 +229,26 @@ fn buffers_that_are_too_small<T: Element>() {
     too_small(ForwardBuffers { v: TensorView::new(&short), ..views }, "v", 32, 30);
     too_small(ForwardBuffers { o: views.o.offset(2), ..views }, "o", 36, 32);
     too_small(ForwardBuffers { lse: views.lse.offset(1), ..views }, "lse", 16, 12);
+    let rest = storage(32);
+    let with = |o_rest| ForwardBuffers { o_rest: Some(o_rest), ..views };
+    prepare(with(TensorView::new(&rest))).unwrap();
+    too_small(with(TensorView::new(&short)), "o_rest", 32, 30);
+    let large = storage(64);
+    let shared = TensorView::new(&large);
+    for (aliased, named) in [
+        (with(views.o), ["o", "o_rest"]),
+        (with(views.q), ["o_rest", "q"]),
+        (ForwardBuffers { lse: shared, ..with(shared) }, ["o_rest", "lse"]),
+    ] {
+        match prepare(aliased) {
+            Err(Error::Aliasing { output, other }) => assert_eq!([output, other], named),
+            other => panic!("{named:?}: {other:?}"),
+        }
+    }
+    match prepare(with(TensorView::new(&rest).strides([15, 15, 4]))) {
+        Err(Error::OverlappingStrides { operand: "o_rest", .. }) => {}
+        other => panic!("{other:?}"),
+    }
     match prepare(ForwardBuffers { k: views.k.offset(u64::from(u32::MAX) - 13), ..views }) {
         Err(Error::IndexOverflow { operand: "k", last_element: 4_294_967_296, most: 4_294_967_295 }) => {}
         other => panic!("{other:?}"),

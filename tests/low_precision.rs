@@ -37,6 +37,7 @@ both! {
     widths
     the_cpu_computes_in_f32
     values_far_from_zero
+    the_rest_makes_it_f32
     the_saved_output_is_not_precise_enough
     hidden_keys_never_come_through
     subnormal_operands
@@ -47,6 +48,12 @@ both! {
 /// The CPU, and the GPU where there is one.
 fn paths() -> Vec<Attention> {
     [Some(Attention::cpu()), gpu().cloned()].into_iter().flatten().collect()
+}
+
+/// What a backward pass may be given: all that the forward pass returned, and without what rounding took from o.
+fn both_ways<T: Element>(output: &Output<T>) -> [Output<T>; 2] {
+    assert!(output.o_rest.is_some());
+    [output.clone(), Output { o_rest: None, ..output.clone() }]
 }
 
 /// Operands in an element type, and the problem in it.
@@ -60,17 +67,22 @@ fn check<T: Element>(path: &Attention, problem: &Problem, backward: &Backward<T>
     let (inputs, upstream) = (backward.operands.inputs(), backward.upstream());
     let name = format!("{problem} on {}", path.device_name());
     let output = path.forward(problem, &inputs).unwrap();
-    let gradients = backward.run_with(path, problem, &output);
+    let gradients = both_ways(&output).map(|saved| backward.run_with(path, problem, &saved));
     let expected = (reference::forward(problem, &inputs).unwrap(), backward.expected(problem));
     common::operands::agree(&output, &expected.0).unwrap_or_else(|error| panic!("{name}: {error}"));
-    backward.agree(&gradients, &expected.1).unwrap_or_else(|error| panic!("{name}: {error}"));
+    for gradients in &gradients {
+        backward.agree(gradients, &expected.1).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
 
     let low = (low_precision::forward(problem, &inputs), low_precision::backward(problem, &inputs, &upstream));
     for (result, actual, low, expected) in [
         ("o", &output.o, &low.0.o, &expected.0.o),
-        ("d_q", &gradients.d_q, &low.1.d_q, &expected.1.d_q),
-        ("d_k", &gradients.d_k, &low.1.d_k, &expected.1.d_k),
-        ("d_v", &gradients.d_v, &low.1.d_v, &expected.1.d_v),
+        ("d_q", &gradients[0].d_q, &low.1.d_q, &expected.1.d_q),
+        ("d_k", &gradients[0].d_k, &low.1.d_k, &expected.1.d_k),
+        ("d_v", &gradients[0].d_v, &low.1.d_v, &expected.1.d_v),
+        ("d_q without o_rest", &gradients[1].d_q, &low.1.d_q, &expected.1.d_q),
+        ("d_k without o_rest", &gradients[1].d_k, &low.1.d_k, &expected.1.d_k),
+        ("d_v without o_rest", &gradients[1].d_v, &low.1.d_v, &expected.1.d_v),
     ] {
         // Where terms cancel to nothing, two orders of f32 sums may be a few roundings apart.
         let noise = expected.iter().all(|x| x.abs() < 1e-6);
@@ -134,7 +146,8 @@ fn the_cpu_computes_in_f32<T: Element>() {
         let expected = path.forward(&single_problem, &single.operands.inputs()).unwrap();
         let gradients = single.run_with(&path, &single_problem, &expected);
         let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
-        assert_eq!(output, Output { o: T::narrow(expected.o), lse: expected.lse }, "{problem}");
+        let o_rest = Some(expected.o.iter().map(|&o| T::rest(o)).collect());
+        assert_eq!(output, Output { o: T::narrow(expected.o), o_rest, lse: expected.lse }, "{problem}");
         let expected = Gradients {
             d_q: T::narrow(gradients.d_q),
             d_k: T::narrow(gradients.d_k),
@@ -142,6 +155,8 @@ fn the_cpu_computes_in_f32<T: Element>() {
             d_sink_logits: gradients.d_sink_logits,
         };
         assert_eq!(backward.run_with(&path, &problem, &output), expected, "{problem}");
+        let without = Output { o_rest: None, ..output };
+        assert_eq!(backward.run_with(&path, &problem, &without), expected, "{problem} without o_rest");
     }
 }
 
@@ -158,10 +173,47 @@ fn far_from_zero<T: Element>() -> (Problem, Backward<T>) {
 fn values_far_from_zero<T: Element>() {
     for path in paths() {
         let (problem, backward) = far_from_zero::<T>();
-        let (gradients, expected) = (backward.run(&path, &problem), backward.expected(&problem));
-        backward.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{}: {error}", path.device_name()));
-        // All of it cancels but for a hundredth, which is what the rounding of f32 leaves alone.
-        compare(&gradients.d_sink_logits.unwrap(), &expected.d_sink_logits.unwrap(), 1e-4).unwrap();
+        let expected = backward.expected(&problem);
+        let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
+        for saved in both_ways(&output) {
+            let gradients = backward.run_with(&path, &problem, &saved);
+            backward.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{}: {error}", path.device_name()));
+            // All of it cancels but for a hundredth, which is what the rounding of f32 leaves alone.
+            let d_sink_logits = expected.d_sink_logits.as_ref().unwrap();
+            compare(&gradients.d_sink_logits.unwrap(), d_sink_logits, 1e-4).unwrap();
+        }
+    }
+}
+
+/// o and o_rest are o in f32, subnormal numbers of the type among them, and delta comes from both.
+fn the_rest_makes_it_f32<T: Element>() {
+    for path in paths() {
+        let keeps_subnormals = !path.is_gpu() || path.device_name().contains("llvmpipe");
+        for (seed, size) in (0..).zip([1.0, 2f32.powi(-12), 2f32.powi(-16)]) {
+            if size < 1.0 && T::DTYPE == DType::F16 && !keeps_subnormals {
+                continue;
+            }
+            for width in [16, 33] {
+                let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+                let (problem, mut backward) = random::<T>(&problem([2, 4, 2], [100, 120], [16, width], options), seed);
+                backward.operands.v.iter_mut().for_each(|v| *v = T::from_f32(v.to_f32() * size));
+                backward.d_lse = None;
+                let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
+                let expected = reference::forward(&problem, &backward.operands.inputs()).unwrap();
+                let rest = output.o_rest.as_ref().unwrap();
+                let whole: Vec<f32> = output.o.iter().zip(rest).map(|(o, &rest)| o.whole(rest)).collect();
+                let name = format!("{problem}, values of {size}, on {}", path.device_name());
+                compare(&whole, &expected.o, accepted(DType::F32)).unwrap_or_else(|error| panic!("{name}: {error}"));
+                compare(&T::widen(&output.o), &expected.o, accepted(DType::F32)).unwrap_err();
+
+                let expected = backward.expected(&problem).d_sink_logits.unwrap();
+                let d_sink = |saved| backward.run_with(&path, &problem, saved).d_sink_logits.unwrap();
+                compare(&d_sink(&output), &expected, 3e-5).unwrap_or_else(|error| panic!("{name}: {error}"));
+                // It is read: without it, but with o as it is, the result is another.
+                let none = Output { o_rest: Some(vec![0; rest.len()]), ..output.clone() };
+                compare(&d_sink(&none), &expected, 3e-5).unwrap_err();
+            }
+        }
     }
 }
 
@@ -174,7 +226,7 @@ fn the_saved_output_is_not_precise_enough<T: Element>() {
     let (q, k, v, d_o) = (widened(&operands.q), widened(&operands.k), widened(&operands.v), widened(&backward.d_o));
     let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: operands.sink_logits.as_deref() };
     let single = Problem::new(*problem.shape(), problem.options().dtype(DType::F32)).unwrap();
-    let saved = Output { o: widened(&saved.o), lse: saved.lse };
+    let saved = Output { o: widened(&saved.o), o_rest: None, lse: saved.lse };
     let rough = cpu::backward(&single, &inputs, &saved, &Upstream { d_o: &d_o, d_lse: None }).unwrap();
     let expected = backward.expected(&problem);
     compare(&rough.d_sink_logits.unwrap(), &expected.d_sink_logits.unwrap(), accepted(T::DTYPE)).unwrap_err();
@@ -188,17 +240,17 @@ fn hidden_keys_never_come_through<T: Element>() {
             let (problem, mut backward) = random::<T>(&problem([1, 2, 1], [70, 70], [16, 16], options), 4);
             let run = |backward: &Backward<T>| {
                 let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
-                let gradients = backward.run_with(&path, &problem, &output);
+                let gradients = both_ways(&output).map(|saved| backward.run_with(&path, &problem, &saved));
                 (output, gradients)
             };
-            let (output, gradients) = run(&backward);
+            let (output, [gradients, without]) = run(&backward);
             for j in 60..70 {
                 let bad = T::from_f32([f32::NAN, f32::INFINITY, f32::NEG_INFINITY][j % 3]);
                 backward.operands.key(&problem, 0, 0, j).fill(bad);
                 backward.operands.value(&problem, 0, 0, j).fill(bad);
             }
             let name = format!("{problem} on {}", path.device_name());
-            assert_eq!(run(&backward), (output.clone(), gradients.clone()), "{name}");
+            assert_eq!(run(&backward), (output.clone(), [gradients.clone(), without]), "{name}");
             // The first ten queries of each head see nothing.
             for head in 0..2 {
                 let rows = head * 70 * 16..(head * 70 + 10) * 16;
@@ -349,6 +401,31 @@ fn the_largest_scores_of_f16() {
     }
 }
 
+/// What does not fit: a length, and o_rest where nothing is rounded.
+#[test]
+fn a_rest_that_does_not_fit_is_an_error() {
+    for path in paths() {
+        let shape = problem([1, 1, 1], [2, 2], [4, 4], Options::new());
+        let backward = Backward::random(&shape, 1);
+        let mut output = path.forward(&shape, &backward.operands.inputs()).unwrap();
+        assert_eq!(output.o_rest, None);
+        output.o_rest = Some(vec![0; 8]);
+        match path.backward(&shape, &backward.operands.inputs(), &output, &backward.upstream()) {
+            Err(error @ Error::UnexpectedOperand { operand: "o_rest", .. }) => {
+                assert!(error.to_string().contains("f32"), "{error}");
+            }
+            other => panic!("{other:?}"),
+        }
+        let (problem, backward) = random::<f16>(&shape, 1);
+        let mut output = path.forward(&problem, &backward.operands.inputs()).unwrap();
+        output.o_rest = Some(vec![0; 7]);
+        match path.backward(&problem, &backward.operands.inputs(), &output, &backward.upstream()) {
+            Err(Error::OperandLength { operand: "o_rest", expected: 8, actual: 7, .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 /// The type of the slices is that of the options, or an error with both names.
 #[test]
 fn a_mixed_up_element_type_is_an_error() {
@@ -356,7 +433,7 @@ fn a_mixed_up_element_type_is_an_error() {
         let problem = problem([1, 1, 1], [1, 1], [1, 1], Options::new().dtype(DType::Bf16));
         let x = [f16::ONE];
         let inputs = Inputs { q: &x, k: &x, v: &x, sink_logits: None };
-        let saved = Output { o: x.to_vec(), lse: vec![0.0] };
+        let saved = Output { o: x.to_vec(), o_rest: None, lse: vec![0.0] };
         let forward = path.forward(&problem, &inputs).map(drop);
         let backward = path.backward(&problem, &inputs, &saved, &Upstream { d_o: &x, d_lse: None }).map(drop);
         for error in [forward, backward, reference::forward(&problem, &inputs).map(drop)] {

@@ -10,8 +10,8 @@ use std::path::Path;
 
 use common::operands::problem;
 use sink_attention::{
-    Capabilities, DType, Error, Kernel, MicroKernel, Options, Pass, Plan, Preference, Problem, SinkLogits, Tiles,
-    Window,
+    Capabilities, DType, Error, Kernel, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference, Problem,
+    SinkLogits, Tiles, Window,
 };
 
 /// Problems that people have, and some that they should not.
@@ -98,13 +98,53 @@ fn every_width_has_a_plan() {
                 let forward = Plan::forward(&problem, false, &least).unwrap();
                 let backward = Plan::backward(&problem, false, true, &least).unwrap();
                 assert_eq!((forward.passes.len(), backward.passes.len()), (1, 4));
-                for pass in [forward.passes, backward.passes].concat() {
+                let mut passes = [forward.passes, backward.passes].concat();
+                if dtype != DType::F32 {
+                    let optional = OptionalOperands { d_lse: true, o_rest: true };
+                    let preference = Preference::default();
+                    passes.extend(Plan::forward_with(&problem, false, optional, &least, &preference).unwrap().passes);
+                    passes.extend(Plan::backward_with(&problem, false, optional, &least, &preference).unwrap().passes);
+                }
+                for pass in passes {
                     assert!(pass.variant.workgroup_bytes() <= 16 << 10, "{problem}: {pass}");
                     assert!(pass.variant.threads() <= 256, "{problem}: {pass}");
                     if let Some([tile_rows, _]) = pass.variant.tile() {
                         let rows = if pass.variant.kernel == Kernel::DKv { 1000 } else { seq_q };
                         assert!(pass.workgroups * tile_rows >= rows as u32, "{problem}: {pass}");
                     }
+                }
+            }
+        }
+    }
+}
+
+/// o in half precision is never read without what rounding took from it.
+#[test]
+fn delta_is_never_from_rounded_o() {
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        for sink_logits in [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead] {
+            let options = Options::new().dtype(dtype).sink_logits(sink_logits);
+            let problem = problem([1, 2, 1], [100, 100], [64, 64], options);
+            for device in Capabilities::samples() {
+                for [d_lse, o_rest] in [[false, false], [true, false], [false, true], [true, true]] {
+                    let (optional, preference) = (OptionalOperands { d_lse, o_rest }, Preference::default());
+                    let plans = [
+                        Plan::forward_with(&problem, true, optional, &device, &preference),
+                        Plan::backward_with(&problem, true, optional, &device, &preference),
+                    ];
+                    if o_rest && dtype == DType::F32 {
+                        for error in plans.map(|plan| plan.unwrap_err()) {
+                            assert!(matches!(error, Error::UnexpectedOperand { operand: "o_rest", .. }), "{error}");
+                        }
+                        continue;
+                    }
+                    let [forward, backward] = plans.map(|plan| plan.unwrap().passes);
+                    assert!(forward.iter().all(|pass| pass.variant.o_rest == o_rest));
+                    let whole = dtype == DType::F32 || o_rest;
+                    let delta = backward[0].variant;
+                    assert_eq!(delta.kernel, if whole { Kernel::Delta } else { Kernel::ExactDelta });
+                    assert_eq!((delta.o_rest, delta.d_lse), (o_rest, d_lse));
+                    assert!(backward[1..].iter().all(|pass| pass.variant.kernel != Kernel::ExactDelta));
                 }
             }
         }
@@ -120,8 +160,8 @@ fn micro_kernels_are_as_asked_for() {
             let plans = |micro_kernel| {
                 let preference = Preference { micro_kernel, ..Preference::default() };
                 [
-                    Plan::forward_with(&problem, true, &device, &preference),
-                    Plan::backward_with(&problem, true, false, &device, &preference),
+                    Plan::forward_with(&problem, true, OptionalOperands::default(), &device, &preference),
+                    Plan::backward_with(&problem, true, OptionalOperands::default(), &device, &preference),
                 ]
             };
             for pass in plans(MicroKernel::Portable).into_iter().flat_map(|plan| plan.unwrap().passes) {

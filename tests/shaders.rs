@@ -14,8 +14,8 @@ use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, Options, Pass, Plan, Problem,
-    SinkLogits, TensorView, TilesOrigin, Variant,
+    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, OptionalOperands, Options, Pass,
+    Plan, Preference, Problem, SinkLogits, TensorView, TilesOrigin, Variant,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.
@@ -49,7 +49,7 @@ struct Planned {
     device: Capabilities,
     problem: Problem,
     vec4: bool,
-    d_lse: bool,
+    optional: OptionalOperands,
     forward: Plan,
     backward: Plan,
 }
@@ -75,11 +75,14 @@ fn reachable() -> &'static [Planned] {
                             problem([1, 2, 1], [seq, seq], width, Options::new().sink_logits(sinks).dtype(dtype));
                         // Packed operands of such widths can be read by fours; strides may still forbid it.
                         let by_fours = width.iter().all(|w| w % 4 == 0);
-                        for vec4 in [false, by_fours] {
-                            let d_lse = seq % 2 == 0;
-                            let forward = Plan::forward(&problem, vec4, &device).unwrap();
-                            let backward = Plan::backward(&problem, vec4, d_lse, &device).unwrap();
-                            let planned = Planned { device: device.clone(), problem, vec4, d_lse, forward, backward };
+                        for [vec4, o_rest] in [[false, false], [by_fours, false], [false, true], [by_fours, true]] {
+                            let optional =
+                                OptionalOperands { d_lse: seq % 2 == 0, o_rest: o_rest && dtype != DType::F32 };
+                            let preference = Preference::default();
+                            let forward = Plan::forward_with(&problem, vec4, optional, &device, &preference).unwrap();
+                            let backward = Plan::backward_with(&problem, vec4, optional, &device, &preference).unwrap();
+                            let planned =
+                                Planned { device: device.clone(), problem, vec4, optional, forward, backward };
                             let new = |pass: &&Pass| seen.insert((device.name.clone(), pass.variant));
                             if planned.passes().filter(new).count() > 0 {
                                 reachable.push(planned);
@@ -121,7 +124,7 @@ fn the_list_reaches_every_class() {
         for sinks in SINKS {
             for vec4 in [false, true] {
                 // A logit of zero has no gradient, so delta knows it as little as none; the exact one knows no sinks.
-                let delta = Some(Kernel::Delta).filter(|_| dtype == DType::F32 && sinks != SinkLogits::OffByOne);
+                let delta = Some(Kernel::Delta).filter(|_| sinks != SinkLogits::OffByOne);
                 for kernel in [Some(Kernel::Forward), delta].into_iter().flatten() {
                     assert!(variants.iter().any(|v| (v.kernel, v.sink_logits, v.vec4) == (kernel, sinks, vec4)));
                 }
@@ -198,7 +201,7 @@ fn variants_keep_the_planners_promises() {
 /// Slots are never renumbered: hosts that bind by themselves, and captures of old runs, rely on them.
 #[test]
 fn bindings_stay_where_they_are() {
-    const NAMES: [&str; 15] = [
+    const NAMES: [&str; 17] = [
         "params",
         "q",
         "k",
@@ -214,6 +217,8 @@ fn bindings_stay_where_they_are() {
         "d_sink_logits",
         "delta",
         "sink_partials",
+        "repairs",
+        "o_rest",
     ];
     for variant in variants() {
         let name = variant.name();
@@ -236,6 +241,7 @@ fn bindings_stay_where_they_are() {
         assert!(storage <= 8, "{name}: {storage} storage buffers");
         written.sort_unstable();
         let results: &[&str] = match variant.kernel {
+            Kernel::Forward if variant.o_rest => &["lse", "o", "o_rest"],
             Kernel::Forward => &["lse", "o"],
             Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["delta", "sink_partials"],
             Kernel::Delta | Kernel::ExactDelta => &["delta"],
@@ -268,7 +274,7 @@ fn noop(capabilities: &Capabilities) -> Attention {
 /// Prepares both passes with the tiles that were planned, on a device that has no driver.
 fn build(attention: &Attention, planned: &Planned) {
     let device = attention.device().unwrap();
-    let Planned { problem, vec4, d_lse, forward, backward, .. } = planned;
+    let Planned { problem, vec4, optional, forward, backward, .. } = planned;
     // An element's offset makes the kernels read one by one.
     let offset = u64::from(!vec4);
     let buffer = |elements: usize, bytes: usize| {
@@ -280,6 +286,7 @@ fn build(attention: &Attention, planned: &Planned) {
         shapes.map(|shape| buffer(shape.iter().product(), problem.options().dtype.bytes()))
     };
     let ([q, k, v, o], [d_q, d_k, d_v, d_o]) = (operands(), operands());
+    let [.., o_rest] = operands();
     let rows = || buffer(problem.lse_shape().iter().product(), 4);
     let (lse, flows_into_lse) = (rows(), rows());
     let heads = || buffer(problem.shape().heads, 4);
@@ -293,12 +300,13 @@ fn build(attention: &Attention, planned: &Planned) {
         v: at(&v),
         sink_logits: per_head.then(|| at(&sinks)),
         o: at(&o),
+        o_rest: optional.o_rest.then(|| at(&o_rest)),
         lse: at(&lse),
     };
     let backward_buffers = BackwardBuffers {
         forward: forward_buffers,
         d_o: at(&d_o),
-        d_lse: d_lse.then(|| at(&flows_into_lse)),
+        d_lse: optional.d_lse.then(|| at(&flows_into_lse)),
         d_q: at(&d_q),
         d_k: at(&d_k),
         d_v: at(&d_v),

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use common::operands::{Operands, agree, problem};
 use sink_attention::{
-    Attention, Capabilities, Clock, DType, Device, Error, Kernel, MaskClass, MicroKernel, Options, Pass, Plan,
-    Preference, Problem, SinkLogits, Tiles, TilesOrigin, Tiling, Timer, Tuning, TuningKey, Upstream, Window, wgpu,
+    Attention, Capabilities, Clock, DType, Device, Error, Kernel, MaskClass, MicroKernel, OptionalOperands, Options, Pass,
+    Plan, Preference, Problem, SinkLogits, Tiles, TilesOrigin, Tiling, Timer, Tuning, TuningKey, Upstream, Window, wgpu,
 };
 
 const KERNELS: [Kernel; 3] = [Kernel::Forward, Kernel::DQ, Kernel::DKv];
@@ -52,10 +52,11 @@ fn a_tuning_changes_the_plan_where_it_fits() {
     let problem = problem([1, 4, 2], [300, 300], [64, 64], options());
     let other_class = common::operands::problem([1, 4, 2], [3000, 3000], [64, 64], options());
     for device in Capabilities::samples() {
+        let optional = OptionalOperands::default();
         let passes = |problem: &Problem, tuning: &Tuning| {
             let preference = Preference { tuning: Some(tuning), ..Preference::default() };
-            let mut passes = Plan::forward_with(problem, true, &device, &preference).unwrap().passes;
-            passes.extend(Plan::backward_with(problem, true, false, &device, &preference).unwrap().passes);
+            let mut passes = Plan::forward_with(problem, true, optional, &device, &preference).unwrap().passes;
+            passes.extend(Plan::backward_with(problem, true, optional, &device, &preference).unwrap().passes);
             passes
         };
         let fitting = tuning(&device.name, &problem, OTHER);
@@ -79,7 +80,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         let own_tiles = [(Kernel::Forward, own.into())];
         let tuning = tuning(&device.name, &problem, OTHER);
         let preference = Preference { tiles: &own_tiles, tuning: Some(&tuning), ..Preference::default() };
-        let pass = Plan::forward_with(&problem, true, &device, &preference).unwrap().passes[0];
+        let pass = Plan::forward_with(&problem, true, optional, &device, &preference).unwrap().passes[0];
         assert_eq!((pass.variant.tiling, pass.tiles_origin), (Some(own.into()), TilesOrigin::Caller));
     }
 }

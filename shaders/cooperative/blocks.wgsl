@@ -299,11 +299,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ sync() }}
 {% endmacro -%}
 
-{#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
+{#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_"; of o also what rounding
+    takes, where that is wanted. -#}
 {%- macro store(x, operand, factor) %}
 {% for r in range(row_fragments) %}
   {
     let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
+{% if o_rest %}
+    let rest_base = o_rest_base + row_{{ r }} * params.o_rest.seq;
+{% endif %}
 {% for f in range(fragments[operand]) %}
 {{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
 {% for n in range(fragment_quads) %}
@@ -311,6 +315,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
         let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
         if (!is_finite4(result)) { atomicStore(&broken, 1u); }
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
+{% if o_rest %}
+        store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
+{% endif %}
       }
     }
 {% endfor %}

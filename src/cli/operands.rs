@@ -26,13 +26,15 @@ pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<Strin
     })
 }
 
-/// Operands and results of a forward pass in GPU buffers, the operands with random numbers in [-1, 1).
+/// Operands and results of a forward pass in GPU buffers, o_rest among them, as training wants it; the operands with random
+/// numbers in [-1, 1).
 pub struct GpuOperands {
     q: wgpu::Buffer,
     k: wgpu::Buffer,
     v: wgpu::Buffer,
     sink_logits: Option<wgpu::Buffer>,
     o: wgpu::Buffer,
+    o_rest: Option<wgpu::Buffer>,
     lse: wgpu::Buffer,
 }
 
@@ -50,6 +52,7 @@ impl GpuOperands {
                 v,
                 sink_logits: sinks.map(|[sinks]| sinks),
                 o: result(device, dtype, problem.o_shape()),
+                o_rest: (dtype != DType::F32).then(|| result(device, dtype, problem.o_shape())),
                 lse: result(device, DType::F32, [batch, heads, seq, 1]),
             }
         };
@@ -63,6 +66,7 @@ impl GpuOperands {
             v: TensorView::new(&self.v),
             sink_logits: self.sink_logits.as_ref().map(TensorView::new),
             o: TensorView::new(&self.o),
+            o_rest: self.o_rest.as_ref().map(TensorView::new),
             lse: TensorView::new(&self.lse),
         }
     }

@@ -6,8 +6,8 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DType, DeviceChoice, Kernel, Layout, MicroKernel, Options, Pass, Plan, Preference,
-    Problem, Shape, SinkLogits, Tuning, Window, adapters, describe,
+    Alignment, Capabilities, DType, DeviceChoice, Kernel, Layout, MicroKernel, OptionalOperands, Options, Pass, Plan,
+    Preference, Problem, Shape, SinkLogits, Tuning, Window, adapters, describe,
 };
 
 use super::{DeviceArgs, ElementType, bytes, print_summary};
@@ -20,6 +20,10 @@ pub struct PlanArgs {
     /// Explain the passes of the backward pass, too
     #[arg(long)]
     backward: bool,
+
+    /// Plan f16 and bf16 without o_rest, what rounding takes from o, which the backward pass then makes up for
+    #[arg(long, requires = "backward")]
+    without_rest: bool,
 
     /// Print the plan as a JSON object
     #[arg(long)]
@@ -206,7 +210,8 @@ impl PlanArgs {
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.target.check()?;
         let problem = Problem::new(self.shape.shape(), self.options.options())?;
-        let operands = operands(&problem, self.backward);
+        let o_rest = self.backward && !self.without_rest && problem.options().dtype != DType::F32;
+        let operands = operands(&problem, self.backward, o_rest);
         let explanation = match self.capabilities()? {
             Some((device, capabilities)) => {
                 check_limits(&operands, &capabilities)?;
@@ -217,9 +222,10 @@ impl PlanArgs {
                     tuning: tuning.as_ref(),
                     ..Preference::default()
                 };
-                let mut passes = Plan::forward_with(&problem, vec4, &capabilities, &preference)?.passes;
+                let optional = OptionalOperands { d_lse: false, o_rest };
+                let mut passes = Plan::forward_with(&problem, vec4, optional, &capabilities, &preference)?.passes;
                 if self.backward {
-                    passes.extend(Plan::backward_with(&problem, vec4, false, &capabilities, &preference)?.passes);
+                    passes.extend(Plan::backward_with(&problem, vec4, optional, &capabilities, &preference)?.passes);
                 }
                 let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
                 Explanation::new(&problem, device, self.backward, operands, launches.collect())
@@ -266,7 +272,7 @@ impl PlanArgs {
 }
 
 /// What a call binds, with the number of elements and their type.
-fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64, DType)> {
+fn operands(problem: &Problem, backward: bool, o_rest: bool) -> Vec<(&'static str, u64, DType)> {
     let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let dtype = problem.options().dtype;
     let mut operands = vec![
@@ -290,8 +296,11 @@ fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64, DType)
         });
         let gradients: Vec<_> = gradients.collect();
         operands.extend(gradients);
+        if o_rest {
+            operands.push(("o_rest", elements(&problem.o_shape()), dtype));
+        }
         operands.push(("delta", elements(&problem.lse_shape()), DType::F32));
-        if problem.options().sink_logits == SinkLogits::PerHead && dtype == DType::F32 {
+        if problem.options().sink_logits == SinkLogits::PerHead && (dtype == DType::F32 || o_rest) {
             let shape = problem.shape();
             let partials = (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64;
             operands.push(("sink_partials", partials, DType::F32));

@@ -37,13 +37,13 @@ const TILE: usize = 64;
 /// d_q, d_k and d_v rounded once.
 ///
 /// `delta_i = d_o_i . o_i` is summed from the saved o in f32. In half precision o has been rounded, and delta would
-/// inherit that error, which outweighs what cancels in d_sink_logits. There it is computed anew from the definition of
-/// o, `o_i = sum_j p_ij v_j`, and so amounts to `sum_j p_ij (d_o_i . v_j)`, at the price of another forward pass; the
-/// saved o is checked for its length only.
+/// inherit that error, which outweighs what cancels in d_sink_logits: what rounding took, the saved o_rest, is added.
+/// Where there is none, o is computed anew by its definition, `o_i = sum_j p_ij v_j`, and delta so amounts to
+/// `sum_j p_ij (d_o_i . v_j)`, at the price of another forward pass; the saved o is then checked for its length only.
 ///
-/// The result has the same bits in every run, for any number of threads. In f32, `saved` may also be the final o and lse
-/// of an attention over more keys than these: the gradients are then this shard's share, but that by the sink logits,
-/// which is whole in every shard.
+/// The result has the same bits in every run, for any number of threads. In f32 and with o_rest, `saved` may also be the
+/// final o and lse of an attention over more keys than these: the gradients are then this shard's share, but that by the
+/// sink logits, which is whole in every shard.
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`].
@@ -59,9 +59,10 @@ pub fn backward<T: Element>(
     let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
     let d_o = T::widen(upstream.d_o);
     let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
-    let o = match T::DTYPE {
-        DType::F32 => T::widen(&saved.o),
-        DType::F16 | DType::Bf16 => forward_widened(problem, &inputs).o.into(),
+    let o = match (T::DTYPE, &saved.o_rest) {
+        (DType::F32, _) => T::widen(&saved.o),
+        (_, Some(o_rest)) => saved.o.par_iter().zip(o_rest).map(|(o, &rest)| o.whole(rest)).collect(),
+        (_, None) => forward_widened(problem, &inputs).o.into(),
     };
     let Gradients { d_q, d_k, d_v, d_sink_logits } = backward_widened(problem, &inputs, &o, &saved.lse, &upstream);
     Ok(Gradients { d_q: T::narrow(d_q), d_k: T::narrow(d_k), d_v: T::narrow(d_v), d_sink_logits })

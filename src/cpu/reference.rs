@@ -75,7 +75,7 @@ impl Operands {
             }
             lse.push(row_lse);
         }
-        Output { o: o.data, lse }
+        Output { o: o.data, o_rest: None, lse }
     }
 
     fn backward<T: Element>(

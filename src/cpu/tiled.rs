@@ -50,8 +50,9 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
     problem.check_inputs(inputs)?;
     let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
     let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
-    let Output { o, lse } = forward_widened(problem, &inputs);
-    Ok(Output { o: T::narrow(o), lse })
+    let Output { o, lse, .. } = forward_widened(problem, &inputs);
+    let o_rest = (T::DTYPE != DType::F32).then(|| o.par_iter().map(|&o| T::rest(o)).collect());
+    Ok(Output { o: T::narrow(o), o_rest, lse })
 }
 
 /// The pass on operands of any element type, checked and widened; o unrounded.
@@ -83,7 +84,7 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
         v: Rows::new(inputs.v, layout, s.kv_heads, s.seq_k, s.value_dim),
     };
     let rows = s.batch * s.heads * s.seq_q;
-    let mut output = Output { o: vec![0.0; rows * s.value_dim], lse: vec![0.0; rows] };
+    let mut output = Output { o: vec![0.0; rows * s.value_dim], o_rest: None, lse: vec![0.0; rows] };
 
     let mut items = items(problem, &mut output);
     let splits = FEW_ITEMS / items.len();

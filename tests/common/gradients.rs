@@ -58,9 +58,9 @@ impl<T: Element> Backward<T> {
 
     /// The definition's results of the forward pass, rounded once.
     pub fn saved(&self, problem: &Problem) -> Output<T> {
-        let Output { o, lse } = reference::forward(problem, &self.operands.inputs()).unwrap();
+        let Output { o, lse, .. } = reference::forward(problem, &self.operands.inputs()).unwrap();
         let round = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
-        Output { o: T::narrow(round(o)), lse: round(lse) }
+        Output { o: T::narrow(round(o)), o_rest: None, lse: round(lse) }
     }
 
     /// Holds a path's gradients against the definition.

@@ -78,13 +78,14 @@ impl Place {
 }
 
 /// Runs both passes on operands `offset` elements into their buffers and in rows with `pad` elements between them, with
-/// tiles of our choice, against the definition.
+/// tiles of our choice, with or without o_rest, against the definition.
 pub fn run_at<T: Element>(
     gpu: &Attention,
     problem: &Problem,
     case: &Backward<T>,
     [offset, pad]: [usize; 2],
     tiles: &[(Kernel, Tiling)],
+    keeps_rest: bool,
 ) {
     const SENTINEL: f32 = -12345.0;
     let device = gpu.device().unwrap();
@@ -102,6 +103,7 @@ pub fn run_at<T: Element>(
     let [q, k, v, d_o] =
         [given(&q_at, &operands.q), given(&k_at, &operands.k), given(&v_at, &operands.v), given(&o_at, &case.d_o)];
     let [o, d_q, d_k, d_v] = [result(&o_at), result(&q_at), result(&k_at), result(&v_at)];
+    let o_rest = keeps_rest.then(|| result(&o_at));
     // f32 operands begin anywhere, too.
     let single = |data: &[f32]| super::buffers::buffer(device, &[&vec![f32::NAN; offset], data].concat());
     let rows = problem.lse_shape().iter().product();
@@ -115,6 +117,7 @@ pub fn run_at<T: Element>(
         v: v_at.view(&v),
         sink_logits: Some(at(&sinks)),
         o: o_at.view(&o),
+        o_rest: o_rest.as_ref().map(|o_rest| o_at.view(o_rest)),
         lse: at(&lse),
     };
     let backward = BackwardBuffers {
@@ -138,8 +141,11 @@ pub fn run_at<T: Element>(
         backward.encode(encoder);
     });
     let single = |buffer| super::buffers::read(device, buffer)[offset..].to_vec();
-    let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), lse: single(&lse) };
-    let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}");
+    if let Some(o_rest) = &o_rest {
+        o_at.take::<T>(device, layout, o_rest, SENTINEL);
+    }
+    let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), o_rest: None, lse: single(&lse) };
+    let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}, o_rest: {keeps_rest}");
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
     let gradients = Gradients {

@@ -41,7 +41,8 @@ impl Direction {
         let wide = problem.options().dtype.bytes() as f64;
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
         let sinks = if per_head { problem.shape().heads as f64 } else { 0.0 };
-        let forward = wide * (q + k + v + o) + 4.0 * (elements(&problem.lse_shape()) + sinks);
+        let rest = if problem.options().dtype == DType::F32 { 0.0 } else { wide * o };
+        let forward = wide * (q + k + v + o) + rest + 4.0 * (elements(&problem.lse_shape()) + sinks);
         match self {
             Direction::Forward => forward,
             // Those of the forward pass are read again, and all but lse have a gradient.
