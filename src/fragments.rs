@@ -164,8 +164,8 @@ pub(crate) fn candidates(
         _ => &[[8, 1], [4, 1], [2, 1]],
     };
     let columns = match class {
-        // llvmpipe compiles for seconds by the fragment; narrow heads stand for the others.
-        DeviceClass::Software if width > 16 => 1,
+        // llvmpipe compiles a kernel for seconds, by the number of products in it.
+        DeviceClass::Software => 1,
         _ => 16 / matrices.side,
     };
     table.iter().map(move |&[subgroups, rows]| Fragments { matrices, subgroups, rows: rows * columns, columns })

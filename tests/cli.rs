@@ -558,16 +558,20 @@ fn wrong_usage_exits_with_2() {
     assert_eq!(folder.names(), ["in"]);
 }
 
+/// Of f32 there is no cooperative kernel, with a GPU or without one.
 #[test]
-fn the_cooperative_kernel_is_not_there_yet() {
+fn kernels_that_there_are_not() {
     let folder = Folder::new("cooperative");
     let (input, output) = (folder.write("in", &TestFile::good().bytes()), folder.path("out"));
-    // With a GPU or without one, it says why.
     let stderr = fails(&["run", &input, &output, "--kernel", "cooperative"]);
     assert!(stderr.contains("cooperative"), "{stderr}");
     assert_eq!(folder.names(), ["in"]);
-    let stderr = fails(&["plan", "--device", "H200", "--kernel", "cooperative"]);
-    assert!(stderr.contains("cooperative kernels were asked for, and this version has none for f32"), "{stderr}");
+    let plan = |arguments: &[&'static str]| [&["plan", "--kernel", "cooperative", "--device"], arguments].concat();
+    let stderr = fails(&plan(&["H200"]));
+    assert!(stderr.contains("f32 operands need the portable micro-kernel"), "{stderr}");
+    let stderr = fails(&plan(&["A770", "--dtype", "f16"]));
+    assert!(stderr.contains("Intel Arc A770 has no cooperative matrices"), "{stderr}");
+    succeeds(&plan(&["H200", "--dtype", "f16", "--backward"]));
     succeeds(&["plan", "--device", "H200", "--kernel", "portable", "--backward"]);
 }
 

@@ -144,6 +144,17 @@ fn on_the_gpu() {
     }
 }
 
+/// The files in half precision, on the cooperative micro-kernel.
+#[test]
+fn on_cooperative_matrices() {
+    let Some(attention) = common::cooperative() else { return };
+    let halves: Vec<_> = files().into_iter().filter(|(name, _)| name.contains("f16")).collect();
+    assert!(halves.len() >= 3, "{halves:?}");
+    for (name, bytes) in halves {
+        check(&attention, &bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
 #[test]
 fn waiting_files_name_the_feature() {
     let files = files();

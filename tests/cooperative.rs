@@ -12,33 +12,34 @@ use common::{compare_low_precision, cooperative, gpu, low_precision};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, Capabilities, DType, Device, Element, Error, Layout, MicroKernel, OptionalOperands, Options, Output,
-    Plan, Preference, Problem, SinkLogits, Window,
+    Attention, Capabilities, DType, Device, Element, Error, Kernel, Layout, MicroKernel, Options, Output, Plan,
+    Preference, Problem, SinkLogits, Tiling, Window,
 };
 
-/// A test for every type that there are kernels for.
-macro_rules! each_type {
+/// A test for both types.
+macro_rules! both {
     ($($(#[$meta:meta])* $name:ident)*) => {$(
         $(#[$meta])*
         mod $name {
             #[test]
             fn f16() {
-                super::run_for::<super::f16>(super::$name::<super::f16>);
+                super::with_matrices(super::$name::<super::f16>);
             }
 
             #[test]
             fn bf16() {
-                super::run_for::<super::bf16>(super::$name::<super::bf16>);
+                super::with_matrices(super::$name::<super::bf16>);
             }
         }
     )*};
 }
 
-each_type! {
+both! {
     sizes_and_options
     widths
     heads_and_batches
     views_with_offsets_and_strides
+    fragments_of_every_shape
     large_scores
     the_range_of_the_type
     hidden_keys_never_come_through
@@ -47,10 +48,19 @@ each_type! {
     same_bits_every_time
 }
 
-fn run_for<T: Element>(test: fn(&Attention)) {
+fn with_matrices(test: fn(&Attention)) {
     if let Some(attention) = cooperative() {
         test(&attention);
     }
+}
+
+/// Every kernel that has tiles is cooperative, and followed by the portable one that repairs.
+fn is_cooperative(plan: &Plan) -> bool {
+    let of = |kernel| plan.passes.iter().filter(move |pass| pass.variant.kernel == kernel).map(|pass| pass.variant);
+    [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv].into_iter().all(|kernel| {
+        let variants: Vec<_> = of(kernel).map(|variant| (variant.micro_kernel, variant.repairs.is_some())).collect();
+        variants.is_empty() || variants == [(MicroKernel::Cooperative, false), (MicroKernel::Portable, true)]
+    })
 }
 
 /// The problem in an element type, with operands.
@@ -63,25 +73,29 @@ fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
 /// off where no element has more than rounding noise.
 fn check<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>, explain: bool) -> Output<T> {
     let inputs = case.operands.inputs();
-    let plan = attention.plan_forward(problem).unwrap();
-    assert_eq!(plan.passes[0].variant.micro_kernel, MicroKernel::Cooperative, "{problem}");
+    assert!(is_cooperative(&attention.plan_forward(problem).unwrap()), "{problem}");
     let output = attention.forward(problem, &inputs).unwrap();
     let expected = reference::forward(problem, &inputs).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
     let round = low_precision::to_half::<T>;
-    let mut results = vec![("o", output.o.clone(), low_precision::forward_with(problem, &inputs, round).o, expected.o)];
-    let gradients = case.run_with(attention, problem, &output);
+    let low_o = low_precision::forward_with(problem, &inputs, round).o;
+    assert!(is_cooperative(&attention.plan_backward(problem).unwrap()), "{problem}");
     let expected_gradients = case.expected(problem);
+    // With what rounding took from o, and with the exact delta instead.
+    let with_rest = case.run_with(attention, problem, &output);
+    case.agree(&with_rest, &expected_gradients).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    let gradients = case.run_with(attention, problem, &Output { o_rest: None, ..output.clone() });
     case.agree(&gradients, &expected_gradients).unwrap_or_else(|error| panic!("{problem}: {error}"));
     let low = low_precision::backward_with(problem, &inputs, &case.upstream(), round);
-    results.push(("d_q", gradients.d_q, low.d_q, expected_gradients.d_q));
-    results.push(("d_k", gradients.d_k, low.d_k, expected_gradients.d_k));
-    results.push(("d_v", gradients.d_v, low.d_v, expected_gradients.d_v));
-    for (name, actual, low, expected) in results {
+    for (name, actual, low, expected) in [
+        ("o", &output.o, &low_o, &expected.o),
+        ("d_q", &gradients.d_q, &low.d_q, &expected_gradients.d_q),
+        ("d_k", &gradients.d_k, &low.d_k, &expected_gradients.d_k),
+        ("d_v", &gradients.d_v, &low.d_v, &expected_gradients.d_v),
+    ] {
         // Where terms cancel to nothing, two orders of f32 sums may be a few roundings apart.
         if explain && expected.iter().any(|x| x.abs() >= 1e-6) {
-            compare_low_precision(&actual, &low, &expected)
-                .unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
+            compare_low_precision(actual, low, expected).unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
         }
     }
     output
@@ -124,10 +138,20 @@ fn views_with_offsets_and_strides<T: Element>(attention: &Attention) {
     for (seed, problem) in (1..).zip([narrow, by_fours]) {
         let (problem, case) = random::<T>(&problem, seed);
         for place in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
-            for keeps_rest in [false, true] {
-                run_at(attention, &problem, &case, place, &[], keeps_rest);
-            }
+            run_at(attention, &problem, &case, place, &[], place[0] % 2 == 0);
         }
+    }
+}
+
+/// Subgroups, rows and columns of fragments: what hardware gets, and what nobody would pick.
+fn fragments_of_every_shape<T: Element>(attention: &Attention) {
+    let shapes = [[1, 1, 1], [2, 2, 2], [4, 2, 2], [3, 1, 3], [1, 3, 2], [2, 4, 1]];
+    for (seed, [subgroups, rows, columns]) in (0..).zip(shapes) {
+        let options = Options::new().window(Window::keys(30)).sink_tokens(3).sink_logits(SinkLogits::PerHead);
+        let (problem, case) = random::<T>(&problem([1, 4, 2], [70, 90], [16, 20], options), seed);
+        let tiling = Tiling::Cooperative { subgroups, rows, columns };
+        let kernels = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
+        run_at(attention, &problem, &case, [0, 0], &kernels.map(|kernel| (kernel, tiling)), false);
     }
 }
 
@@ -234,11 +258,9 @@ fn same_bits_every_time<T: Element>(attention: &Attention) {
         let (problem, case) = random::<T>(&problem([2, 4, 2], [150, 150], [width, width], options), 1);
         let bits = || {
             let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
-            let mut halves = output.o.clone();
-            let mut singles = output.lse.clone();
             let gradients = case.run_with(attention, &problem, &output);
-            halves.extend([gradients.d_q, gradients.d_k, gradients.d_v].concat());
-            singles.extend(gradients.d_sink_logits.unwrap());
+            let halves = [output.o, gradients.d_q, gradients.d_k, gradients.d_v].concat();
+            let singles = [output.lse, gradients.d_sink_logits.unwrap()].concat();
             (bytemuck::cast_slice::<T, u16>(&halves).to_vec(), bytemuck::cast_slice::<f32, u32>(&singles).to_vec())
         };
         let first = bits();
@@ -254,8 +276,8 @@ fn what_has_no_kernel_says_why() {
     let preference = Preference { micro_kernel: MicroKernel::Cooperative, ..Preference::default() };
     let forward = |dtype, width, device: &Capabilities| {
         let problem = problem([1, 2, 1], [64, 64], width, Options::new().dtype(dtype));
-        let backward = Plan::backward_with(&problem, false, OptionalOperands::default(), device, &preference);
-        (Plan::forward_with(&problem, false, OptionalOperands::default(), device, &preference), backward)
+        let backward = Plan::backward_with(&problem, false, false, device, &preference);
+        (Plan::forward_with(&problem, false, device, &preference), backward)
     };
     let refused = |plan: sink_attention::Result<Plan>, reason: &str| match plan {
         Err(error @ Error::NoKernel { .. }) => assert!(error.to_string().contains(reason), "{error}"),
@@ -265,9 +287,7 @@ fn what_has_no_kernel_says_why() {
         for dtype in [DType::F16, DType::Bf16] {
             for width in [[64, 64], [128, 128], [1, 1]] {
                 let (forward, backward) = forward(dtype, width, device);
-                for passes in [forward, backward].map(|plan| plan.unwrap().passes) {
-                    assert!(passes.iter().any(|pass| pass.variant.micro_kernel == MicroKernel::Cooperative));
-                }
+                [forward, backward].into_iter().for_each(|plan| assert!(is_cooperative(&plan.unwrap())));
             }
         }
         refused(forward(DType::F32, [64, 64], device).0, "f32 operands need the portable micro-kernel");
@@ -275,6 +295,7 @@ fn what_has_no_kernel_says_why() {
         for width in [[129, 64], [64, 256]] {
             let reason = format!("widths up to 128, not {}", width[0].max(width[1]));
             refused(forward(DType::F16, width, device).0, &reason);
+            refused(forward(DType::F16, width, device).1, &reason);
         }
     }
     let (forward, backward) = forward(DType::F16, [64, 64], sample("Arc"));
