@@ -11,7 +11,7 @@ use common::views::run_at;
 use sink_attention::half::{bf16, f16};
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
-    Capabilities, DType, Element, Error, ForwardBuffers, Inputs, Kernel, Layout, Options, Pass, Plan, Problem,
+    Capabilities, DType, Element, Error, ForwardBuffers, Inputs, Kernel, Layout, Options, Output, Pass, Plan, Problem,
     SinkLogits, TensorView, Tiles, Tiling, Upstream, Window,
 };
 
