@@ -12,8 +12,8 @@ use common::{compare_low_precision, cooperative, gpu, low_precision};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, Capabilities, DType, Device, Element, Error, Kernel, Layout, MicroKernel, Options, Output, Plan,
-    Preference, Problem, SinkLogits, Tiling, Window,
+    Attention, Capabilities, DType, Device, Element, Error, Kernel, Layout, MicroKernel, OptionalOperands, Options,
+    Output, Plan, Preference, Problem, SinkLogits, Tiling, Window,
 };
 
 /// A test for both types.
@@ -276,8 +276,8 @@ fn what_has_no_kernel_says_why() {
     let preference = Preference { micro_kernel: MicroKernel::Cooperative, ..Preference::default() };
     let forward = |dtype, width, device: &Capabilities| {
         let problem = problem([1, 2, 1], [64, 64], width, Options::new().dtype(dtype));
-        let backward = Plan::backward_with(&problem, false, false, device, &preference);
-        (Plan::forward_with(&problem, false, device, &preference), backward)
+        let backward = Plan::backward_with(&problem, false, OptionalOperands::default(), device, &preference);
+        (Plan::forward_with(&problem, false, OptionalOperands::default(), device, &preference), backward)
     };
     let refused = |plan: sink_attention::Result<Plan>, reason: &str| match plan {
         Err(error @ Error::NoKernel { .. }) => assert!(error.to_string().contains(reason), "{error}"),
