@@ -44,6 +44,8 @@ pub struct CooperativeMatrices {
     pub side: u32,
     /// Lanes of a subgroup, which holds a fragment together; the same for every kernel.
     pub lanes: u32,
+    /// The lanes of a subgroup run in step, and a barrier of theirs would be one of the workgroup: so it is with llvmpipe.
+    pub in_step: bool,
 }
 
 impl CooperativeMatrices {
@@ -59,7 +61,7 @@ impl CooperativeMatrices {
 
 impl fmt::Display for CooperativeMatrices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let CooperativeMatrices { side, lanes } = self;
+        let CooperativeMatrices { side, lanes, .. } = self;
         write!(f, "{side}x{side} of f16 with sums in f32, subgroups of {lanes}")
     }
 }
@@ -150,7 +152,7 @@ impl Capabilities {
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             cooperative: None,
             multiprocessor: Multiprocessor::of(class(info), info.backend),
-            loop_iterations: info.name.starts_with("llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS),
+            loop_iterations: is_llvmpipe(info).then_some(LLVMPIPE_LOOP_ITERATIONS),
         }
     }
 
@@ -199,10 +201,10 @@ impl Capabilities {
         ];
         for sample in &mut samples {
             sample.cooperative = match sample.class {
-                DeviceClass::Nvidia => Some(CooperativeMatrices { side: 16, lanes: 32 }),
-                DeviceClass::Apple => Some(CooperativeMatrices { side: 8, lanes: 32 }),
+                DeviceClass::Nvidia => Some(CooperativeMatrices { side: 16, lanes: 32, in_step: false }),
+                DeviceClass::Apple => Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false }),
                 // Mesa's from version 26 on.
-                DeviceClass::Software => Some(CooperativeMatrices { side: 8, lanes: 8 }),
+                DeviceClass::Software => Some(CooperativeMatrices { side: 8, lanes: 8, in_step: true }),
                 // Subgroups of more than one size.
                 _ => None,
             };
@@ -246,7 +248,8 @@ fn cooperative(
         fits && [p.n_size, p.k_size] == [side; 2] && (p.ab_type, p.cr_type) == (F16, F32)
     };
     let side = offered.iter().filter(is_usable).map(|p| p.m_size).max();
-    side.map(|side| CooperativeMatrices { side, lanes }).ok_or_else(|| {
+    let in_step = is_llvmpipe(info);
+    side.map(|side| CooperativeMatrices { side, lanes, in_step }).ok_or_else(|| {
         let name = |p: &wgpu::CooperativeMatrixProperties| {
             format!("{}x{}x{} of {:?} in {:?}", p.m_size, p.n_size, p.k_size, p.ab_type, p.cr_type)
         };
@@ -254,6 +257,10 @@ fn cooperative(
         let offered = if offered.is_empty() { "none".into() } else { offered.join(", ") };
         format!("of f16 with sums in f32, 8x8x8 or 16x16x16 by 1 to 4 lanes a row are needed; for {lanes} lanes there are {offered}")
     })
+}
+
+fn is_llvmpipe(info: &wgpu::AdapterInfo) -> bool {
+    info.name.starts_with("llvmpipe")
 }
 
 fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
@@ -289,7 +296,7 @@ mod tests {
             saturating_accumulation: false,
         };
         let all = cooperative_features();
-        let matrices = |side| Ok(CooperativeMatrices { side, lanes: 32 });
+        let matrices = |side| Ok(CooperativeMatrices { side, lanes: 32, in_step: false });
         assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F32), of(16, F16)]), matrices(16));
         assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F16), of(32, F32)]), matrices(8));
         let told = |info: &_, features, offered: &[_], message: &str| {

@@ -89,7 +89,7 @@ impl Fragments {
 
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
     pub(crate) fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
-        let CooperativeMatrices { side, lanes } = self.matrices;
+        let CooperativeMatrices { side, lanes, .. } = self.matrices;
         let (halves, floats) = (side * side / 2 / lanes, side * side / lanes);
         let (d, e) = (self.across(head_dim), self.across(value_dim));
         let (operands, accumulators) = match kernel {
@@ -115,7 +115,7 @@ impl Fragments {
 
     /// What does not fit together, if anything does not.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let CooperativeMatrices { side, lanes } = self.matrices;
+        let CooperativeMatrices { side, lanes, .. } = self.matrices;
         if ![8, 16].contains(&side) || ![1, 2, 4].iter().any(|n| n * side == lanes) {
             return Err(format!("{lanes} lanes cannot share fragments of {side}x{side}"));
         }
@@ -135,7 +135,7 @@ impl Fragments {
 
 impl fmt::Display for Fragments {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let CooperativeMatrices { side, lanes } = self.matrices;
+        let CooperativeMatrices { side, lanes, .. } = self.matrices;
         let [rows, columns] = [self.tile_rows(), self.tile_columns()];
         write!(
             f,

@@ -114,6 +114,11 @@
 //! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
 //! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
 //!
+//! The cooperative micro-kernel ([`MicroKernel::Cooperative`]) multiplies halves: weights p and d_s are rounded to f16 before
+//! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16.
+//! What it gives stays within the bounds above but for the sink logits' gradient with o_rest: o has been summed from rounded
+//! weights, and the bound is that of o. Without o_rest it is 1e-5 there, too.
+//!
 //! The backward pass of some of the keys, with the final o, o_rest and lse of all of them, gives their share of the
 //! gradients. In half precision without o_rest it does not: delta is then a sum over the keys at hand.
 //!

@@ -177,6 +177,8 @@ impl Passes<'_> {
         let own = self.own(kernel).next();
         let cooperative = match (self.preference.micro_kernel, own.or_else(|| self.measured(kernel))) {
             (MicroKernel::Portable, _) | (MicroKernel::Auto, Some(Tiling::Portable(_))) => None,
+            // Not before the kernels have been checked and measured on a GPU: until then a tuning decides.
+            (MicroKernel::Auto, None) => None,
             (MicroKernel::Auto, _) if own.is_none() => self.tiled(kernel, MicroKernel::Cooperative, None).ok(),
             _ => Some(self.tiled(kernel, MicroKernel::Cooperative, None)?),
         };

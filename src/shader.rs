@@ -130,7 +130,7 @@ impl Kernel {
 /// How a kernel forms matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MicroKernel {
-    /// The fastest one that the device offers for the problem; what is planned is one of the others.
+    /// The one that a [`Tuning`](crate::Tuning) has found faster, else the portable one.
     #[default]
     Auto,
     /// Multiply-adds in f32, on every device.
@@ -463,6 +463,7 @@ impl Variant {
                 micro_kernel => self.micro_kernel.to_string(),
                 side,
                 lanes => f.matrices.lanes,
+                in_step => f.matrices.in_step,
                 subgroups => f.subgroups,
                 row_fragments => f.rows,
                 column_fragments => f.columns,

@@ -9,13 +9,13 @@ use std::sync::OnceLock;
 use common::buffers::empty;
 use common::operands::problem;
 use naga::back::{hlsl, msl, spv};
-use naga::valid::{ModuleInfo, ValidationFlags, Validator};
+use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, OptionalOperands, Options, Pass,
-    Plan, Preference, Problem, SinkLogits, TensorView, TilesOrigin, Variant,
+    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, MicroKernel, OptionalOperands,
+    Options, Pass, Plan, Preference, Problem, SinkLogits, TensorView, TilesOrigin, Variant,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.
@@ -78,14 +78,21 @@ fn reachable() -> &'static [Planned] {
                         for [vec4, o_rest] in [[false, false], [by_fours, false], [false, true], [by_fours, true]] {
                             let optional =
                                 OptionalOperands { d_lse: seq % 2 == 0, o_rest: o_rest && dtype != DType::F32 };
-                            let preference = Preference::default();
-                            let forward = Plan::forward_with(&problem, vec4, optional, &device, &preference).unwrap();
-                            let backward = Plan::backward_with(&problem, vec4, optional, &device, &preference).unwrap();
-                            let planned =
-                                Planned { device: device.clone(), problem, vec4, optional, forward, backward };
-                            let new = |pass: &&Pass| seen.insert((device.name.clone(), pass.variant));
-                            if planned.passes().filter(new).count() > 0 {
-                                reachable.push(planned);
+                            for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
+                                let preference = Preference { micro_kernel, ..Preference::default() };
+                                let (Ok(forward), Ok(backward)) = (
+                                    Plan::forward_with(&problem, vec4, optional, &device, &preference),
+                                    Plan::backward_with(&problem, vec4, optional, &device, &preference),
+                                ) else {
+                                    assert_eq!(micro_kernel, MicroKernel::Cooperative, "{problem}");
+                                    continue;
+                                };
+                                let planned =
+                                    Planned { device: device.clone(), problem, vec4, optional, forward, backward };
+                                let new = |pass: &&Pass| seen.insert((device.name.clone(), pass.variant));
+                                if planned.passes().filter(new).count() > 0 {
+                                    reachable.push(planned);
+                                }
                             }
                         }
                     }
@@ -103,14 +110,28 @@ fn variants() -> Vec<Variant> {
     all.filter(|variant| seen.insert(*variant)).collect()
 }
 
-/// Parses and validates with what WebGPU guarantees, no extensions.
+fn is_cooperative(variant: &Variant) -> bool {
+    variant.micro_kernel == MicroKernel::Cooperative
+}
+
+/// Parses and validates with what WebGPU guarantees; a cooperative kernel with its extensions, too.
 fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     let text = variant.wgsl().unwrap();
     let module = naga::front::wgsl::parse_str(&text)
         .unwrap_or_else(|error| panic!("{}: {}", variant.name(), error.emit_to_string(&text)));
     // unpack2x16float, which is no extension: naga counts it as one for the sake of OpenGL ES 3.0.
-    let guaranteed = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    let mut guaranteed = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    let mut subgroups = (ShaderStages::empty(), SubgroupOperationSet::empty());
+    if is_cooperative(variant) {
+        guaranteed |= naga::valid::Capabilities::COOPERATIVE_MATRIX
+            | naga::valid::Capabilities::SHADER_FLOAT16
+            | naga::valid::Capabilities::SUBGROUP
+            | naga::valid::Capabilities::SUBGROUP_BARRIER;
+        subgroups = (ShaderStages::COMPUTE, SubgroupOperationSet::all());
+    }
     let info = Validator::new(ValidationFlags::all(), guaranteed)
+        .subgroup_stages(subgroups.0)
+        .subgroup_operations(subgroups.1)
         .validate(&module)
         .unwrap_or_else(|error| panic!("{}: {}", variant.name(), error.emit_to_string(&text)));
     (module, info)
@@ -155,11 +176,19 @@ fn variants_validate_and_translate() {
         let words = spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| panic!("{}: {e}", name()));
         assert_eq!(words[0], 0x0723_0203, "{}: SPIR-V's magic number", name());
 
+        // Metal's matrices are 8x8; Direct3D has none.
+        let side = variant.matrices.map(|matrices| matrices.side);
+        if side == Some(16) {
+            return;
+        }
         let options = msl::Options { lang_version: (2, 4), ..Default::default() };
         let (_, written) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
             .unwrap_or_else(|e| panic!("{}: {e}", name()));
         written.entry_point_names[0].as_ref().unwrap_or_else(|e| entry(&e.to_string()));
 
+        if side.is_some() {
+            return;
+        }
         let options = hlsl::Options {
             shader_model: hlsl::ShaderModel::V6_0,
             // Where the kernel's num_workgroups comes from, as in wgpu.
@@ -201,7 +230,7 @@ fn variants_keep_the_planners_promises() {
 /// Slots are never renumbered: hosts that bind by themselves, and captures of old runs, rely on them.
 #[test]
 fn bindings_stay_where_they_are() {
-    const NAMES: [&str; 17] = [
+    const NAMES: [&str; 19] = [
         "params",
         "q",
         "k",
@@ -218,6 +247,8 @@ fn bindings_stay_where_they_are() {
         "delta",
         "sink_partials",
         "repairs",
+        "maxima",
+        "ranges",
         "o_rest",
     ];
     for variant in variants() {
@@ -238,7 +269,11 @@ fn bindings_stay_where_they_are() {
                 other => panic!("{name}: {operand} in {other:?}"),
             }
         }
-        assert!(storage <= 8, "{name}: {storage} storage buffers");
+        // Devices with matrices bind more than every WebGPU device does, and only they repair.
+        let most = if is_cooperative(&variant) || variant.repairs.is_some() { 10 } else { 8 };
+        assert!(storage <= most, "{name}: {storage} storage buffers");
+        assert_eq!(written.contains(&"repairs"), is_cooperative(&variant), "{name}");
+        written.retain(|operand| *operand != "repairs");
         written.sort_unstable();
         let results: &[&str] = match variant.kernel {
             Kernel::Forward if variant.o_rest => &["lse", "o", "o_rest"],
@@ -336,7 +371,9 @@ fn variants_build_on_every_device() {
         assert_eq!(attention.device().unwrap().capabilities().workgroup_bytes, capabilities.workgroup_bytes);
         let own: Vec<_> = reachable().iter().filter(|planned| planned.device == *capabilities).collect();
         assert!(!own.is_empty());
-        own.into_iter().for_each(|planned| build(&attention, planned));
+        // It has no matrices.
+        let portable = |planned: &&Planned| !planned.passes().any(|pass| is_cooperative(&pass.variant));
+        own.into_iter().filter(portable).for_each(|planned| build(&attention, planned));
     });
 }
 

@@ -15,9 +15,9 @@
     Fragments have no hidden elements: where a hidden column is NaN or infinite, its zero weight makes a NaN of the results.
     `finish` reports a tile that holds one, and the portable kernel computes that tile again. -#}
 
-{#- Waits for the other lanes of the subgroup. llvmpipe runs them in step, and takes every barrier for one of the workgroup,
-    which subgroups that rescale at different tiles do not reach together. -#}
-{%- macro sync() %}{% if lanes != 8 %}subgroupBarrier();{% endif %}{% endmacro -%}
+{#- Waits for the other lanes of the subgroup, where they do not run in step. Subgroups that rescale at different tiles do not
+    reach such a barrier together. -#}
+{%- macro sync() %}{% if not in_step %}subgroupBarrier();{% endif %}{% endmacro -%}
 
 {%- macro declare() %}
 const SIDE: u32 = {{ side }}u;
@@ -311,14 +311,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for f in range(fragments[operand]) %}
 {{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
 {% for n in range(fragment_quads) %}
-    {{ each_quad(n) }} if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
+    {{ each_quad(n) }} {
+      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
         let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
         if (!is_finite4(result)) { atomicStore(&broken, 1u); }
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
 {% if o_rest %}
         store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
 {% endif %}
-      }
+      } }
     }
 {% endfor %}
 {% endfor %}

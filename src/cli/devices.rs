@@ -65,6 +65,8 @@ struct Entry {
     subgroup_sizes: [u32; 2],
     /// Side of the fragments and lanes of a subgroup; absent where there are none.
     cooperative_matrices: Option<[u32; 2]>,
+    #[serde(skip)]
+    matrices: Option<CooperativeMatrices>,
     /// Why there are none.
     cooperative_error: Option<String>,
     kernels: Vec<Kernel>,
@@ -97,6 +99,7 @@ impl Entry {
             offset_alignment: capabilities.offset_alignment,
             timestamps: capabilities.timestamps,
             subgroup_sizes: [info.subgroup_min_size, info.subgroup_max_size],
+            matrices: cooperative.as_ref().ok().copied(),
             cooperative_matrices: cooperative.as_ref().ok().map(|matrices| [matrices.side, matrices.lanes]),
             cooperative_error: cooperative.err(),
             kernels: [64, 128].map(|head_dim| Kernel::new(head_dim, &capabilities)).into(),
@@ -200,8 +203,8 @@ impl fmt::Display for Entry {
             bytes(self.offset_alignment.into())
         )?;
         writeln!(f, "   timestamps  {}", if self.timestamps { "yes" } else { "no" })?;
-        match (self.cooperative_matrices, &self.cooperative_error) {
-            (Some([side, lanes]), _) => writeln!(f, "   matrices    {}", CooperativeMatrices { side, lanes })?,
+        match (self.matrices, &self.cooperative_error) {
+            (Some(matrices), _) => writeln!(f, "   matrices    {matrices}")?,
             (None, reason) => writeln!(f, "   matrices    none: {}", reason.as_deref().unwrap_or_default())?,
         }
         writeln!(f, "   kernels     for 32 heads, 8192 queries and keys, causal:")?;
