@@ -12,19 +12,20 @@
 //! - `window forward`, `window backward`: a window of 128 keys over ever longer sequences. The cost grows linearly with N where the
 //!   throughput stays the same.
 
-#[path = "support/mod.rs"]
-mod support;
+#[allow(dead_code, reason = "the command uses the rest")]
+#[path = "../src/cli/operands.rs"]
+mod operands;
 
 use std::error::Error;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
+use operands::{GpuGradients, GpuOperands, HostOperands, too_large};
 use sink_attention::{
-    Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Upstream, Window, wgpu,
+    Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Timer, Upstream, Window, wgpu,
 };
-use support::{GpuGradients, GpuOperands, HostOperands, Timer, too_large};
 
 const SHAPES_VARIABLE: &str = "SINK_ATTENTION_BENCH_SHAPES";
 const WINDOW: usize = 128;
@@ -41,8 +42,8 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let attention = Attention::open(&DeviceChoice::from_env())?;
-    let timer = attention.device().and_then(Timer::new);
-    announce(&attention, timer.is_some());
+    let timer = attention.device().map(Timer::new).transpose()?;
+    announce(&attention, timer.as_ref());
     let sizes = Sizes::of(&attention);
     let shapes = shapes(&sizes)?;
 
@@ -93,16 +94,15 @@ impl Direction {
     }
 }
 
-fn announce(attention: &Attention, timestamps: bool) {
+fn announce(attention: &Attention, timer: Option<&Timer>) {
     println!("Device: {}", attention.device_name());
-    match attention.device() {
-        Some(device) => {
+    match (attention.device(), timer) {
+        (Some(device), Some(timer)) => {
             let info = device.wgpu().adapter_info();
             println!("Driver: {} {}", info.driver, info.driver_info);
-            let clock = if timestamps { "GPU timestamps" } else { "wall clock (the device takes no timestamps)" };
-            println!("Times:  {clock}");
+            println!("Times:  {}", timer.clock());
         }
-        None => println!("Times:  wall clock of the CPU path; no GPU was found or asked for"),
+        _ => println!("Times:  wall clock of the CPU path; no GPU was found or asked for"),
     }
     println!("Elements are floating-point operations: Gelem/s are GFLOP/s\n");
 }
@@ -184,7 +184,7 @@ fn measure(
         Direction::Backward => problem.backward_flops(),
     };
     group.throughput(Throughput::Elements(flops as u64));
-    let Some(device) = attention.device() else {
+    let (Some(device), Some(timer)) = (attention.device(), timer) else {
         return measure_on_the_host(group, id, &problem, direction, attention);
     };
     if let Some(reason) = too_large(&problem, device.capabilities()) {
@@ -193,27 +193,26 @@ fn measure(
     }
     let mut prepared = None;
     group.bench_function(id, |b| {
-        let prepared = prepared.get_or_insert_with(|| prepare(attention, device, &problem, direction));
-        b.iter_custom(|passes| match timer {
-            Some(timer) => {
-                let times = timer.time(passes, |pass| prepared.encode_in(pass));
-                times.expect("a device that is still there").iter().sum()
-            }
-            None => wall_clock(device, prepared, passes).expect("a device that is still there"),
+        let prepared = prepared.get_or_insert_with(|| prepare(attention, device, timer, &problem, direction));
+        b.iter_custom(|runs| {
+            let times = timer.time(runs as usize, |pass| prepared.encode_in(pass));
+            times.expect("a device that is still there").iter().sum()
         });
     });
 }
 
-fn prepare(attention: &Attention, device: &Device, problem: &Problem, direction: Direction) -> Prepared {
-    let operands = GpuOperands::new(device, problem);
+fn prepare(attention: &Attention, device: &Device, timer: &Timer, problem: &Problem, direction: Direction) -> Prepared {
+    let run =
+        |prepared: &Prepared| timer.time(1, |pass| prepared.encode_in(pass)).expect("a device that is still there");
+    let operands = GpuOperands::new(device, problem).expect("operands that fit");
     let mut prepared = attention.prepare_forward(problem, &operands.buffers()).expect("a problem that fits");
     // Drivers finish compiling in the first pass, from which criterion would guess the length of all; and the
     // backward pass wants the forward pass's results.
-    wall_clock(device, &prepared, 1).expect("a device that is still there");
+    run(&prepared);
     if direction == Direction::Backward {
-        let gradients = GpuGradients::new(device, problem);
+        let gradients = GpuGradients::new(device, problem).expect("gradients that fit");
         prepared = attention.prepare_backward(problem, &gradients.buffers(&operands)).expect("a problem that fits");
-        wall_clock(device, &prepared, 1).expect("a device that is still there");
+        run(&prepared);
     }
     prepared
 }
@@ -228,7 +227,7 @@ fn measure_on_the_host(
     let mut made = None;
     group.bench_function(id, |b| {
         let (operands, saved) = made.get_or_insert_with(|| {
-            let operands = HostOperands::new(problem);
+            let operands = HostOperands::<f32>::new(problem);
             let saved = attention.forward(problem, &operands.inputs()).expect("operands that fit the problem");
             (operands, saved)
         });
@@ -243,15 +242,4 @@ fn measure_on_the_host(
             }
         });
     });
-}
-
-fn wall_clock(device: &Device, prepared: &Prepared, passes: u64) -> Result<Duration, wgpu::PollError> {
-    let start = Instant::now();
-    for _ in 0..passes {
-        let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-        prepared.encode(&mut encoder);
-        device.queue().submit([encoder.finish()]);
-    }
-    device.wgpu().poll(wgpu::PollType::wait_indefinitely())?;
-    Ok(start.elapsed())
 }

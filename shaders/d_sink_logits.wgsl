@@ -1,9 +1,14 @@
-{#- The second level of the sink logits' gradient: one workgroup sums a head's partial sums over the batch and
-    the row tiles, in a fixed order. -#}
+{#- The sink logits' gradient, -sum over rows of exp(sink - lse) delta: one workgroup sums a head over the batch and
+    the rows, in a fixed order. In f32 the delta kernel has summed tiles of rows, with a delta more exact than what it stores. -#}
 {% include "params.wgsl" %}
+{% if sums_delta %}
+{% include "exp.wgsl" %}
+{% endif %}
 
 const THREADS: u32 = {{ threads }}u;
+{% if not sums_delta %}
 const ROWS: u32 = {{ delta_rows }}u;
+{% endif %}
 var<workgroup> partials: array<f32, {{ threads }}>;
 
 @compute @workgroup_size({{ threads }})
@@ -14,13 +19,24 @@ fn main(
 ) {
   let head = workgroup.x + workgroup.y * grid.x;
   if (head >= params.workgroups) { return; }
-  let tiles = (params.seq_q + ROWS - 1u) / ROWS;
-  let count = params.batch * tiles;
+{% if sums_delta %}
+  let terms = params.seq_q;
+  let sink = sink_logits[params.sink_offset + head];
+{% else %}
+  let terms = (params.seq_q + ROWS - 1u) / ROWS;
+{% endif %}
   var sum = 0.0;
   // Kahan's compensation: what the last addition rounded away.
   var lost = 0.0;
-  for (var n = thread; n < count; n += THREADS) {
-    let x = sink_partials[(n / tiles * params.heads + head) * tiles + n % tiles] - lost;
+  for (var n = thread; n < params.batch * terms; n += THREADS) {
+    let place = (n / terms * params.heads + head) * terms + n % terms;
+{% if sums_delta %}
+    let row_lse = lse[params.lse_offset + place];
+    // Equal terms give exp(0), even where both are infinite.
+    let x = -select(exp1(sink - row_lse), 1.0, sink == row_lse) * delta[place] - lost;
+{% else %}
+    let x = sink_partials[place] - lost;
+{% endif %}
     let next = sum + x;
     lost = (next - sum) - x;
     sum = next;

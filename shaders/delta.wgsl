@@ -1,5 +1,6 @@
 {#- delta_i = d_o_i . o_i - d_lse_i, what every d_s of a row has in common, and the row's share of the sink
-    logit's gradient, -exp(sink - lse_i) delta_i, summed over the workgroup's rows in a fixed order.
+    logit's gradient, -exp(sink - lse_i) delta_i, summed over the workgroup's rows in a fixed order. In half precision
+    o comes with what its rounding took.
 
     The product is summed in the order in which the other kernels sum d_o . v: in a row that one key
     dominates the two cancel, and then they cancel exactly. -#}
@@ -44,6 +45,9 @@ fn main(
   let loaded = row0 + thread / LANES;
   let o_base = operand_base(params.o, batch, head) + loaded * params.o.seq;
   let d_o_base = operand_base(params.d_o, batch, head) + loaded * params.d_o.seq;
+{% if o_rest %}
+  let o_rest_base = operand_base(params.o_rest, batch, head) + loaded * params.o_rest.seq;
+{% endif %}
   let stage = thread / LANES * LANE_ROW + thread % LANES;
   var row_delta = 0.0;
 {% if sinks == "per_head" %}
@@ -53,7 +57,11 @@ fn main(
     let quad = quad0 + thread % LANES;
     workgroupBarrier();
     if (loaded < params.seq_q && quad < {{ operand_quads.o }}u) {
+{% if o_rest %}
+      o_stage[stage] = whole4(load_o(o_base, quad), load_o_rest(o_rest_base, quad));
+{% else %}
       o_stage[stage] = load_o(o_base, quad);
+{% endif %}
       d_o_stage[stage] = load_d_o(d_o_base, quad);
     } else {
       o_stage[stage] = vec4<f32>();

@@ -10,6 +10,7 @@ struct Params {
   d_q: Operand,
   d_k: Operand,
   d_v: Operand,
+  o_rest: Operand,
   heads: u32,
   kv_heads: u32,
   seq_q: u32,
@@ -50,23 +51,48 @@ const TILE_COLUMNS: u32 = {{ tile_columns }}u;
 struct Work { tile: u32, batch: u32, head: u32, kv_head: u32 }
 {% if rows_are_keys %}
 
-// The tile of keys of a workgroup; `head` is the first query head of the group. The first key tile comes
-// first: under a causal mask the most queries see it.
+// The tile of keys of a workgroup; `head` is the first query head of the group. The first key tile of every head comes first:
+// under a causal mask the most queries see it.
 fn key_work(index: u32) -> Work {
-  let tiles = (params.seq_k + TILE_ROWS - 1u) / TILE_ROWS;
-  let kv_head = index / tiles % params.kv_heads;
-  return Work(index % tiles, index / tiles / params.kv_heads, kv_head * (params.heads / params.kv_heads), kv_head);
+  let kv_head = index % params.kv_heads;
+  let sequence = index / params.kv_heads;
+  return Work(sequence / params.batch, sequence % params.batch, kv_head * (params.heads / params.kv_heads), kv_head);
 }
+{% if repairs %}
+
+// Whether the cooperative kernel has reported a tile that has rows in row0..row_end. Its workgroups are in the order of
+// `key_work`.
+fn to_repair(work: Work, row0: u32, row_end: u32) -> bool {
+  for (var tile = row0 / {{ repairs }}u; tile <= (row_end - 1u) / {{ repairs }}u; tile += 1u) {
+    if (repairs[(tile * params.batch + work.batch) * params.kv_heads + work.kv_head] != 0u) { return true; }
+  }
+  return false;
+}
+{% endif %}
 {% else %}
 
-// The tile of queries of a workgroup. The query heads of a group stand side by side (they share keys and
-// values), and the last query tile comes first (under a causal mask it is the longest).
+// The tile of queries of a workgroup. The query heads of a group stand side by side (they share keys and values). The last
+// query tile of every head comes first: under a causal mask it is the longest.
 fn query_work(index: u32) -> Work {
   let group = params.heads / params.kv_heads;
   let tiles = (params.seq_q + TILE_ROWS - 1u) / TILE_ROWS;
   let place = index / group;
-  let kv_head = place / tiles % params.kv_heads;
-  return Work(tiles - 1u - place % tiles, place / tiles / params.kv_heads, kv_head * group + index % group, kv_head);
+  let kv_head = place % params.kv_heads;
+  let sequence = place / params.kv_heads;
+  return Work(tiles - 1u - sequence / params.batch, sequence % params.batch, kv_head * group + index % group, kv_head);
 }
+{% if repairs %}
+
+// Whether the cooperative kernel has reported a tile that has rows in row0..row_end. Its workgroups are in the order of
+// `query_work`.
+fn to_repair(work: Work, row0: u32, row_end: u32) -> bool {
+  let tiles = (params.seq_q + {{ repairs - 1 }}u) / {{ repairs }}u;
+  for (var tile = row0 / {{ repairs }}u; tile <= (row_end - 1u) / {{ repairs }}u; tile += 1u) {
+    let sequence = (tiles - 1u - tile) * params.batch + work.batch;
+    if (repairs[sequence * params.heads + work.head] != 0u) { return true; }
+  }
+  return false;
+}
+{% endif %}
 {% endif %}
 {% endif %}

@@ -1,42 +1,49 @@
 //! The operator.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, describe};
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
+use crate::plan::{OptionalOperands, Plan, Preference};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
-use crate::shader::Kernel;
+use crate::shader::{Kernel, MicroKernel};
 use crate::tensor::{TensorView, allocate, download, upload};
-use crate::tiles::Tiles;
+use crate::tiling::Tiling;
+use crate::tuning::Tuning;
 
 /// The attention operator on one device. Cheap to clone; clones share compiled kernels.
 #[derive(Debug, Clone)]
 pub struct Attention {
     backend: Backend,
+    micro_kernel: MicroKernel,
 }
 
 #[derive(Debug, Clone)]
 enum Backend {
     Cpu,
-    Gpu { device: Device, pipelines: Arc<Pipelines> },
+    Gpu { device: Device, pipelines: Arc<Pipelines>, tuning: Option<Arc<Tuning>> },
 }
 
 impl Attention {
     /// The operator on the device that `SINK_ATTENTION_ADAPTER` names, else on the best GPU, else on the CPU.
     ///
     /// # Errors
-    /// [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    /// [`Error::AdapterNotFound`], [`Error::DeviceRequest`], [`Error::TuningFile`], [`Error::TuningDevice`].
     pub fn new() -> Result<Self> {
         Attention::open(&DeviceChoice::from_env())
     }
 
-    /// The operator on a chosen device; blocks until the device is there.
+    /// The operator on a chosen device; blocks until the device is there. On a GPU, the file that
+    /// `SINK_ATTENTION_TUNING` names is loaded as by [`with_tuning`](Self::with_tuning).
     ///
     /// # Errors
-    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`], [`Error::TuningFile`],
+    /// [`Error::TuningDevice`].
     pub fn open(choice: &DeviceChoice) -> Result<Self> {
         pollster::block_on(Attention::open_async(choice))
     }
@@ -46,18 +53,141 @@ impl Attention {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn open_async(choice: &DeviceChoice) -> Result<Self> {
-        Ok(Device::choose(choice).await?.map_or_else(Attention::cpu, Attention::on))
+        let Some(device) = Device::choose(choice).await? else { return Ok(Attention::cpu()) };
+        let attention = Attention::on(device);
+        match Tuning::from_env()? {
+            Some(tuning) => attention.with_tuning(tuning),
+            None => Ok(attention),
+        }
     }
 
     /// The operator on the CPU, which always works.
     pub fn cpu() -> Self {
-        Attention { backend: Backend::Cpu }
+        Attention { backend: Backend::Cpu, micro_kernel: MicroKernel::Auto }
     }
 
     /// The operator on a device of the host application. Buffers must come from that device: wgpu panics where it
     /// meets one of another [`wgpu::Instance`].
     pub fn on(device: Device) -> Self {
-        Attention { backend: Backend::Gpu { device, pipelines: Arc::default() } }
+        let backend = Backend::Gpu { device, pipelines: Arc::default(), tuning: None };
+        Attention { backend, micro_kernel: MicroKernel::Auto }
+    }
+
+    /// With a micro-kernel of the caller's choice instead of the planner's. Where there is none for a problem on the
+    /// device, passes fail with [`Error::NoKernel`]; on the CPU with [`Error::NeedsGpu`], unless it is
+    /// [`MicroKernel::Auto`].
+    pub fn with_micro_kernel(self, micro_kernel: MicroKernel) -> Self {
+        Attention { micro_kernel, ..self }
+    }
+
+    /// The CPU has no micro-kernels to choose from.
+    fn check_cpu(&self) -> Result<()> {
+        match self.micro_kernel {
+            MicroKernel::Auto => Ok(()),
+            MicroKernel::Portable => Err(Error::NeedsGpu { call: "the portable micro-kernel" }),
+            MicroKernel::Cooperative => Err(Error::NeedsGpu { call: "the cooperative micro-kernel" }),
+        }
+    }
+
+    /// Prefers measured tiles to the built-in table wherever they fit, instead of those it may have preferred before.
+    /// Results change by no more than the order of sums does.
+    ///
+    /// # Errors
+    /// [`Error::TuningDevice`] if they were measured on another device, [`Error::NeedsGpu`] on the CPU.
+    pub fn with_tuning(self, tuning: Tuning) -> Result<Self> {
+        match self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "with_tuning" }),
+            Backend::Gpu { device, pipelines, .. } => {
+                tuning.check_device(&device.capabilities().name)?;
+                let backend = Backend::Gpu { device, pipelines, tuning: Some(Arc::new(tuning)) };
+                Ok(Attention { backend, ..self })
+            }
+        }
+    }
+
+    /// The measured tiles that are preferred.
+    pub fn tuning(&self) -> Option<&Tuning> {
+        match &self.backend {
+            Backend::Cpu => None,
+            Backend::Gpu { tuning, .. } => tuning.as_deref(),
+        }
+    }
+
+    /// Keeps compiled kernels in a file from one process to the next: what `path` holds is loaded, what is compiled
+    /// from now on goes there by [`save_pipeline_cache`](Self::save_pipeline_cache). Kernels that were compiled before
+    /// this call are forgotten. A file that is absent, spoiled, or of another device or driver counts as empty.
+    ///
+    /// The file must be as safe from malicious changes as the program itself: it holds code for the GPU.
+    ///
+    /// # Errors
+    /// [`Error::PipelineCache`] where the file cannot be read, or the device was opened without
+    /// [`wgpu::Features::PIPELINE_CACHE`], which only Vulkan has (drivers of other backends keep caches of their own);
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
+    pub fn with_pipeline_cache(self, path: impl AsRef<Path>) -> Result<Self> {
+        match self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "with_pipeline_cache" }),
+            Backend::Gpu { device, tuning, .. } => {
+                let pipelines = Arc::new(pollster::block_on(Pipelines::with_cache(&device, path.as_ref()))?);
+                Ok(Attention { backend: Backend::Gpu { device, pipelines, tuning }, ..self })
+            }
+        }
+    }
+
+    /// Writes the file of [`with_pipeline_cache`](Self::with_pipeline_cache), which is replaced as a whole or not at
+    /// all. Returns its number of bytes, or `None` where there is no such file to write.
+    ///
+    /// # Errors
+    /// [`Error::PipelineCache`].
+    pub fn save_pipeline_cache(&self) -> Result<Option<usize>> {
+        match &self.backend {
+            Backend::Cpu => Ok(None),
+            Backend::Gpu { pipelines, .. } => pipelines.save_cache(),
+        }
+    }
+
+    /// How [`forward`](Self::forward), whose operands are densely packed, will compute: in half precision with o_rest.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
+    pub fn plan_forward(&self, problem: &Problem) -> Result<Plan> {
+        let (device, preference) = self.gpu("plan_forward", &[])?;
+        let optional = OptionalOperands::of_host(problem);
+        Plan::forward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
+    }
+
+    /// How [`backward`](Self::backward) will compute without d_lse: in half precision with o_rest.
+    ///
+    /// # Errors
+    /// As [`plan_forward`](Self::plan_forward).
+    pub fn plan_backward(&self, problem: &Problem) -> Result<Plan> {
+        let (device, preference) = self.gpu("plan_backward", &[])?;
+        let optional = OptionalOperands::of_host(problem);
+        Plan::backward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
+    }
+
+    /// Compiles a plan's kernels ahead of their first use, natively side by side: `attention.precompile(
+    /// &attention.plan_forward(&problem)?)`. Kernels depend on widths, options and tiles, hardly on lengths.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
+    pub fn precompile(&self, plan: &Plan) -> Result<()> {
+        pollster::block_on(self.precompile_async(plan))
+    }
+
+    /// As [`precompile`](Self::precompile), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`precompile`](Self::precompile).
+    pub async fn precompile_async(&self, plan: &Plan) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "precompile" }),
+            Backend::Gpu { device, pipelines, .. } => pipelines.get_all(device, plan).await.map(|_| ()),
+        }
+    }
+
+    fn gpu<'a>(&'a self, call: &'static str, tiles: &'a [(Kernel, Tiling)]) -> Result<(&'a Device, Preference<'a>)> {
+        let device = self.device().ok_or(Error::NeedsGpu { call })?;
+        Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, tuning: self.tuning() }))
     }
 
     /// What computes, for people.
@@ -86,7 +216,7 @@ impl Attention {
     /// # Errors
     /// Those of [`Problem::check_inputs`] and, on a GPU, of [`prepare_forward`](Self::prepare_forward),
     /// [`Error::BufferTooLarge`], [`Error::OutOfMemory`] and [`Error::Gpu`].
-    pub fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+    pub fn forward<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         pollster::block_on(self.forward_async(problem, inputs))
     }
 
@@ -94,12 +224,14 @@ impl Attention {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub async fn forward_async(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+    pub async fn forward_async<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         let Backend::Gpu { device, .. } = &self.backend else {
+            self.check_cpu()?;
             return cpu::forward(problem, inputs);
         };
         problem.check_inputs(inputs)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let rounded = T::DTYPE != DType::F32;
         let o_len = problem.o_shape().iter().product();
         let lse_len = problem.lse_shape().iter().product();
         let operands = device.scoped("uploading operands", || -> Result<_> {
@@ -107,21 +239,25 @@ impl Attention {
             Ok((
                 [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
                 sink_logits,
-                [allocate(device, "o", o_len, usage)?, allocate(device, "lse", lse_len, usage)?],
+                [allocate::<T>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
+                // One element in f32, so that there is a buffer to read.
+                allocate::<i16>(device, "o_rest", if rounded { o_len } else { 1 }, usage)?,
             ))
         });
-        let ([q, k, v], sink_logits, [o, lse]) = operands.await??;
+        let ([q, k, v], sink_logits, [o, lse], o_rest) = operands.await??;
         let buffers = ForwardBuffers {
             q: TensorView::new(&q),
             k: TensorView::new(&k),
             v: TensorView::new(&v),
             sink_logits: sink_logits.as_ref().map(TensorView::new),
             o: TensorView::new(&o),
+            o_rest: rounded.then(|| TensorView::new(&o_rest)),
             lse: TensorView::new(&lse),
         };
         let prepared = self.prepare_forward_async(problem, &buffers).await?;
-        let [o, lse] = download(device, [&o, &lse], |encoder| prepared.encode(encoder)).await?;
-        Ok(Output { o, lse })
+        let [o, o_rest, lse] = download(device, [&o, &o_rest, &lse], |encoder| prepared.encode(encoder)).await?;
+        let o_rest = rounded.then(|| o_rest.read(o_len)).transpose()?;
+        Ok(Output { o: o.read(o_len)?, o_rest, lse: lse.read(lse_len)? })
     }
 
     /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
@@ -129,13 +265,13 @@ impl Attention {
     /// # Errors
     /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`] and, on a GPU, those of
     /// [`forward`](Self::forward).
-    pub fn backward(
+    pub fn backward<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_>,
-        saved: &Output,
-        upstream: &Upstream<'_>,
-    ) -> Result<Gradients> {
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
         pollster::block_on(self.backward_async(problem, inputs, saved, upstream))
     }
 
@@ -143,16 +279,17 @@ impl Attention {
     ///
     /// # Errors
     /// As [`backward`](Self::backward).
-    pub async fn backward_async(
+    pub async fn backward_async<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_>,
-        saved: &Output,
-        upstream: &Upstream<'_>,
-    ) -> Result<Gradients> {
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
         problem.check_inputs(inputs)?;
         problem.check_upstream(saved, upstream)?;
         let Backend::Gpu { device, .. } = &self.backend else {
+            self.check_cpu()?;
             return cpu::backward(problem, inputs, saved, upstream);
         };
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -162,18 +299,19 @@ impl Attention {
                 [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
                 optional("sink_logits", inputs.sink_logits)?,
                 [upload(device, "o", &saved.o)?, upload(device, "lse", &saved.lse)?],
+                saved.o_rest.as_ref().map(|o_rest| upload(device, "o_rest", o_rest)).transpose()?,
                 upload(device, "d_o", upstream.d_o)?,
                 optional("d_lse", upstream.d_lse)?,
                 [
-                    allocate(device, "d_q", inputs.q.len(), usage)?,
-                    allocate(device, "d_k", inputs.k.len(), usage)?,
-                    allocate(device, "d_v", inputs.v.len(), usage)?,
+                    allocate::<T>(device, "d_q", inputs.q.len(), usage)?,
+                    allocate::<T>(device, "d_k", inputs.k.len(), usage)?,
+                    allocate::<T>(device, "d_v", inputs.v.len(), usage)?,
                     // One element where there are no sink logits, so that there is a buffer to read.
-                    allocate(device, "d_sink_logits", inputs.sink_logits.map_or(1, <[f32]>::len), usage)?,
+                    allocate::<f32>(device, "d_sink_logits", inputs.sink_logits.map_or(1, <[f32]>::len), usage)?,
                 ],
             ))
         });
-        let ([q, k, v], sink_logits, [o, lse], d_o, d_lse, [d_q, d_k, d_v, d_sink_logits]) = operands.await??;
+        let ([q, k, v], sink_logits, [o, lse], o_rest, d_o, d_lse, [d_q, d_k, d_v, d_sink_logits]) = operands.await??;
         let buffers = BackwardBuffers {
             forward: ForwardBuffers {
                 q: TensorView::new(&q),
@@ -181,6 +319,7 @@ impl Attention {
                 v: TensorView::new(&v),
                 sink_logits: sink_logits.as_ref().map(TensorView::new),
                 o: TensorView::new(&o),
+                o_rest: o_rest.as_ref().map(TensorView::new),
                 lse: TensorView::new(&lse),
             },
             d_o: TensorView::new(&d_o),
@@ -193,7 +332,12 @@ impl Attention {
         let prepared = self.prepare_backward_async(problem, &buffers).await?;
         let results = [&d_q, &d_k, &d_v, &d_sink_logits];
         let [d_q, d_k, d_v, d_sink] = download(device, results, |encoder| prepared.encode(encoder)).await?;
-        Ok(Gradients { d_q, d_k, d_v, d_sink_logits: sink_logits.map(|_| d_sink) })
+        Ok(Gradients {
+            d_q: d_q.read(inputs.q.len())?,
+            d_k: d_k.read(inputs.k.len())?,
+            d_v: d_v.read(inputs.v.len())?,
+            d_sink_logits: inputs.sink_logits.map(|sink_logits| d_sink.read(sink_logits.len())).transpose()?,
+        })
     }
 
     /// Prepares a forward pass on buffers of the caller's.
@@ -218,7 +362,7 @@ impl Attention {
     }
 
     /// As [`prepare_forward_async`](Self::prepare_forward_async) with tiles of the caller's choice, for
-    /// measuring candidates.
+    /// measuring candidates; they count as [`Preference::tiles`] do.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
@@ -226,16 +370,20 @@ impl Attention {
         &self,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
-        tiles: &[(Kernel, Tiles)],
+        tiles: &[(Kernel, Tiling)],
     ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
-            Backend::Gpu { device, pipelines } => Prepared::forward(device, pipelines, problem, buffers, tiles).await,
+            Backend::Gpu { device, pipelines, tuning } => {
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
+                Prepared::forward(device, pipelines, problem, buffers, &preference).await
+            }
         }
     }
 
     /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
-    /// four bytes for each query of each head, and with sink logits four for each 32 queries or part of them.
+    /// four bytes for each query of each head, and with sink logits, but for half precision without o_rest, four for each 32
+    /// queries or part of them.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
@@ -252,7 +400,7 @@ impl Attention {
     }
 
     /// As [`prepare_backward_async`](Self::prepare_backward_async) with tiles of the caller's choice, for
-    /// measuring candidates.
+    /// measuring candidates; they count as [`Preference::tiles`] do.
     ///
     /// # Errors
     /// As [`prepare_backward`](Self::prepare_backward).
@@ -260,11 +408,19 @@ impl Attention {
         &self,
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,
-        tiles: &[(Kernel, Tiles)],
+        tiles: &[(Kernel, Tiling)],
     ) -> Result<Prepared> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
-            Backend::Gpu { device, pipelines } => Prepared::backward(device, pipelines, problem, buffers, tiles).await,
+            Backend::Gpu { device, pipelines, tuning } => {
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
+                Prepared::backward(device, pipelines, problem, buffers, &preference).await
+            }
         }
     }
+}
+
+/// Whether densely packed operands can be read four neighbours at a time.
+fn dense_vec4(problem: &Problem) -> bool {
+    [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width.is_multiple_of(4))
 }

@@ -37,6 +37,57 @@ impl fmt::Display for DeviceClass {
 /// LP_MAX_TGSI_LOOP_ITERATIONS of Mesa's llvmpipe.
 const LLVMPIPE_LOOP_ITERATIONS: u64 = 65535;
 
+/// Cooperative matrices of a device: square fragments of f16 that are multiplied and summed in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CooperativeMatrices {
+    /// Rows and columns of a fragment, 8 or 16.
+    pub side: u32,
+    /// Lanes of a subgroup, which holds a fragment together; the same for every kernel.
+    pub lanes: u32,
+    /// The lanes of a subgroup run in step, and a barrier of theirs would be one of the workgroup: so it is with llvmpipe.
+    pub in_step: bool,
+}
+
+impl CooperativeMatrices {
+    /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
+    ///
+    /// # Errors
+    /// The reason, in words, where kernels cannot use cooperative matrices on it.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Result<Self, String> {
+        let features = device_descriptor(adapter).required_features;
+        cooperative(&adapter.get_info(), features, &adapter.cooperative_matrix_properties())
+    }
+}
+
+impl fmt::Display for CooperativeMatrices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let CooperativeMatrices { side, lanes, .. } = self;
+        write!(f, "{side}x{side} of f16 with sums in f32, subgroups of {lanes}")
+    }
+}
+
+/// What the workgroups that run on one multiprocessor at a time share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Multiprocessor {
+    /// Bytes of workgroup memory.
+    pub workgroup_bytes: u32,
+    /// 32-bit registers.
+    pub registers: u32,
+}
+
+impl Multiprocessor {
+    /// Of NVIDIA's through Vulkan; measured on an H200, where two workgroups of at most 24 KiB run at a time, and never
+    /// more than 48 KiB of them, although CUDA may use 227 KiB.
+    const NVIDIA_VULKAN: Multiprocessor = Multiprocessor { workgroup_bytes: 48 << 10, registers: 65536 };
+
+    fn of(class: DeviceClass, backend: wgpu::Backend) -> Option<Self> {
+        match (class, backend) {
+            (DeviceClass::Nvidia, wgpu::Backend::Vulkan) => Some(Multiprocessor::NVIDIA_VULKAN),
+            _ => None,
+        }
+    }
+}
+
 /// The limits of a device that plans depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
@@ -60,21 +111,31 @@ pub struct Capabilities {
     pub offset_alignment: u32,
     /// GPU timestamps can be taken.
     pub timestamps: bool,
+    /// Cooperative matrices, where they can be used.
+    pub cooperative: Option<CooperativeMatrices>,
+    /// What bounds the workgroups that run at a time, where that is known.
+    pub multiprocessor: Option<Multiprocessor>,
     /// Iterations of all loops of a thread taken together, after which the driver ends loops without a word, where it does.
     pub loop_iterations: Option<u64>,
 }
 
 impl Capabilities {
-    /// Reads what a device was created with.
-    pub fn of(device: &wgpu::Device) -> Self {
-        let info = device.adapter_info();
-        Capabilities::new(&info, &device.limits(), device.features())
+    /// Reads what a device was created with. Only its adapter knows of cooperative matrices: without it there are none.
+    pub fn of(device: &wgpu::Device, adapter: Option<&wgpu::Adapter>) -> Self {
+        let (info, features) = (device.adapter_info(), device.features());
+        let matrices =
+            |adapter: &wgpu::Adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()).ok();
+        let cooperative = adapter.and_then(matrices);
+        Capabilities { cooperative, ..Capabilities::new(&info, &device.limits(), features) }
     }
 
     /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
         let descriptor = device_descriptor(adapter);
-        Capabilities::new(&adapter.get_info(), &descriptor.required_limits, descriptor.required_features)
+        let cooperative = CooperativeMatrices::of_adapter(adapter).ok();
+        let capabilities =
+            Capabilities::new(&adapter.get_info(), &descriptor.required_limits, descriptor.required_features);
+        Capabilities { cooperative, ..capabilities }
     }
 
     pub(crate) fn new(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Self {
@@ -89,7 +150,9 @@ impl Capabilities {
             buffer_bytes: limits.max_buffer_size,
             offset_alignment: limits.min_storage_buffer_offset_alignment,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
-            loop_iterations: info.name.starts_with("llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS),
+            cooperative: None,
+            multiprocessor: Multiprocessor::of(class(info), info.backend),
+            loop_iterations: is_llvmpipe(info).then_some(LLVMPIPE_LOOP_ITERATIONS),
         }
     }
 
@@ -106,6 +169,8 @@ impl Capabilities {
             buffer_bytes: 256 << 20,
             offset_alignment: 256,
             timestamps: false,
+            cooperative: None,
+            multiprocessor: None,
             loop_iterations: None,
         }
     }
@@ -122,6 +187,7 @@ impl Capabilities {
                 binding_bytes,
                 buffer_bytes: binding_bytes,
                 offset_alignment,
+                storage_buffers: 16,
                 timestamps: true,
                 ..defaults.clone()
             };
@@ -134,11 +200,67 @@ impl Capabilities {
             sample("llvmpipe", DeviceClass::Software, 32, 1024, 128 << 20, 16),
         ];
         for sample in &mut samples {
+            sample.cooperative = match sample.class {
+                DeviceClass::Nvidia => Some(CooperativeMatrices { side: 16, lanes: 32, in_step: false }),
+                DeviceClass::Apple => Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false }),
+                // Mesa's from version 26 on.
+                DeviceClass::Software => Some(CooperativeMatrices { side: 8, lanes: 8, in_step: true }),
+                // Subgroups of more than one size.
+                _ => None,
+            };
+            sample.multiprocessor = Multiprocessor::of(sample.class, wgpu::Backend::Vulkan);
             sample.loop_iterations = (sample.name == "llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS);
         }
         samples.push(defaults);
         samples
     }
+}
+
+/// Features that the cooperative kernels need.
+pub(crate) fn cooperative_features() -> wgpu::Features {
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+        | wgpu::Features::SHADER_F16
+        | wgpu::Features::SUBGROUP
+        | wgpu::Features::SUBGROUP_BARRIER
+}
+
+/// The largest fragments of f16 with sums in f32, where subgroups have one size only: a kernel cannot ask for one. The
+/// reason where there are none.
+fn cooperative(
+    info: &wgpu::AdapterInfo,
+    features: wgpu::Features,
+    offered: &[wgpu::CooperativeMatrixProperties],
+) -> Result<CooperativeMatrices, String> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let missing = cooperative_features() - features;
+    if !missing.is_empty() {
+        let names: Vec<&str> = missing.iter_names().map(|(name, _)| name).collect();
+        return Err(format!("the driver or wgpu lacks {}", names.join(", ")));
+    }
+    let [least, lanes] = [info.subgroup_min_size, info.subgroup_max_size];
+    if least != lanes {
+        return Err(format!("subgroups have {least} to {lanes} lanes, and a kernel cannot ask for one size"));
+    }
+    let is_usable = |p: &&wgpu::CooperativeMatrixProperties| {
+        let side = p.m_size;
+        // A row of a fragment is shared by 1 to 4 lanes.
+        let fits = [8, 16].contains(&side) && [1, 2, 4].iter().any(|n| n * side == lanes);
+        fits && [p.n_size, p.k_size] == [side; 2] && (p.ab_type, p.cr_type) == (F16, F32)
+    };
+    let side = offered.iter().filter(is_usable).map(|p| p.m_size).max();
+    let in_step = is_llvmpipe(info);
+    side.map(|side| CooperativeMatrices { side, lanes, in_step }).ok_or_else(|| {
+        let name = |p: &wgpu::CooperativeMatrixProperties| {
+            format!("{}x{}x{} of {:?} in {:?}", p.m_size, p.n_size, p.k_size, p.ab_type, p.cr_type)
+        };
+        let offered: Vec<String> = offered.iter().map(name).collect();
+        let offered = if offered.is_empty() { "none".into() } else { offered.join(", ") };
+        format!("of f16 with sums in f32, 8x8x8 or 16x16x16 by 1 to 4 lanes a row are needed; for {lanes} lanes there are {offered}")
+    })
+}
+
+fn is_llvmpipe(info: &wgpu::AdapterInfo) -> bool {
+    info.name.starts_with("llvmpipe")
 }
 
 fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
@@ -154,4 +276,37 @@ fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
     let by_vendor = PCI_VENDORS.iter().find(|(vendor, _)| *vendor == info.vendor).map(|(_, class)| *class);
     // Metal reports no PCI vendor.
     by_vendor.unwrap_or(if info.name.starts_with("Apple") { DeviceClass::Apple } else { DeviceClass::Other })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_or_the_reason() {
+        use wgpu::CooperativeScalarType::{F16, F32};
+        let mut info = wgpu::AdapterInfo::new(wgpu::DeviceType::DiscreteGpu, wgpu::Backend::Vulkan);
+        (info.subgroup_min_size, info.subgroup_max_size) = (32, 32);
+        let of = |size: u32, sums| wgpu::CooperativeMatrixProperties {
+            m_size: size,
+            n_size: size,
+            k_size: size,
+            ab_type: F16,
+            cr_type: sums,
+            saturating_accumulation: false,
+        };
+        let all = cooperative_features();
+        let matrices = |side| Ok(CooperativeMatrices { side, lanes: 32, in_step: false });
+        assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F32), of(16, F16)]), matrices(16));
+        assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F16), of(32, F32)]), matrices(8));
+        let told = |info: &_, features, offered: &[_], message: &str| {
+            let reason = cooperative(info, features, offered).unwrap_err();
+            assert!(reason.contains(message), "no {message:?} in {reason}");
+        };
+        told(&info, all, &[], "32 lanes there are none");
+        told(&info, all, &[of(16, F16)], "16x16x16 of F16 in F16");
+        told(&info, all - wgpu::Features::SHADER_F16, &[of(16, F32)], "lacks SHADER_F16");
+        info.subgroup_max_size = 64;
+        told(&info, all, &[of(16, F32)], "32 to 64 lanes");
+    }
 }

@@ -3,6 +3,18 @@
 //! A comparison that cannot fail proves nothing, so everything that is not a number close enough is a
 //! [`Mismatch`]: NaN, an infinity in the wrong place, a wrong length, nothing to compare.
 
+use crate::element::{DType, Element};
+
+/// The relative error accepted of a whole result of this element type, see [`tensor`]: for o and the gradients of q, k
+/// and v that of the operands, for all else f32, as for [`lse`].
+pub const fn accepted(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-5,
+        DType::F16 => 1.5e-3,
+        DType::Bf16 => 6e-3,
+    }
+}
+
 /// Why results are not what is expected.
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
@@ -50,13 +62,32 @@ pub enum Mismatch {
         /// The largest error accepted.
         bound: f64,
     },
+    /// An element is worse than a low-precision computation explains; this is the worst one.
+    #[error(
+        "element {index} is {actual}, expected {expected} within {bound:.1e}: \
+         twice the largest error of a low-precision computation and 2 units in the last place"
+    )]
+    LowPrecision {
+        /// Which element.
+        index: usize,
+        /// What it is.
+        actual: f64,
+        /// What it should be.
+        expected: f64,
+        /// |actual - expected|.
+        error: f64,
+        /// The largest error accepted of this element.
+        bound: f64,
+    },
 }
 
 impl Mismatch {
     /// The error that was measured, unless there is none to speak of.
     pub fn error(&self) -> Option<f64> {
         match *self {
-            Mismatch::Norm { error, .. } | Mismatch::Element { error, .. } => Some(error),
+            Mismatch::Norm { error, .. } | Mismatch::Element { error, .. } | Mismatch::LowPrecision { error, .. } => {
+                Some(error)
+            }
             Mismatch::Empty | Mismatch::Length { .. } | Mismatch::NotFinite { .. } => None,
         }
     }
@@ -111,6 +142,58 @@ where
     worst.1
 }
 
+/// Compares element by element with what a plain computation of low precision gives: the worst error as a share of
+/// what is accepted, which is twice the largest error of `low` and 2 units in the last place of the element.
+///
+/// Where `low` is infinite, as what `T` does not hold is, `actual` must be the same.
+///
+/// # Errors
+/// A [`Mismatch`] where that does not hold.
+pub fn low_precision<T: Element>(actual: &[T], low: &[T], expected: &[f64]) -> Result<f64, Mismatch> {
+    let mut largest = 0.0;
+    for (index, low, expected) in pairs(low, expected)? {
+        if low.is_nan() || !expected.is_finite() {
+            return Err(Mismatch::NotFinite { index, actual: low, expected });
+        }
+        if low.is_finite() {
+            largest = f64::max(largest, (low - expected).abs());
+        }
+    }
+    let mut worst = (0.0, Ok(0.0));
+    for ((index, actual, expected), low) in pairs(actual, expected)?.zip(low) {
+        let low: f64 = (*low).into();
+        if actual == low {
+            continue;
+        }
+        if !actual.is_finite() || low.is_infinite() {
+            return Err(Mismatch::NotFinite {
+                index,
+                actual,
+                expected: if low.is_infinite() { low } else { expected },
+            });
+        }
+        let error = (actual - expected).abs();
+        let bound = 2.0 * largest + 2.0 * ulp(expected, T::DTYPE);
+        let share = error / bound;
+        if share > worst.0 {
+            let mismatch = Mismatch::LowPrecision { index, actual, expected, error, bound };
+            worst = (share, if share <= 1.0 { Ok(share) } else { Err(mismatch) });
+        }
+    }
+    worst.1
+}
+
+/// The distance of neighbouring numbers of a type where `x` lies.
+fn ulp(x: f64, dtype: DType) -> f64 {
+    let (digits, least) = match dtype {
+        DType::F32 => (24, -126),
+        DType::F16 => (11, -14),
+        DType::Bf16 => (8, -126),
+    };
+    let exponent = if x == 0.0 { least } else { (x.abs().log2().floor() as i32).max(least) };
+    2f64.powi(exponent - digits + 1)
+}
+
 /// The elements side by side, with their index.
 fn pairs<A, E>(actual: &[A], expected: &[E]) -> Result<impl Iterator<Item = (usize, f64, f64)>, Mismatch>
 where
@@ -126,7 +209,9 @@ where
 
 #[cfg(test)]
 mod tests {
-    use super::{Mismatch, lse, tensor};
+    use half::{bf16, f16};
+
+    use super::{DType, Element, Mismatch, low_precision, lse, tensor, ulp};
 
     const INF: f32 = f32::INFINITY;
     const NAN: f32 = f32::NAN;
@@ -187,5 +272,63 @@ mod tests {
         }
         assert_eq!(tensor::<f32, f32>(&[], &[], 1e-5), Err(Mismatch::Empty));
         assert_eq!(lse::<f32, f32>(&[], &[], 1e-5), Err(Mismatch::Empty));
+    }
+
+    fn halves<T: Element>(x: &[f32]) -> Vec<T> {
+        T::narrow(x.to_vec())
+    }
+
+    #[test]
+    fn a_unit_in_the_last_place_is_the_distance_of_neighbours() {
+        for bits in [0x0001, 0x03ff, 0x0400, 0x3c00, 0x3fff, 0x7bfe] {
+            let [x, next] = [bits, bits + 1].map(|bits| f16::from_bits(bits).to_f64());
+            assert_eq!(ulp(x, DType::F16), next - x, "{x}");
+        }
+        for bits in [0x0001, 0x0080, 0x3f80, 0x7f7e] {
+            let [x, next] = [bits, bits + 1].map(|bits| bf16::from_bits(bits).to_f64());
+            assert_eq!(ulp(-x, DType::Bf16), next - x, "{x}");
+        }
+        assert_eq!(ulp(1.0, DType::F32), f64::from(f32::EPSILON));
+        assert_eq!(ulp(0.0, DType::F16), f16::from_bits(1).to_f64());
+    }
+
+    #[test]
+    fn low_precision_accepts_twice_its_error_and_two_units() {
+        // An error of 2^-11 in the first element, and units of 2^-10 and 2^-9.
+        let (low, expected) = (halves::<f16>(&[1.0, 2.0]), [1.0 + 2f64.powi(-11), 2.0]);
+        assert_eq!(low_precision(&low, &low, &expected), Ok(0.0));
+        let second = |units: f32| low_precision(&halves::<f16>(&[1.0, 2.0 + units / 512.0]), &low, &expected);
+        assert_eq!([second(1.0), second(-2.0)], [Ok(0.4), Ok(0.8)]);
+        assert!(matches!(second(3.0), Err(Mismatch::LowPrecision { index: 1, .. })));
+        assert!(second(-3.0).unwrap_err().error().is_some());
+        // The first has the smaller unit.
+        low_precision(&halves::<f16>(&[1.0 - 2.0 / 1024.0, 2.0]), &low, &expected).unwrap();
+        low_precision(&halves::<f16>(&[1.0 - 3.0 / 1024.0, 2.0]), &low, &expected).unwrap_err();
+    }
+
+    #[test]
+    fn low_precision_rejects_what_is_not_finite() {
+        let ones = halves::<bf16>(&[1.0, 1.0]);
+        for bad in [NAN, INF, -INF] {
+            low_precision(&halves(&[1.0, bad]), &ones, &[1.0, 1.0]).unwrap_err();
+            low_precision(&ones, &halves(&[1.0, bad]), &[1.0, 1.0]).unwrap_err();
+            low_precision(&ones, &ones, &[1.0, f64::from(bad)]).unwrap_err();
+        }
+        // Infinite by rounding is right, and then nothing else is.
+        let (large, expected) = (halves::<f16>(&[1.0, 1e5]), [1.0, 1e5]);
+        assert_eq!(low_precision(&large, &large, &expected), Ok(0.0));
+        low_precision(&halves(&[1.0, 65504.0]), &large, &expected).unwrap_err();
+        low_precision(&halves(&[1.0, -INF]), &large, &expected).unwrap_err();
+        low_precision(&halves(&[1.0, NAN]), &halves::<f16>(&[1.0, NAN]), &[1.0, 1.0]).unwrap_err();
+    }
+
+    #[test]
+    fn low_precision_rejects_a_wrong_length() {
+        let two = [1.0f32, 2.0];
+        for wrong in [&two[..1], &[], &[1.0, 2.0, 3.0]] {
+            low_precision(wrong, &two, &[1.0, 2.0]).unwrap_err();
+            low_precision(&two, wrong, &[1.0, 2.0]).unwrap_err();
+        }
+        assert_eq!(low_precision::<f32>(&[], &[], &[]), Err(Mismatch::Empty));
     }
 }

@@ -1,6 +1,6 @@
 //! Finding a device, and what to ask of it.
 
-use crate::capabilities::Capabilities;
+use crate::capabilities::{Capabilities, cooperative_features};
 use crate::error::{Error, Result};
 
 /// Environment variable that names the device of [`DeviceChoice::from_env`].
@@ -88,7 +88,7 @@ pub fn describe(info: &wgpu::AdapterInfo) -> String {
 }
 
 /// What a host application should request of its adapter for this crate's kernels to run at their best:
-/// all the workgroup memory, threads and buffer sizes there are, and timestamps where they exist.
+/// all the workgroup memory, threads and buffer sizes there are, and timestamps and pipeline caches where they exist.
 ///
 /// Every WebGPU adapter will do. With smaller limits the kernels still run, with smaller tiles.
 pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {
@@ -98,14 +98,19 @@ pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'sta
         max_compute_invocations_per_workgroup: offered.max_compute_invocations_per_workgroup,
         max_compute_workgroup_size_x: offered.max_compute_workgroup_size_x,
         max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
+        max_storage_buffers_per_shader_stage: offered.max_storage_buffers_per_shader_stage.min(16),
         max_buffer_size: offered.max_buffer_size,
         min_storage_buffer_offset_alignment: offered.min_storage_buffer_offset_alignment,
         ..wgpu::Limits::defaults().or_worse_values_from(&offered)
     };
     wgpu::DeviceDescriptor {
         label: Some("sink-attention"),
-        required_features: adapter.features() & wgpu::Features::TIMESTAMP_QUERY,
+        required_features: adapter.features()
+            & (wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE | cooperative_features()),
         required_limits,
+        // SAFETY: experimental features may be unsound; cooperative matrices are the only one asked for, and are used by this
+        // crate's own kernels alone, which keep to what their operations require.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
     }
 }
@@ -121,7 +126,14 @@ pub struct Device {
 impl Device {
     /// Wraps a device of the host application; see [`device_descriptor`] for what to request.
     pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue) -> Self {
-        let capabilities = Capabilities::of(&device);
+        let capabilities = Capabilities::of(&device, None);
+        Device { device, queue, capabilities }
+    }
+
+    /// As [`from_wgpu`](Self::from_wgpu) with the adapter that the device is of: it tells whether the device has cooperative
+    /// matrices (tensor cores).
+    pub fn from_wgpu_on(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let capabilities = Capabilities::of(&device, Some(adapter));
         Device { device, queue, capabilities }
     }
 
@@ -134,7 +146,7 @@ impl Device {
             .request_device(&device_descriptor(adapter))
             .await
             .map_err(|e| Error::DeviceRequest { adapter: adapter.get_info().name, reason: e.to_string() })?;
-        Ok(Device::from_wgpu(device, queue))
+        Ok(Device::from_wgpu_on(adapter, device, queue))
     }
 
     /// Opens what a choice calls for; `None` is the CPU path.
@@ -167,8 +179,12 @@ impl Device {
         &self.capabilities
     }
 
-    /// Runs `work` and turns what wgpu reports of it into an error, instead of a panic.
-    pub(crate) async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+    /// Runs `work` and turns what wgpu reports of it into an error, where by default it would panic. `during` goes into
+    /// the message.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Gpu`].
+    pub async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use crate::device::Device;
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::pipeline::{Pipeline, Pipelines};
-use crate::plan::Plan;
+use crate::plan::{OptionalOperands, Plan, Preference};
 use crate::problem::{Layout, Problem, SinkLogits};
-use crate::shader::{Binding, DELTA_ROWS, Kernel};
+use crate::shader::{Binding, DELTA_ROWS, MAXIMA_PARTS, RANGED_OPERANDS};
 use crate::tensor::{Extents, Placed, TensorView, allocate};
-use crate::tiles::Tiles;
 
 /// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
 #[repr(C)]
@@ -42,6 +42,7 @@ struct Params {
     d_q: Operand,
     d_k: Operand,
     d_v: Operand,
+    o_rest: Operand,
     heads: u32,
     kv_heads: u32,
     seq_q: u32,
@@ -75,6 +76,9 @@ pub struct ForwardBuffers<'a> {
     pub sink_logits: Option<TensorView<'a>>,
     /// Result: attention outputs.
     pub o: TensorView<'a>,
+    /// Result, in f16 and bf16 only, where the backward pass is to have it: what rounding took from o, an i16 in the place
+    /// of each of its elements, see [`Element::rest`](crate::Element::rest). Views are as those of o, two bytes an element.
+    pub o_rest: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[batch, heads, seq_q]`, densely packed.
     pub lse: TensorView<'a>,
 }
@@ -83,7 +87,8 @@ pub struct ForwardBuffers<'a> {
 /// the gradients that flow into these, and the gradients to compute.
 #[derive(Debug, Clone, Copy)]
 pub struct BackwardBuffers<'a> {
-    /// The forward pass's operands and results. All of them are read.
+    /// The forward pass's operands and results. o rounded to half precision would be too coarse: there it is read together
+    /// with o_rest, which makes it f32 again, or not at all. Without o_rest two more matrix products are computed.
     pub forward: ForwardBuffers<'a>,
     /// Gradient by o.
     pub d_o: TensorView<'a>,
@@ -111,14 +116,14 @@ impl<'a> Operands<'a> {
         Operands { problem, device, placed: Vec::new() }
     }
 
-    /// Extents of an operand, and whether it must be densely packed.
+    /// Extents of an operand, and whether it must be densely packed; those that must are f32 whatever the others are.
     fn extents(&self, binding: Binding) -> (Extents, bool) {
         let s = self.problem.shape();
         match binding {
             Binding::Q | Binding::DQ => ([s.batch, s.heads, s.seq_q, s.head_dim], false),
             Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], false),
             Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], false),
-            Binding::O | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], false),
+            Binding::O | Binding::ORest | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], false),
             Binding::SinkLogits | Binding::DSinkLogits => ([1, 1, s.heads, 1], true),
             _ => ([s.batch, s.heads, s.seq_q, 1], true),
         }
@@ -131,8 +136,9 @@ impl<'a> Operands<'a> {
             let reason = "must be densely packed; give an offset, but no strides".into();
             return Err(Error::InvalidOption { option: name, reason });
         }
-        let layout = if dense { Layout::Bhsd } else { self.problem.options().layout };
-        let placed = Placed::new(name, view, extents, layout, self.device.capabilities())?;
+        let options = self.problem.options();
+        let (layout, dtype) = if dense { (Layout::Bhsd, DType::F32) } else { (options.layout, options.dtype) };
+        let placed = Placed::new(name, view, extents, layout, dtype, self.device.capabilities())?;
         self.placed.push((binding, *view, placed));
         Ok(())
     }
@@ -187,6 +193,7 @@ impl<'a> Operands<'a> {
             d_q: operand(Binding::DQ),
             d_k: operand(Binding::DK),
             d_v: operand(Binding::DV),
+            o_rest: operand(Binding::ORest),
             heads: s.heads as u32,
             kv_heads: s.kv_heads as u32,
             seq_q: s.seq_q as u32,
@@ -223,12 +230,13 @@ impl Prepared {
         pipelines: &Pipelines,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
-        operands.check_results(&[Binding::O, Binding::Lse])?;
-        let plan = Plan::forward_with(problem, operands.vec4(), device.capabilities(), tiles)?;
+        operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
+        let optional = OptionalOperands { d_lse: false, o_rest: buffers.o_rest.is_some() };
+        let plan = Plan::forward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
@@ -237,7 +245,7 @@ impl Prepared {
         pipelines: &Pipelines,
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, &buffers.forward)?;
@@ -250,17 +258,17 @@ impl Prepared {
         operands.add(Binding::DV, &buffers.d_v)?;
         operands.add_per_head(Binding::DSinkLogits, buffers.d_sink_logits.as_ref())?;
         operands.check_results(&[Binding::DQ, Binding::DK, Binding::DV, Binding::DSinkLogits])?;
-        let d_lse = buffers.d_lse.is_some();
-        let plan = Plan::backward_with(problem, operands.vec4(), d_lse, device.capabilities(), tiles)?;
+        let optional = OptionalOperands { d_lse: buffers.d_lse.is_some(), o_rest: buffers.forward.o_rest.is_some() };
+        let plan = Plan::backward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan).await
     }
 
     async fn new(pipelines: &Pipelines, operands: Operands<'_>, plan: Plan) -> Result<Self> {
         let device = operands.device;
         let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
+        let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
-        for pass in &plan.passes {
-            let pipeline = pipelines.get(device, &pass.variant).await?;
+        for (pass, pipeline) in plan.passes.iter().zip(compiled) {
             let params = operands.params(operands.vec4(), pass.workgroups);
             let bind_group = device
                 .scoped("binding operands", || {
@@ -336,6 +344,10 @@ fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) ->
     operands.add(Binding::V, &buffers.v)?;
     operands.add_per_head(Binding::SinkLogits, buffers.sink_logits.as_ref())?;
     operands.add(Binding::O, &buffers.o)?;
+    if let Some(o_rest) = &buffers.o_rest {
+        operands.problem.check_rest()?;
+        operands.add(Binding::ORest, o_rest)?;
+    }
     operands.add(Binding::Lse, &buffers.lse)
 }
 
@@ -344,13 +356,18 @@ fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::B
     let s = operands.problem.shape();
     let sequences = s.batch * s.heads;
     let mut scratch = Vec::new();
+    let reports =
+        plan.passes.iter().filter(|pass| pass.variant.fragments().is_some()).map(|pass| pass.workgroups as usize);
     for (binding, elements) in [
+        (Binding::Repairs, reports.max().unwrap_or(0)),
+        (Binding::Maxima, (RANGED_OPERANDS * MAXIMA_PARTS) as usize),
+        (Binding::Ranges, RANGED_OPERANDS as usize),
         (Binding::Delta, sequences * s.seq_q),
         (Binding::SinkPartials, sequences * s.seq_q.div_ceil(DELTA_ROWS as usize)),
     ] {
         if plan.passes.iter().any(|pass| pass.variant.bindings().iter().any(|(b, _)| *b == binding)) {
             let usage = wgpu::BufferUsages::STORAGE;
-            scratch.push((binding, allocate(operands.device, binding.name(), elements, usage)?));
+            scratch.push((binding, allocate::<f32>(operands.device, binding.name(), elements, usage)?));
         }
     }
     Ok(scratch)
@@ -390,7 +407,7 @@ mod tests {
         let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
         let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
-        let params = members!(Params: q k v o d_o d_q d_k d_v heads kv_heads seq_q seq_k lower upper sink_tokens
+        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest heads kv_heads seq_q seq_k lower upper sink_tokens
             workgroups lse_offset d_lse_offset sink_offset d_sink_offset batch scale scale_sign scale_size
             negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));

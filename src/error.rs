@@ -1,5 +1,9 @@
 //! The one error type of the crate.
 
+use std::path::PathBuf;
+
+use crate::element::DType;
+
 /// Result of every fallible call in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -40,6 +44,14 @@ pub enum Error {
         option: &'static str,
         /// What is wrong with it, with the value.
         reason: String,
+    },
+    /// The element type of the host's slices is not that of the options.
+    #[error("the operands are {operands}, the options say {options}: see Options::dtype")]
+    WrongElementType {
+        /// Element type of the slices.
+        operands: DType,
+        /// Element type that the options name.
+        options: DType,
     },
     /// A slice does not hold the number of elements its shape calls for.
     #[error("{operand} has {actual} elements, its shape {shape:?} needs {expected}")]
@@ -176,6 +188,32 @@ pub enum Error {
     NeedsGpu {
         /// The call.
         call: &'static str,
+    },
+    /// A file of measured tiles cannot be read.
+    #[error("tuning file {}: {reason}", .path.display())]
+    TuningFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the line where there is one.
+        reason: String,
+    },
+    /// Measured tiles are of another device.
+    #[error(
+        "the tuning was measured on {measured:?}, this device is {actual:?}: measure it with `sink-attention tune`"
+    )]
+    TuningDevice {
+        /// Device that was measured.
+        measured: String,
+        /// Device that computes.
+        actual: String,
+    },
+    /// The persistent pipeline cache cannot be used.
+    #[error("pipeline cache {}: {reason}", .path.display())]
+    PipelineCache {
+        /// Its file.
+        path: PathBuf,
+        /// What stands in the way.
+        reason: String,
     },
     /// The GPU ran out of memory.
     #[error("the GPU ran out of memory: {0}")]

@@ -1,7 +1,8 @@
 //! Conformance files: one attention problem, its operands and options, in a safetensors file.
 //!
 //! Tensors `q`, `k`, `v`, and as present `sinks`, `dout`, `dlse`; tensors named `expected.*` are for
-//! tests and ignored here. String metadata holds the options, an absent key means the default:
+//! tests and ignored here. q, k, v and dout are f32, f16 or bf16, all of one type; sinks and dlse are f32.
+//! String metadata holds the options, an absent key means the default:
 //!
 //! | key | value |
 //! |---|---|
@@ -26,14 +27,15 @@ use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use half::{bf16, f16};
 use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, SafeTensorError};
 use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 
-use crate::problem::{
-    Alignment, DType, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream,
-};
+use crate::attention::Attention;
+use crate::element::{DType, Element};
+use crate::problem::{Alignment, Inputs, Layout, Options, Problem, Shape, SinkLogits, Upstream};
 
 /// Metadata keys of the format, for messages.
 const KEYS: &str = "layout, causal, align, window_left, window_right, sink_tokens, scale, softcap, q_offset";
@@ -217,21 +219,46 @@ pub enum FormatError {
 pub enum Values {
     /// Single precision.
     F32(Vec<f32>),
+    /// Half precision.
+    F16(Vec<f16>),
+    /// bfloat16.
+    Bf16(Vec<bf16>),
 }
 
 impl Values {
+    /// Takes elements of any type.
+    pub fn new<T: Element>(values: Vec<T>) -> Self {
+        match T::DTYPE {
+            DType::F32 => Values::F32(bytemuck::cast_vec(values)),
+            DType::F16 => Values::F16(bytemuck::cast_vec(values)),
+            DType::Bf16 => Values::Bf16(bytemuck::cast_vec(values)),
+        }
+    }
+
     /// The element type.
     pub fn dtype(&self) -> DType {
         match self {
             Values::F32(_) => DType::F32,
+            Values::F16(_) => DType::F16,
+            Values::Bf16(_) => DType::Bf16,
         }
+    }
+
+    /// The elements, if they are of this type.
+    pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
+        let bytes = match self {
+            Values::F32(values) => bytemuck::cast_slice(values),
+            Values::F16(values) => bytemuck::cast_slice(values),
+            Values::Bf16(values) => bytemuck::cast_slice::<_, u8>(values),
+        };
+        (T::DTYPE == self.dtype()).then(|| bytemuck::cast_slice(bytes))
     }
 
     fn decode(name: &'static str, tensor: &Raw<'_>) -> Result<Self, FormatError> {
         match tensor.dtype {
             Dtype::F32 => Ok(Values::F32(decode(tensor.bytes, f32::from_le_bytes))),
-            Dtype::F16 => Err(unsupported(format!("element type f16 (of {name})"))),
-            Dtype::BF16 => Err(unsupported(format!("element type bf16 (of {name})"))),
+            Dtype::F16 => Ok(Values::F16(decode(tensor.bytes, f16::from_le_bytes))),
+            Dtype::BF16 => Ok(Values::Bf16(decode(tensor.bytes, bf16::from_le_bytes))),
             actual => Err(FormatError::ElementType { name, actual, expected: "F32, F16 or BF16" }),
         }
     }
@@ -239,6 +266,8 @@ impl Values {
     fn encode(&self) -> (Dtype, Vec<u8>) {
         match self {
             Values::F32(values) => (Dtype::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+            Values::F16(values) => (Dtype::F16, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+            Values::Bf16(values) => (Dtype::BF16, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
         }
     }
 }
@@ -299,6 +328,7 @@ impl Case {
             Values::decode(name, tensor)
         };
         let (q_values, k_values, v_values) = (operand("q", &q)?, operand("k", &k)?, operand("v", &v)?);
+        options.dtype = q_values.dtype();
         let problem = Problem::new(problem_shape(options.layout, &q, &k, &v)?, options)?;
 
         let gradient = |name, tensor: Raw<'_>| {
@@ -326,31 +356,65 @@ impl Case {
     }
 
     /// The operands of the forward pass.
-    pub fn inputs(&self) -> Inputs<'_> {
-        let (Values::F32(q), Values::F32(k), Values::F32(v)) = (&self.q, &self.k, &self.v);
-        Inputs { q, k, v, sink_logits: self.sink_logits.as_deref() }
+    ///
+    /// # Errors
+    /// [`WrongElementType`](crate::Error::WrongElementType) where `T` is not the type of the file's operands.
+    pub fn inputs<T: Element>(&self) -> crate::Result<Inputs<'_, T>> {
+        Ok(Inputs {
+            q: typed(&self.q)?,
+            k: typed(&self.k)?,
+            v: typed(&self.v)?,
+            sink_logits: self.sink_logits.as_deref(),
+        })
     }
 
     /// The gradients that flow into the results; `None` where the file asks for the forward pass only.
-    pub fn upstream(&self) -> Option<Upstream<'_>> {
-        let Some(Values::F32(d_o)) = &self.d_o else { return None };
-        Some(Upstream { d_o, d_lse: self.d_lse.as_deref() })
+    ///
+    /// # Errors
+    /// As [`inputs`](Self::inputs).
+    pub fn upstream<T: Element>(&self) -> crate::Result<Option<Upstream<'_, T>>> {
+        let upstream = |d_o| Ok(Upstream { d_o: typed(d_o)?, d_lse: self.d_lse.as_deref() });
+        self.d_o.as_ref().map(upstream).transpose()
     }
 
-    /// The results under the names and shapes of the format.
-    pub fn results(&self, output: Output, gradients: Option<Gradients>) -> Vec<Tensor> {
-        let problem = &self.problem;
-        let tensor = |name, shape: &[usize], values| Tensor { name, shape: shape.into(), values: Values::F32(values) };
-        let mut results =
-            vec![tensor("out", &problem.o_shape(), output.o), tensor("lse", &problem.lse_shape(), output.lse)];
-        if let Some(gradients) = gradients {
-            results.push(tensor("dq", &problem.q_shape(), gradients.d_q));
-            results.push(tensor("dk", &problem.k_shape(), gradients.d_k));
-            results.push(tensor("dv", &problem.v_shape(), gradients.d_v));
-            results.extend(gradients.d_sink_logits.map(|d| tensor("dsinks", &[problem.shape().heads], d)));
+    /// Computes what the file asks for, forward and, where there is dout, backward: the results under the names and
+    /// shapes of the format, out and the gradients of q, k and v in the operands' element type, all else f32.
+    ///
+    /// # Errors
+    /// Those of [`Attention::forward`] and [`Attention::backward`].
+    pub fn compute(&self, attention: &Attention) -> crate::Result<Vec<Tensor>> {
+        match self.q.dtype() {
+            DType::F32 => self.compute_in::<f32>(attention),
+            DType::F16 => self.compute_in::<f16>(attention),
+            DType::Bf16 => self.compute_in::<bf16>(attention),
         }
-        results
     }
+
+    fn compute_in<T: Element>(&self, attention: &Attention) -> crate::Result<Vec<Tensor>> {
+        let (problem, inputs) = (&self.problem, self.inputs::<T>()?);
+        let output = attention.forward(problem, &inputs)?;
+        let gradients = match self.upstream()? {
+            Some(upstream) => Some(attention.backward(problem, &inputs, &output, &upstream)?),
+            None => None,
+        };
+        let mut results = vec![
+            Tensor::new("out", &problem.o_shape(), output.o),
+            Tensor::new("lse", &problem.lse_shape(), output.lse),
+        ];
+        if let Some(gradients) = gradients {
+            results.push(Tensor::new("dq", &problem.q_shape(), gradients.d_q));
+            results.push(Tensor::new("dk", &problem.k_shape(), gradients.d_k));
+            results.push(Tensor::new("dv", &problem.v_shape(), gradients.d_v));
+            let heads = problem.shape().heads;
+            results.extend(gradients.d_sink_logits.map(|d_sink| Tensor::new("dsinks", &[heads], d_sink)));
+        }
+        Ok(results)
+    }
+}
+
+/// An operand in the type that the caller computes with.
+fn typed<T: Element>(values: &Values) -> crate::Result<&[T]> {
+    values.as_slice().ok_or(crate::Error::WrongElementType { operands: values.dtype(), options: T::DTYPE })
 }
 
 /// A named result.
@@ -362,6 +426,12 @@ pub struct Tensor {
     pub shape: Vec<usize>,
     /// Its elements.
     pub values: Values,
+}
+
+impl Tensor {
+    fn new<T: Element>(name: &'static str, shape: &[usize], values: Vec<T>) -> Self {
+        Tensor { name, shape: shape.into(), values: Values::new(values) }
+    }
 }
 
 /// Refuses an output path that [`write()`] should not replace: the input itself, or anything but a

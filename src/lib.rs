@@ -1,8 +1,8 @@
 //! FlashAttention with attention sinks, on every GPU that `wgpu` reaches and on the CPU.
 //!
-//! One operator, exact up to rounding, in memory linear in the sequence length: scores are computed tile by
-//! tile and never stored. This version computes the forward and the backward pass in f32; half precision,
-//! variable lengths and caches are coming.
+//! One operator, exact up to rounding, in memory linear in the sequence length: scores are computed tile by tile and
+//! never stored. This version computes the forward and the backward pass, of f32, f16 and bf16; variable lengths and
+//! caches are coming.
 //!
 //! ```
 //! use sink_attention::{Attention, Inputs, Options, Problem, Shape, SinkLogits, Window};
@@ -12,7 +12,7 @@
 //! let options = Options::new().window(Window::keys(32)).sink_logits(SinkLogits::PerHead);
 //! let problem = Problem::new(shape, options)?;
 //!
-//! let q = vec![0.1; problem.q_shape().iter().product()];
+//! let q = vec![0.1f32; problem.q_shape().iter().product()];
 //! let k = vec![0.2; problem.k_shape().iter().product()];
 //! let v = vec![0.5; problem.v_shape().iter().product()];
 //! let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: Some(&[0.0, -1.0, 0.0, 1.0]) };
@@ -95,10 +95,32 @@
 //!
 //! # Precision
 //!
-//! Operands, products, the softmax's running maximum and sum, and accumulators are f32. [`cpu::reference`] is the
-//! definition in f64; the tests hold every other path to ||x - exact|| / ||exact|| <= 1e-5 for o and the gradients,
-//! and to the same absolute plus relative error in each element of lse. There are no float atomics: equal inputs
-//! give equal bits on the same device, driver and version of this crate. Across devices the order of sums differs.
+//! q, k, v, o, d_o and the gradients of q, k and v are f32, f16 or bf16, see [`Options::dtype`]; lse, the sink logits
+//! and the gradients of both are f32. Products, the softmax's running maximum and sum, and accumulators are f32 in
+//! every case, and results are rounded once: to nearest, ties to even, too large numbers to infinity.
+//! [`cpu::reference`] is the definition in f64; the tests hold every other path to ||x - exact|| / ||exact|| <= 1e-5
+//! (f32), 1.5e-3 (f16) and 6e-3 (bf16) for o and the gradients of q, k and v, and to 1e-5 for the sink logits' gradient
+//! and, absolute plus relative, for each element of lse. There are no float atomics: equal inputs give equal bits on
+//! the same device, driver and version of this crate. Across devices the order of sums differs.
+//!
+//! In half precision o, which has been rounded, is too coarse for delta. The forward pass gives what rounding took beside
+//! it, [`Output::o_rest`] or [`ForwardBuffers::o_rest`], two bytes an element; both together are o in f32, and delta is
+//! what it is there. Where the backward pass gets no o_rest, the saved o is not read: delta comes from the probabilities,
+//! sum_j p_ij (d_o_i . v_j) - d_lse_i, which takes two matrix products more.
+//!
+//! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to
+//! 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
+//! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
+//! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
+//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
+//!
+//! The cooperative micro-kernel ([`MicroKernel::Cooperative`]) multiplies halves: weights p and d_s are rounded to f16 before
+//! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16.
+//! What it gives stays within the bounds above but for the sink logits' gradient with o_rest: o has been summed from rounded
+//! weights, and the bound is that of o. Without o_rest it is 1e-5 there, too.
+//!
+//! The backward pass of some of the keys, with the final o, o_rest and lse of all of them, gives their share of the
+//! gradients. In half precision without o_rest it does not: delta is then a sum over the keys at hand.
 //!
 //! # Two ways to call
 //!
@@ -132,6 +154,7 @@
 //!         v: (&v).into(),
 //!         sink_logits: None,
 //!         o: (&o).into(),
+//!         o_rest: None,
 //!         lse: (&lse).into(),
 //!     },
 //! )?;
@@ -144,6 +167,12 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Speed
+//!
+//! Tiles come from a table, or from a [`Tuning`] that `sink-attention tune` has measured on the device
+//! ([`Attention::with_tuning`]). Kernels compile on first use or by [`Attention::precompile`], and on Vulkan are kept in a
+//! file on request ([`Attention::with_pipeline_cache`]). [`Timer`] times passes by the GPU's own clock.
 //!
 //! # Errors
 //!
@@ -161,6 +190,8 @@
 //!
 //! - [`SINK_ATTENTION_ADAPTER`](ADAPTER_VARIABLE): the device of [`Attention::new`], an index or a part of a name, or
 //!   `cpu`.
+//! - [`SINK_ATTENTION_TUNING`](TUNING_VARIABLE): a file of [`Tuning`] that [`Attention::new`] and [`Attention::open`]
+//!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
 mod attention;
@@ -169,7 +200,9 @@ pub mod compare;
 pub mod cpu;
 mod device;
 mod dispatch;
+mod element;
 mod error;
+mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
 mod mask;
@@ -179,21 +212,31 @@ mod problem;
 mod shader;
 mod tensor;
 mod tiles;
+mod tiling;
+#[cfg(not(target_family = "wasm"))]
+mod timer;
+mod tuning;
 
 pub use attention::Attention;
-pub use capabilities::{Capabilities, DeviceClass};
+pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+pub use element::{DType, Element};
 pub use error::{Error, Result};
+pub use half;
 pub use mask::{KeyTiles, Mask};
 pub use pipeline::DUMP_VARIABLE;
-pub use plan::{Pass, Plan};
+pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
 pub use problem::{
-    Alignment, DType, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
+    Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
 };
-pub use shader::{Kernel, Variant};
+pub use shader::{Kernel, MicroKernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
+pub use tiling::Tiling;
+#[cfg(not(target_family = "wasm"))]
+pub use timer::{Clock, Series, Timer};
+pub use tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
 pub use wgpu;
 
 /// The code in the README compiles.

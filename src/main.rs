@@ -24,6 +24,8 @@ enum Command {
     Devices(cli::devices::Devices),
     Check(cli::check::Check),
     Plan(cli::plan::PlanArgs),
+    Bench(cli::bench::Bench),
+    Tune(cli::tune::Tune),
 }
 
 impl Command {
@@ -33,6 +35,8 @@ impl Command {
             Command::Devices(devices) => devices.execute(),
             Command::Check(check) => check.execute(),
             Command::Plan(plan) => plan.execute(),
+            Command::Bench(bench) => bench.execute(),
+            Command::Tune(tune) => tune.execute(),
         }
     }
 }

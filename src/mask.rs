@@ -81,6 +81,11 @@ impl Mask {
         self.sink_tokens as u32
     }
 
+    /// Keys in reach of a query, at most: those of its window, at most N, and the sink tokens.
+    pub(crate) fn band(&self) -> usize {
+        ((self.upper - self.lower + 1).min(self.seq_k) + self.sink_tokens) as usize
+    }
+
     /// Whether query i sees key j.
     pub fn visible(&self, i: usize, j: usize) -> bool {
         let (i, j) = (i as i64, j as i64);

@@ -1,11 +1,16 @@
 //! From a variant to a compiled pipeline, each compiled once.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use self::cache::PipelineCache;
 use crate::device::Device;
 use crate::error::Result;
+use crate::plan::{Pass, Plan};
 use crate::shader::{Binding, Variant};
+
+mod cache;
 
 /// Folder that composed shaders are written to, where this environment variable names one.
 pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";
@@ -21,23 +26,57 @@ pub(crate) struct Pipeline {
 #[derive(Debug, Default)]
 pub(crate) struct Pipelines {
     compiled: Mutex<HashMap<Variant, Arc<Pipeline>>>,
+    cache: Option<PipelineCache>,
 }
 
 impl Pipelines {
-    pub(crate) async fn get(&self, device: &Device, variant: &Variant) -> Result<Arc<Pipeline>> {
-        // A thread that panicked elsewhere leaves a map that is still whole.
-        let find = || self.compiled.lock().unwrap_or_else(PoisonError::into_inner).get(variant).cloned();
-        if let Some(pipeline) = find() {
+    /// Pipelines that are looked up in a file before they are compiled.
+    pub(crate) async fn with_cache(device: &Device, path: &Path) -> Result<Self> {
+        Ok(Pipelines { cache: Some(PipelineCache::open(device, path).await?), ..Pipelines::default() })
+    }
+
+    /// Writes the file, where there is one; its number of bytes.
+    pub(crate) fn save_cache(&self) -> Result<Option<usize>> {
+        self.cache.as_ref().map(PipelineCache::save).transpose()
+    }
+
+    /// The pipelines of a plan's passes. Natively those that are missing are compiled side by side.
+    pub(crate) async fn get_all(&self, device: &Device, plan: &Plan) -> Result<Vec<Arc<Pipeline>>> {
+        #[cfg(not(target_family = "wasm"))]
+        {
+            use rayon::prelude::*;
+            let missing = plan.passes.iter().filter(|pass| self.find(&pass.variant).is_none());
+            let missing: Vec<_> = missing.collect();
+            if missing.len() > 1 {
+                // wgpu answers at once here, so that no thread of the pool waits.
+                let compile = |pass: &&Pass| pollster::block_on(self.get(device, &pass.variant)).map(|_| ());
+                missing.par_iter().try_for_each(compile)?;
+            }
+        }
+        let mut pipelines = Vec::with_capacity(plan.passes.len());
+        for pass in &plan.passes {
+            pipelines.push(self.get(device, &pass.variant).await?);
+        }
+        Ok(pipelines)
+    }
+
+    async fn get(&self, device: &Device, variant: &Variant) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) = self.find(variant) {
             return Ok(pipeline);
         }
         // Compiled outside the lock: two threads may compile the same variant, the first one stays.
-        let pipeline = Arc::new(compile(device, variant).await?);
+        let pipeline = Arc::new(compile(device, variant, self.cache.as_ref()).await?);
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(compiled.entry(*variant).or_insert(pipeline).clone())
     }
+
+    fn find(&self, variant: &Variant) -> Option<Arc<Pipeline>> {
+        // A thread that panicked elsewhere leaves a map that is still whole.
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).get(variant).cloned()
+    }
 }
 
-async fn compile(device: &Device, variant: &Variant) -> Result<Pipeline> {
+async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCache>) -> Result<Pipeline> {
     let name = variant.name();
     let text = variant.wgsl()?;
     if let Some(folder) = std::env::var_os(DUMP_VARIABLE) {
@@ -86,7 +125,7 @@ async fn compile(device: &Device, variant: &Variant) -> Result<Pipeline> {
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
-                cache: None,
+                cache: cache.map(PipelineCache::wgpu),
             });
             Pipeline { pipeline, layout }
         })
@@ -100,7 +139,7 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
         return gpu.create_shader_module(descriptor);
     }
     // SAFETY: the text is this crate's own. Every index into a storage buffer stays below the sizes and
-    // strides in `Params`, and `Placed::new` has checked those against the bindings; every index into
+    // strides in `Params`, and `Placed::new` has checked those against the bindings, whose sizes are whole words; every index into
     // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
     // constants; every loop counts up to a bound that its body does not change.
     unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }

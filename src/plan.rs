@@ -2,11 +2,15 @@
 
 use std::fmt;
 
-use crate::capabilities::Capabilities;
+use crate::capabilities::{Capabilities, CooperativeMatrices, Multiprocessor};
+use crate::element::DType;
 use crate::error::{Error, Result};
+use crate::fragments::{self, Fragments};
 use crate::problem::{Problem, SinkLogits};
-use crate::shader::{DELTA_ROWS, Kernel, Variant};
-use crate::tiles::{Tiles, candidates};
+use crate::shader::{Binding, DELTA_LANES, DELTA_ROWS, Kernel, MAXIMA_PARTS, MicroKernel, RANGED_OPERANDS, Variant};
+use crate::tiles;
+use crate::tiling::Tiling;
+use crate::tuning::{Tuning, TuningKey};
 
 /// One kernel of a problem on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +21,50 @@ pub struct Pass {
     pub workgroups: u32,
     /// The same, folded into two dimensions.
     pub grid: [u32; 2],
+    /// Where the tiles come from, for the kernels that have tiles.
+    pub tiles_origin: TilesOrigin,
+}
+
+/// Where the tiles of a [`Pass`] come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TilesOrigin {
+    /// The table that the crate brings along.
+    BuiltIn,
+    /// A [`Tuning`].
+    Tuning,
+    /// The caller.
+    Caller,
+}
+
+impl fmt::Display for TilesOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TilesOrigin::BuiltIn => "built-in table",
+            TilesOrigin::Tuning => "tuning",
+            TilesOrigin::Caller => "caller",
+        })
+    }
+}
+
+/// A micro-kernel, and tiles that go before the built-in table.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Preference<'a> {
+    /// The caller's choice: an error where there is none for the problem.
+    pub micro_kernel: MicroKernel,
+    /// The caller's own, for measuring candidates: an error where they do not fit. Under [`MicroKernel::Auto`] the first
+    /// one of a kernel decides on its micro-kernel, too.
+    pub tiles: &'a [(Kernel, Tiling)],
+    /// Measured ones, passed over where they do not fit. Under [`MicroKernel::Auto`] they decide on the micro-kernel, too.
+    pub tuning: Option<&'a Tuning>,
+}
+
+/// Which operands are there that a call may go without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct OptionalOperands {
+    /// A gradient flows into lse.
+    pub d_lse: bool,
+    /// The forward pass writes, the backward pass reads what rounding took from o; in half precision only.
+    pub o_rest: bool,
 }
 
 /// How a problem will be computed on a device: passes that run one after the other.
@@ -27,102 +75,301 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the forward pass; `vec4` says whether the operands can be read four neighbours at a time.
+    /// Plans the forward pass without o_rest; `vec4` says whether the operands can be read four neighbours at a time.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn forward(problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::forward_with(problem, vec4, capabilities, &[])
+        Plan::forward_with(problem, vec4, OptionalOperands::default(), capabilities, &Preference::default())
     }
 
-    pub(crate) fn forward_with(
+    /// As [`forward`](Self::forward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
+    /// prefer.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem;
+    /// [`Error::UnexpectedOperand`] for o_rest in f32.
+    pub fn forward_with(
         problem: &Problem,
         vec4: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
-        Ok(Plan { passes: vec![Pass::tiled(Kernel::Forward, problem, vec4, capabilities, tiles)?] })
+        optional.check(problem)?;
+        let passes = Passes { problem, vec4, optional, capabilities, preference };
+        let tiled = passes.of(Kernel::Forward)?;
+        let mut all = passes.ranges(&tiled, Kernel::Maxima)?;
+        all.extend(tiled);
+        Ok(Plan { passes: all })
     }
 
-    /// Plans the backward pass: delta, the sink logits' gradient (where there is one), d_q, then d_k and d_v.
+    /// Plans the backward pass without o_rest: delta, the sink logits' gradient (where there is one), d_q, then d_k and
+    /// d_v. `d_lse` says whether a gradient flows into lse.
     ///
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::backward_with(problem, vec4, d_lse, capabilities, &[])
+        let optional = OptionalOperands { d_lse, o_rest: false };
+        Plan::backward_with(problem, vec4, optional, capabilities, &Preference::default())
     }
 
-    pub(crate) fn backward_with(
+    /// As [`backward`](Self::backward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
+    /// prefer.
+    ///
+    /// # Errors
+    /// As [`forward_with`](Self::forward_with).
+    pub fn backward_with(
         problem: &Problem,
         vec4: bool,
-        d_lse: bool,
+        optional: OptionalOperands,
         capabilities: &Capabilities,
-        tiles: &[(Kernel, Tiles)],
+        preference: &Preference<'_>,
     ) -> Result<Self> {
-        let shape = problem.shape();
-        let sequences = (shape.batch * shape.heads) as u128;
-        let plain = |kernel, workgroups| {
-            let variant = Variant { d_lse: d_lse && kernel == Kernel::Delta, ..variant(kernel, problem, vec4, None) };
-            Pass::new(problem, variant, workgroups, capabilities)
-        };
-        let mut passes = vec![plain(Kernel::Delta, sequences * shape.seq_q.div_ceil(DELTA_ROWS as usize) as u128)?];
-        if problem.options().sink_logits == SinkLogits::PerHead {
-            passes.push(plain(Kernel::DSinkLogits, shape.heads as u128)?);
+        optional.check(problem)?;
+        let all = Passes { problem, vec4, optional, capabilities, preference };
+        let (shape, options) = (problem.shape(), problem.options());
+        let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
+        let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
+        let mut passes = all.ranges(&gradients, Kernel::GradientMaxima)?;
+        // o that has been rounded is too coarse for delta.
+        if options.dtype == DType::F32 || optional.o_rest {
+            passes.push(Pass::plain(Kernel::Delta, problem, vec4, optional, row_tiles as u128, capabilities)?);
+        } else {
+            passes.extend(all.of(Kernel::ExactDelta)?);
         }
-        passes.push(Pass::tiled(Kernel::DQ, problem, vec4, capabilities, tiles)?);
-        passes.push(Pass::tiled(Kernel::DKv, problem, vec4, capabilities, tiles)?);
+        if options.sink_logits == SinkLogits::PerHead {
+            let heads = shape.heads as u128;
+            passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, optional, heads, capabilities)?);
+        }
+        passes.extend(gradients);
         Ok(Plan { passes })
     }
 }
 
-fn variant(kernel: Kernel, problem: &Problem, vec4: bool, tiles: Option<Tiles>) -> Variant {
-    let shape = problem.shape();
+impl OptionalOperands {
+    /// What a call on host slices passes, but for d_lse.
+    pub(crate) fn of_host(problem: &Problem) -> Self {
+        OptionalOperands { d_lse: false, o_rest: problem.options().dtype != DType::F32 }
+    }
+
+    fn check(self, problem: &Problem) -> Result<()> {
+        if self.o_rest { problem.check_rest() } else { Ok(()) }
+    }
+}
+
+/// Widest head for which fragments stay in registers.
+const COOPERATIVE_WIDTH: usize = 128;
+
+/// What the passes of a plan have in common.
+struct Passes<'a> {
+    problem: &'a Problem,
+    vec4: bool,
+    optional: OptionalOperands,
+    capabilities: &'a Capabilities,
+    preference: &'a Preference<'a>,
+}
+
+impl Passes<'_> {
+    /// The passes of a kernel that has tiles: one of the portable micro-kernel, or one of the cooperative one and one that
+    /// computes again what that cannot.
+    fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
+        let own = self.own(kernel).next();
+        let cooperative = match (self.preference.micro_kernel, own.or_else(|| self.measured(kernel))) {
+            (MicroKernel::Portable, _) | (MicroKernel::Auto, Some(Tiling::Portable(_))) => None,
+            // Not before the kernels have been checked and measured on a GPU: until then a tuning decides.
+            (MicroKernel::Auto, None) => None,
+            (MicroKernel::Auto, _) if own.is_none() => self.tiled(kernel, MicroKernel::Cooperative, None).ok(),
+            _ => Some(self.tiled(kernel, MicroKernel::Cooperative, None)?),
+        };
+        let Some(pass) = cooperative else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
+        let repairs = pass.variant.tile().map(|[rows, _]| rows);
+        Ok(vec![pass, self.tiled(kernel, MicroKernel::Portable, repairs)?])
+    }
+
+    /// What finds the operands' ranges, where the passes ask for them.
+    fn ranges(&self, passes: &[Pass], maxima: Kernel) -> Result<Vec<Pass>> {
+        let Passes { problem, vec4, optional, capabilities, .. } = *self;
+        let reads = |pass: &Pass| pass.variant.bindings().iter().any(|(binding, _)| *binding == Binding::Ranges);
+        if !passes.iter().any(reads) {
+            return Ok(Vec::new());
+        }
+        let operands = variant(maxima, problem, vec4, optional).storage_buffers() - 1;
+        let plain = |kernel, workgroups: u32| {
+            Pass::plain(kernel, problem, vec4, optional, u128::from(workgroups), capabilities)
+        };
+        Ok(vec![plain(maxima, operands * MAXIMA_PARTS)?, plain(Kernel::Ranges, RANGED_OPERANDS)?])
+    }
+
+    /// The caller's tiles for a kernel.
+    fn own(&self, kernel: Kernel) -> impl Iterator<Item = Tiling> {
+        self.preference.tiles.iter().filter(move |(k, _)| *k == kernel).map(|(_, tiling)| *tiling)
+    }
+
+    fn measured(&self, kernel: Kernel) -> Option<Tiling> {
+        self.preference.tuning?.get(&TuningKey::of(kernel, self.problem)?)
+    }
+
+    /// A pass of a kernel that has tiles: with the caller's, with measured ones that fit, or with the first of the
+    /// built-in table that fit.
+    fn tiled(&self, kernel: Kernel, micro_kernel: MicroKernel, repairs: Option<u32>) -> Result<Pass> {
+        let Passes { problem, capabilities, .. } = *self;
+        let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
+        let is_meant = |tiling: &Tiling| tiling.micro_kernel() == micro_kernel;
+        if let Some(tiling) = self.own(kernel).find(is_meant) {
+            return self.of_tiling(kernel, tiling, repairs);
+        }
+        // What the repairs run with, the caller need not say.
+        if let Some(tiling) = self.own(kernel).next().filter(|_| repairs.is_none()) {
+            let kernel = kernel.name();
+            return Err(none(format!("{kernel} was asked for as {micro_kernel} and with the tiles \"{tiling}\"")));
+        }
+        let built_in = match micro_kernel {
+            MicroKernel::Cooperative => {
+                let matrices = self.matrices()?;
+                let fragments = fragments::candidates(kernel, problem, matrices, capabilities.class);
+                fragments.map(|fragments| fragments.tiling()).collect()
+            }
+            _ => {
+                let tiles = tiles::candidates(kernel, problem, capabilities.class);
+                tiles.into_iter().map(Tiling::Portable).collect::<Vec<_>>()
+            }
+        };
+        let measured = self.measured(kernel).filter(is_meant).map(|tiling| (tiling, TilesOrigin::Tuning));
+        let built_in = built_in.into_iter().map(|tiling| (tiling, TilesOrigin::BuiltIn));
+        let mut reason = String::from("no candidate tiles");
+        for (tiling, tiles_origin) in measured.into_iter().chain(built_in) {
+            match self.of_tiling(kernel, tiling, repairs) {
+                Err(Error::NoKernel { reason: why, .. }) => reason = why,
+                pass => return pass.map(|pass| Pass { tiles_origin, ..pass }),
+            }
+        }
+        Err(none(reason))
+    }
+
+    /// The cooperative matrices that a kernel can use, or why there is no cooperative kernel.
+    fn matrices(&self) -> Result<CooperativeMatrices> {
+        let Passes { problem, capabilities, .. } = *self;
+        let shape = problem.shape();
+        let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
+        if problem.options().dtype == DType::F32 {
+            return Err(none(
+                "cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into(),
+            ));
+        }
+        let Some(matrices) = capabilities.cooperative else {
+            return Err(none(format!("{} has no cooperative matrices of f16 with sums in f32", capabilities.name)));
+        };
+        let width = shape.head_dim.max(shape.value_dim);
+        if width > COOPERATIVE_WIDTH {
+            let reason = format!("cooperative kernels take widths up to {COOPERATIVE_WIDTH}, not {width}");
+            return Err(none(reason));
+        }
+        Ok(matrices)
+    }
+
+    /// The pass of a kernel with given tiles.
+    fn of_tiling(&self, kernel: Kernel, tiling: Tiling, repairs: Option<u32>) -> Result<Pass> {
+        let Passes { problem, vec4, optional, capabilities, .. } = *self;
+        let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
+        if !kernel.has_tiles() {
+            return Err(none(format!("{kernel:?} has no tiles")));
+        }
+        let [d, e] = [problem.shape().head_dim, problem.shape().value_dim].map(|width| width as u32);
+        // Not the short form of the tiles: it multiplies numbers that have just failed the check.
+        let unfit = |reason: String| none(format!("{tiling:?}: {reason}"));
+        let (matrices, iterations) = match tiling {
+            Tiling::Portable(tiles) => {
+                tiles.check().map_err(unfit)?;
+                (None, tiles.loop_iterations(kernel, d, e))
+            }
+            Tiling::Cooperative { subgroups, rows, columns } => {
+                let matrices = self.matrices()?;
+                let fragments = Fragments { matrices, subgroups, rows, columns };
+                fragments.check().map_err(unfit)?;
+                (Some(matrices), fragments.loop_iterations(kernel, d, e))
+            }
+        };
+        let variant = variant(kernel, problem, vec4, optional);
+        let micro_kernel = tiling.micro_kernel();
+        let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, repairs, ..variant };
+        let tile = variant.tile().unwrap_or([1; 2]);
+        check_loop_iterations(kernel, problem, capabilities, |most| {
+            loop_iterations(kernel, problem, tile, iterations, most)
+        })?;
+        Pass::new(problem, variant, row_tiles(kernel, problem, tile[0]), capabilities)
+    }
+}
+
+fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOperands) -> Variant {
+    let (shape, options) = (problem.shape(), problem.options());
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
-        Kernel::DSinkLogits => [false, false],
+        Kernel::DSinkLogits | Kernel::Ranges => [false, false],
         Kernel::Delta => [false, true],
-        Kernel::Forward | Kernel::DQ | Kernel::DKv => [true, true],
+        _ => [true, true],
     };
     Variant {
         kernel,
+        micro_kernel: MicroKernel::Portable,
+        dtype: options.dtype,
         head_dim: if uses_q { shape.head_dim as u32 } else { 0 },
         value_dim: if uses_v { shape.value_dim as u32 } else { 0 },
         vec4: vec4 && uses_v,
         // The gradients by q, k and v see the sink through lse and delta alone.
         sink_logits: match kernel {
-            Kernel::DQ | Kernel::DKv => SinkLogits::None,
+            Kernel::ExactDelta
+            | Kernel::DQ
+            | Kernel::DKv
+            | Kernel::Maxima
+            | Kernel::GradientMaxima
+            | Kernel::Ranges => SinkLogits::None,
             // A logit of zero has no gradient.
-            Kernel::Delta if problem.options().sink_logits == SinkLogits::OffByOne => SinkLogits::None,
-            _ => problem.options().sink_logits,
+            Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
+            _ => options.sink_logits,
         },
-        d_lse: false,
-        tiles,
+        // Enters with delta.
+        d_lse: optional.d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
+        o_rest: optional.o_rest && matches!(kernel, Kernel::Forward | Kernel::Delta | Kernel::DSinkLogits),
+        tiling: None,
+        matrices: None,
+        repairs: None,
     }
 }
 
 impl Pass {
-    /// A pass of a kernel that has tiles, with the caller's tiles or the first candidate that fits.
-    fn tiled(
+    /// A pass of a kernel that has no tiles.
+    fn plain(
         kernel: Kernel,
         problem: &Problem,
         vec4: bool,
+        optional: OptionalOperands,
+        workgroups: u128,
         capabilities: &Capabilities,
-        tiles: &[(Kernel, Tiles)],
     ) -> Result<Self> {
-        if let Some((_, tiles)) = tiles.iter().find(|(k, _)| *k == kernel) {
-            return Pass::with_tiles(kernel, problem, vec4, capabilities, *tiles);
-        }
-        let mut reason = String::from("no candidate tiles");
-        for tiles in candidates(kernel, problem.shape(), capabilities.class) {
-            match Pass::with_tiles(kernel, problem, vec4, capabilities, tiles) {
-                Err(Error::NoKernel { reason: why, .. }) => reason = why,
-                pass => return pass,
+        let shape = problem.shape();
+        let variant = variant(kernel, problem, vec4, optional);
+        check_loop_iterations(kernel, problem, capabilities, |_| match kernel {
+            Kernel::Delta => {
+                let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
+                (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
             }
-        }
-        Err(Error::NoKernel { problem: problem.to_string(), reason })
+            Kernel::Ranges => 16,
+            Kernel::Maxima | Kernel::GradientMaxima => {
+                let width = shape.head_dim.max(shape.value_dim).div_ceil(4);
+                let quads = shape.batch * shape.heads * shape.seq_q.max(shape.seq_k) * width;
+                (quads as u64).div_ceil(u64::from(MAXIMA_PARTS * variant.threads())) + 16
+            }
+            _ => {
+                let tile = if variant.sums_delta() { 1 } else { DELTA_ROWS as usize };
+                (shape.batch as u64 * shape.seq_q.div_ceil(tile) as u64).div_ceil(u64::from(variant.threads())) + 8
+            }
+        })?;
+        Pass::new(problem, variant, workgroups, capabilities)
     }
 
-    /// The pass of a kernel with given tiles, for measuring candidates.
+    /// The pass of a kernel with given tiles, for measuring candidates; no gradient flows into lse. A cooperative kernel's
+    /// is the one that comes before the repairs.
     ///
     /// # Errors
     /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together,
@@ -132,34 +379,25 @@ impl Pass {
         problem: &Problem,
         vec4: bool,
         capabilities: &Capabilities,
-        tiles: Tiles,
+        tiles: impl Into<Tiling>,
     ) -> Result<Self> {
-        if matches!(kernel, Kernel::Delta | Kernel::DSinkLogits) {
-            let reason = format!("{kernel:?} has no tiles");
-            return Err(Error::NoKernel { problem: problem.to_string(), reason });
-        }
-        if let Err(reason) = tiles.check() {
-            // Not the short form of the tiles: it multiplies numbers that have just failed the check.
-            return Err(Error::NoKernel { problem: problem.to_string(), reason: format!("{tiles:?}: {reason}") });
-        }
-        let shape = problem.shape();
-        let (seq, heads) = match kernel {
-            Kernel::DKv => (shape.seq_k, shape.kv_heads),
-            _ => (shape.seq_q, shape.heads),
-        };
-        if let Some(most) = capabilities.loop_iterations {
-            let needed = loop_iterations(kernel, problem, &tiles, most);
-            if needed > most {
-                let reason = format!(
-                    "{} ends loops in silence after {most} iterations, {kernel:?} needs {needed} or more; \
-                     the CPU path has no such limit",
-                    capabilities.name
-                );
-                return Err(Error::NoKernel { problem: problem.to_string(), reason });
-            }
-        }
-        let workgroups = seq.div_ceil(tiles.tile_rows() as usize) as u128 * (shape.batch * heads) as u128;
-        Pass::new(problem, variant(kernel, problem, vec4, Some(tiles)), workgroups, capabilities)
+        let preference = &Preference::default();
+        Passes { problem, vec4, optional: OptionalOperands::default(), capabilities, preference }.of_tiling(
+            kernel,
+            tiles.into(),
+            None,
+        )
+    }
+
+    /// Workgroups that run on a multiprocessor at a time, by the memory and the registers they share; `None` where these
+    /// are not known of the device.
+    pub fn resident_workgroups(&self, capabilities: &Capabilities) -> Option<u32> {
+        let Multiprocessor { workgroup_bytes, registers } = capabilities.multiprocessor?;
+        let variant = &self.variant;
+        let by_memory = workgroup_bytes / variant.workgroup_bytes().max(1);
+        let by_registers = variant.registers().map_or(u32::MAX, |each| registers / (each * variant.threads()).max(1));
+        // The driver makes do with fewer registers than one workgroup would like.
+        Some(by_memory.min(by_registers).max(1))
     }
 
     fn new(problem: &Problem, variant: Variant, workgroups: u128, capabilities: &Capabilities) -> Result<Self> {
@@ -175,15 +413,45 @@ impl Pass {
             }
         }
         let (workgroups, grid) = fold(workgroups, capabilities.grid_dimension)?;
-        Ok(Pass { variant, workgroups, grid })
+        Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
     }
 }
 
-/// Loop iterations of the longest workgroup, at most; exact only up to `most`.
-fn loop_iterations(kernel: Kernel, problem: &Problem, tiles: &Tiles, most: u64) -> u64 {
+/// Tiles of rows of all heads.
+fn row_tiles(kernel: Kernel, problem: &Problem, rows: u32) -> u128 {
+    let shape = problem.shape();
+    let (seq, heads) = match kernel {
+        Kernel::DKv => (shape.seq_k, shape.kv_heads),
+        _ => (shape.seq_q, shape.heads),
+    };
+    seq.div_ceil(rows as usize) as u128 * (shape.batch * heads) as u128
+}
+
+/// Refuses what the driver would end before it is done; `needed` gets the most that it allows.
+fn check_loop_iterations(
+    kernel: Kernel,
+    problem: &Problem,
+    capabilities: &Capabilities,
+    needed: impl FnOnce(u64) -> u64,
+) -> Result<()> {
+    let Some(most) = capabilities.loop_iterations else { return Ok(()) };
+    let needed = needed(most);
+    if needed <= most {
+        return Ok(());
+    }
+    let reason = format!(
+        "{} ends loops in silence after {most} iterations, {kernel:?} needs {needed} or more; \
+         the CPU path has no such limit",
+        capabilities.name
+    );
+    Err(Error::NoKernel { problem: problem.to_string(), reason })
+}
+
+/// Loop iterations of the longest workgroup, at most, given those of an open and of a masked tile; exact only up to `most`.
+fn loop_iterations(kernel: Kernel, problem: &Problem, tile: [u32; 2], iterations: [u64; 2], most: u64) -> u64 {
     let (shape, mask) = (problem.shape(), problem.mask());
-    let [rows, columns] = [tiles.tile_rows() as usize, tiles.tile_columns() as usize];
-    let [open, masked] = tiles.loop_iterations(kernel, shape.head_dim as u32, shape.value_dim as u32);
+    let [rows, columns] = tile.map(|n| n as usize);
+    let [open, masked] = iterations;
     let of_tile = |is_open| if is_open { open } else { masked };
     let visited = |range: &std::ops::Range<usize>| match kernel {
         Kernel::DKv => mask.query_tiles(range, columns).len(),
@@ -227,13 +495,20 @@ fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
 impl fmt::Display for Pass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let v = &self.variant;
-        write!(f, "{:?}, portable f32", v.kernel)?;
+        write!(f, "{:?}, {} {}", v.kernel, v.micro_kernel, v.dtype)?;
         if v.value_dim > 0 {
             write!(f, ", {} loads", if v.vec4 { "vec4" } else { "scalar" })?;
         }
-        if let Some(tiles) = &v.tiles {
-            let registers = tiles.registers(v.kernel, v.head_dim, v.value_dim);
-            write!(f, ", tiles {tiles}, ~{registers} registers")?;
+        match (v.fragments(), v.tiling) {
+            (Some(fragments), _) => write!(f, ", tiles {fragments}")?,
+            (_, Some(Tiling::Portable(tiles))) => write!(f, ", tiles {tiles}")?,
+            _ => {}
+        }
+        if let Some(registers) = v.registers() {
+            write!(f, ", ~{registers} registers")?;
+        }
+        if let Some(rows) = v.repairs {
+            write!(f, ", repairs tiles of {rows} rows")?;
         }
         let [x, y] = self.grid;
         write!(f, ", {} B workgroup memory, {} workgroups as {x}x{y}", v.workgroup_bytes(), self.workgroups)
@@ -267,6 +542,40 @@ mod tests {
         Plan::forward(&window, true, software).unwrap();
         Plan::backward(&window, true, false, software).unwrap();
         Plan::forward(&problem(8192, causal), true, software).unwrap();
+
+        // In half precision without o_rest the sinks' gradient goes by rows, of which a thread gets one in 256.
+        let narrow = |dtype| {
+            let batch = 1 << 20;
+            let shape = crate::Shape { batch, heads: 1, kv_heads: 1, seq_q: 32, seq_k: 1, head_dim: 1, value_dim: 1 };
+            Problem::new(shape, crate::Options::new().sink_logits(SinkLogits::PerHead).dtype(dtype)).unwrap()
+        };
+        Plan::backward(&narrow(DType::F32), false, false, software).unwrap();
+        Plan::backward(&narrow(DType::F16), false, false, hardware).unwrap();
+        let error = Plan::backward(&narrow(DType::F16), false, false, software).unwrap_err().to_string();
+        assert!(error.contains("DSinkLogits needs 131080 or more"), "{error}");
+    }
+
+    /// What was measured on an H200: two workgroups of at most 24 KiB at a time.
+    #[test]
+    fn memory_and_registers_bound_resident_workgroups() {
+        let samples = Capabilities::samples();
+        let shape =
+            crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
+        let problem = Problem::new(shape, crate::Options::new()).unwrap();
+        let tiles = crate::Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+        let pass = Pass::with_tiles(Kernel::Forward, &problem, true, &samples[0], tiles).unwrap();
+        let variant = pass.variant;
+        assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));
+        let resident = |workgroup_bytes, registers| {
+            let multiprocessor = Some(Multiprocessor { workgroup_bytes, registers });
+            pass.resident_workgroups(&Capabilities { multiprocessor, ..samples[0].clone() })
+        };
+        assert_eq!(pass.resident_workgroups(&samples[0]), Some(3));
+        assert_eq!(resident(2 * 15888, 65536), Some(2));
+        assert_eq!(resident(2 * 15888 - 1, 65536), Some(1));
+        assert_eq!(resident(1 << 20, 65536), Some(4), "each takes 112 * 128 registers");
+        assert_eq!(resident(1 << 20, 100), Some(1), "the driver spills");
+        assert_eq!(pass.resident_workgroups(samples.last().unwrap()), None);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 
@@ -9,28 +10,6 @@ use crate::mask::Mask;
 pub(crate) const MAX_SEQ: usize = 1 << 29;
 /// Widest head, of q and k as of v.
 pub(crate) const MAX_WIDTH: usize = 256;
-
-/// Element type of an operand. This version computes with [`DType::F32`] alone; the others are named in errors.
-#[non_exhaustive]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum DType {
-    /// IEEE 754 single precision.
-    F32,
-    /// IEEE 754 half precision.
-    F16,
-    /// bfloat16: the upper half of a single.
-    Bf16,
-}
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            DType::F32 => "f32",
-            DType::F16 => "f16",
-            DType::Bf16 => "bf16",
-        })
-    }
-}
 
 /// Order of the axes of q, k, v and o. `lse` is `[batch, heads, seq_q]` in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -187,10 +166,12 @@ pub struct Options {
     pub query_offset: Option<i64>,
     /// Order of the axes of q, k, v and o.
     pub layout: Layout,
+    /// Element type of q, k, v, o and their gradients; all else is f32.
+    pub dtype: DType,
 }
 
 impl Options {
-    /// Full attention, no sinks, `bshd`.
+    /// Full attention, no sinks, `bshd`, f32.
     pub fn new() -> Self {
         Options::default()
     }
@@ -233,6 +214,24 @@ impl Options {
     /// Sets [`Options::layout`].
     pub fn layout(self, layout: Layout) -> Self {
         Options { layout, ..self }
+    }
+
+    /// Sets [`Options::dtype`].
+    ///
+    /// ```
+    /// use sink_attention::half::f16;
+    /// use sink_attention::{Attention, DType, Inputs, Options, Problem, Shape};
+    ///
+    /// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 2, head_dim: 2, value_dim: 2 };
+    /// let problem = Problem::new(shape, Options::new().dtype(DType::F16))?;
+    /// let (q, k, v) = ([f16::ZERO; 2], [f16::ONE; 4], [1.0, 2.0, 3.0, 4.0].map(f16::from_f32));
+    /// let output = Attention::cpu().forward(&problem, &Inputs { q: &q, k: &k, v: &v, sink_logits: None })?;
+    /// assert_eq!(output.o, [2.0, 3.0].map(f16::from_f32)); // f16, as the operands
+    /// assert_eq!(output.lse, [2f32.ln()]); // f32 in every case
+    /// # Ok::<(), sink_attention::Error>(())
+    /// ```
+    pub fn dtype(self, dtype: DType) -> Self {
+        Options { dtype, ..self }
     }
 }
 
@@ -365,11 +364,14 @@ impl Problem {
         2.5 * self.forward_flops()
     }
 
-    /// Checks host operands against the shapes.
+    /// Checks host operands against the element type and the shapes.
     ///
     /// # Errors
-    /// [`Error::OperandLength`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`].
-    pub fn check_inputs(&self, inputs: &Inputs<'_>) -> Result<()> {
+    /// [`Error::WrongElementType`], [`Error::OperandLength`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`].
+    pub fn check_inputs<T: Element>(&self, inputs: &Inputs<'_, T>) -> Result<()> {
+        if T::DTYPE != self.options.dtype {
+            return Err(Error::WrongElementType { operands: T::DTYPE, options: self.options.dtype });
+        }
         for (operand, slice, shape) in
             [("q", inputs.q, self.q_shape()), ("k", inputs.k, self.k_shape()), ("v", inputs.v, self.v_shape())]
         {
@@ -391,6 +393,9 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let o = &self.options;
         write!(f, "{} {}", self.shape, o.layout)?;
+        if o.dtype != DType::F32 {
+            write!(f, " {}", o.dtype)?;
+        }
         if o.causal {
             write!(f, " causal")?;
         }
@@ -422,12 +427,27 @@ impl Problem {
     /// Checks what a forward pass saved, and the gradients that flow into its results.
     ///
     /// # Errors
-    /// [`Error::OperandLength`].
-    pub fn check_upstream<T>(&self, saved: &Output<T>, upstream: &Upstream<'_>) -> Result<()> {
+    /// [`Error::OperandLength`]; [`Error::UnexpectedOperand`] for o_rest in f32.
+    pub fn check_upstream<T, S, U>(&self, saved: &Output<T, S>, upstream: &Upstream<'_, U>) -> Result<()> {
         check_length("o", saved.o.len(), &self.o_shape())?;
+        if let Some(o_rest) = &saved.o_rest {
+            self.check_rest()?;
+            check_length("o_rest", o_rest.len(), &self.o_shape())?;
+        }
         check_length("lse", saved.lse.len(), &self.lse_shape())?;
         check_length("d_o", upstream.d_o.len(), &self.o_shape())?;
         upstream.d_lse.map_or(Ok(()), |d_lse| check_length("d_lse", d_lse.len(), &self.lse_shape()))
+    }
+
+    /// Whether rounding takes anything from o.
+    pub(crate) fn check_rest(&self) -> Result<()> {
+        match self.options.dtype {
+            DType::F32 => Err(Error::UnexpectedOperand {
+                operand: "o_rest",
+                hint: "in f32 nothing is rounded off o; set Options::dtype to DType::F16 or DType::Bf16, or leave it out",
+            }),
+            DType::F16 | DType::Bf16 => Ok(()),
+        }
     }
 }
 
@@ -439,40 +459,43 @@ fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result
     Err(Error::OperandLength { operand, expected, actual, shape: shape.to_vec() })
 }
 
-/// Operands of a forward pass on the host, densely packed in the problem's layout.
+/// Operands of a forward pass on the host, densely packed in the problem's layout; `T` is an [`Element`].
 #[derive(Debug, Clone, Copy)]
-pub struct Inputs<'a> {
+pub struct Inputs<'a, T = f32> {
     /// Queries, see [`Problem::q_shape`].
-    pub q: &'a [f32],
+    pub q: &'a [T],
     /// Keys, see [`Problem::k_shape`].
-    pub k: &'a [f32],
+    pub k: &'a [T],
     /// Values, see [`Problem::v_shape`].
-    pub v: &'a [f32],
+    pub v: &'a [T],
     /// One logit per query head, where the options say [`SinkLogits::PerHead`].
     pub sink_logits: Option<&'a [f32]>,
 }
 
-/// Results of a forward pass on the host.
+/// Results of a forward pass on the host: `T` is the operands' type, `S` that of the softmax's state.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Output<T = f32> {
+pub struct Output<T = f32, S = f32> {
     /// Attention outputs, see [`Problem::o_shape`].
     pub o: Vec<T>,
+    /// What rounding took from o, [`Element::rest`] of each element before it was rounded; `None` in f32. With it the
+    /// backward pass has o in f32; without it (`None` in half precision, too) that computes what it needs anew.
+    pub o_rest: Option<Vec<i16>>,
     /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].
-    pub lse: Vec<T>,
+    pub lse: Vec<S>,
 }
 
 /// Gradients that flow into a forward pass's results, on the host.
 #[derive(Debug, Clone, Copy)]
-pub struct Upstream<'a> {
+pub struct Upstream<'a, T = f32> {
     /// Gradient of the loss by o, see [`Problem::o_shape`].
-    pub d_o: &'a [f32],
+    pub d_o: &'a [T],
     /// Gradient of the loss by lse, see [`Problem::lse_shape`]; `None` is zero. Ignored where lse is -inf.
     pub d_lse: Option<&'a [f32]>,
 }
 
-/// Gradients of a forward pass's operands, on the host.
+/// Gradients of a forward pass's operands, on the host; `T` and `S` as in [`Output`].
 #[derive(Debug, Clone, PartialEq)]
-pub struct Gradients<T = f32> {
+pub struct Gradients<T = f32, S = f32> {
     /// Gradient by q, see [`Problem::q_shape`].
     pub d_q: Vec<T>,
     /// Gradient by k, see [`Problem::k_shape`]; summed over the query heads of the group.
@@ -480,5 +503,5 @@ pub struct Gradients<T = f32> {
     /// Gradient by v, see [`Problem::v_shape`]; summed over the query heads of the group.
     pub d_v: Vec<T>,
     /// Gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`].
-    pub d_sink_logits: Option<Vec<T>>,
+    pub d_sink_logits: Option<Vec<S>>,
 }

@@ -1,62 +1,111 @@
 //! From a variant to the text of its shader.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::OnceLock;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
+use crate::capabilities::CooperativeMatrices;
+use crate::element::DType;
 use crate::error::{Error, Result};
+use crate::fragments::Fragments;
 use crate::problem::SinkLogits;
 use crate::tiles::Tiles;
+use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 15] = [
+const SOURCES: [(&str, &str); 27] = [
+    ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
+    ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
+    ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
+    ("cooperative/d_q.wgsl", include_str!("../shaders/cooperative/d_q.wgsl")),
+    ("cooperative/exact_delta.wgsl", include_str!("../shaders/cooperative/exact_delta.wgsl")),
+    ("cooperative/forward.wgsl", include_str!("../shaders/cooperative/forward.wgsl")),
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
     ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
     ("delta.wgsl", include_str!("../shaders/delta.wgsl")),
+    ("exact_delta.wgsl", include_str!("../shaders/exact_delta.wgsl")),
     ("exp.wgsl", include_str!("../shaders/exp.wgsl")),
+    ("f16.wgsl", include_str!("../shaders/f16.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
+    ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
+    ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../shaders/params.wgsl")),
     ("portable/blocks.wgsl", include_str!("../shaders/portable/blocks.wgsl")),
     ("portable/d_kv.wgsl", include_str!("../shaders/portable/d_kv.wgsl")),
     ("portable/d_q.wgsl", include_str!("../shaders/portable/d_q.wgsl")),
+    ("portable/exact_delta.wgsl", include_str!("../shaders/portable/exact_delta.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
+    ("ranges.wgsl", include_str!("../shaders/ranges.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
 ];
 
 /// Rows of a workgroup of the delta kernel, and the threads that load a row together.
 pub(crate) const DELTA_ROWS: u32 = 32;
-const DELTA_LANES: u32 = 8;
+pub(crate) const DELTA_LANES: u32 = 8;
+/// Parts in which an operand's largest size is found, and operands there are at most.
+pub(crate) const MAXIMA_PARTS: u32 = DELTA_ROWS * DELTA_LANES;
+pub(crate) const RANGED_OPERANDS: u32 = 4;
 
 /// The kernels of the crate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kernel {
     /// o and lse.
     Forward,
-    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient.
+    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient: in f32, and in half precision where
+    /// o_rest is there.
     Delta,
-    /// The second level of the sink logits' gradient.
+    /// delta as the sum of p (d_o . v), less d_lse; in half precision without o_rest, where o is rounded.
+    ExactDelta,
+    /// The sink logits' gradient: its second level, but after [`ExactDelta`](Self::ExactDelta) the whole of it.
     DSinkLogits,
     /// The gradient by q.
     DQ,
     /// The gradients by k and v.
     DKv,
+    /// The largest sizes of q, k and v, in parts.
+    Maxima,
+    /// The same for a backward pass, with d_o.
+    GradientMaxima,
+    /// The power of two that brings each operand to the range of halves.
+    Ranges,
 }
 
 impl Kernel {
-    fn name(self) -> &'static str {
+    /// The kernels that have tiles.
+    pub const TILED: [Kernel; 4] = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
+
+    /// Its short name, as in files and tables.
+    pub fn name(self) -> &'static str {
         match self {
             Kernel::Forward => "forward",
             Kernel::Delta => "delta",
+            Kernel::ExactDelta => "exact_delta",
             Kernel::DSinkLogits => "d_sink_logits",
             Kernel::DQ => "d_q",
             Kernel::DKv => "d_kv",
+            Kernel::Maxima => "maxima",
+            Kernel::GradientMaxima => "gradient_maxima",
+            Kernel::Ranges => "ranges",
         }
+    }
+
+    fn template(self) -> String {
+        match self {
+            Kernel::GradientMaxima => "maxima.wgsl".into(),
+            kernel => format!("{}.wgsl", kernel.name()),
+        }
+    }
+
+    /// Whether it has tiles, or only sums along rows.
+    pub(crate) fn has_tiles(self) -> bool {
+        Kernel::TILED.contains(&self)
     }
 
     /// Widths of the accumulators that a row of a tile keeps in registers.
@@ -65,7 +114,7 @@ impl Kernel {
             Kernel::Forward => [value_dim, 0],
             Kernel::DQ => [head_dim, 0],
             Kernel::DKv => [head_dim, value_dim],
-            Kernel::Delta | Kernel::DSinkLogits => [0, 0],
+            _ => [0, 0],
         }
     }
 
@@ -75,6 +124,28 @@ impl Kernel {
             Kernel::Forward => 1,
             _ => 2,
         }
+    }
+}
+
+/// How a kernel forms matrix products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum MicroKernel {
+    /// The one that a [`Tuning`](crate::Tuning) has found faster, else the portable one.
+    #[default]
+    Auto,
+    /// Multiply-adds in f32, on every device.
+    Portable,
+    /// Cooperative matrices (tensor cores).
+    Cooperative,
+}
+
+impl fmt::Display for MicroKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            MicroKernel::Auto => "auto",
+            MicroKernel::Portable => "portable",
+            MicroKernel::Cooperative => "cooperative",
+        })
     }
 }
 
@@ -96,6 +167,10 @@ pub(crate) enum Binding {
     DSinkLogits = 12,
     Delta = 13,
     SinkPartials = 14,
+    Repairs = 15,
+    Maxima = 16,
+    Ranges = 17,
+    ORest = 18,
 }
 
 impl Binding {
@@ -120,14 +195,18 @@ impl Binding {
             Binding::DSinkLogits => "d_sink_logits",
             Binding::Delta => "delta",
             Binding::SinkPartials => "sink_partials",
+            Binding::Repairs => "repairs",
+            Binding::Maxima => "maxima",
+            Binding::Ranges => "ranges",
+            Binding::ORest => "o_rest",
         }
     }
 
-    /// Width of an operand whose rows are read or written in vectors.
+    /// Width of an operand of the problem's element type, whose rows are read or written in vectors.
     fn width(self, variant: &Variant) -> Option<u32> {
         match self {
             Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(variant.head_dim),
-            Binding::V | Binding::O | Binding::DO | Binding::DV => Some(variant.value_dim),
+            Binding::V | Binding::O | Binding::ORest | Binding::DO | Binding::DV => Some(variant.value_dim),
             _ => None,
         }
     }
@@ -138,6 +217,10 @@ impl Binding {
 pub struct Variant {
     /// What is computed.
     pub kernel: Kernel,
+    /// How matrix products are formed, where there are any.
+    pub micro_kernel: MicroKernel,
+    /// Element type of q, k, v, o and their gradients in memory.
+    pub dtype: DType,
     /// D.
     pub head_dim: u32,
     /// E.
@@ -148,31 +231,87 @@ pub struct Variant {
     pub sink_logits: SinkLogits,
     /// A gradient flows into lse.
     pub d_lse: bool,
+    /// o is bound with what its rounding to half precision takes.
+    pub o_rest: bool,
     /// The tile shape, for the kernels that have tiles.
-    pub tiles: Option<Tiles>,
+    pub tiling: Option<Tiling>,
+    /// The device's cooperative matrices, for a cooperative kernel.
+    pub matrices: Option<CooperativeMatrices>,
+    /// Computes only what a cooperative kernel with so many rows in a tile has reported.
+    pub repairs: Option<u32>,
 }
 
 impl Variant {
+    fn tiles(&self) -> Option<Tiles> {
+        match self.tiling? {
+            Tiling::Portable(tiles) => Some(tiles),
+            Tiling::Cooperative { .. } => None,
+        }
+    }
+
+    pub(crate) fn fragments(&self) -> Option<Fragments> {
+        Fragments::new(self.tiling?, self.matrices?)
+    }
+
+    /// Rows and columns of a tile.
+    pub fn tile(&self) -> Option<[u32; 2]> {
+        let portable = self.tiles().map(|tiles| [tiles.tile_rows(), tiles.tile_columns()]);
+        portable.or_else(|| self.fragments().map(|fragments| [fragments.tile_rows(), fragments.tile_columns()]))
+    }
+
+    /// 32-bit registers that a thread's share of a tile takes, roughly.
+    pub fn registers(&self) -> Option<u32> {
+        let (d, e) = (self.head_dim, self.value_dim);
+        let portable = self.tiles().map(|tiles| tiles.registers(self.kernel, d, e));
+        portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, d, e)))
+    }
+
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
-            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, O, Params, Q, SinkLogits as Sinks, SinkPartials, V,
+            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, Maxima, O, ORest, Params, Q, Ranges, Repairs,
+            SinkLogits as Sinks, SinkPartials, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
         let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
-            Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, Lse]),
-            Kernel::Delta => (&[Params, O, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
+            Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, ORest, Lse]),
+            Kernel::Delta => (&[Params, O, ORest, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
+            Kernel::ExactDelta => (&[Params, Q, K, V, Lse, DO, DLse], &[Delta]),
+            Kernel::DSinkLogits if self.sums_delta() => (&[Params, Lse, Sinks, Delta], &[DSinkLogits]),
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
             Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
             Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
+            Kernel::Maxima => (&[Params, Q, K, V], &[Maxima]),
+            Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO], &[Maxima]),
+            Kernel::GradientMaxima => (&[Params, Q, K, V, DO], &[Maxima]),
+            Kernel::Ranges => (&[Params, Maxima], &[Ranges]),
         };
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
             DLse => self.d_lse,
+            ORest => self.o_rest,
             _ => true,
         };
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
-        all.filter(|(b, _)| present(b)).collect()
+        let cooperative = self.fragments().is_some();
+        let repairs = (cooperative || self.repairs.is_some()).then_some((Repairs, cooperative));
+        let ranges = (!self.ranged().is_empty()).then_some((Ranges, false));
+        all.filter(|(b, _)| present(b)).chain(ranges).chain(repairs).collect()
+    }
+
+    /// Operands whose range a cooperative kernel reads: all in bf16, which has more than f16; else those that bound d_s.
+    fn ranged(&self) -> &'static [&'static str] {
+        match (self.fragments().is_some(), self.kernel, self.dtype) {
+            (true, Kernel::Forward, DType::Bf16) => &["q", "k", "v"],
+            (true, _, DType::Bf16) => &["q", "k", "v", "d_o"],
+            (true, Kernel::DQ | Kernel::DKv, _) => &["v", "d_o"],
+            _ => &[],
+        }
+    }
+
+    /// Whether the sink logits' gradient is summed from delta: the kernel that computed it has left no sums of rows.
+    pub(crate) fn sums_delta(&self) -> bool {
+        self.kernel == Kernel::DSinkLogits && self.dtype != DType::F32 && !self.o_rest
     }
 
     /// Storage buffers this variant binds.
@@ -182,32 +321,43 @@ impl Variant {
 
     /// Threads of a workgroup.
     pub fn threads(&self) -> u32 {
-        self.tiles.map_or(DELTA_ROWS * DELTA_LANES, |t| t.threads())
+        match (self.fragments(), self.tiles()) {
+            (Some(fragments), _) => fragments.threads(),
+            (_, Some(tiles)) => tiles.threads(),
+            _ => DELTA_ROWS * DELTA_LANES,
+        }
     }
 
     /// Bytes of workgroup memory.
     pub fn workgroup_bytes(&self) -> u32 {
-        match &self.tiles {
-            Some(tiles) => tiles.workgroup_bytes(self.kernel, self.head_dim, self.value_dim),
+        let (d, e) = (self.head_dim, self.value_dim);
+        match (self.fragments(), self.tiles()) {
+            (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
+            (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e),
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
-            None => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
+            _ => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
         }
     }
 
     /// Name for labels and dumps.
     pub fn name(&self) -> String {
         use std::fmt::Write as _;
-        let mut name = format!("{}_portable_f32", self.kernel.name());
+        let mut name = format!("{}_{}_{}", self.kernel.name(), self.micro_kernel, self.dtype);
         for (letter, width) in [('d', self.head_dim), ('e', self.value_dim)] {
             if width > 0 {
                 name.push_str(&format!("_{letter}{width}"));
             }
         }
         // Writing into a String cannot fail.
-        let _ = self.tiles.map_or(Ok(()), |t| {
+        let _ = self.tiles().map_or(Ok(()), |t| {
             let [rows, columns] = [t.tile_rows(), t.tile_columns()];
             write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.chunk * 4, t.slab)
         });
+        if let Some(f) = self.fragments() {
+            let [rows, columns] = [f.tile_rows(), f.tile_columns()];
+            let _ = write!(name, "_{rows}x{columns}_s{}r{}f{}", f.subgroups, f.rows, f.matrices.side);
+        }
+        let _ = self.repairs.map_or(Ok(()), |rows| write!(name, "_repairs{rows}"));
         name.push_str(if self.vec4 || self.value_dim == 0 { "" } else { "_scalar" });
         name.push_str(match self.sink_logits {
             SinkLogits::None => "",
@@ -215,6 +365,7 @@ impl Variant {
             SinkLogits::PerHead => "_sinks",
         });
         name.push_str(if self.d_lse { "_dlse" } else { "" });
+        name.push_str(if self.o_rest { "_rest" } else { "" });
         name
     }
 
@@ -224,6 +375,7 @@ impl Variant {
     /// [`Error::Gpu`] if the template does not render, which would be a mistake of this crate.
     pub fn wgsl(&self) -> Result<String> {
         let bindings = self.bindings();
+        let half = self.dtype != DType::F32;
         let quads = |width: u32| width.div_ceil(4);
         let operands = |written: bool| -> Vec<Value> {
             let of = |b: &(Binding, bool)| b.0.width(self).filter(|_| b.1 == written).map(|width| (b.0.name(), width));
@@ -231,7 +383,10 @@ impl Variant {
         };
         let widths = bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
         let operand_quads: BTreeMap<&str, u32> = widths.map(|(name, width)| (name, quads(width))).collect();
+        let cooperative = self.fragments().is_some();
         let mut context = context! {
+            cooperative,
+            repairs => self.repairs,
             bindings => bindings.iter().map(|(b, written)| context! {
                 name => b.name(),
                 slot => b.slot(),
@@ -240,18 +395,27 @@ impl Variant {
                     (_, true) => "storage, read_write",
                     (_, false) => "storage, read",
                 },
-                type => match b {
-                    Binding::Params => "Params",
-                    b if self.vec4 && b.width(self).is_some() => "array<vec4<f32>>",
-                    _ => "array<f32>",
+                type => match (b, b.width(self), self.vec4) {
+                    (Binding::Params, ..) => "Params",
+                    (Binding::Repairs, ..) => "array<u32>",
+                    (_, None, _) => "array<f32>",
+                    (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
+                        if vec4 { "array<vec4<f16>>" } else { "array<f16>" }
+                    }
+                    (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
+                    (_, Some(_), false) if half && *written => "array<atomic<u32>>",
+                    (_, Some(_), false) => if half { "array<u32>" } else { "array<f32>" },
                 },
             }).collect::<Vec<_>>(),
             loads => operands(false),
             stores => operands(true),
             operand_quads => operand_quads.clone(),
             xyzw => ["x", "y", "z", "w"],
+            dtype => self.dtype.to_string(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
+            o_rest => self.o_rest,
+            sums_delta => self.sums_delta(),
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",
@@ -261,13 +425,15 @@ impl Variant {
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,
             threads => self.threads(),
+            maxima_parts => MAXIMA_PARTS,
+            range_slots => BTreeMap::from([("q", 0), ("k", 1), ("v", 2), ("d_o", 3)]),
         };
-        if let Some(t) = &self.tiles {
+        if let Some(t) = self.tiles() {
             let accumulator_quads: BTreeMap<&str, u32> =
                 operand_quads.iter().map(|(name, quads)| (*name, quads.div_ceil(t.threads_c))).collect();
             let [memory_len, partials_len] = t.arrays(self.kernel, self.head_dim, self.value_dim);
             context = context! {
-                micro_kernel => "portable",
+                micro_kernel => self.micro_kernel.to_string(),
                 tile_rows => t.tile_rows(),
                 tile_columns => t.tile_columns(),
                 threads_r => t.threads_r,
@@ -281,8 +447,45 @@ impl Variant {
                 ..context
             };
         }
+        if let Some(f) = self.fragments() {
+            let side = f.matrices.side;
+            let widths = || bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
+            let fragments: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.across(width))).collect();
+            let staged: &[&str] = match self.kernel {
+                Kernel::DKv => &["q", "d_o"],
+                _ => &["k", "v"],
+            };
+            let staged_rows: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.staged_row(width))).collect();
+            let staged_quads: BTreeMap<&str, u32> = fragments.iter().map(|(name, n)| (*name, n * side / 4)).collect();
+            let shares = |quads: u32| (f.tile_columns() * quads).div_ceil(f.threads());
+            let staged_shares: BTreeMap<&str, u32> = staged_quads.iter().map(|(name, n)| (*name, shares(*n))).collect();
+            context = context! {
+                micro_kernel => self.micro_kernel.to_string(),
+                side,
+                lanes => f.matrices.lanes,
+                in_step => f.matrices.in_step,
+                subgroups => f.subgroups,
+                row_fragments => f.rows,
+                column_fragments => f.columns,
+                tile_rows => f.tile_rows(),
+                tile_columns => f.tile_columns(),
+                lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
+                fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
+                strip_row => f.strip_row(),
+                weight_row => f.weight_row(),
+                weight_sets => f.weight_sets(self.kernel),
+                statistic_shares => (2 * f.tile_columns()).div_ceil(f.threads()),
+                ranged => self.ranged().to_vec(),
+                signed => if self.kernel == Kernel::DKv { "k" } else { "q" },
+                // Halves hold 2^15.
+                d_s_bound => format!("{:e}", (-16.0 - f32::from(self.value_dim as u16).log2().ceil()).exp2()),
+                staged => staged.to_vec(),
+                fragments, staged_rows, staged_quads, staged_shares,
+                ..context
+            };
+        }
         environment()
-            .and_then(|environment| environment.get_template(&format!("{}.wgsl", self.kernel.name())))
+            .and_then(|environment| environment.get_template(&self.kernel.template()))
             .and_then(|template| template.render(context))
             .map_err(|error| Error::Gpu { during: "composing a shader", message: format!("{error:#}") })
     }

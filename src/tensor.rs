@@ -1,11 +1,18 @@
 //! Typed views of GPU buffers, and the way of host slices there and back.
 
+use bytemuck::Pod;
+
 use crate::capabilities::Capabilities;
 use crate::device::Device;
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::Layout;
 
-/// An f32 operand in a buffer of the caller's.
+/// An operand in a buffer of the caller's, of the problem's element type; lse, the sink logits and their gradients are
+/// f32.
+///
+/// Kernels bind whole words of four bytes: a buffer of f16 or bf16 must hold the whole of the word in which its operand
+/// ends. What else lies in that word is kept.
 ///
 /// The last axis is contiguous; the others may have any strides. By default the operand is densely
 /// packed in the problem's layout and starts at the buffer's first element.
@@ -42,6 +49,9 @@ impl<'a> From<&'a wgpu::Buffer> for TensorView<'a> {
     }
 }
 
+/// Bytes of what bindings are counted in.
+const WORD: u64 = 4;
+
 /// Number of elements along batch, head, sequence and width.
 pub(crate) type Extents = [usize; 4];
 
@@ -49,13 +59,14 @@ pub(crate) type Extents = [usize; 4];
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Placed<'a> {
     buffer: &'a wgpu::Buffer,
-    /// Where the binding starts, aligned down as the device wants, and its length, in bytes.
+    /// Where the binding starts, aligned down as the device wants, and its length in whole words, in bytes.
     start: u64,
     len: u64,
     /// First element, counted from the binding's start.
     pub(crate) offset: u32,
     pub(crate) strides: [u32; 3],
     width: u32,
+    dtype: DType,
 }
 
 impl<'a> Placed<'a> {
@@ -65,9 +76,10 @@ impl<'a> Placed<'a> {
         view: &TensorView<'a>,
         extents: Extents,
         layout: Layout,
+        dtype: DType,
         capabilities: &Capabilities,
     ) -> Result<Self> {
-        const ELEMENT: u64 = size_of::<f32>() as u64;
+        let element = dtype.bytes() as u64;
         let [_, heads, seq, width] = extents;
         let mut strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
         // The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
@@ -82,7 +94,7 @@ impl<'a> Placed<'a> {
         if last_element > u128::from(most) {
             return Err(Error::IndexOverflow { operand, last_element, most });
         }
-        let end = (view.offset + last as u64 + 1) * ELEMENT;
+        let end = ((view.offset + last as u64 + 1) * element).next_multiple_of(WORD);
         if end > view.buffer.size() {
             return Err(Error::BufferTooSmall { operand, needed: end, actual: view.buffer.size() });
         }
@@ -90,8 +102,8 @@ impl<'a> Placed<'a> {
         if !view.buffer.usage().contains(needed) {
             return Err(Error::BufferUsage { operand, needed, actual: view.buffer.usage() });
         }
-        let alignment = u64::from(capabilities.offset_alignment).max(ELEMENT);
-        let start = view.offset * ELEMENT / alignment * alignment;
+        let alignment = u64::from(capabilities.offset_alignment).max(WORD);
+        let start = view.offset * element / alignment * alignment;
         if end - start > capabilities.binding_bytes {
             return Err(Error::BindingTooLarge { operand, bytes: end - start, limit: capabilities.binding_bytes });
         }
@@ -99,15 +111,16 @@ impl<'a> Placed<'a> {
             buffer: view.buffer,
             start,
             len: end - start,
-            offset: (view.offset - start / ELEMENT) as u32,
+            offset: (view.offset - start / element) as u32,
             strides: strides.map(|s| s as u32),
             width: width as u32,
+            dtype,
         })
     }
 
     /// Whether rows can be read four neighbours at a time.
     pub(crate) fn vec4(&self) -> bool {
-        self.start.is_multiple_of(16)
+        self.start.is_multiple_of(4 * self.dtype.bytes() as u64)
             && [self.offset, self.width].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
     }
 
@@ -136,20 +149,28 @@ impl<'a> Placed<'a> {
 }
 
 /// A new buffer that holds a host slice.
-pub(crate) fn upload(device: &Device, operand: &'static str, data: &[f32]) -> Result<wgpu::Buffer> {
-    let buffer = allocate(device, operand, data.len(), wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST)?;
-    device.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(data));
+pub(crate) fn upload<T: Pod>(device: &Device, operand: &'static str, data: &[T]) -> Result<wgpu::Buffer> {
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+    let buffer = allocate::<T>(device, operand, data.len(), usage)?;
+    // Writes are of whole words.
+    let (words, rest) = bytemuck::cast_slice::<T, u8>(data).as_chunks::<4>();
+    device.queue().write_buffer(&buffer, 0, words.as_flattened());
+    if !rest.is_empty() {
+        let mut last = [0; 4];
+        last[..rest.len()].copy_from_slice(rest);
+        device.queue().write_buffer(&buffer, 4 * words.len() as u64, &last);
+    }
     Ok(buffer)
 }
 
-/// A new buffer for f32 elements.
-pub(crate) fn allocate(
+/// A new buffer for elements of a type, padded to whole words.
+pub(crate) fn allocate<T>(
     device: &Device,
     operand: &'static str,
     elements: usize,
     usage: wgpu::BufferUsages,
 ) -> Result<wgpu::Buffer> {
-    let bytes = (elements * size_of::<f32>()) as u64;
+    let bytes = (elements * size_of::<T>()).next_multiple_of(4) as u64;
     let limit = device.capabilities().buffer_bytes;
     if bytes > limit {
         return Err(Error::BufferTooLarge { operand, bytes, limit });
@@ -162,12 +183,28 @@ pub(crate) fn allocate(
     }))
 }
 
-/// Encodes `work`, submits it, and reads whole buffers back.
+/// A buffer that is mapped for reading.
+#[derive(Debug)]
+pub(crate) struct Mapped(wgpu::Buffer);
+
+impl Mapped {
+    /// The first `elements` elements.
+    pub(crate) fn read<T: Pod>(&self, elements: usize) -> Result<Vec<T>> {
+        let view = self.0.get_mapped_range(..);
+        let view = view.map_err(|e| Error::Gpu { during: "reading results back", message: e.to_string() })?;
+        let mut data: Vec<T> = bytemuck::pod_collect_to_vec(&view);
+        // Buffers end in whole words.
+        data.truncate(elements);
+        Ok(data)
+    }
+}
+
+/// Encodes `work`, submits it, and maps copies of whole buffers.
 pub(crate) async fn download<const N: usize>(
     device: &Device,
     buffers: [&wgpu::Buffer; N],
     work: impl FnOnce(&mut wgpu::CommandEncoder),
-) -> Result<[Vec<f32>; N]> {
+) -> Result<[Mapped; N]> {
     let label = Some("sink-attention download");
     let staging = device
         .scoped("running a kernel", || {
@@ -201,12 +238,7 @@ pub(crate) async fn download<const N: usize>(
     for receiver in mapped {
         receiver.await.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
     }
-    let mut results = [const { Vec::new() }; N];
-    for (result, buffer) in results.iter_mut().zip(&staging) {
-        let view = buffer.get_mapped_range(..).map_err(|e| failed(e.to_string()))?;
-        *result = bytemuck::pod_collect_to_vec(&view);
-    }
-    Ok(results)
+    Ok(staging.map(Mapped))
 }
 
 /// Waits for the queue on a thread of its own, so that the caller's executor is free meanwhile.

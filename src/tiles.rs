@@ -1,10 +1,13 @@
 //! Tile shapes of the portable kernels, what they cost, and the tuning table.
 
 use std::fmt;
+use std::str::FromStr;
 
-use crate::capabilities::DeviceClass;
-use crate::problem::Shape;
+use crate::capabilities::{Capabilities, DeviceClass};
+use crate::plan::Pass;
+use crate::problem::Problem;
 use crate::shader::Kernel;
+use crate::tuning::MaskClass;
 
 /// How a workgroup divides a tile of the score matrix among its threads.
 ///
@@ -55,7 +58,7 @@ impl Tiles {
         let widths = kernel.accumulator_widths(head_dim, value_dim);
         let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
         let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
-        let partials = if kernel == Kernel::Forward { rows * self.threads_c } else { 0 };
+        let partials = if matches!(kernel, Kernel::Forward | Kernel::ExactDelta) { rows * self.threads_c } else { 0 };
         [product.max(accumulation), partials]
     }
 
@@ -88,6 +91,7 @@ impl Tiles {
             let accumulation = self.tile_columns() / self.slab * (1 + slab);
             let tile = match kernel {
                 Kernel::Forward => product(head_dim) + accumulation,
+                Kernel::ExactDelta => product(head_dim) + product(value_dim),
                 Kernel::DQ => product(head_dim) + product(value_dim) + accumulation,
                 _ => product(head_dim) + product(value_dim) + 2 * accumulation,
             };
@@ -142,6 +146,30 @@ impl fmt::Display for Tiles {
     }
 }
 
+/// From what [`Display`](fmt::Display) writes.
+impl FromStr for Tiles {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let failed = |reason: String| format!("tiles {text:?}: {reason}");
+        let form = "want a form like \"64x32 (16x8 threads of 4x4), chunk 32, slab 16\"";
+        let words = text.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
+        let numbers: Result<Vec<u32>, _> =
+            words.map(|word| word.parse::<u32>().map_err(|e| format!("{word}: {e}"))).collect();
+        let [_, _, threads_r, threads_c, rows, columns, chunk, slab] = numbers.map_err(failed)?[..] else {
+            return Err(failed(form.into()));
+        };
+        let tiles = Tiles { threads_r, threads_c, rows, quads: columns / 4, chunk: chunk / 4, slab };
+        tiles.check().map_err(failed)?;
+        // The size of the tile is told twice, and multiples of four are told whole.
+        if tiles.to_string() == text {
+            Ok(tiles)
+        } else {
+            Err(failed(format!("{form}; these numbers give \"{tiles}\"")))
+        }
+    }
+}
+
 /// A row of the tuning table: tiles, and the problems they are good for.
 struct Candidate {
     tiles: Tiles,
@@ -178,12 +206,14 @@ const D_Q: [Candidate; 7] = [
     LEAST,
 ];
 
-const D_KV: [Candidate; 6] = [
+const D_KV: [Candidate; 7] = [
     candidate([16, 16], [4, 2], 8, 16, 256, 33),
     candidate([8, 16], [4, 1], 8, 16, 256, 1),
     candidate([8, 16], [4, 1], 8, 8, 256, 1),
     candidate([16, 16], [4, 1], 8, 16, 512, 33),
     candidate([4, 16], [4, 1], 4, 8, 512, 1),
+    // For narrow windows.
+    candidate([8, 8], [4, 1], 8, 16, 128, 1),
     LEAST,
 ];
 
@@ -194,15 +224,149 @@ const SOFTWARE: [Candidate; 3] =
 /// Fits 16 KiB of workgroup memory and 64 threads for every width.
 const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 8, u32::MAX, 1);
 
-/// Tiles to try for a kernel, the best first; the last one fits every WebGPU device.
-pub(crate) fn candidates(kernel: Kernel, shape: &Shape, class: DeviceClass) -> impl Iterator<Item = Tiles> {
+/// Tiles to try for a kernel, the best first; one of them fits every WebGPU device.
+pub(crate) fn candidates(kernel: Kernel, problem: &Problem, class: DeviceClass) -> Vec<Tiles> {
+    let shape = problem.shape();
     let width: u32 = kernel.accumulator_widths(shape.head_dim as u32, shape.value_dim as u32).iter().sum();
     let seq = if kernel == Kernel::DKv { shape.seq_k } else { shape.seq_q };
     let table: &[Candidate] = match (class, kernel) {
         (DeviceClass::Software, _) => &SOFTWARE,
-        (_, Kernel::DQ) => &D_Q,
+        (_, Kernel::DQ | Kernel::ExactDelta) => &D_Q,
         (_, Kernel::DKv) => &D_KV,
         _ => &FORWARD,
     };
-    table.iter().filter(move |c| width <= c.width && seq >= c.seq).map(|c| c.tiles)
+    let fitting = table.iter().filter(|c| width <= c.width && seq >= c.seq);
+    let mut candidates: Vec<Tiles> = fitting.map(|c| c.tiles).collect();
+    if MaskClass::of(problem) == Some(MaskClass::Window) {
+        let band = problem.mask().band() as u32;
+        candidates.sort_by(|a, b| a.window_cost(band).total_cmp(&b.window_cost(band)));
+    }
+    candidates
+}
+
+/// Registers a thread, by [`Tiles::registers`], above which tiles are not worth a measurement: the most that GPUs have
+/// is 256, and the estimate leaves out addresses.
+const MOST_REGISTERS: u32 = 232;
+
+impl Tiles {
+    /// Tiles worth measuring for a kernel of a problem on a device: the built-in table, its first choice first, then
+    /// neighbours of what it holds, the nearest first. All fit the device's limits; those of the kernels without tiles
+    /// are none.
+    pub(crate) fn candidates(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiles> {
+        if !kernel.has_tiles() {
+            return Vec::new();
+        }
+        let shape = problem.shape();
+        let fits = |tiles: &Tiles| Pass::with_tiles(kernel, problem, vec4, capabilities, *tiles).is_ok();
+        let mut found: Vec<Tiles> = Vec::new();
+        for tiles in candidates(kernel, problem, capabilities.class) {
+            if !found.contains(&tiles) && fits(&tiles) {
+                found.push(tiles);
+            }
+        }
+        let built_in = found.len();
+        // Two steps away from the first choice, one from the others.
+        let mut index = 0;
+        while index < built_in || (index < found.len() && index < 3 * built_in) {
+            for tiles in found[index].neighbours() {
+                if !found.contains(&tiles)
+                    && tiles.threads() >= 32
+                    && fits(&tiles)
+                    && tiles.registers(kernel, shape.head_dim as u32, shape.value_dim as u32) <= MOST_REGISTERS
+                {
+                    found.push(tiles);
+                }
+            }
+            index += 1;
+        }
+        found
+    }
+
+    /// Each number doubled and halved; such as do not fit together among them.
+    fn neighbours(self) -> impl Iterator<Item = Tiles> {
+        const NUMBERS: [fn(&mut Tiles) -> &mut u32; 6] = [
+            |t| &mut t.rows,
+            |t| &mut t.threads_r,
+            |t| &mut t.quads,
+            |t| &mut t.threads_c,
+            |t| &mut t.chunk,
+            |t| &mut t.slab,
+        ];
+        NUMBERS.into_iter().flat_map(move |number| {
+            [true, false].map(|double| {
+                let mut tiles = self;
+                let number = number(&mut tiles);
+                *number = if double { *number * 2 } else { *number / 2 };
+                tiles
+            })
+        })
+    }
+
+    /// What a visible key costs under a band of keys: the area of the tiles visited, by that of the band, times what an
+    /// element of a tile takes.
+    fn window_cost(&self, band: u32) -> f32 {
+        let [rows, columns, band] = [self.tile_rows(), self.tile_columns(), band.max(1)].map(|n| n as f32);
+        let [thread_rows, thread_columns] = [self.rows, 4 * self.quads].map(|n| n as f32);
+        // Of the inner loops, which are bound by reads from workgroup memory; thread tiles above 4x4 gain nothing.
+        let inner = (2.0 / thread_rows + 2.0 / thread_columns).max(1.0);
+        // Of reads from global memory, a seventh of the time at 64x32 (both in benches/results/).
+        let global = 3.5 / rows + 3.5 / columns;
+        (band + rows + columns) / band * (inner + global)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::{Options, Shape, SinkLogits, Window};
+
+    fn problem(seq: usize, width: usize, options: Options) -> Problem {
+        let shape =
+            Shape { batch: 1, heads: 8, kv_heads: 2, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
+        Problem::new(shape, options.sink_logits(SinkLogits::PerHead)).unwrap()
+    }
+
+    const KERNELS: [Kernel; 3] = [Kernel::Forward, Kernel::DQ, Kernel::DKv];
+
+    #[test]
+    fn candidates_fit_and_differ() {
+        let causal = Options::new().causal(true);
+        for device in Capabilities::samples() {
+            for kernel in KERNELS {
+                for (seq, width, options) in [
+                    (8192, 64, causal),
+                    (8192, 128, causal),
+                    (8192, 64, causal.window(Window::keys(128))),
+                    (300, 80, causal),
+                    (1, 256, causal),
+                ] {
+                    let problem = problem(seq, width, options);
+                    let found = Tiles::candidates(kernel, &problem, true, &device);
+                    let plan = crate::Plan::forward(&problem, true, &device).unwrap();
+                    assert!(kernel != Kernel::Forward || plan.passes[0].variant.tiling == Some(found[0].into()));
+                    assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
+                    for (index, tiles) in found.iter().enumerate() {
+                        Pass::with_tiles(kernel, &problem, true, &device, *tiles).unwrap();
+                        assert!(!found[..index].contains(tiles));
+                        assert_eq!(tiles.to_string().parse(), Ok(*tiles));
+                    }
+                }
+                assert_eq!(Tiles::candidates(Kernel::Delta, &problem(9, 4, causal), true, &device), []);
+            }
+        }
+    }
+
+    /// Wide tiles visit much that a narrow window hides.
+    #[test]
+    fn narrow_windows_have_smaller_tiles() {
+        let causal = Options::new().causal(true);
+        let h200 = &Capabilities::samples()[0];
+        for (kernel, window, smaller) in [(Kernel::DKv, 128, true), (Kernel::DQ, 128, true), (Kernel::DKv, 2048, false)]
+        {
+            let first = |options| candidates(kernel, &problem(8192, 64, options), h200.class)[0];
+            let area = |tiles: Tiles| tiles.tile_rows() * tiles.tile_columns();
+            let (long, narrow) = (first(causal), first(causal.window(Window::keys(window))));
+            assert_eq!(area(narrow) < area(long), smaller, "{kernel:?} {window}: {narrow} and {long}");
+        }
+    }
 }

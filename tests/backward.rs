@@ -10,7 +10,8 @@ use common::{compare, gpu};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::{
-    Attention, Capabilities, Gradients, Kernel, Layout, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window, wgpu,
+    Attention, Capabilities, Gradients, Kernel, Layout, Options, Pass, Plan, Problem, SinkLogits, Tiles, Tiling,
+    Window, wgpu,
 };
 
 const INF: f32 = f32::INFINITY;
@@ -299,7 +300,7 @@ fn a_query_with_nan_reaches_the_keys_that_it_sees() {
 }
 
 /// Runs the backward kernels with tiles of our choice against the definition, from the definition's o and lse.
-fn check_tiles(gpu: &Attention, problem: &Problem, chosen: &[(Kernel, Tiles)], seed: u64) {
+fn check_tiles(gpu: &Attention, problem: &Problem, chosen: &[(Kernel, Tiling)], seed: u64) {
     let device = gpu.device().unwrap();
     let mut backward = Backward::random(problem, seed);
     // A hidden NaN sends masked tiles through the careful path of the accumulation, on either side.
@@ -317,7 +318,7 @@ fn check_tiles(gpu: &Attention, problem: &Problem, chosen: &[(Kernel, Tiles)], s
     let prepared = pollster::block_on(gpu.prepare_backward_with(problem, &buffers.views(), chosen)).unwrap();
     for (kernel, tiles) in chosen {
         let pass = prepared.plan().passes.iter().find(|pass| pass.variant.kernel == *kernel).unwrap();
-        assert_eq!(pass.variant.tiles, Some(*tiles));
+        assert_eq!(pass.variant.tiling, Some(*tiles));
     }
     let actual = buffers.run(device, &prepared);
     backward.agree(&actual, &backward.expected(problem)).unwrap_or_else(|error| {
@@ -339,7 +340,7 @@ fn tiles_of_every_device() {
     for width in [[64, 64], [256, 256], [20, 33]] {
         let vec4 = width.iter().all(|w| w % 4 == 0);
         let ran = problem([1, 2, 1], [70, 90], width, some_hidden());
-        let mut chosen: Vec<Vec<Tiles>> = vec![Vec::new(); TILED.len()];
+        let mut chosen: Vec<Vec<Tiling>> = vec![Vec::new(); TILED.len()];
         for sample in Capabilities::samples() {
             for (seq, bytes) in [1, 33, 65].iter().flat_map(|seq| [16, 20, 24, 32, 64].map(|kib| (*seq, kib * 1024))) {
                 let mut sample = sample.clone();
@@ -348,7 +349,7 @@ fn tiles_of_every_device() {
                 let plan = Plan::backward(&planned, vec4, true, &sample).unwrap();
                 for (kernel, chosen) in TILED.into_iter().zip(&mut chosen) {
                     let pass = plan.passes.iter().find(|pass| pass.variant.kernel == kernel).unwrap();
-                    let tiles = pass.variant.tiles.unwrap();
+                    let tiles = pass.variant.tiling.unwrap();
                     if !chosen.contains(&tiles) && Pass::with_tiles(kernel, &ran, vec4, own, tiles).is_ok() {
                         chosen.push(tiles);
                     }
@@ -386,7 +387,7 @@ fn random_tiles() {
             chunk: pick(1..=9),
             slab: 4 * pick(1..=8),
         };
-        let chosen = [(Kernel::DQ, tiles()), (Kernel::DKv, tiles())];
+        let chosen = [(Kernel::DQ, tiles().into()), (Kernel::DKv, tiles().into())];
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];
         let size = [pick(1..=100) as usize, pick(1..=150) as usize];
         let problem = problem([1, 2, 1], size, width, some_hidden());

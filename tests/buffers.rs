@@ -103,6 +103,7 @@ fn run_strided(gpu: &Attention, problem: &Problem, operands: &Operands, offset: 
         v: places[2].view(&fused),
         sink_logits: sinks.as_ref().map(|sinks| TensorView::new(sinks).offset(offset as u64)),
         o: o.view(&o_buffer),
+        o_rest: None,
         lse: TensorView::new(&lse_buffer).offset(offset as u64),
     };
     let prepared = gpu.prepare_forward(problem, &buffers).unwrap();
@@ -304,6 +305,21 @@ fn results_need_buffers_of_their_own() {
         Error::Aliasing { output: "lse", other: "sink_logits" }
     );
     prepare(good).unwrap();
+}
+
+/// f32 is not rounded: whoever gives a buffer for it has mistaken something.
+#[test]
+fn nothing_is_rounded_off_f32() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let problem = typical();
+    let buffers = GradientBuffers::new(device, &problem, &Backward::random(&problem, 7));
+    let rest = empty(device, 1 << 16, BufferUsages::STORAGE);
+    let views = buffers.views();
+    let forward = ForwardBuffers { o_rest: Some(TensorView::new(&rest)), ..views.forward };
+    expect_error!(gpu.prepare_forward(&problem, &forward), Error::UnexpectedOperand { operand: "o_rest", .. });
+    let backward = BackwardBuffers { forward, ..views };
+    expect_error!(gpu.prepare_backward(&problem, &backward), Error::UnexpectedOperand { operand: "o_rest", .. });
 }
 
 #[test]
@@ -588,6 +604,7 @@ mod backward {
                 v: v.view(&fused),
                 sink_logits: sinks.as_ref().map(at_offset),
                 o: o.place.view(&o.buffer),
+                o_rest: None,
                 lse: at_offset(&lse.buffer),
             },
             d_o: padded(heads).view(&d_o),

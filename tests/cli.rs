@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 
 use common::binary::{fails, sink_attention, succeeds, wrong_usage};
 use common::{compare, compare_lse};
-use safetensors::SafeTensors;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
-use sink_attention::Attention;
+use sink_attention::compare::accepted;
+use sink_attention::half::{bf16, f16};
 use sink_attention::io::Case;
+use sink_attention::{Attention, DType};
 
 /// A safetensors file by parts, each of which a test may spoil.
 #[derive(Clone)]
@@ -128,7 +130,14 @@ fn fixture(name: &str) -> String {
 }
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
-    file.tensor(name).unwrap().data().as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect()
+    let tensor = file.tensor(name).unwrap();
+    let halves = |widen: fn([u8; 2]) -> f32| tensor.data().as_chunks().0.iter().copied().map(widen).collect();
+    match tensor.dtype() {
+        Dtype::F32 => tensor.data().as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect(),
+        Dtype::F16 => halves(|bytes| f16::from_le_bytes(bytes).to_f32()),
+        Dtype::BF16 => halves(|bytes| bf16::from_le_bytes(bytes).to_f32()),
+        other => panic!("{name} is {other}"),
+    }
 }
 
 fn metadata_of(bytes: &[u8]) -> Vec<(String, String)> {
@@ -148,8 +157,16 @@ fn check_fixture(folder: &Folder, name: &str, layout: &str, arguments: &[&str]) 
     for name in expected {
         let expected = format!("expected.{name}");
         assert_eq!(results.tensor(name).unwrap().shape(), given.tensor(&expected).unwrap().shape());
+        // Like the operands, but for what is f32 whatever they are.
+        let dtype = if ["lse", "dsinks"].contains(&name) { Dtype::F32 } else { given.tensor("q").unwrap().dtype() };
+        assert_eq!(results.tensor(name).unwrap().dtype(), dtype, "{name}");
+        let bound = accepted(match dtype {
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::Bf16,
+            _ => DType::F32,
+        });
         let compare = if name == "lse" { compare_lse } else { compare };
-        compare(&floats(&results, name), &floats(&given, &expected), 1e-5).unwrap();
+        compare(&floats(&results, name), &floats(&given, &expected), bound).unwrap();
     }
     assert_eq!(metadata_of(&written), [("layout".to_string(), layout.to_string())]);
     assert_eq!(folder.names(), ["out"]);
@@ -168,14 +185,25 @@ fn run_computes_what_the_file_expects() {
     assert!(stderr.is_empty(), "{stderr}");
     // The second run replaces the results of the first.
     check_fixture(&folder, "mqa_bhsd_layout_f32", "bhsd", &["--backend", "cpu", "--kernel", "auto"]);
-    check_fixture(&folder, "top_left_causal_f32", "bshd", &["--kernel", "portable"]);
+    check_fixture(&folder, "top_left_causal_f32", "bshd", &[]);
+}
+
+#[test]
+fn run_computes_in_half_precision() {
+    let folder = Folder::new("run_half");
+    for (name, dtype) in [("gpt_oss_heads_f16", "f16"), ("gpt_oss_heads_bf16", "bf16")] {
+        let (stdout, _) = check_fixture(&folder, name, "bshd", &["--backend", "cpu", "--json"]);
+        let summary: Value = serde_json::from_str(&stdout).unwrap();
+        assert_eq!(summary["dtype"], dtype);
+        assert!(summary["problem"].as_str().unwrap().contains(&format!("bshd {dtype} ")), "{stdout}");
+    }
 }
 
 #[test]
 fn run_on_the_gpu() {
     if common::gpu().is_some() {
         let folder = Folder::new("run_on_the_gpu");
-        let arguments = ["--backend", "gpu", "--json"];
+        let arguments = ["--backend", "gpu", "--kernel", "portable", "--json"];
         let (stdout, _) = check_fixture(&folder, "swa_sinks_both_kinds_dlse_f32", "bshd", &arguments);
         assert_eq!(serde_json::from_str::<Value>(&stdout).unwrap()["gpu"], true);
     }
@@ -229,7 +257,7 @@ fn run_honours_every_option() {
         succeeds(&["run", &input, &output, "--backend", "cpu"]);
         let written = fs::read(&output).unwrap();
         let case = Case::read(&input).unwrap();
-        let library = Attention::cpu().forward(&case.problem, &case.inputs()).unwrap();
+        let library = Attention::cpu().forward(&case.problem, &case.inputs::<f32>().unwrap()).unwrap();
         let tensors = SafeTensors::deserialize(&written).unwrap();
         assert_eq!((floats(&tensors, "out"), floats(&tensors, "lse")), (library.o, library.lse), "{:?}", file.metadata);
         results.push(written);
@@ -304,13 +332,7 @@ fn what_is_named_twice_is_rejected() {
 fn what_this_version_does_not_compute_is_named() {
     let folder = Folder::new("unsupported");
     let good = TestFile::good;
-    let half = |dtype| {
-        let file = good().tensor("q", dtype, &[2, 3, 4, 4]).tensor("k", dtype, &[2, 5, 2, 4]);
-        file.tensor("v", dtype, &[2, 5, 2, 6])
-    };
     for (file, feature) in [
-        (half("F16"), "element type f16"),
-        (half("BF16"), "element type bf16"),
         (good().with("softcap", "20"), "softcap"),
         (good().with("layout", "thd"), "layout thd"),
         (good().tensor("bias", "F32", &[1, 1, 1, 5]), "tensor bias"),
@@ -448,7 +470,7 @@ fn no_damage_makes_the_parser_panic() {
             damaged[i] = replacement;
             if let Ok(case) = Case::parse(&damaged) {
                 parsed += 1;
-                case.problem.check_inputs(&case.inputs()).unwrap();
+                case.problem.check_inputs(&case.inputs::<f32>().unwrap()).unwrap();
             }
         }
     }
@@ -530,18 +552,27 @@ fn wrong_usage_exits_with_2() {
     wrong_usage(&["run", &input, &output, "--kernel", "fast"], "fast");
     wrong_usage(&["run", &input, &output, "--fast"], "--fast");
     wrong_usage(&["run", &input, &output, "--backend", "cpu", "--adapter", "x"], "cannot be used with '--backend cpu'");
+    wrong_usage(&["run", &input, &output, "--backend", "cpu", "--kernel", "portable"], "cannot be used with");
     wrong_usage(&["run", &input, ""], "OUT");
     wrong_usage(&["walk"], "walk");
     assert_eq!(folder.names(), ["in"]);
 }
 
+/// Of f32 there is no cooperative kernel, with a GPU or without one.
 #[test]
-fn the_cooperative_kernel_is_not_there_yet() {
+fn kernels_that_there_are_not() {
     let folder = Folder::new("cooperative");
     let (input, output) = (folder.write("in", &TestFile::good().bytes()), folder.path("out"));
     let stderr = fails(&["run", &input, &output, "--kernel", "cooperative"]);
-    assert!(stderr.contains("portable kernel only"), "{stderr}");
+    assert!(stderr.contains("cooperative"), "{stderr}");
     assert_eq!(folder.names(), ["in"]);
+    let plan = |arguments: &[&'static str]| [&["plan", "--kernel", "cooperative", "--device"], arguments].concat();
+    let stderr = fails(&plan(&["H200"]));
+    assert!(stderr.contains("f32 operands need the portable micro-kernel"), "{stderr}");
+    let stderr = fails(&plan(&["A770", "--dtype", "f16"]));
+    assert!(stderr.contains("Intel Arc A770 has no cooperative matrices"), "{stderr}");
+    succeeds(&plan(&["H200", "--dtype", "f16", "--backward"]));
+    succeeds(&["plan", "--device", "H200", "--kernel", "portable", "--backward"]);
 }
 
 #[test]

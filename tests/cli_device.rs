@@ -36,14 +36,22 @@ fn devices_lists_what_the_library_finds() {
         assert_eq!(entry["name"], adapter.get_info().name);
         assert_eq!(entry["workgroup_bytes"], offered.workgroup_bytes);
         assert_eq!(entry["binding_bytes"], offered.binding_bytes);
+        let matrices = offered.cooperative.map(|matrices| [matrices.side, matrices.lanes]);
+        assert_eq!(entry["cooperative_matrices"], serde_json::json!(matrices));
+        assert_eq!(entry["cooperative_error"].is_null(), matrices.is_some(), "either they are there, or the reason");
         let kernels = entry["kernels"].as_array().unwrap();
         assert_eq!(kernels.iter().map(|k| k["head_dim"].as_u64().unwrap()).collect::<Vec<_>>(), [64, 128]);
         assert!(kernels.iter().all(|kernel| kernel["name"].as_str().unwrap().starts_with("forward_")));
     }
     let (people, _) = succeeds(&["devices"]);
     assert!(people.contains("cpu: ") && people.contains("default: "), "{people}");
-    for adapter in &adapters {
+    for (adapter, entry) in adapters.iter().zip(listed) {
         assert!(people.contains(&adapter.get_info().name), "{people}");
+        let matrices = match entry["cooperative_error"].as_str() {
+            Some(reason) => format!("matrices    none: {reason}\n"),
+            None => format!("matrices    {}\n", Capabilities::of_adapter(adapter).cooperative.unwrap()),
+        };
+        assert!(people.contains(&matrices), "no {matrices:?} in {people}");
     }
 }
 
@@ -123,12 +131,39 @@ fn plan_takes_every_option() {
         (&["--window-right", "0"], "window=(-,0)"),
         (&["--sinks", "off-by-one"], "off-by-one"),
         (&["--layout", "bhsd"], "bhsd"),
+        (&["--dtype", "f16"], "bshd f16"),
+        (&["--dtype", "bf16"], "forward_portable_bf16_d64"),
+        (&["--kernel", "portable"], "forward_portable_f32_d64"),
         (&["--align", "top-left"], "top-left"),
         (&["--q-offset", "-5"], "query_offset=-5"),
         (&["--scale", "-0.5"], "scale=-0.5"),
     ] {
         let (people, _) = succeeds(&[&["plan", "--device", "a770"], arguments].concat());
         assert!(people.contains(phrase), "no {phrase:?} in\n{people}");
+    }
+}
+
+/// Operands take half the bytes, what goes with the softmax as many.
+#[test]
+fn plan_in_half_precision() {
+    let sizes = |dtype| {
+        let arguments = ["plan", "--device", "M2", "--backward", "--sinks", "per-head", "--head-dim", "63", "--dtype"];
+        let plan = json_of(&[&arguments[..], &[dtype]].concat());
+        assert_eq!(plan["dtype"], dtype);
+        let operands = plan["operands"].as_array().unwrap().clone();
+        operands.into_iter().map(|o| (o["name"].as_str().unwrap().to_string(), o["bytes"].as_u64().unwrap())).collect()
+    };
+    let single: Vec<(String, u64)> = sizes("f32");
+    for dtype in ["f16", "bf16"] {
+        let half: Vec<(String, u64)> = sizes(dtype);
+        for (name, bytes) in &single {
+            let expected = match name.as_str() {
+                "lse" | "sink_logits" | "d_sink_logits" | "delta" | "sink_partials" => Some(*bytes),
+                _ => Some(bytes / 2),
+            };
+            let actual = half.iter().find(|(other, _)| other == name).map(|(_, bytes)| *bytes);
+            assert_eq!(actual, expected, "{name} in {dtype}");
+        }
     }
 }
 
@@ -163,6 +198,10 @@ fn unfit_plans_are_errors() {
         (&["--device", "H200", "--batch", "999999999999"], "batch is 999999999999"),
         (&["--device", "H200", "--batch", "1000"], "q needs a buffer of 67108864000 bytes"),
         (&["--device", "WebGPU defaults", "--seq-k", "30000"], "q needs a binding of 245760000 bytes"),
+        (
+            &["--device", "WebGPU defaults", "--seq-k", "60000", "--dtype", "f16"],
+            "q needs a binding of 245760000 bytes",
+        ),
         (&["--device", "WebGPU", "--batch", "200000", "--seq-k", "1", "--head-dim", "1"], ""),
     ] {
         let arguments = [&["plan"], arguments].concat();
@@ -195,20 +234,39 @@ fn check_on_the_cpu() {
     assert_eq!(stderr, "", "progress is for terminals");
     let report = json_of(&["check", "--quick", "--backend", "cpu", "--seed", "7"]);
     assert_eq!((&report["failed"], &report["seed"], &report["failures"]), (&json!(0), &json!(7), &json!([])));
-    let groups = report["groups"].as_array().unwrap();
-    assert_eq!(groups.iter().map(|group| group["cases"].as_u64().unwrap()).sum::<u64>(), report["cases"]);
-    for group in groups {
-        for column in ["o", "lse", "d_q", "d_k", "d_v"] {
-            let error = group["errors"][column].as_f64().unwrap();
-            assert!(error <= report["bounds"][column].as_f64().unwrap(), "{group}");
+    let dtypes = report["dtypes"].as_array().unwrap();
+    assert_eq!(dtypes.iter().map(|found| found["dtype"].as_str().unwrap()).collect::<Vec<_>>(), ["f32", "f16", "bf16"]);
+    assert_eq!(dtypes.iter().map(|found| found["cases"].as_u64().unwrap()).sum::<u64>(), report["cases"]);
+    for found in dtypes {
+        let groups = found["groups"].as_array().unwrap();
+        assert_eq!(groups.iter().map(|group| group["cases"].as_u64().unwrap()).sum::<u64>(), found["cases"]);
+        for group in groups {
+            for column in ["o", "lse", "d_q", "d_k", "d_v"] {
+                let error = group["errors"][column].as_f64().unwrap();
+                assert!(error <= found["bounds"][column].as_f64().unwrap(), "{group}");
+            }
+            // Where there are sink logits, and no number is no success.
+            let sinks = group["name"].as_str().unwrap().contains("sink logits");
+            assert!(!sinks || group["errors"]["d_sink"].is_number(), "{group}");
+            assert!(group["errors"].as_object().unwrap().values().all(Value::is_number), "{group}");
         }
-        // Where there are sink logits, and no number is no success.
-        let sinks = group["name"].as_str().unwrap().contains("sink logits");
-        assert!(!sinks || group["errors"]["d_sink"].is_number(), "{group}");
-        assert!(group["errors"].as_object().unwrap().values().all(Value::is_number), "{group}");
+        assert_eq!(found["worst"].as_array().unwrap().len(), 6);
+        // Results in half precision are rounded, all else is not.
+        let half = found["dtype"] != "f32";
+        let worst = |n: usize| found["worst"][n]["error"].as_f64().unwrap();
+        assert!((worst(0) > 1e-4) == half && worst(1) < 1e-5 && worst(5) < 1e-5, "{found}");
     }
     assert_eq!(report["pass"], "forward and backward");
-    assert_eq!(report["worst"].as_array().unwrap().len(), 6);
+}
+
+#[test]
+fn check_of_one_element_type() {
+    for dtype in ["f32", "f16", "bf16"] {
+        let report = json_of(&["check", "--backend", "cpu", "--only", "scale", "--dtype", dtype]);
+        let found = report["dtypes"].as_array().unwrap();
+        assert!(found.len() == 1 && found[0]["dtype"] == dtype, "{report}");
+    }
+    wrong_usage(&["check", "--dtype", "f64"], "f64");
 }
 
 #[test]
@@ -216,7 +274,7 @@ fn check_of_the_forward_pass() {
     let arguments = ["check", "--quick", "--backend", "cpu", "--forward"];
     let report = json_of(&arguments);
     assert_eq!((&report["pass"], &report["failed"]), (&json!("forward"), &json!(0)));
-    assert_eq!(report["worst"].as_array().unwrap().len(), 2);
+    assert_eq!(report["dtypes"][0]["worst"].as_array().unwrap().len(), 2);
     assert!(!succeeds(&arguments).0.contains("d_q"));
 }
 
@@ -240,16 +298,19 @@ fn check_on_the_gpu() {
 #[test]
 fn check_repeats_a_case() {
     let whole = json_of(&["check", "--quick", "--backend", "cpu"]);
-    for worst in whole["worst"].as_array().unwrap() {
-        let case = worst["case"].as_str().unwrap();
-        let one = json_of(&["check", "--backend", "cpu", "--only", case]);
-        let column = worst["column"].as_str().unwrap();
-        assert_eq!(
-            one["worst"].as_array().unwrap().iter().find(|w| w["column"] == column).unwrap()["error"],
-            worst["error"]
-        );
+    for found in whole["dtypes"].as_array().unwrap() {
+        for worst in found["worst"].as_array().unwrap() {
+            let case = worst["case"].as_str().unwrap();
+            let one = json_of(&["check", "--backend", "cpu", "--only", case]);
+            let again = one["dtypes"].as_array().unwrap();
+            assert!(again.len() == 1 && again[0]["dtype"] == found["dtype"], "{one}");
+            let of_column = again[0]["worst"].as_array().unwrap().iter().find(|w| w["column"] == worst["column"]);
+            assert_eq!(of_column.unwrap()["error"], worst["error"]);
+        }
     }
-    assert_eq!(json_of(&["check", "--backend", "cpu", "--only", "scale"])["groups"].as_array().unwrap().len(), 1);
+    let scale = json_of(&["check", "--backend", "cpu", "--only", "scale"]);
+    let dtypes = scale["dtypes"].as_array().unwrap();
+    assert!(dtypes.len() == 3 && dtypes.iter().all(|found| found["groups"].as_array().unwrap().len() == 1), "{scale}");
     let stderr = fails(&["check", "--backend", "cpu", "--only", "no such case"]);
     assert!(stderr.contains("no case matches"), "nothing checked is no success: {stderr}");
 }
@@ -259,7 +320,7 @@ fn help_is_there() {
     for (command, words) in [
         ("devices", ["--json", "SINK_ATTENTION_ADAPTER"]),
         ("plan", ["--window-left", "--device"]),
-        ("check", ["--quick", "--forward"]),
+        ("check", ["--quick", "--dtype"]),
     ] {
         let help = sink_attention(&[command, "--help"]);
         assert_eq!(help.status.code(), Some(0));

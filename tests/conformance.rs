@@ -8,34 +8,20 @@ use std::path::{Path, PathBuf};
 
 use common::{compare, compare_lse};
 use safetensors::{Dtype, SafeTensors};
-use sink_attention::cpu::{self, reference};
+use sink_attention::compare::accepted;
+use sink_attention::cpu::reference;
+use sink_attention::half::{bf16, f16};
 use sink_attention::io::{Case, FormatError};
-use sink_attention::{Attention, DType, Gradients, Output, Upstream};
+use sink_attention::{Attention, DType, Element, Gradients, Output};
 
 /// Files that this version does not compute, each with the feature it waits for.
-const WAITING: [(&str, &str); 8] = [
+const WAITING: [(&str, &str); 5] = [
     ("alibi_causal_f32", "alibi_slopes"),
     ("bias_full_f32", "bias"),
     ("bool_mask_broadcast_f32", "mask"),
-    ("gpt_oss_heads_bf16", "bf16"),
-    ("gpt_oss_heads_f16", "f16"),
-    ("llama_heads_d128_f16", "f16"),
     ("softcap_scale_f32", "softcap"),
     ("varlen_causal_swa_sink_f32", "thd"),
 ];
-
-/// Bound on absolute + relative error of lse, whatever the element type.
-const LSE_BOUND: f64 = 1e-5;
-
-/// Bound on the relative error of results in the operands' element type.
-fn bound(dtype: DType) -> f64 {
-    match dtype {
-        DType::F32 => 1e-5,
-        DType::F16 => 1.5e-3,
-        DType::Bf16 => 6e-3,
-        other => panic!("no bound for {other}"),
-    }
-}
 
 /// All files, as (name without extension, content).
 fn files() -> Vec<(String, Vec<u8>)> {
@@ -57,98 +43,120 @@ fn expected(bytes: &[u8], name: &str) -> Vec<f32> {
     tensor.data().as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect()
 }
 
-/// Runs every file that does not wait for a feature, and reports all that fail, not just the first.
-fn check_all(check: impl Fn(&Case, &[u8]) -> Result<(), String>) {
+/// Results in f64 whatever a path computes in, which is exact.
+struct Results {
+    out: Vec<f64>,
+    lse: Vec<f64>,
+    /// Under the names of the files.
+    gradients: Vec<(&'static str, Vec<f64>)>,
+}
+
+impl Results {
+    fn new<T: Into<f64>, S: Into<f64>>(output: Output<T, S>, gradients: Gradients<T, S>) -> Self {
+        let mut all = vec![("dq", wide(gradients.d_q)), ("dk", wide(gradients.d_k)), ("dv", wide(gradients.d_v))];
+        all.extend(gradients.d_sink_logits.map(|d_sink| ("dsinks", wide(d_sink))));
+        Results { out: wide(output.o), lse: wide(output.lse), gradients: all }
+    }
+}
+
+fn wide<T: Into<f64>>(x: Vec<T>) -> Vec<f64> {
+    x.into_iter().map(Into::into).collect()
+}
+
+/// A way to compute a file's results.
+trait Compute {
+    fn compute<T: Element>(&self, case: &Case) -> sink_attention::Result<Results>;
+}
+
+struct Reference;
+
+impl Compute for Reference {
+    fn compute<T: Element>(&self, case: &Case) -> sink_attention::Result<Results> {
+        let (inputs, upstream) = (case.inputs::<T>()?, case.upstream()?.expect("every file has dout"));
+        let output = reference::forward(&case.problem, &inputs)?;
+        Ok(Results::new(output, reference::backward(&case.problem, &inputs, &upstream)?))
+    }
+}
+
+impl Compute for Attention {
+    fn compute<T: Element>(&self, case: &Case) -> sink_attention::Result<Results> {
+        let (inputs, upstream) = (case.inputs::<T>()?, case.upstream()?.expect("every file has dout"));
+        let output = self.forward(&case.problem, &inputs)?;
+        let gradients = self.backward(&case.problem, &inputs, &output, &upstream)?;
+        Ok(Results::new(output, gradients))
+    }
+}
+
+/// Holds a path to every file that does not wait for a feature, and reports all that fail, not just the first.
+fn check_all(path: &impl Compute) {
     let mut failures = Vec::new();
     for (name, bytes) in files() {
         if feature_awaited_by(&name).is_some() {
             continue;
         }
-        let result = Case::parse(&bytes).map_err(|error| error.to_string()).and_then(|case| check(&case, &bytes));
-        if let Err(error) = result {
+        if let Err(error) = check(path, &bytes) {
             failures.push(format!("{name}: {error}"));
         }
     }
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }
 
-fn check_forward<T: Copy + Into<f64>>(forward: impl Fn(&Case) -> sink_attention::Result<Output<T>>) {
-    check_all(|case, bytes| {
-        let output = forward(case).map_err(|error| error.to_string())?;
-        let out = compare(&output.o, &expected(bytes, "out"), bound(case.q.dtype()));
-        out.map_err(|error| format!("out: {error}"))?;
-        let lse = compare_lse(&output.lse, &expected(bytes, "lse"), LSE_BOUND);
-        lse.map(drop).map_err(|error| format!("lse: {error}"))
-    });
+fn check(path: &impl Compute, bytes: &[u8]) -> Result<(), String> {
+    // The sinks' gradient is f32 and made from an f32 delta, whatever the operands are.
+    check_with(path, bytes, |_| accepted(DType::F32))
 }
 
-fn check_backward<T: Copy + Into<f64>>(
-    backward: impl Fn(&Case, &Upstream<'_>) -> sink_attention::Result<Gradients<T>>,
-) {
-    check_all(|case, bytes| {
-        let upstream = case.upstream().ok_or("no dout")?;
-        let gradients = backward(case, &upstream).map_err(|error| error.to_string())?;
-        let mut results = vec![("dq", gradients.d_q), ("dk", gradients.d_k), ("dv", gradients.d_v)];
-        if case.sink_logits.is_some() {
-            results.push(("dsinks", gradients.d_sink_logits.ok_or("no dsinks")?));
-        }
-        let failures: Vec<String> = results
-            .into_iter()
-            .filter_map(|(name, gradient)| {
-                let result = compare(&gradient, &expected(bytes, name), bound(case.q.dtype()));
-                result.err().map(|error| format!("{name}: {error}"))
-            })
-            .collect();
-        if failures.is_empty() { Ok(()) } else { Err(failures.join(", ")) }
-    });
+/// With the bound of the sinks' gradient for the operands' type.
+fn check_with(path: &impl Compute, bytes: &[u8], sinks: fn(DType) -> f64) -> Result<(), String> {
+    let case = Case::parse(bytes).map_err(|error| error.to_string())?;
+    let dtype = case.problem.options().dtype;
+    let results = match dtype {
+        DType::F32 => path.compute::<f32>(&case),
+        DType::F16 => path.compute::<f16>(&case),
+        DType::Bf16 => path.compute::<bf16>(&case),
+        other => panic!("no path for {other}"),
+    };
+    let results = results.map_err(|error| error.to_string())?;
+    let names: Vec<&str> = results.gradients.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names.contains(&"dsinks"), case.sink_logits.is_some());
+    let mut errors = vec![
+        ("out", compare(&results.out, &expected(bytes, "out"), accepted(dtype))),
+        ("lse", compare_lse(&results.lse, &expected(bytes, "lse"), accepted(DType::F32))),
+    ];
+    for (name, gradient) in &results.gradients {
+        let bound = if *name == "dsinks" { sinks(dtype) } else { accepted(dtype) };
+        errors.push((name, compare(gradient, &expected(bytes, name), bound)));
+    }
+    let failures: Vec<String> =
+        errors.iter().filter_map(|(name, error)| Some(format!("{name}: {}", error.as_ref().err()?))).collect();
+    if failures.is_empty() { Ok(()) } else { Err(failures.join(", ")) }
 }
 
-mod forward {
-    use super::*;
+#[test]
+fn by_the_reference() {
+    check_all(&Reference);
+}
 
-    #[test]
-    fn reference() {
-        check_forward(|case| reference::forward(&case.problem, &case.inputs()));
-    }
+#[test]
+fn on_the_cpu() {
+    check_all(&Attention::cpu());
+}
 
-    #[test]
-    fn cpu() {
-        let cpu = Attention::cpu();
-        check_forward(|case| cpu.forward(&case.problem, &case.inputs()));
-    }
-
-    #[test]
-    fn gpu() {
-        if let Some(gpu) = common::gpu() {
-            check_forward(|case| gpu.forward(&case.problem, &case.inputs()));
-        }
+#[test]
+fn on_the_gpu() {
+    if let Some(gpu) = common::gpu() {
+        check_all(gpu);
     }
 }
 
-mod backward {
-    use super::*;
-
-    #[test]
-    fn reference() {
-        check_backward(|case, upstream| reference::backward(&case.problem, &case.inputs(), upstream));
-    }
-
-    #[test]
-    fn cpu() {
-        check_backward(|case, upstream| {
-            let saved = cpu::forward(&case.problem, &case.inputs())?;
-            cpu::backward(&case.problem, &case.inputs(), &saved, upstream)
-        });
-    }
-
-    #[test]
-    fn gpu() {
-        if let Some(gpu) = common::gpu() {
-            check_backward(|case, upstream| {
-                let saved = gpu.forward(&case.problem, &case.inputs())?;
-                gpu.backward(&case.problem, &case.inputs(), &saved, upstream)
-            });
-        }
+/// The files in half precision, on the cooperative micro-kernel: o is a sum of rounded p there, and delta with it.
+#[test]
+fn on_cooperative_matrices() {
+    let Some(attention) = common::cooperative() else { return };
+    let halves: Vec<_> = files().into_iter().filter(|(name, _)| name.contains("f16")).collect();
+    assert!(halves.len() >= 3, "{halves:?}");
+    for (name, bytes) in halves {
+        check_with(&attention, &bytes, accepted).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
 }
 

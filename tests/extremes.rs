@@ -78,7 +78,7 @@ fn a_lost_device_is_an_error() {
         }
         attention.device().unwrap().wgpu().destroy();
         attention.forward(&problem, &inputs).unwrap_err();
-        let saved = Output { o: vec![1.0; 4], lse: vec![0.0; 4] };
+        let saved = Output { o: vec![1.0; 4], o_rest: None, lse: vec![0.0; 4] };
         attention.backward(&problem, &inputs, &saved, &Upstream { d_o: &[1.0; 4], d_lse: None }).unwrap_err();
     }
     let output = Attention::open(&choice).unwrap().forward(&problem, &inputs).unwrap();

@@ -9,7 +9,10 @@ use common::operands::{Operands, SIZES, agree, check, check_within, options, pro
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
-use sink_attention::{Alignment, Attention, Kernel, Layout, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window};
+use sink_attention::{
+    Alignment, Attention, Error, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Tiling,
+    Window,
+};
 
 const INF: f32 = f32::INFINITY;
 
@@ -65,6 +68,28 @@ fn widths() {
             check(gpu, &problem, &Operands::random(&problem, seed));
         }
     }
+}
+
+/// The micro-kernel that was asked for, or an error that says why not: never another one.
+#[test]
+fn micro_kernels() {
+    let problem = problem([1, 2, 2], [20, 20], [16, 16], Options::new());
+    let operands = Operands::random(&problem, 0);
+    let forward = |attention: &Attention, micro_kernel| {
+        attention.clone().with_micro_kernel(micro_kernel).forward(&problem, &operands.inputs())
+    };
+    let cpu = Attention::cpu();
+    forward(&cpu, MicroKernel::Auto).unwrap();
+    for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
+        match forward(&cpu, micro_kernel) {
+            Err(Error::NeedsGpu { call }) => assert!(call.contains(&micro_kernel.to_string()), "{call}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    let Some(gpu) = gpu() else { return };
+    assert_eq!(forward(gpu, MicroKernel::Portable).unwrap(), forward(gpu, MicroKernel::Auto).unwrap());
+    let error = forward(gpu, MicroKernel::Cooperative).unwrap_err();
+    assert!(matches!(error, Error::NoKernel { .. }) && error.to_string().contains("cooperative"), "{error}");
 }
 
 #[test]
@@ -240,7 +265,8 @@ fn a_query_with_nan_keeps_it_to_itself() {
 }
 
 /// Runs a problem with tiles of our choice against the definition.
-fn check_tiles(gpu: &Attention, problem: &Problem, tiles: Tiles, seed: u64) {
+fn check_tiles(gpu: &Attention, problem: &Problem, tiles: impl Into<Tiling>, seed: u64) {
+    let tiles = tiles.into();
     let device = gpu.device().unwrap();
     let mut operands = Operands::random(problem, seed);
     // A hidden NaN sends masked tiles through the careful path of the accumulation.
@@ -252,7 +278,7 @@ fn check_tiles(gpu: &Attention, problem: &Problem, tiles: Tiles, seed: u64) {
     let buffers = Buffers::new(device, problem, &operands);
     let chosen = [(Kernel::Forward, tiles)];
     let prepared = pollster::block_on(gpu.prepare_forward_with(problem, &buffers.views(), &chosen)).unwrap();
-    assert_eq!(prepared.plan().passes[0].variant.tiles, Some(tiles));
+    assert_eq!(prepared.plan().passes[0].variant.tiling, Some(tiles));
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&buffers.run(device, &prepared), &expected).unwrap_or_else(|error| panic!("{problem}, {tiles}: {error}"));
 }
@@ -273,7 +299,7 @@ fn tiles_of_every_device() {
         for device in sink_attention::Capabilities::samples() {
             for seq_q in [1, 33, 65] {
                 let problem = |seq_q| problem([1, 2, 1], [seq_q, 140], width, some_hidden());
-                let tiles = Plan::forward(&problem(seq_q), vec4, &device).unwrap().passes[0].variant.tiles.unwrap();
+                let tiles = Plan::forward(&problem(seq_q), vec4, &device).unwrap().passes[0].variant.tiling.unwrap();
                 let problem = problem(90);
                 if !seen.contains(&(width, tiles))
                     && Pass::with_tiles(Kernel::Forward, &problem, vec4, own, tiles).is_ok()

@@ -7,7 +7,8 @@ use common::gpu;
 use common::gradients::Backward;
 use common::operands::{BOUND, Operands, agree, problem, row};
 use common::{compare, compare_lse};
-use sink_attention::{Attention, Gradients, Layout, Options, Output, Problem, SinkLogits, Window};
+use sink_attention::half::{bf16, f16};
+use sink_attention::{Attention, Element, Gradients, Layout, Options, Output, Problem, SinkLogits, Window};
 
 /// Runs a law on the CPU and on the GPU.
 fn on_every_path(law: impl Fn(&Attention)) {
@@ -22,17 +23,23 @@ fn forward(attention: &Attention, problem: &Problem, operands: &Operands) -> Out
 }
 
 /// Two problems of one shape give the same results and gradients with operands that differ at most in their
-/// sink logits.
-fn same(attention: &Attention, [left, right]: [(Options, Option<f32>); 2]) {
+/// sink logits, in every element type.
+fn same(attention: &Attention, sides: [(Options, Option<f32>); 2]) {
+    same_in::<f32>(attention, sides);
+    same_in::<f16>(attention, sides);
+    same_in::<bf16>(attention, sides);
+}
+
+fn same_in<T: Element>(attention: &Attention, [left, right]: [(Options, Option<f32>); 2]) {
     for [m, n] in [[1, 90], [70, 90], [90, 70], [65, 65]] {
         let result = |(options, sink): (Options, Option<f32>)| {
-            let problem = problem([2, 4, 2], [m, n], [64, 64], options);
+            let problem = problem([2, 4, 2], [m, n], [64, 64], options.dtype(T::DTYPE));
             // One seed, and the sink logits come last: q, k and v are the same.
-            let mut backward = Backward::random(&problem, 1);
+            let mut backward: Backward<T> = Backward::random(&problem, 1).cast();
             if let (Some(logits), Some(sink)) = (&mut backward.operands.sink_logits, sink) {
                 logits.fill(sink);
             }
-            let output = forward(attention, &problem, &backward.operands);
+            let output = attention.forward(&problem, &backward.operands.inputs()).unwrap();
             let gradients = backward.run_with(attention, &problem, &output);
             (backward, output, gradients)
         };
@@ -46,7 +53,7 @@ fn same(attention: &Attention, [left, right]: [(Options, Option<f32>); 2]) {
         let gradients = Gradients { d_sink_logits: left_gradients.d_sink_logits.clone(), ..right_gradients };
         let all = agree(&left_output, &right_output).and_then(|()| backward.agree(&left_gradients, &gradients));
         all.unwrap_or_else(|error| {
-            panic!("M={m} N={n} {left:?} is not {right:?} on {}: {error}", attention.device_name())
+            panic!("{} M={m} N={n} {left:?} is not {right:?} on {}: {error}", T::DTYPE, attention.device_name())
         });
     }
 }
@@ -211,7 +218,7 @@ fn batches_do_not_mix() {
                 v: rotate(&operands.v),
                 sink_logits: operands.sink_logits.clone(),
             };
-            let Output { o, lse } = forward(attention, &problem, &operands);
+            let Output { o, lse, .. } = forward(attention, &problem, &operands);
             let actual = forward(attention, &problem, &rotated);
             compare(&actual.o, &rotate(&o), BOUND).unwrap();
             compare_lse(&actual.lse, &rotate(&lse), BOUND).unwrap();
@@ -239,7 +246,7 @@ fn widen(x: &[f32]) -> Vec<f64> {
 }
 
 /// Applies a function to the elements of several gradients that have the same place.
-fn combine(parts: &[&Gradients], function: impl Fn(&[f64]) -> f64) -> Gradients<f64> {
+fn combine(parts: &[&Gradients], function: impl Fn(&[f64]) -> f64) -> Gradients<f64, f64> {
     let each = |operand: &dyn for<'a> Fn(&'a Gradients) -> &'a [f32]| -> Vec<f64> {
         let parts: Vec<Vec<f64>> = parts.iter().map(|part| widen(operand(part))).collect();
         (0..parts[0].len()).map(|n| function(&parts.iter().map(|part| part[n]).collect::<Vec<_>>())).collect()

@@ -9,7 +9,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use common::operands::problem;
-use sink_attention::{Capabilities, Error, Kernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Window};
+use sink_attention::{
+    Capabilities, DType, Error, Kernel, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference, Problem,
+    SinkLogits, Tiles, Variant, Window,
+};
 
 /// Problems that people have, and some that they should not.
 fn problems() -> Vec<(&'static str, Problem)> {
@@ -34,6 +37,9 @@ fn problems() -> Vec<(&'static str, Problem)> {
         ("vision, no mask", problem([8, 16, 16], [577, 577], [64, 64], Options::new())),
         ("phi, D 80", problem([1, 32, 32], [2048, 2048], [80, 80], causal)),
         ("50 queries", problem([1, 8, 8], [50, 50], [64, 64], causal)),
+        ("GPT-OSS prefill in bf16", problem([1, 64, 8], [4096, 4096], [64, 64], sinks.dtype(DType::Bf16))),
+        ("Llama 3 8B prefill in f16", problem([1, 32, 8], [8192, 8192], [128, 128], causal.dtype(DType::F16))),
+        ("odd widths in f16", problem([2, 6, 3], [113, 203], [33, 77], sinks.dtype(DType::F16))),
         ("16 wide", problem([1, 4, 4], [1000, 1000], [16, 16], causal)),
         ("tiny", problem([1, 1, 1], [1, 1], [1, 1], Options::new())),
         ("odd widths", problem([2, 6, 3], [113, 203], [33, 77], sinks)),
@@ -86,19 +92,111 @@ fn every_width_has_a_plan() {
     for head_dim in 1..=256 {
         for value_dim in 1..=256 {
             for seq_q in [1, 1000] {
-                let options = Options::new().sink_logits(SinkLogits::PerHead);
+                let dtype = [DType::F32, DType::F16, DType::Bf16][(head_dim + value_dim) % 3];
+                let options = Options::new().sink_logits(SinkLogits::PerHead).dtype(dtype);
                 let problem = problem([1, 1, 1], [seq_q, 1000], [head_dim, value_dim], options);
                 let forward = Plan::forward(&problem, false, &least).unwrap();
                 let backward = Plan::backward(&problem, false, true, &least).unwrap();
                 assert_eq!((forward.passes.len(), backward.passes.len()), (1, 4));
-                for pass in [forward.passes, backward.passes].concat() {
+                let mut passes = [forward.passes, backward.passes].concat();
+                if dtype != DType::F32 {
+                    let optional = OptionalOperands { d_lse: true, o_rest: true };
+                    let preference = Preference::default();
+                    passes.extend(Plan::forward_with(&problem, false, optional, &least, &preference).unwrap().passes);
+                    passes.extend(Plan::backward_with(&problem, false, optional, &least, &preference).unwrap().passes);
+                }
+                for pass in passes {
                     assert!(pass.variant.workgroup_bytes() <= 16 << 10, "{problem}: {pass}");
                     assert!(pass.variant.threads() <= 256, "{problem}: {pass}");
-                    if let Some(tiles) = pass.variant.tiles {
+                    if let Some([tile_rows, _]) = pass.variant.tile() {
                         let rows = if pass.variant.kernel == Kernel::DKv { 1000 } else { seq_q };
-                        assert!(pass.workgroups * tiles.tile_rows() >= rows as u32, "{problem}: {pass}");
+                        assert!(pass.workgroups * tile_rows >= rows as u32, "{problem}: {pass}");
                     }
                 }
+            }
+        }
+    }
+}
+
+/// o in half precision is never read without what rounding took from it.
+#[test]
+fn delta_is_never_from_rounded_o() {
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        for sink_logits in [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead] {
+            let options = Options::new().dtype(dtype).sink_logits(sink_logits);
+            let problem = problem([1, 2, 1], [100, 100], [64, 64], options);
+            for device in Capabilities::samples() {
+                for [d_lse, o_rest] in [[false, false], [true, false], [false, true], [true, true]] {
+                    let (optional, preference) = (OptionalOperands { d_lse, o_rest }, Preference::default());
+                    let plans = [
+                        Plan::forward_with(&problem, true, optional, &device, &preference),
+                        Plan::backward_with(&problem, true, optional, &device, &preference),
+                    ];
+                    if o_rest && dtype == DType::F32 {
+                        for error in plans.map(|plan| plan.unwrap_err()) {
+                            assert!(matches!(error, Error::UnexpectedOperand { operand: "o_rest", .. }), "{error}");
+                        }
+                        continue;
+                    }
+                    let [forward, backward] = plans.map(|plan| plan.unwrap().passes);
+                    let of = |passes: &[Pass], kernels: &[Kernel]| -> Vec<Variant> {
+                        passes.iter().map(|pass| pass.variant).filter(|v| kernels.contains(&v.kernel)).collect()
+                    };
+                    assert!(of(&forward, &[Kernel::Forward]).iter().all(|variant| variant.o_rest == o_rest));
+                    let whole = dtype == DType::F32 || o_rest;
+                    let deltas = of(&backward, &[Kernel::Delta, Kernel::ExactDelta]);
+                    assert!(!deltas.is_empty());
+                    for delta in deltas {
+                        assert_eq!(delta.kernel, if whole { Kernel::Delta } else { Kernel::ExactDelta });
+                        assert_eq!((delta.o_rest, delta.d_lse), (o_rest, d_lse));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A micro-kernel that was asked for is the one that is planned, or an error that says why not.
+#[test]
+fn micro_kernels_are_as_asked_for() {
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        let problem = problem([1, 2, 2], [100, 100], [64, 64], Options::new().dtype(dtype));
+        for device in Capabilities::samples() {
+            let plans = |micro_kernel| {
+                let preference = Preference { micro_kernel, ..Preference::default() };
+                [
+                    Plan::forward_with(&problem, true, OptionalOperands::default(), &device, &preference),
+                    Plan::backward_with(&problem, true, OptionalOperands::default(), &device, &preference),
+                ]
+            };
+            for pass in plans(MicroKernel::Portable).into_iter().flat_map(|plan| plan.unwrap().passes) {
+                assert_eq!((pass.variant.micro_kernel, pass.variant.dtype), (MicroKernel::Portable, dtype));
+                let name = format!("portable_{dtype}");
+                assert!(pass.variant.name().contains(&name) && pass.to_string().contains(&name.replace('_', " ")));
+            }
+            for pass in plans(MicroKernel::Auto).into_iter().flat_map(|plan| plan.unwrap().passes) {
+                assert_ne!(pass.variant.micro_kernel, MicroKernel::Auto);
+            }
+            for plan in plans(MicroKernel::Cooperative) {
+                let reason = match (dtype, device.cooperative) {
+                    (DType::F32, _) => "f32 operands need the portable micro-kernel",
+                    (_, None) => "has no cooperative matrices",
+                    (_, Some(_)) => {
+                        // Each is followed by what computes again.
+                        let tiled = |pass: &Pass| pass.variant.tiling.is_some();
+                        let passes: Vec<Pass> = plan.unwrap().passes.into_iter().filter(tiled).collect();
+                        for pair in passes.chunks(2) {
+                            let [first, second] = pair else { panic!("{pair:?}") };
+                            assert_eq!(first.variant.micro_kernel, MicroKernel::Cooperative, "{first}");
+                            assert_eq!(second.variant.repairs, first.variant.tile().map(|[rows, _]| rows), "{second}");
+                            assert_eq!(second.variant.kernel, first.variant.kernel);
+                        }
+                        continue;
+                    }
+                };
+                let error = plan.unwrap_err();
+                assert!(matches!(error, Error::NoKernel { .. }), "{error:?}");
+                assert!(error.to_string().contains(reason), "{error}");
             }
         }
     }

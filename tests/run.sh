@@ -3,6 +3,9 @@
 #
 # Where there is no adapter, a software Vulkan driver (Mesa's llvmpipe) is installed on Debian and Ubuntu; elsewhere
 # the script says what is missing. macOS and Windows bring their own driver.
+#
+# Last come the kernels on cooperative matrices (tensor cores), on a newer software driver that has such matrices; where
+# tests/software-vulkan.sh cannot install it, this says so, here and in the last line.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -100,16 +103,23 @@ step() {
     fi
 }
 
-echo "== cargo test --features cli"
+# Runs cargo test, each of whose tests counts.
+tests() {
+    local status p f
+    echo
+    echo "== cargo test --features cli $*"
+    cargo test --features cli --no-fail-fast "$@" </dev/null 2>&1 | tee "$temp/log"
+    status=${PIPESTATUS[0]}
+    read -r p f < <(awk '/^test result:/ { p += $4; f += $6 } END { print p + 0, f + 0 }' "$temp/log")
+    # What fails without a test's name: a build, or a test binary that crashed.
+    [[ $status -ne 0 && $f -eq 0 ]] && f=1
+    passed=$((passed + p))
+    failed=$((failed + f))
+}
+
 # Unit, integration and documentation tests, the README's code, and the tests inside the examples. Without the feature
 # `checked-shaders`: these are the shaders that users get.
-cargo test --features cli --no-fail-fast </dev/null 2>&1 | tee "$temp/log"
-status=${PIPESTATUS[0]}
-read -r passed failed < <(awk '/^test result:/ { p += $4; f += $6 } END { print p + 0, f + 0 }' "$temp/log")
-# What fails without a test's name: a build, or a test binary that crashed.
-if [[ $status -ne 0 && $failed -eq 0 ]]; then
-    failed=1
-fi
+tests
 
 # Built by one command in the tests' profile, which is optimised, so that no dependency is compiled again.
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
@@ -117,10 +127,43 @@ if cargo build --features cli --bin sink-attention --example streaming --example
     step "$CARGO_TARGET_DIR/debug/examples/streaming" --tokens 4000 --out "$temp/streaming.svg"
     step "$CARGO_TARGET_DIR/debug/examples/fit_sinks" --out "$temp/fit_sinks.svg"
     step "$CARGO_TARGET_DIR/debug/sink-attention" check --quick
+    step "$CARGO_TARGET_DIR/debug/sink-attention" bench --quick --shape seed
 else
     failed=$((failed + 1))
 fi
 
+skipped=
 echo
-echo "$passed passed, $failed failed"
+echo "== tests/software-vulkan.sh"
+environment=$(bash tests/software-vulkan.sh "$CARGO_TARGET_DIR/software-vulkan" 2> >(tee "$temp/software-vulkan" >&2))
+case $? in
+    0)
+        start=$SECONDS
+        # shellcheck source=/dev/null
+        . "$environment"
+        # Another driver, or an adapter of one, is not what is asked for here.
+        unset VK_ICD_FILENAMES SINK_ATTENTION_ADAPTER
+        export SINK_ATTENTION_REQUIRE_COOPERATIVE=1
+        tests --test cooperative
+        tests --test conformance cooperative
+        for dtype in f16 bf16; do
+            # Cooperative up to widths of 128. The tests above hold the backward pass, whose sink gradients have the bound of
+            # halves where o is a sum of rounded p; the command knows only that of f32.
+            step cargo run --quiet --features cli -- check --quick --forward --dtype "$dtype"
+        done
+        echo
+        echo "== $((SECONDS - start)) s on cooperative matrices"
+        ;;
+    3)
+        skipped=", SKIPPED the kernels on cooperative matrices: $(tail -n 1 "$temp/software-vulkan")"
+        echo "!!!! The kernels on cooperative matrices are NOT TESTED !!!!" >&2
+        ;;
+    *)
+        failed=$((failed + 1))
+        echo "FAILED: tests/software-vulkan.sh" >&2
+        ;;
+esac
+
+echo
+echo "$passed passed, $failed failed$skipped"
 [[ $failed -eq 0 ]]

@@ -9,13 +9,13 @@ use std::sync::OnceLock;
 use common::buffers::empty;
 use common::operands::problem;
 use naga::back::{hlsl, msl, spv};
-use naga::valid::{ModuleInfo, ValidationFlags, Validator};
+use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Capabilities, Device, ForwardBuffers, Kernel, Options, Pass, Plan, Problem, SinkLogits,
-    TensorView, Variant,
+    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, MicroKernel, OptionalOperands,
+    Options, Pass, Plan, Preference, Problem, SinkLogits, TensorView, TilesOrigin, Variant,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.
@@ -42,12 +42,14 @@ const WIDTHS: [[usize; 2]; 18] = [
 
 const SINKS: [SinkLogits; 3] = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead];
 
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+
 /// A problem on a device, its operands readable by fours or not, and what the planner makes of it.
 struct Planned {
     device: Capabilities,
     problem: Problem,
     vec4: bool,
-    d_lse: bool,
+    optional: OptionalOperands,
     forward: Plan,
     backward: Plan,
 }
@@ -66,20 +68,31 @@ fn reachable() -> &'static [Planned] {
         let mut reachable = Vec::new();
         for device in Capabilities::samples() {
             for width in WIDTHS {
-                for sinks in SINKS {
+                for (sinks, dtype) in SINKS.into_iter().flat_map(|sinks| DTYPES.map(|dtype| (sinks, dtype))) {
                     // Both sides of every length at which the planner might change its mind.
                     for seq in [1, 32, 33, 64, 65, 1000] {
-                        let problem = problem([1, 2, 1], [seq, seq], width, Options::new().sink_logits(sinks));
+                        let problem =
+                            problem([1, 2, 1], [seq, seq], width, Options::new().sink_logits(sinks).dtype(dtype));
                         // Packed operands of such widths can be read by fours; strides may still forbid it.
                         let by_fours = width.iter().all(|w| w % 4 == 0);
-                        for vec4 in [false, by_fours] {
-                            let d_lse = seq % 2 == 0;
-                            let forward = Plan::forward(&problem, vec4, &device).unwrap();
-                            let backward = Plan::backward(&problem, vec4, d_lse, &device).unwrap();
-                            let planned = Planned { device: device.clone(), problem, vec4, d_lse, forward, backward };
-                            let new = |pass: &&Pass| seen.insert((device.name.clone(), pass.variant));
-                            if planned.passes().filter(new).count() > 0 {
-                                reachable.push(planned);
+                        for [vec4, o_rest] in [[false, false], [by_fours, false], [false, true], [by_fours, true]] {
+                            let optional =
+                                OptionalOperands { d_lse: seq % 2 == 0, o_rest: o_rest && dtype != DType::F32 };
+                            for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
+                                let preference = Preference { micro_kernel, ..Preference::default() };
+                                let (Ok(forward), Ok(backward)) = (
+                                    Plan::forward_with(&problem, vec4, optional, &device, &preference),
+                                    Plan::backward_with(&problem, vec4, optional, &device, &preference),
+                                ) else {
+                                    assert_eq!(micro_kernel, MicroKernel::Cooperative, "{problem}");
+                                    continue;
+                                };
+                                let planned =
+                                    Planned { device: device.clone(), problem, vec4, optional, forward, backward };
+                                let new = |pass: &&Pass| seen.insert((device.name.clone(), pass.variant));
+                                if planned.passes().filter(new).count() > 0 {
+                                    reachable.push(planned);
+                                }
                             }
                         }
                     }
@@ -97,12 +110,28 @@ fn variants() -> Vec<Variant> {
     all.filter(|variant| seen.insert(*variant)).collect()
 }
 
-/// Parses and validates with what WebGPU guarantees, no extensions.
+fn is_cooperative(variant: &Variant) -> bool {
+    variant.micro_kernel == MicroKernel::Cooperative
+}
+
+/// Parses and validates with what WebGPU guarantees; a cooperative kernel with its extensions, too.
 fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     let text = variant.wgsl().unwrap();
     let module = naga::front::wgsl::parse_str(&text)
         .unwrap_or_else(|error| panic!("{}: {}", variant.name(), error.emit_to_string(&text)));
-    let info = Validator::new(ValidationFlags::all(), naga::valid::Capabilities::empty())
+    // unpack2x16float, which is no extension: naga counts it as one for the sake of OpenGL ES 3.0.
+    let mut guaranteed = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    let mut subgroups = (ShaderStages::empty(), SubgroupOperationSet::empty());
+    if is_cooperative(variant) {
+        guaranteed |= naga::valid::Capabilities::COOPERATIVE_MATRIX
+            | naga::valid::Capabilities::SHADER_FLOAT16
+            | naga::valid::Capabilities::SUBGROUP
+            | naga::valid::Capabilities::SUBGROUP_BARRIER;
+        subgroups = (ShaderStages::COMPUTE, SubgroupOperationSet::all());
+    }
+    let info = Validator::new(ValidationFlags::all(), guaranteed)
+        .subgroup_stages(subgroups.0)
+        .subgroup_operations(subgroups.1)
         .validate(&module)
         .unwrap_or_else(|error| panic!("{}: {}", variant.name(), error.emit_to_string(&text)));
     (module, info)
@@ -111,20 +140,29 @@ fn validated(variant: &Variant) -> (Module, ModuleInfo) {
 #[test]
 fn the_list_reaches_every_class() {
     let variants = variants();
-    for sinks in SINKS {
-        for vec4 in [false, true] {
-            // A logit of zero has no gradient, so delta knows it as little as none.
-            let delta = Some(Kernel::Delta).filter(|_| sinks != SinkLogits::OffByOne);
-            for kernel in [Some(Kernel::Forward), delta].into_iter().flatten() {
-                assert!(variants.iter().any(|v| (v.kernel, v.sink_logits, v.vec4) == (kernel, sinks, vec4)));
+    for dtype in DTYPES {
+        let variants: Vec<_> = variants.iter().filter(|v| v.dtype == dtype).collect();
+        for sinks in SINKS {
+            for vec4 in [false, true] {
+                // A logit of zero has no gradient, so delta knows it as little as none; the exact one knows no sinks.
+                let delta = Some(Kernel::Delta).filter(|_| sinks != SinkLogits::OffByOne);
+                for kernel in [Some(Kernel::Forward), delta].into_iter().flatten() {
+                    assert!(variants.iter().any(|v| (v.kernel, v.sink_logits, v.vec4) == (kernel, sinks, vec4)));
+                }
             }
         }
+        let delta = if dtype == DType::F32 { Kernel::Delta } else { Kernel::ExactDelta };
+        // The exact delta has no accumulators, whose width would choose among the rows of the table.
+        let least = if dtype == DType::F32 { 1 } else { 4 };
+        for (kernel, least) in [(Kernel::Forward, 5), (delta, least), (Kernel::DQ, 5), (Kernel::DKv, 5)] {
+            let tiles: HashSet<_> = variants.iter().filter(|v| v.kernel == kernel).map(|v| v.tiling).collect();
+            assert!(tiles.len() >= least, "the tuning table of {kernel:?} has more rows than {tiles:?}");
+        }
+        for d_lse in [false, true] {
+            assert!(variants.iter().any(|v| v.kernel == delta && v.d_lse == d_lse));
+        }
+        assert!(variants.iter().any(|v| v.kernel == Kernel::DSinkLogits));
     }
-    for kernel in [Kernel::Forward, Kernel::DQ, Kernel::DKv] {
-        let tiles: HashSet<_> = variants.iter().filter(|v| v.kernel == kernel).map(|v| v.tiles).collect();
-        assert!(tiles.len() >= 5, "the tuning table of {kernel:?} has more rows than {tiles:?}");
-    }
-    assert!(variants.iter().any(|v| v.d_lse) && variants.iter().any(|v| v.kernel == Kernel::DSinkLogits));
 }
 
 #[test]
@@ -138,11 +176,19 @@ fn variants_validate_and_translate() {
         let words = spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| panic!("{}: {e}", name()));
         assert_eq!(words[0], 0x0723_0203, "{}: SPIR-V's magic number", name());
 
+        // Metal's matrices are 8x8; Direct3D has none.
+        let side = variant.matrices.map(|matrices| matrices.side);
+        if side == Some(16) {
+            return;
+        }
         let options = msl::Options { lang_version: (2, 4), ..Default::default() };
         let (_, written) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
             .unwrap_or_else(|e| panic!("{}: {e}", name()));
         written.entry_point_names[0].as_ref().unwrap_or_else(|e| entry(&e.to_string()));
 
+        if side.is_some() {
+            return;
+        }
         let options = hlsl::Options {
             shader_model: hlsl::ShaderModel::V6_0,
             // Where the kernel's num_workgroups comes from, as in wgpu.
@@ -175,7 +221,7 @@ fn variants_keep_the_planners_promises() {
         let promised = variant.workgroup_bytes();
         assert!(bytes <= promised, "{name}: {bytes} bytes of workgroup memory, {promised} were planned");
         // Where memory is what decides between tiles, none is given away either.
-        assert!(bytes == promised || variant.tiles.is_none(), "{name}: {bytes} bytes, {promised} were planned");
+        assert!(bytes == promised || variant.tiling.is_none(), "{name}: {bytes} bytes, {promised} were planned");
         let [entry] = &module.entry_points[..] else { panic!("{name}: one entry point") };
         assert_eq!((&*entry.name, entry.workgroup_size), ("main", [variant.threads(), 1, 1]), "{name}");
     });
@@ -184,7 +230,7 @@ fn variants_keep_the_planners_promises() {
 /// Slots are never renumbered: hosts that bind by themselves, and captures of old runs, rely on them.
 #[test]
 fn bindings_stay_where_they_are() {
-    const NAMES: [&str; 15] = [
+    const NAMES: [&str; 19] = [
         "params",
         "q",
         "k",
@@ -200,6 +246,10 @@ fn bindings_stay_where_they_are() {
         "d_sink_logits",
         "delta",
         "sink_partials",
+        "repairs",
+        "maxima",
+        "ranges",
+        "o_rest",
     ];
     for variant in variants() {
         let name = variant.name();
@@ -219,15 +269,22 @@ fn bindings_stay_where_they_are() {
                 other => panic!("{name}: {operand} in {other:?}"),
             }
         }
-        assert!(storage <= 8, "{name}: {storage} storage buffers");
+        // Devices with matrices bind more than every WebGPU device does, and only they repair.
+        let most = if is_cooperative(&variant) || variant.repairs.is_some() { 10 } else { 8 };
+        assert!(storage <= most, "{name}: {storage} storage buffers");
+        assert_eq!(written.contains(&"repairs"), is_cooperative(&variant), "{name}");
+        written.retain(|operand| *operand != "repairs");
         written.sort_unstable();
         let results: &[&str] = match variant.kernel {
+            Kernel::Forward if variant.o_rest => &["lse", "o", "o_rest"],
             Kernel::Forward => &["lse", "o"],
             Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["delta", "sink_partials"],
-            Kernel::Delta => &["delta"],
+            Kernel::Delta | Kernel::ExactDelta => &["delta"],
             Kernel::DSinkLogits => &["d_sink_logits"],
             Kernel::DQ => &["d_q"],
             Kernel::DKv => &["d_k", "d_v"],
+            Kernel::Maxima | Kernel::GradientMaxima => &["maxima"],
+            Kernel::Ranges => &["ranges"],
         };
         assert_eq!(written, results, "{name}");
     }
@@ -254,18 +311,22 @@ fn noop(capabilities: &Capabilities) -> Attention {
 /// Prepares both passes with the tiles that were planned, on a device that has no driver.
 fn build(attention: &Attention, planned: &Planned) {
     let device = attention.device().unwrap();
-    let Planned { problem, vec4, d_lse, forward, backward, .. } = planned;
+    let Planned { problem, vec4, optional, forward, backward, .. } = planned;
     // An element's offset makes the kernels read one by one.
     let offset = u64::from(!vec4);
-    let buffer = |elements: usize| empty(device, (elements as u64 + offset) * 4, BufferUsages::STORAGE);
+    let buffer = |elements: usize, bytes: usize| {
+        let size = (elements as u64 + offset) * bytes as u64;
+        empty(device, size.next_multiple_of(4), BufferUsages::STORAGE)
+    };
     let operands = || {
         let shapes = [problem.q_shape(), problem.k_shape(), problem.v_shape(), problem.o_shape()];
-        shapes.map(|shape| buffer(shape.iter().product()))
+        shapes.map(|shape| buffer(shape.iter().product(), problem.options().dtype.bytes()))
     };
     let ([q, k, v, o], [d_q, d_k, d_v, d_o]) = (operands(), operands());
-    let rows = || buffer(problem.lse_shape().iter().product());
+    let [.., o_rest] = operands();
+    let rows = || buffer(problem.lse_shape().iter().product(), 4);
     let (lse, flows_into_lse) = (rows(), rows());
-    let heads = || buffer(problem.shape().heads);
+    let heads = || buffer(problem.shape().heads, 4);
     let (sinks, d_sinks) = (heads(), heads());
 
     let at = |buffer| TensorView::new(buffer).offset(offset);
@@ -276,25 +337,30 @@ fn build(attention: &Attention, planned: &Planned) {
         v: at(&v),
         sink_logits: per_head.then(|| at(&sinks)),
         o: at(&o),
+        o_rest: optional.o_rest.then(|| at(&o_rest)),
         lse: at(&lse),
     };
     let backward_buffers = BackwardBuffers {
         forward: forward_buffers,
         d_o: at(&d_o),
-        d_lse: d_lse.then(|| at(&flows_into_lse)),
+        d_lse: optional.d_lse.then(|| at(&flows_into_lse)),
         d_q: at(&d_q),
         d_k: at(&d_k),
         d_v: at(&d_v),
         d_sink_logits: per_head.then(|| at(&d_sinks)),
     };
     let tiles = |plan: &Plan| -> Vec<_> {
-        plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, pass.variant.tiles?))).collect()
+        plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, pass.variant.tiling?))).collect()
     };
     let [forward_tiles, backward_tiles] = [tiles(forward), tiles(backward)];
+    // The same passes, but for where their tiles come from.
+    let passes = |plan: &Plan| -> Vec<_> {
+        plan.passes.iter().map(|pass| Pass { tiles_origin: TilesOrigin::Caller, ..*pass }).collect()
+    };
     let prepared = attention.prepare_forward_with(problem, &forward_buffers, &forward_tiles);
-    assert_eq!(pollster::block_on(prepared).unwrap().plan(), forward, "{problem}");
+    assert_eq!(passes(pollster::block_on(prepared).unwrap().plan()), passes(forward), "{problem}");
     let prepared = attention.prepare_backward_with(problem, &backward_buffers, &backward_tiles);
-    assert_eq!(pollster::block_on(prepared).unwrap().plan(), backward, "{problem}");
+    assert_eq!(passes(pollster::block_on(prepared).unwrap().plan()), passes(backward), "{problem}");
 }
 
 /// Layouts, pipelines and bind groups pass wgpu's validation with each device's limits.
@@ -305,7 +371,9 @@ fn variants_build_on_every_device() {
         assert_eq!(attention.device().unwrap().capabilities().workgroup_bytes, capabilities.workgroup_bytes);
         let own: Vec<_> = reachable().iter().filter(|planned| planned.device == *capabilities).collect();
         assert!(!own.is_empty());
-        own.into_iter().for_each(|planned| build(&attention, planned));
+        // It has no matrices.
+        let portable = |planned: &&Planned| !planned.passes().any(|pass| is_cooperative(&pass.variant));
+        own.into_iter().filter(portable).for_each(|planned| build(&attention, planned));
     });
 }
 

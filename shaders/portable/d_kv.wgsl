@@ -9,6 +9,8 @@
 {{ blocks.accumulator("d_v", "d_o") }}
 {% endmacro -%}
 
+{%- macro begin_head() %}{% endmacro -%}
+
 {%- macro scores() %}{{ blocks.product("s", "k", "q") }}{% endmacro -%}
 
 {#- Leaves p as weights, and keeps it. -#}

@@ -79,4 +79,7 @@
   if (row_{{ i }} < row_limit && tx == 0u) { lse[lse_base + row_{{ i }}] = end_{{ i }}.lse; }
 {% endfor %}
 {{ blocks.store("o", "o", "factor_") }}
+{% if o_rest %}
+{{ blocks.store("o", "o_rest", "factor_") }}
+{% endif %}
 {% endmacro -%}

@@ -6,7 +6,10 @@ use std::fmt;
 use clap::Args;
 use serde::Serialize;
 use sink_attention::wgpu::{self, Adapter};
-use sink_attention::{ADAPTER_VARIABLE, Capabilities, DeviceChoice, Options, Plan, Problem, Shape, adapters, describe};
+use sink_attention::{
+    ADAPTER_VARIABLE, Capabilities, CooperativeMatrices, DeviceChoice, Options, Plan, Problem, Shape, adapters,
+    describe,
+};
 
 use super::{bytes, print_summary};
 
@@ -60,6 +63,12 @@ struct Entry {
     offset_alignment: u32,
     timestamps: bool,
     subgroup_sizes: [u32; 2],
+    /// Side of the fragments and lanes of a subgroup; absent where there are none.
+    cooperative_matrices: Option<[u32; 2]>,
+    #[serde(skip)]
+    matrices: Option<CooperativeMatrices>,
+    /// Why there are none.
+    cooperative_error: Option<String>,
     kernels: Vec<Kernel>,
     #[serde(skip)]
     description: String,
@@ -69,6 +78,7 @@ impl Entry {
     fn new(index: usize, adapter: &Adapter) -> Self {
         let info = adapter.get_info();
         let capabilities = Capabilities::of_adapter(adapter);
+        let cooperative = CooperativeMatrices::of_adapter(adapter);
         Entry {
             index,
             description: describe(&info),
@@ -89,6 +99,9 @@ impl Entry {
             offset_alignment: capabilities.offset_alignment,
             timestamps: capabilities.timestamps,
             subgroup_sizes: [info.subgroup_min_size, info.subgroup_max_size],
+            matrices: cooperative.as_ref().ok().copied(),
+            cooperative_matrices: cooperative.as_ref().ok().map(|matrices| [matrices.side, matrices.lanes]),
+            cooperative_error: cooperative.err(),
             kernels: [64, 128].map(|head_dim| Kernel::new(head_dim, &capabilities)).into(),
             name: info.name,
             driver: info.driver,
@@ -190,6 +203,10 @@ impl fmt::Display for Entry {
             bytes(self.offset_alignment.into())
         )?;
         writeln!(f, "   timestamps  {}", if self.timestamps { "yes" } else { "no" })?;
+        match (self.matrices, &self.cooperative_error) {
+            (Some(matrices), _) => writeln!(f, "   matrices    {matrices}")?,
+            (None, reason) => writeln!(f, "   matrices    none: {}", reason.as_deref().unwrap_or_default())?,
+        }
         writeln!(f, "   kernels     for 32 heads, 8192 queries and keys, causal:")?;
         for Kernel { head_dim, plan, .. } in &self.kernels {
             writeln!(f, "     D=E={head_dim}")?;

@@ -1,18 +1,22 @@
 //! The subcommands, and the arguments they share.
 
+pub mod bench;
 pub mod check;
 pub mod devices;
+mod operands;
 pub mod plan;
 pub mod run;
+pub mod tune;
 
 use std::error::Error;
 use std::fmt;
 use std::io::Write as _;
+use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use sink_attention::{Attention, DeviceChoice};
+use sink_attention::{Attention, DType, Device, DeviceChoice, MicroKernel, Tuning};
 
 /// Where to compute.
 #[derive(Debug, Args)]
@@ -24,6 +28,14 @@ pub struct DeviceArgs {
     /// GPU adapter: its index, or a part of its name [default: $SINK_ATTENTION_ADAPTER, else the best]
     #[arg(long, value_name = "NAME")]
     adapter: Option<String>,
+
+    /// How kernels form matrix products; all but auto need a GPU
+    #[arg(long, value_enum, default_value_t)]
+    kernel: Kernel,
+
+    /// File with tiles measured by `tune` on this device [default: $SINK_ATTENTION_TUNING]
+    #[arg(long, value_name = "FILE")]
+    tuning: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -37,21 +49,91 @@ enum Backend {
     Auto,
 }
 
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Kernel {
+    /// The fastest way that the device offers
+    #[default]
+    Auto,
+    /// Plain WGSL, on every device
+    Portable,
+    /// Cooperative matrices (tensor cores)
+    Cooperative,
+}
+
+/// Element type of the operands.
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub enum ElementType {
+    #[default]
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<ElementType> for DType {
+    fn from(element: ElementType) -> Self {
+        match element {
+            ElementType::F32 => DType::F32,
+            ElementType::F16 => DType::F16,
+            ElementType::Bf16 => DType::Bf16,
+        }
+    }
+}
+
 impl DeviceArgs {
     /// Refuses arguments that exclude each other; before any other work, as clap would.
     pub fn check(&self) -> Result<(), clap::Error> {
-        match (self.backend, &self.adapter) {
-            (Backend::Cpu, Some(_)) => {
-                let message = "the argument '--adapter <NAME>' cannot be used with '--backend cpu'";
+        let gpu_only =
+            self.adapter.as_ref().map(|_| "--adapter <NAME>").or(self.tuning.as_ref().map(|_| "--tuning <FILE>"));
+        match (self.backend, gpu_only) {
+            (Backend::Cpu, Some(argument)) => {
+                let message = format!("the argument '{argument}' cannot be used with '--backend cpu'");
+                Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
+            }
+            (Backend::Cpu, None) if self.kernel != Kernel::Auto => {
+                let message = "the argument '--kernel' cannot be used with '--backend cpu'";
                 Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
             }
             _ => Ok(()),
         }
     }
 
+    /// Whether the CPU is asked for.
+    pub fn is_cpu(&self) -> bool {
+        matches!(self.backend, Backend::Cpu)
+    }
+
+    /// The micro-kernel asked for.
+    pub fn micro_kernel(&self) -> MicroKernel {
+        match self.kernel {
+            Kernel::Auto => MicroKernel::Auto,
+            Kernel::Portable => MicroKernel::Portable,
+            Kernel::Cooperative => MicroKernel::Cooperative,
+        }
+    }
+
     /// Opens the operator on the chosen device.
     pub fn open(&self) -> sink_attention::Result<Attention> {
-        Attention::open(&self.choice())
+        // Not the one of the environment, which may be of another device.
+        let Some(path) = &self.tuning else {
+            return Ok(Attention::open(&self.choice())?.with_micro_kernel(self.micro_kernel()));
+        };
+        self.open_untuned()?.with_tuning(Tuning::load(path)?)
+    }
+
+    /// As [`open`](Self::open), with the built-in table.
+    pub fn open_untuned(&self) -> sink_attention::Result<Attention> {
+        let device = pollster::block_on(Device::choose(&self.choice()))?;
+        Ok(device.map_or_else(Attention::cpu, Attention::on).with_micro_kernel(self.micro_kernel()))
+    }
+
+    /// Whether the arguments name measured tiles.
+    pub fn has_tuning(&self) -> bool {
+        self.tuning.is_some()
+    }
+
+    /// The measured tiles that the arguments, and where they leave it open the environment, call for.
+    pub fn tuning(&self) -> sink_attention::Result<Option<Tuning>> {
+        self.tuning.as_ref().map_or_else(Tuning::from_env, |path| Tuning::load(path).map(Some))
     }
 
     /// What the arguments, and where they leave it open the environment, call for.

@@ -6,11 +6,11 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DeviceChoice, Kernel, Layout, Options, Pass, Plan, Problem, Shape, SinkLogits, Variant,
-    Window, adapters, describe,
+    Alignment, Capabilities, DType, DeviceChoice, Kernel, Layout, MicroKernel, OptionalOperands, Options, Pass, Plan,
+    Preference, Problem, Shape, SinkLogits, Tuning, Window, adapters, describe,
 };
 
-use super::{DeviceArgs, bytes, print_summary};
+use super::{DeviceArgs, ElementType, bytes, print_summary};
 
 /// Explain how a problem would be computed: kernel, tiles, work and memory
 ///
@@ -20,6 +20,10 @@ pub struct PlanArgs {
     /// Explain the passes of the backward pass, too
     #[arg(long)]
     backward: bool,
+
+    /// Plan f16 and bf16 without o_rest, what rounding takes from o, which the backward pass then makes up for
+    #[arg(long, requires = "backward")]
+    without_rest: bool,
 
     /// Print the plan as a JSON object
     #[arg(long)]
@@ -112,6 +116,10 @@ struct OptionArgs {
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     sinks: Sinks,
 
+    /// Element type of q, k, v, o and their gradients
+    #[arg(long, value_enum, default_value_t)]
+    dtype: ElementType,
+
     /// Order of the axes of the operands
     #[arg(long, value_enum, default_value_t)]
     layout: Axes,
@@ -131,7 +139,7 @@ struct OptionArgs {
 
 /// The option's kinds under the names of conformance files.
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum Sinks {
+pub enum Sinks {
     #[default]
     None,
     PerHead,
@@ -139,10 +147,29 @@ enum Sinks {
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum Axes {
+pub enum Axes {
     #[default]
     Bshd,
     Bhsd,
+}
+
+impl From<Sinks> for SinkLogits {
+    fn from(sinks: Sinks) -> Self {
+        match sinks {
+            Sinks::None => SinkLogits::None,
+            Sinks::PerHead => SinkLogits::PerHead,
+            Sinks::OffByOne => SinkLogits::OffByOne,
+        }
+    }
+}
+
+impl From<Axes> for Layout {
+    fn from(axes: Axes) -> Self {
+        match axes {
+            Axes::Bshd => Layout::Bshd,
+            Axes::Bhsd => Layout::Bhsd,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -152,7 +179,7 @@ enum Align {
     TopLeft,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(0) => Err("a window holds at least the query's own key".into()),
         number => number.map_err(|error| error.to_string()),
@@ -166,15 +193,9 @@ impl OptionArgs {
             .causal(self.causal)
             .window(self.window.map_or(window, Window::keys))
             .sink_tokens(self.sink_tokens)
-            .sink_logits(match self.sinks {
-                Sinks::None => SinkLogits::None,
-                Sinks::PerHead => SinkLogits::PerHead,
-                Sinks::OffByOne => SinkLogits::OffByOne,
-            })
-            .layout(match self.layout {
-                Axes::Bshd => Layout::Bshd,
-                Axes::Bhsd => Layout::Bhsd,
-            })
+            .sink_logits(self.sinks.into())
+            .dtype(self.dtype.into())
+            .layout(self.layout.into())
             .alignment(match self.align {
                 Align::BottomRight => Alignment::BottomRight,
                 Align::TopLeft => Alignment::TopLeft,
@@ -189,17 +210,28 @@ impl PlanArgs {
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.target.check()?;
         let problem = Problem::new(self.shape.shape(), self.options.options())?;
-        let operands = operands(&problem, self.backward);
+        let o_rest = self.backward && !self.without_rest && problem.options().dtype != DType::F32;
+        let operands = operands(&problem, self.backward, o_rest);
         let explanation = match self.capabilities()? {
             Some((device, capabilities)) => {
                 check_limits(&operands, &capabilities)?;
                 let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
-                let mut passes = Plan::forward(&problem, vec4, &capabilities)?.passes;
+                let tuning = self.tuning(&capabilities)?;
+                let preference = Preference {
+                    micro_kernel: self.target.micro_kernel(),
+                    tuning: tuning.as_ref(),
+                    ..Preference::default()
+                };
+                let optional = OptionalOperands { d_lse: false, o_rest };
+                let mut passes = Plan::forward_with(&problem, vec4, optional, &capabilities, &preference)?.passes;
                 if self.backward {
-                    passes.extend(Plan::backward(&problem, vec4, false, &capabilities)?.passes);
+                    passes.extend(Plan::backward_with(&problem, vec4, optional, &capabilities, &preference)?.passes);
                 }
                 let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
                 Explanation::new(&problem, device, self.backward, operands, launches.collect())
+            }
+            None if self.target.micro_kernel() != MicroKernel::Auto => {
+                return Err(sink_attention::Error::NeedsGpu { call: "--kernel" }.into());
             }
             None => {
                 let device = format!("CPU ({} threads)", rayon::current_num_threads());
@@ -207,6 +239,16 @@ impl PlanArgs {
             }
         };
         print_summary(&explanation, self.json)
+    }
+
+    /// The measured tiles to plan with. A device that need not be here takes none from the environment.
+    fn tuning(&self, capabilities: &Capabilities) -> sink_attention::Result<Option<Tuning>> {
+        if self.device.is_some() && !self.target.has_tuning() {
+            return Ok(None);
+        }
+        let tuning = self.target.tuning()?;
+        tuning.as_ref().map_or(Ok(()), |tuning| tuning.check_device(&capabilities.name))?;
+        Ok(tuning)
     }
 
     /// The device to plan for; `None` is the CPU.
@@ -229,44 +271,54 @@ impl PlanArgs {
     }
 }
 
-/// What a call binds, with the number of elements.
-fn operands(problem: &Problem, backward: bool) -> Vec<(&'static str, u64)> {
+/// What a call binds, with the number of elements and their type.
+fn operands(problem: &Problem, backward: bool, o_rest: bool) -> Vec<(&'static str, u64, DType)> {
     let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+    let dtype = problem.options().dtype;
     let mut operands = vec![
-        ("q", elements(&problem.q_shape())),
-        ("k", elements(&problem.k_shape())),
-        ("v", elements(&problem.v_shape())),
-        ("o", elements(&problem.o_shape())),
-        ("lse", elements(&problem.lse_shape())),
+        ("q", elements(&problem.q_shape()), dtype),
+        ("k", elements(&problem.k_shape()), dtype),
+        ("v", elements(&problem.v_shape()), dtype),
+        ("o", elements(&problem.o_shape()), dtype),
+        ("lse", elements(&problem.lse_shape()), DType::F32),
     ];
     if problem.options().sink_logits == SinkLogits::PerHead {
-        operands.push(("sink_logits", problem.shape().heads as u64));
+        operands.push(("sink_logits", problem.shape().heads as u64, DType::F32));
     }
     if backward {
         // Everything but lse has a gradient; d_lse is left out, as it is optional.
-        let gradients = operands.iter().filter(|(name, _)| *name != "lse").map(|&(name, n)| match name {
-            "q" => ("d_q", n),
-            "k" => ("d_k", n),
-            "v" => ("d_v", n),
-            "o" => ("d_o", n),
-            _ => ("d_sink_logits", n),
+        let gradients = operands.iter().filter(|(name, ..)| *name != "lse").map(|&(name, n, dtype)| match name {
+            "q" => ("d_q", n, dtype),
+            "k" => ("d_k", n, dtype),
+            "v" => ("d_v", n, dtype),
+            "o" => ("d_o", n, dtype),
+            _ => ("d_sink_logits", n, dtype),
         });
         let gradients: Vec<_> = gradients.collect();
         operands.extend(gradients);
-        operands.push(("delta", elements(&problem.lse_shape())));
-        if problem.options().sink_logits == SinkLogits::PerHead {
+        if o_rest {
+            operands.push(("o_rest", elements(&problem.o_shape()), dtype));
+        }
+        operands.push(("delta", elements(&problem.lse_shape()), DType::F32));
+        if problem.options().sink_logits == SinkLogits::PerHead && (dtype == DType::F32 || o_rest) {
             let shape = problem.shape();
-            operands.push(("sink_partials", (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64));
+            let partials = (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64;
+            operands.push(("sink_partials", partials, DType::F32));
         }
     }
     operands
 }
 
+/// Bytes of an operand in whole words, as kernels bind it.
+fn size(elements: u64, dtype: DType) -> u64 {
+    elements.saturating_mul(dtype.bytes() as u64).checked_next_multiple_of(4).unwrap_or(u64::MAX)
+}
+
 /// The errors that a call would meet on the device, with operands in buffers of their own.
-fn check_limits(operands: &[(&'static str, u64)], capabilities: &Capabilities) -> sink_attention::Result<()> {
+fn check_limits(operands: &[(&'static str, u64, DType)], capabilities: &Capabilities) -> sink_attention::Result<()> {
     use sink_attention::Error;
-    for &(operand, elements) in operands {
-        let (bytes, most) = (elements.saturating_mul(4), u64::from(u32::MAX));
+    for &(operand, elements, dtype) in operands {
+        let (bytes, most) = (size(elements, dtype), u64::from(u32::MAX));
         if bytes > capabilities.buffer_bytes {
             return Err(Error::BufferTooLarge { operand, bytes, limit: capabilities.buffer_bytes });
         }
@@ -284,7 +336,7 @@ fn check_limits(operands: &[(&'static str, u64)], capabilities: &Capabilities) -
 #[derive(Debug, Serialize)]
 struct Explanation {
     problem: String,
-    dtype: &'static str,
+    dtype: String,
     device: String,
     /// Of one head of one sequence, as is the next.
     visible_pairs: u64,
@@ -307,16 +359,16 @@ impl Explanation {
         problem: &Problem,
         device: String,
         backward: bool,
-        operands: Vec<(&'static str, u64)>,
+        operands: Vec<(&'static str, u64, DType)>,
         launches: Vec<Launch>,
     ) -> Self {
         let shape = problem.shape();
         let visible_pairs = problem.mask().visible_pairs();
         let operands: Vec<_> =
-            operands.into_iter().map(|(name, n)| Operand { name, bytes: n.saturating_mul(4) }).collect();
+            operands.into_iter().map(|(name, n, dtype)| Operand { name, bytes: size(n, dtype) }).collect();
         Explanation {
             problem: problem.to_string(),
-            dtype: "f32",
+            dtype: problem.options().dtype.to_string(),
             device,
             visible_pairs,
             visible_share: visible_pairs as f64 / (shape.seq_q as f64 * shape.seq_k as f64),
@@ -339,6 +391,8 @@ struct Launch {
     workgroup_bytes: u32,
     workgroup_bytes_offered: u32,
     threads: u32,
+    /// At a time on a multiprocessor, by the memory and the registers they share, where those are known.
+    resident_workgroups: Option<u32>,
     workgroups: u32,
     grid: [u32; 2],
 }
@@ -346,7 +400,10 @@ struct Launch {
 /// The tiles of a kernel, and how many of them are visited.
 #[derive(Debug, Serialize)]
 struct Tiles {
+    /// The micro-kernel and its tiles, as `bench --tiles` takes them.
     shape: String,
+    /// Built-in table or tuning.
+    origin: String,
     rows: u32,
     columns: u32,
     registers: u32,
@@ -363,10 +420,11 @@ impl Launch {
         Launch {
             kernel: variant.name(),
             vec4: (variant.value_dim > 0).then_some(variant.vec4),
-            tiles: variant.tiles.map(|tiles| Tiles::new(problem, variant, &tiles)),
+            tiles: variant.tile().map(|tile| Tiles::new(problem, pass, tile)),
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
             threads: variant.threads(),
+            resident_workgroups: pass.resident_workgroups(capabilities),
             workgroups: pass.workgroups,
             grid: pass.grid,
         }
@@ -374,12 +432,13 @@ impl Launch {
 }
 
 impl Tiles {
-    fn new(problem: &Problem, variant: &Variant, tiles: &sink_attention::Tiles) -> Self {
+    fn new(problem: &Problem, pass: &Pass, tile: [u32; 2]) -> Self {
+        let variant = &pass.variant;
         let (shape, mask) = (problem.shape(), problem.mask());
         let rows_are_keys = variant.kernel == Kernel::DKv;
         let [seq_rows, seq_columns] =
             if rows_are_keys { [shape.seq_k, shape.seq_q] } else { [shape.seq_q, shape.seq_k] };
-        let [rows, columns] = [tiles.tile_rows() as usize, tiles.tile_columns() as usize];
+        let [rows, columns] = tile.map(|n| n as usize);
         let (mut visited, mut masked) = (0, 0);
         for start in (0..seq_rows).step_by(rows) {
             let range = start..(start + rows).min(seq_rows);
@@ -392,10 +451,11 @@ impl Tiles {
             }
         }
         Tiles {
-            shape: tiles.to_string(),
-            rows: tiles.tile_rows(),
-            columns: tiles.tile_columns(),
-            registers: tiles.registers(variant.kernel, variant.head_dim, variant.value_dim),
+            shape: variant.tiling.map_or(String::new(), |tiling| tiling.to_string()),
+            origin: pass.tiles_origin.to_string(),
+            rows: tile[0],
+            columns: tile[1],
+            registers: variant.registers().unwrap_or(0),
             all: seq_rows.div_ceil(rows) as u64 * seq_columns.div_ceil(columns) as u64,
             visited,
             masked: (!rows_are_keys).then_some(masked),
@@ -406,7 +466,7 @@ impl Tiles {
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sizes: Vec<String> = self.operands.iter().map(|o| format!("{} {}", o.name, bytes(o.bytes))).collect();
-        writeln!(f, "problem    {} {}", self.problem, self.dtype)?;
+        writeln!(f, "problem    {}", self.problem)?;
         writeln!(f, "device     {}", self.device)?;
         writeln!(
             f,
@@ -435,7 +495,11 @@ impl fmt::Display for Launch {
             writeln!(f, "loads      {loads}")?;
         }
         if let Some(tiles) = &self.tiles {
-            writeln!(f, "tiles      {}, about {} registers a thread", tiles.shape, tiles.registers)?;
+            writeln!(
+                f,
+                "tiles      {} ({} x {}), about {} registers a thread, from the {}",
+                tiles.shape, tiles.rows, tiles.columns, tiles.registers, tiles.origin
+            )?;
             let share = percent(tiles.visited as f64 / tiles.all as f64);
             write!(f, "visits     {} of {} tiles a head ({share})", tiles.visited, tiles.all)?;
             match tiles.masked {
@@ -443,13 +507,17 @@ impl fmt::Display for Launch {
                 None => writeln!(f, ", for each query head of the group")?,
             }
         }
-        writeln!(
+        write!(
             f,
             "workgroup  {} threads, {} of {} workgroup memory",
             self.threads,
             bytes(self.workgroup_bytes.into()),
             bytes(self.workgroup_bytes_offered.into()),
         )?;
+        match self.resident_workgroups {
+            Some(count) => writeln!(f, ", {count} at a time on a multiprocessor")?,
+            None => writeln!(f)?,
+        }
         write!(f, "grid       {} workgroups as {x} x {y}", self.workgroups)
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 use sink_attention::io::{self, Case};
 
@@ -16,7 +16,8 @@ use super::{DeviceArgs, print_summary};
 /// IN is a safetensors file with tensors q, k, v and, as present, sinks, dout, dlse; its string metadata
 /// holds the options: layout, causal, align, window_left, window_right, sink_tokens, scale, q_offset. Tensors
 /// named expected.* are ignored. OUT receives the tensors out and lse and, where there is dout, the gradients
-/// dq, dk, dv and dsinks, in the layout of IN.
+/// dq, dk, dv and dsinks, in the layout of IN. q, k, v and dout may be f32, f16 or bf16, all of one type, and so are
+/// out, dq, dk and dv; everything else is f32.
 #[derive(Debug, Args)]
 pub struct Run {
     /// File with the problem
@@ -30,51 +31,28 @@ pub struct Run {
     #[command(flatten)]
     device: DeviceArgs,
 
-    /// Which kernel computes on a GPU
-    #[arg(long, value_enum, default_value_t)]
-    kernel: Kernel,
-
     /// Print the summary as a JSON object
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-enum Kernel {
-    /// The fastest that the device offers
-    #[default]
-    Auto,
-    /// Plain WGSL, on every device
-    Portable,
-    /// Cooperative matrices (tensor cores)
-    Cooperative,
 }
 
 impl Run {
     /// Reads, computes, writes, and says so.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
-        if self.kernel == Kernel::Cooperative {
-            return Err("--kernel cooperative: this version has the portable kernel only".into());
-        }
         io::check_output(&self.input, &self.output)?;
         let case = Case::read(&self.input)?;
 
         let attention = self.device.open()?;
         let start = Instant::now();
-        let output = attention.forward(&case.problem, &case.inputs())?;
-        let upstream = case.upstream();
-        let gradients = upstream.map(|upstream| attention.backward(&case.problem, &case.inputs(), &output, &upstream));
-        let gradients = gradients.transpose()?;
+        let results = case.compute(&attention)?;
         let elapsed = start.elapsed();
-
-        let results = case.results(output, gradients);
         io::write(&self.output, case.problem.options().layout, &results)?;
 
         let summary = Summary {
-            pass: if upstream.is_some() { "forward and backward" } else { "forward" },
+            pass: if case.d_o.is_some() { "forward and backward" } else { "forward" },
             problem: case.problem.to_string(),
-            dtype: case.q.dtype().to_string(),
+            dtype: case.problem.options().dtype.to_string(),
             device: attention.device_name(),
             gpu: attention.is_gpu(),
             seconds: elapsed.as_secs_f64(),
@@ -102,7 +80,7 @@ struct Summary<'a> {
 impl fmt::Display for Summary<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let elapsed = Duration::from_secs_f64(self.seconds);
-        write!(f, "{} {} {} on {} in {elapsed:.2?}:", self.pass, self.problem, self.dtype, self.device)?;
+        write!(f, "{} {} on {} in {elapsed:.2?}:", self.pass, self.problem, self.device)?;
         for (name, shape) in &self.results {
             write!(f, " {name} {shape:?}")?;
         }

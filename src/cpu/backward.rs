@@ -20,10 +20,12 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::range;
 use super::reference::{sink_logit, sink_weight};
 use super::rows::{Rows, rows_mut};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
-use super::tiled::{FEW_ITEMS, SPLIT_TILES, factor_and_sign};
+use super::tiled::{FEW_ITEMS, SPLIT_TILES, factor_and_sign, forward_widened};
+use crate::element::{DType, Element};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::problem::{Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
@@ -31,33 +33,119 @@ use crate::problem::{Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
 /// Rows of a tile, of queries as of keys.
 const TILE: usize = 64;
 
-/// Backward pass in f32 on all cores of the CPU, from the results of the forward pass.
+/// Backward pass on all cores of the CPU, from the results of the forward pass: in f32 whatever the operands are, and
+/// d_q, d_k and d_v rounded once.
 ///
-/// The result has the same bits in every run, for any number of threads. `saved` may also be the final o and lse of
-/// an attention over more keys than these: the gradients are then this shard's share, but that by the sink logits,
-/// which is whole in every shard.
+/// `delta_i = d_o_i . o_i` is summed from the saved o in f32. In half precision o has been rounded, and delta would
+/// inherit that error, which outweighs what cancels in d_sink_logits: what rounding took, the saved o_rest, is added.
+/// Where there is none, o is computed anew by its definition, `o_i = sum_j p_ij v_j`, and delta so amounts to
+/// `sum_j p_ij (d_o_i . v_j)`, at the price of another forward pass; the saved o is then checked for its length only.
+///
+/// The result has the same bits in every run, for any number of threads. In f32 and with o_rest, `saved` may also be the
+/// final o and lse of an attention over more keys than these: the gradients are then this shard's share, but that by the
+/// sink logits, which is whole in every shard.
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`].
-pub fn backward(problem: &Problem, inputs: &Inputs<'_>, saved: &Output, upstream: &Upstream<'_>) -> Result<Gradients> {
-    backward_on(Arch::new(), problem, inputs, saved, upstream)
+pub fn backward<T: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    saved: &Output<T>,
+    upstream: &Upstream<'_, T>,
+) -> Result<Gradients<T>> {
+    problem.check_inputs(inputs)?;
+    problem.check_upstream(saved, upstream)?;
+    let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
+    let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
+    let d_o = T::widen(upstream.d_o);
+    let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
+    let o = match (T::DTYPE, &saved.o_rest) {
+        (DType::F32, _) => T::widen(&saved.o),
+        (_, Some(o_rest)) => saved.o.par_iter().zip(o_rest).map(|(o, &rest)| o.whole(rest)).collect(),
+        (_, None) => forward_widened(problem, &inputs).o.into(),
+    };
+    let Gradients { d_q, d_k, d_v, d_sink_logits } = backward_widened(problem, &inputs, &o, &saved.lse, &upstream);
+    Ok(Gradients { d_q: T::narrow(d_q), d_k: T::narrow(d_k), d_v: T::narrow(d_v), d_sink_logits })
 }
 
+/// The pass on operands of any element type, checked and widened; the gradients unrounded.
+fn backward_widened(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    o: &[f32],
+    lse: &[f32],
+    upstream: &Upstream<'_>,
+) -> Gradients {
+    let pass = |units| backward_in(units, problem, inputs, o, lse, upstream);
+    // d_s is summed with k for d_q, and with q for d_k.
+    let [d_q_units, units] = match problem.options().dtype {
+        DType::Bf16 => [inputs.k, inputs.q].map(|x| gradient_units(problem, x, inputs.v, upstream.d_o)),
+        DType::F32 | DType::F16 => [[0; 2]; 2],
+    };
+    let gradients = pass(units);
+    if d_q_units == units { gradients } else { Gradients { d_q: pass(d_q_units).d_q, ..gradients } }
+}
+
+/// The units of d_o and v in which d_s, its sums with `x` and those of d_o have room.
+fn gradient_units(problem: &Problem, x: &[f32], v: &[f32], d_o: &[f32]) -> [i32; 2] {
+    let s = problem.shape();
+    let [x, v, d_o] = [x, v, d_o].map(range::exponent);
+    // d_s is below twice d_p; a sum is over keys or over the queries of a group.
+    let d_s = d_o + v + range::exponent_of(s.value_dim) + 1;
+    let terms = range::exponent_of(s.seq_k.max(s.seq_q * problem.group()));
+    let d_s_unit = range::unit(d_s).max(range::unit(d_s + x + terms));
+    // v takes its part of it as far as its own elements allow, d_o the rest.
+    let least = range::unit(d_o + terms);
+    let v_unit = (d_s_unit - least).clamp(0, (v + 64).max(0));
+    [d_s_unit.max(least) - v_unit, v_unit]
+}
+
+/// The pass with d_o and v in units of powers of two.
+fn backward_in(
+    [d_o_unit, v_unit]: [i32; 2],
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    o: &[f32],
+    lse: &[f32],
+    upstream: &Upstream<'_>,
+) -> Gradients {
+    if [d_o_unit, v_unit] == [0; 2] {
+        return backward_on(Arch::new(), problem, inputs, o, lse, upstream);
+    }
+    let scaled = |x: &[f32], exponent| {
+        let mut x = x.to_vec();
+        range::scale(&mut x, exponent);
+        x
+    };
+    // d_s comes from products of the two.
+    let d_s_unit = d_o_unit + v_unit;
+    let (o, v) = (scaled(o, -v_unit), scaled(inputs.v, -v_unit));
+    let (d_o, d_lse) = (scaled(upstream.d_o, -d_o_unit), upstream.d_lse.map(|d_lse| scaled(d_lse, -d_s_unit)));
+    let upstream = Upstream { d_o: &d_o, d_lse: d_lse.as_deref() };
+    let mut gradients = backward_on(Arch::new(), problem, &Inputs { v: &v, ..*inputs }, &o, lse, &upstream);
+    let Gradients { d_q, d_k, d_v, d_sink_logits } = &mut gradients;
+    range::scale(d_v, d_o_unit);
+    for gradient in [d_q, d_k].into_iter().chain(d_sink_logits) {
+        range::scale(gradient, d_s_unit);
+    }
+    gradients
+}
+
+/// The pass in f32, on operands that have been checked.
 fn backward_on(
     arch: Arch,
     problem: &Problem,
     inputs: &Inputs<'_>,
-    saved: &Output,
+    o: &[f32],
+    lse: &[f32],
     upstream: &Upstream<'_>,
-) -> Result<Gradients> {
-    problem.check_inputs(inputs)?;
-    problem.check_upstream(saved, upstream)?;
+) -> Gradients {
     let s = problem.shape();
     let layout = problem.options().layout;
     let queries = |data, width| Rows::new(data, layout, s.heads, s.seq_q, width);
     let keys = |data, width| Rows::new(data, layout, s.kv_heads, s.seq_k, width);
 
-    let (lse, delta) = row_terms(problem, saved, upstream);
+    let (lse, delta) = row_terms(problem, o, lse, upstream);
     let sweep = Sweep {
         arch,
         problem,
@@ -74,26 +162,26 @@ fn backward_on(
     };
     sweep.run(Side::Queries, &mut gradients.d_q, None);
     sweep.run(Side::Keys, &mut gradients.d_k, Some(&mut gradients.d_v));
-    Ok(gradients)
+    gradients
 }
 
 /// What the gradients of a row's scores need beside the operands: lse, and delta less d_lse.
 ///
 /// Rows without any weight, whose lse is -inf, get +inf, with which every probability becomes 0.
-fn row_terms(problem: &Problem, saved: &Output, upstream: &Upstream<'_>) -> (Vec<f32>, Vec<f32>) {
+fn row_terms(problem: &Problem, o: &[f32], lse: &[f32], upstream: &Upstream<'_>) -> (Vec<f32>, Vec<f32>) {
     let s = problem.shape();
     let rows = |data| Rows::new(data, problem.options().layout, s.heads, s.seq_q, s.value_dim);
-    let (o, d_o) = (rows(&saved.o), rows(upstream.d_o));
-    (0..saved.lse.len())
+    let (o, d_o) = (rows(o), rows(upstream.d_o));
+    (0..lse.len())
         .into_par_iter()
         .map(|n| {
-            if saved.lse[n] == f32::NEG_INFINITY {
+            if lse[n] == f32::NEG_INFINITY {
                 return (f32::INFINITY, 0.0);
             }
             let (b, h, i) = (n / s.seq_q / s.heads, n / s.seq_q % s.heads, n % s.seq_q);
             let products = o.row(b, h, i).iter().zip(d_o.row(b, h, i)).map(|(&x, &y)| f64::from(x) * f64::from(y));
             let d_lse = upstream.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[n]));
-            (saved.lse[n], (products.sum::<f64>() - d_lse) as f32)
+            (lse[n], (products.sum::<f64>() - d_lse) as f32)
         })
         .unzip()
 }
@@ -510,7 +598,7 @@ mod tests {
             let saved = forward(&problem, &inputs).unwrap();
             let expected = [expected.d_q, expected.d_k, expected.d_v, expected.d_sink_logits.unwrap()].concat();
             for &arch in &archs {
-                let x = backward_on(arch, &problem, &inputs, &saved, &upstream).unwrap();
+                let x = backward_on(arch, &problem, &inputs, &saved.o, &saved.lse, &upstream);
                 let actual = [x.d_q, x.d_k, x.d_v, x.d_sink_logits.unwrap()].concat();
                 assert_eq!(actual.len(), expected.len());
                 for (x, y) in actual.iter().zip(&expected) {

@@ -1,6 +1,7 @@
 //! Attention on the CPU: the definition, and a fast path for machines without a GPU.
 
 mod backward;
+mod range;
 pub mod reference;
 mod rows;
 mod simd;

@@ -1,7 +1,9 @@
-//! The definition: dense attention in f64, written for reading, not for speed.
+//! The definition: dense attention in f64, written for reading, not for speed. Operands of any element type are
+//! widened exactly.
 //!
 //! Every other path of the crate is tested against this one.
 
+use crate::element::Element;
 use crate::error::Result;
 use crate::problem::{Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
 
@@ -9,7 +11,7 @@ use crate::problem::{Gradients, Inputs, Layout, Output, Problem, SinkLogits, Ups
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`].
-pub fn forward(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output<f64>> {
+pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<f64, f64>> {
     problem.check_inputs(inputs)?;
     Ok(Operands::new(problem, inputs).forward(problem))
 }
@@ -29,7 +31,11 @@ pub fn forward(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output<f64>> {
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`].
-pub fn backward(problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>) -> Result<Gradients<f64>> {
+pub fn backward<T: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    upstream: &Upstream<'_, T>,
+) -> Result<Gradients<f64, f64>> {
     problem.check_inputs(inputs)?;
     let operands = Operands::new(problem, inputs);
     let saved = operands.forward(problem);
@@ -48,7 +54,7 @@ struct Operands {
 }
 
 impl Operands {
-    fn new(problem: &Problem, inputs: &Inputs<'_>) -> Self {
+    fn new<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Self {
         let layout = problem.options().layout;
         Operands {
             q: Tensor::new(widen(inputs.q), layout, problem.q_shape()),
@@ -58,7 +64,7 @@ impl Operands {
         }
     }
 
-    fn forward(&self, problem: &Problem) -> Output<f64> {
+    fn forward(&self, problem: &Problem) -> Output<f64, f64> {
         let mut o = Tensor::zeros(problem.options().layout, problem.o_shape());
         let mut lse = Vec::new();
         for [b, h, i] in queries(problem) {
@@ -69,10 +75,15 @@ impl Operands {
             }
             lse.push(row_lse);
         }
-        Output { o: o.data, lse }
+        Output { o: o.data, o_rest: None, lse }
     }
 
-    fn backward(&self, problem: &Problem, saved: Output<f64>, upstream: &Upstream<'_>) -> Gradients<f64> {
+    fn backward<T: Element>(
+        &self,
+        problem: &Problem,
+        saved: Output<f64, f64>,
+        upstream: &Upstream<'_, T>,
+    ) -> Gradients<f64, f64> {
         let layout = problem.options().layout;
         let scale = f64::from(problem.scale());
         let o = Tensor::new(saved.o, layout, problem.o_shape());
@@ -159,8 +170,8 @@ impl Tensor {
     }
 }
 
-fn widen(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|&x| f64::from(x)).collect()
+fn widen<T: Element>(x: &[T]) -> Vec<f64> {
+    x.iter().map(|&x| x.into()).collect()
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -175,7 +186,7 @@ fn add_scaled(sum: &mut [f64], factor: f64, x: &[f64]) {
 }
 
 /// The sink logit of a query head, if the problem has one.
-pub(super) fn sink_logit(problem: &Problem, inputs: &Inputs<'_>, head: usize) -> Option<f64> {
+pub(super) fn sink_logit<T>(problem: &Problem, inputs: &Inputs<'_, T>, head: usize) -> Option<f64> {
     match problem.options().sink_logits {
         SinkLogits::None => None,
         SinkLogits::OffByOne => Some(0.0),
@@ -234,7 +245,7 @@ mod tests {
     }
 
     /// A loss that every gradient flows from, and its gradients by central differences.
-    fn finite_differences(problem: &Problem, operands: &Operands, upstream: &Upstream<'_>) -> Gradients<f64> {
+    fn finite_differences(problem: &Problem, operands: &Operands, upstream: &Upstream<'_>) -> Gradients<f64, f64> {
         let weighted = |x: &[f64], weights: &[f32]| -> f64 {
             // Rows that see nothing have an lse of -inf and d_lse is ignored.
             x.iter().zip(weights).filter(|(x, _)| x.is_finite()).map(|(x, &w)| x * f64::from(w)).sum()
@@ -304,7 +315,7 @@ mod tests {
                         let gradients = backward(&problem, &inputs, &upstream).unwrap();
                         let expected = finite_differences(&problem, &Operands::new(&problem, &inputs), &upstream);
                         assert_eq!(gradients.d_sink_logits.is_some(), sinks.is_some());
-                        let all = |g: Gradients<f64>| {
+                        let all = |g: Gradients<f64, f64>| {
                             [g.d_q, g.d_k, g.d_v, g.d_sink_logits.unwrap_or_default()].map(|g| g.into_iter())
                         };
                         for (name, (actual, expected)) in

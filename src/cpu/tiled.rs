@@ -1,4 +1,5 @@
-//! Tiled online-softmax attention in f32 on all cores.
+//! Tiled online-softmax attention in f32 on all cores. Operands in half precision are widened beforehand, all at once:
+//! a product of matrices reads them many times.
 //!
 //! A work item is a tile of query rows of one key/value head; if there are few queries, the rows of
 //! several query heads of the group are packed into one tile, so that decoding with grouped heads
@@ -19,9 +20,11 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::range;
 use super::reference::{log_sum_exp, sink_logit};
 use super::rows::{Head, Rows, rows_mut};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
+use crate::element::{DType, Element};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::problem::{Inputs, Layout, Output, Problem};
@@ -37,18 +40,40 @@ pub(super) const FEW_ITEMS: usize = 64;
 /// The least key tiles worth a split.
 pub(super) const SPLIT_TILES: usize = 8;
 
-/// Forward pass in f32 on all cores of the CPU.
+/// Forward pass on all cores of the CPU: in f32 whatever the operands are, o rounded once.
 ///
 /// The result has the same bits in every run, for any number of threads.
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`].
-pub fn forward(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
-    forward_on(Arch::new(), problem, inputs)
+pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
+    problem.check_inputs(inputs)?;
+    let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
+    let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
+    let Output { o, lse, .. } = forward_widened(problem, &inputs);
+    let o_rest = (T::DTYPE != DType::F32).then(|| o.par_iter().map(|&o| T::rest(o)).collect());
+    Ok(Output { o: T::narrow(o), o_rest, lse })
 }
 
-fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
-    problem.check_inputs(inputs)?;
+/// The pass on operands of any element type, checked and widened; o unrounded.
+pub(super) fn forward_widened(problem: &Problem, inputs: &Inputs<'_>) -> Output {
+    // o is sums of up to N values before it is divided by the sum of the weights.
+    let unit = match problem.options().dtype {
+        DType::Bf16 => range::unit(range::exponent(inputs.v) + range::exponent_of(problem.shape().seq_k)),
+        DType::F32 | DType::F16 => 0,
+    };
+    if unit == 0 {
+        return forward_on(Arch::new(), problem, inputs);
+    }
+    let mut v = inputs.v.to_vec();
+    range::scale(&mut v, -unit);
+    let mut output = forward_on(Arch::new(), problem, &Inputs { v: &v, ..*inputs });
+    range::scale(&mut output.o, unit);
+    output
+}
+
+/// The pass in f32, on operands that have been checked.
+fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
     let s = problem.shape();
     let layout = problem.options().layout;
     let operands = Operands {
@@ -59,7 +84,7 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outp
         v: Rows::new(inputs.v, layout, s.kv_heads, s.seq_k, s.value_dim),
     };
     let rows = s.batch * s.heads * s.seq_q;
-    let mut output = Output { o: vec![0.0; rows * s.value_dim], lse: vec![0.0; rows] };
+    let mut output = Output { o: vec![0.0; rows * s.value_dim], o_rest: None, lse: vec![0.0; rows] };
 
     let mut items = items(problem, &mut output);
     let splits = FEW_ITEMS / items.len();
@@ -86,7 +111,7 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Result<Outp
             }
         },
     );
-    Ok(output)
+    output
 }
 
 /// Query rows that are computed together: `queries` of `heads`, head by head.
@@ -406,7 +431,7 @@ mod tests {
                 let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: None };
                 let expected = reference::forward(&problem, &inputs).unwrap();
                 for &arch in &archs {
-                    let output = forward_on(arch, &problem, &inputs).unwrap();
+                    let output = forward_on(arch, &problem, &inputs);
                     for (x, y) in output.o.iter().chain(&output.lse).zip(expected.o.iter().chain(&expected.lse)) {
                         let close = (f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs());
                         assert!(close || x.is_nan() && y.is_nan(), "{arch:?} {problem}: {x}, not {y}");

@@ -9,7 +9,8 @@ pub fn command(arguments: &[&str]) -> Command {
     let runner = runner.map_or(String::new(), |(_, command)| command);
     let mut words = runner.split_whitespace().chain([env!("CARGO_BIN_EXE_sink-attention")]);
     let mut command = Command::new(words.next().unwrap());
-    command.args(words).args(arguments);
+    // Where it is unset, Vulkan drivers say so on stderr.
+    command.args(words).args(arguments).env("XDG_RUNTIME_DIR", std::env::temp_dir());
     command
 }
 

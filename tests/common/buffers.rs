@@ -84,6 +84,7 @@ impl Buffers {
             v: TensorView::new(&self.v),
             sink_logits: self.sink_logits.as_ref().map(TensorView::new),
             o: TensorView::new(&self.o),
+            o_rest: None,
             lse: TensorView::new(&self.lse),
         }
     }
@@ -91,7 +92,7 @@ impl Buffers {
     /// Runs a pass that was prepared with these buffers and reads its results.
     pub fn run(&self, device: &Device, prepared: &Prepared) -> Output {
         submit(device, |encoder| prepared.encode(encoder));
-        Output { o: read(device, &self.o), lse: read(device, &self.lse) }
+        Output { o: read(device, &self.o), o_rest: None, lse: read(device, &self.lse) }
     }
 }
 

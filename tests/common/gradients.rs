@@ -2,16 +2,17 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
-use sink_attention::{Attention, Gradients, Output, Problem, Upstream};
+use sink_attention::{Attention, Element, Gradients, Output, Problem, Upstream};
 
 use super::operands::{BOUND, Operands};
 
 /// Operands of the forward pass with the gradients that flow into its results.
 #[derive(Debug, Clone)]
-pub struct Backward {
-    pub operands: Operands,
-    pub d_o: Vec<f32>,
+pub struct Backward<T = f32> {
+    pub operands: Operands<T>,
+    pub d_o: Vec<T>,
     pub d_lse: Option<Vec<f32>>,
 }
 
@@ -28,85 +29,108 @@ impl Backward {
         }
     }
 
-    pub fn upstream(&self) -> Upstream<'_> {
+    /// Rounded to an element type.
+    pub fn cast<T: Element>(self) -> Backward<T> {
+        Backward { operands: self.operands.cast(), d_o: T::narrow(self.d_o), d_lse: self.d_lse }
+    }
+}
+
+impl<T: Element> Backward<T> {
+    pub fn upstream(&self) -> Upstream<'_, T> {
         Upstream { d_o: &self.d_o, d_lse: self.d_lse.as_deref() }
     }
 
     /// A path's gradients after its own forward pass.
-    pub fn run(&self, attention: &Attention, problem: &Problem) -> Gradients {
+    pub fn run(&self, attention: &Attention, problem: &Problem) -> Gradients<T> {
         let saved = attention.forward(problem, &self.operands.inputs()).unwrap();
         self.run_with(attention, problem, &saved)
     }
 
     /// A path's gradients from the results of some other forward pass.
-    pub fn run_with(&self, attention: &Attention, problem: &Problem, saved: &Output) -> Gradients {
+    pub fn run_with(&self, attention: &Attention, problem: &Problem, saved: &Output<T>) -> Gradients<T> {
         attention.backward(problem, &self.operands.inputs(), saved, &self.upstream()).unwrap()
     }
 
     /// The definition's gradients.
-    pub fn expected(&self, problem: &Problem) -> Gradients<f64> {
+    pub fn expected(&self, problem: &Problem) -> Gradients<f64, f64> {
         reference::backward(problem, &self.operands.inputs(), &self.upstream()).unwrap()
     }
 
     /// The definition's results of the forward pass, rounded once.
-    pub fn saved(&self, problem: &Problem) -> Output {
-        let Output { o, lse } = reference::forward(problem, &self.operands.inputs()).unwrap();
+    pub fn saved(&self, problem: &Problem) -> Output<T> {
+        let Output { o, lse, .. } = reference::forward(problem, &self.operands.inputs()).unwrap();
         let round = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
-        Output { o: round(o), lse: round(lse) }
+        Output { o: T::narrow(round(o)), o_rest: None, lse: round(lse) }
     }
 
     /// Holds a path's gradients against the definition.
-    pub fn check(&self, attention: &Attention, problem: &Problem) -> Gradients {
-        self.check_within(BOUND, attention, problem)
+    pub fn check(&self, attention: &Attention, problem: &Problem) -> Gradients<T> {
+        self.check_within(accepted(T::DTYPE), attention, problem)
     }
 
     /// As [`check`](Self::check), with a bound for problems that amplify the rounding of f32.
-    pub fn check_within(&self, bound: f64, attention: &Attention, problem: &Problem) -> Gradients {
+    pub fn check_within(&self, bound: f64, attention: &Attention, problem: &Problem) -> Gradients<T> {
         let actual = self.run(attention, problem);
         self.agree_within(bound, &actual, &self.expected(problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
         actual
     }
 
     /// Holds two gradients of the same inflow against each other.
-    pub fn agree(&self, actual: &Gradients, expected: &Gradients<impl Copy + Into<f64>>) -> Result<(), String> {
-        self.agree_within(BOUND, actual, expected)
+    pub fn agree<N: Copy + Into<f64>, S: Copy + Into<f64>>(
+        &self,
+        actual: &Gradients<T>,
+        expected: &Gradients<N, S>,
+    ) -> Result<(), String> {
+        self.agree_within(accepted(T::DTYPE), actual, expected)
     }
 
     /// The error of each gradient relative to its norm. Where terms cancel and little of a gradient is left, as
     /// of d_q with one key and a sink far below it, to a hundredth of the norm of what flows in.
-    fn agree_within(
+    fn agree_within<N: Copy + Into<f64>, S: Copy + Into<f64>>(
         &self,
         bound: f64,
-        actual: &Gradients,
-        expected: &Gradients<impl Copy + Into<f64>>,
+        actual: &Gradients<T>,
+        expected: &Gradients<N, S>,
     ) -> Result<(), String> {
         let inflow = norm(&self.d_o).hypot(norm(self.d_lse.as_deref().unwrap_or_default()));
-        let compare = |name: &str, actual: &[f32], expected: &[_]| {
-            if actual.len() != expected.len() {
-                return Some(format!("{name} has {} elements, expected {}", actual.len(), expected.len()));
+        let d_sink = match (&actual.d_sink_logits, &expected.d_sink_logits) {
+            (Some(actual), Some(expected)) => {
+                // As precise as f32 whatever the operands are.
+                let bound = bound / accepted(T::DTYPE) * BOUND;
+                off("d_sink_logits", actual, expected, inflow, bound)
             }
-            let differences: Vec<f64> =
-                actual.iter().zip(expected).map(|(&a, &e): (_, &_)| f64::from(a) - Into::<f64>::into(e)).collect();
-            let (error, norm) = (norm(&differences), norm(expected));
-            // So written that NaN is a difference.
-            let close = error <= bound * norm.max(0.01 * inflow);
-            (!close).then(|| format!("{name} is off by {:.2e} (norm {norm:.2e} of {inflow:.2e})", error / norm))
+            (None, None) => None,
+            (actual, _) => Some(format!("d_sink_logits is {actual:?}")),
         };
         let failures: Vec<String> = [
-            compare("d_q", &actual.d_q, &expected.d_q),
-            compare("d_k", &actual.d_k, &expected.d_k),
-            compare("d_v", &actual.d_v, &expected.d_v),
-            match (&actual.d_sink_logits, &expected.d_sink_logits) {
-                (Some(actual), Some(expected)) => compare("d_sink_logits", actual, expected),
-                (None, None) => None,
-                (actual, _) => Some(format!("d_sink_logits is {actual:?}")),
-            },
+            off("d_q", &actual.d_q, &expected.d_q, inflow, bound),
+            off("d_k", &actual.d_k, &expected.d_k, inflow, bound),
+            off("d_v", &actual.d_v, &expected.d_v, inflow, bound),
+            d_sink,
         ]
         .into_iter()
         .flatten()
         .collect();
         if failures.is_empty() { Ok(()) } else { Err(failures.join(", ")) }
     }
+}
+
+/// What is wrong with a gradient, if anything is.
+fn off(
+    name: &str,
+    actual: &[impl Copy + Into<f64>],
+    expected: &[impl Copy + Into<f64>],
+    inflow: f64,
+    bound: f64,
+) -> Option<String> {
+    if actual.len() != expected.len() {
+        return Some(format!("{name} has {} elements, expected {}", actual.len(), expected.len()));
+    }
+    let differences: Vec<f64> = actual.iter().zip(expected).map(|(&a, &e)| a.into() - e.into()).collect();
+    let (error, norm) = (norm(&differences), norm(expected));
+    // So written that NaN is a difference.
+    let close = error <= bound * norm.max(0.01 * inflow);
+    (!close).then(|| format!("{name} is off by {:.2e} (norm {norm:.2e} of {inflow:.2e})", error / norm))
 }
 
 fn norm<T: Copy + Into<f64>>(x: &[T]) -> f64 {

@@ -7,14 +7,16 @@ pub mod binary;
 
 pub mod buffers;
 pub mod gradients;
+pub mod low_precision;
 pub mod operands;
+pub mod views;
 
 use std::io::Write as _;
 use std::sync::OnceLock;
 
 /// The comparing functions of the project; their own tests are in src/compare.rs.
-pub use sink_attention::compare::{lse as compare_lse, tensor as compare};
-use sink_attention::{Attention, DeviceChoice, Error};
+pub use sink_attention::compare::{low_precision as compare_low_precision, lse as compare_lse, tensor as compare};
+use sink_attention::{Attention, DeviceChoice, Error, MicroKernel};
 
 /// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one; opened once per test binary.
 ///
@@ -39,10 +41,27 @@ pub fn gpu() -> Option<&'static Attention> {
     if gpu.is_none() {
         let required = std::env::var("SINK_ATTENTION_REQUIRE_GPU").is_ok_and(|value| value == "1");
         assert!(!required, "SINK_ATTENTION_REQUIRE_GPU=1, but there is no GPU adapter");
-        // Past the test harness, which swallows eprintln! of a test that passes.
-        let thread = std::thread::current();
-        let test = thread.name().unwrap_or("a test");
-        let _ = writeln!(std::io::stderr(), "\n!!!! NO GPU ADAPTER: the GPU part of {test} DID NOT RUN !!!!\n");
+        did_not_run("NO GPU ADAPTER: the GPU part");
     }
     gpu.as_ref()
+}
+
+/// The adapter with the cooperative micro-kernel, where it has cooperative matrices.
+///
+/// Where it has none, says so, and fails where `SINK_ATTENTION_REQUIRE_COOPERATIVE=1`.
+pub fn cooperative() -> Option<Attention> {
+    let required = std::env::var("SINK_ATTENTION_REQUIRE_COOPERATIVE").is_ok_and(|value| value == "1");
+    let gpu = gpu().filter(|gpu| gpu.device().is_some_and(|device| device.capabilities().cooperative.is_some()));
+    if gpu.is_none() {
+        assert!(!required, "SINK_ATTENTION_REQUIRE_COOPERATIVE=1, but no adapter with cooperative matrices");
+        did_not_run("NO COOPERATIVE MATRICES: the part with them");
+    }
+    gpu.map(|gpu| gpu.clone().with_micro_kernel(MicroKernel::Cooperative))
+}
+
+/// Past the test harness, which swallows eprintln! of a test that passes.
+fn did_not_run(what: &str) {
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    let _ = writeln!(std::io::stderr(), "\n!!!! {what} of {test} DID NOT RUN !!!!\n");
 }

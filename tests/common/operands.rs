@@ -4,8 +4,11 @@ use std::ops::Range;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
-use sink_attention::{Alignment, Attention, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window};
+use sink_attention::{
+    Alignment, Attention, Element, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window,
+};
 
 use super::{compare, compare_lse};
 
@@ -57,10 +60,10 @@ pub fn problem(heads: [usize; 3], seq: [usize; 2], width: [usize; 2], options: O
 
 /// Operands on the host that live as long as a test wants to change them.
 #[derive(Debug, Clone)]
-pub struct Operands {
-    pub q: Vec<f32>,
-    pub k: Vec<f32>,
-    pub v: Vec<f32>,
+pub struct Operands<T = f32> {
+    pub q: Vec<T>,
+    pub k: Vec<T>,
+    pub v: Vec<T>,
     pub sink_logits: Option<Vec<f32>>,
 }
 
@@ -78,19 +81,27 @@ impl Operands {
         }
     }
 
-    pub fn inputs(&self) -> Inputs<'_> {
+    /// Rounded to an element type.
+    pub fn cast<T: Element>(self) -> Operands<T> {
+        let Operands { q, k, v, sink_logits } = self;
+        Operands { q: T::narrow(q), k: T::narrow(k), v: T::narrow(v), sink_logits }
+    }
+}
+
+impl<T: Element> Operands<T> {
+    pub fn inputs(&self) -> Inputs<'_, T> {
         Inputs { q: &self.q, k: &self.k, v: &self.v, sink_logits: self.sink_logits.as_deref() }
     }
 
     /// Key `j` of a key/value head.
-    pub fn key(&mut self, problem: &Problem, batch: usize, kv_head: usize, j: usize) -> &mut [f32] {
+    pub fn key(&mut self, problem: &Problem, batch: usize, kv_head: usize, j: usize) -> &mut [T] {
         let s = problem.shape();
         let row = row(problem, [s.kv_heads, s.seq_k, s.head_dim], [batch, kv_head, j]);
         &mut self.k[row]
     }
 
     /// Value `j` of a key/value head.
-    pub fn value(&mut self, problem: &Problem, batch: usize, kv_head: usize, j: usize) -> &mut [f32] {
+    pub fn value(&mut self, problem: &Problem, batch: usize, kv_head: usize, j: usize) -> &mut [T] {
         let s = problem.shape();
         let row = row(problem, [s.kv_heads, s.seq_k, s.value_dim], [batch, kv_head, j]);
         &mut self.v[row]
@@ -105,12 +116,17 @@ pub fn row(problem: &Problem, [heads, seq, width]: [usize; 3], at: [usize; 3]) -
 }
 
 /// Holds a path's result for these operands against the definition.
-pub fn check(attention: &Attention, problem: &Problem, operands: &Operands) -> Output {
-    check_within(BOUND, attention, problem, operands)
+pub fn check<T: Element>(attention: &Attention, problem: &Problem, operands: &Operands<T>) -> Output<T> {
+    check_within(accepted(T::DTYPE), attention, problem, operands)
 }
 
 /// As [`check`], with a bound for problems that amplify the rounding of f32.
-pub fn check_within(bound: f64, attention: &Attention, problem: &Problem, operands: &Operands) -> Output {
+pub fn check_within<T: Element>(
+    bound: f64,
+    attention: &Attention,
+    problem: &Problem,
+    operands: &Operands<T>,
+) -> Output<T> {
     let actual = attention.forward(problem, &operands.inputs()).unwrap();
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree_within(bound, &actual, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
@@ -118,30 +134,41 @@ pub fn check_within(bound: f64, attention: &Attention, problem: &Problem, operan
 }
 
 /// Holds two results against each other; NaN and infinities must stand in the same places.
-pub fn agree(actual: &Output, expected: &Output<impl Copy + Into<f64>>) -> Result<(), String> {
-    agree_within(BOUND, actual, expected)
+pub fn agree<T: Element, N: Copy + Into<f64>, S: Copy + Into<f64>>(
+    actual: &Output<T>,
+    expected: &Output<N, S>,
+) -> Result<(), String> {
+    agree_within(accepted(T::DTYPE), actual, expected)
 }
 
-fn agree_within(bound: f64, actual: &Output, expected: &Output<impl Copy + Into<f64>>) -> Result<(), String> {
-    let single = |x: &[_]| x.iter().map(|&x: &_| Into::<f64>::into(x) as f32).collect::<Vec<_>>();
-    let (actual_o, o) = finite("o", &actual.o, &single(&expected.o))?;
+fn agree_within<T: Element, N: Copy + Into<f64>, S: Copy + Into<f64>>(
+    bound: f64,
+    actual: &Output<T>,
+    expected: &Output<N, S>,
+) -> Result<(), String> {
+    let (actual_o, o) = finite("o", &actual.o, &expected.o)?;
     if !o.is_empty() {
         compare(&actual_o, &o, bound).map_err(|error| format!("o: {error}"))?;
     }
-    let (actual_lse, lse) = finite("lse", &actual.lse, &single(&expected.lse))?;
+    let (actual_lse, lse) = finite("lse", &actual.lse, &expected.lse)?;
     if !lse.is_empty() {
         compare_lse(&actual_lse, &lse, BOUND).map_err(|error| format!("lse: {error}"))?;
     }
     Ok(())
 }
 
-/// The elements of both that are finite; the others must be alike.
-fn finite(operand: &str, actual: &[f32], expected: &[f32]) -> Result<(Vec<f32>, Vec<f32>), String> {
+/// The elements of both that are finite in f32; the others must be alike.
+fn finite(
+    operand: &str,
+    actual: &[impl Copy + Into<f64>],
+    expected: &[impl Copy + Into<f64>],
+) -> Result<(Vec<f32>, Vec<f32>), String> {
     if actual.len() != expected.len() {
         return Err(format!("{operand} has {} elements, expected {}", actual.len(), expected.len()));
     }
     let mut both = (Vec::new(), Vec::new());
     for (i, (&a, &e)) in actual.iter().zip(expected).enumerate() {
+        let (a, e) = (a.into() as f32, e.into() as f32);
         if e.is_finite() && a.is_finite() {
             both.0.push(a);
             both.1.push(e);

@@ -56,7 +56,7 @@ fn norm<T: Copy + Into<f64>>(x: &[T]) -> f64 {
 ///
 /// Where a gradient vanishes because terms cancel, as d_q does with one key and no sink, its error
 /// is relative to those terms, of the order of `terms`.
-fn differences(gradients: &Gradients, expected: &Gradients<f64>, terms: f64) -> Vec<String> {
+fn differences(gradients: &Gradients, expected: &Gradients<f64, f64>, terms: f64) -> Vec<String> {
     assert_eq!(gradients.d_sink_logits.is_some(), expected.d_sink_logits.is_some());
     let sinks = |sinks: &Option<Vec<f32>>| sinks.clone().unwrap_or_default();
     let expected_sinks = expected.d_sink_logits.clone().unwrap_or_default();

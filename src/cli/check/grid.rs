@@ -3,7 +3,9 @@
 use std::fmt;
 use std::ops::Range;
 
-use sink_attention::{Alignment, Inputs, Layout, Options, Problem, Shape, SinkLogits, Upstream, Window};
+use sink_attention::{
+    Alignment, DType, Element, Inputs, Layout, Options, Problem, Shape, SinkLogits, Upstream, Window,
+};
 
 /// Queries and keys around the edges of tiles, and far from square; a quick check takes the first ones of each list.
 const SIZES: [[usize; 2]; 7] = [[113, 203], [239, 1], [1, 257], [63, 65], [64, 1], [3, 3], [1, 1]];
@@ -59,7 +61,15 @@ impl fmt::Display for Case {
 }
 
 impl Case {
-    /// The operands: the same for the same case and seed, in whatever grid the case stands.
+    /// The same case in another element type.
+    pub fn with_dtype(&self, dtype: DType) -> Case {
+        let options = self.problem.options().dtype(dtype);
+        let problem =
+            Problem::new(*self.problem.shape(), options).expect("the shape and the options are valid already");
+        Case { problem, ..self.clone() }
+    }
+
+    /// The operands in f32: the same for the same case and seed, in whatever grid the case stands.
     pub fn operands(&self, seed: u64) -> Operands {
         let problem = &self.problem;
         let mut random = Random::new(seed, &self.to_string());
@@ -155,21 +165,29 @@ pub fn rows(layout: Layout, [batch, heads, seq, width]: [usize; 4]) -> Vec<([usi
 
 /// The operands of a case.
 #[derive(Debug)]
-pub struct Operands {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+pub struct Operands<T = f32> {
+    q: Vec<T>,
+    k: Vec<T>,
+    v: Vec<T>,
     sink_logits: Option<Vec<f32>>,
-    d_o: Vec<f32>,
+    d_o: Vec<T>,
     d_lse: Option<Vec<f32>>,
 }
 
 impl Operands {
-    pub fn inputs(&self) -> Inputs<'_> {
+    /// Rounded to an element type.
+    pub fn cast<T: Element>(self) -> Operands<T> {
+        let Operands { q, k, v, sink_logits, d_o, d_lse } = self;
+        Operands { q: T::narrow(q), k: T::narrow(k), v: T::narrow(v), sink_logits, d_o: T::narrow(d_o), d_lse }
+    }
+}
+
+impl<T: Element> Operands<T> {
+    pub fn inputs(&self) -> Inputs<'_, T> {
         Inputs { q: &self.q, k: &self.k, v: &self.v, sink_logits: self.sink_logits.as_deref() }
     }
 
-    pub fn upstream(&self) -> Upstream<'_> {
+    pub fn upstream(&self) -> Upstream<'_, T> {
         Upstream { d_o: &self.d_o, d_lse: self.d_lse.as_deref() }
     }
 }
@@ -202,7 +220,7 @@ fn shape([seq_q, seq_k]: [usize; 2], [head_dim, value_dim]: [usize; 2]) -> Shape
 /// The width of cases that are not about widths: one variant of the kernel serves them all.
 const WIDTH: [usize; 2] = [64, 64];
 
-/// All cases, group by group; a quick check has each group, with fewer sizes and widths.
+/// All cases in f32, group by group; a quick check has each group, with fewer sizes and widths.
 pub fn grid(quick: bool) -> Vec<Case> {
     let mut grid = Grid { quick, group: "", cases: Vec::new() };
     let full = Options::new();

@@ -4,35 +4,35 @@ use std::ops::Range;
 
 use sink_attention::compare;
 use sink_attention::cpu::reference;
-use sink_attention::{Attention, Gradients, Inputs, Output, Problem, Result, Upstream};
+use sink_attention::{Attention, DType, Element, Gradients, Inputs, Output, Problem, Result, Upstream};
 
 use super::grid::Case;
 
-/// What is checked: a device, or in tests an operator with a mistake.
-pub trait Operator {
-    fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output>;
+/// What is checked, in an element type: a device, or in tests an operator with a mistake.
+pub trait Operator<T: Element> {
+    fn forward(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>>;
 
     fn backward(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_>,
-        saved: &Output,
-        upstream: &Upstream<'_>,
-    ) -> Result<Gradients>;
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>>;
 }
 
-impl Operator for Attention {
-    fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+impl<T: Element> Operator<T> for Attention {
+    fn forward(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         Attention::forward(self, problem, inputs)
     }
 
     fn backward(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_>,
-        saved: &Output,
-        upstream: &Upstream<'_>,
-    ) -> Result<Gradients> {
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
         Attention::backward(self, problem, inputs, saved, upstream)
     }
 }
@@ -86,13 +86,17 @@ impl Column {
         }
     }
 
-    /// The largest error accepted.
-    pub fn bound(self) -> f64 {
-        1e-5
+    /// The largest error accepted with operands of an element type.
+    pub fn bound(self, dtype: DType) -> f64 {
+        compare::accepted(match self {
+            Column::O | Column::DQ | Column::DK | Column::DV => dtype,
+            // f32 whatever the operands are.
+            Column::Lse | Column::DSink => DType::F32,
+        })
     }
 
     /// This result out of all of them, if the problem has it.
-    fn of<T>(self, results: &mut Results<T>) -> Option<&mut Vec<T>> {
+    fn of(self, results: &mut Results) -> Option<&mut Vec<f64>> {
         let Results { output, gradients } = results;
         match self {
             Column::O => Some(&mut output.o),
@@ -177,10 +181,28 @@ impl Knowledge {
     }
 }
 
-/// What both ways compute.
-struct Results<T> {
-    output: Output<T>,
-    gradients: Option<Gradients<T>>,
+/// What both ways compute, in f64 whatever the element type, which is exact.
+struct Results {
+    output: Output<f64, f64>,
+    gradients: Option<Gradients<f64, f64>>,
+}
+
+impl Results {
+    fn widen<T: Element>(output: &Output<T>, gradients: Option<Gradients<T>>) -> Self {
+        Results {
+            output: Output { o: wide(&output.o), o_rest: None, lse: wide(&output.lse) },
+            gradients: gradients.map(|g| Gradients {
+                d_q: wide(&g.d_q),
+                d_k: wide(&g.d_k),
+                d_v: wide(&g.d_v),
+                d_sink_logits: g.d_sink_logits.as_deref().map(wide),
+            }),
+        }
+    }
+}
+
+fn wide<T: Element>(x: &[T]) -> Vec<f64> {
+    x.iter().map(|&x| x.into()).collect()
 }
 
 /// How a result compares with what is expected.
@@ -189,8 +211,8 @@ pub struct Comparison {
     pub column: Column,
     /// The error, where there is a number to give.
     pub error: Option<f64>,
-    /// Why the case fails, if it does.
-    failure: Option<String>,
+    /// Why the case fails by this result, if it does.
+    pub failure: Option<String>,
 }
 
 /// What came of a case: a comparison for each result that the problem has.
@@ -201,9 +223,9 @@ pub struct Outcome {
     pub failure: Option<String>,
 }
 
-/// Computes a case both ways and compares.
-pub fn measure(case: &Case, seed: u64, passes: Passes, operator: &dyn Operator) -> Outcome {
-    let operands = case.operands(seed);
+/// Computes a case, whose problem is in this element type, both ways and compares.
+pub fn measure<T: Element>(case: &Case, seed: u64, passes: Passes, operator: &dyn Operator<T>) -> Outcome {
+    let operands = case.operands(seed).cast::<T>();
     let (problem, inputs, upstream) = (&case.problem, operands.inputs(), operands.upstream());
     let backward = passes == Passes::ForwardAndBackward;
     let compute = || -> Result<_> {
@@ -212,8 +234,8 @@ pub fn measure(case: &Case, seed: u64, passes: Passes, operator: &dyn Operator) 
             let backward = || operator.backward(problem, &inputs, &output, &upstream);
             Ok([backward()?, backward()?])
         };
-        let [first, again] = if backward { twice()?.map(Some) } else { [None, None] };
-        Ok([first, again].map(|gradients| Results { output: output.clone(), gradients }))
+        let computed = if backward { twice()?.map(Some) } else { [None, None] };
+        Ok(computed.map(|gradients| Results::widen(&output, gradients)))
     };
     let expect = || -> Result<_> {
         Ok(Results {
@@ -233,9 +255,10 @@ pub fn measure(case: &Case, seed: u64, passes: Passes, operator: &dyn Operator) 
     compare_all(case, passes, actual, expected)
 }
 
-fn compare_all(case: &Case, passes: Passes, actual: [Results<f32>; 2], mut expected: Results<f64>) -> Outcome {
+fn compare_all(case: &Case, passes: Passes, actual: [Results; 2], mut expected: Results) -> Outcome {
     let [mut actual, mut again] = actual;
     let known = Knowledge::of(case);
+    let dtype = case.problem.options().dtype;
     let compared = passes.columns().iter().filter_map(|&column| {
         let expected = column.of(&mut expected)?;
         let (Some(actual), Some(again)) = (column.of(&mut actual), column.of(&mut again)) else {
@@ -246,8 +269,8 @@ fn compare_all(case: &Case, passes: Passes, actual: [Results<f32>; 2], mut expec
         clear_poisoned(actual, &rows);
         clear_poisoned(expected, &rows);
         let compared = match column {
-            Column::Lse => compare::lse(actual, expected, column.bound()),
-            _ => compare::tensor(actual, expected, column.bound()),
+            Column::Lse => compare::lse(actual, expected, column.bound(dtype)),
+            _ => compare::tensor(actual, expected, column.bound(dtype)),
         };
         let (error, failure) = match compared {
             Ok(error) => (Some(error), None),
@@ -265,15 +288,15 @@ fn compare_all(case: &Case, passes: Passes, actual: [Results<f32>; 2], mut expec
 }
 
 /// Sets the rows that cannot be compared to zero.
-fn clear_poisoned<T: Default + Copy>(tensor: &mut [T], rows: &[(Range<usize>, Row)]) {
+fn clear_poisoned(tensor: &mut [f64], rows: &[(Range<usize>, Row)]) {
     for (row, _) in rows.iter().filter(|(_, kind)| *kind == Row::Poisoned) {
         // Results of a wrong length are for the comparison to refuse.
-        tensor.get_mut(row.clone()).into_iter().for_each(|row| row.fill(T::default()));
+        tensor.get_mut(row.clone()).into_iter().for_each(|row| row.fill(0.0));
     }
 }
 
 /// The first element that must be zero and is not; a norm would accept it among larger ones.
-fn not_zero(tensor: &[f32], rows: &[(Range<usize>, Row)]) -> Option<String> {
+fn not_zero(tensor: &[f64], rows: &[(Range<usize>, Row)]) -> Option<String> {
     let mut zeros = rows.iter().filter(|(_, kind)| *kind == Row::Zero).flat_map(|(row, _)| row.clone());
     let index = zeros.find(|&index| tensor.get(index).is_some_and(|&x| x != 0.0))?;
     Some(format!("element {index} is {}, but nothing visible reaches it, so it must be 0", tensor[index]))

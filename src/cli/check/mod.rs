@@ -8,7 +8,9 @@ use std::error::Error;
 use std::io::{IsTerminal as _, Write as _};
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
+use sink_attention::half::{bf16, f16};
+use sink_attention::{DType, Element};
 
 use self::grid::{Case, grid};
 use self::measure::{Operator, Outcome, Passes, measure};
@@ -18,16 +20,21 @@ use super::{DeviceArgs, print_summary};
 /// Check the results of this device against the definition in f64
 ///
 /// What to run first on a new machine. Computes a few hundred small problems: sizes around the edges of tiles, many
-/// widths, every option, extreme numbers; forward and backward. Prints the worst errors of each group of cases, and
-/// exits with 1 if one of them is larger than accepted, if a gradient has other bits when computed again, or if one
-/// that nothing visible reaches is not zero. The error of lse is the worst |lse - expected| / (1 + |expected|), that of
-/// all else is ||x - expected|| / ||expected||.
+/// widths, every option, extreme numbers; forward and backward, in every element type. Prints the worst errors of each
+/// group of cases, and exits with 1 if one of them is larger than accepted, if a gradient has other bits when computed
+/// again, or if one that nothing visible reaches is not zero. Expected is what the definition makes of the same rounded
+/// operands. The error of lse is the worst |lse - expected| / (1 + |expected|), that of all else is
+/// ||x - expected|| / ||expected||.
 #[derive(Debug, Args)]
 pub struct Check {
     #[command(flatten)]
     device: DeviceArgs,
 
-    /// Fewer sizes and widths in each group
+    /// Element type of q, k, v, o and their gradients
+    #[arg(long, value_enum, default_value_t)]
+    dtype: Types,
+
+    /// Fewer sizes and widths in each group; of all element types, f16 and bf16 take turns
     #[arg(long)]
     quick: bool,
 
@@ -48,6 +55,16 @@ pub struct Check {
     json: bool,
 }
 
+/// The element types to check.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Types {
+    F32,
+    F16,
+    Bf16,
+    #[default]
+    All,
+}
+
 impl Check {
     /// Computes, compares, reports; an error where a case fails.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
@@ -56,7 +73,14 @@ impl Check {
         let attention = self.device.open()?;
         let start = Instant::now();
         let passes = if self.forward { Passes::Forward } else { Passes::ForwardAndBackward };
-        let outcomes = run(&cases, self.seed, passes, &attention);
+        let outcomes: Vec<Outcome> = cases
+            .chunk_by(|a, b| dtype(a) == dtype(b))
+            .flat_map(|cases| match dtype(&cases[0]) {
+                DType::F16 => run::<f16>(cases, self.seed, passes, &attention),
+                DType::Bf16 => run::<bf16>(cases, self.seed, passes, &attention),
+                _ => run::<f32>(cases, self.seed, passes, &attention),
+            })
+            .collect();
         let report = Report::new(&attention, self.seed, passes, start.elapsed(), &cases, &outcomes);
         print_summary(&report, self.json)?;
         Ok(report.verdict()?)
@@ -64,7 +88,7 @@ impl Check {
 
     /// The cases asked for; never none, since nothing checked must not look like a success.
     fn cases(&self) -> Result<Vec<Case>, Box<dyn Error>> {
-        let mut cases = grid(self.quick);
+        let mut cases = in_types(&grid(self.quick), self.dtype, self.quick);
         if let Some(text) = &self.only {
             // A whole description names one case, though it may be the beginning of another.
             let whole = |case: &Case| case.to_string() == *text || case.group == text;
@@ -78,8 +102,32 @@ impl Check {
     }
 }
 
-/// Measures every case, and says on a terminal how far it is.
-fn run(cases: &[Case], seed: u64, passes: Passes, operator: &dyn Operator) -> Vec<Outcome> {
+fn dtype(case: &Case) -> DType {
+    case.problem.options().dtype
+}
+
+/// The cases in each element type asked for, type by type.
+fn in_types(cases: &[Case], types: Types, quick: bool) -> Vec<Case> {
+    let all = |dtype| cases.iter().map(|case| case.with_dtype(dtype)).collect::<Vec<_>>();
+    // A quick check of all types is to take no more than twice as long as one of f32.
+    // By a rule that has no period, as the grid has some: no option falls to one of them alone. And without the one case
+    // that takes a software driver longest, and is about numbers of workgroups, which the types share.
+    let turn = |turn, dtype| {
+        let cases = cases.iter().filter(|case| case.group != "many workgroups");
+        let own = cases.enumerate().filter(|(n, _)| n.count_ones() % 2 == turn);
+        own.map(|(_, case)| case.with_dtype(dtype)).collect()
+    };
+    match types {
+        Types::F32 => all(DType::F32),
+        Types::F16 => all(DType::F16),
+        Types::Bf16 => all(DType::Bf16),
+        Types::All if quick => [all(DType::F32), turn(0, DType::F16), turn(1, DType::Bf16)].concat(),
+        Types::All => [all(DType::F32), all(DType::F16), all(DType::Bf16)].concat(),
+    }
+}
+
+/// Measures every case, all of one element type, and says on a terminal how far it is.
+fn run<T: Element>(cases: &[Case], seed: u64, passes: Passes, operator: &dyn Operator<T>) -> Vec<Outcome> {
     let mut stderr = std::io::stderr();
     let terminal = stderr.is_terminal();
     // A terminal that is gone must not stop the check.
@@ -89,7 +137,7 @@ fn run(cases: &[Case], seed: u64, passes: Passes, operator: &dyn Operator) -> Ve
         }
     };
     let outcomes = cases.iter().enumerate().map(|(i, case)| {
-        progress(&format!("{:>3} of {} {}", i + 1, cases.len(), case.group));
+        progress(&format!("{} {:>3} of {} {}", T::DTYPE, i + 1, cases.len(), case.group));
         measure(case, seed, passes, operator)
     });
     let outcomes = outcomes.collect();
@@ -104,6 +152,7 @@ mod tests {
     use std::collections::BTreeSet;
     use std::time::Duration;
 
+    use sink_attention::compare::accepted;
     use sink_attention::cpu::reference;
     use sink_attention::{
         Attention, Error, Gradients, Inputs, Options, Output, Problem, Result, SinkLogits, Upstream, Window,
@@ -113,16 +162,20 @@ mod tests {
     use super::grid::rows;
     use super::*;
 
-    fn round(x: Vec<f64>) -> Vec<f32> {
-        x.into_iter().map(|x| x as f32).collect()
+    fn round<T: Element>(x: Vec<f64>) -> Vec<T> {
+        T::narrow(x.into_iter().map(|x| x as f32).collect())
     }
 
-    fn right_forward(problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
-        let Output { o, lse } = reference::forward(problem, inputs)?;
-        Ok(Output { o: round(o), lse: round(lse) })
+    fn right_forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
+        let Output { o, lse, .. } = reference::forward(problem, inputs)?;
+        Ok(Output { o: round(o), o_rest: None, lse: round(lse) })
     }
 
-    fn right_backward(problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>) -> Result<Gradients> {
+    fn right_backward<T: Element>(
+        problem: &Problem,
+        inputs: &Inputs<'_, T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
         let Gradients { d_q, d_k, d_v, d_sink_logits } = reference::backward(problem, inputs, upstream)?;
         Ok(Gradients { d_q: round(d_q), d_k: round(d_k), d_v: round(d_v), d_sink_logits: d_sink_logits.map(round) })
     }
@@ -130,28 +183,29 @@ mod tests {
     /// An operator of two functions.
     struct Functions<F, B>(F, B);
 
-    impl<F, B> Operator for Functions<F, B>
+    impl<T, F, B> Operator<T> for Functions<F, B>
     where
-        F: Fn(&Problem, &Inputs<'_>) -> Result<Output>,
-        B: Fn(&Problem, &Inputs<'_>, &Upstream<'_>) -> Result<Gradients>,
+        T: Element,
+        F: Fn(&Problem, &Inputs<'_, T>) -> Result<Output<T>>,
+        B: Fn(&Problem, &Inputs<'_, T>, &Upstream<'_, T>) -> Result<Gradients<T>>,
     {
-        fn forward(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<Output> {
+        fn forward(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
             self.0(problem, inputs)
         }
 
         fn backward(
             &self,
             problem: &Problem,
-            inputs: &Inputs<'_>,
-            _saved: &Output,
-            upstream: &Upstream<'_>,
-        ) -> Result<Gradients> {
+            inputs: &Inputs<'_, T>,
+            _saved: &Output<T>,
+            upstream: &Upstream<'_, T>,
+        ) -> Result<Gradients<T>> {
             self.1(problem, inputs, upstream)
         }
     }
 
     /// The right operator with a mistake in its forward pass.
-    fn forward_but(mistake: impl Fn(&Problem, &Inputs<'_>, &mut Output)) -> impl Operator {
+    fn forward_but(mistake: impl Fn(&Problem, &Inputs<'_>, &mut Output)) -> impl Operator<f32> {
         let forward = move |problem: &Problem, inputs: &Inputs<'_>| {
             let mut output = right_forward(problem, inputs)?;
             mistake(problem, inputs, &mut output);
@@ -161,7 +215,7 @@ mod tests {
     }
 
     /// The right operator with a mistake in its backward pass.
-    fn backward_but(mistake: impl Fn(&Problem, &Inputs<'_>, &mut Gradients)) -> impl Operator {
+    fn backward_but(mistake: impl Fn(&Problem, &Inputs<'_>, &mut Gradients)) -> impl Operator<f32> {
         let backward = move |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
             let mut gradients = right_backward(problem, inputs, upstream)?;
             mistake(problem, inputs, &mut gradients);
@@ -182,7 +236,7 @@ mod tests {
         Ok((Problem::new(*problem.shape(), options)?, inputs))
     }
 
-    fn forward_with(change: impl Fn(Options) -> Options) -> impl Operator {
+    fn forward_with(change: impl Fn(Options) -> Options) -> impl Operator<f32> {
         let forward = move |problem: &Problem, inputs: &Inputs<'_>| {
             let (problem, inputs) = changed(problem, inputs, &change)?;
             right_forward(&problem, &inputs)
@@ -190,7 +244,7 @@ mod tests {
         Functions(forward, right_backward)
     }
 
-    fn backward_with(change: impl Fn(Options) -> Options) -> impl Operator {
+    fn backward_with(change: impl Fn(Options) -> Options) -> impl Operator<f32> {
         let backward = move |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
             let (problem, inputs) = changed(problem, inputs, &change)?;
             right_backward(&problem, &inputs, upstream)
@@ -208,7 +262,7 @@ mod tests {
     }
 
     /// The groups in which the operator fails.
-    fn failing(passes: Passes, operator: &dyn Operator) -> BTreeSet<&'static str> {
+    fn failing(passes: Passes, operator: &dyn Operator<f32>) -> BTreeSet<&'static str> {
         let cases = cases();
         let outcomes = run(&cases, 0, passes, operator);
         cases
@@ -220,7 +274,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn fails_in(passes: Passes, operator: &dyn Operator, groups: &[&str]) {
+    fn fails_in(passes: Passes, operator: &dyn Operator<f32>, groups: &[&str]) {
         let failing = failing(passes, operator);
         assert!(groups.iter().all(|group| failing.contains(group)), "{groups:?} should fail, but only {failing:?} do");
     }
@@ -238,6 +292,84 @@ mod tests {
     #[test]
     fn the_definition_passes() {
         assert_eq!(failing(ForwardAndBackward, &Functions(right_forward, right_backward)), BTreeSet::new());
+    }
+
+    /// In an element type: each group of cases with the results by which one of them fails.
+    fn failing_results<T: Element>(operator: &dyn Operator<T>) -> BTreeSet<(&'static str, &'static str)> {
+        let cases: Vec<Case> = cases().iter().map(|case| case.with_dtype(T::DTYPE)).collect();
+        let outcomes = run(&cases, 0, ForwardAndBackward, operator);
+        let results = cases.iter().zip(outcomes).flat_map(|(case, outcome)| {
+            assert_eq!(outcome.failure.is_some(), outcome.comparisons.iter().any(|c| c.failure.is_some()));
+            let failing = outcome.comparisons.into_iter().filter(|comparison| comparison.failure.is_some());
+            failing.map(|comparison| (case.group, comparison.column.name()))
+        });
+        results.collect()
+    }
+
+    /// Mistakes in all results at once, as small as the accepted errors let one hope to see.
+    fn half_precision_is_checked<T: Element>() {
+        assert_eq!(failing_results::<T>(&Functions(right_forward, right_backward)), BTreeSet::new());
+
+        // The last element is off by four times the norm that is accepted.
+        let off = |x: &mut [T]| {
+            let norm = x.iter().map(|x| x.to_f32().powi(2)).filter(|x| x.is_finite()).sum::<f32>().sqrt();
+            let last = x.last_mut().unwrap();
+            *last = T::from_f32(last.to_f32() + 4.0 * accepted(T::DTYPE) as f32 * norm + 1e-5);
+        };
+        // What is f32 in every type is held to the bound of f32: here it was rounded to the operands' type.
+        let round = |x: &mut [f32]| x.iter_mut().for_each(|x| *x = T::from_f32(*x).to_f32());
+        let forward = |problem: &Problem, inputs: &Inputs<'_, T>| {
+            let mut output = right_forward(problem, inputs)?;
+            off(&mut output.o);
+            round(&mut output.lse);
+            Ok(output)
+        };
+        let backward = |problem: &Problem, inputs: &Inputs<'_, T>, upstream: &Upstream<'_, T>| {
+            let mut gradients = right_backward(problem, inputs, upstream)?;
+            [&mut gradients.d_q, &mut gradients.d_k, &mut gradients.d_v].into_iter().for_each(|x| off(x));
+            gradients.d_sink_logits.iter_mut().for_each(|x| round(x));
+            Ok(gradients)
+        };
+        let failing = failing_results::<T>(&Functions(forward, backward));
+        for (column, groups) in [
+            ("o", all_groups()),
+            ("d_q", all_groups()),
+            ("d_k", all_groups()),
+            ("d_v", all_groups()),
+            ("lse", all_groups()),
+            ("d_sink", groups_with_sink_logits()),
+        ] {
+            let mut missing = groups;
+            missing.retain(|group| !failing.contains(&(*group, column)));
+            // Integers: every lse of a row with one key is one.
+            missing.retain(|group| (*group, column) != ("gradients that cancel", "lse"));
+            assert_eq!(missing, BTreeSet::new(), "{column}");
+        }
+    }
+
+    #[test]
+    fn half_precision_is_checked_in_f16() {
+        half_precision_is_checked::<f16>();
+    }
+
+    #[test]
+    fn half_precision_is_checked_in_bf16() {
+        half_precision_is_checked::<bf16>();
+    }
+
+    #[test]
+    fn types_have_every_group_and_a_quick_check_is_at_most_twice_as_long() {
+        let cases = grid(true);
+        let all = in_types(&cases, Types::All, true);
+        assert_eq!(all.len(), 2 * cases.len() - 1);
+        assert_eq!(in_types(&cases, Types::All, false).len(), 3 * cases.len());
+        let one = in_types(&cases, Types::Bf16, true);
+        assert!(one.len() == cases.len() && one.iter().all(|case| dtype(case) == DType::Bf16));
+        // The turns leave every group something in each type.
+        let groups = |wanted| all.iter().filter(|case| dtype(case) == wanted).map(|case| case.group).collect();
+        let [single, f16, bf16]: [BTreeSet<&str>; 3] = [DType::F32, DType::F16, DType::Bf16].map(groups);
+        assert_eq!(f16, bf16);
+        assert_eq!(single.difference(&f16).collect::<Vec<_>>(), [&"many workgroups"]);
     }
 
     #[test]
@@ -310,7 +442,7 @@ mod tests {
         case.poisoned_keys = 0..0;
         let first = |result: &mut [f32]| result[0] = 1e-30;
         for (column, operator) in [
-            ("o", Box::new(forward_but(|_, _, output| first(&mut output.o))) as Box<dyn Operator>),
+            ("o", Box::new(forward_but(|_, _, output| first(&mut output.o))) as Box<dyn Operator<f32>>),
             ("d_q", Box::new(backward_but(|_, _, gradients| first(&mut gradients.d_q)))),
         ] {
             let failure = measure(&case, 0, ForwardAndBackward, &*operator).failure.unwrap();
@@ -420,7 +552,7 @@ mod tests {
     #[test]
     fn a_failure_reaches_the_report_and_the_verdict() {
         let cases = cases();
-        let report = |operator: &dyn Operator| {
+        let report = |operator: &dyn Operator<f32>| {
             let outcomes = run(&cases, 0, ForwardAndBackward, operator);
             Report::new(&Attention::cpu(), 0, ForwardAndBackward, Duration::ZERO, &cases, &outcomes)
         };
@@ -435,7 +567,7 @@ mod tests {
         assert!(row.ends_with("FAILED") && text.contains("FAILED in sink tokens: B=1 H=2"), "{text}");
         let json = serde_json::to_value(&bad).unwrap();
         assert_eq!(json["failures"].as_array().unwrap().len() as u64, json["failed"].as_u64().unwrap());
-        assert!(json["worst"][0]["error"].as_f64().unwrap() > 1e-3);
+        assert!(json["dtypes"][0]["worst"][0]["error"].as_f64().unwrap() > 1e-3);
     }
 
     #[test]
@@ -448,7 +580,7 @@ mod tests {
         assert_eq!(outcome.failure, Some(Error::NoAdapter.to_string()));
         assert!(outcome.comparisons.iter().all(|comparison| comparison.error.is_none()));
 
-        let empty = forward_but(|_, _, output| *output = Output { o: vec![], lse: vec![] });
+        let empty = forward_but(|_, _, output| *output = Output { o: vec![], o_rest: None, lse: vec![] });
         assert_eq!(failing(Forward, &empty), all_groups());
         let empty = backward_but(|_, _, g| g.d_v.clear());
         assert_eq!(failing(ForwardAndBackward, &empty), all_groups());

@@ -5,8 +5,9 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
-use sink_attention::Attention;
+use sink_attention::{Attention, DType};
 
+use super::dtype;
 use super::grid::Case;
 use super::measure::{Column, Comparison, Outcome, Passes};
 
@@ -21,19 +22,28 @@ type Errors = BTreeMap<&'static str, Option<f64>>;
 pub struct Report {
     version: &'static str,
     pass: &'static str,
-    dtype: &'static str,
     device: Device,
     seed: u64,
     seconds: f64,
+    cases: usize,
+    failed: usize,
+    dtypes: Vec<Type>,
+    failures: Vec<Failure>,
+    #[serde(skip)]
+    columns: &'static [Column],
+}
+
+/// What was found in an element type: a table.
+#[derive(Debug, Serialize)]
+struct Type {
+    #[serde(serialize_with = "as_text")]
+    dtype: DType,
     cases: usize,
     failed: usize,
     bounds: Errors,
     groups: Vec<Group>,
     /// The case that comes nearest to its bound or exceeds it most, for each column.
     worst: Vec<Worst>,
-    failures: Vec<Failure>,
-    #[serde(skip)]
-    columns: &'static [Column],
 }
 
 /// What computed.
@@ -91,7 +101,6 @@ impl Report {
         Report {
             version: env!("CARGO_PKG_VERSION"),
             pass: passes.name(),
-            dtype: "f32",
             device: Device {
                 name: attention.device_name(),
                 gpu: attention.is_gpu(),
@@ -102,9 +111,7 @@ impl Report {
             seconds: elapsed.as_secs_f64(),
             cases: cases.len(),
             failed: failures.len(),
-            bounds: passes.columns().iter().map(|column| (column.name(), Some(column.bound()))).collect(),
-            groups: pairs.chunk_by(|a, b| a.0.group == b.0.group).map(Group::new).collect(),
-            worst: passes.columns().iter().filter_map(|&column| Worst::new(column, &pairs)).collect(),
+            dtypes: pairs.chunk_by(|a, b| dtype(a.0) == dtype(b.0)).map(|pairs| Type::new(passes, pairs)).collect(),
             failures,
             columns: passes.columns(),
         }
@@ -124,6 +131,28 @@ impl Report {
     }
 }
 
+impl Type {
+    fn new(passes: Passes, pairs: &[(&Case, &Outcome)]) -> Self {
+        let dtype = dtype(pairs[0].0);
+        Type {
+            dtype,
+            cases: pairs.len(),
+            failed: failed(pairs),
+            bounds: passes.columns().iter().map(|column| (column.name(), Some(column.bound(dtype)))).collect(),
+            groups: pairs.chunk_by(|a, b| a.0.group == b.0.group).map(Group::new).collect(),
+            worst: passes.columns().iter().filter_map(|&column| Worst::new(column, pairs)).collect(),
+        }
+    }
+}
+
+fn failed(pairs: &[(&Case, &Outcome)]) -> usize {
+    pairs.iter().filter(|(_, outcome)| outcome.failure.is_some()).count()
+}
+
+fn as_text<S: serde::Serializer>(dtype: &DType, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(dtype)
+}
+
 impl Group {
     fn new(pairs: &[(&Case, &Outcome)]) -> Self {
         let mut errors = Errors::new();
@@ -131,12 +160,7 @@ impl Group {
             let worst = errors.entry(column.name()).or_insert(Some(0.0));
             *worst = worst.zip(error).map(|(a, b)| f64::max(a, b));
         }
-        Group {
-            name: pairs[0].0.group,
-            cases: pairs.len(),
-            failed: pairs.iter().filter(|(_, outcome)| outcome.failure.is_some()).count(),
-            errors,
-        }
+        Group { name: pairs[0].0.group, cases: pairs.len(), failed: failed(pairs), errors }
     }
 }
 
@@ -157,7 +181,7 @@ impl fmt::Display for Report {
         if !self.device.driver.is_empty() {
             writeln!(f, "driver   {}", self.device.driver)?;
         }
-        writeln!(f, "checked  sink-attention {}, {} {}, seed {}\n", self.version, self.pass, self.dtype, self.seed)?;
+        writeln!(f, "checked  sink-attention {}, {}, seed {}", self.version, self.pass, self.seed)?;
 
         let row = |f: &mut fmt::Formatter<'_>, name: &str, cases: &str, errors: &Errors, verdict: &str| {
             write!(f, "{name:<22}{cases:>6}")?;
@@ -171,19 +195,23 @@ impl fmt::Display for Report {
             }
             writeln!(f, "{verdict}")
         };
-        write!(f, "{:<22}{:>6}", "group", "cases")?;
-        self.columns.iter().try_for_each(|column| write!(f, "{:>9}", column.name()))?;
-        writeln!(f, "  verdict")?;
-        for group in &self.groups {
-            let verdict = if group.failed == 0 { "  ok".into() } else { format!("  {} FAILED", group.failed) };
-            row(f, group.name, &group.cases.to_string(), &group.errors, &verdict)?;
-        }
-        row(f, "accepted", "", &self.bounds, "")?;
+        for Type { dtype, bounds, groups, worst, .. } in &self.dtypes {
+            write!(f, "\n{:<22}{:>6}", format!("group, {dtype}"), "cases")?;
+            self.columns.iter().try_for_each(|column| write!(f, "{:>9}", column.name()))?;
+            writeln!(f, "  verdict")?;
+            for group in groups {
+                let verdict = if group.failed == 0 { "  ok".into() } else { format!("  {} FAILED", group.failed) };
+                row(f, group.name, &group.cases.to_string(), &group.errors, &verdict)?;
+            }
+            row(f, "accepted", "", bounds, "")?;
 
-        writeln!(f)?;
-        for worst in &self.worst {
-            let Worst { column, error, group, case } = worst;
-            writeln!(f, "worst {column:<6} {error:.1e} in {group}: {case}")?;
+            writeln!(f)?;
+            for Worst { column, error, group, case } in worst {
+                writeln!(f, "worst {column:<6} {error:.1e} in {group}: {case}")?;
+            }
+        }
+        if self.failed > 0 {
+            writeln!(f)?;
         }
         for Failure { group, case, message } in self.failures.iter().take(LISTED) {
             writeln!(f, "FAILED in {group}: {case}\n    {message}")?;
@@ -191,7 +219,7 @@ impl fmt::Display for Report {
         if self.failures.len() > LISTED {
             writeln!(f, "and {} more, all of them with --json", self.failures.len() - LISTED)?;
         }
-        writeln!(f, "repeat a case with: sink-attention check --seed {} --only \"CASE\"\n", self.seed)?;
+        writeln!(f, "\nrepeat a case with: sink-attention check --seed {} --only \"CASE\"\n", self.seed)?;
         let verdict = if self.failed == 0 { "all passed".into() } else { format!("{} FAILED", self.failed) };
         write!(f, "{} cases in {:.1} s: {verdict}", self.cases, self.seconds)
     }

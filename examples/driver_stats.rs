@@ -1,0 +1,213 @@
+//! What a Vulkan driver makes of the kernels: registers, spills, workgroup memory, size of the code.
+//!
+//! ```sh
+//! cargo run --release --example driver_stats -- [--dtype f16] [--out FOLDER]
+//! ```
+//!
+//! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
+//! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. With `--out`, the WGSL, the SPIR-V and the
+//! driver's pipeline cache are written there. The cache holds the machine code: NVIDIA's is a zstd frame after 100 bytes or so, in it
+//! code of the length at byte 0x4c begins 8 bytes after the offset at byte 0x50, and `nvdisasm -b SM90` reads it.
+
+use std::error::Error;
+use std::ffi::CStr;
+use std::path::{Path, PathBuf};
+
+use ash::{khr, vk};
+use sink_attention::{
+    Attention, Capabilities, DType, DeviceChoice, Options, Plan, Problem, Shape, SinkLogits, Variant,
+};
+
+/// B=1, N=8192: query heads, key heads, width.
+const SHAPES: [[usize; 3]; 2] = [[64, 8, 64], [32, 8, 128]];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut dtype = DType::F16;
+    let mut out: Option<PathBuf> = None;
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
+        match argument.as_str() {
+            "--dtype" => {
+                let known = [DType::F32, DType::F16, DType::Bf16].into_iter().find(|d| d.to_string() == value);
+                dtype = known.ok_or_else(|| format!("no element type {value}"))?;
+            }
+            "--out" => out = Some(value.into()),
+            _ => return Err(format!("unknown argument {argument}").into()),
+        }
+    }
+    let attention = Attention::open(&DeviceChoice::from_env())?;
+    let device = attention.device().ok_or("no GPU adapter")?;
+    println!("{}", attention.device_name());
+    let driver = Driver::new()?;
+    for [heads, kv_heads, width] in SHAPES {
+        for variant in variants(heads, kv_heads, width, dtype, device.capabilities())? {
+            println!("{:80} {}", variant.name(), driver.statistics(&variant, out.as_deref())?);
+        }
+    }
+    Ok(())
+}
+
+/// The kernels of both passes of a training step.
+fn variants(
+    heads: usize,
+    kv_heads: usize,
+    width: usize,
+    dtype: DType,
+    capabilities: &Capabilities,
+) -> Result<Vec<Variant>, Box<dyn Error>> {
+    let (batch, seq) = (1, 8192);
+    let shape = Shape { batch, heads, kv_heads, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
+    let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead).dtype(dtype);
+    let problem = Problem::new(shape, options)?;
+    let plans = [Plan::forward(&problem, true, capabilities)?, Plan::backward(&problem, true, false, capabilities)?];
+    Ok(plans.into_iter().flat_map(|plan| plan.passes).map(|pass| pass.variant).collect())
+}
+
+/// A Vulkan device of its own, as wgpu's does not ask for statistics.
+struct Driver {
+    _entry: ash::Entry,
+    _instance: ash::Instance,
+    device: ash::Device,
+    executables: khr::pipeline_executable_properties::Device,
+}
+
+impl Driver {
+    fn new() -> Result<Self, Box<dyn Error>> {
+        // SAFETY: plain use of Vulkan; every structure lives as long as the call that reads it, and what is created here is
+        // never destroyed before the process ends.
+        unsafe {
+            let entry = ash::Entry::load()?;
+            let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_3);
+            let instance =
+                entry.create_instance(&vk::InstanceCreateInfo::default().application_info(&application), None)?;
+            let kind = |device: &vk::PhysicalDevice| instance.get_physical_device_properties(*device).device_type;
+            let devices = instance.enumerate_physical_devices()?;
+            let physical = devices
+                .into_iter()
+                .min_by_key(|device| kind(device) != vk::PhysicalDeviceType::DISCRETE_GPU)
+                .ok_or("no Vulkan device")?;
+            let offered = instance.enumerate_device_extension_properties(physical)?;
+            let has = |name: &CStr| offered.iter().any(|e| e.extension_name_as_c_str() == Ok(name));
+            if !has(khr::pipeline_executable_properties::NAME) {
+                return Err("the driver has no VK_KHR_pipeline_executable_properties".into());
+            }
+            let mut extensions = vec![khr::pipeline_executable_properties::NAME.as_ptr()];
+            if has(khr::cooperative_matrix::NAME) {
+                extensions.push(khr::cooperative_matrix::NAME.as_ptr());
+            }
+            let queue = [vk::DeviceQueueCreateInfo::default().queue_family_index(0).queue_priorities(&[1.0])];
+            let mut executable =
+                vk::PhysicalDevicePipelineExecutablePropertiesFeaturesKHR::default().pipeline_executable_info(true);
+            let mut cooperative = vk::PhysicalDeviceCooperativeMatrixFeaturesKHR::default()
+                .cooperative_matrix(has(khr::cooperative_matrix::NAME));
+            let mut vulkan_1_1 = vk::PhysicalDeviceVulkan11Features::default().storage_buffer16_bit_access(true);
+            let mut vulkan_1_2 =
+                vk::PhysicalDeviceVulkan12Features::default().shader_float16(true).vulkan_memory_model(true);
+            let mut info = vk::DeviceCreateInfo::default()
+                .queue_create_infos(&queue)
+                .enabled_extension_names(&extensions)
+                .push_next(&mut executable)
+                .push_next(&mut vulkan_1_1)
+                .push_next(&mut vulkan_1_2);
+            if has(khr::cooperative_matrix::NAME) {
+                info = info.push_next(&mut cooperative);
+            }
+            let device = instance.create_device(physical, &info, None)?;
+            let executables = khr::pipeline_executable_properties::Device::new(&instance, &device);
+            Ok(Driver { _entry: entry, _instance: instance, device, executables })
+        }
+    }
+
+    fn statistics(&self, variant: &Variant, out: Option<&Path>) -> Result<String, Box<dyn Error>> {
+        let text = variant.wgsl()?;
+        let module = naga::front::wgsl::parse_str(&text).map_err(|e| e.emit_to_string(&text))?;
+        let spirv = spirv(&module)?;
+        let bindings: Vec<_> =
+            module.global_variables.iter().filter_map(|(_, v)| Some((v.binding?, v.space))).collect();
+        let bindings: Vec<_> = bindings
+            .iter()
+            .map(|(binding, space)| {
+                let uniform = matches!(space, naga::AddressSpace::Uniform);
+                vk::DescriptorSetLayoutBinding::default()
+                    .binding(binding.binding)
+                    .descriptor_count(1)
+                    .stage_flags(vk::ShaderStageFlags::COMPUTE)
+                    .descriptor_type(if uniform {
+                        vk::DescriptorType::UNIFORM_BUFFER
+                    } else {
+                        vk::DescriptorType::STORAGE_BUFFER
+                    })
+            })
+            .collect();
+        // SAFETY: as in `new`.
+        let (statistics, cache) = unsafe {
+            let device = &self.device;
+            let shader = device.create_shader_module(&vk::ShaderModuleCreateInfo::default().code(&spirv), None)?;
+            let set = device.create_descriptor_set_layout(
+                &vk::DescriptorSetLayoutCreateInfo::default().bindings(&bindings),
+                None,
+            )?;
+            let layout =
+                device.create_pipeline_layout(&vk::PipelineLayoutCreateInfo::default().set_layouts(&[set]), None)?;
+            let stage = vk::PipelineShaderStageCreateInfo::default()
+                .stage(vk::ShaderStageFlags::COMPUTE)
+                .module(shader)
+                .name(c"main");
+            let info = vk::ComputePipelineCreateInfo::default()
+                .flags(vk::PipelineCreateFlags::CAPTURE_STATISTICS_KHR)
+                .stage(stage)
+                .layout(layout);
+            let cache = device.create_pipeline_cache(&vk::PipelineCacheCreateInfo::default(), None)?;
+            let pipelines = device.create_compute_pipelines(cache, &[info], None).map_err(|(_, e)| e)?;
+            let pipeline = *pipelines.first().ok_or("no pipeline")?;
+            let executable = vk::PipelineExecutableInfoKHR::default().pipeline(pipeline);
+            (self.executables.get_pipeline_executable_statistics(&executable)?, device.get_pipeline_cache_data(cache)?)
+        };
+        if let Some(out) = out {
+            let write = |ending: &str, bytes: &[u8]| std::fs::write(out.join(variant.name() + ending), bytes);
+            write(".wgsl", text.as_bytes())?;
+            write(".spv", bytemuck::cast_slice(&spirv))?;
+            write(".cache", &cache)?;
+        }
+        let shown = statistics.iter().map(|statistic| {
+            let name = statistic.name_as_c_str().unwrap_or_default().to_string_lossy();
+            // SAFETY: `format` says which field is there.
+            let value = unsafe {
+                match statistic.format {
+                    vk::PipelineExecutableStatisticFormatKHR::FLOAT64 => statistic.value.f64.to_string(),
+                    vk::PipelineExecutableStatisticFormatKHR::INT64 => statistic.value.i64.to_string(),
+                    vk::PipelineExecutableStatisticFormatKHR::BOOL32 => (statistic.value.b32 != 0).to_string(),
+                    _ => statistic.value.u64.to_string(),
+                }
+            };
+            format!("{name} {value}")
+        });
+        Ok(shown.collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// As wgpu translates a trusted module.
+fn spirv(module: &naga::Module) -> Result<Vec<u32>, Box<dyn Error>> {
+    use naga::proc::BoundsCheckPolicy::Unchecked;
+    use naga::valid::{Capabilities, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
+    let info = Validator::new(ValidationFlags::all(), Capabilities::all())
+        .subgroup_stages(ShaderStages::all())
+        .subgroup_operations(SubgroupOperationSet::all())
+        .validate(module)?;
+    let options = naga::back::spv::Options {
+        lang_version: (1, 6),
+        bounds_check_policies: naga::proc::BoundsCheckPolicies {
+            index: Unchecked,
+            buffer: Unchecked,
+            image_load: Unchecked,
+            binding_array: Unchecked,
+        },
+        zero_initialize_workgroup_memory: naga::back::spv::ZeroInitializeWorkgroupMemoryMode::None,
+        force_loop_bounding: false,
+        ..Default::default()
+    };
+    let entry =
+        naga::back::spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
+    Ok(naga::back::spv::write_vec(module, &info, &options, Some(&entry))?)
+}

@@ -1,0 +1,334 @@
+{#- The cooperative micro-kernel: matrix products by subgroups on square fragments, f16 in and f32 out (tensor cores).
+
+    As in the portable one, a kernel keeps a tile of rows (queries, or keys in the d_k/d_v kernel) and walks over tiles of
+    columns. A subgroup has ROW_FRAGMENTS x SIDE rows to itself. Their operands and accumulators are fragments in its registers,
+    each with a name of its own: drivers do not keep indexed arrays there. Two kinds of product:
+
+      product(s, a, b)        s[row, column] = sum over features of a[row] * b[column]
+      accumulate(x, b)        x[row] += sum over columns of weights[row, column] * b[column]
+
+    Columns are staged in workgroup memory for all subgroups, twice: while one tile is in use, the next one is under way, and
+    one barrier a tile is enough. WGSL has no arithmetic on a fragment's elements, so scores go through workgroup memory to
+    become weights: `park` leaves a row of fragments in the subgroup's strip, `take` reads them back by rows, LANES_A_ROW
+    lanes to a row. Only the subgroup's own lanes stand between; a strip's second use waits for all of them.
+
+    Fragments have no hidden elements: where a hidden column is NaN or infinite, its zero weight makes a NaN of the results.
+    `finish` reports a tile that holds one, and the portable kernel computes that tile again. -#}
+
+{#- Waits for the other lanes of the subgroup, where they do not run in step. Subgroups that rescale at different tiles do not
+    reach such a barrier together. -#}
+{%- macro sync() %}{% if not in_step %}subgroupBarrier();{% endif %}{% endmacro -%}
+
+{%- macro declare() %}
+const SIDE: u32 = {{ side }}u;
+const LANES: u32 = {{ lanes }}u;
+const SUBGROUPS: u32 = {{ subgroups }}u;
+const THREADS: u32 = {{ threads }}u;
+const LANES_A_ROW: u32 = {{ lanes // side }}u;
+// Rows are padded so that neighbours start in different banks; fragment loads want multiples of 16 bytes.
+const STRIP_ROW: u32 = {{ strip_row }}u;
+const WEIGHT_ROW: u32 = {{ weight_row }}u;
+{% for b in staged %}
+const {{ b | upper }}_ROW: u32 = {{ staged_rows[b] }}u;
+const {{ b | upper }}_TILE: u32 = {{ staged_rows[b] * tile_columns }}u;
+var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ 2 * staged_rows[b] * tile_columns }}>;
+{% endfor %}
+var<workgroup> strips: array<vec4<f32>, {{ subgroups * side * strip_row }}>;
+var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * weight_sets * side * weight_row }}>;
+{% if rows_are_keys %}
+// What the columns' lse and delta add, of two tiles.
+var<workgroup> statistics: array<f32, {{ 4 * tile_columns }}>;
+{% endif %}
+var<workgroup> broken: atomic<u32>;
+
+// By the bits: compilers may take for granted that a float comparison meets no NaN.
+fn is_finite4(x: vec4<f32>) -> bool {
+  return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
+}
+{% endmacro -%}
+
+{#- What an operand is multiplied with as it is loaded. bf16 has more range than f16: a power of two for each operand brings
+    its largest number to 2^14, and is taken out of the results. The sign of the scale goes with the rows of scores. -#}
+{%- macro factor(b) %}{{ b ~ "_range" if dtype == "bf16" else "1.0" }}{{ " * params.scale_sign" if b == signed }}{% endmacro -%}
+
+{#- What takes an operand's power of two out of a result. -#}
+{%- macro inverse(b) %}{{ "(1.0 / " ~ b ~ "_range)" if dtype == "bf16" else "1.0" }}{% endmacro -%}
+
+{%- macro begin() %}
+{% for b in ranged %}
+  let {{ b }}_range = ranges[{{ range_slots[b] }}];
+{% endfor %}
+{% if range_slots.d_o is defined and "d_o" in ranged %}
+  // d_s is kept as halves: |d_p - delta| is at most 2^31 E once both operands are in their ranges.
+  let d_s_range = v_range * d_o_range * {{ d_s_bound }};
+  let d_p_range = {{ d_s_bound if dtype == "bf16" else "d_s_range" }}{{ " * " ~ (1 / 32768) if rows_are_keys }};
+{% endif %}
+  let strip = subgroup * {{ side * strip_row }}u;
+  // A lane's row within a fragment, and its place among the lanes of that row.
+  let lane_row = lane / LANES_A_ROW;
+  let part = lane % LANES_A_ROW;
+  let strip_at = strip + lane_row * STRIP_ROW + part;
+  let weight_at = (subgroup * {{ row_fragments * weight_sets * side }}u + lane_row) * WEIGHT_ROW + part;
+  if (thread == 0u) { atomicStore(&broken, 0u); }
+{% for r in range(row_fragments) %}
+  let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
+{% endfor %}
+{% endmacro -%}
+
+{#- Begins the n-th part of what a lane does for its quads of a fragment's row; a fragment may have fewer quads than lanes. -#}
+{%- macro each_quad(n) %}{
+    let quad = part + {{ n * lanes // side }}u;
+    {% if lanes // side > side // 4 %}if (quad < {{ side // 4 }}u) {% endif %}
+{%- endmacro -%}
+
+{#- The subgroup's rows of an operand as fragments, times `factor`; zeros beyond its end. -#}
+{%- macro resident(a, factor) %}
+{% for r in range(row_fragments) %}{% for f in range(fragments[a]) %}
+{% for n in range(fragment_quads) %}
+  {{ each_quad(n) }} {
+      var x = vec4<f16>();
+      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
+        x = half_{{ a }}({{ a }}_base + row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad, {{ factor }});
+      }
+      weights[weight_at - part + quad] = x;
+    }
+  }
+{% endfor %}
+  {{ sync() }}
+  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[weight_at - part - lane_row * WEIGHT_ROW], WEIGHT_ROW);
+  {{ sync() }}
+{% endfor %}{% endfor %}
+{% endmacro -%}
+
+{%- macro accumulator(x, operand) %}
+{% for r in range(row_fragments) %}{% for f in range(fragments[operand]) %}
+  var {{ x }}_{{ r }}_{{ f }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+{% endfor %}{% endfor %}
+{% endmacro -%}
+
+{#- A thread's share of a staged tile; `put` leaves it in workgroup memory. -#}
+{%- macro shares(b) %}
+{% for n in range(staged_shares[b]) %}
+  var {{ b }}_share_{{ n }} = vec4<f16>();
+{% endfor %}
+{% endmacro -%}
+
+{#- Reads a thread's share of the tile of columns from `column` on. Columns beyond the end are the last one again: they are
+    hidden, but must be finite where the others are. -#}
+{%- macro fetch(b, column, factor) %}
+{% set quads = staged_quads[b] %}
+{% set total = tile_columns * quads %}
+{% for n in range(staged_shares[b]) %}
+{% if (n + 1) * threads > total %}
+    if (thread < {{ total - n * threads }}u)
+{% endif %}
+    {
+      let item = thread + {{ n * threads }}u;
+      let source = min({{ column }} + item / {{ quads }}u, column_limit - 1u);
+{% if quads > operand_quads[b] %}
+      if (item % {{ quads }}u < {{ operand_quads[b] }}u)
+{% endif %}
+      { {{ b }}_share_{{ n }} = half_{{ b }}({{ b }}_base + source * params.{{ b }}.seq, item % {{ quads }}u, {{ factor }}); }
+    }
+{% endfor %}
+{% endmacro -%}
+
+{%- macro put(b, stage) %}
+{% set quads = staged_quads[b] %}
+{% set total = tile_columns * quads %}
+{% for n in range(staged_shares[b]) %}
+{% if (n + 1) * threads > total %}
+    if (thread < {{ total - n * threads }}u)
+{% endif %}
+    {
+      let item = thread + {{ n * threads }}u;
+      {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + item / {{ quads }}u * {{ b | upper }}_ROW + item % {{ quads }}u] = {{ b }}_share_{{ n }};
+    }
+{% endfor %}
+{% endmacro -%}
+
+{#- Before the first tile: the scale of scores in powers of two, and, where there is one range of tiles, its first. -#}
+{%- macro begin_columns() %}
+  // Never zero, so that hidden scores stay hidden.
+  let scale = max(params.scale_size * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }}, 1e-25);
+  var stage = 0u;
+{% for b in staged %}
+{{ shares(b) }}
+{% endfor %}
+{% if rows_are_keys %}
+{% for n in range(statistic_shares) %}
+  var statistic_share_{{ n }} = 0.0;
+{% endfor %}
+{% else %}
+{{ first_columns() }}
+{% endif %}
+{% endmacro -%}
+
+{%- macro fetch_columns(column) %}
+{% for b in staged %}
+{{ fetch(b, column, factor(b)) }}
+{% endfor %}
+{% if rows_are_keys %}
+{% for n in range(statistic_shares) %}
+    if (thread < {{ 2 * tile_columns - n * threads }}u) {
+      let item = thread + {{ n * threads }}u;
+      let source = min({{ column }} + item % TILE_COLUMNS, column_limit - 1u);
+      if (item < TILE_COLUMNS) {
+        statistic_share_{{ n }} = 15.0 - probability_lse(lse[lse_base + source]) * LOG2_E;
+      } else {
+        statistic_share_{{ n }} = -delta[delta_base + source] * (d_s_range * {{ 1 / 32768 }});
+      }
+    }
+{% endfor %}
+{% endif %}
+{% endmacro -%}
+
+{%- macro put_columns() %}
+{% for b in staged %}
+{{ put(b, "stage") }}
+{% endfor %}
+{% if rows_are_keys %}
+{% for n in range(statistic_shares) %}
+    if (thread < {{ 2 * tile_columns - n * threads }}u) { statistics[stage * {{ 2 * tile_columns }}u + {{ n * threads }}u + thread] = statistic_share_{{ n }}; }
+{% endfor %}
+{% endif %}
+    workgroupBarrier();
+{% endmacro -%}
+
+{%- macro first_columns() %}
+  {
+{{ fetch_columns("tiles.first * TILE_COLUMNS") }}
+  }
+{{ put_columns() }}
+{% endmacro -%}
+
+{#- The next tile has until the end of this one. -#}
+{%- macro fetch_next() %}
+    let next = {{ "(tile + 1u)" if rows_are_keys else "next_tile(tiles, tile)" }} * TILE_COLUMNS;
+{{ fetch_columns("next") }}
+{% endmacro -%}
+
+{%- macro next_stage() %}
+    stage = 1u - stage;
+{{ put_columns() }}
+{% endmacro -%}
+
+{#- What lse (0) or delta (1) adds for a lane's n-th quad of columns. -#}
+{%- macro statistic(n, which) %}vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}statistics[statistic_{{ n }} + {{ which * tile_columns + e }}u]{% endfor %}){% endmacro -%}
+
+{#- What lse and delta add in the subgroup's rows. -#}
+{%- macro row_statistics() %}
+{% for r in range(row_fragments) %}
+  var shift_{{ r }} = 0.0;
+  var delta_{{ r }} = 0.0;
+  if (row_{{ r }} < row_limit) {
+    shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]) * LOG2_E;
+    delta_{{ r }} = delta[delta_base + row_{{ r }}] * d_s_range;
+  }
+{% endfor %}
+{% endmacro -%}
+
+{#- s[row, column] = a[row] . b[column]. -#}
+{%- macro product(s, a, b, stage) %}
+{% for c in range(column_fragments) %}
+{% for r in range(row_fragments) %}
+    {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+{% endfor %}
+{% for f in range(fragments[a]) %}
+    {
+      let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
+{% for r in range(row_fragments) %}
+      {{ s }}_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column, {{ s }}_{{ r }}_{{ c }});
+{% endfor %}
+    }
+{% endfor %}
+{% endfor %}
+{% endmacro -%}
+
+{%- macro scores_of(s) %}
+{% for r in range(row_fragments) %}{% for c in range(column_fragments) %}
+    var {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+{% endfor %}{% endfor %}
+{% endmacro -%}
+
+{#- Leaves a row of fragments in the strip, and waits for it. -#}
+{%- macro park(s, r) %}
+{% for c in range(column_fragments) %}
+    coopStoreT({{ s }}_{{ r }}_{{ c }}, &strips[strip + {{ c * side // 4 }}u], STRIP_ROW);
+{% endfor %}
+    {{ sync() }}
+{% endmacro -%}
+
+{#- First column of a lane's n-th quad of a strip. -#}
+{%- macro quad_column(n) %}column0 + 4u * ({{ n * lanes // side }}u + part){% endmacro -%}
+
+{%- macro take(x, r) %}
+{% for n in range(lane_quads) %}
+    let {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
+{% endfor %}
+    {{ sync() }}
+{% endmacro -%}
+
+{%- macro keep_weights(r, set, n, x) %}
+    weights[weight_at + {{ (r * weight_sets + set) * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }});
+{% endmacro -%}
+
+{#- x[row] += sum over columns of weights[row, column] * b[column]. -#}
+{%- macro accumulate(x, b, stage, set) %}
+{% for c in range(column_fragments) %}
+    {
+{% for r in range(row_fragments) %}
+      let weight_{{ r }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[(subgroup * {{ row_fragments * weight_sets }}u + {{ r * weight_sets + set }}u) * {{ side * weight_row }}u + {{ c * side // 4 }}u], WEIGHT_ROW);
+{% endfor %}
+{% for f in range(fragments[b]) %}
+      {
+        let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
+{% for r in range(row_fragments) %}
+        {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd(weight_{{ r }}, column, {{ x }}_{{ r }}_{{ f }});
+{% endfor %}
+      }
+{% endfor %}
+    }
+{% endfor %}
+{% endmacro -%}
+
+{#- Leaves one fragment of an accumulator in the strip. -#}
+{%- macro park_fragment(x) %}
+    {{ sync() }}
+    coopStoreT({{ x }}, &strips[strip], STRIP_ROW);
+    {{ sync() }}
+{% endmacro -%}
+
+{#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_"; of o also what rounding
+    takes, where that is wanted. -#}
+{%- macro store(x, operand, factor) %}
+{% for r in range(row_fragments) %}
+  {
+    let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
+{% if o_rest %}
+    let rest_base = o_rest_base + row_{{ r }} * params.o_rest.seq;
+{% endif %}
+{% for f in range(fragments[operand]) %}
+{{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+{% for n in range(fragment_quads) %}
+    {{ each_quad(n) }} {
+      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
+        let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
+        if (!is_finite4(result)) { atomicStore(&broken, 1u); }
+        store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
+{% if o_rest %}
+        store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
+{% endif %}
+      } }
+    }
+{% endfor %}
+{% endfor %}
+  }
+{% endfor %}
+{% endmacro -%}
+
+{#- Reports whether the tile is to be computed again. -#}
+{%- macro report() %}
+  workgroupBarrier();
+  if (thread == 0u) { repairs[index] = atomicLoad(&broken); }
+{% endmacro -%}

@@ -1,0 +1,87 @@
+{#- The gradients by k and v on fragments: rows are keys, columns are queries. -#}
+{% import "cooperative/blocks.wgsl" as blocks %}
+
+{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+
+{%- macro begin() %}
+{{ blocks.begin() }}
+{{ blocks.resident("k", blocks.factor("k")) }}
+{{ blocks.resident("v", blocks.factor("v")) }}
+{{ blocks.accumulator("d_k", "q") }}
+{{ blocks.accumulator("d_v", "d_o") }}
+{{ blocks.begin_columns() }}
+{% endmacro -%}
+
+{#- The first tile of a head. -#}
+{%- macro begin_head() %}
+{{ blocks.first_columns() }}
+{% endmacro -%}
+
+{%- macro scores() %}
+{{ blocks.fetch_next() }}
+{{ blocks.scores_of("s") }}
+{{ blocks.product("s", "k", "q", "stage") }}
+{% endmacro -%}
+
+{#- Leaves p as weights, up to 2^15: that is within the range of halves, and a small p is not rounded away. -#}
+{%- macro probabilities() %}
+{% for r in range(row_fragments) %}
+{{ blocks.park("s", r) }}
+{{ blocks.take("x", r) }}
+{% endfor %}
+{% for n in range(lane_quads) %}
+    let statistic_{{ n }} = stage * {{ 2 * tile_columns }}u + ({{ n * lanes // side }}u + part) * 4u;
+{% endfor %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    var p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }}));
+{% endfor %}{% endfor %}
+    if (masked) {
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+      p_{{ r }}_{{ n }} = select(vec4<f32>(), p_{{ r }}_{{ n }}, visible4(row_{{ r }}, {{ blocks.quad_column(n) }}));
+{% endfor %}{% endfor %}
+    }
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+{{ blocks.keep_weights(r, 0, n, "p_" ~ r ~ "_" ~ n) }}
+{% endfor %}{% endfor %}
+    {{ blocks.sync() }}
+{% endmacro -%}
+
+{%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o", "stage", 0) }}{% endmacro -%}
+
+{%- macro probability_gradients() %}
+{{ blocks.scores_of("d_p") }}
+{{ blocks.product("d_p", "v", "d_o", "stage") }}
+{% endmacro -%}
+
+{#- Leaves d_s = p (d_p - delta) as weights, within the range of halves. -#}
+{%- macro score_gradients() %}
+{% for r in range(row_fragments) %}
+{{ blocks.park("d_p", r) }}
+{{ blocks.take("y", r) }}
+{% for n in range(lane_quads) %}
+    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), {{ blocks.statistic(n, 1) }});
+{% endfor %}
+{% endfor %}
+    if (masked) {
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+      d_s_{{ r }}_{{ n }} = select(vec4<f32>(), d_s_{{ r }}_{{ n }}, visible4(row_{{ r }}, {{ blocks.quad_column(n) }}));
+{% endfor %}{% endfor %}
+    }
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+{{ blocks.keep_weights(r, 1, n, "d_s_" ~ r ~ "_" ~ n) }}
+{% endfor %}{% endfor %}
+    {{ blocks.sync() }}
+{% endmacro -%}
+
+{%- macro accumulate_d_k() %}
+{{ blocks.accumulate("d_k", "q", "stage", 1) }}
+{{ blocks.next_stage() }}
+{% endmacro -%}
+
+{%- macro finish() %}
+  let d_k_factor = params.scale_size * (params.scale_sign / d_s_range) * {{ blocks.inverse("q") }};
+  let d_v_factor = {{ 1 / 32768 }} * {{ blocks.inverse("d_o") }};
+{{ blocks.store("d_k", "d_k", "d_k_factor") }}
+{{ blocks.store("d_v", "d_v", "d_v_factor") }}
+{{ blocks.report() }}
+{% endmacro -%}

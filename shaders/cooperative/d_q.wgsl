@@ -1,0 +1,61 @@
+{#- The gradient by q on fragments: rows are queries, columns are keys. -#}
+{% import "cooperative/blocks.wgsl" as blocks %}
+
+{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+
+{%- macro begin() %}
+{{ blocks.begin() }}
+{{ blocks.resident("q", blocks.factor("q")) }}
+{{ blocks.resident("d_o", blocks.factor("d_o")) }}
+{{ blocks.accumulator("d_q", "k") }}
+{{ blocks.row_statistics() }}
+{{ blocks.begin_columns() }}
+{% endmacro -%}
+
+{%- macro scores() %}
+{{ blocks.fetch_next() }}
+{{ blocks.scores_of("s") }}
+{{ blocks.product("s", "q", "k", "stage") }}
+{% endmacro -%}
+
+{%- macro probability_gradients() %}
+{{ blocks.scores_of("d_p") }}
+{{ blocks.product("d_p", "d_o", "v", "stage") }}
+{% endmacro -%}
+
+{#- Leaves d_s = p (d_p - delta) as weights, within the range of halves. -#}
+{%- macro score_gradients() %}
+{% for r in range(row_fragments) %}
+{{ blocks.park("s", r) }}
+{{ blocks.take("x", r) }}
+{% endfor %}
+{% for r in range(row_fragments) %}
+{{ blocks.park("d_p", r) }}
+{{ blocks.take("y", r) }}
+{% endfor %}
+{% for r in range(row_fragments) %}
+{% for n in range(lane_quads) %}
+    var d_s_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }}))) * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), vec4<f32>(-delta_{{ r }}));
+{% endfor %}
+{% endfor %}
+    if (masked) {
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+      d_s_{{ r }}_{{ n }} = select(vec4<f32>(), d_s_{{ r }}_{{ n }}, visible4(row_{{ r }}, {{ blocks.quad_column(n) }}));
+{% endfor %}{% endfor %}
+    }
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+{{ blocks.keep_weights(r, 0, n, "d_s_" ~ r ~ "_" ~ n) }}
+{% endfor %}{% endfor %}
+    {{ blocks.sync() }}
+{% endmacro -%}
+
+{%- macro accumulate() %}
+{{ blocks.accumulate("d_q", "k", "stage", 0) }}
+{{ blocks.next_stage() }}
+{% endmacro -%}
+
+{%- macro finish() %}
+  let factor = params.scale_size * (params.scale_sign / d_s_range) * {{ blocks.inverse("k") }};
+{{ blocks.store("d_q", "d_q", "factor") }}
+{{ blocks.report() }}
+{% endmacro -%}

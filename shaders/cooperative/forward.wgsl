@@ -1,0 +1,113 @@
+{#- The forward pass on fragments: rows are queries, columns are keys. -#}
+{% import "cooperative/blocks.wgsl" as blocks %}
+
+{%- macro declare() %}
+{{ blocks.declare() }}
+// Below every score of halves that were scaled to their range, and far from where f32 ends.
+const HIDDEN: f32 = -1e30;
+// The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
+const SLACK: f32 = 8.0;
+{% endmacro -%}
+
+{%- macro begin() %}
+{{ blocks.begin() }}
+{% for r in range(row_fragments) %}
+  var most_{{ r }} = HIDDEN;
+  var sum_{{ r }} = 0.0;
+{% endfor %}
+{{ blocks.resident("q", blocks.factor("q")) }}
+{{ blocks.accumulator("o", "v") }}
+{{ blocks.begin_columns() }}
+{% endmacro -%}
+
+{%- macro scores() %}
+{{ blocks.fetch_next() }}
+{{ blocks.scores_of("s") }}
+{{ blocks.product("s", "q", "k", "stage") }}
+{% endmacro -%}
+
+{#- Online softmax. The maximum of a row follows only when it has grown by more than SLACK: then, rarely, the output is
+    rescaled, through the strip. -#}
+{%- macro softmax() %}
+{% for r in range(row_fragments) %}
+{{ blocks.park("s", r) }}
+    if (masked) {
+{% for n in range(lane_quads) %}
+      {
+        let at = strip_at + {{ n * lanes // side }}u;
+        strips[at] = select(vec4<f32>(HIDDEN), strips[at], visible4(row_{{ r }}, {{ blocks.quad_column(n) }}));
+      }
+{% endfor %}
+    }
+{{ blocks.take("x", r) }}
+    var row_most_{{ r }} = 0.0;
+    {
+      var most4 = x_{{ r }}_0;
+{% for n in range(1, lane_quads) %}
+      most4 = max(most4, x_{{ r }}_{{ n }});
+{% endfor %}
+      var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
+{% for n in [1, 2, 4] %}{% if n < lanes // side %}
+      most = max(most, subgroupShuffleXor(most, {{ n }}u));
+{% endif %}{% endfor %}
+      row_most_{{ r }} = most;
+    }
+{% endfor %}
+    // Nothing to rescale yet.
+    if (tile == tiles.first) {
+{% for r in range(row_fragments) %}
+      most_{{ r }} = row_most_{{ r }};
+{% endfor %}
+    }
+    loop {
+      // Not an if: the fragments' registers stay where they are.
+      if (!subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(row_most_{{ r }} - most_{{ r }}) * scale > SLACK{% endfor %})) { break; }
+{% for r in range(row_fragments) %}
+      let before_{{ r }} = most_{{ r }};
+      most_{{ r }} = select(before_{{ r }}, row_most_{{ r }}, (row_most_{{ r }} - before_{{ r }}) * scale > SLACK);
+      let rescale_{{ r }} = exp2((before_{{ r }} - most_{{ r }}) * scale);
+      sum_{{ r }} *= rescale_{{ r }};
+{% endfor %}
+{% for r in range(row_fragments) %}{% for f in range(fragments.v) %}
+{{ blocks.park_fragment("o_" ~ r ~ "_" ~ f) }}
+{% for n in range(fragment_quads) %}
+      {{ blocks.each_quad(n) }} { strips[strip_at - part + quad] *= rescale_{{ r }}; } }
+{% endfor %}
+      {{ blocks.sync() }}
+      o_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&strips[strip], STRIP_ROW);
+{% endfor %}{% endfor %}
+      {{ blocks.sync() }}
+    }
+{% for r in range(row_fragments) %}
+    {
+      let shift = select(most_{{ r }} * scale, 0.0, most_{{ r }} == HIDDEN);
+      var total = vec4<f32>();
+{% for n in range(lane_quads) %}
+      let p_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift)));
+      total += p_{{ n }};
+{{ blocks.keep_weights(r, 0, n, "p_" ~ n) }}
+{% endfor %}
+      sum_{{ r }} += (total.x + total.y) + (total.z + total.w);
+    }
+{% endfor %}
+    {{ blocks.sync() }}
+{% endmacro -%}
+
+{%- macro accumulate() %}
+{{ blocks.accumulate("o", "v", "stage", 0) }}
+{{ blocks.next_stage() }}
+{% endmacro -%}
+
+{#- Sums the rows' denominators, adds the sink logit once, and writes o and lse. -#}
+{%- macro finish() %}
+{% for r in range(row_fragments) %}
+{% for n in [1, 2, 4] %}{% if n < lanes // side %}
+  sum_{{ r }} += subgroupShuffleXor(sum_{{ r }}, {{ n }}u);
+{% endif %}{% endfor %}
+  let end_{{ r }} = finish_row(most_{{ r }} * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}, sum_{{ r }}, head);
+  let factor_{{ r }} = end_{{ r }}.factor * {{ blocks.inverse("v") }};
+  if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = end_{{ r }}.lse; }
+{% endfor %}
+{{ blocks.store("o", "o", "factor_") }}
+{{ blocks.report() }}
+{% endmacro -%}

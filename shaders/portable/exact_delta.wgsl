@@ -1,0 +1,44 @@
+{#- delta in portable blocks: rows are queries, columns are keys. -#}
+{% import "portable/blocks.wgsl" as blocks %}
+
+{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+
+{%- macro begin() %}
+{{ blocks.begin() }}
+{% for i in range(rows) %}
+  var sum_{{ i }} = 0.0;
+  var lse_{{ i }} = 0.0;
+  if (row_{{ i }} < row_limit) { lse_{{ i }} = probability_lse(lse[lse_base + row_{{ i }}]); }
+{% endfor %}
+{% endmacro -%}
+
+{%- macro scores() %}{{ blocks.product("s", "q", "k") }}{% endmacro -%}
+
+{%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
+
+{#- Sums p d_p. -#}
+{%- macro accumulate() %}
+{% for i in range(rows) %}{% for c in range(quads) %}
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-lse_{{ i }}))) * d_p_{{ i }}_{{ c }};
+{% endfor %}{% endfor %}
+{{ blocks.hide("s") }}
+{% for i in range(rows) %}
+    {
+      var total = s_{{ i }}_0;
+{% for c in range(1, quads) %}
+      total += s_{{ i }}_{{ c }};
+{% endfor %}
+      sum_{{ i }} += (total.x + total.y) + (total.z + total.w);
+    }
+{% endfor %}
+{% endmacro -%}
+
+{%- macro finish() %}
+{{ blocks.reduce_rows("total", "sum", "sum") }}
+{% for i in range(rows) %}
+  if (row_{{ i }} < row_limit && tx == 0u) {
+    let place = delta_base + row_{{ i }};
+    delta[place] = row_delta(place, total_{{ i }});
+  }
+{% endfor %}
+{% endmacro -%}

@@ -1,0 +1,299 @@
+//! `sink-attention bench`: how fast this device is.
+
+mod measure;
+mod peaks;
+mod picture;
+mod report;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use sink_attention::{
+    Attention, DType, Kernel, Layout, Options, Preference, Problem, Shape, SinkLogits, Tiling, Timer, Window, wgpu,
+};
+
+use self::measure::{Direction, Effort, on_cpu, on_gpu};
+use self::report::{Report, Row};
+use super::plan::{Axes, Sinks, at_least_one};
+use super::{DeviceArgs, ElementType, print};
+
+/// Long sequences are shortened by this on devices without GPU.
+const QUICK: usize = 32;
+/// A series that is not over by then is cut short.
+const MOST: Duration = Duration::from_secs(3);
+const MOST_QUICK: Duration = Duration::from_millis(500);
+
+/// Measure how fast this device is, forward and backward
+///
+/// Without arguments: layers of GPT-OSS (with and without its window of 128 keys) and Llama 3, and a small one, with one
+/// sequence, causal, with sink logits. Any number given changes all of them or, without --shape, replaces them by one
+/// shape. Times are the GPU's own timestamps after a warm-up, or the wall clock where there are none. FLOPs are counted
+/// by the field's convention: two for each multiply-add of both matrix products over the visible pairs, and 2.5 times
+/// that backward. GB/s count each operand and result once.
+#[derive(Debug, Args)]
+pub struct Bench {
+    #[command(flatten, next_help_heading = "Device")]
+    device: DeviceArgs,
+
+    /// Element types to measure
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "TYPES", default_value = "f32")]
+    dtype: Vec<ElementType>,
+
+    /// Passes to measure
+    #[arg(long, value_enum, default_value_t)]
+    pass: PassArg,
+
+    /// Measure each kernel of a pass by itself, too
+    #[arg(long)]
+    passes: bool,
+
+    /// Tiles of a kernel, for measuring them: "forward=cooperative 4x3x1" (subgroups, row and column fragments), or "d_q=portable
+    /// 64x32 (16x8 threads of 4x4), chunk 32, slab 16"; once for each kernel
+    #[arg(long, value_name = "KERNEL=TILES", value_parser = kernel_tiles)]
+    tiles: Vec<(Kernel, Tiling)>,
+
+    /// Runs in a series
+    #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    runs: u32,
+
+    /// Sequences 32 times shorter, and fewer runs; chosen by itself on devices without GPU where no length is given
+    #[arg(long)]
+    quick: bool,
+
+    /// Write the figures to this file as a JSON object; "-" prints it instead of the table
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// Draw the figures into this file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+
+    #[command(flatten)]
+    shape: ShapeArgs,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum PassArg {
+    Forward,
+    Backward,
+    #[default]
+    Both,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Named {
+    /// H=64 G=8 D=64 N=8192
+    GptOss,
+    /// The same with a window of 128 keys
+    Window,
+    /// H=32 G=8 D=128 N=8192
+    Llama,
+    /// H=16 G=16 D=64 N=4096
+    Seed,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Shape")]
+struct ShapeArgs {
+    /// Only these of the default shapes
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "NAMES")]
+    shape: Vec<Named>,
+
+    /// Sequences in the batch, B
+    #[arg(long, value_name = "B")]
+    batch: Option<usize>,
+
+    /// Query heads, H
+    #[arg(long, value_name = "H")]
+    heads: Option<usize>,
+
+    /// Key/value heads, G
+    #[arg(long, value_name = "G")]
+    kv_heads: Option<usize>,
+
+    /// Queries, M [default: as many as keys]
+    #[arg(long, value_name = "M")]
+    seq_q: Option<usize>,
+
+    /// Keys, N
+    #[arg(long, value_name = "N")]
+    seq_k: Option<usize>,
+
+    /// Width of q and k, D
+    #[arg(long, value_name = "D")]
+    head_dim: Option<usize>,
+
+    /// Width of v and o, E [default: as q and k]
+    #[arg(long, value_name = "E")]
+    value_dim: Option<usize>,
+
+    /// No key after the query's position, which is the default
+    #[arg(long, conflicts_with = "full")]
+    causal: bool,
+
+    /// Every key, before and after
+    #[arg(long)]
+    full: bool,
+
+    /// Keys visible up to the query's position, its own included
+    #[arg(long, value_name = "KEYS", value_parser = at_least_one, conflicts_with = "full")]
+    window: Option<usize>,
+
+    /// First keys that stay visible under a window
+    #[arg(long, value_name = "KEYS", default_value_t = 0)]
+    sink_tokens: usize,
+
+    /// Sink logits: learned numbers in the softmax's denominator
+    #[arg(long, value_enum, value_name = "KIND", default_value = "per-head")]
+    sinks: Sinks,
+
+    /// Order of the axes of the operands
+    #[arg(long, value_enum, default_value_t)]
+    layout: Axes,
+}
+
+fn kernel_tiles(text: &str) -> Result<(Kernel, Tiling), String> {
+    let (name, tiling) = text.split_once('=').ok_or("want KERNEL=TILES, such as \"forward=cooperative 4x3x1\"")?;
+    let known = Kernel::TILED.map(Kernel::name);
+    let kernel = Kernel::TILED.into_iter().find(|kernel| kernel.name() == name);
+    let kernel = kernel.ok_or_else(|| format!("unknown kernel {name:?}; known: {}", known.join(", ")))?;
+    Ok((kernel, tiling.parse()?))
+}
+
+/// A shape to measure.
+#[derive(Debug, Clone)]
+struct Case {
+    name: &'static str,
+    shape: Shape,
+    options: Options,
+}
+
+impl ShapeArgs {
+    /// What is asked for, with sequences shortened where no length is given.
+    fn cases(&self, quick: bool) -> Vec<Case> {
+        let sizes =
+            [self.batch, self.heads, self.kv_heads, self.seq_q, self.seq_k, self.head_dim, self.value_dim, self.window];
+        let custom = sizes.iter().any(Option::is_some) || self.full || self.causal;
+        let of = |name: Option<&Named>| {
+            let (label, [heads, kv_heads, width, seq], window) = match name {
+                Some(Named::GptOss) => ("gpt-oss", [64, 8, 64, 8192], None),
+                Some(Named::Window) => ("window", [64, 8, 64, 8192], Some(128)),
+                Some(Named::Llama) => ("llama", [32, 8, 128, 8192], None),
+                Some(Named::Seed) => ("seed", [16, 16, 64, 4096], None),
+                None => ("custom", [32, 8, 64, 8192], None),
+            };
+            let heads = self.heads.unwrap_or(heads);
+            let seq_k = self.seq_k.unwrap_or(if quick { seq / QUICK } else { seq });
+            let head_dim = self.head_dim.unwrap_or(width);
+            let shape = Shape {
+                batch: self.batch.unwrap_or(1),
+                heads,
+                kv_heads: self.kv_heads.unwrap_or(if heads.is_multiple_of(kv_heads) { kv_heads } else { heads }),
+                seq_q: self.seq_q.unwrap_or(seq_k),
+                seq_k,
+                head_dim,
+                value_dim: self.value_dim.unwrap_or(head_dim),
+            };
+            let window = self.window.or(window).filter(|_| !self.full);
+            let options = Options::new()
+                .causal(!self.full)
+                .window(window.map_or(Window::FULL, Window::keys))
+                .sink_tokens(self.sink_tokens)
+                .sink_logits(SinkLogits::from(self.sinks))
+                .layout(Layout::from(self.layout));
+            Case { name: label, shape, options }
+        };
+        match (&self.shape[..], custom) {
+            ([], true) => vec![of(None)],
+            ([], false) => Named::value_variants().iter().map(|name| of(Some(name))).collect(),
+            (named, _) => named.iter().map(|name| of(Some(name))).collect(),
+        }
+    }
+}
+
+impl Bench {
+    /// Measures and reports; an error where nothing could be measured.
+    pub fn execute(self) -> Result<(), Box<dyn Error>> {
+        self.device.check()?;
+        if self.device.is_cpu() && !self.tiles.is_empty() {
+            let message = "the argument '--tiles <KERNEL=TILES>' cannot be used with '--backend cpu'";
+            return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message).into());
+        }
+        let attention = self.device.open()?;
+        let timer = attention.device().map(Timer::new).transpose()?;
+        let slow = attention.device().is_none_or(|d| d.wgpu().adapter_info().device_type == wgpu::DeviceType::Cpu);
+        let shortened = slow && self.shape.seq_k.is_none() && self.shape.seq_q.is_none() && !self.quick;
+        let quick = self.quick || shortened;
+        // Wrong numbers are told before anything is measured.
+        let mut problems = Vec::new();
+        for case in self.shape.cases(quick) {
+            for dtype in self.dtype.iter().map(|dtype| DType::from(*dtype)) {
+                problems.push((case.name, Problem::new(case.shape, case.options.dtype(dtype))?));
+            }
+        }
+        let directions: &[Direction] = match self.pass {
+            PassArg::Forward => &[Direction::Forward],
+            PassArg::Backward => &[Direction::Backward],
+            PassArg::Both => &[Direction::Forward, Direction::Backward],
+        };
+        let mut effort =
+            Effort { runs: self.runs as usize, most: if quick { MOST_QUICK } else { MOST }, passes: self.passes };
+        if quick {
+            effort.runs = effort.runs.min(5);
+        }
+        let mut report = Report::new(&attention, timer.as_ref().map(Timer::clock), shortened);
+        // Drawn on terminals alone.
+        let progress = ProgressBar::new(problems.len() as u64)
+            .with_style(ProgressStyle::with_template("{pos} of {len} {msg} {elapsed}")?);
+        for (name, problem) in &problems {
+            progress.set_message(format!("{name}: {problem}"));
+            let timings = self.measure(&attention, timer.as_ref(), problem, directions, effort);
+            for (direction, timing) in directions.iter().zip(timings) {
+                let row = Row::new(name, problem, *direction, timing?, report.peaks);
+                report.rows.push(row);
+            }
+            progress.inc(1);
+        }
+        progress.finish_and_clear();
+        self.write(&report)?;
+        Ok(report.verdict()?)
+    }
+
+    fn measure(
+        &self,
+        attention: &Attention,
+        timer: Option<&Timer>,
+        problem: &Problem,
+        directions: &[Direction],
+        effort: Effort,
+    ) -> Vec<sink_attention::Result<Result<measure::Timing, String>>> {
+        let preference =
+            Preference { micro_kernel: self.device.micro_kernel(), tiles: &self.tiles, tuning: attention.tuning() };
+        match timer {
+            Some(timer) => on_gpu(attention, timer, problem, directions, effort, &preference),
+            None if !self.tiles.is_empty() => vec![Err(sink_attention::Error::NeedsGpu { call: "--tiles" })],
+            None => on_cpu(attention, problem, directions, effort),
+        }
+    }
+
+    fn write(&self, report: &Report) -> Result<(), Box<dyn Error>> {
+        let json = self.json.as_ref().map(|path| serde_json::to_string(report).map(|text| (path, text))).transpose()?;
+        match json {
+            Some((path, text)) if path.as_os_str() == "-" => print(text)?,
+            Some((path, text)) => {
+                std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))?;
+                print(report)?;
+            }
+            None => print(report)?,
+        }
+        if let Some(path) = &self.svg {
+            let svg = picture::draw(report)?;
+            std::fs::write(path, svg).map_err(|error| format!("{}: {error}", path.display()))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,188 @@
+//! Random operands for timing, on the GPU and on the host. The benches include this file.
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use sink_attention::half::{bf16, f16};
+use sink_attention::{
+    BackwardBuffers, Capabilities, DType, Device, Element, ForwardBuffers, Inputs, Problem, Result, SinkLogits,
+    TensorView, wgpu,
+};
+
+/// What stands in the way of a problem's buffers, if anything.
+pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<String> {
+    let limit = capabilities.binding_bytes.min(capabilities.buffer_bytes);
+    let [batch, heads, seq] = problem.lse_shape();
+    let (element, lse) = (problem.options().dtype.bytes(), [batch, heads, seq, 1]);
+    let operands = [
+        ("q", problem.q_shape(), element),
+        ("k", problem.k_shape(), element),
+        ("v", problem.v_shape(), element),
+        ("o", problem.o_shape(), element),
+        ("lse", lse, 4),
+    ];
+    operands.into_iter().find_map(|(operand, shape, element)| {
+        let bytes = shape.iter().product::<usize>() as u128 * element as u128;
+        (bytes > u128::from(limit)).then(|| format!("{operand} takes {bytes} bytes, the device binds {limit}"))
+    })
+}
+
+/// Operands and results of a forward pass in GPU buffers, o_rest among them, as training wants it; the operands with random
+/// numbers in [-1, 1).
+pub struct GpuOperands {
+    q: wgpu::Buffer,
+    k: wgpu::Buffer,
+    v: wgpu::Buffer,
+    sink_logits: Option<wgpu::Buffer>,
+    o: wgpu::Buffer,
+    o_rest: Option<wgpu::Buffer>,
+    lse: wgpu::Buffer,
+}
+
+impl GpuOperands {
+    pub fn new(device: &Device, problem: &Problem) -> Result<Self> {
+        let dtype = problem.options().dtype;
+        let create = || {
+            let [q, k, v] = filled(device, dtype, [problem.q_shape(), problem.k_shape(), problem.v_shape()]);
+            let per_head = problem.options().sink_logits == SinkLogits::PerHead;
+            let sinks = per_head.then(|| filled(device, DType::F32, [[1, 1, 1, problem.shape().heads]]));
+            let [batch, heads, seq] = problem.lse_shape();
+            GpuOperands {
+                q,
+                k,
+                v,
+                sink_logits: sinks.map(|[sinks]| sinks),
+                o: result(device, dtype, problem.o_shape()),
+                o_rest: (dtype != DType::F32).then(|| result(device, dtype, problem.o_shape())),
+                lse: result(device, DType::F32, [batch, heads, seq, 1]),
+            }
+        };
+        pollster::block_on(device.scoped("creating operands", create))
+    }
+
+    pub fn buffers(&self) -> ForwardBuffers<'_> {
+        ForwardBuffers {
+            q: TensorView::new(&self.q),
+            k: TensorView::new(&self.k),
+            v: TensorView::new(&self.v),
+            sink_logits: self.sink_logits.as_ref().map(TensorView::new),
+            o: TensorView::new(&self.o),
+            o_rest: self.o_rest.as_ref().map(TensorView::new),
+            lse: TensorView::new(&self.lse),
+        }
+    }
+}
+
+/// Operands and results of a backward pass beyond those of the forward pass.
+pub struct GpuGradients {
+    d_o: wgpu::Buffer,
+    d_q: wgpu::Buffer,
+    d_k: wgpu::Buffer,
+    d_v: wgpu::Buffer,
+    d_sink_logits: wgpu::Buffer,
+}
+
+impl GpuGradients {
+    pub fn new(device: &Device, problem: &Problem) -> Result<Self> {
+        let dtype = problem.options().dtype;
+        let create = || {
+            let [d_o] = filled(device, dtype, [problem.o_shape()]);
+            GpuGradients {
+                d_o,
+                d_q: result(device, dtype, problem.q_shape()),
+                d_k: result(device, dtype, problem.k_shape()),
+                d_v: result(device, dtype, problem.v_shape()),
+                d_sink_logits: result(device, DType::F32, [1, 1, 1, problem.shape().heads]),
+            }
+        };
+        pollster::block_on(device.scoped("creating gradients", create))
+    }
+
+    /// The forward pass must have run: its results are read.
+    pub fn buffers<'a>(&'a self, operands: &'a GpuOperands) -> BackwardBuffers<'a> {
+        let forward = operands.buffers();
+        BackwardBuffers {
+            forward,
+            d_o: TensorView::new(&self.d_o),
+            d_lse: None,
+            d_q: TensorView::new(&self.d_q),
+            d_k: TensorView::new(&self.d_k),
+            d_v: TensorView::new(&self.d_v),
+            d_sink_logits: forward.sink_logits.map(|_| TensorView::new(&self.d_sink_logits)),
+        }
+    }
+}
+
+/// Buffers of random numbers. Large ones repeat one block of numbers, each from another place in it; the odd
+/// length keeps rows from repeating.
+fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]; N]) -> [wgpu::Buffer; N] {
+    let noise = random(&mut StdRng::seed_from_u64(0), (1 << 20) + 14);
+    let noise: Vec<u8> = match dtype {
+        DType::F16 => bytemuck::cast_slice(&f16::narrow(noise)).to_vec(),
+        DType::Bf16 => bytemuck::cast_slice(&bf16::narrow(noise)).to_vec(),
+        _ => bytemuck::cast_slice(&noise).to_vec(),
+    };
+    // Halves and singles alike are copied in words.
+    let words = noise.len() as u64 / 4;
+    let source = buffer(device, 4 * words, wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST);
+    device.queue().write_buffer(&source, 0, &noise);
+    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+    let buffers = std::array::from_fn(|n| {
+        let size = bytes(dtype, shapes[n]);
+        let target = buffer(device, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST);
+        let (mut from, mut done) = (n as u64 * words / N as u64, 0);
+        while 4 * done < size {
+            let count = (words - from).min(size / 4 - done);
+            encoder.copy_buffer_to_buffer(&source, 4 * from, &target, 4 * done, 4 * count);
+            done += count;
+            from = 0;
+        }
+        target
+    });
+    device.queue().submit([encoder.finish()]);
+    buffers
+}
+
+/// Whole words.
+fn bytes(dtype: DType, shape: [usize; 4]) -> u64 {
+    (shape.iter().product::<usize>() * dtype.bytes()).next_multiple_of(4) as u64
+}
+
+fn result(device: &Device, dtype: DType, shape: [usize; 4]) -> wgpu::Buffer {
+    buffer(device, bytes(dtype, shape), wgpu::BufferUsages::STORAGE)
+}
+
+fn buffer(device: &Device, size: u64, usage: wgpu::BufferUsages) -> wgpu::Buffer {
+    let label = Some("operand");
+    device.wgpu().create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false })
+}
+
+/// The operands of a forward pass on the host.
+pub struct HostOperands<T> {
+    q: Vec<T>,
+    k: Vec<T>,
+    v: Vec<T>,
+    sink_logits: Option<Vec<f32>>,
+}
+
+impl<T: Element> HostOperands<T> {
+    pub fn new(problem: &Problem) -> Self {
+        let mut rng = StdRng::seed_from_u64(0);
+        let per_head = problem.options().sink_logits == SinkLogits::PerHead;
+        let sink_logits = per_head.then(|| random(&mut rng, problem.shape().heads));
+        let mut filled = |shape: [usize; 4]| T::narrow(random(&mut rng, shape.iter().product()));
+        HostOperands {
+            q: filled(problem.q_shape()),
+            k: filled(problem.k_shape()),
+            v: filled(problem.v_shape()),
+            sink_logits,
+        }
+    }
+
+    pub fn inputs(&self) -> Inputs<'_, T> {
+        Inputs { q: &self.q, k: &self.k, v: &self.v, sink_logits: self.sink_logits.as_deref() }
+    }
+}
+
+fn random(rng: &mut StdRng, elements: usize) -> Vec<f32> {
+    (0..elements).map(|_| rng.random_range(-1.0..1.0)).collect()
+}

@@ -1,0 +1,336 @@
+//! The cooperative micro-kernel (tensor cores) against the definition, and against what rounding p and d_s explains.
+//!
+//! It takes an adapter with cooperative matrices: tests/software-vulkan.sh installs one that needs no GPU, and
+//! `SINK_ATTENTION_REQUIRE_COOPERATIVE=1` makes these tests fail where there is none.
+
+mod common;
+
+use common::gradients::Backward;
+use common::operands::{SIZES, agree, options, problem};
+use common::views::run_at;
+use common::{compare, compare_low_precision, cooperative, gpu, low_precision};
+use sink_attention::compare::accepted;
+use sink_attention::cpu::reference;
+use sink_attention::half::{bf16, f16};
+use sink_attention::{
+    Attention, Capabilities, DType, Device, Element, Error, Kernel, Layout, MicroKernel, OptionalOperands, Options,
+    Output, Plan, Preference, Problem, SinkLogits, Tiling, Window,
+};
+
+/// A test for both types.
+macro_rules! both {
+    ($($(#[$meta:meta])* $name:ident)*) => {$(
+        $(#[$meta])*
+        mod $name {
+            #[test]
+            fn f16() {
+                super::with_matrices(super::$name::<super::f16>);
+            }
+
+            #[test]
+            fn bf16() {
+                super::with_matrices(super::$name::<super::bf16>);
+            }
+        }
+    )*};
+}
+
+both! {
+    sizes_and_options
+    widths
+    heads_and_batches
+    views_with_offsets_and_strides
+    fragments_of_every_shape
+    what_rounding_took_from_o
+    large_scores
+    the_range_of_the_type
+    hidden_keys_never_come_through
+    visible_keys_do
+    nan_stays_in_its_row
+    same_bits_every_time
+}
+
+fn with_matrices(test: fn(&Attention)) {
+    if let Some(attention) = cooperative() {
+        test(&attention);
+    }
+}
+
+/// Every kernel that has tiles is cooperative, and followed by the portable one that repairs.
+fn is_cooperative(plan: &Plan) -> bool {
+    let of = |kernel| plan.passes.iter().filter(move |pass| pass.variant.kernel == kernel).map(|pass| pass.variant);
+    [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv].into_iter().all(|kernel| {
+        let variants: Vec<_> = of(kernel).map(|variant| (variant.micro_kernel, variant.repairs.is_some())).collect();
+        variants.is_empty() || variants == [(MicroKernel::Cooperative, false), (MicroKernel::Portable, true)]
+    })
+}
+
+/// The problem in an element type, with operands.
+fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
+    let problem = Problem::new(*problem.shape(), problem.options().dtype(T::DTYPE)).unwrap();
+    (problem, Backward::random(&problem, seed).cast())
+}
+
+/// Holds both passes against the definition: by norm, and by element as far as low precision explains. `explain` is
+/// off where no element has more than rounding noise.
+fn check<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>, explain: bool) -> Output<T> {
+    let inputs = case.operands.inputs();
+    assert!(is_cooperative(&attention.plan_forward(problem).unwrap()), "{problem}");
+    let output = attention.forward(problem, &inputs).unwrap();
+    let expected = reference::forward(problem, &inputs).unwrap();
+    agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    let round = low_precision::to_half::<T>;
+    let low_o = low_precision::forward_with(problem, &inputs, round).o;
+    assert!(is_cooperative(&attention.plan_backward(problem).unwrap()), "{problem}");
+    let expected_gradients = case.expected(problem);
+    let gradients = case.run_with(attention, problem, &exact(&output));
+    case.agree(&gradients, &expected_gradients).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    let low = low_precision::backward_with(problem, &inputs, &case.upstream(), round);
+    for (name, actual, low, expected) in [
+        ("o", &output.o, &low_o, &expected.o),
+        ("d_q", &gradients.d_q, &low.d_q, &expected_gradients.d_q),
+        ("d_k", &gradients.d_k, &low.d_k, &expected_gradients.d_k),
+        ("d_v", &gradients.d_v, &low.d_v, &expected_gradients.d_v),
+    ] {
+        // Where terms cancel to nothing, two orders of f32 sums may be a few roundings apart.
+        if explain && expected.iter().any(|x| x.abs() >= 1e-6) {
+            compare_low_precision(actual, low, expected).unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
+        }
+    }
+    output
+}
+
+/// Without what rounding took from o, so that delta is summed anew, as precise as f32.
+fn exact<T: Element>(output: &Output<T>) -> Output<T> {
+    Output { o_rest: None, ..output.clone() }
+}
+
+/// With what rounding took from o, delta is as precise as o was in f32: p has been rounded on its way there, which the
+/// gradients of the sink logits show. Otherwise they have the bound of f32.
+fn what_rounding_took_from_o<T: Element>(attention: &Attention) {
+    for (seed, options) in (0..).zip(options()) {
+        let (problem, case) = random::<T>(&problem([1, 2, 1], [63, 65], [16, 16], options), seed);
+        let (mut gradients, mut expected) = (case.run(attention, &problem), case.expected(&problem));
+        assert_eq!(gradients.d_sink_logits.is_some(), expected.d_sink_logits.is_some());
+        if let (Some(actual), Some(expected)) = (gradients.d_sink_logits.take(), expected.d_sink_logits.take()) {
+            compare(&actual, &expected, accepted(T::DTYPE)).unwrap_or_else(|error| panic!("{problem}: {error}"));
+        }
+        case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    }
+}
+
+fn sizes_and_options<T: Element>(attention: &Attention) {
+    for (seed, size) in (0..).zip(SIZES) {
+        for options in options() {
+            let (problem, case) = random::<T>(&problem([1, 2, 1], size, [16, 16], options), seed);
+            check(attention, &problem, &case, true);
+        }
+    }
+}
+
+fn widths<T: Element>(attention: &Attention) {
+    let equal = [16, 32, 64, 80, 96, 128, 20, 33].map(|width| [width, width]);
+    let unequal = [[16, 64], [128, 8], [36, 20], [1, 3]];
+    for (seed, width) in (0..).zip(equal.into_iter().chain(unequal)) {
+        let layout = if seed % 2 == 0 { Layout::Bshd } else { Layout::Bhsd };
+        let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead).layout(layout);
+        let (problem, case) = random::<T>(&problem([1, 2, 1], [63, 65], width, options), seed);
+        check(attention, &problem, &case, true);
+    }
+}
+
+fn heads_and_batches<T: Element>(attention: &Attention) {
+    for (seed, heads) in (0..).zip([[1, 8, 1], [3, 6, 2], [2, 5, 5], [7, 1, 1]]) {
+        for layout in [Layout::Bshd, Layout::Bhsd] {
+            let options = Options::new().sink_logits(SinkLogits::PerHead).layout(layout);
+            let (problem, case) = random::<T>(&problem(heads, [35, 37], [16, 16], options), seed);
+            check(attention, &problem, &case, true);
+        }
+    }
+}
+
+fn views_with_offsets_and_strides<T: Element>(attention: &Attention) {
+    let options = Options::new().window(Window::keys(9)).sink_tokens(2).sink_logits(SinkLogits::PerHead);
+    let narrow = problem([2, 2, 1], [19, 19], [5, 3], options.layout(Layout::Bhsd));
+    let by_fours = problem([2, 4, 2], [33, 33], [16, 8], options);
+    for (seed, problem) in (1..).zip([narrow, by_fours]) {
+        let (problem, case) = random::<T>(&problem, seed);
+        for place in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
+            run_at(attention, &problem, &case, place, &[], false);
+        }
+    }
+}
+
+/// Subgroups, rows and columns of fragments: what hardware gets, and what nobody would pick.
+fn fragments_of_every_shape<T: Element>(attention: &Attention) {
+    let shapes = [[1, 1, 1], [2, 2, 2], [4, 2, 2], [3, 1, 3], [1, 3, 2], [2, 4, 1]];
+    for (seed, [subgroups, rows, columns]) in (0..).zip(shapes) {
+        let options = Options::new().window(Window::keys(30)).sink_tokens(3).sink_logits(SinkLogits::PerHead);
+        let (problem, case) = random::<T>(&problem([1, 4, 2], [70, 90], [16, 20], options), seed);
+        let tiling = Tiling::Cooperative { subgroups, rows, columns };
+        let kernels = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
+        run_at(attention, &problem, &case, [0, 0], &kernels.map(|kernel| (kernel, tiling)), false);
+    }
+}
+
+/// Maxima grow along the keys, so that outputs are rescaled again and again; and they come first, so that few are.
+fn large_scores<T: Element>(attention: &Attention) {
+    for (seed, options) in (0..).zip([Options::new(), Options::new().sink_logits(SinkLogits::PerHead).causal(true)]) {
+        for grows in [true, false] {
+            let (problem, mut case) = random::<T>(&problem([1, 2, 1], [50, 130], [16, 16], options), seed);
+            for (i, q) in case.operands.q.chunks_mut(32).enumerate() {
+                // Some rows rescale, their neighbours do not.
+                q.iter_mut().for_each(|q| *q = T::from_f32(q.to_f32() * if i % 3 == 0 { 1.0 } else { 4.0 }));
+            }
+            for j in 0..130 {
+                let size = if grows { j } else { 130 - j } as f32 / 16.0;
+                case.operands.key(&problem, 0, 0, j).iter_mut().for_each(|k| *k = T::from_f32(k.to_f32() * size));
+            }
+            check(attention, &problem, &case, true);
+        }
+    }
+}
+
+/// Powers of two that leave the scores as they are, and scale o alone.
+fn the_range_of_the_type<T: Element>(attention: &Attention) {
+    let [along, values] = if T::DTYPE == DType::F16 { [5, 5] } else { [50, 60] };
+    for sign in [1, -1] {
+        let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+        let (problem, mut case) = random::<T>(&problem([1, 2, 1], [40, 70], [16, 16], options), 6);
+        let operands = &mut case.operands;
+        for (operand, power) in [(&mut operands.q, along), (&mut operands.k, -along), (&mut operands.v, values)] {
+            operand.iter_mut().for_each(|x| *x = T::from_f32(x.to_f32() * 2f32.powi(sign * power)));
+        }
+        check(attention, &problem, &case, false);
+    }
+}
+
+/// Weights of hidden keys are zeros in a fragment, and zero times NaN is NaN: such tiles are reported, and the portable
+/// kernel computes them again.
+fn hidden_keys_never_come_through<T: Element>(attention: &Attention) {
+    let portable = gpu().unwrap().clone().with_micro_kernel(MicroKernel::Portable);
+    let options = Options::new().window(Window::keys(9)).query_offset(-10).layout(Layout::Bhsd);
+    for sinks in [SinkLogits::None, SinkLogits::PerHead] {
+        let (problem, mut case) = random::<T>(&problem([1, 2, 1], [70, 70], [16, 16], options.sink_logits(sinks)), 4);
+        let run = |attention: &Attention, case: &Backward<T>| {
+            let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
+            let gradients = case.run_with(attention, &problem, &exact(&output));
+            (output, gradients)
+        };
+        let (clean, clean_gradients) = run(attention, &case);
+        // The last query sees keys up to 59.
+        for j in 60..70 {
+            let bad = T::from_f32([f32::NAN, f32::INFINITY, f32::NEG_INFINITY][j % 3]);
+            case.operands.key(&problem, 0, 0, j).fill(bad);
+            case.operands.value(&problem, 0, 0, j).fill(bad);
+        }
+        let (output, gradients) = run(attention, &case);
+        agree(&output, &clean).unwrap_or_else(|error| panic!("{problem}: {error}"));
+        agree(&output, &reference::forward(&problem, &case.operands.inputs()).unwrap()).unwrap();
+        case.agree(&gradients, &clean_gradients).unwrap_or_else(|error| panic!("{problem}: {error}"));
+        // Rows that meet such keys are the portable kernel's own, and would be others without them, where the type shows
+        // what p is rounded to.
+        let (by_portable, _) = run(&portable, &case);
+        let last = |output: &Output<T>| output.o[69 * 16..70 * 16].iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+        assert_eq!(last(&output), last(&by_portable), "{problem}");
+        assert!(T::DTYPE != DType::F16 || last(&clean) != last(&by_portable), "{problem}: nothing was to repair");
+    }
+}
+
+/// What the portable kernel makes of operands that are not finite, up to rounding.
+fn as_portable<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) -> Output<T> {
+    let portable = gpu().unwrap().clone().with_micro_kernel(MicroKernel::Portable);
+    let output = attention.forward(problem, &case.operands.inputs()).unwrap();
+    let expected = portable.forward(problem, &case.operands.inputs()).unwrap();
+    agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    output
+}
+
+/// What a visible key holds does reach the results, whatever it is.
+fn visible_keys_do<T: Element>(attention: &Attention) {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for in_values in [false, true] {
+            let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+            let (problem, mut case) = random::<T>(&problem([1, 2, 1], [40, 40], [16, 16], options), 3);
+            let operands = &mut case.operands;
+            let row = if in_values { operands.value(&problem, 0, 0, 20) } else { operands.key(&problem, 0, 0, 20) };
+            row[3] = T::from_f32(bad);
+            let output = as_portable(attention, &problem, &case);
+            assert!(output.o.iter().any(|o| !o.to_f32().is_finite()), "{bad} in_values={in_values}");
+        }
+    }
+}
+
+/// A query that holds NaN spoils its own row only, though it shares fragments with others.
+fn nan_stays_in_its_row<T: Element>(attention: &Attention) {
+    let (problem, mut case) = random::<T>(&problem([1, 1, 1], [40, 40], [16, 16], Options::new()), 5);
+    case.operands.q[11 * 16 + 2] = T::from_f32(f32::NAN);
+    case.operands.q[12 * 16 + 2] = T::from_f32(f32::INFINITY);
+    let output = as_portable(attention, &problem, &case);
+    assert!(output.lse[11].is_nan() && output.lse[10].is_finite());
+}
+
+fn same_bits_every_time<T: Element>(attention: &Attention) {
+    for width in [16, 31] {
+        let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+        let (problem, case) = random::<T>(&problem([2, 4, 2], [150, 150], [width, width], options), 1);
+        let bits = || {
+            let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
+            let gradients = case.run_with(attention, &problem, &output);
+            let without = case.run_with(attention, &problem, &exact(&output));
+            let halves = [output.o, gradients.d_q, gradients.d_k, gradients.d_v, without.d_q, without.d_k].concat();
+            let singles = [output.lse, gradients.d_sink_logits.unwrap(), without.d_sink_logits.unwrap()].concat();
+            (bytemuck::cast_slice::<T, u16>(&halves).to_vec(), bytemuck::cast_slice::<f32, u32>(&singles).to_vec())
+        };
+        let first = bits();
+        assert!((0..3).all(|_| bits() == first));
+    }
+}
+
+/// A device that has none, a type, a width, a pass: the planner names what stands in the way. Needs no device.
+#[test]
+fn what_has_no_kernel_says_why() {
+    let samples = Capabilities::samples();
+    let sample = |name: &str| samples.iter().find(|device| device.name.contains(name)).unwrap();
+    let preference = Preference { micro_kernel: MicroKernel::Cooperative, ..Preference::default() };
+    let forward = |dtype, width, device: &Capabilities| {
+        let problem = problem([1, 2, 1], [64, 64], width, Options::new().dtype(dtype));
+        let backward = Plan::backward_with(&problem, false, OptionalOperands::default(), device, &preference);
+        (Plan::forward_with(&problem, false, OptionalOperands::default(), device, &preference), backward)
+    };
+    let refused = |plan: sink_attention::Result<Plan>, reason: &str| match plan {
+        Err(error @ Error::NoKernel { .. }) => assert!(error.to_string().contains(reason), "{error}"),
+        other => panic!("{reason}: {other:?}"),
+    };
+    for device in ["H200", "M2", "llvmpipe"].map(sample) {
+        for dtype in [DType::F16, DType::Bf16] {
+            for width in [[64, 64], [128, 128], [1, 1]] {
+                let (forward, backward) = forward(dtype, width, device);
+                [forward, backward].into_iter().for_each(|plan| assert!(is_cooperative(&plan.unwrap())));
+            }
+        }
+        refused(forward(DType::F32, [64, 64], device).0, "f32 operands need the portable micro-kernel");
+        refused(forward(DType::F32, [64, 64], device).1, "f32 operands need the portable micro-kernel");
+        for width in [[129, 64], [64, 256]] {
+            let reason = format!("widths up to 128, not {}", width[0].max(width[1]));
+            refused(forward(DType::F16, width, device).0, &reason);
+            refused(forward(DType::F16, width, device).1, &reason);
+        }
+    }
+    let (forward, backward) = forward(DType::F16, [64, 64], sample("Arc"));
+    refused(forward, "Intel Arc A770 has no cooperative matrices of f16 with sums in f32");
+    refused(backward, "Intel Arc A770 has no cooperative matrices of f16 with sums in f32");
+}
+
+/// A device that is wrapped without its adapter does not know of cooperative matrices: `Auto` goes without them.
+#[test]
+fn a_device_without_matrices() {
+    let Some(gpu) = gpu() else { return };
+    let device = gpu.device().unwrap();
+    let bare = Attention::on(Device::from_wgpu(device.wgpu().clone(), device.queue().clone()));
+    let (problem, case) = random::<f16>(&problem([1, 2, 1], [20, 20], [16, 16], Options::new()), 0);
+    let forward = |kernel| bare.clone().with_micro_kernel(kernel).forward(&problem, &case.operands.inputs());
+    assert_eq!(forward(MicroKernel::Auto).unwrap(), forward(MicroKernel::Portable).unwrap());
+    let error = forward(MicroKernel::Cooperative).unwrap_err();
+    assert!(error.to_string().contains("has no cooperative matrices"), "{error}");
+}
