@@ -131,7 +131,9 @@ fn sizes_and_options<T: Element>(attention: &Attention) {
 fn widths<T: Element>(attention: &Attention) {
     let equal = [16, 32, 64, 80, 96, 128, 20, 33].map(|width| [width, width]);
     let unequal = [[16, 64], [128, 8], [36, 20], [1, 3]];
-    for (seed, width) in (0..).zip(equal.into_iter().chain(unequal)) {
+    // A software driver compiles wide kernels for many seconds: both types only where they differ, in how they are read.
+    let both = |width: [usize; 2]| T::DTYPE == DType::F16 || [[16, 16], [33, 33], [36, 20]].contains(&width);
+    for (seed, width) in (0..).zip(equal.into_iter().chain(unequal)).filter(|(_, width)| both(*width)) {
         let layout = if seed % 2 == 0 { Layout::Bshd } else { Layout::Bhsd };
         let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead).layout(layout);
         let (problem, case) = random::<T>(&problem([1, 2, 1], [63, 65], width, options), seed);
@@ -163,8 +165,10 @@ fn views_with_offsets_and_strides<T: Element>(attention: &Attention) {
 
 /// Subgroups, rows and columns of fragments: what hardware gets, and what nobody would pick.
 fn fragments_of_every_shape<T: Element>(attention: &Attention) {
-    let shapes = [[1, 1, 1], [2, 2, 2], [4, 2, 2], [3, 1, 3], [1, 3, 2], [2, 4, 1]];
-    for (seed, [subgroups, rows, columns]) in (0..).zip(shapes) {
+    let shapes = [[2, 2, 2], [3, 1, 3], [1, 3, 1]];
+    // The types differ in how operands are read, not in what becomes of fragments.
+    let shapes = if T::DTYPE == DType::F16 { &shapes[..] } else { &shapes[..1] };
+    for (seed, &[subgroups, rows, columns]) in (0..).zip(shapes) {
         let options = Options::new().window(Window::keys(30)).sink_tokens(3).sink_logits(SinkLogits::PerHead);
         let (problem, case) = random::<T>(&problem([1, 4, 2], [70, 90], [16, 20], options), seed);
         let tiling = Tiling::Cooperative { subgroups, rows, columns };
