@@ -21,7 +21,7 @@ fn main(
   }
   if (thread == 0u) {
     let exponent = i32(bitcast<u32>(partials[0]) >> 23u) - 127;
-    // Bounded, so that the product of two ranges is finite.
-    ranges[operand] = bitcast<f32>(u32(127 + clamp(14 - exponent, -126, 60)) << 23u);
+    // At most 2^100: its inverse times a row's 1 / sum must not be subnormal.
+    ranges[operand] = bitcast<f32>(u32(127 + clamp(14 - exponent, -126, 100)) << 23u);
   }
 }

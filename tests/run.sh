@@ -147,9 +147,9 @@ case $? in
         tests --test cooperative
         tests --test conformance cooperative
         for dtype in f16 bf16; do
-            # Cooperative up to widths of 128. The tests above hold the backward pass, whose sink gradients have the bound of
-            # halves where o is a sum of rounded p; the command knows only that of f32.
-            step cargo run --quiet --features cli -- check --quick --forward --dtype "$dtype"
+            # The tests above hold the backward pass, whose sink gradients have the bound of halves where o is a sum of
+            # rounded p; the command knows only that of f32.
+            step cargo run --quiet --features cli -- check --quick --forward --kernel cooperative --dtype "$dtype"
         done
         echo
         echo "== $((SECONDS - start)) s on cooperative matrices"

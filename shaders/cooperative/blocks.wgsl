@@ -59,9 +59,10 @@ fn is_finite4(x: vec4<f32>) -> bool {
   let {{ b }}_range = ranges[{{ range_slots[b] }}];
 {% endfor %}
 {% if range_slots.d_o is defined and "d_o" in ranged %}
-  // d_s is kept as halves: |d_p - delta| is at most 2^31 E once both operands are in their ranges.
-  let d_s_range = v_range * d_o_range * {{ d_s_bound }};
-  let d_p_range = {{ d_s_bound if dtype == "bf16" else "d_s_range" }}{{ " * " ~ (1 / 32768) if rows_are_keys }};
+  // d_s is kept as halves: |d_p - delta| is at most 2^31 E once both operands are in their ranges. Their powers of two are
+  // applied one after the other: the product of both may be out of range.
+  let v_bound = v_range * {{ d_s_bound }};
+  let d_p_range = {{ d_s_bound if dtype == "bf16" else "d_o_range * v_bound" }}{{ " * " ~ (1 / 32768) if rows_are_keys }};
 {% endif %}
   let strip = subgroup * {{ side * strip_row }}u;
   // A lane's row within a fragment, and its place among the lanes of that row.
@@ -176,7 +177,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
       if (item < TILE_COLUMNS) {
         statistic_share_{{ n }} = 15.0 - probability_lse(lse[lse_base + source]) * LOG2_E;
       } else {
-        statistic_share_{{ n }} = -delta[delta_base + source] * (d_s_range * {{ 1 / 32768 }});
+        statistic_share_{{ n }} = -delta[delta_base + source] * v_bound * d_o_range * {{ 1 / 32768 }};
       }
     }
 {% endfor %}
@@ -223,7 +224,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var delta_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) {
     shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]) * LOG2_E;
-    delta_{{ r }} = delta[delta_base + row_{{ r }}] * d_s_range;
+    delta_{{ r }} = delta[delta_base + row_{{ r }}] * v_bound * d_o_range;
   }
 {% endfor %}
 {% endmacro -%}

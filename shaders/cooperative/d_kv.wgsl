@@ -79,7 +79,7 @@
 {% endmacro -%}
 
 {%- macro finish() %}
-  let d_k_factor = params.scale_size * (params.scale_sign / d_s_range) * {{ blocks.inverse("q") }};
+  let d_k_factor = params.scale_size * params.scale_sign / v_bound / d_o_range * {{ blocks.inverse("q") }};
   let d_v_factor = {{ 1 / 32768 }} * {{ blocks.inverse("d_o") }};
 {{ blocks.store("d_k", "d_k", "d_k_factor") }}
 {{ blocks.store("d_v", "d_v", "d_v_factor") }}

@@ -55,7 +55,7 @@
 {% endmacro -%}
 
 {%- macro finish() %}
-  let factor = params.scale_size * (params.scale_sign / d_s_range) * {{ blocks.inverse("k") }};
+  let factor = params.scale_size * params.scale_sign / v_bound / d_o_range * {{ blocks.inverse("k") }};
 {{ blocks.store("d_q", "d_q", "factor") }}
 {{ blocks.report() }}
 {% endmacro -%}

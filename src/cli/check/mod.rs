@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use sink_attention::half::{bf16, f16};
-use sink_attention::{DType, Element};
+use sink_attention::{Attention, DType, Element, MicroKernel};
 
 use self::grid::{Case, grid};
 use self::measure::{Operator, Outcome, Passes, measure};
@@ -69,8 +69,11 @@ impl Check {
     /// Computes, compares, reports; an error where a case fails.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
-        let cases = self.cases()?;
+        let mut cases = self.cases()?;
         let attention = self.device.open()?;
+        if self.device.micro_kernel() == MicroKernel::Cooperative {
+            leave_out(&mut cases, &attention)?;
+        }
         let start = Instant::now();
         let passes = if self.forward { Passes::Forward } else { Passes::ForwardAndBackward };
         let outcomes: Vec<Outcome> = cases
@@ -99,6 +102,29 @@ impl Check {
             }
         }
         Ok(cases)
+    }
+}
+
+/// Leaves out what there are no cooperative kernels for, and says so; not all of it, for nothing checked must not look like a
+/// success.
+fn leave_out(cases: &mut Vec<Case>, attention: &Attention) -> Result<(), Box<dyn Error>> {
+    let all = cases.len();
+    let mut reason = None;
+    cases.retain(|case| match attention.plan_forward(&case.problem) {
+        Err(error @ sink_attention::Error::NoKernel { .. }) => {
+            reason = Some(error.to_string());
+            false
+        }
+        // Any other error is the case's own.
+        _ => true,
+    });
+    match (reason, all - cases.len()) {
+        (Some(reason), _) if cases.is_empty() => Err(reason.into()),
+        (Some(reason), left_out) => {
+            eprintln!("{left_out} of {all} cases are left out: {reason}");
+            Ok(())
+        }
+        (None, _) => Ok(()),
     }
 }
 
