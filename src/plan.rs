@@ -175,7 +175,9 @@ impl Passes<'_> {
     /// computes again what that cannot.
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
         let own = self.own(kernel).next();
-        let cooperative = match (self.preference.micro_kernel, own.or_else(|| self.measured(kernel))) {
+        // Measured tiles that do not fit are passed over.
+        let fitting = || self.measured(kernel).filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
+        let cooperative = match (self.preference.micro_kernel, own.or_else(fitting)) {
             (MicroKernel::Portable, _) | (MicroKernel::Auto, Some(Tiling::Portable(_))) => None,
             // Not before the kernels have been checked and measured on a GPU: until then a tuning decides.
             (MicroKernel::Auto, None) => None,
