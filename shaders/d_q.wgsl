@@ -1,48 +1,11 @@
 {#- Gradient by q: one workgroup computes a tile of queries of one head against all key tiles that they see.
     d_q = scale * sum over keys of d_s k, with d_s = p (d_o . v - delta), p = exp(s - lse). -#}
-{% if cooperative %}
-enable f16;
-enable wgpu_cooperative_matrix;
-{% endif %}
-{% include "params.wgsl" %}
-{% include "mask.wgsl" %}
-{% include "operands.wgsl" %}
-{% if cooperative %}
-{% include "halves.wgsl" %}
-{% endif %}
-{% include "exp.wgsl" %}
+{% include "tiled.wgsl" %}
 {% include "probability.wgsl" %}
 {% import micro_kernel ~ "/d_q.wgsl" as micro %}
 {{ micro.declare() }}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-  @builtin(workgroup_id) workgroup: vec3<u32>,
-  @builtin(num_workgroups) grid: vec3<u32>,
-  @builtin(local_invocation_index) thread: u32,
-{% if cooperative %}
-  @builtin(subgroup_id) subgroup: u32,
-  @builtin(subgroup_invocation_id) lane: u32,
-{% endif %}
-) {
-  let index = workgroup.x + workgroup.y * grid.x;
-  if (index >= params.workgroups) { return; }
-  let work = query_work(index);
-  let row0 = work.tile * TILE_ROWS;
-  let row_limit = params.seq_q;
-  let column_limit = params.seq_k;
-  let row_end = min(row0 + TILE_ROWS, row_limit);
-{% if repairs %}
-  if (!to_repair(work, row0, row_end)) { return; }
-{% endif %}
-  let q_base = operand_base(params.q, work.batch, work.head);
-  let d_o_base = operand_base(params.d_o, work.batch, work.head);
-  let d_q_base = operand_base(params.d_q, work.batch, work.head);
-  let k_base = operand_base(params.k, work.batch, work.kv_head);
-  let v_base = operand_base(params.v, work.batch, work.kv_head);
-  let delta_base = (work.batch * params.heads + work.head) * params.seq_q;
-  let lse_base = params.lse_offset + delta_base;
-  let tiles = key_tiles(row0, row_end);
+{% include "tiled_main.wgsl" %}
 
   {{ micro.begin() }}
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {

@@ -154,7 +154,7 @@ pub(crate) fn candidates(
 ) -> impl Iterator<Item = Fragments> {
     let shape = problem.shape();
     let width = shape.head_dim.max(shape.value_dim);
-    // Subgroups, rows; measured on an NVIDIA H200, see benches/results/.
+    // Subgroups, rows; from prototypes measured on an NVIDIA H200, see benches/results/.
     let table: &[[u32; 2]] = match (class, kernel) {
         (DeviceClass::Software, _) => &[[2, 1]],
         (_, Kernel::Forward) if width <= 64 => &[[4, 3], [4, 2], [4, 1], [2, 1]],

@@ -99,7 +99,7 @@ impl Plan {
         optional.check(problem)?;
         let passes = Passes { problem, vec4, optional, capabilities, preference };
         let tiled = passes.of(Kernel::Forward)?;
-        let mut all = passes.ranges(&tiled, Kernel::Maxima)?;
+        let mut all = passes.ranges(tiled.iter(), Kernel::Maxima)?;
         all.extend(tiled);
         Ok(Plan { passes: all })
     }
@@ -130,14 +130,16 @@ impl Plan {
         let all = Passes { problem, vec4, optional, capabilities, preference };
         let (shape, options) = (problem.shape(), problem.options());
         let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
-        let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
-        let mut passes = all.ranges(&gradients, Kernel::GradientMaxima)?;
         // o that has been rounded is too coarse for delta.
-        if options.dtype == DType::F32 || optional.o_rest {
-            passes.push(Pass::plain(Kernel::Delta, problem, vec4, optional, row_tiles as u128, capabilities)?);
+        let delta = if options.dtype == DType::F32 || optional.o_rest {
+            vec![Pass::plain(Kernel::Delta, problem, vec4, optional, row_tiles as u128, capabilities)?]
         } else {
-            passes.extend(all.of(Kernel::ExactDelta)?);
-        }
+            all.of(Kernel::ExactDelta)?
+        };
+        let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
+        let tiled = delta.iter().chain(&gradients);
+        let mut passes = all.ranges(tiled, Kernel::GradientMaxima)?;
+        passes.extend(delta);
         if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
             passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, optional, heads, capabilities)?);
@@ -177,23 +179,22 @@ impl Passes<'_> {
         let own = self.own(kernel).next();
         // Measured tiles that do not fit are passed over.
         let fitting = || self.measured(kernel).filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
-        let cooperative = match (self.preference.micro_kernel, own.or_else(fitting)) {
-            (MicroKernel::Portable, _) | (MicroKernel::Auto, Some(Tiling::Portable(_))) => None,
-            // Not before the kernels have been checked and measured on a GPU: until then a tuning decides.
-            (MicroKernel::Auto, None) => None,
-            (MicroKernel::Auto, _) if own.is_none() => self.tiled(kernel, MicroKernel::Cooperative, None).ok(),
-            _ => Some(self.tiled(kernel, MicroKernel::Cooperative, None)?),
+        let pass = match (self.preference.micro_kernel, own.or_else(fitting)) {
+            // Without a tuning not before the kernels have been checked and measured on a GPU.
+            (MicroKernel::Portable, _) | (MicroKernel::Auto, None | Some(Tiling::Portable(_))) => {
+                return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]);
+            }
+            _ => self.tiled(kernel, MicroKernel::Cooperative, None)?,
         };
-        let Some(pass) = cooperative else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
         let repairs = pass.variant.tile().map(|[rows, _]| rows);
         Ok(vec![pass, self.tiled(kernel, MicroKernel::Portable, repairs)?])
     }
 
     /// What finds the operands' ranges, where the passes ask for them.
-    fn ranges(&self, passes: &[Pass], maxima: Kernel) -> Result<Vec<Pass>> {
+    fn ranges<'p>(&self, mut passes: impl Iterator<Item = &'p Pass>, maxima: Kernel) -> Result<Vec<Pass>> {
         let Passes { problem, vec4, optional, capabilities, .. } = *self;
         let reads = |pass: &Pass| pass.variant.bindings().iter().any(|(binding, _)| *binding == Binding::Ranges);
-        if !passes.iter().any(reads) {
+        if !passes.any(reads) {
             return Ok(Vec::new());
         }
         let operands = variant(maxima, problem, vec4, optional).storage_buffers() - 1;

@@ -16,7 +16,7 @@ use crate::tiles::Tiles;
 use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 27] = [
+const SOURCES: [(&str, &str); 29] = [
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
     ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
@@ -44,6 +44,8 @@ const SOURCES: [(&str, &str); 27] = [
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
     ("ranges.wgsl", include_str!("../shaders/ranges.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
+    ("tiled.wgsl", include_str!("../shaders/tiled.wgsl")),
+    ("tiled_main.wgsl", include_str!("../shaders/tiled_main.wgsl")),
 ];
 
 /// Rows of a workgroup of the delta kernel, and the threads that load a row together.

@@ -11,7 +11,7 @@ use std::path::Path;
 use common::operands::problem;
 use sink_attention::{
     Capabilities, DType, Error, Kernel, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference, Problem,
-    SinkLogits, Tiles, Variant, Window,
+    SinkLogits, Tiles, Tiling, Variant, Window,
 };
 
 /// Problems that people have, and some that they should not.
@@ -198,6 +198,30 @@ fn micro_kernels_are_as_asked_for() {
                 assert!(matches!(error, Error::NoKernel { .. }), "{error:?}");
                 assert!(error.to_string().contains(reason), "{error}");
             }
+        }
+    }
+}
+
+/// Whichever kernel alone is cooperative, what it reads of the operands' ranges has been found before it.
+#[test]
+fn ranges_are_found_before_they_are_read() {
+    let device = &Capabilities::samples()[0];
+    let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1 };
+    for dtype in [DType::F16, DType::Bf16] {
+        let problem = problem([1, 2, 1], [100, 100], [64, 64], Options::new().dtype(dtype));
+        for kernel in [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv] {
+            let preference = Preference { tiles: &[(kernel, cooperative)], ..Preference::default() };
+            let (optional, plan) = (OptionalOperands::default(), if kernel == Kernel::Forward { 0 } else { 1 });
+            let plans = [
+                Plan::forward_with(&problem, true, optional, device, &preference),
+                Plan::backward_with(&problem, true, optional, device, &preference),
+            ];
+            let kernels: Vec<_> = plans[plan].as_ref().unwrap().passes.iter().map(|pass| pass.variant.kernel).collect();
+            let place = |kernel| kernels.iter().position(|other| *other == kernel);
+            // f16 has all the range that its operands have; d_s has more.
+            let reads = dtype == DType::Bf16 || matches!(kernel, Kernel::DQ | Kernel::DKv);
+            assert_eq!(place(Kernel::Ranges).is_some(), reads, "{kernel:?} in {dtype}");
+            assert!(place(Kernel::Ranges) < place(kernel), "{kernels:?}");
         }
     }
 }

@@ -20,10 +20,6 @@
 {%- macro sync() %}{% if not in_step %}subgroupBarrier();{% endif %}{% endmacro -%}
 
 {%- macro declare() %}
-const SIDE: u32 = {{ side }}u;
-const LANES: u32 = {{ lanes }}u;
-const SUBGROUPS: u32 = {{ subgroups }}u;
-const THREADS: u32 = {{ threads }}u;
 const LANES_A_ROW: u32 = {{ lanes // side }}u;
 // Rows are padded so that neighbours start in different banks; fragment loads want multiples of 16 bytes.
 const STRIP_ROW: u32 = {{ strip_row }}u;
@@ -58,12 +54,6 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for b in ranged %}
   let {{ b }}_range = ranges[{{ range_slots[b] }}];
 {% endfor %}
-{% if range_slots.d_o is defined and "d_o" in ranged %}
-  // d_s is kept as halves: |d_p - delta| is at most 2^31 E once both operands are in their ranges. Their powers of two are
-  // applied one after the other: the product of both may be out of range.
-  let v_bound = v_range * {{ d_s_bound }};
-  let d_p_range = {{ d_s_bound if dtype == "bf16" else "d_o_range * v_bound" }}{{ " * " ~ (1 / 32768) if rows_are_keys }};
-{% endif %}
   let strip = subgroup * {{ side * strip_row }}u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
@@ -75,6 +65,16 @@ fn is_finite4(x: vec4<f32>) -> bool {
   let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
 {% endfor %}
 {% endmacro -%}
+
+{#- d_s is kept as halves: |d_p - delta| is at most 2^31 E once both operands are in their ranges. Their powers of two are applied
+    one after the other: the product of both may be out of range. -#}
+{%- macro d_s_range() %}
+  let v_bound = v_range * {{ d_s_bound }};
+  let d_p_range = {{ d_s_bound if dtype == "bf16" else "d_o_range * v_bound" }}{{ " * " ~ (1 / 32768) if rows_are_keys }};
+{% endmacro -%}
+
+{#- What takes the range of d_s, and the scale that d_s lacks, out of a gradient that it was multiplied into with `b`. -#}
+{%- macro d_s_inverse(b) %}params.scale_size * params.scale_sign / v_bound / d_o_range * {{ inverse(b) }}{% endmacro -%}
 
 {#- Begins the n-th part of what a lane does for its quads of a fragment's row; a fragment may have fewer quads than lanes. -#}
 {%- macro each_quad(n) %}{
@@ -233,7 +233,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro product(s, a, b, stage) %}
 {% for c in range(column_fragments) %}
 {% for r in range(row_fragments) %}
-    {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+    var {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
 {% endfor %}
 {% for f in range(fragments[a]) %}
     {
@@ -244,12 +244,6 @@ fn is_finite4(x: vec4<f32>) -> bool {
     }
 {% endfor %}
 {% endfor %}
-{% endmacro -%}
-
-{%- macro scores_of(s) %}
-{% for r in range(row_fragments) %}{% for c in range(column_fragments) %}
-    var {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
-{% endfor %}{% endfor %}
 {% endmacro -%}
 
 {#- Leaves a row of fragments in the strip, and waits for it. -#}
@@ -270,8 +264,28 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ sync() }}
 {% endmacro -%}
 
-{%- macro keep_weights(r, set, n, x) %}
-    weights[weight_at + {{ (r * weight_sets + set) * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }});
+{#- Zero where hidden, whatever was computed there. -#}
+{%- macro hide(x) %}
+    if (masked) {
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ x }}_{{ r }}_{{ n }}, visible4(row_{{ r }}, {{ quad_column(n) }}));
+{% endfor %}{% endfor %}
+    }
+{% endmacro -%}
+
+{#- Leaves what was taken and changed as weights for `accumulate`, and waits for it. -#}
+{%- macro keep_weights(x, set) %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    weights[weight_at + {{ (r * weight_sets + set) * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
+{% endfor %}{% endfor %}
+    {{ sync() }}
+{% endmacro -%}
+
+{#- Combines what the lanes of a row hold. -#}
+{%- macro reduce_row(x, op) %}
+{% for n in [1, 2] %}{% if n < lanes // side %}
+  {{ x }} = {{ "max(%s, subgroupShuffleXor(%s, %su))" | format(x, x, n) if op == "max" else "%s + subgroupShuffleXor(%s, %su)" | format(x, x, n) }};
+{% endif %}{% endfor %}
 {% endmacro -%}
 
 {#- x[row] += sum over columns of weights[row, column] * b[column]. -#}

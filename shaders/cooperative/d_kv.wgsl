@@ -5,6 +5,7 @@
 
 {%- macro begin() %}
 {{ blocks.begin() }}
+{{ blocks.d_s_range() }}
 {{ blocks.resident("k", blocks.factor("k")) }}
 {{ blocks.resident("v", blocks.factor("v")) }}
 {{ blocks.accumulator("d_k", "q") }}
@@ -19,7 +20,6 @@
 
 {%- macro scores() %}
 {{ blocks.fetch_next() }}
-{{ blocks.scores_of("s") }}
 {{ blocks.product("s", "k", "q", "stage") }}
 {% endmacro -%}
 
@@ -35,21 +35,13 @@
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     var p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }}));
 {% endfor %}{% endfor %}
-    if (masked) {
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-      p_{{ r }}_{{ n }} = select(vec4<f32>(), p_{{ r }}_{{ n }}, visible4(row_{{ r }}, {{ blocks.quad_column(n) }}));
-{% endfor %}{% endfor %}
-    }
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-{{ blocks.keep_weights(r, 0, n, "p_" ~ r ~ "_" ~ n) }}
-{% endfor %}{% endfor %}
-    {{ blocks.sync() }}
+{{ blocks.hide("p") }}
+{{ blocks.keep_weights("p", 0) }}
 {% endmacro -%}
 
 {%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o", "stage", 0) }}{% endmacro -%}
 
 {%- macro probability_gradients() %}
-{{ blocks.scores_of("d_p") }}
 {{ blocks.product("d_p", "v", "d_o", "stage") }}
 {% endmacro -%}
 
@@ -62,15 +54,8 @@
     var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), {{ blocks.statistic(n, 1) }});
 {% endfor %}
 {% endfor %}
-    if (masked) {
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-      d_s_{{ r }}_{{ n }} = select(vec4<f32>(), d_s_{{ r }}_{{ n }}, visible4(row_{{ r }}, {{ blocks.quad_column(n) }}));
-{% endfor %}{% endfor %}
-    }
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-{{ blocks.keep_weights(r, 1, n, "d_s_" ~ r ~ "_" ~ n) }}
-{% endfor %}{% endfor %}
-    {{ blocks.sync() }}
+{{ blocks.hide("d_s") }}
+{{ blocks.keep_weights("d_s", 1) }}
 {% endmacro -%}
 
 {%- macro accumulate_d_k() %}
@@ -79,7 +64,7 @@
 {% endmacro -%}
 
 {%- macro finish() %}
-  let d_k_factor = params.scale_size * params.scale_sign / v_bound / d_o_range * {{ blocks.inverse("q") }};
+  let d_k_factor = {{ blocks.d_s_inverse("q") }};
   let d_v_factor = {{ 1 / 32768 }} * {{ blocks.inverse("d_o") }};
 {{ blocks.store("d_k", "d_k", "d_k_factor") }}
 {{ blocks.store("d_v", "d_v", "d_v_factor") }}

@@ -5,6 +5,7 @@
 
 {%- macro begin() %}
 {{ blocks.begin() }}
+{{ blocks.d_s_range() }}
 {{ blocks.resident("q", blocks.factor("q")) }}
 {{ blocks.resident("d_o", blocks.factor("d_o")) }}
 {{ blocks.accumulator("d_q", "k") }}
@@ -14,12 +15,10 @@
 
 {%- macro scores() %}
 {{ blocks.fetch_next() }}
-{{ blocks.scores_of("s") }}
 {{ blocks.product("s", "q", "k", "stage") }}
 {% endmacro -%}
 
 {%- macro probability_gradients() %}
-{{ blocks.scores_of("d_p") }}
 {{ blocks.product("d_p", "d_o", "v", "stage") }}
 {% endmacro -%}
 
@@ -38,15 +37,8 @@
     var d_s_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }}))) * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), vec4<f32>(-delta_{{ r }}));
 {% endfor %}
 {% endfor %}
-    if (masked) {
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-      d_s_{{ r }}_{{ n }} = select(vec4<f32>(), d_s_{{ r }}_{{ n }}, visible4(row_{{ r }}, {{ blocks.quad_column(n) }}));
-{% endfor %}{% endfor %}
-    }
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-{{ blocks.keep_weights(r, 0, n, "d_s_" ~ r ~ "_" ~ n) }}
-{% endfor %}{% endfor %}
-    {{ blocks.sync() }}
+{{ blocks.hide("d_s") }}
+{{ blocks.keep_weights("d_s", 0) }}
 {% endmacro -%}
 
 {%- macro accumulate() %}
@@ -55,7 +47,7 @@
 {% endmacro -%}
 
 {%- macro finish() %}
-  let factor = params.scale_size * params.scale_sign / v_bound / d_o_range * {{ blocks.inverse("k") }};
+  let factor = {{ blocks.d_s_inverse("k") }};
 {{ blocks.store("d_q", "d_q", "factor") }}
 {{ blocks.report() }}
 {% endmacro -%}

@@ -17,12 +17,10 @@
 
 {%- macro scores() %}
 {{ blocks.fetch_next() }}
-{{ blocks.scores_of("s") }}
 {{ blocks.product("s", "q", "k", "stage") }}
 {% endmacro -%}
 
 {%- macro probability_gradients() %}
-{{ blocks.scores_of("d_p") }}
 {{ blocks.product("d_p", "d_o", "v", "stage") }}
 {% endmacro -%}
 
@@ -33,12 +31,16 @@
 {{ blocks.take("x", r) }}
 {{ blocks.park("d_p", r) }}
 {{ blocks.take("y", r) }}
-    {
-      var total = vec4<f32>();
 {% for n in range(lane_quads) %}
-      var p_d_p_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }}))) * y_{{ r }}_{{ n }};
-      if (masked) { p_d_p_{{ n }} = select(vec4<f32>(), p_d_p_{{ n }}, visible4(row_{{ r }}, {{ blocks.quad_column(n) }})); }
-      total += p_d_p_{{ n }};
+    var p_d_p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }}))) * y_{{ r }}_{{ n }};
+{% endfor %}
+{% endfor %}
+{{ blocks.hide("p_d_p") }}
+{% for r in range(row_fragments) %}
+    {
+      var total = p_d_p_{{ r }}_0;
+{% for n in range(1, lane_quads) %}
+      total += p_d_p_{{ r }}_{{ n }};
 {% endfor %}
       sum_{{ r }} += (total.x + total.y) + (total.z + total.w);
     }
@@ -48,9 +50,7 @@
 
 {%- macro finish() %}
 {% for r in range(row_fragments) %}
-{% for n in [1, 2, 4] %}{% if n < lanes // side %}
-  sum_{{ r }} += subgroupShuffleXor(sum_{{ r }}, {{ n }}u);
-{% endif %}{% endfor %}
+{{ blocks.reduce_row("sum_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let place = delta_base + row_{{ r }};
     let total = sum_{{ r }} * {{ blocks.inverse("d_o") }} * {{ blocks.inverse("v") }};

@@ -22,7 +22,6 @@ const SLACK: f32 = 8.0;
 
 {%- macro scores() %}
 {{ blocks.fetch_next() }}
-{{ blocks.scores_of("s") }}
 {{ blocks.product("s", "q", "k", "stage") }}
 {% endmacro -%}
 
@@ -47,9 +46,7 @@ const SLACK: f32 = 8.0;
       most4 = max(most4, x_{{ r }}_{{ n }});
 {% endfor %}
       var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
-{% for n in [1, 2, 4] %}{% if n < lanes // side %}
-      most = max(most, subgroupShuffleXor(most, {{ n }}u));
-{% endif %}{% endfor %}
+{{ blocks.reduce_row("most", "max") }}
       row_most_{{ r }} = most;
     }
 {% endfor %}
@@ -79,18 +76,15 @@ const SLACK: f32 = 8.0;
       {{ blocks.sync() }}
     }
 {% for r in range(row_fragments) %}
-    {
-      let shift = select(most_{{ r }} * scale, 0.0, most_{{ r }} == HIDDEN);
-      var total = vec4<f32>();
+    let shift_{{ r }} = select(most_{{ r }} * scale, 0.0, most_{{ r }} == HIDDEN);
+    var total_{{ r }} = vec4<f32>();
 {% for n in range(lane_quads) %}
-      let p_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift)));
-      total += p_{{ n }};
-{{ blocks.keep_weights(r, 0, n, "p_" ~ n) }}
+    let p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }})));
+    total_{{ r }} += p_{{ r }}_{{ n }};
 {% endfor %}
-      sum_{{ r }} += (total.x + total.y) + (total.z + total.w);
-    }
+    sum_{{ r }} += (total_{{ r }}.x + total_{{ r }}.y) + (total_{{ r }}.z + total_{{ r }}.w);
 {% endfor %}
-    {{ blocks.sync() }}
+{{ blocks.keep_weights("p", 0) }}
 {% endmacro -%}
 
 {%- macro accumulate() %}
@@ -101,10 +95,8 @@ const SLACK: f32 = 8.0;
 {#- Sums the rows' denominators, adds the sink logit once, and writes o and lse. -#}
 {%- macro finish() %}
 {% for r in range(row_fragments) %}
-{% for n in [1, 2, 4] %}{% if n < lanes // side %}
-  sum_{{ r }} += subgroupShuffleXor(sum_{{ r }}, {{ n }}u);
-{% endif %}{% endfor %}
-  let end_{{ r }} = finish_row(most_{{ r }} * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}, sum_{{ r }}, head);
+{{ blocks.reduce_row("sum_" ~ r, "sum") }}
+  let end_{{ r }} = finish_row(most_{{ r }} * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}, sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor * {{ blocks.inverse("v") }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = end_{{ r }}.lse; }
 {% endfor %}

@@ -74,7 +74,7 @@
   workgroupBarrier();
 {{ blocks.reduce_rows("total", "sum", "sum") }}
 {% for i in range(rows) %}
-  let end_{{ i }} = finish_row(max_{{ i }}, total_{{ i }}, head);
+  let end_{{ i }} = finish_row(max_{{ i }}, total_{{ i }}, work.head);
   let factor_{{ i }} = end_{{ i }}.factor;
   if (row_{{ i }} < row_limit && tx == 0u) { lse[lse_base + row_{{ i }}] = end_{{ i }}.lse; }
 {% endfor %}

@@ -1,0 +1,12 @@
+{#- What every kernel that has tiles begins with: extensions first, then what is declared for all of them. -#}
+{% if cooperative %}
+enable f16;
+enable wgpu_cooperative_matrix;
+{% endif %}
+{% include "params.wgsl" %}
+{% include "mask.wgsl" %}
+{% include "operands.wgsl" %}
+{% if cooperative %}
+{% include "halves.wgsl" %}
+{% endif %}
+{% include "exp.wgsl" %}
