@@ -34,7 +34,7 @@ fn forward_and_backward(c: &mut Criterion) {
         let mut rng = StdRng::seed_from_u64(0);
         let mut operand = |shape: [usize; 4]| random(&mut rng, shape.iter().product());
         let (q, k, v) = (operand(problem.q_shape()), operand(problem.k_shape()), operand(problem.v_shape()));
-        let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: None };
+        let inputs = Inputs::new(&q, &k, &v);
         group.throughput(Throughput::ElementsAndBytes {
             elements: problem.forward_flops() as u64,
             bytes: 4 * (q.len() + k.len() + v.len()) as u64,

@@ -230,6 +230,7 @@ impl Attention {
             return cpu::forward(problem, inputs);
         };
         problem.check_inputs(inputs)?;
+        problem.check_plain()?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let rounded = T::DTYPE != DType::F32;
         let o_len = problem.o_shape().iter().product();
@@ -288,6 +289,7 @@ impl Attention {
     ) -> Result<Gradients<T>> {
         problem.check_inputs(inputs)?;
         problem.check_upstream(saved, upstream)?;
+        problem.check_plain()?;
         let Backend::Gpu { device, .. } = &self.backend else {
             self.check_cpu()?;
             return cpu::backward(problem, inputs, saved, upstream);
@@ -333,6 +335,8 @@ impl Attention {
         let results = [&d_q, &d_k, &d_v, &d_sink_logits];
         let [d_q, d_k, d_v, d_sink] = download(device, results, |encoder| prepared.encode(encoder)).await?;
         Ok(Gradients {
+            d_alibi_slopes: None,
+            d_bias: None,
             d_q: d_q.read(inputs.q.len())?,
             d_k: d_k.read(inputs.k.len())?,
             d_v: d_v.read(inputs.v.len())?,

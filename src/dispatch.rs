@@ -178,7 +178,7 @@ impl<'a> Operands<'a> {
     }
 
     fn params(&self, vec4: bool, workgroups: u32) -> Params {
-        let (s, mask) = (self.problem.shape(), self.problem.mask());
+        let (s, mask) = (self.problem.shape(), self.problem.sequence(0).band);
         let operand = |binding| match self.find(binding) {
             Some(placed) => Operand::new(placed, if vec4 { 4 } else { 1 }),
             None => Operand::zeroed(),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::element::DType;
+use crate::problem::MaskPacking;
 
 /// Result of every fallible call in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -52,6 +53,30 @@ pub enum Error {
         operands: DType,
         /// Element type that the options name.
         options: DType,
+    },
+    /// The bias is not of the element type that the options name.
+    #[error("the bias is {bias}, the options say {options}: see Options::bias_dtype")]
+    BiasElementType {
+        /// Element type of the bias.
+        bias: DType,
+        /// Element type that the options name.
+        options: DType,
+    },
+    /// The mask does not lie in memory as the options say.
+    #[error("the mask is of {mask:?}, the options say {options:?}: see Options::mask_packing")]
+    MaskPacking {
+        /// How it lies in memory.
+        mask: MaskPacking,
+        /// What the options say.
+        options: MaskPacking,
+    },
+    /// The lengths of a batch's sequences do not fit it.
+    #[error("{lengths}: {reason}")]
+    InvalidLengths {
+        /// Which lengths.
+        lengths: &'static str,
+        /// What is wrong with them, with the numbers.
+        reason: String,
     },
     /// A slice does not hold the number of elements its shape calls for.
     #[error("{operand} has {actual} elements, its shape {shape:?} needs {expected}")]

@@ -360,12 +360,7 @@ impl Case {
     /// # Errors
     /// [`WrongElementType`](crate::Error::WrongElementType) where `T` is not the type of the file's operands.
     pub fn inputs<T: Element>(&self) -> crate::Result<Inputs<'_, T>> {
-        Ok(Inputs {
-            q: typed(&self.q)?,
-            k: typed(&self.k)?,
-            v: typed(&self.v)?,
-            sink_logits: self.sink_logits.as_deref(),
-        })
+        Ok(Inputs::new(typed(&self.q)?, typed(&self.k)?, typed(&self.v)?).sink_logits(self.sink_logits.as_deref()))
     }
 
     /// The gradients that flow into the results; `None` where the file asks for the forward pass only.

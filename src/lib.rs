@@ -15,7 +15,7 @@
 //! let q = vec![0.1f32; problem.q_shape().iter().product()];
 //! let k = vec![0.2; problem.k_shape().iter().product()];
 //! let v = vec![0.5; problem.v_shape().iter().product()];
-//! let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: Some(&[0.0, -1.0, 0.0, 1.0]) };
+//! let inputs = Inputs::new(&q, &k, &v).sink_logits(&[0.0, -1.0, 0.0, 1.0][..]);
 //!
 //! let attention = Attention::new()?; // the best GPU, or the CPU where there is none
 //! let output = attention.forward(&problem, &inputs)?;
@@ -211,6 +211,7 @@ mod mask;
 mod pipeline;
 mod plan;
 mod problem;
+mod sequences;
 mod shader;
 mod tensor;
 mod tiles;
@@ -226,12 +227,14 @@ pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use half;
-pub use mask::{KeyTiles, Mask};
+pub use mask::{Band, KeyTiles};
 pub use pipeline::DUMP_VARIABLE;
 pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
 pub use problem::{
-    Alignment, Gradients, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
+    Alignment, Axes, Bias, Gradients, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem, Shape,
+    SinkLogits, Upstream, Window, pack_mask,
 };
+pub use sequences::{Lengths, Sequence};
 pub use shader::{Kernel, MicroKernel, Variant};
 pub use tensor::TensorView;
 pub use tiles::Tiles;

@@ -13,16 +13,17 @@
 
 use std::ops::Range;
 
-use crate::problem::{Alignment, Options, Shape};
+use crate::problem::{Alignment, Options};
 
-/// The visibility rule of one problem.
+/// The visibility rule of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mask {
+pub struct Band {
     seq_q: i64,
     seq_k: i64,
     lower: i64,
     upper: i64,
     sink_tokens: i64,
+    offset: i64,
 }
 
 /// Key tiles that a tile of queries has to visit, as tile indices: first the tiles that hold visible
@@ -47,9 +48,10 @@ impl KeyTiles {
     }
 }
 
-impl Mask {
-    pub(crate) fn new(shape: &Shape, options: &Options) -> Self {
-        let (m, n) = (shape.seq_q as i64, shape.seq_k as i64);
+impl Band {
+    /// Of so many queries and keys, each at most 2^29.
+    pub(crate) fn new(seq_q: usize, seq_k: usize, options: &Options) -> Self {
+        let (m, n) = (seq_q as i64, seq_k as i64);
         let offset = options.query_offset.unwrap_or(match options.alignment {
             Alignment::BottomRight => n - m,
             Alignment::TopLeft => 0,
@@ -57,13 +59,29 @@ impl Mask {
         let right = if options.causal { Some(0) } else { options.window.right };
         // i128: the sum of any offset and any bound is exact.
         let diagonal = |signed: i128| (i128::from(offset) + signed).clamp(-m as i128, n as i128) as i64;
-        Mask {
+        Band {
             seq_q: m,
             seq_k: n,
             lower: options.window.left.map_or(-m, |left| diagonal(-(left as i128))),
             upper: right.map_or(n, |right| diagonal(right as i128)),
-            sink_tokens: options.sink_tokens.min(shape.seq_k) as i64,
+            sink_tokens: options.sink_tokens.min(seq_k) as i64,
+            offset,
         }
+    }
+
+    /// Queries, M.
+    pub fn seq_q(&self) -> usize {
+        self.seq_q as usize
+    }
+
+    /// Keys, N.
+    pub fn seq_k(&self) -> usize {
+        self.seq_k as usize
+    }
+
+    /// Position of query 0 among the keys.
+    pub fn offset(&self) -> i64 {
+        self.offset
     }
 
     /// First visible diagonal: key j >= i + lower, unless it is a sink token.
@@ -82,14 +100,14 @@ impl Mask {
     }
 
     /// Keys in reach of a query, at most: those of its window, at most N, and the sink tokens.
-    pub(crate) fn band(&self) -> usize {
+    pub(crate) fn reach(&self) -> usize {
         ((self.upper - self.lower + 1).min(self.seq_k) + self.sink_tokens) as usize
     }
 
     /// Whether query i sees key j.
     pub fn visible(&self, i: usize, j: usize) -> bool {
         let (i, j) = (i as i64, j as i64);
-        j < self.seq_k && j <= i + self.upper && (j >= i + self.lower || j < self.sink_tokens)
+        i < self.seq_q && j < self.seq_k && j <= i + self.upper && (j >= i + self.lower || j < self.sink_tokens)
     }
 
     /// The keys that query i sees: its sink tokens before the window, then its window.
@@ -112,7 +130,7 @@ impl Mask {
     /// The tiles of `tile` keys in which some query of `rows` sees something.
     ///
     /// Between a row range's first and last window every key is visible to some row, so no tile
-    /// is visited in vain: a brute-force test holds this against [`Mask::visible`].
+    /// is visited in vain: a brute-force test holds this against [`Band::visible`].
     pub fn key_tiles(&self, rows: &Range<usize>, tile: usize) -> KeyTiles {
         let tile = tile as i64;
         let end = (rows.end as i64 - 1 + self.upper + 1).clamp(0, self.seq_k);
@@ -141,7 +159,10 @@ impl Mask {
     pub fn all_visible(&self, rows: &Range<usize>, keys: &Range<usize>) -> bool {
         let (first, last) = (rows.start as i64, rows.end as i64 - 1);
         let (start, end) = (keys.start as i64, keys.end as i64);
-        end <= self.seq_k && end - 1 <= first + self.upper && start.max(self.sink_tokens) >= end.min(last + self.lower) // no key between the sinks and the window
+        last < self.seq_q
+            && end <= self.seq_k
+            && end - 1 <= first + self.upper
+            && start.max(self.sink_tokens) >= end.min(last + self.lower) // no key between the sinks and the window
     }
 
     /// How many of [`key_tiles`](Self::key_tiles) are [`all_visible`](Self::all_visible), counted without a visit.
@@ -171,7 +192,7 @@ impl Mask {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::{Problem, Window};
+    use crate::problem::{Problem, Shape, Window};
 
     /// Every small problem: the rule of the specification, spelled out.
     fn small_problems() -> impl Iterator<Item = (Problem, impl Fn(usize, usize) -> bool)> {
@@ -222,7 +243,7 @@ mod tests {
     #[test]
     fn visible_is_the_rule() {
         for (problem, rule) in small_problems() {
-            let mask = problem.mask();
+            let mask = problem.sequence(0).band;
             let mut pairs = 0;
             for i in 0..problem.shape().seq_q {
                 let listed: Vec<usize> = mask.visible_keys(i).into_iter().flatten().collect();
@@ -241,7 +262,7 @@ mod tests {
     fn tiles_are_those_with_something_visible() {
         for (problem, rule) in small_problems() {
             let (m, n) = (problem.shape().seq_q, problem.shape().seq_k);
-            let mask = problem.mask();
+            let mask = problem.sequence(0).band;
             for (query_tile, tile) in [(1, 1), (2, 3), (4, 2), (5, 4), (16, 16)] {
                 for i0 in (0..m).step_by(query_tile) {
                     let rows = i0..(i0 + query_tile).min(m);
@@ -269,7 +290,7 @@ mod tests {
             for (tile, key_tile) in [(1, 1), (2, 3), (4, 2), (5, 4), (16, 16)] {
                 for j0 in (0..n).step_by(key_tile) {
                     let keys = j0..(j0 + key_tile).min(n);
-                    let visited = problem.mask().query_tiles(&keys, tile);
+                    let visited = problem.sequence(0).band.query_tiles(&keys, tile);
                     assert!(visited.end <= m.div_ceil(tile), "{problem} keys {keys:?}");
                     for t in 0..m.div_ceil(tile) {
                         let rows = t * tile..((t + 1) * tile).min(m);

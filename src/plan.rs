@@ -452,7 +452,7 @@ fn check_loop_iterations(
 
 /// Loop iterations of the longest workgroup, at most, given those of an open and of a masked tile; exact only up to `most`.
 fn loop_iterations(kernel: Kernel, problem: &Problem, tile: [u32; 2], iterations: [u64; 2], most: u64) -> u64 {
-    let (shape, mask) = (problem.shape(), problem.mask());
+    let (shape, mask) = (problem.shape(), problem.sequence(0).band);
     let [rows, columns] = tile.map(|n| n as usize);
     let [open, masked] = iterations;
     let of_tile = |is_open| if is_open { open } else { masked };

@@ -1,17 +1,19 @@
 //! What is to be computed: shapes, options, and their validation.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
-use crate::mask::Mask;
+use crate::mask::Band;
+use crate::sequences::{self, Lengths, Sequence};
 
 /// Longest sequence, so that sums of positions fit 32-bit integers in shaders.
 pub(crate) const MAX_SEQ: usize = 1 << 29;
 /// Widest head, of q and k as of v.
-pub(crate) const MAX_WIDTH: usize = 256;
+pub(crate) const MAX_WIDTH: usize = 512;
 
-/// Order of the axes of q, k, v and o. `lse` is `[batch, heads, seq_q]` in both.
+/// Order of the axes of q, k, v and o. `lse` is `[batch, heads, seq_q]` in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Layout {
     /// `[batch, seq, heads, width]`.
@@ -19,6 +21,10 @@ pub enum Layout {
     Bshd,
     /// `[batch, heads, seq, width]`.
     Bhsd,
+    /// `[tokens, heads, width]`: the sequences of a batch one after the other, whatever their lengths, see
+    /// [`Problem::with_lengths`]. `seq_q` and `seq_k` of the shape are the tokens of all sequences, and its batch is 1: that is
+    /// how shapes and strides are told, `[1, tokens, heads, width]`.
+    Thd,
 }
 
 impl fmt::Display for Layout {
@@ -26,6 +32,7 @@ impl fmt::Display for Layout {
         f.write_str(match self {
             Layout::Bshd => "bshd",
             Layout::Bhsd => "bhsd",
+            Layout::Thd => "thd",
         })
     }
 }
@@ -34,7 +41,7 @@ impl Layout {
     /// Shape of an operand in this order.
     pub fn shape(self, batch: usize, heads: usize, seq: usize, width: usize) -> [usize; 4] {
         match self {
-            Layout::Bshd => [batch, seq, heads, width],
+            Layout::Bshd | Layout::Thd => [batch, seq, heads, width],
             Layout::Bhsd => [batch, heads, seq, width],
         }
     }
@@ -43,7 +50,7 @@ impl Layout {
     pub fn strides(self, heads: usize, seq: usize, width: usize) -> [u64; 3] {
         let [heads, seq, width] = [heads as u64, seq as u64, width as u64];
         match self {
-            Layout::Bshd => [seq * heads * width, width, heads * width],
+            Layout::Bshd | Layout::Thd => [seq * heads * width, width, heads * width],
             Layout::Bhsd => [heads * seq * width, seq * width, width],
         }
     }
@@ -110,6 +117,62 @@ pub enum SinkLogits {
     PerHead,
 }
 
+/// The axes that a bias or a mask has of its own; along the others, one serves all. The keys' axis is always its own.
+///
+/// ```
+/// use sink_attention::Axes;
+/// // A padding mask, [B, 1, 1, N].
+/// assert_eq!(Axes::KEYS.batch(), Axes { batch: true, heads: false, seq_q: false });
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Axes {
+    /// One for each sequence of the batch.
+    pub batch: bool,
+    /// One for each query head.
+    pub heads: bool,
+    /// One for each query.
+    pub seq_q: bool,
+}
+
+impl Axes {
+    /// `[B, H, M, N]`.
+    pub const ALL: Axes = Axes { batch: true, heads: true, seq_q: true };
+    /// `[1, 1, 1, N]`.
+    pub const KEYS: Axes = Axes { batch: false, heads: false, seq_q: false };
+
+    /// With one for each sequence of the batch.
+    pub fn batch(self) -> Self {
+        Axes { batch: true, ..self }
+    }
+
+    /// With one for each query head.
+    pub fn heads(self) -> Self {
+        Axes { heads: true, ..self }
+    }
+
+    /// With one for each query.
+    pub fn seq_q(self) -> Self {
+        Axes { seq_q: true, ..self }
+    }
+
+    /// The shape of all axes, with 1 where an axis is not its own.
+    pub(crate) fn of(self, [batch, heads, seq_q, seq_k]: [usize; 4]) -> [usize; 4] {
+        let own = |own: bool, size: usize| if own { size } else { 1 };
+        [own(self.batch, batch), own(self.heads, heads), own(self.seq_q, seq_q), seq_k]
+    }
+}
+
+/// How a boolean mask lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum MaskPacking {
+    /// A byte for each pair; anything but 0 lets the query see the key.
+    #[default]
+    Bytes,
+    /// A bit for each pair: rows of `ceil(N / 32)` words, key j is bit j % 32 of word j / 32, see
+    /// [`pack_mask`](crate::pack_mask).
+    Bits,
+}
+
 /// The sizes of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {
@@ -123,9 +186,9 @@ pub struct Shape {
     pub seq_q: usize,
     /// N, keys in each sequence.
     pub seq_k: usize,
-    /// D, width of q and k, 1 to 256.
+    /// D, width of q and k, 1 to 512.
     pub head_dim: usize,
-    /// E, width of v and o, 1 to 256.
+    /// E, width of v and o, 1 to 512.
     pub value_dim: usize,
 }
 
@@ -160,6 +223,21 @@ pub struct Options {
     pub sink_logits: SinkLogits,
     /// Factor on q.k; `None` is 1 / sqrt(D).
     pub scale: Option<f32>,
+    /// Scores s become softcap * tanh(s / softcap), before ALiBi and bias; greater than 0.
+    pub softcap: Option<f32>,
+    /// slope * |p - j| is subtracted from the score of a query at position p and key j (ALiBi), with a slope for each query head
+    /// given as the operand `alibi_slopes` of shape `[heads]`.
+    pub alibi: bool,
+    /// A bias is added to the scores, given as the operand `bias` of shape `[B or 1, H or 1, M or 1, N]`: these are the axes that
+    /// it has of its own. -infinity hides the key.
+    pub bias: Option<Axes>,
+    /// Element type of the bias: f32, or [`dtype`](Self::dtype). Its gradient is f32.
+    pub bias_dtype: DType,
+    /// A boolean mask, given as the operand `mask` of shape `[B or 1, H or 1, M or 1, N]`, hides keys beside those that window
+    /// and causality hide: these are the axes that it has of its own.
+    pub mask: Option<Axes>,
+    /// How the mask lies in memory.
+    pub mask_packing: MaskPacking,
     /// Where query 0 stands, unless `query_offset` says so.
     pub alignment: Alignment,
     /// Position of query 0 among the keys, for streams and caches.
@@ -201,6 +279,36 @@ impl Options {
         Options { scale: Some(scale), ..self }
     }
 
+    /// Sets [`Options::softcap`].
+    pub fn softcap(self, softcap: f32) -> Self {
+        Options { softcap: Some(softcap), ..self }
+    }
+
+    /// Sets [`Options::alibi`].
+    pub fn alibi(self, alibi: bool) -> Self {
+        Options { alibi, ..self }
+    }
+
+    /// Sets [`Options::bias`].
+    pub fn bias(self, axes: Axes) -> Self {
+        Options { bias: Some(axes), ..self }
+    }
+
+    /// Sets [`Options::bias_dtype`].
+    pub fn bias_dtype(self, dtype: DType) -> Self {
+        Options { bias_dtype: dtype, ..self }
+    }
+
+    /// Sets [`Options::mask`].
+    pub fn mask(self, axes: Axes) -> Self {
+        Options { mask: Some(axes), ..self }
+    }
+
+    /// Sets [`Options::mask_packing`].
+    pub fn mask_packing(self, packing: MaskPacking) -> Self {
+        Options { mask_packing: packing, ..self }
+    }
+
     /// Sets [`Options::alignment`].
     pub fn alignment(self, alignment: Alignment) -> Self {
         Options { alignment, ..self }
@@ -225,7 +333,7 @@ impl Options {
     /// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 2, head_dim: 2, value_dim: 2 };
     /// let problem = Problem::new(shape, Options::new().dtype(DType::F16))?;
     /// let (q, k, v) = ([f16::ZERO; 2], [f16::ONE; 4], [1.0, 2.0, 3.0, 4.0].map(f16::from_f32));
-    /// let output = Attention::cpu().forward(&problem, &Inputs { q: &q, k: &k, v: &v, sink_logits: None })?;
+    /// let output = Attention::cpu().forward(&problem, &Inputs::new(&q, &k, &v))?;
     /// assert_eq!(output.o, [2.0, 3.0].map(f16::from_f32)); // f16, as the operands
     /// assert_eq!(output.lse, [2f32.ln()]); // f32 in every case
     /// # Ok::<(), sink_attention::Error>(())
@@ -236,12 +344,14 @@ impl Options {
 }
 
 /// A validated shape with its options.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Problem {
     shape: Shape,
     options: Options,
     scale: f32,
-    mask: Mask,
+    band: Band,
+    /// Where lengths differ.
+    sequences: Option<Arc<[Sequence]>>,
 }
 
 impl Problem {
@@ -251,6 +361,35 @@ impl Problem {
     /// [`Error::ZeroDimension`], [`Error::DimensionTooLarge`], [`Error::HeadsNotMultiple`] and
     /// [`Error::InvalidOption`], each with its numbers.
     pub fn new(shape: Shape, options: Options) -> Result<Self> {
+        if options.layout == Layout::Thd {
+            let reason = "thd needs the lengths of its sequences: Problem::with_lengths".into();
+            return Err(Error::InvalidOption { option: "layout", reason });
+        }
+        Problem::checked(shape, options)
+    }
+
+    /// Checks a batch of sequences of different lengths. Queries and keys meet within their sequence only; positions, windows,
+    /// sink tokens and alignment count from its start.
+    ///
+    /// ```
+    /// use sink_attention::{Lengths, Layout, Options, Problem, Shape};
+    /// // Three sequences of 2, 0 and 3 tokens.
+    /// let shape = Shape { batch: 1, heads: 2, kv_heads: 1, seq_q: 5, seq_k: 5, head_dim: 8, value_dim: 8 };
+    /// let lengths = Lengths::Cumulative { q: &[0, 2, 2, 5], k: &[0, 2, 2, 5] };
+    /// let problem = Problem::with_lengths(shape, Options::new().causal(true).layout(Layout::Thd), lengths)?;
+    /// assert_eq!(problem.sequence_count(), 3);
+    /// # Ok::<(), sink_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::InvalidLengths`].
+    pub fn with_lengths(shape: Shape, options: Options, lengths: Lengths<'_>) -> Result<Self> {
+        let problem = Problem::checked(shape, options)?;
+        let sequences = Some(sequences::sequences(&shape, &options, lengths)?);
+        Ok(Problem { sequences, ..problem })
+    }
+
+    fn checked(shape: Shape, options: Options) -> Result<Self> {
         let Shape { batch, heads, kv_heads, seq_q, seq_k, head_dim, value_dim } = shape;
         let dimensions = [
             ("batch", batch, u32::MAX as usize),
@@ -292,7 +431,22 @@ impl Problem {
         if !scale.is_finite() {
             return Err(Error::InvalidOption { option: "scale", reason: format!("{scale} is not finite") });
         }
-        Ok(Problem { shape, options, scale, mask: Mask::new(&shape, &options) })
+        if let Some(softcap) = options.softcap.filter(|softcap| !(softcap.is_finite() && *softcap > 0.0)) {
+            let reason = format!("{softcap} is not finite and greater than 0");
+            return Err(Error::InvalidOption { option: "softcap", reason });
+        }
+        if options.bias.is_some() && ![DType::F32, options.dtype].contains(&options.bias_dtype) {
+            let (bias, dtype) = (options.bias_dtype, options.dtype);
+            let reason = format!("{bias}; it must be f32 or that of the operands, {dtype}");
+            return Err(Error::InvalidOption { option: "bias_dtype", reason });
+        }
+        let band = Band::new(seq_q, seq_k, &options);
+        let most = 2 * MAX_SEQ as i64;
+        if options.alibi && !(-most..=most).contains(&band.offset()) {
+            let reason = format!("{}; with ALiBi it must lie within {most} of 0", band.offset());
+            return Err(Error::InvalidOption { option: "query_offset", reason });
+        }
+        Ok(Problem { shape, options, scale, band, sequences: None })
     }
 
     /// The sizes.
@@ -310,9 +464,76 @@ impl Problem {
         self.scale
     }
 
-    /// Which keys each query sees.
-    pub fn mask(&self) -> &Mask {
-        &self.mask
+    /// Sequences of the batch.
+    pub fn sequence_count(&self) -> usize {
+        self.sequences.as_ref().map_or(self.shape.batch, |sequences| sequences.len())
+    }
+
+    /// Whether sequences may differ in length.
+    pub fn has_lengths(&self) -> bool {
+        self.sequences.is_some()
+    }
+
+    /// A sequence of the batch: where it lies, and which keys its queries see.
+    ///
+    /// # Panics
+    /// Where `index` is not below [`sequence_count`](Self::sequence_count).
+    pub fn sequence(&self, index: usize) -> Sequence {
+        match &self.sequences {
+            Some(sequences) => sequences[index],
+            None => Sequence::whole(&self.shape, index, self.band),
+        }
+    }
+
+    /// All sequences of the batch.
+    pub fn sequences(&self) -> impl ExactSizeIterator<Item = Sequence> + Clone {
+        (0..self.sequence_count()).map(|index| self.sequence(index))
+    }
+
+    /// The sequences that differ; all others are as one of these.
+    pub(crate) fn distinct_sequences(&self) -> impl Iterator<Item = Sequence> {
+        let count = if self.has_lengths() { self.sequence_count() } else { 1 };
+        (0..count).map(|index| self.sequence(index))
+    }
+
+    /// Longest sequence, in queries and keys.
+    pub(crate) fn longest(&self) -> [usize; 2] {
+        let longest = |of: fn(Sequence) -> usize| self.distinct_sequences().map(of).max().unwrap_or(0);
+        [longest(|s| s.q_rows), longest(|s| s.k_rows)]
+    }
+
+    /// TEMPORARY: what is not computed yet everywhere.
+    pub(crate) fn check_plain(&self) -> Result<()> {
+        if self.modifies_scores() || self.options.mask.is_some() || self.has_lengths() {
+            return Err(Error::InvalidOption { option: "options", reason: "not computed yet".into() });
+        }
+        Ok(())
+    }
+
+    /// Whether scores are more than products times the scale.
+    pub(crate) fn modifies_scores(&self) -> bool {
+        let o = &self.options;
+        o.softcap.is_some() || o.alibi || o.bias.is_some()
+    }
+
+    /// Shape of the bias, `[B or 1, H or 1, M or 1, N]`; B counts sequences, M and N are those of the longest one.
+    pub fn bias_shape(&self) -> Option<[usize; 4]> {
+        self.options.bias.map(|axes| axes.of(self.pairs_shape()))
+    }
+
+    /// Shape of the mask in bytes, `[B or 1, H or 1, M or 1, N]`; in [bits](MaskPacking::Bits) the last axis is that of words.
+    pub fn mask_shape(&self) -> Option<[usize; 4]> {
+        let mut shape = self.options.mask?.of(self.pairs_shape());
+        if self.options.mask_packing == MaskPacking::Bits {
+            shape[3] = shape[3].div_ceil(32);
+        }
+        Some(shape)
+    }
+
+    /// `[B, H, M, N]`, of a bias or a mask without broadcasting.
+    pub(crate) fn pairs_shape(&self) -> [usize; 4] {
+        let [seq_q, seq_k] = self.longest();
+        [self.sequence_count(), self.shape.heads, seq_q, seq_k]
     }
 
     /// Query heads that share one key/value head, H / G.
@@ -350,11 +571,12 @@ impl Problem {
     }
 
     /// Floating-point operations of the forward pass by the field's convention: two for each
-    /// multiply-add of both matrix products, over the visible pairs only.
+    /// multiply-add of both matrix products, over the pairs only that window and causality leave visible.
     pub fn forward_flops(&self) -> f64 {
         let s = &self.shape;
-        let pairs = self.mask.visible_pairs() as f64 * (s.batch * s.heads) as f64;
-        2.0 * pairs * (s.head_dim + s.value_dim) as f64
+        let pairs: f64 = self.distinct_sequences().map(|sequence| sequence.band.visible_pairs() as f64).sum();
+        let times = if self.has_lengths() { s.heads } else { s.batch * s.heads };
+        2.0 * pairs * times as f64 * (s.head_dim + s.value_dim) as f64
     }
 
     /// Floating-point operations of the backward pass by the field's convention, 2.5 times the forward's:
@@ -367,7 +589,8 @@ impl Problem {
     /// Checks host operands against the element type and the shapes.
     ///
     /// # Errors
-    /// [`Error::WrongElementType`], [`Error::OperandLength`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`].
+    /// [`Error::WrongElementType`], [`Error::OperandLength`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`],
+    /// [`Error::BiasElementType`], [`Error::MaskPacking`].
     pub fn check_inputs<T: Element>(&self, inputs: &Inputs<'_, T>) -> Result<()> {
         if T::DTYPE != self.options.dtype {
             return Err(Error::WrongElementType { operands: T::DTYPE, options: self.options.dtype });
@@ -377,14 +600,23 @@ impl Problem {
         {
             check_length(operand, slice.len(), &shape)?;
         }
-        match (self.options.sink_logits, inputs.sink_logits) {
-            (SinkLogits::PerHead, None) => Err(Error::MissingOperand { operand: "sink_logits" }),
-            (SinkLogits::PerHead, Some(slice)) => check_length("sink_logits", slice.len(), &[self.shape.heads]),
-            (_, Some(_)) => Err(Error::UnexpectedOperand {
-                operand: "sink_logits",
-                hint: "set Options::sink_logits to SinkLogits::PerHead",
-            }),
-            (_, None) => Ok(()),
+        let heads = [self.shape.heads];
+        let per_head = (self.options.sink_logits == SinkLogits::PerHead).then_some(&heads[..]);
+        let hint = "set Options::sink_logits to SinkLogits::PerHead";
+        check_optional("sink_logits", inputs.sink_logits.map(<[f32]>::len), per_head, hint)?;
+        let per_head = self.options.alibi.then_some(&heads[..]);
+        check_optional("alibi_slopes", inputs.alibi_slopes.map(<[f32]>::len), per_head, "set Options::alibi")?;
+        let (bias, mask) = (self.bias_shape(), self.mask_shape());
+        let shape = bias.as_ref().map(<[usize; 4]>::as_slice);
+        check_optional("bias", inputs.bias.map(|bias| bias.len()), shape, "set Options::bias")?;
+        if let Some(bias) = inputs.bias.filter(|bias| bias.dtype() != self.options.bias_dtype) {
+            return Err(Error::BiasElementType { bias: bias.dtype(), options: self.options.bias_dtype });
+        }
+        let shape = mask.as_ref().map(<[usize; 4]>::as_slice);
+        check_optional("mask", inputs.mask.map(|mask| mask.len()), shape, "set Options::mask")?;
+        match inputs.mask.filter(|mask| mask.packing() != self.options.mask_packing) {
+            Some(mask) => Err(Error::MaskPacking { mask: mask.packing(), options: self.options.mask_packing }),
+            None => Ok(()),
         }
     }
 }
@@ -413,6 +645,20 @@ impl fmt::Display for Problem {
         }
         if let Some(scale) = o.scale {
             write!(f, " scale={scale}")?;
+        }
+        if let Some(softcap) = o.softcap {
+            write!(f, " softcap={softcap}")?;
+        }
+        if o.alibi {
+            write!(f, " alibi")?;
+        }
+        for (name, shape) in [("bias", self.bias_shape()), ("mask", self.mask_shape())] {
+            if let Some([b, h, m, n]) = shape {
+                write!(f, " {name}={b}x{h}x{m}x{n}")?;
+            }
+        }
+        if let Some(sequences) = &self.sequences {
+            write!(f, " lengths of {}", sequences.len())?;
         }
         if let Some(offset) = o.query_offset {
             write!(f, " query_offset={offset}")?;
@@ -459,6 +705,83 @@ fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result
     Err(Error::OperandLength { operand, expected, actual, shape: shape.to_vec() })
 }
 
+/// An operand that is there if, and only if, an option asks for it with a shape.
+fn check_optional(
+    operand: &'static str,
+    length: Option<usize>,
+    shape: Option<&[usize]>,
+    hint: &'static str,
+) -> Result<()> {
+    match (length, shape) {
+        (Some(length), Some(shape)) => check_length(operand, length, shape),
+        (None, Some(_)) => Err(Error::MissingOperand { operand }),
+        (Some(_), None) => Err(Error::UnexpectedOperand { operand, hint }),
+        (None, None) => Ok(()),
+    }
+}
+
+/// A bias on the host: f32, or of the operands' element type, see [`Options::bias_dtype`].
+#[derive(Debug, Clone, Copy)]
+pub enum Bias<'a, T = f32> {
+    /// f32, whatever the operands are.
+    F32(&'a [f32]),
+    /// Of the operands' element type.
+    Operand(&'a [T]),
+}
+
+impl<T: Element> Bias<'_, T> {
+    /// Elements.
+    #[expect(clippy::len_without_is_empty, reason = "no bias is empty")]
+    pub fn len(&self) -> usize {
+        match self {
+            Bias::F32(bias) => bias.len(),
+            Bias::Operand(bias) => bias.len(),
+        }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Bias::F32(_) => DType::F32,
+            Bias::Operand(_) => T::DTYPE,
+        }
+    }
+}
+
+/// A boolean mask on the host, see [`Options::mask_packing`].
+#[derive(Debug, Clone, Copy)]
+pub enum MaskData<'a> {
+    /// [`MaskPacking::Bytes`].
+    Bytes(&'a [u8]),
+    /// [`MaskPacking::Bits`].
+    Bits(&'a [u32]),
+}
+
+impl MaskData<'_> {
+    /// Bytes or words.
+    #[expect(clippy::len_without_is_empty, reason = "no mask is empty")]
+    pub fn len(&self) -> usize {
+        match self {
+            MaskData::Bytes(mask) => mask.len(),
+            MaskData::Bits(mask) => mask.len(),
+        }
+    }
+
+    /// How it lies in memory.
+    pub fn packing(&self) -> MaskPacking {
+        match self {
+            MaskData::Bytes(_) => MaskPacking::Bytes,
+            MaskData::Bits(_) => MaskPacking::Bits,
+        }
+    }
+}
+
+/// A mask of bytes, whose rows have `keys` of them, in [bits](MaskPacking::Bits).
+pub fn pack_mask(mask: &[u8], keys: usize) -> Vec<u32> {
+    let word = |bytes: &[u8]| bytes.iter().enumerate().fold(0, |word, (j, &byte)| word | u32::from(byte != 0) << j);
+    mask.chunks(keys.max(1)).flat_map(|row| row.chunks(32).map(word)).collect()
+}
+
 /// Operands of a forward pass on the host, densely packed in the problem's layout; `T` is an [`Element`].
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a, T = f32> {
@@ -470,6 +793,48 @@ pub struct Inputs<'a, T = f32> {
     pub v: &'a [T],
     /// One logit per query head, where the options say [`SinkLogits::PerHead`].
     pub sink_logits: Option<&'a [f32]>,
+    /// One slope per query head, where the options say [`Options::alibi`].
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// Added to the scores, see [`Problem::bias_shape`].
+    pub bias: Option<Bias<'a, T>>,
+    /// Which keys may be seen, see [`Problem::mask_shape`].
+    pub mask: Option<MaskData<'a>>,
+}
+
+impl<'a, T> Inputs<'a, T> {
+    /// q, k and v, and no operand that goes with an option.
+    pub fn new(q: &'a [T], k: &'a [T], v: &'a [T]) -> Self {
+        Inputs { q, k, v, sink_logits: None, alibi_slopes: None, bias: None, mask: None }
+    }
+
+    /// With sink logits.
+    pub fn sink_logits(self, sink_logits: impl Into<Option<&'a [f32]>>) -> Self {
+        Inputs { sink_logits: sink_logits.into(), ..self }
+    }
+
+    /// With slopes.
+    pub fn alibi_slopes(self, alibi_slopes: impl Into<Option<&'a [f32]>>) -> Self {
+        Inputs { alibi_slopes: alibi_slopes.into(), ..self }
+    }
+
+    /// With a bias.
+    pub fn bias(self, bias: impl Into<Option<Bias<'a, T>>>) -> Self {
+        Inputs { bias: bias.into(), ..self }
+    }
+
+    /// With a mask.
+    pub fn mask(self, mask: impl Into<Option<MaskData<'a>>>) -> Self {
+        Inputs { mask: mask.into(), ..self }
+    }
+
+    /// The same with other q, k and v, and another element type, for which a bias of the operands' type is widened beforehand.
+    pub(crate) fn with_operands<'b, U>(&self, [q, k, v]: [&'b [U]; 3], bias: Option<&'b [f32]>) -> Inputs<'b, U>
+    where
+        'a: 'b,
+    {
+        let Inputs { sink_logits, alibi_slopes, mask, .. } = *self;
+        Inputs { q, k, v, sink_logits, alibi_slopes, bias: bias.map(Bias::F32), mask }
+    }
 }
 
 /// Results of a forward pass on the host: `T` is the operands' type, `S` that of the softmax's state.
@@ -504,4 +869,9 @@ pub struct Gradients<T = f32, S = f32> {
     pub d_v: Vec<T>,
     /// Gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`].
     pub d_sink_logits: Option<Vec<S>>,
+    /// Gradient by the ALiBi slopes, `[heads]`, where the options say [`Options::alibi`].
+    pub d_alibi_slopes: Option<Vec<S>>,
+    /// Gradient by the bias, see [`Problem::bias_shape`], where there is one: summed over the axes that it does not have of its
+    /// own.
+    pub d_bias: Option<Vec<S>>,
 }

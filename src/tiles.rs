@@ -238,7 +238,7 @@ pub(crate) fn candidates(kernel: Kernel, problem: &Problem, class: DeviceClass) 
     let fitting = table.iter().filter(|c| width <= c.width && seq >= c.seq);
     let mut candidates: Vec<Tiles> = fitting.map(|c| c.tiles).collect();
     if MaskClass::of(problem) == Some(MaskClass::Window) {
-        let band = problem.mask().band() as u32;
+        let band = problem.sequence(0).band.reach() as u32;
         candidates.sort_by(|a, b| a.window_cost(band).total_cmp(&b.window_cost(band)));
     }
     candidates

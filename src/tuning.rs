@@ -45,7 +45,7 @@ impl MaskClass {
         match (shape.seq_q, shape.seq_q.min(shape.seq_k)) {
             (..FEW, _) => None,
             (_, ..=SHORT) => Some(MaskClass::Short),
-            _ if problem.mask().band() <= NARROW => Some(MaskClass::Window),
+            _ if problem.sequence(0).band.reach() <= NARROW => Some(MaskClass::Window),
             _ => Some(MaskClass::Long),
         }
     }

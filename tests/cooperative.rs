@@ -68,7 +68,8 @@ fn is_cooperative(plan: &Plan) -> bool {
 /// The problem in an element type, with operands.
 fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
     let problem = Problem::new(*problem.shape(), problem.options().dtype(T::DTYPE)).unwrap();
-    (problem, Backward::random(&problem, seed).cast())
+    let operands = Backward::random(&problem, seed).cast();
+    (problem, operands)
 }
 
 /// Holds both passes against the definition: by norm, and by element as far as low precision explains. `explain` is

@@ -22,7 +22,8 @@ fn a_row_with_huge_scores_is_not_empty() {
                     let mut options = Options::new().sink_logits(sinks);
                     options.scale = scale;
                     let problem = Problem::new(shape(1, 3), options).unwrap();
-                    let inputs = Inputs { q: &[q; 3], k: &[k; 3], v: &[0.75], sink_logits: None };
+                    let (q, k) = ([q; 3], [k; 3]);
+                    let inputs = Inputs::new(&q, &k, &[0.75]);
                     let output = attention.forward(&problem, &inputs).unwrap();
                     let score = 3.0 * f64::from(q) * f64::from(k) * f64::from(problem.scale());
                     let name = attention.device_name();
@@ -47,7 +48,7 @@ fn a_row_with_huge_scores_is_not_empty() {
 fn a_visible_score_of_minus_infinity() {
     for attention in operators() {
         let problem = Problem::new(shape(2, 1), Options::new().causal(true)).unwrap();
-        let inputs = Inputs { q: &[1e30, 1.0], k: &[-1e30, 1.0], v: &[2.0, 3.0], sink_logits: None };
+        let inputs = Inputs::new(&[1e30, 1.0], &[-1e30, 1.0], &[2.0, 3.0]);
         let output = attention.forward(&problem, &inputs).unwrap();
         assert_eq!((output.o[0], output.lse[0]), (0.0, f32::NEG_INFINITY), "{}", attention.device_name());
         let upstream = Upstream { d_o: &[1.0, 1.0], d_lse: Some(&[5.0, 0.0]) };
@@ -70,7 +71,7 @@ fn a_lost_device_is_an_error() {
     let options = Options::new().window(Window::keys(2));
     let problem = Problem::new(shape(4, 4), options).unwrap();
     let data = [0.5; 16];
-    let inputs = Inputs { q: &data, k: &data, v: &[1.0; 4], sink_logits: None };
+    let inputs = Inputs::new(&data, &data, &[1.0; 4]);
     for warm in [false, true] {
         let attention = Attention::open(&choice).unwrap();
         if warm {

@@ -118,7 +118,7 @@ fn every_number_passes_through<T: Element>() {
         let problem = problem([1, heads, heads], [1, 1], [4, width], Options::new().dtype(T::DTYPE));
         let v: Vec<T> = numbers().into_iter().cycle().take(heads * width).collect();
         let q = vec![T::default(); heads * 4];
-        let output = gpu.forward(&problem, &Inputs { q: &q, k: &q, v: &v, sink_logits: None }).unwrap();
+        let output = gpu.forward(&problem, &Inputs::new(&q, &q, &v)).unwrap();
         for (n, (&o, &v)) in output.o.iter().zip(&v).enumerate() {
             let flushed = flushes && v.to_f32().abs() < least_normal && o.to_f32() == 0.0;
             assert!(same(o, v) || flushed, "{:#06x} came back as {:#06x}", n, bytemuck::cast::<T, u16>(o));
@@ -158,7 +158,7 @@ fn results_are_rounded_to_nearest_even<T: Element>() {
         let d_o: Vec<T> = rows.flat_map(|(a, b)| a.iter().chain(b)).copied().collect();
         let q = vec![T::default(); heads * 2 * 4];
         let [k, v] = [heads * 4, heads * width].map(|len| vec![T::default(); len]);
-        let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: None };
+        let inputs = Inputs::new(&q, &k, &v);
         let output = gpu.forward(&problem, &inputs).unwrap();
         let gradients = gpu.backward(&problem, &inputs, &output, &Upstream { d_o: &d_o, d_lse: None }).unwrap();
         let mut kinds = [0; 3];

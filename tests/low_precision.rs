@@ -224,7 +224,7 @@ fn the_saved_output_is_not_precise_enough<T: Element>() {
     let widened = |x: &[T]| T::widen(x).into_owned();
     let operands = &backward.operands;
     let (q, k, v, d_o) = (widened(&operands.q), widened(&operands.k), widened(&operands.v), widened(&backward.d_o));
-    let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: operands.sink_logits.as_deref() };
+    let inputs = Inputs::new(&q, &k, &v).sink_logits(operands.sink_logits.as_deref());
     let single = Problem::new(*problem.shape(), problem.options().dtype(DType::F32)).unwrap();
     let saved = Output { o: widened(&saved.o), o_rest: None, lse: saved.lse };
     let rough = cpu::backward(&single, &inputs, &saved, &Upstream { d_o: &d_o, d_lse: None }).unwrap();
@@ -390,7 +390,7 @@ fn the_largest_scores_of_f16() {
         let q = [f16::MAX; 256];
         let k = [[f16::MAX; 256], [f16::MIN; 256], [f16::ZERO; 256]].concat();
         let v: Vec<f16> = (0..12).map(|n| f16::from_f32(n as f32)).collect();
-        let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: None };
+        let inputs = Inputs::new(&q, &k, &v);
         let output = path.forward(&problem, &inputs).unwrap();
         assert_eq!(output.o, v[..4]);
         compare_lse(&output.lse, &[256.0 * 65504f64.powi(2)], 1e-5).unwrap();
@@ -432,7 +432,7 @@ fn a_mixed_up_element_type_is_an_error() {
     for path in [Some(Attention::cpu()), gpu().cloned()].into_iter().flatten() {
         let problem = problem([1, 1, 1], [1, 1], [1, 1], Options::new().dtype(DType::Bf16));
         let x = [f16::ONE];
-        let inputs = Inputs { q: &x, k: &x, v: &x, sink_logits: None };
+        let inputs = Inputs::new(&x, &x, &x);
         let saved = Output { o: x.to_vec(), o_rest: None, lse: vec![0.0] };
         let forward = path.forward(&problem, &inputs).map(drop);
         let backward = path.backward(&problem, &inputs, &saved, &Upstream { d_o: &x, d_lse: None }).map(drop);

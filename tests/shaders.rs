@@ -87,6 +87,7 @@ fn reachable() -> &'static [Planned] {
                                     assert_eq!(micro_kernel, MicroKernel::Cooperative, "{problem}");
                                     continue;
                                 };
+                                let problem = problem.clone();
                                 let planned =
                                     Planned { device: device.clone(), problem, vec4, optional, forward, backward };
                                 let new = |pass: &&Pass| seen.insert((device.name.clone(), pass.variant));

@@ -110,12 +110,9 @@ pub fn against_reference(rows: &[Row], model: &Model, text: &Text, settings: &Se
             };
             let problem = Problem::new(shape, settings.options().query_offset(t as i64))?;
             model.write_q(text.byte(t), &rotary.at(t), &mut q);
-            let inputs = Inputs {
-                q: &q[group_row.clone()],
-                k: &k[..(t + 1) * HEAD_DIM],
-                v: &v[..(t + 1) * HEAD_DIM],
-                sink_logits: Some(&model.sink_logits[group.clone()]),
-            };
+            let keys = ..(t + 1) * HEAD_DIM;
+            let inputs = Inputs::new(&q[group_row.clone()], &k[keys], &v[keys]);
+            let inputs = inputs.sink_logits(&model.sink_logits[group.clone()]);
             let expected = reference::forward(&problem, &inputs)?;
             let (o, lse) = (&row.o[group_row.clone()], &row.lse[group.clone()]);
             errors = errors.worst(compare(o, lse, &expected.o, &expected.lse));

@@ -89,7 +89,7 @@ pub fn run(
             value_dim: HEAD_DIM,
         };
         let problem = Problem::new(shape, settings.options())?;
-        let inputs = Inputs { q, k: cache.k(), v: cache.v(), sink_logits: Some(&model.sink_logits) };
+        let inputs = Inputs::new(q, cache.k(), cache.v()).sink_logits(&model.sink_logits[..]);
         let output = attention.forward(&problem, &inputs)?;
         let seconds = began.elapsed().as_secs_f64();
 

@@ -179,7 +179,7 @@ impl<T: Element> HostOperands<T> {
     }
 
     pub fn inputs(&self) -> Inputs<'_, T> {
-        Inputs { q: &self.q, k: &self.k, v: &self.v, sink_logits: self.sink_logits.as_deref() }
+        Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref())
     }
 }
 

@@ -281,13 +281,13 @@ impl Tune {
                     progress.set_message(format!("{dtype} {width} wide, {}", masks.class()));
                     let bench = Bench::new(&attention, &device, &timer, *masks, width, dtype)?;
                     for kernel in self.kernels.iter().map(|kernel| kernel.kernel()) {
-                        let problem = bench.large().problem;
-                        let key = TuningKey::of(kernel, &problem).ok_or("a problem without a class")?;
+                        let problem = &bench.large().problem;
+                        let key = TuningKey::of(kernel, problem).ok_or("a problem without a class")?;
                         progress.set_message(key.to_string());
                         let left = deadline.saturating_duration_since(Instant::now());
                         let jobs = progress.length().unwrap_or(1).saturating_sub(progress.position()).max(1);
                         let micro_kernel = self.device.micro_kernel();
-                        let choice = Choice::new(&attention, &problem, kernel, micro_kernel)?;
+                        let choice = Choice::new(&attention, problem, kernel, micro_kernel)?;
                         match choice {
                             // Nothing of this type is computed by it.
                             None => {}

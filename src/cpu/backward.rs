@@ -24,10 +24,10 @@ use super::range;
 use super::reference::{sink_logit, sink_weight};
 use super::rows::{Rows, rows_mut};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
-use super::tiled::{FEW_ITEMS, SPLIT_TILES, factor_and_sign, forward_widened};
+use super::tiled::{FEW_ITEMS, SPLIT_TILES, factor_and_sign, forward_widened, widen_bias};
 use crate::element::{DType, Element};
 use crate::error::Result;
-use crate::mask::Mask;
+use crate::mask::Band;
 use crate::problem::{Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
 
 /// Rows of a tile, of queries as of keys.
@@ -55,8 +55,10 @@ pub fn backward<T: Element>(
 ) -> Result<Gradients<T>> {
     problem.check_inputs(inputs)?;
     problem.check_upstream(saved, upstream)?;
+    problem.check_plain()?;
     let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
-    let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
+    let bias = inputs.bias.map(widen_bias);
+    let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
     let d_o = T::widen(upstream.d_o);
     let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
     let o = match (T::DTYPE, &saved.o_rest) {
@@ -64,8 +66,10 @@ pub fn backward<T: Element>(
         (_, Some(o_rest)) => saved.o.par_iter().zip(o_rest).map(|(o, &rest)| o.whole(rest)).collect(),
         (_, None) => forward_widened(problem, &inputs).o.into(),
     };
-    let Gradients { d_q, d_k, d_v, d_sink_logits } = backward_widened(problem, &inputs, &o, &saved.lse, &upstream);
-    Ok(Gradients { d_q: T::narrow(d_q), d_k: T::narrow(d_k), d_v: T::narrow(d_v), d_sink_logits })
+    let Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias } =
+        backward_widened(problem, &inputs, &o, &saved.lse, &upstream);
+    let [d_q, d_k, d_v] = [d_q, d_k, d_v].map(T::narrow);
+    Ok(Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias })
 }
 
 /// The pass on operands of any element type, checked and widened; the gradients unrounded.
@@ -123,9 +127,9 @@ fn backward_in(
     let (d_o, d_lse) = (scaled(upstream.d_o, -d_o_unit), upstream.d_lse.map(|d_lse| scaled(d_lse, -d_s_unit)));
     let upstream = Upstream { d_o: &d_o, d_lse: d_lse.as_deref() };
     let mut gradients = backward_on(Arch::new(), problem, &Inputs { v: &v, ..*inputs }, &o, lse, &upstream);
-    let Gradients { d_q, d_k, d_v, d_sink_logits } = &mut gradients;
+    let Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias } = &mut gradients;
     range::scale(d_v, d_o_unit);
-    for gradient in [d_q, d_k].into_iter().chain(d_sink_logits) {
+    for gradient in [d_q, d_k].into_iter().chain(d_sink_logits).chain(d_alibi_slopes).chain(d_bias) {
         range::scale(gradient, d_s_unit);
     }
     gradients
@@ -159,6 +163,8 @@ fn backward_on(
         d_k: vec![0.0; inputs.k.len()],
         d_v: vec![0.0; inputs.v.len()],
         d_sink_logits: d_sink_logits(problem, inputs, &lse, &delta),
+        d_alibi_slopes: None,
+        d_bias: None,
     };
     sweep.run(Side::Queries, &mut gradients.d_q, None);
     sweep.run(Side::Keys, &mut gradients.d_k, Some(&mut gradients.d_v));
@@ -302,7 +308,7 @@ impl<'a> Sweep<'a> {
 
     /// The tiles of the other side that have something to do with a tile.
     fn passing(&self, side: Side, tile: &Tile) -> Vec<Tile> {
-        let (mask, group) = (self.problem.mask(), self.problem.group());
+        let (mask, group) = (&self.problem.sequence(0).band, self.problem.group());
         let tiles = |head: usize, seq: usize, n: usize| Tile {
             batch: tile.batch,
             head,
@@ -338,7 +344,7 @@ impl<'a> Sweep<'a> {
     }
 
     fn attend(&self, side: Side, tile: &Tile, passing: &[Tile], state: &mut State) {
-        self.arch.dispatch(Attend { sweep: self, mask: self.problem.mask(), side, tile, passing, state });
+        self.arch.dispatch(Attend { sweep: self, mask: &self.problem.sequence(0).band, side, tile, passing, state });
     }
 }
 
@@ -403,7 +409,7 @@ impl State {
 /// One tile against some of those that pass by: a function of its fields, generic over the instruction set.
 struct Attend<'a> {
     sweep: &'a Sweep<'a>,
-    mask: &'a Mask,
+    mask: &'a Band,
     side: Side,
     tile: &'a Tile,
     passing: &'a [Tile],
@@ -592,7 +598,7 @@ mod tests {
             };
             let (q, k, v) = (wave(problem.q_shape(), 0.7), wave(problem.k_shape(), 1.3), wave(problem.v_shape(), 2.1));
             let d_o = wave(problem.o_shape(), 1.7);
-            let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: Some(&[0.0, -1.0, 2.0, 1.0]) };
+            let inputs = Inputs::new(&q, &k, &v).sink_logits(&[0.0, -1.0, 2.0, 1.0][..]);
             let upstream = Upstream { d_o: &d_o, d_lse: None };
             let expected = reference::backward(&problem, &inputs, &upstream).unwrap();
             let saved = forward(&problem, &inputs).unwrap();

@@ -5,7 +5,8 @@
 
 use crate::element::Element;
 use crate::error::Result;
-use crate::problem::{Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
+use crate::problem::{Bias, Gradients, Inputs, Layout, MaskData, MaskPacking, Output, Problem, SinkLogits, Upstream};
+use crate::sequences::Sequence;
 
 /// Forward pass in f64: `lse_i = log(sum_j exp(s_ij) + exp(sink))`, `o_i = sum_j exp(s_ij - lse_i) v_j`.
 ///
@@ -21,13 +22,16 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
 /// ```text
 /// delta_i = d_o_i . o_i
 /// d_s_ij  = p_ij (d_o_i . v_j - delta_i + d_lse_i)
-/// d_q_i   = scale sum_j d_s_ij k_j
-/// d_k_j   = scale sum_i d_s_ij q_i
+/// d_x_ij  = d_s_ij (1 - tanh(scale q_i.k_j / softcap)^2)      or d_s_ij without softcap
+/// d_q_i   = scale sum_j d_x_ij k_j
+/// d_k_j   = scale sum_i d_x_ij q_i
 /// d_v_j   = sum_i p_ij d_o_i
 /// d_sink  = - sum_i exp(sink - lse_i) (delta_i - d_lse_i)
+/// d_slope = - sum_ij |p - j| d_s_ij
+/// d_bias  = sum of d_s_ij over what an element of the bias is added to
 /// ```
 ///
-/// The sums over i run over all query heads that read the key, and over the batch for a sink logit.
+/// The sums over i run over all query heads that read the key, and over the batch for a sink logit and a slope.
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`].
@@ -51,29 +55,47 @@ struct Operands {
     v: Tensor,
     /// One for each query head, if the problem has any.
     sink_logits: Option<Vec<f64>>,
+    /// One for each query head, if the problem has any.
+    alibi_slopes: Option<Vec<f64>>,
+    bias: Option<Pairs<f64>>,
+    mask: Option<Pairs<bool>>,
 }
 
 impl Operands {
     fn new<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Self {
         let layout = problem.options().layout;
+        let bias = inputs.bias.map(|bias| match bias {
+            Bias::F32(bias) => widen(bias),
+            Bias::Operand(bias) => widen(bias),
+        });
+        let mask = inputs.mask.map(|mask| match mask {
+            MaskData::Bytes(mask) => mask.iter().map(|&byte| byte != 0).collect(),
+            MaskData::Bits(mask) => mask.iter().flat_map(|word| (0..32).map(move |j| word >> j & 1 != 0)).collect(),
+        });
         Operands {
             q: Tensor::new(widen(inputs.q), layout, problem.q_shape()),
             k: Tensor::new(widen(inputs.k), layout, problem.k_shape()),
             v: Tensor::new(widen(inputs.v), layout, problem.v_shape()),
             sink_logits: (0..problem.shape().heads).map(|h| sink_logit(problem, inputs, h)).collect(),
+            alibi_slopes: inputs.alibi_slopes.map(widen),
+            bias: bias.zip(problem.bias_shape()).map(|(data, shape)| Pairs { data, shape }),
+            mask: mask.zip(problem.mask_shape()).map(|(data, [b, h, m, n]): (Vec<bool>, _)| {
+                // Rows of bits end in whole words.
+                let n = if problem.options().mask_packing == MaskPacking::Bits { 32 * n } else { n };
+                Pairs { data, shape: [b, h, m, n] }
+            }),
         }
     }
 
     fn forward(&self, problem: &Problem) -> Output<f64, f64> {
         let mut o = Tensor::zeros(problem.options().layout, problem.o_shape());
-        let mut lse = Vec::new();
-        for [b, h, i] in queries(problem) {
-            let g = h / problem.group();
-            let (p, row_lse) = self.probabilities(problem, [b, h, i]);
-            for (j, p) in p {
-                add_scaled(o.row_mut([b, h, i]), p, self.v.row([b, g, j]));
+        let mut lse = vec![f64::NEG_INFINITY; problem.lse_shape().iter().product()];
+        for query in queries(problem) {
+            let row = self.row(problem, &query);
+            for pair in row.pairs {
+                add_scaled(o.row_mut(query.place), pair.p, self.v.row(query.key(pair.j)));
             }
-            lse.push(row_lse);
+            lse[query.index] = row.lse;
         }
         Output { o: o.data, o_rest: None, lse }
     }
@@ -92,46 +114,153 @@ impl Operands {
         let mut d_k = Tensor::zeros(layout, problem.k_shape());
         let mut d_v = Tensor::zeros(layout, problem.v_shape());
         let mut d_sink_logits = vec![0.0; problem.shape().heads];
-        for (n, query @ [b, h, _]) in queries(problem).enumerate() {
-            let g = h / problem.group();
-            let (p, lse) = self.probabilities(problem, query);
+        let mut d_alibi_slopes = self.alibi_slopes.as_ref().map(|slopes| vec![0.0; slopes.len()]);
+        let mut d_bias = self.bias.as_ref().map(|bias| Pairs { data: vec![0.0; bias.data.len()], ..*bias });
+        for query in queries(problem) {
+            let Row { pairs, lse } = self.row(problem, &query);
             if lse == f64::NEG_INFINITY {
                 continue; // Nothing has a weight, so nothing has a gradient, whatever flows in.
             }
-            let d_lse = upstream.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[n]));
-            let delta = dot(d_o.row(query), o.row(query));
-            for (j, p) in p {
-                let key = [b, g, j];
-                let d_s = p * (dot(d_o.row(query), self.v.row(key)) - delta + d_lse);
-                add_scaled(d_q.row_mut(query), scale * d_s, self.k.row(key));
-                add_scaled(d_k.row_mut(key), scale * d_s, self.q.row(query));
-                add_scaled(d_v.row_mut(key), p, d_o.row(query));
+            let d_lse = upstream.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[query.index]));
+            let d_o = d_o.row(query.place);
+            let delta = dot(d_o, o.row(query.place));
+            for Pair { j, p, distance, slope } in pairs {
+                let key = query.key(j);
+                let d_s = p * (dot(d_o, self.v.row(key)) - delta + d_lse);
+                add_scaled(d_q.row_mut(query.place), scale * slope * d_s, self.k.row(key));
+                add_scaled(d_k.row_mut(key), scale * slope * d_s, self.q.row(query.place));
+                add_scaled(d_v.row_mut(key), p, d_o);
+                if let Some(d_alibi_slopes) = &mut d_alibi_slopes {
+                    d_alibi_slopes[query.head] -= distance * d_s;
+                }
+                if let Some(d_bias) = &mut d_bias {
+                    *d_bias.at_mut(query.pair(j)) += d_s;
+                }
             }
             if let Some(sink_logits) = &self.sink_logits {
-                d_sink_logits[h] -= sink_weight(sink_logits[h], lse) * (delta - d_lse);
+                d_sink_logits[query.head] -= sink_weight(sink_logits[query.head], lse) * (delta - d_lse);
             }
         }
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
-        Gradients { d_q: d_q.data, d_k: d_k.data, d_v: d_v.data, d_sink_logits: per_head.then_some(d_sink_logits) }
+        Gradients {
+            d_q: d_q.data,
+            d_k: d_k.data,
+            d_v: d_v.data,
+            d_sink_logits: per_head.then_some(d_sink_logits),
+            d_alibi_slopes,
+            d_bias: d_bias.map(|d_bias| d_bias.data),
+        }
     }
 
-    /// The keys that a query sees, with their probabilities, and the row's lse.
-    fn probabilities(&self, problem: &Problem, query @ [b, h, i]: [usize; 3]) -> (Vec<(usize, f64)>, f64) {
-        let g = h / problem.group();
-        let score = |j| f64::from(problem.scale()) * dot(self.q.row(query), self.k.row([b, g, j]));
-        let keys = problem.mask().visible_keys(i).into_iter().flatten();
-        let scores: Vec<(usize, f64)> = keys.map(|j| (j, score(j))).collect();
-        let sink = self.sink_logits.as_ref().map(|sink_logits| sink_logits[h]);
-        let lse = log_sum_exp(scores.iter().map(|&(_, s)| s).chain(sink));
+    /// The keys that a query sees.
+    fn row(&self, problem: &Problem, query: &Query) -> Row {
+        let Query { sequence, i, head, .. } = *query;
+        if i >= sequence.band.seq_q() {
+            return Row { pairs: Vec::new(), lse: f64::NEG_INFINITY };
+        }
+        let position = i as f64 + sequence.band.offset() as f64;
+        let mut scores = Vec::new();
+        for j in sequence.band.visible_keys(i).into_iter().flatten() {
+            let bias = self.bias.as_ref().map_or(0.0, |bias| *bias.at(query.pair(j)));
+            let is_hidden = self.mask.as_ref().is_some_and(|mask| !mask.at(query.pair(j)));
+            if is_hidden || bias == f64::NEG_INFINITY {
+                continue;
+            }
+            let product = f64::from(problem.scale()) * dot(self.q.row(query.place), self.k.row(query.key(j)));
+            let (capped, slope) = match problem.options().softcap.map(f64::from) {
+                Some(softcap) => (softcap * (product / softcap).tanh(), 1.0 - (product / softcap).tanh().powi(2)),
+                None => (product, 1.0),
+            };
+            let distance = (position - j as f64).abs();
+            let alibi = self.alibi_slopes.as_ref().map_or(0.0, |slopes| slopes[head] * distance);
+            scores.push((capped - alibi + bias, Pair { j, p: 0.0, distance, slope }));
+        }
+        let sink = self.sink_logits.as_ref().map(|sink_logits| sink_logits[head]);
+        let lse = log_sum_exp(scores.iter().map(|&(s, _)| s).chain(sink));
         let p = |s| if s == f64::NEG_INFINITY { 0.0 } else { f64::exp(s - lse) };
-        (scores.into_iter().map(|(j, s)| (j, p(s))).collect(), lse)
+        Row { pairs: scores.into_iter().map(|(s, pair)| Pair { p: p(s), ..pair }).collect(), lse }
     }
 }
 
-/// Batch, head and position of every query, in the order of lse.
-fn queries(problem: &Problem) -> impl Iterator<Item = [usize; 3]> + use<> {
-    let [batch, heads, seq_q] = problem.lse_shape();
-    (0..batch * heads * seq_q).map(move |n| [n / seq_q / heads, n / seq_q % heads, n % seq_q])
+/// The keys that a query sees, and its lse.
+struct Row {
+    pairs: Vec<Pair>,
+    lse: f64,
+}
+
+/// A query and a key that it sees.
+struct Pair {
+    /// The key's place in the sequence.
+    j: usize,
+    /// The probability.
+    p: f64,
+    /// |p - j|, that ALiBi goes by.
+    distance: f64,
+    /// The score's derivative by the product times the scale.
+    slope: f64,
+}
+
+/// A query of a head of a sequence.
+struct Query {
+    sequence: Sequence,
+    /// Which sequence of the batch it is.
+    number: usize,
+    head: usize,
+    kv_head: usize,
+    /// Its place in the sequence.
+    i: usize,
+    /// Its row in q and o: batch entry, head, position.
+    place: [usize; 3],
+    /// Its place in lse.
+    index: usize,
+}
+
+impl Query {
+    /// The row of a key of the sequence in k and v.
+    fn key(&self, j: usize) -> [usize; 3] {
+        [self.sequence.entry, self.kv_head, self.sequence.k_start + j]
+    }
+
+    /// The place of a pair in a bias or a mask.
+    fn pair(&self, j: usize) -> [usize; 4] {
+        [self.number, self.head, self.i, j]
+    }
+}
+
+/// All queries of all heads and sequences.
+fn queries(problem: &Problem) -> impl Iterator<Item = Query> + use<'_> {
+    let heads = problem.shape().heads;
+    problem.sequences().enumerate().flat_map(move |(number, sequence)| {
+        (0..heads * sequence.q_rows).map(move |n| {
+            let (head, i) = (n / sequence.q_rows, n % sequence.q_rows);
+            let place = [sequence.entry, head, sequence.q_start + i];
+            let index = (sequence.entry * heads + head) * problem.shape().seq_q + sequence.q_start + i;
+            Query { sequence, number, head, kv_head: head / problem.group(), i, place, index }
+        })
+    })
+}
+
+/// A bias or a mask: a number for each pair, broadcast along the axes whose size is 1.
+#[derive(Clone)]
+struct Pairs<T> {
+    data: Vec<T>,
+    shape: [usize; 4],
+}
+
+impl<T> Pairs<T> {
+    fn index(&self, pair: [usize; 4]) -> usize {
+        let axes = self.shape.iter().zip(pair);
+        axes.fold(0, |index, (&size, n)| index * size + if size == 1 { 0 } else { n })
+    }
+
+    fn at(&self, pair: [usize; 4]) -> &T {
+        &self.data[self.index(pair)]
+    }
+
+    fn at_mut(&mut self, pair: [usize; 4]) -> &mut T {
+        let index = self.index(pair);
+        &mut self.data[index]
+    }
 }
 
 /// An operand whose rows are addressed by batch, head and position in either layout.
@@ -146,7 +275,7 @@ impl Tensor {
     fn new(data: Vec<f64>, layout: Layout, shape: [usize; 4]) -> Self {
         let [_, axis1, axis2, width] = shape;
         let (heads, seq) = match layout {
-            Layout::Bshd => (axis2, axis1),
+            Layout::Bshd | Layout::Thd => (axis2, axis1),
             Layout::Bhsd => (axis1, axis2),
         };
         Tensor { data, strides: layout.strides(heads, seq, width).map(|s| s as usize), width }
@@ -214,7 +343,8 @@ mod tests {
     use rand::{RngExt, SeedableRng};
 
     use super::*;
-    use crate::problem::{Alignment, Options, Shape, Window};
+    use crate::problem::{Alignment, Axes, Options, Shape, Window};
+    use crate::sequences::Lengths;
 
     fn one_head(m: usize, n: usize, d: usize) -> Shape {
         Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: m, seq_k: n, head_dim: d, value_dim: 1 }
@@ -225,7 +355,8 @@ mod tests {
         // Scores 0 and ln 3 with a sink logit of ln 4: the probabilities are 1/8, 3/8 and 4/8.
         let problem =
             Problem::new(one_head(1, 2, 1), Options::new().scale(1.0).sink_logits(SinkLogits::PerHead)).unwrap();
-        let inputs = Inputs { q: &[1.0], k: &[0.0, 3f32.ln()], v: &[8.0, 16.0], sink_logits: Some(&[4f32.ln()]) };
+        let (k, sink_logits) = ([0.0, 3f32.ln()], [4f32.ln()]);
+        let inputs = Inputs::new(&[1.0], &k, &[8.0, 16.0]).sink_logits(&sink_logits[..]);
         let output = forward(&problem, &inputs).unwrap();
         approx::assert_relative_eq!(output.o[0], 7.0, epsilon = 1e-6);
         approx::assert_relative_eq!(output.lse[0], 8f64.ln(), epsilon = 1e-6);
@@ -234,7 +365,7 @@ mod tests {
     #[test]
     fn a_row_that_sees_nothing() {
         let shape = one_head(2, 1, 1);
-        let data = Inputs { q: &[1.0, 1.0], k: &[f32::NAN], v: &[f32::INFINITY], sink_logits: None };
+        let data = Inputs::new(&[1.0, 1.0], &[f32::NAN], &[f32::INFINITY]);
         let options = Options::new().causal(true).query_offset(-2);
         let none = forward(&Problem::new(shape, options).unwrap(), &data).unwrap();
         assert_eq!((none.o, none.lse), (vec![0.0; 2], vec![f64::NEG_INFINITY; 2]));
@@ -278,6 +409,8 @@ mod tests {
             d_k: differences(|o| &mut o.k.data),
             d_v: differences(|o| &mut o.v.data),
             d_sink_logits: per_head.then(|| differences(|o| o.sink_logits.as_mut().unwrap())),
+            d_alibi_slopes: operands.alibi_slopes.as_ref().map(|_| differences(|o| o.alibi_slopes.as_mut().unwrap())),
+            d_bias: operands.bias.as_ref().map(|_| differences(|o| &mut o.bias.as_mut().unwrap().data)),
         }
     }
 
@@ -293,41 +426,90 @@ mod tests {
             full().causal(true).query_offset(-2),
             full().window(Window::keys(2)).query_offset(1).scale(0.0),
         ];
+        // What changes scores and hides single pairs takes turns, or the test would last for minutes.
+        let extras: [fn(Options) -> Options; 7] = [
+            |o| o,
+            |o| o.softcap(0.8),
+            |o| o.alibi(true),
+            |o| o.bias(Axes::ALL).mask(Axes::KEYS.batch()),
+            |o| o.bias(Axes::KEYS.heads()).softcap(1.5),
+            |o| o.mask(Axes::KEYS.seq_q()).mask_packing(MaskPacking::Bits).alibi(true),
+            |o| o.bias(Axes::KEYS).mask(Axes::ALL).alibi(true).softcap(0.6),
+        ];
         let mut seed = 0;
         for (m, n) in [(1, 1), (1, 5), (3, 3), (4, 2), (3, 6)] {
             for mask in masks {
                 for sink_logits in [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead] {
                     for (layout, heads, kv_heads) in [(Layout::Bshd, 2, 1), (Layout::Bhsd, 4, 2)] {
-                        let shape = Shape { batch: 2, heads, kv_heads, seq_q: m, seq_k: n, head_dim: 3, value_dim: 2 };
-                        let problem = Problem::new(shape, mask.layout(layout).sink_logits(sink_logits)).unwrap();
                         seed += 1;
-                        let mut rng = StdRng::seed_from_u64(seed);
-                        let mut random = |shape: &[usize]| -> Vec<f32> {
-                            (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect()
-                        };
-                        let (q, k, v) =
-                            (random(&problem.q_shape()), random(&problem.k_shape()), random(&problem.v_shape()));
-                        let (d_o, d_lse) = (random(&problem.o_shape()), random(&problem.lse_shape()));
-                        let sinks = (sink_logits == SinkLogits::PerHead).then(|| random(&[heads]));
-                        let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: sinks.as_deref() };
-                        let upstream = Upstream { d_o: &d_o, d_lse: (seed % 4 > 0).then_some(&d_lse[..]) };
-
-                        let gradients = backward(&problem, &inputs, &upstream).unwrap();
-                        let expected = finite_differences(&problem, &Operands::new(&problem, &inputs), &upstream);
-                        assert_eq!(gradients.d_sink_logits.is_some(), sinks.is_some());
-                        let all = |g: Gradients<f64, f64>| {
-                            [g.d_q, g.d_k, g.d_v, g.d_sink_logits.unwrap_or_default()].map(|g| g.into_iter())
-                        };
-                        for (name, (actual, expected)) in
-                            ["d_q", "d_k", "d_v", "d_sink"].iter().zip(all(gradients).into_iter().zip(all(expected)))
-                        {
-                            assert_eq!(actual.len(), expected.len());
-                            for (n, (x, y)) in actual.zip(expected).enumerate() {
-                                assert!((x - y).abs() <= 1e-8, "{problem}: {name}[{n}] is {x}, not {y}");
+                        let shape = Shape { batch: 2, heads, kv_heads, seq_q: m, seq_k: n, head_dim: 3, value_dim: 2 };
+                        let options = extras[seed as usize % extras.len()](mask.sink_logits(sink_logits));
+                        let [short_q, short_k] = [m, n].map(|length| length as u32 - 1);
+                        let problem = match seed % 5 {
+                            0 => {
+                                let (q, k) = (&[m as u32, short_q][..], &[n as u32, short_k][..]);
+                                let lengths = Lengths::Used { q: Some(q), k: Some(k) };
+                                Problem::with_lengths(shape, options.layout(layout), lengths)
                             }
-                        }
+                            1 => {
+                                let lengths = Lengths::Cumulative {
+                                    q: &[0, m as u32, m as u32, 2 * m as u32],
+                                    k: &[0, short_k, n as u32, 2 * n as u32],
+                                };
+                                let shape = Shape { batch: 1, seq_q: 2 * m, seq_k: 2 * n, ..shape };
+                                Problem::with_lengths(shape, options.layout(Layout::Thd), lengths)
+                            }
+                            _ => Problem::new(shape, options.layout(layout)),
+                        };
+                        check_gradients(&problem.unwrap(), seed);
                     }
                 }
+            }
+        }
+    }
+
+    fn check_gradients(problem: &Problem, seed: u64) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut random = |shape: &[usize]| -> Vec<f32> {
+            (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect()
+        };
+        let (options, heads) = (problem.options(), problem.shape().heads);
+        let (q, k, v) = (random(&problem.q_shape()), random(&problem.k_shape()), random(&problem.v_shape()));
+        let (d_o, d_lse) = (random(&problem.o_shape()), random(&problem.lse_shape()));
+        let sinks = (options.sink_logits == SinkLogits::PerHead).then(|| random(&[heads]));
+        let slopes = options.alibi.then(|| random(&[heads]));
+        let mut bias = problem.bias_shape().map(|shape| random(&shape));
+        if let Some(bias) = &mut bias {
+            bias[0] = f32::NEG_INFINITY;
+        }
+        let mask: Option<Vec<u8>> = problem.mask_shape().map(|shape| {
+            random(&[shape.iter().product::<usize>() * 4]).into_iter().map(|x| u8::from(x > -0.4)).collect()
+        });
+        let words: Option<Vec<u32>> = problem
+            .mask_shape()
+            .map(|shape| random(&shape).into_iter().map(|x| x.to_bits() ^ x.to_bits() << 16 | 1).collect());
+        let mask = match options.mask_packing {
+            MaskPacking::Bytes => mask.as_ref().map(|mask| MaskData::Bytes(&mask[..mask.len() / 4])),
+            MaskPacking::Bits => words.as_ref().map(|words| MaskData::Bits(words)),
+        };
+        let inputs = Inputs::new(&q, &k, &v).sink_logits(sinks.as_deref()).alibi_slopes(slopes.as_deref());
+        let inputs = inputs.bias(bias.as_deref().map(Bias::F32)).mask(mask);
+        let upstream = Upstream { d_o: &d_o, d_lse: (seed % 4 > 0).then_some(&d_lse[..]) };
+
+        let gradients = backward(problem, &inputs, &upstream).unwrap();
+        let expected = finite_differences(problem, &Operands::new(problem, &inputs), &upstream);
+        assert_eq!(gradients.d_sink_logits.is_some(), sinks.is_some());
+        let all = |g: Gradients<f64, f64>| {
+            let optional = [g.d_sink_logits, g.d_alibi_slopes, g.d_bias].map(Option::unwrap_or_default);
+            [g.d_q, g.d_k, g.d_v].into_iter().chain(optional)
+        };
+        let names = ["d_q", "d_k", "d_v", "d_sink_logits", "d_alibi_slopes", "d_bias"];
+        for (name, (actual, expected)) in names.iter().zip(all(gradients).zip(all(expected))) {
+            assert_eq!(actual.len(), expected.len());
+            for (n, (x, y)) in actual.into_iter().zip(expected).enumerate() {
+                // What is hidden by -inf has a difference of NaN, and no gradient.
+                let close = (x - y).abs() <= 1e-8 || y.is_nan() && x == 0.0;
+                assert!(close, "{problem}: {name}[{n}] is {x}, not {y}");
             }
         }
     }

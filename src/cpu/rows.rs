@@ -73,7 +73,7 @@ pub(super) fn rows_mut(
     data.chunks_exact_mut(width).enumerate().map(move |(n, row)| {
         let (b, n) = (n / (heads * seq), n % (heads * seq));
         let (h, i) = match layout {
-            Layout::Bshd => (n % heads, n / heads),
+            Layout::Bshd | Layout::Thd => (n % heads, n / heads),
             Layout::Bhsd => (n / seq, n % seq),
         };
         ([b, h, i], row)

@@ -14,6 +14,7 @@
 //! and in the end `lse = logaddexp(m + log l, sink)`, `o *= exp(m - lse)`. Items, and the splits of the
 //! keys where items are few, are a function of the problem alone, so results never depend on the threads.
 
+use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::ops::Range;
 
@@ -26,8 +27,8 @@ use super::rows::{Head, Rows, rows_mut};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
 use crate::element::{DType, Element};
 use crate::error::Result;
-use crate::mask::Mask;
-use crate::problem::{Inputs, Layout, Output, Problem};
+use crate::mask::Band;
+use crate::problem::{Bias, Inputs, Layout, Output, Problem};
 
 /// Rows of a work item.
 const ROW_TILE: usize = 64;
@@ -48,11 +49,21 @@ pub(super) const SPLIT_TILES: usize = 8;
 /// Those of [`Problem::check_inputs`].
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
     problem.check_inputs(inputs)?;
+    problem.check_plain()?;
     let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
-    let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: inputs.sink_logits };
+    let bias = inputs.bias.map(widen_bias);
+    let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
     let Output { o, lse, .. } = forward_widened(problem, &inputs);
     let o_rest = (T::DTYPE != DType::F32).then(|| o.par_iter().map(|&o| T::rest(o)).collect());
     Ok(Output { o: T::narrow(o), o_rest, lse })
+}
+
+/// A bias in f32.
+pub(super) fn widen_bias<T: Element>(bias: Bias<'_, T>) -> Cow<'_, [f32]> {
+    match bias {
+        Bias::F32(bias) => Cow::Borrowed(bias),
+        Bias::Operand(bias) => T::widen(bias),
+    }
 }
 
 /// The pass on operands of any element type, checked and widened; o unrounded.
@@ -89,11 +100,11 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
     let mut items = items(problem, &mut output);
     let splits = FEW_ITEMS / items.len();
     // Long items first: the short ones then even out the end.
-    items.sort_by_key(|item| Reverse(problem.mask().key_tiles(&item.tile.queries, KEY_TILE).count()));
+    items.sort_by_key(|item| Reverse(problem.sequence(0).band.key_tiles(&item.tile.queries, KEY_TILE).count()));
     items.into_iter().par_bridge().for_each_init(
         || State::new(problem),
         |state, item| {
-            let tiles = problem.mask().key_tiles(&item.tile.queries, KEY_TILE).count();
+            let tiles = problem.sequence(0).band.key_tiles(&item.tile.queries, KEY_TILE).count();
             let splits = splits.min(tiles / SPLIT_TILES);
             if splits <= 1 {
                 operands.attend(&item.tile, 0..tiles, state);
@@ -251,7 +262,7 @@ impl Operands<'_> {
         let kv_head = tile.heads.start / self.problem.group();
         let (factor, sign) = factor_and_sign(self.problem.scale());
         self.arch.dispatch(Attend {
-            mask: self.problem.mask(),
+            mask: &self.problem.sequence(0).band,
             seq_k: self.problem.shape().seq_k,
             tile,
             key_tiles,
@@ -273,7 +284,7 @@ pub(super) fn factor_and_sign(scale: f32) -> (f32, f32) {
 
 /// One row tile against some of its key tiles: a function of its fields, generic over the instruction set.
 struct Attend<'a> {
-    mask: &'a Mask,
+    mask: &'a Band,
     seq_k: usize,
     tile: &'a RowTile,
     key_tiles: Range<usize>,
@@ -428,7 +439,7 @@ mod tests {
                 if let Some(nan) = poison {
                     v[6 * 2 * 21] = nan;
                 }
-                let inputs = Inputs { q: &q, k: &k, v: &v, sink_logits: None };
+                let inputs = Inputs::new(&q, &k, &v);
                 let expected = reference::forward(&problem, &inputs).unwrap();
                 for &arch in &archs {
                     let output = forward_on(arch, &problem, &inputs);

@@ -152,6 +152,8 @@ impl GradientBuffers {
     /// The gradients as they are now.
     pub fn read(&self, device: &Device) -> Gradients {
         Gradients {
+            d_alibi_slopes: None,
+            d_bias: None,
             d_q: read(device, &self.d_q),
             d_k: read(device, &self.d_k),
             d_v: read(device, &self.d_v),

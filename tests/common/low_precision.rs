@@ -33,7 +33,7 @@ impl Query {
         let s = problem.shape();
         let q = widen(&inputs.q[row(problem, [s.heads, s.seq_q, s.head_dim], [b, h, i])]);
         let place = |width, j| row(problem, [s.kv_heads, s.seq_k, width], [b, h / problem.group(), j]);
-        let visible: Vec<_> = (0..s.seq_k).filter(|&j| problem.mask().visible(i, j)).collect();
+        let visible: Vec<_> = (0..s.seq_k).filter(|&j| problem.sequence(0).band.visible(i, j)).collect();
         let places = visible.into_iter().map(|j| [place(s.head_dim, j), place(s.value_dim, j)]);
         let scored = places.map(|place| {
             let score = problem.scale() * dot(&q, &widen(&inputs.k[place[0].clone()]));
@@ -132,6 +132,8 @@ pub fn backward_with<T: Element>(
     }
     let per_head = problem.options().sink_logits == SinkLogits::PerHead;
     Gradients {
+        d_alibi_slopes: None,
+        d_bias: None,
         d_q: T::narrow(d_q),
         d_k: T::narrow(d_k),
         d_v: T::narrow(d_v),

@@ -90,7 +90,7 @@ impl Operands {
 
 impl<T: Element> Operands<T> {
     pub fn inputs(&self) -> Inputs<'_, T> {
-        Inputs { q: &self.q, k: &self.k, v: &self.v, sink_logits: self.sink_logits.as_deref() }
+        Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref())
     }
 
     /// Key `j` of a key/value head.

@@ -149,6 +149,8 @@ pub fn run_at<T: Element>(
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
     let gradients = Gradients {
+        d_alibi_slopes: None,
+        d_bias: None,
         d_q: q_at.take::<T>(device, layout, &d_q, SENTINEL),
         d_k: k_at.take(device, layout, &d_k, SENTINEL),
         d_v: v_at.take(device, layout, &d_v, SENTINEL),

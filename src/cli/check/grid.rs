@@ -184,7 +184,7 @@ impl Operands {
 
 impl<T: Element> Operands<T> {
     pub fn inputs(&self) -> Inputs<'_, T> {
-        Inputs { q: &self.q, k: &self.k, v: &self.v, sink_logits: self.sink_logits.as_deref() }
+        Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref())
     }
 
     pub fn upstream(&self) -> Upstream<'_, T> {
@@ -414,11 +414,11 @@ impl Grid {
         let even = Random::new(0, &problem.to_string()).next() < 0.0;
         self.cases.push(Case {
             group: self.group,
-            problem,
             logits: 1.0,
             extreme_sinks: false,
             d_lse: even,
             integers: cancels(&problem),
+            problem,
             poisoned_keys: 0..0,
             poisoned_queries: 0..0,
         });
@@ -430,7 +430,7 @@ impl Grid {
 /// Whether no query sees two keys or a sink: then d_s is zero but for d_lse, and must be without rounding, as zero is
 /// no norm to compare with.
 fn cancels(problem: &Problem) -> bool {
-    let seen = |i| problem.mask().visible_keys(i).iter().map(|keys| keys.len()).sum::<usize>();
+    let seen = |i| problem.sequence(0).band.visible_keys(i).iter().map(|keys| keys.len()).sum::<usize>();
     problem.options().sink_logits == SinkLogits::None && (0..problem.shape().seq_q).all(|i| seen(i) < 2)
 }
 

@@ -154,7 +154,7 @@ struct Knowledge {
 
 impl Knowledge {
     fn of(case: &Case) -> Self {
-        let mask = case.problem.mask();
+        let mask = case.problem.sequence(0).band;
         let overlap = |a: &Range<usize>, b: &Range<usize>| a.start.max(b.start) < a.end.min(b.end);
         let query = |i| {
             let seen = mask.visible_keys(i);
@@ -196,6 +196,8 @@ impl Results {
                 d_k: wide(&g.d_k),
                 d_v: wide(&g.d_v),
                 d_sink_logits: g.d_sink_logits.as_deref().map(wide),
+                d_alibi_slopes: g.d_alibi_slopes.as_deref().map(wide),
+                d_bias: g.d_bias.as_deref().map(wide),
             }),
         }
     }
