@@ -69,14 +69,14 @@ impl Layer<'_> {
     /// Attention among the embeddings `x`, `[batch, sequence, embedding]`.
     pub fn forward(&self, weights: &Weights, x: &[f32]) -> Result<Pass> {
         let [q, k, v] = [&weights.w_q, &weights.w_k, &weights.w_v].map(|w| matrix::product(x, w, self.embedding));
-        let inputs = Inputs::new(&q, &k, &v).sink_logits(Some(&weights.sink_logits));
+        let inputs = Inputs::new(&q, &k, &v).sink_logits(&weights.sink_logits[..]);
         let output = self.attention.forward(&self.problem, &inputs)?;
         Ok(Pass { q, k, v, output })
     }
 
     /// The gradient by the weights.
     pub fn backward(&self, weights: &Weights, x: &[f32], pass: &Pass, upstream: &Upstream<'_>) -> Result<Weights> {
-        let inputs = Inputs::new(&pass.q, &pass.k, &pass.v).sink_logits(Some(&weights.sink_logits));
+        let inputs = Inputs::new(&pass.q, &pass.k, &pass.v).sink_logits(&weights.sink_logits[..]);
         let gradients = self.attention.backward(&self.problem, &inputs, &pass.output, upstream)?;
         let [w_q, w_k, w_v] = [&gradients.d_q, &gradients.d_k, &gradients.d_v]
             .map(|d_y| matrix::transposed_product(x, d_y, self.embedding));

@@ -75,7 +75,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     teacher.sink_logits.shuffle(&mut rng);
     let student = Weights::random(&problem, EMBEDDING, &mut rng);
 
-    let layer = Layer { attention: &attention, problem, embedding: EMBEDDING };
+    let layer = Layer { attention: &attention, problem: problem.clone(), embedding: EMBEDDING };
     let mut progress = Progress::new(args.settings.steps);
     let mut course = Vec::with_capacity(args.settings.steps);
     let started = Instant::now();
