@@ -39,7 +39,7 @@ fn forward_and_backward(c: &mut Criterion) {
             elements: problem.forward_flops() as u64,
             bytes: 4 * (q.len() + k.len() + v.len()) as u64,
         });
-        group.bench_function(BenchmarkId::new(format!("forward/{name}"), problem), |b| {
+        group.bench_function(BenchmarkId::new(format!("forward/{name}"), &problem), |b| {
             b.iter(|| cpu::forward(&problem, &inputs));
         });
         let saved = cpu::forward(&problem, &inputs).expect("operands of the right lengths");
@@ -49,7 +49,7 @@ fn forward_and_backward(c: &mut Criterion) {
             elements: problem.backward_flops() as u64,
             bytes: 4 * (2 * (q.len() + k.len() + v.len()) + saved.o.len() + d_o.len()) as u64,
         });
-        group.bench_function(BenchmarkId::new(format!("backward/{name}"), problem), |b| {
+        group.bench_function(BenchmarkId::new(format!("backward/{name}"), &problem), |b| {
             b.iter(|| cpu::backward(&problem, &inputs, &saved, &upstream));
         });
     }
