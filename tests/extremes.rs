@@ -22,8 +22,8 @@ fn a_row_with_huge_scores_is_not_empty() {
                     let mut options = Options::new().sink_logits(sinks);
                     options.scale = scale;
                     let problem = Problem::new(shape(1, 3), options).unwrap();
-                    let (q, k) = ([q; 3], [k; 3]);
-                    let inputs = Inputs::new(&q, &k, &[0.75]);
+                    let (queries, keys) = ([q; 3], [k; 3]);
+                    let inputs = Inputs::new(&queries, &keys, &[0.75]);
                     let output = attention.forward(&problem, &inputs).unwrap();
                     let score = 3.0 * f64::from(q) * f64::from(k) * f64::from(problem.scale());
                     let name = attention.device_name();
