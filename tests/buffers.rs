@@ -631,6 +631,8 @@ mod backward {
             d_k: d_k.read(device, layout),
             d_v: d_v.read(device, layout),
             d_sink_logits: d_sink_logits.map(|target| target.read(device, layout)),
+            d_alibi_slopes: None,
+            d_bias: None,
         };
         let expected = backward.check(gpu, problem);
         if vec4 {

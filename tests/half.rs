@@ -43,7 +43,8 @@ both! {
 /// The problem in an element type, with operands.
 fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
     let problem = Problem::new(*problem.shape(), problem.options().dtype(T::DTYPE)).unwrap();
-    (problem, Backward::random(&problem, seed).cast())
+    let operands = Backward::random(&problem, seed).cast();
+    (problem, operands)
 }
 
 fn views_with_offsets_and_strides<T: Element>() {
