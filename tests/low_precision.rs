@@ -374,7 +374,12 @@ fn sums_beyond_the_range<T: Element>() {
         let problem = problem([1, 2, 2], [2, 1], [1, 1], Options::new().dtype(T::DTYPE).layout(Layout::Bhsd));
         let (large, zero) = (largest::<T>(), [T::default(); 4]);
         let minus = T::from_f32(-large.to_f32());
-        let operands = Operands { q: zero.to_vec(), k: zero[..2].to_vec(), v: zero[..2].to_vec(), sink_logits: None };
+        let operands = Operands {
+            q: zero.to_vec(),
+            k: zero[..2].to_vec(),
+            v: zero[..2].to_vec(),
+            ..Operands::random(&problem, 0)
+        };
         let backward = Backward { operands, d_o: vec![large, large, minus, minus], d_lse: None };
         let gradients = backward.run(&path, &problem);
         assert_eq!(gradients.d_v, [f32::INFINITY, f32::NEG_INFINITY].map(T::from_f32), "{}", path.device_name());

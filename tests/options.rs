@@ -3,13 +3,13 @@
 
 mod common;
 
-use common::gpu;
 use common::gradients::Backward;
 use common::operands::agree;
+use common::{cooperative, gpu};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, Axes, Element, Layout, Lengths, MaskPacking, Options, Output, Problem, Shape, SinkLogits, Window,
+    Attention, Axes, DType, Element, Layout, Lengths, MaskPacking, Options, Output, Problem, Shape, SinkLogits, Window,
 };
 
 /// Every option with every other one, and each kind of broadcasting.
@@ -41,25 +41,19 @@ fn shape(seq: [usize; 2], width: [usize; 2]) -> Shape {
     Shape { batch: 2, heads: 4, kv_heads: 2, seq_q, seq_k, head_dim, value_dim }
 }
 
-/// Dense problems.
-fn dense<T: Element>() -> Vec<Problem> {
+/// Dense problems. Drivers take their time for every kernel, so sizes and element types of the bias take turns.
+fn dense<T: Element>(turn: usize) -> Vec<Problem> {
     let sizes = [([113, 203], [32, 48]), ([1, 130], [33, 16]), ([70, 64], [64, 64])];
-    let mut problems = Vec::new();
-    for options in score_options() {
-        for (seq, width) in sizes {
-            let dtypes =
-                if options.bias.is_some() { vec![Default::default(), T::DTYPE] } else { vec![Default::default()] };
-            for bias_dtype in dtypes {
-                let options = options.dtype(T::DTYPE).bias_dtype(bias_dtype);
-                problems.push(Problem::new(shape(seq, width), options).unwrap());
-            }
-        }
-    }
-    problems
+    let problem = |(n, options): (usize, Options)| {
+        let (seq, width) = sizes[(n + turn) % sizes.len()];
+        let bias_dtype = if (n + turn) % 2 == 0 { T::DTYPE } else { DType::F32 };
+        Problem::new(shape(seq, width), options.dtype(T::DTYPE).bias_dtype(bias_dtype)).unwrap()
+    };
+    score_options().into_iter().enumerate().map(problem).collect()
 }
 
 /// Sequences of different lengths, empty ones among them, with and without what changes scores.
-fn lengths<T: Element>() -> Vec<Problem> {
+fn lengths<T: Element>(turn: usize) -> Vec<Problem> {
     let new = Options::new().dtype(T::DTYPE);
     let per_head = new.sink_logits(SinkLogits::PerHead);
     let options = [
@@ -71,75 +65,97 @@ fn lengths<T: Element>() -> Vec<Problem> {
         per_head.mask(Axes::KEYS.batch()).softcap(1.3),
         new.bias(Axes::KEYS.heads()).mask(Axes::KEYS.seq_q()).alibi(true),
     ];
-    let cumulative =
-        [(vec![0, 70, 70, 71, 200, 233], vec![0, 90, 100, 100, 229, 262]), (vec![0, 1, 2, 3, 40], vec![0, 0, 5, 6, 6])];
-    let mut problems = Vec::new();
-    for options in options {
-        for (q, k) in &cumulative {
-            let last = |n: &Vec<u32>| *n.last().unwrap() as usize;
-            let shape = Shape { batch: 1, ..shape([last(q), last(k)], [32, 48]) };
-            let lengths = Lengths::Cumulative { q, k };
-            problems.push(Problem::with_lengths(shape, options.layout(Layout::Thd), lengths).unwrap());
-        }
-        for (layout, q, k) in [
-            (Layout::Bshd, Some(&[75u32, 3][..]), Some(&[100u32, 60][..])),
-            (Layout::Bhsd, None, Some(&[0, 100])),
-            (Layout::Bshd, Some(&[0, 80]), None),
-        ] {
-            let lengths = Lengths::Used { q, k };
-            problems.push(Problem::with_lengths(shape([80, 100], [32, 16]), options.layout(layout), lengths).unwrap());
-        }
-    }
-    problems
+    let thd = |options: Options, q: &[u32], k: &[u32]| {
+        let last = |n: &[u32]| *n.last().unwrap() as usize;
+        let shape = Shape { batch: 1, ..shape([last(q), last(k)], [32, 48]) };
+        Problem::with_lengths(shape, options.layout(Layout::Thd), Lengths::Cumulative { q, k }).unwrap()
+    };
+    let padded = |options: Options, q: Option<&[u32]>, k: Option<&[u32]>| {
+        Problem::with_lengths(shape([80, 100], [32, 48]), options, Lengths::Used { q, k }).unwrap()
+    };
+    let of = |(n, options): (usize, Options)| match (n + turn) % 3 {
+        0 => [
+            thd(options, &[0, 70, 70, 71, 200, 233], &[0, 90, 100, 100, 229, 262]),
+            padded(options, None, Some(&[0, 100])),
+        ],
+        1 => [
+            thd(options, &[0, 1, 2, 3, 40], &[0, 0, 5, 6, 6]),
+            padded(options.layout(Layout::Bhsd), Some(&[75, 3]), Some(&[100, 60])),
+        ],
+        _ => [thd(options, &[0, 100, 140], &[0, 20, 180]), padded(options, Some(&[0, 80]), None)],
+    };
+    options.into_iter().enumerate().flat_map(of).collect()
 }
 
-/// Holds both passes against the definition, and the backward pass with and without what rounding took from o.
-fn check<T: Element>(attention: &Attention, problem: &Problem, seed: u64) {
+/// Holds both passes against the definition, the backward pass without what rounding took from o, and with it where o is no
+/// sum of rounded weights.
+fn check<T: Element>(attention: &Attention, problem: &Problem, seed: u64, with_rest: bool) {
     let case: Backward<T> = Backward::random(problem, seed).cast();
     let inputs = case.operands.inputs();
     let output = attention.forward(problem, &inputs).unwrap_or_else(|error| panic!("{problem}: {error}"));
     agree(&output, &reference::forward(problem, &inputs).unwrap()).unwrap_or_else(|error| panic!("{problem}: {error}"));
     let expected = case.expected(problem);
     let exact = Output { o_rest: None, ..output.clone() };
-    for saved in [&exact, &output] {
+    for saved in [&exact, &output].into_iter().take(if with_rest { 2 } else { 1 }) {
         let gradients = case.run_with(attention, problem, saved);
         case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
     }
 }
 
 fn check_all<T: Element>(problems: &[Problem]) {
-    let Some(attention) = gpu() else { return };
+    if let Some(attention) = gpu() {
+        check_on::<T>(attention, problems, true);
+    }
+}
+
+fn check_cooperative<T: Element>(turn: usize) {
+    let Some(attention) = cooperative() else { return };
+    check_on::<T>(&attention, &dense::<T>(turn), false);
+    check_on::<T>(&attention, &lengths::<T>(turn), false);
+}
+
+fn check_on<T: Element>(attention: &Attention, problems: &[Problem], with_rest: bool) {
     for (seed, problem) in problems.iter().enumerate() {
-        check::<T>(attention, problem, seed as u64);
+        check::<T>(attention, problem, seed as u64, with_rest);
     }
 }
 
 #[test]
 fn options_in_f32() {
-    check_all::<f32>(&dense::<f32>());
+    check_all::<f32>(&dense::<f32>(0));
 }
 
 #[test]
 fn options_in_f16() {
-    check_all::<f16>(&dense::<f16>());
+    check_all::<f16>(&dense::<f16>(1));
 }
 
 #[test]
 fn options_in_bf16() {
-    check_all::<bf16>(&dense::<bf16>());
+    check_all::<bf16>(&dense::<bf16>(2));
 }
 
 #[test]
 fn lengths_in_f32() {
-    check_all::<f32>(&lengths::<f32>());
+    check_all::<f32>(&lengths::<f32>(0));
 }
 
 #[test]
 fn lengths_in_f16() {
-    check_all::<f16>(&lengths::<f16>());
+    check_all::<f16>(&lengths::<f16>(1));
 }
 
 #[test]
 fn lengths_in_bf16() {
-    check_all::<bf16>(&lengths::<bf16>());
+    check_all::<bf16>(&lengths::<bf16>(2));
+}
+
+#[test]
+fn cooperative_in_f16() {
+    check_cooperative::<f16>(1);
+}
+
+#[test]
+fn cooperative_in_bf16() {
+    check_cooperative::<bf16>(2);
 }

@@ -211,7 +211,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- The next tile has until the end of this one. -#}
 {%- macro fetch_next() %}
-    let next = {{ following }} * TILE_COLUMNS;
+    let next = ({{ following }}) * TILE_COLUMNS;
 {{ fetch_columns("next") }}
 {% endmacro -%}
 
