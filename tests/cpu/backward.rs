@@ -57,16 +57,22 @@ fn norm<T: Copy + Into<f64>>(x: &[T]) -> f64 {
 /// Where a gradient vanishes because terms cancel, as d_q does with one key and no sink, its error
 /// is relative to those terms, of the order of `terms`.
 fn differences(gradients: &Gradients, expected: &Gradients<f64, f64>, terms: f64) -> Vec<String> {
-    assert_eq!(gradients.d_sink_logits.is_some(), expected.d_sink_logits.is_some());
-    let sinks = |sinks: &Option<Vec<f32>>| sinks.clone().unwrap_or_default();
-    let expected_sinks = expected.d_sink_logits.clone().unwrap_or_default();
+    let optional = [
+        ("d_sink_logits", &gradients.d_sink_logits, &expected.d_sink_logits),
+        ("d_alibi_slopes", &gradients.d_alibi_slopes, &expected.d_alibi_slopes),
+        ("d_bias", &gradients.d_bias, &expected.d_bias),
+    ];
+    let optional = optional.into_iter().filter_map(|(name, x, expected)| {
+        assert_eq!(x.is_some(), expected.is_some());
+        Some((name, x.as_ref()?, expected.as_ref()?))
+    });
     [
         ("d_q", &gradients.d_q, &expected.d_q),
         ("d_k", &gradients.d_k, &expected.d_k),
         ("d_v", &gradients.d_v, &expected.d_v),
-        ("d_sink_logits", &sinks(&gradients.d_sink_logits), &expected_sinks),
     ]
     .into_iter()
+    .chain(optional)
     .filter_map(|(name, x, expected)| {
         assert_eq!(x.len(), expected.len());
         let error: Vec<f64> = x.iter().zip(expected).map(|(&x, y)| f64::from(x) - y).collect();
@@ -86,14 +92,30 @@ fn row(x: &[f32], row: usize, width: usize) -> &[f32] {
 
 #[test]
 fn the_comparison_notices_errors() {
-    let expected = Gradients { d_q: vec![1.0, 2.0], d_k: vec![0.0; 2], d_v: vec![3.0], d_sink_logits: Some(vec![4.0]) };
-    let good = Gradients { d_q: vec![1.0, 2.0], d_k: vec![0.0; 2], d_v: vec![3.0], d_sink_logits: Some(vec![4.0]) };
+    let expected = Gradients {
+        d_q: vec![1.0, 2.0],
+        d_k: vec![0.0; 2],
+        d_v: vec![3.0],
+        d_sink_logits: Some(vec![4.0]),
+        d_alibi_slopes: Some(vec![5.0]),
+        d_bias: Some(vec![6.0]),
+    };
+    let good = Gradients {
+        d_q: vec![1.0, 2.0],
+        d_k: vec![0.0; 2],
+        d_v: vec![3.0],
+        d_sink_logits: Some(vec![4.0]),
+        d_alibi_slopes: Some(vec![5.0]),
+        d_bias: Some(vec![6.0]),
+    };
     assert!(differences(&good, &expected, 1.0).is_empty());
     for bad in [
         Gradients { d_q: vec![1.0, 2.0001], ..good.clone() },
         Gradients { d_k: vec![0.0, 0.0001], ..good.clone() },
         Gradients { d_v: vec![f32::NAN], ..good.clone() },
         Gradients { d_sink_logits: Some(vec![f32::INFINITY]), ..good.clone() },
+        Gradients { d_alibi_slopes: Some(vec![5.001]), ..good.clone() },
+        Gradients { d_bias: Some(vec![-6.0]), ..good.clone() },
     ] {
         assert_eq!(differences(&bad, &expected, 1.0).len(), 1);
     }
@@ -215,7 +237,7 @@ fn hidden_keys_never_reach_a_gradient() {
     for size in SIZES.into_iter().chain([(8, 3000)]) {
         for options in masks(size) {
             let mut backward = backward(shape((2, 1), size, (16, 18)), options.layout(Layout::Bhsd), 10);
-            let problem = backward.case.problem;
+            let problem = backward.case.problem.clone();
             let visible = |i, j| problem.sequence(0).band.visible(i, j);
             // Whole keys that no query sees: no gradient of theirs, and no bit of others.
             let clean = backward.run();
@@ -339,6 +361,8 @@ fn groups_add_up_repeated_heads() {
             d_k: sum(&repeated_run.d_k),
             d_v: sum(&repeated_run.d_v),
             d_sink_logits: repeated_run.d_sink_logits.as_deref().map(widen),
+            d_alibi_slopes: None,
+            d_bias: None,
         };
         let failures = differences(&grouped_run, &expected, norm(&grouped.d_o));
         assert!(failures.is_empty(), "{}: {}", grouped.case.problem, failures.join(", "));
@@ -367,6 +391,8 @@ fn gradients_are_linear_in_what_flows_in() {
         d_k: add(&first_run.d_k, &second_run.d_k),
         d_v: add(&first_run.d_v, &second_run.d_v),
         d_sink_logits: first_run.d_sink_logits.as_ref().zip(second_run.d_sink_logits.as_ref()).map(|(x, y)| add(x, y)),
+        d_alibi_slopes: None,
+        d_bias: None,
     };
     assert_eq!(differences(&sum.run(), &expected, norm(&sum.d_o)), Vec::<String>::new());
     // A power of two changes exponents alone.
@@ -378,6 +404,8 @@ fn gradients_are_linear_in_what_flows_in() {
         d_k: times(&first_run.d_k),
         d_v: times(&first_run.d_v),
         d_sink_logits: first_run.d_sink_logits.as_deref().map(times),
+        d_alibi_slopes: None,
+        d_bias: None,
     };
     assert_eq!(scaled.run(), expected);
 }
@@ -408,7 +436,14 @@ fn shards_of_the_keys_add_up() {
     let whole = new(203, 133);
     let expected = cpu::reference::backward(&whole.case.problem, &whole.case.inputs(), &whole.upstream()).unwrap();
     let saved = whole.case.forward();
-    let mut sum = Gradients { d_q: vec![0.0; whole.case.q.len()], d_k: vec![], d_v: vec![], d_sink_logits: None };
+    let mut sum = Gradients {
+        d_q: vec![0.0; whole.case.q.len()],
+        d_k: vec![],
+        d_v: vec![],
+        d_sink_logits: None,
+        d_alibi_slopes: None,
+        d_bias: None,
+    };
     for keys in [0..90, 90..91, 91..203] {
         let mut shard = new(keys.len(), 133 - keys.start as i64);
         shard.case.q.clone_from(&whole.case.q);

@@ -1,0 +1,1 @@
+//! What changes scores, hides single pairs, and lengths.
