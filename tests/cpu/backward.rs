@@ -2,19 +2,20 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use sink_attention::{Gradients, Layout, Options, Output, Shape, SinkLogits, Upstream, Window, cpu};
+use sink_attention::compare::accepted;
+use sink_attention::{Element, Gradients, Layout, Options, Output, Shape, SinkLogits, Upstream, Window, cpu};
 
 use super::{Case, HEADS, SIZES, WIDTHS, masks, shape};
 
 /// A case with the gradients that flow into its results.
-struct Backward {
-    case: Case,
-    d_o: Vec<f32>,
-    d_lse: Option<Vec<f32>>,
+pub struct Backward<T = f32> {
+    pub case: Case<T>,
+    pub d_o: Vec<T>,
+    pub d_lse: Option<Vec<f32>>,
 }
 
 impl Backward {
-    fn new(case: Case, seed: u64) -> Self {
+    pub fn new(case: Case, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed ^ 0xd0);
         let mut random = |len| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
         let d_o = random(case.problem.o_shape().iter().product());
@@ -22,23 +23,31 @@ impl Backward {
         Backward { case, d_o, d_lse }
     }
 
-    fn upstream(&self) -> Upstream<'_> {
+    pub fn cast<T: Element>(self) -> Backward<T> {
+        Backward { case: self.case.cast(), d_o: T::narrow(self.d_o), d_lse: self.d_lse }
+    }
+}
+
+impl<T: Element> Backward<T> {
+    pub fn upstream(&self) -> Upstream<'_, T> {
         Upstream { d_o: &self.d_o, d_lse: self.d_lse.as_deref() }
     }
 
-    fn run(&self) -> Gradients {
+    pub fn run(&self) -> Gradients<T> {
         self.run_with(&self.case.forward())
     }
 
-    fn run_with(&self, saved: &Output) -> Gradients {
+    fn run_with(&self, saved: &Output<T>) -> Gradients<T> {
         cpu::backward(&self.case.problem, &self.case.inputs(), saved, &self.upstream()).unwrap()
     }
 
     /// Compares with the definition and returns the result.
-    fn check(&self) -> Gradients {
+    pub fn check(&self) -> Gradients<T> {
         let gradients = self.run();
         let expected = cpu::reference::backward(&self.case.problem, &self.case.inputs(), &self.upstream()).unwrap();
-        let failures = differences(&gradients, &expected, norm(&self.d_o));
+        let sequences = self.case.problem.sequences();
+        let most = sequences.map(|s| s.band.offset().unsigned_abs() as f64 + s.q_rows.max(s.k_rows) as f64);
+        let failures = differences_within(&gradients, &expected, norm(&self.d_o), most.fold(0.0, f64::max));
         assert!(failures.is_empty(), "{}: {}", self.case.problem, failures.join(", "));
         gradients
     }
@@ -48,41 +57,44 @@ fn backward(shape: Shape, options: Options, seed: u64) -> Backward {
     Backward::new(Case::new(shape, options, seed), seed)
 }
 
-fn norm<T: Copy + Into<f64>>(x: &[T]) -> f64 {
+pub fn norm<T: Copy + Into<f64>>(x: &[T]) -> f64 {
     x.iter().map(|&x| x.into().powi(2)).sum::<f64>().sqrt()
 }
 
-/// The gradients for which `|x - expected| / |expected| > 1e-5`.
+/// The gradients for which `|x - expected| / |expected|` is more than [`accepted`]; those in f32 whatever the operands are,
+/// more than 1e-5.
 ///
 /// Where a gradient vanishes because terms cancel, as d_q does with one key and no sink, its error
 /// is relative to those terms, of the order of `terms`.
-fn differences(gradients: &Gradients, expected: &Gradients<f64, f64>, terms: f64) -> Vec<String> {
-    let optional = [
-        ("d_sink_logits", &gradients.d_sink_logits, &expected.d_sink_logits),
-        ("d_alibi_slopes", &gradients.d_alibi_slopes, &expected.d_alibi_slopes),
-        ("d_bias", &gradients.d_bias, &expected.d_bias),
-    ];
-    let optional = optional.into_iter().filter_map(|(name, x, expected)| {
-        assert_eq!(x.is_some(), expected.is_some());
-        Some((name, x.as_ref()?, expected.as_ref()?))
+pub fn differences<T: Element>(gradients: &Gradients<T>, expected: &Gradients<f64, f64>, terms: f64) -> Vec<String> {
+    differences_within(gradients, expected, terms, 0.0)
+}
+
+/// As [`differences`]. What is summed for a slope of ALiBi is as much larger as the distances are, `most` at most.
+fn differences_within<T: Element>(x: &Gradients<T>, y: &Gradients<f64, f64>, terms: f64, most: f64) -> Vec<String> {
+    let accepted = accepted(T::DTYPE);
+    let bound =
+        |accepted: f64| move |norm: f64| if norm > 1e-3 * terms { accepted * norm } else { 0.1 * accepted * terms };
+    let operands = [("d_q", &x.d_q, &y.d_q), ("d_k", &x.d_k, &y.d_k), ("d_v", &x.d_v, &y.d_v)];
+    let operands = operands.map(|(name, x, y)| difference(name, x, y, bound(accepted)));
+    let optional = [("d_sink_logits", &x.d_sink_logits, &y.d_sink_logits), ("d_bias", &x.d_bias, &y.d_bias)];
+    let optional = optional.map(|(name, x, y)| {
+        assert_eq!(x.is_some(), y.is_some());
+        difference(name, x.as_ref()?, y.as_ref()?, bound(1e-5))
     });
-    [
-        ("d_q", &gradients.d_q, &expected.d_q),
-        ("d_k", &gradients.d_k, &expected.d_k),
-        ("d_v", &gradients.d_v, &expected.d_v),
-    ]
-    .into_iter()
-    .chain(optional)
-    .filter_map(|(name, x, expected)| {
-        assert_eq!(x.len(), expected.len());
-        let error: Vec<f64> = x.iter().zip(expected).map(|(&x, y)| f64::from(x) - y).collect();
-        let (error, norm) = (norm(&error), norm(expected));
-        let bound = if norm > 1e-3 * terms { 1e-5 * norm } else { 1e-6 * terms };
-        // So written that NaN is a difference.
-        let close = error <= bound;
-        (!close).then(|| format!("{name} is off by {:e} (norm {norm:e} of {terms:e})", error / norm))
-    })
-    .collect()
+    assert_eq!(x.d_alibi_slopes.is_some(), y.d_alibi_slopes.is_some());
+    let slopes = x.d_alibi_slopes.as_ref().zip(y.d_alibi_slopes.as_ref());
+    let slopes = slopes.and_then(|(x, y)| difference("d_alibi_slopes", x, y, |norm| 1e-5 * norm + 1e-7 * terms * most));
+    operands.into_iter().chain(optional).chain([slopes]).flatten().collect()
+}
+
+fn difference<T: Element>(name: &str, x: &[T], expected: &[f64], bound: impl Fn(f64) -> f64) -> Option<String> {
+    assert_eq!(x.len(), expected.len());
+    let error: Vec<f64> = x.iter().zip(expected).map(|(&x, y)| x.into() - y).collect();
+    let (error, norm) = (norm(&error), norm(expected));
+    // So written that NaN is a difference.
+    let close = error <= bound(norm);
+    (!close).then(|| format!("{name} is off by {:e} (norm {norm:e})", error / norm))
 }
 
 /// Rows of `width` of an operand with the axes `[.., seq, width]`.
