@@ -132,18 +132,20 @@ impl<'a> Scores<'a> {
             return Seen::All;
         }
         let mut seen = [0; TILE];
-        let (mut all, mut any) = (true, false);
-        for (seen, (head, query)) in seen.iter_mut().zip(queries.rows(0, TILE)) {
-            let visible = band.visible_keys(query).map(|range| ones(range, keys));
-            *seen = self.bits.iter().fold(visible[0] | visible[1], |seen, pairs| {
-                seen & window(pairs.row(queries.sequence, head, query), keys.start)
-            });
-            all &= *seen == ones(keys.clone(), keys);
-            any |= *seen != 0;
+        let full = ones(keys, keys);
+        let (mut all, mut any) = (full, 0);
+        let rows = queries.heads.clone().flat_map(|head| queries.queries.clone().map(move |query| (head, query)));
+        for (seen, (head, query)) in seen.iter_mut().zip(rows) {
+            let [sinks, window] = band.visible_keys(query);
+            *seen = ones(&sinks, keys) | ones(&window, keys);
+            for pairs in &self.bits {
+                *seen &= word(pairs.row(queries.sequence, head, query), keys.start);
+            }
+            (all, any) = (all & *seen, any | *seen);
         }
         match (any, all) {
-            (false, _) => Seen::None,
-            (_, true) => Seen::All,
+            (0, _) => Seen::None,
+            (_, all) if all == full => Seen::All,
             _ => Seen::Some(seen),
         }
     }
@@ -284,7 +286,8 @@ fn distance(p: i32, j: i32) -> f32 {
 }
 
 /// The bits of those of `keys` that are in `range`.
-fn ones(range: Range<usize>, keys: &Range<usize>) -> u64 {
+#[inline(always)]
+fn ones(range: &Range<usize>, keys: &Range<usize>) -> u64 {
     let [start, end] = [range.start, range.end].map(|j| j.clamp(keys.start, keys.end) - keys.start);
     if start < end { u64::MAX >> (TILE - (end - start)) << start } else { 0 }
 }
@@ -292,7 +295,7 @@ fn ones(range: Range<usize>, keys: &Range<usize>) -> u64 {
 /// Which of the lowest `count` bits are not set.
 #[inline(always)]
 pub(super) fn zeros(bits: u64, count: usize) -> impl Iterator<Item = usize> {
-    let mut left = !bits & ones(0..count, &(0..count));
+    let mut left = !bits & ones(&(0..count), &(0..count));
     std::iter::from_fn(move || {
         let n = left.trailing_zeros();
         left &= left.wrapping_sub(1);
@@ -301,7 +304,7 @@ pub(super) fn zeros(bits: u64, count: usize) -> impl Iterator<Item = usize> {
 }
 
 /// The bits of a row from `start` on.
-fn window(row: &[u32], start: usize) -> u64 {
+fn word(row: &[u32], start: usize) -> u64 {
     let words = row[start / 32..].iter().take(3).rev().fold(0, |words, &word| words << 32 | u128::from(word));
     (words >> (start % 32)) as u64
 }

@@ -419,7 +419,7 @@ impl Attend<'_> {
 mod tests {
     use super::*;
     use crate::cpu::reference;
-    use crate::problem::{Options, Shape, SinkLogits, Window};
+    use crate::problem::{Axes, MaskData, Options, Shape, SinkLogits, Window};
 
     /// `tests/cpu` covers the best instruction set of the machine; this, the others.
     #[test]
@@ -429,25 +429,34 @@ mod tests {
         archs.extend(pulp::x86::V3::try_new().map(Arch::V3));
         for (m, n) in [(1, 257), (5, 70), (113, 203)] {
             let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: m, seq_k: n, head_dim: 33, value_dim: 21 };
-            let options = Options::new().window(Window::keys(90)).sink_tokens(5).sink_logits(SinkLogits::OffByOne);
-            let problem = Problem::new(shape, options).unwrap();
-            let wave = |shape: [usize; 4], step: f32| -> Vec<f32> {
-                (0..shape.iter().product()).map(|x| 2.0 * (x as f32 * step).sin()).collect()
-            };
-            let (q, k) = (wave(problem.q_shape(), 0.7), wave(problem.k_shape(), 1.3));
-            let mut v = wave(problem.v_shape(), 2.1);
-            for poison in [None, Some(f32::NAN)] {
-                // A key that some rows see and others do not, so that its tile is taken exactly.
-                if let Some(nan) = poison {
-                    v[6 * 2 * 21] = nan;
-                }
-                let inputs = Inputs::new(&q, &k, &v);
-                let expected = reference::forward(&problem, &inputs).unwrap();
-                for &arch in &archs {
-                    let output = forward_on(arch, &problem, &inputs);
-                    for (x, y) in output.o.iter().chain(&output.lse).zip(expected.o.iter().chain(&expected.lse)) {
-                        let close = (f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs());
-                        assert!(close || x.is_nan() && y.is_nan(), "{arch:?} {problem}: {x}, not {y}");
+            let plain = Options::new().window(Window::keys(90)).sink_tokens(5).sink_logits(SinkLogits::OffByOne);
+            let modified = plain.softcap(2.0).alibi(true).bias(Axes::ALL).mask(Axes::KEYS.heads());
+            for options in [plain, modified] {
+                let problem = Problem::new(shape, options).unwrap();
+                let wave = |shape: [usize; 4], step: f32| -> Vec<f32> {
+                    (0..shape.iter().product()).map(|x| 2.0 * (x as f32 * step).sin()).collect()
+                };
+                let (q, k) = (wave(problem.q_shape(), 0.7), wave(problem.k_shape(), 1.3));
+                let mut v = wave(problem.v_shape(), 2.1);
+                let slopes = options.alibi.then(|| vec![0.1, 0.02, 0.0, -0.01]);
+                let bias = problem.bias_shape().map(|shape| wave(shape, 0.3));
+                let mask = problem
+                    .mask_shape()
+                    .map(|shape| (0..shape.iter().product()).map(|n| (n % 5 != 3) as u8).collect::<Vec<_>>());
+                for poison in [None, Some(f32::NAN)] {
+                    // A key that some rows see and others do not, so that its tile is taken exactly.
+                    if let Some(nan) = poison {
+                        v[6 * 2 * 21] = nan;
+                    }
+                    let inputs = Inputs::new(&q, &k, &v).alibi_slopes(slopes.as_deref());
+                    let inputs = inputs.bias(bias.as_deref().map(Bias::F32)).mask(mask.as_deref().map(MaskData::Bytes));
+                    let expected = reference::forward(&problem, &inputs).unwrap();
+                    for &arch in &archs {
+                        let output = forward_on(arch, &problem, &inputs);
+                        for (x, y) in output.o.iter().chain(&output.lse).zip(expected.o.iter().chain(&expected.lse)) {
+                            let close = (f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs());
+                            assert!(close || x.is_nan() && y.is_nan(), "{arch:?} {problem}: {x}, not {y}");
+                        }
                     }
                 }
             }

@@ -37,7 +37,7 @@ impl<T: Element> Backward<T> {
         self.run_with(&self.case.forward())
     }
 
-    fn run_with(&self, saved: &Output<T>) -> Gradients<T> {
+    pub fn run_with(&self, saved: &Output<T>) -> Gradients<T> {
         cpu::backward(&self.case.problem, &self.case.inputs(), saved, &self.upstream()).unwrap()
     }
 
