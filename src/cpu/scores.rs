@@ -54,6 +54,7 @@ impl RowTile {
 }
 
 /// Which pairs of a tile are visible.
+#[expect(clippy::large_enum_variant, reason = "one lives on the stack for as long as a tile takes")]
 pub(super) enum Seen {
     All,
     None,

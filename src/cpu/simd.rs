@@ -218,7 +218,7 @@ pub(super) fn tanh<S: Simd>(simd: S, x: S::f32s) -> (S::f32s, S::f32s) {
     let size = simd.abs_f32s(x);
     let square = simd.mul_f32s(x, x);
     let mut p = splat(-5.704_988_7e-3);
-    for c in [2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+    for c in [2.063_908_8e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1] {
         p = simd.mul_add_e_f32s(p, square, splat(c));
     }
     let small = simd.mul_add_e_f32s(simd.mul_f32s(p, square), x, x);
