@@ -10,14 +10,28 @@
 
   {{ micro.begin() }}
   for (var head = work.head; head < work.head + params.heads / params.kv_heads; head += 1u) {
-    let q_base = operand_base(params.q, work.batch, head);
-    let d_o_base = operand_base(params.d_o, work.batch, head);
-    let delta_base = (work.batch * params.heads + head) * params.seq_q;
-    let lse_base = params.lse_offset + delta_base;
+{% for operand in ["q", "d_o"] %}
+    let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head){% if lengths %} + here.q_start * params.{{ operand }}.seq{% endif %};
+{% endfor %}
+    let terms_base = operand_base(params.row_terms, work.batch, head){% if lengths %} + here.q_start{% endif %};
+{% if modified or hides %}
+    begin_pairs(work.sequence, head);
+{% endif %}
+{% if mask %}
+    let class_base = operand_base(params.mask_classes, work.sequence, head);
+    let first_tile = seen_tile({{ here_argument }}class_base, tiles, row0, row_end, tiles.first);
+{% else %}
+    let first_tile = tiles.first;
+{% endif %}
     {{ micro.begin_head() }}
-    for (var tile = tiles.first; tile < tiles.end; tile += 1u) {
+    for (var tile = first_tile; tile < tiles.end; tile = {{ following }}) {
       let column0 = tile * TILE_COLUMNS;
-      let masked = !all_visible(column0, column0 + TILE_COLUMNS, row0, row_end) || column0 + TILE_COLUMNS > column_limit;
+{% if bias %}
+      // Any number of it may be -infinity.
+      let masked = true;
+{% else %}
+      let masked = !all_visible({{ here_argument }}column0, column0 + TILE_COLUMNS, row0, row_end){% if mask %} || tile_class({{ here_argument }}class_base, column0, column0 + TILE_COLUMNS, row0, row_end) != 1u{% endif %};
+{% endif %}
       {{ micro.scores() }}
       {{ micro.probabilities() }}
       {{ micro.accumulate_d_v() }}

@@ -7,6 +7,7 @@
 {% include "params.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "exp.wgsl" %}
+{% include "probability.wgsl" %}
 
 const ROWS: u32 = {{ delta_rows }}u;
 // Feature quads staged at once, one by each of the threads that share a row.
@@ -40,6 +41,11 @@ fn main(
   let batch = sequence / params.heads;
   let head = sequence % params.heads;
   let row0 = index % tiles * ROWS;
+{% if alibi %}
+
+  // For the kernels that come after.
+  if (thread == 0u && batch == 0u && row0 == 0u) { row_terms[params.slopes_at + head] = vec2<f32>(alibi_slopes[params.slope_offset + head]); }
+{% endif %}
 
   // Loads are shared by neighbouring threads; then thread r sums row r.
   let loaded = row0 + thread / LANES;
@@ -85,14 +91,14 @@ fn main(
   let row = row0 + thread;
   var sink_share = 0.0;
   if (thread < ROWS && row < params.seq_q) {
-    let place = sequence * params.seq_q + row;
-    let row_lse = lse[params.lse_offset + place];
+    let row_lse = lse[operand_base(params.lse, batch, head) + row];
     if (row_lse == params.negative_infinity) {
       // The row sees nothing, and lse is no function of anything.
       row_delta = 0.0;
     } else {
 {% if d_lse %}
-      row_delta -= d_lse[params.d_lse_offset + place];
+      let row_d_lse = d_lse[operand_base(params.d_lse, batch, head) + row];
+      row_delta -= row_d_lse;
 {% endif %}
 {% if sinks == "per_head" %}
       let sink = sink_logits[params.sink_offset + head];
@@ -100,12 +106,12 @@ fn main(
       let p_sink = select(exp1(sink - row_lse), 1.0, sink == row_lse);
       var sink_delta = exact.x + exact.y;
 {% if d_lse %}
-      sink_delta -= d_lse[params.d_lse_offset + place];
+      sink_delta -= row_d_lse;
 {% endif %}
       sink_share = -p_sink * sink_delta;
 {% endif %}
     }
-    delta[place] = row_delta;
+    row_terms[operand_base(params.row_terms, batch, head) + row] = vec2<f32>(probability_lse(row_lse), row_delta);
   }
 {% if sinks == "per_head" %}
   if (thread < ROWS) { partials[thread] = sink_share; }

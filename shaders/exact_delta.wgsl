@@ -7,23 +7,28 @@
 {% import micro_kernel ~ "/exact_delta.wgsl" as micro %}
 {{ micro.declare() }}
 
-// `total` is a row's sum of p d_p.
-fn row_delta(place: u32, total: f32) -> f32 {
+// What the row at `row` of a head needs of its `total`, the sum of p d_p.
+fn store_row(work: Work, row: u32, total: f32) {
+  let row_lse = lse[operand_base(params.lse, work.batch, work.head) + row];
   // The row sees nothing, and lse is no function of anything.
-  if (lse[params.lse_offset + place] == params.negative_infinity) { return 0.0; }
+  let sees = row_lse != params.negative_infinity;
 {% if d_lse %}
-  return total - d_lse[params.d_lse_offset + place];
+  let delta = total - d_lse[operand_base(params.d_lse, work.batch, work.head) + row];
 {% else %}
-  return total;
+  let delta = total;
 {% endif %}
+  row_terms[operand_base(params.row_terms, work.batch, work.head) + row] = vec2<f32>(probability_lse(row_lse), select(0.0, delta, sees));
 }
 
 {% include "tiled_main.wgsl" %}
+{% if alibi %}
+
+  // For the kernels that come after.
+  if (thread == 0u && work.batch == 0u && row0 == 0u) { row_terms[params.slopes_at + work.head] = vec2<f32>(slope); }
+{% endif %}
 
   {{ micro.begin() }}
-  for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
-    let column0 = tile * TILE_COLUMNS;
-    let masked = !all_visible(row0, row_end, column0, column0 + TILE_COLUMNS);
+{% include "key_loop.wgsl" %}
     {{ micro.scores() }}
     {{ micro.probability_gradients() }}
     {{ micro.accumulate() }}

@@ -9,9 +9,7 @@
 {% include "tiled_main.wgsl" %}
 
   {{ micro.begin() }}
-  for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
-    let column0 = tile * TILE_COLUMNS;
-    let masked = !all_visible(row0, row_end, column0, column0 + TILE_COLUMNS);
+{% include "key_loop.wgsl" %}
     {{ micro.scores() }}
     {{ micro.softmax() }}
     {{ micro.accumulate() }}

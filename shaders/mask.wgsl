@@ -1,23 +1,53 @@
 // Twins of src/mask.rs, under the same names.
+{% if lengths %}
+
+// A sequence; twin of src/sequences.rs, with the numbers of its band.
+struct Sequence {
+  entry: u32,
+  q_start: u32,
+  q_rows: u32,
+  seq_q: u32,
+  k_start: u32,
+  k_rows: u32,
+  seq_k: u32,
+  sink_tokens: u32,
+  lower: i32,
+  upper: i32,
+  offset: i32,
+}
+
+// For what decides on single pairs. What decides on tiles gets it as an argument: only so is it known to be the same for all
+// threads of a workgroup.
+var<private> sequence: Sequence;
+
+fn load_sequence(index: u32) -> Sequence {
+  let at = index * {{ sequence_words }}u;
+  return Sequence(
+    sequences[at], sequences[at + 1u], sequences[at + 2u], sequences[at + 3u],
+    sequences[at + 4u], sequences[at + 5u], sequences[at + 6u], sequences[at + 7u],
+    i32(sequences[at + 8u]), i32(sequences[at + 9u]), i32(sequences[at + 10u]),
+  );
+}
+{% endif %}
 
 {% if rows_are_keys %}
 // The four queries from i on see key j.
 fn visible4(j: u32, i: u32) -> vec4<bool> {
   let queries = vec4<u32>(i) + vec4<u32>(0u, 1u, 2u, 3u);
   let diagonal = vec4<i32>(i32(j)) - vec4<i32>(queries);
-  return (queries < vec4<u32>(params.seq_q)) & (diagonal <= vec4<i32>(params.upper))
-    & ((diagonal >= vec4<i32>(params.lower)) | vec4<bool>(j < params.sink_tokens));
+  return (queries < vec4<u32>({{ sequence }}.seq_q)) & (diagonal <= vec4<i32>({{ sequence }}.upper))
+    & ((diagonal >= vec4<i32>({{ sequence }}.lower)) | vec4<bool>(j < {{ sequence }}.sink_tokens)){% if lengths %} & vec4<bool>(j < sequence.seq_k){% endif %};
 }
 
 // Tiles first..end of queries hold one that sees something of key0..key_end. One range: the queries that see
 // a key lie in a row, up to the last query where the key is a sink token.
 struct QueryTiles { first: u32, end: u32 }
 
-fn query_tiles(key0: u32, key_end: u32) -> QueryTiles {
-  let seq_q = i32(params.seq_q);
-  let start = clamp(i32(key0) - params.upper, 0, seq_q);
-  let end = select(clamp(i32(key_end) - params.lower, 0, seq_q), seq_q, key0 < params.sink_tokens);
-  if (start >= end) { return QueryTiles(0u, 0u); }
+fn query_tiles({{ here_parameter }}key0: u32, key_end: u32) -> QueryTiles {
+  let seq_q = i32({{ bounds }}.seq_q);
+  let start = clamp(i32(key0) - {{ bounds }}.upper, 0, seq_q);
+  let end = select(clamp(i32(key_end) - {{ bounds }}.lower, 0, seq_q), seq_q, key0 < {{ bounds }}.sink_tokens);
+  if (start >= end{% if lengths %} || key0 >= key_end{% endif %}) { return QueryTiles(0u, 0u); }
   return QueryTiles(u32(start) / TILE_COLUMNS, (u32(end) + TILE_COLUMNS - 1u) / TILE_COLUMNS);
 }
 {% else %}
@@ -25,17 +55,21 @@ fn query_tiles(key0: u32, key_end: u32) -> QueryTiles {
 fn visible4(i: u32, j: u32) -> vec4<bool> {
   let keys = vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u);
   let diagonal = vec4<i32>(keys) - vec4<i32>(i32(i));
-  return (keys < vec4<u32>(params.seq_k)) & (diagonal <= vec4<i32>(params.upper))
-    & ((diagonal >= vec4<i32>(params.lower)) | (keys < vec4<u32>(params.sink_tokens)));
+  return (keys < vec4<u32>({{ sequence }}.seq_k)) & (diagonal <= vec4<i32>({{ sequence }}.upper))
+    & ((diagonal >= vec4<i32>({{ sequence }}.lower)) | (keys < vec4<u32>({{ sequence }}.sink_tokens))){% if lengths %} & vec4<bool>(i < sequence.seq_q){% endif %};
 }
 
 // Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
 struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32 }
 
-fn key_tiles(row0: u32, row_end: u32) -> KeyTiles {
-  let end = u32(clamp(i32(row_end) + params.upper, 0, i32(params.seq_k)));
-  let start = u32(clamp(i32(row0) + params.lower, 0, i32(end)));
-  let sink_tiles = (min(params.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
+fn key_tiles({{ here_parameter }}row0: u32, row_end: u32) -> KeyTiles {
+{% if lengths %}
+  // The rows of a padded batch's end.
+  if (row0 >= row_end) { return KeyTiles(0u, 0u, 0u, 0u); }
+{% endif %}
+  let end = u32(clamp(i32(row_end) + {{ bounds }}.upper, 0, i32({{ bounds }}.seq_k)));
+  let start = u32(clamp(i32(row0) + {{ bounds }}.lower, 0, i32(end)));
+  let sink_tiles = (min({{ bounds }}.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let end_tile = (end + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let window = max(select(end_tile, start / TILE_COLUMNS, start < end), sink_tiles);
   return KeyTiles(select(0u, window, sink_tiles == 0u), sink_tiles, window, max(end_tile, window));
@@ -47,8 +81,8 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
 {% endif %}
 
 // Whether every query of row0..row_end sees every key of key0..key_end.
-fn all_visible(row0: u32, row_end: u32, key0: u32, key_end: u32) -> bool {
-  let window = i32(row_end) - 1 + params.lower;
-  return key_end <= params.seq_k && i32(key_end) - 1 <= i32(row0) + params.upper
-    && max(i32(key0), i32(params.sink_tokens)) >= min(i32(key_end), window);
+fn all_visible({{ here_parameter }}row0: u32, row_end: u32, key0: u32, key_end: u32) -> bool {
+  let window = i32(row_end) - 1 + {{ bounds }}.lower;
+  return row_end <= {{ bounds }}.seq_q && key_end <= {{ bounds }}.seq_k && i32(key_end) - 1 <= i32(row0) + {{ bounds }}.upper
+    && max(i32(key0), i32({{ bounds }}.sink_tokens)) >= min(i32(key_end), window);
 }

@@ -11,21 +11,47 @@ struct Params {
   d_k: Operand,
   d_v: Operand,
   o_rest: Operand,
+  lse: Operand,
+  d_lse: Operand,
+  // What the backward pass needs of each row, and the ALiBi slopes behind it.
+  row_terms: Operand,
+  bias: Operand,
+  d_bias: Operand,
+  // The boolean mask: the caller's, in bytes or words; its bits in words; the classes of its blocks.
+  mask: Operand,
+  mask_bits: Operand,
+  mask_classes: Operand,
   heads: u32,
   kv_heads: u32,
   seq_q: u32,
   seq_k: u32,
   lower: i32,
   upper: i32,
+  // Position of query 0.
+  offset: i32,
   sink_tokens: u32,
   // Workgroups of this pass: the grid is folded into two dimensions and may be larger.
   workgroups: u32,
-  lse_offset: u32,
-  d_lse_offset: u32,
   sink_offset: u32,
   d_sink_offset: u32,
+  slope_offset: u32,
+  d_slope_offset: u32,
+  slopes_at: u32,
+  // First word of the list of tiles, where sequences differ in length.
+  work_at: u32,
   batch: u32,
+  // Sequences, and the axes of the mask.
+  sequence_count: u32,
+  mask_heads: u32,
+  mask_rows: u32,
+  mask_keys: u32,
+  // Queries and keys of the longest sequence.
+  pair_rows: u32,
+  pair_keys: u32,
+  softcap: f32,
   scale: f32,
+  // The factor of what the softmax works on: the scale, or 1 where scores are formed beforehand.
+  score_scale: f32,
   // The same as a product of 1 or -1 and what is not negative.
   scale_sign: f32,
   scale_size: f32,
@@ -48,51 +74,46 @@ fn operand_base(operand: Operand, batch: u32, head: u32) -> u32 {
 const TILE_ROWS: u32 = {{ tile_rows }}u;
 const TILE_COLUMNS: u32 = {{ tile_columns }}u;
 
-struct Work { tile: u32, batch: u32, head: u32, kv_head: u32 }
+// `batch` is the place along the batch axis, `sequence` the number of the sequence: the same but where lengths differ.
+struct Work { tile: u32, batch: u32, sequence: u32, head: u32, kv_head: u32 }
+{% if lengths %}
+
+// The n-th tile of the list, which the host has made: longest first.
+fn listed(n: u32, head: u32, kv_head: u32) -> Work {
+  let number = sequences[params.work_at + 2u * n];
+  let tile = sequences[params.work_at + 2u * n + 1u];
+  return Work(tile, sequences[number * {{ sequence_words }}u], number, head, kv_head);
+}
+{% endif %}
 {% if rows_are_keys %}
 
 // The tile of keys of a workgroup; `head` is the first query head of the group. The first key tile of every head comes first:
 // under a causal mask the most queries see it.
 fn key_work(index: u32) -> Work {
   let kv_head = index % params.kv_heads;
-  let sequence = index / params.kv_heads;
-  return Work(sequence / params.batch, sequence % params.batch, kv_head * (params.heads / params.kv_heads), kv_head);
-}
-{% if repairs %}
-
-// Whether the cooperative kernel has reported a tile that has rows in row0..row_end. Its workgroups are in the order of
-// `key_work`.
-fn to_repair(work: Work, row0: u32, row_end: u32) -> bool {
-  for (var tile = row0 / {{ repairs }}u; tile <= (row_end - 1u) / {{ repairs }}u; tile += 1u) {
-    if (repairs[(tile * params.batch + work.batch) * params.kv_heads + work.kv_head] != 0u) { return true; }
-  }
-  return false;
-}
+  let place = index / params.kv_heads;
+  let head = kv_head * (params.heads / params.kv_heads);
+{% if lengths %}
+  return listed(place, head, kv_head);
+{% else %}
+  return Work(place / params.batch, place % params.batch, place % params.batch, head, kv_head);
 {% endif %}
+}
 {% else %}
 
 // The tile of queries of a workgroup. The query heads of a group stand side by side (they share keys and values). The last
 // query tile of every head comes first: under a causal mask it is the longest.
 fn query_work(index: u32) -> Work {
   let group = params.heads / params.kv_heads;
+  let kv_head = index / group % params.kv_heads;
+  let place = index / params.heads;
+  let head = kv_head * group + index % group;
+{% if lengths %}
+  return listed(place, head, kv_head);
+{% else %}
   let tiles = (params.seq_q + TILE_ROWS - 1u) / TILE_ROWS;
-  let place = index / group;
-  let kv_head = place % params.kv_heads;
-  let sequence = place / params.kv_heads;
-  return Work(tiles - 1u - sequence / params.batch, sequence % params.batch, kv_head * group + index % group, kv_head);
-}
-{% if repairs %}
-
-// Whether the cooperative kernel has reported a tile that has rows in row0..row_end. Its workgroups are in the order of
-// `query_work`.
-fn to_repair(work: Work, row0: u32, row_end: u32) -> bool {
-  let tiles = (params.seq_q + {{ repairs - 1 }}u) / {{ repairs }}u;
-  for (var tile = row0 / {{ repairs }}u; tile <= (row_end - 1u) / {{ repairs }}u; tile += 1u) {
-    let sequence = (tiles - 1u - tile) * params.batch + work.batch;
-    if (repairs[sequence * params.heads + work.head] != 0u) { return true; }
-  }
-  return false;
-}
+  return Work(tiles - 1u - place / params.batch, place % params.batch, place % params.batch, head, kv_head);
 {% endif %}
+}
 {% endif %}
 {% endif %}

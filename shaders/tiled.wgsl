@@ -5,8 +5,14 @@ enable wgpu_cooperative_matrix;
 {% endif %}
 {% include "params.wgsl" %}
 {% include "mask.wgsl" %}
+{% if repair_rows %}
+{% include "repairs.wgsl" %}
+{% endif %}
 {% include "operands.wgsl" %}
 {% if cooperative %}
 {% include "halves.wgsl" %}
 {% endif %}
 {% include "exp.wgsl" %}
+{% if modified or hides %}
+{% include "scores.wgsl" %}
+{% endif %}

@@ -13,20 +13,37 @@ fn main(
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
   let work = {{ "key_work" if rows_are_keys else "query_work" }}(index);
+{% if lengths %}
+  let here = load_sequence(work.sequence);
+  sequence = here;
+{% endif %}
   let row0 = work.tile * TILE_ROWS;
-  let row_limit = params.{{ "seq_k" if rows_are_keys else "seq_q" }};
-  let column_limit = params.{{ "seq_q" if rows_are_keys else "seq_k" }};
+  let row_limit = {{ ("here.k_rows" if rows_are_keys else "here.q_rows") if lengths else ("params.seq_k" if rows_are_keys else "params.seq_q") }};
+  let column_limit = {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }};
   let row_end = min(row0 + TILE_ROWS, row_limit);
 {% if repairs %}
-  if (!to_repair(work, row0, row_end)) { return; }
+  if (!to_repair({{ here_argument }}work, row0, row_end)) { return; }
 {% endif %}
 {% for operand in (loads + stores) if not (rows_are_keys and operand.name in ["q", "d_o"]) %}
-  let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, work.batch, work.{{ "kv_head" if operand.name in ["k", "v", "d_k", "d_v"] else "head" }});
+{% set of_keys = operand.name in ["k", "v", "d_k", "d_v"] %}
+  let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, work.batch, work.{{ "kv_head" if of_keys else "head" }}){% if lengths %} + here.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq{% endif %};
 {% endfor %}
+{% set used_end = "min(row_end, here." ~ ("seq_k" if rows_are_keys else "seq_q") ~ ")" if lengths else "row_end" %}
 {% if rows_are_keys %}
-  let tiles = query_tiles(row0, row_end);
+  let tiles = query_tiles({{ here_argument }}row0, {{ used_end }});
 {% else %}
-  let delta_base = (work.batch * params.heads + work.head) * params.seq_q;
-  let lse_base = params.lse_offset + delta_base;
-  let tiles = key_tiles(row0, row_end);
+{% if "lse" in names %}
+  let lse_base = operand_base(params.lse, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
+{% endif %}
+{% if "row_terms" in names %}
+  let terms_base = operand_base(params.row_terms, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
+{% endif %}
+  let tiles = key_tiles({{ here_argument }}row0, {{ used_end }});
+{% if modified or hides %}
+  begin_pairs(work.sequence, work.head);
+{% endif %}
+{% if mask %}
+  let class_base = operand_base(params.mask_classes, work.sequence, work.head);
+  let first_tile = seen_tile({{ here_argument }}class_base, tiles, row0, row_end, tiles.first);
+{% endif %}
 {% endif %}

@@ -10,7 +10,7 @@ use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
 use crate::plan::{OptionalOperands, Plan, Preference};
-use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
+use crate::problem::{Bias, Gradients, Inputs, MaskData, Output, Problem, Upstream};
 use crate::shader::{Kernel, MicroKernel};
 use crate::tensor::{TensorView, allocate, download, upload};
 use crate::tiling::Tiling;
@@ -230,31 +230,20 @@ impl Attention {
             return cpu::forward(problem, inputs);
         };
         problem.check_inputs(inputs)?;
-        problem.check_plain()?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let rounded = T::DTYPE != DType::F32;
         let o_len = problem.o_shape().iter().product();
         let lse_len = problem.lse_shape().iter().product();
         let operands = device.scoped("uploading operands", || -> Result<_> {
-            let sink_logits = inputs.sink_logits.map(|s| upload(device, "sink_logits", s)).transpose()?;
             Ok((
-                [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
-                sink_logits,
+                Uploaded::new(device, inputs)?,
                 [allocate::<T>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
                 // One element in f32, so that there is a buffer to read.
                 allocate::<i16>(device, "o_rest", if rounded { o_len } else { 1 }, usage)?,
             ))
         });
-        let ([q, k, v], sink_logits, [o, lse], o_rest) = operands.await??;
-        let buffers = ForwardBuffers {
-            q: TensorView::new(&q),
-            k: TensorView::new(&k),
-            v: TensorView::new(&v),
-            sink_logits: sink_logits.as_ref().map(TensorView::new),
-            o: TensorView::new(&o),
-            o_rest: rounded.then(|| TensorView::new(&o_rest)),
-            lse: TensorView::new(&lse),
-        };
+        let (inputs, [o, lse], o_rest) = operands.await??;
+        let buffers = inputs.buffers(&o, rounded.then_some(&o_rest), &lse);
         let prepared = self.prepare_forward_async(problem, &buffers).await?;
         let [o, o_rest, lse] = download(device, [&o, &o_rest, &lse], |encoder| prepared.encode(encoder)).await?;
         let o_rest = rounded.then(|| o_rest.read(o_len)).transpose()?;
@@ -289,58 +278,55 @@ impl Attention {
     ) -> Result<Gradients<T>> {
         problem.check_inputs(inputs)?;
         problem.check_upstream(saved, upstream)?;
-        problem.check_plain()?;
         let Backend::Gpu { device, .. } = &self.backend else {
             self.check_cpu()?;
             return cpu::backward(problem, inputs, saved, upstream);
         };
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        // One element where there is no such gradient, so that there is a buffer to read.
+        let [sink_logits_len, slopes_len, bias_len] = [
+            inputs.sink_logits.map(<[f32]>::len),
+            inputs.alibi_slopes.map(<[f32]>::len),
+            inputs.bias.map(|bias| bias.len()),
+        ];
         let operands = device.scoped("uploading operands", || -> Result<_> {
-            let optional = |name, slice: Option<&[f32]>| slice.map(|s| upload(device, name, s)).transpose();
+            let f32s = |name, len: Option<usize>| allocate::<f32>(device, name, len.unwrap_or(1), usage);
             Ok((
-                [upload(device, "q", inputs.q)?, upload(device, "k", inputs.k)?, upload(device, "v", inputs.v)?],
-                optional("sink_logits", inputs.sink_logits)?,
+                Uploaded::new(device, inputs)?,
                 [upload(device, "o", &saved.o)?, upload(device, "lse", &saved.lse)?],
                 saved.o_rest.as_ref().map(|o_rest| upload(device, "o_rest", o_rest)).transpose()?,
                 upload(device, "d_o", upstream.d_o)?,
-                optional("d_lse", upstream.d_lse)?,
+                upstream.d_lse.map(|d_lse| upload(device, "d_lse", d_lse)).transpose()?,
                 [
                     allocate::<T>(device, "d_q", inputs.q.len(), usage)?,
                     allocate::<T>(device, "d_k", inputs.k.len(), usage)?,
                     allocate::<T>(device, "d_v", inputs.v.len(), usage)?,
-                    // One element where there are no sink logits, so that there is a buffer to read.
-                    allocate::<f32>(device, "d_sink_logits", inputs.sink_logits.map_or(1, <[f32]>::len), usage)?,
+                    f32s("d_sink_logits", sink_logits_len)?,
+                    f32s("d_alibi_slopes", slopes_len)?,
+                    f32s("d_bias", bias_len)?,
                 ],
             ))
         });
-        let ([q, k, v], sink_logits, [o, lse], o_rest, d_o, d_lse, [d_q, d_k, d_v, d_sink_logits]) = operands.await??;
+        let (uploaded, [o, lse], o_rest, d_o, d_lse, results) = operands.await??;
+        let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] = &results;
+        let wanted = |buffer, len: Option<usize>| len.map(|_| TensorView::new(buffer));
         let buffers = BackwardBuffers {
-            forward: ForwardBuffers {
-                q: TensorView::new(&q),
-                k: TensorView::new(&k),
-                v: TensorView::new(&v),
-                sink_logits: sink_logits.as_ref().map(TensorView::new),
-                o: TensorView::new(&o),
-                o_rest: o_rest.as_ref().map(TensorView::new),
-                lse: TensorView::new(&lse),
-            },
-            d_o: TensorView::new(&d_o),
             d_lse: d_lse.as_ref().map(TensorView::new),
-            d_q: TensorView::new(&d_q),
-            d_k: TensorView::new(&d_k),
-            d_v: TensorView::new(&d_v),
-            d_sink_logits: sink_logits.as_ref().map(|_| TensorView::new(&d_sink_logits)),
+            d_sink_logits: wanted(d_sink_logits, sink_logits_len),
+            d_alibi_slopes: wanted(d_alibi_slopes, slopes_len),
+            d_bias: wanted(d_bias, bias_len),
+            ..BackwardBuffers::new(uploaded.buffers(&o, o_rest.as_ref(), &lse), &d_o, d_q, d_k, d_v)
         };
         let prepared = self.prepare_backward_async(problem, &buffers).await?;
-        let results = [&d_q, &d_k, &d_v, &d_sink_logits];
-        let [d_q, d_k, d_v, d_sink] = download(device, results, |encoder| prepared.encode(encoder)).await?;
+        let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] =
+            download(device, results.each_ref(), |encoder| prepared.encode(encoder)).await?;
         Ok(Gradients {
-            d_alibi_slopes: None,
-            d_bias: None,
             d_q: d_q.read(inputs.q.len())?,
             d_k: d_k.read(inputs.k.len())?,
             d_v: d_v.read(inputs.v.len())?,
-            d_sink_logits: inputs.sink_logits.map(|sink_logits| d_sink.read(sink_logits.len())).transpose()?,
+            d_sink_logits: sink_logits_len.map(|len| d_sink_logits.read(len)).transpose()?,
+            d_alibi_slopes: slopes_len.map(|len| d_alibi_slopes.read(len)).transpose()?,
+            d_bias: bias_len.map(|len| d_bias.read(len)).transpose()?,
         })
     }
 
@@ -420,6 +406,56 @@ impl Attention {
                 let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
                 Prepared::backward(device, pipelines, problem, buffers, &preference).await
             }
+        }
+    }
+}
+
+/// The operands of a forward pass in buffers of their own.
+struct Uploaded {
+    q: wgpu::Buffer,
+    k: wgpu::Buffer,
+    v: wgpu::Buffer,
+    sink_logits: Option<wgpu::Buffer>,
+    alibi_slopes: Option<wgpu::Buffer>,
+    bias: Option<wgpu::Buffer>,
+    mask: Option<wgpu::Buffer>,
+}
+
+impl Uploaded {
+    fn new<T: Element>(device: &Device, inputs: &Inputs<'_, T>) -> Result<Self> {
+        let optional = |name, slice: Option<&[f32]>| slice.map(|s| upload(device, name, s)).transpose();
+        Ok(Uploaded {
+            q: upload(device, "q", inputs.q)?,
+            k: upload(device, "k", inputs.k)?,
+            v: upload(device, "v", inputs.v)?,
+            sink_logits: optional("sink_logits", inputs.sink_logits)?,
+            alibi_slopes: optional("alibi_slopes", inputs.alibi_slopes)?,
+            bias: match inputs.bias {
+                Some(Bias::F32(bias)) => Some(upload(device, "bias", bias)?),
+                Some(Bias::Operand(bias)) => Some(upload(device, "bias", bias)?),
+                None => None,
+            },
+            mask: match inputs.mask {
+                Some(MaskData::Bytes(mask)) => Some(upload(device, "mask", mask)?),
+                Some(MaskData::Bits(mask)) => Some(upload(device, "mask", mask)?),
+                None => None,
+            },
+        })
+    }
+
+    fn buffers<'a>(
+        &'a self,
+        o: &'a wgpu::Buffer,
+        o_rest: Option<&'a wgpu::Buffer>,
+        lse: &'a wgpu::Buffer,
+    ) -> ForwardBuffers<'a> {
+        ForwardBuffers {
+            sink_logits: self.sink_logits.as_ref().map(TensorView::new),
+            alibi_slopes: self.alibi_slopes.as_ref().map(TensorView::new),
+            bias: self.bias.as_ref().map(TensorView::new),
+            mask: self.mask.as_ref().map(TensorView::new),
+            o_rest: o_rest.map(TensorView::new),
+            ..ForwardBuffers::new(&self.q, &self.k, &self.v, o, lse)
         }
     }
 }

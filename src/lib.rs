@@ -150,15 +150,7 @@
 //! let attention = Attention::on(Device::from_wgpu(device.clone(), queue.clone()));
 //! let forward = attention.prepare_forward(
 //!     &problem,
-//!     &ForwardBuffers {
-//!         q: (&q).into(),
-//!         k: (&k).into(),
-//!         v: (&v).into(),
-//!         sink_logits: None,
-//!         o: (&o).into(),
-//!         o_rest: None,
-//!         lse: (&lse).into(),
-//!     },
+//!     &ForwardBuffers::new(&q, &k, &v, &o, &lse),
 //! )?;
 //! let mut encoder = device.create_command_encoder(&Default::default());
 //! for _ in 0..3 {

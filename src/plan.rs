@@ -6,8 +6,13 @@ use crate::capabilities::{Capabilities, CooperativeMatrices, Multiprocessor};
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
-use crate::problem::{Problem, SinkLogits};
-use crate::shader::{Binding, DELTA_LANES, DELTA_ROWS, Kernel, MAXIMA_PARTS, MicroKernel, RANGED_OPERANDS, Variant};
+use crate::mask::Band;
+use crate::problem::{MaskPacking, Problem, SinkLogits};
+use crate::sequences::Sequence;
+use crate::shader::{
+    Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MAXIMA_PARTS, MicroKernel,
+    RANGED_OPERANDS, Variant,
+};
 use crate::tiles;
 use crate::tiling::Tiling;
 use crate::tuning::{Tuning, TuningKey};
@@ -65,6 +70,10 @@ pub struct OptionalOperands {
     pub d_lse: bool,
     /// The forward pass writes, the backward pass reads what rounding took from o; in half precision only.
     pub o_rest: bool,
+    /// The gradient by the ALiBi slopes is wanted, where there are any.
+    pub d_alibi_slopes: bool,
+    /// The gradient by the bias is wanted, where there is one.
+    pub d_bias: bool,
 }
 
 /// How a problem will be computed on a device: passes that run one after the other.
@@ -99,7 +108,8 @@ impl Plan {
         optional.check(problem)?;
         let passes = Passes { problem, vec4, optional, capabilities, preference };
         let tiled = passes.of(Kernel::Forward)?;
-        let mut all = passes.ranges(tiled.iter(), Kernel::Maxima)?;
+        let mut all = passes.mask()?;
+        all.extend(passes.ranges(tiled.iter(), Kernel::Maxima)?);
         all.extend(tiled);
         Ok(Plan { passes: all })
     }
@@ -110,7 +120,7 @@ impl Plan {
     /// # Errors
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
     pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
-        let optional = OptionalOperands { d_lse, o_rest: false };
+        let optional = OptionalOperands { d_lse, ..OptionalOperands::default() };
         Plan::backward_with(problem, vec4, optional, capabilities, &Preference::default())
     }
 
@@ -138,13 +148,21 @@ impl Plan {
         };
         let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
         let tiled = delta.iter().chain(&gradients);
-        let mut passes = all.ranges(tiled, Kernel::GradientMaxima)?;
+        let mut passes = all.mask()?;
+        passes.extend(all.ranges(tiled, Kernel::GradientMaxima)?);
         passes.extend(delta);
         if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
             passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, optional, heads, capabilities)?);
         }
         passes.extend(gradients);
+        if options.alibi && optional.d_alibi_slopes {
+            let heads = shape.heads as u128;
+            passes.push(Pass::plain(Kernel::DAlibiSlopes, problem, vec4, optional, heads, capabilities)?);
+        }
+        if options.bias.is_some() && optional.d_bias {
+            passes.push(all.tiled(Kernel::DBias, MicroKernel::Portable, None)?);
+        }
         Ok(Plan { passes })
     }
 }
@@ -152,7 +170,12 @@ impl Plan {
 impl OptionalOperands {
     /// What a call on host slices passes, but for d_lse.
     pub(crate) fn of_host(problem: &Problem) -> Self {
-        OptionalOperands { d_lse: false, o_rest: problem.options().dtype != DType::F32 }
+        OptionalOperands {
+            d_lse: false,
+            o_rest: problem.options().dtype != DType::F32,
+            d_alibi_slopes: true,
+            d_bias: true,
+        }
     }
 
     fn check(self, problem: &Problem) -> Result<()> {
@@ -188,6 +211,17 @@ impl Passes<'_> {
         };
         let repairs = pass.variant.tile().map(|[rows, _]| rows);
         Ok(vec![pass, self.tiled(kernel, MicroKernel::Portable, repairs)?])
+    }
+
+    /// What packs the boolean mask, where there is one.
+    fn mask(&self) -> Result<Vec<Pass>> {
+        let Passes { problem, vec4, optional, capabilities, .. } = *self;
+        let Some(axes) = problem.options().mask else { return Ok(Vec::new()) };
+        let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
+        let blocks =
+            rows.div_ceil(MASK_BLOCK_ROWS as usize) as u128 * keys.div_ceil(32 * MASK_BLOCK_WORDS as usize) as u128;
+        let workgroups = (batch * heads) as u128 * blocks;
+        Ok(vec![Pass::plain(Kernel::MaskBits, problem, vec4, optional, workgroups, capabilities)?])
     }
 
     /// What finds the operands' ranges, where the passes ask for them.
@@ -229,7 +263,7 @@ impl Passes<'_> {
         }
         let built_in = match micro_kernel {
             MicroKernel::Cooperative => {
-                let matrices = self.matrices()?;
+                let matrices = self.matrices(kernel)?;
                 let fragments = fragments::candidates(kernel, problem, matrices, capabilities.class);
                 fragments.map(|fragments| fragments.tiling()).collect()
             }
@@ -251,10 +285,13 @@ impl Passes<'_> {
     }
 
     /// The cooperative matrices that a kernel can use, or why there is no cooperative kernel.
-    fn matrices(&self) -> Result<CooperativeMatrices> {
+    fn matrices(&self, kernel: Kernel) -> Result<CooperativeMatrices> {
         let Passes { problem, capabilities, .. } = *self;
         let shape = problem.shape();
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
+        if kernel == Kernel::DBias {
+            return Err(none("the gradient by the bias has a portable kernel only".into()));
+        }
         if problem.options().dtype == DType::F32 {
             return Err(none(
                 "cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into(),
@@ -287,7 +324,7 @@ impl Passes<'_> {
                 (None, tiles.loop_iterations(kernel, d, e))
             }
             Tiling::Cooperative { subgroups, rows, columns } => {
-                let matrices = self.matrices()?;
+                let matrices = self.matrices(kernel)?;
                 let fragments = Fragments { matrices, subgroups, rows, columns };
                 fragments.check().map_err(unfit)?;
                 (Some(matrices), fragments.loop_iterations(kernel, d, e))
@@ -300,7 +337,7 @@ impl Passes<'_> {
         check_loop_iterations(kernel, problem, capabilities, |most| {
             loop_iterations(kernel, problem, tile, iterations, most)
         })?;
-        Pass::new(problem, variant, row_tiles(kernel, problem, tile[0]), capabilities)
+        Pass::new(problem, variant, tile_count(kernel, problem, tile), capabilities)
     }
 }
 
@@ -308,14 +345,19 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
     let (shape, options) = (problem.shape(), problem.options());
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
-        Kernel::DSinkLogits | Kernel::Ranges => [false, false],
+        Kernel::DSinkLogits | Kernel::DAlibiSlopes | Kernel::Ranges | Kernel::MaskBits => [false, false],
         Kernel::Delta => [false, true],
         _ => [true, true],
     };
+    let is_tiled = kernel.has_tiles();
     Variant {
         kernel,
         micro_kernel: MicroKernel::Portable,
-        dtype: options.dtype,
+        dtype: match kernel {
+            // Of words and of f32 alone.
+            Kernel::MaskBits | Kernel::DAlibiSlopes => DType::F32,
+            _ => options.dtype,
+        },
         head_dim: if uses_q { shape.head_dim as u32 } else { 0 },
         value_dim: if uses_v { shape.value_dim as u32 } else { 0 },
         vec4: vec4 && uses_v,
@@ -324,6 +366,9 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
             Kernel::ExactDelta
             | Kernel::DQ
             | Kernel::DKv
+            | Kernel::DBias
+            | Kernel::DAlibiSlopes
+            | Kernel::MaskBits
             | Kernel::Maxima
             | Kernel::GradientMaxima
             | Kernel::Ranges => SinkLogits::None,
@@ -331,6 +376,14 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
             Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
             _ => options.sink_logits,
         },
+        softcap: is_tiled && options.softcap.is_some(),
+        // The delta kernels hand the slopes on.
+        alibi: options.alibi && (is_tiled || kernel == Kernel::Delta),
+        bias: options.bias.map(|_| options.bias_dtype).filter(|_| is_tiled),
+        mask: is_tiled && options.mask.is_some(),
+        mask_packing: if kernel == Kernel::MaskBits { options.mask_packing } else { MaskPacking::Bytes },
+        axes: options.bias.filter(|_| kernel == Kernel::DBias),
+        lengths: is_tiled && problem.has_lengths(),
         // Enters with delta.
         d_lse: optional.d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
         o_rest: optional.o_rest && matches!(kernel, Kernel::Forward | Kernel::Delta | Kernel::DSinkLogits),
@@ -358,6 +411,7 @@ impl Pass {
                 (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
             }
             Kernel::Ranges => 16,
+            Kernel::MaskBits => 32 + 16,
             Kernel::Maxima | Kernel::GradientMaxima => {
                 let width = shape.head_dim.max(shape.value_dim).div_ceil(4);
                 let quads = shape.batch * shape.heads * shape.seq_q.max(shape.seq_k) * width;
@@ -420,14 +474,64 @@ impl Pass {
     }
 }
 
-/// Tiles of rows of all heads.
-fn row_tiles(kernel: Kernel, problem: &Problem, rows: u32) -> u128 {
+/// Workgroups of a kernel that has tiles, of so many rows and columns.
+fn tile_count(kernel: Kernel, problem: &Problem, [rows, columns]: [u32; 2]) -> u128 {
     let shape = problem.shape();
-    let (seq, heads) = match kernel {
+    if let (Kernel::DBias, Some(axes)) = (kernel, problem.options().bias) {
+        let [batch, heads, seq_q, seq_k] = axes.of(problem.pairs_shape());
+        return seq_q.div_ceil(rows as usize) as u128
+            * seq_k.div_ceil(columns as usize) as u128
+            * (batch * heads) as u128;
+    }
+    let heads = if kernel == Kernel::DKv { shape.kv_heads } else { shape.heads };
+    let tiles: u128 = problem.distinct_sequences().map(|sequence| row_tiles(kernel, &sequence, rows) as u128).sum();
+    tiles * if problem.has_lengths() { heads } else { shape.batch * heads } as u128
+}
+
+/// Tiles of rows of a head of a sequence.
+fn row_tiles(kernel: Kernel, sequence: &Sequence, rows: u32) -> usize {
+    let length = if kernel == Kernel::DKv { sequence.k_rows } else { sequence.q_rows };
+    length.div_ceil(rows as usize)
+}
+
+/// The tiles of all sequences of different lengths, as sequence and tile, those that visit the most tiles of the other side
+/// first.
+pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<[u32; 2]> {
+    let (kernel, [rows, columns]) = (pass.variant.kernel, pass.variant.tile().unwrap_or([1; 2]));
+    let mut work = Vec::new();
+    for (number, sequence) in problem.sequences().enumerate() {
+        let band = sequence.band;
+        for tile in 0..row_tiles(kernel, &sequence, rows) {
+            let start = tile * rows as usize;
+            let visited = match kernel {
+                Kernel::DKv => {
+                    let keys = start..(start + rows as usize).min(band.seq_k());
+                    if keys.is_empty() { 0 } else { band.query_tiles(&keys, columns as usize).len() }
+                }
+                _ => {
+                    let queries = start..(start + rows as usize).min(band.seq_q());
+                    if queries.is_empty() { 0 } else { band.key_tiles(&queries, columns as usize).count() }
+                }
+            };
+            work.push((visited, [number as u32, tile as u32]));
+        }
+    }
+    // Stable: neighbours stay neighbours.
+    work.sort_by_key(|(visited, _)| std::cmp::Reverse(*visited));
+    work.into_iter().map(|(_, work)| work).collect()
+}
+
+/// Places for reports of tiles that are to be computed again.
+pub(crate) fn repair_slots(pass: &Pass, problem: &Problem) -> usize {
+    if !problem.has_lengths() {
+        return pass.workgroups as usize;
+    }
+    let (shape, [rows, _]) = (problem.shape(), pass.variant.tile().unwrap_or([1; 2]));
+    let (length, heads) = match pass.variant.kernel {
         Kernel::DKv => (shape.seq_k, shape.kv_heads),
         _ => (shape.seq_q, shape.heads),
     };
-    seq.div_ceil(rows as usize) as u128 * (shape.batch * heads) as u128
+    (shape.batch * length / rows as usize + problem.sequence_count() + 1) * heads
 }
 
 /// Refuses what the driver would end before it is done; `needed` gets the most that it allows.
@@ -452,16 +556,56 @@ fn check_loop_iterations(
 
 /// Loop iterations of the longest workgroup, at most, given those of an open and of a masked tile; exact only up to `most`.
 fn loop_iterations(kernel: Kernel, problem: &Problem, tile: [u32; 2], iterations: [u64; 2], most: u64) -> u64 {
-    let (shape, mask) = (problem.shape(), problem.sequence(0).band);
+    let of = |sequence: Sequence| sequence_loop_iterations(kernel, problem, &sequence.band, tile, iterations, most);
+    let (mut longest, mut total) = (0, 0u64);
+    for sequence in problem.distinct_sequences() {
+        let iterations = of(sequence);
+        longest = longest.max(iterations);
+        total = total.saturating_add(iterations);
+    }
+    match problem.options().bias {
+        // One workgroup goes through all that share the bias.
+        Some(axes) if kernel == Kernel::DBias => {
+            let shape = problem.shape();
+            let sequences = match (axes.batch, problem.has_lengths()) {
+                (true, _) => longest,
+                (false, true) => total,
+                (false, false) => longest.saturating_mul(shape.batch as u64),
+            };
+            sequences.saturating_mul(if axes.heads { 1 } else { shape.heads as u64 })
+        }
+        _ => longest,
+    }
+}
+
+fn sequence_loop_iterations(
+    kernel: Kernel,
+    problem: &Problem,
+    band: &Band,
+    tile: [u32; 2],
+    [open, masked]: [u64; 2],
+    most: u64,
+) -> u64 {
+    let options = problem.options();
     let [rows, columns] = tile.map(|n| n as usize);
-    let [open, masked] = iterations;
+    // A mask is looked up for each tile, twice, block by block.
+    let lookup = match options.mask {
+        Some(_) => 2 * (2 + rows / MASK_BLOCK_ROWS as usize) * (2 + columns / 32),
+        None => 0,
+    } as u64;
+    let masked = masked + lookup;
+    let open = if options.bias.is_some() || options.mask.is_some() { masked } else { open };
     let of_tile = |is_open| if is_open { open } else { masked };
+    if let (Kernel::DBias, Some(axes)) = (kernel, options.bias) {
+        let row_tiles = if axes.seq_q { 1 } else { band.seq_q().div_ceil(rows) };
+        return 1 + row_tiles as u64 * (1 + masked);
+    }
     let visited = |range: &std::ops::Range<usize>| match kernel {
-        Kernel::DKv => mask.query_tiles(range, columns).len(),
-        _ => mask.key_tiles(range, columns).count(),
+        Kernel::DKv => band.query_tiles(range, columns).len(),
+        _ => band.key_tiles(range, columns).count(),
     };
     let rows_are_keys = kernel == Kernel::DKv;
-    let [seq, heads] = if rows_are_keys { [shape.seq_k, problem.group()] } else { [shape.seq_q, 1] };
+    let [seq, heads] = if rows_are_keys { [band.seq_k(), problem.group()] } else { [band.seq_q(), 1] };
     let ranges = (0..seq).step_by(rows).map(|start| start..(start + rows).min(seq));
     // Too many even if nothing is masked: the exact count of a long sequence would take long, too.
     let longest = ranges.clone().map(|range| visited(&range)).max().unwrap_or(0) as u64;
@@ -472,10 +616,10 @@ fn loop_iterations(kernel: Kernel, problem: &Problem, tile: [u32; 2], iterations
     let workgroups = ranges.map(|range| {
         if rows_are_keys {
             let column = |tile| tile * columns..(tile + 1) * columns;
-            let is_open = |tile| column(tile).end <= shape.seq_q && mask.all_visible(&column(tile), &range);
-            mask.query_tiles(&range, columns).map(|tile| of_tile(is_open(tile))).sum::<u64>()
+            let is_open = |tile| band.all_visible(&column(tile), &range);
+            band.query_tiles(&range, columns).map(|tile| of_tile(is_open(tile))).sum::<u64>()
         } else {
-            let (visited, full) = (mask.key_tiles(&range, columns).count(), mask.full_tiles(&range, columns));
+            let (visited, full) = (band.key_tiles(&range, columns).count(), band.full_tiles(&range, columns));
             full as u64 * of_tile(true) + (visited - full) as u64 * of_tile(false)
         }
     });

@@ -502,6 +502,11 @@ impl Problem {
         [longest(|s| s.q_rows), longest(|s| s.k_rows)]
     }
 
+    /// Keys in reach of a query, at most.
+    pub(crate) fn reach(&self) -> usize {
+        self.distinct_sequences().map(|sequence| sequence.band.reach()).max().unwrap_or(0)
+    }
+
     /// TEMPORARY: what is not computed yet everywhere.
     pub(crate) fn check_plain(&self) -> Result<()> {
         if self.modifies_scores() || self.options.mask.is_some() || self.has_lengths() {

@@ -11,38 +11,44 @@ use crate::capabilities::CooperativeMatrices;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::Fragments;
-use crate::problem::SinkLogits;
+use crate::problem::{Axes, MaskPacking, SinkLogits};
 use crate::tiles::Tiles;
 use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 29] = [
+const SOURCES: [(&str, &str); 35] = [
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
     ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
     ("cooperative/d_q.wgsl", include_str!("../shaders/cooperative/d_q.wgsl")),
     ("cooperative/exact_delta.wgsl", include_str!("../shaders/cooperative/exact_delta.wgsl")),
     ("cooperative/forward.wgsl", include_str!("../shaders/cooperative/forward.wgsl")),
+    ("d_bias.wgsl", include_str!("../shaders/d_bias.wgsl")),
     ("d_kv.wgsl", include_str!("../shaders/d_kv.wgsl")),
     ("d_q.wgsl", include_str!("../shaders/d_q.wgsl")),
-    ("d_sink_logits.wgsl", include_str!("../shaders/d_sink_logits.wgsl")),
     ("delta.wgsl", include_str!("../shaders/delta.wgsl")),
     ("exact_delta.wgsl", include_str!("../shaders/exact_delta.wgsl")),
     ("exp.wgsl", include_str!("../shaders/exp.wgsl")),
     ("f16.wgsl", include_str!("../shaders/f16.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
     ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
+    ("head_sums.wgsl", include_str!("../shaders/head_sums.wgsl")),
+    ("key_loop.wgsl", include_str!("../shaders/key_loop.wgsl")),
     ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
+    ("mask_bits.wgsl", include_str!("../shaders/mask_bits.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../shaders/params.wgsl")),
     ("portable/blocks.wgsl", include_str!("../shaders/portable/blocks.wgsl")),
+    ("portable/d_bias.wgsl", include_str!("../shaders/portable/d_bias.wgsl")),
     ("portable/d_kv.wgsl", include_str!("../shaders/portable/d_kv.wgsl")),
     ("portable/d_q.wgsl", include_str!("../shaders/portable/d_q.wgsl")),
     ("portable/exact_delta.wgsl", include_str!("../shaders/portable/exact_delta.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
     ("ranges.wgsl", include_str!("../shaders/ranges.wgsl")),
+    ("repairs.wgsl", include_str!("../shaders/repairs.wgsl")),
+    ("scores.wgsl", include_str!("../shaders/scores.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
     ("tiled.wgsl", include_str!("../shaders/tiled.wgsl")),
     ("tiled_main.wgsl", include_str!("../shaders/tiled_main.wgsl")),
@@ -54,6 +60,11 @@ pub(crate) const DELTA_LANES: u32 = 8;
 /// Parts in which an operand's largest size is found, and operands there are at most.
 pub(crate) const MAXIMA_PARTS: u32 = DELTA_ROWS * DELTA_LANES;
 pub(crate) const RANGED_OPERANDS: u32 = 4;
+/// Rows and words of 32 keys of a block of a boolean mask, which is classified as one.
+pub(crate) const MASK_BLOCK_ROWS: u32 = 32;
+pub(crate) const MASK_BLOCK_WORDS: u32 = 2;
+/// Words of a sequence in the table that kernels read.
+pub(crate) const SEQUENCE_WORDS: u32 = 11;
 
 /// The kernels of the crate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -77,11 +88,17 @@ pub enum Kernel {
     GradientMaxima,
     /// The power of two that brings each operand to the range of halves.
     Ranges,
+    /// The boolean mask in bits, with the classes of its blocks: which hold nothing visible, and which nothing hidden.
+    MaskBits,
+    /// The gradient by the bias.
+    DBias,
+    /// The gradient by the ALiBi slopes, from what the d_q kernel has left for each row.
+    DAlibiSlopes,
 }
 
 impl Kernel {
     /// The kernels that have tiles.
-    pub const TILED: [Kernel; 4] = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
+    pub const TILED: [Kernel; 5] = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv, Kernel::DBias];
 
     /// Its short name, as in files and tables.
     pub fn name(self) -> &'static str {
@@ -95,12 +112,16 @@ impl Kernel {
             Kernel::Maxima => "maxima",
             Kernel::GradientMaxima => "gradient_maxima",
             Kernel::Ranges => "ranges",
+            Kernel::MaskBits => "mask_bits",
+            Kernel::DBias => "d_bias",
+            Kernel::DAlibiSlopes => "d_alibi_slopes",
         }
     }
 
     fn template(self) -> String {
         match self {
             Kernel::GradientMaxima => "maxima.wgsl".into(),
+            Kernel::DSinkLogits | Kernel::DAlibiSlopes => "head_sums.wgsl".into(),
             kernel => format!("{}.wgsl", kernel.name()),
         }
     }
@@ -124,6 +145,7 @@ impl Kernel {
     pub(crate) fn score_tiles(self) -> u32 {
         match self {
             Kernel::Forward => 1,
+            Kernel::DBias => 3,
             _ => 2,
         }
     }
@@ -167,12 +189,20 @@ pub(crate) enum Binding {
     DK = 10,
     DV = 11,
     DSinkLogits = 12,
-    Delta = 13,
+    RowTerms = 13,
     SinkPartials = 14,
     Repairs = 15,
     Maxima = 16,
     Ranges = 17,
     ORest = 18,
+    Bias = 19,
+    Mask = 20,
+    MaskBits = 21,
+    AlibiSlopes = 22,
+    AlibiMoments = 23,
+    DBias = 24,
+    DAlibiSlopes = 25,
+    Sequences = 26,
 }
 
 impl Binding {
@@ -195,12 +225,20 @@ impl Binding {
             Binding::DK => "d_k",
             Binding::DV => "d_v",
             Binding::DSinkLogits => "d_sink_logits",
-            Binding::Delta => "delta",
+            Binding::RowTerms => "row_terms",
             Binding::SinkPartials => "sink_partials",
             Binding::Repairs => "repairs",
             Binding::Maxima => "maxima",
             Binding::Ranges => "ranges",
             Binding::ORest => "o_rest",
+            Binding::Bias => "bias",
+            Binding::Mask => "mask",
+            Binding::MaskBits => "mask_bits",
+            Binding::AlibiSlopes => "alibi_slopes",
+            Binding::AlibiMoments => "alibi_moments",
+            Binding::DBias => "d_bias",
+            Binding::DAlibiSlopes => "d_alibi_slopes",
+            Binding::Sequences => "sequences",
         }
     }
 
@@ -231,6 +269,20 @@ pub struct Variant {
     pub vec4: bool,
     /// Where the sink logits come from.
     pub sink_logits: SinkLogits,
+    /// Scores are capped.
+    pub softcap: bool,
+    /// ALiBi is subtracted from scores.
+    pub alibi: bool,
+    /// Element type of the bias that is added to scores.
+    pub bias: Option<DType>,
+    /// A boolean mask hides pairs.
+    pub mask: bool,
+    /// How the caller's mask lies in memory, for the kernel that reads it.
+    pub mask_packing: MaskPacking,
+    /// The axes that the bias has of its own, for the kernel of its gradient.
+    pub axes: Option<Axes>,
+    /// Sequences differ in length.
+    pub lengths: bool,
     /// A gradient flows into lse.
     pub d_lse: bool,
     /// o is bound with what its rounding to half precision takes.
@@ -271,18 +323,24 @@ impl Variant {
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
-            DK, DLse, DO, DQ, DSinkLogits, DV, Delta, K, Lse, Maxima, O, ORest, Params, Q, Ranges, Repairs,
-            SinkLogits as Sinks, SinkPartials, V,
+            AlibiMoments, AlibiSlopes, Bias, DAlibiSlopes, DBias, DK, DLse, DO, DQ, DSinkLogits, DV, K, Lse, Mask,
+            MaskBits, Maxima, O, ORest, Params, Q, Ranges, Repairs, RowTerms, Sequences, SinkLogits as Sinks,
+            SinkPartials, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
         let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
-            Kernel::Forward => (&[Params, Q, K, V, Sinks], &[O, ORest, Lse]),
-            Kernel::Delta => (&[Params, O, ORest, Lse, Sinks, DO, DLse], &[Delta, SinkPartials]),
-            Kernel::ExactDelta => (&[Params, Q, K, V, Lse, DO, DLse], &[Delta]),
-            Kernel::DSinkLogits if self.sums_delta() => (&[Params, Lse, Sinks, Delta], &[DSinkLogits]),
+            Kernel::Forward => (&[Params, Q, K, V, Sinks, AlibiSlopes, Bias, MaskBits, Sequences], &[O, ORest, Lse]),
+            Kernel::Delta => (&[Params, O, ORest, Lse, Sinks, AlibiSlopes, DO, DLse], &[RowTerms, SinkPartials]),
+            Kernel::ExactDelta => {
+                (&[Params, Q, K, V, Lse, AlibiSlopes, Bias, MaskBits, Sequences, DO, DLse], &[RowTerms])
+            }
+            Kernel::DSinkLogits if self.sums_delta() => (&[Params, Sinks, RowTerms], &[DSinkLogits]),
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
-            Kernel::DQ => (&[Params, Q, K, V, Lse, DO, Delta], &[DQ]),
-            Kernel::DKv => (&[Params, Q, K, V, Lse, DO, Delta], &[DK, DV]),
+            Kernel::DQ => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DQ, AlibiMoments]),
+            Kernel::DKv => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DK, DV]),
+            Kernel::DBias => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DBias]),
+            Kernel::DAlibiSlopes => (&[Params, AlibiMoments], &[DAlibiSlopes]),
+            Kernel::MaskBits => (&[Params, Mask], &[MaskBits]),
             Kernel::Maxima => (&[Params, Q, K, V], &[Maxima]),
             Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO], &[Maxima]),
             Kernel::GradientMaxima => (&[Params, Q, K, V, DO], &[Maxima]),
@@ -291,6 +349,11 @@ impl Variant {
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
             DLse => self.d_lse,
+            AlibiSlopes => self.alibi,
+            AlibiMoments => self.alibi || self.kernel == Kernel::DAlibiSlopes,
+            Bias => self.bias.is_some(),
+            MaskBits => self.mask || self.kernel == Kernel::MaskBits,
+            Sequences => self.lengths,
             ORest => self.o_rest,
             _ => true,
         };
@@ -326,6 +389,7 @@ impl Variant {
         match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.threads(),
             (_, Some(tiles)) => tiles.threads(),
+            _ if self.kernel == Kernel::MaskBits => MASK_BLOCK_ROWS * MASK_BLOCK_WORDS,
             _ => DELTA_ROWS * DELTA_LANES,
         }
     }
@@ -335,10 +399,17 @@ impl Variant {
         let (d, e) = (self.head_dim, self.value_dim);
         match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
-            (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e),
+            (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
+            _ if self.kernel == Kernel::MaskBits => 16,
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
             _ => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
         }
+    }
+
+    /// Numbers that the d_q kernel keeps for the ALiBi slopes' gradient, beside its tiles.
+    fn moments_len(&self) -> u32 {
+        let tiles = self.tiles().filter(|_| self.kernel == Kernel::DQ && self.alibi);
+        tiles.map_or(0, |tiles| tiles.tile_rows() * tiles.threads_c)
     }
 
     /// Name for labels and dumps.
@@ -366,6 +437,19 @@ impl Variant {
             SinkLogits::OffByOne => "_offbyone",
             SinkLogits::PerHead => "_sinks",
         });
+        for (part, there) in [
+            ("_softcap", self.softcap),
+            ("_alibi", self.alibi),
+            ("_mask", self.mask),
+            ("_packed", self.mask_packing == MaskPacking::Bits),
+            ("_lengths", self.lengths),
+        ] {
+            name.push_str(if there { part } else { "" });
+        }
+        let _ = self.bias.map_or(Ok(()), |dtype| write!(name, "_bias_{dtype}"));
+        let _ = self.axes.map_or(Ok(()), |Axes { batch, heads, seq_q }| {
+            write!(name, "_own{}{}{}", u8::from(batch), u8::from(heads), u8::from(seq_q))
+        });
         name.push_str(if self.d_lse { "_dlse" } else { "" });
         name.push_str(if self.o_rest { "_rest" } else { "" });
         name
@@ -386,6 +470,8 @@ impl Variant {
         let widths = bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
         let operand_quads: BTreeMap<&str, u32> = widths.map(|(name, width)| (name, quads(width))).collect();
         let cooperative = self.fragments().is_some();
+        let rows_are_keys = self.kernel == Kernel::DKv;
+        let here = if self.lengths { "here, " } else { "" };
         let mut context = context! {
             cooperative,
             repairs => self.repairs,
@@ -399,7 +485,9 @@ impl Variant {
                 },
                 type => match (b, b.width(self), self.vec4) {
                     (Binding::Params, ..) => "Params",
-                    (Binding::Repairs, ..) => "array<u32>",
+                    (Binding::RowTerms, ..) => "array<vec2<f32>>",
+                    (Binding::Repairs | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
+                    (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
                     (_, None, _) => "array<f32>",
                     (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
                         if vec4 { "array<vec4<f16>>" } else { "array<f16>" }
@@ -423,7 +511,35 @@ impl Variant {
                 SinkLogits::OffByOne => "off_by_one",
                 SinkLogits::PerHead => "per_head",
             },
-            rows_are_keys => self.kernel == Kernel::DKv,
+            rows_are_keys,
+            kernel => self.kernel.name(),
+            names => bindings.iter().map(|(b, _)| b.name()).collect::<Vec<_>>(),
+            softcap => self.softcap,
+            alibi => self.alibi,
+            bias => self.bias.map(|dtype| dtype.to_string()),
+            mask => self.mask,
+            packed => self.mask_packing == MaskPacking::Bits,
+            axes => self.axes.map(|Axes { batch, heads, seq_q }| context! { batch, heads, seq_q }),
+            // Scores are more than products times the scale; pairs are hidden one by one.
+            modified => self.softcap || self.alibi || self.bias.is_some(),
+            hides => self.mask || self.bias.is_some(),
+            lengths => self.lengths,
+            // Where the numbers of a sequence stand: for what decides on pairs, and on tiles.
+            sequence => if self.lengths { "sequence" } else { "params" },
+            bounds => if self.lengths { "here" } else { "params" },
+            here_parameter => if self.lengths { "here: Sequence, " } else { "" },
+            here_argument => here,
+            following => match (rows_are_keys, self.mask) {
+                (false, false) => "next_tile(tiles, tile)".into(),
+                (true, false) => "tile + 1u".into(),
+                (false, true) => format!("seen_tile({here}class_base, tiles, row0, row_end, next_tile(tiles, tile))"),
+                (true, true) => format!("seen_tile({here}class_base, tiles, row0, row_end, tile + 1u)"),
+            },
+            sequence_words => SEQUENCE_WORDS,
+            mask_block_rows => MASK_BLOCK_ROWS,
+            mask_block_words => MASK_BLOCK_WORDS,
+            repair_rows => self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows())),
+            of_tiles => self.kernel == Kernel::DSinkLogits && !self.sums_delta(),
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,
             threads => self.threads(),
@@ -434,6 +550,7 @@ impl Variant {
             let accumulator_quads: BTreeMap<&str, u32> =
                 operand_quads.iter().map(|(name, quads)| (*name, quads.div_ceil(t.threads_c))).collect();
             let [memory_len, partials_len] = t.arrays(self.kernel, self.head_dim, self.value_dim);
+            let partials_len = partials_len + self.moments_len();
             context = context! {
                 micro_kernel => self.micro_kernel.to_string(),
                 tile_rows => t.tile_rows(),

@@ -4,7 +4,6 @@ use bytemuck::Pod;
 
 use crate::capabilities::Capabilities;
 use crate::device::Device;
-use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::problem::Layout;
 
@@ -66,7 +65,8 @@ pub(crate) struct Placed<'a> {
     pub(crate) offset: u32,
     pub(crate) strides: [u32; 3],
     width: u32,
-    dtype: DType,
+    /// Bytes of an element.
+    element: u64,
 }
 
 impl<'a> Placed<'a> {
@@ -76,10 +76,10 @@ impl<'a> Placed<'a> {
         view: &TensorView<'a>,
         extents: Extents,
         layout: Layout,
-        dtype: DType,
+        element: usize,
         capabilities: &Capabilities,
     ) -> Result<Self> {
-        let element = dtype.bytes() as u64;
+        let element = element as u64;
         let [_, heads, seq, width] = extents;
         let mut strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
         // The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
@@ -114,13 +114,13 @@ impl<'a> Placed<'a> {
             offset: (view.offset - start / element) as u32,
             strides: strides.map(|s| s as u32),
             width: width as u32,
-            dtype,
+            element,
         })
     }
 
     /// Whether rows can be read four neighbours at a time.
     pub(crate) fn vec4(&self) -> bool {
-        self.start.is_multiple_of(4 * self.dtype.bytes() as u64)
+        self.start.is_multiple_of(4 * self.element)
             && [self.offset, self.width].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
     }
 

@@ -59,7 +59,9 @@ impl Tiles {
         let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
         let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
         let partials = if matches!(kernel, Kernel::Forward | Kernel::ExactDelta) { rows * self.threads_c } else { 0 };
-        [product.max(accumulation), partials]
+        // Where the rows of a bias are summed.
+        let sums = if kernel == Kernel::DBias { self.threads() * self.quads } else { 0 };
+        [product.max(accumulation).max(sums), partials]
     }
 
     /// Bytes of workgroup memory.
@@ -91,7 +93,7 @@ impl Tiles {
             let accumulation = self.tile_columns() / self.slab * (1 + slab);
             let tile = match kernel {
                 Kernel::Forward => product(head_dim) + accumulation,
-                Kernel::ExactDelta => product(head_dim) + product(value_dim),
+                Kernel::ExactDelta | Kernel::DBias => product(head_dim) + product(value_dim),
                 Kernel::DQ => product(head_dim) + product(value_dim) + accumulation,
                 _ => product(head_dim) + product(value_dim) + 2 * accumulation,
             };
@@ -186,27 +188,31 @@ const fn candidate(threads: [u32; 2], thread: [u32; 2], chunk: u32, slab: u32, w
 }
 
 /// Measured on an NVIDIA H200, see benches/results/; each row falls back to the next where it does not fit.
-const FORWARD: [Candidate; 7] = [
+const FORWARD: [Candidate; 9] = [
     candidate([16, 8], [4, 1], 8, 16, 64, 33),
     candidate([32, 8], [4, 2], 8, 16, 128, 65),
     candidate([16, 8], [4, 1], 8, 16, 128, 33),
     candidate([8, 8], [4, 1], 8, 16, 128, 1),
     candidate([16, 16], [4, 1], 8, 16, 256, 33),
     candidate([4, 16], [4, 1], 4, 8, 256, 1),
+    LESS,
+    WIDE,
     LEAST,
 ];
 
-const D_Q: [Candidate; 7] = [
+const D_Q: [Candidate; 9] = [
     candidate([16, 8], [8, 1], 8, 16, 64, 65),
     candidate([16, 16], [8, 1], 8, 16, 128, 65),
     candidate([16, 8], [4, 1], 8, 16, 128, 33),
     candidate([8, 8], [4, 1], 8, 16, 128, 1),
     candidate([16, 16], [4, 1], 8, 16, 256, 33),
     candidate([4, 16], [4, 1], 4, 8, 256, 1),
+    LESS,
+    WIDE,
     LEAST,
 ];
 
-const D_KV: [Candidate; 7] = [
+const D_KV: [Candidate; 9] = [
     candidate([16, 16], [4, 2], 8, 16, 256, 33),
     candidate([8, 16], [4, 1], 8, 16, 256, 1),
     candidate([8, 16], [4, 1], 8, 8, 256, 1),
@@ -214,31 +220,38 @@ const D_KV: [Candidate; 7] = [
     candidate([4, 16], [4, 1], 4, 8, 512, 1),
     // For narrow windows.
     candidate([8, 8], [4, 1], 8, 16, 128, 1),
+    LESS,
+    WIDE,
     LEAST,
 ];
 
 /// A software driver runs the threads of a workgroup one after the other, a vector at a time.
-const SOFTWARE: [Candidate; 3] =
-    [candidate([8, 8], [4, 1], 4, 16, 256, 1), candidate([4, 16], [4, 1], 4, 8, 512, 1), LEAST];
+const SOFTWARE: [Candidate; 5] =
+    [candidate([8, 8], [4, 1], 4, 16, 256, 1), candidate([4, 16], [4, 1], 4, 8, 512, 1), LESS, WIDE, LEAST];
 
-/// Fits 16 KiB of workgroup memory and 64 threads for every width.
-const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 8, u32::MAX, 1);
+/// For the widest heads.
+const WIDE: Candidate = candidate([8, 16], [2, 1], 4, 4, u32::MAX, 1);
+/// Fits 16 KiB of workgroup memory and 64 threads for widths to 256 ...
+const LESS: Candidate = candidate([8, 8], [2, 1], 4, 8, 512, 1);
+/// ... and for every width.
+const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 4, u32::MAX, 1);
 
 /// Tiles to try for a kernel, the best first; one of them fits every WebGPU device.
 pub(crate) fn candidates(kernel: Kernel, problem: &Problem, class: DeviceClass) -> Vec<Tiles> {
     let shape = problem.shape();
     let width: u32 = kernel.accumulator_widths(shape.head_dim as u32, shape.value_dim as u32).iter().sum();
-    let seq = if kernel == Kernel::DKv { shape.seq_k } else { shape.seq_q };
+    let [seq_q, seq_k] = problem.longest();
+    let seq = if kernel == Kernel::DKv { seq_k } else { seq_q };
     let table: &[Candidate] = match (class, kernel) {
         (DeviceClass::Software, _) => &SOFTWARE,
-        (_, Kernel::DQ | Kernel::ExactDelta) => &D_Q,
+        (_, Kernel::DQ | Kernel::ExactDelta | Kernel::DBias) => &D_Q,
         (_, Kernel::DKv) => &D_KV,
         _ => &FORWARD,
     };
     let fitting = table.iter().filter(|c| width <= c.width && seq >= c.seq);
     let mut candidates: Vec<Tiles> = fitting.map(|c| c.tiles).collect();
     if MaskClass::of(problem) == Some(MaskClass::Window) {
-        let band = problem.sequence(0).band.reach() as u32;
+        let band = problem.reach() as u32;
         candidates.sort_by(|a, b| a.window_cost(band).total_cmp(&b.window_cost(band)));
     }
     candidates

@@ -41,11 +41,11 @@ impl MaskClass {
 
     /// The class of a problem; `None` for up to 32 queries (decoding), which stay with the built-in table.
     pub fn of(problem: &Problem) -> Option<Self> {
-        let shape = problem.shape();
-        match (shape.seq_q, shape.seq_q.min(shape.seq_k)) {
+        let [seq_q, seq_k] = problem.longest();
+        match (seq_q, seq_q.min(seq_k)) {
             (..FEW, _) => None,
             (_, ..=SHORT) => Some(MaskClass::Short),
-            _ if problem.sequence(0).band.reach() <= NARROW => Some(MaskClass::Window),
+            _ if problem.reach() <= NARROW => Some(MaskClass::Window),
             _ => Some(MaskClass::Long),
         }
     }

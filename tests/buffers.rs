@@ -98,13 +98,14 @@ fn run_strided(gpu: &Attention, problem: &Problem, operands: &Operands, offset: 
     let lse_buffer = buffer(device, &vec![SENTINEL; lse_range.end + 9]);
     let sinks = sinks.map(|sinks| buffer(device, &sinks));
     let buffers = ForwardBuffers {
-        q: places[0].view(&fused),
-        k: places[1].view(&fused),
-        v: places[2].view(&fused),
         sink_logits: sinks.as_ref().map(|sinks| TensorView::new(sinks).offset(offset as u64)),
-        o: o.view(&o_buffer),
-        o_rest: None,
-        lse: TensorView::new(&lse_buffer).offset(offset as u64),
+        ..ForwardBuffers::new(
+            places[0].view(&fused),
+            places[1].view(&fused),
+            places[2].view(&fused),
+            o.view(&o_buffer),
+            TensorView::new(&lse_buffer).offset(offset as u64),
+        )
     };
     let prepared = gpu.prepare_forward(problem, &buffers).unwrap();
     let vec4 = [offset, pad, width].iter().all(|n| n % 4 == 0);
@@ -598,21 +599,24 @@ mod backward {
         let d_sink_logits = sinks.as_ref().map(|_| target(dense(heads)));
         let at_offset = |buffer| TensorView::new(buffer).offset(offset as u64);
         let buffers = BackwardBuffers {
-            forward: ForwardBuffers {
-                q: q.view(&fused),
-                k: k.view(&fused),
-                v: v.view(&fused),
-                sink_logits: sinks.as_ref().map(at_offset),
-                o: o.place.view(&o.buffer),
-                o_rest: None,
-                lse: at_offset(&lse.buffer),
-            },
-            d_o: padded(heads).view(&d_o),
             d_lse: d_lse.as_ref().map(at_offset),
-            d_q: d_q.place.view(&d_q.buffer),
-            d_k: d_k.place.view(&d_k.buffer),
-            d_v: d_v.place.view(&d_v.buffer),
             d_sink_logits: d_sink_logits.as_ref().map(|target| at_offset(&target.buffer)),
+            ..BackwardBuffers::new(
+                ForwardBuffers {
+                    sink_logits: sinks.as_ref().map(at_offset),
+                    ..ForwardBuffers::new(
+                        q.view(&fused),
+                        k.view(&fused),
+                        v.view(&fused),
+                        o.place.view(&o.buffer),
+                        at_offset(&lse.buffer),
+                    )
+                },
+                padded(heads).view(&d_o),
+                d_q.place.view(&d_q.buffer),
+                d_k.place.view(&d_k.buffer),
+                d_v.place.view(&d_v.buffer),
+            )
         };
         let forward = gpu.prepare_forward(problem, &buffers.forward).unwrap();
         let prepared = gpu.prepare_backward(problem, &buffers).unwrap();
@@ -631,6 +635,8 @@ mod backward {
             d_k: d_k.read(device, layout),
             d_v: d_v.read(device, layout),
             d_sink_logits: d_sink_logits.map(|target| target.read(device, layout)),
+            d_alibi_slopes: None,
+            d_bias: None,
         };
         let expected = backward.check(gpu, problem);
         if vec4 {

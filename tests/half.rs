@@ -43,7 +43,8 @@ both! {
 /// The problem in an element type, with operands.
 fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
     let problem = Problem::new(*problem.shape(), problem.options().dtype(T::DTYPE)).unwrap();
-    (problem, Backward::random(&problem, seed).cast())
+    let operands = Backward::random(&problem, seed).cast();
+    (problem, operands)
 }
 
 fn views_with_offsets_and_strides<T: Element>() {
@@ -208,15 +209,13 @@ fn buffers_that_are_too_small<T: Element>() {
     let storage = |size| empty(device, size, BufferUsages::STORAGE);
     // 15 halves are 30 bytes, which end in the word up to byte 32; lse has 3 singles.
     let [q, k, v, o, short, lse] = [32, 32, 32, 32, 30, 12].map(storage);
-    let views = ForwardBuffers {
-        q: TensorView::new(&q),
-        k: TensorView::new(&k),
-        v: TensorView::new(&v),
-        sink_logits: None,
-        o: TensorView::new(&o),
-        o_rest: None,
-        lse: TensorView::new(&lse),
-    };
+    let views = ForwardBuffers::new(
+        TensorView::new(&q),
+        TensorView::new(&k),
+        TensorView::new(&v),
+        TensorView::new(&o),
+        TensorView::new(&lse),
+    );
     let prepare = |views: ForwardBuffers<'_>| gpu.prepare_forward(&problem, &views);
     prepare(views).unwrap();
     prepare(ForwardBuffers { q: views.q.offset(1), ..views }).unwrap();

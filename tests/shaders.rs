@@ -76,8 +76,11 @@ fn reachable() -> &'static [Planned] {
                         // Packed operands of such widths can be read by fours; strides may still forbid it.
                         let by_fours = width.iter().all(|w| w % 4 == 0);
                         for [vec4, o_rest] in [[false, false], [by_fours, false], [false, true], [by_fours, true]] {
-                            let optional =
-                                OptionalOperands { d_lse: seq % 2 == 0, o_rest: o_rest && dtype != DType::F32 };
+                            let optional = OptionalOperands {
+                                d_lse: seq % 2 == 0,
+                                o_rest: o_rest && dtype != DType::F32,
+                                ..OptionalOperands::default()
+                            };
                             for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
                                 let preference = Preference { micro_kernel, ..Preference::default() };
                                 let (Ok(forward), Ok(backward)) = (
@@ -279,13 +282,17 @@ fn bindings_stay_where_they_are() {
         let results: &[&str] = match variant.kernel {
             Kernel::Forward if variant.o_rest => &["lse", "o", "o_rest"],
             Kernel::Forward => &["lse", "o"],
-            Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["delta", "sink_partials"],
-            Kernel::Delta | Kernel::ExactDelta => &["delta"],
+            Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["row_terms", "sink_partials"],
+            Kernel::Delta | Kernel::ExactDelta => &["row_terms"],
             Kernel::DSinkLogits => &["d_sink_logits"],
+            Kernel::DQ if variant.alibi => &["alibi_moments", "d_q"],
             Kernel::DQ => &["d_q"],
             Kernel::DKv => &["d_k", "d_v"],
             Kernel::Maxima | Kernel::GradientMaxima => &["maxima"],
             Kernel::Ranges => &["ranges"],
+            Kernel::MaskBits => &["mask_bits"],
+            Kernel::DBias => &["d_bias"],
+            Kernel::DAlibiSlopes => &["d_alibi_slopes"],
         };
         assert_eq!(written, results, "{name}");
     }
@@ -333,22 +340,14 @@ fn build(attention: &Attention, planned: &Planned) {
     let at = |buffer| TensorView::new(buffer).offset(offset);
     let per_head = problem.options().sink_logits == SinkLogits::PerHead;
     let forward_buffers = ForwardBuffers {
-        q: at(&q),
-        k: at(&k),
-        v: at(&v),
         sink_logits: per_head.then(|| at(&sinks)),
-        o: at(&o),
         o_rest: optional.o_rest.then(|| at(&o_rest)),
-        lse: at(&lse),
+        ..ForwardBuffers::new(at(&q), at(&k), at(&v), at(&o), at(&lse))
     };
     let backward_buffers = BackwardBuffers {
-        forward: forward_buffers,
-        d_o: at(&d_o),
         d_lse: optional.d_lse.then(|| at(&flows_into_lse)),
-        d_q: at(&d_q),
-        d_k: at(&d_k),
-        d_v: at(&d_v),
         d_sink_logits: per_head.then(|| at(&d_sinks)),
+        ..BackwardBuffers::new(forward_buffers, at(&d_o), at(&d_q), at(&d_k), at(&d_v))
     };
     let tiles = |plan: &Plan| -> Vec<_> {
         plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, pass.variant.tiling?))).collect()

@@ -51,6 +51,8 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro inverse(b) %}{{ "(1.0 / " ~ b ~ "_range)" if dtype == "bf16" else "1.0" }}{% endmacro -%}
 
 {%- macro begin() %}
+  // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
+  let last_column = {{ "max(column_limit, 1u)" if lengths else "column_limit" }} - 1u;
 {% for b in ranged %}
   let {{ b }}_range = ranges[{{ range_slots[b] }}];
 {% endfor %}
@@ -74,7 +76,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endmacro -%}
 
 {#- What takes the range of d_s, and the scale that d_s lacks, out of a gradient that it was multiplied into with `b`. -#}
-{%- macro d_s_inverse(b) %}params.scale_size * params.scale_sign / v_bound / d_o_range * {{ inverse(b) }}{% endmacro -%}
+{%- macro d_s_inverse(b) %}params.scale / v_bound / d_o_range * {{ inverse(b) }}{% endmacro -%}
 
 {#- Begins the n-th part of what a lane does for its quads of a fragment's row; a fragment may have fewer quads than lanes. -#}
 {%- macro each_quad(n) %}{
@@ -125,7 +127,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endif %}
     {
       let item = thread + {{ n * threads }}u;
-      let source = min({{ column }} + item / {{ quads }}u, column_limit - 1u);
+      let source = min({{ column }} + item / {{ quads }}u, last_column);
 {% if quads > operand_quads[b] %}
       if (item % {{ quads }}u < {{ operand_quads[b] }}u)
 {% endif %}
@@ -151,7 +153,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- Before the first tile: the scale of scores in powers of two, and, where there is one range of tiles, its first. -#}
 {%- macro begin_columns() %}
   // Never zero, so that hidden scores stay hidden.
+{% if modified %}
+  let scale = LOG2_E;
+{% else %}
   let scale = max(params.scale_size * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }}, 1e-25);
+{% endif %}
   var stage = 0u;
 {% for b in staged %}
 {{ shares(b) }}
@@ -173,11 +179,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for n in range(statistic_shares) %}
     if (thread < {{ 2 * tile_columns - n * threads }}u) {
       let item = thread + {{ n * threads }}u;
-      let source = min({{ column }} + item % TILE_COLUMNS, column_limit - 1u);
+      let source = min({{ column }} + item % TILE_COLUMNS, last_column);
       if (item < TILE_COLUMNS) {
-        statistic_share_{{ n }} = 15.0 - probability_lse(lse[lse_base + source]) * LOG2_E;
+        statistic_share_{{ n }} = 15.0 - row_terms[terms_base + source].x * LOG2_E;
       } else {
-        statistic_share_{{ n }} = -delta[delta_base + source] * v_bound * d_o_range * {{ 1 / 32768 }};
+        statistic_share_{{ n }} = -row_terms[terms_base + source].y * v_bound * d_o_range * {{ 1 / 32768 }};
       }
     }
 {% endfor %}
@@ -198,14 +204,14 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {%- macro first_columns() %}
   {
-{{ fetch_columns("tiles.first * TILE_COLUMNS") }}
+{{ fetch_columns(("first_tile" if rows_are_keys or mask else "tiles.first") ~ " * TILE_COLUMNS") }}
   }
 {{ put_columns() }}
 {% endmacro -%}
 
 {#- The next tile has until the end of this one. -#}
 {%- macro fetch_next() %}
-    let next = {{ "(tile + 1u)" if rows_are_keys else "next_tile(tiles, tile)" }} * TILE_COLUMNS;
+    let next = {{ following }} * TILE_COLUMNS;
 {{ fetch_columns("next") }}
 {% endmacro -%}
 
@@ -223,8 +229,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var shift_{{ r }} = 0.0;
   var delta_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) {
-    shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]) * LOG2_E;
-    delta_{{ r }} = delta[delta_base + row_{{ r }}] * v_bound * d_o_range;
+    let terms = row_terms[terms_base + row_{{ r }}];
+    shift_{{ r }} = terms.x * LOG2_E;
+    delta_{{ r }} = terms.y * v_bound * d_o_range;
   }
 {% endfor %}
 {% endmacro -%}
@@ -259,16 +266,45 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {%- macro take(x, r) %}
 {% for n in range(lane_quads) %}
-    let {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
+    {{ "var" if modified else "let" }} {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
 {% endfor %}
     {{ sync() }}
+{% endmacro -%}
+
+{#- Which of the columns of a lane's n-th quad its r-th row sees. -#}
+{%- macro visible(r, n) %}{{ "sees4" if hides else "visible4" }}(row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
+
+{#- Makes scores of products that were taken, where they are more than products times the scale. -#}
+{%- macro make_scores(x, r) %}
+{% if modified %}
+{% for n in range(lane_quads) %}
+{% if softcap %}
+    let capped_{{ r }}_{{ n }} = tanh4({{ x }}_{{ r }}_{{ n }} * {{ inverse("q") }} * {{ inverse("k") }} * params.scale / params.softcap);
+    {{ x }}_{{ r }}_{{ n }} = capped_{{ r }}_{{ n }} * params.softcap;
+{% else %}
+    {{ x }}_{{ r }}_{{ n }} *= {{ inverse("q") }} * {{ inverse("k") }} * params.scale;
+{% endif %}
+{% if alibi or bias %}
+    {{ x }}_{{ r }}_{{ n }} = score4({{ x }}_{{ r }}_{{ n }}, row_{{ r }}, {{ quad_column(n) }});
+{% endif %}
+{% endfor %}
+{% endif %}
+{% endmacro -%}
+
+{#- From the gradients by scores to those by products times the scale. -#}
+{%- macro uncap(d_s) %}
+{% if softcap %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    {{ d_s }}_{{ r }}_{{ n }} *= fma(-capped_{{ r }}_{{ n }}, capped_{{ r }}_{{ n }}, vec4<f32>(1.0));
+{% endfor %}{% endfor %}
+{% endif %}
 {% endmacro -%}
 
 {#- Zero where hidden, whatever was computed there. -#}
 {%- macro hide(x) %}
     if (masked) {
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ x }}_{{ r }}_{{ n }}, visible4(row_{{ r }}, {{ quad_column(n) }}));
+      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ x }}_{{ r }}_{{ n }}, {{ visible(r, n) }});
 {% endfor %}{% endfor %}
     }
 {% endmacro -%}
@@ -345,5 +381,5 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- Reports whether the tile is to be computed again. -#}
 {%- macro report() %}
   workgroupBarrier();
-  if (thread == 0u) { repairs[index] = atomicLoad(&broken); }
+  if (thread == 0u) { repairs[repair_slot({{ here_argument }}work, work.tile)] = atomicLoad(&broken); }
 {% endmacro -%}

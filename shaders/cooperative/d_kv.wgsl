@@ -28,6 +28,7 @@
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
 {{ blocks.take("x", r) }}
+{{ blocks.make_scores("x", r) }}
 {% endfor %}
 {% for n in range(lane_quads) %}
     let statistic_{{ n }} = stage * {{ 2 * tile_columns }}u + ({{ n * lanes // side }}u + part) * 4u;
@@ -55,6 +56,7 @@
 {% endfor %}
 {% endfor %}
 {{ blocks.hide("d_s") }}
+{{ blocks.uncap("d_s") }}
 {{ blocks.keep_weights("d_s", 1) }}
 {% endmacro -%}
 

@@ -10,6 +10,11 @@
 {{ blocks.resident("d_o", blocks.factor("d_o")) }}
 {{ blocks.accumulator("d_q", "k") }}
 {{ blocks.row_statistics() }}
+{% if alibi %}
+{% for r in range(row_fragments) %}
+  var moment_{{ r }} = 0.0;
+{% endfor %}
+{% endif %}
 {{ blocks.begin_columns() }}
 {% endmacro -%}
 
@@ -27,6 +32,7 @@
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
 {{ blocks.take("x", r) }}
+{{ blocks.make_scores("x", r) }}
 {% endfor %}
 {% for r in range(row_fragments) %}
 {{ blocks.park("d_p", r) }}
@@ -38,6 +44,15 @@
 {% endfor %}
 {% endfor %}
 {{ blocks.hide("d_s") }}
+{% if alibi %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    {
+      let moment = d_s_{{ r }}_{{ n }} * distance4(row_{{ r }}, {{ blocks.quad_column(n) }});
+      moment_{{ r }} += (moment.x + moment.y) + (moment.z + moment.w);
+    }
+{% endfor %}{% endfor %}
+{% endif %}
+{{ blocks.uncap("d_s") }}
 {{ blocks.keep_weights("d_s", 0) }}
 {% endmacro -%}
 
@@ -49,5 +64,15 @@
 {%- macro finish() %}
   let factor = {{ blocks.d_s_inverse("k") }};
 {{ blocks.store("d_q", "d_q", "factor") }}
+{% if alibi %}
+{% for r in range(row_fragments) %}
+{{ blocks.reduce_row("moment_" ~ r, "sum") }}
+  if (row_{{ r }} < row_limit && part == 0u) {
+    let total = moment_{{ r }} / v_bound / d_o_range;
+    if (!is_finite4(vec4<f32>(total))) { atomicStore(&broken, 1u); }
+    alibi_moments[terms_base + row_{{ r }}] = total;
+  }
+{% endfor %}
+{% endif %}
 {{ blocks.report() }}
 {% endmacro -%}

@@ -29,6 +29,7 @@
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
 {{ blocks.take("x", r) }}
+{{ blocks.make_scores("x", r) }}
 {{ blocks.park("d_p", r) }}
 {{ blocks.take("y", r) }}
 {% for n in range(lane_quads) %}
@@ -52,10 +53,9 @@
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
-    let place = delta_base + row_{{ r }};
     let total = sum_{{ r }} * {{ blocks.inverse("d_o") }} * {{ blocks.inverse("v") }};
     if (!is_finite4(vec4<f32>(total))) { atomicStore(&broken, 1u); }
-    delta[place] = row_delta(place, total);
+    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ r }}, total);
   }
 {% endfor %}
 {{ blocks.report() }}

@@ -3,8 +3,13 @@
 
 {%- macro declare() %}
 {{ blocks.declare() }}
+{% if modified %}
+// Below every score.
+const HIDDEN: f32 = LOWEST;
+{% else %}
 // Below every score of halves that were scaled to their range, and far from where f32 ends.
 const HIDDEN: f32 = -1e30;
+{% endif %}
 // The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
 const SLACK: f32 = 8.0;
 {% endmacro -%}
@@ -30,15 +35,25 @@ const SLACK: f32 = 8.0;
 {%- macro softmax() %}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
+{% if modified %}
+{{ blocks.take("x", r) }}
+{{ blocks.make_scores("x", r) }}
+    if (masked) {
+{% for n in range(lane_quads) %}
+      x_{{ r }}_{{ n }} = select(vec4<f32>(HIDDEN), x_{{ r }}_{{ n }}, {{ blocks.visible(r, n) }});
+{% endfor %}
+    }
+{% else %}
     if (masked) {
 {% for n in range(lane_quads) %}
       {
         let at = strip_at + {{ n * lanes // side }}u;
-        strips[at] = select(vec4<f32>(HIDDEN), strips[at], visible4(row_{{ r }}, {{ blocks.quad_column(n) }}));
+        strips[at] = select(vec4<f32>(HIDDEN), strips[at], {{ blocks.visible(r, n) }});
       }
 {% endfor %}
     }
 {{ blocks.take("x", r) }}
+{% endif %}
     var row_most_{{ r }} = 0.0;
     {
       var most4 = x_{{ r }}_0;
@@ -51,7 +66,7 @@ const SLACK: f32 = 8.0;
     }
 {% endfor %}
     // Nothing to rescale yet.
-    if (tile == tiles.first) {
+    if (tile == {{ "first_tile" if mask else "tiles.first" }}) {
 {% for r in range(row_fragments) %}
       most_{{ r }} = row_most_{{ r }};
 {% endfor %}
@@ -96,9 +111,9 @@ const SLACK: f32 = 8.0;
 {%- macro finish() %}
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
-  let end_{{ r }} = finish_row(most_{{ r }} * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}, sum_{{ r }}, work.head);
+  let end_{{ r }} = finish_row(most_{{ r }}{% if not modified %} * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}{% endif %}, sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor * {{ blocks.inverse("v") }};
-  if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = end_{{ r }}.lse; }
+  if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = {% if lengths %}select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < here.seq_q){% else %}end_{{ r }}.lse{% endif %}; }
 {% endfor %}
 {{ blocks.store("o", "o", "factor_") }}
 {{ blocks.report() }}

@@ -50,20 +50,56 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- Place in workgroup memory of a thread's i-th row of weights. -#}
 {%- macro weight_row(i) %}(ty + {{ i }}u * THREADS_R) * WEIGHT_ROW{% endmacro -%}
 
-{%- macro begin() %}
+{#- A thread's place. -#}
+{%- macro begin_threads() %}
   // Eight neighbours form a block of four by two threads, so that they share rows of both sides.
   let block = thread / 8u;
   let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));
   let ty = thread / 4u % 2u + 2u * (block / (THREADS_C / 4u));
   var step = 0u;
   if (thread == 0u) { atomicStore(&poisoned, 0u); }
+{% endmacro -%}
+
+{%- macro begin() %}
+{{ begin_threads() }}
 {% for i in range(rows) %}
   let row_{{ i }} = row0 + ty + {{ i }}u * THREADS_R;
 {% endfor %}
 {% endmacro -%}
 
+{#- First column of a thread's c-th quad. -#}
+{%- macro quad_column(c) %}column0 + 4u * (tx + {{ c }}u * THREADS_C){% endmacro -%}
+
 {#- Which of the four columns of a thread's c-th quad its i-th row sees. -#}
-{%- macro visible(i, c) %}visible4(row_{{ i }}, column0 + 4u * (tx + {{ c }}u * THREADS_C)){% endmacro -%}
+{%- macro visible(i, c) %}{% if hides %}seen_{{ i }}_{{ c }}{% else %}visible4(row_{{ i }}, {{ quad_column(c) }}){% endif %}{% endmacro -%}
+
+{#- Makes scores of products, and finds out which pairs are visible, where that is more than the scale and the band. -#}
+{%- macro make_scores(s) %}
+{% for i in range(rows) %}{% for c in range(quads) %}
+{% if softcap %}
+    let capped_{{ i }}_{{ c }} = tanh4({{ s }}_{{ i }}_{{ c }} * params.scale / params.softcap);
+    {{ s }}_{{ i }}_{{ c }} = capped_{{ i }}_{{ c }} * params.softcap;
+{% elif modified %}
+    {{ s }}_{{ i }}_{{ c }} *= params.scale;
+{% endif %}
+{% if alibi or bias %}
+    {{ s }}_{{ i }}_{{ c }} = score4({{ s }}_{{ i }}_{{ c }}, row_{{ i }}, {{ quad_column(c) }});
+{% endif %}
+{% if hides %}
+    var seen_{{ i }}_{{ c }} = vec4<bool>(true);
+    if (masked) { seen_{{ i }}_{{ c }} = sees4(row_{{ i }}, {{ quad_column(c) }}); }
+{% endif %}
+{% endfor %}{% endfor %}
+{% endmacro -%}
+
+{#- From the gradients by scores to those by products times the scale. -#}
+{%- macro uncap(d_s) %}
+{% if softcap %}
+{% for i in range(rows) %}{% for c in range(quads) %}
+    {{ d_s }}_{{ i }}_{{ c }} *= fma(-capped_{{ i }}_{{ c }}, capped_{{ i }}_{{ c }}, vec4<f32>(1.0));
+{% endfor %}{% endfor %}
+{% endif %}
+{% endmacro -%}
 
 {#- Zero where hidden, whatever was computed there. -#}
 {%- macro hide(s) %}
@@ -175,7 +211,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
         for (var j = 0u; j < SLAB; j += 1u) {
           let column = column0 + first + j;
 {% for i in range(rows) %}
-          if (visible4(row_{{ i }}, column).x) {
+          if ({{ "sees4" if hides else "visible4" }}(row_{{ i }}, column).x) {
             let w = memory[{{ weight_row(i) }} + (first + j) / 4u][(first + j) % 4u];
 {% for c in range(x_quads) %}
             {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w), memory[SLAB_STAGE + j * {{ slab_row }}u + tx + {{ c }}u * THREADS_C], {{ x }}_{{ i }}_{{ c }});

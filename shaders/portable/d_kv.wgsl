@@ -11,7 +11,10 @@
 
 {%- macro begin_head() %}{% endmacro -%}
 
-{%- macro scores() %}{{ blocks.product("s", "k", "q") }}{% endmacro -%}
+{%- macro scores() %}
+{{ blocks.product("s", "k", "q") }}
+{{ blocks.make_scores("s") }}
+{% endmacro -%}
 
 {#- Leaves p as weights, and keeps it. -#}
 {%- macro probabilities() %}
@@ -22,12 +25,13 @@
       var row_lse = vec4<f32>();
 {% for e in range(4) %}
       if (query + {{ e }}u < column_limit) {
-        row_lse.{{ xyzw[e] }} = probability_lse(lse[lse_base + query + {{ e }}u]);
-        delta_{{ c }}.{{ xyzw[e] }} = delta[delta_base + query + {{ e }}u];
+        let terms = row_terms[terms_base + query + {{ e }}u];
+        row_lse.{{ xyzw[e] }} = terms.x;
+        delta_{{ c }}.{{ xyzw[e] }} = terms.y;
       }
 {% endfor %}
 {% for i in range(rows) %}
-      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), -row_lse));
+      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), -row_lse));
 {% endfor %}
     }
 {% endfor %}
@@ -46,6 +50,7 @@
     d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});
 {% endfor %}{% endfor %}
 {{ blocks.hide("d_p") }}
+{{ blocks.uncap("d_p") }}
     workgroupBarrier();
 {{ blocks.keep_weights("d_p") }}
 {% endmacro -%}

@@ -9,27 +9,53 @@
   var lse_{{ i }} = 0.0;
   var delta_{{ i }} = 0.0;
   if (row_{{ i }} < row_limit) {
-    lse_{{ i }} = probability_lse(lse[lse_base + row_{{ i }}]);
-    delta_{{ i }} = delta[delta_base + row_{{ i }}];
+    let terms = row_terms[terms_base + row_{{ i }}];
+    lse_{{ i }} = terms.x;
+    delta_{{ i }} = terms.y;
   }
 {% endfor %}
 {{ blocks.accumulator("d_q", "k") }}
+{% if alibi %}
+{% for i in range(rows) %}
+  var moment_{{ i }} = 0.0;
+{% endfor %}
+{% endif %}
 {% endmacro -%}
 
-{%- macro scores() %}{{ blocks.product("s", "q", "k") }}{% endmacro -%}
+{%- macro scores() %}
+{{ blocks.product("s", "q", "k") }}
+{{ blocks.make_scores("s") }}
+{% endmacro -%}
 
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
 
 {#- Leaves d_s = p (d_p - delta) as weights. -#}
 {%- macro score_gradients() %}
 {% for i in range(rows) %}{% for c in range(quads) %}
-    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 {% endfor %}{% endfor %}
 {{ blocks.hide("s") }}
+{% if alibi %}
+{% for i in range(rows) %}{% for c in range(quads) %}
+    {
+      let moment = s_{{ i }}_{{ c }} * distance4(row_{{ i }}, {{ blocks.quad_column(c) }});
+      moment_{{ i }} += (moment.x + moment.y) + (moment.z + moment.w);
+    }
+{% endfor %}{% endfor %}
+{% endif %}
+{{ blocks.uncap("s") }}
     workgroupBarrier();
 {{ blocks.keep_weights("s") }}
 {% endmacro -%}
 
 {%- macro accumulate() %}{{ blocks.accumulate("d_q", "k") }}{% endmacro -%}
 
-{%- macro finish() %}{{ blocks.store("d_q", "d_q", "params.scale") }}{% endmacro -%}
+{%- macro finish() %}
+{{ blocks.store("d_q", "d_q", "params.scale") }}
+{% if alibi %}
+{{ blocks.reduce_rows("total", "moment", "sum") }}
+{% for i in range(rows) %}
+  if (row_{{ i }} < row_limit && tx == 0u) { alibi_moments[terms_base + row_{{ i }}] = total_{{ i }}; }
+{% endfor %}
+{% endif %}
+{% endmacro -%}

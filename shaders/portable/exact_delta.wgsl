@@ -12,14 +12,17 @@
 {% endfor %}
 {% endmacro -%}
 
-{%- macro scores() %}{{ blocks.product("s", "q", "k") }}{% endmacro -%}
+{%- macro scores() %}
+{{ blocks.product("s", "q", "k") }}
+{{ blocks.make_scores("s") }}
+{% endmacro -%}
 
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
 
 {#- Sums p d_p. -#}
 {%- macro accumulate() %}
 {% for i in range(rows) %}{% for c in range(quads) %}
-    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale), vec4<f32>(-lse_{{ i }}))) * d_p_{{ i }}_{{ c }};
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * d_p_{{ i }}_{{ c }};
 {% endfor %}{% endfor %}
 {{ blocks.hide("s") }}
 {% for i in range(rows) %}
@@ -37,8 +40,7 @@
 {{ blocks.reduce_rows("total", "sum", "sum") }}
 {% for i in range(rows) %}
   if (row_{{ i }} < row_limit && tx == 0u) {
-    let place = delta_base + row_{{ i }};
-    delta[place] = row_delta(place, total_{{ i }});
+    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }});
   }
 {% endfor %}
 {% endmacro -%}

@@ -61,13 +61,15 @@ impl GpuOperands {
 
     pub fn buffers(&self) -> ForwardBuffers<'_> {
         ForwardBuffers {
-            q: TensorView::new(&self.q),
-            k: TensorView::new(&self.k),
-            v: TensorView::new(&self.v),
             sink_logits: self.sink_logits.as_ref().map(TensorView::new),
-            o: TensorView::new(&self.o),
             o_rest: self.o_rest.as_ref().map(TensorView::new),
-            lse: TensorView::new(&self.lse),
+            ..ForwardBuffers::new(
+                TensorView::new(&self.q),
+                TensorView::new(&self.k),
+                TensorView::new(&self.v),
+                TensorView::new(&self.o),
+                TensorView::new(&self.lse),
+            )
         }
     }
 }
@@ -101,13 +103,14 @@ impl GpuGradients {
     pub fn buffers<'a>(&'a self, operands: &'a GpuOperands) -> BackwardBuffers<'a> {
         let forward = operands.buffers();
         BackwardBuffers {
-            forward,
-            d_o: TensorView::new(&self.d_o),
-            d_lse: None,
-            d_q: TensorView::new(&self.d_q),
-            d_k: TensorView::new(&self.d_k),
-            d_v: TensorView::new(&self.d_v),
             d_sink_logits: forward.sink_logits.map(|_| TensorView::new(&self.d_sink_logits)),
+            ..BackwardBuffers::new(
+                forward,
+                TensorView::new(&self.d_o),
+                TensorView::new(&self.d_q),
+                TensorView::new(&self.d_k),
+                TensorView::new(&self.d_v),
+            )
         }
     }
 }

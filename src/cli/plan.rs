@@ -222,7 +222,7 @@ impl PlanArgs {
                     tuning: tuning.as_ref(),
                     ..Preference::default()
                 };
-                let optional = OptionalOperands { d_lse: false, o_rest };
+                let optional = OptionalOperands { o_rest, ..OptionalOperands::default() };
                 let mut passes = Plan::forward_with(&problem, vec4, optional, &capabilities, &preference)?.passes;
                 if self.backward {
                     passes.extend(Plan::backward_with(&problem, vec4, optional, &capabilities, &preference)?.passes);

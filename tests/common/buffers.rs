@@ -79,13 +79,14 @@ impl Buffers {
 
     pub fn views(&self) -> ForwardBuffers<'_> {
         ForwardBuffers {
-            q: TensorView::new(&self.q),
-            k: TensorView::new(&self.k),
-            v: TensorView::new(&self.v),
             sink_logits: self.sink_logits.as_ref().map(TensorView::new),
-            o: TensorView::new(&self.o),
-            o_rest: None,
-            lse: TensorView::new(&self.lse),
+            ..ForwardBuffers::new(
+                TensorView::new(&self.q),
+                TensorView::new(&self.k),
+                TensorView::new(&self.v),
+                TensorView::new(&self.o),
+                TensorView::new(&self.lse),
+            )
         }
     }
 
@@ -133,13 +134,15 @@ impl GradientBuffers {
 
     pub fn views(&self) -> BackwardBuffers<'_> {
         BackwardBuffers {
-            forward: self.forward.views(),
-            d_o: TensorView::new(&self.d_o),
             d_lse: self.d_lse.as_ref().map(TensorView::new),
-            d_q: TensorView::new(&self.d_q),
-            d_k: TensorView::new(&self.d_k),
-            d_v: TensorView::new(&self.d_v),
             d_sink_logits: self.d_sink_logits.as_ref().map(TensorView::new),
+            ..BackwardBuffers::new(
+                self.forward.views(),
+                TensorView::new(&self.d_o),
+                TensorView::new(&self.d_q),
+                TensorView::new(&self.d_k),
+                TensorView::new(&self.d_v),
+            )
         }
     }
 

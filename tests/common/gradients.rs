@@ -107,11 +107,29 @@ impl<T: Element> Backward<T> {
             off("d_k", &actual.d_k, &expected.d_k, inflow, bound),
             off("d_v", &actual.d_v, &expected.d_v, inflow, bound),
             d_sink,
+            // Distances multiply what rounding leaves of terms that cancel.
+            off_optional("d_alibi_slopes", &actual.d_alibi_slopes, &expected.d_alibi_slopes, inflow, bound.max(1e-4)),
+            off_optional("d_bias", &actual.d_bias, &expected.d_bias, inflow, bound),
         ]
         .into_iter()
         .flatten()
         .collect();
         if failures.is_empty() { Ok(()) } else { Err(failures.join(", ")) }
+    }
+}
+
+/// As [`off`], of a gradient that both have or neither has.
+fn off_optional(
+    name: &str,
+    actual: &Option<Vec<f32>>,
+    expected: &Option<Vec<impl Copy + Into<f64>>>,
+    inflow: f64,
+    bound: f64,
+) -> Option<String> {
+    match (actual, expected) {
+        (Some(actual), Some(expected)) => off(name, actual, expected, inflow, bound),
+        (None, None) => None,
+        _ => Some(format!("{name} is there: {}", actual.is_some())),
     }
 }
 

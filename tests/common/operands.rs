@@ -7,7 +7,8 @@ use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::{
-    Alignment, Attention, Element, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window,
+    Alignment, Attention, Bias, DType, Element, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem,
+    Sequence, Shape, SinkLogits, Window, pack_mask,
 };
 
 use super::{compare, compare_lse};
@@ -65,6 +66,60 @@ pub struct Operands<T = f32> {
     pub k: Vec<T>,
     pub v: Vec<T>,
     pub sink_logits: Option<Vec<f32>>,
+    pub alibi_slopes: Option<Vec<f32>>,
+    pub bias: Option<RandomBias<T>>,
+    pub mask: Option<RandomMask>,
+}
+
+/// A bias of either element type.
+#[derive(Debug, Clone)]
+pub enum RandomBias<T> {
+    F32(Vec<f32>),
+    Operand(Vec<T>),
+}
+
+/// A mask of either packing.
+#[derive(Debug, Clone)]
+pub enum RandomMask {
+    Bytes(Vec<u8>),
+    Bits(Vec<u32>),
+}
+
+impl RandomMask {
+    /// A tenth of the pairs is hidden one by one, and whole blocks of 48 keys by 40 queries are, or are visible.
+    fn new(problem: &Problem, rng: &mut StdRng) -> Option<Self> {
+        let options = problem.options().mask_packing(MaskPacking::Bytes);
+        let axes = options.mask?;
+        let [batch, heads, seq_q, seq_k] = {
+            let [b, h, m, n] = full_pairs(problem);
+            let own = |own: bool, size| if own { size } else { 1 };
+            [own(axes.batch, b), own(axes.heads, h), own(axes.seq_q, m), n]
+        };
+        let mut bytes = Vec::with_capacity(batch * heads * seq_q * seq_k);
+        for _ in 0..batch * heads {
+            let blocks: Vec<u8> =
+                (0..seq_q.div_ceil(40) * seq_k.div_ceil(48)).map(|_| rng.random_range(0..3)).collect();
+            for i in 0..seq_q {
+                for j in 0..seq_k {
+                    bytes.push(match blocks[i / 40 * seq_k.div_ceil(48) + j / 48] {
+                        0 => 0,
+                        1 => 7,
+                        _ => u8::from(rng.random_range(0..10) > 0),
+                    });
+                }
+            }
+        }
+        Some(match problem.options().mask_packing {
+            MaskPacking::Bytes => RandomMask::Bytes(bytes),
+            MaskPacking::Bits => RandomMask::Bits(pack_mask(&bytes, seq_k)),
+        })
+    }
+}
+
+/// `[B, H, M, N]`, of the longest sequence.
+fn full_pairs(problem: &Problem) -> [usize; 4] {
+    let longest = |of: fn(Sequence) -> usize| problem.sequences().map(of).max().unwrap_or(0);
+    [problem.sequence_count(), problem.shape().heads, longest(|s| s.q_rows), longest(|s| s.k_rows)]
 }
 
 impl Operands {
@@ -78,19 +133,44 @@ impl Operands {
             k: vector(problem.k_shape().iter().product()),
             v: vector(problem.v_shape().iter().product()),
             sink_logits: (problem.options().sink_logits == SinkLogits::PerHead).then(|| vector(problem.shape().heads)),
+            alibi_slopes: problem.options().alibi.then(|| vector(problem.shape().heads)),
+            bias: problem.bias_shape().map(|shape| {
+                let mut bias = vector(shape.iter().product());
+                // Every 29th is hidden.
+                bias.iter_mut().step_by(29).skip(1).for_each(|x| *x = f32::NEG_INFINITY);
+                match problem.options().bias_dtype {
+                    DType::F32 => RandomBias::F32(bias),
+                    _ => RandomBias::Operand(bias),
+                }
+            }),
+            mask: RandomMask::new(problem, &mut StdRng::seed_from_u64(seed ^ 0xa5)),
         }
     }
 
     /// Rounded to an element type.
     pub fn cast<T: Element>(self) -> Operands<T> {
-        let Operands { q, k, v, sink_logits } = self;
-        Operands { q: T::narrow(q), k: T::narrow(k), v: T::narrow(v), sink_logits }
+        let Operands { q, k, v, sink_logits, alibi_slopes, bias, mask } = self;
+        let bias = bias.map(|bias| match bias {
+            RandomBias::F32(bias) => RandomBias::F32(bias),
+            RandomBias::Operand(bias) => RandomBias::Operand(T::narrow(bias)),
+        });
+        let [q, k, v] = [q, k, v].map(T::narrow);
+        Operands { q, k, v, sink_logits, alibi_slopes, bias, mask }
     }
 }
 
 impl<T: Element> Operands<T> {
     pub fn inputs(&self) -> Inputs<'_, T> {
-        Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref())
+        let bias = self.bias.as_ref().map(|bias| match bias {
+            RandomBias::F32(bias) => Bias::F32(bias),
+            RandomBias::Operand(bias) => Bias::Operand(bias),
+        });
+        let mask = self.mask.as_ref().map(|mask| match mask {
+            RandomMask::Bytes(mask) => MaskData::Bytes(mask),
+            RandomMask::Bits(mask) => MaskData::Bits(mask),
+        });
+        let inputs = Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref());
+        inputs.alibi_slopes(self.alibi_slopes.as_deref()).bias(bias).mask(mask)
     }
 
     /// Key `j` of a key/value head.

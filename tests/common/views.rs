@@ -112,22 +112,14 @@ pub fn run_at<T: Element>(
     let d_lse = case.d_lse.as_deref().map(single);
     let at = |buffer| TensorView::new(buffer).offset(offset as u64);
     let forward = ForwardBuffers {
-        q: q_at.view(&q),
-        k: k_at.view(&k),
-        v: v_at.view(&v),
         sink_logits: Some(at(&sinks)),
-        o: o_at.view(&o),
         o_rest: o_rest.as_ref().map(|o_rest| o_at.view(o_rest)),
-        lse: at(&lse),
+        ..ForwardBuffers::new(q_at.view(&q), k_at.view(&k), v_at.view(&v), o_at.view(&o), at(&lse))
     };
     let backward = BackwardBuffers {
-        forward,
-        d_o: o_at.view(&d_o),
         d_lse: d_lse.as_ref().map(at),
-        d_q: q_at.view(&d_q),
-        d_k: k_at.view(&d_k),
-        d_v: v_at.view(&d_v),
         d_sink_logits: Some(at(&d_sinks)),
+        ..BackwardBuffers::new(forward, o_at.view(&d_o), q_at.view(&d_q), k_at.view(&d_k), v_at.view(&d_v))
     };
     let forward = pollster::block_on(gpu.prepare_forward_with(problem, &forward, tiles)).unwrap();
     let backward = pollster::block_on(gpu.prepare_backward_with(problem, &backward, tiles)).unwrap();

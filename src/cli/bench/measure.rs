@@ -54,7 +54,8 @@ impl Direction {
         let (shape, capabilities) = (problem.shape(), device.capabilities());
         let vec4 = [shape.head_dim, shape.value_dim].iter().all(|width| width.is_multiple_of(4));
         // As a training step has it.
-        let optional = OptionalOperands { d_lse: false, o_rest: problem.options().dtype != DType::F32 };
+        let optional =
+            OptionalOperands { o_rest: problem.options().dtype != DType::F32, ..OptionalOperands::default() };
         match self {
             Direction::Forward => Plan::forward_with(problem, vec4, optional, capabilities, preference),
             Direction::Backward => Plan::backward_with(problem, vec4, optional, capabilities, preference),

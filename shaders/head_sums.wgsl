@@ -1,12 +1,13 @@
-{#- The sink logits' gradient, -sum over rows of exp(sink - lse) delta: one workgroup sums a head over the batch and
-    the rows, in a fixed order. In f32 the delta kernel has summed tiles of rows, with a delta more exact than what it stores. -#}
+{#- The gradients by what a head has one number of. The sink logits': -sum over rows of exp(sink - lse) delta; in f32 the delta
+    kernel has summed tiles of rows, with a delta more exact than what it stores. The ALiBi slopes': -sum over rows of the
+    moments that the d_q kernel has left. One workgroup sums a head over the batch and the rows, in a fixed order. -#}
 {% include "params.wgsl" %}
 {% if sums_delta %}
 {% include "exp.wgsl" %}
 {% endif %}
 
 const THREADS: u32 = {{ threads }}u;
-{% if not sums_delta %}
+{% if of_tiles %}
 const ROWS: u32 = {{ delta_rows }}u;
 {% endif %}
 var<workgroup> partials: array<f32, {{ threads }}>;
@@ -19,11 +20,9 @@ fn main(
 ) {
   let head = workgroup.x + workgroup.y * grid.x;
   if (head >= params.workgroups) { return; }
+  let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if of_tiles else "params.seq_q" }};
 {% if sums_delta %}
-  let terms = params.seq_q;
   let sink = sink_logits[params.sink_offset + head];
-{% else %}
-  let terms = (params.seq_q + ROWS - 1u) / ROWS;
 {% endif %}
   var sum = 0.0;
   // Kahan's compensation: what the last addition rounded away.
@@ -31,9 +30,11 @@ fn main(
   for (var n = thread; n < params.batch * terms; n += THREADS) {
     let place = (n / terms * params.heads + head) * terms + n % terms;
 {% if sums_delta %}
-    let row_lse = lse[params.lse_offset + place];
+    let row = row_terms[place];
     // Equal terms give exp(0), even where both are infinite.
-    let x = -select(exp1(sink - row_lse), 1.0, sink == row_lse) * delta[place] - lost;
+    let x = -select(exp1(sink - row.x), 1.0, sink == row.x) * row.y - lost;
+{% elif kernel == "d_alibi_slopes" %}
+    let x = -alibi_moments[place] - lost;
 {% else %}
     let x = sink_partials[place] - lost;
 {% endif %}
@@ -47,5 +48,5 @@ fn main(
     if (thread < half) { partials[thread] += partials[thread + half]; }
     workgroupBarrier();
   }
-  if (thread == 0u) { d_sink_logits[params.d_sink_offset + head] = partials[0]; }
+  if (thread == 0u) { {{ "d_alibi_slopes[params.d_slope_offset" if kernel == "d_alibi_slopes" else "d_sink_logits[params.d_sink_offset" }} + head] = partials[0]; }
 }

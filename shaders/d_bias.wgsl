@@ -1,0 +1,71 @@
+{#- The gradient by the bias: d_s, summed over the axes that the bias does not have of its own, in a fixed order. One workgroup
+    computes a tile of the bias; where all queries share a row of it, the tile has one row. -#}
+{% include "tiled.wgsl" %}
+{% import micro_kernel ~ "/d_bias.wgsl" as micro %}
+{{ micro.declare() }}
+
+@compute @workgroup_size({{ threads }})
+fn main(
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+  @builtin(num_workgroups) grid: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+) {
+  let index = workgroup.x + workgroup.y * grid.x;
+  if (index >= params.workgroups) { return; }
+  let column_tiles = (params.pair_keys + TILE_COLUMNS - 1u) / TILE_COLUMNS;
+  let tile = index % column_tiles;
+  let column0 = tile * TILE_COLUMNS;
+{% if axes.seq_q %}
+  let row_tiles = (params.pair_rows + TILE_ROWS - 1u) / TILE_ROWS;
+  let own_row_tile = index / column_tiles % row_tiles;
+  let place = index / column_tiles / row_tiles;
+{% else %}
+  let place = index / column_tiles;
+{% endif %}
+  let own_head = {{ "place % params.heads" if axes.heads else "0u" }};
+  let own_number = {{ ("place / params.heads" if axes.heads else "place") if axes.batch else "0u" }};
+
+  {{ micro.begin() }}
+  for (var number = own_number; number < {{ "own_number + 1u" if axes.batch else "params.sequence_count" }}; number += 1u) {
+{% if lengths %}
+    let here = load_sequence(number);
+    sequence = here;
+    let batch = here.entry;
+{% else %}
+    let batch = number;
+{% endif %}
+    let row_limit = {{ bounds }}.seq_q;
+    let column_limit = {{ bounds }}.seq_k;
+    for (var head = own_head; head < {{ "own_head + 1u" if axes.heads else "params.heads" }}; head += 1u) {
+      let kv_head = head / (params.heads / params.kv_heads);
+{% for operand in loads %}
+{% set of_keys = operand.name in ["k", "v"] %}
+      let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, batch, {{ "kv_head" if of_keys else "head" }}){% if lengths %} + here.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq{% endif %};
+{% endfor %}
+      let terms_base = operand_base(params.row_terms, batch, head){% if lengths %} + here.q_start{% endif %};
+      begin_pairs(number, head);
+{% if mask %}
+      let class_base = operand_base(params.mask_classes, number, head);
+{% endif %}
+{% if axes.seq_q %}
+      for (var row_tile = own_row_tile; row_tile < own_row_tile + 1u; row_tile += 1u) {
+{% else %}
+      for (var row_tile = 0u; row_tile * TILE_ROWS < row_limit; row_tile += 1u) {
+{% endif %}
+        let row0 = row_tile * TILE_ROWS;
+        let row_end = min(row0 + TILE_ROWS, row_limit);
+        // Nothing of it is visible, or there is nothing of it.
+        if (row0 >= row_limit) { continue; }
+        let tiles = key_tiles({{ here_argument }}row0, row_end);
+        if (!((tile >= tiles.first && tile < tiles.sink_end) || (tile >= tiles.window && tile < tiles.end))) { continue; }
+{% if mask %}
+        if ((tile_class({{ here_argument }}class_base, row0, row_end, column0, column0 + TILE_COLUMNS) & 1u) == 0u) { continue; }
+{% endif %}
+        // Any number of the bias may be -infinity.
+        let masked = true;
+        {{ micro.add() }}
+      }
+    }
+  }
+  {{ micro.finish() }}
+}
