@@ -612,7 +612,7 @@ impl Attend<'_> {
                 products::<S, NV, NR>(simd, s, own_x, x, rows.clone());
                 products::<S, NV, NR>(simd, panels_mut::<S, NV>(&mut state.d_s), own_y, y, rows.clone());
                 let derivatives = panels_mut::<S, NV>(&mut state.derivative);
-                self.sweep.scores.form::<S, NV>(simd, self.side, pairs, panel, s, Some(derivatives));
+                self.sweep.scores.form::<S, NV>(simd, self.side, pairs, panel, s, derivatives);
                 self.score_gradients::<S, NV>(simd, panel, passing);
                 if let Some(seen) = &seen {
                     self.hide(panel, seen, rows.len());

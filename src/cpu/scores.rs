@@ -152,7 +152,7 @@ impl<'a> Scores<'a> {
     }
 
     /// Makes whole scores of the products of one panel, where they are more than products times the scale, and leaves
-    /// softcap's derivative in `derivatives`. The other side passes by in `s`.
+    /// softcap's derivative in `derivatives`, if that has room. The other side passes by in `s`.
     #[inline(always)]
     pub(super) fn form<S: Simd, const NV: usize>(
         &self,
@@ -161,7 +161,7 @@ impl<'a> Scores<'a> {
         (queries, keys): (&RowTile, &Range<usize>),
         panel: usize,
         s: &mut [Panel<S, NV>],
-        derivatives: Option<&mut [Panel<S, NV>]>,
+        derivatives: &mut [Panel<S, NV>],
     ) {
         if !self.problem.modifies_scores() {
             return;
@@ -175,13 +175,12 @@ impl<'a> Scores<'a> {
             }
             Some(softcap) => {
                 let softcap = simd.splat_f32s(softcap);
-                let mut derivatives = derivatives.filter(|derivatives| !derivatives.is_empty());
                 for (n, s) in s.iter_mut().enumerate() {
                     for (v, s) in s.iter_mut().enumerate() {
                         let (t, derivative) = tanh(simd, simd.div_f32s(simd.mul_f32s(*s, factor), softcap));
                         *s = simd.mul_f32s(softcap, t);
-                        if let Some(derivatives) = &mut derivatives {
-                            derivatives[n][v] = derivative;
+                        if let Some(derivatives) = derivatives.get_mut(n) {
+                            derivatives[v] = derivative;
                         }
                     }
                 }

@@ -327,7 +327,7 @@ impl Attend<'_> {
                 let q = column::<S, NV>(&self.state.q, panel, self.k.width());
                 let s = &mut panels_mut::<S, NV>(&mut self.state.s)[..keys.len()];
                 products::<S, NV, NR>(simd, s, q, self.k, keys.clone());
-                self.scores.form::<S, NV>(simd, Side::Queries, (self.tile, &keys), panel, s, None);
+                self.scores.form::<S, NV>(simd, Side::Queries, (self.tile, &keys), panel, s, &mut []);
                 if let Some(seen) = &seen {
                     self.hide(panel, seen, keys.len());
                 }
