@@ -118,15 +118,6 @@ impl Band {
         [0..sink_end as usize, start as usize..end as usize]
     }
 
-    /// The keys of `keys` that query i does not see: those between the sink tokens and the window, and those after it.
-    pub(crate) fn hidden_keys(&self, i: usize, keys: &Range<usize>) -> [Range<usize>; 2] {
-        let [sinks, window] = self.visible_keys(i).map(|seen| {
-            let clamp = |j: usize| j.clamp(keys.start, keys.end);
-            clamp(seen.start)..clamp(seen.end)
-        });
-        [sinks.end..window.start, window.end..keys.end]
-    }
-
     /// The tiles of `tile` keys in which some query of `rows` sees something.
     ///
     /// Between a row range's first and last window every key is visible to some row, so no tile

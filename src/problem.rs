@@ -507,14 +507,6 @@ impl Problem {
         self.distinct_sequences().map(|sequence| sequence.band.reach()).max().unwrap_or(0)
     }
 
-    /// TEMPORARY: what is not computed yet everywhere.
-    pub(crate) fn check_plain(&self) -> Result<()> {
-        if self.modifies_scores() || self.options.mask.is_some() || self.has_lengths() {
-            return Err(Error::InvalidOption { option: "options", reason: "not computed yet".into() });
-        }
-        Ok(())
-    }
-
     /// Whether scores are more than products times the scale.
     pub(crate) fn modifies_scores(&self) -> bool {
         let o = &self.options;

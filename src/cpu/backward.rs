@@ -11,8 +11,10 @@
 //! p = exp(scale * s - lse),  d_s = p * (d_p - delta),  delta = d_o . o - d_lse
 //! ```
 //!
-//! So the scores are formed twice, and in return every result has one writer and one order of summation. Scores
-//! come from the forward pass's own product: they have its bits, and the saved lse and o are truly theirs.
+//! A third one sums d_s alone over what each tile of a bias is added to; softcap's derivative is a factor of d_s in
+//! the first two only, as the bias is added behind it. So the scores are formed several times, and in return every
+//! result has one writer and one order of summation. Scores come from the forward pass's own functions: they have its
+//! bits, and the saved lse and o are truly theirs.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -22,16 +24,17 @@ use rayon::prelude::*;
 
 use super::range;
 use super::reference::{sink_logit, sink_weight};
-use super::rows::{Rows, rows_mut};
+use super::rows::{Head, Places, Rows, rows_mut};
+use super::scores::{RowTile, Scores, Seen, Side, TILE, zeros};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
-use super::tiled::{FEW_ITEMS, SPLIT_TILES, factor_and_sign, forward_widened, widen_bias};
+use super::tiled::{FEW_ITEMS, SPLIT_TILES, forward_widened, widen_bias};
 use crate::element::{DType, Element};
 use crate::error::Result;
-use crate::mask::Band;
-use crate::problem::{Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
+use crate::problem::{Axes, Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
+use crate::sequences::Sequence;
 
-/// Rows of a tile, of queries as of keys.
-const TILE: usize = 64;
+/// Tiles that pass by one of the bias at a time.
+const BIAS_STEPS: usize = 16;
 
 /// Backward pass on all cores of the CPU, from the results of the forward pass: in f32 whatever the operands are, and
 /// d_q, d_k and d_v rounded once.
@@ -55,7 +58,6 @@ pub fn backward<T: Element>(
 ) -> Result<Gradients<T>> {
     problem.check_inputs(inputs)?;
     problem.check_upstream(saved, upstream)?;
-    problem.check_plain()?;
     let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
     let bias = inputs.bias.map(widen_bias);
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
@@ -153,6 +155,7 @@ fn backward_on(
     let sweep = Sweep {
         arch,
         problem,
+        scores: Scores::new(problem, inputs),
         queries: (queries(inputs.q, s.head_dim), queries(upstream.d_o, s.value_dim)),
         keys: (keys(inputs.k, s.head_dim), keys(inputs.v, s.value_dim)),
         lse: &lse,
@@ -164,27 +167,33 @@ fn backward_on(
         d_v: vec![0.0; inputs.v.len()],
         d_sink_logits: d_sink_logits(problem, inputs, &lse, &delta),
         d_alibi_slopes: None,
-        d_bias: None,
+        d_bias: problem.options().bias.map(|axes| sweep.d_bias(axes)),
     };
-    sweep.run(Side::Queries, &mut gradients.d_q, None);
+    let d_alibi_slopes = sweep.run(Side::Queries, &mut gradients.d_q, None);
+    gradients.d_alibi_slopes = problem.options().alibi.then_some(d_alibi_slopes);
     sweep.run(Side::Keys, &mut gradients.d_k, Some(&mut gradients.d_v));
     gradients
 }
 
 /// What the gradients of a row's scores need beside the operands: lse, and delta less d_lse.
 ///
-/// Rows without any weight, whose lse is -inf, get +inf, with which every probability becomes 0.
+/// Rows without any weight, whose lse is -inf, get +inf, with which every probability becomes 0. So do those beyond the
+/// lengths in use.
 fn row_terms(problem: &Problem, o: &[f32], lse: &[f32], upstream: &Upstream<'_>) -> (Vec<f32>, Vec<f32>) {
     let s = problem.shape();
     let rows = |data| Rows::new(data, problem.options().layout, s.heads, s.seq_q, s.value_dim);
     let (o, d_o) = (rows(o), rows(upstream.d_o));
+    let used = |b| match problem.options().layout {
+        Layout::Thd => s.seq_q,
+        Layout::Bshd | Layout::Bhsd => problem.sequence(b).band.seq_q(),
+    };
     (0..lse.len())
         .into_par_iter()
         .map(|n| {
-            if lse[n] == f32::NEG_INFINITY {
+            let (b, h, i) = (n / s.seq_q / s.heads, n / s.seq_q % s.heads, n % s.seq_q);
+            if lse[n] == f32::NEG_INFINITY || i >= used(b) {
                 return (f32::INFINITY, 0.0);
             }
-            let (b, h, i) = (n / s.seq_q / s.heads, n / s.seq_q % s.heads, n % s.seq_q);
             let products = o.row(b, h, i).iter().zip(d_o.row(b, h, i)).map(|(&x, &y)| f64::from(x) * f64::from(y));
             let d_lse = upstream.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[n]));
             (lse[n], (products.sum::<f64>() - d_lse) as f32)
@@ -205,41 +214,49 @@ fn d_sink_logits(problem: &Problem, inputs: &Inputs<'_>, lse: &[f32], delta: &[f
     if per_head { (0..s.heads).into_par_iter().map(head).collect() } else { None }
 }
 
-/// A side of the score matrix.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Side {
-    Queries,
-    Keys,
-}
-
-impl Side {
-    fn other(self) -> Self {
-        match self {
-            Side::Queries => Side::Keys,
-            Side::Keys => Side::Queries,
-        }
-    }
-}
-
-/// Rows of one head of one sequence.
+/// Rows of one head of one sequence, counted from its start.
 struct Tile {
-    batch: usize,
+    sequence: usize,
     head: usize,
     rows: Range<usize>,
 }
 
+impl Tile {
+    /// The n-th tile of a head of the other side, which has `count` rows.
+    fn other(&self, head: usize, n: usize, count: usize) -> Tile {
+        Tile { sequence: self.sequence, head, rows: n * TILE..((n + 1) * TILE).min(count) }
+    }
+
+    /// As a tile of queries.
+    fn queries(&self) -> RowTile {
+        RowTile { sequence: self.sequence, heads: self.head..self.head + 1, queries: self.rows.clone() }
+    }
+}
+
 /// A tile that stays, with the tiles that pass by and its rows of the results.
 struct Item<'a> {
+    /// Place in the order of summation.
+    number: usize,
     tile: Tile,
     passing: Vec<Tile>,
     d_x: Vec<&'a mut [f32]>,
     d_y: Vec<&'a mut [f32]>,
 }
 
-/// Both sweeps. The operand that the scores come from is x, the other y: q and d_o, k and v.
+/// What a sweep sums.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Sums {
+    /// The gradients of the operands of the side that stays.
+    Operands,
+    /// d_s alone.
+    Bias,
+}
+
+/// All sweeps. The operand that the scores come from is x, the other y: q and d_o, k and v.
 struct Sweep<'a> {
     arch: Arch,
     problem: &'a Problem,
+    scores: Scores<'a>,
     queries: (Rows<'a>, Rows<'a>),
     keys: (Rows<'a>, Rows<'a>),
     lse: &'a [f32],
@@ -247,110 +264,222 @@ struct Sweep<'a> {
 }
 
 impl<'a> Sweep<'a> {
-    /// Computes the gradients of the side that stays: by x, and if wanted by y.
-    fn run(&self, side: Side, d_x: &mut [f32], d_y: Option<&mut [f32]>) {
+    /// Computes the gradients of the side that stays: by x, and if wanted by y. Returns those by the slopes of ALiBi, if
+    /// queries stay.
+    fn run(&self, side: Side, d_x: &mut [f32], d_y: Option<&mut [f32]>) -> Vec<f32> {
         let mut items = self.items(side, d_x, d_y);
-        let splits = FEW_ITEMS / items.len();
+        let splits = FEW_ITEMS / items.len().max(1);
         // Long items first: the short ones then even out the end.
         items.sort_by_key(|item| Reverse(item.passing.len()));
-        items.into_iter().par_bridge().for_each_init(
-            || State::new(self.problem),
-            |state, item| {
-                let splits = splits.min(item.passing.len() / SPLIT_TILES);
-                if splits <= 1 {
-                    self.attend(side, &item.tile, &item.passing, state);
-                    item.finish(self.problem, std::slice::from_ref(state));
-                } else {
-                    let states: Vec<State> = (0..splits)
-                        .into_par_iter()
-                        .map(|n| {
-                            let range = item.passing.len() * n / splits..item.passing.len() * (n + 1) / splits;
-                            let mut state = State::new(self.problem);
-                            self.attend(side, &item.tile, &item.passing[range], &mut state);
-                            state
-                        })
-                        .collect();
-                    item.finish(self.problem, &states);
-                }
-            },
-        );
+        let new = || State::new(self.problem, Sums::Operands);
+        let attend = |tile: &Tile, passing: &[Tile], state: &mut State| {
+            self.attend(Sums::Operands, side, tile, passing, state);
+        };
+        let terms = items.into_iter().par_bridge().map_init(new, |state, item| {
+            let splits = splits.min(item.passing.len() / SPLIT_TILES);
+            let (number, head) = (item.number, item.tile.head);
+            let d_slope = if splits <= 1 {
+                attend(&item.tile, &item.passing, state);
+                item.finish(self.problem, std::slice::from_ref(state))
+            } else {
+                let states: Vec<State> = (0..splits)
+                    .into_par_iter()
+                    .map(|n| {
+                        let range = item.passing.len() * n / splits..item.passing.len() * (n + 1) / splits;
+                        let mut state = new();
+                        attend(&item.tile, &item.passing[range], &mut state);
+                        state
+                    })
+                    .collect();
+                item.finish(self.problem, &states)
+            };
+            (number, head, d_slope)
+        });
+        let mut terms: Vec<(usize, usize, f64)> = terms.collect();
+        terms.sort_unstable_by_key(|&(number, ..)| number);
+        let mut d_slopes = vec![0.0; self.problem.shape().heads];
+        terms.into_iter().for_each(|(_, head, d_slope)| d_slopes[head] += d_slope);
+        d_slopes.into_iter().map(|d_slope| d_slope as f32).collect()
     }
 
-    /// Cuts a side into items, ordered by batch, head and position.
+    /// Cuts a side into items, ordered by sequence, head and position.
     fn items<'b>(&self, side: Side, d_x: &'b mut [f32], d_y: Option<&'b mut [f32]>) -> Vec<Item<'b>> {
         let s = self.problem.shape();
         let (heads, seq) = match side {
             Side::Queries => (s.heads, s.seq_q),
             Side::Keys => (s.kv_heads, s.seq_k),
         };
-        // Equal tiles rather than a short last one.
-        let len = seq.div_ceil(seq.div_ceil(TILE));
-        let mut items = Vec::with_capacity(s.batch * heads * seq.div_ceil(len));
-        for batch in 0..s.batch {
+        let (mut items, mut cuts) = (Vec::new(), Vec::with_capacity(self.problem.sequence_count()));
+        for (sequence, band) in self.problem.sequences().map(|sequence| sequence.band).enumerate() {
+            let rows = match side {
+                Side::Queries => band.seq_q(),
+                Side::Keys => band.seq_k(),
+            };
+            // Equal tiles rather than a short last one.
+            let len = rows.div_ceil(rows.div_ceil(TILE).max(1)).max(1);
+            cuts.push((items.len(), rows, len));
             for head in 0..heads {
-                for start in (0..seq).step_by(len) {
-                    let tile = Tile { batch, head, rows: start..(start + len).min(seq) };
-                    items.push(Item { passing: self.passing(side, &tile), tile, d_x: Vec::new(), d_y: Vec::new() });
+                for start in (0..rows).step_by(len) {
+                    let tile = Tile { sequence, head, rows: start..(start + len).min(rows) };
+                    let (number, passing) = (items.len(), self.passing(side, &tile));
+                    items.push(Item { number, passing, tile, d_x: Vec::new(), d_y: Vec::new() });
                 }
             }
         }
-        // In either layout, the rows of one head come in the order of their positions.
+        // In every layout, the rows of one head come in the order of their positions.
         let layout = self.problem.options().layout;
-        let index = |[b, h, i]: [usize; 3]| (b * heads + h) * seq.div_ceil(len) + i / len;
+        let places = Places::new(self.problem, side);
+        let item = |[b, h, i]: [usize; 3]| {
+            let [sequence, i] = places.find(b, i);
+            let (first, rows, len) = cuts[sequence];
+            (i < rows).then(|| first + h * rows.div_ceil(len) + i / len)
+        };
         for (row, d_x) in rows_mut(d_x, layout, heads, seq, s.head_dim) {
-            items[index(row)].d_x.push(d_x);
+            let Some(n) = item(row) else { continue };
+            items[n].d_x.push(d_x);
         }
         for (row, d_y) in d_y.into_iter().flat_map(|d_y| rows_mut(d_y, layout, heads, seq, s.value_dim)) {
-            items[index(row)].d_y.push(d_y);
+            let Some(n) = item(row) else { continue };
+            items[n].d_y.push(d_y);
         }
         items
     }
 
     /// The tiles of the other side that have something to do with a tile.
     fn passing(&self, side: Side, tile: &Tile) -> Vec<Tile> {
-        let (mask, group) = (&self.problem.sequence(0).band, self.problem.group());
-        let tiles = |head: usize, seq: usize, n: usize| Tile {
-            batch: tile.batch,
-            head,
-            rows: n * TILE..((n + 1) * TILE).min(seq),
-        };
+        let (band, group) = (self.problem.sequence(tile.sequence).band, self.problem.group());
         match side {
             Side::Queries => {
-                let keys = mask.key_tiles(&tile.rows, TILE);
-                keys.iter().map(|n| tiles(tile.head / group, self.problem.shape().seq_k, n)).collect()
+                let keys = band.key_tiles(&tile.rows, TILE);
+                keys.iter().map(|n| tile.other(tile.head / group, n, band.seq_k())).collect()
             }
             Side::Keys => {
                 let heads = tile.head * group..(tile.head + 1) * group;
-                let queries = mask.query_tiles(&tile.rows, TILE);
-                let tiles = &tiles;
-                heads.flat_map(|h| queries.clone().map(move |n| tiles(h, self.problem.shape().seq_q, n))).collect()
+                let queries = band.query_tiles(&tile.rows, TILE);
+                heads.flat_map(|h| queries.clone().map(move |n| tile.other(h, n, band.seq_q()))).collect()
             }
         }
     }
 
-    fn operands(&self, side: Side) -> (Rows<'a>, Rows<'a>) {
-        match side {
-            Side::Queries => self.queries,
-            Side::Keys => self.keys,
+    /// The gradient by the bias: d_s, summed over the axes that the bias does not have of its own.
+    fn d_bias(&self, axes: Axes) -> Vec<f32> {
+        let [sequences, heads, rows, keys] = self.problem.bias_shape().unwrap_or_default();
+        let mut d_bias = vec![0.0; sequences * heads * rows * keys];
+        // The longest first, so that those that reach a tile of keys come before all others.
+        let mut by_keys: Vec<usize> = (0..self.problem.sequence_count()).collect();
+        by_keys.sort_by_key(|&n| Reverse(self.problem.sequence(n).band.seq_k()));
+        let splits = FEW_ITEMS / (sequences * heads * rows.div_ceil(TILE) * keys.div_ceil(TILE)).max(1);
+
+        let blocks = d_bias.par_chunks_mut(rows * keys).enumerate().flat_map(|(n, head)| {
+            let place = move |(block, rows)| (n / heads, n % heads, block * TILE, rows);
+            head.par_chunks_mut(TILE * keys).enumerate().map(place)
+        });
+        blocks.for_each(|(sequence, head, first, rows)| {
+            let tiles = (0..keys.div_ceil(TILE)).into_par_iter().map_init(
+                || State::new(self.problem, Sums::Bias),
+                |state, n| {
+                    let keys = n * TILE..((n + 1) * TILE).min(keys);
+                    let own = if axes.batch { std::slice::from_ref(&sequence) } else { &by_keys };
+                    let heads = if axes.heads { head..head + 1 } else { 0..self.problem.shape().heads };
+                    let steps = self.bias_steps(own, heads, axes.seq_q.then_some(first), &keys);
+                    self.bias_tile(&steps, splits, state)
+                },
+            );
+            for (n, sums) in tiles.collect::<Vec<_>>().into_iter().enumerate() {
+                for (row, sums) in rows.chunks_exact_mut(keys).zip(sums.chunks_exact(TILE)) {
+                    row[n * TILE..].iter_mut().zip(sums).for_each(|(x, &sum)| *x = sum as f32);
+                }
+            }
+        });
+        d_bias
+    }
+
+    /// What is summed into a tile of the bias: tiles of keys, each with the tiles of queries that see something of it.
+    /// `first` is the first query of the tile, if the bias has one for each.
+    fn bias_steps(
+        &self,
+        sequences: &[usize],
+        heads: Range<usize>,
+        first: Option<usize>,
+        keys: &Range<usize>,
+    ) -> Vec<(Tile, Vec<Tile>)> {
+        let group = self.problem.group();
+        let mut steps = Vec::new();
+        for &sequence in sequences {
+            let band = self.problem.sequence(sequence).band;
+            let keys = keys.start..keys.end.min(band.seq_k());
+            if keys.is_empty() {
+                break; // As all after it.
+            }
+            let queries = band.query_tiles(&keys, TILE);
+            let queries = match first.map(|first| first / TILE) {
+                Some(n) => n.max(queries.start)..(n + 1).min(queries.end),
+                None => queries,
+            };
+            for kv_head in heads.start / group..heads.end.div_ceil(group) {
+                let tile = || Tile { sequence, head: kv_head, rows: keys.clone() };
+                let heads = (kv_head * group).max(heads.start)..((kv_head + 1) * group).min(heads.end);
+                let queries = heads.flat_map(|head| queries.clone().map(move |n| (head, n)));
+                let mut queries = queries.map(|(head, n)| tile().other(head, n, band.seq_q())).peekable();
+                while queries.peek().is_some() {
+                    steps.push((tile(), queries.by_ref().take(BIAS_STEPS).collect()));
+                }
+            }
         }
+        steps
+    }
+
+    /// Sums d_s over all steps: `[query or 1][key]` of the tile, in f64, as many terms may cancel.
+    fn bias_tile(&self, steps: &[(Tile, Vec<Tile>)], splits: usize, state: &mut State) -> Vec<f64> {
+        let attend = |steps: &[(Tile, Vec<Tile>)], state: &mut State| {
+            state.d_bias.fill(0.0);
+            for (tile, passing) in steps {
+                self.attend(Sums::Bias, Side::Keys, tile, passing, state);
+            }
+        };
+        if splits.min(steps.len()) <= 1 {
+            attend(steps, state);
+            return state.d_bias.clone();
+        }
+        let chunks = steps.par_chunks(steps.len().div_ceil(splits));
+        let sums = chunks.map(|steps| {
+            let mut state = State::new(self.problem, Sums::Bias);
+            attend(steps, &mut state);
+            state.d_bias
+        });
+        let add = |mut sum: Vec<f64>, x: Vec<f64>| {
+            sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
+            sum
+        };
+        sums.collect::<Vec<_>>().into_iter().reduce(add).unwrap_or_default()
+    }
+
+    /// The rows of a head of one side from the start of a sequence on: x and y.
+    fn operands(&self, side: Side, sequence: &Sequence, head: usize) -> (Head<'a>, Head<'a>) {
+        let ((x, y), start) = match side {
+            Side::Queries => (self.queries, sequence.q_start),
+            Side::Keys => (self.keys, sequence.k_start),
+        };
+        (x.head(sequence.entry, head, start), y.head(sequence.entry, head, start))
     }
 
     /// lse and delta of a tile of queries.
-    fn row_terms(&self, queries: &Tile) -> (&'a [f32], &'a [f32]) {
+    fn row_terms(&self, sequence: &Sequence, queries: &Tile) -> (&'a [f32], &'a [f32]) {
         let [_, heads, seq_q] = self.problem.lse_shape();
-        let start = (queries.batch * heads + queries.head) * seq_q;
+        let start = (sequence.entry * heads + queries.head) * seq_q + sequence.q_start;
         let range = start + queries.rows.start..start + queries.rows.end;
         (&self.lse[range.clone()], &self.delta[range])
     }
 
-    fn attend(&self, side: Side, tile: &Tile, passing: &[Tile], state: &mut State) {
-        self.arch.dispatch(Attend { sweep: self, mask: &self.problem.sequence(0).band, side, tile, passing, state });
+    fn attend(&self, sums: Sums, side: Side, tile: &Tile, passing: &[Tile], state: &mut State) {
+        let sequence = &self.problem.sequence(tile.sequence);
+        self.arch.dispatch(Attend { sweep: self, sums, sequence, side, tile, passing, state });
     }
 }
 
 impl Item<'_> {
-    /// Adds up what the splits of the passing side have summed.
-    fn finish(self, problem: &Problem, states: &[State]) {
+    /// Adds up what the splits of the passing side have summed; returns the sum for a slope of ALiBi.
+    fn finish(self, problem: &Problem, states: &[State]) -> f64 {
         let write = |rows: Vec<&mut [f32]>, factor: f32, sum: fn(&State) -> &[f32]| {
             for (r, row) in rows.into_iter().enumerate() {
                 for state in states {
@@ -364,6 +493,7 @@ impl Item<'_> {
         };
         write(self.d_x, problem.scale(), |state| &state.d_x);
         write(self.d_y, 1.0, |state| &state.d_y);
+        states.iter().flat_map(|state| &state.d_slope[..self.tile.rows.len()]).sum()
     }
 }
 
@@ -382,16 +512,33 @@ struct State {
     p: Vec<f32>,
     /// Gradients by the probabilities, then by the scores.
     d_s: Vec<f32>,
+    /// Softcap's derivative, where there is one.
+    derivative: Vec<f32>,
     /// Sum of d_s with the passing x: `[panel][head_dim][row]`.
     d_x: Vec<f32>,
     /// Sum of p with the passing y: `[panel][value_dim][row]`.
     d_y: Vec<f32>,
+    /// ALiBi's `-sum |p - j| d_s`: `[row]`.
+    d_slope: Vec<f64>,
+    /// Sum of d_s: `[query or 1][key]`.
+    d_bias: Vec<f64>,
 }
 
 impl State {
-    fn new(problem: &Problem) -> Self {
+    fn new(problem: &Problem, sums: Sums) -> Self {
         let rows = |width| vec![0.0; TILE * width];
         let (d, e) = (problem.shape().head_dim, problem.shape().value_dim);
+        let if_operands = |width| if sums == Sums::Operands { width } else { 0 };
+        let bias_rows = match problem.options().bias.filter(|_| sums == Sums::Bias) {
+            Some(axes) => {
+                if axes.seq_q {
+                    TILE
+                } else {
+                    1
+                }
+            }
+            None => 0,
+        };
         State {
             panel: 1,
             x: rows(d),
@@ -400,8 +547,11 @@ impl State {
             delta: rows(1),
             p: rows(TILE),
             d_s: rows(TILE),
-            d_x: rows(d),
-            d_y: rows(e),
+            derivative: rows(if_operands(problem.options().softcap.map_or(0, |_| TILE))),
+            d_x: rows(if_operands(d)),
+            d_y: rows(if_operands(e)),
+            d_slope: vec![0.0; TILE],
+            d_bias: vec![0.0; bias_rows * TILE],
         }
     }
 }
@@ -409,7 +559,8 @@ impl State {
 /// One tile against some of those that pass by: a function of its fields, generic over the instruction set.
 struct Attend<'a> {
     sweep: &'a Sweep<'a>,
-    mask: &'a Band,
+    sums: Sums,
+    sequence: &'a Sequence,
     side: Side,
     tile: &'a Tile,
     passing: &'a [Tile],
@@ -436,38 +587,59 @@ impl Attend<'_> {
     #[inline(always)]
     fn run<S: Simd, const NV: usize, const NR: usize>(mut self, simd: S) {
         self.load(NV * S::F32_LANES);
-        let (x, y) = self.sweep.operands(self.side.other());
         let one = [simd.splat_f32s(1.0); NV];
         for passing in self.passing {
-            let (x, y) = (x.head(passing.batch, passing.head), y.head(passing.batch, passing.head));
+            let (x, y) = self.sweep.operands(self.side.other(), self.sequence, passing.head);
             let rows = passing.rows.clone();
-            let masked = match self.side {
-                Side::Queries => !self.mask.all_visible(&self.tile.rows, &rows),
-                Side::Keys => !self.mask.all_visible(&rows, &self.tile.rows),
+            let (queries, keys) = match self.side {
+                Side::Queries => (self.tile.queries(), &passing.rows),
+                Side::Keys => (passing.queries(), &self.tile.rows),
+            };
+            let pairs = (&queries, keys);
+            let seen = match self.sweep.scores.seen(&queries, keys) {
+                Seen::None => continue,
+                Seen::All => None,
+                Seen::Some(seen) => Some(seen),
             };
             // In a product even a gradient of 0 lets NaN through.
-            let exact = masked && !(x.is_finite(rows.clone()) && y.is_finite(rows.clone()));
+            let exact = seen
+                .filter(|_| self.sums == Sums::Operands && !(x.is_finite(rows.clone()) && y.is_finite(rows.clone())));
             for panel in 0..self.tile.rows.len().div_ceil(NV * S::F32_LANES) {
                 let state = &mut *self.state;
                 let own_x = column::<S, NV>(&state.x, panel, x.width());
                 let own_y = column::<S, NV>(&state.y, panel, y.width());
-                products::<S, NV, NR>(simd, panels_mut::<S, NV>(&mut state.p), own_x, x, rows.clone());
+                let s = &mut panels_mut::<S, NV>(&mut state.p)[..rows.len()];
+                products::<S, NV, NR>(simd, s, own_x, x, rows.clone());
                 products::<S, NV, NR>(simd, panels_mut::<S, NV>(&mut state.d_s), own_y, y, rows.clone());
+                let derivatives = panels_mut::<S, NV>(&mut state.derivative);
+                self.sweep.scores.form::<S, NV>(simd, self.side, pairs, panel, s, derivatives);
                 self.score_gradients::<S, NV>(simd, panel, passing);
-                if masked {
-                    self.hide(panel, rows.clone());
+                if let Some(seen) = &seen {
+                    self.hide(panel, seen, rows.len());
                 }
 
                 let state = &mut *self.state;
+                let d_s = &mut panels_mut::<S, NV>(&mut state.d_s)[..rows.len()];
+                if self.sums == Sums::Bias {
+                    add_bias_gradients::<S, NV>(panel, self.tile.rows.len(), d_s, &mut state.d_bias);
+                    continue;
+                }
+                if self.side == Side::Queries {
+                    self.sweep.scores.add_slope_gradients::<S, NV>(pairs, panel, d_s, &mut state.d_slope);
+                }
+                for (d_s, derivative) in d_s.iter_mut().zip(panels::<S, NV>(&state.derivative)) {
+                    for v in 0..NV {
+                        d_s[v] = simd.mul_f32s(d_s[v], derivative[v]);
+                    }
+                }
                 let (p, d_s) = (panels::<S, NV>(&state.p), panels::<S, NV>(&state.d_s));
                 let d_x = column_mut::<S, NV>(&mut state.d_x, panel, x.width());
                 let d_y = column_mut::<S, NV>(&mut state.d_y, panel, y.width());
-                if exact {
-                    let own = self.tile.rows.start + panel * state.panel..self.tile.rows.end;
-                    let visible = |lane, n| match self.side {
-                        _ if lane >= own.len() => false,
-                        Side::Queries => self.mask.visible(own.start + lane, n),
-                        Side::Keys => self.mask.visible(n, own.start + lane),
+                if let Some(seen) = &exact {
+                    let first = panel * state.panel;
+                    let visible = |lane: usize, n: usize| match self.side {
+                        Side::Queries => seen[first + lane] >> (n - rows.start) & 1 != 0,
+                        Side::Keys => seen[n - rows.start] >> (first + lane) & 1 != 0,
                     };
                     accumulate_visible::<S, NV>(d_x, one, d_s, x, rows.clone(), visible);
                     if self.side == Side::Keys {
@@ -483,18 +655,16 @@ impl Attend<'_> {
         }
     }
 
-    /// Clears the sums, and copies the tile's rows into the state by panels.
+    /// Clears the sums over operands, and copies the tile's rows into the state by panels.
     fn load(&mut self, panel: usize) {
         let state = &mut *self.state;
         state.panel = panel;
         state.d_x.fill(0.0);
         state.d_y.fill(0.0);
-        let Tile { batch, head, rows } = self.tile;
-        let (x, y) = self.sweep.operands(self.side);
-        let (_, sign) = factor_and_sign(self.sweep.problem.scale());
-        for (buffer, operand, factor) in
-            [(&mut state.x, x.head(*batch, *head), sign), (&mut state.y, y.head(*batch, *head), 1.0)]
-        {
+        state.d_slope.fill(0.0);
+        let Tile { head, rows, .. } = self.tile;
+        let (x, y) = self.sweep.operands(self.side, self.sequence, *head);
+        for (buffer, operand, factor) in [(&mut state.x, x, self.sweep.scores.sign), (&mut state.y, y, 1.0)] {
             let width = operand.width();
             for (r, row) in operand.rows(rows.clone()).enumerate() {
                 let column = buffer[r / panel * panel * width..][..panel * width].chunks_exact_mut(panel);
@@ -504,7 +674,7 @@ impl Attend<'_> {
             }
         }
         if self.side == Side::Queries {
-            let (lse, delta) = self.sweep.row_terms(self.tile);
+            let (lse, delta) = self.sweep.row_terms(self.sequence, self.tile);
             state.lse[..lse.len()].copy_from_slice(lse);
             state.delta[..delta.len()].copy_from_slice(delta);
         }
@@ -515,7 +685,7 @@ impl Attend<'_> {
     fn score_gradients<S: Simd, const NV: usize>(&mut self, simd: S, panel: usize, passing: &Tile) {
         let State { p, d_s, lse, delta, .. } = &mut *self.state;
         let rows = panels_mut::<S, NV>(p).iter_mut().zip(panels_mut::<S, NV>(d_s)).take(passing.rows.len());
-        let (factor, _) = factor_and_sign(self.sweep.problem.scale());
+        let factor = self.sweep.scores.factor();
         match self.side {
             Side::Queries => {
                 let (lse, delta) = (panels::<S, NV>(lse)[panel], panels::<S, NV>(delta)[panel]);
@@ -524,7 +694,7 @@ impl Attend<'_> {
                 }
             }
             Side::Keys => {
-                let (lse, delta) = self.sweep.row_terms(passing);
+                let (lse, delta) = self.sweep.row_terms(self.sequence, passing);
                 for ((p, d_s), (&lse, &delta)) in rows.zip(lse.iter().zip(delta)) {
                     let (lse, delta) = ([simd.splat_f32s(lse); NV], [simd.splat_f32s(delta); NV]);
                     score_gradient(simd, p, d_s, factor, lse, delta);
@@ -534,28 +704,42 @@ impl Attend<'_> {
     }
 
     /// Zeroes what belongs to keys that a query does not see.
-    fn hide(&mut self, panel: usize, passing: Range<usize>) {
-        let width = self.state.panel;
-        let start = self.tile.rows.start + panel * width;
-        let own = start..(start + width).min(self.tile.rows.end);
-        let hidden = |query: usize, keys: Range<usize>| self.mask.hidden_keys(query, &keys).into_iter().flatten();
+    fn hide(&mut self, panel: usize, seen: &[u64; TILE], passing: usize) {
+        let State { panel: width, p, d_s, derivative, .. } = &mut *self.state;
+        let (width, first) = (*width, panel * *width);
+        let own = (self.tile.rows.len() - first).min(width);
+        let mut zero = |n: usize, lane: usize| {
+            p[n * width + lane] = 0.0;
+            d_s[n * width + lane] = 0.0;
+            if let Some(derivative) = derivative.get_mut(n * width + lane) {
+                *derivative = 0.0;
+            }
+        };
         match self.side {
             Side::Queries => {
-                for (lane, i) in own.enumerate() {
-                    for j in hidden(i, passing.clone()) {
-                        self.state.d_s[(j - passing.start) * width + lane] = 0.0;
-                    }
+                for (lane, &seen) in seen[first..][..own].iter().enumerate() {
+                    zeros(seen, passing).for_each(|n| zero(n, lane));
                 }
             }
             Side::Keys => {
-                for (n, i) in passing.enumerate() {
-                    for j in hidden(i, own.clone()) {
-                        self.state.p[n * width + j - own.start] = 0.0;
-                        self.state.d_s[n * width + j - own.start] = 0.0;
-                    }
+                for (n, seen) in seen[..passing].iter().enumerate() {
+                    zeros(seen >> first, own).for_each(|lane| zero(n, lane));
                 }
             }
         }
+    }
+}
+
+/// `sums += d_s` for one panel of so many keys: row by row, or all rows into the only one.
+#[inline(always)]
+fn add_bias_gradients<S: Simd, const NV: usize>(panel: usize, keys: usize, d_s: &[Panel<S, NV>], sums: &mut [f64]) {
+    let width = NV * S::F32_LANES;
+    let own = (keys - panel * width).min(width);
+    let stride = if sums.len() > TILE { TILE } else { 0 };
+    for (n, d_s) in d_s.iter().enumerate() {
+        let d_s: &[f32] = bytemuck::cast_slice(d_s);
+        let sums = &mut sums[n * stride + panel * width..][..own];
+        sums.iter_mut().zip(d_s).for_each(|(sum, &d_s)| *sum += f64::from(d_s));
     }
 }
 
@@ -581,7 +765,12 @@ fn score_gradient<S: Simd, const NV: usize>(
 mod tests {
     use super::*;
     use crate::cpu::{forward, reference};
-    use crate::problem::{Options, Shape, Window};
+    use crate::problem::{Bias, MaskData, Options, Shape, Window};
+
+    fn all<T: Clone>(x: Gradients<T, T>) -> Vec<T> {
+        let optional = [x.d_sink_logits, x.d_alibi_slopes, x.d_bias].into_iter().flatten();
+        [x.d_q, x.d_k, x.d_v].into_iter().chain(optional).flatten().collect()
+    }
 
     /// `tests/cpu` covers the best instruction set of the machine; this, the others.
     #[test]
@@ -591,24 +780,38 @@ mod tests {
         archs.extend(pulp::x86::V3::try_new().map(Arch::V3));
         for (m, n) in [(1, 257), (5, 70), (113, 203), (70, 5)] {
             let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: m, seq_k: n, head_dim: 33, value_dim: 21 };
-            let options = Options::new().window(Window::keys(90)).sink_tokens(5).sink_logits(SinkLogits::PerHead);
-            let problem = Problem::new(shape, options).unwrap();
-            let wave = |shape: [usize; 4], step: f32| -> Vec<f32> {
-                (0..shape.iter().product()).map(|x| 2.0 * (x as f32 * step).sin()).collect()
-            };
-            let (q, k, v) = (wave(problem.q_shape(), 0.7), wave(problem.k_shape(), 1.3), wave(problem.v_shape(), 2.1));
-            let d_o = wave(problem.o_shape(), 1.7);
-            let inputs = Inputs::new(&q, &k, &v).sink_logits(&[0.0, -1.0, 2.0, 1.0][..]);
-            let upstream = Upstream { d_o: &d_o, d_lse: None };
-            let expected = reference::backward(&problem, &inputs, &upstream).unwrap();
-            let saved = forward(&problem, &inputs).unwrap();
-            let expected = [expected.d_q, expected.d_k, expected.d_v, expected.d_sink_logits.unwrap()].concat();
-            for &arch in &archs {
-                let x = backward_on(arch, &problem, &inputs, &saved.o, &saved.lse, &upstream);
-                let actual = [x.d_q, x.d_k, x.d_v, x.d_sink_logits.unwrap()].concat();
-                assert_eq!(actual.len(), expected.len());
-                for (x, y) in actual.iter().zip(&expected) {
-                    assert!((f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs()), "{arch:?} {problem}: {x}, not {y}");
+            let plain = Options::new().window(Window::keys(90)).sink_tokens(5).sink_logits(SinkLogits::PerHead);
+            let modified = plain.softcap(2.0).alibi(true).bias(Axes::ALL).mask(Axes::KEYS.heads());
+            for options in [plain, modified] {
+                let problem = Problem::new(shape, options).unwrap();
+                let wave = |shape: [usize; 4], step: f32| -> Vec<f32> {
+                    (0..shape.iter().product()).map(|x| 2.0 * (x as f32 * step).sin()).collect()
+                };
+                let (q, k, v) =
+                    (wave(problem.q_shape(), 0.7), wave(problem.k_shape(), 1.3), wave(problem.v_shape(), 2.1));
+                let d_o = wave(problem.o_shape(), 1.7);
+                let slopes = options.alibi.then(|| vec![0.1, 0.02, 0.0, -0.01]);
+                let bias = problem.bias_shape().map(|shape| wave(shape, 0.3));
+                let mask = problem
+                    .mask_shape()
+                    .map(|shape| (0..shape.iter().product()).map(|n| (n % 5 != 3) as u8).collect::<Vec<_>>());
+                let inputs =
+                    Inputs::new(&q, &k, &v).sink_logits(&[0.0, -1.0, 2.0, 1.0][..]).alibi_slopes(slopes.as_deref());
+                let inputs = inputs.bias(bias.as_deref().map(Bias::F32)).mask(mask.as_deref().map(MaskData::Bytes));
+                let upstream = Upstream { d_o: &d_o, d_lse: None };
+                let expected = reference::backward(&problem, &inputs, &upstream).unwrap();
+                let saved = forward(&problem, &inputs).unwrap();
+                let expected = all(expected);
+                for &arch in &archs {
+                    let x = backward_on(arch, &problem, &inputs, &saved.o, &saved.lse, &upstream);
+                    let actual = all(x);
+                    assert_eq!(actual.len(), expected.len());
+                    for (x, y) in actual.iter().zip(&expected) {
+                        assert!(
+                            (f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs()),
+                            "{arch:?} {problem}: {x}, not {y}"
+                        );
+                    }
                 }
             }
         }

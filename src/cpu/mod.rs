@@ -4,6 +4,7 @@ mod backward;
 mod range;
 pub mod reference;
 mod rows;
+mod scores;
 mod simd;
 mod tiled;
 

@@ -494,7 +494,7 @@ mod tests {
         };
         let inputs = Inputs::new(&q, &k, &v).sink_logits(sinks.as_deref()).alibi_slopes(slopes.as_deref());
         let inputs = inputs.bias(bias.as_deref().map(Bias::F32)).mask(mask);
-        let upstream = Upstream { d_o: &d_o, d_lse: (seed % 4 > 0).then_some(&d_lse[..]) };
+        let upstream = Upstream { d_o: &d_o, d_lse: (!seed.is_multiple_of(4)).then_some(&d_lse[..]) };
 
         let gradients = backward(problem, &inputs, &upstream).unwrap();
         let expected = finite_differences(problem, &Operands::new(problem, &inputs), &upstream);

@@ -1,6 +1,8 @@
 //! A densely packed host operand, seen as rows of its last axis.
 
-use crate::problem::Layout;
+use super::scores::Side;
+use crate::problem::{Layout, Problem};
+use crate::sequences::Sequence;
 
 /// Rows of `width` elements, addressed by batch, head and position in either layout.
 #[derive(Clone, Copy)]
@@ -15,16 +17,17 @@ impl<'a> Rows<'a> {
         Rows { data, strides: layout.strides(heads, seq, width).map(|s| s as usize), width }
     }
 
-    /// The rows of one head of one sequence.
+    /// The rows of one head from a position on; none at the end, where an empty sequence may stand.
     #[inline]
-    pub(super) fn head(&self, b: usize, h: usize) -> Head<'a> {
+    pub(super) fn head(&self, b: usize, h: usize, start: usize) -> Head<'a> {
         let [batch, head, seq] = self.strides;
-        Head { data: &self.data[b * batch + h * head..], stride: seq, width: self.width }
+        let data = self.data.get(b * batch + h * head + start * seq..).unwrap_or_default();
+        Head { data, stride: seq, width: self.width }
     }
 
     #[inline]
     pub(super) fn row(&self, b: usize, h: usize, i: usize) -> &'a [f32] {
-        self.head(b, h).row(i)
+        self.head(b, h, i).row(0)
     }
 }
 
@@ -78,4 +81,29 @@ pub(super) fn rows_mut(
         };
         ([b, h, i], row)
     })
+}
+
+/// Which sequence a row of an operand belongs to, and its place there.
+pub(super) struct Places {
+    /// Where sequences follow each other without a batch axis.
+    tokens: Option<Vec<[usize; 2]>>,
+}
+
+impl Places {
+    pub(super) fn new(problem: &Problem, side: Side) -> Self {
+        let place = |(number, sequence): (usize, Sequence)| {
+            let rows = match side {
+                Side::Queries => sequence.q_rows,
+                Side::Keys => sequence.k_rows,
+            };
+            (0..rows).map(move |i| [number, i])
+        };
+        let is_thd = problem.options().layout == Layout::Thd;
+        Places { tokens: is_thd.then(|| problem.sequences().enumerate().flat_map(place).collect()) }
+    }
+
+    /// Sequence and place of position i of batch entry b.
+    pub(super) fn find(&self, b: usize, i: usize) -> [usize; 2] {
+        self.tokens.as_ref().map_or([b, i], |tokens| tokens[i])
+    }
 }

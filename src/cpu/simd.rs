@@ -208,15 +208,48 @@ pub(super) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.select_f32s(underflow, splat(0.0), y)
 }
 
+/// Hyperbolic tangent, within 2 ulp, and its derivative 1 - tanh^2, which keeps its precision where tanh comes close to 1.
+///
+/// Constants of Cephes' `tanhf`.
+#[inline(always)]
+pub(super) fn tanh<S: Simd>(simd: S, x: S::f32s) -> (S::f32s, S::f32s) {
+    let splat = |x| simd.splat_f32s(x);
+    let one = splat(1.0);
+    let size = simd.abs_f32s(x);
+    let square = simd.mul_f32s(x, x);
+    let mut p = splat(-5.704_988_7e-3);
+    for c in [2.063_908_8e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1] {
+        p = simd.mul_add_e_f32s(p, square, splat(c));
+    }
+    let small = simd.mul_add_e_f32s(simd.mul_f32s(p, square), x, x);
+    let small_derivative = simd.sub_f32s(one, simd.mul_f32s(small, small));
+
+    // 1 - rest = 1 - 2 / (exp(2 |x|) + 1)
+    let e = exp(simd, simd.mul_f32s(splat(-2.0), size));
+    let rest = simd.div_f32s(simd.add_f32s(e, e), simd.add_f32s(one, e));
+    let large = simd.transmute_u32s_f32s(simd.sub_f32s(one, rest));
+    let sign = simd.and_u32s(simd.transmute_u32s_f32s(x), simd.splat_u32s(1 << 31));
+    let large = simd.transmute_f32s_u32s(simd.or_u32s(large, sign));
+    let large_derivative = simd.mul_f32s(rest, simd.sub_f32s(splat(2.0), rest));
+
+    let is_small = simd.less_than_f32s(size, splat(0.625));
+    (simd.select_f32s(is_small, small, large), simd.select_f32s(is_small, small_derivative, large_derivative))
+}
+
 #[cfg(test)]
 mod tests {
     use pulp::{Arch, WithSimd};
 
     use super::*;
 
-    struct Exp<'a>(&'a mut [f32]);
+    /// A function of the module on all of a buffer.
+    struct Map<'a, const F: usize>(&'a mut [f32]);
 
-    impl WithSimd for Exp<'_> {
+    const EXP: usize = 0;
+    const TANH: usize = 1;
+    const TANH_DERIVATIVE: usize = 2;
+
+    impl<const F: usize> WithSimd for Map<'_, F> {
         type Output = ();
 
         #[inline(always)]
@@ -224,36 +257,71 @@ mod tests {
             let (vectors, rest) = S::as_mut_simd_f32s(self.0);
             assert!(rest.is_empty());
             for x in vectors {
-                *x = exp(simd, *x);
+                *x = match F {
+                    EXP => exp(simd, *x),
+                    TANH => tanh(simd, *x).0,
+                    _ => tanh(simd, *x).1,
+                };
             }
         }
     }
 
-    fn check(x: &[f32], ulps: f64, run: impl Fn(&mut [f32])) {
+    fn check(x: &[f32], ulps: f64, function: impl Fn(f64) -> f64, run: impl Fn(&mut [f32])) {
         let mut y = x.to_vec();
         run(&mut y);
         for (&x, &y) in x.iter().zip(&y) {
-            let exact = f64::from(x).exp();
-            let ulp = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
-            assert!((f64::from(y) - exact).abs() <= ulps * ulp, "exp({x}) = {y}, not {exact}");
+            let exact = function(x.into());
+            let size = exact.abs() as f32;
+            let ulp = f64::from(size.next_up()) - f64::from(size);
+            assert!((f64::from(y) - exact).abs() <= ulps * ulp, "f({x}) = {y}, not {exact}");
         }
     }
 
     #[test]
     fn exp_is_within_an_ulp() {
         let x: Vec<f32> = (0..1 << 20).map(|n| -87.0 + 87.5 * n as f32 / (1 << 20) as f32).collect();
-        check(&x, 1.0, |y| Arch::new().dispatch(Exp(y)));
-        check(&x, 2.0, |y| Exp(y).with_simd(pulp::Scalar::new()));
+        check(&x, 1.0, f64::exp, |y| Arch::new().dispatch(Map::<EXP>(y)));
+        check(&x, 2.0, f64::exp, |y| Map::<EXP>(y).with_simd(pulp::Scalar::new()));
     }
 
     #[test]
     fn exp_of_the_exceptions() {
         let x = [f32::NEG_INFINITY, f32::MIN, -1e4, -87.5, 0.0, -0.0, f32::NAN, -f32::NAN];
         let mut x = [x, x, x, x].concat();
-        Arch::new().dispatch(Exp(&mut x));
+        Arch::new().dispatch(Map::<EXP>(&mut x));
         for x in x.chunks(8) {
             assert_eq!(x[..6], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]);
             assert!(x[6].is_nan() && x[7].is_nan());
+        }
+    }
+
+    #[test]
+    fn tanh_is_within_two_ulp() {
+        // Sizes from 2^-40 to 2^7, densest where the two formulas meet, of either sign.
+        let sizes = (0..1 << 19).map(|n| (-40.0 + 47.0 * n as f32 / (1 << 19) as f32).exp2());
+        let middle = (0..1 << 18).map(|n| 2.0 * n as f32 / (1 << 18) as f32);
+        let x: Vec<f32> = sizes.chain(middle).flat_map(|x| [x, -x]).collect();
+        check(&x, 2.0, f64::tanh, |y| Arch::new().dispatch(Map::<TANH>(y)));
+        check(&x, 2.0, f64::tanh, |y| Map::<TANH>(y).with_simd(pulp::Scalar::new()));
+        // To where it is no normal number any more.
+        let x: Vec<f32> = x.into_iter().filter(|x| x.abs() < 43.0).collect();
+        let x = &x[..x.len() / 16 * 16];
+        let derivative = |x: f64| x.cosh().powi(-2);
+        check(x, 6.0, derivative, |y| Arch::new().dispatch(Map::<TANH_DERIVATIVE>(y)));
+        check(x, 6.0, derivative, |y| Map::<TANH_DERIVATIVE>(y).with_simd(pulp::Scalar::new()));
+    }
+
+    #[test]
+    fn tanh_of_the_exceptions() {
+        let inf = f32::INFINITY;
+        let x = [inf, -inf, f32::MAX, f32::MIN, 1e-40, 0.0, f32::NAN, -f32::NAN].repeat(4);
+        let (mut t, mut derivative) = (x.clone(), x);
+        Arch::new().dispatch(Map::<TANH>(&mut t));
+        Arch::new().dispatch(Map::<TANH_DERIVATIVE>(&mut derivative));
+        for (t, derivative) in t.chunks(8).zip(derivative.chunks(8)) {
+            assert_eq!(t[..6], [1.0, -1.0, 1.0, -1.0, 1e-40, 0.0]);
+            assert_eq!(derivative[..6], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]);
+            assert!(t[6..].iter().chain(&derivative[6..]).all(|x| x.is_nan()));
         }
     }
 }

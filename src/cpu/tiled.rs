@@ -11,6 +11,7 @@
 //! l = alpha * l + sum p,   o = alpha * o + p v
 //! ```
 //!
+//! with whole scores for scale * s, and 1 for the scale, where scores are more than products, see [`Scores`],
 //! and in the end `lse = logaddexp(m + log l, sink)`, `o *= exp(m - lse)`. Items, and the splits of the
 //! keys where items are few, are a function of the problem alone, so results never depend on the threads.
 
@@ -23,17 +24,14 @@ use rayon::prelude::*;
 
 use super::range;
 use super::reference::{log_sum_exp, sink_logit};
-use super::rows::{Head, Rows, rows_mut};
+use super::rows::{Head, Places, Rows, rows_mut};
+use super::scores::{RowTile, Scores, Seen, Side, TILE, zeros};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
 use crate::element::{DType, Element};
 use crate::error::Result;
-use crate::mask::Band;
 use crate::problem::{Bias, Inputs, Layout, Output, Problem};
+use crate::sequences::Sequence;
 
-/// Rows of a work item.
-const ROW_TILE: usize = 64;
-/// Keys between two updates of the softmax's maximum.
-const KEY_TILE: usize = 64;
 /// Beyond it, half a unit in the last place of a score is no small number any more.
 const HUGE: f32 = (1 << 24) as f32;
 /// With fewer items than this, each is split along the keys, to give every core work.
@@ -49,7 +47,6 @@ pub(super) const SPLIT_TILES: usize = 8;
 /// Those of [`Problem::check_inputs`].
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
     problem.check_inputs(inputs)?;
-    problem.check_plain()?;
     let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
     let bias = inputs.bias.map(widen_bias);
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
@@ -90,21 +87,23 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
     let operands = Operands {
         arch,
         problem,
+        scores: Scores::new(problem, inputs),
         q: Rows::new(inputs.q, layout, s.heads, s.seq_q, s.head_dim),
         k: Rows::new(inputs.k, layout, s.kv_heads, s.seq_k, s.head_dim),
         v: Rows::new(inputs.v, layout, s.kv_heads, s.seq_k, s.value_dim),
     };
     let rows = s.batch * s.heads * s.seq_q;
-    let mut output = Output { o: vec![0.0; rows * s.value_dim], o_rest: None, lse: vec![0.0; rows] };
+    // Rows beyond the lengths in use stay so.
+    let mut output = Output { o: vec![0.0; rows * s.value_dim], o_rest: None, lse: vec![f32::NEG_INFINITY; rows] };
 
     let mut items = items(problem, &mut output);
-    let splits = FEW_ITEMS / items.len();
+    let splits = FEW_ITEMS / items.len().max(1);
     // Long items first: the short ones then even out the end.
-    items.sort_by_key(|item| Reverse(problem.sequence(0).band.key_tiles(&item.tile.queries, KEY_TILE).count()));
+    items.sort_by_key(|item| Reverse(item.tiles));
     items.into_iter().par_bridge().for_each_init(
         || State::new(problem),
         |state, item| {
-            let tiles = problem.sequence(0).band.key_tiles(&item.tile.queries, KEY_TILE).count();
+            let tiles = item.tiles;
             let splits = splits.min(tiles / SPLIT_TILES);
             if splits <= 1 {
                 operands.attend(&item.tile, 0..tiles, state);
@@ -125,69 +124,75 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
     output
 }
 
-/// Query rows that are computed together: `queries` of `heads`, head by head.
-struct RowTile {
-    batch: usize,
-    heads: Range<usize>,
-    queries: Range<usize>,
-}
-
-impl RowTile {
-    fn len(&self) -> usize {
-        self.heads.len() * self.queries.len()
-    }
-
-    /// Query head and query of a row.
-    fn row(&self, r: usize) -> (usize, usize) {
-        (self.heads.start + r / self.queries.len(), self.queries.start + r % self.queries.len())
-    }
-}
-
-/// A tile with its rows of the output.
+/// A tile with the number of key tiles it visits, and its rows of the output.
 struct Item<'a> {
     tile: RowTile,
+    tiles: usize,
     o: Vec<&'a mut [f32]>,
     lse: Vec<&'a mut f32>,
 }
 
-/// Cuts the problem into items, ordered by batch, head and query.
-fn items<'a>(problem: &Problem, output: &'a mut Output) -> Vec<Item<'a>> {
-    let s = problem.shape();
-    // Equal tiles rather than a short last one, and as many heads of a group as fit.
-    let query_tile = s.seq_q.div_ceil(s.seq_q.div_ceil(ROW_TILE));
-    let head_tile = (ROW_TILE / query_tile).min(problem.group());
-    let query_tiles = s.seq_q.div_ceil(query_tile);
-    let group_tiles = problem.group().div_ceil(head_tile);
+/// How the rows of a sequence are cut into items.
+struct Cut {
+    first_item: usize,
+    queries: usize,
+    query_tile: usize,
+    head_tile: usize,
+}
 
-    let mut items = Vec::with_capacity(s.batch * s.kv_heads * group_tiles * query_tiles);
-    for batch in 0..s.batch {
-        for group in (0..s.heads).step_by(problem.group()) {
-            let group = group..group + problem.group();
-            for head in group.clone().step_by(head_tile) {
-                for query in (0..s.seq_q).step_by(query_tile) {
+impl Cut {
+    /// Equal tiles rather than a short last one, and as many heads of a group as fit.
+    fn new(first_item: usize, queries: usize, group: usize) -> Self {
+        let query_tile = queries.div_ceil(queries.div_ceil(TILE).max(1)).max(1);
+        Cut { first_item, queries, query_tile, head_tile: (TILE / query_tile).min(group) }
+    }
+
+    /// The item of a query.
+    fn item(&self, group: usize, head: usize, query: usize) -> usize {
+        let (query_tiles, head_tiles) = (self.queries.div_ceil(self.query_tile), group.div_ceil(self.head_tile));
+        let heads = head / group * head_tiles + head % group / self.head_tile;
+        self.first_item + heads * query_tiles + query / self.query_tile
+    }
+}
+
+/// Cuts the problem into items, ordered by sequence, head and query.
+fn items<'a>(problem: &Problem, output: &'a mut Output) -> Vec<Item<'a>> {
+    let (s, group) = (problem.shape(), problem.group());
+    let (mut items, mut cuts) = (Vec::new(), Vec::with_capacity(problem.sequence_count()));
+    for (sequence, band) in problem.sequences().map(|sequence| sequence.band).enumerate() {
+        let cut = Cut::new(items.len(), band.seq_q(), group);
+        for group in (0..s.heads).step_by(group).map(|head| head..head + group) {
+            for head in group.clone().step_by(cut.head_tile) {
+                for query in (0..cut.queries).step_by(cut.query_tile) {
                     let tile = RowTile {
-                        batch,
-                        heads: head..(head + head_tile).min(group.end),
-                        queries: query..(query + query_tile).min(s.seq_q),
+                        sequence,
+                        heads: head..(head + cut.head_tile).min(group.end),
+                        queries: query..(query + cut.query_tile).min(cut.queries),
                     };
                     let o = (0..tile.len()).map(|_| Default::default()).collect();
-                    items.push(Item { lse: Vec::with_capacity(tile.len()), o, tile });
+                    let tiles = band.key_tiles(&tile.queries, TILE).count();
+                    items.push(Item { lse: Vec::with_capacity(tile.len()), o, tiles, tile });
                 }
             }
         }
+        cuts.push(cut);
     }
-    let index = |b: usize, h: usize, i: usize| {
-        let (g, h) = (h / problem.group(), h % problem.group());
-        ((b * s.kv_heads + g) * group_tiles + h / head_tile) * query_tiles + i / query_tile
+    let places = Places::new(problem, Side::Queries);
+    let item = |[b, h, i]: [usize; 3]| {
+        let [sequence, i] = places.find(b, i);
+        let cut = &cuts[sequence];
+        (i < cut.queries).then(|| (cut.item(group, h, i), i))
     };
-    for ([b, h, i], row) in rows_mut(&mut output.o, problem.options().layout, s.heads, s.seq_q, s.value_dim) {
-        let item = &mut items[index(b, h, i)];
-        let r = (h - item.tile.heads.start) * item.tile.queries.len() + i - item.tile.queries.start;
-        item.o[r] = row;
+    for (row, o) in rows_mut(&mut output.o, problem.options().layout, s.heads, s.seq_q, s.value_dim) {
+        let Some((n, i)) = item(row) else { continue };
+        let tile = &items[n].tile;
+        let r = (row[1] - tile.heads.start) * tile.queries.len() + i - tile.queries.start;
+        items[n].o[r] = o;
     }
-    // lse is [batch, heads, seq_q] in either layout, so rows come in the order of their tile.
-    for ([b, h, i], row) in rows_mut(&mut output.lse, Layout::Bhsd, s.heads, s.seq_q, 1) {
-        items[index(b, h, i)].lse.push(&mut row[0]);
+    // lse is [batch, heads, seq_q] in every layout, so rows come in the order of their tile.
+    for (row, lse) in rows_mut(&mut output.lse, Layout::Bhsd, s.heads, s.seq_q, 1) {
+        let Some((n, _)) = item(row) else { continue };
+        items[n].lse.push(&mut lse[0]);
     }
     items
 }
@@ -235,11 +240,11 @@ impl State {
         let zeros = |len| vec![0.0; len];
         State {
             panel: 1,
-            q: zeros(ROW_TILE * problem.shape().head_dim),
-            s: zeros(ROW_TILE * KEY_TILE),
-            o: zeros(ROW_TILE * problem.shape().value_dim),
-            m: zeros(ROW_TILE),
-            l: zeros(ROW_TILE),
+            q: zeros(TILE * problem.shape().head_dim),
+            s: zeros(TILE * TILE),
+            o: zeros(TILE * problem.shape().value_dim),
+            m: zeros(TILE),
+            l: zeros(TILE),
         }
     }
 
@@ -251,6 +256,7 @@ impl State {
 struct Operands<'a> {
     arch: Arch,
     problem: &'a Problem,
+    scores: Scores<'a>,
     q: Rows<'a>,
     k: Rows<'a>,
     v: Rows<'a>,
@@ -259,37 +265,27 @@ struct Operands<'a> {
 impl Operands<'_> {
     /// Attends the tile's rows to a range of its visible key tiles.
     fn attend(&self, tile: &RowTile, key_tiles: Range<usize>, state: &mut State) {
+        let sequence = self.problem.sequence(tile.sequence);
         let kv_head = tile.heads.start / self.problem.group();
-        let (factor, sign) = factor_and_sign(self.problem.scale());
         self.arch.dispatch(Attend {
-            mask: &self.problem.sequence(0).band,
-            seq_k: self.problem.shape().seq_k,
+            scores: &self.scores,
+            sequence: &sequence,
             tile,
             key_tiles,
-            factor,
-            sign,
             q: self.q,
-            k: self.k.head(tile.batch, kv_head),
-            v: self.v.head(tile.batch, kv_head),
+            k: self.k.head(sequence.entry, kv_head, sequence.k_start),
+            v: self.v.head(sequence.entry, kv_head, sequence.k_start),
             state,
         });
     }
 }
 
-/// The scale's magnitude for the products, and its sign for their operand along the lanes, where it is exact.
-/// So the largest score is the largest product, and -inf hides a key before scaling as after it.
-pub(super) fn factor_and_sign(scale: f32) -> (f32, f32) {
-    if scale == 0.0 { (1.0, 0.0) } else { (scale.abs(), scale.signum()) }
-}
-
 /// One row tile against some of its key tiles: a function of its fields, generic over the instruction set.
 struct Attend<'a> {
-    mask: &'a Band,
-    seq_k: usize,
+    scores: &'a Scores<'a>,
+    sequence: &'a Sequence,
     tile: &'a RowTile,
     key_tiles: Range<usize>,
-    factor: f32,
-    sign: f32,
     q: Rows<'a>,
     k: Head<'a>,
     v: Head<'a>,
@@ -317,24 +313,30 @@ impl Attend<'_> {
     #[inline(always)]
     fn run<S: Simd, const NV: usize, const NR: usize>(mut self, simd: S) {
         self.load_q(NV * S::F32_LANES);
-        let all = self.mask.key_tiles(&self.tile.queries, KEY_TILE);
+        let band = &self.sequence.band;
+        let all = band.key_tiles(&self.tile.queries, TILE);
         for t in all.iter().skip(self.key_tiles.start).take(self.key_tiles.len()) {
-            let keys = t * KEY_TILE..((t + 1) * KEY_TILE).min(self.seq_k);
-            let masked = !self.mask.all_visible(&self.tile.queries, &keys);
-            let exact = masked && !self.v.is_finite(keys.clone());
+            let keys = t * TILE..((t + 1) * TILE).min(band.seq_k());
+            let seen = match self.scores.seen(self.tile, &keys) {
+                Seen::None => continue,
+                Seen::All => None,
+                Seen::Some(seen) => Some(seen),
+            };
+            let exact = seen.filter(|_| !self.v.is_finite(keys.clone()));
             for panel in 0..self.tile.len().div_ceil(NV * S::F32_LANES) {
                 let q = column::<S, NV>(&self.state.q, panel, self.k.width());
-                products::<S, NV, NR>(simd, panels_mut::<S, NV>(&mut self.state.s), q, self.k, keys.clone());
-                if masked {
-                    self.hide(panel, keys.clone());
+                let s = &mut panels_mut::<S, NV>(&mut self.state.s)[..keys.len()];
+                products::<S, NV, NR>(simd, s, q, self.k, keys.clone());
+                self.scores.form::<S, NV>(simd, Side::Queries, (self.tile, &keys), panel, s, &mut []);
+                if let Some(seen) = &seen {
+                    self.hide(panel, seen, keys.len());
                 }
                 let alpha = self.softmax::<S, NV>(simd, panel, keys.len());
                 let p = panels::<S, NV>(&self.state.s);
                 let o = column_mut::<S, NV>(&mut self.state.o, panel, self.v.width());
-                if exact {
-                    let rows = panel * NV * S::F32_LANES..self.tile.len();
-                    let query = |lane| rows.clone().nth(lane).map(|r| self.tile.row(r).1);
-                    let visible = |lane, j| query(lane).is_some_and(|i| self.mask.visible(i, j));
+                if let Some(seen) = &exact {
+                    let seen = &seen[panel * NV * S::F32_LANES..];
+                    let visible = |lane: usize, j: usize| seen[lane] >> (j - keys.start) & 1 != 0;
                     accumulate_visible::<S, NV>(o, alpha, p, self.v, keys.clone(), visible);
                 } else {
                     accumulate::<S, NV, NR>(simd, o, alpha, p, self.v, keys.clone());
@@ -347,25 +349,25 @@ impl Attend<'_> {
     fn load_q(&mut self, panel: usize) {
         let State { panel: state_panel, q, o, m, l, .. } = &mut *self.state;
         *state_panel = panel;
-        o.fill(0.0);
+        o[..self.tile.len().next_multiple_of(panel) * self.v.width()].fill(0.0);
         m.fill(f32::MIN);
         l.fill(0.0);
-        let width = q.len() / ROW_TILE;
+        let width = q.len() / TILE;
         for r in 0..self.tile.len() {
             let (h, i) = self.tile.row(r);
             let column = q[r / panel * panel * width..][..panel * width].chunks_exact_mut(panel);
-            for (q, &x) in column.zip(self.q.row(self.tile.batch, h, i)) {
-                q[r % panel] = self.sign * x;
+            for (q, &x) in column.zip(self.q.row(self.sequence.entry, h, self.sequence.q_start + i)) {
+                q[r % panel] = self.scores.sign * x;
             }
         }
     }
 
     /// Hides the keys that a row does not see.
-    fn hide(&mut self, panel: usize, keys: Range<usize>) {
+    fn hide(&mut self, panel: usize, seen: &[u64; TILE], keys: usize) {
         let width = self.state.panel;
         for (lane, r) in (panel * width..self.tile.len()).take(width).enumerate() {
-            for j in self.mask.hidden_keys(self.tile.row(r).1, &keys).into_iter().flatten() {
-                self.state.s[(j - keys.start) * width + lane] = f32::NEG_INFINITY;
+            for n in zeros(seen[r], keys) {
+                self.state.s[n * width + lane] = f32::NEG_INFINITY;
             }
         }
     }
@@ -377,7 +379,7 @@ impl Attend<'_> {
         let s = &mut panels_mut::<S, NV>(&mut self.state.s)[..keys];
         let m = &mut panels_mut::<S, NV>(&mut self.state.m)[panel];
         let l = &mut panels_mut::<S, NV>(&mut self.state.l)[panel];
-        let factor = simd.splat_f32s(self.factor);
+        let factor = simd.splat_f32s(self.scores.factor());
 
         let mut most = [simd.splat_f32s(f32::NEG_INFINITY); NV];
         for s in s.iter() {
@@ -417,7 +419,7 @@ impl Attend<'_> {
 mod tests {
     use super::*;
     use crate::cpu::reference;
-    use crate::problem::{Options, Shape, SinkLogits, Window};
+    use crate::problem::{Axes, MaskData, Options, Shape, SinkLogits, Window};
 
     /// `tests/cpu` covers the best instruction set of the machine; this, the others.
     #[test]
@@ -427,25 +429,34 @@ mod tests {
         archs.extend(pulp::x86::V3::try_new().map(Arch::V3));
         for (m, n) in [(1, 257), (5, 70), (113, 203)] {
             let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: m, seq_k: n, head_dim: 33, value_dim: 21 };
-            let options = Options::new().window(Window::keys(90)).sink_tokens(5).sink_logits(SinkLogits::OffByOne);
-            let problem = Problem::new(shape, options).unwrap();
-            let wave = |shape: [usize; 4], step: f32| -> Vec<f32> {
-                (0..shape.iter().product()).map(|x| 2.0 * (x as f32 * step).sin()).collect()
-            };
-            let (q, k) = (wave(problem.q_shape(), 0.7), wave(problem.k_shape(), 1.3));
-            let mut v = wave(problem.v_shape(), 2.1);
-            for poison in [None, Some(f32::NAN)] {
-                // A key that some rows see and others do not, so that its tile is taken exactly.
-                if let Some(nan) = poison {
-                    v[6 * 2 * 21] = nan;
-                }
-                let inputs = Inputs::new(&q, &k, &v);
-                let expected = reference::forward(&problem, &inputs).unwrap();
-                for &arch in &archs {
-                    let output = forward_on(arch, &problem, &inputs);
-                    for (x, y) in output.o.iter().chain(&output.lse).zip(expected.o.iter().chain(&expected.lse)) {
-                        let close = (f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs());
-                        assert!(close || x.is_nan() && y.is_nan(), "{arch:?} {problem}: {x}, not {y}");
+            let plain = Options::new().window(Window::keys(90)).sink_tokens(5).sink_logits(SinkLogits::OffByOne);
+            let modified = plain.softcap(2.0).alibi(true).bias(Axes::ALL).mask(Axes::KEYS.heads());
+            for options in [plain, modified] {
+                let problem = Problem::new(shape, options).unwrap();
+                let wave = |shape: [usize; 4], step: f32| -> Vec<f32> {
+                    (0..shape.iter().product()).map(|x| 2.0 * (x as f32 * step).sin()).collect()
+                };
+                let (q, k) = (wave(problem.q_shape(), 0.7), wave(problem.k_shape(), 1.3));
+                let mut v = wave(problem.v_shape(), 2.1);
+                let slopes = options.alibi.then(|| vec![0.1, 0.02, 0.0, -0.01]);
+                let bias = problem.bias_shape().map(|shape| wave(shape, 0.3));
+                let mask = problem
+                    .mask_shape()
+                    .map(|shape| (0..shape.iter().product()).map(|n| (n % 5 != 3) as u8).collect::<Vec<_>>());
+                for poison in [None, Some(f32::NAN)] {
+                    // A key that some rows see and others do not, so that its tile is taken exactly.
+                    if let Some(nan) = poison {
+                        v[6 * 2 * 21] = nan;
+                    }
+                    let inputs = Inputs::new(&q, &k, &v).alibi_slopes(slopes.as_deref());
+                    let inputs = inputs.bias(bias.as_deref().map(Bias::F32)).mask(mask.as_deref().map(MaskData::Bytes));
+                    let expected = reference::forward(&problem, &inputs).unwrap();
+                    for &arch in &archs {
+                        let output = forward_on(arch, &problem, &inputs);
+                        for (x, y) in output.o.iter().chain(&output.lse).zip(expected.o.iter().chain(&expected.lse)) {
+                            let close = (f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs());
+                            assert!(close || x.is_nan() && y.is_nan(), "{arch:?} {problem}: {x}, not {y}");
+                        }
                     }
                 }
             }

@@ -2,19 +2,20 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use sink_attention::{Gradients, Layout, Options, Output, Shape, SinkLogits, Upstream, Window, cpu};
+use sink_attention::compare::accepted;
+use sink_attention::{Element, Gradients, Layout, Options, Output, Shape, SinkLogits, Upstream, Window, cpu};
 
 use super::{Case, HEADS, SIZES, WIDTHS, masks, shape};
 
 /// A case with the gradients that flow into its results.
-struct Backward {
-    case: Case,
-    d_o: Vec<f32>,
-    d_lse: Option<Vec<f32>>,
+pub struct Backward<T = f32> {
+    pub case: Case<T>,
+    pub d_o: Vec<T>,
+    pub d_lse: Option<Vec<f32>>,
 }
 
 impl Backward {
-    fn new(case: Case, seed: u64) -> Self {
+    pub fn new(case: Case, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed ^ 0xd0);
         let mut random = |len| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
         let d_o = random(case.problem.o_shape().iter().product());
@@ -22,23 +23,31 @@ impl Backward {
         Backward { case, d_o, d_lse }
     }
 
-    fn upstream(&self) -> Upstream<'_> {
+    pub fn cast<T: Element>(self) -> Backward<T> {
+        Backward { case: self.case.cast(), d_o: T::narrow(self.d_o), d_lse: self.d_lse }
+    }
+}
+
+impl<T: Element> Backward<T> {
+    pub fn upstream(&self) -> Upstream<'_, T> {
         Upstream { d_o: &self.d_o, d_lse: self.d_lse.as_deref() }
     }
 
-    fn run(&self) -> Gradients {
+    pub fn run(&self) -> Gradients<T> {
         self.run_with(&self.case.forward())
     }
 
-    fn run_with(&self, saved: &Output) -> Gradients {
+    pub fn run_with(&self, saved: &Output<T>) -> Gradients<T> {
         cpu::backward(&self.case.problem, &self.case.inputs(), saved, &self.upstream()).unwrap()
     }
 
     /// Compares with the definition and returns the result.
-    fn check(&self) -> Gradients {
+    pub fn check(&self) -> Gradients<T> {
         let gradients = self.run();
         let expected = cpu::reference::backward(&self.case.problem, &self.case.inputs(), &self.upstream()).unwrap();
-        let failures = differences(&gradients, &expected, norm(&self.d_o));
+        let sequences = self.case.problem.sequences();
+        let most = sequences.map(|s| s.band.offset().unsigned_abs() as f64 + s.q_rows.max(s.k_rows) as f64);
+        let failures = differences_within(&gradients, &expected, norm(&self.d_o), most.fold(0.0, f64::max));
         assert!(failures.is_empty(), "{}: {}", self.case.problem, failures.join(", "));
         gradients
     }
@@ -48,35 +57,44 @@ fn backward(shape: Shape, options: Options, seed: u64) -> Backward {
     Backward::new(Case::new(shape, options, seed), seed)
 }
 
-fn norm<T: Copy + Into<f64>>(x: &[T]) -> f64 {
+pub fn norm<T: Copy + Into<f64>>(x: &[T]) -> f64 {
     x.iter().map(|&x| x.into().powi(2)).sum::<f64>().sqrt()
 }
 
-/// The gradients for which `|x - expected| / |expected| > 1e-5`.
+/// The gradients for which `|x - expected| / |expected|` is more than [`accepted`]; those in f32 whatever the operands are,
+/// more than 1e-5.
 ///
 /// Where a gradient vanishes because terms cancel, as d_q does with one key and no sink, its error
 /// is relative to those terms, of the order of `terms`.
-fn differences(gradients: &Gradients, expected: &Gradients<f64, f64>, terms: f64) -> Vec<String> {
-    assert_eq!(gradients.d_sink_logits.is_some(), expected.d_sink_logits.is_some());
-    let sinks = |sinks: &Option<Vec<f32>>| sinks.clone().unwrap_or_default();
-    let expected_sinks = expected.d_sink_logits.clone().unwrap_or_default();
-    [
-        ("d_q", &gradients.d_q, &expected.d_q),
-        ("d_k", &gradients.d_k, &expected.d_k),
-        ("d_v", &gradients.d_v, &expected.d_v),
-        ("d_sink_logits", &sinks(&gradients.d_sink_logits), &expected_sinks),
-    ]
-    .into_iter()
-    .filter_map(|(name, x, expected)| {
-        assert_eq!(x.len(), expected.len());
-        let error: Vec<f64> = x.iter().zip(expected).map(|(&x, y)| f64::from(x) - y).collect();
-        let (error, norm) = (norm(&error), norm(expected));
-        let bound = if norm > 1e-3 * terms { 1e-5 * norm } else { 1e-6 * terms };
-        // So written that NaN is a difference.
-        let close = error <= bound;
-        (!close).then(|| format!("{name} is off by {:e} (norm {norm:e} of {terms:e})", error / norm))
-    })
-    .collect()
+pub fn differences<T: Element>(gradients: &Gradients<T>, expected: &Gradients<f64, f64>, terms: f64) -> Vec<String> {
+    differences_within(gradients, expected, terms, 0.0)
+}
+
+/// As [`differences`]. What is summed for a slope of ALiBi is as much larger as the distances are, `most` at most.
+fn differences_within<T: Element>(x: &Gradients<T>, y: &Gradients<f64, f64>, terms: f64, most: f64) -> Vec<String> {
+    let accepted = accepted(T::DTYPE);
+    let bound =
+        |accepted: f64| move |norm: f64| if norm > 1e-3 * terms { accepted * norm } else { 0.1 * accepted * terms };
+    let operands = [("d_q", &x.d_q, &y.d_q), ("d_k", &x.d_k, &y.d_k), ("d_v", &x.d_v, &y.d_v)];
+    let operands = operands.map(|(name, x, y)| difference(name, x, y, bound(accepted)));
+    let optional = [("d_sink_logits", &x.d_sink_logits, &y.d_sink_logits), ("d_bias", &x.d_bias, &y.d_bias)];
+    let optional = optional.map(|(name, x, y)| {
+        assert_eq!(x.is_some(), y.is_some());
+        difference(name, x.as_ref()?, y.as_ref()?, bound(1e-5))
+    });
+    assert_eq!(x.d_alibi_slopes.is_some(), y.d_alibi_slopes.is_some());
+    let slopes = x.d_alibi_slopes.as_ref().zip(y.d_alibi_slopes.as_ref());
+    let slopes = slopes.and_then(|(x, y)| difference("d_alibi_slopes", x, y, |norm| 1e-5 * norm + 1e-7 * terms * most));
+    operands.into_iter().chain(optional).chain([slopes]).flatten().collect()
+}
+
+fn difference<T: Element>(name: &str, x: &[T], expected: &[f64], bound: impl Fn(f64) -> f64) -> Option<String> {
+    assert_eq!(x.len(), expected.len());
+    let error: Vec<f64> = x.iter().zip(expected).map(|(&x, y)| x.into() - y).collect();
+    let (error, norm) = (norm(&error), norm(expected));
+    // So written that NaN is a difference.
+    let close = error <= bound(norm);
+    (!close).then(|| format!("{name} is off by {:e} (norm {norm:e})", error / norm))
 }
 
 /// Rows of `width` of an operand with the axes `[.., seq, width]`.
@@ -86,14 +104,30 @@ fn row(x: &[f32], row: usize, width: usize) -> &[f32] {
 
 #[test]
 fn the_comparison_notices_errors() {
-    let expected = Gradients { d_q: vec![1.0, 2.0], d_k: vec![0.0; 2], d_v: vec![3.0], d_sink_logits: Some(vec![4.0]) };
-    let good = Gradients { d_q: vec![1.0, 2.0], d_k: vec![0.0; 2], d_v: vec![3.0], d_sink_logits: Some(vec![4.0]) };
+    let expected = Gradients {
+        d_q: vec![1.0, 2.0],
+        d_k: vec![0.0; 2],
+        d_v: vec![3.0],
+        d_sink_logits: Some(vec![4.0]),
+        d_alibi_slopes: Some(vec![5.0]),
+        d_bias: Some(vec![6.0]),
+    };
+    let good = Gradients {
+        d_q: vec![1.0, 2.0],
+        d_k: vec![0.0; 2],
+        d_v: vec![3.0],
+        d_sink_logits: Some(vec![4.0]),
+        d_alibi_slopes: Some(vec![5.0]),
+        d_bias: Some(vec![6.0]),
+    };
     assert!(differences(&good, &expected, 1.0).is_empty());
     for bad in [
         Gradients { d_q: vec![1.0, 2.0001], ..good.clone() },
         Gradients { d_k: vec![0.0, 0.0001], ..good.clone() },
         Gradients { d_v: vec![f32::NAN], ..good.clone() },
         Gradients { d_sink_logits: Some(vec![f32::INFINITY]), ..good.clone() },
+        Gradients { d_alibi_slopes: Some(vec![5.001]), ..good.clone() },
+        Gradients { d_bias: Some(vec![-6.0]), ..good.clone() },
     ] {
         assert_eq!(differences(&bad, &expected, 1.0).len(), 1);
     }
@@ -215,7 +249,7 @@ fn hidden_keys_never_reach_a_gradient() {
     for size in SIZES.into_iter().chain([(8, 3000)]) {
         for options in masks(size) {
             let mut backward = backward(shape((2, 1), size, (16, 18)), options.layout(Layout::Bhsd), 10);
-            let problem = backward.case.problem;
+            let problem = backward.case.problem.clone();
             let visible = |i, j| problem.sequence(0).band.visible(i, j);
             // Whole keys that no query sees: no gradient of theirs, and no bit of others.
             let clean = backward.run();
@@ -339,6 +373,8 @@ fn groups_add_up_repeated_heads() {
             d_k: sum(&repeated_run.d_k),
             d_v: sum(&repeated_run.d_v),
             d_sink_logits: repeated_run.d_sink_logits.as_deref().map(widen),
+            d_alibi_slopes: None,
+            d_bias: None,
         };
         let failures = differences(&grouped_run, &expected, norm(&grouped.d_o));
         assert!(failures.is_empty(), "{}: {}", grouped.case.problem, failures.join(", "));
@@ -367,6 +403,8 @@ fn gradients_are_linear_in_what_flows_in() {
         d_k: add(&first_run.d_k, &second_run.d_k),
         d_v: add(&first_run.d_v, &second_run.d_v),
         d_sink_logits: first_run.d_sink_logits.as_ref().zip(second_run.d_sink_logits.as_ref()).map(|(x, y)| add(x, y)),
+        d_alibi_slopes: None,
+        d_bias: None,
     };
     assert_eq!(differences(&sum.run(), &expected, norm(&sum.d_o)), Vec::<String>::new());
     // A power of two changes exponents alone.
@@ -378,6 +416,8 @@ fn gradients_are_linear_in_what_flows_in() {
         d_k: times(&first_run.d_k),
         d_v: times(&first_run.d_v),
         d_sink_logits: first_run.d_sink_logits.as_deref().map(times),
+        d_alibi_slopes: None,
+        d_bias: None,
     };
     assert_eq!(scaled.run(), expected);
 }
@@ -408,7 +448,14 @@ fn shards_of_the_keys_add_up() {
     let whole = new(203, 133);
     let expected = cpu::reference::backward(&whole.case.problem, &whole.case.inputs(), &whole.upstream()).unwrap();
     let saved = whole.case.forward();
-    let mut sum = Gradients { d_q: vec![0.0; whole.case.q.len()], d_k: vec![], d_v: vec![], d_sink_logits: None };
+    let mut sum = Gradients {
+        d_q: vec![0.0; whole.case.q.len()],
+        d_k: vec![],
+        d_v: vec![],
+        d_sink_logits: None,
+        d_alibi_slopes: None,
+        d_bias: None,
+    };
     for keys in [0..90, 90..91, 91..203] {
         let mut shard = new(keys.len(), 133 - keys.start as i64);
         shard.case.q.clone_from(&whole.case.q);

@@ -1,14 +1,19 @@
 //! The tiled CPU path against the f64 definition, and against the laws of the operator.
 
 mod backward;
+mod options;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use sink_attention::{Alignment, Inputs, Layout, Options, Output, Problem, Shape, SinkLogits, Window, cpu};
+use sink_attention::compare::accepted;
+use sink_attention::{
+    Alignment, Bias, DType, Element, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem, Shape,
+    SinkLogits, Window, cpu, pack_mask,
+};
 
 const SIZES: [(usize, usize); 8] = [(1, 1), (1, 257), (3, 3), (64, 1), (63, 65), (113, 203), (239, 1), (300, 300)];
 /// (head_dim, value_dim)
-const WIDTHS: [(usize, usize); 12] = [
+const WIDTHS: [(usize, usize); 15] = [
     (1, 1),
     (3, 5),
     (16, 16),
@@ -21,45 +26,96 @@ const WIDTHS: [(usize, usize); 12] = [
     (256, 256),
     (7, 256),
     (256, 1),
+    (320, 320),
+    (512, 512),
+    (7, 500),
 ];
 /// (heads, kv_heads)
 const HEADS: [(usize, usize); 4] = [(1, 1), (2, 2), (6, 2), (5, 1)];
 
 /// A problem with its operands.
-struct Case {
+#[derive(Clone)]
+struct Case<T = f32> {
     problem: Problem,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+    q: Vec<T>,
+    k: Vec<T>,
+    v: Vec<T>,
     sink_logits: Option<Vec<f32>>,
+    alibi_slopes: Option<Vec<f32>>,
+    /// In f32 and in the operands' type, for the options to choose from.
+    bias: Option<(Vec<f32>, Vec<T>)>,
+    /// In bytes and in bits.
+    mask: Option<(Vec<u8>, Vec<u32>)>,
 }
 
 impl Case {
     fn new(shape: Shape, options: Options, seed: u64) -> Self {
-        let problem = Problem::new(shape, options).unwrap();
+        Case::of(Problem::new(shape, options).unwrap(), seed)
+    }
+
+    fn of(problem: Problem, seed: u64) -> Self {
+        let (options, heads) = (*problem.options(), problem.shape().heads);
         let mut rng = StdRng::seed_from_u64(seed);
         let mut random = |shape: [usize; 4], scale: f32| -> Vec<f32> {
             (0..shape.iter().product()).map(|_| scale * rng.random_range(-1.0..1.0)).collect()
         };
-        Case {
-            problem,
-            q: random(problem.q_shape(), 2.0),
-            k: random(problem.k_shape(), 2.0),
-            v: random(problem.v_shape(), 1.0),
-            sink_logits: (options.sink_logits == SinkLogits::PerHead).then(|| random([1, 1, 1, shape.heads], 4.0)),
-        }
+        let (q, k, v) =
+            (random(problem.q_shape(), 2.0), random(problem.k_shape(), 2.0), random(problem.v_shape(), 1.0));
+        let per_head = options.sink_logits == SinkLogits::PerHead;
+        let sink_logits = per_head.then(|| random([1, 1, 1, heads], 4.0));
+        // Mostly positive, as they are: scores that grow with the distance are rounded by as much.
+        let alibi_slopes = options.alibi.then(|| {
+            let slopes = random([1, 1, 1, heads], 0.3).into_iter().enumerate();
+            slopes.map(|(h, x)| if h % 3 == 2 { -0.03 * x.abs() } else { x.abs() }).collect()
+        });
+        let bias = problem.bias_shape().map(|shape| {
+            let mut bias = random(shape, 2.0);
+            bias.iter_mut().filter(|x| **x > 1.6).for_each(|x| *x = f32::NEG_INFINITY);
+            (bias.clone(), bias)
+        });
+        let mask = problem.mask_shape().map(|[b, h, m, _]| {
+            let keys = problem.sequences().map(|sequence| sequence.k_rows).max().unwrap();
+            let mask =
+                random([b, h, m, keys], 1.0).into_iter().map(|x| if x > -0.5 { x.to_bits() as u8 | 2 } else { 0 });
+            with_bits(mask.collect(), keys)
+        });
+        Case { problem, q, k, v, sink_logits, alibi_slopes, bias, mask }
     }
 
-    fn inputs(&self) -> Inputs<'_> {
-        Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref())
+    fn cast<T: Element>(self) -> Case<T> {
+        let Case { problem, q, k, v, sink_logits, alibi_slopes, bias, mask } = self;
+        let bias = bias.map(|(bias, _)| (bias.clone(), T::narrow(bias)));
+        let [q, k, v] = [q, k, v].map(T::narrow);
+        Case { problem, q, k, v, sink_logits, alibi_slopes, bias, mask }
+    }
+}
+
+fn with_bits(mask: Vec<u8>, keys: usize) -> (Vec<u8>, Vec<u32>) {
+    let bits = pack_mask(&mask, keys);
+    (mask, bits)
+}
+
+impl<T: Element> Case<T> {
+    fn inputs(&self) -> Inputs<'_, T> {
+        let options = self.problem.options();
+        let bias = self.bias.as_ref().map(|(bias, narrow)| match options.bias_dtype {
+            DType::F32 => Bias::F32(bias),
+            _ => Bias::Operand(narrow),
+        });
+        let mask = self.mask.as_ref().map(|(bytes, bits)| match options.mask_packing {
+            MaskPacking::Bytes => MaskData::Bytes(bytes),
+            MaskPacking::Bits => MaskData::Bits(bits),
+        });
+        let inputs = Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref());
+        inputs.alibi_slopes(self.alibi_slopes.as_deref()).bias(bias).mask(mask)
     }
 
-    fn forward(&self) -> Output {
+    fn forward(&self) -> Output<T> {
         cpu::forward(&self.problem, &self.inputs()).unwrap()
     }
 
     /// Compares with the definition and returns the result.
-    fn check(&self) -> Output {
+    fn check(&self) -> Output<T> {
         let expected = cpu::reference::forward(&self.problem, &self.inputs()).unwrap();
         let output = self.forward();
         if let Err(difference) = compare(&output, &expected) {
@@ -69,22 +125,23 @@ impl Case {
     }
 }
 
-/// `|o - expected| / |expected| <= 1e-5`, and each lse within 1e-5 absolute + relative.
+/// `|o - expected| / |expected|` as [`accepted`], 1e-5 in f32, and each lse within 1e-5 absolute + relative.
 /// Infinities and NaN must stand in the same places.
-fn compare(output: &Output, expected: &Output<f64, f64>) -> Result<(), String> {
+fn compare<T: Element>(output: &Output<T>, expected: &Output<f64, f64>) -> Result<(), String> {
     assert_eq!((output.o.len(), output.lse.len()), (expected.o.len(), expected.lse.len()));
     let (mut difference, mut norm) = (0.0, 0.0);
     for (n, (&x, &y)) in output.o.iter().zip(&expected.o).enumerate() {
+        let x: f64 = x.into();
         if x.is_finite() != y.is_finite() {
             return Err(format!("o[{n}] is {x}, not {y}"));
         }
         if y.is_finite() {
-            difference += (f64::from(x) - y).powi(2);
+            difference += (x - y).powi(2);
             norm += y * y;
         }
     }
     // Only finite numbers were summed.
-    if difference.sqrt() > 1e-5 * norm.sqrt() {
+    if difference.sqrt() > accepted(T::DTYPE) * norm.sqrt() {
         return Err(format!("o is off by {:e}", (difference / norm).sqrt()));
     }
     for (n, (&x, &y)) in output.lse.iter().zip(&expected.lse).enumerate() {
