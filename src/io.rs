@@ -1,23 +1,37 @@
 //! Conformance files: one attention problem, its operands and options, in a safetensors file.
 //!
-//! Tensors `q`, `k`, `v`, and as present `sinks`, `dout`, `dlse`; tensors named `expected.*` are for
-//! tests and ignored here. q, k, v and dout are f32, f16 or bf16, all of one type; sinks and dlse are f32.
-//! String metadata holds the options, an absent key means the default:
+//! | tensor | shape | element type |
+//! |---|---|---|
+//! | `q`, `k`, `v` | in `layout`; `thd` is `[tokens, heads, width]` | f32, f16 or bf16, all of one type |
+//! | `sinks` | `[H]` | f32 |
+//! | `alibi_slopes` | `[H]` | f32 |
+//! | `bias` | `[B or 1, H or 1, M or 1, N]` | f32, or that of q |
+//! | `mask` | `[B or 1, H or 1, M or 1, N]`, 1 = may attend | u8 or bool, each 0 or 1 |
+//! | `cu_seqlens_q`, `cu_seqlens_k` | `[B + 1]`, with layout `thd` only | i32, u32 or i64 |
+//! | `dout` | that of the result | that of q |
+//! | `dlse` | `[B, H, M]`; `thd`: `[H, tokens]` | f32 |
+//!
+//! All but q, k and v (and the lengths of `thd`) may be absent, and an option whose tensor is there is on. An axis of size 1
+//! in a bias or a mask is broadcast; with `thd`, M and N are those of the longest sequence. Tensors named `expected.*` are for
+//! tests and ignored here. String metadata holds the other options, an absent key means the default:
 //!
 //! | key | value |
 //! |---|---|
-//! | `layout` | `bshd` (default), `bhsd` |
+//! | `layout` | `bshd` (default), `bhsd`, `thd` |
 //! | `causal` | `true`, `false` (default) |
 //! | `align` | `bottom-right` (default), `top-left` |
 //! | `window_left`, `window_right` | inclusive bounds, from 0 up; absent: unbounded |
 //! | `sink_tokens` | first keys exempt from the left bound |
 //! | `scale` | factor on q.k; absent: 1 / sqrt(D) |
+//! | `softcap` | scores s become softcap * tanh(s / softcap); greater than 0 |
 //! | `q_offset` | position of query 0 among the keys |
 //! | `format` | ignored; other tools write it |
 //!
 //! Reading is strict: an unknown key or tensor is an error, since a misspelt name would otherwise
-//! change a result silently. What the format knows and this version does not compute is
-//! [`FormatError::Unsupported`].
+//! change a result silently.
+//!
+//! Results have the names `out`, `lse`, `dq`, `dk`, `dv`, `dsinks`, `dalibi_slopes` and `dbias`, those that apply; out and the
+//! gradients of q, k and v in the operands' element type, all else f32.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -28,21 +42,21 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use half::{bf16, f16};
-use safetensors::tensor::{Metadata, TensorView};
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::{Dtype, SafeTensorError};
 use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 
 use crate::attention::Attention;
 use crate::element::{DType, Element};
-use crate::problem::{Alignment, Inputs, Layout, Options, Problem, Shape, SinkLogits, Upstream};
+use crate::problem::{Alignment, Axes, Bias, Inputs, Layout, MaskData, Options, Problem, Shape, SinkLogits, Upstream};
+use crate::sequences::Lengths;
 
 /// Metadata keys of the format, for messages.
 const KEYS: &str = "layout, causal, align, window_left, window_right, sink_tokens, scale, softcap, q_offset";
-/// Tensors of the format, for messages.
-const TENSORS: &str = "q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dout, dlse, expected.*";
-/// Tensors of the format that this version does not compute with.
-const UNSUPPORTED_TENSORS: [&str; 5] = ["bias", "mask", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"];
+/// Tensors of the format, beside those named `expected.*`.
+const TENSORS: [&str; 11] =
+    ["q", "k", "v", "sinks", "bias", "mask", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "dout", "dlse"];
 
 /// What can go wrong with a file.
 #[non_exhaustive]
@@ -132,7 +146,7 @@ pub enum FormatError {
         expected: &'static str,
     },
     /// A tensor that the format does not know.
-    #[error("unknown tensor {name:?}; known: {TENSORS}")]
+    #[error("unknown tensor {name:?}; known: {}, expected.*", TENSORS.join(", "))]
     UnknownTensor {
         /// Its name.
         name: String,
@@ -163,8 +177,16 @@ pub enum FormatError {
         /// The element type of q.
         q: Dtype,
     },
+    /// A tensor of one layout in a file of another.
+    #[error("tensor {name} goes with layout thd, the file's is {layout}")]
+    WrongLayout {
+        /// Its name.
+        name: &'static str,
+        /// The file's layout.
+        layout: Layout,
+    },
     /// A tensor with the wrong number of axes.
-    #[error("tensor {name} has shape {shape:?}; layout {layout} needs 4 axes")]
+    #[error("tensor {name} has shape {shape:?}; in layout {layout} its axes must be {axes}")]
     Rank {
         /// Its name.
         name: &'static str,
@@ -172,6 +194,8 @@ pub enum FormatError {
         shape: Vec<usize>,
         /// The file's layout.
         layout: Layout,
+        /// The axes it must have.
+        axes: &'static str,
     },
     /// Two of q, k and v disagree about a dimension.
     #[error("{dimension} differs: {left} of {left_name}, {right} of {right_name} (in layout {layout})")]
@@ -199,11 +223,23 @@ pub enum FormatError {
         /// What it must be.
         expected: Vec<usize>,
     },
-    /// Something of the format that this version does not compute.
-    #[error("{feature} is not supported in this version")]
-    Unsupported {
-        /// What the file asks for.
-        feature: String,
+    /// A bias or a mask whose shape does not broadcast to that of the scores.
+    #[error("tensor {name} has shape {actual:?}; it must be {scores:?}, where each axis but the last may be 1")]
+    Broadcast {
+        /// Its name.
+        name: &'static str,
+        /// Its shape.
+        actual: Vec<usize>,
+        /// `[B, H, M, N]`.
+        scores: [usize; 4],
+    },
+    /// An element of a mask that is neither true nor false.
+    #[error("tensor mask has {value} at element {index}; it must be 0 or 1")]
+    MaskValue {
+        /// Which element.
+        index: usize,
+        /// What it is.
+        value: u8,
     },
     /// The file is well formed, but the problem in it is not.
     #[error(transparent)]
@@ -254,15 +290,6 @@ impl Values {
         (T::DTYPE == self.dtype()).then(|| bytemuck::cast_slice(bytes))
     }
 
-    fn decode(name: &'static str, tensor: &Raw<'_>) -> Result<Self, FormatError> {
-        match tensor.dtype {
-            Dtype::F32 => Ok(Values::F32(decode(tensor.bytes, f32::from_le_bytes))),
-            Dtype::F16 => Ok(Values::F16(decode(tensor.bytes, f16::from_le_bytes))),
-            Dtype::BF16 => Ok(Values::Bf16(decode(tensor.bytes, bf16::from_le_bytes))),
-            actual => Err(FormatError::ElementType { name, actual, expected: "F32, F16 or BF16" }),
-        }
-    }
-
     fn encode(&self) -> (Dtype, Vec<u8>) {
         match self {
             Values::F32(values) => (Dtype::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
@@ -290,6 +317,12 @@ pub struct Case {
     pub v: Values,
     /// Sink logits, one per query head: the tensor `sinks`.
     pub sink_logits: Option<Vec<f32>>,
+    /// ALiBi slopes, one per query head.
+    pub alibi_slopes: Option<Vec<f32>>,
+    /// Added to the scores, see [`Problem::bias_shape`].
+    pub bias: Option<Values>,
+    /// Which keys may be seen, a byte each, see [`Problem::mask_shape`].
+    pub mask: Option<Vec<u8>>,
     /// Gradient of the outputs: the tensor `dout`.
     pub d_o: Option<Values>,
     /// Gradient of lse: the tensor `dlse`.
@@ -312,40 +345,73 @@ impl Case {
     /// # Errors
     /// [`FormatError`]; never panics, whatever the bytes are.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
-        let Container { metadata, mut tensors } = Container::parse(bytes)?;
+        let Container { metadata, tensors } = Container::parse(bytes)?;
         let mut options = parse_options(&metadata)?;
-        check_names(tensors.keys())?;
+        let mut tensors = known(tensors)?;
 
-        let mut operand = |name| tensors.remove(name).ok_or(FormatError::MissingTensor { name });
-        let (q, k, v) = (operand("q")?, operand("k")?, operand("v")?);
-        let (sinks, d_o, d_lse) = (tensors.remove("sinks"), tensors.remove("dout"), tensors.remove("dlse"));
+        let mut required = |name| tensors.remove(name).ok_or(FormatError::MissingTensor { name });
+        let [q, k, v] = [required("q")?, required("k")?, required("v")?];
+        let lengths = match options.layout {
+            Layout::Thd => Some([required("cu_seqlens_q")?, required("cu_seqlens_k")?]),
+            Layout::Bshd | Layout::Bhsd => None,
+        };
+        let [sinks, slopes, bias, mask, d_o, d_lse] =
+            ["sinks", "alibi_slopes", "bias", "mask", "dout", "dlse"].map(|name| tensors.remove(name));
+        // Of the known ones there are left, at most, the lengths that a layout has no use for.
+        if let Some(name) = tensors.into_keys().next() {
+            return Err(FormatError::WrongLayout { name, layout: options.layout });
+        }
+
+        // The element types first: where the type is the mistake, the shapes say little.
+        let operand = |tensor: &Raw<'_>| {
+            tensor.check_same_dtype(&q)?;
+            tensor.values()
+        };
+        let (q_values, k_values, v_values) = (operand(&q)?, operand(&k)?, operand(&v)?);
+        let bias_values = bias.as_ref().map(|bias| bias.bias(&q)).transpose()?;
+        let mask_values = mask.as_ref().map(Raw::mask).transpose()?;
+        options.dtype = q_values.dtype();
+        options.bias_dtype = bias_values.as_ref().map_or(DType::F32, Values::dtype);
+        options.alibi = slopes.is_some();
         if sinks.is_some() {
             options.sink_logits = SinkLogits::PerHead;
         }
-        // The element types first: where the type is the mistake, the shapes say little.
-        let operand = |name, tensor: &Raw<'_>| {
-            tensor.check_same_dtype(name, &q)?;
-            Values::decode(name, tensor)
+        let shape = problem_shape(options.layout, &q, &k, &v)?;
+        let lengths = match lengths {
+            Some([q, k]) => Some([q.lengths()?, k.lengths()?]),
+            None => None,
         };
-        let (q_values, k_values, v_values) = (operand("q", &q)?, operand("k", &k)?, operand("v", &v)?);
-        options.dtype = q_values.dtype();
-        let problem = Problem::new(problem_shape(options.layout, &q, &k, &v)?, options)?;
+        let problem = |options| match &lengths {
+            Some([q, k]) => Problem::with_lengths(shape, options, Lengths::Cumulative { q, k }),
+            None => Problem::new(shape, options),
+        };
+        // What broadcasts does so to the scores of the longest sequence.
+        let scores = problem(options)?.pairs_shape();
+        options.bias = bias.map(|bias| bias.axes(scores)).transpose()?;
+        options.mask = mask.map(|mask| mask.axes(scores)).transpose()?;
+        let problem = problem(options)?;
 
-        let gradient = |name, tensor: Raw<'_>| {
-            tensor.check_shape(name, &problem.o_shape())?;
-            operand(name, &tensor)
+        let floats = |tensor: Option<Raw<'_>>, shape: &[usize]| {
+            let floats = |tensor: Raw<'_>| {
+                tensor.check_shape(shape)?;
+                tensor.floats()
+            };
+            tensor.map(floats).transpose()
         };
-        let floats = |name, tensor: Raw<'_>, shape: &[usize]| {
-            tensor.check_shape(name, shape)?;
-            tensor.floats(name)
+        let gradient = |tensor: Raw<'_>| {
+            tensor.check_shape(in_file(options.layout, &problem.o_shape()))?;
+            operand(&tensor)
         };
         let case = Case {
             q: q_values,
             k: k_values,
             v: v_values,
-            sink_logits: sinks.map(|tensor| floats("sinks", tensor, &[problem.shape().heads])).transpose()?,
-            d_o: d_o.map(|tensor| gradient("dout", tensor)).transpose()?,
-            d_lse: d_lse.map(|tensor| floats("dlse", tensor, &problem.lse_shape())).transpose()?,
+            sink_logits: floats(sinks, &[shape.heads])?,
+            alibi_slopes: floats(slopes, &[shape.heads])?,
+            bias: bias_values,
+            mask: mask_values,
+            d_o: d_o.map(gradient).transpose()?,
+            d_lse: floats(d_lse, in_file(options.layout, &problem.lse_shape()))?,
             problem,
         };
         match (&case.d_o, &case.d_lse) {
@@ -360,7 +426,15 @@ impl Case {
     /// # Errors
     /// [`WrongElementType`](crate::Error::WrongElementType) where `T` is not the type of the file's operands.
     pub fn inputs<T: Element>(&self) -> crate::Result<Inputs<'_, T>> {
-        Ok(Inputs::new(typed(&self.q)?, typed(&self.k)?, typed(&self.v)?).sink_logits(self.sink_logits.as_deref()))
+        let bias = match &self.bias {
+            Some(Values::F32(bias)) => Some(Bias::F32(bias)),
+            bias => bias.as_ref().map(|bias| Ok::<_, crate::Error>(Bias::Operand(typed(bias)?))).transpose()?,
+        };
+        Ok(Inputs::new(typed(&self.q)?, typed(&self.k)?, typed(&self.v)?)
+            .sink_logits(self.sink_logits.as_deref())
+            .alibi_slopes(self.alibi_slopes.as_deref())
+            .bias(bias)
+            .mask(self.mask.as_deref().map(MaskData::Bytes)))
     }
 
     /// The gradients that flow into the results; `None` where the file asks for the forward pass only.
@@ -392,16 +466,20 @@ impl Case {
             Some(upstream) => Some(attention.backward(problem, &inputs, &output, &upstream)?),
             None => None,
         };
-        let mut results = vec![
-            Tensor::new("out", &problem.o_shape(), output.o),
-            Tensor::new("lse", &problem.lse_shape(), output.lse),
-        ];
+        let of_rows =
+            |name, shape: &[usize], values| Tensor::new::<T>(name, in_file(problem.options().layout, shape), values);
+        let lse_shape = problem.lse_shape();
+        let lse_shape = in_file(problem.options().layout, &lse_shape);
+        let mut results = vec![of_rows("out", &problem.o_shape(), output.o), Tensor::new("lse", lse_shape, output.lse)];
         if let Some(gradients) = gradients {
-            results.push(Tensor::new("dq", &problem.q_shape(), gradients.d_q));
-            results.push(Tensor::new("dk", &problem.k_shape(), gradients.d_k));
-            results.push(Tensor::new("dv", &problem.v_shape(), gradients.d_v));
-            let heads = problem.shape().heads;
-            results.extend(gradients.d_sink_logits.map(|d_sink| Tensor::new("dsinks", &[heads], d_sink)));
+            results.push(of_rows("dq", &problem.q_shape(), gradients.d_q));
+            results.push(of_rows("dk", &problem.k_shape(), gradients.d_k));
+            results.push(of_rows("dv", &problem.v_shape(), gradients.d_v));
+            let heads = [problem.shape().heads];
+            results.extend(gradients.d_sink_logits.map(|d_sink| Tensor::new("dsinks", &heads, d_sink)));
+            results.extend(gradients.d_alibi_slopes.map(|slopes| Tensor::new("dalibi_slopes", &heads, slopes)));
+            let d_bias = gradients.d_bias.zip(problem.bias_shape());
+            results.extend(d_bias.map(|(d_bias, shape)| Tensor::new("dbias", &shape, d_bias)));
         }
         Ok(results)
     }
@@ -410,6 +488,14 @@ impl Case {
 /// An operand in the type that the caller computes with.
 fn typed<T: Element>(values: &Values) -> crate::Result<&[T]> {
     values.as_slice().ok_or(crate::Error::WrongElementType { operands: values.dtype(), options: T::DTYPE })
+}
+
+/// A shape of the library's as files have it: without a batch axis in thd.
+fn in_file(layout: Layout, shape: &[usize]) -> &[usize] {
+    match layout {
+        Layout::Bshd | Layout::Bhsd => shape,
+        Layout::Thd => &shape[1..],
+    }
 }
 
 /// A named result.
@@ -506,39 +592,110 @@ fn folder_of(path: &Path) -> &Path {
 
 /// A tensor as it lies in the file.
 struct Raw<'a> {
+    name: &'static str,
     dtype: Dtype,
     shape: Vec<usize>,
     bytes: &'a [u8],
 }
 
 impl Raw<'_> {
-    /// The elements of a tensor that is f32 whatever the operands are.
-    fn floats(&self, name: &'static str) -> Result<Vec<f32>, FormatError> {
+    /// The elements of an operand.
+    fn values(&self) -> Result<Values, FormatError> {
         match self.dtype {
-            Dtype::F32 => Ok(decode(self.bytes, f32::from_le_bytes)),
-            actual => Err(FormatError::ElementType { name, actual, expected: "F32" }),
+            Dtype::F32 => Ok(Values::F32(decode(self.bytes, f32::from_le_bytes))),
+            Dtype::F16 => Ok(Values::F16(decode(self.bytes, f16::from_le_bytes))),
+            Dtype::BF16 => Ok(Values::Bf16(decode(self.bytes, bf16::from_le_bytes))),
+            _ => Err(self.wrong_dtype("F32, F16 or BF16")),
         }
     }
 
-    fn check_same_dtype(&self, name: &'static str, q: &Raw<'_>) -> Result<(), FormatError> {
+    /// The elements of a tensor that is f32 whatever the operands are.
+    fn floats(&self) -> Result<Vec<f32>, FormatError> {
+        match self.dtype {
+            Dtype::F32 => Ok(decode(self.bytes, f32::from_le_bytes)),
+            _ => Err(self.wrong_dtype("F32")),
+        }
+    }
+
+    /// The elements of a tensor that may be f32 whatever the operands are.
+    fn bias(&self, q: &Raw<'_>) -> Result<Values, FormatError> {
+        match (self.dtype, q.dtype) {
+            (Dtype::F32, _) => self.values(),
+            (bias, q) if bias == q => self.values(),
+            (_, Dtype::F16) => Err(self.wrong_dtype("F32, or F16 as q")),
+            (_, Dtype::BF16) => Err(self.wrong_dtype("F32, or BF16 as q")),
+            _ => Err(self.wrong_dtype("F32, as q")),
+        }
+    }
+
+    /// The elements of a mask: a byte each in both types.
+    fn mask(&self) -> Result<Vec<u8>, FormatError> {
+        if ![Dtype::U8, Dtype::BOOL].contains(&self.dtype) {
+            return Err(self.wrong_dtype("U8 or BOOL"));
+        }
+        match self.bytes.iter().position(|&byte| byte > 1) {
+            Some(index) => Err(FormatError::MaskValue { index, value: self.bytes[index] }),
+            None => Ok(self.bytes.to_vec()),
+        }
+    }
+
+    /// Cumulative lengths; whether they fit the tokens is for the problem to say.
+    fn lengths(&self) -> Result<Vec<u32>, FormatError> {
+        let wide: Vec<i64> = match self.dtype {
+            Dtype::I32 => decode(self.bytes, |bytes| i32::from_le_bytes(bytes).into()),
+            Dtype::U32 => decode(self.bytes, |bytes| u32::from_le_bytes(bytes).into()),
+            Dtype::I64 => decode(self.bytes, i64::from_le_bytes),
+            _ => return Err(self.wrong_dtype("I32, U32 or I64")),
+        };
+        if self.shape.len() != 1 {
+            return Err(self.wrong_rank(Layout::Thd, "[sequences + 1]"));
+        }
+        let length = |(n, length): (usize, i64)| {
+            let reason = || format!("number {n} is {length}; it must be from 0 to {}", u32::MAX);
+            let invalid = || crate::Error::InvalidLengths { lengths: self.name, reason: reason() };
+            u32::try_from(length).map_err(|_| invalid().into())
+        };
+        wide.into_iter().enumerate().map(length).collect()
+    }
+
+    /// The axes that a bias or a mask has of its own.
+    fn axes(&self, scores: [usize; 4]) -> Result<Axes, FormatError> {
+        let fits = |(&actual, size): (&usize, usize)| actual == size || actual == 1;
+        match *self.shape {
+            [batch, heads, seq_q, seq_k] if seq_k == scores[3] && self.shape.iter().zip(scores).all(fits) => {
+                Ok(Axes { batch: batch > 1, heads: heads > 1, seq_q: seq_q > 1 })
+            }
+            _ => Err(FormatError::Broadcast { name: self.name, actual: self.shape.clone(), scores }),
+        }
+    }
+
+    fn check_same_dtype(&self, q: &Raw<'_>) -> Result<(), FormatError> {
         if self.dtype == q.dtype {
             return Ok(());
         }
-        Err(FormatError::MixedElementTypes { name, actual: self.dtype, q: q.dtype })
+        Err(FormatError::MixedElementTypes { name: self.name, actual: self.dtype, q: q.dtype })
     }
 
-    fn check_shape(&self, name: &'static str, expected: &[usize]) -> Result<(), FormatError> {
+    fn check_shape(&self, expected: &[usize]) -> Result<(), FormatError> {
         if self.shape == expected {
             return Ok(());
         }
-        Err(FormatError::Shape { name, actual: self.shape.clone(), expected: expected.to_vec() })
+        Err(FormatError::Shape { name: self.name, actual: self.shape.clone(), expected: expected.to_vec() })
+    }
+
+    fn wrong_dtype(&self, expected: &'static str) -> FormatError {
+        FormatError::ElementType { name: self.name, actual: self.dtype, expected }
+    }
+
+    fn wrong_rank(&self, layout: Layout, axes: &'static str) -> FormatError {
+        FormatError::Rank { name: self.name, shape: self.shape.clone(), layout, axes }
     }
 }
 
 /// A safetensors file, taken apart.
 struct Container<'a> {
     metadata: BTreeMap<String, String>,
-    tensors: BTreeMap<String, Raw<'a>>,
+    tensors: BTreeMap<String, (TensorInfo, &'a [u8])>,
 }
 
 impl<'a> Container<'a> {
@@ -567,7 +724,7 @@ impl<'a> Container<'a> {
         }
         let tensors = index.tensors().into_iter().map(|(name, info)| {
             let (start, end) = info.data_offsets;
-            (name, Raw { dtype: info.dtype, shape: info.shape.clone(), bytes: &data[start..end] })
+            (name, (info.clone(), &data[start..end]))
         });
         Ok(Container { metadata: metadata.map(|unique| unique.0).unwrap_or_default(), tensors: tensors.collect() })
     }
@@ -613,7 +770,7 @@ fn parse_options(metadata: &BTreeMap<String, String>) -> Result<Options, FormatE
                 options.layout = match value.as_str() {
                     "bshd" => Layout::Bshd,
                     "bhsd" => Layout::Bhsd,
-                    "thd" => return Err(unsupported("layout thd (sequences of varying length)")),
+                    "thd" => Layout::Thd,
                     _ => return Err(bad("bshd, bhsd or thd")),
                 }
             }
@@ -633,7 +790,10 @@ fn parse_options(metadata: &BTreeMap<String, String>) -> Result<Options, FormatE
                 let scale = number(value).filter(|scale: &f32| scale.is_finite());
                 options.scale = Some(scale.ok_or_else(|| bad("a finite number"))?);
             }
-            "softcap" => return Err(unsupported("softcap")),
+            "softcap" => {
+                let softcap = number(value).filter(|softcap: &f32| softcap.is_finite() && *softcap > 0.0);
+                options.softcap = Some(softcap.ok_or_else(|| bad("a finite number greater than 0"))?);
+            }
             _ => return Err(FormatError::UnknownKey { key: key.clone() }),
         }
     }
@@ -644,32 +804,30 @@ fn number<T: FromStr>(text: &str) -> Option<T> {
     text.parse().ok()
 }
 
-fn unsupported(feature: impl Into<String>) -> FormatError {
-    FormatError::Unsupported { feature: feature.into() }
-}
-
-fn check_names<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), FormatError> {
-    for name in names {
-        match name.as_str() {
-            "q" | "k" | "v" | "sinks" | "dout" | "dlse" => {}
-            name if name.starts_with("expected.") => {}
-            name if UNSUPPORTED_TENSORS.contains(&name) => return Err(unsupported(format!("tensor {name}"))),
-            name => return Err(FormatError::UnknownTensor { name: name.into() }),
-        }
-    }
-    Ok(())
+/// The tensors to compute with, under their names.
+fn known(tensors: BTreeMap<String, (TensorInfo, &[u8])>) -> Result<BTreeMap<&'static str, Raw<'_>>, FormatError> {
+    let computed = tensors.into_iter().filter(|(name, _)| !name.starts_with("expected."));
+    let raw = |(name, (TensorInfo { dtype, shape, .. }, bytes)): (String, _)| {
+        let known = TENSORS.into_iter().find(|known| *known == name);
+        let name = known.ok_or(FormatError::UnknownTensor { name })?;
+        Ok((name, Raw { name, dtype, shape, bytes }))
+    };
+    computed.map(raw).collect()
 }
 
 /// The sizes, once q, k and v agree about them.
 fn problem_shape(layout: Layout, q: &Raw<'_>, k: &Raw<'_>, v: &Raw<'_>) -> Result<Shape, FormatError> {
-    let sizes = |name, tensor: &Raw<'_>| match (layout, tensor.shape.as_slice()) {
+    let sizes = |tensor: &Raw<'_>| match (layout, tensor.shape.as_slice()) {
         (Layout::Bshd, &[batch, seq, heads, width]) => Ok([batch, heads, seq, width]),
         (Layout::Bhsd, &[batch, heads, seq, width]) => Ok([batch, heads, seq, width]),
-        (_, shape) => Err(FormatError::Rank { name, shape: shape.to_vec(), layout }),
+        (Layout::Thd, &[seq, heads, width]) => Ok([1, heads, seq, width]),
+        (Layout::Bshd, _) => Err(tensor.wrong_rank(layout, "[batch, seq, heads, width]")),
+        (Layout::Bhsd, _) => Err(tensor.wrong_rank(layout, "[batch, heads, seq, width]")),
+        (Layout::Thd, _) => Err(tensor.wrong_rank(layout, "[tokens, heads, width]")),
     };
-    let [batch, heads, seq_q, head_dim] = sizes("q", q)?;
-    let [k_batch, kv_heads, seq_k, k_width] = sizes("k", k)?;
-    let [v_batch, v_heads, v_seq, value_dim] = sizes("v", v)?;
+    let [batch, heads, seq_q, head_dim] = sizes(q)?;
+    let [k_batch, kv_heads, seq_k, k_width] = sizes(k)?;
+    let [v_batch, v_heads, v_seq, value_dim] = sizes(v)?;
     for (dimension, left_name, left, right_name, right) in [
         ("batch", "q", batch, "k", k_batch),
         ("batch", "q", batch, "v", v_batch),

@@ -3,175 +3,13 @@
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use common::binary::{fails, sink_attention, succeeds, wrong_usage};
-use common::{compare, compare_lse};
-use safetensors::{Dtype, SafeTensors};
+use common::files::{Folder, TestFile, assemble, check_fixture, floats};
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use sink_attention::compare::accepted;
-use sink_attention::half::{bf16, f16};
+use sink_attention::Attention;
 use sink_attention::io::Case;
-use sink_attention::{Attention, DType};
-
-/// A safetensors file by parts, each of which a test may spoil.
-#[derive(Clone)]
-struct TestFile {
-    metadata: Vec<(&'static str, String)>,
-    tensors: Vec<(&'static str, &'static str, Vec<usize>)>,
-    /// Spaces behind the header, which shift the data.
-    padding: usize,
-}
-
-impl TestFile {
-    /// B=2 H=4 G=2 M=3 N=5 D=4 E=6 with sinks, bshd.
-    fn good() -> Self {
-        let tensors = vec![
-            ("q", "F32", vec![2, 3, 4, 4]),
-            ("k", "F32", vec![2, 5, 2, 4]),
-            ("v", "F32", vec![2, 5, 2, 6]),
-            ("sinks", "F32", vec![4]),
-        ];
-        TestFile { metadata: vec![], tensors, padding: 0 }
-    }
-
-    fn with(mut self, key: &'static str, value: &str) -> Self {
-        self.metadata.push((key, value.into()));
-        self
-    }
-
-    /// Adds a tensor, or replaces the one of that name.
-    fn tensor(self, name: &'static str, dtype: &'static str, shape: &[usize]) -> Self {
-        let mut file = self.without(name);
-        file.tensors.push((name, dtype, shape.to_vec()));
-        file
-    }
-
-    fn without(mut self, name: &str) -> Self {
-        self.tensors.retain(|(other, ..)| *other != name);
-        self
-    }
-
-    fn header_and_data(&self) -> (Value, Vec<u8>) {
-        let mut header = serde_json::Map::new();
-        if !self.metadata.is_empty() {
-            let metadata = self.metadata.iter().map(|(key, value)| (key.to_string(), json!(value))).collect();
-            header.insert("__metadata__".into(), Value::Object(metadata));
-        }
-        let mut data = Vec::new();
-        for (name, dtype, shape) in &self.tensors {
-            let (start, elements) = (data.len(), shape.iter().product::<usize>());
-            let element = |i: usize| ((i * 7 + 3) % 13) as f32 * 0.25 - 1.5;
-            match *dtype {
-                "F32" => data.extend((0..elements).flat_map(|i| element(i).to_le_bytes())),
-                "F16" | "BF16" => data.extend(std::iter::repeat_n(0u8, 2 * elements)),
-                "F64" | "I64" => data.extend(std::iter::repeat_n(0u8, 8 * elements)),
-                "I32" => data.extend(std::iter::repeat_n(0u8, 4 * elements)),
-                _ => data.extend(std::iter::repeat_n(1u8, elements)),
-            }
-            let info = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]});
-            header.insert(name.to_string(), info);
-        }
-        (Value::Object(header), data)
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        let (header, data) = self.header_and_data();
-        assemble(&(header.to_string() + &" ".repeat(self.padding)), &data)
-    }
-}
-
-fn assemble(header: &str, data: &[u8]) -> Vec<u8> {
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
-}
-
-/// A folder of its own for a test, empty at first.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(test: &str) -> Self {
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> String {
-        let path = self.path(name);
-        fs::write(&path, bytes).unwrap();
-        path
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().into()
-    }
-
-    fn names(&self) -> Vec<String> {
-        let mut names: Vec<_> =
-            fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-
-    /// Runs `run` on these bytes, and checks what must hold of every failure: a message, no panic,
-    /// and nothing left behind.
-    #[track_caller]
-    fn rejects(&self, bytes: &[u8], message: &str) {
-        let input = self.write("in", bytes);
-        let stderr = fails(&["run", &input, &self.path("out"), "--backend", "cpu"]);
-        assert!(stderr.contains(message), "no {message:?} in: {stderr}");
-        assert!(stderr.contains(&input), "the file is not named in: {stderr}");
-        assert_eq!(self.names(), ["in"]);
-    }
-}
-
-fn fixture(name: &str) -> String {
-    format!("{}/tests/conformance/{name}.safetensors", env!("CARGO_MANIFEST_DIR"))
-}
-
-fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
-    let tensor = file.tensor(name).unwrap();
-    let halves = |widen: fn([u8; 2]) -> f32| tensor.data().as_chunks().0.iter().copied().map(widen).collect();
-    match tensor.dtype() {
-        Dtype::F32 => tensor.data().as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect(),
-        Dtype::F16 => halves(|bytes| f16::from_le_bytes(bytes).to_f32()),
-        Dtype::BF16 => halves(|bytes| bf16::from_le_bytes(bytes).to_f32()),
-        other => panic!("{name} is {other}"),
-    }
-}
-
-fn metadata_of(bytes: &[u8]) -> Vec<(String, String)> {
-    let (_, header) = SafeTensors::read_metadata(bytes).unwrap();
-    header.metadata().clone().unwrap().into_iter().collect()
-}
-
-/// Runs a fixture and compares with the results in it.
-fn check_fixture(folder: &Folder, name: &str, layout: &str, arguments: &[&str]) -> (String, String) {
-    let (input, output) = (fixture(name), folder.path("out"));
-    let said = succeeds(&[&["run", &input, &output], arguments].concat());
-    let (given, written) = (fs::read(input).unwrap(), fs::read(output).unwrap());
-    let (given, results) = (SafeTensors::deserialize(&given).unwrap(), SafeTensors::deserialize(&written).unwrap());
-    // Every fixture holds dout, so every result that it expects must be there, and no other.
-    let expected: Vec<&str> = given.names().into_iter().filter_map(|name| name.strip_prefix("expected.")).collect();
-    assert_eq!(results.len(), expected.len());
-    for name in expected {
-        let expected = format!("expected.{name}");
-        assert_eq!(results.tensor(name).unwrap().shape(), given.tensor(&expected).unwrap().shape());
-        // Like the operands, but for what is f32 whatever they are.
-        let dtype = if ["lse", "dsinks"].contains(&name) { Dtype::F32 } else { given.tensor("q").unwrap().dtype() };
-        assert_eq!(results.tensor(name).unwrap().dtype(), dtype, "{name}");
-        let bound = accepted(match dtype {
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::Bf16,
-            _ => DType::F32,
-        });
-        let compare = if name == "lse" { compare_lse } else { compare };
-        compare(&floats(&results, name), &floats(&given, &expected), bound).unwrap();
-    }
-    assert_eq!(metadata_of(&written), [("layout".to_string(), layout.to_string())]);
-    assert_eq!(folder.names(), ["out"]);
-    said
-}
 
 #[test]
 fn run_computes_what_the_file_expects() {
@@ -296,9 +134,10 @@ fn bad_options_are_rejected() {
         ("window_right", &["-1", "none"]),
         ("sink_tokens", &["-4", "4.0"]),
         ("scale", &["nan", "inf", "-inf", "1e39", "", "1/8"]),
+        ("softcap", &["0", "-0.0", "-20", "1e-60", "nan", "inf", "1e39", "", "20,0"]),
         ("q_offset", &["1.0", "9223372036854775808", ""]),
         ("align", &["top_left", "Top-Left", ""]),
-        ("layout", &["sbhd", "BSHD", ""]),
+        ("layout", &["sbhd", "BSHD", "thd ", ""]),
     ] {
         for value in values {
             let file = TestFile::good().with(key, value);
@@ -329,24 +168,6 @@ fn what_is_named_twice_is_rejected() {
 }
 
 #[test]
-fn what_this_version_does_not_compute_is_named() {
-    let folder = Folder::new("unsupported");
-    let good = TestFile::good;
-    for (file, feature) in [
-        (good().with("softcap", "20"), "softcap"),
-        (good().with("layout", "thd"), "layout thd"),
-        (good().tensor("bias", "F32", &[1, 1, 1, 5]), "tensor bias"),
-        (good().tensor("mask", "U8", &[1, 1, 1, 5]), "tensor mask"),
-        (good().tensor("alibi_slopes", "F32", &[4]), "tensor alibi_slopes"),
-        (good().tensor("cu_seqlens_q", "I32", &[2]), "tensor cu_seqlens_q"),
-        (good().tensor("cu_seqlens_k", "I32", &[2]), "tensor cu_seqlens_k"),
-    ] {
-        folder.rejects(&file.bytes(), feature);
-        folder.rejects(&file.bytes(), "is not supported in this version");
-    }
-}
-
-#[test]
 fn wrong_tensors_are_rejected() {
     let folder = Folder::new("wrong_tensors");
     let good = TestFile::good;
@@ -357,7 +178,10 @@ fn wrong_tensors_are_rejected() {
         (good().tensor("sink", "F32", &[4]), "unknown tensor \"sink\""),
         (good().tensor("Q", "F32", &[4]), "unknown tensor \"Q\""),
         (good().tensor("expected", "F32", &[4]), "unknown tensor \"expected\""),
-        (good().tensor("q", "F32", &[2, 3, 16]), "tensor q has shape [2, 3, 16]; layout bshd needs 4 axes"),
+        (
+            good().tensor("q", "F32", &[2, 3, 16]),
+            "tensor q has shape [2, 3, 16]; in layout bshd its axes must be [batch, seq, heads, width]",
+        ),
         (good().tensor("k", "F32", &[2, 5, 2, 4, 1]), "tensor k has shape [2, 5, 2, 4, 1]"),
         (good().tensor("v", "F32", &[]), "tensor v has shape []"),
         (good().tensor("q", "F64", &[2, 3, 4, 4]), "tensor q has element type F64"),
@@ -374,7 +198,7 @@ fn wrong_tensors_are_rejected() {
         (good().tensor("k", "F32", &[2, 5, 2, 3]), "width differs: 4 of q, 3 of k"),
         (good().tensor("q", "F32", &[2, 3, 3, 4]), "heads (3) must be a multiple of kv_heads (2)"),
         (good().tensor("q", "F32", &[2, 0, 4, 4]), "seq_q is 0"),
-        (good().tensor("v", "F32", &[2, 5, 2, 257]), "value_dim is 257, the most is 256"),
+        (good().tensor("v", "F32", &[2, 5, 2, 513]), "value_dim is 513, the most is 512"),
         (good().tensor("dout", "F32", &[2, 3, 4, 4]), "tensor dout has shape [2, 3, 4, 4]"),
         (good().tensor("dout", "F16", &[2, 3, 4, 6]), "tensor dout has element type F16, q has F32"),
         (good().tensor("dlse", "F32", &[2, 3, 4]), "tensor dlse has shape [2, 3, 4]; q, k and v call for [2, 4, 3]"),
@@ -455,7 +279,12 @@ fn overflowing_headers_are_rejected() {
 /// In the process itself, where thousands of files take no time: an error or a case, never a panic.
 #[test]
 fn no_damage_makes_the_parser_panic() {
-    let good = TestFile::good().with("causal", "true").with("window_left", "3").with("scale", "0.5");
+    let options = |file: TestFile| file.with("causal", "true").with("window_left", "3").with("scale", "0.5");
+    damage(options(TestFile::good()));
+    damage(options(TestFile::every_option()));
+}
+
+fn damage(good: TestFile) {
     let bytes = good.bytes();
     for length in 0..bytes.len() {
         Case::parse(&bytes[..length]).unwrap_err();
@@ -578,7 +407,17 @@ fn kernels_that_there_are_not() {
 #[test]
 fn help_explains_the_format() {
     let (stdout, _) = succeeds(&["run", "--help"]);
-    for word in ["safetensors", "window_left", "--backend", "--adapter", "--kernel", "--json"] {
+    for word in [
+        "safetensors",
+        "window_left",
+        "softcap",
+        "cu_seqlens_q",
+        "dalibi_slopes",
+        "--backend",
+        "--adapter",
+        "--kernel",
+        "--json",
+    ] {
         assert!(stdout.contains(word), "no {word} in: {stdout}");
     }
 }

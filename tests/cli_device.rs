@@ -193,7 +193,7 @@ fn unfit_plans_are_errors() {
         (&["--device", "H200", "--heads", "5", "--kv-heads", "2"], "heads (5) must be a multiple of kv_heads (2)"),
         (&["--device", "H200", "--seq-q", "1", "--seq-k", "0"], "seq_k is 0"),
         (&["--device", "H200", "--seq-q", "0"], "seq_q is 0"),
-        (&["--device", "H200", "--head-dim", "257"], "head_dim is 257, the most is 256"),
+        (&["--device", "H200", "--head-dim", "513"], "head_dim is 513, the most is 512"),
         (&["--device", "H200", "--scale", "inf"], "option scale"),
         (&["--device", "H200", "--batch", "999999999999"], "batch is 999999999999"),
         (&["--device", "H200", "--batch", "1000"], "q needs a buffer of 67108864000 bytes"),

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,17 +12,8 @@ use safetensors::{Dtype, SafeTensors};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
-use sink_attention::io::{Case, FormatError};
+use sink_attention::io::Case;
 use sink_attention::{Attention, DType, Element, Gradients, Output};
-
-/// Files that this version does not compute, each with the feature it waits for.
-const WAITING: [(&str, &str); 5] = [
-    ("alibi_causal_f32", "alibi_slopes"),
-    ("bias_full_f32", "bias"),
-    ("bool_mask_broadcast_f32", "mask"),
-    ("softcap_scale_f32", "softcap"),
-    ("varlen_causal_swa_sink_f32", "thd"),
-];
 
 /// All files, as (name without extension, content).
 fn files() -> Vec<(String, Vec<u8>)> {
@@ -32,8 +24,11 @@ fn files() -> Vec<(String, Vec<u8>)> {
     paths.iter().map(|path| (name(path), fs::read(path).unwrap())).collect()
 }
 
-fn feature_awaited_by(name: &str) -> Option<&'static str> {
-    WAITING.iter().find(|(waiting, _)| *waiting == name).map(|(_, feature)| *feature)
+/// The results that a file expects, beside out and lse.
+fn expected_gradients(bytes: &[u8]) -> BTreeSet<String> {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let names = file.names().into_iter().filter_map(|name| name.strip_prefix("expected."));
+    names.filter(|name| !["out", "lse"].contains(name)).map(String::from).collect()
 }
 
 fn expected(bytes: &[u8], name: &str) -> Vec<f32> {
@@ -55,6 +50,7 @@ impl Results {
     fn new<T: Into<f64>, S: Into<f64>>(output: Output<T, S>, gradients: Gradients<T, S>) -> Self {
         let mut all = vec![("dq", wide(gradients.d_q)), ("dk", wide(gradients.d_k)), ("dv", wide(gradients.d_v))];
         all.extend(gradients.d_sink_logits.map(|d_sink| ("dsinks", wide(d_sink))));
+        all.extend(gradients.d_bias.map(|d_bias| ("dbias", wide(d_bias))));
         Results { out: wide(output.o), lse: wide(output.lse), gradients: all }
     }
 }
@@ -87,13 +83,10 @@ impl Compute for Attention {
     }
 }
 
-/// Holds a path to every file that does not wait for a feature, and reports all that fail, not just the first.
+/// Holds a path to every file, and reports all that fail, not just the first.
 fn check_all(path: &impl Compute) {
     let mut failures = Vec::new();
     for (name, bytes) in files() {
-        if feature_awaited_by(&name).is_some() {
-            continue;
-        }
         if let Err(error) = check(path, &bytes) {
             failures.push(format!("{name}: {error}"));
         }
@@ -102,12 +95,12 @@ fn check_all(path: &impl Compute) {
 }
 
 fn check(path: &impl Compute, bytes: &[u8]) -> Result<(), String> {
-    // The sinks' gradient is f32 and made from an f32 delta, whatever the operands are.
+    // The gradients of the sinks and of the bias are f32 and made from an f32 delta, whatever the operands are.
     check_with(path, bytes, |_| accepted(DType::F32))
 }
 
-/// With the bound of the sinks' gradient for the operands' type.
-fn check_with(path: &impl Compute, bytes: &[u8], sinks: fn(DType) -> f64) -> Result<(), String> {
+/// With the bound of the gradients that are f32 in every element type of the operands.
+fn check_with(path: &impl Compute, bytes: &[u8], singles: fn(DType) -> f64) -> Result<(), String> {
     let case = Case::parse(bytes).map_err(|error| error.to_string())?;
     let dtype = case.problem.options().dtype;
     let results = match dtype {
@@ -117,14 +110,14 @@ fn check_with(path: &impl Compute, bytes: &[u8], sinks: fn(DType) -> f64) -> Res
         other => panic!("no path for {other}"),
     };
     let results = results.map_err(|error| error.to_string())?;
-    let names: Vec<&str> = results.gradients.iter().map(|(name, _)| *name).collect();
-    assert_eq!(names.contains(&"dsinks"), case.sink_logits.is_some());
+    let names: BTreeSet<String> = results.gradients.iter().map(|(name, _)| name.to_string()).collect();
+    assert_eq!(names, expected_gradients(bytes));
     let mut errors = vec![
         ("out", compare(&results.out, &expected(bytes, "out"), accepted(dtype))),
         ("lse", compare_lse(&results.lse, &expected(bytes, "lse"), accepted(DType::F32))),
     ];
     for (name, gradient) in &results.gradients {
-        let bound = if *name == "dsinks" { sinks(dtype) } else { accepted(dtype) };
+        let bound = if ["dsinks", "dbias"].contains(name) { singles(dtype) } else { accepted(dtype) };
         errors.push((name, compare(gradient, &expected(bytes, name), bound)));
     }
     let failures: Vec<String> =
@@ -157,17 +150,5 @@ fn on_cooperative_matrices() {
     assert!(halves.len() >= 3, "{halves:?}");
     for (name, bytes) in halves {
         check_with(&attention, &bytes, accepted).unwrap_or_else(|error| panic!("{name}: {error}"));
-    }
-}
-
-#[test]
-fn waiting_files_name_the_feature() {
-    let files = files();
-    for (name, feature) in WAITING {
-        let (_, bytes) = files.iter().find(|(file, _)| file == name).unwrap_or_else(|| panic!("no file {name}"));
-        match Case::parse(bytes) {
-            Err(FormatError::Unsupported { feature: named }) if named.contains(feature) => {}
-            other => panic!("{name} should wait for {feature}, but is {other:?}: is the list out of date?"),
-        }
     }
 }

@@ -13,11 +13,12 @@ use super::{DeviceArgs, print_summary};
 
 /// Compute attention for the problem in a file
 ///
-/// IN is a safetensors file with tensors q, k, v and, as present, sinks, dout, dlse; its string metadata
-/// holds the options: layout, causal, align, window_left, window_right, sink_tokens, scale, q_offset. Tensors
-/// named expected.* are ignored. OUT receives the tensors out and lse and, where there is dout, the gradients
-/// dq, dk, dv and dsinks, in the layout of IN. q, k, v and dout may be f32, f16 or bf16, all of one type, and so are
-/// out, dq, dk and dv; everything else is f32.
+/// IN is a safetensors file with tensors q, k, v and, as present, sinks, bias, mask, alibi_slopes, dout, dlse; its string
+/// metadata holds the other options: layout, causal, align, window_left, window_right, sink_tokens, scale, softcap, q_offset.
+/// Layout thd takes the tensors cu_seqlens_q and cu_seqlens_k. Tensors named expected.* are ignored. OUT receives the
+/// tensors out and lse and, where there is dout, the gradients dq, dk, dv, dsinks, dbias and dalibi_slopes, in the layout of
+/// IN. q, k, v and dout may be f32, f16 or bf16, all of one type, and so are out, dq, dk and dv; bias is of that type or f32,
+/// mask is u8 or bool, lengths are i32, u32 or i64; everything else is f32.
 #[derive(Debug, Args)]
 pub struct Run {
     /// File with the problem

@@ -4,6 +4,8 @@
 
 #[cfg(feature = "cli")]
 pub mod binary;
+#[cfg(feature = "cli")]
+pub mod files;
 
 pub mod buffers;
 pub mod gradients;

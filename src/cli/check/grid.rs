@@ -4,7 +4,8 @@ use std::fmt;
 use std::ops::Range;
 
 use sink_attention::{
-    Alignment, DType, Element, Inputs, Layout, Options, Problem, Shape, SinkLogits, Upstream, Window,
+    Alignment, Axes, Bias, DType, Element, Inputs, Layout, Lengths, MaskData, MaskPacking, Options, Problem, Result,
+    Sequence, Shape, SinkLogits, Upstream, Window, pack_mask,
 };
 
 /// Queries and keys around the edges of tiles, and far from square; a quick check takes the first ones of each list.
@@ -15,6 +16,18 @@ const TILES: [[usize; 2]; 3] = [[113, 203], [63, 65], [1, 257]];
 const WIDTHS: [usize; 8] = [128, 80, 16, 32, 64, 96, 192, 256];
 /// Widths of no model: not multiples of 4 (so read one by one), and different for keys and values.
 const ODD_WIDTHS: [[usize; 2]; 8] = [[80, 33], [192, 128], [3, 7], [64, 256], [255, 1], [1, 130], [36, 20], [256, 253]];
+
+/// Axes that a bias or a mask has of its own: all, those of models' masks and biases, and the rest.
+const AXES: [Axes; 8] = [
+    Axes::ALL,
+    Axes { batch: true, heads: false, seq_q: false },
+    Axes { batch: false, heads: true, seq_q: true },
+    Axes { batch: false, heads: false, seq_q: true },
+    Axes { batch: true, heads: false, seq_q: true },
+    Axes { batch: true, heads: true, seq_q: false },
+    Axes { batch: false, heads: true, seq_q: false },
+    Axes { batch: false, heads: false, seq_q: false },
+];
 
 /// A problem with its operands.
 #[derive(Debug, Clone)]
@@ -28,9 +41,12 @@ pub struct Case {
     pub extreme_sinks: bool,
     /// Whether a gradient flows into lse, too.
     pub d_lse: bool,
+    /// Whether a bias is of the operands' element type, whatever that is, and not f32.
+    pub narrow_bias: bool,
     /// Whether q, k, v, d_o and d_lse are small integers, of which sums and products are exact in f32.
     pub integers: bool,
-    /// Keys whose k and v are NaN or infinite, in key head 0 of every sequence. What depends on them is not compared.
+    /// Keys whose k and v are NaN or infinite, in key head 0 of every entry of the batch. A mask or a bias hides them; what
+    /// depends on them all the same is not compared.
     pub poisoned_keys: Range<usize>,
     /// Queries whose q, d_o or d_lse is NaN or infinite, in the query heads that read key head 0.
     pub poisoned_queries: Range<usize>,
@@ -48,6 +64,12 @@ impl fmt::Display for Case {
         if self.d_lse {
             write!(f, " d_lse")?;
         }
+        if let Some(sequence) = self.problem.sequences().next().filter(|_| self.problem.has_lengths()) {
+            write!(f, " first {}x{}", sequence.band.seq_q(), sequence.band.seq_k())?;
+        }
+        if self.narrow_bias {
+            write!(f, " narrow bias")?;
+        }
         if self.integers {
             write!(f, " integers")?;
         }
@@ -63,9 +85,9 @@ impl fmt::Display for Case {
 impl Case {
     /// The same case in another element type.
     pub fn with_dtype(&self, dtype: DType) -> Case {
-        let options = self.problem.options().dtype(dtype);
-        let problem =
-            Problem::new(*self.problem.shape(), options).expect("the shape and the options are valid already");
+        let bias = if self.narrow_bias { dtype } else { DType::F32 };
+        let options = self.problem.options().dtype(dtype).bias_dtype(bias);
+        let problem = with_options(&self.problem, options).expect("the shape and the options are valid already");
         Case { problem, ..self.clone() }
     }
 
@@ -83,6 +105,9 @@ impl Case {
             k: tensor(&problem.k_shape(), 1.0),
             v: tensor(&problem.v_shape(), 1.0),
             sink_logits: None,
+            alibi_slopes: None,
+            bias: None,
+            mask: None,
             d_o: tensor(&problem.o_shape(), 1.0),
             // The larger the logits, the more of d_s hangs on it: see the group.
             d_lse: self.d_lse.then(|| tensor(&problem.lse_shape(), self.logits.sqrt())),
@@ -102,12 +127,79 @@ impl Case {
                 rows.into_iter().for_each(|(_, row)| tensor[row.start] += 2.0);
             }
         }
+        if problem.options().alibi {
+            // As models have them, but for one that prefers what is far.
+            let slope = |h: usize| 0.5f32.powi(1 + h as i32) * if h % 4 == 3 { -0.1 } else { 1.0 };
+            operands.alibi_slopes = Some((0..problem.shape().heads).map(slope).collect());
+        }
+        operands.mask = mask_shape(problem).map(|shape| self.mask(shape, &mut random));
+        operands.bias = problem.bias_shape().map(|shape| self.bias(shape, &mut random));
         self.spread_poison(&mut operands);
         operands
     }
 
+    /// A byte for each pair. Of the blocks of 32 queries and keys, a third each is hidden, visible, and mixed.
+    fn mask(&self, shape: [usize; 4], random: &mut Random) -> Vec<u8> {
+        let [_, _, seq_q, seq_k] = shape;
+        let blocks = [seq_q.div_ceil(32), seq_k.div_ceil(32)];
+        let kinds: Vec<usize> = (0..shape[0] * shape[1] * blocks[0] * blocks[1]).map(|_| random.below(3)).collect();
+        let pair = |[b, h, i, j]: [usize; 4]| {
+            let block = ((b * shape[1] + h) * blocks[0] + i / 32) * blocks[1] + j / 32;
+            u8::from(
+                match kinds[block] {
+                    0 => false,
+                    1 => true,
+                    _ => random.below(4) > 0,
+                } && !self.poisoned_keys.contains(&j),
+            )
+        };
+        places(shape).map(pair).collect()
+    }
+
+    /// Numbers of unit variance, and -infinity for some.
+    fn bias(&self, shape: [usize; 4], random: &mut Random) -> Vec<f32> {
+        let is_masked = self.problem.options().mask.is_some();
+        let pair = |[_, _, _, j]: [usize; 4]| {
+            let bias = random.next();
+            let hides = random.below(16) == 0 || (!is_masked && self.poisoned_keys.contains(&j));
+            if hides { f32::NEG_INFINITY } else { bias }
+        };
+        places(shape).map(pair).collect()
+    }
+
+    /// Which keys each query of each head and sequence sees, in the order of the sequences, heads and queries.
+    pub fn views<'a>(&'a self, operands: &'a Operands) -> impl Iterator<Item = View> + 'a {
+        let problem = &self.problem;
+        let (mask_shape, bias_shape) = (mask_shape(problem), problem.bias_shape());
+        let mask = operands.mask.as_deref().zip(mask_shape);
+        let bias = operands.bias.as_deref().zip(bias_shape);
+        problem.sequences().enumerate().flat_map(move |(number, sequence)| {
+            let queries =
+                (0..problem.shape().heads * sequence.q_rows).map(move |n| (n / sequence.q_rows, n % sequence.q_rows));
+            queries.map(move |(head, i)| {
+                let counts = i < sequence.band.seq_q();
+                let ranges = sequence.band.visible_keys(i).into_iter().filter(|_| counts).flatten();
+                let sees = |&j: &usize| {
+                    let pair = [number, head, i, j];
+                    mask.is_none_or(|(mask, shape)| mask[place(shape, pair)] != 0)
+                        && bias.is_none_or(|(bias, shape)| bias[place(shape, pair)] != f32::NEG_INFINITY)
+                };
+                View { number, sequence, head, i, keys: ranges.filter(sees).collect() }
+            })
+        })
+    }
+
     fn spread_poison(&self, operands: &mut Operands) {
         let shape = self.problem.shape();
+        if let Some(bias_shape) = self.problem.bias_shape().filter(|_| !self.poisoned_keys.is_empty()) {
+            // What is added to no visible pair's score may be anything, as where sequences are shorter than others.
+            let mut seen = vec![false; bias_shape.iter().product()];
+            for view in self.views(operands) {
+                view.keys.iter().for_each(|&j| seen[place(bias_shape, view.pair(j))] = true);
+            }
+            let unseen = operands.bias.iter_mut().flatten().zip(seen).filter(|(_, seen)| !seen);
+            unseen.filter(|(bias, _)| **bias != f32::NEG_INFINITY).for_each(|(bias, _)| *bias = f32::NAN);
+        }
         let bad = |n: usize| [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][n % 3];
         for (tensor, width) in [(&mut operands.k, shape.head_dim), (&mut operands.v, shape.value_dim)] {
             for ([_, g, j], row) in self.key_rows(width) {
@@ -154,6 +246,60 @@ impl Case {
     }
 }
 
+/// A query, and the keys that it sees.
+#[derive(Debug)]
+pub struct View {
+    /// Which sequence of the batch it is in.
+    pub number: usize,
+    pub sequence: Sequence,
+    pub head: usize,
+    /// Its place in the sequence.
+    pub i: usize,
+    /// Their places in the sequence.
+    pub keys: Vec<usize>,
+}
+
+impl View {
+    /// The place of a pair in a bias or a mask that is not broadcast.
+    pub fn pair(&self, j: usize) -> [usize; 4] {
+        [self.number, self.head, self.i, j]
+    }
+}
+
+/// The shape of the mask in bytes, however it is packed.
+fn mask_shape(problem: &Problem) -> Option<[usize; 4]> {
+    let [batch, heads, seq_q, _] = problem.mask_shape()?;
+    let longest = problem.sequences().map(|sequence| sequence.k_rows).max();
+    Some([batch, heads, seq_q, longest.unwrap_or(0)])
+}
+
+/// All places of a shape in their order.
+fn places([batch, heads, seq_q, seq_k]: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
+    let place = move |n: usize| [n / seq_k / seq_q / heads, n / seq_k / seq_q % heads, n / seq_k % seq_q, n % seq_k];
+    (0..batch * heads * seq_q * seq_k).map(place)
+}
+
+/// Where a pair lies in a tensor that is broadcast along its axes of size 1.
+pub fn place(shape: [usize; 4], pair: [usize; 4]) -> usize {
+    shape.into_iter().zip(pair).fold(0, |place, (size, n)| place * size + if size == 1 { 0 } else { n })
+}
+
+/// The problem with other options; the lengths of its sequences stay as they are.
+pub fn with_options(problem: &Problem, options: Options) -> Result<Problem> {
+    let shape = *problem.shape();
+    if !problem.has_lengths() {
+        return Problem::new(shape, options);
+    }
+    let all = |number: fn(Sequence) -> usize| problem.sequences().map(move |sequence| number(sequence) as u32);
+    if problem.options().layout == Layout::Thd {
+        let q: Vec<u32> = [0].into_iter().chain(all(|s| s.q_start + s.q_rows)).collect();
+        let k: Vec<u32> = [0].into_iter().chain(all(|s| s.k_start + s.k_rows)).collect();
+        return Problem::with_lengths(shape, options, Lengths::Cumulative { q: &q, k: &k });
+    }
+    let (q, k): (Vec<u32>, Vec<u32>) = (all(|s| s.band.seq_q()).collect(), all(|s| s.band.seq_k()).collect());
+    Problem::with_lengths(shape, options, Lengths::Used { q: Some(&q), k: Some(&k) })
+}
+
 /// Batch, head and position of every row of a packed operand, and where it lies.
 pub fn rows(layout: Layout, [batch, heads, seq, width]: [usize; 4]) -> Vec<([usize; 3], Range<usize>)> {
     let strides = layout.strides(heads, seq, width).map(|stride| stride as usize);
@@ -170,6 +316,10 @@ pub struct Operands<T = f32> {
     k: Vec<T>,
     v: Vec<T>,
     sink_logits: Option<Vec<f32>>,
+    alibi_slopes: Option<Vec<f32>>,
+    bias: Option<Vec<f32>>,
+    /// In bytes.
+    mask: Option<Vec<u8>>,
     d_o: Vec<T>,
     d_lse: Option<Vec<f32>>,
 }
@@ -177,14 +327,26 @@ pub struct Operands<T = f32> {
 impl Operands {
     /// Rounded to an element type.
     pub fn cast<T: Element>(self) -> Operands<T> {
-        let Operands { q, k, v, sink_logits, d_o, d_lse } = self;
-        Operands { q: T::narrow(q), k: T::narrow(k), v: T::narrow(v), sink_logits, d_o: T::narrow(d_o), d_lse }
+        let Operands { q, k, v, sink_logits, alibi_slopes, bias, mask, d_o, d_lse } = self;
+        let [q, k, v, d_o] = [q, k, v, d_o].map(T::narrow);
+        Operands { q, k, v, sink_logits, alibi_slopes, bias, mask, d_o, d_lse }
     }
 }
 
 impl<T: Element> Operands<T> {
-    pub fn inputs(&self) -> Inputs<'_, T> {
-        Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref())
+    /// Calls with the operands, a bias and a mask as the problem wants them.
+    pub fn with_inputs<R>(&self, problem: &Problem, call: impl FnOnce(&Inputs<'_, T>) -> R) -> R {
+        let options = problem.options();
+        let narrow = self.bias.clone().filter(|_| options.bias_dtype != DType::F32).map(T::narrow);
+        let bias = narrow.as_deref().map(Bias::Operand).or(self.bias.as_deref().map(Bias::F32));
+        let row = mask_shape(problem).map_or(1, |shape| shape[3]);
+        let words = self.mask.as_ref().map(|mask| pack_mask(mask, row));
+        let mask = match options.mask_packing {
+            MaskPacking::Bytes => self.mask.as_deref().map(MaskData::Bytes),
+            MaskPacking::Bits => words.as_deref().map(MaskData::Bits),
+        };
+        let inputs = Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref());
+        call(&inputs.alibi_slopes(self.alibi_slopes.as_deref()).bias(bias).mask(mask))
     }
 
     pub fn upstream(&self) -> Upstream<'_, T> {
@@ -202,13 +364,22 @@ impl Random {
         Random(text.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, step))
     }
 
-    /// Evenly distributed, with mean 0 and standard deviation 1.
-    fn next(&mut self) -> f32 {
+    /// 24 bits.
+    fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let unit = ((x ^ (x >> 31)) >> 40) as f32 / (1u64 << 24) as f32;
-        (2.0 * unit - 1.0) * 3f32.sqrt()
+        (x ^ (x >> 31)) >> 40
+    }
+
+    /// Evenly distributed, with mean 0 and standard deviation 1.
+    fn next(&mut self) -> f32 {
+        (2.0 * self.bits() as f32 / (1u64 << 24) as f32 - 1.0) * 3f32.sqrt()
+    }
+
+    /// One of so many, few, numbers from 0.
+    fn below(&mut self, count: u64) -> usize {
+        (self.bits() % count) as usize
     }
 }
 
@@ -328,7 +499,98 @@ pub fn grid(quick: bool) -> Vec<Case> {
             case.d_lse = true;
         }
     }
+    // What scores and visibility are beyond products, ranges and sinks; with a batch, and heads that share keys.
+    let several = |size| Shape { batch: 2, heads: 4, kv_heads: 2, ..shape(size, WIDTH) };
+    let per_head = full.sink_logits(SinkLogits::PerHead);
+    grid.group("softcap");
+    for size in grid.some(&TILES) {
+        for (softcap, logits, options) in
+            [(0.7, 1.0, full), (5.0, 4.0, stream.sink_logits(SinkLogits::PerHead)), (30.0, 12.0, causal)]
+        {
+            let case = grid.add(shape(size, WIDTH), options.softcap(softcap));
+            (case.logits, case.d_lse) = (logits, true);
+        }
+    }
+    grid.group("ALiBi");
+    for size in grid.some(&TILES) {
+        for options in [full, per_head.causal(true), stream.sink_logits(SinkLogits::OffByOne)] {
+            grid.add(several(size), options.alibi(true));
+            grid.add(several(size), options.alibi(true).alignment(Alignment::TopLeft));
+            grid.add(several(size), options.alibi(true).query_offset(150));
+        }
+    }
+    grid.group("bias");
+    // Of a single query, an axis of its own is one that is broadcast.
+    let distinct = |axes: Axes| move |size: &[usize; 2]| size[0] > 1 || !axes.seq_q;
+    for (n, axes) in grid.some(&AXES).into_iter().enumerate() {
+        for size in grid.some(&TILES).into_iter().filter(distinct(axes)) {
+            grid.add(several(size), full.bias(axes)).narrow_bias = n % 2 == 0;
+            grid.add(several(size), per_head.causal(true).bias(axes)).narrow_bias = n % 2 == 1;
+        }
+    }
+    grid.group("mask");
+    for (n, axes) in grid.some(&AXES).into_iter().enumerate() {
+        let packing = if n % 2 == 0 { MaskPacking::Bytes } else { MaskPacking::Bits };
+        for size in grid.some(&TILES).into_iter().filter(distinct(axes)) {
+            grid.add(several(size), full.mask(axes).mask_packing(packing));
+            grid.add(several(size), per_head.causal(true).mask(axes).mask_packing(packing));
+        }
+    }
+    grid.group("all options");
+    for (n, axes) in grid.some(&AXES).into_iter().enumerate() {
+        let options = per_head.window(Window::keys(40)).sink_tokens(3).softcap(5.0).alibi(true).bias(axes);
+        let layout = if n % 4 < 2 { Layout::Bhsd } else { Layout::Bshd };
+        for size in grid.some(&TILES).into_iter().filter(distinct(axes)) {
+            let options = options.mask(AXES[7 - n]).layout(layout).mask_packing(MaskPacking::Bits);
+            grid.add(several(size), options).narrow_bias = n % 2 == 0;
+        }
+    }
+    grid.group("padded batches");
+    let used = |q, k| Lengths::Used { q, k };
+    for lengths in grid.some(&[
+        used(Some(&[113, 40]), Some(&[150, 203])),
+        used(None, Some(&[9, 0])),
+        used(Some(&[0, 64]), None),
+        used(Some(&[65, 1]), Some(&[64, 1])),
+    ]) {
+        for options in [full, per_head.causal(true), stream.alignment(Alignment::TopLeft).layout(Layout::Bhsd)] {
+            grid.add_lengths(several([113, 203]), options, lengths);
+        }
+        let options = per_head.causal(true).softcap(5.0).alibi(true).bias(Axes::ALL).mask(Axes::KEYS.batch());
+        grid.add_lengths(several([113, 203]), options, lengths);
+    }
+    grid.group("varlen");
+    let tokens = |q: &'static [u32], k: &'static [u32]| Lengths::Cumulative { q, k };
+    for lengths in grid.some(&[
+        // Empty on either side and on both, around tiles, single tokens.
+        tokens(&[0, 5, 5, 5, 8, 72, 105, 106], &[0, 7, 11, 11, 11, 75, 205, 206]),
+        tokens(&[0, 64, 128, 129], &[0, 64, 129, 200]),
+        tokens(&[0, 113], &[0, 203]),
+        tokens(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], &[0, 31, 62, 63, 70, 71, 80, 90, 91, 92, 93, 99, 100]),
+    ]) {
+        let Lengths::Cumulative { q: [.., seq_q], k: [.., seq_k] } = lengths else {
+            unreachable!("all are cumulative")
+        };
+        let shape = Shape { batch: 1, ..several([*seq_q as usize, *seq_k as usize]) };
+        for options in [full, per_head.causal(true), stream.alignment(Alignment::TopLeft), causal.query_offset(3)] {
+            grid.add_lengths(shape, options.layout(Layout::Thd), lengths);
+        }
+        for (bias, mask) in [(Axes::ALL, Axes::KEYS.batch()), (Axes::KEYS.heads(), Axes::KEYS.seq_q())] {
+            let options = per_head.window(Window::new(30, 9)).softcap(5.0).alibi(true).bias(bias).mask(mask);
+            grid.add_lengths(shape, options.layout(Layout::Thd), lengths).narrow_bias = true;
+        }
+    }
     grid.group("NaN in hidden keys");
+    for (axes, size) in [(Axes::ALL, [113, 203]), (Axes::KEYS.batch(), [63, 65])] {
+        // Hidden by a mask, or by a bias, here and there among others.
+        for options in [full.mask(axes), causal.bias(axes), per_head.mask(axes).bias(Axes::KEYS.heads().seq_q())] {
+            grid.add(several(size), options).poisoned_keys = 20..54;
+        }
+    }
+    // Behind the end of every sequence.
+    grid.add_lengths(several([113, 203]), per_head, used(None, Some(&[150, 70]))).poisoned_keys = 150..203;
+    let options = causal.bias(Axes::ALL);
+    grid.add_lengths(several([113, 203]), options, used(Some(&[113, 40]), Some(&[150, 70]))).poisoned_keys = 150..203;
     let window = full.window(Window::keys(17));
     for sinks in [SinkLogits::None, SinkLogits::PerHead, SinkLogits::OffByOne] {
         for (size, options, poison) in [
@@ -347,6 +609,10 @@ pub fn grid(quick: bool) -> Vec<Case> {
         }
     }
     grid.group("NaN in query rows");
+    for d_lse in [true, false] {
+        let case = grid.add_lengths(several([113, 203]), per_head, used(Some(&[80, 3]), None));
+        (case.poisoned_queries, case.d_lse) = (80..113, d_lse);
+    }
     for sinks in [SinkLogits::None, SinkLogits::PerHead, SinkLogits::OffByOne] {
         for (size, options, poison) in [
             // Rows that see few keys; all but the last keys; keys that others see, too; sink tokens; nothing.
@@ -409,7 +675,15 @@ impl Grid {
 
     /// Adds a case, which the caller may make less ordinary.
     fn add(&mut self, shape: Shape, options: Options) -> &mut Case {
-        let problem = Problem::new(shape, options).expect("the shapes and options above are valid");
+        self.add_problem(Problem::new(shape, options).expect("the shapes and options above are valid"))
+    }
+
+    /// As [`add`](Self::add), with lengths of sequences.
+    fn add_lengths(&mut self, shape: Shape, options: Options, lengths: Lengths<'_>) -> &mut Case {
+        self.add_problem(Problem::with_lengths(shape, options, lengths).expect("the lengths above are valid"))
+    }
+
+    fn add_problem(&mut self, problem: Problem) -> &mut Case {
         // In every second case or so, whatever grid it stands in.
         let even = Random::new(0, &problem.to_string()).next() < 0.0;
         self.cases.push(Case {
@@ -417,6 +691,7 @@ impl Grid {
             logits: 1.0,
             extreme_sinks: false,
             d_lse: even,
+            narrow_bias: false,
             integers: cancels(&problem),
             problem,
             poisoned_keys: 0..0,
@@ -430,8 +705,9 @@ impl Grid {
 /// Whether no query sees two keys or a sink: then d_s is zero but for d_lse, and must be without rounding, as zero is
 /// no norm to compare with.
 fn cancels(problem: &Problem) -> bool {
-    let seen = |i| problem.sequence(0).band.visible_keys(i).iter().map(|keys| keys.len()).sum::<usize>();
-    problem.options().sink_logits == SinkLogits::None && (0..problem.shape().seq_q).all(|i| seen(i) < 2)
+    let seen = |sequence: Sequence, i| sequence.band.visible_keys(i).iter().map(|keys| keys.len()).sum::<usize>();
+    let sees_one = |sequence: Sequence| (0..sequence.band.seq_q()).all(|i| seen(sequence, i) < 2);
+    problem.options().sink_logits == SinkLogits::None && problem.sequences().all(sees_one)
 }
 
 #[cfg(test)]

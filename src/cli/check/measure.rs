@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use sink_attention::compare;
 use sink_attention::cpu::reference;
-use sink_attention::{Attention, DType, Element, Gradients, Inputs, Output, Problem, Result, Upstream};
+use sink_attention::{
+    Attention, DType, Element, Gradients, Inputs, MicroKernel, Output, Pass, Problem, Result, Upstream,
+};
 
-use super::grid::Case;
+use super::grid::{Case, Operands, place};
 
 /// What is checked, in an element type: a device, or in tests an operator with a mistake.
 pub trait Operator<T: Element> {
@@ -19,6 +21,12 @@ pub trait Operator<T: Element> {
         saved: &Output<T>,
         upstream: &Upstream<'_, T>,
     ) -> Result<Gradients<T>>;
+
+    /// Whether the forward pass rounds probabilities to the operands' element type, as kernels on cooperative matrices do: then
+    /// delta, and what is made of it, is no more precise.
+    fn rounds_p(&self, _problem: &Problem) -> bool {
+        false
+    }
 }
 
 impl<T: Element> Operator<T> for Attention {
@@ -34,6 +42,11 @@ impl<T: Element> Operator<T> for Attention {
         upstream: &Upstream<'_, T>,
     ) -> Result<Gradients<T>> {
         Attention::backward(self, problem, inputs, saved, upstream)
+    }
+
+    fn rounds_p(&self, problem: &Problem) -> bool {
+        let cooperative = |pass: &Pass| pass.variant.micro_kernel == MicroKernel::Cooperative;
+        self.plan_forward(problem).is_ok_and(|plan| plan.passes.iter().any(cooperative))
     }
 }
 
@@ -70,10 +83,13 @@ pub enum Column {
     DK,
     DV,
     DSink,
+    DAlibi,
+    DBias,
 }
 
 impl Column {
-    const ALL: [Column; 6] = [Column::O, Column::Lse, Column::DQ, Column::DK, Column::DV, Column::DSink];
+    const ALL: [Column; 8] =
+        [Column::O, Column::Lse, Column::DQ, Column::DK, Column::DV, Column::DSink, Column::DAlibi, Column::DBias];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -83,15 +99,18 @@ impl Column {
             Column::DK => "d_k",
             Column::DV => "d_v",
             Column::DSink => "d_sink",
+            Column::DAlibi => "d_alibi",
+            Column::DBias => "d_bias",
         }
     }
 
     /// The largest error accepted with operands of an element type.
-    pub fn bound(self, dtype: DType) -> f64 {
+    fn bound(self, dtype: DType, rounds_p: bool) -> f64 {
         compare::accepted(match self {
             Column::O | Column::DQ | Column::DK | Column::DV => dtype,
+            Column::DSink | Column::DAlibi | Column::DBias if rounds_p => dtype,
             // f32 whatever the operands are.
-            Column::Lse | Column::DSink => DType::F32,
+            Column::Lse | Column::DSink | Column::DAlibi | Column::DBias => DType::F32,
         })
     }
 
@@ -105,25 +124,31 @@ impl Column {
             Column::DK => gradients.as_mut().map(|g| &mut g.d_k),
             Column::DV => gradients.as_mut().map(|g| &mut g.d_v),
             Column::DSink => gradients.as_mut().and_then(|g| g.d_sink_logits.as_mut()),
+            Column::DAlibi => gradients.as_mut().and_then(|g| g.d_alibi_slopes.as_mut()),
+            Column::DBias => gradients.as_mut().and_then(|g| g.d_bias.as_mut()),
         }
     }
 
     /// The rows of this result, and what is known of them.
     fn rows(self, case: &Case, known: &Knowledge) -> Vec<(Range<usize>, Row)> {
         let shape = case.problem.shape();
-        let query = |([_, h, i], row): ([usize; 3], _)| (row, known.queries[i].in_head(case.reads_poison(h)));
-        let key = |([_, g, j], row): ([usize; 3], _)| (row, known.keys[j].in_head(g == 0));
+        // Knowledge is in the order of batch, head and position, and so are rows.
+        let all = |rows: Vec<([usize; 3], Range<usize>)>, known: &[Row]| -> Vec<(Range<usize>, Row)> {
+            rows.into_iter().map(|(_, row)| row).zip(known.iter().copied()).collect()
+        };
+        let single = |known: &[Row]| known.iter().enumerate().map(|(n, &kind)| (n..n + 1, kind)).collect();
         match self {
-            Column::O => case.query_rows(shape.value_dim).into_iter().map(query).collect(),
-            Column::DQ => case.query_rows(shape.head_dim).into_iter().map(query).collect(),
-            Column::DK => case.key_rows(shape.head_dim).into_iter().map(key).collect(),
-            Column::DV => case.key_rows(shape.value_dim).into_iter().map(key).collect(),
+            Column::O => all(case.query_rows(shape.value_dim), &known.queries),
+            Column::DQ => all(case.query_rows(shape.head_dim), &known.queries),
+            Column::DK => all(case.key_rows(shape.head_dim), &known.keys),
+            Column::DV => all(case.key_rows(shape.value_dim), &known.keys),
             // The lse of a row that sees nothing is no zero, but the sink logit or -inf.
             Column::Lse => {
-                let rows = case.lse_rows().into_iter().map(query);
+                let rows = all(case.lse_rows(), &known.queries).into_iter();
                 rows.map(|(row, kind)| (row, if kind == Row::Zero { Row::Compared } else { kind })).collect()
             }
-            Column::DSink => (0..shape.heads).map(|h| (h..h + 1, known.sinks.in_head(case.reads_poison(h)))).collect(),
+            Column::DSink | Column::DAlibi => single(&known.heads),
+            Column::DBias => single(&known.bias),
         }
     }
 }
@@ -139,45 +164,62 @@ enum Row {
 }
 
 impl Row {
-    /// Poison in one head must not reach another.
-    fn in_head(self, poisoned: bool) -> Row {
-        if self == Row::Poisoned && !poisoned { Row::Compared } else { self }
+    /// Of a sum, with one more term.
+    fn plus(&mut self, term: Row) {
+        if *self != Row::Poisoned && term != Row::Zero {
+            *self = term;
+        }
     }
 }
 
-/// Which rows can be compared, in a head with poison.
+/// Which rows can be compared.
 struct Knowledge {
+    /// In the order of batch, head and position.
     queries: Vec<Row>,
+    /// In the order of batch, key head and position.
     keys: Vec<Row>,
-    sinks: Row,
+    /// Of gradients that sum over all queries of a head.
+    heads: Vec<Row>,
+    /// Element by element.
+    bias: Vec<Row>,
 }
 
 impl Knowledge {
-    fn of(case: &Case) -> Self {
-        let mask = case.problem.sequence(0).band;
-        let overlap = |a: &Range<usize>, b: &Range<usize>| a.start.max(b.start) < a.end.min(b.end);
-        let query = |i| {
-            let seen = mask.visible_keys(i);
-            if seen.iter().all(Range::is_empty) {
-                Row::Zero
-            } else if case.poisoned_queries.contains(&i) || seen.iter().any(|keys| overlap(keys, &case.poisoned_keys)) {
-                Row::Poisoned
-            } else {
-                Row::Compared
-            }
+    fn of(case: &Case, operands: &Operands) -> Self {
+        let (problem, shape) = (&case.problem, case.problem.shape());
+        let bias_shape = problem.bias_shape();
+        let mut known = Knowledge {
+            queries: vec![Row::Zero; shape.batch * shape.heads * shape.seq_q],
+            keys: vec![Row::Zero; shape.batch * shape.kv_heads * shape.seq_k],
+            heads: vec![Row::Compared; shape.heads],
+            bias: vec![Row::Zero; bias_shape.iter().flatten().product::<usize>() * usize::from(bias_shape.is_some())],
         };
-        let queries: Vec<Row> = (0..case.problem.shape().seq_q).map(query).collect();
-        // A gradient of a key sums over the queries that see it, one of a sink logit over all queries.
-        let mut keys = vec![Row::Zero; case.problem.shape().seq_k];
-        for (i, &query) in queries.iter().enumerate() {
-            for seen in mask.visible_keys(i) {
-                for key in keys[seen].iter_mut().filter(|key| **key != Row::Poisoned) {
-                    *key = query;
+        for view in case.views(operands) {
+            let sequence = &view.sequence;
+            // Poison in one head must not reach another.
+            let poisoned = |rows: &Range<usize>, row| case.reads_poison(view.head) && rows.contains(&row);
+            let query = sequence.q_start + view.i;
+            let is_poisoned = poisoned(&case.poisoned_queries, query);
+            let reaches = |&j: &usize| poisoned(&case.poisoned_keys, sequence.k_start + j);
+            let row = match &view.keys[..] {
+                [] => Row::Zero,
+                keys if is_poisoned || keys.iter().any(reaches) => Row::Poisoned,
+                _ => Row::Compared,
+            };
+            known.queries[(sequence.entry * shape.heads + view.head) * shape.seq_q + query] = row;
+            // The sink takes part in queries that see nothing, but not in those beyond their sequence.
+            if row == Row::Poisoned || (is_poisoned && view.i < sequence.band.seq_q()) {
+                known.heads[view.head] = Row::Poisoned;
+            }
+            let keys = sequence.entry * shape.kv_heads + view.head / problem.group();
+            for &j in &view.keys {
+                known.keys[keys * shape.seq_k + sequence.k_start + j].plus(row);
+                if let Some(shape) = bias_shape {
+                    known.bias[place(shape, view.pair(j))].plus(row);
                 }
             }
         }
-        let poisoned = queries.contains(&Row::Poisoned) || !case.poisoned_queries.is_empty();
-        Knowledge { queries, keys, sinks: if poisoned { Row::Poisoned } else { Row::Compared } }
+        known
     }
 }
 
@@ -211,6 +253,8 @@ fn wide<T: Element>(x: &[T]) -> Vec<f64> {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
     pub column: Column,
+    /// The largest error accepted.
+    pub bound: f64,
     /// The error, where there is a number to give.
     pub error: Option<f64>,
     /// Why the case fails by this result, if it does.
@@ -227,52 +271,61 @@ pub struct Outcome {
 
 /// Computes a case, whose problem is in this element type, both ways and compares.
 pub fn measure<T: Element>(case: &Case, seed: u64, passes: Passes, operator: &dyn Operator<T>) -> Outcome {
-    let operands = case.operands(seed).cast::<T>();
-    let (problem, inputs, upstream) = (&case.problem, operands.inputs(), operands.upstream());
+    let operands = case.operands(seed);
+    let known = Knowledge::of(case, &operands);
+    let operands = operands.cast::<T>();
+    let (problem, upstream) = (&case.problem, operands.upstream());
     let backward = passes == Passes::ForwardAndBackward;
-    let compute = || -> Result<_> {
-        let output = operator.forward(problem, &inputs)?;
+    let compute = |inputs: &Inputs<'_, T>| -> Result<_> {
+        let output = operator.forward(problem, inputs)?;
         let twice = || -> Result<_> {
-            let backward = || operator.backward(problem, &inputs, &output, &upstream);
+            let backward = || operator.backward(problem, inputs, &output, &upstream);
             Ok([backward()?, backward()?])
         };
         let computed = if backward { twice()?.map(Some) } else { [None, None] };
         Ok(computed.map(|gradients| Results::widen(&output, gradients)))
     };
-    let expect = || -> Result<_> {
+    let expect = |inputs: &Inputs<'_, T>| -> Result<_> {
         Ok(Results {
-            output: reference::forward(problem, &inputs)?,
-            gradients: backward.then(|| reference::backward(problem, &inputs, &upstream)).transpose()?,
+            output: reference::forward(problem, inputs)?,
+            gradients: backward.then(|| reference::backward(problem, inputs, &upstream)).transpose()?,
         })
     };
-    let (actual, expected) = match compute().and_then(|actual| Ok((actual, expect()?))) {
-        Ok(both) => both,
-        Err(error) => {
+    let bound = |column: Column| column.bound(T::DTYPE, operator.rounds_p(problem));
+    let both = operands.with_inputs(problem, |inputs| Ok((compute(inputs)?, expect(inputs)?)));
+    match both {
+        Ok((actual, expected)) => compare_all(case, &known, passes, bound, actual, expected),
+        Err::<_, sink_attention::Error>(error) => {
             // No numbers, which must not look like nothing to compare.
-            let none = |&column| Comparison { column, error: None, failure: None };
+            let none = |&column| Comparison { column, bound: bound(column), error: None, failure: None };
             let comparisons = passes.columns().iter().map(none).collect();
-            return Outcome { comparisons, failure: Some(error.to_string()) };
+            Outcome { comparisons, failure: Some(error.to_string()) }
         }
-    };
-    compare_all(case, passes, actual, expected)
+    }
 }
 
-fn compare_all(case: &Case, passes: Passes, actual: [Results; 2], mut expected: Results) -> Outcome {
+fn compare_all(
+    case: &Case,
+    known: &Knowledge,
+    passes: Passes,
+    bound: impl Fn(Column) -> f64,
+    actual: [Results; 2],
+    mut expected: Results,
+) -> Outcome {
     let [mut actual, mut again] = actual;
-    let known = Knowledge::of(case);
-    let dtype = case.problem.options().dtype;
     let compared = passes.columns().iter().filter_map(|&column| {
         let expected = column.of(&mut expected)?;
+        let bound = bound(column);
         let (Some(actual), Some(again)) = (column.of(&mut actual), column.of(&mut again)) else {
-            return Some(Comparison { column, error: None, failure: Some("missing".into()) });
+            return Some(Comparison { column, bound, error: None, failure: Some("missing".into()) });
         };
-        let rows = column.rows(case, &known);
+        let rows = column.rows(case, known);
         let same = actual.iter().map(|x| x.to_bits()).eq(again.iter().map(|x| x.to_bits()));
         clear_poisoned(actual, &rows);
         clear_poisoned(expected, &rows);
         let compared = match column {
-            Column::Lse => compare::lse(actual, expected, column.bound(dtype)),
-            _ => compare::tensor(actual, expected, column.bound(dtype)),
+            Column::Lse => compare::lse(actual, expected, bound),
+            _ => compare::tensor(actual, expected, bound),
         };
         let (error, failure) = match compared {
             Ok(error) => (Some(error), None),
@@ -281,7 +334,7 @@ fn compare_all(case: &Case, passes: Passes, actual: [Results; 2], mut expected: 
         let failure = failure
             .or_else(|| not_zero(actual, &rows))
             .or_else(|| (!same).then(|| "other bits when computed again from the same inputs".into()));
-        Some(Comparison { column, error, failure })
+        Some(Comparison { column, bound, error, failure })
     });
     let comparisons: Vec<Comparison> = compared.collect();
     let named = |c: &Comparison| Some(format!("{}: {}", c.column.name(), c.failure.as_ref()?));
@@ -312,9 +365,14 @@ mod tests {
     #[test]
     fn every_case_compares_something_of_every_result() {
         for case in grid(false) {
-            let known = Knowledge::of(&case);
+            let known = Knowledge::of(&case, &case.operands(0));
             for column in Column::ALL {
-                assert!(column.rows(&case, &known).iter().any(|(_, kind)| *kind != Row::Poisoned), "{case}");
+                let rows = column.rows(&case, &known);
+                assert!(
+                    rows.is_empty() == (column == Column::DBias && case.problem.options().bias.is_none()),
+                    "{case}"
+                );
+                assert!(rows.is_empty() || rows.iter().any(|(_, kind)| *kind != Row::Poisoned), "{case}");
             }
         }
     }
@@ -322,24 +380,34 @@ mod tests {
     #[test]
     fn poison_reaches_what_depends_on_it() {
         let cases = grid(false);
+        // Of the first query head, which reads key head 0.
         let known = |group, text: &str| {
             let case = cases.iter().find(|case| case.group == group && case.to_string().contains(text)).unwrap();
-            Knowledge::of(case)
+            let mut known = Knowledge::of(case, &case.operands(0));
+            known.queries.truncate(case.problem.shape().seq_q);
+            known.keys.truncate(case.problem.shape().seq_k);
+            (known, case.problem.group())
         };
         // Key 100 alone, in windows of 17: queries at 100 to 116 see it, and keys from 84 on with it.
-        let Knowledge { queries, keys, sinks } = known("NaN in hidden keys", "NaN in keys 100..101");
+        let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in hidden keys", "NaN in keys 100..101");
         let poisoned = |rows: &[Row]| (0..rows.len()).filter(|&n| rows[n] == Row::Poisoned).collect::<Vec<_>>();
         assert_eq!(poisoned(&queries), (10..27).collect::<Vec<_>>());
         assert_eq!(poisoned(&keys), (84..117).collect::<Vec<_>>());
-        assert_eq!(sinks, Row::Poisoned);
+        // Not in the other heads.
+        assert_eq!(poisoned(&heads), (0..group).collect::<Vec<_>>());
         // Nobody sees keys before the first window.
         assert!((0..74).all(|j| keys[j] == Row::Zero) && keys[74] == Row::Compared);
-        // Hidden from all.
-        let Knowledge { queries, keys, sinks } = known("NaN in hidden keys", "NaN in keys 0..74");
-        assert!(poisoned(&queries).is_empty() && poisoned(&keys).is_empty() && sinks == Row::Compared);
+        // Hidden from all, by the window, by a mask and by a bias.
+        for keys in ["NaN in keys 0..74", "mask=2x4x113x203", "bias=2x1x1x65"] {
+            let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in hidden keys", keys);
+            assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
+        }
         // Queries that see nothing have gradients of zero whatever they hold, but the sink's sum has their d_o.
-        let Knowledge { queries, keys, sinks } = known("NaN in query rows", "NaN in queries 0..82");
+        let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in query rows", "NaN in queries 0..82");
         assert!(poisoned(&queries).is_empty() && poisoned(&keys).is_empty() && queries[81] == Row::Zero);
-        assert_eq!(sinks, Row::Poisoned);
+        assert_eq!(poisoned(&heads), (0..group).collect::<Vec<_>>());
+        // Beyond the end of their sequence nothing has it.
+        let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in query rows", "NaN in queries 80..113");
+        assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
     }
 }

@@ -185,7 +185,7 @@ mod tests {
     };
 
     use super::Passes::{Forward, ForwardAndBackward};
-    use super::grid::rows;
+    use super::grid::{rows, with_options};
     use super::*;
 
     fn round<T: Element>(x: Vec<f64>) -> Vec<T> {
@@ -261,8 +261,14 @@ mod tests {
     ) -> Result<(Problem, Inputs<'a>)> {
         let options = change(*problem.options());
         let per_head = options.sink_logits == SinkLogits::PerHead;
-        let inputs = Inputs { sink_logits: inputs.sink_logits.filter(|_| per_head), ..*inputs };
-        Ok((Problem::new(*problem.shape(), options)?, inputs))
+        let inputs = Inputs {
+            sink_logits: inputs.sink_logits.filter(|_| per_head),
+            alibi_slopes: inputs.alibi_slopes.filter(|_| options.alibi),
+            bias: inputs.bias.filter(|_| options.bias.is_some()),
+            mask: inputs.mask.filter(|_| options.mask.is_some()),
+            ..*inputs
+        };
+        Ok((with_options(problem, options)?, inputs))
     }
 
     fn forward_with(change: impl Fn(Options) -> Options) -> impl Operator<f32> {
@@ -284,8 +290,10 @@ mod tests {
     /// A quick check without the cases that take the definition longest, as every mistake goes through all of them.
     fn cases() -> Vec<Case> {
         let costly = |case: &Case| {
-            let pairs = case.problem.sequence(0).band.visible_pairs();
-            pairs > 100_000 || (case.group == "windows" && pairs > 5_000)
+            let pairs: u64 = case.problem.sequences().map(|sequence| sequence.band.visible_pairs()).sum();
+            pairs > 100_000
+                || pairs * case.problem.shape().heads as u64 > 150_000
+                || (case.group == "windows" && pairs > 5_000)
         };
         grid(true).into_iter().filter(|case| !costly(case)).collect()
     }
@@ -312,10 +320,21 @@ mod tests {
         cases().iter().map(|case| case.group).collect()
     }
 
-    /// The groups with cases of sink logits.
+    /// The groups with cases of such options.
+    fn groups_with(wanted: impl Fn(&Options) -> bool) -> BTreeSet<&'static str> {
+        cases().iter().filter(|case| wanted(case.problem.options())).map(|case| case.group).collect()
+    }
+
     fn groups_with_sink_logits() -> BTreeSet<&'static str> {
-        let per_head = |case: &Case| case.problem.options().sink_logits == SinkLogits::PerHead;
-        cases().iter().filter(|case| per_head(case)).map(|case| case.group).collect()
+        groups_with(|options| options.sink_logits == SinkLogits::PerHead)
+    }
+
+    fn groups_with_alibi() -> BTreeSet<&'static str> {
+        groups_with(|options| options.alibi)
+    }
+
+    fn groups_with_bias() -> BTreeSet<&'static str> {
+        groups_with(|options| options.bias.is_some())
     }
 
     #[test]
@@ -356,7 +375,8 @@ mod tests {
         let backward = |problem: &Problem, inputs: &Inputs<'_, T>, upstream: &Upstream<'_, T>| {
             let mut gradients = right_backward(problem, inputs, upstream)?;
             [&mut gradients.d_q, &mut gradients.d_k, &mut gradients.d_v].into_iter().for_each(|x| off(x));
-            gradients.d_sink_logits.iter_mut().for_each(|x| round(x));
+            let singles = [&mut gradients.d_sink_logits, &mut gradients.d_alibi_slopes, &mut gradients.d_bias];
+            singles.into_iter().flatten().for_each(|x| round(x));
             Ok(gradients)
         };
         let failing = failing_results::<T>(&Functions(forward, backward));
@@ -367,6 +387,8 @@ mod tests {
             ("d_v", all_groups()),
             ("lse", all_groups()),
             ("d_sink", groups_with_sink_logits()),
+            ("d_alibi", groups_with_alibi()),
+            ("d_bias", groups_with_bias()),
         ] {
             let mut missing = groups;
             missing.retain(|group| !failing.contains(&(*group, column)));
@@ -422,6 +444,10 @@ mod tests {
         assert_eq!(failing(ForwardAndBackward, &backward_but(|_, _, g| off(&mut g.d_v))), all_groups());
         let sink = backward_but(|_, _, g| g.d_sink_logits.iter_mut().for_each(|sinks| off(sinks)));
         assert_eq!(failing(ForwardAndBackward, &sink), groups_with_sink_logits());
+        let slopes = backward_but(|_, _, g| g.d_alibi_slopes.iter_mut().for_each(|slopes| off(slopes)));
+        assert_eq!(failing(ForwardAndBackward, &slopes), groups_with_alibi());
+        let bias = backward_but(|_, _, g| g.d_bias.iter_mut().for_each(|bias| off(bias)));
+        assert_eq!(failing(ForwardAndBackward, &bias), groups_with_bias());
     }
 
     #[test]
@@ -503,6 +529,22 @@ mod tests {
         fails(|o| o.layout(Default::default()), &["heads, batch, layout"]);
         let sinks = ["sink logits", "extreme sink logits", "off by one", "empty rows"];
         fails(|o| o.sink_logits(SinkLogits::None), &sinks);
+        let no_softcap = |mut o: Options| {
+            o.softcap = None;
+            o
+        };
+        fails(no_softcap, &["softcap", "all options", "varlen"]);
+        fails(|o| o.alibi(false), &["ALiBi", "all options", "varlen"]);
+        let no_bias = |mut o: Options| {
+            o.bias = None;
+            o
+        };
+        fails(no_bias, &["bias", "all options", "varlen"]);
+        let no_mask = |mut o: Options| {
+            o.mask = None;
+            o
+        };
+        fails(no_mask, &["mask", "all options", "varlen", "NaN in hidden keys"]);
     }
 
     #[test]
@@ -615,5 +657,7 @@ mod tests {
         assert_eq!(failing(ForwardAndBackward, &empty), all_groups());
         let missing = backward_but(|_, _, g| g.d_sink_logits = None);
         assert_eq!(failing(ForwardAndBackward, &missing), groups_with_sink_logits());
+        let missing = backward_but(|_, _, g| g.d_bias = None);
+        assert_eq!(failing(ForwardAndBackward, &missing), groups_with_bias());
     }
 }

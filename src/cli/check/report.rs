@@ -138,11 +138,19 @@ impl Type {
             dtype,
             cases: pairs.len(),
             failed: failed(pairs),
-            bounds: passes.columns().iter().map(|column| (column.name(), Some(column.bound(dtype)))).collect(),
+            bounds: passes.columns().iter().filter_map(|&column| bound(column, pairs)).collect(),
             groups: pairs.chunk_by(|a, b| a.0.group == b.0.group).map(Group::new).collect(),
             worst: passes.columns().iter().filter_map(|&column| Worst::new(column, pairs)).collect(),
         }
     }
+}
+
+/// The bound of a column by its name, that of kernels on cooperative matrices where there are some; none where there is
+/// nothing to compare.
+fn bound(column: Column, pairs: &[(&Case, &Outcome)]) -> Option<(&'static str, Option<f64>)> {
+    let comparisons = pairs.iter().flat_map(|(_, outcome)| &outcome.comparisons);
+    let bounds = comparisons.filter(|comparison| comparison.column == column).map(|comparison| comparison.bound);
+    bounds.reduce(f64::max).map(|bound| (column.name(), Some(bound)))
 }
 
 fn failed(pairs: &[(&Case, &Outcome)]) -> usize {
@@ -184,20 +192,20 @@ impl fmt::Display for Report {
         writeln!(f, "checked  sink-attention {}, {}, seed {}", self.version, self.pass, self.seed)?;
 
         let row = |f: &mut fmt::Formatter<'_>, name: &str, cases: &str, errors: &Errors, verdict: &str| {
-            write!(f, "{name:<22}{cases:>6}")?;
+            write!(f, "{name:<22}{cases:>5}")?;
             for column in self.columns {
                 let text = match errors.get(column.name()) {
                     Some(Some(error)) => format!("{error:.1e}"),
                     Some(None) => "none".into(),
                     None => "-".into(),
                 };
-                write!(f, "{text:>9}")?;
+                write!(f, "{text:>8}")?;
             }
             writeln!(f, "{verdict}")
         };
         for Type { dtype, bounds, groups, worst, .. } in &self.dtypes {
-            write!(f, "\n{:<22}{:>6}", format!("group, {dtype}"), "cases")?;
-            self.columns.iter().try_for_each(|column| write!(f, "{:>9}", column.name()))?;
+            write!(f, "\n{:<22}{:>5}", format!("group, {dtype}"), "cases")?;
+            self.columns.iter().try_for_each(|column| write!(f, "{:>8}", column.name()))?;
             writeln!(f, "  verdict")?;
             for group in groups {
                 let verdict = if group.failed == 0 { "  ok".into() } else { format!("  {} FAILED", group.failed) };
@@ -207,7 +215,7 @@ impl fmt::Display for Report {
 
             writeln!(f)?;
             for Worst { column, error, group, case } in worst {
-                writeln!(f, "worst {column:<6} {error:.1e} in {group}: {case}")?;
+                writeln!(f, "worst {column:<7} {error:.1e} in {group}: {case}")?;
             }
         }
         if self.failed > 0 {
