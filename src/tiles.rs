@@ -232,7 +232,7 @@ const SOFTWARE: [Candidate; 5] =
 /// For the widest heads.
 const WIDE: Candidate = candidate([8, 16], [2, 1], 4, 4, u32::MAX, 1);
 /// Fits 16 KiB of workgroup memory and 64 threads for widths to 256 ...
-const LESS: Candidate = candidate([8, 8], [2, 1], 4, 8, 512, 1);
+const LESS: Candidate = candidate([8, 8], [2, 1], 4, 8, 256, 1);
 /// ... and for every width.
 const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 4, u32::MAX, 1);
 

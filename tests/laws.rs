@@ -149,6 +149,8 @@ fn grouped_heads_are_repeated_heads() {
                 d_k: add_up(&gradients.d_k, 64),
                 d_v: add_up(&gradients.d_v, 32),
                 d_sink_logits: gradients.d_sink_logits.as_deref().map(widen),
+                d_alibi_slopes: None,
+                d_bias: None,
             };
             few.agree(&few.run(attention, &grouped), &expected).unwrap();
         }
@@ -217,6 +219,7 @@ fn batches_do_not_mix() {
                 k: rotate(&operands.k),
                 v: rotate(&operands.v),
                 sink_logits: operands.sink_logits.clone(),
+                ..Operands::new(Vec::new(), Vec::new(), Vec::new())
             };
             let Output { o, lse, .. } = forward(attention, &problem, &operands);
             let actual = forward(attention, &problem, &rotated);
@@ -257,6 +260,8 @@ fn combine(parts: &[&Gradients], function: impl Fn(&[f64]) -> f64) -> Gradients<
         d_k: each(&|g| &g.d_k),
         d_v: each(&|g| &g.d_v),
         d_sink_logits: parts[0].d_sink_logits.as_ref().map(|_| each(sinks)),
+        d_alibi_slopes: None,
+        d_bias: None,
     }
 }
 
@@ -321,7 +326,15 @@ fn shards_of_the_keys_add_up() {
         let problem = shard(0..203);
         let whole = Backward::random(&problem, 11);
         let saved = forward(attention, &problem, &whole.operands);
-        let mut sum = Gradients { d_q: vec![0.0; 2 * 70 * 16], d_k: vec![], d_v: vec![], d_sink_logits: None };
+        let empty = || Vec::<f32>::new();
+        let mut sum = Gradients {
+            d_q: vec![0.0; 2 * 70 * 16],
+            d_k: empty(),
+            d_v: empty(),
+            d_sink_logits: None,
+            d_alibi_slopes: None,
+            d_bias: None,
+        };
         for keys in [0..90, 90..91, 91..203] {
             let mut part = whole.clone();
             part.operands.k = whole.operands.k[keys.start * 16..keys.end * 16].to_vec();

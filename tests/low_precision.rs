@@ -59,7 +59,8 @@ fn both_ways<T: Element>(output: &Output<T>) -> [Output<T>; 2] {
 /// Operands in an element type, and the problem in it.
 fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
     let problem = Problem::new(*problem.shape(), problem.options().dtype(T::DTYPE)).unwrap();
-    (problem, Backward::random(&problem, seed).cast())
+    let operands = Backward::random(&problem, seed).cast();
+    (problem, operands)
 }
 
 /// Holds a path against the definition, by norm and by element.
@@ -135,12 +136,9 @@ fn the_cpu_computes_in_f32<T: Element>() {
         let (problem, backward) = random::<T>(&problem([2, 4, 2], [70, 90], [33, 20], options), seed);
         let operands = &backward.operands;
         let widened = |x: &[T]| T::widen(x).into_owned();
-        let operands = Operands {
-            q: widened(&operands.q),
-            k: widened(&operands.k),
-            v: widened(&operands.v),
-            sink_logits: operands.sink_logits.clone(),
-        };
+        let sink_logits = operands.sink_logits.clone();
+        let operands = Operands::new(widened(&operands.q), widened(&operands.k), widened(&operands.v));
+        let operands = Operands { sink_logits, ..operands };
         let single = Backward { operands, d_o: widened(&backward.d_o), d_lse: backward.d_lse.clone() };
         let single_problem = Problem::new(*problem.shape(), problem.options().dtype(DType::F32)).unwrap();
         let expected = path.forward(&single_problem, &single.operands.inputs()).unwrap();
@@ -153,6 +151,8 @@ fn the_cpu_computes_in_f32<T: Element>() {
             d_k: T::narrow(gradients.d_k),
             d_v: T::narrow(gradients.d_v),
             d_sink_logits: gradients.d_sink_logits,
+            d_alibi_slopes: None,
+            d_bias: None,
         };
         assert_eq!(backward.run_with(&path, &problem, &output), expected, "{problem}");
         let without = Output { o_rest: None, ..output };
@@ -374,12 +374,7 @@ fn sums_beyond_the_range<T: Element>() {
         let problem = problem([1, 2, 2], [2, 1], [1, 1], Options::new().dtype(T::DTYPE).layout(Layout::Bhsd));
         let (large, zero) = (largest::<T>(), [T::default(); 4]);
         let minus = T::from_f32(-large.to_f32());
-        let operands = Operands {
-            q: zero.to_vec(),
-            k: zero[..2].to_vec(),
-            v: zero[..2].to_vec(),
-            ..Operands::random(&problem, 0)
-        };
+        let operands = Operands::new(zero.to_vec(), zero[..2].to_vec(), zero[..2].to_vec());
         let backward = Backward { operands, d_o: vec![large, large, minus, minus], d_lse: None };
         let gradients = backward.run(&path, &problem);
         assert_eq!(gradients.d_v, [f32::INFINITY, f32::NEG_INFINITY].map(T::from_f32), "{}", path.device_name());

@@ -46,7 +46,7 @@ fn dense<T: Element>(turn: usize) -> Vec<Problem> {
     let sizes = [([113, 203], [32, 48]), ([1, 130], [33, 16]), ([70, 64], [64, 64])];
     let problem = |(n, options): (usize, Options)| {
         let (seq, width) = sizes[(n + turn) % sizes.len()];
-        let bias_dtype = if (n + turn) % 2 == 0 { T::DTYPE } else { DType::F32 };
+        let bias_dtype = if (n + turn).is_multiple_of(2) { T::DTYPE } else { DType::F32 };
         Problem::new(shape(seq, width), options.dtype(T::DTYPE).bias_dtype(bias_dtype)).unwrap()
     };
     score_options().into_iter().enumerate().map(problem).collect()
@@ -110,8 +110,10 @@ fn check_all<T: Element>(problems: &[Problem]) {
 
 fn check_cooperative<T: Element>(turn: usize) {
     let Some(attention) = cooperative() else { return };
-    check_on::<T>(&attention, &dense::<T>(turn), false);
-    check_on::<T>(&attention, &lengths::<T>(turn), false);
+    // Compiling a cooperative kernel takes llvmpipe seconds: those with the most in them, and the others in turns.
+    let dense = dense::<T>(turn).into_iter().skip(11 + turn).step_by(2);
+    let lengths = lengths::<T>(turn).into_iter().skip(7 + turn).step_by(2);
+    check_on::<T>(&attention, &dense.chain(lengths).collect::<Vec<_>>(), false);
 }
 
 fn check_on<T: Element>(attention: &Attention, problems: &[Problem], with_rest: bool) {

@@ -41,6 +41,7 @@ fn problems() -> Vec<(&'static str, Problem)> {
         ("Llama 3 8B prefill in f16", problem([1, 32, 8], [8192, 8192], [128, 128], causal.dtype(DType::F16))),
         ("odd widths in f16", problem([2, 6, 3], [113, 203], [33, 77], sinks.dtype(DType::F16))),
         ("16 wide", problem([1, 4, 4], [1000, 1000], [16, 16], causal)),
+        ("wider than any model's", problem([1, 4, 4], [1000, 1000], [512, 512], causal)),
         ("tiny", problem([1, 1, 1], [1, 1], [1, 1], Options::new())),
         ("odd widths", problem([2, 6, 3], [113, 203], [33, 77], sinks)),
         ("widest value, narrow key", problem([1, 2, 1], [300, 300], [3, 255], sinks)),
@@ -89,8 +90,9 @@ fn plans_are_the_reviewed_ones() {
 #[test]
 fn every_width_has_a_plan() {
     let least = Capabilities::webgpu_defaults();
-    for head_dim in 1..=256 {
-        for value_dim in 1..=256 {
+    for head_dim in 1..=512 {
+        // All of them in turns.
+        for value_dim in (1 + head_dim % 8..=512).step_by(8) {
             for seq_q in [1, 1000] {
                 let dtype = [DType::F32, DType::F16, DType::Bf16][(head_dim + value_dim) % 3];
                 let options = Options::new().sink_logits(SinkLogits::PerHead).dtype(dtype);
@@ -100,7 +102,7 @@ fn every_width_has_a_plan() {
                 assert_eq!((forward.passes.len(), backward.passes.len()), (1, 4));
                 let mut passes = [forward.passes, backward.passes].concat();
                 if dtype != DType::F32 {
-                    let optional = OptionalOperands { d_lse: true, o_rest: true };
+                    let optional = OptionalOperands { d_lse: true, o_rest: true, ..OptionalOperands::default() };
                     let preference = Preference::default();
                     passes.extend(Plan::forward_with(&problem, false, optional, &least, &preference).unwrap().passes);
                     passes.extend(Plan::backward_with(&problem, false, optional, &least, &preference).unwrap().passes);
@@ -127,7 +129,8 @@ fn delta_is_never_from_rounded_o() {
             let problem = problem([1, 2, 1], [100, 100], [64, 64], options);
             for device in Capabilities::samples() {
                 for [d_lse, o_rest] in [[false, false], [true, false], [false, true], [true, true]] {
-                    let (optional, preference) = (OptionalOperands { d_lse, o_rest }, Preference::default());
+                    let (optional, preference) =
+                        (OptionalOperands { d_lse, o_rest, ..OptionalOperands::default() }, Preference::default());
                     let plans = [
                         Plan::forward_with(&problem, true, optional, &device, &preference),
                         Plan::backward_with(&problem, true, optional, &device, &preference),

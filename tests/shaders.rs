@@ -14,12 +14,13 @@ use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, MicroKernel, OptionalOperands,
-    Options, Pass, Plan, Preference, Problem, SinkLogits, TensorView, TilesOrigin, Variant,
+    Attention, Axes, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, Layout, Lengths,
+    MaskPacking, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference, Problem, SinkLogits, TensorView,
+    TilesOrigin, Variant,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.
-const WIDTHS: [[usize; 2]; 18] = [
+const WIDTHS: [[usize; 2]; 22] = [
     [1, 1],
     [3, 3],
     [4, 4],
@@ -38,6 +39,10 @@ const WIDTHS: [[usize; 2]; 18] = [
     [64, 33],
     [192, 128],
     [255, 4],
+    [257, 257],
+    [512, 512],
+    [1, 512],
+    [512, 3],
 ];
 
 const SINKS: [SinkLogits; 3] = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead];
@@ -103,8 +108,70 @@ fn reachable() -> &'static [Planned] {
                 }
             }
         }
+        reachable.extend(with_options());
         reachable
     })
+}
+
+/// What makes scores more than products, hides single pairs, and makes sequences differ in length.
+fn with_options() -> Vec<Planned> {
+    let (new, keys) = (Options::new().sink_logits(SinkLogits::PerHead), Axes::KEYS);
+    let options = [
+        new.softcap(1.0),
+        new.alibi(true),
+        new.bias(Axes::ALL),
+        new.bias(keys.heads()),
+        new.mask(keys),
+        new.mask(Axes::ALL).mask_packing(MaskPacking::Bits),
+        new.bias(keys.batch()).mask(keys.seq_q()),
+        new.alibi(true).bias(keys.seq_q()).mask(Axes::ALL).softcap(2.0),
+    ];
+    let mut planned = Vec::new();
+    let devices = Capabilities::samples();
+    for (device, dtype) in devices.iter().flat_map(|device| DTYPES.map(|dtype| (device, dtype))) {
+        for (n, options) in options.into_iter().enumerate() {
+            for (width, has_lengths) in [([64, 64], false), ([33, 80], true), ([512, 256], n % 2 == 0)] {
+                let options = options.dtype(dtype).bias_dtype(if n % 2 == 0 { dtype } else { DType::F32 });
+                let shape = *problem([1, 2, 1], [100, 100], width, Options::new()).shape();
+                let problem = if has_lengths {
+                    let cumulative = &[0, 40, 40, 100][..];
+                    let lengths = Lengths::Cumulative { q: cumulative, k: cumulative };
+                    Problem::with_lengths(shape, options.layout(Layout::Thd), lengths)
+                } else {
+                    Problem::new(shape, options)
+                };
+                let problem = problem.unwrap();
+                let vec4 = width == [64, 64];
+                for (micro_kernel, o_rest) in [
+                    (MicroKernel::Portable, false),
+                    (MicroKernel::Portable, dtype != DType::F32),
+                    (MicroKernel::Cooperative, false),
+                ] {
+                    let optional = OptionalOperands { d_lse: false, o_rest, d_alibi_slopes: true, d_bias: true };
+                    let preference = Preference { micro_kernel, ..Preference::default() };
+                    let plans = [
+                        Plan::forward_with(&problem, vec4, optional, device, &preference),
+                        Plan::backward_with(&problem, vec4, optional, device, &preference),
+                    ];
+                    match plans {
+                        [Ok(forward), Ok(backward)] => {
+                            let (device, problem) = (device.clone(), problem.clone());
+                            planned.push(Planned { device, problem, vec4, optional, forward, backward });
+                        }
+                        _ if micro_kernel == MicroKernel::Cooperative => {}
+                        [Err(error), _] | [_, Err(error)] => {
+                            // One option beside the sink logits has a plan on every WebGPU device.
+                            let (few, buffers) =
+                                (device.storage_buffers == 8, error.to_string().contains("storage buffers"));
+                            let more = n >= 6 || has_lengths || o_rest;
+                            assert!(few && buffers && more, "{}: {problem}: {error}", device.name);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    planned
 }
 
 /// The variants of [`reachable`], each once.
@@ -275,6 +342,9 @@ fn bindings_stay_where_they_are() {
         }
         // Devices with matrices bind more than every WebGPU device does, and only they repair.
         let most = if is_cooperative(&variant) || variant.repairs.is_some() { 10 } else { 8 };
+        // Every WebGPU device has one such option beside what a kernel binds, most have more.
+        let options = [variant.alibi, variant.bias.is_some(), variant.mask, variant.lengths];
+        let most = most + options.iter().filter(|there| **there).count();
         assert!(storage <= most, "{name}: {storage} storage buffers");
         assert_eq!(written.contains(&"repairs"), is_cooperative(&variant), "{name}");
         written.retain(|operand| *operand != "repairs");
@@ -338,13 +408,25 @@ fn build(attention: &Attention, planned: &Planned) {
     let (sinks, d_sinks) = (heads(), heads());
 
     let at = |buffer| TensorView::new(buffer).offset(offset);
-    let per_head = problem.options().sink_logits == SinkLogits::PerHead;
+    let (alibi_slopes, d_alibi_slopes) = (heads(), heads());
+    let elements = |shape: Option<[usize; 4]>| shape.map_or(1, |shape| shape.iter().product());
+    let mask_bytes = if problem.options().mask_packing == MaskPacking::Bits { 4 } else { 1 };
+    let mask = buffer(elements(problem.mask_shape()), mask_bytes);
+    let bias = buffer(elements(problem.bias_shape()), problem.options().bias_dtype.bytes());
+    let d_bias = buffer(elements(problem.bias_shape()), 4);
+    let options = problem.options();
+    let per_head = options.sink_logits == SinkLogits::PerHead;
     let forward_buffers = ForwardBuffers {
+        alibi_slopes: options.alibi.then(|| at(&alibi_slopes)),
+        bias: options.bias.map(|_| at(&bias)),
+        mask: options.mask.map(|_| at(&mask)),
         sink_logits: per_head.then(|| at(&sinks)),
         o_rest: optional.o_rest.then(|| at(&o_rest)),
         ..ForwardBuffers::new(at(&q), at(&k), at(&v), at(&o), at(&lse))
     };
     let backward_buffers = BackwardBuffers {
+        d_alibi_slopes: optional.d_alibi_slopes.then(|| at(&d_alibi_slopes)).filter(|_| options.alibi),
+        d_bias: optional.d_bias.then(|| at(&d_bias)).filter(|_| options.bias.is_some()),
         d_lse: optional.d_lse.then(|| at(&flows_into_lse)),
         d_sink_logits: per_head.then(|| at(&d_sinks)),
         ..BackwardBuffers::new(forward_buffers, at(&d_o), at(&d_q), at(&d_k), at(&d_v))

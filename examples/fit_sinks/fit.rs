@@ -98,7 +98,7 @@ mod tests {
     fn gradients_are_finite_differences() {
         const STEP: f32 = 0.02;
         let (attention, problem) = (Attention::new().unwrap(), tiny());
-        let layer = Layer { attention: &attention, problem, embedding: EMBEDDING };
+        let layer = Layer { attention: &attention, problem: problem.clone(), embedding: EMBEDDING };
         let mut rng = StdRng::seed_from_u64(1);
         let x: Vec<f32> = (0..2 * 5 * EMBEDDING).map(|_| rng.random_range(-2.0..2.0)).collect();
         let mut student = Weights::random(&problem, EMBEDDING, &mut rng);
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn a_student_that_knows_all_stays() {
         let (attention, problem) = (Attention::new().unwrap(), tiny());
-        let layer = Layer { attention: &attention, problem, embedding: EMBEDDING };
+        let layer = Layer { attention: &attention, problem: problem.clone(), embedding: EMBEDDING };
         let weights = Weights::random(&problem, EMBEDDING, &mut StdRng::seed_from_u64(1));
         let settings = Settings { steps: 3, with_lse: true };
         let student = run(

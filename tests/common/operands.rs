@@ -160,6 +160,11 @@ impl Operands {
 }
 
 impl<T: Element> Operands<T> {
+    /// Without what goes with options.
+    pub fn new(q: Vec<T>, k: Vec<T>, v: Vec<T>) -> Self {
+        Operands { q, k, v, sink_logits: None, alibi_slopes: None, bias: None, mask: None }
+    }
+
     pub fn inputs(&self) -> Inputs<'_, T> {
         let bias = self.bias.as_ref().map(|bias| match bias {
             RandomBias::F32(bias) => Bias::F32(bias),
