@@ -23,7 +23,7 @@ fuzz_target!(|bytes: &[u8]| {
 fn fits<T: Element>(case: &Case) {
     case.problem.check_inputs(&case.inputs::<T>().unwrap()).unwrap();
     if let Some(upstream) = case.upstream::<T>().unwrap() {
-        assert_eq!(upstream.d_o.len(), case.problem.o_shape().iter().product());
+        assert_eq!(upstream.d_o.len(), case.problem.o_shape().iter().product::<usize>());
     }
     assert!(!case.problem.to_string().is_empty());
     // The rule must be counted without overflow, whatever the offsets and windows are.
