@@ -775,8 +775,22 @@ impl MaskData<'_> {
 
 /// A mask of bytes, whose rows have `keys` of them, in [bits](MaskPacking::Bits).
 pub fn pack_mask(mask: &[u8], keys: usize) -> Vec<u32> {
-    let word = |bytes: &[u8]| bytes.iter().enumerate().fold(0, |word, (j, &byte)| word | u32::from(byte != 0) << j);
-    mask.chunks(keys.max(1)).flat_map(|row| row.chunks(32).map(word)).collect()
+    mask.chunks(keys.max(1)).flat_map(|row| row.chunks(32).map(mask_word)).collect()
+}
+
+/// The bits of up to 32 bytes, eight at a time: carries set the highest bit of each that is not 0, and a product gathers them.
+pub(crate) fn mask_word(bytes: &[u8]) -> u32 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    let gather = |bytes: [u8; 8]| {
+        let bytes = u64::from_le_bytes(bytes);
+        let set = ((bytes & LOW) + LOW | bytes) & !LOW;
+        ((set >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u32
+    };
+    let (chunks, rest) = bytes.as_chunks();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let last = gather(last).unbounded_shl(8 * chunks.len() as u32);
+    chunks.iter().rev().fold(0, |word, &chunk| word << 8 | gather(chunk)) | last
 }
 
 /// Operands of a forward pass on the host, densely packed in the problem's layout; `T` is an [`Element`].

@@ -33,6 +33,8 @@ use crate::error::Result;
 use crate::problem::{Axes, Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
 use crate::sequences::Sequence;
 
+/// Rows of a tile of the bias, several tiles of queries: loading its keys costs as much as a tile's products.
+const BIAS_ROWS: usize = 4 * TILE;
 /// Tiles that pass by one of the bias at a time.
 const BIAS_STEPS: usize = 16;
 
@@ -248,8 +250,8 @@ struct Item<'a> {
 enum Sums {
     /// The gradients of the operands of the side that stays.
     Operands,
-    /// d_s alone.
-    Bias,
+    /// d_s alone, in tiles of the bias of so many rows.
+    Bias { rows: usize },
 }
 
 /// All sweeps. The operand that the scores come from is x, the other y: q and d_o, k and v.
@@ -368,26 +370,27 @@ impl<'a> Sweep<'a> {
         // The longest first, so that those that reach a tile of keys come before all others.
         let mut by_keys: Vec<usize> = (0..self.problem.sequence_count()).collect();
         by_keys.sort_by_key(|&n| Reverse(self.problem.sequence(n).band.seq_k()));
-        let splits = FEW_ITEMS / (sequences * heads * rows.div_ceil(TILE) * keys.div_ceil(TILE)).max(1);
+        let sums = Sums::Bias { rows: rows.min(BIAS_ROWS) };
+        let splits = FEW_ITEMS / (sequences * heads * rows.div_ceil(BIAS_ROWS) * keys.div_ceil(TILE)).max(1);
 
         let blocks = d_bias.par_chunks_mut(rows * keys).enumerate().flat_map(|(n, head)| {
-            let place = move |(block, rows)| (n / heads, n % heads, block * TILE, rows);
-            head.par_chunks_mut(TILE * keys).enumerate().map(place)
+            let place = move |(block, rows)| (n / heads, n % heads, block * BIAS_ROWS, rows);
+            head.par_chunks_mut(BIAS_ROWS * keys).enumerate().map(place)
         });
         blocks.for_each(|(sequence, head, first, rows)| {
             let tiles = (0..keys.div_ceil(TILE)).into_par_iter().map_init(
-                || State::new(self.problem, Sums::Bias),
+                || State::new(self.problem, sums),
                 |state, n| {
                     let keys = n * TILE..((n + 1) * TILE).min(keys);
                     let own = if axes.batch { std::slice::from_ref(&sequence) } else { &by_keys };
                     let heads = if axes.heads { head..head + 1 } else { 0..self.problem.shape().heads };
                     let steps = self.bias_steps(own, heads, axes.seq_q.then_some(first), &keys);
-                    self.bias_tile(&steps, splits, state)
+                    self.bias_tile(&steps, splits, sums, state)
                 },
             );
             for (n, sums) in tiles.collect::<Vec<_>>().into_iter().enumerate() {
                 for (row, sums) in rows.chunks_exact_mut(keys).zip(sums.chunks_exact(TILE)) {
-                    row[n * TILE..].iter_mut().zip(sums).for_each(|(x, &sum)| *x = sum as f32);
+                    row[n * TILE..].iter_mut().zip(sums).for_each(|(x, &sum)| *x = sum);
                 }
             }
         });
@@ -413,7 +416,7 @@ impl<'a> Sweep<'a> {
             }
             let queries = band.query_tiles(&keys, TILE);
             let queries = match first.map(|first| first / TILE) {
-                Some(n) => n.max(queries.start)..(n + 1).min(queries.end),
+                Some(n) => n.max(queries.start)..(n + BIAS_ROWS / TILE).min(queries.end),
                 None => queries,
             };
             for kv_head in heads.start / group..heads.end.div_ceil(group) {
@@ -429,21 +432,26 @@ impl<'a> Sweep<'a> {
         steps
     }
 
-    /// Sums d_s over all steps: `[query or 1][key]` of the tile, in f64, as many terms may cancel.
-    fn bias_tile(&self, steps: &[(Tile, Vec<Tile>)], splits: usize, state: &mut State) -> Vec<f64> {
+    /// Sums d_s over all steps: `[query or 1][key]` of the tile, in f64, as many terms may cancel;
+    /// nothing where nothing is.
+    fn bias_tile(&self, steps: &[(Tile, Vec<Tile>)], splits: usize, of: Sums, state: &mut State) -> Vec<f32> {
+        let round = |sums: &[f64]| sums.iter().map(|&sum| sum as f32).collect();
         let attend = |steps: &[(Tile, Vec<Tile>)], state: &mut State| {
             state.d_bias.fill(0.0);
             for (tile, passing) in steps {
-                self.attend(Sums::Bias, Side::Keys, tile, passing, state);
+                self.attend(of, Side::Keys, tile, passing, state);
             }
         };
+        if steps.is_empty() {
+            return Vec::new();
+        }
         if splits.min(steps.len()) <= 1 {
             attend(steps, state);
-            return state.d_bias.clone();
+            return round(&state.d_bias);
         }
         let chunks = steps.par_chunks(steps.len().div_ceil(splits));
         let sums = chunks.map(|steps| {
-            let mut state = State::new(self.problem, Sums::Bias);
+            let mut state = State::new(self.problem, of);
             attend(steps, &mut state);
             state.d_bias
         });
@@ -451,7 +459,7 @@ impl<'a> Sweep<'a> {
             sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
             sum
         };
-        sums.collect::<Vec<_>>().into_iter().reduce(add).unwrap_or_default()
+        round(&sums.collect::<Vec<_>>().into_iter().reduce(add).unwrap_or_default())
     }
 
     /// The rows of a head of one side from the start of a sequence on: x and y.
@@ -529,15 +537,9 @@ impl State {
         let rows = |width| vec![0.0; TILE * width];
         let (d, e) = (problem.shape().head_dim, problem.shape().value_dim);
         let if_operands = |width| if sums == Sums::Operands { width } else { 0 };
-        let bias_rows = match problem.options().bias.filter(|_| sums == Sums::Bias) {
-            Some(axes) => {
-                if axes.seq_q {
-                    TILE
-                } else {
-                    1
-                }
-            }
-            None => 0,
+        let bias_rows = match sums {
+            Sums::Operands => 0,
+            Sums::Bias { rows } => rows,
         };
         State {
             panel: 1,
@@ -620,8 +622,8 @@ impl Attend<'_> {
 
                 let state = &mut *self.state;
                 let d_s = &mut panels_mut::<S, NV>(&mut state.d_s)[..rows.len()];
-                if self.sums == Sums::Bias {
-                    add_bias_gradients::<S, NV>(panel, self.tile.rows.len(), d_s, &mut state.d_bias);
+                if self.sums != Sums::Operands {
+                    add_bias_gradients::<S, NV>(panel, self.tile, passing, d_s, &mut state.d_bias);
                     continue;
                 }
                 if self.side == Side::Queries {
@@ -730,15 +732,21 @@ impl Attend<'_> {
     }
 }
 
-/// `sums += d_s` for one panel of so many keys: row by row, or all rows into the only one.
+/// `sums += d_s` for one panel of keys: row by row, or all rows into the only one.
 #[inline(always)]
-fn add_bias_gradients<S: Simd, const NV: usize>(panel: usize, keys: usize, d_s: &[Panel<S, NV>], sums: &mut [f64]) {
-    let width = NV * S::F32_LANES;
-    let own = (keys - panel * width).min(width);
+fn add_bias_gradients<S: Simd, const NV: usize>(
+    panel: usize,
+    keys: &Tile,
+    queries: &Tile,
+    d_s: &[Panel<S, NV>],
+    sums: &mut [f64],
+) {
+    let first = panel * NV * S::F32_LANES;
+    let own = (keys.rows.len() - first).min(NV * S::F32_LANES);
     let stride = if sums.len() > TILE { TILE } else { 0 };
-    for (n, d_s) in d_s.iter().enumerate() {
+    for (d_s, query) in d_s.iter().zip(queries.rows.start % BIAS_ROWS..) {
         let d_s: &[f32] = bytemuck::cast_slice(d_s);
-        let sums = &mut sums[n * stride + panel * width..][..own];
+        let sums = &mut sums[query * stride + first..][..own];
         sums.iter_mut().zip(d_s).for_each(|(sum, &d_s)| *sum += f64::from(d_s));
     }
 }

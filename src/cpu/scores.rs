@@ -8,7 +8,7 @@ use pulp::Simd;
 use rayon::prelude::*;
 
 use super::simd::{Panel, tanh};
-use crate::problem::{Bias, Inputs, MaskData, Problem};
+use crate::problem::{Bias, Inputs, MaskData, Problem, mask_word};
 
 /// Most rows of a tile on either side, so that a row of visible pairs fits a word.
 pub(super) const TILE: usize = u64::BITS as usize;
@@ -103,10 +103,16 @@ impl<'a> Scores<'a> {
             Bias::F32(bias) | Bias::Operand(bias) => bias,
         });
         let bias = bias.zip(problem.bias_shape());
-        let hiding = bias.filter(|(bias, _)| bias.par_iter().any(|&bias| bias == f32::NEG_INFINITY));
-        let hiding = hiding.map(|(bias, shape)| bits(bias, shape, |&bias| bias != f32::NEG_INFINITY));
+        // Branch-free within a chunk, so that it vectorises.
+        let hides = |bias: &[f32]| bias.iter().fold(false, |hides, &bias| hides | (bias == f32::NEG_INFINITY));
+        let hiding = bias.filter(|(bias, _)| bias.par_chunks(1 << 12).any(hides));
+        let hiding = hiding.map(|(bias, shape)| {
+            bits(bias, shape, |row| {
+                row.iter().rev().fold(0, |word, &bias| word << 1 | u32::from(bias != f32::NEG_INFINITY))
+            })
+        });
         let mask = inputs.mask.zip(problem.mask_shape()).map(|(mask, shape)| match mask {
-            MaskData::Bytes(mask) => bits(mask, shape, |&byte| byte != 0),
+            MaskData::Bytes(mask) => bits(mask, shape, mask_word),
             MaskData::Bits(mask) => Pairs::new(mask.into(), shape),
         });
         Scores {
@@ -309,14 +315,12 @@ fn word(row: &[u32], start: usize) -> u64 {
     (words >> (start % 32)) as u64
 }
 
-/// A bit for each pair, rows of whole words: which are visible.
-fn bits<'a, T: Sync>(data: &[T], [b, h, m, n]: [usize; 4], visible: impl Fn(&T) -> bool + Sync) -> Pairs<'a, u32> {
+/// A bit for each pair, in rows of whole words, which `word` makes of up to 32 pairs: whether it is visible.
+fn bits<'a, T: Sync>(data: &[T], [b, h, m, n]: [usize; 4], word: impl Fn(&[T]) -> u32 + Sync) -> Pairs<'a, u32> {
     let shape = [b, h, m, n.div_ceil(32)];
     let mut words = vec![0; shape.iter().product()];
     words.par_chunks_mut(shape[3]).zip(data.par_chunks(n)).for_each(|(words, row)| {
-        for (word, row) in words.iter_mut().zip(row.chunks(32)) {
-            *word = row.iter().enumerate().fold(0, |word, (j, x)| word | u32::from(visible(x)) << j);
-        }
+        words.iter_mut().zip(row.chunks(32)).for_each(|(bits, row)| *bits = word(row));
     });
     Pairs::new(words.into(), shape)
 }
