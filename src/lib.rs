@@ -1,8 +1,7 @@
 //! FlashAttention with attention sinks, on every GPU that `wgpu` reaches and on the CPU.
 //!
 //! One operator, exact up to rounding, in memory linear in the sequence length: scores are computed tile by tile and
-//! never stored. This version computes the forward and the backward pass, of f32, f16 and bf16; variable lengths and
-//! caches are coming.
+//! never stored. This version computes the forward and the backward pass, of f32, f16 and bf16; caches are coming.
 //!
 //! ```
 //! use sink_attention::{Attention, Inputs, Options, Problem, Shape, SinkLogits, Window};
@@ -34,14 +33,19 @@
 //! queries, j keys. H is a multiple of G, and query head h reads key head h / (H / G): multi-head attention is
 //! G = H, multi-query attention is G = 1.
 //!
-//! | operand | [`Layout::Bshd`] | [`Layout::Bhsd`] |
-//! |---|---|---|
-//! | q | `[B, M, H, D]` | `[B, H, M, D]` |
-//! | k | `[B, N, G, D]` | `[B, G, N, D]` |
-//! | v | `[B, N, G, E]` | `[B, G, N, E]` |
-//! | o | `[B, M, H, E]` | `[B, H, M, E]` |
-//! | lse | `[B, H, M]` | `[B, H, M]` |
-//! | sink logits | `[H]` | `[H]` |
+//! | operand | [`Layout::Bshd`] | [`Layout::Bhsd`] | [`Layout::Thd`] |
+//! |---|---|---|---|
+//! | q | `[B, M, H, D]` | `[B, H, M, D]` | `[queries, H, D]` |
+//! | k | `[B, N, G, D]` | `[B, G, N, D]` | `[keys, G, D]` |
+//! | v | `[B, N, G, E]` | `[B, G, N, E]` | `[keys, G, E]` |
+//! | o | `[B, M, H, E]` | `[B, H, M, E]` | `[queries, H, E]` |
+//! | lse | `[B, H, M]` | `[B, H, M]` | `[H, queries]` |
+//! | sink logits, ALiBi slopes | `[H]` | `[H]` | `[H]` |
+//! | bias, mask | `[B or 1, H or 1, M or 1, N]` | the same | the same, of the longest sequence |
+//!
+//! Sequences of different lengths lie one after the other ([`Layout::Thd`] with cumulative lengths), or each in a padded
+//! batch with a length of its own: [`Problem::with_lengths`]. Positions, windows, sink tokens, bias and mask count from the
+//! start of a sequence; either side of one may be empty.
 //!
 //! Host slices are densely packed. GPU operands may start anywhere in a buffer and have any strides for batch,
 //! head and sequence, see [`TensorView`]; that way a cache, or q, k and v interleaved, needs no copy.
@@ -55,6 +59,7 @@
 //! ```text
 //! visible(i, j) = (no right bound or j <= p + right)
 //!             and (no left bound  or j >= p - left  or j < sink_tokens)
+//!             and (no mask or mask_ij is set)  and  (no bias or bias_ij > -infinity)
 //! ```
 //!
 //! The bounds are those of [`Window`], inclusive as in FlashAttention's `window_size=(left, right)`. Causal is
@@ -71,6 +76,9 @@
 //!
 //! ```text
 //! s_ij  = scale * (q_i . k_j)                        scale is 1 / sqrt(D) unless set
+//! s_ij  = softcap * tanh(s_ij / softcap)             with Options::softcap
+//! s_ij  = s_ij - slope_h * |p - j|                   with Options::alibi
+//! s_ij  = s_ij + bias_ij                             with Options::bias
 //! lse_i = log(sum over visible j of exp(s_ij)  +  exp(sink_logit_h))
 //! o_i   = sum over visible j of exp(s_ij - lse_i) * v_j
 //! ```
@@ -85,9 +93,12 @@
 //! delta_i = d_o_i . o_i - d_lse_i
 //! p_ij    = exp(s_ij - lse_i) where j is visible, else 0
 //! d_s_ij  = p_ij * (d_o_i . v_j - delta_i)
-//! d_q_i   = scale * sum_j d_s_ij * k_j
-//! d_k_j   = scale * sum_i d_s_ij * q_i             d_k and d_v of a key head
+//! d_x_ij  = d_s_ij * (1 - tanh(scale * (q_i . k_j) / softcap)^2)      d_s_ij without softcap
+//! d_q_i   = scale * sum_j d_x_ij * k_j
+//! d_k_j   = scale * sum_i d_x_ij * q_i             d_k and d_v of a key head
 //! d_v_j   = sum_i p_ij * d_o_i                     sum over its H / G query heads
+//! d_bias_ij = d_s_ij, summed over the axes that the bias does not have of its own
+//! d_slope_h = - sum over batch, i and j of |p - j| * d_s_ij
 //! d_sink_logit_h = - sum over batch and i of exp(sink_logit_h - lse_i) * delta_i
 //! ```
 //!
@@ -100,7 +111,8 @@
 //! every case, and results are rounded once: to nearest, ties to even, too large numbers to infinity.
 //! [`cpu::reference`] is the definition in f64; the tests hold every other path to ||x - exact|| / ||exact|| <= 1e-5
 //! (f32), 1.5e-3 (f16) and 6e-3 (bf16) for o and the gradients of q, k and v, and to 1e-5 for the sink logits' gradient
-//! and, absolute plus relative, for each element of lse. There are no float atomics: equal inputs give equal bits on
+//! and, absolute plus relative, for each element of lse; the ALiBi slopes' gradient, in which distances multiply what
+//! rounding leaves of terms that cancel, to 1e-4 in f32. There are no float atomics: equal inputs give equal bits on
 //! the same device, driver and version of this crate. Across devices the order of sums differs.
 //!
 //! In half precision o, which has been rounded, is too coarse for delta. The forward pass gives what rounding took beside

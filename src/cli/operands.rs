@@ -4,8 +4,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    BackwardBuffers, Capabilities, DType, Device, Element, ForwardBuffers, Inputs, Problem, Result, SinkLogits,
-    TensorView, wgpu,
+    BackwardBuffers, Bias, Capabilities, DType, Device, Element, ForwardBuffers, Inputs, MaskData, Problem, Result,
+    SinkLogits, TensorView, wgpu,
 };
 
 /// What stands in the way of a problem's buffers, if anything.
@@ -33,6 +33,9 @@ pub struct GpuOperands {
     k: wgpu::Buffer,
     v: wgpu::Buffer,
     sink_logits: Option<wgpu::Buffer>,
+    alibi_slopes: Option<wgpu::Buffer>,
+    bias: Option<wgpu::Buffer>,
+    mask: Option<wgpu::Buffer>,
     o: wgpu::Buffer,
     o_rest: Option<wgpu::Buffer>,
     lse: wgpu::Buffer,
@@ -44,13 +47,23 @@ impl GpuOperands {
         let create = || {
             let [q, k, v] = filled(device, dtype, [problem.q_shape(), problem.k_shape(), problem.v_shape()]);
             let per_head = problem.options().sink_logits == SinkLogits::PerHead;
-            let sinks = per_head.then(|| filled(device, DType::F32, [[1, 1, 1, problem.shape().heads]]));
+            let one = |dtype, shape| {
+                let [buffer] = filled(device, dtype, [shape]);
+                buffer
+            };
+            let each_head = || one(DType::F32, [1, 1, 1, problem.shape().heads]);
+            let bias_dtype = problem.options().bias_dtype;
+            // A byte of random numbers is 0 once in a few hundred.
+            let mask = |shape: [usize; 4]| one(DType::F32, [1, 1, 1, shape.iter().product::<usize>().div_ceil(4)]);
             let [batch, heads, seq] = problem.lse_shape();
             GpuOperands {
                 q,
                 k,
                 v,
-                sink_logits: sinks.map(|[sinks]| sinks),
+                sink_logits: per_head.then(each_head),
+                alibi_slopes: problem.options().alibi.then(each_head),
+                bias: problem.bias_shape().map(|shape| one(bias_dtype, shape)),
+                mask: problem.mask_shape().map(mask),
                 o: result(device, dtype, problem.o_shape()),
                 o_rest: (dtype != DType::F32).then(|| result(device, dtype, problem.o_shape())),
                 lse: result(device, DType::F32, [batch, heads, seq, 1]),
@@ -62,6 +75,9 @@ impl GpuOperands {
     pub fn buffers(&self) -> ForwardBuffers<'_> {
         ForwardBuffers {
             sink_logits: self.sink_logits.as_ref().map(TensorView::new),
+            alibi_slopes: self.alibi_slopes.as_ref().map(TensorView::new),
+            bias: self.bias.as_ref().map(TensorView::new),
+            mask: self.mask.as_ref().map(TensorView::new),
             o_rest: self.o_rest.as_ref().map(TensorView::new),
             ..ForwardBuffers::new(
                 TensorView::new(&self.q),
@@ -81,6 +97,8 @@ pub struct GpuGradients {
     d_k: wgpu::Buffer,
     d_v: wgpu::Buffer,
     d_sink_logits: wgpu::Buffer,
+    d_alibi_slopes: wgpu::Buffer,
+    d_bias: wgpu::Buffer,
 }
 
 impl GpuGradients {
@@ -94,6 +112,8 @@ impl GpuGradients {
                 d_k: result(device, dtype, problem.k_shape()),
                 d_v: result(device, dtype, problem.v_shape()),
                 d_sink_logits: result(device, DType::F32, [1, 1, 1, problem.shape().heads]),
+                d_alibi_slopes: result(device, DType::F32, [1, 1, 1, problem.shape().heads]),
+                d_bias: result(device, DType::F32, problem.bias_shape().unwrap_or([1; 4])),
             }
         };
         pollster::block_on(device.scoped("creating gradients", create))
@@ -104,6 +124,8 @@ impl GpuGradients {
         let forward = operands.buffers();
         BackwardBuffers {
             d_sink_logits: forward.sink_logits.map(|_| TensorView::new(&self.d_sink_logits)),
+            d_alibi_slopes: forward.alibi_slopes.map(|_| TensorView::new(&self.d_alibi_slopes)),
+            d_bias: forward.bias.map(|_| TensorView::new(&self.d_bias)),
             ..BackwardBuffers::new(
                 forward,
                 TensorView::new(&self.d_o),
@@ -165,6 +187,9 @@ pub struct HostOperands<T> {
     k: Vec<T>,
     v: Vec<T>,
     sink_logits: Option<Vec<f32>>,
+    alibi_slopes: Option<Vec<f32>>,
+    bias: Option<Vec<T>>,
+    mask: Option<Vec<u8>>,
 }
 
 impl<T: Element> HostOperands<T> {
@@ -172,17 +197,27 @@ impl<T: Element> HostOperands<T> {
         let mut rng = StdRng::seed_from_u64(0);
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
         let sink_logits = per_head.then(|| random(&mut rng, problem.shape().heads));
+        let alibi_slopes = problem.options().alibi.then(|| random(&mut rng, problem.shape().heads));
+        let bias = problem.bias_shape().map(|shape| T::narrow(random(&mut rng, shape.iter().product())));
+        let mask = problem
+            .mask_shape()
+            .map(|shape| (0..shape.iter().product()).map(|_| u8::from(rng.random_range(0..256) > 0)).collect());
         let mut filled = |shape: [usize; 4]| T::narrow(random(&mut rng, shape.iter().product()));
         HostOperands {
             q: filled(problem.q_shape()),
             k: filled(problem.k_shape()),
             v: filled(problem.v_shape()),
             sink_logits,
+            alibi_slopes,
+            bias,
+            mask,
         }
     }
 
     pub fn inputs(&self) -> Inputs<'_, T> {
-        Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref())
+        let inputs = Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref());
+        let inputs = inputs.alibi_slopes(self.alibi_slopes.as_deref()).bias(self.bias.as_deref().map(Bias::Operand));
+        inputs.mask(self.mask.as_deref().map(MaskData::Bytes))
     }
 }
 

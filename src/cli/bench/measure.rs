@@ -42,11 +42,14 @@ impl Direction {
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
         let sinks = if per_head { problem.shape().heads as f64 } else { 0.0 };
         let rest = if problem.options().dtype == DType::F32 { 0.0 } else { wide * o };
-        let forward = wide * (q + k + v + o) + rest + 4.0 * (elements(&problem.lse_shape()) + sinks);
+        let (bias, mask) = (problem.bias_shape(), problem.mask_shape());
+        let [bias, mask] = [bias, mask].map(|shape| shape.map_or(0.0, |shape| elements(&shape)));
+        let pairs = problem.options().bias_dtype.bytes() as f64 * bias + mask;
+        let forward = wide * (q + k + v + o) + rest + 4.0 * (elements(&problem.lse_shape()) + sinks) + pairs;
         match self {
             Direction::Forward => forward,
             // Those of the forward pass are read again, and all but lse have a gradient.
-            Direction::Backward => forward + wide * (q + k + v + o) + 4.0 * sinks,
+            Direction::Backward => forward + wide * (q + k + v + o) + 4.0 * (sinks + bias),
         }
     }
 
@@ -54,8 +57,12 @@ impl Direction {
         let (shape, capabilities) = (problem.shape(), device.capabilities());
         let vec4 = [shape.head_dim, shape.value_dim].iter().all(|width| width.is_multiple_of(4));
         // As a training step has it.
-        let optional =
-            OptionalOperands { o_rest: problem.options().dtype != DType::F32, ..OptionalOperands::default() };
+        let optional = OptionalOperands {
+            d_lse: false,
+            o_rest: problem.options().dtype != DType::F32,
+            d_alibi_slopes: true,
+            d_bias: true,
+        };
         match self {
             Direction::Forward => Plan::forward_with(problem, vec4, optional, capabilities, preference),
             Direction::Backward => Plan::backward_with(problem, vec4, optional, capabilities, preference),

@@ -13,7 +13,8 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use sink_attention::{
-    Attention, DType, Kernel, Layout, Options, Preference, Problem, Shape, SinkLogits, Tiling, Timer, Window, wgpu,
+    Attention, Axes as PairAxes, DType, Kernel, Layout, Lengths, Options, Preference, Problem, Shape, SinkLogits,
+    Tiling, Timer, Window, wgpu,
 };
 
 use self::measure::{Direction, Effort, on_cpu, on_gpu};
@@ -154,6 +155,25 @@ struct ShapeArgs {
     /// Order of the axes of the operands
     #[arg(long, value_enum, default_value_t)]
     layout: Axes,
+
+    /// Measure each shape with each of these, too, beside itself without
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "OPTIONS")]
+    with: Vec<With>,
+}
+
+/// What a shape is measured with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum With {
+    /// Scores capped at 30
+    Softcap,
+    /// ALiBi, with the gradient of its slopes
+    Alibi,
+    /// A bias for each pair of a query and a key, the same for every head, with its gradient
+    Bias,
+    /// A boolean mask for each pair, the same for every head, of which one in 256 is hidden, so that no tile is passed over
+    Mask,
+    /// The batch's sequences one after the other (thd), in a list of lengths
+    Lengths,
 }
 
 fn kernel_tiles(text: &str) -> Result<(Kernel, Tiling), String> {
@@ -170,6 +190,30 @@ struct Case {
     name: &'static str,
     shape: Shape,
     options: Options,
+    with: Option<With>,
+}
+
+impl Case {
+    fn problem(&self, dtype: DType) -> sink_attention::Result<Problem> {
+        let (shape, options) = (self.shape, self.options.dtype(dtype));
+        let pairs = PairAxes::KEYS.seq_q();
+        let options = match self.with {
+            None => options,
+            Some(With::Softcap) => options.softcap(30.0),
+            Some(With::Alibi) => options.alibi(true),
+            Some(With::Bias) => options.bias(pairs).bias_dtype(dtype),
+            Some(With::Mask) => options.mask(pairs),
+            Some(With::Lengths) => {
+                let starts = |seq: usize| (0..=shape.batch).map(|n| (n * seq) as u32).collect::<Vec<_>>();
+                let (q, k) = (starts(shape.seq_q), starts(shape.seq_k));
+                let [seq_q, seq_k] = [shape.seq_q, shape.seq_k].map(|seq| seq * shape.batch);
+                let lengths = Lengths::Cumulative { q: &q, k: &k };
+                let shape = Shape { batch: 1, seq_q, seq_k, ..shape };
+                return Problem::with_lengths(shape, options.layout(Layout::Thd), lengths);
+            }
+        };
+        Problem::new(shape, options)
+    }
 }
 
 impl ShapeArgs {
@@ -205,13 +249,18 @@ impl ShapeArgs {
                 .sink_tokens(self.sink_tokens)
                 .sink_logits(SinkLogits::from(self.sinks))
                 .layout(Layout::from(self.layout));
-            Case { name: label, shape, options }
+            Case { name: label, shape, options, with: None }
         };
-        match (&self.shape[..], custom) {
+        let cases: Vec<Case> = match (&self.shape[..], custom) {
             ([], true) => vec![of(None)],
             ([], false) => Named::value_variants().iter().map(|name| of(Some(name))).collect(),
             (named, _) => named.iter().map(|name| of(Some(name))).collect(),
-        }
+        };
+        let with = |case: Case| {
+            let others = self.with.iter().map(|with| Case { with: Some(*with), ..case.clone() }).collect::<Vec<_>>();
+            std::iter::once(case).chain(others)
+        };
+        cases.into_iter().flat_map(with).collect()
     }
 }
 
@@ -232,7 +281,7 @@ impl Bench {
         let mut problems = Vec::new();
         for case in self.shape.cases(quick) {
             for dtype in self.dtype.iter().map(|dtype| DType::from(*dtype)) {
-                problems.push((case.name, Problem::new(case.shape, case.options.dtype(dtype))?));
+                problems.push((case.name, case.problem(dtype)?));
             }
         }
         let directions: &[Direction] = match self.pass {
