@@ -783,7 +783,7 @@ pub(crate) fn mask_word(bytes: &[u8]) -> u32 {
     const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
     let gather = |bytes: [u8; 8]| {
         let bytes = u64::from_le_bytes(bytes);
-        let set = ((bytes & LOW) + LOW | bytes) & !LOW;
+        let set = (((bytes & LOW) + LOW) | bytes) & !LOW;
         ((set >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u32
     };
     let (chunks, rest) = bytes.as_chunks();

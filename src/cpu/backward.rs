@@ -373,22 +373,28 @@ impl<'a> Sweep<'a> {
         let sums = Sums::Bias { rows: rows.min(BIAS_ROWS) };
         let splits = FEW_ITEMS / (sequences * heads * rows.div_ceil(BIAS_ROWS) * keys.div_ceil(TILE)).max(1);
 
-        let blocks = d_bias.par_chunks_mut(rows * keys).enumerate().flat_map(|(n, head)| {
+        let blocks = d_bias.chunks_mut(rows * keys).enumerate().flat_map(|(n, head)| {
             let place = move |(block, rows)| (n / heads, n % heads, block * BIAS_ROWS, rows);
-            head.par_chunks_mut(BIAS_ROWS * keys).enumerate().map(place)
+            head.chunks_mut(BIAS_ROWS * keys).enumerate().map(place)
         });
-        blocks.for_each(|(sequence, head, first, rows)| {
-            let tiles = (0..keys.div_ceil(TILE)).into_par_iter().map_init(
-                || State::new(self.problem, sums),
-                |state, n| {
-                    let keys = n * TILE..((n + 1) * TILE).min(keys);
-                    let own = if axes.batch { std::slice::from_ref(&sequence) } else { &by_keys };
-                    let heads = if axes.heads { head..head + 1 } else { 0..self.problem.shape().heads };
-                    let steps = self.bias_steps(own, heads, axes.seq_q.then_some(first), &keys);
-                    self.bias_tile(&steps, splits, sums, state)
-                },
-            );
-            for (n, sums) in tiles.collect::<Vec<_>>().into_iter().enumerate() {
+        let blocks: Vec<_> = blocks.collect();
+        let few = blocks.len() < FEW_ITEMS;
+        let new = || State::new(self.problem, sums);
+        blocks.into_par_iter().for_each_init(new, |state, (sequence, head, first, rows)| {
+            let tile = |state: &mut State, n: usize| {
+                let keys = n * TILE..((n + 1) * TILE).min(keys);
+                let own = if axes.batch { std::slice::from_ref(&sequence) } else { &by_keys };
+                let heads = if axes.heads { head..head + 1 } else { 0..self.problem.shape().heads };
+                let steps = self.bias_steps(own, heads, axes.seq_q.then_some(first), &keys);
+                self.bias_tile(&steps, splits, sums, state)
+            };
+            let tiles = 0..keys.div_ceil(TILE);
+            let tiles: Vec<_> = if few {
+                tiles.into_par_iter().map_init(new, tile).collect()
+            } else {
+                tiles.map(|n| tile(state, n)).collect()
+            };
+            for (n, sums) in tiles.into_iter().enumerate() {
                 for (row, sums) in rows.chunks_exact_mut(keys).zip(sums.chunks_exact(TILE)) {
                     row[n * TILE..].iter_mut().zip(sums).for_each(|(x, &sum)| *x = sum);
                 }
