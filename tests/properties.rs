@@ -457,7 +457,7 @@ fn split_merges(attention: &Attention, plain: &Plain) -> Result<(), String> {
     let shares = [share(|n| n.count_ones() % 2 == 0)?, share(|n| n.count_ones() % 2 == 1)?];
 
     let mut merged = Output { o: vec![0f64; all.o.len()], o_rest: None, lse: vec![0f64; all.lse.len()] };
-    let [batch, heads, seq_q] = problem.lse_shape();
+    let [_, heads, seq_q] = problem.lse_shape();
     let width = problem.shape().value_dim;
     let strides = problem.options().layout.strides(heads, seq_q, width);
     // Rows that belong to no sequence have no sink.
@@ -468,11 +468,11 @@ fn split_merges(attention: &Attention, plain: &Plain) -> Result<(), String> {
             counts[(sequence.entry * heads + head) * seq_q + sequence.q_start + i] = true;
         }
     }
-    for n in 0..batch * heads * seq_q {
+    for (n, counts) in counts.into_iter().enumerate() {
         let place = [n / seq_q / heads, n / seq_q % heads, n % seq_q];
         let start = place.iter().zip(strides).map(|(&at, stride)| at * stride as usize).sum::<usize>();
         let sink = match (&operands.sink_logits, plain.sink_logits) {
-            _ if !counts[n] => f64::NEG_INFINITY,
+            _ if !counts => f64::NEG_INFINITY,
             (Some(sinks), _) => sinks[place[1]].into(),
             (None, SinkLogits::OffByOne) => 0.0,
             _ => f64::NEG_INFINITY,

@@ -398,7 +398,7 @@ mod tests {
         // Nobody sees keys before the first window.
         assert!((0..74).all(|j| keys[j] == Row::Zero) && keys[74] == Row::Compared);
         // Hidden from all, by the window, by a mask and by a bias.
-        for keys in ["NaN in keys 0..74", "mask=2x4x113x203", "bias=2x1x1x65"] {
+        for keys in ["NaN in keys 0..74", "mask=2x2x113x203", "bias=2x1x1x65"] {
             let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in hidden keys", keys);
             assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
         }
