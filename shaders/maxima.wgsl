@@ -24,6 +24,10 @@ fn main(
     let quads = params.batch * heads * seq * {{ operand_quads[operand.name] }}u;
     for (var item = index % PARTS * THREADS + thread; item < quads; item += PARTS * THREADS) {
       let row = item / {{ operand_quads[operand.name] }}u;
+{% if lengths %}
+      // What lies beyond the end of a padded sequence is of any size.
+      if (row % seq >= sequences[row / seq / heads * {{ sequence_words }}u + {{ 6 if operand.name in ["k", "v"] else 3 }}u]) { continue; }
+{% endif %}
       let base = operand_base(params.{{ operand.name }}, row / seq / heads, row / seq % heads) + row % seq * params.{{ operand.name }}.seq;
       let size = abs(load_{{ operand.name }}(base, item % {{ operand_quads[operand.name] }}u));
       let finite = select(vec4<f32>(), size, (bitcast<vec4<u32>>(size) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));

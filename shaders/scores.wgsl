@@ -90,19 +90,26 @@ fn sees4(row: u32, column: u32) -> vec4<bool> {
 {% endif %}
 {% if softcap %}
 
-// tanh(x), within 2 ulp: drivers' own overflows for large numbers. After Cephes (Moshier); twin of src/cpu/simd.rs.
-fn tanh4(x: vec4<f32>) -> vec4<f32> {
-  let size = abs(x);
+// tanh(x), within 2 ulp, and its derivative: drivers' own overflows for large numbers, and 1 - tanh^2 cancels. After Cephes
+// (Moshier); twin of src/cpu/simd.rs.
+struct Tanh { value: vec4<f32>, derivative: vec4<f32> }
+
+fn tanh4(x: vec4<f32>) -> Tanh {
   let square = x * x;
   var p = fma(vec4<f32>(-5.70498872745e-3), square, vec4<f32>(2.06390887954e-2));
 {% for c in ["-5.37397155531e-2", "1.33314422036e-1", "-3.33332819422e-1"] %}
   p = fma(p, square, vec4<f32>({{ c }}));
 {% endfor %}
   let small = fma(p * square, x, x);
-  let e = exp4(-2.0 * size);
-  let large = 1.0 - 2.0 * e / (1.0 + e);
+  let e = exp4(-2.0 * abs(x));
+  let rest = 2.0 * e / (1.0 + e);
+  let large = 1.0 - rest;
   // A NaN fails the comparison, and small is one, too.
-  return select(small, select(large, -large, x < vec4<f32>()), size >= vec4<f32>(0.625));
+  let is_large = abs(x) >= vec4<f32>(0.625);
+  return Tanh(
+    select(small, select(large, -large, x < vec4<f32>()), is_large),
+    select(fma(-small, small, vec4<f32>(1.0)), rest * (2.0 - rest), is_large),
+  );
 }
 {% endif %}
 {% if modified %}

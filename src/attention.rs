@@ -372,8 +372,8 @@ impl Attention {
     }
 
     /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
-    /// four bytes for each query of each head, and with sink logits, but for half precision without o_rest, four for each 32
-    /// queries or part of them.
+    /// eight bytes for each query of each head; with sink logits, but for half precision without o_rest, four for each 32 queries
+    /// or part of them; where the ALiBi slopes' gradient is wanted four for each query of each head; a mask's bits.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).

@@ -463,8 +463,16 @@ impl Prepared {
                         mapped_at_creation: false,
                     });
                     device.queue().write_buffer(&buffer, 0, bytemuck::bytes_of(&params));
-                    let sequences =
-                        sequences.map(|words| upload(device, Binding::Sequences.name(), &words)).transpose()?;
+                    let sequences = sequences
+                        .map(|words| {
+                            let (operand, bytes) = (Binding::Sequences.name(), 4 * words.len() as u64);
+                            let limit = device.capabilities().binding_bytes;
+                            match bytes > limit {
+                                true => Err(Error::BindingTooLarge { operand, bytes, limit }),
+                                false => upload(device, operand, &words),
+                            }
+                        })
+                        .transpose()?;
                     let resource = |binding| match binding {
                         Binding::Params => Some(buffer.as_entire_binding()),
                         Binding::Sequences => sequences.as_ref().map(|buffer| buffer.as_entire_binding()),
@@ -562,7 +570,8 @@ fn sequence_table(problem: &Problem, pass: &Pass) -> Vec<u32> {
         words
     });
     // Tiles of the bias' gradient are those of the bias.
-    let work = if pass.variant.axes.is_some() { Vec::new() } else { work_list(pass, problem) };
+    let has_list = pass.variant.tiling.is_some() && pass.variant.axes.is_none();
+    let work = if has_list { work_list(pass, problem) } else { Vec::new() };
     sequences.chain(work.into_flattened()).collect()
 }
 

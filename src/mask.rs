@@ -234,7 +234,7 @@ mod tests {
     #[test]
     fn visible_is_the_rule() {
         for (problem, rule) in small_problems() {
-            let mask = problem.sequence(0).band;
+            let mask = problem.sequences().next().unwrap().band;
             let mut pairs = 0;
             for i in 0..problem.shape().seq_q {
                 let listed: Vec<usize> = mask.visible_keys(i).into_iter().flatten().collect();
@@ -253,7 +253,7 @@ mod tests {
     fn tiles_are_those_with_something_visible() {
         for (problem, rule) in small_problems() {
             let (m, n) = (problem.shape().seq_q, problem.shape().seq_k);
-            let mask = problem.sequence(0).band;
+            let mask = problem.sequences().next().unwrap().band;
             for (query_tile, tile) in [(1, 1), (2, 3), (4, 2), (5, 4), (16, 16)] {
                 for i0 in (0..m).step_by(query_tile) {
                     let rows = i0..(i0 + query_tile).min(m);
@@ -281,7 +281,7 @@ mod tests {
             for (tile, key_tile) in [(1, 1), (2, 3), (4, 2), (5, 4), (16, 16)] {
                 for j0 in (0..n).step_by(key_tile) {
                     let keys = j0..(j0 + key_tile).min(n);
-                    let visited = problem.sequence(0).band.query_tiles(&keys, tile);
+                    let visited = problem.sequences().next().unwrap().band.query_tiles(&keys, tile);
                     assert!(visited.end <= m.div_ceil(tile), "{problem} keys {keys:?}");
                     for t in 0..m.div_ceil(tile) {
                         let rows = t * tile..((t + 1) * tile).min(m);

@@ -7,7 +7,7 @@ use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
 use crate::mask::Band;
-use crate::problem::{MaskPacking, Problem, SinkLogits};
+use crate::problem::{Layout, MaskPacking, Problem, SinkLogits};
 use crate::sequences::Sequence;
 use crate::shader::{
     Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MAXIMA_PARTS, MicroKernel,
@@ -350,6 +350,7 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
         _ => [true, true],
     };
     let is_tiled = kernel.has_tiles();
+    let is_maxima = matches!(kernel, Kernel::Maxima | Kernel::GradientMaxima);
     Variant {
         kernel,
         micro_kernel: MicroKernel::Portable,
@@ -383,7 +384,8 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
         mask: is_tiled && options.mask.is_some(),
         mask_packing: if kernel == Kernel::MaskBits { options.mask_packing } else { MaskPacking::Bytes },
         axes: options.bias.filter(|_| kernel == Kernel::DBias),
-        lengths: is_tiled && problem.has_lengths(),
+        moments: kernel == Kernel::DQ && options.alibi && optional.d_alibi_slopes,
+        lengths: problem.has_lengths() && (is_tiled || (is_maxima && options.layout != Layout::Thd)),
         // Enters with delta.
         d_lse: optional.d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
         o_rest: optional.o_rest && matches!(kernel, Kernel::Forward | Kernel::Delta | Kernel::DSinkLogits),
@@ -418,7 +420,8 @@ impl Pass {
                 (quads as u64).div_ceil(u64::from(MAXIMA_PARTS * variant.threads())) + 16
             }
             _ => {
-                let tile = if variant.sums_delta() { 1 } else { DELTA_ROWS as usize };
+                let sums_rows = variant.sums_delta() || kernel == Kernel::DAlibiSlopes;
+                let tile = if sums_rows { 1 } else { DELTA_ROWS as usize };
                 (shape.batch as u64 * shape.seq_q.div_ceil(tile) as u64).div_ceil(u64::from(variant.threads())) + 8
             }
         })?;
@@ -700,6 +703,12 @@ mod tests {
         Plan::backward(&narrow(DType::F16), false, false, hardware).unwrap();
         let error = Plan::backward(&narrow(DType::F16), false, false, software).unwrap_err().to_string();
         assert!(error.contains("DSinkLogits needs 131080 or more"), "{error}");
+        // The slopes' gradient goes by rows in every type.
+        let options = narrow(DType::F32).options().sink_logits(SinkLogits::None).alibi(true);
+        let alibi = Problem::new(*narrow(DType::F32).shape(), options).unwrap();
+        let optional = OptionalOperands { d_alibi_slopes: true, ..OptionalOperands::default() };
+        let plan = Plan::backward_with(&alibi, false, optional, software, &Preference::default());
+        assert!(plan.unwrap_err().to_string().contains("DAlibiSlopes needs 131080 or more"));
     }
 
     /// What was measured on an H200: two workgroups of at most 24 KiB at a time.

@@ -365,7 +365,7 @@ impl Problem {
             let reason = "thd needs the lengths of its sequences: Problem::with_lengths".into();
             return Err(Error::InvalidOption { option: "layout", reason });
         }
-        Problem::checked(shape, options)
+        Problem::checked(shape, options)?.with_pairs_checked()
     }
 
     /// Checks a batch of sequences of different lengths. Queries and keys meet within their sequence only; positions, windows,
@@ -386,7 +386,17 @@ impl Problem {
     pub fn with_lengths(shape: Shape, options: Options, lengths: Lengths<'_>) -> Result<Self> {
         let problem = Problem::checked(shape, options)?;
         let sequences = Some(sequences::sequences(&shape, &options, lengths)?);
-        Ok(Problem { sequences, ..problem })
+        Problem { sequences, ..problem }.with_pairs_checked()
+    }
+
+    /// The sizes of bias and mask must be countable, too.
+    fn with_pairs_checked(self) -> Result<Self> {
+        for (operand, axes) in [("bias", self.options.bias), ("mask", self.options.mask)] {
+            if let Some(axes) = axes {
+                check_countable(operand, axes.of(self.pairs_shape()))?;
+            }
+        }
+        Ok(self)
     }
 
     fn checked(shape: Shape, options: Options) -> Result<Self> {
@@ -418,21 +428,15 @@ impl Problem {
             ("v", [batch, kv_heads, seq_k, value_dim]),
             ("o", [batch, heads, seq_q, value_dim]),
         ] {
-            let elements = factors.iter().try_fold(1u128, |n, &f| n.checked_mul(f as u128));
-            if elements.is_none_or(|n| n > (usize::MAX / 8) as u128) {
-                return Err(Error::IndexOverflow {
-                    operand,
-                    last_element: elements.unwrap_or(u128::MAX),
-                    most: (usize::MAX / 8) as u64,
-                });
-            }
+            check_countable(operand, factors)?;
         }
         let scale = options.scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
         if !scale.is_finite() {
             return Err(Error::InvalidOption { option: "scale", reason: format!("{scale} is not finite") });
         }
-        if let Some(softcap) = options.softcap.filter(|softcap| !(softcap.is_finite() && *softcap > 0.0)) {
-            let reason = format!("{softcap} is not finite and greater than 0");
+        // Devices may take a subnormal number for 0.
+        if let Some(softcap) = options.softcap.filter(|softcap| !(softcap.is_normal() && *softcap > 0.0)) {
+            let reason = format!("{softcap}; it must be finite and at least {:e}", f32::MIN_POSITIVE);
             return Err(Error::InvalidOption { option: "softcap", reason });
         }
         if options.bias.is_some() && ![DType::F32, options.dtype].contains(&options.bias_dtype) {
@@ -474,18 +478,15 @@ impl Problem {
         self.sequences.is_some()
     }
 
-    /// A sequence of the batch: where it lies, and which keys its queries see.
-    ///
-    /// # Panics
-    /// Where `index` is not below [`sequence_count`](Self::sequence_count).
-    pub fn sequence(&self, index: usize) -> Sequence {
+    /// A sequence of the batch.
+    pub(crate) fn sequence(&self, index: usize) -> Sequence {
         match &self.sequences {
             Some(sequences) => sequences[index],
             None => Sequence::whole(&self.shape, index, self.band),
         }
     }
 
-    /// All sequences of the batch.
+    /// The sequences of the batch: where each lies, and which keys its queries see.
     pub fn sequences(&self) -> impl ExactSizeIterator<Item = Sequence> + Clone {
         (0..self.sequence_count()).map(|index| self.sequence(index))
     }
@@ -702,6 +703,16 @@ fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result
     Err(Error::OperandLength { operand, expected, actual, shape: shape.to_vec() })
 }
 
+/// Whether the bytes of an operand can be counted.
+fn check_countable(operand: &'static str, shape: [usize; 4]) -> Result<()> {
+    let most = (usize::MAX / 8) as u64;
+    let elements = shape.iter().try_fold(1u128, |n, &size| n.checked_mul(size as u128));
+    match elements.filter(|n| *n <= u128::from(most)) {
+        Some(_) => Ok(()),
+        None => Err(Error::IndexOverflow { operand, last_element: elements.unwrap_or(u128::MAX), most }),
+    }
+}
+
 /// An operand that is there if, and only if, an option asks for it with a shape.
 fn check_optional(
     operand: &'static str,
@@ -773,7 +784,7 @@ impl MaskData<'_> {
     }
 }
 
-/// A mask of bytes, whose rows have `keys` of them, in [bits](MaskPacking::Bits).
+/// A mask of bytes, whose rows have `keys` of them, in [bits](MaskPacking::Bits). A last row that is shorter is packed as it is.
 pub fn pack_mask(mask: &[u8], keys: usize) -> Vec<u32> {
     mask.chunks(keys.max(1)).flat_map(|row| row.chunks(32).map(mask_word)).collect()
 }

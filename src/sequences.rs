@@ -19,8 +19,8 @@ pub enum Lengths<'a> {
         k: &'a [u32],
     },
     /// A padded batch: the first so many queries and keys of each of its entries count, `None` is all of them. Queries beyond
-    /// see nothing and get no gradient: o is 0, lse is -infinity, even with sink logits. FlashAttention's `seqused_q` and
-    /// `seqused_k`.
+    /// see nothing and get no gradient: o is 0, lse is -infinity, even with sink logits, and the backward pass wants to find it
+    /// so. FlashAttention's `seqused_q` and `seqused_k`.
     Used {
         /// Of queries, one number for each entry of the batch.
         q: Option<&'a [u32]>,
@@ -45,6 +45,9 @@ pub struct Sequence {
     /// Which of its keys its queries see, both counted from 0.
     pub band: Band,
 }
+
+/// So many that kernels can count the words of their table.
+const MOST_SEQUENCES: usize = 1 << 27;
 
 /// The sequences of a batch in which lengths differ.
 pub(crate) fn sequences(shape: &Shape, options: &Options, lengths: Lengths<'_>) -> Result<Arc<[Sequence]>> {
@@ -84,6 +87,10 @@ fn cumulative(shape: &Shape, options: &Options, q: &[u32], k: &[u32]) -> Result<
         if last as usize != tokens {
             return invalid(format!("the last number is {last}; it must be the number of tokens, {tokens}"));
         }
+    }
+    if q.len() > MOST_SEQUENCES {
+        let reason = format!("{} numbers, the most is {MOST_SEQUENCES}", q.len());
+        return Err(Error::InvalidLengths { lengths: "cu_seqlens_q", reason });
     }
     if q.len() != k.len() {
         let reason =

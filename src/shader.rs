@@ -273,6 +273,8 @@ pub struct Variant {
     pub softcap: bool,
     /// ALiBi is subtracted from scores.
     pub alibi: bool,
+    /// What the gradient of the ALiBi slopes is summed from is left for each row.
+    pub moments: bool,
     /// Element type of the bias that is added to scores.
     pub bias: Option<DType>,
     /// A boolean mask hides pairs.
@@ -341,16 +343,16 @@ impl Variant {
             Kernel::DBias => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DBias]),
             Kernel::DAlibiSlopes => (&[Params, AlibiMoments], &[DAlibiSlopes]),
             Kernel::MaskBits => (&[Params, Mask], &[MaskBits]),
-            Kernel::Maxima => (&[Params, Q, K, V], &[Maxima]),
-            Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO], &[Maxima]),
-            Kernel::GradientMaxima => (&[Params, Q, K, V, DO], &[Maxima]),
+            Kernel::Maxima => (&[Params, Q, K, V, Sequences], &[Maxima]),
+            Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO, Sequences], &[Maxima]),
+            Kernel::GradientMaxima => (&[Params, Q, K, V, DO, Sequences], &[Maxima]),
             Kernel::Ranges => (&[Params, Maxima], &[Ranges]),
         };
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
             DLse => self.d_lse,
             AlibiSlopes => self.alibi,
-            AlibiMoments => self.alibi || self.kernel == Kernel::DAlibiSlopes,
+            AlibiMoments => self.moments || self.kernel == Kernel::DAlibiSlopes,
             Bias => self.bias.is_some(),
             MaskBits => self.mask || self.kernel == Kernel::MaskBits,
             Sequences => self.lengths,
@@ -408,7 +410,7 @@ impl Variant {
 
     /// Numbers that the d_q kernel keeps for the ALiBi slopes' gradient, beside its tiles.
     fn moments_len(&self) -> u32 {
-        let tiles = self.tiles().filter(|_| self.kernel == Kernel::DQ && self.alibi);
+        let tiles = self.tiles().filter(|_| self.moments);
         tiles.map_or(0, |tiles| tiles.tile_rows() * tiles.threads_c)
     }
 
@@ -440,6 +442,7 @@ impl Variant {
         for (part, there) in [
             ("_softcap", self.softcap),
             ("_alibi", self.alibi),
+            ("_moments", self.moments),
             ("_mask", self.mask),
             ("_packed", self.mask_packing == MaskPacking::Bits),
             ("_lengths", self.lengths),
@@ -516,6 +519,7 @@ impl Variant {
             names => bindings.iter().map(|(b, _)| b.name()).collect::<Vec<_>>(),
             softcap => self.softcap,
             alibi => self.alibi,
+            moments => self.moments,
             bias => self.bias.map(|dtype| dtype.to_string()),
             mask => self.mask,
             packed => self.mask_packing == MaskPacking::Bits,

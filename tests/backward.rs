@@ -213,7 +213,7 @@ fn hidden_keys_never_reach_a_gradient() {
     let [m, n, width] = [70, 75, 16];
     for options in masks() {
         let problem = problem([1, 2, 1], [m, n], [width, width], options.layout(Layout::Bhsd));
-        let sees = |i: usize, j: usize| problem.sequence(0).band.visible(i, j);
+        let sees = |i: usize, j: usize| problem.sequences().next().unwrap().band.visible(i, j);
         let mut backward = Backward::random(&problem, 7);
         let clean = backward.check(gpu, &problem);
 
@@ -277,7 +277,7 @@ fn a_query_with_nan_reaches_the_keys_that_it_sees() {
                 }
                 for j in 0..n {
                     let [actual, expected] = [&dirty, &clean].map(|g| [at(&g.d_k, j, width), at(&g.d_v, j, width)]);
-                    if !problem.sequence(0).band.visible(i, j) {
+                    if !problem.sequences().next().unwrap().band.visible(i, j) {
                         assert_eq!(actual, expected, "{problem}: query {i} came through to key {j}");
                     } else if in_q {
                         let all = actual.iter().all(|x| x.iter().all(|x| x.is_nan()));
@@ -305,7 +305,7 @@ fn check_tiles(gpu: &Attention, problem: &Problem, chosen: &[(Kernel, Tiling)], 
     let mut backward = Backward::random(problem, seed);
     // A hidden NaN sends masked tiles through the careful path of the accumulation, on either side.
     let s = *problem.shape();
-    let sees = |i, j| problem.sequence(0).band.visible(i, j);
+    let sees = |i, j| problem.sequences().next().unwrap().band.visible(i, j);
     for j in (0..s.seq_k).filter(|&j| !(0..s.seq_q).any(|i| sees(i, j))) {
         backward.operands.key(problem, 0, 0, j).fill(f32::NAN);
         backward.operands.value(problem, 0, 0, j).fill(f32::NAN);

@@ -2,7 +2,10 @@
 
 mod common;
 
-use sink_attention::{Attention, DeviceChoice, Inputs, Options, Output, Problem, Shape, SinkLogits, Upstream, Window};
+use sink_attention::half::f16;
+use sink_attention::{
+    Attention, Axes, Bias, DType, DeviceChoice, Inputs, Options, Output, Problem, Shape, SinkLogits, Upstream, Window,
+};
 
 fn operators() -> Vec<Attention> {
     [Some(Attention::cpu()), common::gpu().cloned()].into_iter().flatten().collect()
@@ -10,6 +13,24 @@ fn operators() -> Vec<Attention> {
 
 fn shape(seq: usize, width: usize) -> Shape {
     Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: seq, seq_k: seq, head_dim: width, value_dim: 1 }
+}
+
+/// The lowest number as a bias hides nothing: where all keys have it, as with masks that are made of it, they weigh the same.
+#[test]
+fn the_lowest_scores_weigh_the_same() {
+    for attention in operators().into_iter().chain(common::cooperative()) {
+        for lowest in [f32::MIN, -3e38, -1e35] {
+            let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 3, head_dim: 16, value_dim: 16 };
+            let problem = Problem::new(shape, Options::new().bias(Axes::KEYS).dtype(DType::F16)).unwrap();
+            let (q, v) = ([f16::ONE; 16], [1.0, 2.0, 6.0].map(f16::from_f32).map(|x| [x; 16]));
+            let (k, bias) = ([f16::ZERO; 48], [lowest; 3]);
+            let inputs = Inputs::new(&q, &k, v.as_flattened()).bias(Bias::F32(&bias));
+            let output = attention.forward(&problem, &inputs).unwrap();
+            let name = attention.device_name();
+            assert!(output.o.iter().all(|o| (o.to_f32() - 3.0).abs() < 2e-3), "{name}: {lowest}: {output:?}");
+            assert!((output.lse[0] / lowest - 1.0).abs() < 1e-6, "{name}: {lowest}: {output:?}");
+        }
+    }
 }
 
 /// The largest score less itself is 0, however large it is and however it was rounded.

@@ -118,7 +118,9 @@ fn extreme_sink_logits() {
         for (h, sink) in sinks.into_iter().enumerate() {
             for i in 0..s.seq_q {
                 let o = &output.o[row(&problem, [s.heads, s.seq_q, s.value_dim], [0, h, i])];
-                if sink >= 1e4 || problem.sequence(0).band.visible_keys(i).iter().all(|keys| keys.is_empty()) {
+                if sink >= 1e4
+                    || problem.sequences().next().unwrap().band.visible_keys(i).iter().all(|keys| keys.is_empty())
+                {
                     assert!(o.iter().all(|&o| o == 0.0), "{problem}: sink {sink}, query {i}: {o:?}");
                     assert_eq!(output.lse[h * s.seq_q + i], sink, "{problem}: query {i}");
                 }
@@ -204,7 +206,7 @@ fn poison(gpu: &Attention, problem: &Problem, poisoned: &[usize]) {
             let actual = gpu.forward(problem, &operands.inputs()).unwrap();
             for h in 0..s.heads {
                 for i in 0..s.seq_q {
-                    let sees = poisoned.iter().any(|&j| problem.sequence(0).band.visible(i, j));
+                    let sees = poisoned.iter().any(|&j| problem.sequences().next().unwrap().band.visible(i, j));
                     let o = row(problem, [s.heads, s.seq_q, s.value_dim], [0, h, i]);
                     let lse = h * s.seq_q + i;
                     let at = format!("{problem}: {bad} at {poisoned:?}, query {i}: {:?}", &actual.o[o.clone()]);
@@ -271,7 +273,7 @@ fn check_tiles(gpu: &Attention, problem: &Problem, tiles: impl Into<Tiling>, see
     let mut operands = Operands::random(problem, seed);
     // A hidden NaN sends masked tiles through the careful path of the accumulation.
     if let Some(hidden) = (0..problem.shape().seq_k)
-        .find(|&j| (0..problem.shape().seq_q).all(|i| !problem.sequence(0).band.visible(i, j)))
+        .find(|&j| (0..problem.shape().seq_q).all(|i| !problem.sequences().next().unwrap().band.visible(i, j)))
     {
         operands.value(problem, 0, 0, hidden).fill(f32::NAN);
     }

@@ -4,8 +4,8 @@
 mod common;
 
 use common::gradients::Backward;
-use common::operands::agree;
-use common::{cooperative, gpu};
+use common::operands::{RandomMask, agree, row};
+use common::{compare, cooperative, gpu};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
@@ -99,6 +99,85 @@ fn check<T: Element>(attention: &Attention, problem: &Problem, seed: u64, with_r
     for saved in [&exact, &output].into_iter().take(if with_rest { 2 } else { 1 }) {
         let gradients = case.run_with(attention, problem, saved);
         case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    }
+}
+
+/// Keys beyond a padded sequence's end or hidden by a mask, and queries that see nothing, hold NaN: it must not show, whatever
+/// scores are made of. Softcap's derivative would be NaN there, too.
+fn hidden_nan<T: Element>(attention: &Attention) {
+    let new = Options::new().dtype(T::DTYPE).softcap(1.2);
+    let shape = shape([80, 100], [32, 48]);
+    let lengths = Lengths::Used { q: Some(&[75, 3]), k: Some(&[100, 60]) };
+    for problem in [
+        Problem::with_lengths(shape, new.alibi(true).causal(true), lengths).unwrap(),
+        Problem::with_lengths(shape, new.bias(Axes::KEYS.heads()), lengths).unwrap(),
+        Problem::new(shape, new.mask(Axes::KEYS.batch())).unwrap(),
+    ] {
+        let mut case: Backward<T> = Backward::random(&problem, 3).cast();
+        let nan = T::from_f32(f32::NAN);
+        let mask = match &case.operands.mask {
+            Some(RandomMask::Bytes(mask)) => mask.clone(),
+            _ => vec![1; 200],
+        };
+        for (b, sequence) in problem.sequences().enumerate() {
+            let hidden = |j: &usize| *j >= sequence.band.seq_k() || mask[b * 100 + j] == 0;
+            for (j, g) in (0..100).filter(hidden).flat_map(|j| [(j, 0), (j, 1)]) {
+                case.operands.key(&problem, b, g, j).fill(nan);
+                case.operands.value(&problem, b, g, j).fill(nan);
+            }
+            for (i, h) in (sequence.band.seq_q()..80).flat_map(|i| (0..4).map(move |h| (i, h))) {
+                case.operands.q[row(&problem, [4, 80, 32], [b, h, i])].fill(nan);
+                case.d_o[row(&problem, [4, 80, 48], [b, h, i])].fill(nan);
+            }
+        }
+        let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
+        let expected = reference::forward(&problem, &case.operands.inputs()).unwrap();
+        agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+        let exact = Output { o_rest: None, ..output };
+        let gradients = case.run_with(attention, &problem, &exact);
+        case.agree(&gradients, &case.expected(&problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    }
+}
+
+#[test]
+fn hidden_nan_does_not_show() {
+    if let Some(attention) = gpu() {
+        hidden_nan::<f32>(attention);
+        hidden_nan::<bf16>(attention);
+    }
+    hidden_nan::<f32>(&Attention::cpu());
+    if let Some(attention) = cooperative() {
+        hidden_nan::<f16>(&attention);
+    }
+}
+
+/// A row whose scores are at the end of the cap: 1 - tanh^2 must not be what is left of 1.
+#[test]
+fn capped_scores_have_gradients() {
+    for attention in [Some(Attention::cpu()), gpu().cloned()].into_iter().flatten() {
+        let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 5, seq_k: 7, head_dim: 1, value_dim: 3 };
+        let problem = Problem::new(shape, Options::new().softcap(1.0).scale(1.0)).unwrap();
+        let mut case = Backward::random(&problem, 1);
+        // Scores between 4 and 6, of either sign.
+        case.operands.q.iter_mut().for_each(|x| *x = x.signum());
+        case.operands.k.iter_mut().for_each(|x| *x = x.signum() * (4.0 + x.abs()));
+        case.check(&attention, &problem);
+        let (gradients, expected) = (case.run(&attention, &problem), case.expected(&problem));
+        // By their own norm, however small they are.
+        compare(&gradients.d_k, &expected.d_k, 1e-5).unwrap();
+    }
+}
+
+/// Equal inputs give equal bits.
+#[test]
+fn same_bits_every_time() {
+    let Some(attention) = gpu() else { return };
+    let options = Options::new().bias(Axes::KEYS.seq_q()).mask(Axes::KEYS.batch()).alibi(true).softcap(1.3);
+    let problem = Problem::new(shape([113, 203], [32, 48]), options).unwrap();
+    let case = Backward::random(&problem, 5);
+    let first = case.run(attention, &problem);
+    for _ in 0..3 {
+        assert_eq!(case.run(attention, &problem), first);
     }
 }
 

@@ -266,21 +266,28 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {%- macro take(x, r) %}
 {% for n in range(lane_quads) %}
-    {{ "var" if modified else "let" }} {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
+    {{ "var" if modified or hides else "let" }} {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
 {% endfor %}
     {{ sync() }}
 {% endmacro -%}
 
 {#- Which of the columns of a lane's n-th quad its r-th row sees. -#}
-{%- macro visible(r, n) %}{{ "sees4" if hides else "visible4" }}(row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
+{%- macro visible(r, n) %}{% if hides %}seen_{{ r }}_{{ n }}{% else %}visible4(row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endmacro -%}
 
-{#- Makes scores of products that were taken, where they are more than products times the scale. -#}
+{#- Makes scores of products that were taken, and finds out which pairs are visible, where that is more than the scale and the
+    band. -#}
 {%- macro make_scores(x, r) %}
+{% if hides %}
+{% for n in range(lane_quads) %}
+    var seen_{{ r }}_{{ n }} = vec4<bool>(true);
+    if (masked) { seen_{{ r }}_{{ n }} = sees4(row_{{ r }}, {{ quad_column(n) }}); }
+{% endfor %}
+{% endif %}
 {% if modified %}
 {% for n in range(lane_quads) %}
 {% if softcap %}
     let capped_{{ r }}_{{ n }} = tanh4({{ x }}_{{ r }}_{{ n }} * {{ inverse("q") }} * {{ inverse("k") }} * params.scale / params.softcap);
-    {{ x }}_{{ r }}_{{ n }} = capped_{{ r }}_{{ n }} * params.softcap;
+    {{ x }}_{{ r }}_{{ n }} = capped_{{ r }}_{{ n }}.value * params.softcap;
 {% else %}
     {{ x }}_{{ r }}_{{ n }} *= {{ inverse("q") }} * {{ inverse("k") }} * params.scale;
 {% endif %}
@@ -291,11 +298,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endif %}
 {% endmacro -%}
 
-{#- From the gradients by scores to those by products times the scale. -#}
+{#- From the gradients by scores to those by products times the scale. What is 0 stays so: the derivative of a hidden pair may be
+    NaN. -#}
 {%- macro uncap(d_s) %}
 {% if softcap %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    {{ d_s }}_{{ r }}_{{ n }} *= fma(-capped_{{ r }}_{{ n }}, capped_{{ r }}_{{ n }}, vec4<f32>(1.0));
+    {{ d_s }}_{{ r }}_{{ n }} = select({{ d_s }}_{{ r }}_{{ n }} * capped_{{ r }}_{{ n }}.derivative, vec4<f32>(), {{ d_s }}_{{ r }}_{{ n }} == vec4<f32>());
 {% endfor %}{% endfor %}
 {% endif %}
 {% endmacro -%}

@@ -10,7 +10,7 @@
 {{ blocks.resident("d_o", blocks.factor("d_o")) }}
 {{ blocks.accumulator("d_q", "k") }}
 {{ blocks.row_statistics() }}
-{% if alibi %}
+{% if moments %}
 {% for r in range(row_fragments) %}
   var moment_{{ r }} = 0.0;
 {% endfor %}
@@ -44,7 +44,7 @@
 {% endfor %}
 {% endfor %}
 {{ blocks.hide("d_s") }}
-{% if alibi %}
+{% if moments %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     {
       let moment = d_s_{{ r }}_{{ n }} * distance4(row_{{ r }}, {{ blocks.quad_column(n) }});
@@ -64,7 +64,7 @@
 {%- macro finish() %}
   let factor = {{ blocks.d_s_inverse("k") }};
 {{ blocks.store("d_q", "d_q", "factor") }}
-{% if alibi %}
+{% if moments %}
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("moment_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {

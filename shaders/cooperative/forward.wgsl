@@ -3,21 +3,17 @@
 
 {%- macro declare() %}
 {{ blocks.declare() }}
-{% if modified %}
-// Below every score.
-const HIDDEN: f32 = LOWEST;
-{% else %}
-// Below every score of halves that were scaled to their range, and far from where f32 ends.
+// Below every product of halves that were scaled to their range, and far from where f32 ends.
 const HIDDEN: f32 = -1e30;
-{% endif %}
 // The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
 const SLACK: f32 = 8.0;
 {% endmacro -%}
 
 {%- macro begin() %}
 {{ blocks.begin() }}
+  let hidden = {{ "params.negative_infinity" if modified else "HIDDEN" }};
 {% for r in range(row_fragments) %}
-  var most_{{ r }} = HIDDEN;
+  var most_{{ r }} = hidden;
   var sum_{{ r }} = 0.0;
 {% endfor %}
 {{ blocks.resident("q", blocks.factor("q")) }}
@@ -35,12 +31,12 @@ const SLACK: f32 = 8.0;
 {%- macro softmax() %}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
-{% if modified %}
+{% if modified or hides %}
 {{ blocks.take("x", r) }}
 {{ blocks.make_scores("x", r) }}
     if (masked) {
 {% for n in range(lane_quads) %}
-      x_{{ r }}_{{ n }} = select(vec4<f32>(HIDDEN), x_{{ r }}_{{ n }}, {{ blocks.visible(r, n) }});
+      x_{{ r }}_{{ n }} = select(vec4<f32>(hidden), x_{{ r }}_{{ n }}, {{ blocks.visible(r, n) }});
 {% endfor %}
     }
 {% else %}
@@ -48,7 +44,7 @@ const SLACK: f32 = 8.0;
 {% for n in range(lane_quads) %}
       {
         let at = strip_at + {{ n * lanes // side }}u;
-        strips[at] = select(vec4<f32>(HIDDEN), strips[at], {{ blocks.visible(r, n) }});
+        strips[at] = select(vec4<f32>(hidden), strips[at], {{ blocks.visible(r, n) }});
       }
 {% endfor %}
     }
@@ -77,7 +73,7 @@ const SLACK: f32 = 8.0;
 {% for r in range(row_fragments) %}
       let before_{{ r }} = most_{{ r }};
       most_{{ r }} = select(before_{{ r }}, row_most_{{ r }}, (row_most_{{ r }} - before_{{ r }}) * scale > SLACK);
-      let rescale_{{ r }} = exp2((before_{{ r }} - most_{{ r }}) * scale);
+      let rescale_{{ r }} = {% if modified %}select(exp2((before_{{ r }} - most_{{ r }}) * scale), 1.0, before_{{ r }} == most_{{ r }}){% else %}exp2((before_{{ r }} - most_{{ r }}) * scale){% endif %};
       sum_{{ r }} *= rescale_{{ r }};
 {% endfor %}
 {% for r in range(row_fragments) %}{% for f in range(fragments.v) %}
@@ -91,7 +87,7 @@ const SLACK: f32 = 8.0;
       {{ blocks.sync() }}
     }
 {% for r in range(row_fragments) %}
-    let shift_{{ r }} = select(most_{{ r }} * scale, 0.0, most_{{ r }} == HIDDEN);
+    let shift_{{ r }} = select(most_{{ r }} * scale, 0.0, most_{{ r }} == hidden);
     var total_{{ r }} = vec4<f32>();
 {% for n in range(lane_quads) %}
     let p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }})));

@@ -78,7 +78,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for i in range(rows) %}{% for c in range(quads) %}
 {% if softcap %}
     let capped_{{ i }}_{{ c }} = tanh4({{ s }}_{{ i }}_{{ c }} * params.scale / params.softcap);
-    {{ s }}_{{ i }}_{{ c }} = capped_{{ i }}_{{ c }} * params.softcap;
+    {{ s }}_{{ i }}_{{ c }} = capped_{{ i }}_{{ c }}.value * params.softcap;
 {% elif modified %}
     {{ s }}_{{ i }}_{{ c }} *= params.scale;
 {% endif %}
@@ -92,11 +92,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}{% endfor %}
 {% endmacro -%}
 
-{#- From the gradients by scores to those by products times the scale. -#}
+{#- From the gradients by scores to those by products times the scale. What is 0 stays so: the derivative of a hidden pair may be
+    NaN. -#}
 {%- macro uncap(d_s) %}
 {% if softcap %}
 {% for i in range(rows) %}{% for c in range(quads) %}
-    {{ d_s }}_{{ i }}_{{ c }} *= fma(-capped_{{ i }}_{{ c }}, capped_{{ i }}_{{ c }}, vec4<f32>(1.0));
+    {{ d_s }}_{{ i }}_{{ c }} = select({{ d_s }}_{{ i }}_{{ c }} * capped_{{ i }}_{{ c }}.derivative, vec4<f32>(), {{ d_s }}_{{ i }}_{{ c }} == vec4<f32>());
 {% endfor %}{% endfor %}
 {% endif %}
 {% endmacro -%}

@@ -15,7 +15,7 @@
   }
 {% endfor %}
 {{ blocks.accumulator("d_q", "k") }}
-{% if alibi %}
+{% if moments %}
 {% for i in range(rows) %}
   var moment_{{ i }} = 0.0;
 {% endfor %}
@@ -35,7 +35,7 @@
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 {% endfor %}{% endfor %}
 {{ blocks.hide("s") }}
-{% if alibi %}
+{% if moments %}
 {% for i in range(rows) %}{% for c in range(quads) %}
     {
       let moment = s_{{ i }}_{{ c }} * distance4(row_{{ i }}, {{ blocks.quad_column(c) }});
@@ -52,7 +52,7 @@
 
 {%- macro finish() %}
 {{ blocks.store("d_q", "d_q", "params.scale") }}
-{% if alibi %}
+{% if moments %}
 {{ blocks.reduce_rows("total", "moment", "sum") }}
 {% for i in range(rows) %}
   if (row_{{ i }} < row_limit && tx == 0u) { alibi_moments[terms_base + row_{{ i }}] = total_{{ i }}; }

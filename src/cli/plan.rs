@@ -363,7 +363,7 @@ impl Explanation {
         launches: Vec<Launch>,
     ) -> Self {
         let shape = problem.shape();
-        let visible_pairs = problem.sequence(0).band.visible_pairs();
+        let visible_pairs = problem.sequences().next().unwrap().band.visible_pairs();
         let operands: Vec<_> =
             operands.into_iter().map(|(name, n, dtype)| Operand { name, bytes: size(n, dtype) }).collect();
         Explanation {
@@ -434,7 +434,7 @@ impl Launch {
 impl Tiles {
     fn new(problem: &Problem, pass: &Pass, tile: [u32; 2]) -> Self {
         let variant = &pass.variant;
-        let (shape, mask) = (problem.shape(), problem.sequence(0).band);
+        let (shape, mask) = (problem.shape(), problem.sequences().next().unwrap().band);
         let rows_are_keys = variant.kernel == Kernel::DKv;
         let [seq_rows, seq_columns] =
             if rows_are_keys { [shape.seq_k, shape.seq_q] } else { [shape.seq_q, shape.seq_k] };

@@ -176,9 +176,10 @@ impl Operands {
             scores.push((capped - alibi + bias, Pair { j, p: 0.0, distance, slope }));
         }
         let sink = self.sink_logits.as_ref().map(|sink_logits| sink_logits[head]);
-        let lse = log_sum_exp(scores.iter().map(|&(s, _)| s).chain(sink));
-        let p = |s| if s == f64::NEG_INFINITY { 0.0 } else { f64::exp(s - lse) };
-        Row { pairs: scores.into_iter().map(|(s, pair)| Pair { p: p(s), ..pair }).collect(), lse }
+        let denominator = Denominator::new(scores.iter().map(|&(s, _)| s).chain(sink).map(|x| (x, 1.0)));
+        let p = |s| if s == f64::NEG_INFINITY { 0.0 } else { denominator.weight(s) };
+        let pairs = scores.into_iter().map(|(s, pair)| Pair { p: p(s), ..pair }).collect();
+        Row { pairs, lse: denominator.log() }
     }
 }
 
@@ -328,13 +329,37 @@ pub(super) fn sink_weight(sink_logit: f64, lse: f64) -> f64 {
     if sink_logit == lse { 1.0 } else { (sink_logit - lse).exp() }
 }
 
-/// `log(sum exp(x))`, shifted by the maximum; -inf for no terms, or where all are -inf.
-pub(super) fn log_sum_exp(terms: impl Iterator<Item = f64> + Clone) -> f64 {
-    let max = terms.clone().fold(f64::NEG_INFINITY, f64::max);
-    if max.is_infinite() && terms.clone().all(|x| !x.is_nan()) {
-        return max;
+/// The softmax's denominator, a sum of `count * exp(x)`, kept as its largest exponent and the rest: where exponents are so large
+/// that their logarithm of the sum would be lost in them, weights still add up to one.
+pub(super) struct Denominator {
+    most: f64,
+    sum: f64,
+}
+
+impl Denominator {
+    /// Of terms `(x, count)`.
+    pub(super) fn new(terms: impl Iterator<Item = (f64, f64)> + Clone) -> Self {
+        let most = terms.clone().fold(f64::NEG_INFINITY, |most, (x, _)| most.max(x));
+        let sum = match most.is_infinite() {
+            true => terms.map(|(x, count)| if x.is_nan() { x } else { count }).sum(),
+            false => terms.map(|(x, count)| count * (x - most).exp()).sum(),
+        };
+        Denominator { most, sum }
     }
-    max + terms.map(|x| (x - max).exp()).sum::<f64>().ln()
+
+    /// Its logarithm; -inf for no terms, or where all are exp(-inf).
+    pub(super) fn log(&self) -> f64 {
+        match (self.most.is_infinite(), self.sum.is_nan()) {
+            (_, true) => f64::NAN,
+            (true, false) => self.most,
+            (false, false) => self.most + self.sum.ln(),
+        }
+    }
+
+    /// `exp(x)` by the whole.
+    pub(super) fn weight(&self, x: f64) -> f64 {
+        if self.most.is_infinite() { (x - self.log()).exp() } else { (x - self.most).exp() / self.sum }
+    }
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::range;
-use super::reference::{log_sum_exp, sink_logit};
+use super::reference::{Denominator, sink_logit};
 use super::rows::{Head, Places, Rows, rows_mut};
 use super::scores::{RowTile, Scores, Seen, Side, TILE, zeros};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
@@ -203,12 +203,14 @@ impl Item<'_> {
         let width = problem.shape().value_dim;
         for (r, (o, lse)) in self.o.into_iter().zip(self.lse).enumerate() {
             let sink = sink_logit(problem, inputs, self.tile.row(r).0);
-            let total = log_sum_exp(states.iter().map(|state| state.log_sum(r)).chain(sink));
-            *lse = total as f32;
+            // What was accumulated nowhere has no weight, even where lse is -inf or NaN.
+            let sums = states.iter().filter(|state| state.l[r] != 0.0);
+            let terms = sums.clone().map(|state| (f64::from(state.m[r]), f64::from(state.l[r])));
+            let denominator = Denominator::new(terms.chain(sink.map(|sink| (sink, 1.0))));
+            *lse = denominator.log() as f32;
             o.fill(0.0);
-            for state in states {
-                // What was accumulated nowhere has no weight, even where lse is -inf or NaN.
-                let weight = if state.l[r] == 0.0 { 0.0 } else { (f64::from(state.m[r]) - total).exp() as f32 };
+            for state in sums {
+                let weight = denominator.weight(state.m[r].into()) as f32;
                 let panel = state.panel;
                 let column = state.o[r / panel * panel * width..][..panel * width].chunks_exact(panel);
                 for (o, acc) in o.iter_mut().zip(column) {
@@ -246,10 +248,6 @@ impl State {
             m: zeros(TILE),
             l: zeros(TILE),
         }
-    }
-
-    fn log_sum(&self, r: usize) -> f64 {
-        f64::from(self.m[r]) + f64::from(self.l[r]).ln()
     }
 }
 

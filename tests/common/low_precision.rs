@@ -33,7 +33,8 @@ impl Query {
         let s = problem.shape();
         let q = widen(&inputs.q[row(problem, [s.heads, s.seq_q, s.head_dim], [b, h, i])]);
         let place = |width, j| row(problem, [s.kv_heads, s.seq_k, width], [b, h / problem.group(), j]);
-        let visible: Vec<_> = (0..s.seq_k).filter(|&j| problem.sequence(0).band.visible(i, j)).collect();
+        let visible: Vec<_> =
+            (0..s.seq_k).filter(|&j| problem.sequences().next().unwrap().band.visible(i, j)).collect();
         let places = visible.into_iter().map(|j| [place(s.head_dim, j), place(s.value_dim, j)]);
         let scored = places.map(|place| {
             let score = problem.scale() * dot(&q, &widen(&inputs.k[place[0].clone()]));

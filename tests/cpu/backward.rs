@@ -250,7 +250,7 @@ fn hidden_keys_never_reach_a_gradient() {
         for options in masks(size) {
             let mut backward = backward(shape((2, 1), size, (16, 18)), options.layout(Layout::Bhsd), 10);
             let problem = backward.case.problem.clone();
-            let visible = |i, j| problem.sequence(0).band.visible(i, j);
+            let visible = |i, j| problem.sequences().next().unwrap().band.visible(i, j);
             // Whole keys that no query sees: no gradient of theirs, and no bit of others.
             let clean = backward.run();
             for j in (0..size.1).filter(|&j| !(0..size.0).any(|i| visible(i, j))) {

@@ -146,8 +146,8 @@ fn padded_batches() {
                     }
                 }
             };
-            let used_q = |b| problem.sequence(b).band.seq_q();
-            let used_k = |b| problem.sequence(b).band.seq_k();
+            let used_q = |b| problem.sequences().nth(b).unwrap().band.seq_q();
+            let used_k = |b| problem.sequences().nth(b).unwrap().band.seq_k();
             poison(&mut backward.case.q, s.heads, 80, 9, &used_q);
             poison(&mut backward.case.k, s.kv_heads, 90, 9, &used_k);
             poison(&mut backward.case.v, s.kv_heads, 90, 6, &used_k);
@@ -293,7 +293,7 @@ fn hidden_pairs_never_reach_a_result() {
                 backward.case.mask = Some(with_bits(seen.iter().map(|&seen| seen.into()).collect(), size.1));
             }
             let problem = backward.case.problem.clone();
-            let band = problem.sequence(0).band;
+            let band = problem.sequences().next().unwrap().band;
             let clean = (backward.case.check(), backward.check());
             for j in (0..size.1).filter(|&j| nobody(j)) {
                 let poison = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][j % 3];

@@ -187,7 +187,7 @@ fn kernel_tiles(text: &str) -> Result<(Kernel, Tiling), String> {
 /// A shape to measure.
 #[derive(Debug, Clone)]
 struct Case {
-    name: &'static str,
+    name: String,
     shape: Shape,
     options: Options,
     with: Option<With>,
@@ -249,7 +249,7 @@ impl ShapeArgs {
                 .sink_tokens(self.sink_tokens)
                 .sink_logits(SinkLogits::from(self.sinks))
                 .layout(Layout::from(self.layout));
-            Case { name: label, shape, options, with: None }
+            Case { name: label.into(), shape, options, with: None }
         };
         let cases: Vec<Case> = match (&self.shape[..], custom) {
             ([], true) => vec![of(None)],
@@ -257,7 +257,12 @@ impl ShapeArgs {
             (named, _) => named.iter().map(|name| of(Some(name))).collect(),
         };
         let with = |case: Case| {
-            let others = self.with.iter().map(|with| Case { with: Some(*with), ..case.clone() }).collect::<Vec<_>>();
+            let named = |with: With| {
+                let option = with.to_possible_value().map(|value| value.get_name().to_string());
+                let name = format!("{} + {}", case.name, option.unwrap_or_default());
+                Case { name, with: Some(with), ..case.clone() }
+            };
+            let others: Vec<Case> = self.with.iter().copied().map(named).collect();
             std::iter::once(case).chain(others)
         };
         cases.into_iter().flat_map(with).collect()
@@ -281,7 +286,7 @@ impl Bench {
         let mut problems = Vec::new();
         for case in self.shape.cases(quick) {
             for dtype in self.dtype.iter().map(|dtype| DType::from(*dtype)) {
-                problems.push((case.name, case.problem(dtype)?));
+                problems.push((case.name.clone(), case.problem(dtype)?));
             }
         }
         let directions: &[Direction] = match self.pass {

@@ -27,7 +27,7 @@ pub struct Report {
 /// One pass of one problem.
 #[derive(Debug, Serialize)]
 pub struct Row {
-    pub name: &'static str,
+    pub name: String,
     batch: usize,
     heads: usize,
     kv_heads: usize,
@@ -144,7 +144,7 @@ impl Report {
 
 impl Row {
     pub fn new(
-        name: &'static str,
+        name: &str,
         problem: &Problem,
         direction: Direction,
         timing: Result<Timing, String>,
@@ -156,7 +156,7 @@ impl Row {
             Err(reason) => (None, Some(reason)),
         };
         Row {
-            name,
+            name: name.into(),
             batch: shape.batch,
             heads: shape.heads,
             kv_heads: shape.kv_heads,
@@ -228,7 +228,7 @@ impl Row {
         let first = |ms: Option<f64>| ms.map_or(String::new(), short);
         let [ms, min, max] = times(&figures.times);
         let mut lines = vec![[
-            self.name.into(),
+            self.name.clone(),
             self.dtype.clone(),
             self.pass.into(),
             ms,
@@ -266,7 +266,8 @@ impl fmt::Display for Report {
             )?;
         }
         writeln!(f)?;
-        let mut names: Vec<(&str, &str)> = self.rows.iter().map(|row| (row.name, row.problem.as_str())).collect();
+        let mut names: Vec<(&str, &str)> =
+            self.rows.iter().map(|row| (row.name.as_str(), row.problem.as_str())).collect();
         names.dedup();
         for (name, problem) in names {
             writeln!(f, "{name}: {problem}")?;
