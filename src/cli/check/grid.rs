@@ -145,7 +145,9 @@ impl Case {
     fn mask(&self, shape: [usize; 4], random: &mut Random) -> Vec<u8> {
         let [_, _, seq_q, seq_k] = shape;
         let blocks = [seq_q.div_ceil(32), seq_k.div_ceil(32)];
-        let kinds: Vec<usize> = (0..shape[0] * shape[1] * blocks[0] * blocks[1]).map(|_| random.below(3)).collect();
+        let all = shape[0] * shape[1] * blocks[0] * blocks[1];
+        // The first keys are mixed: a query that sees a single key has gradients of zero, and zero is no norm to compare with.
+        let kinds: Vec<usize> = (0..all).map(|n| if n % blocks[1] == 0 { 2 } else { random.below(3) }).collect();
         let pair = |[b, h, i, j]: [usize; 4]| {
             let block = ((b * shape[1] + h) * blocks[0] + i / 32) * blocks[1] + j / 32;
             u8::from(
@@ -515,7 +517,8 @@ pub fn grid(quick: bool) -> Vec<Case> {
         }
     }
     grid.group("ALiBi");
-    for size in grid.some(&TILES) {
+    // In many rows, as the weighted sum over a single one may cancel.
+    for size in grid.some(&[[113, 203], [63, 65], [40, 257]]) {
         for options in [full, per_head.causal(true), stream.sink_logits(SinkLogits::OffByOne)] {
             let shape = Shape { heads: 4, kv_heads: 2, ..several(size) };
             grid.add(shape, options.alibi(true));
