@@ -124,10 +124,14 @@
 //! 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
 //! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
 //! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
-//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
+//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit. Where all of a
+//! row's scores are beyond 1e7, as with a bias of the lowest number on every key, lse in f32 loses the logarithm of their
+//! number: o is right, the gradients of such a row are too large by up to that number. Hide with -infinity or a mask instead.
 //!
 //! The cooperative micro-kernel ([`MicroKernel::Cooperative`]) multiplies halves: weights p and d_s are rounded to f16 before
-//! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16.
+//! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16: by
+//! the largest finite number of the whole operand, keys that a mask or the window hides among them (what lies beyond a padded
+//! sequence's end is not); numbers 2^31 times smaller lose bits.
 //! What it gives stays within the bounds above but for two things. The sink logits' gradient with o_rest has the bound of o,
 //! which was summed from rounded weights; without o_rest it is 1e-5 there, too. And where keys have a large part in common and
 //! a few of them dominate, so that d_q is what is left of much larger terms, rounding shows: in f16 d_q was 8.3e-3 off with
