@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn text_and_back() {
         let tuning = sample();
-        assert_eq!(tuning.entries().len(), 72);
+        assert_eq!(tuning.entries().len(), 90);
         assert_eq!(tuning.to_string().parse(), Ok(tuning.clone()));
         let with_windows_ends = tuning.to_string().replace('\n', "\r\n\r\n  # a remark\r\n");
         assert_eq!(with_windows_ends.parse(), Ok(tuning.clone()));
