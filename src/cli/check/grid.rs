@@ -583,7 +583,12 @@ pub fn grid(quick: bool) -> Vec<Case> {
     grid.group("NaN in hidden keys");
     for (axes, size) in [(Axes::ALL, [113, 203]), (Axes::KEYS.batch(), [63, 65])] {
         // Hidden by a mask, or by a bias, here and there among others.
-        for options in [full.mask(axes), full.mask(axes).softcap(5.0), causal.bias(axes), per_head.mask(axes).bias(Axes::KEYS.heads().seq_q())] {
+        for options in [
+            full.mask(axes),
+            full.mask(axes).softcap(5.0),
+            causal.bias(axes),
+            per_head.mask(axes).bias(Axes::KEYS.heads().seq_q()),
+        ] {
             grid.add(several(size), options).poisoned_keys = 20..54;
         }
     }
