@@ -12,18 +12,19 @@ fn main(
 ) {
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
+{% if axes.seq_q %}
   let column_tiles = (params.pair_keys + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let tile = index % column_tiles;
-  let column0 = tile * TILE_COLUMNS;
-{% if axes.seq_q %}
-  let row_tiles = (params.pair_rows + TILE_ROWS - 1u) / TILE_ROWS;
-  let own_row_tile = index / column_tiles % row_tiles;
-  let place = index / column_tiles / row_tiles;
+  let own_row_tile = params.region_tile + index / column_tiles % params.region_tiles;
+  let place = index / column_tiles / params.region_tiles;
 {% else %}
-  let place = index / column_tiles;
+  let tile = params.region_tile + index % params.region_tiles;
+  let place = index / params.region_tiles;
 {% endif %}
-  let own_head = {{ "place % params.heads" if axes.heads else "0u" }};
-  let own_number = {{ ("place / params.heads" if axes.heads else "place") if axes.batch else "0u" }};
+  let column0 = tile * TILE_COLUMNS;
+  // Both count from 0 to 0 where the bias has no such axis of its own.
+  let own_head = params.region_head + place % params.region_heads;
+  let own_number = params.region_batch + place / params.region_heads;
 
   {{ micro.begin() }}
   for (var number = own_number; number < {{ "own_number + 1u" if axes.batch else "params.sequence_count" }}; number += 1u) {
@@ -43,7 +44,7 @@ fn main(
       let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, batch, {{ "kv_head" if of_keys else "head" }}){% if lengths %} + here.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq{% endif %};
 {% endfor %}
       let terms_base = operand_base(params.row_terms, batch, head){% if lengths %} + here.q_start{% endif %};
-      begin_pairs(number, head);
+      begin_pairs(number, batch, head);
 {% if mask %}
       let class_base = operand_base(params.mask_classes, number, head);
 {% endif %}

@@ -15,7 +15,7 @@
 {% endfor %}
     let terms_base = operand_base(params.row_terms, work.batch, head){% if lengths %} + here.q_start{% endif %};
 {% if modified or hides %}
-    begin_pairs(work.sequence, head);
+    begin_pairs(work.sequence, work.batch, head);
 {% endif %}
 {% if mask %}
     let class_base = operand_base(params.mask_classes, work.sequence, head);

@@ -36,15 +36,15 @@ fn main(
 ) {
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
-  let tiles = (params.seq_q + ROWS - 1u) / ROWS;
-  let sequence = index / tiles;
-  let batch = sequence / params.heads;
-  let head = sequence % params.heads;
-  let row0 = index % tiles * ROWS;
+  let tile = params.region_tile + index % params.region_tiles;
+  let place = index / params.region_tiles;
+  let batch = params.region_batch + place / params.region_heads;
+  let head = params.region_head + place % params.region_heads;
+  let row0 = tile * ROWS;
 {% if alibi %}
 
   // For the kernels that come after.
-  if (thread == 0u && batch == 0u && row0 == 0u) { row_terms[params.slopes_at + head] = vec2<f32>(alibi_slopes[params.slope_offset + head]); }
+  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, batch, head) + params.slope_row] = vec2<f32>(alibi_slopes[params.slope_offset + head]); }
 {% endif %}
 
   // Loads are shared by neighbouring threads; then thread r sums row r.
@@ -121,6 +121,6 @@ fn main(
     if (thread < half) { partials[thread] += partials[thread + half]; }
     workgroupBarrier();
   }
-  if (thread == 0u) { sink_partials[index] = partials[0]; }
+  if (thread == 0u) { sink_partials[operand_base(params.sink_partials, batch, head) + tile] = partials[0]; }
 {% endif %}
 }

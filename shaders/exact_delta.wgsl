@@ -24,7 +24,7 @@ fn store_row(work: Work, row: u32, total: f32) {
 {% if alibi %}
 
   // For the kernels that come after.
-  if (thread == 0u && work.batch == 0u && row0 == 0u) { row_terms[params.slopes_at + work.head] = vec2<f32>(slope); }
+  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, work.batch, work.head) + params.slope_row] = vec2<f32>(slope); }
 {% endif %}
 
   {{ micro.begin() }}

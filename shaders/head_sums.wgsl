@@ -18,8 +18,9 @@ fn main(
   @builtin(num_workgroups) grid: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
 ) {
-  let head = workgroup.x + workgroup.y * grid.x;
-  if (head >= params.workgroups) { return; }
+  let index = workgroup.x + workgroup.y * grid.x;
+  if (index >= params.workgroups) { return; }
+  let head = params.region_head + index;
   let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if of_tiles else "params.seq_q" }};
 {% if sums_delta %}
   let sink = sink_logits[params.sink_offset + head];
@@ -28,7 +29,7 @@ fn main(
   // Kahan's compensation: what the last addition rounded away.
   var lost = 0.0;
   for (var n = thread; n < params.batch * terms; n += THREADS) {
-    let place = (n / terms * params.heads + head) * terms + n % terms;
+    let place = operand_base(params.{{ "row_terms" if sums_delta else ("alibi_moments" if kernel == "d_alibi_slopes" else "sink_partials") }}, n / terms, head) + n % terms;
 {% if sums_delta %}
     let row = row_terms[place];
     // Equal terms give exp(0), even where both are infinite.

@@ -16,11 +16,11 @@ fn main(
   if (index >= params.workgroups) { return; }
   let row_words = (params.mask_keys + 31u) / 32u;
   let blocks = (row_words + BLOCK_WORDS - 1u) / BLOCK_WORDS;
-  let block_rows = (params.mask_rows + BLOCK_ROWS - 1u) / BLOCK_ROWS;
   let block = index % blocks;
-  let block_row = index / blocks % block_rows;
-  let head = index / blocks / block_rows % params.mask_heads;
-  let batch = index / blocks / block_rows / params.mask_heads;
+  let block_row = params.region_tile + index / blocks % params.region_tiles;
+  let place = index / blocks / params.region_tiles;
+  let head = params.region_head + place % params.region_heads;
+  let batch = params.region_batch + place / params.region_heads;
 
   if (thread == 0u) { atomicStore(&seen, 0u); }
   workgroupBarrier();

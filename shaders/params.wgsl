@@ -1,4 +1,5 @@
-// What changes between calls. Strides, offsets and bases count vectors of the operand's load width.
+// What changes between calls. Strides, offsets and bases count vectors of the operand's load width, from the start of what is
+// bound of the operand. They may wrap around: only the index that they sum up to must be right.
 struct Operand { offset: u32, batch: u32, head: u32, seq: u32 }
 
 struct Params {
@@ -13,8 +14,10 @@ struct Params {
   o_rest: Operand,
   lse: Operand,
   d_lse: Operand,
-  // What the backward pass needs of each row, and the ALiBi slopes behind it.
+  // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
   row_terms: Operand,
+  alibi_moments: Operand,
+  sink_partials: Operand,
   bias: Operand,
   d_bias: Operand,
   // The boolean mask: the caller's, in bytes or words; its bits in words; the classes of its blocks.
@@ -30,19 +33,29 @@ struct Params {
   // Position of query 0.
   offset: i32,
   sink_tokens: u32,
-  // Workgroups of this pass: the grid is folded into two dimensions and may be larger.
+  // Workgroups of this dispatch: the grid is folded into two dimensions and may be larger.
   workgroups: u32,
+  // The region of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are those of
+  // keys, but where no group is kept together.
+  region_batch: u32,
+  region_batches: u32,
+  region_head: u32,
+  region_heads: u32,
+  region_tile: u32,
+  region_tiles: u32,
+  // Not the first dispatch of its pass.
+  continues: u32,
   sink_offset: u32,
   d_sink_offset: u32,
   slope_offset: u32,
   d_slope_offset: u32,
-  slopes_at: u32,
+  // A slope's place behind the first row of its head.
+  slope_row: u32,
   // First word of the list of tiles, where sequences differ in length.
   work_at: u32,
   batch: u32,
-  // Sequences, and the axes of the mask.
+  // Sequences, and rows and keys of the mask.
   sequence_count: u32,
-  mask_heads: u32,
   mask_rows: u32,
   mask_keys: u32,
   // Queries and keys of the longest sequence.
@@ -90,13 +103,14 @@ fn listed(n: u32, head: u32, kv_head: u32) -> Work {
 // The tile of keys of a workgroup; `head` is the first query head of the group. The first key tile of every head comes first:
 // under a causal mask the most queries see it.
 fn key_work(index: u32) -> Work {
-  let kv_head = index % params.kv_heads;
-  let place = index / params.kv_heads;
+  let kv_head = params.region_head + index % params.region_heads;
+  let place = index / params.region_heads;
   let head = kv_head * (params.heads / params.kv_heads);
 {% if lengths %}
-  return listed(place, head, kv_head);
+  return listed(params.region_tile + place, head, kv_head);
 {% else %}
-  return Work(place / params.batch, place % params.batch, place % params.batch, head, kv_head);
+  let batch = params.region_batch + place % params.region_batches;
+  return Work(params.region_tile + place / params.region_batches, batch, batch, head, kv_head);
 {% endif %}
 }
 {% else %}
@@ -105,14 +119,15 @@ fn key_work(index: u32) -> Work {
 // query tile of every head comes first: under a causal mask it is the longest.
 fn query_work(index: u32) -> Work {
   let group = params.heads / params.kv_heads;
-  let kv_head = index / group % params.kv_heads;
-  let place = index / params.heads;
+  let kv_head = params.region_head + index / group % params.region_heads;
+  let place = index / (group * params.region_heads);
   let head = kv_head * group + index % group;
 {% if lengths %}
-  return listed(place, head, kv_head);
+  return listed(params.region_tile + place, head, kv_head);
 {% else %}
-  let tiles = (params.seq_q + TILE_ROWS - 1u) / TILE_ROWS;
-  return Work(tiles - 1u - place / params.batch, place % params.batch, place % params.batch, head, kv_head);
+  let batch = params.region_batch + place % params.region_batches;
+  let tile = params.region_tile + params.region_tiles - 1u - place / params.region_batches;
+  return Work(tile, batch, batch, head, kv_head);
 {% endif %}
 }
 {% endif %}

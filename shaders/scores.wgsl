@@ -139,10 +139,10 @@ fn distance4(row: u32, column: u32) -> vec4<f32> {
 }
 {% endif %}
 
-// What of the above depends on the sequence and the query head.
-fn begin_pairs(number: u32, head: u32) {
+// What of the above depends on the sequence, its place along the batch axis, and the query head.
+fn begin_pairs(number: u32, batch: u32, head: u32) {
 {% if alibi %}
-  slope = {{ "alibi_slopes[params.slope_offset + head]" if kernel == "forward" or kernel == "exact_delta" else "row_terms[params.slopes_at + head].x" }};
+  slope = {{ "alibi_slopes[params.slope_offset + head]" if kernel == "forward" or kernel == "exact_delta" else "row_terms[operand_base(params.row_terms, batch, head) + params.slope_row].x" }};
 {% endif %}
 {% if bias %}
   bias_base = operand_base(params.bias, number, head);

@@ -38,9 +38,12 @@ fn main(
 {% if "row_terms" in names %}
   let terms_base = operand_base(params.row_terms, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
 {% endif %}
+{% if "alibi_moments" in names %}
+  let moments_base = operand_base(params.alibi_moments, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
+{% endif %}
   let tiles = key_tiles({{ here_argument }}row0, {{ used_end }});
 {% if modified or hides %}
-  begin_pairs(work.sequence, work.head);
+  begin_pairs(work.sequence, work.batch, work.head);
 {% endif %}
 {% if mask %}
   let class_base = operand_base(params.mask_classes, work.sequence, work.head);

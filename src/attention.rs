@@ -2,12 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, describe};
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
+use crate::pieces::DISPATCH_BUDGET;
 use crate::pipeline::Pipelines;
 use crate::plan::{OptionalOperands, Plan, Preference};
 use crate::problem::{Bias, Gradients, Inputs, MaskData, Output, Problem, Upstream};
@@ -21,6 +23,7 @@ use crate::tuning::Tuning;
 pub struct Attention {
     backend: Backend,
     micro_kernel: MicroKernel,
+    dispatch_budget: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -63,14 +66,14 @@ impl Attention {
 
     /// The operator on the CPU, which always works.
     pub fn cpu() -> Self {
-        Attention { backend: Backend::Cpu, micro_kernel: MicroKernel::Auto }
+        Attention::of(Backend::Cpu)
     }
 
     /// The operator on a device of the host application. Buffers must come from that device: wgpu panics where it
     /// meets one of another [`wgpu::Instance`].
     pub fn on(device: Device) -> Self {
         let backend = Backend::Gpu { device, pipelines: Arc::default(), tuning: None };
-        Attention { backend, micro_kernel: MicroKernel::Auto }
+        Attention::of(backend)
     }
 
     /// With a micro-kernel of the caller's choice instead of the planner's. Where there is none for a problem on the
@@ -78,6 +81,19 @@ impl Attention {
     /// [`MicroKernel::Auto`].
     pub fn with_micro_kernel(self, micro_kernel: MicroKernel) -> Self {
         Attention { micro_kernel, ..self }
+    }
+
+    fn of(backend: Backend) -> Self {
+        Attention { backend, micro_kernel: MicroKernel::Auto, dispatch_budget: DISPATCH_BUDGET }
+    }
+
+    /// How long a dispatch may hold the GPU, 250 ms unless set: a pass whose time is estimated longer is cut into several
+    /// dispatches, with the same bits as results. Browsers and desktop systems reset a GPU that does not answer for some two
+    /// seconds. The estimate divides floating-point operations by what the slowest devices of the device's class do, so most
+    /// devices take much less. [`Duration::MAX`] never cuts for the time; with zero, each tile of rows of each key head has a
+    /// dispatch of its own, the least there is. Nothing changes on the CPU.
+    pub fn with_dispatch_budget(self, budget: Duration) -> Self {
+        Attention { dispatch_budget: budget, ..self }
     }
 
     /// The CPU has no micro-kernels to choose from.
@@ -148,7 +164,7 @@ impl Attention {
     /// How [`forward`](Self::forward), whose operands are densely packed, will compute: in half precision with o_rest.
     ///
     /// # Errors
-    /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`].
     pub fn plan_forward(&self, problem: &Problem) -> Result<Plan> {
         let (device, preference) = self.gpu("plan_forward", &[])?;
         let optional = OptionalOperands::of_host(problem);
@@ -337,7 +353,7 @@ impl Attention {
     /// [`Error::BindingTooLarge`], [`Error::IndexOverflow`], [`Error::Aliasing`] and
     /// [`Error::OverlappingStrides`] for operands that cannot be bound, [`Error::MissingOperand`],
     /// [`Error::UnexpectedOperand`] and [`Error::InvalidOption`] for such that do not fit the options;
-    /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`] where the device's limits are too small;
+    /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`] where the device's limits are too small for a piece of the work;
     /// [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
     pub fn prepare_forward(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_forward_async(problem, buffers))
@@ -366,7 +382,7 @@ impl Attention {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
             Backend::Gpu { device, pipelines, tuning } => {
                 let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
-                Prepared::forward(device, pipelines, problem, buffers, &preference).await
+                Prepared::forward(device, pipelines, problem, buffers, &preference, self.dispatch_budget).await
             }
         }
     }
@@ -404,7 +420,7 @@ impl Attention {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
             Backend::Gpu { device, pipelines, tuning } => {
                 let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
-                Prepared::backward(device, pipelines, problem, buffers, &preference).await
+                Prepared::backward(device, pipelines, problem, buffers, &preference, self.dispatch_budget).await
             }
         }
     }

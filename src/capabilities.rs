@@ -21,6 +21,21 @@ pub enum DeviceClass {
     Other,
 }
 
+impl DeviceClass {
+    /// Floating-point operations that the slowest device of the class worth the name does in a second with the portable
+    /// kernels, by which the time of a dispatch is estimated. Low on purpose: what is estimated too long is cut in vain, what
+    /// is estimated too short may lose the device.
+    pub(crate) fn flops(self) -> f64 {
+        match self {
+            DeviceClass::Nvidia | DeviceClass::Amd => 1e12,
+            DeviceClass::Apple => 5e11,
+            DeviceClass::Intel => 1e11,
+            DeviceClass::Other => 5e10,
+            DeviceClass::Software => 2e9,
+        }
+    }
+}
+
 impl fmt::Display for DeviceClass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

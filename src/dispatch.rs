@@ -1,19 +1,19 @@
 //! From a plan to commands.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::pieces::{Piece, Pieces, Region, View, Window, mask_blocks, operand_extents, scratch_view};
 use crate::pipeline::{Pipeline, Pipelines};
-use crate::plan::{OptionalOperands, Pass, Plan, Preference, repair_slots, work_list};
-use crate::problem::{Layout, MaskPacking, Problem, SinkLogits};
+use crate::plan::{OptionalOperands, Pass, Plan, Preference};
+use crate::problem::{Problem, SinkLogits};
 use crate::sequences::Sequence;
-use crate::shader::{
-    Binding, DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MAXIMA_PARTS, RANGED_OPERANDS, SEQUENCE_WORDS,
-};
-use crate::tensor::{Extents, Placed, TensorView, allocate, upload};
+use crate::shader::{Binding, SEQUENCE_WORDS};
+use crate::tensor::{Placed, TensorView, allocate, resource, upload};
 
 /// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
 #[repr(C)]
@@ -26,9 +26,12 @@ struct Operand {
 }
 
 impl Operand {
-    fn new(placed: &Placed<'_>, width: u32) -> Self {
-        let [batch, head, seq] = placed.strides.map(|s| s / width);
-        Operand { offset: placed.offset / width, batch, head, seq }
+    /// Counted in `width` elements, from the start of the window. Shaders count in u32, which wraps around as often as is
+    /// needed to come back to an index within the window.
+    fn new(view: &View, window: Window, width: u64) -> Self {
+        let [batch, head, seq] = view.strides.map(|stride| (stride / width) as u32);
+        let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
+        Operand { offset, batch, head, seq }
     }
 }
 
@@ -48,6 +51,8 @@ struct Params {
     lse: Operand,
     d_lse: Operand,
     row_terms: Operand,
+    alibi_moments: Operand,
+    sink_partials: Operand,
     bias: Operand,
     d_bias: Operand,
     mask: Operand,
@@ -62,15 +67,21 @@ struct Params {
     offset: i32,
     sink_tokens: u32,
     workgroups: u32,
+    region_batch: u32,
+    region_batches: u32,
+    region_head: u32,
+    region_heads: u32,
+    region_tile: u32,
+    region_tiles: u32,
+    continues: u32,
     sink_offset: u32,
     d_sink_offset: u32,
     slope_offset: u32,
     d_slope_offset: u32,
-    slopes_at: u32,
+    slope_row: u32,
     work_at: u32,
     batch: u32,
     sequence_count: u32,
-    mask_heads: u32,
     mask_rows: u32,
     mask_keys: u32,
     pair_rows: u32,
@@ -170,7 +181,7 @@ impl<'a> BackwardBuffers<'a> {
 struct Operands<'a> {
     problem: &'a Problem,
     device: &'a Device,
-    placed: Vec<(Binding, TensorView<'a>, Placed<'a>)>,
+    placed: Vec<(TensorView<'a>, Placed<'a>)>,
 }
 
 impl<'a> Operands<'a> {
@@ -178,43 +189,13 @@ impl<'a> Operands<'a> {
         Operands { problem, device, placed: Vec::new() }
     }
 
-    /// Extents of an operand, and what is to be known of its elements.
-    fn extents(&self, binding: Binding) -> (Extents, Kind) {
-        let s = self.problem.shape();
-        let pairs = |shape: Option<Extents>| shape.unwrap_or([1; 4]);
-        match binding {
-            Binding::Q | Binding::DQ => ([s.batch, s.heads, s.seq_q, s.head_dim], Kind::Wide),
-            Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], Kind::Wide),
-            Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], Kind::Wide),
-            Binding::O | Binding::ORest | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], Kind::Wide),
-            Binding::SinkLogits | Binding::DSinkLogits | Binding::AlibiSlopes | Binding::DAlibiSlopes => {
-                ([1, 1, s.heads, 1], Kind::Dense)
-            }
-            Binding::Bias => (pairs(self.problem.bias_shape()), Kind::Pairs(self.problem.options().bias_dtype.bytes())),
-            Binding::DBias => (pairs(self.problem.bias_shape()), Kind::Dense),
-            Binding::Mask => {
-                let bytes = if self.problem.options().mask_packing == MaskPacking::Bits { 4 } else { 1 };
-                (pairs(self.problem.mask_shape()), Kind::Pairs(bytes))
-            }
-            _ => ([s.batch, s.heads, s.seq_q, 1], Kind::Dense),
-        }
-    }
-
     fn add(&mut self, binding: Binding, view: &TensorView<'a>) -> Result<()> {
-        let (extents, kind) = self.extents(binding);
-        let name = binding.name();
-        if kind == Kind::Dense && view.strides.is_some() {
+        if !binding.is_strided() && view.strides.is_some() {
             let reason = "must be densely packed; give an offset, but no strides".into();
-            return Err(Error::InvalidOption { option: name, reason });
+            return Err(Error::InvalidOption { option: binding.name(), reason });
         }
-        let options = self.problem.options();
-        let (layout, element) = match kind {
-            Kind::Wide => (options.layout, options.dtype.bytes()),
-            Kind::Dense => (Layout::Bhsd, 4),
-            Kind::Pairs(bytes) => (Layout::Bhsd, bytes),
-        };
-        let placed = Placed::new(name, view, extents, layout, element, self.device.capabilities())?;
-        self.placed.push((binding, *view, placed));
+        let (extents, layout, element) = operand_extents(binding, self.problem);
+        self.placed.push((*view, Placed::new(binding, view, extents, layout, element)?));
         Ok(())
     }
 
@@ -243,37 +224,54 @@ impl<'a> Operands<'a> {
 
     /// No result may lie in a buffer that another operand uses, nor overlap itself.
     fn check_results(&self, results: &[Binding]) -> Result<()> {
-        for (binding, view, placed) in self.placed.iter().filter(|(b, ..)| results.contains(b)) {
-            let others = self.placed.iter().filter(|(b, ..)| b != binding);
-            if let Some((other, ..)) = others.into_iter().find(|(_, o, _)| o.buffer == view.buffer) {
-                return Err(Error::Aliasing { output: binding.name(), other: other.name() });
+        for (view, placed) in self.placed.iter().filter(|(_, p)| results.contains(&p.view.binding)) {
+            let binding = placed.view.binding;
+            let mut others = self.placed.iter().filter(|(_, p)| p.view.binding != binding);
+            if let Some((_, other)) = others.find(|(other, _)| other.buffer == view.buffer) {
+                return Err(Error::Aliasing { output: binding.name(), other: other.view.binding.name() });
             }
-            placed.check_distinct(binding.name(), self.extents(*binding).0)?;
+            placed.check_distinct()?;
         }
         Ok(())
     }
 
     fn find(&self, binding: Binding) -> Option<&Placed<'a>> {
-        self.placed.iter().find(|(b, ..)| *b == binding).map(|(.., placed)| placed)
+        self.placed.iter().map(|(_, placed)| placed).find(|placed| placed.view.binding == binding)
     }
 
     fn vec4(&self) -> bool {
-        let wide = self.placed.iter().filter(|(b, ..)| self.extents(*b).1 == Kind::Wide);
-        wide.into_iter().all(|(.., placed)| placed.vec4())
+        self.placed.iter().filter(|(_, p)| p.view.binding.has_width()).all(|(_, p)| p.view.vec4())
     }
 
-    fn params(&self, vec4: bool, pass: &Pass) -> Params {
+    /// Where an operand of a pass lies, the caller's or our own.
+    fn view(&self, binding: Binding, plan: &Plan) -> Option<View> {
+        let own = || scratch_view(binding, self.problem, &plan.passes);
+        self.find(binding).map(|placed| placed.view).or_else(own)
+    }
+
+    fn views(&self, pass: &Pass, plan: &Plan) -> Vec<View> {
+        pass.variant.bindings().into_iter().filter_map(|(binding, _)| self.view(binding, plan)).collect()
+    }
+
+    fn params(&self, views: &[View], piece: &Piece, continues: bool) -> Params {
         let (problem, s, o) = (self.problem, self.problem.shape(), self.problem.options());
         let band = problem.sequence(0).band;
-        let operand = |binding| match self.find(binding) {
-            Some(placed) => Operand::new(placed, if vec4 { 4 } else { 1 }),
-            None => Operand::zeroed(),
+        let vec4 = self.vec4();
+        let operand = |binding: Binding| {
+            let view = views.iter().find(|view| view.binding == binding);
+            let window = piece.windows.iter().find(|(b, _)| *b == binding);
+            let width = if vec4 && binding.has_width() { 4 } else { 1 };
+            // What the pass does not bind, it does not look for.
+            view.zip(window).map_or(Operand::zeroed(), |(view, (_, window))| Operand::new(view, *window, width))
         };
-        let narrow = |binding| self.find(binding).map_or(Operand::zeroed(), |placed| Operand::new(placed, 1));
-        let offset = |binding| self.find(binding).map_or(0, |placed| placed.offset);
-        let rows = |offset| Operand { offset, batch: (s.heads * s.seq_q) as u32, head: s.seq_q as u32, seq: 1 };
+        let offset = |binding| operand(binding).offset;
         let [_, _, pair_rows, pair_keys] = problem.pairs_shape().map(|n| n as u32);
-        let mask = MaskPlaces::new(problem);
+        let [_, _, mask_rows, mask_keys] = o.mask.unwrap_or_default().of(problem.pairs_shape());
+        let [mask_words, _, mask_blocks] = mask_blocks(mask_rows, mask_keys);
+        let mask_bits = operand(Binding::MaskBits);
+        let Region { axes: [entries, heads, tiles] } = &piece.region;
+        let [[region_batch, region_batches], [region_head, region_heads], [region_tile, region_tiles]] =
+            [entries, heads, tiles].map(|range| [range.start as u32, (range.end - range.start) as u32]);
         // Scores that are formed beforehand come to the softmax as they are.
         let score_scale = if problem.modifies_scores() { 1.0 } else { problem.scale() };
         Params {
@@ -286,14 +284,21 @@ impl<'a> Operands<'a> {
             d_k: operand(Binding::DK),
             d_v: operand(Binding::DV),
             o_rest: operand(Binding::ORest),
-            lse: rows(offset(Binding::Lse)),
-            d_lse: rows(offset(Binding::DLse)),
-            row_terms: rows(0),
-            bias: narrow(Binding::Bias),
-            d_bias: narrow(Binding::DBias),
-            mask: narrow(Binding::Mask),
-            mask_bits: mask.bits,
-            mask_classes: mask.classes,
+            lse: operand(Binding::Lse),
+            d_lse: operand(Binding::DLse),
+            row_terms: operand(Binding::RowTerms),
+            alibi_moments: operand(Binding::AlibiMoments),
+            sink_partials: operand(Binding::SinkPartials),
+            bias: operand(Binding::Bias),
+            d_bias: operand(Binding::DBias),
+            mask: operand(Binding::Mask),
+            mask_bits,
+            // Behind the bits of each head.
+            mask_classes: Operand {
+                offset: mask_bits.offset.wrapping_add((mask_rows * mask_words) as u32),
+                seq: if mask_rows > 1 { mask_blocks as u32 } else { 0 },
+                ..mask_bits
+            },
             heads: s.heads as u32,
             kv_heads: s.kv_heads as u32,
             seq_q: s.seq_q as u32,
@@ -303,18 +308,24 @@ impl<'a> Operands<'a> {
             // Needed with ALiBi only, where it was checked.
             offset: band.offset() as i32,
             sink_tokens: band.sink_tokens(),
-            workgroups: pass.workgroups,
+            workgroups: piece.workgroups,
+            region_batch,
+            region_batches,
+            region_head,
+            region_heads,
+            region_tile,
+            region_tiles,
+            continues: continues.into(),
             sink_offset: offset(Binding::SinkLogits),
             d_sink_offset: offset(Binding::DSinkLogits),
             slope_offset: offset(Binding::AlibiSlopes),
             d_slope_offset: offset(Binding::DAlibiSlopes),
-            slopes_at: (s.batch * s.heads * s.seq_q) as u32,
+            slope_row: s.seq_q as u32,
             work_at: problem.sequence_count() as u32 * SEQUENCE_WORDS,
             batch: s.batch as u32,
             sequence_count: problem.sequence_count() as u32,
-            mask_heads: mask.shape[1] as u32,
-            mask_rows: mask.shape[2] as u32,
-            mask_keys: mask.shape[3] as u32,
+            mask_rows: mask_rows as u32,
+            mask_keys: mask_keys as u32,
             pair_rows: if o.bias.is_some_and(|axes| axes.seq_q) { pair_rows } else { 1 },
             pair_keys,
             softcap: o.softcap.unwrap_or(0.0),
@@ -327,61 +338,16 @@ impl<'a> Operands<'a> {
     }
 }
 
-/// What an operand's elements are.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Kind {
-    /// Rows of features, of the problem's element type.
-    Wide,
-    /// f32, densely packed.
-    Dense,
-    /// Of pairs of queries and keys, of so many bytes.
-    Pairs(usize),
-}
-
-/// Where the boolean mask's bits, and the classes of its blocks behind them, lie in words.
-struct MaskPlaces {
-    /// Batch, heads, rows and keys of the mask's own.
-    shape: [usize; 4],
-    bits: Operand,
-    classes: Operand,
-    /// Words of all.
-    words: usize,
-}
-
-impl MaskPlaces {
-    fn new(problem: &Problem) -> Self {
-        let axes = problem.options().mask.unwrap_or_default();
-        let shape @ [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
-        let of = |offset: usize, rows: usize, words: usize| {
-            // An axis that is not its own leads nowhere.
-            let stride = |own: bool, stride: usize| if own { stride as u32 } else { 0 };
-            Operand {
-                offset: offset as u32,
-                batch: stride(axes.batch, heads * rows * words),
-                head: stride(axes.heads, rows * words),
-                seq: stride(axes.seq_q, words),
-            }
-        };
-        let row_words = keys.div_ceil(32);
-        let [block_rows, blocks] =
-            [rows.div_ceil(MASK_BLOCK_ROWS as usize), row_words.div_ceil(MASK_BLOCK_WORDS as usize)];
-        let bits = batch * heads * rows * row_words;
-        // A tile may reach beyond the last key; what is read there is hidden by the band.
-        let end = bits + batch * heads * block_rows * blocks;
-        let words = end + MASK_READ_BEYOND;
-        MaskPlaces { shape, bits: of(0, rows, row_words), classes: of(bits, block_rows, blocks), words }
-    }
-}
-
-/// Words that kernels may read behind the last row of a mask's bits: columns of the widest tile.
-const MASK_READ_BEYOND: usize = 512;
+/// What a dispatch binds, and its grid.
+type Dispatch = (wgpu::BindGroup, [u32; 2]);
 
 /// A forward or backward pass that is ready to be encoded, as often as wanted: nothing is allocated,
 /// submitted or waited for after this point. Keeps the buffers it was prepared with alive.
 #[derive(Debug, Clone)]
 pub struct Prepared {
     plan: Plan,
-    dispatches: Vec<(Arc<Pipeline>, wgpu::BindGroup)>,
+    /// Of each pass.
+    dispatches: Vec<(Arc<Pipeline>, Vec<Dispatch>)>,
 }
 
 impl Prepared {
@@ -391,13 +357,14 @@ impl Prepared {
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
         preference: &Preference<'_>,
+        budget: Duration,
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
         operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
         let optional = OptionalOperands { o_rest: buffers.o_rest.is_some(), ..OptionalOperands::default() };
         let plan = Plan::forward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
-        Prepared::new(pipelines, operands, plan).await
+        Prepared::new(pipelines, operands, plan, budget).await
     }
 
     pub(crate) async fn backward(
@@ -406,6 +373,7 @@ impl Prepared {
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,
         preference: &Preference<'_>,
+        budget: Duration,
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, &buffers.forward)?;
@@ -441,61 +409,66 @@ impl Prepared {
             d_bias: buffers.d_bias.is_some(),
         };
         let plan = Plan::backward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
-        Prepared::new(pipelines, operands, plan).await
+        Prepared::new(pipelines, operands, plan, budget).await
     }
 
-    async fn new(pipelines: &Pipelines, operands: Operands<'_>, plan: Plan) -> Result<Self> {
-        let device = operands.device;
+    async fn new(pipelines: &Pipelines, operands: Operands<'_>, plan: Plan, budget: Duration) -> Result<Self> {
+        let (device, problem) = (operands.device, operands.problem);
+        let cut = |pass: &Pass| {
+            let views = operands.views(pass, &plan);
+            let pieces = pass.pieces(problem, &views, device.capabilities(), budget)?;
+            Ok((views, pieces))
+        };
+        let pieces = plan.passes.iter().map(cut).collect::<Result<Vec<_>>>()?;
         let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
         let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
-        for (pass, pipeline) in plan.passes.iter().zip(compiled) {
-            let params = operands.params(operands.vec4(), pass);
-            let sequences = pass.variant.lengths.then(|| sequence_table(operands.problem, pass));
-            let bind_group = device
-                .scoped("binding operands", || -> Result<_> {
-                    let label = Some("sink-attention");
-                    // Not create_buffer_init, which panics where the device is lost.
-                    let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
-                        label,
-                        size: size_of::<Params>() as u64,
-                        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
-                        mapped_at_creation: false,
-                    });
-                    device.queue().write_buffer(&buffer, 0, bytemuck::bytes_of(&params));
-                    let sequences = sequences
-                        .map(|words| {
-                            let (operand, bytes) = (Binding::Sequences.name(), 4 * words.len() as u64);
-                            let limit = device.capabilities().binding_bytes;
-                            match bytes > limit {
-                                true => Err(Error::BindingTooLarge { operand, bytes, limit }),
-                                false => upload(device, operand, &words),
-                            }
-                        })
-                        .transpose()?;
-                    let resource = |binding| match binding {
-                        Binding::Params => Some(buffer.as_entire_binding()),
+        for ((pass, pipeline), (views, Pieces { list, work })) in plan.passes.iter().zip(compiled).zip(pieces) {
+            let params = list.iter().enumerate().map(|(n, piece)| operands.params(&views, piece, n > 0));
+            let mut bytes = Vec::with_capacity(list.len() * PARAMS_STRIDE);
+            for params in params {
+                bytes.extend_from_slice(bytemuck::bytes_of(&params));
+                bytes.resize(bytes.len().next_multiple_of(PARAMS_STRIDE), 0);
+            }
+            let sequences = pass.variant.lengths.then(|| sequence_table(problem, work));
+            let bind = || -> Result<_> {
+                let label = Some("sink-attention");
+                // Not create_buffer_init, which panics where the device is lost.
+                let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+                    label,
+                    size: bytes.len() as u64,
+                    usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+                    mapped_at_creation: false,
+                });
+                device.queue().write_buffer(&buffer, 0, &bytes);
+                let sequences = sequences.map(|words| upload(device, Binding::Sequences.name(), &words)).transpose()?;
+                let bindings = pass.variant.bindings();
+                let groups = list.iter().enumerate().map(|(n, piece)| {
+                    let params = Window { start: (n * PARAMS_STRIDE) as u64, len: PARAMS_BYTES };
+                    let find = |binding| match binding {
+                        Binding::Params => Some(resource(&buffer, params)),
                         Binding::Sequences => sequences.as_ref().map(|buffer| buffer.as_entire_binding()),
                         _ => {
+                            let (_, window) = piece.windows.iter().find(|(b, _)| *b == binding)?;
                             let own = scratch.iter().find(|(b, _)| *b == binding);
-                            own.map(|(_, buffer)| buffer.as_entire_binding())
-                                .or_else(|| operands.find(binding).map(|placed| placed.binding()))
+                            own.map(|(_, buffer)| resource(buffer, *window))
+                                .or_else(|| operands.find(binding).map(|placed| placed.binding(*window)))
                         }
                     };
-                    let entries: Vec<_> = pass
-                        .variant
-                        .bindings()
-                        .into_iter()
-                        .filter_map(|(b, _)| Some(wgpu::BindGroupEntry { binding: b.slot(), resource: resource(b)? }))
-                        .collect();
-                    Ok(device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor {
+                    let entries = bindings
+                        .iter()
+                        .filter_map(|&(b, _)| Some(wgpu::BindGroupEntry { binding: b.slot(), resource: find(b)? }));
+                    let group = device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor {
                         label,
                         layout: &pipeline.layout,
-                        entries: &entries,
-                    }))
-                })
-                .await??;
-            dispatches.push((pipeline, bind_group));
+                        entries: &entries.collect::<Vec<_>>(),
+                    });
+                    (group, piece.grid)
+                });
+                Ok(groups.collect::<Vec<_>>())
+            };
+            let groups = device.scoped("binding operands", bind).await??;
+            dispatches.push((pipeline, groups));
         }
         Ok(Prepared { plan, dispatches })
     }
@@ -520,16 +493,26 @@ impl Prepared {
 
     /// Records one pass of the [`plan`](Self::plan), for measuring it alone; nothing where there is no such pass.
     pub fn encode_pass_in(&self, compute: &mut wgpu::ComputePass<'_>, index: usize) {
-        let (Some((pipeline, bind_group)), Some(pass)) = (self.dispatches.get(index), self.plan.passes.get(index))
-        else {
-            return;
-        };
-        let [x, y] = pass.grid;
+        let Some((pipeline, groups)) = self.dispatches.get(index) else { return };
         compute.set_pipeline(&pipeline.pipeline);
-        compute.set_bind_group(0, bind_group, &[]);
-        compute.dispatch_workgroups(x, y, 1);
+        for (group, [x, y]) in groups {
+            compute.set_bind_group(0, group, &[]);
+            compute.dispatch_workgroups(*x, *y, 1);
+        }
+    }
+
+    /// Dispatches of each pass of the [`plan`](Self::plan): one, but where operands exceed a binding, where the time exceeds
+    /// the [budget](crate::Attention::with_dispatch_budget), or where a dispatch cannot number all workgroups.
+    pub fn dispatches(&self) -> impl ExactSizeIterator<Item = usize> {
+        self.dispatches.iter().map(|(_, groups)| groups.len())
     }
 }
+
+/// What a device may want of a uniform binding.
+const PARAMS_BYTES: u64 = size_of::<Params>().next_multiple_of(16) as u64;
+
+/// Bytes from one piece's params to those of the next: no device wants offsets at larger multiples.
+const PARAMS_STRIDE: usize = size_of::<Params>().next_multiple_of(256);
 
 fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) -> Result<()> {
     operands.add(Binding::Q, &buffers.q)?;
@@ -549,7 +532,7 @@ fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) ->
 }
 
 /// The table that kernels of sequences of different lengths read: the sequences, then the list of tiles.
-fn sequence_table(problem: &Problem, pass: &Pass) -> Vec<u32> {
+fn sequence_table(problem: &Problem, work: Vec<[u32; 2]>) -> Vec<u32> {
     let sequences = problem.sequences().flat_map(|sequence| {
         let Sequence { entry, q_start, q_rows, k_start, k_rows, band } = sequence;
         // What is empty begins where there is something to read.
@@ -569,42 +552,18 @@ fn sequence_table(problem: &Problem, pass: &Pass) -> Vec<u32> {
         ];
         words
     });
-    // Tiles of the bias' gradient are those of the bias.
-    let has_list = pass.variant.tiling.is_some() && pass.variant.axes.is_none();
-    let work = if has_list { work_list(pass, problem) } else { Vec::new() };
     sequences.chain(work.into_flattened()).collect()
 }
 
 /// What the kernels of a plan hand to each other.
 fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::Buffer)>> {
-    let (problem, s) = (operands.problem, operands.problem.shape());
-    let rows = s.batch * s.heads * s.seq_q;
-    let mut scratch = Vec::new();
-    let reports = plan.passes.iter().filter(|pass| pass.variant.fragments().is_some());
-    let reports = reports.map(|pass| repair_slots(pass, problem));
-    let mask = MaskPlaces::new(problem);
-    for (binding, words) in [
-        (Binding::Repairs, reports.max().unwrap_or(0)),
-        (Binding::Maxima, (RANGED_OPERANDS * MAXIMA_PARTS) as usize),
-        (Binding::Ranges, RANGED_OPERANDS as usize),
-        // Two numbers a row, and the slopes.
-        (Binding::RowTerms, 2 * (rows + if problem.options().alibi { s.heads } else { 0 })),
-        (Binding::SinkPartials, s.batch * s.heads * s.seq_q.div_ceil(DELTA_ROWS as usize)),
-        (Binding::AlibiMoments, rows),
-        (Binding::MaskBits, mask.words),
-    ] {
-        if plan.passes.iter().any(|pass| pass.variant.bindings().iter().any(|(b, _)| *b == binding)) {
+    let mut scratch: Vec<(Binding, wgpu::Buffer)> = Vec::new();
+    for (binding, _) in plan.passes.iter().flat_map(|pass| pass.variant.bindings()) {
+        let Some(view) = scratch_view(binding, operands.problem, &plan.passes) else { continue };
+        if scratch.iter().all(|(b, _)| *b != binding) {
+            let bytes = (view.last_element() + 1) as usize * view.element as usize;
             let usage = wgpu::BufferUsages::STORAGE;
-            let limit = operands.device.capabilities().binding_bytes;
-            let (operand, bytes) = (binding.name(), 4 * words as u64);
-            if bytes > limit {
-                return Err(Error::BindingTooLarge { operand, bytes, limit });
-            }
-            if words as u64 > u64::from(u32::MAX) {
-                let most = u32::MAX.into();
-                return Err(Error::IndexOverflow { operand, last_element: words as u128, most });
-            }
-            scratch.push((binding, allocate::<f32>(operands.device, operand, words, usage)?));
+            scratch.push((binding, allocate::<u8>(operands.device, binding.name(), bytes, usage)?));
         }
     }
     Ok(scratch)
@@ -625,7 +584,7 @@ mod tests {
 
     macro_rules! members {
         ($type:ty: $($field:ident)*) => {
-            (vec![$((stringify!($field).to_string(), offset_of!($type, $field))),*], size_of::<$type>())
+            (vec![$((stringify!($field).to_string(), offset_of!($type, $field))),*], size_of::<$type>().next_multiple_of(16))
         };
     }
 
@@ -644,9 +603,11 @@ mod tests {
         let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
         let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
-        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms bias d_bias mask mask_bits
-            mask_classes heads kv_heads seq_q seq_k lower upper offset sink_tokens workgroups sink_offset d_sink_offset
-            slope_offset d_slope_offset slopes_at work_at batch sequence_count mask_heads mask_rows mask_keys pair_rows
+        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
+            sink_partials bias d_bias mask mask_bits
+            mask_classes heads kv_heads seq_q seq_k lower upper offset sink_tokens workgroups region_batch
+            region_batches region_head region_heads region_tile region_tiles continues sink_offset d_sink_offset
+            slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
             pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));
     }

@@ -104,8 +104,9 @@ pub enum Error {
         /// Which option would use it.
         hint: &'static str,
     },
-    /// An element index does not fit the 32 bits that shaders count with.
-    #[error("{operand} reaches element {last_element}, shaders index at most {most}")]
+    /// An element's index does not fit the integers that count: the 32 bits of shaders for what one dispatch binds at least, the
+    /// 64 bits of bytes for the whole.
+    #[error("{operand} reaches element {last_element}, the most that can be counted to is {most}")]
     IndexOverflow {
         /// Name of the operand.
         operand: &'static str,
@@ -114,15 +115,16 @@ pub enum Error {
         /// Highest index that fits.
         most: u64,
     },
-    /// An operand needs a larger binding than the device offers.
+    /// The smallest piece of the work, one tile of rows of one key head, needs more of an operand than the device binds.
     #[error(
-        "{operand} needs a binding of {bytes} bytes, the device offers {limit} \
-         (max_storage_buffer_binding_size); request the adapter's limits or split the batch"
+        "the smallest piece of the work needs a binding of {operand} of {bytes} bytes, the device offers {limit} \
+         (max_storage_buffer_binding_size); request the adapter's limits, put heads before the sequence (bhsd), or let a \
+         window bound what a query sees"
     )]
     BindingTooLarge {
         /// Name of the operand.
         operand: &'static str,
-        /// Bytes needed.
+        /// Bytes that the smallest piece needs.
         bytes: u64,
         /// Bytes the device binds at most.
         limit: u64,
@@ -181,8 +183,9 @@ pub enum Error {
         /// Which limit stands in the way, with its numbers.
         reason: String,
     },
-    /// More workgroups than a folded dispatch can number.
-    #[error("the problem needs {workgroups} workgroups, a dispatch numbers at most {most}")]
+    /// The smallest piece of the work, one tile of rows of a key head with its query heads, has more workgroups than a folded
+    /// dispatch can number.
+    #[error("the smallest piece of the work needs {workgroups} workgroups, a dispatch numbers at most {most}")]
     TooManyWorkgroups {
         /// Workgroups needed.
         workgroups: u128,

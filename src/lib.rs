@@ -184,6 +184,19 @@
 //! ([`Attention::with_tuning`]). Kernels compile on first use or by [`Attention::precompile`], and on Vulkan are kept in a
 //! file on request ([`Attention::with_pipeline_cache`]). [`Timer`] times passes by the GPU's own clock.
 //!
+//! # Any size
+//!
+//! A pass is one dispatch where it can be. Where an operand exceeds a binding (128 MiB in browsers), or 2^32 elements, the
+//! pass is cut into several, along the batch, then key heads, then tiles of rows, and each binds what it needs of the operand;
+//! [`Error::BindingTooLarge`] is left for tiles that need more: with 128 MiB, of a head 256 wide in f32 that sees more than 130,000
+//! keys, or where a row of keys holds many heads ([`Layout::Bshd`]) fewer. A window bounds what a tile needs. Work that may
+//! take longer than 250 ms is cut, too, by an estimate ([`Attention::with_dispatch_budget`]): systems reset a GPU that does
+//! not answer for some two seconds. The results' bits do not depend on how a pass is cut. [`Prepared::dispatches`] and
+//! `sink-attention plan` tell.
+//!
+//! Pieces follow each other in the caller's encoder. A system that counts the time of a submission and not of a dispatch
+//! wants long passes in an encoder of their own ([`Prepared::encode_pass_in`]).
+//!
 //! # Errors
 //!
 //! Every fallible call returns [`Error`], whose message carries the numbers needed to mend the call. Shapes, lengths,
@@ -216,6 +229,7 @@ mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
 mod mask;
+mod pieces;
 mod pipeline;
 mod plan;
 mod problem;

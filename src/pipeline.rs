@@ -139,7 +139,10 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
         return gpu.create_shader_module(descriptor);
     }
     // SAFETY: the text is this crate's own. Every index into a storage buffer stays below the sizes and
-    // strides in `Params`, and `Placed::new` has checked those against the bindings, whose sizes are whole words; every index into
+    // strides in `Params`, which `Placed::new` has checked against the buffer. A dispatch computes a region of its pass, and
+    // what the workgroups of a region index of an operand lies within the window that `Pass::pieces` binds of it, in whole words:
+    // a test there goes through it, workgroup by workgroup. Indices count from the window's start and may wrap around on
+    // their way there; `View::window` keeps their number below 2^32. Every index into
     // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
     // constants; every loop counts up to a bound that its body does not change.
     unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }

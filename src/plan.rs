@@ -1,12 +1,14 @@
 //! Decisions: which kernel, which tiles, how many workgroups. Pure functions of numbers.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::capabilities::{Capabilities, CooperativeMatrices, Multiprocessor};
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
 use crate::mask::Band;
+use crate::pieces::{DISPATCH_BUDGET, dense_views};
 use crate::problem::{Layout, MaskPacking, Problem, SinkLogits};
 use crate::sequences::Sequence;
 use crate::shader::{
@@ -23,8 +25,8 @@ pub struct Pass {
     /// The kernel.
     pub variant: Variant,
     /// Workgroups in all.
-    pub workgroups: u32,
-    /// The same, folded into two dimensions.
+    pub workgroups: u64,
+    /// The same, folded into two dimensions; the most that a dispatch numbers where it takes several.
     pub grid: [u32; 2],
     /// Where the tiles come from, for the kernels that have tiles.
     pub tiles_origin: TilesOrigin,
@@ -87,7 +89,7 @@ impl Plan {
     /// Plans the forward pass without o_rest; `vec4` says whether the operands can be read four neighbours at a time.
     ///
     /// # Errors
-    /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
+    /// [`Error::NoKernel`].
     pub fn forward(problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Result<Self> {
         Plan::forward_with(problem, vec4, OptionalOperands::default(), capabilities, &Preference::default())
     }
@@ -118,7 +120,7 @@ impl Plan {
     /// d_v. `d_lse` says whether a gradient flows into lse.
     ///
     /// # Errors
-    /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`].
+    /// [`Error::NoKernel`].
     pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
         let optional = OptionalOperands { d_lse, ..OptionalOperands::default() };
         Plan::backward_with(problem, vec4, optional, capabilities, &Preference::default())
@@ -164,6 +166,28 @@ impl Plan {
             passes.push(all.tiled(Kernel::DBias, MicroKernel::Portable, None)?);
         }
         Ok(Plan { passes })
+    }
+}
+
+impl Plan {
+    /// Dispatches of each pass where the caller's operands are densely packed, as [`Prepared`](crate::Prepared) would have
+    /// them with a [budget](crate::Attention::with_dispatch_budget) for the time; `None` is the default one.
+    ///
+    /// # Errors
+    /// [`Error::BindingTooLarge`] and [`Error::IndexOverflow`] where the smallest piece of the work needs more of an operand
+    /// than can be bound, [`Error::TooManyWorkgroups`] where it has more workgroups than a dispatch.
+    pub fn dispatches(
+        &self,
+        problem: &Problem,
+        capabilities: &Capabilities,
+        budget: Option<Duration>,
+    ) -> Result<Vec<usize>> {
+        let of = |pass: &Pass| {
+            let views = dense_views(problem, &self.passes, pass);
+            let pieces = pass.pieces(problem, &views, capabilities, budget.unwrap_or(DISPATCH_BUDGET))?;
+            Ok(pieces.list.len())
+        };
+        self.passes.iter().map(of).collect()
     }
 }
 
@@ -432,8 +456,7 @@ impl Pass {
     /// is the one that comes before the repairs.
     ///
     /// # Errors
-    /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together,
-    /// [`Error::TooManyWorkgroups`].
+    /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together.
     pub fn with_tiles(
         kernel: Kernel,
         problem: &Problem,
@@ -472,7 +495,9 @@ impl Pass {
                 return Err(Error::NoKernel { problem: problem.to_string(), reason });
             }
         }
-        let (workgroups, grid) = fold(workgroups, capabilities.grid_dimension)?;
+        let most = u64::from(capabilities.grid_dimension.min(MOST_GRID)).pow(2);
+        let (_, grid) = fold(workgroups.min(most.into()), capabilities.grid_dimension)?;
+        let workgroups = workgroups as u64;
         Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
     }
 }
@@ -497,9 +522,8 @@ fn row_tiles(kernel: Kernel, sequence: &Sequence, rows: u32) -> usize {
     length.div_ceil(rows as usize)
 }
 
-/// The tiles of all sequences of different lengths, as sequence and tile, those that visit the most tiles of the other side
-/// first.
-pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<[u32; 2]> {
+/// The tiles of all sequences of different lengths: how many tiles of the other side each visits, its sequence and itself.
+pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<(usize, [u32; 2])> {
     let (kernel, [rows, columns]) = (pass.variant.kernel, pass.variant.tile().unwrap_or([1; 2]));
     let mut work = Vec::new();
     for (number, sequence) in problem.sequences().enumerate() {
@@ -519,9 +543,7 @@ pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<[u32; 2]> {
             work.push((visited, [number as u32, tile as u32]));
         }
     }
-    // Stable: neighbours stay neighbours.
-    work.sort_by_key(|(visited, _)| std::cmp::Reverse(*visited));
-    work.into_iter().map(|(_, work)| work).collect()
+    work
 }
 
 /// Places for reports of tiles that are to be computed again.
@@ -629,10 +651,12 @@ fn sequence_loop_iterations(
     heads as u64 * (1 + workgroups.max().unwrap_or(0))
 }
 
+/// WebGPU's own limit; with it no index wraps.
+const MOST_GRID: u32 = 65535;
+
 /// Folds a row of workgroups into two dimensions of at most `most` each.
-fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
-    // WebGPU's own limit; with it no index wraps.
-    let most = most.min(65535);
+pub(crate) fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
+    let most = most.min(MOST_GRID);
     let total = u64::from(most) * u64::from(most);
     if workgroups > u128::from(total) {
         return Err(Error::TooManyWorkgroups { workgroups, most: total });

@@ -60,6 +60,8 @@ pub(crate) const DELTA_LANES: u32 = 8;
 /// Parts in which an operand's largest size is found, and operands there are at most.
 pub(crate) const MAXIMA_PARTS: u32 = DELTA_ROWS * DELTA_LANES;
 pub(crate) const RANGED_OPERANDS: u32 = 4;
+/// Queries and keys that a piece of that search has at least.
+pub(crate) const MAXIMA_ROWS: u32 = 256;
 /// Rows and words of 32 keys of a block of a boolean mask, which is classified as one.
 pub(crate) const MASK_BLOCK_ROWS: u32 = 32;
 pub(crate) const MASK_BLOCK_WORDS: u32 = 2;
@@ -240,6 +242,17 @@ impl Binding {
             Binding::DAlibiSlopes => "d_alibi_slopes",
             Binding::Sequences => "sequences",
         }
+    }
+
+    /// Whether it is of the problem's element type, its rows as wide as those of q or v.
+    pub(crate) fn has_width(self) -> bool {
+        use Binding::{DK, DO, DQ, DV, K, O, ORest, Q, V};
+        matches!(self, Q | K | V | O | ORest | DO | DQ | DK | DV)
+    }
+
+    /// Whether its rows may have gaps between them.
+    pub(crate) fn is_strided(self) -> bool {
+        self.has_width() || matches!(self, Binding::Bias | Binding::Mask)
     }
 
     /// Width of an operand of the problem's element type, whose rows are read or written in vectors.
@@ -548,6 +561,7 @@ impl Variant {
             delta_rows => DELTA_ROWS,
             threads => self.threads(),
             maxima_parts => MAXIMA_PARTS,
+            maxima_rows => MAXIMA_ROWS,
             range_slots => BTreeMap::from([("q", 0), ("k", 1), ("v", 2), ("d_o", 3)]),
         };
         if let Some(t) = self.tiles() {

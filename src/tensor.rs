@@ -2,10 +2,11 @@
 
 use bytemuck::Pod;
 
-use crate::capabilities::Capabilities;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::pieces::{View, WORD, Window};
 use crate::problem::Layout;
+use crate::shader::Binding;
 
 /// An operand in a buffer of the caller's, of the problem's element type; lse, the sink logits and their gradients are
 /// f32.
@@ -48,104 +49,66 @@ impl<'a> From<&'a wgpu::Buffer> for TensorView<'a> {
     }
 }
 
-/// Bytes of what bindings are counted in.
-const WORD: u64 = 4;
-
-/// Number of elements along batch, head, sequence and width.
-pub(crate) type Extents = [usize; 4];
-
-/// A view with its place in the buffer worked out and checked.
+/// A view that has been checked against its buffer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Placed<'a> {
     buffer: &'a wgpu::Buffer,
-    /// Where the binding starts, aligned down as the device wants, and its length in whole words, in bytes.
-    start: u64,
-    len: u64,
-    /// First element, counted from the binding's start.
-    pub(crate) offset: u32,
-    pub(crate) strides: [u32; 3],
-    width: u32,
-    /// Bytes of an element.
-    element: u64,
+    pub(crate) view: View,
 }
 
 impl<'a> Placed<'a> {
-    /// Checks a view of an operand against its buffer and the device.
+    /// Checks a view of an operand against its buffer.
     pub(crate) fn new(
-        operand: &'static str,
+        binding: Binding,
         view: &TensorView<'a>,
-        extents: Extents,
+        extents: [usize; 4],
         layout: Layout,
         element: usize,
-        capabilities: &Capabilities,
     ) -> Result<Self> {
-        let element = element as u64;
+        let (operand, buffer) = (binding.name(), view.buffer);
         let [_, heads, seq, width] = extents;
-        let mut strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
-        // The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
-        for (stride, &extent) in strides.iter_mut().zip(&extents) {
-            *stride = if extent == 1 { 0 } else { *stride };
-        }
-        let last =
-            (0..3).fold(width as u128 - 1, |sum, axis| sum + strides[axis] as u128 * (extents[axis] as u128 - 1));
-        let last_element = last + u128::from(view.offset);
-        let most = u64::from(u32::MAX);
-        // With every element within reach, every stride is too.
+        let strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
+        let view = View::new(binding, view.offset, strides, extents, element);
+        // With every byte countable, so is every stride.
+        let (last_element, most) = (view.last_element(), (u64::MAX - WORD) / element as u64 - 1);
         if last_element > u128::from(most) {
             return Err(Error::IndexOverflow { operand, last_element, most });
         }
-        let end = ((view.offset + last as u64 + 1) * element).next_multiple_of(WORD);
-        if end > view.buffer.size() {
-            return Err(Error::BufferTooSmall { operand, needed: end, actual: view.buffer.size() });
+        let end = ((last_element as u64 + 1) * view.element).next_multiple_of(WORD);
+        if end > buffer.size() {
+            return Err(Error::BufferTooSmall { operand, needed: end, actual: buffer.size() });
         }
         let needed = wgpu::BufferUsages::STORAGE;
-        if !view.buffer.usage().contains(needed) {
-            return Err(Error::BufferUsage { operand, needed, actual: view.buffer.usage() });
+        if !buffer.usage().contains(needed) {
+            return Err(Error::BufferUsage { operand, needed, actual: buffer.usage() });
         }
-        let alignment = u64::from(capabilities.offset_alignment).max(WORD);
-        let start = view.offset * element / alignment * alignment;
-        if end - start > capabilities.binding_bytes {
-            return Err(Error::BindingTooLarge { operand, bytes: end - start, limit: capabilities.binding_bytes });
-        }
-        Ok(Placed {
-            buffer: view.buffer,
-            start,
-            len: end - start,
-            offset: (view.offset - start / element) as u32,
-            strides: strides.map(|s| s as u32),
-            width: width as u32,
-            element,
-        })
+        Ok(Placed { buffer, view })
     }
 
-    /// Whether rows can be read four neighbours at a time.
-    pub(crate) fn vec4(&self) -> bool {
-        self.start.is_multiple_of(4 * self.element)
-            && [self.offset, self.width].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
-    }
-
-    pub(crate) fn binding(&self) -> wgpu::BindingResource<'a> {
-        wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-            buffer: self.buffer,
-            offset: self.start,
-            size: wgpu::BufferSize::new(self.len),
-        })
+    pub(crate) fn binding(&self, window: Window) -> wgpu::BindingResource<'a> {
+        resource(self.buffer, window)
     }
 
     /// No two elements of a result may fall on one place.
-    pub(crate) fn check_distinct(&self, operand: &'static str, extents: Extents) -> Result<()> {
-        let mut axes: Vec<(u64, u64)> =
-            (0..3).filter(|&a| extents[a] > 1).map(|a| (u64::from(self.strides[a]), extents[a] as u64)).collect();
+    pub(crate) fn check_distinct(&self) -> Result<()> {
+        let View { binding, strides, extents, .. } = self.view;
+        let mut axes: Vec<(u64, u64)> = (0..3).filter(|&a| extents[a] > 1).map(|a| (strides[a], extents[a])).collect();
         axes.sort_unstable();
-        let mut reach = u64::from(self.width);
+        let mut reach = extents[3];
         for (stride, extent) in axes {
             if stride < reach {
-                return Err(Error::OverlappingStrides { operand, strides: self.strides.map(u64::from) });
+                return Err(Error::OverlappingStrides { operand: binding.name(), strides });
             }
             reach += stride * (extent - 1);
         }
         Ok(())
     }
+}
+
+/// A window of a buffer, to be bound.
+pub(crate) fn resource(buffer: &wgpu::Buffer, window: Window) -> wgpu::BindingResource<'_> {
+    let (offset, size) = (window.start, wgpu::BufferSize::new(window.len));
+    wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
 }
 
 /// A new buffer that holds a host slice.

@@ -410,7 +410,7 @@ fn folded_grid() {
     assert_eq!(plan.passes.len(), 4);
     for pass in &plan.passes {
         let [x, y] = pass.grid;
-        assert!(x <= 9 && y > 1 && x * y > pass.workgroups, "{pass} is not folded with a rest");
+        assert!(x <= 9 && y > 1 && u64::from(x * y) > pass.workgroups, "{pass} is not folded with a rest");
     }
     Backward::random(&problem, 13).check(&small, &problem);
 }

@@ -260,12 +260,17 @@ fn views_that_do_not_fit() {
 
     expect_error!(
         prepare(ForwardBuffers { q: good.q.offset(u64::from(u32::MAX) - 6398), ..good }),
-        Error::IndexOverflow { operand: "q", last_element: 4_294_967_296, most: 4_294_967_295 }
+        Error::BufferTooSmall { operand: "q", needed: 17_179_869_188, actual: 25_600 }
     );
     expect_error!(
         prepare(ForwardBuffers { k: good.k.offset(u64::MAX).strides([u64::MAX; 3]), ..good }),
         // offset + (1 + 1 + 49) * stride + 15
-        Error::IndexOverflow { operand: "k", last_element: 959_230_691_832_896_683_995, most: 4_294_967_295 }
+        // Bytes are counted in 64 bits.
+        Error::IndexOverflow {
+            operand: "k",
+            last_element: 959_230_691_832_896_683_995,
+            most: 4_611_686_018_427_387_901
+        }
     );
 
     // Packed strides of o are [3200, 16, 64].
@@ -405,22 +410,31 @@ fn small_bindings() {
     let prepared = small.prepare_forward(&problem, &views).unwrap();
     assert!(buffers.run(device, &prepared) == check(&small, &problem, &operands));
 
-    // One element before the limit of alignment, the binding starts earlier than the view.
-    let alignment = u64::from(device.capabilities().offset_alignment);
-    let views = ForwardBuffers { q: TensorView::new(&large).offset(10_240 - 1), ..buffers.views() };
-    match small.prepare_forward(&problem, &views) {
-        Err(Error::BindingTooLarge { operand: "q", bytes, limit: 25_600 }) => {
-            assert_eq!(bytes, 25_600 + alignment - 4);
-        }
-        other => panic!("{other:?}"),
-    }
+    // One element before the limit of alignment, a binding of all of it would start earlier than the view: it is cut.
+    let shifted = buffer(device, &[&[f32::NAN; 10_239], &operands.q[..], &[f32::NAN; 1000]].concat());
+    let views = ForwardBuffers { q: TensorView::new(&shifted).offset(10_239), ..buffers.views() };
+    let prepared = small.prepare_forward(&problem, &views).unwrap();
+    assert!(prepared.dispatches().eq([2]));
+    agree(&buffers.run(device, &prepared), &check(&small, &problem, &operands)).unwrap();
 
     let longer = common::operands::problem([2, 4, 2], [51, 50], [16, 16], *problem.options());
+    check(&small, &longer, &Operands::random(&longer, 11));
+}
+
+/// Where not even a tile of a key head fits, the error says of what, and what would help does.
+#[test]
+fn bindings_smaller_than_the_smallest_piece() {
+    let Some(small) = gpu_with(|limits| limits.max_storage_buffer_binding_size = 4096) else { return };
+    let of = |options| problem([1, 4, 2], [1, 50], [16, 16], options);
+    let whole = of(Options::new());
     expect_error!(
-        small.forward(&longer, &Operands::random(&longer, 11).inputs()),
-        Error::BindingTooLarge { operand: "q", bytes: 26_112, limit: 25_600 }
+        small.forward(&whole, &Operands::random(&whole, 11).inputs()),
+        // (49 * 2 + 1) * 16 * 4: from the first row of a head to its last.
+        Error::BindingTooLarge { operand: "k", bytes: 6336, limit: 4096 }
     );
-    check(&small, &problem, &operands);
+    for helped in [of(Options::new().layout(Layout::Bhsd)), of(Options::new().window(Window::keys(10)))] {
+        check(&small, &helped, &Operands::random(&helped, 11));
+    }
 }
 
 #[test]
@@ -476,7 +490,9 @@ fn small_grids() {
         small.forward(&large, &operands(&large).inputs()),
         Error::TooManyWorkgroups { workgroups: 10, most: 9 }
     );
-    check(&small, &fits, &operands(&fits));
+    // Of several key heads, each has a dispatch of its own.
+    let several = problem([1, 10, 2], [1, 5], [16, 16], Options::new());
+    check(&small, &several, &operands(&several));
 }
 
 #[test]

@@ -386,7 +386,7 @@ fn folded_grid() {
     let plan = Plan::forward(&problem, true, small.device().unwrap().capabilities()).unwrap();
     let pass = plan.passes[0];
     let [x, y] = pass.grid;
-    assert!(x <= 7 && y > 1 && x * y > pass.workgroups, "{pass} is not folded with a rest");
+    assert!(x <= 7 && y > 1 && u64::from(x * y) > pass.workgroups, "{pass} is not folded with a rest");
     check(&small, &problem, &Operands::random(&problem, 10));
 }
 

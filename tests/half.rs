@@ -249,7 +249,7 @@ fn buffers_that_are_too_small<T: Element>() {
         other => panic!("{other:?}"),
     }
     match prepare(ForwardBuffers { k: views.k.offset(u64::from(u32::MAX) - 13), ..views }) {
-        Err(Error::IndexOverflow { operand: "k", last_element: 4_294_967_296, most: 4_294_967_295 }) => {}
+        Err(Error::BufferTooSmall { operand: "k", needed: 8_589_934_596, .. }) => {}
         other => panic!("{other:?}"),
     }
 }

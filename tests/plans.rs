@@ -111,8 +111,8 @@ fn every_width_has_a_plan() {
                     assert!(pass.variant.workgroup_bytes() <= 16 << 10, "{problem}: {pass}");
                     assert!(pass.variant.threads() <= 256, "{problem}: {pass}");
                     if let Some([tile_rows, _]) = pass.variant.tile() {
-                        let rows = if pass.variant.kernel == Kernel::DKv { 1000 } else { seq_q };
-                        assert!(pass.workgroups * tile_rows >= rows as u32, "{problem}: {pass}");
+                        let rows = if pass.variant.kernel == Kernel::DKv { 1000 } else { seq_q as u64 };
+                        assert!(pass.workgroups * u64::from(tile_rows) >= rows, "{problem}: {pass}");
                     }
                 }
             }

@@ -70,7 +70,7 @@
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = moment_{{ r }} / v_bound / d_o_range;
     if (!is_finite4(vec4<f32>(total))) { atomicStore(&broken, 1u); }
-    alibi_moments[terms_base + row_{{ r }}] = total;
+    alibi_moments[moments_base + row_{{ r }}] = total;
   }
 {% endfor %}
 {% endif %}

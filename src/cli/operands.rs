@@ -10,7 +10,7 @@ use sink_attention::{
 
 /// What stands in the way of a problem's buffers, if anything.
 pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<String> {
-    let limit = capabilities.binding_bytes.min(capabilities.buffer_bytes);
+    let limit = capabilities.buffer_bytes;
     let [batch, heads, seq] = problem.lse_shape();
     let (element, lse) = (problem.options().dtype.bytes(), [batch, heads, seq, 1]);
     let operands = [
@@ -22,7 +22,8 @@ pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<Strin
     ];
     operands.into_iter().find_map(|(operand, shape, element)| {
         let bytes = shape.iter().product::<usize>() as u128 * element as u128;
-        (bytes > u128::from(limit)).then(|| format!("{operand} takes {bytes} bytes, the device binds {limit}"))
+        (bytes > u128::from(limit))
+            .then(|| format!("{operand} takes {bytes} bytes, a buffer of the device {limit} at most"))
     })
 }
 

@@ -223,12 +223,17 @@ impl PlanArgs {
                     ..Preference::default()
                 };
                 let optional = OptionalOperands { o_rest, ..OptionalOperands::default() };
-                let mut passes = Plan::forward_with(&problem, vec4, optional, &capabilities, &preference)?.passes;
+                let mut plans = vec![Plan::forward_with(&problem, vec4, optional, &capabilities, &preference)?];
                 if self.backward {
-                    passes.extend(Plan::backward_with(&problem, vec4, optional, &capabilities, &preference)?.passes);
+                    plans.push(Plan::backward_with(&problem, vec4, optional, &capabilities, &preference)?);
                 }
-                let launches = passes.iter().map(|pass| Launch::new(&problem, pass, &capabilities));
-                Explanation::new(&problem, device, self.backward, operands, launches.collect())
+                let mut launches = Vec::new();
+                for plan in plans {
+                    let dispatches = plan.dispatches(&problem, &capabilities, None)?;
+                    let passes = plan.passes.iter().zip(dispatches);
+                    launches.extend(passes.map(|(pass, n)| Launch::new(&problem, pass, &capabilities, n)));
+                }
+                Explanation::new(&problem, device, self.backward, operands, launches)
             }
             None if self.target.micro_kernel() != MicroKernel::Auto => {
                 return Err(sink_attention::Error::NeedsGpu { call: "--kernel" }.into());
@@ -318,15 +323,9 @@ fn size(elements: u64, dtype: DType) -> u64 {
 fn check_limits(operands: &[(&'static str, u64, DType)], capabilities: &Capabilities) -> sink_attention::Result<()> {
     use sink_attention::Error;
     for &(operand, elements, dtype) in operands {
-        let (bytes, most) = (size(elements, dtype), u64::from(u32::MAX));
+        let bytes = size(elements, dtype);
         if bytes > capabilities.buffer_bytes {
             return Err(Error::BufferTooLarge { operand, bytes, limit: capabilities.buffer_bytes });
-        }
-        if elements - 1 > most {
-            return Err(Error::IndexOverflow { operand, last_element: u128::from(elements - 1), most });
-        }
-        if bytes > capabilities.binding_bytes {
-            return Err(Error::BindingTooLarge { operand, bytes, limit: capabilities.binding_bytes });
         }
     }
     Ok(())
@@ -393,8 +392,10 @@ struct Launch {
     threads: u32,
     /// At a time on a multiprocessor, by the memory and the registers they share, where those are known.
     resident_workgroups: Option<u32>,
-    workgroups: u32,
+    workgroups: u64,
     grid: [u32; 2],
+    /// Several where operands exceed a binding, or the time a budget.
+    dispatches: usize,
 }
 
 /// The tiles of a kernel, and how many of them are visited.
@@ -415,7 +416,7 @@ struct Tiles {
 }
 
 impl Launch {
-    fn new(problem: &Problem, pass: &Pass, capabilities: &Capabilities) -> Self {
+    fn new(problem: &Problem, pass: &Pass, capabilities: &Capabilities, dispatches: usize) -> Self {
         let variant = &pass.variant;
         Launch {
             kernel: variant.name(),
@@ -427,6 +428,7 @@ impl Launch {
             resident_workgroups: pass.resident_workgroups(capabilities),
             workgroups: pass.workgroups,
             grid: pass.grid,
+            dispatches,
         }
     }
 }
@@ -518,7 +520,10 @@ impl fmt::Display for Launch {
             Some(count) => writeln!(f, ", {count} at a time on a multiprocessor")?,
             None => writeln!(f)?,
         }
-        write!(f, "grid       {} workgroups as {x} x {y}", self.workgroups)
+        match self.dispatches {
+            1 => write!(f, "grid       {} workgroups as {x} x {y}", self.workgroups),
+            n => write!(f, "grid       {} workgroups in {n} dispatches", self.workgroups),
+        }
     }
 }
 

@@ -21,7 +21,7 @@ pub fn gpu_with(edit: impl FnOnce(&mut wgpu::Limits)) -> Option<Attention> {
     let mut descriptor = sink_attention::device_descriptor(&adapter);
     edit(&mut descriptor.required_limits);
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    Some(Attention::on(Device::from_wgpu(device, queue)))
+    Some(Attention::on(Device::from_wgpu_on(&adapter, device, queue)))
 }
 
 /// A buffer that holds `data`, for any use.
