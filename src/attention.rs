@@ -10,6 +10,7 @@ use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::pieces::DISPATCH_BUDGET;
+use crate::pieces::mask_scratch_bytes;
 use crate::pipeline::Pipelines;
 use crate::plan::{OptionalOperands, Plan, Preference};
 use crate::problem::{Bias, Gradients, Inputs, MaskData, Output, Problem, Upstream};
@@ -385,6 +386,11 @@ impl Attention {
                 Prepared::forward(device, pipelines, problem, buffers, &preference, self.dispatch_budget).await
             }
         }
+    }
+
+    /// Bytes of [`ForwardBuffers::mask_scratch`]; `None` where the problem has no boolean mask.
+    pub fn mask_scratch_bytes(problem: &Problem) -> Option<u64> {
+        problem.options().mask.map(|_| mask_scratch_bytes(problem))
     }
 
     /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:

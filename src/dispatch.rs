@@ -113,6 +113,10 @@ pub struct ForwardBuffers<'a> {
     /// Which keys may be seen, see [`Problem::mask_shape`]. Offset and strides (of batch, head and query) count bytes, or words
     /// where it is packed.
     pub mask: Option<TensorView<'a>>,
+    /// Scratch that both passes may share, [`Attention::mask_scratch_bytes`](crate::Attention::mask_scratch_bytes) long: the forward
+    /// pass leaves the mask in bits there, and which of its blocks hide everything or nothing, and the backward pass does not
+    /// find that out anew. `None`: each pass by itself.
+    pub mask_scratch: Option<&'a wgpu::Buffer>,
     /// Result: attention outputs.
     pub o: TensorView<'a>,
     /// Result, in f16 and bf16 only, where the backward pass is to have it: what rounding took from o, an i16 in the place
@@ -132,7 +136,8 @@ impl<'a> ForwardBuffers<'a> {
         lse: impl Into<TensorView<'a>>,
     ) -> Self {
         let (q, k, v, o, lse) = (q.into(), k.into(), v.into(), o.into(), lse.into());
-        ForwardBuffers { q, k, v, sink_logits: None, alibi_slopes: None, bias: None, mask: None, o, o_rest: None, lse }
+        let (sink_logits, alibi_slopes, bias, mask, mask_scratch, o_rest) = (None, None, None, None, None, None);
+        ForwardBuffers { q, k, v, sink_logits, alibi_slopes, bias, mask, mask_scratch, o, o_rest, lse }
     }
 }
 
@@ -182,11 +187,13 @@ struct Operands<'a> {
     problem: &'a Problem,
     device: &'a Device,
     placed: Vec<(TensorView<'a>, Placed<'a>)>,
+    /// The caller's buffer for what the mask's kernel leaves.
+    mask_scratch: Option<&'a wgpu::Buffer>,
 }
 
 impl<'a> Operands<'a> {
     fn new(problem: &'a Problem, device: &'a Device) -> Self {
-        Operands { problem, device, placed: Vec::new() }
+        Operands { problem, device, placed: Vec::new(), mask_scratch: None }
     }
 
     fn add(&mut self, binding: Binding, view: &TensorView<'a>) -> Result<()> {
@@ -407,6 +414,7 @@ impl Prepared {
             o_rest: buffers.forward.o_rest.is_some(),
             d_alibi_slopes: buffers.d_alibi_slopes.is_some(),
             d_bias: buffers.d_bias.is_some(),
+            mask_bits: buffers.forward.mask_scratch.is_some(),
         };
         let plan = Plan::backward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan, budget).await
@@ -523,6 +531,7 @@ fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) ->
     operands.add_with(Binding::AlibiSlopes, o.alibi, "set Options::alibi", buffers.alibi_slopes.as_ref())?;
     operands.add_with(Binding::Bias, o.bias.is_some(), "set Options::bias", buffers.bias.as_ref())?;
     operands.add_with(Binding::Mask, o.mask.is_some(), "set Options::mask", buffers.mask.as_ref())?;
+    operands.mask_scratch = buffers.mask_scratch;
     operands.add(Binding::O, &buffers.o)?;
     if let Some(o_rest) = &buffers.o_rest {
         operands.problem.check_rest()?;
@@ -563,6 +572,20 @@ fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::B
         if scratch.iter().all(|(b, _)| *b != binding) {
             let bytes = (view.last_element() + 1) as usize * view.element as usize;
             let usage = wgpu::BufferUsages::STORAGE;
+            if let (Binding::MaskBits, Some(buffer)) = (binding, operands.mask_scratch) {
+                let (operand, needed, actual) = ("mask_scratch", bytes as u64, buffer.size());
+                if actual < needed {
+                    return Err(Error::BufferTooSmall { operand, needed, actual });
+                }
+                if !buffer.usage().contains(usage) {
+                    return Err(Error::BufferUsage { operand, needed: usage, actual: buffer.usage() });
+                }
+                if let Some((_, other)) = operands.placed.iter().find(|(view, _)| view.buffer == buffer) {
+                    return Err(Error::Aliasing { output: operand, other: other.view.binding.name() });
+                }
+                scratch.push((binding, buffer.clone()));
+                continue;
+            }
             scratch.push((binding, allocate::<u8>(operands.device, binding.name(), bytes, usage)?));
         }
     }

@@ -148,6 +148,11 @@ impl View {
     }
 }
 
+/// Bytes of a mask in bits, with the classes of its blocks.
+pub(crate) fn mask_scratch_bytes(problem: &Problem) -> u64 {
+    (mask_bits(problem).last_element() as u64 + 1) * 4
+}
+
 /// What kernels hand to each other, as they lie in buffers of our own; `None` is another kind of operand.
 pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass]) -> Option<View> {
     let s = problem.shape();

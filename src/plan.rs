@@ -76,6 +76,8 @@ pub struct OptionalOperands {
     pub d_alibi_slopes: bool,
     /// The gradient by the bias is wanted, where there is one.
     pub d_bias: bool,
+    /// The backward pass finds the mask's bits, which the forward pass has left.
+    pub mask_bits: bool,
 }
 
 /// How a problem will be computed on a device: passes that run one after the other.
@@ -150,7 +152,7 @@ impl Plan {
         };
         let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
         let tiled = delta.iter().chain(&gradients);
-        let mut passes = all.mask()?;
+        let mut passes = if optional.mask_bits { Vec::new() } else { all.mask()? };
         passes.extend(all.ranges(tiled, Kernel::GradientMaxima)?);
         passes.extend(delta);
         if options.sink_logits == SinkLogits::PerHead {
@@ -199,6 +201,7 @@ impl OptionalOperands {
             o_rest: problem.options().dtype != DType::F32,
             d_alibi_slopes: true,
             d_bias: true,
+            mask_bits: false,
         }
     }
 

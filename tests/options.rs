@@ -3,13 +3,15 @@
 
 mod common;
 
+use common::buffers::{GradientBuffers, buffer, empty, read, submit};
 use common::gradients::Backward;
-use common::operands::{RandomMask, agree, row};
+use common::operands::{RandomBias, RandomMask, agree, row};
 use common::{compare, cooperative, gpu};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, Axes, DType, Element, Layout, Lengths, MaskPacking, Options, Output, Problem, Shape, SinkLogits, Window,
+    Attention, Axes, BackwardBuffers, DType, Element, Error, ForwardBuffers, Gradients, Kernel, Layout, Lengths,
+    MaskPacking, Options, Output, Pass, Problem, Shape, SinkLogits, TensorView, Window, wgpu,
 };
 
 /// Every option with every other one, and each kind of broadcasting.
@@ -166,6 +168,63 @@ fn capped_scores_have_gradients() {
         // By their own norm, however small they are.
         compare(&gradients.d_k, &expected.d_k, 1e-5).unwrap();
     }
+}
+
+/// Bias and mask lie in larger buffers, and the backward pass works with the mask's bits that the forward pass has left.
+#[test]
+fn views_and_a_shared_mask_scratch() {
+    let Some(attention) = gpu() else { return };
+    let device = attention.device().unwrap();
+    let options = Options::new().mask(Axes::KEYS.batch().seq_q()).bias(Axes::KEYS.heads());
+    let problem = Problem::new(shape([113, 203], [32, 48]), options.sink_logits(SinkLogits::PerHead)).unwrap();
+    let case = Backward::random(&problem, 9);
+    let buffers = GradientBuffers::new(device, &problem, &case);
+    let (Some(RandomMask::Bytes(mask)), Some(RandomBias::F32(bias))) = (&case.operands.mask, &case.operands.bias)
+    else {
+        unreachable!("the options above")
+    };
+    // Each row 3 elements longer, and 5 before the first.
+    let padded = |size: usize, width: usize, copy: &mut dyn FnMut(usize, usize)| {
+        (0..size).for_each(|n| copy(n, 5 + n / width * (width + 3) + n % width));
+    };
+    let mut mask_bytes = vec![1u8; (5 + 2 * 113 * 206 + 3) / 4 * 4 + 4];
+    padded(mask.len(), 203, &mut |from, to| mask_bytes[to] = mask[from]);
+    let mut wide_bias = vec![f32::NAN; 5 + 4 * 206];
+    padded(bias.len(), 203, &mut |from, to| wide_bias[to] = bias[from]);
+    let (mask, bias) = (buffer(device, bytemuck::cast_slice(&mask_bytes)), buffer(device, &wide_bias));
+    let d_bias = buffer(device, &[f32::NAN; 4 * 203]);
+    let run = |scratch: Option<&wgpu::Buffer>| {
+        let forward = ForwardBuffers {
+            mask: Some(TensorView::new(&mask).offset(5).strides([113 * 206, 0, 206])),
+            bias: Some(TensorView::new(&bias).offset(5).strides([0, 206, 0])),
+            mask_scratch: scratch,
+            ..buffers.forward.views()
+        };
+        let views = BackwardBuffers { forward, d_bias: Some((&d_bias).into()), ..buffers.views() };
+        let forward = attention.prepare_forward(&problem, &forward)?;
+        let backward = attention.prepare_backward(&problem, &views)?;
+        let packs = |pass: &Pass| pass.variant.kernel == Kernel::MaskBits;
+        assert!(forward.plan().passes.iter().any(packs));
+        assert_eq!(backward.plan().passes.iter().any(packs), scratch.is_none());
+        submit(device, |encoder| {
+            forward.encode(encoder);
+            backward.encode(encoder);
+        });
+        Ok(Gradients { d_bias: Some(read(device, &d_bias)), ..buffers.read(device) })
+    };
+    let expected = case.run(attention, &problem);
+    let bytes = Attention::mask_scratch_bytes(&problem).unwrap();
+    let of = |bytes| empty(device, bytes, wgpu::BufferUsages::STORAGE);
+    assert_eq!(run(None).unwrap(), expected);
+    assert_eq!(run(Some(&of(bytes))).unwrap(), expected);
+
+    let error: Error = run(Some(&of(bytes - 4))).unwrap_err();
+    assert!(matches!(error, Error::BufferTooSmall { operand: "mask_scratch", .. }), "{error}");
+    assert!(error.to_string().contains(&bytes.to_string()), "{error}");
+    let error: Error = run(Some(&mask)).unwrap_err();
+    assert!(matches!(error, Error::BufferTooSmall { .. } | Error::Aliasing { .. }), "{error}");
+    let without = Problem::new(*problem.shape(), Options::new()).unwrap();
+    assert_eq!(Attention::mask_scratch_bytes(&without), None);
 }
 
 /// Equal inputs give equal bits.

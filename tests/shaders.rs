@@ -149,7 +149,8 @@ fn with_options() -> Vec<Planned> {
                     (MicroKernel::Portable, dtype != DType::F32),
                     (MicroKernel::Cooperative, false),
                 ] {
-                    let optional = OptionalOperands { d_lse: false, o_rest, d_alibi_slopes: true, d_bias: true };
+                    let optional =
+                        OptionalOperands { o_rest, d_alibi_slopes: true, d_bias: true, ..OptionalOperands::default() };
                     let preference = Preference { micro_kernel, ..Preference::default() };
                     let plans = [
                         Plan::forward_with(&problem, vec4, optional, device, &preference),

@@ -181,7 +181,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
       let item = thread + {{ n * threads }}u;
       let source = min({{ column }} + item % TILE_COLUMNS, last_column);
       if (item < TILE_COLUMNS) {
-        statistic_share_{{ n }} = 15.0 - row_terms[terms_base + source].x * LOG2_E;
+        statistic_share_{{ n }} = {{ "-row_terms[terms_base + source].x" if modified else "15.0 - row_terms[terms_base + source].x * LOG2_E" }};
       } else {
         statistic_share_{{ n }} = -row_terms[terms_base + source].y * v_bound * d_o_range * {{ 1 / 32768 }};
       }
@@ -230,7 +230,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var delta_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) {
     let terms = row_terms[terms_base + row_{{ r }}];
-    shift_{{ r }} = terms.x * LOG2_E;
+    shift_{{ r }} = terms.x{{ " * LOG2_E" if not modified }};
     delta_{{ r }} = terms.y * v_bound * d_o_range;
   }
 {% endfor %}
@@ -273,6 +273,10 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- Which of the columns of a lane's n-th quad its r-th row sees. -#}
 {%- macro visible(r, n) %}{% if hides %}seen_{{ r }}_{{ n }}{% else %}visible4(row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endmacro -%}
+
+{#- exp of scores less a row's shift. Scores that were formed beforehand may be large, and so may their shift: the difference comes
+    before the change to powers of two. -#}
+{%- macro exponential(x, shift) %}{% if modified %}exp2(({{ x }} - vec4<f32>({{ shift }})) * scale){% else %}exp2(fma({{ x }}, vec4<f32>(scale), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
 
 {#- Makes scores of products that were taken, and finds out which pairs are visible, where that is more than the scale and the
     band. -#}

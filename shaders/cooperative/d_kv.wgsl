@@ -34,7 +34,7 @@
     let statistic_{{ n }} = stage * {{ 2 * tile_columns }}u + ({{ n * lanes // side }}u + part) * 4u;
 {% endfor %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    var p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }}));
+    var p_{{ r }}_{{ n }} = {% if modified %}exp2(fma(x_{{ r }}_{{ n }} + {{ blocks.statistic(n, 0) }}, vec4<f32>(scale), vec4<f32>(15.0))){% else %}exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }})){% endif %};
 {% endfor %}{% endfor %}
 {{ blocks.hide("p") }}
 {{ blocks.keep_weights("p", 0) }}

@@ -40,7 +40,7 @@
 {% endfor %}
 {% for r in range(row_fragments) %}
 {% for n in range(lane_quads) %}
-    var d_s_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }}))) * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), vec4<f32>(-delta_{{ r }}));
+    var d_s_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), vec4<f32>(-delta_{{ r }}));
 {% endfor %}
 {% endfor %}
 {{ blocks.hide("d_s") }}

@@ -10,7 +10,7 @@
 {% for r in range(row_fragments) %}
   var sum_{{ r }} = 0.0;
   var shift_{{ r }} = 0.0;
-  if (row_{{ r }} < row_limit) { shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]) * LOG2_E; }
+  if (row_{{ r }} < row_limit) { shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]){{ " * LOG2_E" if not modified }}; }
 {% endfor %}
 {{ blocks.begin_columns() }}
 {% endmacro -%}
@@ -33,7 +33,7 @@
 {{ blocks.park("d_p", r) }}
 {{ blocks.take("y", r) }}
 {% for n in range(lane_quads) %}
-    var p_d_p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }}))) * y_{{ r }}_{{ n }};
+    var p_d_p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }} * y_{{ r }}_{{ n }};
 {% endfor %}
 {% endfor %}
 {{ blocks.hide("p_d_p") }}

@@ -87,10 +87,10 @@ const SLACK: f32 = 8.0;
       {{ blocks.sync() }}
     }
 {% for r in range(row_fragments) %}
-    let shift_{{ r }} = select(most_{{ r }} * scale, 0.0, most_{{ r }} == hidden);
+    let shift_{{ r }} = select(most_{{ r }}{{ " * scale" if not modified }}, 0.0, most_{{ r }} == hidden);
     var total_{{ r }} = vec4<f32>();
 {% for n in range(lane_quads) %}
-    let p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), vec4<f32>(-shift_{{ r }})));
+    let p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }};
     total_{{ r }} += p_{{ r }}_{{ n }};
 {% endfor %}
     sum_{{ r }} += (total_{{ r }}.x + total_{{ r }}.y) + (total_{{ r }}.z + total_{{ r }}.w);

@@ -133,7 +133,11 @@ impl Operands {
             k: vector(problem.k_shape().iter().product()),
             v: vector(problem.v_shape().iter().product()),
             sink_logits: (problem.options().sink_logits == SinkLogits::PerHead).then(|| vector(problem.shape().heads)),
-            alibi_slopes: problem.options().alibi.then(|| vector(problem.shape().heads)),
+            // As models have them: up to 1. Steep ones below 0 would leave a row to its farthest key.
+            alibi_slopes: problem.options().alibi.then(|| {
+                let slopes = vector(problem.shape().heads);
+                slopes.into_iter().map(|x| if x < 0.0 { x / -2.0 } else { x / 20.0 }).collect()
+            }),
             bias: problem.bias_shape().map(|shape| {
                 let mut bias = vector(shape.iter().product());
                 // Every 29th is hidden.

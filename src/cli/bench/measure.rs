@@ -62,6 +62,7 @@ impl Direction {
             o_rest: problem.options().dtype != DType::F32,
             d_alibi_slopes: true,
             d_bias: true,
+            mask_bits: false,
         };
         match self {
             Direction::Forward => Plan::forward_with(problem, vec4, optional, capabilities, preference),
