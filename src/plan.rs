@@ -414,8 +414,9 @@ impl Pass {
             Kernel::MaskBits => 32 + 16,
             Kernel::Maxima | Kernel::GradientMaxima => {
                 let width = shape.head_dim.max(shape.value_dim).div_ceil(4);
-                let quads = shape.batch * shape.heads * shape.seq_q.max(shape.seq_k) * width;
-                (quads as u64).div_ceil(u64::from(MAXIMA_PARTS * variant.threads())) + 16
+                let rows = (shape.batch * shape.heads) as u128 * shape.seq_q.max(shape.seq_k) as u128;
+                let a_thread = (rows * width as u128).div_ceil(u128::from(MAXIMA_PARTS * variant.threads())) + 16;
+                a_thread.try_into().unwrap_or(u64::MAX)
             }
             _ => {
                 let tile = if variant.sums_delta() { 1 } else { DELTA_ROWS as usize };

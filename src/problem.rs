@@ -365,7 +365,7 @@ impl Problem {
             let reason = "thd needs the lengths of its sequences: Problem::with_lengths".into();
             return Err(Error::InvalidOption { option: "layout", reason });
         }
-        Problem::checked(shape, options)
+        Problem::checked(shape, options)?.check_pairs()
     }
 
     /// Checks a batch of sequences of different lengths. Queries and keys meet within their sequence only; positions, windows,
@@ -386,7 +386,7 @@ impl Problem {
     pub fn with_lengths(shape: Shape, options: Options, lengths: Lengths<'_>) -> Result<Self> {
         let problem = Problem::checked(shape, options)?;
         let sequences = Some(sequences::sequences(&shape, &options, lengths)?);
-        Ok(Problem { sequences, ..problem })
+        Problem { sequences, ..problem }.check_pairs()
     }
 
     fn checked(shape: Shape, options: Options) -> Result<Self> {
@@ -418,14 +418,7 @@ impl Problem {
             ("v", [batch, kv_heads, seq_k, value_dim]),
             ("o", [batch, heads, seq_q, value_dim]),
         ] {
-            let elements = factors.iter().try_fold(1u128, |n, &f| n.checked_mul(f as u128));
-            if elements.is_none_or(|n| n > (usize::MAX / 8) as u128) {
-                return Err(Error::IndexOverflow {
-                    operand,
-                    last_element: elements.unwrap_or(u128::MAX),
-                    most: (usize::MAX / 8) as u64,
-                });
-            }
+            check_countable(operand, factors)?;
         }
         let scale = options.scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
         if !scale.is_finite() {
@@ -447,6 +440,14 @@ impl Problem {
             return Err(Error::InvalidOption { option: "query_offset", reason });
         }
         Ok(Problem { shape, options, scale, band, sequences: None })
+    }
+
+    /// The same for the operands of pairs, whose shapes follow from the lengths.
+    fn check_pairs(self) -> Result<Self> {
+        for (operand, shape) in [("bias", self.bias_shape()), ("mask", self.mask_shape())] {
+            shape.map_or(Ok(()), |shape| check_countable(operand, shape))?;
+        }
+        Ok(self)
     }
 
     /// The sizes.
@@ -692,6 +693,16 @@ impl Problem {
             DType::F16 | DType::Bf16 => Ok(()),
         }
     }
+}
+
+/// Elements must be countable before anything is computed from their number.
+fn check_countable(operand: &'static str, factors: [usize; 4]) -> Result<()> {
+    let most = (usize::MAX / 8) as u64;
+    let elements = factors.iter().try_fold(1u128, |n, &f| n.checked_mul(f as u128));
+    if elements.is_none_or(|n| n > u128::from(most)) {
+        return Err(Error::IndexOverflow { operand, last_element: elements.unwrap_or(u128::MAX), most });
+    }
+    Ok(())
 }
 
 fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result<()> {
