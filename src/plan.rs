@@ -183,8 +183,9 @@ impl OptionalOperands {
     }
 }
 
-/// Widest head for which fragments stay in registers.
-const COOPERATIVE_WIDTH: usize = 128;
+/// Widest head of the cooperative kernels. Their loops over features are unrolled, and in lanes' registers there is no room for
+/// more.
+const COOPERATIVE_WIDTH: usize = 256;
 
 /// What the passes of a plan have in common.
 struct Passes<'a> {
