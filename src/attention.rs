@@ -15,7 +15,7 @@ use crate::pipeline::Pipelines;
 use crate::plan::{OptionalOperands, Plan, Preference};
 use crate::problem::{Bias, Gradients, Inputs, MaskData, Output, Problem, Upstream};
 use crate::shader::{Kernel, MicroKernel};
-use crate::tensor::{TensorView, allocate, download, upload};
+use crate::tensor::{Mapped, TensorView, allocate, download, upload};
 use crate::tiling::Tiling;
 use crate::tuning::Tuning;
 
@@ -70,8 +70,8 @@ impl Attention {
         Attention::of(Backend::Cpu)
     }
 
-    /// The operator on a device of the host application. Buffers must come from that device: wgpu panics where it
-    /// meets one of another [`wgpu::Instance`].
+    /// The operator on a device of the host application. Buffers must come from that device. One of another device is
+    /// [`Error::Gpu`] where both are of one [`wgpu::Instance`]; across instances wgpu cannot tell them apart, and may panic.
     pub fn on(device: Device) -> Self {
         let backend = Backend::Gpu { device, pipelines: Arc::default(), tuning: None };
         Attention::of(backend)
@@ -139,7 +139,8 @@ impl Attention {
     /// # Errors
     /// [`Error::PipelineCache`] where the file cannot be read, or the device was opened without
     /// [`wgpu::Features::PIPELINE_CACHE`], which only Vulkan has (drivers of other backends keep caches of their own);
-    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver
+    /// reports.
     pub fn with_pipeline_cache(self, path: impl AsRef<Path>) -> Result<Self> {
         match self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "with_pipeline_cache" }),
@@ -186,7 +187,8 @@ impl Attention {
     /// &attention.plan_forward(&problem)?)`. Kernels depend on widths, options and tiles, hardly on lengths.
     ///
     /// # Errors
-    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver
+    /// reports.
     pub fn precompile(&self, plan: &Plan) -> Result<()> {
         pollster::block_on(self.precompile_async(plan))
     }
@@ -232,7 +234,7 @@ impl Attention {
     ///
     /// # Errors
     /// Those of [`Problem::check_inputs`] and, on a GPU, of [`prepare_forward`](Self::prepare_forward),
-    /// [`Error::BufferTooLarge`], [`Error::OutOfMemory`] and [`Error::Gpu`].
+    /// [`Error::BufferTooLarge`].
     pub fn forward<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         pollster::block_on(self.forward_async(problem, inputs))
     }
@@ -263,8 +265,8 @@ impl Attention {
         let buffers = inputs.buffers(&o, rounded.then_some(&o_rest), &lse);
         let prepared = self.prepare_forward_async(problem, &buffers).await?;
         let [o, o_rest, lse] = download(device, [&o, &o_rest, &lse], |encoder| prepared.encode(encoder)).await?;
-        let o_rest = rounded.then(|| o_rest.read(o_len)).transpose()?;
-        Ok(Output { o: o.read(o_len)?, o_rest, lse: lse.read(lse_len)? })
+        let o_rest = if rounded { Some(o_rest.read(o_len).await?) } else { None };
+        Ok(Output { o: o.read(o_len).await?, o_rest, lse: lse.read(lse_len).await? })
     }
 
     /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
@@ -337,13 +339,17 @@ impl Attention {
         let prepared = self.prepare_backward_async(problem, &buffers).await?;
         let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] =
             download(device, results.each_ref(), |encoder| prepared.encode(encoder)).await?;
+        let optional = async |mapped: Mapped, len: Option<usize>| match len {
+            Some(len) => mapped.read(len).await.map(Some),
+            None => Ok(None),
+        };
         Ok(Gradients {
-            d_q: d_q.read(inputs.q.len())?,
-            d_k: d_k.read(inputs.k.len())?,
-            d_v: d_v.read(inputs.v.len())?,
-            d_sink_logits: sink_logits_len.map(|len| d_sink_logits.read(len)).transpose()?,
-            d_alibi_slopes: slopes_len.map(|len| d_alibi_slopes.read(len)).transpose()?,
-            d_bias: bias_len.map(|len| d_bias.read(len)).transpose()?,
+            d_q: d_q.read(inputs.q.len()).await?,
+            d_k: d_k.read(inputs.k.len()).await?,
+            d_v: d_v.read(inputs.v.len()).await?,
+            d_sink_logits: optional(d_sink_logits, sink_logits_len).await?,
+            d_alibi_slopes: optional(d_alibi_slopes, slopes_len).await?,
+            d_bias: optional(d_bias, bias_len).await?,
         })
     }
 
@@ -355,7 +361,7 @@ impl Attention {
     /// [`Error::OverlappingStrides`] for operands that cannot be bound, [`Error::MissingOperand`],
     /// [`Error::UnexpectedOperand`] and [`Error::InvalidOption`] for such that do not fit the options;
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`] where the device's limits are too small for a piece of the work;
-    /// [`Error::OutOfMemory`] and [`Error::Gpu`] for what the driver reports.
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver reports.
     pub fn prepare_forward(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_forward_async(problem, buffers))
     }

@@ -1,5 +1,8 @@
 //! Finding a device, and what to ask of it.
 
+#[cfg(not(target_family = "wasm"))]
+use std::sync::OnceLock;
+
 use crate::capabilities::{Capabilities, cooperative_features};
 use crate::error::{Error, Result};
 
@@ -53,9 +56,23 @@ impl DeviceChoice {
     }
 }
 
-/// All adapters that can compute, the best first: discrete, integrated, virtual, then software.
+/// One instance for all devices that this crate opens: wgpu tells buffers of other devices apart within an instance only.
+#[cfg(not(target_family = "wasm"))]
+fn instance() -> wgpu::Instance {
+    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
+    INSTANCE.get_or_init(|| wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle())).clone()
+}
+
+/// Browsers have one anyway, which no thread may hand to another.
+#[cfg(target_family = "wasm")]
+fn instance() -> wgpu::Instance {
+    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle())
+}
+
+/// All adapters that can compute, the best first: discrete, integrated, virtual, then software. They are of one
+/// [`wgpu::Instance`], the same in every call.
 pub async fn adapters() -> Vec<wgpu::Adapter> {
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let instance = instance();
     let mut adapters = instance.enumerate_adapters(wgpu::Backends::all()).await;
     if adapters.is_empty() {
         // Browsers do not enumerate; they hand out one adapter on request.
@@ -183,7 +200,7 @@ impl Device {
     /// the message.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], [`Error::Gpu`].
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
     pub async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
@@ -192,9 +209,16 @@ impl Device {
         // All scopes are closed before the first await: they belong to this thread.
         let errors = [validation.pop(), internal.pop()];
         let memory = memory.pop();
-        // Memory first: what was not allocated is invalid, which is reported too.
-        if memory.await.is_some() {
-            return Err(Error::OutOfMemory(during.into()));
+        let lost = self.is_lost();
+        // Memory first: what was not allocated is invalid, which is reported too, and its lack may have cost the device.
+        if let Some(error) = memory.await {
+            // The source names the call and the buffer.
+            let source = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            return Err(Error::OutOfMemory(format!("{during}: {source}")));
+        }
+        // Of a lost device wgpu reports nothing, or what follows from it.
+        if lost.await {
+            return Err(Error::DeviceLost { during });
         }
         for error in errors {
             if let Some(error) = error.await {
@@ -202,5 +226,33 @@ impl Device {
             }
         }
         Ok(result)
+    }
+
+    /// Whether the device is lost; its one callback for that belongs to the host application. A mistake is reported on
+    /// every other device, and on a lost one nothing is.
+    fn is_lost(&self) -> impl Future<Output = bool> + use<> {
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let usage = wgpu::BufferUsages::empty();
+        let label = Some("sink-attention asks whether the device is there: this error is expected");
+        drop(self.device.create_buffer(&wgpu::BufferDescriptor { label, size: 4, usage, mapped_at_creation: false }));
+        // Closed before the first await, as all scopes.
+        let reported = validation.pop();
+        async move { reported.await.is_none() }
+    }
+
+    /// What a failed call comes to that reports by its result rather than to an error scope.
+    pub(crate) async fn failure(&self, during: &'static str, message: String) -> Error {
+        if self.is_lost().await { Error::DeviceLost { during } } else { Error::Gpu { during, message } }
+    }
+
+    /// Waits for the queue.
+    #[cfg(not(target_family = "wasm"))]
+    pub(crate) fn wait(&self) -> Result<(), String> {
+        // wgpu panics where the driver has lost the device meanwhile.
+        let poll = || self.device.poll(wgpu::PollType::wait_indefinitely());
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(poll)) {
+            Ok(polled) => polled.map(|_| ()).map_err(|error| error.to_string()),
+            Err(_) => Err("the driver gave up".into()),
+        }
     }
 }

@@ -486,7 +486,8 @@ impl Prepared {
         &self.plan
     }
 
-    /// Records all passes into the caller's encoder.
+    /// Records all passes into the caller's encoder. Where a buffer was destroyed or mapped meanwhile, or the device lost, wgpu
+    /// reports that of the encoder's end or of the submission, to the caller: see [`Device::scoped`].
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention"), timestamp_writes: None };
         self.encode_in(&mut encoder.begin_compute_pass(&descriptor));

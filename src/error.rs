@@ -243,9 +243,18 @@ pub enum Error {
         /// What stands in the way.
         reason: String,
     },
-    /// The GPU ran out of memory.
+    /// The GPU ran out of memory. The device may still serve smaller problems; where it was lost with its memory, the next
+    /// call says so.
     #[error("the GPU ran out of memory: {0}")]
     OutOfMemory(String),
+    /// The device is gone: its driver was reset or removed, or the host application destroyed it. Its buffers and
+    /// [`Prepared`](crate::Prepared) passes are of no use any more; open a new [`Device`](crate::Device), or another
+    /// [`Attention`](crate::Attention), and upload again.
+    #[error("the GPU device was lost while {during}; open a new one")]
+    DeviceLost {
+        /// What was being done.
+        during: &'static str,
+    },
     /// The GPU, its driver or wgpu reported an error.
     #[error("the GPU reported an error while {during}: {message}")]
     Gpu {

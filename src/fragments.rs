@@ -154,7 +154,10 @@ pub(crate) fn candidates(
 ) -> impl Iterator<Item = Fragments> {
     let shape = problem.shape();
     let width = shape.head_dim.max(shape.value_dim);
-    // Subgroups, rows; from prototypes measured on an NVIDIA H200, see benches/results/.
+    // Subgroups, rows; from prototypes measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not measured.
+    // At 256 staged columns leave room for four subgroups in 48 KiB, of one row of fragments each: forward takes some 250
+    // registers, d_q and d_k/d_v, with up to two accumulators and two operands, some 310 and 440, of which drivers spill what is
+    // beyond 255. They are right all the same.
     let table: &[[u32; 2]] = match (class, kernel) {
         (DeviceClass::Software, _) => &[[2, 1]],
         (_, Kernel::Forward) if width <= 64 => &[[4, 3], [4, 2], [4, 1], [2, 1]],

@@ -201,7 +201,11 @@
 //!
 //! Every fallible call returns [`Error`], whose message carries the numbers needed to mend the call. Shapes, lengths,
 //! strides, buffer usages and device limits are checked before anything is dispatched; what a driver reports
-//! later comes back as [`Error::Gpu`] or [`Error::OutOfMemory`].
+//! later comes back as [`Error::Gpu`], [`Error::OutOfMemory`] or [`Error::DeviceLost`]. After the last of these the
+//! operator is opened anew; after any other error it, its device and its kernels are as good as before.
+//!
+//! One operator serves any number of threads at once; results are the same bits as alone. What wgpu reports of an encoder and
+//! a submission of the caller's goes to the caller's error scopes, such as [`Device::scoped`].
 //!
 //! # Features
 //!

@@ -210,8 +210,9 @@ impl OptionalOperands {
     }
 }
 
-/// Widest head for which fragments stay in registers.
-const COOPERATIVE_WIDTH: usize = 128;
+/// Widest head of the cooperative kernels. Their loops over features are unrolled, and in lanes' registers there is no room for
+/// more.
+const COOPERATIVE_WIDTH: usize = 256;
 
 /// What the passes of a plan have in common.
 struct Passes<'a> {
@@ -443,8 +444,9 @@ impl Pass {
             Kernel::MaskBits => 32 + 16,
             Kernel::Maxima | Kernel::GradientMaxima => {
                 let width = shape.head_dim.max(shape.value_dim).div_ceil(4);
-                let quads = shape.batch * shape.heads * shape.seq_q.max(shape.seq_k) * width;
-                (quads as u64).div_ceil(u64::from(MAXIMA_PARTS * variant.threads())) + 16
+                let rows = (shape.batch * shape.heads) as u128 * shape.seq_q.max(shape.seq_k) as u128;
+                let a_thread = (rows * width as u128).div_ceil(u128::from(MAXIMA_PARTS * variant.threads())) + 16;
+                a_thread.try_into().unwrap_or(u64::MAX)
             }
             _ => {
                 let sums_rows = variant.sums_delta() || kernel == Kernel::DAlibiSlopes;

@@ -365,7 +365,7 @@ impl Problem {
             let reason = "thd needs the lengths of its sequences: Problem::with_lengths".into();
             return Err(Error::InvalidOption { option: "layout", reason });
         }
-        Problem::checked(shape, options)?.with_pairs_checked()
+        Problem::checked(shape, options)?.check_pairs()
     }
 
     /// Checks a batch of sequences of different lengths. Queries and keys meet within their sequence only; positions, windows,
@@ -386,17 +386,7 @@ impl Problem {
     pub fn with_lengths(shape: Shape, options: Options, lengths: Lengths<'_>) -> Result<Self> {
         let problem = Problem::checked(shape, options)?;
         let sequences = Some(sequences::sequences(&shape, &options, lengths)?);
-        Problem { sequences, ..problem }.with_pairs_checked()
-    }
-
-    /// The sizes of bias and mask must be countable, too.
-    fn with_pairs_checked(self) -> Result<Self> {
-        for (operand, axes) in [("bias", self.options.bias), ("mask", self.options.mask)] {
-            if let Some(axes) = axes {
-                check_countable(operand, axes.of(self.pairs_shape()))?;
-            }
-        }
-        Ok(self)
+        Problem { sequences, ..problem }.check_pairs()
     }
 
     fn checked(shape: Shape, options: Options) -> Result<Self> {
@@ -451,6 +441,14 @@ impl Problem {
             return Err(Error::InvalidOption { option: "query_offset", reason });
         }
         Ok(Problem { shape, options, scale, band, sequences: None })
+    }
+
+    /// Bias and mask must be countable, too; their shapes follow from the lengths.
+    fn check_pairs(self) -> Result<Self> {
+        for (operand, shape) in [("bias", self.bias_shape()), ("mask", self.mask_shape())] {
+            shape.map_or(Ok(()), |shape| check_countable(operand, shape))?;
+        }
+        Ok(self)
     }
 
     /// The sizes.
@@ -695,22 +693,22 @@ impl Problem {
     }
 }
 
+/// Elements must be countable before anything is computed from their number.
+fn check_countable(operand: &'static str, factors: [usize; 4]) -> Result<()> {
+    let most = (usize::MAX / 8) as u64;
+    let elements = factors.iter().try_fold(1u128, |n, &f| n.checked_mul(f as u128));
+    if elements.is_none_or(|n| n > u128::from(most)) {
+        return Err(Error::IndexOverflow { operand, last_element: elements.unwrap_or(u128::MAX), most });
+    }
+    Ok(())
+}
+
 fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result<()> {
     let expected = shape.iter().product();
     if actual == expected {
         return Ok(());
     }
     Err(Error::OperandLength { operand, expected, actual, shape: shape.to_vec() })
-}
-
-/// Whether the bytes of an operand can be counted.
-fn check_countable(operand: &'static str, shape: [usize; 4]) -> Result<()> {
-    let most = (usize::MAX / 8) as u64;
-    let elements = shape.iter().try_fold(1u128, |n, &size| n.checked_mul(size as u128));
-    match elements.filter(|n| *n <= u128::from(most)) {
-        Some(_) => Ok(()),
-        None => Err(Error::IndexOverflow { operand, last_element: elements.unwrap_or(u128::MAX), most }),
-    }
 }
 
 /// An operand that is there if, and only if, an option asks for it with a shape.

@@ -146,16 +146,24 @@ pub(crate) fn allocate<T>(
     }))
 }
 
+/// What a failed download was about.
+const READING: &str = "reading results back";
+
 /// A buffer that is mapped for reading.
 #[derive(Debug)]
-pub(crate) struct Mapped(wgpu::Buffer);
+pub(crate) struct Mapped {
+    device: Device,
+    buffer: wgpu::Buffer,
+}
 
 impl Mapped {
     /// The first `elements` elements.
-    pub(crate) fn read<T: Pod>(&self, elements: usize) -> Result<Vec<T>> {
-        let view = self.0.get_mapped_range(..);
-        let view = view.map_err(|e| Error::Gpu { during: "reading results back", message: e.to_string() })?;
-        let mut data: Vec<T> = bytemuck::pod_collect_to_vec(&view);
+    pub(crate) async fn read<T: Pod>(&self, elements: usize) -> Result<Vec<T>> {
+        let mapped = self.buffer.get_mapped_range(..).map(|view| bytemuck::pod_collect_to_vec(&view));
+        let mut data: Vec<T> = match mapped {
+            Ok(data) => data,
+            Err(error) => return Err(self.device.failure(READING, error.to_string()).await),
+        };
         // Buffers end in whole words.
         data.truncate(elements);
         Ok(data)
@@ -187,7 +195,6 @@ pub(crate) async fn download<const N: usize>(
             staging
         })
         .await?;
-    let failed = |message: String| Error::Gpu { during: "reading results back", message };
     let map = |buffer: &wgpu::Buffer| {
         let (sender, receiver) = futures_channel::oneshot::channel();
         buffer.map_async(wgpu::MapMode::Read, .., move |result| {
@@ -196,25 +203,31 @@ pub(crate) async fn download<const N: usize>(
         });
         receiver
     };
-    let mapped = device.scoped("reading results back", || staging.each_ref().map(map)).await?;
-    wait(device).await.map_err(failed)?;
-    for receiver in mapped {
-        receiver.await.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
+    let mapped = device.scoped(READING, || staging.each_ref().map(map)).await?;
+    let finished = async {
+        wait(device).await?;
+        for receiver in mapped {
+            receiver.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        }
+        Ok::<_, String>(())
+    };
+    match finished.await {
+        Ok(()) => Ok(staging.map(|buffer| Mapped { device: device.clone(), buffer })),
+        Err(message) => Err(device.failure(READING, message).await),
     }
-    Ok(staging.map(Mapped))
 }
 
 /// Waits for the queue on a thread of its own, so that the caller's executor is free meanwhile.
 #[cfg(not(target_family = "wasm"))]
 async fn wait(device: &Device) -> Result<(), String> {
-    let device = device.wgpu().clone();
+    let device = device.clone();
     let (sender, receiver) = futures_channel::oneshot::channel();
-    let poll = move || {
+    let wait = move || {
         // The receiver is gone only when this whole future was dropped.
-        let _ = sender.send(device.poll(wgpu::PollType::wait_indefinitely()));
+        let _ = sender.send(device.wait());
     };
-    std::thread::Builder::new().spawn(poll).map_err(|e| e.to_string())?;
-    receiver.await.map_err(|e| e.to_string())?.map(|_| ()).map_err(|e| e.to_string())
+    std::thread::Builder::new().spawn(wait).map_err(|e| e.to_string())?;
+    receiver.await.map_err(|e| e.to_string())?
 }
 
 /// Browsers drive the queue by themselves.

@@ -91,7 +91,7 @@ impl Timer {
     /// [`wgpu::Features::TIMESTAMP_QUERY`]; [`clock`](Self::clock) says which.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], [`Error::Gpu`].
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
     pub fn new(device: &Device) -> Result<Self> {
         let timestamps = || {
             let label = Some("sink-attention timer");
@@ -124,7 +124,7 @@ impl Timer {
     /// without a wait, so that the device's clock stays up.
     ///
     /// # Errors
-    /// [`Error::Gpu`], [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
     pub fn time(&self, runs: usize, encode: impl Fn(&mut wgpu::ComputePass<'_>)) -> Result<Vec<Duration>> {
         let Some(timestamps) = &self.timestamps else {
             return (0..runs).map(|_| self.wall(&encode)).collect();
@@ -141,7 +141,7 @@ impl Timer {
     /// in all. A run of a second or more is not repeated for warmth.
     ///
     /// # Errors
-    /// [`Error::Gpu`], [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
     pub fn measure(&self, runs: usize, most: Duration, encode: impl Fn(&mut wgpu::ComputePass<'_>)) -> Result<Series> {
         // The first run may hold what the driver had put off.
         let first = self.time(2, &encode)?;
@@ -211,8 +211,7 @@ impl Timer {
     }
 
     fn wait(&self) -> Result<()> {
-        let polled = self.device.wgpu().poll(wgpu::PollType::wait_indefinitely());
-        polled.map(|_| ()).map_err(|error| failed(error.to_string()))
+        self.device.wait().map_err(failed)
     }
 
     fn scoped<T>(&self, work: impl FnOnce() -> T) -> Result<T> {

@@ -377,14 +377,16 @@ fn buffers_that_the_device_cannot_use() {
     assert!(buffers.run(device, &gpu.prepare_forward(&problem, &good).unwrap()) == check(gpu, &problem, &operands));
 }
 
-/// Two devices of one wgpu instance. (With two instances, wgpu itself panics: their handles are not comparable.)
+/// Devices that this crate opens are of one wgpu instance, however they are opened: wgpu can tell their buffers apart.
 #[test]
 fn buffers_of_another_device() {
     if gpu().is_none() {
         return;
     }
-    let adapters = pollster::block_on(sink_attention::adapters());
-    let [device, other] = [0, 1].map(|_| pollster::block_on(Device::open(&adapters[0])).unwrap());
+    let [device, other] = [0, 1].map(|_| {
+        let adapters = pollster::block_on(sink_attention::adapters());
+        pollster::block_on(Device::open(&adapters[0])).unwrap()
+    });
     let gpu = Attention::on(device.clone());
     let problem = typical();
     let operands = Operands::random(&problem, 9);

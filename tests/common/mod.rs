@@ -20,6 +20,19 @@ use std::sync::OnceLock;
 pub use sink_attention::compare::{low_precision as compare_low_precision, lse as compare_lse, tensor as compare};
 use sink_attention::{Attention, DeviceChoice, Error, MicroKernel};
 
+/// A device of its own on the adapter of [`gpu`].
+pub fn another_gpu() -> Option<Attention> {
+    gpu()?;
+    Some(Attention::open(&choice()).expect("a device opened before"))
+}
+
+fn choice() -> DeviceChoice {
+    match DeviceChoice::from_env() {
+        adapter @ DeviceChoice::Adapter(_) => adapter,
+        _ => DeviceChoice::Gpu,
+    }
+}
+
 /// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one; opened once per test binary.
 ///
 /// Without one, says so where it is seen, and fails where `SINK_ATTENTION_REQUIRE_GPU=1`: a machine
@@ -27,10 +40,7 @@ use sink_attention::{Attention, DeviceChoice, Error, MicroKernel};
 pub fn gpu() -> Option<&'static Attention> {
     static GPU: OnceLock<Option<Attention>> = OnceLock::new();
     let gpu = GPU.get_or_init(|| {
-        let choice = match DeviceChoice::from_env() {
-            adapter @ DeviceChoice::Adapter(_) => adapter,
-            _ => DeviceChoice::Gpu,
-        };
+        let choice = choice();
         match Attention::open(&choice) {
             Ok(attention) => {
                 assert!(attention.is_gpu(), "{choice:?} opened {}", attention.device_name());
