@@ -43,7 +43,11 @@ fn problems<T: Element>() -> Vec<Problem> {
         dense([300, 300], [16, 16], window.sink_tokens(0)),
         dense([203, 250], [9, 7], sinks.causal(true).layout(Layout::Bhsd)),
         dense([130, 70], [16, 16], new.alibi(true).softcap(2.0).window(Window::new(30, 5)).layout(Layout::Bhsd)),
-        dense([100, 90], [16, 16], sinks.bias(Axes::KEYS.batch().seq_q()).mask(Axes::KEYS.batch().seq_q()).layout(Layout::Bhsd)),
+        dense(
+            [100, 90],
+            [16, 16],
+            sinks.bias(Axes::KEYS.batch().seq_q()).mask(Axes::KEYS.batch().seq_q()).layout(Layout::Bhsd),
+        ),
         thd(window),
         thd(sinks.causal(true).alibi(true)),
         Problem::with_lengths(shape, window.layout(Layout::Bhsd), padded).unwrap(),
