@@ -210,7 +210,7 @@ fn bench_writes_files() {
 #[test]
 fn bench_of_sizes_that_do_not_fit() {
     let Some(device) = common::gpu().and_then(|gpu| gpu.device()) else { return };
-    let most = device.capabilities().binding_bytes / (64 * 2 * 4) + 1;
+    let most = device.capabilities().buffer_bytes / (64 * 2 * 4) + 1;
     let arguments = ["bench", "--json", "-", "--backend", "gpu", "--heads", "2", "--pass", "forward"];
     let too_long = sink_attention(&[&arguments[..], &["--seq-k", &most.to_string(), "--window", "8"]].concat());
     assert_eq!(too_long.status.code(), Some(1));
