@@ -187,7 +187,7 @@ fn views_and_a_shared_mask_scratch() {
     let padded = |size: usize, width: usize, copy: &mut dyn FnMut(usize, usize)| {
         (0..size).for_each(|n| copy(n, 5 + n / width * (width + 3) + n % width));
     };
-    let mut mask_bytes = vec![1u8; (5 + 2 * 113 * 206 + 3) / 4 * 4 + 4];
+    let mut mask_bytes = vec![1u8; (5_usize + 2 * 113 * 206).next_multiple_of(4)];
     padded(mask.len(), 203, &mut |from, to| mask_bytes[to] = mask[from]);
     let mut wide_bias = vec![f32::NAN; 5 + 4 * 206];
     padded(bias.len(), 203, &mut |from, to| wide_bias[to] = bias[from]);

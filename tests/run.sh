@@ -145,6 +145,8 @@ case $? in
         unset VK_ICD_FILENAMES SINK_ATTENTION_ADAPTER
         export SINK_ATTENTION_REQUIRE_COOPERATIVE=1
         tests --test cooperative
+        tests --test options cooperative
+        tests --test size cooperative
         tests --test conformance cooperative
         for dtype in f16 bf16; do
             # The tests above hold the backward pass, whose sink gradients have the bound of halves where o is a sum of
