@@ -57,9 +57,9 @@ fn store_{{ operand.name }}(base: u32, quad: u32, x: vec4<f32>) {
   if (quad * 4u + {{ e }}u < {{ operand.width }}u) { set_{{ operand.name }}(at + {{ e }}u, stored.{{ xyzw[e] }}); }
 {% endfor %}
 {% elif halves %}
-  {{ operand.name }}[base + quad] = stored.xz | (stored.yw << vec2<u32>(16u));
+  {{ operand.buffer }}[base + quad] = stored.xz | (stored.yw << vec2<u32>(16u));
 {% else %}
-  {{ operand.name }}[base + quad] = stored;
+  {{ operand.buffer }}[base + quad] = stored;
 {% endif %}
 }
 {% if not vec4 and halves %}
@@ -67,13 +67,13 @@ fn store_{{ operand.name }}(base: u32, quad: u32, x: vec4<f32>) {
 // The other half of the word may be another thread's: each changes its own only, so no order makes a difference.
 fn set_{{ operand.name }}(at: u32, half: u32) {
   let shift = at % 2u * 16u;
-  atomicAnd(&{{ operand.name }}[at / 2u], ~(0xffffu << shift));
-  atomicOr(&{{ operand.name }}[at / 2u], half << shift);
+  atomicAnd(&{{ operand.buffer }}[at / 2u], ~(0xffffu << shift));
+  atomicOr(&{{ operand.buffer }}[at / 2u], half << shift);
 }
 {% elif not vec4 %}
 
 fn set_{{ operand.name }}(at: u32, x: f32) {
-  {{ operand.name }}[at] = x;
+  {{ operand.buffer }}[at] = x;
 }
 {% endif %}
 {% endfor %}

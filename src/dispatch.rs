@@ -152,7 +152,7 @@ pub struct BackwardBuffers<'a> {
     pub d_o: TensorView<'a>,
     /// Gradient by lse, densely packed; `None` is zero. Ignored where lse is -inf.
     pub d_lse: Option<TensorView<'a>>,
-    /// Result: gradient by q.
+    /// Result: gradient by q. The gradients by q, k and v may be views of one buffer, such as a fused projection's.
     pub d_q: TensorView<'a>,
     /// Result: gradient by k.
     pub d_k: TensorView<'a>,
@@ -229,12 +229,17 @@ impl<'a> Operands<'a> {
         self.add_with(binding, wanted, "set Options::sink_logits to SinkLogits::PerHead", view)
     }
 
-    /// No result may lie in a buffer that another operand uses, nor overlap itself.
+    /// No result may overlap itself, nor lie in a buffer that another operand uses; but the gradients by q, k and v may lie
+    /// side by side in one, as those of a fused projection do.
     fn check_results(&self, results: &[Binding]) -> Result<()> {
         for (view, placed) in self.placed.iter().filter(|(_, p)| results.contains(&p.view.binding)) {
             let binding = placed.view.binding;
             let mut others = self.placed.iter().filter(|(_, p)| p.view.binding != binding);
-            if let Some((_, other)) = others.find(|(other, _)| other.buffer == view.buffer) {
+            let fused = [Binding::DQ, Binding::DK, Binding::DV];
+            let is_apart = |other: &View| {
+                fused.contains(&binding) && fused.contains(&other.binding) && placed.view.is_apart_from(other)
+            };
+            if let Some((_, other)) = others.find(|(o, p)| o.buffer == view.buffer && !is_apart(&p.view)) {
                 return Err(Error::Aliasing { output: binding.name(), other: other.view.binding.name() });
             }
             placed.check_distinct()?;
@@ -257,7 +262,9 @@ impl<'a> Operands<'a> {
     }
 
     fn views(&self, pass: &Pass, plan: &Plan) -> Vec<View> {
-        pass.variant.bindings().into_iter().filter_map(|(binding, _)| self.view(binding, plan)).collect()
+        let bindings = pass.variant.bindings().into_iter().map(|(binding, _)| binding);
+        let packed = pass.variant.packed.then_some(Binding::DV);
+        bindings.chain(packed).filter_map(|binding| self.view(binding, plan)).collect()
     }
 
     fn params(&self, views: &[View], piece: &Piece, continues: bool) -> Params {
@@ -415,6 +422,7 @@ impl Prepared {
             d_alibi_slopes: buffers.d_alibi_slopes.is_some(),
             d_bias: buffers.d_bias.is_some(),
             mask_bits: buffers.forward.mask_scratch.is_some(),
+            packed: buffers.d_k.buffer == buffers.d_v.buffer,
         };
         let plan = Plan::backward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan, budget).await

@@ -109,6 +109,41 @@ impl View {
         axes.sum::<u128>() + u128::from(self.offset) + u128::from(self.extents[3] + self.tail) - 1
     }
 
+    /// Whether no element of two results in one buffer lies where one of the other does, as far as that is seen without going
+    /// through them: where along some axes both have the same strides, and what they have along the others lies side by side
+    /// within a step of these.
+    pub(crate) fn is_apart_from(&self, other: &View) -> bool {
+        let reach = |view: &View, along: &dyn Fn(usize) -> bool| {
+            (0..3).filter(|axis| along(*axis)).map(|axis| view.strides[axis] * (view.extents[axis] - 1)).sum::<u64>()
+        };
+        (0..8u32).any(|set| {
+            let is_outer = |axis: usize| set >> axis & 1 == 1;
+            let mut outer: Vec<[u64; 2]> = (0..3)
+                .filter(|axis| is_outer(*axis))
+                .map(|axis| {
+                    // The stride of an axis with one element says nothing.
+                    let strides = [self.strides[axis], other.strides[axis]].into_iter().max().unwrap_or(0);
+                    [strides, self.extents[axis].max(other.extents[axis])]
+                })
+                .collect();
+            let same = |axis: usize| {
+                self.strides[axis] == other.strides[axis] || self.extents[axis] == 1 || other.extents[axis] == 1
+            };
+            let [own, its] = [self, other]
+                .map(|view| [view.offset, view.offset + reach(view, &|axis| !is_outer(axis)) + view.extents[3]]);
+            let apart = own[1] <= its[0] || its[1] <= own[0];
+            outer.sort_unstable();
+            // Steps along the outer axes never come closer to each other than what lies within one.
+            let mut span = own[1].max(its[1]) - own[0].min(its[0]);
+            let nests = outer.iter().filter(|[_, extent]| *extent > 1).all(|[stride, extent]| {
+                let fits = *stride >= span;
+                span = span.saturating_add(stride.saturating_mul(extent - 1));
+                fits
+            });
+            apart && nests && (0..3).filter(|axis| is_outer(*axis)).all(same)
+        })
+    }
+
     /// Whether rows can be read four neighbours at a time. Windows start at multiples of 16 bytes.
     pub(crate) fn vec4(&self) -> bool {
         [self.offset, self.extents[3]].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
@@ -245,6 +280,9 @@ impl Pass {
             let windows = cutter.views.iter().map(|view| Ok((view.binding, cutter.window(view, &touches)?)));
             let mut windows = windows.collect::<Result<Vec<_>>>()?;
             windows.extend(&cutter.whole);
+            if self.variant.packed {
+                join(&mut windows, [Binding::DK, Binding::DV], capabilities)?;
+            }
             let (workgroups, grid) = fold(cutter.workgroups(&region), capabilities.grid_dimension)?;
             let [.., places] = &region.axes;
             if self.is_listed() {
@@ -261,6 +299,20 @@ impl Pass {
     fn is_listed(&self) -> bool {
         self.variant.lengths && self.variant.tiling.is_some() && self.variant.kernel != Kernel::DBias
     }
+}
+
+/// Makes one window of those of two operands in one buffer.
+fn join(windows: &mut [(Binding, Window)], operands: [Binding; 2], capabilities: &Capabilities) -> Result<()> {
+    let own: Vec<&mut Window> =
+        windows.iter_mut().filter(|(b, _)| operands.contains(b)).map(|(_, window)| window).collect();
+    let start = own.iter().map(|window| window.start).min().unwrap_or(0);
+    let end = own.iter().map(|window| window.start + window.len).max().unwrap_or(0);
+    let (bytes, limit) = (end - start, capabilities.binding_bytes);
+    if bytes > limit {
+        return Err(Error::BindingTooLarge { operand: operands[0].name(), bytes, limit });
+    }
+    own.into_iter().for_each(|window| *window = Window { start, len: bytes });
+    Ok(())
 }
 
 /// Rows and keys that a part of a region reads and writes, in all of its heads.

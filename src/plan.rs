@@ -78,6 +78,8 @@ pub struct OptionalOperands {
     pub d_bias: bool,
     /// The backward pass finds the mask's bits, which the forward pass has left.
     pub mask_bits: bool,
+    /// The gradients by k and v lie in one buffer.
+    pub packed: bool,
 }
 
 /// How a problem will be computed on a device: passes that run one after the other.
@@ -202,6 +204,7 @@ impl OptionalOperands {
             d_alibi_slopes: true,
             d_bias: true,
             mask_bits: false,
+            packed: false,
         }
     }
 
@@ -412,6 +415,7 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
         mask: is_tiled && options.mask.is_some(),
         mask_packing: if kernel == Kernel::MaskBits { options.mask_packing } else { MaskPacking::Bytes },
         axes: options.bias.filter(|_| kernel == Kernel::DBias),
+        packed: optional.packed && kernel == Kernel::DKv,
         moments: kernel == Kernel::DQ && options.alibi && optional.d_alibi_slopes,
         lengths: problem.has_lengths() && (is_tiled || (is_maxima && options.layout != Layout::Thd)),
         // Enters with delta.

@@ -300,6 +300,8 @@ pub struct Variant {
     pub lengths: bool,
     /// A gradient flows into lse.
     pub d_lse: bool,
+    /// d_k and d_v lie in one buffer, which is bound once.
+    pub packed: bool,
     /// o is bound with what its rounding to half precision takes.
     pub o_rest: bool,
     /// The tile shape, for the kernels that have tiles.
@@ -352,7 +354,10 @@ impl Variant {
             Kernel::DSinkLogits if self.sums_delta() => (&[Params, Sinks, RowTerms], &[DSinkLogits]),
             Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
             Kernel::DQ => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DQ, AlibiMoments]),
-            Kernel::DKv => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DK, DV]),
+            Kernel::DKv => (
+                &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms],
+                if self.packed { &[DK] } else { &[DK, DV] },
+            ),
             Kernel::DBias => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DBias]),
             Kernel::DAlibiSlopes => (&[Params, AlibiMoments], &[DAlibiSlopes]),
             Kernel::MaskBits => (&[Params, Mask], &[MaskBits]),
@@ -457,8 +462,9 @@ impl Variant {
             ("_alibi", self.alibi),
             ("_moments", self.moments),
             ("_mask", self.mask),
-            ("_packed", self.mask_packing == MaskPacking::Bits),
+            ("_bits", self.mask_packing == MaskPacking::Bits),
             ("_lengths", self.lengths),
+            ("_packed", self.packed),
         ] {
             name.push_str(if there { part } else { "" });
         }
@@ -479,12 +485,20 @@ impl Variant {
         let bindings = self.bindings();
         let half = self.dtype != DType::F32;
         let quads = |width: u32| width.div_ceil(4);
+        // What is read and written, and the binding that it is part of.
+        let mut named: Vec<_> = bindings.iter().map(|&(b, written)| (b, b, written)).collect();
+        if self.packed {
+            named.push((Binding::DV, Binding::DK, true));
+        }
         let operands = |written: bool| -> Vec<Value> {
-            let of = |b: &(Binding, bool)| b.0.width(self).filter(|_| b.1 == written).map(|width| (b.0.name(), width));
-            bindings.iter().filter_map(of).map(|(name, width)| context! { name, width }).collect()
+            let of = |&&(b, _, w): &&(Binding, Binding, bool)| w == written && b.width(self).is_some();
+            let value = |&(b, buffer, _): &(Binding, Binding, bool)| {
+                context! { name => b.name(), buffer => buffer.name(), width => b.width(self) }
+            };
+            named.iter().filter(of).map(value).collect()
         };
-        let widths = bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
-        let operand_quads: BTreeMap<&str, u32> = widths.map(|(name, width)| (name, quads(width))).collect();
+        let widths = || named.iter().filter_map(|(b, ..)| Some((b.name(), b.width(self)?)));
+        let operand_quads: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, quads(width))).collect();
         let cooperative = self.fragments().is_some();
         let rows_are_keys = self.kernel == Kernel::DKv;
         let here = if self.lengths { "here, " } else { "" };
@@ -586,7 +600,6 @@ impl Variant {
         }
         if let Some(f) = self.fragments() {
             let side = f.matrices.side;
-            let widths = || bindings.iter().filter_map(|(b, _)| Some((b.name(), b.width(self)?)));
             let fragments: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.across(width))).collect();
             let staged: &[&str] = match self.kernel {
                 Kernel::DKv => &["q", "d_o"],

@@ -772,6 +772,50 @@ mod backward {
         assert!(buffers.run(device, &prepare(good).unwrap()) == backward.check(gpu, &problem));
     }
 
+    /// The gradients of a fused projection: side by side in each row of one buffer, head by head, or one after the other.
+    #[test]
+    fn gradients_of_a_fused_projection() {
+        let Some(gpu) = gpu() else { return };
+        let device = gpu.device().unwrap();
+        let problem = typical();
+        let Shape { batch, heads, kv_heads, seq_q: seq, head_dim: width, .. } = *problem.shape();
+        let case = Backward::random(&problem, 7);
+        let expected = case.run(gpu, &problem);
+        let buffers = GradientBuffers::new(device, &problem, &case);
+        buffers.save(device, &gpu.forward(&problem, &case.operands.inputs()).unwrap());
+        let all = heads + 2 * kv_heads;
+        for (start, strides) in [
+            // [batch, seq, heads of q, k and v, width]
+            (1, [seq * all * width, width, all * width]),
+            // [batch, heads of q, k and v, seq, width]
+            (seq, [all * seq * width, seq * width, width]),
+            // [heads of q, k and v, batch, seq, width]
+            (batch * seq, [seq * width, batch * seq * width, width]),
+        ] {
+            let fused = buffer(device, &vec![f32::NAN; batch * seq * all * width]);
+            let part = |first: usize| {
+                TensorView::new(&fused).offset((first * start * width) as u64).strides(strides.map(|n| n as u64))
+            };
+            let (d_q, d_k, d_v) = (part(0), part(heads), part(heads + kv_heads));
+            let prepared =
+                gpu.prepare_backward(&problem, &BackwardBuffers { d_q, d_k, d_v, ..buffers.views() }).unwrap();
+            submit(device, |encoder| prepared.encode(encoder));
+            let written = read(device, &fused);
+            for (view, heads, expected) in
+                [(d_q, heads, &expected.d_q), (d_k, kv_heads, &expected.d_k), (d_v, kv_heads, &expected.d_v)]
+            {
+                let place = Place {
+                    extents: [batch, heads, seq, width],
+                    offset: view.offset as usize,
+                    strides: view.strides.unwrap(),
+                };
+                for (at, packed) in place.elements(problem.options().layout) {
+                    assert_eq!(written[at].to_bits(), expected[packed].to_bits(), "{strides:?}, element {packed}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn results_need_buffers_of_their_own() {
         let Some(gpu) = gpu() else { return };
@@ -798,14 +842,16 @@ mod backward {
             Error::Aliasing { output: "d_sink_logits", other: "sink_logits" }
         );
 
-        // A fused gradient of q, k and v: three views of one buffer that share no element. The kernels write them
-        // in different passes, but d_k and d_v in one.
+        // Gradients in one buffer that share an element: the last head of d_q is the first of d_k, or of d_v.
         let fused = empty(device, 2 * 50 * 8 * 16 * 4, BufferUsages::STORAGE);
         let part = |first: u64| TensorView::new(&fused).offset(first * 16).strides([50 * 128, 16, 128]);
-        expect_error!(
-            prepare(BackwardBuffers { d_q: part(0), d_k: part(4), d_v: part(6), ..good }),
-            Error::Aliasing { output: "d_q", other: "d_k" }
-        );
+        for [q, k, v, other] in [[0, 3, 6, 0], [0, 5, 3, 1]] {
+            let buffers = BackwardBuffers { d_q: part(q), d_k: part(k), d_v: part(v), ..good };
+            let (error, other) = (prepare(buffers).unwrap_err(), ["d_k", "d_v"][other as usize]);
+            assert!(matches!(error, Error::Aliasing { output: "d_q", other: o } if o == other), "{error}");
+        }
+        let buffers = BackwardBuffers { d_q: part(0), d_k: part(4), d_v: part(5), ..good };
+        expect_error!(prepare(buffers), Error::Aliasing { output: "d_k", other: "d_v" });
 
         // Inputs may share: nothing is written to them.
         prepare(BackwardBuffers { d_o: forward.o, d_lse: Some(forward.lse), ..good }).unwrap();

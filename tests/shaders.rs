@@ -149,8 +149,9 @@ fn with_options() -> Vec<Planned> {
                     (MicroKernel::Portable, dtype != DType::F32),
                     (MicroKernel::Cooperative, false),
                 ] {
+                    let (d_alibi_slopes, d_bias, packed) = (true, true, n % 2 == 0);
                     let optional =
-                        OptionalOperands { o_rest, d_alibi_slopes: true, d_bias: true, ..OptionalOperands::default() };
+                        OptionalOperands { o_rest, d_alibi_slopes, d_bias, packed, ..OptionalOperands::default() };
                     let preference = Preference { micro_kernel, ..Preference::default() };
                     let plans = [
                         Plan::forward_with(&problem, vec4, optional, device, &preference),
@@ -373,6 +374,7 @@ fn bindings_stay_where_they_are() {
             Kernel::DSinkLogits => &["d_sink_logits"],
             Kernel::DQ if variant.moments => &["alibi_moments", "d_q"],
             Kernel::DQ => &["d_q"],
+            Kernel::DKv if variant.packed => &["d_k"],
             Kernel::DKv => &["d_k", "d_v"],
             Kernel::Maxima | Kernel::GradientMaxima => &["maxima"],
             Kernel::Ranges => &["ranges"],
@@ -440,12 +442,20 @@ fn build(attention: &Attention, planned: &Planned) {
         o_rest: optional.o_rest.then(|| at(&o_rest)),
         ..ForwardBuffers::new(at(&q), at(&k), at(&v), at(&o), at(&lse))
     };
+    // The gradients by k and v one after the other in one buffer.
+    let k_elements = problem.k_shape().iter().product::<usize>().next_multiple_of(4);
+    let v_elements = problem.v_shape().iter().product::<usize>();
+    let fused = buffer(k_elements + v_elements, problem.options().dtype.bytes());
+    let (d_k, d_v) = match optional.packed {
+        true => (at(&fused), at(&fused).offset(offset + k_elements as u64)),
+        false => (at(&d_k), at(&d_v)),
+    };
     let backward_buffers = BackwardBuffers {
         d_alibi_slopes: optional.d_alibi_slopes.then(|| at(&d_alibi_slopes)).filter(|_| options.alibi),
         d_bias: optional.d_bias.then(|| at(&d_bias)).filter(|_| options.bias.is_some()),
         d_lse: optional.d_lse.then(|| at(&flows_into_lse)),
         d_sink_logits: per_head.then(|| at(&d_sinks)),
-        ..BackwardBuffers::new(forward_buffers, at(&d_o), at(&d_q), at(&d_k), at(&d_v))
+        ..BackwardBuffers::new(forward_buffers, at(&d_o), at(&d_q), d_k, d_v)
     };
     let tiles = |plan: &Plan| -> Vec<_> {
         plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, pass.variant.tiling?))).collect()

@@ -63,6 +63,7 @@ impl Direction {
             d_alibi_slopes: true,
             d_bias: true,
             mask_bits: false,
+            packed: false,
         };
         match self {
             Direction::Forward => Plan::forward_with(problem, vec4, optional, capabilities, preference),
