@@ -27,8 +27,9 @@ pub(crate) const WORD: u64 = 4;
 /// Elements of a window, at most: shaders count in u32, and loops step beyond the end once.
 const MOST_ELEMENTS: u64 = (1 << 32) - (1 << 16);
 
-/// Words that kernels may read behind the last row of a mask's bits: columns of the widest tile.
+/// Words that kernels may read behind the last row of a mask's bits, and the rows or columns of a tile that they stand for.
 const MASK_READ_BEYOND: u64 = 512;
+pub(crate) const MASK_TILE: u64 = 32 * MASK_READ_BEYOND;
 
 /// What a dispatch does of a pass. The axes are those of the pass: sequences, key heads (query heads, where there is no
 /// group to keep together) and tiles of rows; where sequences differ in length, places in the list of tiles for the last.

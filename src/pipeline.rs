@@ -142,7 +142,9 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
     // strides in `Params`, which `Placed::new` has checked against the buffer. A dispatch computes a region of its pass, and
     // what the workgroups of a region index of an operand lies within the window that `Pass::pieces` binds of it, in whole words:
     // a test there goes through it, workgroup by workgroup. Indices count from the window's start and may wrap around on
-    // their way there; `View::window` keeps their number below 2^32. Every index into
+    // their way there; `View::window` keeps their number below 2^32. The table of sequences and the slots of repairs are as long
+    // as `sequence_table` and `repair_slots` make them for the same problem; a bias is read at positions clamped to the sequence,
+    // and a mask's words up to a tile beyond a row's end, for which `mask_bits` leaves room. Every index into
     // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
     // constants; every loop counts up to a bound that its body does not change.
     unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }

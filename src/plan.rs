@@ -8,7 +8,7 @@ use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
 use crate::mask::Band;
-use crate::pieces::{DISPATCH_BUDGET, dense_views};
+use crate::pieces::{DISPATCH_BUDGET, MASK_TILE, dense_views};
 use crate::problem::{Layout, MaskPacking, Problem, SinkLogits};
 use crate::sequences::Sequence;
 use crate::shader::{
@@ -503,6 +503,11 @@ impl Pass {
                 let reason = format!("{} needs {needed} {what}, the device offers {offered}", variant.name());
                 return Err(Error::NoKernel { problem: problem.to_string(), reason });
             }
+        }
+        let side = variant.tile().map_or(0, |[rows, columns]| rows.max(columns));
+        if variant.mask && u64::from(side) > MASK_TILE {
+            let reason = format!("{} has tiles of {side}, under a mask the most is {MASK_TILE}", variant.name());
+            return Err(Error::NoKernel { problem: problem.to_string(), reason });
         }
         let most = u64::from(capabilities.grid_dimension.min(MOST_GRID)).pow(2);
         let (_, grid) = fold(workgroups.min(most.into()), capabilities.grid_dimension)?;

@@ -11,7 +11,7 @@ use crate::shader::Binding;
 /// An operand in a buffer of the caller's, of the problem's element type; lse, the sink logits and their gradients are
 /// f32.
 ///
-/// Kernels bind whole words of four bytes: a buffer of f16 or bf16 must hold the whole of the word in which its operand
+/// Kernels bind whole words of four bytes: a buffer of f16, bf16 or a mask in bytes must hold the whole of the word in which it
 /// ends. What else lies in that word is kept.
 ///
 /// The last axis is contiguous; the others may have any strides. By default the operand is densely
