@@ -195,7 +195,7 @@ mod tests {
             })
             .collect();
         assert!(rows.is_sorted_by(|a, b| a >= b) && rows.first() > rows.last(), "{rows:?}");
-        assert_eq!(of(&problem(DType::F16, 256), device, MicroKernel::Cooperative), []);
+        assert_eq!(of(&problem(DType::F16, 257), device, MicroKernel::Cooperative), []);
     }
 
     #[test]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every test, the demo and the device check, on a GPU adapter: bash tests/run.sh
+# Runs every test, the device check among them, and the demo, on a GPU adapter: bash tests/run.sh
 #
 # Where there is no adapter, a software Vulkan driver (Mesa's llvmpipe) is installed on Debian and Ubuntu; elsewhere
 # the script says what is missing. macOS and Windows bring their own driver.
@@ -126,7 +126,6 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 if cargo build --features cli --bin sink-attention --example streaming --example fit_sinks </dev/null; then
     step "$CARGO_TARGET_DIR/debug/examples/streaming" --tokens 4000 --out "$temp/streaming.svg"
     step "$CARGO_TARGET_DIR/debug/examples/fit_sinks" --out "$temp/fit_sinks.svg"
-    step "$CARGO_TARGET_DIR/debug/sink-attention" check --quick
     step "$CARGO_TARGET_DIR/debug/sink-attention" bench --quick --shape seed
 else
     failed=$((failed + 1))
@@ -148,11 +147,8 @@ case $? in
         tests --test options cooperative
         tests --test size cooperative
         tests --test conformance cooperative
-        for dtype in f16 bf16; do
-            # The tests above hold the backward pass, whose sink gradients have the bound of halves where o is a sum of
-            # rounded p; the command knows only that of f32.
-            step cargo run --quiet --features cli -- check --quick --forward --kernel cooperative --dtype "$dtype"
-        done
+        # Every case of it would compile for half an hour.
+        step cargo run --quiet --features cli -- check --quick --kernel cooperative --dtype f16 --only "heads, batch, layout"
         echo
         echo "== $((SECONDS - start)) s on cooperative matrices"
         ;;
