@@ -1,12 +1,12 @@
 //! What a Vulkan driver makes of the kernels: registers, spills, workgroup memory, size of the code.
 //!
 //! ```sh
-//! cargo run --release --example driver_stats -- [--dtype f16] [--out FOLDER]
+//! cargo run --release --example driver_stats -- [--dtype f16] [--tiles KERNEL=TILES]... [--out FOLDER]
 //! ```
 //!
 //! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
 //! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. With `--out`, the WGSL, the SPIR-V and the
-//! driver's pipeline cache are written there. The cache holds the machine code: NVIDIA's is a zstd frame after 100 bytes or so, in it
+//! driver's pipeline cache are written there. `--tiles` is that of `sink-attention bench`. The cache holds the machine code: NVIDIA's is a zstd frame after 100 bytes or so, in it
 //! code of the length at byte 0x4c begins 8 bytes after the offset at byte 0x50, and `nvdisasm -b SM90` reads it.
 
 use std::error::Error;
@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 
 use ash::{khr, vk};
 use sink_attention::{
-    Attention, Capabilities, DType, DeviceChoice, Options, Plan, Problem, Shape, SinkLogits, Variant,
+    Attention, Capabilities, DType, DeviceChoice, Kernel, OptionalOperands, Options, Plan, Preference, Problem, Shape,
+    SinkLogits, Tiling, Variant,
 };
 
 /// B=1, N=8192: query heads, key heads, width.
@@ -24,6 +25,7 @@ const SHAPES: [[usize; 3]; 2] = [[64, 8, 64], [32, 8, 128]];
 fn main() -> Result<(), Box<dyn Error>> {
     let mut dtype = DType::F16;
     let mut out: Option<PathBuf> = None;
+    let mut tiles = Vec::new();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
@@ -31,6 +33,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--dtype" => {
                 let known = [DType::F32, DType::F16, DType::Bf16].into_iter().find(|d| d.to_string() == value);
                 dtype = known.ok_or_else(|| format!("no element type {value}"))?;
+            }
+            "--tiles" => {
+                let (name, tiling) = value.split_once('=').ok_or("--tiles wants KERNEL=TILES")?;
+                let kernel = Kernel::TILED.into_iter().find(|kernel| kernel.name() == name);
+                tiles.push((kernel.ok_or_else(|| format!("no kernel {name} with tiles"))?, tiling.parse()?));
             }
             "--out" => out = Some(value.into()),
             _ => return Err(format!("unknown argument {argument}").into()),
@@ -41,7 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{}", attention.device_name());
     let driver = Driver::new()?;
     for [heads, kv_heads, width] in SHAPES {
-        for variant in variants(heads, kv_heads, width, dtype, device.capabilities())? {
+        for variant in variants([heads, kv_heads, width], dtype, device.capabilities(), &tiles)? {
             println!("{:80} {}", variant.name(), driver.statistics(&variant, out.as_deref())?);
         }
     }
@@ -50,17 +57,21 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// The kernels of both passes of a training step.
 fn variants(
-    heads: usize,
-    kv_heads: usize,
-    width: usize,
+    [heads, kv_heads, width]: [usize; 3],
     dtype: DType,
     capabilities: &Capabilities,
+    tiles: &[(Kernel, Tiling)],
 ) -> Result<Vec<Variant>, Box<dyn Error>> {
     let (batch, seq) = (1, 8192);
     let shape = Shape { batch, heads, kv_heads, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead).dtype(dtype);
     let problem = Problem::new(shape, options)?;
-    let plans = [Plan::forward(&problem, true, capabilities)?, Plan::backward(&problem, true, false, capabilities)?];
+    let preference = Preference { tiles, ..Preference::default() };
+    let optional = OptionalOperands { o_rest: dtype != DType::F32, ..OptionalOperands::default() };
+    let plans = [
+        Plan::forward_with(&problem, true, optional, capabilities, &preference)?,
+        Plan::backward_with(&problem, true, optional, capabilities, &preference)?,
+    ];
     Ok(plans.into_iter().flat_map(|plan| plan.passes).map(|pass| pass.variant).collect())
 }
 

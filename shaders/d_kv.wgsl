@@ -8,6 +8,9 @@
 
 {% include "tiled_main.wgsl" %}
 
+{% if not bias %}
+  let open = open_tiles({{ here_argument }}row0, row_end);
+{% endif %}
   {{ micro.begin() }}
   for (var head = work.head; head < work.head + params.heads / params.kv_heads; head += 1u) {
 {% for operand in ["q", "d_o"] %}
@@ -30,7 +33,7 @@
       // Any number of it may be -infinity.
       let masked = true;
 {% else %}
-      let masked = !all_visible({{ here_argument }}column0, column0 + TILE_COLUMNS, row0, row_end){% if mask %} || tile_class({{ here_argument }}class_base, column0, column0 + TILE_COLUMNS, row0, row_end) != 1u{% endif %};
+      let masked = !is_open(open, column0){% if mask %} || tile_class({{ here_argument }}class_base, column0, column0 + TILE_COLUMNS, row0, row_end) != 1u{% endif %};
 {% endif %}
       {{ micro.scores() }}
       {{ micro.probabilities() }}

@@ -1,18 +1,32 @@
-{#- Four neighbours of a row as halves, for fragments; zero beyond the width. f16 operands are bound as what they are. -#}
+{#- Four neighbours of a row for fragments: loaded as they are in memory, and later made halves. f16 operands are bound as what they
+    are. -#}
+alias Raw = {{ "vec4<f16>" if dtype == "f16" else ("vec2<u32>" if vec4 else "vec4<f32>") }};
+
+fn half4(raw: Raw, factor: f32) -> vec4<f16> {
+{% if dtype == "f16" %}
+  return raw * f16(factor);
+{% elif vec4 %}
+  return vec4<f16>(vec4<f32>(widen2(raw.x), widen2(raw.y)) * factor);
+{% else %}
+  return vec4<f16>(raw * factor);
+{% endif %}
+}
 {% for operand in loads %}
 
-fn half_{{ operand.name }}(base: u32, quad: u32, factor: f32) -> vec4<f16> {
-{% if dtype != "f16" %}
-  return vec4<f16>(load_{{ operand.name }}(base, quad) * factor);
-{% elif vec4 %}
-  return {{ operand.name }}[base + quad] * f16(factor);
-{% else %}
-  let at = base + quad * 4u;
+// Zero beyond the width.
+fn raw_{{ operand.name }}(base: u32, row: u32, quad: u32) -> Raw {
+{% if vec4 %}
+  // The row is what changes from tile to tile.
+  return {{ operand.name }}[base + quad + row];
+{% elif dtype == "f16" %}
+  let at = base + row + quad * 4u;
   var x = vec4<f16>({{ operand.name }}[at], 0.0h, 0.0h, 0.0h);
 {% for e in range(1, 4) %}
   if (quad * 4u + {{ e }}u < {{ operand.width }}u) { x.{{ xyzw[e] }} = {{ operand.name }}[at + {{ e }}u]; }
 {% endfor %}
-  return x * f16(factor);
+  return x;
+{% else %}
+  return load_{{ operand.name }}(base + row, quad);
 {% endif %}
 }
 {% endfor %}

@@ -31,12 +31,13 @@ fn load_sequence(index: u32) -> Sequence {
 {% endif %}
 
 {% if rows_are_keys %}
-// The four queries from i on see key j.
+// The four queries from i on see key j: they are among those in a row that do.
 fn visible4(j: u32, i: u32) -> vec4<bool> {
-  let queries = vec4<u32>(i) + vec4<u32>(0u, 1u, 2u, 3u);
-  let diagonal = vec4<i32>(i32(j)) - vec4<i32>(queries);
-  return (queries < vec4<u32>({{ sequence }}.seq_q)) & (diagonal <= vec4<i32>({{ sequence }}.upper))
-    & ((diagonal >= vec4<i32>({{ sequence }}.lower)) | vec4<bool>(j < {{ sequence }}.sink_tokens)){% if lengths %} & vec4<bool>(j < sequence.seq_k){% endif %};
+  let seq_q = i32({{ sequence }}.seq_q);
+  let start = clamp(i32(j) - {{ sequence }}.upper, 0, seq_q);
+  let end = select(clamp(i32(j) + 1 - {{ sequence }}.lower, start, seq_q), seq_q, j < {{ sequence }}.sink_tokens);
+  let queries = vec4<u32>(i - u32(start)) + vec4<u32>(0u, 1u, 2u, 3u);
+  return queries < vec4<u32>(u32(end - start)){% if lengths %} & vec4<bool>(j < sequence.seq_k){% endif %};
 }
 
 // Tiles first..end of queries hold one that sees something of key0..key_end. One range: the queries that see
@@ -51,12 +52,13 @@ fn query_tiles({{ here_parameter }}key0: u32, key_end: u32) -> QueryTiles {
   return QueryTiles(u32(start) / TILE_COLUMNS, (u32(end) + TILE_COLUMNS - 1u) / TILE_COLUMNS);
 }
 {% else %}
-// Query i sees the four keys from j on.
+// Query i sees the four keys from j on: they are among those in a row that it does, or sink tokens.
 fn visible4(i: u32, j: u32) -> vec4<bool> {
+  let end = clamp(i32(i) + 1 + {{ sequence }}.upper, 0, i32({{ sequence }}.seq_k));
+  let start = clamp(i32(i) + {{ sequence }}.lower, 0, end);
+  let sinks = min({{ sequence }}.sink_tokens, u32(end));
   let keys = vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u);
-  let diagonal = vec4<i32>(keys) - vec4<i32>(i32(i));
-  return (keys < vec4<u32>({{ sequence }}.seq_k)) & (diagonal <= vec4<i32>({{ sequence }}.upper))
-    & ((diagonal >= vec4<i32>({{ sequence }}.lower)) | (keys < vec4<u32>({{ sequence }}.sink_tokens))){% if lengths %} & vec4<bool>(i < sequence.seq_q){% endif %};
+  return ((keys - vec4<u32>(u32(start)) < vec4<u32>(u32(end - start))) | (keys < vec4<u32>(sinks))){% if lengths %} & vec4<bool>(i < sequence.seq_q){% endif %};
 }
 
 // Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
@@ -80,9 +82,34 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
 }
 {% endif %}
 
-// Whether every query of row0..row_end sees every key of key0..key_end.
-fn all_visible({{ here_parameter }}row0: u32, row_end: u32, key0: u32, key_end: u32) -> bool {
-  let window = i32(row_end) - 1 + {{ bounds }}.lower;
-  return row_end <= {{ bounds }}.seq_q && key_end <= {{ bounds }}.seq_k && i32(key_end) - 1 <= i32(row0) + {{ bounds }}.upper
-    && max(i32(key0), i32({{ bounds }}.sink_tokens)) >= min(i32(key_end), window);
+{% if rows_are_keys %}
+// The tiles within start..end of queries hold nothing that does not see all of key0..key_end.
+struct OpenTiles { start: u32, end: u32 }
+
+fn open_tiles({{ here_parameter }}key0: u32, key_end: u32) -> OpenTiles {
+  let seq_q = i32({{ bounds }}.seq_q);
+  let start = clamp(i32(key_end) - 1 - {{ bounds }}.upper, 0, seq_q);
+  let end = clamp(i32(max(key0, {{ bounds }}.sink_tokens)) + 1 - {{ bounds }}.lower, 0, seq_q);
+  let limit = select(seq_q, 0, key_end > {{ bounds }}.seq_k);
+  return OpenTiles(u32(start), u32(min(select(end, seq_q, {{ bounds }}.sink_tokens >= key_end), limit)));
 }
+
+fn is_open(open: OpenTiles, column0: u32) -> bool {
+  return column0 >= open.start && column0 + TILE_COLUMNS <= open.end;
+}
+{% else %}
+// The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
+struct OpenTiles { start: u32, end: u32 }
+
+fn open_tiles({{ here_parameter }}row0: u32, row_end: u32) -> OpenTiles {
+  let limit = select(i32({{ bounds }}.seq_k), 0, row_end > {{ bounds }}.seq_q);
+  let end = clamp(i32(row0) + 1 + {{ bounds }}.upper, 0, limit);
+  let start = u32(clamp(i32(row_end) - 1 + {{ bounds }}.lower, 0, end));
+  return OpenTiles(select(start, 0u, {{ bounds }}.sink_tokens >= start), u32(end));
+}
+
+fn is_open({{ here_parameter }}open: OpenTiles, column0: u32) -> bool {
+  let column_end = column0 + TILE_COLUMNS;
+  return column_end <= open.end && (column0 >= open.start || column_end <= {{ bounds }}.sink_tokens);
+}
+{% endif %}

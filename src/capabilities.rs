@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::device::device_descriptor;
+use crate::shader::MicroKernel;
 
 /// Kinds of devices that want different tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -19,21 +20,6 @@ pub enum DeviceClass {
     Software,
     /// Anything else, and browsers that do not say.
     Other,
-}
-
-impl DeviceClass {
-    /// Floating-point operations that the slowest device of the class worth the name does in a second with the portable
-    /// kernels, by which the time of a dispatch is estimated. Low on purpose: what is estimated too long is cut in vain, what
-    /// is estimated too short may lose the device.
-    pub(crate) fn flops(self) -> f64 {
-        match self {
-            DeviceClass::Nvidia | DeviceClass::Amd => 1e12,
-            DeviceClass::Apple => 5e11,
-            DeviceClass::Intel => 1e11,
-            DeviceClass::Other => 5e10,
-            DeviceClass::Software => 2e9,
-        }
-    }
 }
 
 impl fmt::Display for DeviceClass {
@@ -168,6 +154,24 @@ impl Capabilities {
             cooperative: None,
             multiprocessor: Multiprocessor::of(class(info), info.backend),
             loop_iterations: is_llvmpipe(info).then_some(LLVMPIPE_LOOP_ITERATIONS),
+        }
+    }
+
+    /// Floating-point operations that the slowest device like this one worth the name does in a second, by which the time of a
+    /// dispatch is estimated. Low on purpose: what is estimated too short may lose the device. Not lower than that: what is
+    /// estimated too long is cut in vain, into dispatches that do not fill a fast device (on an H200, eight of 64 workgroups
+    /// each took five times as long as one of 512).
+    pub(crate) fn flops(&self, micro_kernel: MicroKernel) -> f64 {
+        let has_matrices = self.cooperative.is_some();
+        match (self.class, micro_kernel) {
+            (DeviceClass::Nvidia, MicroKernel::Cooperative) => 1e13,
+            (DeviceClass::Nvidia, _) if has_matrices => 5e12,
+            (DeviceClass::Amd, MicroKernel::Cooperative) => 4e12,
+            (DeviceClass::Nvidia | DeviceClass::Amd, _) => 1e12,
+            (DeviceClass::Apple, _) => 5e11,
+            (DeviceClass::Intel, _) => 1e11,
+            (DeviceClass::Other, _) => 5e10,
+            (DeviceClass::Software, _) => 2e9,
         }
     }
 

@@ -21,6 +21,8 @@ pub(crate) struct Fragments {
     pub(crate) rows: u32,
     /// Columns of fragments of a tile.
     pub(crate) columns: u32,
+    /// Tiles of columns in workgroup memory.
+    pub(crate) stages: u32,
 }
 
 impl Fragments {
@@ -28,12 +30,15 @@ impl Fragments {
     pub(crate) fn new(tiling: Tiling, matrices: CooperativeMatrices) -> Option<Self> {
         match tiling {
             Tiling::Portable(_) => None,
-            Tiling::Cooperative { subgroups, rows, columns } => Some(Fragments { matrices, subgroups, rows, columns }),
+            Tiling::Cooperative { subgroups, rows, columns, stages } => {
+                Some(Fragments { matrices, subgroups, rows, columns, stages })
+            }
         }
     }
 
     pub(crate) fn tiling(&self) -> Tiling {
-        Tiling::Cooperative { subgroups: self.subgroups, rows: self.rows, columns: self.columns }
+        let Fragments { subgroups, rows, columns, stages, .. } = *self;
+        Tiling::Cooperative { subgroups, rows, columns, stages }
     }
 
     /// Rows of a tile.
@@ -72,19 +77,13 @@ impl Fragments {
         self.tile_columns() / 4 + 2
     }
 
-    /// Score tiles of which a subgroup keeps weights at once.
-    pub(crate) fn weight_sets(&self, kernel: Kernel) -> u32 {
-        if kernel == Kernel::DKv { 2 } else { 1 }
-    }
-
     /// Bytes of workgroup memory; the arrays of shaders/cooperative/blocks.wgsl.
     pub(crate) fn workgroup_bytes(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
-        let staged = 2 * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
+        let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
         let strips = self.subgroups * self.matrices.side * self.strip_row() * 16;
-        let weights = self.tile_rows() * self.weight_sets(kernel) * self.weight_row() * 8;
-        let statistics = if kernel == Kernel::DKv { 4 * self.tile_columns() * 4 } else { 0 };
-        // The flag `broken` takes a slot of its own.
-        staged + strips + weights + statistics + 16
+        let weights = self.tile_rows() * self.weight_row() * 8;
+        let statistics = if kernel == Kernel::DKv { 2 * self.stages * self.tile_columns() * 4 } else { 0 };
+        staged + strips + weights + statistics
     }
 
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
@@ -119,9 +118,12 @@ impl Fragments {
         if ![8, 16].contains(&side) || ![1, 2, 4].iter().any(|n| n * side == lanes) {
             return Err(format!("{lanes} lanes cannot share fragments of {side}x{side}"));
         }
-        for (what, value, most) in
-            [("subgroups", self.subgroups, 32), ("rows", self.rows, 4), ("columns", self.columns, 8)]
-        {
+        for (what, value, most) in [
+            ("subgroups", self.subgroups, 32),
+            ("rows", self.rows, 4),
+            ("columns", self.columns, 8),
+            ("stages", self.stages, 2),
+        ] {
             if value == 0 || value > most {
                 return Err(format!("{what} must be 1 to {most}, not {value}"));
             }
@@ -139,8 +141,8 @@ impl fmt::Display for Fragments {
         let [rows, columns] = [self.tile_rows(), self.tile_columns()];
         write!(
             f,
-            "{rows}x{columns} ({} subgroups of {lanes}, {}x{} fragments of {side}x{side})",
-            self.subgroups, self.rows, self.columns
+            "{rows}x{columns} ({} subgroups of {lanes}, {}x{} fragments of {side}x{side}, {} in workgroup memory)",
+            self.subgroups, self.rows, self.columns, self.stages
         )
     }
 }
@@ -154,22 +156,28 @@ pub(crate) fn candidates(
 ) -> impl Iterator<Item = Fragments> {
     let shape = problem.shape();
     let width = shape.head_dim.max(shape.value_dim);
-    // Subgroups, rows; from prototypes measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not measured.
+    // Subgroups, rows, stages; from prototypes measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not measured.
     // At 256 staged columns leave room for four subgroups in 48 KiB, of one row of fragments each: forward takes some 250
     // registers, d_q and d_k/d_v, with up to two accumulators and two operands, some 310 and 440, of which drivers spill what is
     // beyond 255. They are right all the same.
-    let table: &[[u32; 2]] = match (class, kernel) {
-        (DeviceClass::Software, _) => &[[2, 1]],
-        (_, Kernel::Forward) if width <= 64 => &[[4, 3], [4, 2], [4, 1], [2, 1]],
-        (_, Kernel::Forward) if width <= 128 => &[[8, 2], [8, 1], [4, 1], [2, 1]],
-        (_, Kernel::DQ | Kernel::ExactDelta) if width <= 64 => &[[4, 2], [4, 1], [2, 1]],
-        (_, Kernel::DKv) if width <= 64 => &[[4, 2], [4, 1], [2, 1]],
-        _ => &[[8, 1], [4, 1], [2, 1]],
+    let table: &[[u32; 3]] = match (class, kernel) {
+        (DeviceClass::Software, _) => &[[2, 1, 2]],
+        (_, Kernel::Forward) if width <= 64 => &[[4, 3, 2], [4, 2, 2], [4, 1, 2], [2, 1, 2]],
+        (_, Kernel::Forward) if width <= 128 => &[[8, 2, 2], [8, 1, 2], [4, 1, 2], [2, 1, 2]],
+        (_, Kernel::DQ | Kernel::ExactDelta) if width <= 64 => &[[4, 2, 2], [4, 1, 2], [2, 1, 2]],
+        (_, Kernel::DKv) if width <= 64 => &[[4, 2, 2], [4, 1, 2], [2, 1, 2]],
+        _ => &[[8, 1, 2], [4, 1, 2], [2, 1, 2]],
     };
     let columns = match class {
         // llvmpipe compiles a kernel for seconds, by the number of products in it.
         DeviceClass::Software => 1,
         _ => 16 / matrices.side,
     };
-    table.iter().map(move |&[subgroups, rows]| Fragments { matrices, subgroups, rows: rows * columns, columns })
+    table.iter().map(move |&[subgroups, rows, stages]| Fragments {
+        matrices,
+        subgroups,
+        rows: rows * columns,
+        columns,
+        stages,
+    })
 }

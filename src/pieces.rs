@@ -379,7 +379,7 @@ impl<'a> Cutter<'a> {
             table.window(table.whole(), capabilities)?;
         }
         let is_fixed = matches!(pass.variant.kernel, Kernel::Maxima | Kernel::GradientMaxima | Kernel::Ranges);
-        let most_work = budget.as_secs_f64() * capabilities.class.flops();
+        let most_work = budget.as_secs_f64() * capabilities.flops(pass.variant.micro_kernel);
         let mut cutter = Cutter {
             pass,
             problem,

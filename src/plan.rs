@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::capabilities::{Capabilities, CooperativeMatrices, Multiprocessor};
+use crate::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
@@ -233,13 +233,16 @@ impl Passes<'_> {
         let own = self.own(kernel).next();
         // Measured tiles that do not fit are passed over.
         let fitting = || self.measured(kernel).filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
+        let cooperative = || self.tiled(kernel, MicroKernel::Cooperative, None);
         let pass = match (self.preference.micro_kernel, own.or_else(fitting)) {
-            // Without a tuning not before the kernels have been checked and measured on a GPU.
-            (MicroKernel::Portable, _) | (MicroKernel::Auto, None | Some(Tiling::Portable(_))) => {
-                return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]);
+            (MicroKernel::Cooperative, _) | (MicroKernel::Auto, Some(Tiling::Cooperative { .. })) => {
+                Some(cooperative()?)
             }
-            _ => self.tiled(kernel, MicroKernel::Cooperative, None)?,
+            // Elsewhere not before the kernels have been checked and measured there: `tune` does.
+            (MicroKernel::Auto, None) if self.capabilities.class == DeviceClass::Nvidia => cooperative().ok(),
+            _ => None,
         };
+        let Some(pass) = pass else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
         let repairs = pass.variant.tile().map(|[rows, _]| rows);
         Ok(vec![pass, self.tiled(kernel, MicroKernel::Portable, repairs)?])
     }
@@ -354,9 +357,9 @@ impl Passes<'_> {
                 tiles.check().map_err(unfit)?;
                 (None, tiles.loop_iterations(kernel, d, e))
             }
-            Tiling::Cooperative { subgroups, rows, columns } => {
+            Tiling::Cooperative { subgroups, rows, columns, stages } => {
                 let matrices = self.matrices(kernel)?;
-                let fragments = Fragments { matrices, subgroups, rows, columns };
+                let fragments = Fragments { matrices, subgroups, rows, columns, stages };
                 fragments.check().map_err(unfit)?;
                 (Some(matrices), fragments.loop_iterations(kernel, d, e))
             }

@@ -448,7 +448,7 @@ impl Variant {
         });
         if let Some(f) = self.fragments() {
             let [rows, columns] = [f.tile_rows(), f.tile_columns()];
-            let _ = write!(name, "_{rows}x{columns}_s{}r{}f{}", f.subgroups, f.rows, f.matrices.side);
+            let _ = write!(name, "_{rows}x{columns}_s{}r{}n{}f{}", f.subgroups, f.rows, f.stages, f.matrices.side);
         }
         let _ = self.repairs.map_or(Ok(()), |rows| write!(name, "_repairs{rows}"));
         name.push_str(if self.vec4 || self.value_dim == 0 { "" } else { "_scalar" });
@@ -617,14 +617,14 @@ impl Variant {
                 subgroups => f.subgroups,
                 row_fragments => f.rows,
                 column_fragments => f.columns,
+                stages => f.stages,
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
                 fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
                 strip_row => f.strip_row(),
                 weight_row => f.weight_row(),
-                weight_sets => f.weight_sets(self.kernel),
-                statistic_shares => (2 * f.tile_columns()).div_ceil(f.threads()),
+                statistic_shares => f.tile_columns().div_ceil(f.threads()),
                 ranged => self.ranged().to_vec(),
                 signed => if self.kernel == Kernel::DKv { "k" } else { "q" },
                 // Halves hold 2^15.

@@ -14,13 +14,13 @@ use crate::tiles::Tiles;
 /// How a kernel divides the score matrix: the micro-kernel with its tile shape.
 ///
 /// As text ([`FromStr`] and [`Display`](fmt::Display)) it is `portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16`, or
-/// `cooperative 4x3x1` for subgroups, row fragments and column fragments.
+/// `cooperative 4x3x1x2` for subgroups, row fragments, column fragments and stages.
 ///
 /// ```
 /// use sink_attention::Tiling;
-/// let tiling: Tiling = "cooperative 4x3x1".parse()?;
-/// assert_eq!(tiling, Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1 });
-/// assert_eq!(tiling.to_string(), "cooperative 4x3x1");
+/// let tiling: Tiling = "cooperative 4x3x1x2".parse()?;
+/// assert_eq!(tiling, Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1, stages: 2 });
+/// assert_eq!(tiling.to_string(), "cooperative 4x3x1x2");
 /// # Ok::<(), String>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,6 +35,8 @@ pub enum Tiling {
         rows: u32,
         /// Columns of fragments of a tile.
         columns: u32,
+        /// Tiles of columns in workgroup memory: 2, so that one is in use while the next is written, or 1.
+        stages: u32,
     },
 }
 
@@ -85,8 +87,10 @@ fn cooperative(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Cap
     let mut found: Vec<Tiling> = table.filter(|tiling| pass(tiling).is_some()).collect();
     let mut others = Vec::new();
     for columns in [16 / matrices.side, 32 / matrices.side] {
-        for (subgroups, rows) in (1..=SUBGROUPS).flat_map(|subgroups| (1..=ROWS).map(move |rows| (subgroups, rows))) {
-            let tiling = Tiling::Cooperative { subgroups, rows, columns };
+        for [subgroups, rows, stages] in (1..=SUBGROUPS)
+            .flat_map(|subgroups| (1..=ROWS).flat_map(move |rows| [2, 1].map(|stages| [subgroups, rows, stages])))
+        {
+            let tiling = Tiling::Cooperative { subgroups, rows, columns, stages };
             let Some(pass) = pass(&tiling).filter(|_| !found.contains(&tiling)) else { continue };
             let (Some([tile_rows, _]), Some(registers)) = (pass.variant.tile(), pass.variant.registers()) else {
                 continue;
@@ -114,7 +118,9 @@ impl fmt::Display for Tiling {
         write!(f, "{} ", self.micro_kernel())?;
         match self {
             Tiling::Portable(tiles) => write!(f, "{tiles}"),
-            Tiling::Cooperative { subgroups, rows, columns } => write!(f, "{subgroups}x{rows}x{columns}"),
+            Tiling::Cooperative { subgroups, rows, columns, stages } => {
+                write!(f, "{subgroups}x{rows}x{columns}x{stages}")
+            }
         }
     }
 }
@@ -132,13 +138,13 @@ impl FromStr for Tiling {
                 let numbers: Option<Vec<u32>> = shape.split('x').map(|word| word.trim().parse().ok()).collect();
                 // Far above anything useful; what fits a device, its plan decides.
                 match numbers.as_deref() {
-                    Some(&[subgroups, rows, columns])
-                        if [subgroups, rows, columns].iter().all(|n| (1..=32).contains(n)) =>
+                    Some(&[subgroups, rows, columns, stages])
+                        if [subgroups, rows, columns, stages].iter().all(|n| (1..=32).contains(n)) =>
                     {
-                        Ok(Tiling::Cooperative { subgroups, rows, columns })
+                        Ok(Tiling::Cooperative { subgroups, rows, columns, stages })
                     }
                     _ => Err(format!(
-                        "tiles {text:?}: want subgroups x row fragments x column fragments, each 1 to 32, like \
+                        "tiles {text:?}: want subgroups x row fragments x column fragments x stages, each 1 to 32, like \
                          \"cooperative 4x3x1\""
                     )),
                 }
@@ -203,7 +209,7 @@ mod tests {
         let tiles = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
         for (tiling, text) in [
             (tiles.into(), "portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16"),
-            (Tiling::Cooperative { subgroups: 16, rows: 1, columns: 2 }, "cooperative 16x1x2"),
+            (Tiling::Cooperative { subgroups: 16, rows: 1, columns: 2, stages: 1 }, "cooperative 16x1x2x1"),
         ] {
             assert_eq!((tiling.to_string().as_str(), text.parse()), (text, Ok(tiling)));
         }
@@ -217,12 +223,12 @@ mod tests {
             ("portable", "tiles \"\""),
             ("portable 4x3x1", "want a form like"),
             ("cooperative", "want subgroups x row fragments x column fragments"),
-            ("cooperative 4x3", "each 1 to 32"),
-            ("cooperative 4x3x1x1", "each 1 to 32"),
-            ("cooperative 0x3x1", "each 1 to 32"),
-            ("cooperative 4x33x1", "each 1 to 32"),
-            ("cooperative 4x-3x1", "each 1 to 32"),
-            ("cooperative 4x3x99999999999", "each 1 to 32"),
+            ("cooperative 4x3x1", "each 1 to 32"),
+            ("cooperative 4x3x1x1x1", "each 1 to 32"),
+            ("cooperative 0x3x1x1", "each 1 to 32"),
+            ("cooperative 4x33x1x1", "each 1 to 32"),
+            ("cooperative 4x-3x1x1", "each 1 to 32"),
+            ("cooperative 4x3x1x99999999999", "each 1 to 32"),
         ] {
             let error = text.parse::<Tiling>().unwrap_err();
             assert!(error.contains(message), "no {message:?} in {error}");

@@ -136,7 +136,7 @@ fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>)
 /// device: NVIDIA H200
 /// driver: NVIDIA 580.159.04
 /// forward f32 width 64 long: portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16
-/// forward f16 width 64 long: cooperative 4x3x1
+/// forward f16 width 64 long: cooperative 4x3x1x2
 /// ";
 /// let tuning: sink_attention::Tuning = text.parse()?;
 /// assert_eq!((tuning.device(), tuning.entries().len()), ("NVIDIA H200", 2));
@@ -306,7 +306,7 @@ mod tests {
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 for mask in MaskClass::ALL {
                     tuning.insert(TuningKey { kernel, dtype, width: 64, mask }, tiles);
-                    let cooperative = Tiling::Cooperative { subgroups: tiles.rows, rows: 2, columns: 1 };
+                    let cooperative = Tiling::Cooperative { subgroups: tiles.rows, rows: 2, columns: 1, stages: 2 };
                     tuning.insert(TuningKey { kernel, dtype, width: 128, mask }, cooperative);
                     tiles.rows = tiles.rows % 8 + 1;
                 }

@@ -142,10 +142,10 @@ fn bench_of_given_tiles() {
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         report["rows"][0]["skipped"].as_str().unwrap().to_string()
     };
-    let reason = skipped(&["--tiles", "forward=cooperative 4x1x1"]);
+    let reason = skipped(&["--tiles", "forward=cooperative 4x1x1x2"]);
     assert!(reason.contains("f32 operands need the portable micro-kernel"), "{reason}");
-    let reason = skipped(&["--kernel", "portable", "--tiles", "forward=cooperative 4x1x1"]);
-    assert!(reason.contains("asked for as portable and with the tiles \"cooperative 4x1x1\""), "{reason}");
+    let reason = skipped(&["--kernel", "portable", "--tiles", "forward=cooperative 4x1x1x2"]);
+    assert!(reason.contains("asked for as portable and with the tiles \"cooperative 4x1x1x2\""), "{reason}");
     let huge = "forward=portable 1024x32 (128x8 threads of 8x4), chunk 256, slab 32";
     let reason = skipped(&["--tiles", huge]);
     assert!(reason.contains("bytes of workgroup memory"), "{reason}");
@@ -234,10 +234,13 @@ fn bench_refuses() {
     let stderr = fails(&["bench", "--backend", "cpu", "--heads", "5", "--kv-heads", "2"]);
     assert!(stderr.contains("heads (5) must be a multiple of kv_heads (2)"), "{stderr}");
     wrong_usage(&["bench", "--backend", "cpu", "--kernel", "cooperative"], "cannot be used with");
-    wrong_usage(&["bench", "--backend", "cpu", "--tiles", "forward=cooperative 4x1x1"], "cannot be used with");
+    wrong_usage(&["bench", "--backend", "cpu", "--tiles", "forward=cooperative 4x1x1x2"], "cannot be used with");
     wrong_usage(&["bench", "--tiles", "forward"], "want KERNEL=TILES");
-    wrong_usage(&["bench", "--tiles", "delta=cooperative 4x1x1"], "known: forward, exact_delta, d_q, d_kv");
-    wrong_usage(&["bench", "--tiles", "forward=cooperative 4x1"], "subgroups x row fragments x column fragments");
+    wrong_usage(&["bench", "--tiles", "delta=cooperative 4x1x1x2"], "known: forward, exact_delta, d_q, d_kv");
+    wrong_usage(
+        &["bench", "--tiles", "forward=cooperative 4x1x1"],
+        "subgroups x row fragments x column fragments x stages",
+    );
     wrong_usage(&["bench", "--tiles", "forward=portable 64x32"], "chunk 32, slab 16");
 }
 

@@ -179,15 +179,15 @@ fn views_with_offsets_and_strides<T: Element>(attention: &Attention) {
     }
 }
 
-/// Subgroups, rows and columns of fragments: what hardware gets, and what nobody would pick.
+/// Subgroups, rows and columns of fragments, and stages: what hardware gets, and what nobody would pick.
 fn fragments_of_every_shape<T: Element>(attention: &Attention) {
-    let shapes = [[2, 2, 2], [3, 1, 3], [1, 3, 1]];
+    let shapes = [[2, 2, 2, 2], [3, 1, 3, 1], [1, 3, 1, 2]];
     // The types differ in how operands are read, not in what becomes of fragments.
     let shapes = if T::DTYPE == DType::F16 { &shapes[..] } else { &shapes[..1] };
-    for (seed, &[subgroups, rows, columns]) in (0..).zip(shapes) {
+    for (seed, &[subgroups, rows, columns, stages]) in (0..).zip(shapes) {
         let options = Options::new().window(Window::keys(30)).sink_tokens(3).sink_logits(SinkLogits::PerHead);
         let (problem, case) = random::<T>(&problem([1, 4, 2], [70, 90], [16, 20], options), seed);
-        let tiling = Tiling::Cooperative { subgroups, rows, columns };
+        let tiling = Tiling::Cooperative { subgroups, rows, columns, stages };
         let kernels = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
         run_at(attention, &problem, &case, [0, 0], &kernels.map(|kernel| (kernel, tiling)), false);
     }

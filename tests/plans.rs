@@ -209,7 +209,7 @@ fn micro_kernels_are_as_asked_for() {
 #[test]
 fn ranges_are_found_before_they_are_read() {
     let device = &Capabilities::samples()[0];
-    let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1 };
+    let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2 };
     for dtype in [DType::F16, DType::Bf16] {
         let problem = problem([1, 2, 1], [100, 100], [64, 64], Options::new().dtype(dtype));
         for kernel in [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv] {

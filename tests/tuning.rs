@@ -99,7 +99,7 @@ fn tiles_decide_on_the_micro_kernel() {
             plan.passes.iter().map(of).collect::<Vec<_>>()
         })
     };
-    let cooperative = Tiling::Cooperative { subgroups: 2, rows: 2, columns: 1 };
+    let cooperative = Tiling::Cooperative { subgroups: 2, rows: 2, columns: 1, stages: 2 };
     let portable = Tiling::Portable(OTHER);
     let built_in = |micro_kernel| plan(device, &Preference { micro_kernel, ..Preference::default() }).unwrap();
     let built_in_portable = built_in(MicroKernel::Portable)[0];
@@ -136,7 +136,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let kept = measured(portable, MicroKernel::Cooperative);
     assert_eq!((forced.len(), kept[0], kept[1].0), (2, forced[0], portable));
     // Fragments that do not fit are passed over as tiles are.
-    let huge = Tiling::Cooperative { subgroups: 32, rows: 4, columns: 8 };
+    let huge = Tiling::Cooperative { subgroups: 32, rows: 4, columns: 8, stages: 2 };
     assert_eq!(measured(huge, MicroKernel::Auto), built_in(MicroKernel::Auto));
 
     // Without the matrices they are an error of the caller's, and nothing to a tuning.

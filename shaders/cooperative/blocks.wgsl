@@ -7,13 +7,18 @@
       product(s, a, b)        s[row, column] = sum over features of a[row] * b[column]
       accumulate(x, b)        x[row] += sum over columns of weights[row, column] * b[column]
 
-    Columns are staged in workgroup memory for all subgroups, twice: while one tile is in use, the next one is under way, and
-    one barrier a tile is enough. WGSL has no arithmetic on a fragment's elements, so scores go through workgroup memory to
+    Columns are staged in workgroup memory for all subgroups; twice, so that one tile is in use while the next one is written,
+    and one barrier a tile is enough, or once, where the memory is better spent on more workgroups. WGSL has no arithmetic on a fragment's elements, so scores go through workgroup memory to
     become weights: `park` leaves a row of fragments in the subgroup's strip, `take` reads them back by rows, LANES_A_ROW
     lanes to a row. Only the subgroup's own lanes stand between; a strip's second use waits for all of them.
 
     Fragments have no hidden elements: where a hidden column is NaN or infinite, its zero weight makes a NaN of the results.
-    `finish` reports a tile that holds one, and the portable kernel computes that tile again. -#}
+    `finish` reports a tile that holds one, and the portable kernel computes that tile again.
+
+    Workgroup memory is what decides how many workgroups run at a time, and what the driver has left for registers that it
+    cannot keep: rows of fragments take turns in one strip, p and d_s in one place for weights, and flags use the strips. Every
+    array's size is a multiple of 16 bytes, in whatever order a driver lays them out: NVIDIA's loads a fragment from an address
+    that is none as if it were rounded down. -#}
 
 {#- Waits for the other lanes of the subgroup, where they do not run in step. Subgroups that rescale at different tiles do not
     reach such a barrier together. -#}
@@ -27,16 +32,14 @@ const WEIGHT_ROW: u32 = {{ weight_row }}u;
 {% for b in staged %}
 const {{ b | upper }}_ROW: u32 = {{ staged_rows[b] }}u;
 const {{ b | upper }}_TILE: u32 = {{ staged_rows[b] * tile_columns }}u;
-var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ 2 * staged_rows[b] * tile_columns }}>;
+var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ stages * staged_rows[b] * tile_columns }}>;
 {% endfor %}
 var<workgroup> strips: array<vec4<f32>, {{ subgroups * side * strip_row }}>;
-var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * weight_sets * side * weight_row }}>;
+var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * side * weight_row }}>;
 {% if rows_are_keys %}
-// What the columns' lse and delta add, of two tiles.
-var<workgroup> statistics: array<f32, {{ 4 * tile_columns }}>;
+// What the columns' lse and delta add.
+var<workgroup> statistics: array<vec4<f32>, {{ stages * tile_columns // 2 }}>;
 {% endif %}
-var<workgroup> broken: atomic<u32>;
-
 // By the bits: compilers may take for granted that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
@@ -61,8 +64,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
   let strip_at = strip + lane_row * STRIP_ROW + part;
-  let weight_at = (subgroup * {{ row_fragments * weight_sets * side }}u + lane_row) * WEIGHT_ROW + part;
-  if (thread == 0u) { atomicStore(&broken, 0u); }
+  let subgroup_weights = subgroup * {{ row_fragments * side * weight_row }}u;
+  let weight_at = subgroup_weights + lane_row * WEIGHT_ROW + part;
+  var broken = false;
 {% for r in range(row_fragments) %}
   let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
 {% endfor %}
@@ -84,23 +88,30 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {% if lanes // side > side // 4 %}if (quad < {{ side // 4 }}u) {% endif %}
 {%- endmacro -%}
 
-{#- The subgroup's rows of an operand as fragments, times `factor`; zeros beyond its end. -#}
+{#- The subgroup's rows of an operand as fragments, times `factor`; zeros beyond its end. All is on its way before the first is
+    waited for. -#}
 {%- macro resident(a, factor) %}
-{% for r in range(row_fragments) %}{% for f in range(fragments[a]) %}
-{% for n in range(fragment_quads) %}
+{% for r in range(row_fragments) %}{% for f in range(fragments[a]) %}{% for n in range(fragment_quads) %}
+  var {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = Raw();
   {{ each_quad(n) }} {
-      var x = vec4<f16>();
-      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
-        x = half_{{ a }}({{ a }}_base + row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad, {{ factor }});
-      }
-      weights[weight_at - part + quad] = x;
+    if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
+      {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = raw_{{ a }}({{ a }}_base, row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad);
     }
-  }
+  } }
+{% endfor %}{% endfor %}{% endfor %}
+{% for f in range(fragments[a]) %}
+{% for r in range(row_fragments) %}{% for n in range(fragment_quads) %}
+  {{ each_quad(n) }} {
+    let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
+    weights[weight_at - part + {{ r * side * weight_row }}u + quad] = {{ halves("raw", factor) }};
+  } }
+{% endfor %}{% endfor %}
+  {{ sync() }}
+{% for r in range(row_fragments) %}
+  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[subgroup_weights + {{ r * side * weight_row }}u], WEIGHT_ROW);
 {% endfor %}
   {{ sync() }}
-  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[weight_at - part - lane_row * WEIGHT_ROW], WEIGHT_ROW);
-  {{ sync() }}
-{% endfor %}{% endfor %}
+{% endfor %}
 {% endmacro -%}
 
 {%- macro accumulator(x, operand) %}
@@ -109,43 +120,44 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}{% endfor %}
 {% endmacro -%}
 
-{#- A thread's share of a staged tile; `put` leaves it in workgroup memory. -#}
+{#- What was loaded as halves, times `factor`. -#}
+{%- macro halves(x, factor) %}{% if dtype == "f16" and factor == "1.0" %}{{ x }}{% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
+
+{#- A thread's share of a staged tile, as it was loaded; `put` makes halves of it, and leaves them in workgroup memory, when
+    it has arrived. -#}
 {%- macro shares(b) %}
+{% if threads % staged_quads[b] == 0 %}
+  let {{ b }}_row = thread / {{ staged_quads[b] }}u;
+  let {{ b }}_quad = thread % {{ staged_quads[b] }}u;
+{% endif %}
 {% for n in range(staged_shares[b]) %}
-  var {{ b }}_share_{{ n }} = vec4<f16>();
+  var {{ b }}_share_{{ n }} = Raw();
 {% endfor %}
 {% endmacro -%}
 
+{#- Row and quad of a thread's n-th share within the tile. -#}
+{%- macro share_row(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_row + {{ n * threads // staged_quads[b] }}u{% else %}(thread + {{ n * threads }}u) / {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
+{%- macro share_quad(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_quad{% else %}(thread + {{ n * threads }}u) % {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
+
+{#- Where a thread has an n-th share. -#}
+{%- macro if_share(b, n) %}{% set total = tile_columns * staged_quads[b] %}{% if (n + 1) * threads > total %}if (thread < {{ total - n * threads }}u) {% endif %}{% endmacro -%}
+
 {#- Reads a thread's share of the tile of columns from `column` on. Columns beyond the end are the last one again: they are
     hidden, but must be finite where the others are. -#}
-{%- macro fetch(b, column, factor) %}
-{% set quads = staged_quads[b] %}
-{% set total = tile_columns * quads %}
+{%- macro fetch(b, column) %}
 {% for n in range(staged_shares[b]) %}
-{% if (n + 1) * threads > total %}
-    if (thread < {{ total - n * threads }}u)
-{% endif %}
-    {
-      let item = thread + {{ n * threads }}u;
-      let source = min({{ column }} + item / {{ quads }}u, last_column);
-{% if quads > operand_quads[b] %}
-      if (item % {{ quads }}u < {{ operand_quads[b] }}u)
-{% endif %}
-      { {{ b }}_share_{{ n }} = half_{{ b }}({{ b }}_base + source * params.{{ b }}.seq, item % {{ quads }}u, {{ factor }}); }
+    {{ if_share(b, n) }}{
+      let quad = {{ share_quad(b, n) }};
+      let source = min({{ column }} + {{ share_row(b, n) }}, last_column);
+      {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
     }
 {% endfor %}
 {% endmacro -%}
 
 {%- macro put(b, stage) %}
-{% set quads = staged_quads[b] %}
-{% set total = tile_columns * quads %}
 {% for n in range(staged_shares[b]) %}
-{% if (n + 1) * threads > total %}
-    if (thread < {{ total - n * threads }}u)
-{% endif %}
-    {
-      let item = thread + {{ n * threads }}u;
-      {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + item / {{ quads }}u * {{ b | upper }}_ROW + item % {{ quads }}u] = {{ b }}_share_{{ n }};
+    {{ if_share(b, n) }}{
+      {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }}] = {{ halves(b ~ "_share_" ~ n, factor(b)) }};
     }
 {% endfor %}
 {% endmacro -%}
@@ -164,28 +176,22 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% if rows_are_keys %}
 {% for n in range(statistic_shares) %}
-  var statistic_share_{{ n }} = 0.0;
+  var statistic_share_{{ n }} = vec2<f32>();
 {% endfor %}
 {% else %}
 {{ first_columns() }}
 {% endif %}
 {% endmacro -%}
 
+{%- macro if_statistic(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
+
 {%- macro fetch_columns(column) %}
 {% for b in staged %}
-{{ fetch(b, column, factor(b)) }}
+{{ fetch(b, column) }}
 {% endfor %}
 {% if rows_are_keys %}
 {% for n in range(statistic_shares) %}
-    if (thread < {{ 2 * tile_columns - n * threads }}u) {
-      let item = thread + {{ n * threads }}u;
-      let source = min({{ column }} + item % TILE_COLUMNS, last_column);
-      if (item < TILE_COLUMNS) {
-        statistic_share_{{ n }} = {{ "-row_terms[terms_base + source].x" if modified else "15.0 - row_terms[terms_base + source].x * LOG2_E" }};
-      } else {
-        statistic_share_{{ n }} = -row_terms[terms_base + source].y * v_bound * d_o_range * {{ 1 / 32768 }};
-      }
-    }
+    {{ if_statistic(n) }}{ statistic_share_{{ n }} = row_terms[terms_base + min({{ column }} + thread + {{ n * threads }}u, last_column)]; }
 {% endfor %}
 {% endif %}
 {% endmacro -%}
@@ -196,7 +202,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% if rows_are_keys %}
 {% for n in range(statistic_shares) %}
-    if (thread < {{ 2 * tile_columns - n * threads }}u) { statistics[stage * {{ 2 * tile_columns }}u + {{ n * threads }}u + thread] = statistic_share_{{ n }}; }
+    {{ if_statistic(n) }}{
+      let item = thread + {{ n * threads }}u;
+      let at = stage * {{ tile_columns // 2 }}u + item / 4u;
+      statistics[at][item % 4u] = {{ "-" if modified else "15.0 - " }}statistic_share_{{ n }}.x{{ " * LOG2_E" if not modified }};
+      statistics[at + {{ tile_columns // 4 }}u][item % 4u] = -statistic_share_{{ n }}.y * v_bound * d_o_range * {{ 1 / 32768 }};
+    }
 {% endfor %}
 {% endif %}
     workgroupBarrier();
@@ -216,12 +227,16 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endmacro -%}
 
 {%- macro next_stage() %}
+{% if stages == 2 %}
     stage = 1u - stage;
+{% else %}
+    workgroupBarrier();
+{% endif %}
 {{ put_columns() }}
 {% endmacro -%}
 
 {#- What lse (0) or delta (1) adds for a lane's n-th quad of columns. -#}
-{%- macro statistic(n, which) %}vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}statistics[statistic_{{ n }} + {{ which * tile_columns + e }}u]{% endfor %}){% endmacro -%}
+{%- macro statistic(n, which) %}statistics[statistic_at + {{ n * lanes // side + which * tile_columns // 4 }}u]{% endmacro -%}
 
 {#- What lse and delta add in the subgroup's rows. -#}
 {%- macro row_statistics() %}
@@ -322,9 +337,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endmacro -%}
 
 {#- Leaves what was taken and changed as weights for `accumulate`, and waits for it. -#}
-{%- macro keep_weights(x, set) %}
+{%- macro keep_weights(x) %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    weights[weight_at + {{ (r * weight_sets + set) * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
+    weights[weight_at + {{ r * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
 {% endfor %}{% endfor %}
     {{ sync() }}
 {% endmacro -%}
@@ -337,11 +352,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endmacro -%}
 
 {#- x[row] += sum over columns of weights[row, column] * b[column]. -#}
-{%- macro accumulate(x, b, stage, set) %}
+{%- macro accumulate(x, b, stage) %}
 {% for c in range(column_fragments) %}
     {
 {% for r in range(row_fragments) %}
-      let weight_{{ r }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[(subgroup * {{ row_fragments * weight_sets }}u + {{ r * weight_sets + set }}u) * {{ side * weight_row }}u + {{ c * side // 4 }}u], WEIGHT_ROW);
+      let weight_{{ r }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[subgroup_weights + {{ r * side * weight_row + c * side // 4 }}u], WEIGHT_ROW);
 {% endfor %}
 {% for f in range(fragments[b]) %}
       {
@@ -377,7 +392,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ each_quad(n) }} {
       if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
         let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
-        if (!is_finite4(result)) { atomicStore(&broken, 1u); }
+        broken = broken || !is_finite4(result);
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
 {% if o_rest %}
         store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
@@ -392,6 +407,14 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- Reports whether the tile is to be computed again. -#}
 {%- macro report() %}
+  let subgroup_broken = subgroupAny(broken);
+  // The strips are free.
   workgroupBarrier();
-  if (thread == 0u) { repairs[repair_slot({{ here_argument }}work, work.tile)] = atomicLoad(&broken); }
+  if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_broken)); }
+  workgroupBarrier();
+  if (thread == 0u) {
+    var total = 0.0;
+    for (var n = 0u; n < {{ subgroups }}u; n += 1u) { total += strips[n].x; }
+    repairs[repair_slot({{ here_argument }}work, work.tile)] = u32(total);
+  }
 {% endmacro -%}

@@ -30,17 +30,15 @@
 {{ blocks.take("x", r) }}
 {{ blocks.make_scores("x", r) }}
 {% endfor %}
-{% for n in range(lane_quads) %}
-    let statistic_{{ n }} = stage * {{ 2 * tile_columns }}u + ({{ n * lanes // side }}u + part) * 4u;
-{% endfor %}
+    let statistic_at = stage * {{ tile_columns // 2 }}u + part;
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     var p_{{ r }}_{{ n }} = {% if modified %}exp2(fma(x_{{ r }}_{{ n }} + {{ blocks.statistic(n, 0) }}, vec4<f32>(scale), vec4<f32>(15.0))){% else %}exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }})){% endif %};
 {% endfor %}{% endfor %}
 {{ blocks.hide("p") }}
-{{ blocks.keep_weights("p", 0) }}
+{{ blocks.keep_weights("p") }}
 {% endmacro -%}
 
-{%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o", "stage", 0) }}{% endmacro -%}
+{%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o", "stage") }}{% endmacro -%}
 
 {%- macro probability_gradients() %}
 {{ blocks.product("d_p", "v", "d_o", "stage") }}
@@ -57,11 +55,11 @@
 {% endfor %}
 {{ blocks.hide("d_s") }}
 {{ blocks.uncap("d_s") }}
-{{ blocks.keep_weights("d_s", 1) }}
+{{ blocks.keep_weights("d_s") }}
 {% endmacro -%}
 
 {%- macro accumulate_d_k() %}
-{{ blocks.accumulate("d_k", "q", "stage", 1) }}
+{{ blocks.accumulate("d_k", "q", "stage") }}
 {{ blocks.next_stage() }}
 {% endmacro -%}
 

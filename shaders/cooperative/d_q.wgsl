@@ -53,11 +53,11 @@
 {% endfor %}{% endfor %}
 {% endif %}
 {{ blocks.uncap("d_s") }}
-{{ blocks.keep_weights("d_s", 0) }}
+{{ blocks.keep_weights("d_s") }}
 {% endmacro -%}
 
 {%- macro accumulate() %}
-{{ blocks.accumulate("d_q", "k", "stage", 0) }}
+{{ blocks.accumulate("d_q", "k", "stage") }}
 {{ blocks.next_stage() }}
 {% endmacro -%}
 
@@ -69,7 +69,7 @@
 {{ blocks.reduce_row("moment_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = moment_{{ r }} / v_bound / d_o_range;
-    if (!is_finite4(vec4<f32>(total))) { atomicStore(&broken, 1u); }
+    broken = broken || !is_finite4(vec4<f32>(total));
     alibi_moments[moments_base + row_{{ r }}] = total;
   }
 {% endfor %}

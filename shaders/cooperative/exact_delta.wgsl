@@ -54,7 +54,7 @@
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = sum_{{ r }} * {{ blocks.inverse("d_o") }} * {{ blocks.inverse("v") }};
-    if (!is_finite4(vec4<f32>(total))) { atomicStore(&broken, 1u); }
+    broken = broken || !is_finite4(vec4<f32>(total));
     store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ r }}, total);
   }
 {% endfor %}

@@ -5,20 +5,26 @@
 {{ blocks.declare() }}
 // Below every product of halves that were scaled to their range, and far from where f32 ends.
 const HIDDEN: f32 = -1e30;
-// The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
-const SLACK: f32 = 8.0;
+// The maximum of a row may stay behind by so much, within f16, before its output is rescaled; in powers of two{{ ", or rather of e" if modified }}.
+const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
 {% endmacro -%}
 
 {%- macro begin() %}
 {{ blocks.begin() }}
   let hidden = {{ "params.negative_infinity" if modified else "HIDDEN" }};
-{% for r in range(row_fragments) %}
-  var most_{{ r }} = hidden;
-  var sum_{{ r }} = 0.0;
-{% endfor %}
 {{ blocks.resident("q", blocks.factor("q")) }}
 {{ blocks.accumulator("o", "v") }}
 {{ blocks.begin_columns() }}
+  // Where nothing has been seen the maximum is finite, and so far above hidden scores that their weights are zero.
+{% if modified %}
+  let floor = LOWEST;
+{% else %}
+  let floor = max(0.5 * HIDDEN * scale, LOWEST);
+{% endif %}
+{% for r in range(row_fragments) %}
+  var most_{{ r }} = floor;
+  var sum_{{ r }} = 0.0;
+{% endfor %}
 {% endmacro -%}
 
 {%- macro scores() %}
@@ -58,24 +64,20 @@ const SLACK: f32 = 8.0;
 {% endfor %}
       var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
 {{ blocks.reduce_row("most", "max") }}
-      row_most_{{ r }} = most;
+      row_most_{{ r }} = most{{ " * scale" if not modified }};
     }
 {% endfor %}
-    // Nothing to rescale yet.
-    if (tile == {{ "first_tile" if mask else "tiles.first" }}) {
-{% for r in range(row_fragments) %}
-      most_{{ r }} = row_most_{{ r }};
-{% endfor %}
-    }
     loop {
       // Not an if: the fragments' registers stay where they are.
-      if (!subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(row_most_{{ r }} - most_{{ r }}) * scale > SLACK{% endfor %})) { break; }
+      if (!subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}row_most_{{ r }} - most_{{ r }} > SLACK{% endfor %})) { break; }
 {% for r in range(row_fragments) %}
       let before_{{ r }} = most_{{ r }};
-      most_{{ r }} = select(before_{{ r }}, row_most_{{ r }}, (row_most_{{ r }} - before_{{ r }}) * scale > SLACK);
-      let rescale_{{ r }} = {% if modified %}select(exp2((before_{{ r }} - most_{{ r }}) * scale), 1.0, before_{{ r }} == most_{{ r }}){% else %}exp2((before_{{ r }} - most_{{ r }}) * scale){% endif %};
+      most_{{ r }} = select(before_{{ r }}, row_most_{{ r }}, row_most_{{ r }} - before_{{ r }} > SLACK);
+      let rescale_{{ r }} = exp2((before_{{ r }} - most_{{ r }}){{ " * scale" if modified }});
       sum_{{ r }} *= rescale_{{ r }};
 {% endfor %}
+      // Nothing to rescale yet.
+      if (tile == {{ "first_tile" if mask else "tiles.first" }}) { continue; }
 {% for r in range(row_fragments) %}{% for f in range(fragments.v) %}
 {{ blocks.park_fragment("o_" ~ r ~ "_" ~ f) }}
 {% for n in range(fragment_quads) %}
@@ -87,19 +89,18 @@ const SLACK: f32 = 8.0;
       {{ blocks.sync() }}
     }
 {% for r in range(row_fragments) %}
-    let shift_{{ r }} = select(most_{{ r }}{{ " * scale" if not modified }}, 0.0, most_{{ r }} == hidden);
     var total_{{ r }} = vec4<f32>();
 {% for n in range(lane_quads) %}
-    let p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }};
+    let p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "most_" ~ r) }};
     total_{{ r }} += p_{{ r }}_{{ n }};
 {% endfor %}
     sum_{{ r }} += (total_{{ r }}.x + total_{{ r }}.y) + (total_{{ r }}.z + total_{{ r }}.w);
 {% endfor %}
-{{ blocks.keep_weights("p", 0) }}
+{{ blocks.keep_weights("p") }}
 {% endmacro -%}
 
 {%- macro accumulate() %}
-{{ blocks.accumulate("o", "v", "stage", 0) }}
+{{ blocks.accumulate("o", "v", "stage") }}
 {{ blocks.next_stage() }}
 {% endmacro -%}
 
@@ -107,7 +108,7 @@ const SLACK: f32 = 8.0;
 {%- macro finish() %}
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
-  let end_{{ r }} = finish_row(most_{{ r }}{% if not modified %} * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}{% endif %}, sum_{{ r }}, work.head);
+  let end_{{ r }} = finish_row(most_{{ r }}{% if not modified %} / scale * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}{% endif %}, sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor * {{ blocks.inverse("v") }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = {% if lengths %}select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < here.seq_q){% else %}end_{{ r }}.lse{% endif %}; }
 {% endfor %}

@@ -52,7 +52,7 @@ pub struct Bench {
     #[arg(long)]
     passes: bool,
 
-    /// Tiles of a kernel, for measuring them: "forward=cooperative 4x3x1" (subgroups, row and column fragments), or "d_q=portable
+    /// Tiles of a kernel, for measuring them: "forward=cooperative 4x3x1x2" (subgroups, row and column fragments, stages), or "d_q=portable
     /// 64x32 (16x8 threads of 4x4), chunk 32, slab 16"; once for each kernel
     #[arg(long, value_name = "KERNEL=TILES", value_parser = kernel_tiles)]
     tiles: Vec<(Kernel, Tiling)>,
@@ -177,7 +177,7 @@ enum With {
 }
 
 fn kernel_tiles(text: &str) -> Result<(Kernel, Tiling), String> {
-    let (name, tiling) = text.split_once('=').ok_or("want KERNEL=TILES, such as \"forward=cooperative 4x3x1\"")?;
+    let (name, tiling) = text.split_once('=').ok_or("want KERNEL=TILES, such as \"forward=cooperative 4x3x1x2\"")?;
     let known = Kernel::TILED.map(Kernel::name);
     let kernel = Kernel::TILED.into_iter().find(|kernel| kernel.name() == name);
     let kernel = kernel.ok_or_else(|| format!("unknown kernel {name:?}; known: {}", known.join(", ")))?;
