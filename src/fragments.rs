@@ -6,6 +6,7 @@ use crate::capabilities::{CooperativeMatrices, DeviceClass};
 use crate::problem::Problem;
 use crate::shader::Kernel;
 use crate::tiling::Tiling;
+use crate::tuning::MaskClass;
 
 /// How a workgroup divides a tile of the score matrix among its subgroups, in square fragments.
 ///
@@ -156,17 +157,22 @@ pub(crate) fn candidates(
 ) -> impl Iterator<Item = Fragments> {
     let shape = problem.shape();
     let width = shape.head_dim.max(shape.value_dim);
-    // Subgroups, rows, stages; from prototypes measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not measured.
+    let narrow = MaskClass::of(problem) == Some(MaskClass::Window);
+    // Subgroups, rows, stages; measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not.
     // At 256 staged columns leave room for four subgroups in 48 KiB, of one row of fragments each: forward takes some 250
     // registers, d_q and d_k/d_v, with up to two accumulators and two operands, some 310 and 440, of which drivers spill what is
     // beyond 255. They are right all the same.
     let table: &[[u32; 3]] = match (class, kernel) {
         (DeviceClass::Software, _) => &[[2, 1, 2]],
-        (_, Kernel::Forward) if width <= 64 => &[[4, 3, 2], [4, 2, 2], [4, 1, 2], [2, 1, 2]],
-        (_, Kernel::Forward) if width <= 128 => &[[8, 2, 2], [8, 1, 2], [4, 1, 2], [2, 1, 2]],
-        (_, Kernel::DQ | Kernel::ExactDelta) if width <= 64 => &[[4, 2, 2], [4, 1, 2], [2, 1, 2]],
-        (_, Kernel::DKv) if width <= 64 => &[[4, 2, 2], [4, 1, 2], [2, 1, 2]],
-        _ => &[[8, 1, 2], [4, 1, 2], [2, 1, 2]],
+        (_, Kernel::Forward) if narrow => &[[4, 1, 1], [2, 1, 1]],
+        (_, Kernel::DQ | Kernel::ExactDelta) if narrow && width <= 64 => &[[2, 2, 1], [2, 1, 1]],
+        (_, Kernel::DKv) if narrow && width <= 64 => &[[2, 1, 1]],
+        _ if narrow => &[[4, 1, 1], [2, 1, 1]],
+        (_, Kernel::Forward | Kernel::DQ | Kernel::ExactDelta | Kernel::DKv) if width <= 64 => {
+            &[[4, 2, 2], [4, 1, 1], [2, 1, 1]]
+        }
+        (_, Kernel::Forward) if width <= 128 => &[[8, 2, 2], [4, 2, 1], [4, 1, 1], [2, 1, 1]],
+        _ => &[[8, 1, 2], [4, 1, 1], [2, 1, 1]],
     };
     let columns = match class {
         // llvmpipe compiles a kernel for seconds, by the number of products in it.

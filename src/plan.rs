@@ -265,7 +265,9 @@ impl Passes<'_> {
         if !passes.any(reads) {
             return Ok(Vec::new());
         }
-        let operands = variant(maxima, problem, vec4, optional).storage_buffers() - 1;
+        let is_ranged = |binding: &Binding| matches!(binding, Binding::Q | Binding::K | Binding::V | Binding::DO);
+        let bindings = variant(maxima, problem, vec4, optional).bindings();
+        let operands = bindings.iter().filter(|(binding, _)| is_ranged(binding)).count() as u32;
         let plain = |kernel, workgroups: u32| {
             Pass::plain(kernel, problem, vec4, optional, u128::from(workgroups), capabilities)
         };

@@ -618,6 +618,7 @@ impl Variant {
                 row_fragments => f.rows,
                 column_fragments => f.columns,
                 stages => f.stages,
+                registers => f.registers(self.kernel, self.head_dim, self.value_dim),
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),

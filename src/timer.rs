@@ -8,8 +8,8 @@ use crate::error::{Error, Result};
 
 /// Runs between two readings of the timestamps.
 const BATCH: u32 = 128;
-/// Long enough for a clock to rise from idle.
-const WARM_UP: Duration = Duration::from_millis(300);
+/// Long enough for a clock to rise from idle; an H200's rises in steps, and takes more than 300 ms.
+const WARM_UP: Duration = Duration::from_millis(800);
 /// So many runs warm up at most: the queue of a driver has an end.
 const WARM_UP_RUNS: f64 = 2000.0;
 

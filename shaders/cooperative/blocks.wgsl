@@ -162,7 +162,8 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
-{#- Before the first tile: the scale of scores in powers of two, and, where there is one range of tiles, its first. -#}
+{#- Before the first tile: the scale of scores in powers of two; and, where there is one range of tiles, the first is on its way:
+    `put_columns` follows when other operands are, too. -#}
 {%- macro begin_columns() %}
   // Never zero, so that hidden scores stay hidden.
 {% if modified %}
@@ -179,7 +180,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var statistic_share_{{ n }} = vec2<f32>();
 {% endfor %}
 {% else %}
-{{ first_columns() }}
+  {
+{{ fetch_columns(("first_tile" if mask else "tiles.first") ~ " * TILE_COLUMNS") }}
+  }
 {% endif %}
 {% endmacro -%}
 
@@ -213,9 +216,10 @@ fn is_finite4(x: vec4<f32>) -> bool {
     workgroupBarrier();
 {% endmacro -%}
 
+{#- The first tile of a range, where there are several. -#}
 {%- macro first_columns() %}
   {
-{{ fetch_columns(("first_tile" if rows_are_keys or mask else "tiles.first") ~ " * TILE_COLUMNS") }}
+{{ fetch_columns("first_tile * TILE_COLUMNS") }}
   }
 {{ put_columns() }}
 {% endmacro -%}
@@ -281,7 +285,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {%- macro take(x, r) %}
 {% for n in range(lane_quads) %}
-    {{ "var" if modified or hides else "let" }} {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
+    var {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
 {% endfor %}
     {{ sync() }}
 {% endmacro -%}

@@ -6,6 +6,7 @@
 {%- macro begin() %}
 {{ blocks.begin() }}
 {{ blocks.d_s_range() }}
+{{ blocks.begin_columns() }}
 {{ blocks.resident("q", blocks.factor("q")) }}
 {{ blocks.resident("d_o", blocks.factor("d_o")) }}
 {{ blocks.accumulator("d_q", "k") }}
@@ -15,7 +16,7 @@
   var moment_{{ r }} = 0.0;
 {% endfor %}
 {% endif %}
-{{ blocks.begin_columns() }}
+{{ blocks.put_columns() }}
 {% endmacro -%}
 
 {%- macro scores() %}

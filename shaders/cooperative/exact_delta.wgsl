@@ -5,6 +5,7 @@
 
 {%- macro begin() %}
 {{ blocks.begin() }}
+{{ blocks.begin_columns() }}
 {{ blocks.resident("q", blocks.factor("q")) }}
 {{ blocks.resident("d_o", blocks.factor("d_o")) }}
 {% for r in range(row_fragments) %}
@@ -12,7 +13,7 @@
   var shift_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) { shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]){{ " * LOG2_E" if not modified }}; }
 {% endfor %}
-{{ blocks.begin_columns() }}
+{{ blocks.put_columns() }}
 {% endmacro -%}
 
 {%- macro scores() %}

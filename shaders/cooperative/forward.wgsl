@@ -12,17 +12,22 @@ const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
 {%- macro begin() %}
 {{ blocks.begin() }}
   let hidden = {{ "params.negative_infinity" if modified else "HIDDEN" }};
+{{ blocks.begin_columns() }}
 {{ blocks.resident("q", blocks.factor("q")) }}
 {{ blocks.accumulator("o", "v") }}
-{{ blocks.begin_columns() }}
+{{ blocks.put_columns() }}
   // Where nothing has been seen the maximum is finite, and so far above hidden scores that their weights are zero.
 {% if modified %}
   let floor = LOWEST;
+  let slack = SLACK;
 {% else %}
   let floor = max(0.5 * HIDDEN * scale, LOWEST);
+  let slack = SLACK / scale;
 {% endif %}
 {% for r in range(row_fragments) %}
   var most_{{ r }} = floor;
+  // What scores may reach before that.
+  var limit_{{ r }} = {{ "LOWEST" if modified else "0.5 * HIDDEN" }};
   var sum_{{ r }} = 0.0;
 {% endfor %}
 {% endmacro -%}
@@ -33,19 +38,15 @@ const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
 {% endmacro -%}
 
 {#- Online softmax. The maximum of a row follows only when it has grown by more than SLACK: then, rarely, the output is
-    rescaled, through the strip. -#}
+    rescaled, through the strip.
+
+    What happens rarely is a loop that runs once, not an if: NVIDIA's compiler leaves the registers of fragments where they are.
+    Where nearly all registers are taken, it is better still to hide scores while they are in the strip. -#}
 {%- macro softmax() %}
+{% set in_strips = registers > 200 and not (modified or hides) %}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
-{% if modified or hides %}
-{{ blocks.take("x", r) }}
-{{ blocks.make_scores("x", r) }}
-    if (masked) {
-{% for n in range(lane_quads) %}
-      x_{{ r }}_{{ n }} = select(vec4<f32>(hidden), x_{{ r }}_{{ n }}, {{ blocks.visible(r, n) }});
-{% endfor %}
-    }
-{% else %}
+{% if in_strips %}
     if (masked) {
 {% for n in range(lane_quads) %}
       {
@@ -54,25 +55,36 @@ const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
       }
 {% endfor %}
     }
-{{ blocks.take("x", r) }}
 {% endif %}
-    var row_most_{{ r }} = 0.0;
-    {
-      var most4 = x_{{ r }}_0;
-{% for n in range(1, lane_quads) %}
-      most4 = max(most4, x_{{ r }}_{{ n }});
+{{ blocks.take("x", r) }}
+{{ blocks.make_scores("x", r) }}
 {% endfor %}
-      var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
-{{ blocks.reduce_row("most", "max") }}
-      row_most_{{ r }} = most{{ " * scale" if not modified }};
-    }
-{% endfor %}
+{% if not in_strips %}
+    var hiding = masked;
     loop {
-      // Not an if: the fragments' registers stay where they are.
-      if (!subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}row_most_{{ r }} - most_{{ r }} > SLACK{% endfor %})) { break; }
+      if (!hiding) { break; }
+      hiding = false;
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+      x_{{ r }}_{{ n }} = select(vec4<f32>(hidden), x_{{ r }}_{{ n }}, {{ blocks.visible(r, n) }});
+{% endfor %}{% endfor %}
+    }
+{% endif %}
+    loop {
+      if (!subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}))) { break; }
 {% for r in range(row_fragments) %}
       let before_{{ r }} = most_{{ r }};
-      most_{{ r }} = select(before_{{ r }}, row_most_{{ r }}, row_most_{{ r }} - before_{{ r }} > SLACK);
+      {
+        var most4 = x_{{ r }}_0;
+{% for n in range(1, lane_quads) %}
+        most4 = max(most4, x_{{ r }}_{{ n }});
+{% endfor %}
+        var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
+{{ blocks.reduce_row("most", "max") }}
+        if (most > limit_{{ r }}) {
+          most_{{ r }} = most{{ " * scale" if not modified }};
+          limit_{{ r }} = most + slack;
+        }
+      }
       let rescale_{{ r }} = exp2((before_{{ r }} - most_{{ r }}){{ " * scale" if modified }});
       sum_{{ r }} *= rescale_{{ r }};
 {% endfor %}
