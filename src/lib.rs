@@ -222,6 +222,7 @@
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
 mod attention;
+mod cache;
 mod capabilities;
 pub mod compare;
 pub mod cpu;
@@ -247,6 +248,10 @@ mod timer;
 mod tuning;
 
 pub use attention::Attention;
+pub use cache::{
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, PreparedAppend,
+    PreparedDecode, Rotary, RotaryPositions, RotaryStyle,
+};
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};

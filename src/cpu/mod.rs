@@ -8,5 +8,6 @@ mod scores;
 mod simd;
 mod tiled;
 
+pub use crate::cache::cpu::KvCache;
 pub use backward::backward;
 pub use tiled::forward;

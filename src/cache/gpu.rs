@@ -1,0 +1,279 @@
+//! A cache on the GPU.
+
+use std::sync::Arc;
+
+use super::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, PreparedDecode};
+use super::places::{Changes, Places};
+use super::{CacheConfig, CacheKind};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::pipeline::Pipelines;
+use crate::tensor::{TensorView, allocate};
+
+/// Keys and values of a number of sequences in GPU buffers, with their lengths, which kernels count up and read there: a decoding
+/// step waits for nothing.
+///
+/// What is recorded into an encoder holds for what is recorded after it; lengths and pages that the host knows of change as it
+/// is recorded. So encoders must be submitted in the order in which they were recorded, and all of them.
+#[derive(Debug)]
+pub struct KvCache {
+    pub(super) device: Device,
+    pub(super) pipelines: Arc<Pipelines>,
+    pub(super) config: CacheConfig,
+    pub(super) places: Places,
+    pub(super) keys: wgpu::Buffer,
+    pub(super) values: wgpu::Buffer,
+    /// Lengths, twice, then block tables. Appending reads one list of lengths and writes the other.
+    pub(super) state: wgpu::Buffer,
+    /// Which of the lists holds now.
+    pub(super) current: usize,
+}
+
+/// Words of a sequence's block table.
+pub(super) fn table_row(config: &CacheConfig) -> usize {
+    match config.kind {
+        CacheKind::Paged { sequence_pages, .. } => sequence_pages,
+        _ => 0,
+    }
+}
+
+impl KvCache {
+    pub(crate) async fn new(device: &Device, pipelines: &Arc<Pipelines>, config: &CacheConfig) -> Result<Self> {
+        config.check()?;
+        let capabilities = device.capabilities();
+        let state_bytes = 4 * (2 * config.sequences + config.sequences * table_row(config)) as u64;
+        let [key_bytes, value_bytes] = config.bytes();
+        let sizes = [("keys", key_bytes), ("values", value_bytes), ("block tables", state_bytes)];
+        for (operand, bytes) in sizes {
+            let limit = capabilities.binding_bytes.min(capabilities.buffer_bytes);
+            if bytes > limit {
+                return Err(Error::CacheTooLarge { operand, bytes, limit });
+            }
+        }
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let create = || -> Result<_> {
+            let of = |(operand, bytes): (&'static str, u64)| allocate::<u8>(device, operand, bytes as usize, usage);
+            Ok([of(sizes[0])?, of(sizes[1])?, of(sizes[2])?])
+        };
+        let [keys, values, state] = device.scoped("allocating a cache", create).await??;
+        Ok(KvCache {
+            device: device.clone(),
+            pipelines: pipelines.clone(),
+            config: *config,
+            places: Places::new(config),
+            keys,
+            values,
+            state,
+            current: 0,
+        })
+    }
+
+    /// Its kind and sizes.
+    pub fn config(&self) -> &CacheConfig {
+        &self.config
+    }
+
+    /// Tokens of each sequence, as far as recorded: all that were appended, also those that a ring has given up.
+    pub fn lengths(&self) -> &[usize] {
+        self.places.lengths()
+    }
+
+    /// Pages of a sequence in the order of its tokens; none where the cache is not paged.
+    pub fn pages(&self, sequence: usize) -> &[u32] {
+        self.places.table(sequence)
+    }
+
+    /// Pages that no sequence holds.
+    pub fn free_pages(&self) -> usize {
+        self.places.free_pages()
+    }
+
+    /// The keys, `[blocks, G, rows, D]`, rows padded to 16 bytes: a block is a sequence, or a page.
+    pub fn keys(&self) -> &wgpu::Buffer {
+        &self.keys
+    }
+
+    /// The values, `[blocks, G, rows, E]`, as the keys.
+    pub fn values(&self) -> &wgpu::Buffer {
+        &self.values
+    }
+
+    /// Keys and values of a contiguous cache as operands of a forward pass: with strides, for a problem of the cache's sequences
+    /// and capacity, and lengths by [`Lengths::Used`](crate::Lengths::Used); `None` of other kinds.
+    pub fn views(&self) -> Option<[TensorView<'_>; 2]> {
+        let CacheKind::Contiguous { capacity } = self.config.kind else { return None };
+        let of = |buffer, vectors: u32| {
+            let row = u64::from(vectors) * 16 / self.config.dtype.bytes() as u64;
+            let (head, heads) = (row * capacity as u64, self.config.kv_heads as u64);
+            TensorView::new(buffer).strides([head * heads, head, row])
+        };
+        let [key_row, value_row] = self.config.row_vectors();
+        Some([of(&self.keys, key_row), of(&self.values, value_row)])
+    }
+
+    /// Prepares appending so many tokens to each sequence of this cache.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::MissingOperand`],
+    /// [`Error::UnexpectedOperand`] for operands that do not go with the cache's rotary embedding; those of
+    /// [`Attention::prepare_forward`](crate::Attention::prepare_forward) for operands that cannot be bound.
+    pub fn prepare_append(&self, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<PreparedAppend> {
+        pollster::block_on(PreparedAppend::new(self, tokens, buffers))
+    }
+
+    /// As [`prepare_append`](Self::prepare_append), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_append`](Self::prepare_append).
+    pub async fn prepare_append_async(&self, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<PreparedAppend> {
+        PreparedAppend::new(self, tokens, buffers).await
+    }
+
+    /// Prepares a decoding step: a few queries of each sequence against the keys that its cache holds by then. Allocates what
+    /// its two kernels hand to each other.
+    ///
+    /// # Errors
+    /// [`Error::CacheElementType`] unless the options name the cache's element type; [`Error::SequenceOutOfRange`];
+    /// [`Error::DimensionTooLarge`] for more than 16 queries; [`Error::InvalidOption`] for options that decoding does not take;
+    /// those of [`Problem::new`](crate::Problem::new) and of [`Attention::prepare_forward`](crate::Attention::prepare_forward).
+    pub fn prepare_decode(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
+        pollster::block_on(PreparedDecode::new(self, decode, buffers))
+    }
+
+    /// As [`prepare_decode`](Self::prepare_decode), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_decode`](Self::prepare_decode).
+    pub async fn prepare_decode_async(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
+        PreparedDecode::new(self, decode, buffers).await
+    }
+
+    /// Makes room for so many tokens more of each sequence: takes pages, and copies those that would be written and are shared.
+    /// Appending does so by itself, but where it is recorded into a compute pass. Nothing to do where the cache is not paged.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::CacheFull`], [`Error::PagesExhausted`]:
+    /// nothing has changed then.
+    pub fn reserve(&mut self, encoder: &mut wgpu::CommandEncoder, tokens: &[usize]) -> Result<()> {
+        check_counts(&self.config, tokens.len())?;
+        let changes = self.places.reserve(tokens)?;
+        self.record(encoder, &changes)
+    }
+
+    /// Forgets the tokens of a sequence from `length` on; with 0 it is empty, and its pages are free.
+    ///
+    /// # Errors
+    /// [`Error::SequenceOutOfRange`]; [`Error::CacheLength`] where it is shorter; [`Error::CacheEvicted`] where a rolling cache
+    /// has given up what would have to come back.
+    pub fn truncate(&mut self, encoder: &mut wgpu::CommandEncoder, sequence: usize, length: usize) -> Result<()> {
+        self.places.truncate(sequence, length)?;
+        self.record_length(encoder, sequence)
+    }
+
+    /// Makes sequence `to` a copy of `from`. In a paged cache they share pages until one of them writes to a shared one.
+    ///
+    /// # Errors
+    /// [`Error::SequenceOutOfRange`]; [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
+    pub fn fork(&mut self, encoder: &mut wgpu::CommandEncoder, from: usize, to: usize) -> Result<()> {
+        self.places.fork(from, to)?;
+        if from == to {
+            return Ok(());
+        }
+        match self.config.kind {
+            CacheKind::Paged { .. } => self.record_table(encoder, to)?,
+            _ => self.copy_blocks(encoder, &[[from as u32, to as u32]])?,
+        }
+        self.record_length(encoder, to)
+    }
+
+    /// Gives a sequence of a paged cache pages of the caller's choice, which others may hold, too, and which hold `length`
+    /// tokens of it.
+    ///
+    /// # Errors
+    /// [`Error::SequenceOutOfRange`], [`Error::PageOutOfRange`]; [`Error::CacheLength`] where the pages do not hold so many, or
+    /// are more than a sequence has; [`Error::InvalidOption`] where the cache is not paged.
+    pub fn assign(
+        &mut self,
+        encoder: &mut wgpu::CommandEncoder,
+        sequence: usize,
+        pages: &[u32],
+        length: usize,
+    ) -> Result<()> {
+        self.places.assign(sequence, pages, length)?;
+        self.record_table(encoder, sequence)?;
+        self.record_length(encoder, sequence)
+    }
+
+    pub(super) fn record(&self, encoder: &mut wgpu::CommandEncoder, changes: &Changes) -> Result<()> {
+        self.copy_blocks(encoder, &changes.copies)?;
+        for &(sequence, number, page) in &changes.tables {
+            self.write_state(encoder, self.table_at(sequence) + number, &[page])?;
+        }
+        Ok(())
+    }
+
+    fn table_at(&self, sequence: usize) -> usize {
+        2 * self.config.sequences + sequence * table_row(&self.config)
+    }
+
+    fn record_length(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) -> Result<()> {
+        let length = self.places.lengths()[sequence] as u32;
+        self.write_state(encoder, self.current * self.config.sequences + sequence, &[length])
+    }
+
+    fn record_table(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) -> Result<()> {
+        self.write_state(encoder, self.table_at(sequence), self.places.table(sequence))
+    }
+
+    /// Not by the queue, which would write before what is recorded.
+    fn write_state(&self, encoder: &mut wgpu::CommandEncoder, word: usize, words: &[u32]) -> Result<()> {
+        if words.is_empty() {
+            return Ok(());
+        }
+        let staged = || -> Result<wgpu::Buffer> {
+            let usage = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+            let buffer = self.device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+                label: Some("sink-attention cache state"),
+                size: 4 * words.len() as u64,
+                usage,
+                mapped_at_creation: false,
+            });
+            // Into a buffer that nothing else uses, so that it does not matter when.
+            self.device.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(words));
+            Ok(buffer)
+        };
+        let buffer = pollster::block_on(self.device.scoped("recording a cache's state", staged))??;
+        encoder.copy_buffer_to_buffer(&buffer, 0, &self.state, 4 * word as u64, buffer.size());
+        Ok(())
+    }
+
+    /// Copies blocks through a buffer of their own: within one, wgpu does not copy.
+    fn copy_blocks(&self, encoder: &mut wgpu::CommandEncoder, blocks: &[[u32; 2]]) -> Result<()> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let rows = (self.config.kv_heads * self.config.kind.rows()) as u64;
+        let sizes = self.config.row_vectors().map(|vectors| rows * 16 * u64::from(vectors));
+        let between = || -> Result<wgpu::Buffer> {
+            let usage = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+            allocate::<u8>(&self.device, "copied block", sizes[0].max(sizes[1]) as usize, usage)
+        };
+        let between = pollster::block_on(self.device.scoped("copying blocks of a cache", between))??;
+        for &[from, to] in blocks {
+            for (buffer, bytes) in [(&self.keys, sizes[0]), (&self.values, sizes[1])] {
+                encoder.copy_buffer_to_buffer(buffer, u64::from(from) * bytes, &between, 0, bytes);
+                encoder.copy_buffer_to_buffer(&between, 0, buffer, u64::from(to) * bytes, bytes);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One number for each sequence.
+pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
+    let expected = config.sequences;
+    if actual == expected {
+        return Ok(());
+    }
+    Err(Error::OperandLength { operand: "tokens of each sequence", expected, actual, shape: vec![expected] })
+}

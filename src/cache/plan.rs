@@ -1,0 +1,174 @@
+//! Decisions of decoding: how a group's rows and keys are shared out among threads and workgroups.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::shader::CacheVariant;
+use super::{CacheConfig, CacheKind};
+use crate::capabilities::{Capabilities, DeviceClass};
+use crate::element::DType;
+use crate::error::{Error, Result};
+
+/// How the decode kernel divides its work. As text `32x8 rows 8, steps 4 by 2, splits 330`: threads of a workgroup by threads that
+/// share a key, rows (queries of the query heads of a group) of a workgroup, keys that a thread loads at a time and of which
+/// it exchanges so many at once, and splits of a sequence's keys at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DecodeTiling {
+    /// Threads of a workgroup.
+    pub threads: u32,
+    /// Threads that share a key, a power of two from 4 to 32.
+    pub lanes: u32,
+    /// Rows of a workgroup.
+    pub rows: u32,
+    /// Keys whose loads a thread has under way.
+    pub steps: u32,
+    /// Keys between two barriers; divides `steps`, at most 4.
+    pub exchanged: u32,
+    /// Splits of the keys at most.
+    pub splits: u32,
+}
+
+/// Numbers of q, and of the result, that a thread holds.
+const HELD: u32 = 64;
+/// Fewer keys than this are not worth a workgroup of their own.
+const LEAST_KEYS: u32 = 64;
+/// Iterations of a thread's loop over tiles at most, for drivers that end long loops.
+const MOST_TILES: u64 = 50_000;
+
+impl DecodeTiling {
+    /// Keys of a tile.
+    pub(crate) fn tile(&self) -> u32 {
+        self.threads / self.lanes * self.steps
+    }
+
+    pub(crate) fn slots(&self) -> u32 {
+        self.threads / self.lanes
+    }
+
+    /// The tiling for the rows of a group and so many groups in all, on a device.
+    pub(crate) fn new(config: &CacheConfig, total_rows: usize, groups: usize, capabilities: &Capabilities) -> Self {
+        let element = config.dtype.bytes() as u32;
+        let vectors = config.row_vectors().into_iter().max().unwrap_or(1);
+        let rows_held = (total_rows.min(8) as u32).next_power_of_two();
+        let fits = |rows: u32, lanes: u32| {
+            vectors.div_ceil(lanes) <= 2 && rows * vectors.div_ceil(lanes) * (16 / element) <= HELD
+        };
+        let lanes = [4, 8, 16].into_iter().find(|lanes| fits(rows_held, *lanes)).unwrap_or(32);
+        // Of the widest heads fewer rows fit.
+        let rows = (HELD / (vectors.div_ceil(lanes) * (16 / element))).clamp(1, rows_held);
+        let rows = 1 << rows.ilog2();
+        // A workgroup of one subgroup waits for nobody else at its barriers.
+        let threads = 32;
+        let slots = threads / lanes;
+        let steps = if slots > 4 { 2 } else { 4 };
+        // Twice as many workgroups as run at a time on the largest devices.
+        let workgroups: u64 = match capabilities.class {
+            DeviceClass::Nvidia => 2640,
+            DeviceClass::Software => 8,
+            _ => 1024,
+        };
+        let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
+        let splits = (workgroups / groups).max(1) as u32;
+        DecodeTiling { threads, lanes, rows, steps, exchanged: 2, splits }
+    }
+
+    /// Whether the numbers fit together, a cache and a device.
+    pub(crate) fn check(
+        &self,
+        config: &CacheConfig,
+        variant: &CacheVariant,
+        capabilities: &Capabilities,
+    ) -> Result<()> {
+        let DecodeTiling { threads, lanes, rows, steps, exchanged, splits } = *self;
+        let unfit = |reason: String| Err(Error::NoKernel { problem: format!("decoding with {self}"), reason });
+        if ![4, 8, 16, 32].contains(&lanes) || !(lanes..=1024).contains(&threads) || !threads.is_power_of_two() {
+            return unfit(format!(
+                "{lanes} of {threads} threads a key: lanes are 4, 8, 16 or 32, threads a power of two"
+            ));
+        }
+        if !(1..=16).contains(&rows) || ![1, 2, 4].contains(&exchanged) || !(1..=8).contains(&steps) || splits == 0 {
+            return unfit("rows go to 16, steps to 8, exchanged keys are 1, 2 or 4, splits at least 1".into());
+        }
+        if steps % exchanged != 0 || !steps.is_power_of_two() {
+            return unfit(format!("steps, {steps}, must be a power of two and a multiple of {exchanged}"));
+        }
+        let tile = self.tile();
+        if let CacheKind::Paged { page_size, .. } = config.kind
+            && tile as usize > page_size
+        {
+            return unfit(format!("a tile of {tile} keys does not fit a page of {page_size}"));
+        }
+        for (what, needed, offered) in [
+            ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
+            ("threads in a workgroup", threads, capabilities.workgroup_threads),
+        ] {
+            if needed > offered {
+                return unfit(format!("it needs {needed} {what}, the device offers {offered}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Splits at most, and tiles of a split at least.
+    pub(crate) fn split(&self, config: &CacheConfig, capabilities: &Capabilities) -> [u32; 2] {
+        let tiles = (config.most_keys() as u64).div_ceil(self.tile().into());
+        let least = if capabilities.loop_iterations.is_some() { tiles.div_ceil(MOST_TILES) } else { 1 };
+        let least_tiles = LEAST_KEYS.div_ceil(self.tile());
+        // No more than there can be.
+        let most = tiles.div_ceil(least_tiles.into()).clamp(1, 32768);
+        [u64::from(self.splits).max(least).min(most) as u32, least_tiles]
+    }
+}
+
+impl fmt::Display for DecodeTiling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let DecodeTiling { threads, lanes, rows, steps, exchanged, splits } = self;
+        write!(f, "{threads}x{lanes} rows {rows}, steps {steps} by {exchanged}, splits {splits}")
+    }
+}
+
+impl FromStr for DecodeTiling {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let want = || format!("{text:?}: want such as \"32x8 rows 8, steps 4 by 2, splits 330\"");
+        let numbers: Vec<u32> = text
+            .split(|c: char| !c.is_ascii_digit())
+            .filter(|part| !part.is_empty())
+            .map(|part| part.parse().map_err(|_| want()))
+            .collect::<Result<_, _>>()?;
+        let [threads, lanes, rows, steps, exchanged, splits] = numbers[..] else { return Err(want()) };
+        let tiling = DecodeTiling { threads, lanes, rows, steps, exchanged, splits };
+        if tiling.to_string() == text { Ok(tiling) } else { Err(want()) }
+    }
+}
+
+/// The keys that the queries of a sequence see together; twin of key_range in shaders/cache/range.wgsl.
+pub(crate) fn splits(keys: usize, queries: usize, bounds: &Bounds, tile: u32, [most, least]: [u32; 2]) -> u32 {
+    let tile = i64::from(tile);
+    let keys = keys as i64;
+    let start = (keys - queries as i64 - i64::from(bounds.left)).clamp(0, keys);
+    let tiles = |keys: i64| (keys + tile - 1) / tile;
+    let sink_tiles = tiles(i64::from(bounds.sink_tokens).min(start));
+    let end = tiles(keys);
+    let first = (start / tile).max(sink_tiles).min(end);
+    let all = (sink_tiles + end - first) as u64;
+    let split_tiles = all.div_ceil(most.into()).max(least.into());
+    all.div_ceil(split_tiles) as u32
+}
+
+/// How far queries see, in numbers that shaders count with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Bounds {
+    pub(crate) left: i32,
+    pub(crate) right: i32,
+    pub(crate) sink_tokens: u32,
+}
+
+/// Farther than any position.
+pub(crate) const UNBOUNDED: i32 = 1 << 30;
+
+/// Vectors of 16 bytes of a row.
+pub(crate) fn vectors(width: usize, dtype: DType) -> u32 {
+    (width * dtype.bytes()).div_ceil(16) as u32
+}
