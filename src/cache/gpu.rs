@@ -206,8 +206,12 @@ impl KvCache {
 
     pub(super) fn record(&self, encoder: &mut wgpu::CommandEncoder, changes: &Changes) -> Result<()> {
         self.copy_blocks(encoder, &changes.copies)?;
-        for &(sequence, number, page) in &changes.tables {
-            self.write_state(encoder, self.table_at(sequence) + number, &[page])?;
+        let follows = |a: &(usize, usize, u32), b: &(usize, usize, u32)| a.0 == b.0 && a.1 + 1 == b.1;
+        for run in changes.tables.chunk_by(follows) {
+            let pages: Vec<u32> = run.iter().map(|(_, _, page)| *page).collect();
+            if let Some(&(sequence, number, _)) = run.first() {
+                self.write_state(encoder, self.table_at(sequence) + number, &pages)?;
+            }
         }
         Ok(())
     }
