@@ -107,6 +107,13 @@ pub struct AppendBuffers<'a> {
     pub cos_sin: Option<&'a wgpu::Buffer>,
 }
 
+impl<'a> AppendBuffers<'a> {
+    /// What every append has; what goes with a rotary embedding is `None`.
+    pub fn new(k: impl Into<TensorView<'a>>, v: impl Into<TensorView<'a>>) -> Self {
+        AppendBuffers { k: k.into(), v: v.into(), q: None, cos_sin: None }
+    }
+}
+
 /// What a decoding step computes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decode {

@@ -61,7 +61,7 @@ fn wide<T: Element>(x: &[T]) -> Vec<f32> {
 }
 
 /// Pairs turned in f64.
-fn turned(x: &[f32], rotary: &Rotary, table: &[f32], position: usize) -> Vec<f32> {
+pub fn turned(x: &[f32], rotary: &Rotary, table: &[f32], position: usize) -> Vec<f32> {
     let mut y: Vec<f32> = x.to_vec();
     let dim = rotary.dim as usize;
     for i in 0..dim / 2 {
@@ -306,7 +306,7 @@ pub fn append_on<T: Element>(
 ) -> Result<(), Error> {
     let [k, v] = [k, v].map(|x| filled(device, x));
     let table = table.map(|table| filled(device, table));
-    let buffers = AppendBuffers { k: (&k).into(), v: (&v).into(), q: None, cos_sin: table.as_ref() };
+    let buffers = AppendBuffers { cos_sin: table.as_ref(), ..AppendBuffers::new(&k, &v) };
     let prepared = cache.prepare_append(tokens, &buffers)?;
     let mut encoder = device.wgpu().create_command_encoder(&Default::default());
     let result = prepared.encode(cache, &mut encoder);

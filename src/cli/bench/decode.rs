@@ -244,7 +244,7 @@ impl Case<'_> {
             }
             device.queue().submit([encoder.finish()]);
         }
-        let buffers = AppendBuffers { k: (&k).into(), v: (&v).into(), q: None, cos_sin };
+        let buffers = AppendBuffers { cos_sin, ..AppendBuffers::new(&k, &v) };
         for (chunk, times) in [(chunk, self.seq_k / chunk.max(1)), (self.seq_k % chunk.max(1), 1)] {
             let append = cache.prepare_append(&vec![chunk; self.batch], &buffers)?;
             for _ in 0..times {
