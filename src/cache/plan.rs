@@ -172,3 +172,51 @@ pub(crate) const UNBOUNDED: i32 = 1 << 30;
 pub(crate) fn vectors(width: usize, dtype: DType) -> u32 {
     (width * dtype.bytes()).div_ceil(16) as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tiling_reads_what_it_writes() {
+        let config = CacheConfig {
+            kind: CacheKind::Contiguous { capacity: 100 },
+            sequences: 1,
+            kv_heads: 8,
+            head_dim: 64,
+            value_dim: 64,
+            dtype: DType::F16,
+            rotary: None,
+        };
+        let tiling = DecodeTiling::new(&config, 8, 8, &Capabilities::webgpu_defaults());
+        assert_eq!(tiling.to_string(), "32x8 rows 8, steps 4 by 2, splits 128");
+        assert_eq!(tiling.to_string().parse(), Ok(tiling));
+    }
+
+    /// By brute force: the tiles in which some query sees something, shared out evenly.
+    #[test]
+    fn splits_are_those_of_tiles_with_something_visible() {
+        for keys in [0usize, 1, 15, 16, 17, 64, 100, 200] {
+            for (queries, left, sink_tokens) in
+                [(1, UNBOUNDED, 0), (1, 0, 0), (3, 5, 2), (16, 40, 17), (2, 30, 100), (1, 10, 16)]
+            {
+                let bounds = Bounds { left, right: 0, sink_tokens };
+                let sees = |m: i64, j: i64| {
+                    let p = keys as i64 - queries as i64 + m;
+                    j <= p && (j >= p - i64::from(left) || j < i64::from(sink_tokens))
+                };
+                let tiles = (0..keys.div_ceil(16))
+                    .filter(|tile| {
+                        let end = (16 * tile + 16).min(keys) as i64;
+                        (16 * *tile as i64..end).any(|j| (0..queries as i64).any(|m| sees(m, j)))
+                    })
+                    .count();
+                for (most, least) in [(1, 1), (3, 1), (1000, 1), (1000, 4)] {
+                    let each = tiles.div_ceil(most as usize).max(least as usize);
+                    let splits = splits(keys, queries, &bounds, 16, [most, least]);
+                    assert_eq!(splits as usize, tiles.div_ceil(each), "{keys} {queries} {bounds:?} {most} {least}");
+                }
+            }
+        }
+    }
+}

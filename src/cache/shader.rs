@@ -199,7 +199,10 @@ impl CacheVariant {
                 let [_, _, len, _] = self.exchange(&tiling);
                 16 * len + tiling.slots() * tiling.rows * 4 * (tiling.exchanged + 1 + 2)
             }
-            CacheKernel::Combine { .. } => ROW_THREADS * (4 + 16 + 4),
+            CacheKernel::Combine { .. } => {
+                let splits = ROW_THREADS / self.value_dim.div_ceil(4).next_power_of_two();
+                ROW_THREADS * (4 + 16) + 4 * splits
+            }
         }
     }
 
@@ -306,5 +309,117 @@ impl CacheVariant {
                 render("cache/combine.wgsl", context! { threads => ROW_THREADS, lanes, tile, sinks, ..context })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use naga::AddressSpace;
+    use naga::back::{hlsl, msl, spv};
+    use naga::valid::{Capabilities as Wgsl, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
+    use rayon::prelude::*;
+
+    use super::*;
+    use crate::cache::{CacheConfig, CacheKind};
+    use crate::capabilities::Capabilities;
+
+    const KINDS: [CacheKind; 3] = [
+        CacheKind::Contiguous { capacity: 1000 },
+        CacheKind::Paged { page_size: 16, pages: 64, sequence_pages: 64 },
+        CacheKind::Rolling { sink_tokens: 4, window: 128, queries: 16 },
+    ];
+
+    /// What the planner makes of widths, types, kinds and groups on any device, with every option somewhere.
+    fn variants() -> Vec<(CacheVariant, Capabilities)> {
+        let mut found = Vec::new();
+        let widths = [[1, 1], [5, 33], [64, 64], [80, 16], [128, 128], [192, 128], [256, 256], [512, 1], [512, 512]];
+        let mut turn = 0;
+        for [head_dim, value_dim] in widths {
+            for dtype in [DType::F32, DType::F16, DType::Bf16] {
+                for kind in KINDS {
+                    for rows in [1usize, 3, 8, 128] {
+                        turn += 1;
+                        let devices = Capabilities::samples();
+                        let device = devices[turn % devices.len()].clone();
+                        let style = [RotaryStyle::HalfSplit, RotaryStyle::Interleaved][turn % 2];
+                        let positions = match kind {
+                            CacheKind::Rolling { .. } if turn % 4 > 1 => RotaryPositions::CacheRelative,
+                            _ => RotaryPositions::Absolute,
+                        };
+                        let dim = head_dim as u32 / 16 * 16;
+                        let rotary = (dim > 0 && !turn.is_multiple_of(3)).then_some(Rotary { dim, style, positions });
+                        let config =
+                            CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim, value_dim, dtype, rotary };
+                        let tiling = DecodeTiling::new(&config, rows, 4, &device);
+                        let sink_logits = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead][turn % 3];
+                        let decode = CacheKernel::Decode { tiling, several: rows > 8, softcap: turn.is_multiple_of(5) };
+                        let combine = CacheKernel::Combine { tile: tiling.tile(), sink_logits };
+                        let append = CacheKernel::Append { rotates_q: rotary.is_some() && !turn.is_multiple_of(5) };
+                        for kernel in [decode, combine, append] {
+                            let variant = CacheVariant {
+                                kernel,
+                                addressing: config.addressing(),
+                                dtype,
+                                head_dim: head_dim as u32,
+                                value_dim: value_dim as u32,
+                                vec4: [head_dim, value_dim].iter().all(|n| n.is_multiple_of(4)) && turn % 7 > 0,
+                                rotary: match kernel {
+                                    CacheKernel::Decode { .. } => rotary.filter(|_| config.is_relative()),
+                                    CacheKernel::Combine { .. } => None,
+                                    CacheKernel::Append { .. } => rotary,
+                                },
+                                indexed: turn.is_multiple_of(2) && !matches!(kernel, CacheKernel::Append { .. }),
+                            };
+                            if let CacheKernel::Decode { tiling, .. } = kernel {
+                                tiling.check(&config, &variant, &device).unwrap();
+                            }
+                            found.push((variant, device.clone()));
+                        }
+                    }
+                }
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn every_variant_validates_translates_and_fits() {
+        variants().into_par_iter().for_each(|(variant, device)| {
+            let name = variant.name();
+            let text = variant.wgsl().unwrap();
+            let module = naga::front::wgsl::parse_str(&text)
+                .unwrap_or_else(|error| panic!("{name}: {}\n{text}", error.emit_to_string(&text)));
+            let mut validator = Validator::new(ValidationFlags::all(), Wgsl::SHADER_FLOAT16_IN_FLOAT32);
+            validator.subgroup_stages(ShaderStages::empty()).subgroup_operations(SubgroupOperationSet::empty());
+            let info = validator.validate(&module).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+
+            let spv = spv::Options { lang_version: (1, 3), ..Default::default() };
+            spv::write_vec(&module, &info, &spv, None).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let msl = msl::Options { lang_version: (2, 4), ..Default::default() };
+            msl::write_string(&module, &info, &msl, &msl::PipelineOptions::default())
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+            let options = hlsl::Options {
+                shader_model: hlsl::ShaderModel::V6_0,
+                special_constants_binding: Some(hlsl::BindTarget { register: 0, space: 1, ..Default::default() }),
+                ..Default::default()
+            };
+            hlsl::Writer::new(&mut String::new(), &options, &hlsl::PipelineOptions::default())
+                .write(&module, &info, None)
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+
+            let mut layouter = naga::proc::Layouter::default();
+            layouter.update(module.to_ctx()).unwrap();
+            let variables = || module.global_variables.iter();
+            let memory: u32 = variables()
+                .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
+                .map(|(_, variable)| layouter[variable.ty].size)
+                .sum();
+            assert_eq!(memory, variant.workgroup_bytes(), "{name}");
+            assert!(memory <= device.workgroup_bytes, "{name}: {memory} bytes of workgroup memory");
+            let storage = variables().filter(|(_, v)| matches!(v.space, AddressSpace::Storage { .. })).count();
+            assert!(storage <= 8, "{name}: {storage} storage buffers");
+            let bound = variables().filter(|(_, variable)| variable.binding.is_some()).count();
+            assert_eq!(bound, variant.bindings().len(), "{name}");
+        });
     }
 }
