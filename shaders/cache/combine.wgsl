@@ -40,12 +40,20 @@ fn main(
   let lane = thread % LANES;
   var sum = 0.0;
   var x = vec4<f32>();
-  for (var n = slot; n < range.splits; n += SLOTS) {
-    let at = (first + n) * (QUADS + 1u);
-    let state = partials[at + QUADS];
-    let factor = exp1(state.x - most);
-    sum = fma(factor, state.y, sum);
-    if (lane < QUADS) { x = fma(vec4<f32>(factor), partials[at + lane], x); }
+  // Loads of several splits at a time are under way; those beyond the last one count nothing.
+  for (var n = slot; n < range.splits; n += {{ ahead }}u * SLOTS) {
+{% for a in range(ahead) %}
+    let at_{{ a }} = (first + min(n + {{ a }}u * SLOTS, range.splits - 1u)) * (QUADS + 1u);
+    let state_{{ a }} = partials[at_{{ a }} + QUADS];
+    let part_{{ a }} = partials[at_{{ a }} + min(lane, QUADS - 1u)];
+{% endfor %}
+{% for a in range(ahead) %}
+    if (n + {{ a }}u * SLOTS < range.splits) {
+      let factor = exp1(state_{{ a }}.x - most);
+      sum = fma(factor, state_{{ a }}.y, sum);
+      x = fma(vec4<f32>(factor), part_{{ a }}, x);
+    }
+{% endfor %}
   }
   parts[thread] = x;
   if (lane == 0u) { sums[slot] = sum; }

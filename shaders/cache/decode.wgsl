@@ -26,12 +26,18 @@ const VALUE_ROW: u32 = {{ row_vectors.v }}u;
 {% set several = queries == "several" %}
 {% set vector = "vec4<f32>" if dtype == "f32" else "vec4<u32>" %}
 {% set halves = dtype != "f32" %}
-{% set weight = ["", "f32", "vec2<f32>", "", "vec4<f32>"][exchanged] %}
+{# The weights of the exchanged keys, and the factor of what was summed before: together where they fit a vector. #}
+{% set packed = exchanged < 4 %}
+{% set weight = ["", "vec2<f32>", "vec4<f32>", "", "vec4<f32>"][exchanged] %}
+{# Half precision does not see the last bits of the driver's own. #}
+{% set exp = "exp" if halves else "exp1" %}
 {% set owned = (rows + lanes - 1) // lanes %}
 
 var<workgroup> exchange: array<vec4<f32>, {{ exchange_len }}>;
 var<workgroup> weights: array<{{ weight }}, {{ slots * rows }}>;
+{% if not packed %}
 var<workgroup> factors: array<f32, {{ slots * rows }}>;
+{% endif %}
 var<workgroup> states: array<vec2<f32>, {{ slots * rows }}>;
 
 // Whether a query at a position among the places sees a key.
@@ -237,22 +243,26 @@ fn main(
       top = max(top, s{{ x }});
 {% endfor %}
       // A maximum that is a little stale does: exp is good up to 1.
-      let most = select(most_{{ n }}, top, top > most_{{ n }} + 1.0);
-      let factor = exp1(most_{{ n }} - most);
-      most_{{ n }} = most;
+      var factor = 1.0;
+      if (top > most_{{ n }} + 1.0) {
+        factor = {{ exp }}(most_{{ n }} - top);
+        most_{{ n }} = top;
+      }
 {% for x in range(exchanged) %}
-      let p{{ x }} = select(exp1(s{{ x }} - most), 0.0, hidden{{ x }});
+      let p{{ x }} = select({{ exp }}(s{{ x }} - most_{{ n }}), 0.0, hidden{{ x }});
 {% endfor %}
       sum_{{ n }} = fma(sum_{{ n }}, factor, {% for x in range(exchanged) %}{{ " + " if x else "" }}p{{ x }}{% endfor %});
 {% set hide = "select(p{x}, -1.0, hidden{x})" if several else "p{x}" %}
-      weights[slot * ROWS + row_{{ n }}] = {{ weight }}({% for x in range(exchanged) %}{{ ", " if x else "" }}{{ hide|replace("{x}", x) }}{% endfor %});
+      weights[slot * ROWS + row_{{ n }}] = {{ weight }}({% for x in range(exchanged) %}{{ ", " if x else "" }}{{ hide|replace("{x}", x) }}{% endfor %}{{ ["", ", factor", ", factor, 0.0", "", ""][exchanged] }});
+{% if not packed %}
       factors[slot * ROWS + row_{{ n }}] = factor;
+{% endif %}
     }
 {% endfor %}
     workgroupBarrier();
 {% for r in range(rows) %}
     let w{{ part }}_{{ r }} = weights[slot * ROWS + {{ r }}u];
-    let f{{ part }}_{{ r }} = factors[slot * ROWS + {{ r }}u];
+    let f{{ part }}_{{ r }} = {{ "w" ~ part ~ "_" ~ r ~ "." ~ xyzw[exchanged] if packed else "factors[slot * ROWS + " ~ r ~ "u]" }};
 {% endfor %}
     if ({% for r in range(rows) %}{{ " || " if r else "" }}f{{ part }}_{{ r }} != 1.0{% endfor %}) {
 {% for r in range(rows) %}
@@ -278,7 +288,7 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% for r in range(rows) %}
-{% set w = "w" ~ part ~ "_" ~ r ~ ("." ~ xyzw[x] if exchanged > 1 else "") %}
+{% set w = "w" ~ part ~ "_" ~ r ~ "." ~ xyzw[x] %}
 {% if several %}
       // Another row may see what is hidden here, a NaN or not.
       if (!({{ w }} < 0.0)) {

@@ -33,9 +33,12 @@ struct Params {
   left: i32,
   right: i32,
   sink_tokens: u32,
-  // Row tiles of a group, splits of the keys at most, and tiles of keys of a split at least.
+  // Row tiles of a group.
   row_tiles: u32,
+  // Splits of the keys, and at most where a split would have more tiles of keys than are long; and tiles it has at least.
+  splits: u32,
   most_splits: u32,
+  long_tiles: u32,
   least_tiles: u32,
   lse_offset: u32,
   sink_offset: u32,

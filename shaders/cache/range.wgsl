@@ -18,6 +18,9 @@ fn key_range(sequence: u32) -> KeyRange {
   let end = (keys + TILE - 1u) / TILE;
   let first = min(max(start / TILE, sink_tiles), end);
   let tiles = sink_tiles + end - first;
-  let split_tiles = max((tiles + params.most_splits - 1u) / params.most_splits, params.least_tiles);
+  // Fewer splits where the many would be short.
+  let even = (tiles + params.splits - 1u) / params.splits;
+  let more = (tiles + params.most_splits - 1u) / params.most_splits;
+  let split_tiles = max(max(more, min(even, params.long_tiles)), params.least_tiles);
   return KeyRange(keys, sink_tiles, first, tiles, split_tiles, (tiles + split_tiles - 1u) / split_tiles);
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::gpu::{KvCache, check_counts, table_row};
-use super::plan::{self, Bounds, DecodeTiling};
+use super::plan::{self, Bounds, DecodeTiling, Split};
 use super::shader::{CacheBinding, CacheKernel, CacheVariant, ROW_THREADS};
 use super::{CacheConfig, CacheKind, MOST_QUERIES, Rotary, RotaryPositions};
 use crate::dispatch::Operand;
@@ -43,7 +43,9 @@ struct Params {
     right: i32,
     sink_tokens: u32,
     row_tiles: u32,
+    splits: u32,
     most_splits: u32,
+    long_tiles: u32,
     least_tiles: u32,
     lse_offset: u32,
     sink_offset: u32,
@@ -480,7 +482,7 @@ pub struct PreparedDecode {
     kv_heads: u32,
     bounds: Bounds,
     tiling: DecodeTiling,
-    split: [u32; 2],
+    split: Split,
     row_tiles: u32,
     kernel: Bound,
     combine: Bound,
@@ -554,14 +556,13 @@ impl PreparedDecode {
         let partial = s.value_dim.div_ceil(4) as u128 + 1;
         let fitting =
             u128::from(capabilities.binding_bytes.min(capabilities.buffer_bytes)) / (16 * partial * total_rows);
-        let [most, least] = tiling.split(config, capabilities);
         let by_grid = u128::from(capabilities.grid_dimension.min(65535)) / row_tiles as u128;
-        let most = u128::from(most).min(fitting).min(by_grid);
-        if most == 0 {
+        let fitting = fitting.min(by_grid) as u32;
+        if fitting == 0 {
             let (operand, bytes) = ("partial results", (16 * partial * total_rows).min(u64::MAX.into()) as u64);
             return Err(Error::BindingTooLarge { operand, bytes, limit: capabilities.binding_bytes });
         }
-        let split = [most as u32, least];
+        let split = tiling.split(config, capabilities, fitting);
         let grid_most = capabilities.grid_dimension.min(65535);
         for workgroups in [entries.len(), config.kv_heads] {
             if workgroups > grid_most as usize {
@@ -580,8 +581,10 @@ impl PreparedDecode {
             right: bounds.right,
             sink_tokens: bounds.sink_tokens,
             row_tiles: row_tiles as u32,
-            most_splits: split[0],
-            least_tiles: split[1],
+            splits: split.splits,
+            most_splits: split.most,
+            long_tiles: split.long_tiles,
+            least_tiles: split.least_tiles,
             lse_offset: lse.operand(1).offset,
             sink_offset: sinks.as_ref().map_or(0, |sinks| sinks.operand(1).offset),
             scale: problem.scale(),
@@ -589,7 +592,7 @@ impl PreparedDecode {
             ..Params::new(config)
         };
         let scratch = || -> Result<_> {
-            let elements = (partial * total_rows * most) as usize;
+            let elements = (partial * total_rows * u128::from(split.most)) as usize;
             let list: Vec<u32> = entries.iter().map(|sequence| *sequence as u32).collect();
             let partials = allocate::<[f32; 4]>(device, "partials", elements, wgpu::BufferUsages::STORAGE)?;
             Ok((partials, upload(device, "entries", &list)?))
@@ -639,7 +642,7 @@ impl PreparedDecode {
 
     fn grid(&self, cache: &KvCache) -> [u32; 3] {
         let of = |sequence: &usize| {
-            plan::splits(cache.places.keys(*sequence), self.queries, &self.bounds, self.tiling.tile(), self.split)
+            plan::splits(cache.places.keys(*sequence), self.queries, &self.bounds, self.tiling.tile(), &self.split)
         };
         let splits = self.entries.iter().map(of).max().unwrap_or(0);
         [splits * self.row_tiles, self.kv_heads, self.entries.len() as u32]
@@ -702,7 +705,7 @@ mod tests {
             ($($field:ident)*) => { vec![$((stringify!($field).to_string(), offset_of!(Params, $field))),*] };
         }
         let here = members!(q k v o heads kv_heads queries workgroups sequences current next table table_row block_rows
-            block_shift kept_rows ring_rows tokens left right sink_tokens row_tiles most_splits least_tiles lse_offset
+            block_shift kept_rows ring_rows tokens left right sink_tokens row_tiles splits most_splits long_tiles least_tiles lse_offset
             sink_offset scale softcap scale_size negative_infinity);
         assert_eq!(here, there);
         assert_eq!(PARAMS_BYTES, u64::from(span.next_multiple_of(16)));

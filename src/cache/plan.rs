@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 
 /// How the decode kernel divides its work. As text `32x8 rows 8, steps 4 by 2, splits 330`: threads of a workgroup by threads that
 /// share a key, rows (queries of the query heads of a group) of a workgroup, keys that a thread loads at a time and of which
-/// it exchanges so many at once, and splits of a sequence's keys at most.
+/// it exchanges so many at once, and splits of a sequence's keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DecodeTiling {
     /// Threads of a workgroup.
@@ -24,7 +24,8 @@ pub struct DecodeTiling {
     pub steps: u32,
     /// Keys between two barriers; divides `steps`, at most 4.
     pub exchanged: u32,
-    /// Splits of the keys at most.
+    /// Splits of the keys: fewer where each would have less than 64 keys, and up to four times as many where each would have
+    /// more than 512.
     pub splits: u32,
 }
 
@@ -32,6 +33,9 @@ pub struct DecodeTiling {
 const HELD: u32 = 64;
 /// Fewer keys than this are not worth a workgroup of their own.
 const LEAST_KEYS: u32 = 64;
+/// With more keys than this the start and the end of a workgroup do not count, and more workgroups share the work more evenly.
+const LONG_KEYS: u32 = 512;
+const MORE_SPLITS: u32 = 4;
 /// Iterations of a thread's loop over tiles at most, for drivers that end long loops.
 const MOST_TILES: u64 = 50_000;
 
@@ -109,14 +113,16 @@ impl DecodeTiling {
         Ok(())
     }
 
-    /// Splits at most, and tiles of a split at least.
-    pub(crate) fn split(&self, config: &CacheConfig, capabilities: &Capabilities) -> [u32; 2] {
+    /// How the keys are split, in partial results of at most so many splits.
+    pub(crate) fn split(&self, config: &CacheConfig, capabilities: &Capabilities, fitting: u32) -> Split {
         let tiles = (config.most_keys() as u64).div_ceil(self.tile().into());
-        let least = if capabilities.loop_iterations.is_some() { tiles.div_ceil(MOST_TILES) } else { 1 };
         let least_tiles = LEAST_KEYS.div_ceil(self.tile());
         // No more than there can be.
-        let most = tiles.div_ceil(least_tiles.into()).clamp(1, 32768);
-        [u64::from(self.splits).max(least).min(most) as u32, least_tiles]
+        let sensible = tiles.div_ceil(least_tiles.into()).clamp(1, fitting.max(1).into()) as u32;
+        let needed = if capabilities.loop_iterations.is_some() { tiles.div_ceil(MOST_TILES) } else { 1 };
+        let splits = self.splits.max(needed.min(u32::MAX.into()) as u32).min(sensible);
+        let most = splits.saturating_mul(MORE_SPLITS).min(sensible);
+        Split { splits, most, long_tiles: LONG_KEYS.div_ceil(self.tile()), least_tiles }
     }
 }
 
@@ -144,7 +150,7 @@ impl FromStr for DecodeTiling {
 }
 
 /// The keys that the queries of a sequence see together; twin of key_range in shaders/cache/range.wgsl.
-pub(crate) fn splits(keys: usize, queries: usize, bounds: &Bounds, tile: u32, [most, least]: [u32; 2]) -> u32 {
+pub(crate) fn splits(keys: usize, queries: usize, bounds: &Bounds, tile: u32, split: &Split) -> u32 {
     let tile = i64::from(tile);
     let keys = keys as i64;
     let start = (keys - queries as i64 - i64::from(bounds.left)).clamp(0, keys);
@@ -153,8 +159,20 @@ pub(crate) fn splits(keys: usize, queries: usize, bounds: &Bounds, tile: u32, [m
     let end = tiles(keys);
     let first = (start / tile).max(sink_tiles).min(end);
     let all = (sink_tiles + end - first) as u64;
-    let split_tiles = all.div_ceil(most.into()).max(least.into());
+    let even = all.div_ceil(split.splits.into()).min(split.long_tiles.into());
+    let split_tiles = all.div_ceil(split.most.into()).max(even).max(split.least_tiles.into());
     all.div_ceil(split_tiles) as u32
+}
+
+/// How keys are split among workgroups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Split {
+    pub(crate) splits: u32,
+    /// Where a split would have more tiles than `long_tiles`.
+    pub(crate) most: u32,
+    pub(crate) long_tiles: u32,
+    /// Of a split.
+    pub(crate) least_tiles: u32,
 }
 
 /// How far queries see, in numbers that shaders count with.
@@ -211,10 +229,19 @@ mod tests {
                         (16 * *tile as i64..end).any(|j| (0..queries as i64).any(|m| sees(m, j)))
                     })
                     .count();
-                for (most, least) in [(1, 1), (3, 1), (1000, 1), (1000, 4)] {
-                    let each = tiles.div_ceil(most as usize).max(least as usize);
-                    let splits = splits(keys, queries, &bounds, 16, [most, least]);
-                    assert_eq!(splits as usize, tiles.div_ceil(each), "{keys} {queries} {bounds:?} {most} {least}");
+                let of = |each: usize| tiles.div_ceil(each);
+                for (numbers, each) in [
+                    ([1, 1, 100, 1], tiles.max(1)),
+                    ([3, 3, 100, 1], of(3).max(1)),
+                    ([1000, 1000, 100, 1], 1),
+                    ([1000, 1000, 100, 4], 4),
+                    // Splits of more than two tiles are halved.
+                    ([3, 6, 2, 1], if of(3) <= 2 { of(3).max(1) } else { of(6).max(2) }),
+                ] {
+                    let [splits, most, long_tiles, least_tiles] = numbers;
+                    let split = Split { splits, most, long_tiles, least_tiles };
+                    let splits = super::splits(keys, queries, &bounds, 16, &split);
+                    assert_eq!(splits as usize, of(each), "{keys} {queries} {bounds:?} {split:?}");
                 }
             }
         }

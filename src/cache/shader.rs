@@ -197,7 +197,8 @@ impl CacheVariant {
             CacheKernel::Append { .. } => 0,
             CacheKernel::Decode { tiling, .. } => {
                 let [_, _, len, _] = self.exchange(&tiling);
-                16 * len + tiling.slots() * tiling.rows * 4 * (tiling.exchanged + 1 + 2)
+                let weights = [0, 8, 16, 0, 16 + 4][tiling.exchanged as usize];
+                16 * len + tiling.slots() * tiling.rows * (weights + 8)
             }
             CacheKernel::Combine { .. } => {
                 let splits = ROW_THREADS / self.value_dim.div_ceil(4).next_power_of_two();
@@ -306,7 +307,10 @@ impl CacheVariant {
                     SinkLogits::PerHead => "per_head",
                 };
                 let lanes = quads(e).next_power_of_two();
-                render("cache/combine.wgsl", context! { threads => ROW_THREADS, lanes, tile, sinks, ..context })
+                render(
+                    "cache/combine.wgsl",
+                    context! { threads => ROW_THREADS, lanes, tile, sinks, ahead => 4, ..context },
+                )
             }
         }
     }
