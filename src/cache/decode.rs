@@ -427,11 +427,10 @@ impl PreparedAppend {
     ///
     /// # Errors
     /// [`Error::CacheFull`], [`Error::PagesExhausted`], [`Error::RotaryPosition`], [`Error::OtherCache`]: nothing has changed then.
-    /// What wgpu reports of new pages.
     pub fn encode(&self, cache: &mut KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         self.check(cache)?;
         let changes = cache.places.reserve(&self.counts)?;
-        cache.record(encoder, &changes)?;
+        cache.record(encoder, &changes);
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention append"), timestamp_writes: None };
         self.dispatch(cache, &mut encoder.begin_compute_pass(&descriptor));
         Ok(())

@@ -14,7 +14,8 @@ use crate::tensor::{TensorView, allocate};
 /// step waits for nothing.
 ///
 /// What is recorded into an encoder holds for what is recorded after it; lengths and pages that the host knows of change as it
-/// is recorded. So encoders must be submitted in the order in which they were recorded, and all of them.
+/// is recorded. So encoders must be submitted in the order in which they were recorded, and all of them. What wgpu reports of
+/// recording goes to the caller's error scopes.
 #[derive(Debug)]
 pub struct KvCache {
     pub(super) device: Device,
@@ -27,6 +28,8 @@ pub struct KvCache {
     pub(super) state: wgpu::Buffer,
     /// Which of the lists holds now.
     pub(super) current: usize,
+    /// Blocks are copied through it.
+    between: wgpu::Buffer,
 }
 
 /// Words of a sequence's block table.
@@ -53,9 +56,11 @@ impl KvCache {
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let create = || -> Result<_> {
             let of = |(operand, bytes): (&'static str, u64)| allocate::<u8>(device, operand, bytes as usize, usage);
-            Ok([of(sizes[0])?, of(sizes[1])?, of(sizes[2])?])
+            let [key_block, value_block] = block_bytes(config);
+            let between = ("copied blocks", key_block.max(value_block).min(COPIED_BYTES));
+            Ok([of(sizes[0])?, of(sizes[1])?, of(sizes[2])?, of(between)?])
         };
-        let [keys, values, state] = device.scoped("allocating a cache", create).await??;
+        let [keys, values, state, between] = device.scoped("allocating a cache", create).await??;
         Ok(KvCache {
             device: device.clone(),
             pipelines: pipelines.clone(),
@@ -65,6 +70,7 @@ impl KvCache {
             values,
             state,
             current: 0,
+            between,
         })
     }
 
@@ -157,7 +163,8 @@ impl KvCache {
     pub fn reserve(&mut self, encoder: &mut wgpu::CommandEncoder, tokens: &[usize]) -> Result<()> {
         check_counts(&self.config, tokens.len())?;
         let changes = self.places.reserve(tokens)?;
-        self.record(encoder, &changes)
+        self.record(encoder, &changes);
+        Ok(())
     }
 
     /// Forgets the tokens of a sequence from `length` on; with 0 it is empty, and its pages are free.
@@ -167,23 +174,25 @@ impl KvCache {
     /// has given up what would have to come back.
     pub fn truncate(&mut self, encoder: &mut wgpu::CommandEncoder, sequence: usize, length: usize) -> Result<()> {
         self.places.truncate(sequence, length)?;
-        self.record_length(encoder, sequence)
+        self.record_length(encoder, sequence);
+        Ok(())
     }
 
     /// Makes sequence `to` a copy of `from`. In a paged cache they share pages until one of them writes to a shared one.
     ///
     /// # Errors
-    /// [`Error::SequenceOutOfRange`]; [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
+    /// [`Error::SequenceOutOfRange`].
     pub fn fork(&mut self, encoder: &mut wgpu::CommandEncoder, from: usize, to: usize) -> Result<()> {
         self.places.fork(from, to)?;
         if from == to {
             return Ok(());
         }
         match self.config.kind {
-            CacheKind::Paged { .. } => self.record_table(encoder, to)?,
-            _ => self.copy_blocks(encoder, &[[from as u32, to as u32]])?,
+            CacheKind::Paged { .. } => self.record_table(encoder, to),
+            _ => self.copy_blocks(encoder, &[[from as u32, to as u32]]),
         }
-        self.record_length(encoder, to)
+        self.record_length(encoder, to);
+        Ok(())
     }
 
     /// Gives a sequence of a paged cache pages of the caller's choice, which others may hold, too, and which hold `length`
@@ -200,78 +209,75 @@ impl KvCache {
         length: usize,
     ) -> Result<()> {
         self.places.assign(sequence, pages, length)?;
-        self.record_table(encoder, sequence)?;
-        self.record_length(encoder, sequence)
+        self.record_table(encoder, sequence);
+        self.record_length(encoder, sequence);
+        Ok(())
     }
 
-    pub(super) fn record(&self, encoder: &mut wgpu::CommandEncoder, changes: &Changes) -> Result<()> {
-        self.copy_blocks(encoder, &changes.copies)?;
+    pub(super) fn record(&self, encoder: &mut wgpu::CommandEncoder, changes: &Changes) {
+        self.copy_blocks(encoder, &changes.copies);
         let follows = |a: &(usize, usize, u32), b: &(usize, usize, u32)| a.0 == b.0 && a.1 + 1 == b.1;
         for run in changes.tables.chunk_by(follows) {
             let pages: Vec<u32> = run.iter().map(|(_, _, page)| *page).collect();
             if let Some(&(sequence, number, _)) = run.first() {
-                self.write_state(encoder, self.table_at(sequence) + number, &pages)?;
+                self.write_state(encoder, self.table_at(sequence) + number, &pages);
             }
         }
-        Ok(())
     }
 
     fn table_at(&self, sequence: usize) -> usize {
         2 * self.config.sequences + sequence * table_row(&self.config)
     }
 
-    fn record_length(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) -> Result<()> {
+    fn record_length(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) {
         let length = self.places.lengths()[sequence] as u32;
-        self.write_state(encoder, self.current * self.config.sequences + sequence, &[length])
+        self.write_state(encoder, self.current * self.config.sequences + sequence, &[length]);
     }
 
-    fn record_table(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) -> Result<()> {
-        self.write_state(encoder, self.table_at(sequence), self.places.table(sequence))
+    fn record_table(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) {
+        self.write_state(encoder, self.table_at(sequence), self.places.table(sequence));
     }
 
-    /// Not by the queue, which would write before what is recorded.
-    fn write_state(&self, encoder: &mut wgpu::CommandEncoder, word: usize, words: &[u32]) -> Result<()> {
+    /// Not by the queue alone, which would write before what is recorded.
+    fn write_state(&self, encoder: &mut wgpu::CommandEncoder, word: usize, words: &[u32]) {
         if words.is_empty() {
-            return Ok(());
+            return;
         }
-        let staged = || -> Result<wgpu::Buffer> {
-            let usage = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-            let buffer = self.device.wgpu().create_buffer(&wgpu::BufferDescriptor {
-                label: Some("sink-attention cache state"),
-                size: 4 * words.len() as u64,
-                usage,
-                mapped_at_creation: false,
-            });
-            // Into a buffer that nothing else uses, so that it does not matter when.
-            self.device.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(words));
-            Ok(buffer)
-        };
-        let buffer = pollster::block_on(self.device.scoped("recording a cache's state", staged))??;
-        encoder.copy_buffer_to_buffer(&buffer, 0, &self.state, 4 * word as u64, buffer.size());
-        Ok(())
+        let staged = self.device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+            label: Some("sink-attention cache state"),
+            size: 4 * words.len() as u64,
+            usage: wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        // Nothing else uses this buffer, so that it does not matter when.
+        self.device.queue().write_buffer(&staged, 0, bytemuck::cast_slice(words));
+        encoder.copy_buffer_to_buffer(&staged, 0, &self.state, 4 * word as u64, staged.size());
     }
 
-    /// Copies blocks through a buffer of their own: within one, wgpu does not copy.
-    fn copy_blocks(&self, encoder: &mut wgpu::CommandEncoder, blocks: &[[u32; 2]]) -> Result<()> {
-        if blocks.is_empty() {
-            return Ok(());
-        }
-        let rows = (self.config.kv_heads * self.config.kind.rows()) as u64;
-        let sizes = self.config.row_vectors().map(|vectors| rows * 16 * u64::from(vectors));
-        let between = || -> Result<wgpu::Buffer> {
-            let usage = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-            allocate::<u8>(&self.device, "copied block", sizes[0].max(sizes[1]) as usize, usage)
-        };
-        let between = pollster::block_on(self.device.scoped("copying blocks of a cache", between))??;
+    /// Copies blocks in pieces through a buffer of their own: within one, wgpu does not copy.
+    fn copy_blocks(&self, encoder: &mut wgpu::CommandEncoder, blocks: &[[u32; 2]]) {
         for &[from, to] in blocks {
-            for (buffer, bytes) in [(&self.keys, sizes[0]), (&self.values, sizes[1])] {
-                encoder.copy_buffer_to_buffer(buffer, u64::from(from) * bytes, &between, 0, bytes);
-                encoder.copy_buffer_to_buffer(&between, 0, buffer, u64::from(to) * bytes, bytes);
+            for (buffer, bytes) in [&self.keys, &self.values].into_iter().zip(block_bytes(&self.config)) {
+                let [from, to] = [from, to].map(|block| u64::from(block) * bytes);
+                let piece = self.between.size();
+                for start in (0..bytes).step_by(piece as usize) {
+                    let len = piece.min(bytes - start);
+                    encoder.copy_buffer_to_buffer(buffer, from + start, &self.between, 0, len);
+                    encoder.copy_buffer_to_buffer(&self.between, 0, buffer, to + start, len);
+                }
             }
         }
-        Ok(())
     }
 }
+
+/// Bytes of a block of keys and of one of values.
+fn block_bytes(config: &CacheConfig) -> [u64; 2] {
+    let rows = (config.kv_heads * config.kind.rows()) as u64;
+    config.row_vectors().map(|vectors| rows * 16 * u64::from(vectors))
+}
+
+/// Blocks are copied in pieces of so many bytes.
+const COPIED_BYTES: u64 = 4 << 20;
 
 /// One number for each sequence.
 pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {

@@ -54,7 +54,10 @@ impl CacheKind {
         match *self {
             CacheKind::Contiguous { capacity } => capacity,
             CacheKind::Paged { page_size, .. } => page_size,
-            CacheKind::Rolling { sink_tokens, window, queries } => sink_tokens + window + queries - 1,
+            // Before they are checked the numbers may be any.
+            CacheKind::Rolling { sink_tokens, window, queries } => {
+                sink_tokens.saturating_add(window).saturating_add(queries).saturating_sub(1)
+            }
         }
     }
 }
@@ -147,11 +150,11 @@ impl CacheConfig {
         self.rotary.is_some_and(|rotary| rotary.positions == RotaryPositions::CacheRelative)
     }
 
-    /// Bytes of the keys and of the values.
+    /// Bytes of the keys and of the values; of numbers that [`check`](Self::check) refuses, any.
     pub fn bytes(&self) -> [u64; 2] {
         self.row_vectors().map(|vectors| {
-            let rows = self.blocks() as u64 * self.kv_heads as u64 * self.kind.rows() as u64;
-            rows.saturating_mul(16 * u64::from(vectors))
+            let factors = [self.blocks(), self.kv_heads, self.kind.rows(), 16].map(|n| n as u64);
+            factors.into_iter().fold(vectors.into(), u64::saturating_mul)
         })
     }
 

@@ -188,7 +188,7 @@ pub(crate) const UNBOUNDED: i32 = 1 << 30;
 
 /// Vectors of 16 bytes of a row.
 pub(crate) fn vectors(width: usize, dtype: DType) -> u32 {
-    (width * dtype.bytes()).div_ceil(16) as u32
+    width.saturating_mul(dtype.bytes()).div_ceil(16) as u32
 }
 
 #[cfg(test)]
