@@ -308,6 +308,16 @@ fn other_kinds_fork_by_copies() {
 }
 
 #[test]
+fn large_blocks_are_copied_in_pieces() {
+    // 5 MiB a sequence, of which the last token lies behind the fourth.
+    let kind = CacheKind::Contiguous { capacity: 20_000 };
+    let mut both = Both::<f32>::new(config::<f32>(kind, 1, [64, 64]));
+    both.append(&[17_000, 0, 0]);
+    both.fork(0, 2).unwrap();
+    both.check(&Decode::new(1, Options::new().window(Window::keys(5))).sequences([2]));
+}
+
+#[test]
 fn pages_of_the_callers_choice() {
     let Some(attention) = gpu() else { return };
     let device = attention.device().unwrap();
