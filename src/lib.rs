@@ -198,7 +198,7 @@
 //! let Some(device) = attention.device() else { return Ok(()) };
 //! let kind = CacheKind::Paged { page_size: 16, pages: 32, sequence_pages: 16 };
 //! let config =
-//!     CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32, rotary: None };
+//!     CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32, rotary: None, quantisation: None };
 //! let mut cache = attention.create_cache(&config)?;
 //!
 //! let buffer = |elements: u64| {
@@ -295,7 +295,7 @@ mod tuning;
 pub use attention::Attention;
 pub use cache::{
     AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, PreparedAppend,
-    PreparedDecode, Rotary, RotaryPositions, RotaryStyle,
+    PreparedDecode, Quantisation, Rotary, RotaryPositions, RotaryStyle,
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};

@@ -16,7 +16,7 @@ use crate::tiles::Tiles;
 use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 41] = [
+const SOURCES: [(&str, &str); 42] = [
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("cache/append.wgsl", include_str!("../shaders/cache/append.wgsl")),
     ("cache/combine.wgsl", include_str!("../shaders/cache/combine.wgsl")),
@@ -24,6 +24,7 @@ const SOURCES: [(&str, &str); 41] = [
     ("cache/params.wgsl", include_str!("../shaders/cache/params.wgsl")),
     ("cache/range.wgsl", include_str!("../shaders/cache/range.wgsl")),
     ("cache/rotary.wgsl", include_str!("../shaders/cache/rotary.wgsl")),
+    ("cache/scales.wgsl", include_str!("../shaders/cache/scales.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
     ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
     ("cooperative/d_q.wgsl", include_str!("../shaders/cooperative/d_q.wgsl")),

@@ -10,7 +10,7 @@ use proptest::test_runner::{Config, TestRunner};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
     AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, ForwardBuffers, Layout,
-    Lengths, Options, Problem, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Window, cpu,
+    Lengths, Options, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Window, cpu,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 300 };
@@ -43,6 +43,63 @@ fn ragged_lengths_of_every_kind() {
 fn every_element_type_of_a_rolling_cache() {
     grows::<f32>(config::<f32>(ROLLING, 1, [24, 8]), 2, Options::new());
     grows::<bf16>(config::<bf16>(ROLLING, 1, [16, 16]), 1, Options::new().sink_logits(SinkLogits::OffByOne));
+}
+
+#[test]
+fn quantised_rows() {
+    let quantisation = Some(Quantisation::Q8_0);
+    let rotary = rotary(40, RotaryStyle::HalfSplit, RotaryPositions::Absolute);
+    let options = Options::new().causal(true);
+    grows::<f32>(CacheConfig { quantisation, ..config::<f32>(CONTIGUOUS, 2, [64, 64]) }, 8, options);
+    grows::<f32>(CacheConfig { quantisation, rotary, ..config::<f32>(ROLLING, 1, [40, 33]) }, 2, options);
+    grows::<f16>(CacheConfig { quantisation, ..config::<f16>(PAGED, 1, [96, 5]) }, 1, options);
+    // Scales of more than eight blocks.
+    let mut both = Both::<bf16>::new(CacheConfig { quantisation, ..config::<bf16>(LARGE_PAGES, 1, [300, 260]) });
+    both.append(&[70, 0, 1]);
+    both.check(&Decode::new(2, options.dtype(DType::Bf16)));
+}
+
+/// Scales of every size that f16 has come back; larger numbers, and those that are none, spoil their block alone.
+#[test]
+fn sizes_of_quantised_numbers() {
+    let quantisation = Some(Quantisation::Q8_0);
+    let config = CacheConfig { sequences: 1, quantisation, ..config::<f32>(CONTIGUOUS, 1, [4, 64]) };
+    let mut on_cpu = cpu::KvCache::new(&config).unwrap();
+    for (size, whole) in [
+        (1.0, true),
+        (1e-3, true),
+        (2e-5, true),
+        (0.0, true),
+        (8.3e6, true),
+        (9e6, false),
+        (f32::INFINITY, false),
+        (f32::NAN, false),
+    ] {
+        let mut value: Vec<f32> = (0..64).map(|n| (n % 32) as f32 / 31.0).collect();
+        value[..32].iter_mut().for_each(|x| *x *= size);
+        let decode = Decode::new(1, Options::new());
+        on_cpu.truncate(0, 0).unwrap();
+        on_cpu.append(&[1], &[0.0; 4], &value, None, None).unwrap();
+        let mut outputs = vec![on_cpu.decode(&decode, &[1.0; 4], None, None).unwrap().o];
+        if let Some(attention) = gpu() {
+            let device = attention.device().unwrap();
+            let mut cache = attention.create_cache(&config).unwrap();
+            append_on(device, &mut cache, &[1], &[0.0; 4], &value, None).unwrap();
+            outputs.push(decode_on(device, &cache, &decode, &[1.0; 4], [64, 1], None, None).unwrap().o);
+        }
+        for o in outputs {
+            for (n, (o, value)) in o.iter().zip(&value).enumerate() {
+                let step = if n < 32 { size } else { 1.0 } / 254.0;
+                match whole || n >= 32 {
+                    // Half a step, and half a unit of the smallest scale for each of them.
+                    true => {
+                        assert!((o - value).abs() <= step * 1.01 + 127.0 * 2f32.powi(-25), "{size}: {n} {o} {value}")
+                    }
+                    false => assert!(o.is_nan(), "{size}: {n} {o}"),
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -59,6 +59,15 @@ fn configs() {
             CacheConfig { rotary: rotary(8, CacheRelative), kind: rolling(5, 1), dtype: DType::F16, ..good },
             "a multiple of 8 in f16",
         ),
+        (
+            CacheConfig {
+                rotary: rotary(8, CacheRelative),
+                kind: rolling(5, 1),
+                quantisation: Some(sink_attention::Quantisation::Q8_0),
+                ..good
+            },
+            "quantised keys are rotated as they are appended",
+        ),
     ] {
         says(config.check(), text);
         says(cpu::KvCache::<f32>::new(&config), text);

@@ -2,6 +2,10 @@
     few threads share a row, each with four numbers of it. -#}
 {% include "cache/params.wgsl" %}
 {% include "operands.wgsl" %}
+{% if quantised %}
+{% include "cache/scales.wgsl" %}
+
+{% endif %}
 {% if rotary %}
 {% include "cache/rotary.wgsl" %}
 {% for operand in loads if operand.name != "v" %}
@@ -24,6 +28,32 @@ fn partners_{{ operand.name }}(base: u32, quad: u32, x: vec4<f32>) -> vec4<f32> 
 {% endfor %}
   return y;
 {% endif %}
+}
+{% endfor %}
+{% endif %}
+
+{% if quantised %}
+{% for name, rotated in [("k", rotary is not none and not rotary.relative), ("v", false)] %}
+{% set turned = ", position: u32" if rotated else "" %}
+
+fn new_{{ name }}(base: u32, quad: u32{{ turned }}) -> vec4<f32> {
+  if (quad >= {{ operand_quads[name] }}u) { return vec4<f32>(); }
+  let x = load_{{ name }}(base, quad);
+{% if rotated %}
+  let turn = rotation(position, quad);
+  return x * turn.cosines + partners_{{ name }}(base, quad, x) * turn.sines;
+{% else %}
+  return x;
+{% endif %}
+}
+
+// The scale of a block of 32 neighbours. By bits, where infinities and NaNs are the largest sizes.
+fn scale_{{ name }}(base: u32, block: u32{{ turned }}) -> u32 {
+  var most = vec4<u32>();
+  for (var n = 0u; n < 8u; n++) {
+    most = max(most, bitcast<vec4<u32>>(new_{{ name }}(base, block * 8u + n{{ ", position" if rotated else "" }})) & vec4<u32>(0x7fffffffu));
+  }
+  return narrow_scale(bitcast<f32>(max(max(most.x, most.y), max(most.z, most.w))) * 0.007874016);
 }
 {% endfor %}
 {% endif %}
@@ -96,6 +126,24 @@ fn main(
   {{ "if (row < params.kv_heads)" if name == "k" else "else" }} {
     if (quad < {{ padded_quads[name] }}u) {
       let base = operand_base(params.{{ name }}, 0u, head) + token * params.{{ name }}.seq;
+{% if quantised %}
+{% set turned = ", position" if name == "k" and rotary and not rotary.relative else "" %}
+      let scale = scale_{{ name }}(base, quad / 8u{{ turned }});
+      let d = widen_scale(scale);
+      // In a block whose scale is NaN numbers are of no account.
+      let inverse = select(0.0, 1.0 / d, d > 0.0);
+      let numbers = clamp(round(new_{{ name }}(base, quad{{ turned }}) * inverse), vec4<f32>(-127.0), vec4<f32>(127.0));
+      let bytes = bitcast<vec4<u32>>(vec4<i32>(select(vec4<f32>(), numbers, d > 0.0))) & vec4<u32>(0xffu);
+      let words = cached * {{ row_vectors[name] * 4 }}u;
+      {{ cache }}[words + quad] = bytes.x | (bytes.y << 8u) | (bytes.z << 16u) | (bytes.w << 24u);
+      if (quad % 16u == 0u) {
+        // Two scales in a word.
+        let next = scale_{{ name }}(base, quad / 8u + 1u{{ turned }});
+        {{ cache }}[words + {{ padded_quads[name] }}u + quad / 16u] = scale | (next << 16u);
+      }
+    }
+  }
+{% else %}
       var x = vec4<f32>();
       if (quad < {{ operand_quads[name] }}u) {
         x = load_{{ name }}(base, quad);
@@ -112,5 +160,6 @@ fn main(
 {% endif %}
     }
   }
+{% endif %}
 {% endfor %}
 }

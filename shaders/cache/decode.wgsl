@@ -24,7 +24,7 @@ const SLOT_PITCH: u32 = {{ slot_pitch }}u;
 const KEY_ROW: u32 = {{ row_vectors.k }}u;
 const VALUE_ROW: u32 = {{ row_vectors.v }}u;
 {% set several = queries == "several" %}
-{% set vector = "vec4<f32>" if dtype == "f32" else "vec4<u32>" %}
+{% set vector = "vec4<f32>" if dtype == "f32" and not quantised else "vec4<u32>" %}
 {% set halves = dtype != "f32" %}
 {# The weights of the exchanged keys, and the factor of what was summed before: together where they fit a vector. #}
 {% set packed = exchanged < 4 %}
@@ -58,8 +58,25 @@ fn row_in_ring(place: u32, oldest: u32) -> u32 {
 }
 {% endif %}
 
+{% if quantised %}
+{% include "cache/scales.wgsl" %}
+
+// Four signed bytes. As digits of a number from 2^23 up they are exact, and cost no conversion.
+fn quad_of_bytes(word: u32) -> vec4<f32> {
+  let biased = word ^ 0x80808080u;
+  let bytes = vec4<u32>(biased, biased >> 8u, biased >> 16u, biased >> 24u) & vec4<u32>(0xffu);
+  return bitcast<vec4<f32>>(bytes | vec4<u32>(0x4b000000u)) - vec4<f32>(8388736.0);
+}
+
+// The scale of the block that a vector of 16 bytes lies in, among those of eight blocks.
+fn scale_of(scales: vec4<u32>, vector: u32) -> f32 {
+  let pairs = select(scales.xy, scales.zw, (vector & 8u) != 0u);
+  let pair = select(pairs.x, pairs.y, (vector & 4u) != 0u);
+  return widen_scale(select(pair & 0xffffu, pair >> 16u, (vector & 2u) != 0u));
+}
+{% endif %}
 {% macro quad_of(name, words, c) -%}
-{%- if halves -%} vec4<f32>(widen2({{ words }}.{{ xyzw[2 * c] }}), widen2({{ words }}.{{ xyzw[2 * c + 1] }})) {%- else -%} {{ words }} {%- endif -%}
+{%- if quantised -%} quad_of_bytes({{ words }}.{{ xyzw[c] }}) {%- elif halves -%} vec4<f32>(widen2({{ words }}.{{ xyzw[2 * c] }}), widen2({{ words }}.{{ xyzw[2 * c + 1] }})) {%- else -%} {{ words }} {%- endif -%}
 {%- endmacro %}
 {# The vectors of a step's row, those beyond its end zero. #}
 {% macro load(name, s, declare) %}
@@ -67,10 +84,13 @@ fn row_in_ring(place: u32, oldest: u32) -> u32 {
 {% set cache = "keys" if name == "k" else "values" %}
 {% for n in range(count) %}
 {% set index = "row * " ~ ("KEY_ROW" if name == "k" else "VALUE_ROW") ~ " + lane + " ~ (n * lanes) ~ "u" %}
-{% if (n + 1) * lanes <= row_vectors[name] %}
+{% if (n + 1) * lanes <= data_vectors[name] %}
       {{ name }}_{{ s }}_{{ n }} = {{ cache }}[{{ index }}];
 {% else %}
-      if (lane + {{ n * lanes }}u < {{ row_vectors[name] }}u) { {{ name }}_{{ s }}_{{ n }} = {{ cache }}[{{ index }}]; }
+      if (lane + {{ n * lanes }}u < {{ data_vectors[name] }}u) { {{ name }}_{{ s }}_{{ n }} = {{ cache }}[{{ index }}]; }
+{% endif %}
+{% if quantised %}
+      {{ name }}_scales_{{ s }}_{{ n }} = {{ cache }}[row * {{ "KEY_ROW" if name == "k" else "VALUE_ROW" }} + {{ data_vectors[name] }}u + min(lane + {{ n * lanes }}u, {{ data_vectors[name] - 1 }}u) / 16u];
 {% endif %}
 {% endfor %}
 {% endmacro %}
@@ -153,11 +173,13 @@ fn main(
 {% endif %}
   let first_base = tile_base(block, kv_head, start);
 {% for s in range(steps) %}
-{% for n in range(lane_vectors.k) %}
-  var k_{{ s }}_{{ n }} = {{ vector }}();
+{% for name in ["k", "v"] %}
+{% for n in range(lane_vectors[name]) %}
+  var {{ name }}_{{ s }}_{{ n }} = {{ vector }}();
+{% if quantised %}
+  var {{ name }}_scales_{{ s }}_{{ n }} = vec4<u32>();
+{% endif %}
 {% endfor %}
-{% for n in range(lane_vectors.v) %}
-  var v_{{ s }}_{{ n }} = {{ vector }}();
 {% endfor %}
   {
 {{ row_of("first_base", "start", s) }}{{ load("k", s) }}{{ load("v", s) }}  }
@@ -206,9 +228,18 @@ fn main(
 {% endif %}
 {% endfor %}
 {% endfor %}
+{% if quantised %}
+{% for n in range(lane_vectors.k) %}
+      let scale{{ n }} = scale_of(k_scales_{{ s }}_{{ n }}, lane + {{ n * lanes }}u);
+{% endfor %}
+{% endif %}
 {% for r in range(rows) %}
       exchange[{{ x * slots }}u * SLOT_PITCH + slot * SLOT_PITCH + {{ r }}u * ROW_PITCH + lane / 4u][lane % 4u] =
+{% if quantised %}
+        {% for n in range(lane_vectors.k) %}{{ " + " if n else "" }}scale{{ n }} * ({% for h in range(4) %}{{ " + " if h else "" }}dot(q_{{ r }}_{{ n * 4 + h }}, k{{ n * 4 + h }}){% endfor %}){% endfor %};
+{% else %}
         {% for c in range(lane_quads.k) %}{{ " + " if c else "" }}dot(q_{{ r }}_{{ c }}, k{{ c }}){% endfor %};
+{% endif %}
 {% endfor %}
     }
     {
@@ -279,6 +310,9 @@ fn main(
       if (masked && !visible(offset, start + slot + {{ s * slots }}u, range.keys)) {
 {% for n in range(lane_vectors.v) %}
         v_{{ s }}_{{ n }} = {{ vector }}();
+{% if quantised %}
+        v_scales_{{ s }}_{{ n }} = vec4<u32>();
+{% endif %}
 {% endfor %}
       }
 {% endif %}
@@ -287,18 +321,23 @@ fn main(
       let x{{ n * vector_quads + h }} = {{ quad_of("v", "v_" ~ s ~ "_" ~ n, h) }};
 {% endfor %}
 {% endfor %}
+{% if quantised %}
+{% for n in range(lane_vectors.v) %}
+      let scale{{ n }} = scale_of(v_scales_{{ s }}_{{ n }}, lane + {{ n * lanes }}u);
+{% endfor %}
+{% endif %}
 {% for r in range(rows) %}
 {% set w = "w" ~ part ~ "_" ~ r ~ "." ~ xyzw[x] %}
 {% if several %}
       // Another row may see what is hidden here, a NaN or not.
       if (!({{ w }} < 0.0)) {
 {% for c in range(lane_quads.v) %}
-        o_{{ r }}_{{ c }} = fma(vec4<f32>({{ w }}), x{{ c }}, o_{{ r }}_{{ c }});
+        o_{{ r }}_{{ c }} = fma(vec4<f32>({{ w }}{{ " * scale" ~ (c // 4) if quantised else "" }}), x{{ c }}, o_{{ r }}_{{ c }});
 {% endfor %}
       }
 {% else %}
 {% for c in range(lane_quads.v) %}
-      o_{{ r }}_{{ c }} = fma(vec4<f32>({{ w }}), x{{ c }}, o_{{ r }}_{{ c }});
+      o_{{ r }}_{{ c }} = fma(vec4<f32>({{ w }}{{ " * scale" ~ (c // 4) if quantised else "" }}), x{{ c }}, o_{{ r }}_{{ c }});
 {% endfor %}
 {% endif %}
 {% endfor %}

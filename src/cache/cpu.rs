@@ -2,14 +2,17 @@
 
 use super::gpu::check_counts;
 use super::places::Places;
-use super::plan::UNBOUNDED;
-use super::{CacheConfig, CacheKind, Decode, Rotary, RotaryPositions, RotaryStyle};
+use super::plan::{BLOCK, UNBOUNDED};
+use super::{CacheConfig, CacheKind, Decode, Quantisation, Rotary, RotaryPositions, RotaryStyle};
+use half::f16;
+
 use crate::cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::problem::{Inputs, Options, Output, Problem, Shape, SinkLogits};
 
-/// Keys and values of a number of sequences in host memory: the twin of [`KvCache`](crate::KvCache).
+/// Keys and values of a number of sequences in host memory: the twin of [`KvCache`](crate::KvCache). Quantised ones are held as what
+/// they stand for, rounded to the element type.
 ///
 /// ```
 /// use sink_attention::cpu::KvCache;
@@ -18,7 +21,7 @@ use crate::problem::{Inputs, Options, Output, Problem, Shape, SinkLogits};
 /// // Two sequences of one key/value head, with the first token and the last two.
 /// let kind = CacheKind::Rolling { sink_tokens: 1, window: 2, queries: 1 };
 /// let config =
-///     CacheConfig { kind, sequences: 2, kv_heads: 1, head_dim: 2, value_dim: 1, dtype: DType::F32, rotary: None };
+///     CacheConfig { kind, sequences: 2, kv_heads: 1, head_dim: 2, value_dim: 1, dtype: DType::F32, rotary: None, quantisation: None };
 /// let mut cache = KvCache::new(&config)?;
 /// for token in 0..5 {
 ///     // One token for the second sequence, none for the first.
@@ -145,11 +148,23 @@ impl<T: Element> KvCache<T> {
                 let of = token * kv_heads + head;
                 let key = &mut self.keys[row * head_dim..(row + 1) * head_dim];
                 key.copy_from_slice(&k[of * head_dim..(of + 1) * head_dim]);
-                if let Some(turning) = turning.as_ref().filter(|turning| !turning.relative) {
-                    turning.turn(key, position);
+                let value = &mut self.values[row * value_dim..(row + 1) * value_dim];
+                value.copy_from_slice(&v[of * value_dim..(of + 1) * value_dim]);
+                let turning = turning.as_ref().filter(|turning| !turning.relative);
+                match (self.config.quantisation, turning) {
+                    (None, None) => {}
+                    (None, Some(turning)) => turning.turn(key, position),
+                    (Some(Quantisation::Q8_0), turning) => {
+                        // In f32 until it is quantised.
+                        let mut turned: Vec<f32> = key.iter().map(|x| x.to_f32()).collect();
+                        if let Some(turning) = turning {
+                            turning.turn(&mut turned, position);
+                        }
+                        quantise(key, &turned);
+                        let value_numbers: Vec<f32> = value.iter().map(|x| x.to_f32()).collect();
+                        quantise(value, &value_numbers);
+                    }
                 }
-                self.values[row * value_dim..(row + 1) * value_dim]
-                    .copy_from_slice(&v[of * value_dim..(of + 1) * value_dim]);
             }
         }
         Ok(())
@@ -280,6 +295,20 @@ impl<T: Element> KvCache<T> {
         for (cached, width) in [(&mut self.keys, self.config.head_dim), (&mut self.values, self.config.value_dim)] {
             let len = rows * width;
             cached.copy_within(from * len..(from + 1) * len, to * len);
+        }
+    }
+}
+
+/// What is left of a row after it was quantised, rounded to the element type. Twin of shaders/cache/append.wgsl.
+fn quantise<T: Element>(row: &mut [T], numbers: &[f32]) {
+    for (row, block) in row.chunks_mut(BLOCK).zip(numbers.chunks(BLOCK)) {
+        let most = block.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+        let scale = f16::from_f32(f32::from_bits(most) * (1.0 / 127.0)).to_f32();
+        let scale = if scale.is_finite() { scale } else { f32::NAN };
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        for (to, x) in row.iter_mut().zip(block) {
+            let number = (x * inverse).round_ties_even().clamp(-127.0, 127.0);
+            *to = T::from_f32(number * scale);
         }
     }
 }

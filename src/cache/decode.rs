@@ -380,7 +380,7 @@ impl PreparedAppend {
         let variant = CacheVariant {
             kernel: CacheKernel::Append { rotates_q: q.is_some() },
             addressing: config.addressing(),
-            dtype: config.dtype,
+            format: config.format(),
             head_dim: config.head_dim as u32,
             value_dim: config.value_dim as u32,
             vec4,
@@ -388,9 +388,9 @@ impl PreparedAppend {
             rotary: config.rotary.filter(|_| positions.is_some()),
             indexed: false,
         };
-        let quads = config.head_dim.max(config.value_dim).div_ceil(4).max(2).next_power_of_two();
+
         let rows = total as u128 * (2 * config.kv_heads + heads) as u128;
-        let workgroups = rows.div_ceil(u128::from(ROW_THREADS) / quads as u128);
+        let workgroups = rows.div_ceil((ROW_THREADS / variant.append_lanes()).into());
         let (workgroups, grid) = fold(workgroups, cache.device.capabilities().grid_dimension)?;
         if rows > 1 << 31 {
             return Err(Error::TooManyWorkgroups { workgroups: rows, most: 1 << 31 });
@@ -541,7 +541,7 @@ impl PreparedDecode {
         let variant = CacheVariant {
             kernel: CacheKernel::Decode { tiling, several: s.seq_q > 1, softcap: options.softcap.is_some() },
             addressing: config.addressing(),
-            dtype: config.dtype,
+            format: config.format(),
             head_dim: s.head_dim as u32,
             value_dim: s.value_dim as u32,
             vec4: q.view().vec4(),
@@ -681,6 +681,7 @@ mod tests {
     use naga::TypeInner;
 
     use super::*;
+    use crate::cache::plan::RowFormat;
     use crate::cache::shader::Addressing;
     use crate::element::DType;
 
@@ -689,7 +690,7 @@ mod tests {
         let variant = CacheVariant {
             kernel: CacheKernel::Combine { tile: 16, sink_logits: SinkLogits::None },
             addressing: Addressing::Contiguous,
-            dtype: DType::F32,
+            format: RowFormat { dtype: DType::F32, quantisation: None },
             head_dim: 0,
             value_dim: 64,
             vec4: true,

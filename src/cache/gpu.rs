@@ -105,9 +105,12 @@ impl KvCache {
     }
 
     /// Keys and values of a contiguous cache as operands of a forward pass: with strides, for a problem of the cache's sequences
-    /// and capacity, and lengths by [`Lengths::Used`](crate::Lengths::Used); `None` of other kinds.
+    /// and capacity, and lengths by [`Lengths::Used`](crate::Lengths::Used); `None` of other
+    /// kinds, and where they are quantised.
     pub fn views(&self) -> Option<[TensorView<'_>; 2]> {
-        let CacheKind::Contiguous { capacity } = self.config.kind else { return None };
+        let (CacheKind::Contiguous { capacity }, None) = (self.config.kind, self.config.quantisation) else {
+            return None;
+        };
         let of = |buffer, vectors: u32| {
             let row = u64::from(vectors) * 16 / self.config.dtype.bytes() as u64;
             let (head, heads) = (row * capacity as u64, self.config.kv_heads as u64);

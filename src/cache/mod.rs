@@ -11,7 +11,7 @@ pub use self::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, Pre
 pub use self::gpu::KvCache;
 pub use self::plan::DecodeTiling;
 
-use self::plan::{Bounds, UNBOUNDED, vectors};
+use self::plan::{Bounds, RowFormat, UNBOUNDED};
 use self::shader::Addressing;
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -93,6 +93,17 @@ pub struct Rotary {
     pub positions: RotaryPositions,
 }
 
+/// A form of keys and values that takes less memory. They are quantised as they are appended (keys after their rotation), and are
+/// f32 again as they are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Quantisation {
+    /// Blocks of 32 neighbouring features with a scale in f16, and 8 bits for each feature: the largest size in the block is 127
+    /// (llama.cpp's `q8_0`). A number is off by at most 1/254 of the largest one in its block, and by what rounding the scale
+    /// to f16 makes of it, 1/2048 of the number. The scale reaches to sizes of 8.3e6; a block with a larger number, an infinity
+    /// or a NaN is NaN. Rows are padded to whole blocks, and their scales to 16 bytes.
+    Q8_0,
+}
+
 /// A cache: its kind and its sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheConfig {
@@ -110,6 +121,8 @@ pub struct CacheConfig {
     pub dtype: DType,
     /// Rotary embedding of k as it is appended or read, and of q.
     pub rotary: Option<Rotary>,
+    /// Keys and values are held in fewer bits than `dtype` has.
+    pub quantisation: Option<Quantisation>,
 }
 
 /// Most rows of all blocks, so that shaders count vectors in 32 bits.
@@ -132,9 +145,13 @@ impl CacheConfig {
         }
     }
 
+    pub(crate) fn format(&self) -> RowFormat {
+        RowFormat { dtype: self.dtype, quantisation: self.quantisation }
+    }
+
     /// Vectors of 16 bytes of a row of keys and of one of values.
     pub(crate) fn row_vectors(&self) -> [u32; 2] {
-        [self.head_dim, self.value_dim].map(|width| vectors(width, self.dtype))
+        [self.head_dim, self.value_dim].map(|width| self.format().row_vectors(width))
     }
 
     pub(crate) fn addressing(&self) -> Addressing {
@@ -202,9 +219,10 @@ impl CacheConfig {
         }
         let rows = self.blocks() as u128 * self.kv_heads as u128 * self.kind.rows() as u128;
         let vectors = self.row_vectors().into_iter().max().unwrap_or(1);
-        // Halves are written in quads of 8 bytes.
-        if rows * u128::from(2 * vectors) > u128::from(MOST_ROWS) {
-            let (operand, last_element) = ("cache", rows * u128::from(2 * vectors) - 1);
+        // Halves are written in quads of 8 bytes, quantised numbers in quads of 4.
+        let quads = if self.quantisation.is_some() { 4 } else { 2 };
+        if rows * u128::from(quads * vectors) > u128::from(MOST_ROWS) {
+            let (operand, last_element) = ("cache", rows * u128::from(quads * vectors) - 1);
             return Err(Error::IndexOverflow { operand, last_element, most: MOST_ROWS - 1 });
         }
         self.check_rotary()
@@ -226,7 +244,10 @@ impl CacheConfig {
                     return invalid(format!("cache-relative positions are those of a rolling cache, not of {kind:?}"));
                 }
             }
-            let pairs = 16 / self.dtype.bytes() as u32;
+            if self.quantisation.is_some() {
+                return invalid("quantised keys are rotated as they are appended, by absolute positions".into());
+            }
+            let pairs = self.format().elements();
             if style == RotaryStyle::HalfSplit && !(dim / 2).is_multiple_of(pairs) {
                 let reason = format!(
                     "{dim} features; halves that are rotated as they are read hold a multiple of {pairs} in {}",

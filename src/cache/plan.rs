@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::shader::CacheVariant;
-use super::{CacheConfig, CacheKind};
+use super::{CacheConfig, CacheKind, Quantisation};
 use crate::capabilities::{Capabilities, DeviceClass};
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -51,20 +51,23 @@ impl DecodeTiling {
 
     /// The tiling for the rows of a group and so many groups in all, on a device.
     pub(crate) fn new(config: &CacheConfig, total_rows: usize, groups: usize, capabilities: &Capabilities) -> Self {
-        let element = config.dtype.bytes() as u32;
-        let vectors = config.row_vectors().into_iter().max().unwrap_or(1);
-        let rows_held = (total_rows.min(8) as u32).next_power_of_two();
+        let format = config.format();
+        let elements = format.elements();
+        let vectors = format.vectors(config.head_dim.max(config.value_dim));
+        let most_rows = (total_rows.min(8) as u32).next_power_of_two();
+        // As many rows as fit, with as few threads a key as hold them: no more than a row has vectors.
         let fits = |rows: u32, lanes: u32| {
-            vectors.div_ceil(lanes) <= 2 && rows * vectors.div_ceil(lanes) * (16 / element) <= HELD
+            let held = vectors.div_ceil(lanes);
+            (held <= 2 || lanes == 32) && rows * held * elements <= HELD && lanes <= vectors.next_power_of_two().max(4)
         };
-        let lanes = [4, 8, 16].into_iter().find(|lanes| fits(rows_held, *lanes)).unwrap_or(32);
-        // Of the widest heads fewer rows fit.
-        let rows = (HELD / (vectors.div_ceil(lanes) * (16 / element))).clamp(1, rows_held);
-        let rows = 1 << rows.ilog2();
+        let shapes = [8, 4, 2, 1].into_iter().flat_map(|rows| [4, 8, 16, 32].map(|lanes| [rows, lanes]));
+        let shape = shapes.filter(|[rows, _]| *rows <= most_rows).find(|[rows, lanes]| fits(*rows, *lanes));
+        let [rows, lanes] = shape.unwrap_or([1, 32]);
         // A workgroup of one subgroup waits for nobody else at its barriers.
         let threads = 32;
         let slots = threads / lanes;
-        let steps = if slots > 4 { 2 } else { 4 };
+        // Scales of quantised rows take registers.
+        let steps = if slots > 4 || config.quantisation.is_some() { 2 } else { 4 };
         // Twice as many workgroups as run at a time on the largest devices.
         let workgroups: u64 = match capabilities.class {
             DeviceClass::Nvidia => 2640,
@@ -186,9 +189,41 @@ pub(crate) struct Bounds {
 /// Farther than any position.
 pub(crate) const UNBOUNDED: i32 = 1 << 30;
 
-/// Vectors of 16 bytes of a row.
-pub(crate) fn vectors(width: usize, dtype: DType) -> u32 {
-    width.saturating_mul(dtype.bytes()).div_ceil(16) as u32
+/// Elements of a quantised block, which share a scale.
+pub(crate) const BLOCK: usize = 32;
+
+/// How the numbers of a row lie, in vectors of 16 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct RowFormat {
+    pub(crate) dtype: DType,
+    pub(crate) quantisation: Option<Quantisation>,
+}
+
+impl RowFormat {
+    /// Elements of a vector.
+    pub(crate) fn elements(self) -> u32 {
+        match self.quantisation {
+            Some(Quantisation::Q8_0) => 16,
+            None => 16 / self.dtype.bytes() as u32,
+        }
+    }
+
+    /// Vectors of elements.
+    pub(crate) fn vectors(self, width: usize) -> u32 {
+        match self.quantisation {
+            Some(Quantisation::Q8_0) => 2 * width.div_ceil(BLOCK) as u32,
+            None => width.div_ceil(self.elements() as usize) as u32,
+        }
+    }
+
+    /// The same with the scales behind them, two bytes for each block.
+    pub(crate) fn row_vectors(self, width: usize) -> u32 {
+        let scales = match self.quantisation {
+            Some(Quantisation::Q8_0) => width.div_ceil(BLOCK).div_ceil(8) as u32,
+            None => 0,
+        };
+        self.vectors(width) + scales
+    }
 }
 
 #[cfg(test)]
@@ -205,6 +240,7 @@ mod tests {
             value_dim: 64,
             dtype: DType::F16,
             rotary: None,
+            quantisation: None,
         };
         let tiling = DecodeTiling::new(&config, 8, 8, &Capabilities::webgpu_defaults());
         assert_eq!(tiling.to_string(), "32x8 rows 8, steps 4 by 2, splits 128");

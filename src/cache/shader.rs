@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use minijinja::{Value, context};
 
-use super::plan::{DecodeTiling, vectors};
+use super::plan::{DecodeTiling, RowFormat};
 use super::{Rotary, RotaryPositions, RotaryStyle};
 use crate::element::DType;
 use crate::error::Result;
@@ -38,7 +38,7 @@ pub(crate) enum Addressing {
 pub(crate) struct CacheVariant {
     pub(crate) kernel: CacheKernel,
     pub(crate) addressing: Addressing,
-    pub(crate) dtype: DType,
+    pub(crate) format: RowFormat,
     pub(crate) head_dim: u32,
     pub(crate) value_dim: u32,
     /// The caller's operands are read and written four neighbours at a time.
@@ -163,13 +163,14 @@ impl CacheVariant {
         });
         let scalar = if self.vec4 { "" } else { "_scalar" };
         let indexed = if self.indexed { "_indexed" } else { "" };
-        let CacheVariant { dtype, head_dim, value_dim, .. } = self;
-        format!("cache_{kernel}_{addressing}_{dtype}_d{head_dim}_e{value_dim}{scalar}{rotary}{indexed}")
+        let CacheVariant { format: RowFormat { dtype, quantisation }, head_dim, value_dim, .. } = self;
+        let quantised = quantisation.map_or(String::new(), |kind| format!("_{kind:?}").to_lowercase());
+        format!("cache_{kernel}_{addressing}_{dtype}{quantised}_d{head_dim}_e{value_dim}{scalar}{rotary}{indexed}")
     }
 
     /// Vectors of 16 bytes of keys and of values that a thread of the decode kernel holds of a row, and numbers in 4 of these.
     fn lane_vectors(&self, lanes: u32) -> [u32; 2] {
-        [self.head_dim, self.value_dim].map(|width| vectors(width as usize, self.dtype).div_ceil(lanes))
+        [self.head_dim, self.value_dim].map(|width| self.format.vectors(width as usize).div_ceil(lanes))
     }
 
     /// Vectors of four f32 of workgroup memory from row to row, from slot to slot, and in all; and rows that are merged at a time.
@@ -187,8 +188,14 @@ impl CacheVariant {
         [row_pitch, slot_pitch, len, (len / merged).min(tiling.rows)]
     }
 
+    /// Threads of the append kernel that share a row.
+    pub(crate) fn append_lanes(&self) -> u32 {
+        let padded = self.format.vectors(self.head_dim.max(self.value_dim) as usize) * self.vector_quads();
+        padded.max(2).next_power_of_two()
+    }
+
     fn vector_quads(&self) -> u32 {
-        4 / self.dtype.bytes() as u32
+        self.format.elements() / 4
     }
 
     /// Bytes of workgroup memory.
@@ -210,7 +217,9 @@ impl CacheVariant {
     /// The WGSL text.
     pub(crate) fn wgsl(&self) -> Result<String> {
         let bindings = self.bindings();
-        let half = self.dtype != DType::F32;
+        let dtype = self.format.dtype;
+        let half = dtype != DType::F32;
+        let quantised = self.format.quantisation.is_some();
         let rotates_q = matches!(self.kernel, CacheKernel::Append { rotates_q: true });
         let is_decode = matches!(self.kernel, CacheKernel::Decode { .. });
         let [d, e] = [self.head_dim, self.value_dim];
@@ -247,10 +256,11 @@ impl CacheVariant {
                         (false, true) => "array<u32>",
                         (false, false) => "array<f32>",
                     },
-                    CacheBinding::Keys | CacheBinding::Values => match (half, is_decode) {
-                        (false, _) => "array<vec4<f32>>",
-                        (true, true) => "array<vec4<u32>>",
-                        (true, false) => "array<vec2<u32>>",
+                    CacheBinding::Keys | CacheBinding::Values => match (quantised, half, is_decode) {
+                        (false, false, _) => "array<vec4<f32>>",
+                        (_, _, true) => "array<vec4<u32>>",
+                        (false, true, false) => "array<vec2<u32>>",
+                        (true, _, false) => "array<u32>",
                     },
                     CacheBinding::State | CacheBinding::Tokens | CacheBinding::Entries => "array<u32>",
                     CacheBinding::Partials => "array<vec4<f32>>",
@@ -259,14 +269,17 @@ impl CacheVariant {
             }).collect::<Vec<_>>(),
             loads, stores,
             xyzw => ["x", "y", "z", "w"],
-            dtype => self.dtype.to_string(),
+            dtype => dtype.to_string(),
+            quantised,
+            kernel => if is_decode { "decode" } else { "append" },
             vec4 => self.vec4,
             o_rest => false,
             cooperative => false,
             operand_quads => BTreeMap::from([("q", quads(d)), ("k", quads(d)), ("v", quads(e)), ("o", quads(e))]),
             padded_quads => BTreeMap::from([("k", d), ("v", e)].map(|(name, width)| {
-                (name, vectors(width as usize, self.dtype) * self.vector_quads())
+                (name, self.format.vectors(width as usize) * self.vector_quads())
             })),
+            row_vectors => BTreeMap::from([("k", d), ("v", e)].map(|(name, width)| (name, self.format.row_vectors(width as usize)))),
             rotary => rotary.map(|Rotary { dim, style, .. }| context! {
                 dim,
                 half_split => style == RotaryStyle::HalfSplit,
@@ -278,7 +291,7 @@ impl CacheVariant {
         };
         match self.kernel {
             CacheKernel::Append { .. } => {
-                let lanes = quads(d.max(e)).max(2).next_power_of_two();
+                let lanes = self.append_lanes();
                 render("cache/append.wgsl", context! { rotates_q, threads => ROW_THREADS, lanes, ..context })
             }
             CacheKernel::Decode { tiling, several, softcap } => {
@@ -295,7 +308,7 @@ impl CacheVariant {
                     vector_quads => self.vector_quads(),
                     lane_vectors => named(lane_vectors),
                     lane_quads => named(lane_vectors.map(|n| n * self.vector_quads())),
-                    row_vectors => named([d, e].map(|width| vectors(width as usize, self.dtype))),
+                    data_vectors => named([d, e].map(|width| self.format.vectors(width as usize))),
                     ..context
                 };
                 render("cache/decode.wgsl", context)
@@ -324,7 +337,7 @@ mod tests {
     use rayon::prelude::*;
 
     use super::*;
-    use crate::cache::{CacheConfig, CacheKind};
+    use crate::cache::{CacheConfig, CacheKind, Quantisation};
     use crate::capabilities::Capabilities;
 
     const KINDS: [CacheKind; 3] = [
@@ -341,19 +354,31 @@ mod tests {
         for [head_dim, value_dim] in widths {
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 for kind in KINDS {
-                    for rows in [1usize, 3, 8, 128] {
+                    for (rows, quantisation) in
+                        [(1usize, None), (3, None), (8, None), (128, None), (4, Some(Quantisation::Q8_0))]
+                    {
                         turn += 1;
                         let devices = Capabilities::samples();
                         let device = devices[turn % devices.len()].clone();
                         let style = [RotaryStyle::HalfSplit, RotaryStyle::Interleaved][turn % 2];
                         let positions = match kind {
-                            CacheKind::Rolling { .. } if turn % 4 > 1 => RotaryPositions::CacheRelative,
+                            CacheKind::Rolling { .. } if turn % 4 > 1 && quantisation.is_none() => {
+                                RotaryPositions::CacheRelative
+                            }
                             _ => RotaryPositions::Absolute,
                         };
                         let dim = head_dim as u32 / 16 * 16;
                         let rotary = (dim > 0 && !turn.is_multiple_of(3)).then_some(Rotary { dim, style, positions });
-                        let config =
-                            CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim, value_dim, dtype, rotary };
+                        let config = CacheConfig {
+                            kind,
+                            sequences: 2,
+                            kv_heads: 2,
+                            head_dim,
+                            value_dim,
+                            dtype,
+                            rotary,
+                            quantisation,
+                        };
                         let tiling = DecodeTiling::new(&config, rows, 4, &device);
                         let sink_logits = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead][turn % 3];
                         let decode = CacheKernel::Decode { tiling, several: rows > 8, softcap: turn.is_multiple_of(5) };
@@ -363,7 +388,7 @@ mod tests {
                             let variant = CacheVariant {
                                 kernel,
                                 addressing: config.addressing(),
-                                dtype,
+                                format: config.format(),
                                 head_dim: head_dim as u32,
                                 value_dim: value_dim as u32,
                                 vec4: [head_dim, value_dim].iter().all(|n| n.is_multiple_of(4)) && turn % 7 > 0,

@@ -3,6 +3,7 @@
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::{self, reference};
+use sink_attention::half::f16;
 use sink_attention::{
     AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, Inputs, KvCache, Options,
     Output, Problem, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, TensorView, Window, wgpu,
@@ -12,7 +13,7 @@ use super::{compare, compare_lse, gpu};
 
 /// Three sequences without rotary embedding.
 pub fn config<T: Element>(kind: CacheKind, kv_heads: usize, [head_dim, value_dim]: [usize; 2]) -> CacheConfig {
-    CacheConfig { kind, sequences: 3, kv_heads, head_dim, value_dim, dtype: T::DTYPE, rotary: None }
+    CacheConfig { kind, sequences: 3, kv_heads, head_dim, value_dim, dtype: T::DTYPE, rotary: None, quantisation: None }
 }
 
 /// Cosines and sines of the usual frequencies.
@@ -75,6 +76,17 @@ pub fn turned(x: &[f32], rotary: &Rotary, table: &[f32], position: usize) -> Vec
         y[b] = (q * cos + p * sin) as f32;
     }
     y
+}
+
+/// What q8_0 leaves of a row.
+pub fn quantised(x: &[f32]) -> Vec<f32> {
+    let block = |block: &[f32]| {
+        let most = block.iter().fold(0f64, |most, x| most.max(f64::from(x.abs())));
+        let scale = f64::from(f16::from_f64(most / 127.0));
+        let number = move |x: &f32| if scale > 0.0 { (f64::from(*x) / scale).round_ties_even() } else { 0.0 };
+        block.iter().map(|x| (number(x).clamp(-127.0, 127.0) * scale) as f32).collect::<Vec<_>>()
+    };
+    x.chunks(32).flat_map(block).collect()
 }
 
 impl<T: Element> Both<T> {
@@ -167,6 +179,12 @@ impl<T: Element> Both<T> {
         // Rotated keys are rounded by a different last bit.
         let lse_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2e-2 } else { lse_bound };
         let o_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2.0 * o_bound } else { o_bound };
+        // A last bit before it was quantised may be a step after; the CPU rounds to the element type besides.
+        let (o_bound, lse_bound) = match (self.config.quantisation, T::DTYPE) {
+            (None, _) => (o_bound, lse_bound),
+            (Some(_), DType::F32) => (1e-3, 1e-3),
+            (Some(_), _) => (1e-2, 1e-2),
+        };
         let compared = |what: &str, output: &Output<T>| {
             let about = || format!("{what}: {decode:?} of {:?}, lengths {:?}", self.config, self.cpu.lengths());
             compare(&output.o, &expected.o, o_bound).unwrap_or_else(|error| panic!("{}: o {error}", about()));
@@ -185,7 +203,7 @@ impl<T: Element> Both<T> {
 
     /// Each sequence by itself, each query by itself: the visible tokens in the order of time.
     fn expected(&self, decode: &Decode, entries: &[usize], q: &[T], sinks: Option<&[f32]>) -> Output<f64, f64> {
-        let CacheConfig { kv_heads, head_dim, value_dim, kind, rotary, .. } = self.config;
+        let CacheConfig { kv_heads, head_dim, value_dim, kind, rotary, quantisation, .. } = self.config;
         let Decode { heads, queries, options, .. } = *decode;
         let (q_strides, o_strides) =
             (options.layout.strides(heads, queries, head_dim), options.layout.strides(heads, queries, value_dim));
@@ -231,14 +249,18 @@ impl<T: Element> Both<T> {
                     let g = head / (heads / kv_heads);
                     let key = |&t: &usize| {
                         let key = &tokens[t].k[g * head_dim..(g + 1) * head_dim];
-                        match (rotary, &self.table) {
+                        let key = match (rotary, &self.table) {
                             (Some(rotary), Some(table)) => turned(key, &rotary, table, place(t)),
                             _ => key.to_vec(),
-                        }
+                        };
+                        if quantisation.is_some() { quantised(&key) } else { key }
+                    };
+                    let value = |&t: &usize| {
+                        let value = &tokens[t].v[g * value_dim..(g + 1) * value_dim];
+                        if quantisation.is_some() { quantised(value) } else { value.to_vec() }
                     };
                     let keys: Vec<f32> = seen.iter().flat_map(key).collect();
-                    let values: Vec<f32> =
-                        seen.iter().flat_map(|&t| tokens[t].v[g * value_dim..(g + 1) * value_dim].to_vec()).collect();
+                    let values: Vec<f32> = seen.iter().flat_map(value).collect();
                     let shape =
                         Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: seen.len(), head_dim, value_dim };
                     let dense = options.window(Window::FULL).causal(false).sink_tokens(0).dtype(DType::F32);

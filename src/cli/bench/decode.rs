@@ -7,8 +7,8 @@ use std::fmt;
 use serde::Serialize;
 use sink_attention::{
     AppendBuffers, Attention, CacheConfig, CacheKind, Clock, DType, Decode, DecodeBuffers, DecodeTiling, Device,
-    KvCache, Options, PreparedAppend, PreparedDecode, Rotary, RotaryPositions, RotaryStyle, Series, SinkLogits,
-    TensorView, Timer, Window, wgpu,
+    KvCache, Options, PreparedAppend, PreparedDecode, Quantisation, Rotary, RotaryPositions, RotaryStyle, Series,
+    SinkLogits, TensorView, Timer, Window, wgpu,
 };
 
 use super::super::operands::{filled, result};
@@ -180,6 +180,7 @@ impl Case<'_> {
             value_dim,
             dtype: self.dtype,
             rotary: (rotary.dim > 0).then_some(rotary),
+            quantisation: self.args.quantised.then_some(Quantisation::Q8_0),
         }
     }
 
@@ -198,8 +199,11 @@ impl Case<'_> {
         let shape = &self.args.shape;
         let seen =
             shape.window.map_or(self.seq_k, |window| (window + self.queries - 1 + shape.sink_tokens).min(self.seq_k));
-        let [d, e] = self.widths;
-        (self.batch * seen * self.kv_heads * (d + e)) as f64 * self.dtype.bytes() as f64
+        let row = |width: usize| match self.args.quantised {
+            true => width + 2 * width.div_ceil(32),
+            false => width * self.dtype.bytes(),
+        };
+        (self.batch * seen * self.kv_heads) as f64 * self.widths.map(row).iter().sum::<usize>() as f64
     }
 
     fn measure(
@@ -305,7 +309,7 @@ impl Case<'_> {
             seq_k: self.seq_k,
             head_dim,
             value_dim,
-            dtype: self.dtype.to_string(),
+            dtype: format!("{}{}", self.dtype, if self.args.quantised { " q8_0" } else { "" }),
             cache: page_size.map_or("contiguous".into(), |size| format!("pages of {size}")),
             tiling: tiling.to_string(),
             workgroups: decoding.workgroups(&cache.borrow()),

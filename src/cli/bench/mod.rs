@@ -68,6 +68,10 @@ pub struct Bench {
     #[arg(long, value_delimiter = ',', value_name = "TOKENS", default_values_t = [16, 128], requires = "decode")]
     page_size: Vec<usize>,
 
+    /// Caches of q8_0: blocks of 32 with a scale
+    #[arg(long, requires = "decode")]
+    quantised: bool,
+
     /// How the decode kernel divides its work: "32x8 rows 8, steps 4 by 2, splits 330" (threads of a workgroup x threads that
     /// share a key, rows of a workgroup, keys that a thread loads at a time and exchanges at once, splits of the keys at most)
     #[arg(long, value_name = "TILING", requires = "decode")]
