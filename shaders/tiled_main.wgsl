@@ -47,6 +47,9 @@ fn main(
 {% endif %}
 {% if mask %}
   let class_base = operand_base(params.mask_classes, work.sequence, work.head);
-  let first_tile = seen_tile({{ here_argument }}class_base, tiles, row0, row_end, tiles.first);
+{% if cooperative %}
+  var classes = Classes(0u, 0xffffffffu);
+{% endif %}
+  let first_tile = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
 {% endif %}
 {% endif %}

@@ -418,7 +418,10 @@ impl Variant {
     pub fn workgroup_bytes(&self) -> u32 {
         let (d, e) = (self.head_dim, self.value_dim);
         match (self.fragments(), self.tiles()) {
-            (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
+            (Some(fragments), _) => {
+                let mask = if self.mask { fragments.mask_bytes(self.kernel) } else { 0 };
+                fragments.workgroup_bytes(self.kernel, d, e) + mask
+            }
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
             _ if self.kernel == Kernel::MaskBits => 16,
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
@@ -502,6 +505,7 @@ impl Variant {
         let cooperative = self.fragments().is_some();
         let rows_are_keys = self.kernel == Kernel::DKv;
         let here = if self.lengths { "here, " } else { "" };
+        let classes = format!("{here}{}class_base", if cooperative { "lane, &classes, " } else { "" });
         let mut context = context! {
             cooperative,
             repairs => self.repairs,
@@ -560,11 +564,14 @@ impl Variant {
             bounds => if self.lengths { "here" } else { "params" },
             here_parameter => if self.lengths { "here: Sequence, " } else { "" },
             here_argument => here,
+            class_arguments => &classes,
+            // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
+            mirrored => cooperative && self.kernel == Kernel::Forward && self.alibi,
             following => match (rows_are_keys, self.mask) {
                 (false, false) => "next_tile(tiles, tile)".into(),
                 (true, false) => "tile + 1u".into(),
-                (false, true) => format!("seen_tile({here}class_base, tiles, row0, row_end, next_tile(tiles, tile))"),
-                (true, true) => format!("seen_tile({here}class_base, tiles, row0, row_end, tile + 1u)"),
+                (false, true) => format!("seen_tile({classes}, tiles, row0, row_end, next_tile(tiles, tile))"),
+                (true, true) => format!("seen_tile({classes}, tiles, row0, row_end, tile + 1u)"),
             },
             sequence_words => SEQUENCE_WORDS,
             mask_block_rows => MASK_BLOCK_ROWS,
@@ -619,6 +626,9 @@ impl Variant {
                 column_fragments => f.columns,
                 stages => f.stages,
                 registers => f.registers(self.kernel, self.head_dim, self.value_dim),
+                mask_words => f.mask_words(),
+                // Words of the mask that a thread reads for a tile.
+                mask_shares => if rows_are_keys { (f.mask_words() * f.tile_columns()).div_ceil(f.threads()) } else { f.rows },
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
