@@ -24,18 +24,22 @@
     let class_base = operand_base(params.mask_classes, work.sequence, head);
 {% if cooperative %}
     var classes = Classes(0u, 0xffffffffu);
-{% endif %}
+    var upcoming = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+    let first_tile = upcoming.tile;
+{% else %}
     let first_tile = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+{% endif %}
 {% else %}
     let first_tile = tiles.first;
 {% endif %}
     {{ micro.begin_head() }}
-    for (var tile = first_tile; tile < tiles.end; tile = {{ following }}) {
+    for (var tile = first_tile; tile < tiles.end; tile = {{ "upcoming.tile" if cooperative and mask else following }}) {
       let column0 = tile * TILE_COLUMNS;
 {% if cooperative %}
       let masked = !is_open(open, column0);
 {% if mask %}
-      let mixed = tile_class({{ class_arguments }}, row0, row_end, column0) != 1u;
+      let mixed = upcoming.kind != 1u;
+      upcoming = {{ following }};
 {% endif %}
 {% elif bias %}
       // Any number of it may be -infinity.

@@ -71,23 +71,31 @@ fn load_classes({{ here_parameter }}lane: u32, base: u32, row0: u32, row_end: u3
   return Classes(subgroupOr(word), group);
 }
 
-fn tile_class({{ here_parameter }}lane: u32, classes: ptr<function, Classes>, base: u32, row0: u32, row_end: u32, column0: u32) -> u32 {
-  let last = min(column0 + TILE_COLUMNS, {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }}) - 1u;
-  var kind = 0u;
-  for (var block = column0 / {{ column_block }}; block <= last / {{ column_block }}; block += 1u) {
-    if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}lane, base, row0, row_end, block / 16u); }
-    kind |= ((*classes).word >> (block % 16u * 2u)) & 3u;
-  }
-  return kind;
-}
+// A tile of columns, and its class. By whole blocks it may say 3 too often.
+struct SeenTile { tile: u32, kind: u32 }
 
-// The first tile from `tile` on of which the mask shows something.
-fn seen_tile({{ here_parameter }}lane: u32, classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> u32 {
+// The first tile from `from_tile` on of which the mask shows something.
+fn seen_tile({{ here_parameter }}lane: u32, classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> SeenTile {
   var tile = from_tile;
-  while (tile < tiles.end && (tile_class({{ here_argument }}lane, classes, base, row0, row_end, {{ "tile * TILE_COLUMNS" if rows_are_keys else "first_column(tiles, tile)" }}) & 1u) == 0u) {
-    tile = {{ "tile + 1u" if rows_are_keys else "next_tile(tiles, tile)" }};
+  var kind = 0u;
+  loop {
+    if (tile >= tiles.end || (kind & 1u) != 0u) { break; }
+    let column0 = {{ "tile * TILE_COLUMNS" if rows_are_keys else "first_column(tiles, tile)" }};
+{% if (mask_block_rows if rows_are_keys else 32 * mask_block_words) % tile_columns == 0 %}
+    let block = column0 / {{ column_block }};
+    if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}lane, base, row0, row_end, block / 16u); }
+    kind = ((*classes).word >> (block % 16u * 2u)) & 3u;
+{% else %}
+    let last = min(column0 + TILE_COLUMNS, {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }}) - 1u;
+    kind = 0u;
+    for (var block = column0 / {{ column_block }}; block <= last / {{ column_block }}; block += 1u) {
+      if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}lane, base, row0, row_end, block / 16u); }
+      kind |= ((*classes).word >> (block % 16u * 2u)) & 3u;
+    }
+{% endif %}
+    if ((kind & 1u) == 0u) { tile = {{ "tile + 1u" if rows_are_keys else "next_tile(tiles, tile)" }}; }
   }
-  return tile;
+  return SeenTile(tile, kind);
 }
 {% else %}
 fn tile_class({{ here_parameter }}base: u32, query0: u32, query_end: u32, key0: u32, key_end: u32) -> u32 {

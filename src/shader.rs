@@ -524,7 +524,7 @@ impl Variant {
                     (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
                     (_, None, _) => "array<f32>",
                     (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
-                        if vec4 { "array<vec4<f16>>" } else { "array<f16>" }
+                        if vec4 { "array<vec2<u32>>" } else { "array<f16>" }
                     }
                     (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
                     (_, Some(_), false) if half && *written => "array<atomic<u32>>",

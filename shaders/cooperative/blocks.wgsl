@@ -127,7 +127,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endmacro -%}
 
 {#- What was loaded as halves, times `factor`. -#}
-{%- macro halves(x, factor) %}{% if dtype == "f16" and factor == "1.0" %}{{ x }}{% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
+{%- macro halves(x, factor) %}{% if dtype == "f16" and factor == "1.0" %}halves4({{ x }}){% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
 
 {#- A thread's share of a staged tile, as it was loaded; `put` makes halves of it, and leaves them in workgroup memory, when
     it has arrived. -#}
@@ -274,7 +274,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
     let mask_{{ r }} = mask_share_{{ r }} >> (column0 % 32u);
 {% endfor %}
 {% endif %}
-    let next = {% if rows_are_keys %}({{ following }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ following }}){% endif %};
+    let next = {% set next_tile = "upcoming.tile" if mask else following %}{% if rows_are_keys %}({{ next_tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ next_tile }}){% endif %};
 {{ fetch_columns("next") }}
 {% endmacro -%}
 
