@@ -15,7 +15,7 @@ use crate::shader::{
     Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MAXIMA_PARTS, MicroKernel,
     RANGED_OPERANDS, Variant,
 };
-use crate::tiles;
+use crate::tiles::{self, Tiles};
 use crate::tiling::Tiling;
 use crate::tuning::{Tuning, TuningKey};
 
@@ -305,7 +305,10 @@ impl Passes<'_> {
             }
             _ => {
                 let tiles = tiles::candidates(kernel, problem, capabilities.class);
-                tiles.into_iter().map(Tiling::Portable).collect::<Vec<_>>()
+                // There is hardly ever anything to repair: with little workgroup memory many find that out at a time.
+                let slim = |tiles: &Tiles| Tiles { chunk: tiles.chunk.min(4), slab: tiles.slab.min(8), ..*tiles };
+                let slim: Vec<Tiles> = tiles.iter().filter(|_| repairs.is_some()).map(slim).collect();
+                slim.into_iter().chain(tiles).map(Tiling::Portable).collect::<Vec<_>>()
             }
         };
         let measured = self.measured(kernel).filter(is_meant).map(|tiling| (tiling, TilesOrigin::Tuning));
