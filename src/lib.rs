@@ -120,8 +120,8 @@
 //! what it is there. Where the backward pass gets no o_rest, the saved o is not read: delta comes from the probabilities,
 //! sum_j p_ij (d_o_i . v_j) - d_lse_i, which takes two matrix products more.
 //!
-//! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to
-//! 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
+//! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take
+//! subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
 //! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
 //! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
 //! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit. Where all of a
@@ -132,8 +132,10 @@
 //! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16: by
 //! the largest finite number of the whole operand, keys that a mask or the window hides among them (what lies beyond a padded
 //! sequence's end is not); numbers 2^31 times smaller lose bits.
-//! What it gives stays within the bounds above but for two things. The sink logits' gradient with o_rest has the bound of o,
-//! which was summed from rounded weights; without o_rest it is 1e-5 there, too. And where keys have a large part in common and
+//! What it gives stays within the bounds above but for a few things. The gradients of the sink logits and of a bias with o_rest
+//! have the bound of o, which was summed from rounded weights, that of ALiBi's slopes twice as much; without o_rest the first
+//! is 1e-5 there, too. A row that sees one key alone has gradients of 1e-6 of their terms where zero is right. In f16, results are
+//! rounded as the device rounds. And where keys have a large part in common and
 //! a few of them dominate, so that d_q is what is left of much larger terms, rounding shows: in f16 d_q was 8.3e-3 off with
 //! o_rest and 3.3e-3 without (Mesa 26 llvmpipe, `cargo test --test cooperative large_scores`).
 //!

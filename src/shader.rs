@@ -156,7 +156,8 @@ impl Kernel {
 /// How a kernel forms matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MicroKernel {
-    /// The one that a [`Tuning`](crate::Tuning) has found faster, else the portable one.
+    /// The one that a [`Tuning`](crate::Tuning) has found faster, else cooperative matrices where they have been measured (NVIDIA
+    /// through Vulkan, f16 and bf16), else the portable one.
     #[default]
     Auto,
     /// Multiply-adds in f32, on every device.
