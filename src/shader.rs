@@ -34,6 +34,7 @@ const SOURCES: [(&str, &str); 35] = [
     ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
     ("head_sums.wgsl", include_str!("../shaders/head_sums.wgsl")),
     ("key_loop.wgsl", include_str!("../shaders/key_loop.wgsl")),
+    ("main.wgsl", include_str!("../shaders/main.wgsl")),
     ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("mask_bits.wgsl", include_str!("../shaders/mask_bits.wgsl")),
