@@ -78,6 +78,16 @@ pub enum Error {
         /// What is wrong with them, with the numbers.
         reason: String,
     },
+    /// Not a range of the problem's keys.
+    #[error("keys {start}..{end} are no range of the problem's {seq_k} keys")]
+    InvalidShard {
+        /// First key.
+        start: usize,
+        /// The key behind the last one.
+        end: usize,
+        /// Keys there are.
+        seq_k: usize,
+    },
     /// A slice does not hold the number of elements its shape calls for.
     #[error("{operand} has {actual} elements, its shape {shape:?} needs {expected}")]
     OperandLength {

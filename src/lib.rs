@@ -233,6 +233,7 @@ mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
 mod mask;
+mod partial;
 mod pieces;
 mod pipeline;
 mod plan;
@@ -249,11 +250,12 @@ mod tuning;
 pub use attention::Attention;
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
-pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+pub use dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use half;
 pub use mask::{Band, KeyTiles};
+pub use partial::PartialState;
 pub use pipeline::DUMP_VARIABLE;
 pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
 pub use problem::{

@@ -240,6 +240,9 @@ pub(crate) fn operand_extents(binding: Binding, problem: &Problem) -> ([usize; 4
         Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], layout, element),
         Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], layout, element),
         Binding::O | Binding::ORest | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
+        // One behind the other, and the keys count them.
+        Binding::States | Binding::StatesRest => ([s.seq_k * s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
+        Binding::StatesLse => ([s.seq_k * s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4),
         Binding::SinkLogits | Binding::DSinkLogits | Binding::AlibiSlopes | Binding::DAlibiSlopes => {
             ([1, 1, 1, s.heads], Layout::Bhsd, 4)
         }
@@ -487,7 +490,9 @@ impl<'a> Cutter<'a> {
     /// What a dispatch binds of an operand; something, even where it needs nothing.
     fn window(&self, view: &View, touches: &[Touch]) -> Result<Window> {
         let mut hull: Option<[u64; 2]> = None;
+        let s = self.problem.shape();
         for touch in touches {
+            let states = touch.batch.start..touch.batch.end + (s.seq_k as u64 - 1) * s.batch as u64;
             let heads = match view.binding {
                 Binding::K | Binding::V | Binding::DK | Binding::DV => &touch.kv_heads,
                 _ => &touch.heads,
@@ -498,6 +503,7 @@ impl<'a> Cutter<'a> {
                 Binding::RowTerms if self.problem.options().alibi => {
                     (&touch.batch, touch.queries.start..view.extents[2])
                 }
+                Binding::States | Binding::StatesRest | Binding::StatesLse => (&states, touch.queries.clone()),
                 Binding::MaskBits => (&touch.numbers, touch.rows.start..view.extents[2]),
                 Binding::Mask | Binding::Bias | Binding::DBias => (&touch.numbers, touch.rows.clone()),
                 Binding::SinkPartials => {
@@ -538,7 +544,7 @@ impl<'a> Cutter<'a> {
             kv_heads: heads.clone(),
         };
         match kernel {
-            Kernel::Delta => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
+            Kernel::Delta | Kernel::Merge => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
             Kernel::DSinkLogits | Kernel::DAlibiSlopes => {
                 vec![Touch { batch: all(s.batch), ..touch(all(s.seq_q), 0..0) }]
             }
@@ -687,6 +693,7 @@ impl<'a> Cutter<'a> {
             Kernel::DKv => 2.0 * (d + e),
             // What follows goes by the memory that is read: some numbers of operations for each element.
             Kernel::Delta => return vec![8.0 * f64::from(DELTA_ROWS) * e; tiles as usize],
+            Kernel::Merge => return vec![8.0 * f64::from(DELTA_ROWS) * e * (s.seq_k + 1) as f64; tiles as usize],
             Kernel::MaskBits => return vec![4096.0 * self.cell_workgroups as f64; tiles as usize],
             Kernel::Maxima | Kernel::GradientMaxima => {
                 let rows = f64::from(MAXIMA_ROWS) * (problem.group() as f64 + 1.0);
@@ -741,7 +748,7 @@ fn axes(pass: &Pass, problem: &Problem, listed: usize) -> ([u64; 3], u64) {
     let s = problem.shape();
     let [rows, columns] = pass.variant.tile().unwrap_or([1; 2]).map(|n| n as usize);
     let (axes, workgroups) = match pass.variant.kernel {
-        Kernel::Delta => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
+        Kernel::Delta | Kernel::Merge => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
         Kernel::DSinkLogits | Kernel::DAlibiSlopes => ([1, s.heads, 1], 1),
         Kernel::Ranges => ([1; 3], pass.workgroups as usize),
         Kernel::Maxima | Kernel::GradientMaxima => {
