@@ -931,13 +931,18 @@ mod tests {
             let [tile_rows, columns] = self.pass.variant.tile().unwrap_or([1; 2]).map(u64::from);
             let mut done = |work: [u64; 4]| assert!(self.done.insert(work), "{work:?} twice");
             match kernel {
-                Kernel::Delta => {
+                Kernel::Delta | Kernel::Merge => {
                     let (tile, place) = (tiles.start + index % len(&tiles), index / len(&tiles));
                     let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
                     done([entry, head, tile, 0]);
                     let rows = tile * 32..(tile * 32 + 32).min(s.seq_q as u64);
                     for binding in [Binding::O, Binding::ORest, Binding::DO, Binding::Lse, Binding::DLse] {
                         self.touch(piece, binding, entry, head, rows.clone());
+                    }
+                    for state in 0..s.seq_k as u64 {
+                        for binding in [Binding::States, Binding::StatesRest, Binding::StatesLse] {
+                            self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
+                        }
                     }
                     self.row_terms(piece, entry, head, rows);
                     self.touch(piece, Binding::SinkPartials, entry, head, tile..tile + 1);
@@ -1149,10 +1154,14 @@ mod tests {
                 Plan::forward_with(&problem, vec4, optional, &capabilities, &preference),
                 Plan::backward_with(&problem, vec4, optional, &capabilities, &preference),
             ];
-            for plan in plans.into_iter().flatten() {
+            let merging = problem.merging(1 + problem.shape().seq_q % 5, problem.options().dtype, true).unwrap();
+            let rest = OptionalOperands { o_rest: problem.options().dtype != DType::F32, ..optional };
+            let merge = Plan::merging(&merging, vec4, rest, &capabilities).unwrap();
+            let plans = plans.into_iter().flatten().map(|plan| (&problem, plan));
+            for (problem, plan) in plans.chain([(&merging, merge)]) {
                 for pass in &plan.passes {
-                    let views = dense_views(&problem, &plan.passes, pass);
-                    let pieces = match pass.pieces(&problem, &views, &capabilities, budget) {
+                    let views = dense_views(problem, &plan.passes, pass);
+                    let pieces = match pass.pieces(problem, &views, &capabilities, budget) {
                         Ok(pieces) => pieces,
                         Err(Error::BindingTooLarge { bytes, limit, .. }) => {
                             assert!(bytes > limit);
@@ -1168,7 +1177,7 @@ mod tests {
                     cut += usize::from(pieces.list.len() > 1);
                     cooperative += usize::from(pass.variant.fragments().is_some() && pieces.list.len() > 1);
                     let done = BTreeSet::new();
-                    Simulation { pass, problem: &problem, views: &views, pieces: &pieces, done }.run();
+                    Simulation { pass, problem, views: &views, pieces: &pieces, done }.run();
                 }
             }
         }
