@@ -210,6 +210,7 @@
 //! # Features
 //!
 //! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
+//! - `safetensors`: [`Stream`]s saved to files and loaded from them; part of `cli`.
 //! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
 //!   host has checked every size.
 //!
@@ -240,6 +241,7 @@ mod plan;
 mod problem;
 mod sequences;
 mod shader;
+mod stream;
 mod tensor;
 mod tiles;
 mod tiling;
@@ -264,6 +266,7 @@ pub use problem::{
 };
 pub use sequences::{Lengths, Sequence};
 pub use shader::{Kernel, MicroKernel, Variant};
+pub use stream::{Stream, StreamShape};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
 pub use tiling::Tiling;
