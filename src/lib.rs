@@ -137,8 +137,25 @@
 //! a few of them dominate, so that d_q is what is left of much larger terms, rounding shows: in f16 d_q was 8.3e-3 off with
 //! o_rest and 3.3e-3 without (Mesa 26 llvmpipe, `cargo test --test cooperative large_scores`).
 //!
-//! The backward pass of some of the keys, with the final o, o_rest and lse of all of them, gives their share of the
-//! gradients. In half precision without o_rest it does not: delta is then a sum over the keys at hand.
+//! # Partial states and streams
+//!
+//! A shard of the keys gives o and lse of its own, without the sink logit ([`Attention::attend_partial`]); states of disjoint
+//! shards merge into that of all their keys ([`Attention::merge`]), and the sink logit enters last, once
+//! ([`Attention::finish`]):
+//!
+//! ```text
+//! lse = log(sum over shards of exp(lse_n)),   o = sum over shards of exp(lse_n - lse) * o_n
+//! lse' = log(exp(lse) + exp(sink_logit_h)),   o' = o * exp(lse - lse')
+//! ```
+//!
+//! A [`PartialState`] is f32, whatever the operands are. Any cut of the keys, and any order, gives the whole within the bounds
+//! above. Which keys are visible is the whole's business: a shard knows where its keys lie ([`Problem::shard`]).
+//!
+//! The backward pass of a shard, with the final o, o_rest and lse of all keys, gives its share of the
+//! gradients ([`Attention::backward_partial`]). In half precision without o_rest it does not: delta is then a sum over the keys
+//! at hand.
+//!
+//! A [`Stream`] is a sequence without an end, in chunks, with a window: what later queries can see is all it keeps.
 //!
 //! # Two ways to call
 //!

@@ -364,7 +364,7 @@ fn states_in_buffers_of_the_callers() {
             let merged = MergeBuffers::new(&stacked, &stacked_lse, &o, &lse);
             let buffers = MergeBuffers { sink_logits: Some((&sink_logits).into()), ..merged };
             let prepared = attention.prepare_finish(&problem, shards.len(), &buffers).unwrap();
-            assert_eq!(prepared.dispatches().eq([1]), std::ptr::eq(attention, &cut) == false);
+            assert_eq!(prepared.dispatches().eq([1]), !std::ptr::eq(attention, &cut));
             submit(device, |encoder| prepared.encode(encoder));
             compare(&read(device, &o), &expected.o, BOUND).unwrap();
             compare_lse(&read(device, &lse), &expected.lse, BOUND).unwrap();
