@@ -137,7 +137,8 @@ impl<T: Element> Stream<T> {
     pub fn bytes(&self) -> u64 {
         let StreamShape { batch, kv_heads, head_dim, value_dim, .. } = self.shape;
         let tokens = self.left() + self.options.sink_tokens;
-        (batch * kv_heads * tokens) as u64 * (head_dim + value_dim) as u64 * size_of::<T>() as u64
+        let elements = ((batch * kv_heads * tokens) as u64).saturating_mul((head_dim + value_dim) as u64);
+        elements.saturating_mul(size_of::<T>() as u64)
     }
 
     fn left(&self) -> usize {
@@ -252,4 +253,56 @@ fn cut<T: Copy>(outer: usize, x: &[T], tokens: usize, range: Range<usize>) -> Ve
     let inner = x.len() / outer / tokens;
     let parts = x.chunks_exact(tokens * inner).map(|part| &part[range.start * inner..range.end * inner]);
     parts.collect::<Vec<_>>().concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: StreamShape = StreamShape { batch: 1, heads: 2, kv_heads: 1, head_dim: 4, value_dim: 4 };
+
+    /// A stream with so many tokens behind it, all but the first and the last of them skipped.
+    fn far(options: Options, skipped: u64) -> (Stream, Vec<f32>, Vec<f32>) {
+        let numbers = |n: usize| (0..n).map(|n| (n as f32).sin()).collect::<Vec<_>>();
+        let (q, k) = (numbers(12 * 2 * 4), numbers(12 * 4));
+        let mut stream = Stream::new(SHAPE, options).unwrap();
+        let slopes = [0.1, 0.2];
+        let inputs = Inputs::new(&q, &k, &k).alibi_slopes(options.alibi.then_some(&slopes[..]));
+        stream.update(&Attention::cpu(), &inputs).unwrap();
+        stream.position += skipped;
+        (stream, q, k)
+    }
+
+    #[test]
+    fn positions_have_no_end() {
+        let options = Options::new().window(Window::keys(4)).sink_tokens(2);
+        let [near, middle, end] = [0, 1 << 40, u64::MAX - 24].map(|skipped| {
+            let (mut stream, q, k) = far(options, skipped);
+            stream.update(&Attention::cpu(), &Inputs::new(&q, &k, &k)).unwrap()
+        });
+        assert!(near == middle && near == end);
+        // But that of 64 bits.
+        let (mut stream, q, k) = far(options, u64::MAX - 23);
+        let before = stream.clone();
+        let error = stream.update(&Attention::cpu(), &Inputs::new(&q, &k, &k)).unwrap_err();
+        assert!(matches!(error, Error::DimensionTooLarge { dimension: "position", .. }), "{error}");
+        assert_eq!(stream, before);
+    }
+
+    #[test]
+    fn distances_to_sink_tokens_have_an_end() {
+        let options = Options::new().window(Window::keys(4)).alibi(true);
+        let update = |options: Options, skipped| {
+            let (mut stream, q, k) = far(options, skipped);
+            let before = stream.clone();
+            let updated = stream.update(&Attention::cpu(), &Inputs::new(&q, &k, &k).alibi_slopes(&[0.1, 0.2][..]));
+            assert_eq!(stream == before, updated.is_err());
+            updated
+        };
+        update(options.sink_tokens(2), 1 << 29).unwrap();
+        let error = update(options.sink_tokens(2), 1 << 40).unwrap_err();
+        assert!(matches!(error, Error::InvalidOption { option: "query_offset", .. }), "{error}");
+        // Without any, the window is all there is.
+        assert_eq!(update(options, 1 << 40).unwrap(), update(options, 0).unwrap());
+    }
 }
