@@ -50,7 +50,8 @@ fn main(
   var total = 0.0;
   for (var n = 0u; n < states; n += 1u) {
     let state_lse = states_lse[lse_base + n * lse_step];
-    // What has seen nothing has no part in it, whatever its o holds. NaN has: it equals nothing, and differs from nothing either.
+    // What has seen nothing has no part in it, whatever its o holds. NaN has: it equals nothing, and differs from nothing
+    // either.
     if (state_lse == params.negative_infinity) { continue; }
     total += exp_below(state_lse, top);
   }
@@ -74,7 +75,8 @@ fn main(
       // By the whole before it is multiplied: weights add up to 1, and nothing overflows.
       let weight = exp_below(state_lse, top) / total;
 {% if o_rest %}
-      let x = whole4(load_states(states_base + n * states_step, quad), load_states_rest(rest_base + n * rest_step, quad));
+      let rest = load_states_rest(rest_base + n * rest_step, quad);
+      let x = whole4(load_states(states_base + n * states_step, quad), rest);
 {% else %}
       let x = load_states(states_base + n * states_step, quad);
 {% endif %}
@@ -87,6 +89,7 @@ fn main(
   }
   if (lane == 0u) {
     // Nothing, or the sum of terms of which the largest is 1.
-    lse[operand_base(params.lse, batch, head) + row] = select(top + natural_log(total), params.negative_infinity, total == 0.0);
+    let whole = select(top + natural_log(total), params.negative_infinity, total == 0.0);
+    lse[operand_base(params.lse, batch, head) + row] = whole;
   }
 }

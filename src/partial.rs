@@ -21,8 +21,8 @@ use crate::problem::{Gradients, Inputs, Output, Problem, SinkLogits, Upstream, c
 /// lse = log(exp(lse_a) + exp(lse_b)),  o = o_a exp(lse_a - lse) + o_b exp(lse_b - lse)
 /// ```
 ///
-/// which is associative and commutative up to rounding. A row that sees nothing of its shard has o = 0 and lse = -infinity;
-/// a state of such rows ([`empty`](Self::empty)) changes nothing. Where lse is -infinity, o is not read.
+/// which is associative and commutative up to rounding. A row that sees nothing of its shard has o = 0 and lse =
+/// -infinity; a state of such rows ([`empty`](Self::empty)) changes nothing. Where lse is -infinity, o is not read.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PartialState {
     /// Attention outputs, see [`Problem::o_shape`].
@@ -54,8 +54,8 @@ impl PartialState {
     }
 }
 
-/// Calls on shards of the keys. `problem` is the whole problem, of which `keys` names the shard, along the sequence axis of k
-/// and v, see [`Problem::shard`]; k, v, bias and mask are those of the shard alone. A shard may be empty.
+/// Calls on shards of the keys. `problem` is the whole problem, of which `keys` names the shard, along the sequence
+/// axis of k and v, see [`Problem::shard`]; k, v, bias and mask are those of the shard alone. A shard may be empty.
 impl Attention {
     /// The forward pass of a shard of the keys, without the sink logit; blocks until the result is there.
     ///
@@ -113,8 +113,8 @@ impl Attention {
     }
 
     /// Merges states of disjoint shards into the state of all their keys, in any order and number, as
-    /// [`PartialState`] says; none give the [empty](PartialState::empty) state. Blocks until the result is there. The same
-    /// states in the same order give the same bits.
+    /// [`PartialState`] says; none give the [empty](PartialState::empty) state. Blocks until the result is there. The
+    /// same states in the same order give the same bits.
     ///
     /// # Errors
     /// Those of [`Problem::check_state`]; on a GPU those of [`prepare_merge`](Self::prepare_merge) and
@@ -139,8 +139,8 @@ impl Attention {
         self.merge_states(&problem.merging(states.len(), DType::F32, false)?, states, None).await
     }
 
-    /// Applies the sink logits to the state of all keys, once, as the options of the problem say: the results of the forward
-    /// pass. Blocks until they are there.
+    /// Applies the sink logits to the state of all keys, once, as the options of the problem say: the results of the
+    /// forward pass. Blocks until they are there.
     ///
     /// ```text
     /// lse' = log(exp(lse) + exp(sink_logit)),  o' = o exp(lse - lse')
@@ -175,13 +175,13 @@ impl Attention {
         Ok(self.merge_states(&problem.merging(1, DType::F32, true)?, &[state], sink_logits).await?.narrow())
     }
 
-    /// The backward pass of a shard of the keys, from the results of the whole forward pass: its d_k and d_v (and d_bias),
-    /// and its part of d_q (and of d_alibi_slopes), which sum over the shards to those of the whole. Blocks until the result
-    /// is there.
+    /// The backward pass of a shard of the keys, from the results of the whole forward pass: its d_k and d_v (and
+    /// d_bias), and its part of d_q (and of d_alibi_slopes), which sum over the shards to those of the whole. Blocks
+    /// until the result is there.
     ///
-    /// The gradient by the sink logits has no shards: give them with one shard, whichever, and its gradients hold it; with the
-    /// others leave them out. In half precision each part of d_q is rounded, and `saved` must hold o_rest, without which
-    /// delta, the same for all shards, is not known.
+    /// The gradient by the sink logits has no shards: give them with one shard, whichever, and its gradients hold it;
+    /// with the others leave them out. In half precision each part of d_q is rounded, and `saved` must hold o_rest,
+    /// without which delta, the same for all shards, is not known.
     ///
     /// # Errors
     /// [`Error::InvalidShard`]; [`Error::MissingOperand`] for o_rest; those of [`backward`](Self::backward).
@@ -231,15 +231,15 @@ impl Attention {
         })
     }
 
-    /// Prepares the forward pass of a shard of the keys on buffers of the caller's, without the sink logit. In f16 and bf16 the
-    /// state's o is rounded; together with o_rest it is that in f32. That is the forward pass of
+    /// Prepares the forward pass of a shard of the keys on buffers of the caller's, without the sink logit. In f16
+    /// and bf16 the state's o is rounded; together with o_rest it is that in f32. That is the forward pass of
     /// [`Problem::shard`] [`without_sink_logits`](Problem::without_sink_logits), as the backward pass of a shard is
-    /// [`prepare_backward`](Self::prepare_backward) of it, with the final o, o_rest and lse; with the sink logits for one of
-    /// the shards.
+    /// [`prepare_backward`](Self::prepare_backward) of it, with the final o, o_rest and lse; with the sink logits for
+    /// one of the shards.
     ///
     /// # Errors
-    /// [`Error::InvalidShard`]; [`Error::ZeroDimension`] for no keys; [`Error::UnexpectedOperand`] for sink logits; those of
-    /// [`prepare_forward`](Self::prepare_forward).
+    /// [`Error::InvalidShard`]; [`Error::ZeroDimension`] for no keys; [`Error::UnexpectedOperand`] for sink logits;
+    /// those of [`prepare_forward`](Self::prepare_forward).
     pub fn prepare_partial(
         &self,
         problem: &Problem,
@@ -263,13 +263,13 @@ impl Attention {
         self.prepare_forward_async(&problem.shard(keys)?.without_sink_logits(), buffers).await
     }
 
-    /// Prepares a merge of `states` partial states on buffers of the caller's, without the sink logit: one kernel, which reads
-    /// each state once.
+    /// Prepares a merge of `states` partial states on buffers of the caller's, without the sink logit: one kernel,
+    /// which reads each state once.
     ///
     /// # Errors
     /// [`Error::ZeroDimension`] for no states; [`Error::UnexpectedOperand`] for sink logits;
-    /// [`Error::BindingTooLarge`] where the states' rows of one head, from the first state to the last, exceed a binding; those of
-    /// [`prepare_forward`](Self::prepare_forward).
+    /// [`Error::BindingTooLarge`] where the states' rows of one head, from the first state to the last, exceed a
+    /// binding; those of [`prepare_forward`](Self::prepare_forward).
     pub fn prepare_merge(&self, problem: &Problem, states: usize, buffers: &MergeBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_merge_async(problem, states, buffers))
     }
@@ -289,8 +289,8 @@ impl Attention {
         self.prepare_merging("prepare_merge", &merging, buffers).await
     }
 
-    /// Prepares the last merge, of all of a problem's states or of one that is already merged: with the sink logits, once, as
-    /// the options of the problem say.
+    /// Prepares the last merge, of all of a problem's states or of one that is already merged: with the sink logits,
+    /// once, as the options of the problem say.
     ///
     /// # Errors
     /// As [`prepare_merge`](Self::prepare_merge), but [`Error::MissingOperand`] where the options ask for sink logits.

@@ -33,12 +33,13 @@ impl StreamShape {
     }
 }
 
-/// A sequence that arrives in chunks and has no end: causal attention with a window, sink tokens and sink logits, exactly as
-/// over the whole sequence at once.
+/// A sequence that arrives in chunks and has no end: causal attention with a window, sink tokens and sink logits,
+/// exactly as over the whole sequence at once.
 ///
-/// It keeps what later queries can see, the keys and values of the sink tokens and of the window before the next token: its
-/// [size](Self::bytes) is constant. A chunk's queries attend to the sink tokens and to the window with the chunk, two
-/// [partial states](crate::PartialState), which are merged. Nothing of it lies on a device: any operator continues it.
+/// It keeps what later queries can see, the keys and values of the sink tokens and of the window before the next
+/// token: its [size](Self::bytes) is constant. A chunk's queries attend to the sink tokens and to the window with the
+/// chunk, two [partial states](crate::PartialState), which are merged. Nothing of it lies on a device: any operator
+/// continues it.
 ///
 /// ```
 /// use sink_attention::{Attention, Inputs, Options, SinkLogits, Stream, StreamShape, Window};
@@ -83,12 +84,12 @@ impl<T: Element> Kept<T> {
 }
 
 impl<T: Element> Stream<T> {
-    /// A stream before its first token. The options are those of the whole sequence: [`causal`](Options::causal) or a window
-    /// with a right bound of 0, and a left bound, which is what makes its size constant.
+    /// A stream before its first token. The options are those of the whole sequence: [`causal`](Options::causal) or a
+    /// window with a right bound of 0, and a left bound, which is what makes its size constant.
     ///
     /// # Errors
-    /// Those of [`Problem::new`]; [`Error::WrongElementType`]; [`Error::InvalidOption`] for options that a stream cannot have:
-    /// no left bound, keys behind the query, a bias, a mask, a query_offset, or [`Layout::Thd`];
+    /// Those of [`Problem::new`]; [`Error::WrongElementType`]; [`Error::InvalidOption`] for options that a stream
+    /// cannot have: no left bound, keys behind the query, a bias, a mask, a query_offset, or [`Layout::Thd`];
     /// [`Error::DimensionTooLarge`] for a window and sink tokens that together exceed 2^29 keys.
     pub fn new(shape: StreamShape, options: Options) -> Result<Self> {
         let invalid = |option, reason: &str| Err(Error::InvalidOption { option, reason: reason.into() });
@@ -145,18 +146,20 @@ impl<T: Element> Stream<T> {
         self.options.window.left.unwrap_or(0)
     }
 
-    /// Attends the next tokens, any number of them, and moves on behind them. q, k and v are theirs, `[B, tokens, heads,
-    /// width]` in the options' layout; sink logits and ALiBi slopes are parameters of the model, the same in each call. The
-    /// results are those of these tokens. The same stream gives the same bits on the same device; blocks until they are there.
+    /// Attends the next tokens, any number of them, and moves on behind them. q, k and v are theirs, `[B, tokens,
+    /// heads, width]` in the options' layout; sink logits and ALiBi slopes are parameters of the model, the same in
+    /// each call. The results are those of these tokens. The same stream gives the same bits on the same device;
+    /// blocks until they are there.
     ///
     /// # Errors
-    /// Those of [`Attention::attend_partial`], [`Attention::merge`] and [`Attention::finish`]; with ALiBi and sink tokens
-    /// [`Error::InvalidOption`] beyond position 2^30. After an error the stream is as it was.
+    /// Those of [`Attention::attend_partial`], [`Attention::merge`] and [`Attention::finish`]; with ALiBi and sink
+    /// tokens [`Error::InvalidOption`] beyond position 2^30. After an error the stream is as it was.
     pub fn update(&mut self, attention: &Attention, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         pollster::block_on(self.update_async(attention, inputs))
     }
 
-    /// As [`update`](Self::update), for browsers and async hosts. Dropped before its end, it leaves the stream as it was.
+    /// As [`update`](Self::update), for browsers and async hosts. Dropped before its end, it leaves the stream as it
+    /// was.
     ///
     /// # Errors
     /// As [`update`](Self::update).

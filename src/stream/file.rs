@@ -1,8 +1,8 @@
 //! Streams in safetensors files.
 //!
-//! The tensors `k.sinks`, `v.sinks`, `k.window` and `v.window` are as long as the stream can keep, filled up with zeros, and the
-//! metadata key `stream` holds everything else: so the size of a file is constant, too. A stream has exactly one file,
-//! checksum included, and what is not that file, byte by byte, is no stream.
+//! The tensors `k.sinks`, `v.sinks`, `k.window` and `v.window` are as long as the stream can keep, filled up with
+//! zeros, and the metadata key `stream` holds everything else: so the size of a file is constant, too. A stream has
+//! exactly one file, checksum included, and what is not that file, byte by byte, is no stream.
 
 use std::collections::HashMap;
 use std::fs;
@@ -26,13 +26,15 @@ fn damaged(reason: String) -> Error {
 }
 
 impl<T: Element> Stream<T> {
-    /// The content of a safetensors file, with which a stream goes on elsewhere: with the same bits where the device, the
-    /// driver and the version of this crate are the same. All streams of the same shape and options have files of the same
-    /// length. Metadata `stream` holds the options and the position; `k.sinks`, `v.sinks`, `k.window`, `v.window` are keys and
-    /// values in the options' layout, `[B, tokens, G, width]` in `bshd`, oldest first, then zeros.
+    /// The content of a safetensors file, with which a stream goes on elsewhere: with the same bits where the device,
+    /// the driver and the version of this crate are the same. All streams of the same shape and options have files of
+    /// the same length. Metadata `stream` holds the options and the position; `k.sinks`, `v.sinks`, `k.window`,
+    /// `v.window` are keys and values in the options' layout, `[B, tokens, G, width]` in `bshd`, oldest first, then
+    /// zeros.
     ///
     /// # Errors
-    /// [`Error::StreamDamaged`] where safetensors refuses to write it, as it does for nothing of a size that fits memory.
+    /// [`Error::StreamDamaged`] where safetensors refuses to write it, as it does for nothing of a size that fits
+    /// memory.
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
         let failed = |error: SafeTensorError| damaged(error.to_string());
         let StreamShape { batch, kv_heads, .. } = self.shape;
