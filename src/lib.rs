@@ -139,8 +139,25 @@
 //! a few of them dominate, so that d_q is what is left of much larger terms, rounding shows: in f16 d_q was 8.3e-3 off with
 //! o_rest and 3.3e-3 without (Mesa 26 llvmpipe, `cargo test --test cooperative large_scores`).
 //!
-//! The backward pass of some of the keys, with the final o, o_rest and lse of all of them, gives their share of the
-//! gradients. In half precision without o_rest it does not: delta is then a sum over the keys at hand.
+//! # Partial states and streams
+//!
+//! A shard of the keys gives o and lse of its own, without the sink logit ([`Attention::attend_partial`]); states of disjoint
+//! shards merge into that of all their keys ([`Attention::merge`]), and the sink logit enters last, once
+//! ([`Attention::finish`]):
+//!
+//! ```text
+//! lse = log(sum over shards of exp(lse_n)),   o = sum over shards of exp(lse_n - lse) * o_n
+//! lse' = log(exp(lse) + exp(sink_logit_h)),   o' = o * exp(lse - lse')
+//! ```
+//!
+//! A [`PartialState`] is f32, whatever the operands are. Any cut of the keys, and any order, gives the whole within the bounds
+//! above. Which keys are visible is the whole's business: a shard knows where its keys lie ([`Problem::shard`]).
+//!
+//! The backward pass of a shard, with the final o, o_rest and lse of all keys, gives its share of the
+//! gradients ([`Attention::backward_partial`]). In half precision without o_rest it does not: delta is then a sum over the keys
+//! at hand.
+//!
+//! A [`Stream`] is a sequence without an end, in chunks, with a window: what later queries can see is all it keeps.
 //!
 //! # Two ways to call
 //!
@@ -212,6 +229,7 @@
 //! # Features
 //!
 //! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
+//! - `safetensors`: [`Stream`]s saved to files and loaded from them; part of `cli`.
 //! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
 //!   host has checked every size.
 //!
@@ -235,12 +253,14 @@ mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
 mod mask;
+mod partial;
 mod pieces;
 mod pipeline;
 mod plan;
 mod problem;
 mod sequences;
 mod shader;
+mod stream;
 mod tensor;
 mod tiles;
 mod tiling;
@@ -251,11 +271,12 @@ mod tuning;
 pub use attention::Attention;
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
-pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+pub use dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use half;
 pub use mask::{Band, KeyTiles};
+pub use partial::PartialState;
 pub use pipeline::DUMP_VARIABLE;
 pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
 pub use problem::{
@@ -264,6 +285,7 @@ pub use problem::{
 };
 pub use sequences::{Lengths, Sequence};
 pub use shader::{Kernel, MicroKernel, Variant};
+pub use stream::{Stream, StreamShape};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
 pub use tiling::Tiling;

@@ -16,7 +16,7 @@ use crate::tiles::Tiles;
 use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 35] = [
+const SOURCES: [(&str, &str); 36] = [
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
     ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
@@ -38,6 +38,7 @@ const SOURCES: [(&str, &str); 35] = [
     ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("mask_bits.wgsl", include_str!("../shaders/mask_bits.wgsl")),
+    ("merge.wgsl", include_str!("../shaders/merge.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../shaders/params.wgsl")),
     ("portable/blocks.wgsl", include_str!("../shaders/portable/blocks.wgsl")),
@@ -97,6 +98,8 @@ pub enum Kernel {
     DBias,
     /// The gradient by the ALiBi slopes, from what the d_q kernel has left for each row.
     DAlibiSlopes,
+    /// One state of several partial ones, see [`Attention::prepare_merge`](crate::Attention::prepare_merge).
+    Merge,
 }
 
 impl Kernel {
@@ -118,6 +121,7 @@ impl Kernel {
             Kernel::MaskBits => "mask_bits",
             Kernel::DBias => "d_bias",
             Kernel::DAlibiSlopes => "d_alibi_slopes",
+            Kernel::Merge => "merge",
         }
     }
 
@@ -207,6 +211,9 @@ pub(crate) enum Binding {
     DBias = 24,
     DAlibiSlopes = 25,
     Sequences = 26,
+    States = 27,
+    StatesRest = 28,
+    StatesLse = 29,
 }
 
 impl Binding {
@@ -243,13 +250,16 @@ impl Binding {
             Binding::DBias => "d_bias",
             Binding::DAlibiSlopes => "d_alibi_slopes",
             Binding::Sequences => "sequences",
+            Binding::States => "states",
+            Binding::StatesRest => "states_rest",
+            Binding::StatesLse => "states_lse",
         }
     }
 
     /// Whether it is of the problem's element type, its rows as wide as those of q or v.
     pub(crate) fn has_width(self) -> bool {
-        use Binding::{DK, DO, DQ, DV, K, O, ORest, Q, V};
-        matches!(self, Q | K | V | O | ORest | DO | DQ | DK | DV)
+        use Binding::{DK, DO, DQ, DV, K, O, ORest, Q, States, StatesRest, V};
+        matches!(self, Q | K | V | O | ORest | DO | DQ | DK | DV | States | StatesRest)
     }
 
     /// Whether its rows may have gaps between them.
@@ -262,6 +272,7 @@ impl Binding {
         match self {
             Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(variant.head_dim),
             Binding::V | Binding::O | Binding::ORest | Binding::DO | Binding::DV => Some(variant.value_dim),
+            Binding::States | Binding::StatesRest => Some(variant.value_dim),
             _ => None,
         }
     }
@@ -344,7 +355,7 @@ impl Variant {
         use Binding::{
             AlibiMoments, AlibiSlopes, Bias, DAlibiSlopes, DBias, DK, DLse, DO, DQ, DSinkLogits, DV, K, Lse, Mask,
             MaskBits, Maxima, O, ORest, Params, Q, Ranges, Repairs, RowTerms, Sequences, SinkLogits as Sinks,
-            SinkPartials, V,
+            SinkPartials, States, StatesLse, StatesRest, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
         let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
@@ -367,6 +378,7 @@ impl Variant {
             Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO, Sequences], &[Maxima]),
             Kernel::GradientMaxima => (&[Params, Q, K, V, DO, Sequences], &[Maxima]),
             Kernel::Ranges => (&[Params, Maxima], &[Ranges]),
+            Kernel::Merge => (&[Params, States, StatesRest, StatesLse, Sinks, Sequences], &[O, ORest, Lse]),
         };
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
@@ -376,7 +388,7 @@ impl Variant {
             Bias => self.bias.is_some(),
             MaskBits => self.mask || self.kernel == Kernel::MaskBits,
             Sequences => self.lengths,
-            ORest => self.o_rest,
+            ORest | StatesRest => self.o_rest,
             _ => true,
         };
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
@@ -425,7 +437,7 @@ impl Variant {
                 fragments.workgroup_bytes(self.kernel, d, e) + mask
             }
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
-            _ if self.kernel == Kernel::MaskBits => 16,
+            _ if matches!(self.kernel, Kernel::MaskBits | Kernel::Merge) => 16,
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
             _ => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
         }

@@ -11,6 +11,7 @@ pub mod buffers;
 pub mod gradients;
 pub mod low_precision;
 pub mod operands;
+pub mod shards;
 pub mod views;
 
 use std::io::Write as _;
