@@ -16,7 +16,7 @@ use crate::tiles::Tiles;
 use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 36] = [
+const SOURCES: &[(&str, &str)] = &[
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
     ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
@@ -675,7 +675,7 @@ fn environment() -> Result<&'static Environment<'static>, minijinja::Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
-    for (name, source) in SOURCES {
+    for &(name, source) in SOURCES {
         environment.add_template(name, source)?;
     }
     Ok(ENVIRONMENT.get_or_init(|| environment))
