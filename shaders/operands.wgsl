@@ -36,7 +36,11 @@ fn load_{{ operand.name }}(base: u32, quad: u32) -> vec4<{{ scalar }}> {
 
 fn {{ operand.name }}_at(at: u32) -> {{ scalar }} {
 {% if halves %}
+{% if operand.atomic is defined and operand.atomic %}
+  return {{ widen }}(atomicLoad(&{{ operand.name }}[at / 2u]) >> (at % 2u * 16u)).x;
+{% else %}
   return {{ widen }}({{ operand.name }}[at / 2u] >> (at % 2u * 16u)).x;
+{% endif %}
 {% else %}
   return {{ operand.name }}[at];
 {% endif %}

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::cache::{CacheConfig, KvCache};
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, describe};
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
@@ -208,6 +209,26 @@ impl Attention {
     fn gpu<'a>(&'a self, call: &'static str, tiles: &'a [(Kernel, Tiling)]) -> Result<(&'a Device, Preference<'a>)> {
         let device = self.device().ok_or(Error::NeedsGpu { call })?;
         Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, tuning: self.tuning() }))
+    }
+
+    /// An empty cache of keys and values on the GPU; on the CPU there is [`cpu::KvCache`].
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; those of [`CacheConfig::check`]; [`Error::CacheTooLarge`] where it does not fit bindings of
+    /// the device; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver reports.
+    pub fn create_cache(&self, config: &CacheConfig) -> Result<KvCache> {
+        pollster::block_on(self.create_cache_async(config))
+    }
+
+    /// As [`create_cache`](Self::create_cache), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`create_cache`](Self::create_cache).
+    pub async fn create_cache_async(&self, config: &CacheConfig) -> Result<KvCache> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "create_cache" }),
+            Backend::Gpu { device, pipelines, .. } => KvCache::new(device, pipelines, config).await,
+        }
     }
 
     /// What computes, for people.

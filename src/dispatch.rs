@@ -18,8 +18,8 @@ use crate::tensor::{Placed, TensorView, allocate, resource, upload};
 /// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
-struct Operand {
-    offset: u32,
+pub(crate) struct Operand {
+    pub(crate) offset: u32,
     batch: u32,
     head: u32,
     seq: u32,
@@ -28,7 +28,7 @@ struct Operand {
 impl Operand {
     /// Counted in `width` elements, from the start of the window. Shaders count in u32, which wraps around as often as is
     /// needed to come back to an index within the window.
-    fn new(view: &View, window: Window, width: u64) -> Self {
+    pub(crate) fn new(view: &View, window: Window, width: u64) -> Self {
         let [batch, head, seq] = view.strides.map(|stride| (stride / width) as u32);
         let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
         Operand { offset, batch, head, seq }

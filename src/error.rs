@@ -185,6 +185,114 @@ pub enum Error {
         /// Its strides for batch, head and sequence, in elements.
         strides: [u64; 3],
     },
+    /// A sequence of a cache has no room for more tokens.
+    #[error("sequence {sequence} of the cache has {length} tokens and room for {capacity}; {added} more do not fit")]
+    CacheFull {
+        /// The sequence.
+        sequence: usize,
+        /// Tokens it has.
+        length: usize,
+        /// Tokens that were to be added.
+        added: usize,
+        /// Tokens it has room for.
+        capacity: usize,
+    },
+    /// A paged cache has no more free pages.
+    #[error("the cache needs {needed} pages more, {free} of its {pages} are free")]
+    PagesExhausted {
+        /// Pages needed.
+        needed: usize,
+        /// Pages that no sequence holds.
+        free: usize,
+        /// Pages of the cache.
+        pages: usize,
+    },
+    /// A paged cache needs pages that can only be taken outside of a compute pass.
+    #[error(
+        "sequence {sequence} of the cache has {length} tokens and pages of its own for {reserved} more; {added} in a compute \
+         pass need KvCache::reserve before it"
+    )]
+    PagesNotReserved {
+        /// The sequence.
+        sequence: usize,
+        /// Tokens it has.
+        length: usize,
+        /// Tokens that were to be added.
+        added: usize,
+        /// Tokens that its pages have room for.
+        reserved: usize,
+    },
+    /// A block table names a page that the cache does not have.
+    #[error("page {page} is out of range, the cache has {pages} pages")]
+    PageOutOfRange {
+        /// The page.
+        page: u32,
+        /// Pages of the cache.
+        pages: usize,
+    },
+    /// There is no such sequence in the cache.
+    #[error("sequence {sequence} is out of range, the cache has {sequences} sequences")]
+    SequenceOutOfRange {
+        /// The sequence.
+        sequence: usize,
+        /// Sequences of the cache.
+        sequences: usize,
+    },
+    /// A length does not fit a sequence of a cache.
+    #[error("sequence {sequence} of the cache cannot have the length {length}, the most is {most}")]
+    CacheLength {
+        /// The sequence.
+        sequence: usize,
+        /// The length that was asked for.
+        length: usize,
+        /// The longest it can have.
+        most: usize,
+    },
+    /// A rolling cache has given up tokens that would have to come back.
+    #[error("sequence {sequence} of the rolling cache cannot go back to {length} tokens, the least is {least}, or 0")]
+    CacheEvicted {
+        /// The sequence.
+        sequence: usize,
+        /// The length that was asked for.
+        length: usize,
+        /// The shortest length for which the window is whole.
+        least: usize,
+    },
+    /// Operands and cache differ in their element type.
+    #[error("the operands are {operands}, the cache holds {cache}")]
+    CacheElementType {
+        /// Element type of the operands.
+        operands: DType,
+        /// Element type of the cache.
+        cache: DType,
+    },
+    /// Keys, values or block tables of a cache do not fit one binding.
+    #[error(
+        "the cache's {operand} take {bytes} bytes, the device binds {limit} at most; use fewer sequences, tokens or pages"
+    )]
+    CacheTooLarge {
+        /// What does not fit.
+        operand: &'static str,
+        /// Bytes needed.
+        bytes: u64,
+        /// Bytes the device binds, and a buffer holds, at most.
+        limit: u64,
+    },
+    /// The table of the rotary embedding ends before a position that is needed.
+    #[error(
+        "sequence {sequence} needs the rotary embedding of position {position}, the table has {positions} positions"
+    )]
+    RotaryPosition {
+        /// The sequence.
+        sequence: usize,
+        /// The position.
+        position: usize,
+        /// Rows of the table.
+        positions: usize,
+    },
+    /// An operation was prepared for another cache.
+    #[error("the operation was prepared for another cache")]
+    OtherCache,
     /// No kernel fits the device's limits.
     #[error("no kernel for {problem} fits the device: {reason}")]
     NoKernel {

@@ -1,7 +1,7 @@
 //! FlashAttention with attention sinks, on every GPU that `wgpu` reaches and on the CPU.
 //!
 //! One operator, exact up to rounding, in memory linear in the sequence length: scores are computed tile by tile and
-//! never stored. This version computes the forward and the backward pass, of f32, f16 and bf16; caches are coming.
+//! never stored. This version computes the forward and the backward pass, and decodes from caches, in f32, f16 and bf16.
 //!
 //! ```
 //! use sink_attention::{Attention, Inputs, Options, Problem, Shape, SinkLogits, Window};
@@ -197,6 +197,51 @@
 //! # }
 //! ```
 //!
+//! # Caches
+//!
+//! A [`KvCache`] holds keys and values of many sequences of different lengths: in rows of their own, in pages that sequences may
+//! share, or in a ring behind the sink tokens ([`CacheKind`]). [`KvCache::prepare_append`] and [`KvCache::prepare_decode`] are as
+//! the calls above; [`cpu::KvCache`] is the same on the CPU. Queries of a decoding step are those of the last tokens; positions,
+//! windows and sink tokens count from the start of a sequence. A rolling cache of sink tokens S and window W shows the query at
+//! position p the keys j with p - W < j <= p, and j < S; narrower windows are possible, wider ones an error.
+//!
+//! The keys of a sequence are split over workgroups, by its length on the GPU; splits are put together in a fixed order, in f32,
+//! and the sink logit enters once. Results depend on the lengths, the [`DecodeTiling`] and the cache's sequences, not on what
+//! lies in other sequences; the kinds of cache give the same bits only where they have the same capacity.
+//!
+//! ```
+//! use sink_attention::{AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Options, wgpu};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let attention = Attention::new()?;
+//! let Some(device) = attention.device() else { return Ok(()) };
+//! let kind = CacheKind::Paged { page_size: 16, pages: 32, sequence_pages: 16 };
+//! let config =
+//!     CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32, rotary: None };
+//! let mut cache = attention.create_cache(&config)?;
+//!
+//! let buffer = |elements: u64| {
+//!     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+//!     let descriptor = wgpu::BufferDescriptor { label: None, size: 4 * elements, usage, mapped_at_creation: false };
+//!     device.wgpu().create_buffer(&descriptor)
+//! };
+//! let [k, v, q, o, lse] = [2 * 2 * 32, 2 * 2 * 32, 2 * 4 * 32, 2 * 4 * 32, 2 * 4].map(buffer);
+//! let append = cache.prepare_append(&[1, 1], &AppendBuffers::new(&k, &v))?; // one token of each sequence
+//! let step = cache.prepare_decode(&Decode::new(4, Options::new()), &DecodeBuffers::new(&q, &o, &lse))?;
+//! let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+//! for _ in 0..20 {
+//!     append.encode(&mut cache, &mut encoder)?;
+//!     step.encode(&cache, &mut encoder)?;
+//! }
+//! device.queue().submit([encoder.finish()]);
+//! assert_eq!(cache.lengths(), [20, 20]);
+//! cache.fork(&mut device.wgpu().create_command_encoder(&Default::default()), 0, 1)?; // the second goes on as the first
+//! assert_eq!(cache.pages(0), cache.pages(1));
+//! # device.wgpu().poll(wgpu::PollType::wait_indefinitely())?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Speed
 //!
 //! Tiles come from a table, or from a [`Tuning`] that `sink-attention tune` has measured on the device
@@ -242,6 +287,7 @@
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
 mod attention;
+mod cache;
 mod capabilities;
 pub mod compare;
 pub mod cpu;
@@ -269,6 +315,10 @@ mod timer;
 mod tuning;
 
 pub use attention::Attention;
+pub use cache::{
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, PreparedAppend,
+    PreparedDecode, Rotary, RotaryPositions, RotaryStyle,
+};
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};

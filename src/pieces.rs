@@ -161,12 +161,12 @@ impl View {
     }
 
     /// All of it.
-    fn whole(&self) -> [u64; 2] {
+    pub(crate) fn whole(&self) -> [u64; 2] {
         [self.offset, (self.last_element() + 1) as u64]
     }
 
     /// The window from one element to another, which is as large as the device allows at most.
-    fn window(&self, [first, end]: [u64; 2], capabilities: &Capabilities) -> Result<Window> {
+    pub(crate) fn window(&self, [first, end]: [u64; 2], capabilities: &Capabilities) -> Result<Window> {
         let operand = self.binding.name();
         // A multiple of what is loaded at once.
         let alignment = u64::from(capabilities.offset_alignment).max(16);

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use self::cache::PipelineCache;
+use crate::cache::shader::{CacheBinding, CacheVariant};
 use crate::device::Device;
 use crate::error::Result;
 use crate::plan::{Pass, Plan};
@@ -26,6 +27,8 @@ pub(crate) struct Pipeline {
 #[derive(Debug, Default)]
 pub(crate) struct Pipelines {
     compiled: Mutex<HashMap<Variant, Arc<Pipeline>>>,
+    /// The kernels of caches.
+    compiled_cache: Mutex<HashMap<CacheVariant, Arc<Pipeline>>>,
     cache: Option<PipelineCache>,
 }
 
@@ -70,6 +73,19 @@ impl Pipelines {
         Ok(compiled.entry(*variant).or_insert(pipeline).clone())
     }
 
+    /// The pipeline of a kernel of caches.
+    pub(crate) async fn get_cache(&self, device: &Device, variant: &CacheVariant) -> Result<Arc<Pipeline>> {
+        let compiled = || self.compiled_cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = compiled().get(variant).cloned();
+        if let Some(pipeline) = found {
+            return Ok(pipeline);
+        }
+        let bindings = variant.bindings().into_iter();
+        let bindings = bindings.map(|(b, written)| (b.slot(), b == CacheBinding::Params, written)).collect();
+        let pipeline = compile_text(device, variant.name(), variant.wgsl()?, bindings, self.cache.as_ref()).await?;
+        Ok(compiled().entry(*variant).or_insert(Arc::new(pipeline)).clone())
+    }
+
     fn find(&self, variant: &Variant) -> Option<Arc<Pipeline>> {
         // A thread that panicked elsewhere leaves a map that is still whole.
         self.compiled.lock().unwrap_or_else(PoisonError::into_inner).get(variant).cloned()
@@ -77,24 +93,34 @@ impl Pipelines {
 }
 
 async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCache>) -> Result<Pipeline> {
-    let name = variant.name();
-    let text = variant.wgsl()?;
+    let bindings = variant.bindings().into_iter();
+    let bindings = bindings.map(|(b, written)| (b.slot(), b == Binding::Params, written)).collect();
+    compile_text(device, variant.name(), variant.wgsl()?, bindings, cache).await
+}
+
+/// Compiles a text; of each binding its slot, whether it is uniform, and whether it is written.
+async fn compile_text(
+    device: &Device,
+    name: String,
+    text: String,
+    bindings: Vec<(u32, bool, bool)>,
+    cache: Option<&PipelineCache>,
+) -> Result<Pipeline> {
     if let Some(folder) = std::env::var_os(DUMP_VARIABLE) {
         // A dump is for reading; failing to write one must not stop the computation.
         if let Err(error) = std::fs::write(std::path::Path::new(&folder).join(format!("{name}.wgsl")), &text) {
             eprintln!("sink-attention: {DUMP_VARIABLE}: {}: {error}", folder.display());
         }
     }
-    let entries: Vec<wgpu::BindGroupLayoutEntry> = variant
-        .bindings()
+    let entries: Vec<wgpu::BindGroupLayoutEntry> = bindings
         .into_iter()
-        .map(|(binding, written)| wgpu::BindGroupLayoutEntry {
-            binding: binding.slot(),
+        .map(|(binding, uniform, written)| wgpu::BindGroupLayoutEntry {
+            binding,
             visibility: wgpu::ShaderStages::COMPUTE,
             ty: wgpu::BindingType::Buffer {
-                ty: match binding {
-                    Binding::Params => wgpu::BufferBindingType::Uniform,
-                    _ => wgpu::BufferBindingType::Storage { read_only: !written },
+                ty: match uniform {
+                    true => wgpu::BufferBindingType::Uniform,
+                    false => wgpu::BufferBindingType::Storage { read_only: !written },
                 },
                 has_dynamic_offset: false,
                 min_binding_size: None,
@@ -146,6 +172,8 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
     // as `sequence_table` and `repair_slots` make them for the same problem; a bias is read at positions clamped to the sequence,
     // and a mask's words up to a tile beyond a row's end, for which `mask_bits` leaves room. Every index into
     // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
-    // constants; every loop counts up to a bound that its body does not change.
+    // constants; every loop counts up to a bound that its body does not change. Kernels of caches read and write rows below the
+    // lengths and pages of the host's book (`Places`), which keeps lengths within the capacity and pages within the cache, and
+    // clamp what a tile has beyond a sequence's end.
     unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
 }

@@ -18,6 +18,12 @@ use crate::tiling::Tiling;
 /// The shader texts, each with the name that `include` and `import` know it by.
 const SOURCES: &[(&str, &str)] = &[
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
+    ("cache/append.wgsl", include_str!("../shaders/cache/append.wgsl")),
+    ("cache/combine.wgsl", include_str!("../shaders/cache/combine.wgsl")),
+    ("cache/decode.wgsl", include_str!("../shaders/cache/decode.wgsl")),
+    ("cache/params.wgsl", include_str!("../shaders/cache/params.wgsl")),
+    ("cache/range.wgsl", include_str!("../shaders/cache/range.wgsl")),
+    ("cache/rotary.wgsl", include_str!("../shaders/cache/rotary.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../shaders/cooperative/blocks.wgsl")),
     ("cooperative/d_kv.wgsl", include_str!("../shaders/cooperative/d_kv.wgsl")),
     ("cooperative/d_q.wgsl", include_str!("../shaders/cooperative/d_q.wgsl")),
@@ -659,11 +665,16 @@ impl Variant {
                 ..context
             };
         }
-        environment()
-            .and_then(|environment| environment.get_template(&self.kernel.template()))
-            .and_then(|template| template.render(context))
-            .map_err(|error| Error::Gpu { during: "composing a shader", message: format!("{error:#}") })
+        render(&self.kernel.template(), context)
     }
+}
+
+/// The text of a template.
+pub(crate) fn render(template: &str, context: Value) -> Result<String> {
+    environment()
+        .and_then(|environment| environment.get_template(template))
+        .and_then(|template| template.render(context))
+        .map_err(|error| Error::Gpu { during: "composing a shader", message: format!("{error:#}") })
 }
 
 /// The templates, parsed once.

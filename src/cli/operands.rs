@@ -145,7 +145,7 @@ impl GpuGradients {
 
 /// Buffers of random numbers. Large ones repeat one block of numbers, each from another place in it; the odd
 /// length keeps rows from repeating.
-fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]; N]) -> [wgpu::Buffer; N] {
+pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]; N]) -> [wgpu::Buffer; N] {
     let noise = random(&mut StdRng::seed_from_u64(0), (1 << 20) + 14);
     let noise: Vec<u8> = match dtype {
         DType::F16 => bytemuck::cast_slice(&f16::narrow(noise)).to_vec(),
@@ -178,7 +178,7 @@ fn bytes(dtype: DType, shape: [usize; 4]) -> u64 {
     (shape.iter().product::<usize>() * dtype.bytes()).next_multiple_of(4) as u64
 }
 
-fn result(device: &Device, dtype: DType, shape: [usize; 4]) -> wgpu::Buffer {
+pub fn result(device: &Device, dtype: DType, shape: [usize; 4]) -> wgpu::Buffer {
     buffer(device, bytes(dtype, shape), wgpu::BufferUsages::STORAGE)
 }
 

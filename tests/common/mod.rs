@@ -8,6 +8,7 @@ pub mod binary;
 pub mod files;
 
 pub mod buffers;
+pub mod caches;
 pub mod gradients;
 pub mod low_precision;
 pub mod operands;

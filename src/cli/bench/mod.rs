@@ -1,5 +1,6 @@
 //! `sink-attention bench`: how fast this device is.
 
+mod decode;
 mod measure;
 mod peaks;
 mod picture;
@@ -13,8 +14,8 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use sink_attention::{
-    Attention, Axes as PairAxes, DType, Kernel, Layout, Lengths, Options, Preference, Problem, Shape, SinkLogits,
-    Tiling, Timer, Window, wgpu,
+    Attention, Axes as PairAxes, DType, DecodeTiling, Kernel, Layout, Lengths, Options, Preference, Problem, Shape,
+    SinkLogits, Tiling, Timer, Window, wgpu,
 };
 
 use self::measure::{Direction, Effort, on_cpu, on_gpu};
@@ -56,6 +57,21 @@ pub struct Bench {
     /// 64x32 (16x8 threads of 4x4), chunk 32, slab 16"; once for each kernel
     #[arg(long, value_name = "KERNEL=TILES", value_parser = kernel_tiles)]
     tiles: Vec<(Kernel, Tiling)>,
+
+    /// Measure decoding from caches instead: few queries (--seq-q, 1 by default) against cached keys, contiguous and paged; GB/s
+    /// count keys and values once. Without arguments: gpt-oss with 131072 keys, one sequence and eight, and with 4096 keys. A
+    /// step is an append of the queries' own keys and values with a rotary embedding, and the decoding
+    #[arg(long, conflicts_with_all = ["pass", "passes", "tiles", "svg", "shape", "with", "full", "layout"])]
+    decode: bool,
+
+    /// Tokens of a page of the paged caches
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS", default_values_t = [16, 128], requires = "decode")]
+    page_size: Vec<usize>,
+
+    /// How the decode kernel divides its work: "32x8 rows 8, steps 4 by 2, splits 330" (threads of a workgroup x threads that
+    /// share a key, rows of a workgroup, keys that a thread loads at a time and exchanges at once, splits of the keys at most)
+    #[arg(long, value_name = "TILING", requires = "decode")]
+    decode_tiling: Option<DecodeTiling>,
 
     /// Runs in a series
     #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -284,6 +300,9 @@ impl Bench {
         }
         let attention = self.device.open()?;
         let timer = attention.device().map(Timer::new).transpose()?;
+        if self.decode {
+            return decode::execute(&self, &attention);
+        }
         let slow = attention.device().is_none_or(|d| d.wgpu().adapter_info().device_type == wgpu::DeviceType::Cpu);
         let shortened = slow && self.shape.seq_k.is_none() && self.shape.seq_q.is_none() && !self.quick;
         let quick = self.quick || shortened;

@@ -1,0 +1,356 @@
+//! A cache on the CPU.
+
+use super::gpu::check_counts;
+use super::places::Places;
+use super::plan::UNBOUNDED;
+use super::{CacheConfig, CacheKind, Decode, Rotary, RotaryPositions, RotaryStyle};
+use crate::cpu;
+use crate::element::Element;
+use crate::error::{Error, Result};
+use crate::problem::{Inputs, Options, Output, Problem, Shape, SinkLogits};
+
+/// Keys and values of a number of sequences in host memory: the twin of [`KvCache`](crate::KvCache).
+///
+/// ```
+/// use sink_attention::cpu::KvCache;
+/// use sink_attention::{CacheConfig, CacheKind, DType, Decode, Options};
+///
+/// // Two sequences of one key/value head, with the first token and the last two.
+/// let kind = CacheKind::Rolling { sink_tokens: 1, window: 2, queries: 1 };
+/// let config =
+///     CacheConfig { kind, sequences: 2, kv_heads: 1, head_dim: 2, value_dim: 1, dtype: DType::F32, rotary: None };
+/// let mut cache = KvCache::new(&config)?;
+/// for token in 0..5 {
+///     // One token for the second sequence, none for the first.
+///     cache.append(&[0, 1], &[0.0, 0.0], &[token as f32], None, None)?;
+/// }
+/// assert_eq!(cache.lengths(), [0, 5]);
+///
+/// // Keys of zero weigh the same: the mean of the values 0, 3 and 4 that are left.
+/// let output = cache.decode(&Decode::new(1, Options::new()).sequences([1]), &[1.0, 1.0], None, None)?;
+/// assert!((output.o[0] - 7.0 / 3.0).abs() < 1e-6);
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct KvCache<T> {
+    config: CacheConfig,
+    places: Places,
+    keys: Vec<T>,
+    values: Vec<T>,
+}
+
+impl<T: Element> KvCache<T> {
+    /// An empty cache.
+    ///
+    /// # Errors
+    /// Those of [`CacheConfig::check`]; [`Error::CacheElementType`] unless `T` is of the config's element type.
+    pub fn new(config: &CacheConfig) -> Result<Self> {
+        config.check()?;
+        check_element::<T>(config)?;
+        let rows = config.blocks() * config.kv_heads * config.kind.rows();
+        Ok(KvCache {
+            config: *config,
+            places: Places::new(config),
+            keys: vec![T::default(); rows * config.head_dim],
+            values: vec![T::default(); rows * config.value_dim],
+        })
+    }
+
+    /// Its kind and sizes.
+    pub fn config(&self) -> &CacheConfig {
+        &self.config
+    }
+
+    /// Tokens of each sequence: all that were appended, also those that a ring has given up.
+    pub fn lengths(&self) -> &[usize] {
+        self.places.lengths()
+    }
+
+    /// Pages of a sequence in the order of its tokens; none where the cache is not paged.
+    pub fn pages(&self, sequence: usize) -> &[u32] {
+        self.places.table(sequence)
+    }
+
+    /// Pages that no sequence holds.
+    pub fn free_pages(&self) -> usize {
+        self.places.free_pages()
+    }
+
+    /// Appends so many tokens to each sequence: keys `[tokens, G, D]` and values `[tokens, G, E]`, sequence by sequence. `q`,
+    /// `[tokens, H, D]`, is rotated where it lies. `cos_sin` is the table of
+    /// [`AppendBuffers::cos_sin`](crate::AppendBuffers::cos_sin).
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`]; [`Error::MissingOperand`], [`Error::UnexpectedOperand`] for operands that do not go with the
+    /// cache's rotary embedding; [`Error::CacheFull`], [`Error::PagesExhausted`], [`Error::RotaryPosition`]. Nothing has changed
+    /// then.
+    pub fn append(
+        &mut self,
+        tokens: &[usize],
+        k: &[T],
+        v: &[T],
+        q: Option<&mut [T]>,
+        cos_sin: Option<&[f32]>,
+    ) -> Result<()> {
+        let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
+        check_counts(&self.config, tokens.len())?;
+        let total = tokens.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).unwrap_or(usize::MAX);
+        for (operand, actual, width) in [("k", k.len(), head_dim), ("v", v.len(), value_dim)] {
+            let expected = total.saturating_mul(kv_heads * width);
+            if actual != expected {
+                return Err(Error::OperandLength { operand, expected, actual, shape: vec![total, kv_heads, width] });
+            }
+        }
+        let heads = q.as_ref().map_or(0, |q| q.len() / (total.max(1) * head_dim));
+        if let Some(q) = q.as_ref().filter(|q| q.len() != heads * total * head_dim || heads == 0 && total > 0) {
+            let expected = heads.max(1) * total * head_dim;
+            let shape = vec![total, heads.max(1), head_dim];
+            return Err(Error::OperandLength { operand: "q", expected, actual: q.len(), shape });
+        }
+        let turning = Turning::new(&self.config, q.is_some(), cos_sin)?;
+        if let Some(turning) = &turning {
+            turning.check(&self.places, tokens)?;
+        }
+        let changes = self.places.reserve(tokens)?;
+        for [from, to] in changes.copies {
+            self.copy_block(from as usize, to as usize);
+        }
+        let before = self.places.lengths().to_vec();
+        self.places.advance(tokens);
+        let mut q = q;
+        let all = tokens.iter().enumerate().flat_map(|(sequence, n)| (0..*n).map(move |number| (sequence, number)));
+        for (token, (sequence, number)) in all.enumerate() {
+            let position = before[sequence] + number;
+            if let (Some(turning), Some(q)) = (&turning, &mut q) {
+                let position = if turning.relative { position.min(self.config.kind.rows() - 1) } else { position };
+                for head in 0..heads {
+                    let at = (token * heads + head) * head_dim;
+                    turning.turn(&mut q[at..at + head_dim], position);
+                }
+            }
+            // What a ring has given up has no place any more.
+            let gone = self.places.lengths()[sequence] - self.places.keys(sequence);
+            let place = match self.config.kind {
+                CacheKind::Rolling { sink_tokens, .. } if position >= sink_tokens => {
+                    let Some(place) = position.checked_sub(gone).filter(|place| *place >= sink_tokens) else {
+                        continue;
+                    };
+                    place
+                }
+                _ => position,
+            };
+            let [block, row] = self.places.row(sequence, place);
+            for head in 0..kv_heads {
+                let row = (block * kv_heads + head) * self.config.kind.rows() + row;
+                let of = token * kv_heads + head;
+                let key = &mut self.keys[row * head_dim..(row + 1) * head_dim];
+                key.copy_from_slice(&k[of * head_dim..(of + 1) * head_dim]);
+                if let Some(turning) = turning.as_ref().filter(|turning| !turning.relative) {
+                    turning.turn(key, position);
+                }
+                self.values[row * value_dim..(row + 1) * value_dim]
+                    .copy_from_slice(&v[of * value_dim..(of + 1) * value_dim]);
+            }
+        }
+        Ok(())
+    }
+
+    /// A decoding step: q, and o of the result, `[B, M, H, D]` or in the options' layout; lse is `[B, H, M]`. `cos_sin` where keys
+    /// are rotated as they are read.
+    ///
+    /// # Errors
+    /// As [`KvCache::prepare_decode`](crate::KvCache::prepare_decode); [`Error::OperandLength`].
+    pub fn decode(
+        &self,
+        decode: &Decode,
+        q: &[T],
+        sink_logits: Option<&[f32]>,
+        cos_sin: Option<&[f32]>,
+    ) -> Result<Output<T>> {
+        let (problem, bounds) = decode.problem(&self.config)?;
+        let entries = decode.entries(&self.config)?;
+        let options = *problem.options();
+        let s = *problem.shape();
+        let expected = s.batch * s.heads * s.seq_q * s.head_dim;
+        if q.len() != expected {
+            let shape = problem.q_shape().to_vec();
+            return Err(Error::OperandLength { operand: "q", expected, actual: q.len(), shape });
+        }
+        let relative = self.config.is_relative();
+        if let (false, Some(_)) = (relative, cos_sin) {
+            let hint = "keys have been rotated as they were appended";
+            return Err(Error::UnexpectedOperand { operand: "cos_sin", hint });
+        }
+        let turning = if relative { Turning::new(&self.config, true, cos_sin)? } else { None };
+        if let Some(turning) = &turning {
+            let (positions, rows) = (turning.positions(), self.config.kind.rows());
+            if rows > positions {
+                return Err(Error::RotaryPosition { sequence: 0, position: rows - 1, positions });
+            }
+        }
+        let bound = |bound: i32| (bound < UNBOUNDED).then_some(bound as usize);
+        let options = Options { sink_tokens: bounds.sink_tokens as usize, ..options };
+        let options = options.window(crate::Window { left: bound(bounds.left), right: bound(bounds.right) });
+        let mut output =
+            Output { o: Vec::with_capacity(s.batch * s.heads * s.seq_q * s.value_dim), o_rest: None, lse: vec![] };
+        for (entry, &sequence) in entries.iter().enumerate() {
+            let keys = self.places.keys(sequence);
+            let shape = Shape { batch: 1, seq_k: keys.max(1), ..s };
+            // Checked as with keys where there are none.
+            let problem = Problem::new(shape, options)?;
+            let q = &q[entry * s.heads * s.seq_q * s.head_dim..][..s.heads * s.seq_q * s.head_dim];
+            let [k, v] = self.gather(sequence, keys, &problem, turning.as_ref());
+            let inputs = Inputs::new(q, &k, &v).sink_logits(sink_logits);
+            problem.check_inputs(&inputs)?;
+            if keys == 0 {
+                output.o.extend(std::iter::repeat_n(T::default(), s.heads * s.seq_q * s.value_dim));
+                for head in 0..s.heads {
+                    let sink = match (options.sink_logits, sink_logits) {
+                        (SinkLogits::PerHead, Some(logits)) => logits[head],
+                        (SinkLogits::OffByOne, _) => 0.0,
+                        _ => f32::NEG_INFINITY,
+                    };
+                    output.lse.extend(std::iter::repeat_n(sink, s.seq_q));
+                }
+                continue;
+            }
+            let Output { o, lse, .. } = cpu::forward(&problem, &inputs)?;
+            output.o.extend(o);
+            output.lse.extend(lse);
+        }
+        Ok(output)
+    }
+
+    /// The keys and values of a sequence in the order of their places, in the problem's layout.
+    fn gather(&self, sequence: usize, keys: usize, problem: &Problem, turning: Option<&Turning<'_>>) -> [Vec<T>; 2] {
+        let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
+        let mut gathered = [
+            vec![T::default(); keys.max(1) * kv_heads * head_dim],
+            vec![T::default(); keys.max(1) * kv_heads * value_dim],
+        ];
+        for place in 0..keys {
+            let [block, row] = self.places.row(sequence, place);
+            for head in 0..kv_heads {
+                let row = (block * kv_heads + head) * self.config.kind.rows() + row;
+                for (to, from, width) in [(0, &self.keys, head_dim), (1, &self.values, value_dim)] {
+                    let [_, of_head, of_seq] = problem.options().layout.strides(kv_heads, keys, width);
+                    let at = head * of_head as usize + place * of_seq as usize;
+                    let row = &from[row * width..(row + 1) * width];
+                    let into = &mut gathered[to][at..at + width];
+                    into.copy_from_slice(row);
+                    if let Some(turning) = turning.filter(|_| to == 0) {
+                        turning.turn(into, place);
+                    }
+                }
+            }
+        }
+        gathered
+    }
+
+    /// As [`KvCache::truncate`](crate::KvCache::truncate).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn truncate(&mut self, sequence: usize, length: usize) -> Result<()> {
+        self.places.truncate(sequence, length)
+    }
+
+    /// As [`KvCache::fork`](crate::KvCache::fork).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fork(&mut self, from: usize, to: usize) -> Result<()> {
+        self.places.fork(from, to)?;
+        if !matches!(self.config.kind, CacheKind::Paged { .. }) {
+            self.copy_block(from, to);
+        }
+        Ok(())
+    }
+
+    /// As [`KvCache::assign`](crate::KvCache::assign).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn assign(&mut self, sequence: usize, pages: &[u32], length: usize) -> Result<()> {
+        self.places.assign(sequence, pages, length)
+    }
+
+    fn copy_block(&mut self, from: usize, to: usize) {
+        let rows = self.config.kv_heads * self.config.kind.rows();
+        for (cached, width) in [(&mut self.keys, self.config.head_dim), (&mut self.values, self.config.value_dim)] {
+            let len = rows * width;
+            cached.copy_within(from * len..(from + 1) * len, to * len);
+        }
+    }
+}
+
+fn check_element<T: Element>(config: &CacheConfig) -> Result<()> {
+    if T::DTYPE == config.dtype {
+        return Ok(());
+    }
+    Err(Error::CacheElementType { operands: T::DTYPE, cache: config.dtype })
+}
+
+/// A rotary embedding with its table.
+struct Turning<'a> {
+    rotary: Rotary,
+    relative: bool,
+    table: &'a [f32],
+}
+
+impl<'a> Turning<'a> {
+    /// What an append or a read turns, if anything.
+    fn new(config: &CacheConfig, has_q: bool, table: Option<&'a [f32]>) -> Result<Option<Self>> {
+        let hint = "set CacheConfig::rotary";
+        let Some(rotary) = config.rotary else {
+            return match (has_q, table) {
+                (true, _) => Err(Error::UnexpectedOperand { operand: "q", hint }),
+                (false, Some(_)) => Err(Error::UnexpectedOperand { operand: "cos_sin", hint }),
+                (false, None) => Ok(None),
+            };
+        };
+        let relative = rotary.positions == RotaryPositions::CacheRelative;
+        if relative && !has_q {
+            return Ok(None);
+        }
+        let Some(table) = table else { return Err(Error::MissingOperand { operand: "cos_sin" }) };
+        let dim = rotary.dim as usize;
+        if table.is_empty() || !table.len().is_multiple_of(dim) {
+            let expected = table.len().next_multiple_of(dim).max(dim);
+            let shape = vec![expected / dim, dim];
+            return Err(Error::OperandLength { operand: "cos_sin", expected, actual: table.len(), shape });
+        }
+        Ok(Some(Turning { rotary, relative, table }))
+    }
+
+    fn positions(&self) -> usize {
+        self.table.len() / self.rotary.dim as usize
+    }
+
+    fn check(&self, places: &Places, tokens: &[usize]) -> Result<()> {
+        let positions = self.positions();
+        for (sequence, added) in tokens.iter().enumerate().filter(|(_, added)| **added > 0) {
+            let end = places.lengths()[sequence].saturating_add(*added);
+            let end = if self.relative { end.min(places.rows()) } else { end };
+            if end > positions {
+                return Err(Error::RotaryPosition { sequence, position: end - 1, positions });
+            }
+        }
+        Ok(())
+    }
+
+    /// Twin of shaders/cache/rotary.wgsl.
+    fn turn<T: Element>(&self, row: &mut [T], position: usize) {
+        let dim = self.rotary.dim as usize;
+        let (cosines, sines) = self.table[position * dim..(position + 1) * dim].split_at(dim / 2);
+        for (i, (&cos, &sin)) in cosines.iter().zip(sines).enumerate() {
+            let [a, b] = match self.rotary.style {
+                RotaryStyle::HalfSplit => [i, i + dim / 2],
+                RotaryStyle::Interleaved => [2 * i, 2 * i + 1],
+            };
+            let (x, y) = (row[a].to_f32(), row[b].to_f32());
+            row[a] = T::from_f32(x * cos - y * sin);
+            row[b] = T::from_f32(y * cos + x * sin);
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! A cache on the GPU.
+
+use std::sync::Arc;
+
+use super::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, PreparedDecode};
+use super::places::{Changes, Places};
+use super::{CacheConfig, CacheKind};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::pipeline::Pipelines;
+use crate::tensor::{TensorView, allocate};
+
+/// Keys and values of a number of sequences in GPU buffers, with their lengths, which kernels count up and read there: a decoding
+/// step waits for nothing.
+///
+/// What is recorded into an encoder holds for what is recorded after it; lengths and pages that the host knows of change as it
+/// is recorded. So encoders must be submitted in the order in which they were recorded, and all of them. What wgpu reports of
+/// recording goes to the caller's error scopes.
+#[derive(Debug)]
+pub struct KvCache {
+    pub(super) device: Device,
+    pub(super) pipelines: Arc<Pipelines>,
+    pub(super) config: CacheConfig,
+    pub(super) places: Places,
+    pub(super) keys: wgpu::Buffer,
+    pub(super) values: wgpu::Buffer,
+    /// Lengths, twice, then block tables. Appending reads one list of lengths and writes the other.
+    pub(super) state: wgpu::Buffer,
+    /// Which of the lists holds now.
+    pub(super) current: usize,
+    /// Blocks are copied through it.
+    between: wgpu::Buffer,
+}
+
+/// Words of a sequence's block table.
+pub(super) fn table_row(config: &CacheConfig) -> usize {
+    match config.kind {
+        CacheKind::Paged { sequence_pages, .. } => sequence_pages,
+        _ => 0,
+    }
+}
+
+impl KvCache {
+    pub(crate) async fn new(device: &Device, pipelines: &Arc<Pipelines>, config: &CacheConfig) -> Result<Self> {
+        config.check()?;
+        let capabilities = device.capabilities();
+        let state_bytes = 4 * (2 * config.sequences + config.sequences * table_row(config)) as u64;
+        let [key_bytes, value_bytes] = config.bytes();
+        let sizes = [("keys", key_bytes), ("values", value_bytes), ("block tables", state_bytes)];
+        for (operand, bytes) in sizes {
+            let limit = capabilities.binding_bytes.min(capabilities.buffer_bytes);
+            if bytes > limit {
+                return Err(Error::CacheTooLarge { operand, bytes, limit });
+            }
+        }
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let create = || -> Result<_> {
+            let of = |(operand, bytes): (&'static str, u64)| allocate::<u8>(device, operand, bytes as usize, usage);
+            let [key_block, value_block] = block_bytes(config);
+            let between = ("copied blocks", key_block.max(value_block).min(COPIED_BYTES));
+            Ok([of(sizes[0])?, of(sizes[1])?, of(sizes[2])?, of(between)?])
+        };
+        let [keys, values, state, between] = device.scoped("allocating a cache", create).await??;
+        Ok(KvCache {
+            device: device.clone(),
+            pipelines: pipelines.clone(),
+            config: *config,
+            places: Places::new(config),
+            keys,
+            values,
+            state,
+            current: 0,
+            between,
+        })
+    }
+
+    /// Its kind and sizes.
+    pub fn config(&self) -> &CacheConfig {
+        &self.config
+    }
+
+    /// Tokens of each sequence, as far as recorded: all that were appended, also those that a ring has given up.
+    pub fn lengths(&self) -> &[usize] {
+        self.places.lengths()
+    }
+
+    /// Pages of a sequence in the order of its tokens; none where the cache is not paged.
+    pub fn pages(&self, sequence: usize) -> &[u32] {
+        self.places.table(sequence)
+    }
+
+    /// Pages that no sequence holds.
+    pub fn free_pages(&self) -> usize {
+        self.places.free_pages()
+    }
+
+    /// The keys, `[blocks, G, rows, D]`, rows padded to 16 bytes: a block is a sequence, or a page.
+    pub fn keys(&self) -> &wgpu::Buffer {
+        &self.keys
+    }
+
+    /// The values, `[blocks, G, rows, E]`, as the keys.
+    pub fn values(&self) -> &wgpu::Buffer {
+        &self.values
+    }
+
+    /// Keys and values of a contiguous cache as operands of a forward pass: with strides, for a problem of the cache's sequences
+    /// and capacity, and lengths by [`Lengths::Used`](crate::Lengths::Used); `None` of other kinds.
+    pub fn views(&self) -> Option<[TensorView<'_>; 2]> {
+        let CacheKind::Contiguous { capacity } = self.config.kind else { return None };
+        let of = |buffer, vectors: u32| {
+            let row = u64::from(vectors) * 16 / self.config.dtype.bytes() as u64;
+            let (head, heads) = (row * capacity as u64, self.config.kv_heads as u64);
+            TensorView::new(buffer).strides([head * heads, head, row])
+        };
+        let [key_row, value_row] = self.config.row_vectors();
+        Some([of(&self.keys, key_row), of(&self.values, value_row)])
+    }
+
+    /// Prepares appending so many tokens to each sequence of this cache.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::MissingOperand`],
+    /// [`Error::UnexpectedOperand`] for operands that do not go with the cache's rotary embedding; those of
+    /// [`Attention::prepare_forward`](crate::Attention::prepare_forward) for operands that cannot be bound.
+    pub fn prepare_append(&self, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<PreparedAppend> {
+        pollster::block_on(PreparedAppend::new(self, tokens, buffers))
+    }
+
+    /// As [`prepare_append`](Self::prepare_append), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_append`](Self::prepare_append).
+    pub async fn prepare_append_async(&self, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<PreparedAppend> {
+        PreparedAppend::new(self, tokens, buffers).await
+    }
+
+    /// Prepares a decoding step: a few queries of each sequence against the keys that its cache holds by then. Allocates what
+    /// its two kernels hand to each other.
+    ///
+    /// # Errors
+    /// [`Error::CacheElementType`] unless the options name the cache's element type; [`Error::SequenceOutOfRange`];
+    /// [`Error::DimensionTooLarge`] for more than 16 queries; [`Error::InvalidOption`] for options that decoding does not take;
+    /// those of [`Problem::new`](crate::Problem::new) and of [`Attention::prepare_forward`](crate::Attention::prepare_forward).
+    pub fn prepare_decode(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
+        pollster::block_on(PreparedDecode::new(self, decode, buffers))
+    }
+
+    /// As [`prepare_decode`](Self::prepare_decode), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_decode`](Self::prepare_decode).
+    pub async fn prepare_decode_async(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
+        PreparedDecode::new(self, decode, buffers).await
+    }
+
+    /// Makes room for so many tokens more of each sequence: takes pages, and copies those that would be written and are shared.
+    /// Appending does so by itself, but where it is recorded into a compute pass. Nothing to do where the cache is not paged.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::CacheFull`], [`Error::PagesExhausted`]:
+    /// nothing has changed then.
+    pub fn reserve(&mut self, encoder: &mut wgpu::CommandEncoder, tokens: &[usize]) -> Result<()> {
+        check_counts(&self.config, tokens.len())?;
+        let changes = self.places.reserve(tokens)?;
+        self.record(encoder, &changes);
+        Ok(())
+    }
+
+    /// Forgets the tokens of a sequence from `length` on; with 0 it is empty, and its pages are free.
+    ///
+    /// # Errors
+    /// [`Error::SequenceOutOfRange`]; [`Error::CacheLength`] where it is shorter; [`Error::CacheEvicted`] where a rolling cache
+    /// has given up what would have to come back.
+    pub fn truncate(&mut self, encoder: &mut wgpu::CommandEncoder, sequence: usize, length: usize) -> Result<()> {
+        self.places.truncate(sequence, length)?;
+        self.record_length(encoder, sequence);
+        Ok(())
+    }
+
+    /// Makes sequence `to` a copy of `from`. In a paged cache they share pages until one of them writes to a shared one.
+    ///
+    /// # Errors
+    /// [`Error::SequenceOutOfRange`].
+    pub fn fork(&mut self, encoder: &mut wgpu::CommandEncoder, from: usize, to: usize) -> Result<()> {
+        self.places.fork(from, to)?;
+        if from == to {
+            return Ok(());
+        }
+        match self.config.kind {
+            CacheKind::Paged { .. } => self.record_table(encoder, to),
+            _ => self.copy_blocks(encoder, &[[from as u32, to as u32]]),
+        }
+        self.record_length(encoder, to);
+        Ok(())
+    }
+
+    /// Gives a sequence of a paged cache pages of the caller's choice, which others may hold, too, and which hold `length`
+    /// tokens of it.
+    ///
+    /// # Errors
+    /// [`Error::SequenceOutOfRange`], [`Error::PageOutOfRange`]; [`Error::CacheLength`] where the pages do not hold so many, or
+    /// are more than a sequence has; [`Error::InvalidOption`] where the cache is not paged.
+    pub fn assign(
+        &mut self,
+        encoder: &mut wgpu::CommandEncoder,
+        sequence: usize,
+        pages: &[u32],
+        length: usize,
+    ) -> Result<()> {
+        self.places.assign(sequence, pages, length)?;
+        self.record_table(encoder, sequence);
+        self.record_length(encoder, sequence);
+        Ok(())
+    }
+
+    pub(super) fn record(&self, encoder: &mut wgpu::CommandEncoder, changes: &Changes) {
+        self.copy_blocks(encoder, &changes.copies);
+        let follows = |a: &(usize, usize, u32), b: &(usize, usize, u32)| a.0 == b.0 && a.1 + 1 == b.1;
+        for run in changes.tables.chunk_by(follows) {
+            let pages: Vec<u32> = run.iter().map(|(_, _, page)| *page).collect();
+            if let Some(&(sequence, number, _)) = run.first() {
+                self.write_state(encoder, self.table_at(sequence) + number, &pages);
+            }
+        }
+    }
+
+    fn table_at(&self, sequence: usize) -> usize {
+        2 * self.config.sequences + sequence * table_row(&self.config)
+    }
+
+    fn record_length(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) {
+        let length = self.places.lengths()[sequence] as u32;
+        self.write_state(encoder, self.current * self.config.sequences + sequence, &[length]);
+    }
+
+    fn record_table(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) {
+        self.write_state(encoder, self.table_at(sequence), self.places.table(sequence));
+    }
+
+    /// Not by the queue alone, which would write before what is recorded.
+    fn write_state(&self, encoder: &mut wgpu::CommandEncoder, word: usize, words: &[u32]) {
+        if words.is_empty() {
+            return;
+        }
+        let staged = self.device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+            label: Some("sink-attention cache state"),
+            size: 4 * words.len() as u64,
+            usage: wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        // Nothing else uses this buffer, so that it does not matter when.
+        self.device.queue().write_buffer(&staged, 0, bytemuck::cast_slice(words));
+        encoder.copy_buffer_to_buffer(&staged, 0, &self.state, 4 * word as u64, staged.size());
+    }
+
+    /// Copies blocks in pieces through a buffer of their own: within one, wgpu does not copy.
+    fn copy_blocks(&self, encoder: &mut wgpu::CommandEncoder, blocks: &[[u32; 2]]) {
+        for &[from, to] in blocks {
+            for (buffer, bytes) in [&self.keys, &self.values].into_iter().zip(block_bytes(&self.config)) {
+                let [from, to] = [from, to].map(|block| u64::from(block) * bytes);
+                let piece = self.between.size();
+                for start in (0..bytes).step_by(piece as usize) {
+                    let len = piece.min(bytes - start);
+                    encoder.copy_buffer_to_buffer(buffer, from + start, &self.between, 0, len);
+                    encoder.copy_buffer_to_buffer(&self.between, 0, buffer, to + start, len);
+                }
+            }
+        }
+    }
+}
+
+/// Bytes of a block of keys and of one of values.
+fn block_bytes(config: &CacheConfig) -> [u64; 2] {
+    let rows = (config.kv_heads * config.kind.rows()) as u64;
+    config.row_vectors().map(|vectors| rows * 16 * u64::from(vectors))
+}
+
+/// Blocks are copied in pieces of so many bytes.
+const COPIED_BYTES: u64 = 4 << 20;
+
+/// One number for each sequence.
+pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
+    let expected = config.sequences;
+    if actual == expected {
+        return Ok(());
+    }
+    Err(Error::OperandLength { operand: "tokens of each sequence", expected, actual, shape: vec![expected] })
+}

@@ -1,0 +1,269 @@
+//! The host's book of a cache: how long each sequence is, and which pages it has. Pure; the caches on the GPU and on the CPU
+//! both keep one.
+
+use std::collections::HashMap;
+
+use super::{CacheConfig, CacheKind};
+use crate::error::{Error, Result};
+
+/// Longest sequence, so that shaders can count positions in 32 bits with a sign.
+const MOST_TOKENS: usize = 1 << 30;
+
+/// Lengths and pages of all sequences.
+#[derive(Debug, Clone)]
+pub(crate) struct Places {
+    kind: CacheKind,
+    lengths: Vec<usize>,
+    /// Tokens that were ever written to a rolling sequence since it was empty: those beyond the ring are gone.
+    written: Vec<usize>,
+    /// Pages of each sequence, in the order of its tokens.
+    tables: Vec<Vec<u32>>,
+    /// Sequences that hold each page.
+    holders: Vec<u32>,
+    free: Vec<u32>,
+}
+
+/// What has to follow on the device.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Changes {
+    /// Whole pages to copy, from and to, before anything else.
+    pub(crate) copies: Vec<[u32; 2]>,
+    /// Sequence, number of the page in it, and the page.
+    pub(crate) tables: Vec<(usize, usize, u32)>,
+}
+
+impl Places {
+    pub(crate) fn new(config: &CacheConfig) -> Self {
+        let pages = match config.kind {
+            CacheKind::Paged { pages, .. } => pages as u32,
+            _ => 0,
+        };
+        Places {
+            kind: config.kind,
+            lengths: vec![0; config.sequences],
+            written: vec![0; config.sequences],
+            tables: vec![Vec::new(); config.sequences],
+            holders: vec![0; pages as usize],
+            free: (0..pages).rev().collect(),
+        }
+    }
+
+    pub(crate) fn lengths(&self) -> &[usize] {
+        &self.lengths
+    }
+
+    pub(crate) fn table(&self, sequence: usize) -> &[u32] {
+        self.tables.get(sequence).map_or(&[], Vec::as_slice)
+    }
+
+    pub(crate) fn free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Rows of a block.
+    pub(crate) fn rows(&self) -> usize {
+        self.kind.rows()
+    }
+
+    /// Keys of a sequence that are there: all but those that a ring has given up.
+    pub(crate) fn keys(&self, sequence: usize) -> usize {
+        match self.kind {
+            CacheKind::Rolling { .. } => self.lengths[sequence].min(self.kind.rows()),
+            _ => self.lengths[sequence],
+        }
+    }
+
+    /// Block and row in it of the key at a place, see shaders/cache/range.wgsl.
+    pub(crate) fn row(&self, sequence: usize, place: usize) -> [usize; 2] {
+        match self.kind {
+            CacheKind::Contiguous { .. } => [sequence, place],
+            CacheKind::Paged { page_size, .. } => {
+                [self.tables[sequence][place / page_size] as usize, place % page_size]
+            }
+            CacheKind::Rolling { sink_tokens, .. } => {
+                let ring = self.kind.rows() - sink_tokens;
+                let given_up = self.lengths[sequence].saturating_sub(self.kind.rows());
+                let row =
+                    if place < sink_tokens { place } else { sink_tokens + (place - sink_tokens + given_up) % ring };
+                [sequence, row]
+            }
+        }
+    }
+
+    pub(crate) fn check_sequence(&self, sequence: usize) -> Result<()> {
+        let sequences = self.lengths.len();
+        if sequence < sequences { Ok(()) } else { Err(Error::SequenceOutOfRange { sequence, sequences }) }
+    }
+
+    /// Whether tokens can be written without a change of pages.
+    pub(crate) fn check_reserved(&self, added: &[usize]) -> Result<()> {
+        let capacity = self.capacity();
+        for (sequence, (&length, &added)) in self.lengths.iter().zip(added).enumerate().filter(|(_, (_, n))| **n > 0) {
+            if added > capacity - length {
+                return Err(Error::CacheFull { sequence, length, added, capacity });
+            }
+            let CacheKind::Paged { page_size, .. } = self.kind else { continue };
+            let table = &self.tables[sequence];
+            let own = |page: &&u32| self.holders[**page as usize] == 1;
+            let first = length / page_size;
+            let reserved = (first + table.iter().skip(first).take_while(own).count()) * page_size;
+            if length + added > reserved {
+                let reserved = reserved.saturating_sub(length);
+                return Err(Error::PagesNotReserved { sequence, length, added, reserved });
+            }
+        }
+        Ok(())
+    }
+
+    fn capacity(&self) -> usize {
+        match self.kind {
+            CacheKind::Contiguous { capacity } => capacity,
+            CacheKind::Paged { page_size, sequence_pages, .. } => sequence_pages * page_size,
+            CacheKind::Rolling { .. } => MOST_TOKENS,
+        }
+    }
+
+    /// Makes room for `added` tokens more of each sequence, with pages of its own where they will be written; all or nothing.
+    pub(crate) fn reserve(&mut self, added: &[usize]) -> Result<Changes> {
+        let capacity = self.capacity();
+        for (sequence, (&length, &added)) in self.lengths.iter().zip(added).enumerate() {
+            if added > capacity - length {
+                return Err(Error::CacheFull { sequence, length, added, capacity });
+            }
+        }
+        let CacheKind::Paged { page_size, pages, .. } = self.kind else { return Ok(Changes::default()) };
+        // What is wanted, before anything is taken: page by page, as those who share one give it up one after the other.
+        let mut shared: HashMap<u32, u32> = HashMap::new();
+        let mut copied = Vec::new();
+        let mut fresh = 0;
+        for (sequence, &added) in added.iter().enumerate().filter(|(_, added)| **added > 0) {
+            let (length, table) = (self.lengths[sequence], &self.tables[sequence]);
+            let end = length + added;
+            fresh += end.div_ceil(page_size).saturating_sub(table.len());
+            for (number, &page) in table.iter().enumerate().take(end.div_ceil(page_size)).skip(length / page_size) {
+                let holders = shared.entry(page).or_insert(self.holders[page as usize]);
+                if *holders > 1 {
+                    *holders -= 1;
+                    copied.push((sequence, number, page));
+                }
+            }
+        }
+        let (needed, free) = (fresh + copied.len(), self.free.len());
+        if needed > free {
+            return Err(Error::PagesExhausted { needed, free, pages });
+        }
+        let mut changes = Changes::default();
+        for (sequence, number, page) in copied {
+            let Some(own) = self.take() else { continue };
+            self.holders[page as usize] -= 1;
+            self.tables[sequence][number] = own;
+            // A page behind the last token has nothing to keep.
+            if number * page_size < self.lengths[sequence] {
+                changes.copies.push([page, own]);
+            }
+            changes.tables.push((sequence, number, own));
+        }
+        for (sequence, &added) in added.iter().enumerate().filter(|(_, added)| **added > 0) {
+            while self.tables[sequence].len() * page_size < self.lengths[sequence] + added {
+                let Some(page) = self.take() else { break };
+                changes.tables.push((sequence, self.tables[sequence].len(), page));
+                self.tables[sequence].push(page);
+            }
+        }
+        Ok(changes)
+    }
+
+    fn take(&mut self) -> Option<u32> {
+        let page = self.free.pop()?;
+        self.holders[page as usize] = 1;
+        Some(page)
+    }
+
+    fn give_back(&mut self, pages: Vec<u32>) {
+        for page in pages {
+            self.holders[page as usize] -= 1;
+            if self.holders[page as usize] == 0 {
+                self.free.push(page);
+            }
+        }
+    }
+
+    /// Counts tokens that were written to what was reserved.
+    pub(crate) fn advance(&mut self, added: &[usize]) {
+        for (sequence, added) in added.iter().enumerate() {
+            self.lengths[sequence] += added;
+            self.written[sequence] = self.written[sequence].max(self.lengths[sequence]);
+        }
+    }
+
+    /// Forgets all tokens from `length` on.
+    pub(crate) fn truncate(&mut self, sequence: usize, length: usize) -> Result<()> {
+        self.check_sequence(sequence)?;
+        let most = self.lengths[sequence];
+        if length > most {
+            return Err(Error::CacheLength { sequence, length, most });
+        }
+        if let CacheKind::Rolling { queries, .. } = self.kind {
+            let (written, rows) = (self.written[sequence], self.kind.rows());
+            let least = if written <= rows { 0 } else { written - (queries - 1) };
+            if length < least && length > 0 {
+                return Err(Error::CacheEvicted { sequence, length, least });
+            }
+            if length == 0 {
+                self.written[sequence] = 0;
+            }
+        }
+        if let CacheKind::Paged { page_size, .. } = self.kind {
+            let table = &mut self.tables[sequence];
+            let gone = table.split_off(length.div_ceil(page_size).min(table.len()));
+            self.give_back(gone);
+        }
+        self.lengths[sequence] = length;
+        Ok(())
+    }
+
+    /// Makes `to` the same sequence as `from`; pages are shared.
+    pub(crate) fn fork(&mut self, from: usize, to: usize) -> Result<()> {
+        self.check_sequence(from)?;
+        self.check_sequence(to)?;
+        if from == to {
+            return Ok(());
+        }
+        self.lengths[to] = self.lengths[from];
+        self.written[to] = self.written[from];
+        if let CacheKind::Paged { page_size, .. } = self.kind {
+            let mut pages = self.tables[from].clone();
+            pages.truncate(self.lengths[from].div_ceil(page_size));
+            self.hold(to, pages);
+        }
+        Ok(())
+    }
+
+    /// Gives a sequence pages of the caller's choice, which others may hold, too.
+    pub(crate) fn assign(&mut self, sequence: usize, table: &[u32], length: usize) -> Result<()> {
+        self.check_sequence(sequence)?;
+        let CacheKind::Paged { page_size, pages, sequence_pages } = self.kind else {
+            let reason = format!("{:?}; only a paged cache has block tables", self.kind);
+            return Err(Error::InvalidOption { option: "cache kind", reason });
+        };
+        if let Some(&page) = table.iter().find(|page| **page as usize >= pages) {
+            return Err(Error::PageOutOfRange { page, pages });
+        }
+        let most = table.len().min(sequence_pages) * page_size;
+        if table.len() > sequence_pages || length > most {
+            return Err(Error::CacheLength { sequence, length: length.max(table.len() * page_size), most });
+        }
+        self.hold(sequence, table.to_vec());
+        self.lengths[sequence] = length;
+        Ok(())
+    }
+
+    fn hold(&mut self, sequence: usize, pages: Vec<u32>) {
+        for &page in &pages {
+            self.holders[page as usize] += 1;
+        }
+        self.free.retain(|page| self.holders[*page as usize] == 0);
+        let before = std::mem::replace(&mut self.tables[sequence], pages);
+        self.give_back(before);
+    }
+}

@@ -1,0 +1,429 @@
+//! The kernels of caches as variants, and their texts.
+
+use std::collections::BTreeMap;
+
+use minijinja::{Value, context};
+
+use super::plan::{DecodeTiling, vectors};
+use super::{Rotary, RotaryPositions, RotaryStyle};
+use crate::element::DType;
+use crate::error::Result;
+use crate::problem::SinkLogits;
+use crate::shader::render;
+
+/// Threads of a workgroup of the append and the combine kernel: as many as the widest row has quads.
+pub(crate) const ROW_THREADS: u32 = 128;
+
+/// What a kernel does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum CacheKernel {
+    /// New keys and values into the cache, q rotated where it lies.
+    Append { rotates_q: bool },
+    /// Queries against splits of the keys.
+    Decode { tiling: DecodeTiling, several: bool, softcap: bool },
+    /// The splits of a row together.
+    Combine { tile: u32, sink_logits: SinkLogits },
+}
+
+/// Where the rows of a sequence lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Addressing {
+    Contiguous,
+    Paged,
+    Rolling,
+}
+
+/// What a pipeline fixes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct CacheVariant {
+    pub(crate) kernel: CacheKernel,
+    pub(crate) addressing: Addressing,
+    pub(crate) dtype: DType,
+    pub(crate) head_dim: u32,
+    pub(crate) value_dim: u32,
+    /// The caller's operands are read and written four neighbours at a time.
+    pub(crate) vec4: bool,
+    pub(crate) rotary: Option<Rotary>,
+    /// Sequences are told by a list.
+    pub(crate) indexed: bool,
+}
+
+/// Everything the kernels of caches may bind; slots are never renumbered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum CacheBinding {
+    Params = 0,
+    Q = 1,
+    K = 2,
+    V = 3,
+    O = 4,
+    Lse = 5,
+    SinkLogits = 6,
+    Keys = 7,
+    Values = 8,
+    State = 9,
+    Tokens = 10,
+    Entries = 11,
+    CosSin = 12,
+    Partials = 13,
+}
+
+impl CacheBinding {
+    pub(crate) fn slot(self) -> u32 {
+        self as u32
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            CacheBinding::Params => "params",
+            CacheBinding::Q => "q",
+            CacheBinding::K => "k",
+            CacheBinding::V => "v",
+            CacheBinding::O => "o",
+            CacheBinding::Lse => "lse",
+            CacheBinding::SinkLogits => "sink_logits",
+            CacheBinding::Keys => "keys",
+            CacheBinding::Values => "values",
+            CacheBinding::State => "state",
+            CacheBinding::Tokens => "tokens",
+            CacheBinding::Entries => "entries",
+            CacheBinding::CosSin => "cos_sin",
+            CacheBinding::Partials => "partials",
+        }
+    }
+}
+
+impl CacheVariant {
+    fn is_relative(&self) -> bool {
+        self.rotary.is_some_and(|rotary| rotary.positions == RotaryPositions::CacheRelative)
+    }
+
+    /// What it binds, each with whether it is written.
+    pub(crate) fn bindings(&self) -> Vec<(CacheBinding, bool)> {
+        use CacheBinding::{
+            CosSin, Entries, K, Keys, Lse, O, Params, Partials, Q, SinkLogits as Sinks, State, Tokens, V, Values,
+        };
+        let all: &[(CacheBinding, bool)] = match self.kernel {
+            CacheKernel::Append { .. } => &[
+                (Params, false),
+                (Q, true),
+                (K, false),
+                (V, false),
+                (Keys, true),
+                (Values, true),
+                (State, true),
+                (Tokens, false),
+                (CosSin, false),
+            ],
+            CacheKernel::Decode { .. } => &[
+                (Params, false),
+                (Q, false),
+                (Keys, false),
+                (Values, false),
+                (State, false),
+                (Entries, false),
+                (CosSin, false),
+                (Partials, true),
+            ],
+            CacheKernel::Combine { .. } => &[
+                (Params, false),
+                (O, true),
+                (Lse, true),
+                (Sinks, false),
+                (State, false),
+                (Entries, false),
+                (Partials, false),
+            ],
+        };
+        let present = |binding: CacheBinding| match (self.kernel, binding) {
+            (CacheKernel::Append { rotates_q }, Q) => rotates_q,
+            (CacheKernel::Append { rotates_q }, CosSin) => rotates_q || self.rotary.is_some() && !self.is_relative(),
+            (CacheKernel::Decode { .. }, CosSin) => self.is_relative(),
+            (CacheKernel::Combine { sink_logits, .. }, Sinks) => sink_logits == SinkLogits::PerHead,
+            (_, Entries) => self.indexed,
+            _ => true,
+        };
+        all.iter().copied().filter(|(binding, _)| present(*binding)).collect()
+    }
+
+    /// Name for labels and dumps.
+    pub(crate) fn name(&self) -> String {
+        let kernel = match self.kernel {
+            CacheKernel::Append { rotates_q } => format!("append{}", if rotates_q { "_q" } else { "" }),
+            CacheKernel::Decode { tiling, several, softcap } => {
+                let DecodeTiling { threads, lanes, rows, steps, exchanged, .. } = tiling;
+                let several = if several { "_several" } else { "" };
+                let softcap = if softcap { "_softcap" } else { "" };
+                format!("decode_{threads}x{lanes}_r{rows}_s{steps}x{exchanged}{several}{softcap}")
+            }
+            CacheKernel::Combine { tile, sink_logits } => format!("combine_{tile}_{sink_logits:?}").to_lowercase(),
+        };
+        let addressing = format!("{:?}", self.addressing).to_lowercase();
+        let rotary = self.rotary.map_or(String::new(), |Rotary { dim, style, positions }| {
+            format!("_rotary{dim}_{style:?}_{positions:?}").to_lowercase()
+        });
+        let scalar = if self.vec4 { "" } else { "_scalar" };
+        let indexed = if self.indexed { "_indexed" } else { "" };
+        let CacheVariant { dtype, head_dim, value_dim, .. } = self;
+        format!("cache_{kernel}_{addressing}_{dtype}_d{head_dim}_e{value_dim}{scalar}{rotary}{indexed}")
+    }
+
+    /// Vectors of 16 bytes of keys and of values that a thread of the decode kernel holds of a row, and numbers in 4 of these.
+    fn lane_vectors(&self, lanes: u32) -> [u32; 2] {
+        [self.head_dim, self.value_dim].map(|width| vectors(width as usize, self.dtype).div_ceil(lanes))
+    }
+
+    /// Vectors of four f32 of workgroup memory from row to row, from slot to slot, and in all; and rows that are merged at a time.
+    fn exchange(&self, tiling: &DecodeTiling) -> [u32; 4] {
+        let quarter = tiling.lanes / 4;
+        // Odd, so that the rows of a slot lie in different banks; slots as far apart as a row is long.
+        let row_pitch = quarter | 1;
+        let mut slot_pitch = tiling.rows * row_pitch;
+        while slot_pitch % 8 != quarter % 8 {
+            slot_pitch += 1;
+        }
+        let quads = self.lane_vectors(tiling.lanes)[1] * self.vector_quads();
+        let merged = quads * tiling.threads;
+        let len = (tiling.exchanged * tiling.slots() * slot_pitch).max(merged);
+        [row_pitch, slot_pitch, len, (len / merged).min(tiling.rows)]
+    }
+
+    fn vector_quads(&self) -> u32 {
+        4 / self.dtype.bytes() as u32
+    }
+
+    /// Bytes of workgroup memory.
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        match self.kernel {
+            CacheKernel::Append { .. } => 0,
+            CacheKernel::Decode { tiling, .. } => {
+                let [_, _, len, _] = self.exchange(&tiling);
+                let weights = [0, 8, 16, 0, 16 + 4][tiling.exchanged as usize];
+                16 * len + tiling.slots() * tiling.rows * (weights + 8)
+            }
+            CacheKernel::Combine { .. } => {
+                let splits = ROW_THREADS / self.value_dim.div_ceil(4).next_power_of_two();
+                ROW_THREADS * (4 + 16) + 4 * splits
+            }
+        }
+    }
+
+    /// The WGSL text.
+    pub(crate) fn wgsl(&self) -> Result<String> {
+        let bindings = self.bindings();
+        let half = self.dtype != DType::F32;
+        let rotates_q = matches!(self.kernel, CacheKernel::Append { rotates_q: true });
+        let is_decode = matches!(self.kernel, CacheKernel::Decode { .. });
+        let [d, e] = [self.head_dim, self.value_dim];
+        let operand = |name: &str, width: u32, atomic: bool| -> Value {
+            context! { name, buffer => name, width, atomic }
+        };
+        let (loads, stores) = match self.kernel {
+            CacheKernel::Append { .. } => {
+                let q = rotates_q.then(|| operand("q", d, half && !self.vec4));
+                let loads: Vec<Value> =
+                    q.clone().into_iter().chain([operand("k", d, false), operand("v", e, false)]).collect();
+                (loads, q.into_iter().collect::<Vec<_>>())
+            }
+            CacheKernel::Decode { .. } => (vec![operand("q", d, false)], vec![]),
+            CacheKernel::Combine { .. } => (vec![], vec![operand("o", e, false)]),
+        };
+        let quads = |width: u32| width.div_ceil(4);
+        let rotary = self.rotary.filter(|_| bindings.iter().any(|(b, _)| *b == CacheBinding::CosSin));
+        let context = context! {
+            bindings => bindings.iter().map(|(b, written)| context! {
+                name => b.name(),
+                slot => b.slot(),
+                space => match (b, written) {
+                    (CacheBinding::Params, _) => "uniform",
+                    (_, true) => "storage, read_write",
+                    (_, false) => "storage, read",
+                },
+                type => match b {
+                    CacheBinding::Params => "Params",
+                    CacheBinding::Q | CacheBinding::K | CacheBinding::V | CacheBinding::O => match (self.vec4, half) {
+                        (true, true) => "array<vec2<u32>>",
+                        (true, false) => "array<vec4<f32>>",
+                        (false, true) if *written => "array<atomic<u32>>",
+                        (false, true) => "array<u32>",
+                        (false, false) => "array<f32>",
+                    },
+                    CacheBinding::Keys | CacheBinding::Values => match (half, is_decode) {
+                        (false, _) => "array<vec4<f32>>",
+                        (true, true) => "array<vec4<u32>>",
+                        (true, false) => "array<vec2<u32>>",
+                    },
+                    CacheBinding::State | CacheBinding::Tokens | CacheBinding::Entries => "array<u32>",
+                    CacheBinding::Partials => "array<vec4<f32>>",
+                    CacheBinding::Lse | CacheBinding::SinkLogits | CacheBinding::CosSin => "array<f32>",
+                },
+            }).collect::<Vec<_>>(),
+            loads, stores,
+            xyzw => ["x", "y", "z", "w"],
+            dtype => self.dtype.to_string(),
+            vec4 => self.vec4,
+            o_rest => false,
+            cooperative => false,
+            operand_quads => BTreeMap::from([("q", quads(d)), ("k", quads(d)), ("v", quads(e)), ("o", quads(e))]),
+            padded_quads => BTreeMap::from([("k", d), ("v", e)].map(|(name, width)| {
+                (name, vectors(width as usize, self.dtype) * self.vector_quads())
+            })),
+            rotary => rotary.map(|Rotary { dim, style, .. }| context! {
+                dim,
+                half_split => style == RotaryStyle::HalfSplit,
+                relative => self.is_relative(),
+            }),
+            rolling => self.addressing == Addressing::Rolling,
+            paged => self.addressing == Addressing::Paged,
+            indexed => self.indexed,
+        };
+        match self.kernel {
+            CacheKernel::Append { .. } => {
+                let lanes = quads(d.max(e)).max(2).next_power_of_two();
+                render("cache/append.wgsl", context! { rotates_q, threads => ROW_THREADS, lanes, ..context })
+            }
+            CacheKernel::Decode { tiling, several, softcap } => {
+                let DecodeTiling { threads, lanes, rows, steps, exchanged, .. } = tiling;
+                let named = |[k, v]: [u32; 2]| BTreeMap::from([("k", k), ("v", v)]);
+                let lane_vectors = self.lane_vectors(lanes);
+                let [row_pitch, slot_pitch, exchange_len, merged_rows] = self.exchange(&tiling);
+                let context = context! {
+                    threads, lanes, rows, steps, exchanged, row_pitch, slot_pitch, exchange_len, merged_rows, softcap,
+                    slots => tiling.slots(),
+                    tile => tiling.tile(),
+                    queries => if several { "several" } else { "one" },
+                    relative => self.is_relative(),
+                    vector_quads => self.vector_quads(),
+                    lane_vectors => named(lane_vectors),
+                    lane_quads => named(lane_vectors.map(|n| n * self.vector_quads())),
+                    row_vectors => named([d, e].map(|width| vectors(width as usize, self.dtype))),
+                    ..context
+                };
+                render("cache/decode.wgsl", context)
+            }
+            CacheKernel::Combine { tile, sink_logits } => {
+                let sinks = match sink_logits {
+                    SinkLogits::None => "none",
+                    SinkLogits::OffByOne => "off_by_one",
+                    SinkLogits::PerHead => "per_head",
+                };
+                let lanes = quads(e).next_power_of_two();
+                render(
+                    "cache/combine.wgsl",
+                    context! { threads => ROW_THREADS, lanes, tile, sinks, ahead => 4, ..context },
+                )
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use naga::AddressSpace;
+    use naga::back::{hlsl, msl, spv};
+    use naga::valid::{Capabilities as Wgsl, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
+    use rayon::prelude::*;
+
+    use super::*;
+    use crate::cache::{CacheConfig, CacheKind};
+    use crate::capabilities::Capabilities;
+
+    const KINDS: [CacheKind; 3] = [
+        CacheKind::Contiguous { capacity: 1000 },
+        CacheKind::Paged { page_size: 16, pages: 64, sequence_pages: 64 },
+        CacheKind::Rolling { sink_tokens: 4, window: 128, queries: 16 },
+    ];
+
+    /// What the planner makes of widths, types, kinds and groups on any device, with every option somewhere.
+    fn variants() -> Vec<(CacheVariant, Capabilities)> {
+        let mut found = Vec::new();
+        let widths = [[1, 1], [5, 33], [64, 64], [80, 16], [128, 128], [192, 128], [256, 256], [512, 1], [512, 512]];
+        let mut turn = 0;
+        for [head_dim, value_dim] in widths {
+            for dtype in [DType::F32, DType::F16, DType::Bf16] {
+                for kind in KINDS {
+                    for rows in [1usize, 3, 8, 128] {
+                        turn += 1;
+                        let devices = Capabilities::samples();
+                        let device = devices[turn % devices.len()].clone();
+                        let style = [RotaryStyle::HalfSplit, RotaryStyle::Interleaved][turn % 2];
+                        let positions = match kind {
+                            CacheKind::Rolling { .. } if turn % 4 > 1 => RotaryPositions::CacheRelative,
+                            _ => RotaryPositions::Absolute,
+                        };
+                        let dim = head_dim as u32 / 16 * 16;
+                        let rotary = (dim > 0 && !turn.is_multiple_of(3)).then_some(Rotary { dim, style, positions });
+                        let config =
+                            CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim, value_dim, dtype, rotary };
+                        let tiling = DecodeTiling::new(&config, rows, 4, &device);
+                        let sink_logits = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead][turn % 3];
+                        let decode = CacheKernel::Decode { tiling, several: rows > 8, softcap: turn.is_multiple_of(5) };
+                        let combine = CacheKernel::Combine { tile: tiling.tile(), sink_logits };
+                        let append = CacheKernel::Append { rotates_q: rotary.is_some() && !turn.is_multiple_of(5) };
+                        for kernel in [decode, combine, append] {
+                            let variant = CacheVariant {
+                                kernel,
+                                addressing: config.addressing(),
+                                dtype,
+                                head_dim: head_dim as u32,
+                                value_dim: value_dim as u32,
+                                vec4: [head_dim, value_dim].iter().all(|n| n.is_multiple_of(4)) && turn % 7 > 0,
+                                rotary: match kernel {
+                                    CacheKernel::Decode { .. } => rotary.filter(|_| config.is_relative()),
+                                    CacheKernel::Combine { .. } => None,
+                                    CacheKernel::Append { .. } => rotary,
+                                },
+                                indexed: turn.is_multiple_of(2) && !matches!(kernel, CacheKernel::Append { .. }),
+                            };
+                            if let CacheKernel::Decode { tiling, .. } = kernel {
+                                tiling.check(&config, &variant, &device).unwrap();
+                            }
+                            found.push((variant, device.clone()));
+                        }
+                    }
+                }
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn every_variant_validates_translates_and_fits() {
+        variants().into_par_iter().for_each(|(variant, device)| {
+            let name = variant.name();
+            let text = variant.wgsl().unwrap();
+            let module = naga::front::wgsl::parse_str(&text)
+                .unwrap_or_else(|error| panic!("{name}: {}\n{text}", error.emit_to_string(&text)));
+            let mut validator = Validator::new(ValidationFlags::all(), Wgsl::SHADER_FLOAT16_IN_FLOAT32);
+            validator.subgroup_stages(ShaderStages::empty()).subgroup_operations(SubgroupOperationSet::empty());
+            let info = validator.validate(&module).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+
+            let spv = spv::Options { lang_version: (1, 3), ..Default::default() };
+            spv::write_vec(&module, &info, &spv, None).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let msl = msl::Options { lang_version: (2, 4), ..Default::default() };
+            msl::write_string(&module, &info, &msl, &msl::PipelineOptions::default())
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+            let options = hlsl::Options {
+                shader_model: hlsl::ShaderModel::V6_0,
+                special_constants_binding: Some(hlsl::BindTarget { register: 0, space: 1, ..Default::default() }),
+                ..Default::default()
+            };
+            hlsl::Writer::new(&mut String::new(), &options, &hlsl::PipelineOptions::default())
+                .write(&module, &info, None)
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+
+            let mut layouter = naga::proc::Layouter::default();
+            layouter.update(module.to_ctx()).unwrap();
+            let variables = || module.global_variables.iter();
+            let memory: u32 = variables()
+                .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
+                .map(|(_, variable)| layouter[variable.ty].size)
+                .sum();
+            assert_eq!(memory, variant.workgroup_bytes(), "{name}");
+            assert!(memory <= device.workgroup_bytes, "{name}: {memory} bytes of workgroup memory");
+            let storage = variables().filter(|(_, v)| matches!(v.space, AddressSpace::Storage { .. })).count();
+            assert!(storage <= 8, "{name}: {storage} storage buffers");
+            let bound = variables().filter(|(_, variable)| variable.binding.is_some()).count();
+            assert_eq!(bound, variant.bindings().len(), "{name}");
+        });
+    }
+}

@@ -1,0 +1,314 @@
+//! What a cache refuses, on the host, with the numbers in it.
+
+mod common;
+
+use common::caches::{Both, append_on, config, decode_on, filled};
+use common::gpu;
+use sink_attention::half::f16;
+use sink_attention::wgpu::{self, BufferUsages};
+use sink_attention::{
+    AppendBuffers, Attention, Axes, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Error, KvCache, Layout,
+    Options, Result, Rotary, RotaryPositions, RotaryStyle, SinkLogits, TensorView, Window, cpu,
+};
+
+const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 10 };
+const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 4, sequence_pages: 3 };
+const ROLLING: CacheKind = CacheKind::Rolling { sink_tokens: 2, window: 5, queries: 2 };
+
+#[track_caller]
+fn says<T>(result: Result<T>, text: &str) {
+    match result {
+        Ok(_) => panic!("is accepted, wanted {text:?}"),
+        Err(error) => assert!(error.to_string().contains(text), "{error}, wanted {text:?}"),
+    }
+}
+
+#[test]
+fn configs() {
+    let good = config::<f32>(CONTIGUOUS, 2, [8, 8]);
+    good.check().unwrap();
+    let rotary = |dim, positions| Some(Rotary { dim, style: RotaryStyle::HalfSplit, positions });
+    use RotaryPositions::{Absolute, CacheRelative};
+    let paged = |page_size, pages, sequence_pages| CacheKind::Paged { page_size, pages, sequence_pages };
+    let rolling = |window, queries| CacheKind::Rolling { sink_tokens: 1, window, queries };
+    for (config, text) in [
+        (CacheConfig { sequences: 0, ..good }, "sequences is 0"),
+        (CacheConfig { kv_heads: 0, ..good }, "kv_heads is 0"),
+        (CacheConfig { head_dim: 513, ..good }, "head_dim is 513, the most is 512"),
+        (CacheConfig { value_dim: 0, ..good }, "value_dim is 0"),
+        (CacheConfig { kind: CacheKind::Contiguous { capacity: 0 }, ..good }, "capacity is 0"),
+        (CacheConfig { kind: CacheKind::Contiguous { capacity: usize::MAX }, ..good }, "the most is 536870912"),
+        (CacheConfig { kind: CacheKind::Contiguous { capacity: 1 << 29 }, ..good }, "reaches element"),
+        (CacheConfig { kind: paged(24, 4, 4), ..good }, "24; it must be a power of two from 16 up"),
+        (CacheConfig { kind: paged(8, 4, 4), ..good }, "8; it must be a power of two from 16 up"),
+        (CacheConfig { kind: paged(16, 0, 4), ..good }, "pages is 0"),
+        (CacheConfig { kind: paged(16, 4, 0), ..good }, "sequence_pages is 0"),
+        (CacheConfig { kind: rolling(0, 1), ..good }, "window is 0"),
+        (CacheConfig { kind: rolling(5, 0), ..good }, "queries is 0"),
+        (CacheConfig { kind: rolling(5, 17), ..good }, "queries is 17, the most is 16"),
+        (
+            CacheConfig { kind: CacheKind::Rolling { sink_tokens: usize::MAX, window: 1, queries: 1 }, ..good },
+            "sink_tokens is 18446744073709551615",
+        ),
+        (CacheConfig { rotary: rotary(0, Absolute), ..good }, "0 features of 8"),
+        (CacheConfig { rotary: rotary(7, Absolute), ..good }, "7 features of 8"),
+        (CacheConfig { rotary: rotary(10, Absolute), ..good }, "10 features of 8"),
+        (CacheConfig { rotary: rotary(8, CacheRelative), ..good }, "those of a rolling cache"),
+        (CacheConfig { rotary: rotary(8, CacheRelative), kind: rolling(5, 2), ..good }, "one query at a time, not 2"),
+        (
+            CacheConfig { rotary: rotary(8, CacheRelative), kind: rolling(5, 1), dtype: DType::F16, ..good },
+            "a multiple of 8 in f16",
+        ),
+    ] {
+        says(config.check(), text);
+        says(cpu::KvCache::<f32>::new(&config), text);
+        if let Some(attention) = gpu() {
+            says(attention.create_cache(&config), text);
+        }
+    }
+    says(cpu::KvCache::<f16>::new(&good), "the operands are f16, the cache holds f32");
+    says(Attention::cpu().create_cache(&good), "create_cache needs a GPU");
+    if let Some(attention) = gpu() {
+        let limit = attention.device().unwrap().capabilities().binding_bytes;
+        let capacity = (limit / 32 / 6 + 1) as usize;
+        let config = CacheConfig { kind: CacheKind::Contiguous { capacity }, ..config::<f32>(CONTIGUOUS, 2, [8, 8]) };
+        says(attention.create_cache(&config), &format!("the cache's keys take {} bytes", capacity * 32 * 6));
+    }
+}
+
+#[test]
+fn full_caches() {
+    let mut both = Both::<f32>::new(config::<f32>(CONTIGUOUS, 1, [4, 4]));
+    both.append(&[9, 0, 0]);
+    let error = both.try_append(&[2, 1, 0]).unwrap_err();
+    assert_eq!(error, "sequence 0 of the cache has 9 tokens and room for 10; 2 more do not fit");
+    both.append(&[1, 0, 0]);
+    both.check(&Decode::new(1, Options::new()));
+
+    let mut both = Both::<f32>::new(config::<f32>(PAGED, 1, [4, 4]));
+    both.append(&[33, 0, 0]);
+    let error = both.try_append(&[16, 0, 0]).unwrap_err();
+    assert_eq!(error, "sequence 0 of the cache has 33 tokens and room for 48; 16 more do not fit");
+    let error = both.try_append(&[0, 16, 1]).unwrap_err();
+    assert_eq!(error, "the cache needs 2 pages more, 1 of its 4 are free");
+    both.append(&[0, 16, 0]);
+    both.fork(1, 2).unwrap();
+    // The page is full: nobody writes to it.
+    let error = both.try_append(&[0, 0, 1]).unwrap_err();
+    assert_eq!(error, "the cache needs 1 pages more, 0 of its 4 are free");
+    both.check(&Decode::new(1, Options::new()));
+    assert!(both.truncate(3, 0).unwrap_err().contains("sequence 3 is out of range, the cache has 3"));
+    assert!(both.truncate(1, 17).unwrap_err().contains("cannot have the length 17, the most is 16"));
+    assert!(both.fork(0, 3).unwrap_err().contains("sequence 3 is out of range"));
+}
+
+/// A cache on the GPU with 3 sequences, and buffers that are large enough.
+fn with_gpu(work: impl FnOnce(&sink_attention::Device, KvCache, &[wgpu::Buffer; 4]), config: &CacheConfig) {
+    let Some(attention) = gpu() else { return };
+    let device = attention.device().unwrap();
+    let cache = attention.create_cache(config).unwrap();
+    work(device, cache, &[0; 4].map(|_| filled(device, &[0f32; 512])));
+}
+
+#[test]
+fn appends() {
+    let config = config::<f32>(CONTIGUOUS, 1, [4, 4]);
+    with_gpu(
+        |device, mut cache, [k, v, q, _]| {
+            let buffers = AppendBuffers::new(k, v);
+            says(cache.prepare_append(&[1, 1], &buffers), "has 2 elements, its shape [3] needs 3");
+            says(cache.prepare_append(&[200, 0, 0], &buffers), "buffer of k has 2048 bytes");
+            says(cache.prepare_append(&[usize::MAX, usize::MAX, 0], &buffers), "the most is 536870912");
+            says(cache.prepare_append(&[1, 0, 0], &AppendBuffers { q: Some((q.into(), 1)), ..buffers }), "q was given");
+            says(cache.prepare_append(&[1, 0, 0], &AppendBuffers { cos_sin: Some(q), ..buffers }), "cos_sin was given");
+            let keys = cache.keys().clone();
+            says(
+                cache.prepare_append(&[1, 0, 0], &AppendBuffers::new(&keys, v)),
+                "k shares its buffer with the cache's keys",
+            );
+            let usage = BufferUsages::COPY_DST;
+            let no_storage = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: 64,
+                usage,
+                mapped_at_creation: false,
+            });
+            says(cache.prepare_append(&[1, 0, 0], &AppendBuffers::new(k, &no_storage)), "buffer of v lacks usage");
+
+            let append = cache.prepare_append(&[6, 0, 0], &buffers).unwrap();
+            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            append.encode(&mut cache, &mut encoder).unwrap();
+            says(append.encode(&mut cache, &mut encoder), "has 6 tokens and room for 10; 6 more do not fit");
+            assert_eq!(cache.lengths(), [6, 0, 0]);
+            let mut other = gpu().unwrap().create_cache(&config).unwrap();
+            says(append.encode(&mut other, &mut encoder), "prepared for another cache");
+            // Nothing to append is nothing to do.
+            let empty = cache.prepare_append(&[0; 3], &buffers).unwrap();
+            empty.encode(&mut cache, &mut encoder).unwrap();
+            device.queue().submit([encoder.finish()]);
+        },
+        &config,
+    );
+}
+
+#[test]
+fn pages_in_a_compute_pass() {
+    with_gpu(
+        |device, mut cache, [k, v, ..]| {
+            let append = cache.prepare_append(&[17, 1, 0], &AppendBuffers::new(k, v)).unwrap();
+            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            says(
+                append.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())),
+                "sequence 0 of the cache has 0 tokens and pages of its own for 0 more; 17 in a compute pass",
+            );
+            says(cache.reserve(&mut encoder, &[1]), "needs 3");
+            says(cache.reserve(&mut encoder, &[32, 32, 16]), "needs 5 pages more, 4 of its 4 are free");
+            cache.reserve(&mut encoder, &[17, 1, 0]).unwrap();
+            append.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())).unwrap();
+            assert_eq!((cache.lengths(), cache.free_pages()), (&[17, 1, 0][..], 1));
+            // A shared page is written by nobody until it is copied.
+            cache.fork(&mut encoder, 1, 2).unwrap();
+            let one = cache.prepare_append(&[0, 1, 0], &AppendBuffers::new(k, v)).unwrap();
+            says(
+                one.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())),
+                "sequence 1 of the cache has 1 tokens and pages of its own for 0 more",
+            );
+            device.queue().submit([encoder.finish()]);
+        },
+        &config::<f32>(PAGED, 1, [4, 4]),
+    );
+}
+
+#[test]
+fn rotary_embeddings() {
+    let rotary = Some(Rotary { dim: 4, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute });
+    let config = CacheConfig { rotary, ..config::<f32>(CONTIGUOUS, 1, [4, 4]) };
+    let mut on_cpu = cpu::KvCache::new(&config).unwrap();
+    let (token, table) = ([0.0; 8], [0.0; 12]);
+    says(on_cpu.append(&[2, 0, 0], &token, &token, None, None), "cos_sin, but none was given");
+    says(on_cpu.append(&[2, 0, 0], &token, &token, None, Some(&table[..11])), "cos_sin has 11 elements");
+    says(
+        on_cpu.append(&[2, 0, 0], &token, &token[..7], None, Some(&table)),
+        "v has 7 elements, its shape [2, 1, 4] needs 8",
+    );
+    says(on_cpu.append(&[2, 0, 0], &token, &token, Some(&mut [0.0; 5]), Some(&table)), "q has 5 elements");
+    on_cpu.append(&[2, 0, 0], &token, &token, None, Some(&table)).unwrap();
+    let beyond = "sequence 0 needs the rotary embedding of position 3, the table has 3 positions";
+    says(on_cpu.append(&[2, 0, 0], &token, &token, None, Some(&table)), beyond);
+    assert_eq!(on_cpu.lengths(), [2, 0, 0]);
+    with_gpu(
+        |device, mut cache, [k, v, q, _]| {
+            let cos_sin = filled(device, &table);
+            let buffers = AppendBuffers { cos_sin: Some(&cos_sin), ..AppendBuffers::new(k, v) };
+            says(cache.prepare_append(&[1, 0, 0], &AppendBuffers::new(k, v)), "cos_sin, but none was given");
+            says(cache.prepare_append(&[1, 0, 0], &AppendBuffers { q: Some((q.into(), 0)), ..buffers }), "heads is 0");
+            says(
+                cache.prepare_append(&[1, 0, 0], &AppendBuffers { q: Some((k.into(), 1)), ..buffers }),
+                "q shares its buffer with k",
+            );
+            let overlapping = TensorView::new(q).strides([0, 0, 4]);
+            says(
+                cache.prepare_append(&[1, 0, 0], &AppendBuffers { q: Some((overlapping, 2)), ..buffers }),
+                "strides [0, 0, 0] of q let elements overlap",
+            );
+            let append = cache.prepare_append(&[2, 0, 0], &buffers).unwrap();
+            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            append.encode(&mut cache, &mut encoder).unwrap();
+            says(append.encode(&mut cache, &mut encoder), beyond);
+            let decode = Decode::new(1, Options::new());
+            let operands = DecodeBuffers { cos_sin: Some(&cos_sin), ..DecodeBuffers::new(q, k, v) };
+            says(cache.prepare_decode(&decode, &operands), "cos_sin was given");
+            device.queue().submit([encoder.finish()]);
+        },
+        &config,
+    );
+    let rotary = Some(Rotary { dim: 8, style: RotaryStyle::Interleaved, positions: RotaryPositions::CacheRelative });
+    let kind = CacheKind::Rolling { sink_tokens: 1, window: 3, queries: 1 };
+    let config = CacheConfig { kind, rotary, ..common::caches::config::<f32>(CONTIGUOUS, 1, [8, 4]) };
+    let on_cpu = cpu::KvCache::<f32>::new(&config).unwrap();
+    let decode = Decode::new(1, Options::new());
+    says(on_cpu.decode(&decode, &[0.0; 24], None, None), "cos_sin, but none was given");
+    says(on_cpu.decode(&decode, &[0.0; 24], None, Some(&[0.0; 24])), "of position 3, the table has 3 positions");
+    with_gpu(
+        |device, cache, [q, o, lse, _]| {
+            let short = filled(device, &[0f32; 24]);
+            let operands = DecodeBuffers::new(q, o, lse);
+            says(cache.prepare_decode(&decode, &operands), "cos_sin, but none was given");
+            let operands = DecodeBuffers { cos_sin: Some(&short), ..operands };
+            says(cache.prepare_decode(&decode, &operands), "of position 3, the table has 3 positions");
+        },
+        &config,
+    );
+}
+
+#[test]
+fn decoding() {
+    let config = config::<f32>(ROLLING, 2, [4, 4]);
+    let on_cpu = cpu::KvCache::<f32>::new(&config).unwrap();
+    let options = Options::new();
+    let per_head = options.sink_logits(SinkLogits::PerHead);
+    for (decode, text) in [
+        (Decode::new(2, options.dtype(DType::F16)), "the operands are f16, the cache holds f32"),
+        (Decode::new(3, options), "heads (3) must be a multiple of kv_heads (2)"),
+        (Decode::new(0, options), "heads is 0"),
+        (Decode::new(2, options).queries(0), "seq_q is 0"),
+        (Decode::new(2, options).queries(17), "queries is 17, the most is 16"),
+        (Decode::new(2, options).queries(3), "3; the rolling cache was made for 2 at most"),
+        (Decode::new(2, options).sequences([0, 3]), "sequence 3 is out of range, the cache has 3 sequences"),
+        (Decode::new(2, options).sequences([]), "batch is 0"),
+        (Decode::new(2, options.window(Window::keys(6))), "5 keys to the left; the rolling cache keeps 4"),
+        (Decode::new(2, options.window(Window::keys(3)).sink_tokens(3)), "3; the rolling cache keeps 2"),
+        (Decode::new(2, options.alibi(true)), "option alibi"),
+        (Decode::new(2, options.bias(Axes::KEYS)), "option bias"),
+        (Decode::new(2, options.mask(Axes::KEYS)), "option mask"),
+        (Decode::new(2, options.query_offset(3)), "option alignment"),
+        (Decode::new(2, options.scale(f32::NAN)), "NaN is not finite"),
+        (Decode::new(2, options.softcap(0.0)), "option softcap"),
+        (Decode::new(2, options.layout(Layout::Thd)), "option layout"),
+    ] {
+        says(on_cpu.decode(&decode, &[0.0; 24], None, None), text);
+        with_gpu(
+            |_, cache, [q, o, lse, _]| says(cache.prepare_decode(&decode, &DecodeBuffers::new(q, o, lse)), text),
+            &config,
+        );
+    }
+    says(on_cpu.decode(&Decode::new(2, options), &[0.0; 23], None, None), "q has 23 elements");
+    says(on_cpu.decode(&Decode::new(2, per_head), &[0.0; 24], None, None), "sink_logits, but none was given");
+    says(on_cpu.decode(&Decode::new(2, options), &[0.0; 24], Some(&[0.0; 2]), None), "sink_logits was given");
+    with_gpu(
+        |device, cache, [q, o, lse, sinks]| {
+            let good = DecodeBuffers::new(q, o, lse);
+            let with_sinks = DecodeBuffers { sink_logits: Some(sinks.into()), ..good };
+            let decode = Decode::new(2, options);
+            says(cache.prepare_decode(&Decode::new(2, per_head), &good), "sink_logits, but none was given");
+            says(cache.prepare_decode(&decode, &with_sinks), "sink_logits was given");
+            says(cache.prepare_decode(&decode, &DecodeBuffers::new(q, q, lse)), "o shares its buffer with q");
+            says(cache.prepare_decode(&decode, &DecodeBuffers::new(q, o, q)), "lse shares its buffer with q");
+            let strided = TensorView::new(lse).strides([2, 1, 1]);
+            says(cache.prepare_decode(&decode, &DecodeBuffers::new(q, o, strided)), "must be densely packed");
+            let values = cache.values().clone();
+            says(cache.prepare_decode(&decode, &DecodeBuffers::new(q, &values, lse)), "the cache's values");
+            let late = TensorView::new(q).offset(500);
+            says(cache.prepare_decode(&decode, &DecodeBuffers::new(late, o, lse)), "buffer of q has 2048 bytes");
+            let step = cache.prepare_decode(&decode, &good).unwrap();
+            let other = gpu().unwrap().create_cache(cache.config()).unwrap();
+            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            says(step.encode(&other, &mut encoder), "prepared for another cache");
+        },
+        &config,
+    );
+}
+
+#[test]
+fn a_failed_append_changes_nothing() {
+    let Some(attention) = gpu() else { return };
+    let device = attention.device().unwrap();
+    let mut cache = attention.create_cache(&config::<f32>(PAGED, 1, [4, 4])).unwrap();
+    append_on(device, &mut cache, &[17, 17, 0], &[1.0; 34 * 4], &[2.0; 34 * 4], None).unwrap();
+    let error = append_on(device, &mut cache, &[16, 0, 0], &[3.0; 64], &[3.0; 64], None).unwrap_err();
+    assert!(matches!(error, Error::PagesExhausted { needed: 1, free: 0, pages: 4 }), "{error}");
+    let decode = Decode::new(1, Options::new());
+    let output = decode_on(device, &cache, &decode, &[1.0; 12], [12, 3], None, None).unwrap();
+    assert_eq!(output.o, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0]);
+    assert_eq!(output.lse[2], f32::NEG_INFINITY);
+}

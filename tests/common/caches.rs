@@ -1,0 +1,343 @@
+//! A cache on the GPU and on the CPU, side by side with a list of all tokens, which the dense reference attends to.
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use sink_attention::cpu::{self, reference};
+use sink_attention::{
+    AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, Inputs, KvCache, Options,
+    Output, Problem, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, TensorView, Window, wgpu,
+};
+
+use super::{compare, compare_lse, gpu};
+
+/// Three sequences without rotary embedding.
+pub fn config<T: Element>(kind: CacheKind, kv_heads: usize, [head_dim, value_dim]: [usize; 2]) -> CacheConfig {
+    CacheConfig { kind, sequences: 3, kv_heads, head_dim, value_dim, dtype: T::DTYPE, rotary: None }
+}
+
+/// Cosines and sines of the usual frequencies.
+pub fn rotary_table(rotary: &Rotary, positions: usize) -> Vec<f32> {
+    let half = rotary.dim as usize / 2;
+    let angle = |position: usize, i: usize| position as f32 * 10000f32.powf(-(i as f32) / half as f32);
+    (0..positions)
+        .flat_map(|position| {
+            let of = move |turn: fn(f32) -> f32| (0..half).map(move |i| turn(angle(position, i)));
+            of(f32::cos).chain(of(f32::sin))
+        })
+        .collect()
+}
+
+/// A token of one sequence: what was appended of it, in f32.
+#[derive(Debug, Clone)]
+pub struct Token {
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+/// The plain model: every token of every sequence, for ever.
+#[derive(Debug, Clone, Default)]
+pub struct Model {
+    pub sequences: Vec<Vec<Token>>,
+}
+
+/// The caches under test with the model.
+#[derive(Debug)]
+pub struct Both<T> {
+    pub config: CacheConfig,
+    pub model: Model,
+    pub cpu: cpu::KvCache<T>,
+    pub gpu: Option<KvCache>,
+    table: Option<Vec<f32>>,
+    rng: StdRng,
+}
+
+fn numbers(rng: &mut StdRng, len: usize) -> Vec<f32> {
+    let half_width = 3f32.sqrt();
+    (0..len).map(|_| rng.random_range(-half_width..half_width)).collect()
+}
+
+fn wide<T: Element>(x: &[T]) -> Vec<f32> {
+    x.iter().map(|x| x.to_f32()).collect()
+}
+
+/// Pairs turned in f64.
+pub fn turned(x: &[f32], rotary: &Rotary, table: &[f32], position: usize) -> Vec<f32> {
+    let mut y: Vec<f32> = x.to_vec();
+    let dim = rotary.dim as usize;
+    for i in 0..dim / 2 {
+        let [a, b] = match rotary.style {
+            RotaryStyle::HalfSplit => [i, i + dim / 2],
+            RotaryStyle::Interleaved => [2 * i, 2 * i + 1],
+        };
+        let [cos, sin] = [table[position * dim + i], table[position * dim + dim / 2 + i]].map(f64::from);
+        let [p, q] = [x[a], x[b]].map(f64::from);
+        y[a] = (p * cos - q * sin) as f32;
+        y[b] = (q * cos + p * sin) as f32;
+    }
+    y
+}
+
+impl<T: Element> Both<T> {
+    pub fn new(config: CacheConfig) -> Self {
+        let gpu = gpu().map(|attention| attention.create_cache(&config).unwrap());
+        let sequences = vec![Vec::new(); config.sequences];
+        let table = config.rotary.map(|rotary| rotary_table(&rotary, 600));
+        let cpu = cpu::KvCache::new(&config).unwrap();
+        Both { config, model: Model { sequences }, cpu, gpu, table, rng: StdRng::seed_from_u64(7) }
+    }
+
+    /// Random tokens, to all three.
+    pub fn append(&mut self, tokens: &[usize]) {
+        self.try_append(tokens).unwrap();
+    }
+
+    /// The same; where it fails, both caches say the same, and nothing has changed.
+    pub fn try_append(&mut self, tokens: &[usize]) -> Result<(), String> {
+        let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
+        let total: usize = tokens.iter().sum();
+        let k = T::narrow(numbers(&mut self.rng, total * kv_heads * head_dim));
+        let v = T::narrow(numbers(&mut self.rng, total * kv_heads * value_dim));
+        // Keys that are rotated as they are read come without a table.
+        let table = self.table.as_deref().filter(|_| !is_relative(&self.config));
+        let on_cpu = self.cpu.append(tokens, &k, &v, None, table).map_err(|error| error.to_string());
+        if let (Some(cache), Some(attention)) = (&mut self.gpu, gpu()) {
+            let on_gpu = append_on(attention.device().unwrap(), cache, tokens, &k, &v, table);
+            assert_eq!(on_gpu.map_err(|error| error.to_string()), on_cpu, "{:?} {tokens:?}", self.config);
+            assert_eq!(cache.lengths(), self.cpu.lengths());
+            assert_eq!(cache.free_pages(), self.cpu.free_pages());
+        }
+        on_cpu?;
+        let (k, v) = (wide(&k), wide(&v));
+        let mut token = 0;
+        for (sequence, n) in tokens.iter().enumerate() {
+            for _ in 0..*n {
+                let of = |x: &[f32], width: usize| x[token * kv_heads * width..(token + 1) * kv_heads * width].to_vec();
+                self.model.sequences[sequence].push(Token { k: of(&k, head_dim), v: of(&v, value_dim) });
+                token += 1;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn truncate(&mut self, sequence: usize, length: usize) -> Result<(), String> {
+        let on_cpu = self.cpu.truncate(sequence, length).map_err(|error| error.to_string());
+        let on_gpu = self.record(|cache, encoder| cache.truncate(encoder, sequence, length));
+        assert!(on_gpu.is_none_or(|on_gpu| on_gpu == on_cpu));
+        on_cpu?;
+        self.model.sequences[sequence].truncate(length);
+        Ok(())
+    }
+
+    pub fn fork(&mut self, from: usize, to: usize) -> Result<(), String> {
+        let on_cpu = self.cpu.fork(from, to).map_err(|error| error.to_string());
+        let on_gpu = self.record(|cache, encoder| cache.fork(encoder, from, to));
+        assert!(on_gpu.is_none_or(|on_gpu| on_gpu == on_cpu));
+        on_cpu?;
+        self.model.sequences[to] = self.model.sequences[from].clone();
+        Ok(())
+    }
+
+    fn record(
+        &mut self,
+        work: impl FnOnce(&mut KvCache, &mut wgpu::CommandEncoder) -> Result<(), Error>,
+    ) -> Option<Result<(), String>> {
+        let cache = self.gpu.as_mut()?;
+        let device = gpu()?.device()?;
+        let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+        let result = work(cache, &mut encoder);
+        device.queue().submit([encoder.finish()]);
+        Some(result.map_err(|error| error.to_string()))
+    }
+
+    /// A decoding step with random queries on both, against the reference over the tokens that the model says are seen.
+    pub fn check(&mut self, decode: &Decode) {
+        let entries = decode.sequences.clone().unwrap_or_else(|| (0..self.config.sequences).collect());
+        let CacheConfig { head_dim, value_dim, .. } = self.config;
+        let Decode { heads, queries, options, .. } = *decode;
+        let q = T::narrow(numbers(&mut self.rng, entries.len() * heads * queries * head_dim));
+        let sinks = numbers(&mut self.rng, heads);
+        let sinks = (options.sink_logits == SinkLogits::PerHead).then_some(&sinks[..]);
+        let table = self.table.as_deref().filter(|_| is_relative(&self.config));
+        let expected = self.expected(decode, &entries, &q, sinks);
+        let (o_bound, lse_bound) = match T::DTYPE {
+            DType::F32 => (1e-5, 1e-5),
+            DType::F16 => (1.5e-3, 1e-5),
+            _ => (6e-3, 1e-5),
+        };
+        // Rotated keys are rounded by a different last bit.
+        let lse_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2e-2 } else { lse_bound };
+        let o_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2.0 * o_bound } else { o_bound };
+        let compared = |what: &str, output: &Output<T>| {
+            let about = || format!("{what}: {decode:?} of {:?}, lengths {:?}", self.config, self.cpu.lengths());
+            compare(&output.o, &expected.o, o_bound).unwrap_or_else(|error| panic!("{}: o {error}", about()));
+            compare_lse(&output.lse, &expected.lse, lse_bound)
+                .unwrap_or_else(|error| panic!("{}: lse {error}", about()));
+        };
+        compared("CPU", &self.cpu.decode(decode, &q, sinks, table).unwrap());
+        if let (Some(cache), Some(attention)) = (&self.gpu, gpu()) {
+            let shape = [entries.len() * heads * queries * value_dim, entries.len() * heads * queries];
+            let first = decode_on(attention.device().unwrap(), cache, decode, &q, shape, sinks, table).unwrap();
+            compared("GPU", &first);
+            let second = decode_on(attention.device().unwrap(), cache, decode, &q, shape, sinks, table).unwrap();
+            assert!(first == second, "the same bits twice");
+        }
+    }
+
+    /// Each sequence by itself, each query by itself: the visible tokens in the order of time.
+    fn expected(&self, decode: &Decode, entries: &[usize], q: &[T], sinks: Option<&[f32]>) -> Output<f64, f64> {
+        let CacheConfig { kv_heads, head_dim, value_dim, kind, rotary, .. } = self.config;
+        let Decode { heads, queries, options, .. } = *decode;
+        let (q_strides, o_strides) =
+            (options.layout.strides(heads, queries, head_dim), options.layout.strides(heads, queries, value_dim));
+        let mut o = vec![0.0; entries.len() * heads * queries * value_dim];
+        let mut lse = vec![f64::NEG_INFINITY; entries.len() * heads * queries];
+        for (entry, &sequence) in entries.iter().enumerate() {
+            let tokens = &self.model.sequences[sequence];
+            for m in 0..queries {
+                let position = tokens.len() as i64 - queries as i64 + m as i64;
+                let (mut left, mut sink_tokens) = (options.window.left, options.sink_tokens);
+                if let (CacheKind::Rolling { sink_tokens: kept, window, .. }, None) = (kind, left) {
+                    (left, sink_tokens) = (Some(window - 1), kept);
+                }
+                let right = if options.causal { Some(0) } else { options.window.right };
+                let seen: Vec<usize> = (0..tokens.len())
+                    .filter(|&t| {
+                        let j = t as i64;
+                        right.is_none_or(|right| j <= position + right as i64)
+                            && (left.is_none_or(|left| j >= position - left as i64) || t < sink_tokens)
+                    })
+                    .collect();
+                // What a rolling cache has kept, if keys are rotated by their place there.
+                let place = |t: usize| match kind {
+                    CacheKind::Rolling { sink_tokens, .. } if is_relative(&self.config) && t >= sink_tokens => {
+                        t - tokens.len().saturating_sub(kind_rows(kind))
+                    }
+                    _ => t,
+                };
+                for head in 0..heads {
+                    let row =
+                        (entry as u64 * q_strides[0] + head as u64 * q_strides[1] + m as u64 * q_strides[2]) as usize;
+                    let o_row =
+                        (entry as u64 * o_strides[0] + head as u64 * o_strides[1] + m as u64 * o_strides[2]) as usize;
+                    let lse_row = (entry * heads + head) * queries + m;
+                    if seen.is_empty() {
+                        lse[lse_row] = match options.sink_logits {
+                            SinkLogits::PerHead => sinks.unwrap()[head].into(),
+                            SinkLogits::OffByOne => 0.0,
+                            SinkLogits::None => f64::NEG_INFINITY,
+                        };
+                        continue;
+                    }
+                    let g = head / (heads / kv_heads);
+                    let key = |&t: &usize| {
+                        let key = &tokens[t].k[g * head_dim..(g + 1) * head_dim];
+                        match (rotary, &self.table) {
+                            (Some(rotary), Some(table)) => turned(key, &rotary, table, place(t)),
+                            _ => key.to_vec(),
+                        }
+                    };
+                    let keys: Vec<f32> = seen.iter().flat_map(key).collect();
+                    let values: Vec<f32> =
+                        seen.iter().flat_map(|&t| tokens[t].v[g * value_dim..(g + 1) * value_dim].to_vec()).collect();
+                    let shape =
+                        Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: seen.len(), head_dim, value_dim };
+                    let dense = options.window(Window::FULL).causal(false).sink_tokens(0).dtype(DType::F32);
+                    let problem = Problem::new(shape, dense).unwrap();
+                    let query = wide(&q[row..row + head_dim]);
+                    let inputs =
+                        Inputs::new(&query, &keys, &values).sink_logits(sinks.map(|sinks| &sinks[head..=head]));
+                    let output = reference::forward(&problem, &inputs).unwrap();
+                    o[o_row..o_row + value_dim].copy_from_slice(&output.o);
+                    lse[lse_row] = output.lse[0];
+                }
+            }
+        }
+        Output { o, o_rest: None, lse }
+    }
+}
+
+pub fn is_relative(config: &CacheConfig) -> bool {
+    config.rotary.is_some_and(|rotary| rotary.positions == RotaryPositions::CacheRelative)
+}
+
+fn kind_rows(kind: CacheKind) -> usize {
+    match kind {
+        CacheKind::Rolling { sink_tokens, window, queries } => sink_tokens + window + queries - 1,
+        _ => usize::MAX,
+    }
+}
+
+/// A buffer with the bytes of a slice, of whole words and never empty.
+pub fn filled<T: Element>(device: &sink_attention::Device, data: &[T]) -> wgpu::Buffer {
+    let mut bytes = bytemuck::cast_slice::<T, u8>(data).to_vec();
+    bytes.resize(bytes.len().next_multiple_of(4).max(16), 0);
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+    let size = bytes.len() as u64;
+    let buffer =
+        device.wgpu().create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false });
+    device.queue().write_buffer(&buffer, 0, &bytes);
+    buffer
+}
+
+/// The first elements of a buffer.
+pub fn read<T: Element>(device: &sink_attention::Device, buffer: &wgpu::Buffer, elements: usize) -> Vec<T> {
+    let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+    let size = buffer.size();
+    let staging =
+        device.wgpu().create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false });
+    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+    encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, size);
+    device.queue().submit([encoder.finish()]);
+    staging.map_async(wgpu::MapMode::Read, .., |result| result.unwrap());
+    device.wgpu().poll(wgpu::PollType::wait_indefinitely()).unwrap();
+    let mut data: Vec<T> = bytemuck::pod_collect_to_vec(&staging.get_mapped_range(..).unwrap());
+    data.truncate(elements);
+    data
+}
+
+/// An append of host slices, submitted.
+pub fn append_on<T: Element>(
+    device: &sink_attention::Device,
+    cache: &mut KvCache,
+    tokens: &[usize],
+    k: &[T],
+    v: &[T],
+    table: Option<&[f32]>,
+) -> Result<(), Error> {
+    let [k, v] = [k, v].map(|x| filled(device, x));
+    let table = table.map(|table| filled(device, table));
+    let buffers = AppendBuffers { cos_sin: table.as_ref(), ..AppendBuffers::new(&k, &v) };
+    let prepared = cache.prepare_append(tokens, &buffers)?;
+    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+    let result = prepared.encode(cache, &mut encoder);
+    device.queue().submit([encoder.finish()]);
+    result
+}
+
+/// A decoding step on host slices.
+pub fn decode_on<T: Element>(
+    device: &sink_attention::Device,
+    cache: &KvCache,
+    decode: &Decode,
+    q: &[T],
+    [o_len, lse_len]: [usize; 2],
+    sinks: Option<&[f32]>,
+    table: Option<&[f32]>,
+) -> Result<Output<T>, Error> {
+    let q = filled(device, q);
+    // What is not written stays.
+    let o = filled(device, &vec![T::from_f32(777.0); o_len]);
+    let lse = filled(device, &vec![777f32; lse_len]);
+    let sinks = sinks.map(|sinks| filled(device, sinks));
+    let table = table.map(|table| filled(device, table));
+    let buffers = DecodeBuffers {
+        sink_logits: sinks.as_ref().map(TensorView::new),
+        cos_sin: table.as_ref(),
+        ..DecodeBuffers::new(&q, &o, &lse)
+    };
+    let prepared = cache.prepare_decode(decode, &buffers)?;
+    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+    prepared.encode(cache, &mut encoder)?;
+    device.queue().submit([encoder.finish()]);
+    Ok(Output { o: read(device, &o, o_len), o_rest: None, lse: read(device, &lse, lse_len) })
+}
