@@ -4,14 +4,7 @@
 {% import micro_kernel ~ "/d_bias.wgsl" as micro %}
 {{ micro.declare() }}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-  @builtin(workgroup_id) workgroup: vec3<u32>,
-  @builtin(num_workgroups) grid: vec3<u32>,
-  @builtin(local_invocation_index) thread: u32,
-) {
-  let index = workgroup.x + workgroup.y * grid.x;
-  if (index >= params.workgroups) { return; }
+{% include "main.wgsl" %}
 {% if axes.seq_q %}
   let column_tiles = (params.pair_keys + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let tile = index % column_tiles;

@@ -8,7 +8,7 @@
 
 {% include "tiled_main.wgsl" %}
 
-{% if not bias %}
+{% if cooperative or not bias %}
   let open = open_tiles({{ here_argument }}row0, row_end);
 {% endif %}
   {{ micro.begin() }}
@@ -22,18 +22,30 @@
 {% endif %}
 {% if mask %}
     let class_base = operand_base(params.mask_classes, work.sequence, head);
-    let first_tile = seen_tile({{ here_argument }}class_base, tiles, row0, row_end, tiles.first);
+{% if cooperative %}
+    var classes = Classes(0u, 0xffffffffu);
+    var upcoming = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+    let first_tile = upcoming.tile;
+{% else %}
+    let first_tile = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+{% endif %}
 {% else %}
     let first_tile = tiles.first;
 {% endif %}
     {{ micro.begin_head() }}
-    for (var tile = first_tile; tile < tiles.end; tile = {{ following }}) {
+    for (var tile = first_tile; tile < tiles.end; tile = {{ "upcoming.tile" if cooperative and mask else following }}) {
       let column0 = tile * TILE_COLUMNS;
-{% if bias %}
+{% if cooperative %}
+      let masked = !is_open(open, column0);
+{% if mask %}
+      let mixed = upcoming.kind != 1u;
+      upcoming = {{ following }};
+{% endif %}
+{% elif bias %}
       // Any number of it may be -infinity.
       let masked = true;
 {% else %}
-      let masked = !is_open(open, column0){% if mask %} || tile_class({{ here_argument }}class_base, column0, column0 + TILE_COLUMNS, row0, row_end) != 1u{% endif %};
+      let masked = !is_open(open, column0){% if mask %} || tile_class({{ class_arguments }}, column0, column0 + TILE_COLUMNS, row0, row_end) != 1u{% endif %};
 {% endif %}
       {{ micro.scores() }}
       {{ micro.probabilities() }}

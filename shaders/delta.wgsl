@@ -28,14 +28,7 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
 }
 {% endif %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-  @builtin(workgroup_id) workgroup: vec3<u32>,
-  @builtin(num_workgroups) grid: vec3<u32>,
-  @builtin(local_invocation_index) thread: u32,
-) {
-  let index = workgroup.x + workgroup.y * grid.x;
-  if (index >= params.workgroups) { return; }
+{% include "main.wgsl" %}
   let tile = params.region_tile + index % params.region_tiles;
   let place = index / params.region_tiles;
   let batch = params.region_batch + place / params.region_heads;

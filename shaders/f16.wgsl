@@ -5,6 +5,13 @@ fn widen2(word: u32) -> vec2<f32> {
   return unpack2x16float(word);
 }
 
+{% if cooperative %}
+// As the driver rounds the halves that these kernels compute with: by the bits it takes longer than a window of keys.
+fn narrow4(x: vec4<f32>) -> vec4<u32> {
+  let words = vec2<u32>(pack2x16float(x.xy), pack2x16float(x.zw)).xxyy;
+  return (words >> vec4<u32>(0u, 16u, 0u, 16u)) & vec4<u32>(0xffffu);
+}
+{% else %}
 // Rounded to nearest, ties to even, by the bits: pack2x16float may round otherwise, and makes anything of what is too
 // large.
 fn narrow4(x: vec4<f32>) -> vec4<u32> {
@@ -23,6 +30,7 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let nan = vec4<u32>(0x7e00u) | ((size >> vec4<u32>(13u)) & vec4<u32>(0x3ffu));
   return select(number, nan, size > vec4<u32>(0x7f800000u)) | ((bits >> vec4<u32>(16u)) & vec4<u32>(0x8000u));
 }
+{% endif %}
 {% if o_rest %}
 
 // What narrow4 takes from x, in i16: the difference of the bits as singles; below 2^-14, where these lie too far apart, that

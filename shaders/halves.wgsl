@@ -1,10 +1,16 @@
 {#- Four neighbours of a row for fragments: loaded as they are in memory, and later made halves. f16 operands are bound as what they
     are. -#}
-alias Raw = {{ "vec4<f16>" if dtype == "f16" else ("vec2<u32>" if vec4 else "vec4<f32>") }};
+alias Raw = {{ "vec2<u32>" if vec4 else ("vec4<f16>" if dtype == "f16" else "vec4<f32>") }};
+{% if dtype == "f16" %}
+
+fn halves4(raw: Raw) -> vec4<f16> {
+  return {{ "vec4<f16>(vec4<f32>(unpack2x16float(raw.x), unpack2x16float(raw.y)))" if vec4 else "raw" }};
+}
+{% endif %}
 
 fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 {% if dtype == "f16" %}
-  return raw * f16(factor);
+  return halves4(raw) * f16(factor);
 {% elif vec4 %}
   return vec4<f16>(vec4<f32>(widen2(raw.x), widen2(raw.y)) * factor);
 {% else %}

@@ -12,14 +12,7 @@ const ROWS: u32 = {{ delta_rows }}u;
 {% endif %}
 var<workgroup> partials: array<f32, {{ threads }}>;
 
-@compute @workgroup_size({{ threads }})
-fn main(
-  @builtin(workgroup_id) workgroup: vec3<u32>,
-  @builtin(num_workgroups) grid: vec3<u32>,
-  @builtin(local_invocation_index) thread: u32,
-) {
-  let index = workgroup.x + workgroup.y * grid.x;
-  if (index >= params.workgroups) { return; }
+{% include "main.wgsl" %}
   let head = params.region_head + index;
   let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if of_tiles else "params.seq_q" }};
 {% if sums_delta %}

@@ -62,19 +62,32 @@ fn visible4(i: u32, j: u32) -> vec4<bool> {
 }
 
 // Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
-struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32 }
+{% if mirrored %}
+// They are counted from the last one, tile 0, back to the first, whose number is `mirror`.
+{% endif %}
+struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32{{ ", mirror: u32" if mirrored }} }
 
 fn key_tiles({{ here_parameter }}row0: u32, row_end: u32) -> KeyTiles {
 {% if lengths %}
   // The rows of a padded batch's end.
-  if (row0 >= row_end) { return KeyTiles(0u, 0u, 0u, 0u); }
+  if (row0 >= row_end) { return KeyTiles(0u, 0u, 0u, 0u{{ ", 0u" if mirrored }}); }
 {% endif %}
   let end = u32(clamp(i32(row_end) + {{ bounds }}.upper, 0, i32({{ bounds }}.seq_k)));
   let start = u32(clamp(i32(row0) + {{ bounds }}.lower, 0, i32(end)));
   let sink_tiles = (min({{ bounds }}.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let end_tile = (end + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let window = max(select(end_tile, start / TILE_COLUMNS, start < end), sink_tiles);
-  return KeyTiles(select(0u, window, sink_tiles == 0u), sink_tiles, window, max(end_tile, window));
+  let first = select(0u, window, sink_tiles == 0u);
+  let tiles_end = max(end_tile, window);
+{% if mirrored %}
+  return KeyTiles(0u, tiles_end - window, tiles_end - sink_tiles, tiles_end - first, tiles_end - 1u);
+{% else %}
+  return KeyTiles(first, sink_tiles, window, tiles_end);
+{% endif %}
+}
+
+fn first_column(tiles: KeyTiles, tile: u32) -> u32 {
+  return {{ "(tiles.mirror - tile)" if mirrored else "tile" }} * TILE_COLUMNS;
 }
 
 fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {

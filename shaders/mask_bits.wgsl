@@ -6,14 +6,7 @@ const BLOCK_ROWS: u32 = {{ mask_block_rows }}u;
 const BLOCK_WORDS: u32 = {{ mask_block_words }}u;
 var<workgroup> seen: atomic<u32>;
 
-@compute @workgroup_size({{ threads }})
-fn main(
-  @builtin(workgroup_id) workgroup: vec3<u32>,
-  @builtin(num_workgroups) grid: vec3<u32>,
-  @builtin(local_invocation_index) thread: u32,
-) {
-  let index = workgroup.x + workgroup.y * grid.x;
-  if (index >= params.workgroups) { return; }
+{% include "main.wgsl" %}
   let row_words = (params.mask_keys + 31u) / 32u;
   let blocks = (row_words + BLOCK_WORDS - 1u) / BLOCK_WORDS;
   let block = index % blocks;

@@ -7,14 +7,7 @@ const ROWS: u32 = {{ maxima_rows }}u;
 const PARTS: u32 = {{ maxima_parts }}u;
 var<workgroup> partials: array<f32, {{ threads }}>;
 
-@compute @workgroup_size({{ threads }})
-fn main(
-  @builtin(workgroup_id) workgroup: vec3<u32>,
-  @builtin(num_workgroups) grid: vec3<u32>,
-  @builtin(local_invocation_index) thread: u32,
-) {
-  let index = workgroup.x + workgroup.y * grid.x;
-  if (index >= params.workgroups) { return; }
+{% include "main.wgsl" %}
   var most = 0.0;
   var slot = 0u;
 {% for operand in loads %}

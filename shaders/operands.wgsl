@@ -13,8 +13,9 @@ fn signed2(word: u32) -> vec2<i32> {
 {% endif %}
 // Four neighbours of a row, zero beyond the width. With vec4 loads the width is a multiple of four.
 {% for operand in loads if not (cooperative and dtype == "f16") %}
-{% set scalar = "i32" if operand.name == "o_rest" else "f32" %}
-{% set widen = "signed2" if operand.name == "o_rest" else "widen2" %}
+{% set is_rest = operand.name in ["o_rest", "states_rest"] %}
+{% set scalar = "i32" if is_rest else "f32" %}
+{% set widen = "signed2" if is_rest else "widen2" %}
 
 fn load_{{ operand.name }}(base: u32, quad: u32) -> vec4<{{ scalar }}> {
 {% if not vec4 %}

@@ -24,6 +24,10 @@ struct Params {
   mask: Operand,
   mask_bits: Operand,
   mask_classes: Operand,
+  // Partial states, one behind the other along the batch axis.
+  states: Operand,
+  states_rest: Operand,
+  states_lse: Operand,
   heads: u32,
   kv_heads: u32,
   seq_q: u32,

@@ -50,6 +50,54 @@ fn mask4(row: u32, column: u32) -> vec4<bool> {
 
 // 1 where the mask shows something of a tile, 2 where it hides something, 3 where it does both; by whole blocks, so it may say
 // 3 too often. `base` is the place of the classes of its sequence and head.
+{% if cooperative %}
+{% set row_block = "BLOCK_KEYS" if rows_are_keys else "BLOCK_ROWS" %}
+{% set column_block = "BLOCK_ROWS" if rows_are_keys else "BLOCK_KEYS" %}
+// What the blocks 16 * group and following of columns hold of all rows of the tile, two bits each; the lanes of a subgroup read
+// them together.
+struct Classes { word: u32, group: u32 }
+
+fn load_classes({{ here_parameter }}lane: u32, base: u32, row0: u32, row_end: u32, group: u32) -> Classes {
+  let last_row = (min(row_end, {{ bounds }}.{{ "seq_k" if rows_are_keys else "seq_q" }}) - 1u) / {{ row_block }};
+  let last_column = ({{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }} - 1u) / {{ column_block }};
+  var word = 0u;
+  for (var item = lane; item < 16u * (last_row - row0 / {{ row_block }} + 1u); item += {{ lanes }}u) {
+    let column = group * 16u + item % 16u;
+    if (column <= last_column) {
+      let row = row0 / {{ row_block }} + item / 16u;
+      word |= mask_bits[base + {{ "column * params.mask_classes.seq + row" if rows_are_keys else "row * params.mask_classes.seq + column" }}] << (item % 16u * 2u);
+    }
+  }
+  return Classes(subgroupOr(word), group);
+}
+
+// A tile of columns, and its class. By whole blocks it may say 3 too often.
+struct SeenTile { tile: u32, kind: u32 }
+
+// The first tile from `from_tile` on of which the mask shows something.
+fn seen_tile({{ here_parameter }}lane: u32, classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> SeenTile {
+  var tile = from_tile;
+  var kind = 0u;
+  loop {
+    if (tile >= tiles.end || (kind & 1u) != 0u) { break; }
+    let column0 = {{ "tile * TILE_COLUMNS" if rows_are_keys else "first_column(tiles, tile)" }};
+{% if (mask_block_rows if rows_are_keys else 32 * mask_block_words) % tile_columns == 0 %}
+    let block = column0 / {{ column_block }};
+    if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}lane, base, row0, row_end, block / 16u); }
+    kind = ((*classes).word >> (block % 16u * 2u)) & 3u;
+{% else %}
+    let last = min(column0 + TILE_COLUMNS, {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }}) - 1u;
+    kind = 0u;
+    for (var block = column0 / {{ column_block }}; block <= last / {{ column_block }}; block += 1u) {
+      if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}lane, base, row0, row_end, block / 16u); }
+      kind |= ((*classes).word >> (block % 16u * 2u)) & 3u;
+    }
+{% endif %}
+    if ((kind & 1u) == 0u) { tile = {{ "tile + 1u" if rows_are_keys else "next_tile(tiles, tile)" }}; }
+  }
+  return SeenTile(tile, kind);
+}
+{% else %}
 fn tile_class({{ here_parameter }}base: u32, query0: u32, query_end: u32, key0: u32, key_end: u32) -> u32 {
   let last_query = min(query_end, {{ bounds }}.seq_q) - 1u;
   let last_key = min(key_end, {{ bounds }}.seq_k) - 1u;
@@ -81,14 +129,32 @@ fn seen_tile({{ here_parameter }}base: u32, tiles: KeyTiles, query0: u32, query_
 }
 {% endif %}
 {% endif %}
-{% if hides %}
+{% endif %}
+{% if hides and not cooperative %}
 
 // Which of a row's four columns the band, the mask and the bias leave visible.
 fn sees4(row: u32, column: u32) -> vec4<bool> {
   return visible4(row, column){% if mask %} & mask4(row, column){% endif %}{% if bias %} & (bitcast<vec4<u32>>(bias4(row, column)) != vec4<u32>(0xff800000u)){% endif %};
 }
 {% endif %}
-{% if softcap %}
+{% if bias and cooperative %}
+
+// Adds a bias to scores in powers of two. Its lowest numbers, of which no more than that is kept, are not to be taken for
+// -infinity; where a row has no others, `finish` reports it. By the bits: compilers make a maximum of a comparison, and lose NaN.
+fn biased4(score: vec4<f32>, bias: vec4<f32>) -> vec4<f32> {
+  let sum = fma(bias, vec4<f32>(LOG2_E), score);
+  let hidden = vec4<u32>(0xff800000u);
+  return select(sum, vec4<f32>(LOWEST), (bitcast<vec4<u32>>(sum) == hidden) & (bitcast<vec4<u32>>(bias) != hidden));
+}
+{% endif %}
+{% if softcap and cooperative %}
+
+// A size with the sign of another number.
+fn sign4(size: vec4<f32>, x: vec4<f32>) -> vec4<f32> {
+  return bitcast<vec4<f32>>(bitcast<vec4<u32>>(size) | (bitcast<vec4<u32>>(x) & vec4<u32>(0x80000000u)));
+}
+{% endif %}
+{% if softcap and not cooperative %}
 
 // tanh(x), within 2 ulp, and its derivative: drivers' own overflows for large numbers, and 1 - tanh^2 cancels. After Cephes
 // (Moshier); twin of src/cpu/simd.rs.
@@ -112,7 +178,7 @@ fn tanh4(x: vec4<f32>) -> Tanh {
   );
 }
 {% endif %}
-{% if modified %}
+{% if modified and not cooperative %}
 
 // The score of a product times the scale{{ ", capped" if softcap }}.
 fn score4(capped: vec4<f32>, row: u32, column: u32) -> vec4<f32> {

@@ -1,17 +1,6 @@
 {#- Opens `main` of a kernel that has tiles: the workgroup's tile of rows, where their operands lie, and the tiles of columns that
     it meets. Rows of one query head know where their lse and delta lie; a key head's columns are of several query heads. -#}
-@compute @workgroup_size({{ threads }})
-fn main(
-  @builtin(workgroup_id) workgroup: vec3<u32>,
-  @builtin(num_workgroups) grid: vec3<u32>,
-  @builtin(local_invocation_index) thread: u32,
-{% if cooperative %}
-  @builtin(subgroup_id) subgroup: u32,
-  @builtin(subgroup_invocation_id) lane: u32,
-{% endif %}
-) {
-  let index = workgroup.x + workgroup.y * grid.x;
-  if (index >= params.workgroups) { return; }
+{% include "main.wgsl" %}
   let work = {{ "key_work" if rows_are_keys else "query_work" }}(index);
 {% if lengths %}
   let here = load_sequence(work.sequence);
@@ -47,6 +36,12 @@ fn main(
 {% endif %}
 {% if mask %}
   let class_base = operand_base(params.mask_classes, work.sequence, work.head);
-  let first_tile = seen_tile({{ here_argument }}class_base, tiles, row0, row_end, tiles.first);
+{% if cooperative %}
+  var classes = Classes(0u, 0xffffffffu);
+  var upcoming = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+  let first_tile = upcoming.tile;
+{% else %}
+  let first_tile = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+{% endif %}
 {% endif %}
 {% endif %}

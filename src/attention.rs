@@ -7,9 +7,10 @@ use std::time::Duration;
 use crate::cache::{CacheConfig, KvCache};
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, describe};
-use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
+use crate::partial::PartialState;
 use crate::pieces::DISPATCH_BUDGET;
 use crate::pieces::mask_scratch_bytes;
 use crate::pipeline::Pipelines;
@@ -99,7 +100,7 @@ impl Attention {
     }
 
     /// The CPU has no micro-kernels to choose from.
-    fn check_cpu(&self) -> Result<()> {
+    pub(crate) fn check_cpu(&self) -> Result<()> {
         match self.micro_kernel {
             MicroKernel::Auto => Ok(()),
             MicroKernel::Portable => Err(Error::NeedsGpu { call: "the portable micro-kernel" }),
@@ -372,6 +373,52 @@ impl Attention {
             d_alibi_slopes: optional(d_alibi_slopes, slopes_len).await?,
             d_bias: optional(d_bias, bias_len).await?,
         })
+    }
+
+    /// Merges partial states on the GPU, all f32, by a problem whose keys they are.
+    pub(crate) async fn merge_states(
+        &self,
+        merging: &Problem,
+        states: &[&PartialState],
+        sink_logits: Option<&[f32]>,
+    ) -> Result<PartialState> {
+        let Backend::Gpu { device, .. } = &self.backend else { return Err(Error::NeedsGpu { call: "merge_states" }) };
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let [o_len, lse_len] = [&merging.o_shape()[..], &merging.lse_shape()].map(|shape| shape.iter().product());
+        let operands = device.scoped("uploading partial states", || -> Result<_> {
+            let stacked = |name, of: fn(&PartialState) -> &[f32]| {
+                upload(device, name, &states.iter().flat_map(|state| of(state)).copied().collect::<Vec<_>>())
+            };
+            Ok((
+                stacked("states", |state| &state.o)?,
+                stacked("states_lse", |state| &state.lse)?,
+                sink_logits.map(|sink_logits| upload(device, "sink_logits", sink_logits)).transpose()?,
+                [allocate::<f32>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
+            ))
+        });
+        let (states, states_lse, sink_logits, [o, lse]) = operands.await??;
+        let buffers = MergeBuffers {
+            sink_logits: sink_logits.as_ref().map(TensorView::new),
+            ..MergeBuffers::new(&states, &states_lse, &o, &lse)
+        };
+        let prepared = self.prepare_merging("merge", merging, &buffers).await?;
+        let [o, lse] = download(device, [&o, &lse], |encoder| prepared.encode(encoder)).await?;
+        Ok(PartialState { o: o.read(o_len).await?, lse: lse.read(lse_len).await? })
+    }
+
+    /// Prepares a merge by a problem whose keys are the states.
+    pub(crate) async fn prepare_merging(
+        &self,
+        call: &'static str,
+        merging: &Problem,
+        buffers: &MergeBuffers<'_>,
+    ) -> Result<Prepared> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call }),
+            Backend::Gpu { device, pipelines, .. } => {
+                Prepared::merge(device, pipelines, merging, buffers, self.dispatch_budget).await
+            }
+        }
     }
 
     /// Prepares a forward pass on buffers of the caller's.

@@ -58,6 +58,9 @@ struct Params {
     mask: Operand,
     mask_bits: Operand,
     mask_classes: Operand,
+    states: Operand,
+    states_rest: Operand,
+    states_lse: Operand,
     heads: u32,
     kv_heads: u32,
     seq_q: u32,
@@ -179,6 +182,43 @@ impl<'a> BackwardBuffers<'a> {
         let (d_o, d_q, d_k, d_v) = (d_o.into(), d_q.into(), d_k.into(), d_v.into());
         let (d_lse, d_sink_logits, d_alibi_slopes, d_bias) = (None, None, None, None);
         BackwardBuffers { forward, d_o, d_lse, d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias }
+    }
+}
+
+/// The operands of a merge of partial states in buffers of the caller's.
+///
+/// S states lie one behind the other along the batch axis: entry b of state n is entry n * B + b of `[S * B, ..]`, in
+/// `bshd` `[S * B, M, H, E]`, in `thd` `[S, queries, H, E]`. So a partial pass writes state n with an offset of n * B times
+/// the stride of the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeBuffers<'a> {
+    /// o of the states, of the problem's element type. Strides are those of batch, head and sequence.
+    pub states: TensorView<'a>,
+    /// In f16 and bf16: what rounding took from o of the states, an i16 for each element. Goes with `o_rest`; both or
+    /// neither.
+    pub states_rest: Option<TensorView<'a>>,
+    /// lse of the states, f32, `[S * B, H, M]`, in `thd` `[S, H, queries]`; densely packed.
+    pub states_lse: TensorView<'a>,
+    /// One logit per query head, f32, densely packed: of the last merge, where the options say [`SinkLogits::PerHead`].
+    pub sink_logits: Option<TensorView<'a>>,
+    /// Result: o of the whole, see [`Problem::o_shape`].
+    pub o: TensorView<'a>,
+    /// Result: what rounding took from it.
+    pub o_rest: Option<TensorView<'a>>,
+    /// Result: lse of the whole, see [`Problem::lse_shape`]; densely packed.
+    pub lse: TensorView<'a>,
+}
+
+impl<'a> MergeBuffers<'a> {
+    /// What every merge has.
+    pub fn new(
+        states: impl Into<TensorView<'a>>,
+        states_lse: impl Into<TensorView<'a>>,
+        o: impl Into<TensorView<'a>>,
+        lse: impl Into<TensorView<'a>>,
+    ) -> Self {
+        let (states, states_lse, o, lse) = (states.into(), states_lse.into(), o.into(), lse.into());
+        MergeBuffers { states, states_rest: None, states_lse, sink_logits: None, o, o_rest: None, lse }
     }
 }
 
@@ -313,6 +353,9 @@ impl<'a> Operands<'a> {
                 seq: if mask_rows > 1 { mask_blocks as u32 } else { 0 },
                 ..mask_bits
             },
+            states: operand(Binding::States),
+            states_rest: operand(Binding::StatesRest),
+            states_lse: operand(Binding::StatesLse),
             heads: s.heads as u32,
             kv_heads: s.kv_heads as u32,
             seq_q: s.seq_q as u32,
@@ -425,6 +468,33 @@ impl Prepared {
             packed: buffers.d_k.buffer == buffers.d_v.buffer,
         };
         let plan = Plan::backward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
+        Prepared::new(pipelines, operands, plan, budget).await
+    }
+
+    /// Of a problem whose keys are the states, see [`Problem::merging`].
+    pub(crate) async fn merge(
+        device: &Device,
+        pipelines: &Pipelines,
+        problem: &Problem,
+        buffers: &MergeBuffers<'_>,
+        budget: Duration,
+    ) -> Result<Self> {
+        let mut operands = Operands::new(problem, device);
+        operands.add(Binding::States, &buffers.states)?;
+        operands.add(Binding::StatesLse, &buffers.states_lse)?;
+        operands.add_per_head(Binding::SinkLogits, buffers.sink_logits.as_ref())?;
+        operands.add(Binding::O, &buffers.o)?;
+        operands.add(Binding::Lse, &buffers.lse)?;
+        if buffers.states_rest.is_some() || buffers.o_rest.is_some() {
+            problem.check_rest()?;
+            for (binding, view) in [(Binding::StatesRest, buffers.states_rest), (Binding::ORest, buffers.o_rest)] {
+                let view = view.ok_or(Error::MissingOperand { operand: binding.name() })?;
+                operands.add(binding, &view)?;
+            }
+        }
+        operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
+        let optional = OptionalOperands { o_rest: buffers.o_rest.is_some(), ..OptionalOperands::default() };
+        let plan = Plan::merging(problem, operands.vec4(), optional, device.capabilities())?;
         Prepared::new(pipelines, operands, plan, budget).await
     }
 
@@ -637,7 +707,7 @@ mod tests {
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
         let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
             sink_partials bias d_bias mask mask_bits
-            mask_classes heads kv_heads seq_q seq_k lower upper offset sink_tokens workgroups region_batch
+            mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens workgroups region_batch
             region_batches region_head region_heads region_tile region_tiles continues sink_offset d_sink_offset
             slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
             pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);

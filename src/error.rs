@@ -78,6 +78,16 @@ pub enum Error {
         /// What is wrong with them, with the numbers.
         reason: String,
     },
+    /// Not a range of the problem's keys.
+    #[error("keys {start}..{end} are no range of the problem's {seq_k} keys")]
+    InvalidShard {
+        /// First key.
+        start: usize,
+        /// The key behind the last one.
+        end: usize,
+        /// Keys there are.
+        seq_k: usize,
+    },
     /// A slice does not hold the number of elements its shape calls for.
     #[error("{operand} has {actual} elements, its shape {shape:?} needs {expected}")]
     OperandLength {
@@ -332,6 +342,30 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong, with the line where there is one.
         reason: String,
+    },
+    /// A stream's file cannot be read or written, or is damaged.
+    #[error("stream {}: {reason}", .path.display())]
+    StreamFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// What was to be a saved stream is not exactly one.
+    #[error("not a saved stream, or damaged: {reason}")]
+    StreamDamaged {
+        /// What is wrong.
+        reason: String,
+    },
+    /// A saved stream is not of the shape, or has not the options, that it is to go on with.
+    #[error("the saved stream has {property} {saved}, wanted is {wanted}")]
+    StreamMismatch {
+        /// What differs.
+        property: &'static str,
+        /// What the saved stream has.
+        saved: String,
+        /// What was asked for.
+        wanted: String,
     },
     /// Measured tiles are of another device.
     #[error(

@@ -120,8 +120,8 @@
 //! what it is there. Where the backward pass gets no o_rest, the saved o is not read: delta comes from the probabilities,
 //! sum_j p_ij (d_o_i . v_j) - d_lse_i, which takes two matrix products more.
 //!
-//! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take subnormal numbers for zero: an f16 operand's element may lose up to
-//! 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
+//! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take
+//! subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
 //! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
 //! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
 //! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit. Where all of a
@@ -132,13 +132,32 @@
 //! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16: by
 //! the largest finite number of the whole operand, keys that a mask or the window hides among them (what lies beyond a padded
 //! sequence's end is not); numbers 2^31 times smaller lose bits.
-//! What it gives stays within the bounds above but for two things. The sink logits' gradient with o_rest has the bound of o,
-//! which was summed from rounded weights; without o_rest it is 1e-5 there, too. And where keys have a large part in common and
+//! What it gives stays within the bounds above but for a few things. The gradients of the sink logits and of a bias with o_rest
+//! have the bound of o, which was summed from rounded weights, that of ALiBi's slopes twice as much; without o_rest the first
+//! is 1e-5 there, too. A row that sees one key alone has gradients of 1e-6 of their terms where zero is right. In f16, results are
+//! rounded as the device rounds. And where keys have a large part in common and
 //! a few of them dominate, so that d_q is what is left of much larger terms, rounding shows: in f16 d_q was 8.3e-3 off with
 //! o_rest and 3.3e-3 without (Mesa 26 llvmpipe, `cargo test --test cooperative large_scores`).
 //!
-//! The backward pass of some of the keys, with the final o, o_rest and lse of all of them, gives their share of the
-//! gradients. In half precision without o_rest it does not: delta is then a sum over the keys at hand.
+//! # Partial states and streams
+//!
+//! A shard of the keys gives o and lse of its own, without the sink logit ([`Attention::attend_partial`]); states of disjoint
+//! shards merge into that of all their keys ([`Attention::merge`]), and the sink logit enters last, once
+//! ([`Attention::finish`]):
+//!
+//! ```text
+//! lse = log(sum over shards of exp(lse_n)),   o = sum over shards of exp(lse_n - lse) * o_n
+//! lse' = log(exp(lse) + exp(sink_logit_h)),   o' = o * exp(lse - lse')
+//! ```
+//!
+//! A [`PartialState`] is f32, whatever the operands are. Any cut of the keys, and any order, gives the whole within the bounds
+//! above. Which keys are visible is the whole's business: a shard knows where its keys lie ([`Problem::shard`]).
+//!
+//! The backward pass of a shard, with the final o, o_rest and lse of all keys, gives its share of the
+//! gradients ([`Attention::backward_partial`]). In half precision without o_rest it does not: delta is then a sum over the keys
+//! at hand.
+//!
+//! A [`Stream`] is a sequence without an end, in chunks, with a window: what later queries can see is all it keeps.
 //!
 //! # Two ways to call
 //!
@@ -255,6 +274,7 @@
 //! # Features
 //!
 //! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
+//! - `safetensors`: [`Stream`]s saved to files and loaded from them; part of `cli`.
 //! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
 //!   host has checked every size.
 //!
@@ -279,12 +299,14 @@ mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
 mod mask;
+mod partial;
 mod pieces;
 mod pipeline;
 mod plan;
 mod problem;
 mod sequences;
 mod shader;
+mod stream;
 mod tensor;
 mod tiles;
 mod tiling;
@@ -299,11 +321,12 @@ pub use cache::{
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
-pub use dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+pub use dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use half;
 pub use mask::{Band, KeyTiles};
+pub use partial::PartialState;
 pub use pipeline::DUMP_VARIABLE;
 pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
 pub use problem::{
@@ -312,6 +335,7 @@ pub use problem::{
 };
 pub use sequences::{Lengths, Sequence};
 pub use shader::{Kernel, MicroKernel, Variant};
+pub use stream::{Stream, StreamShape};
 pub use tensor::TensorView;
 pub use tiles::Tiles;
 pub use tiling::Tiling;

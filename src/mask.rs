@@ -48,6 +48,12 @@ impl KeyTiles {
     }
 }
 
+/// The options of some of the keys, from number `start` on: query 0 stands at `offset` among all of them.
+pub(crate) fn shard_options(options: &Options, offset: i64, start: usize) -> Options {
+    let sink_tokens = options.sink_tokens.saturating_sub(start);
+    options.sink_tokens(sink_tokens).query_offset(offset.saturating_sub_unsigned(start as u64))
+}
+
 impl Band {
     /// Of so many queries and keys, each at most 2^29.
     pub(crate) fn new(seq_q: usize, seq_k: usize, options: &Options) -> Self {
@@ -67,6 +73,11 @@ impl Band {
             sink_tokens: options.sink_tokens.min(seq_k) as i64,
             offset,
         }
+    }
+
+    /// The same queries before some of the keys, `keys` from number `start` on.
+    pub(crate) fn shard(&self, start: usize, keys: usize, options: &Options) -> Self {
+        Band::new(self.seq_q(), keys, &shard_options(options, self.offset, start))
     }
 
     /// Queries, M.

@@ -240,6 +240,9 @@ pub(crate) fn operand_extents(binding: Binding, problem: &Problem) -> ([usize; 4
         Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], layout, element),
         Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], layout, element),
         Binding::O | Binding::ORest | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
+        // One behind the other, and the keys count them.
+        Binding::States | Binding::StatesRest => ([s.seq_k * s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
+        Binding::StatesLse => ([s.seq_k * s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4),
         Binding::SinkLogits | Binding::DSinkLogits | Binding::AlibiSlopes | Binding::DAlibiSlopes => {
             ([1, 1, 1, s.heads], Layout::Bhsd, 4)
         }
@@ -487,7 +490,9 @@ impl<'a> Cutter<'a> {
     /// What a dispatch binds of an operand; something, even where it needs nothing.
     fn window(&self, view: &View, touches: &[Touch]) -> Result<Window> {
         let mut hull: Option<[u64; 2]> = None;
+        let s = self.problem.shape();
         for touch in touches {
+            let states = touch.batch.start..touch.batch.end + (s.seq_k as u64 - 1) * s.batch as u64;
             let heads = match view.binding {
                 Binding::K | Binding::V | Binding::DK | Binding::DV => &touch.kv_heads,
                 _ => &touch.heads,
@@ -498,6 +503,7 @@ impl<'a> Cutter<'a> {
                 Binding::RowTerms if self.problem.options().alibi => {
                     (&touch.batch, touch.queries.start..view.extents[2])
                 }
+                Binding::States | Binding::StatesRest | Binding::StatesLse => (&states, touch.queries.clone()),
                 Binding::MaskBits => (&touch.numbers, touch.rows.start..view.extents[2]),
                 Binding::Mask | Binding::Bias | Binding::DBias => (&touch.numbers, touch.rows.clone()),
                 Binding::SinkPartials => {
@@ -538,7 +544,7 @@ impl<'a> Cutter<'a> {
             kv_heads: heads.clone(),
         };
         match kernel {
-            Kernel::Delta => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
+            Kernel::Delta | Kernel::Merge => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
             Kernel::DSinkLogits | Kernel::DAlibiSlopes => {
                 vec![Touch { batch: all(s.batch), ..touch(all(s.seq_q), 0..0) }]
             }
@@ -687,6 +693,7 @@ impl<'a> Cutter<'a> {
             Kernel::DKv => 2.0 * (d + e),
             // What follows goes by the memory that is read: some numbers of operations for each element.
             Kernel::Delta => return vec![8.0 * f64::from(DELTA_ROWS) * e; tiles as usize],
+            Kernel::Merge => return vec![8.0 * f64::from(DELTA_ROWS) * e * (s.seq_k + 1) as f64; tiles as usize],
             Kernel::MaskBits => return vec![4096.0 * self.cell_workgroups as f64; tiles as usize],
             Kernel::Maxima | Kernel::GradientMaxima => {
                 let rows = f64::from(MAXIMA_ROWS) * (problem.group() as f64 + 1.0);
@@ -741,7 +748,7 @@ fn axes(pass: &Pass, problem: &Problem, listed: usize) -> ([u64; 3], u64) {
     let s = problem.shape();
     let [rows, columns] = pass.variant.tile().unwrap_or([1; 2]).map(|n| n as usize);
     let (axes, workgroups) = match pass.variant.kernel {
-        Kernel::Delta => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
+        Kernel::Delta | Kernel::Merge => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
         Kernel::DSinkLogits | Kernel::DAlibiSlopes => ([1, s.heads, 1], 1),
         Kernel::Ranges => ([1; 3], pass.workgroups as usize),
         Kernel::Maxima | Kernel::GradientMaxima => {
@@ -924,13 +931,18 @@ mod tests {
             let [tile_rows, columns] = self.pass.variant.tile().unwrap_or([1; 2]).map(u64::from);
             let mut done = |work: [u64; 4]| assert!(self.done.insert(work), "{work:?} twice");
             match kernel {
-                Kernel::Delta => {
+                Kernel::Delta | Kernel::Merge => {
                     let (tile, place) = (tiles.start + index % len(&tiles), index / len(&tiles));
                     let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
                     done([entry, head, tile, 0]);
                     let rows = tile * 32..(tile * 32 + 32).min(s.seq_q as u64);
                     for binding in [Binding::O, Binding::ORest, Binding::DO, Binding::Lse, Binding::DLse] {
                         self.touch(piece, binding, entry, head, rows.clone());
+                    }
+                    for state in 0..s.seq_k as u64 {
+                        for binding in [Binding::States, Binding::StatesRest, Binding::StatesLse] {
+                            self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
+                        }
                     }
                     self.row_terms(piece, entry, head, rows);
                     self.touch(piece, Binding::SinkPartials, entry, head, tile..tile + 1);
@@ -1142,10 +1154,14 @@ mod tests {
                 Plan::forward_with(&problem, vec4, optional, &capabilities, &preference),
                 Plan::backward_with(&problem, vec4, optional, &capabilities, &preference),
             ];
-            for plan in plans.into_iter().flatten() {
+            let merging = problem.merging(1 + problem.shape().seq_q % 5, problem.options().dtype, true).unwrap();
+            let rest = OptionalOperands { o_rest: problem.options().dtype != DType::F32, ..optional };
+            let merge = Plan::merging(&merging, vec4, rest, &capabilities).unwrap();
+            let plans = plans.into_iter().flatten().map(|plan| (&problem, plan));
+            for (problem, plan) in plans.chain([(&merging, merge)]) {
                 for pass in &plan.passes {
-                    let views = dense_views(&problem, &plan.passes, pass);
-                    let pieces = match pass.pieces(&problem, &views, &capabilities, budget) {
+                    let views = dense_views(problem, &plan.passes, pass);
+                    let pieces = match pass.pieces(problem, &views, &capabilities, budget) {
                         Ok(pieces) => pieces,
                         Err(Error::BindingTooLarge { bytes, limit, .. }) => {
                             assert!(bytes > limit);
@@ -1161,7 +1177,7 @@ mod tests {
                     cut += usize::from(pieces.list.len() > 1);
                     cooperative += usize::from(pass.variant.fragments().is_some() && pieces.list.len() > 1);
                     let done = BTreeSet::new();
-                    Simulation { pass, problem: &problem, views: &views, pieces: &pieces, done }.run();
+                    Simulation { pass, problem, views: &views, pieces: &pieces, done }.run();
                 }
             }
         }

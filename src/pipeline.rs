@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::plan::{Pass, Plan};
 use crate::shader::{Binding, Variant};
 
-mod cache;
+pub(crate) mod cache;
 
 /// Folder that composed shaders are written to, where this environment variable names one.
 pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";

@@ -15,7 +15,7 @@ use crate::shader::{
     Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MAXIMA_PARTS, MicroKernel,
     RANGED_OPERANDS, Variant,
 };
-use crate::tiles;
+use crate::tiles::{self, Tiles};
 use crate::tiling::Tiling;
 use crate::tuning::{Tuning, TuningKey};
 
@@ -171,6 +171,35 @@ impl Plan {
         }
         Ok(Plan { passes })
     }
+
+    /// Plans a merge of `states` partial states of the problem, without o_rest unless `optional` says so; `vec4` as in
+    /// [`forward`](Self::forward). The last merge applies the sink logits.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDimension`] for no states; as [`forward_with`](Self::forward_with).
+    pub fn merge(
+        problem: &Problem,
+        states: usize,
+        is_last: bool,
+        vec4: bool,
+        optional: OptionalOperands,
+        capabilities: &Capabilities,
+    ) -> Result<Self> {
+        Plan::merging(&problem.merging(states, problem.options().dtype, is_last)?, vec4, optional, capabilities)
+    }
+
+    /// Plans a merge, of a problem whose keys are the states.
+    pub(crate) fn merging(
+        problem: &Problem,
+        vec4: bool,
+        optional: OptionalOperands,
+        capabilities: &Capabilities,
+    ) -> Result<Self> {
+        optional.check(problem)?;
+        let shape = problem.shape();
+        let row_tiles = (shape.batch * shape.heads) as u128 * shape.seq_q.div_ceil(DELTA_ROWS as usize) as u128;
+        Ok(Plan { passes: vec![Pass::plain(Kernel::Merge, problem, vec4, optional, row_tiles, capabilities)?] })
+    }
 }
 
 impl Plan {
@@ -305,7 +334,10 @@ impl Passes<'_> {
             }
             _ => {
                 let tiles = tiles::candidates(kernel, problem, capabilities.class);
-                tiles.into_iter().map(Tiling::Portable).collect::<Vec<_>>()
+                // There is hardly ever anything to repair: with little workgroup memory many find that out at a time.
+                let slim = |tiles: &Tiles| Tiles { chunk: tiles.chunk.min(4), slab: tiles.slab.min(8), ..*tiles };
+                let slim: Vec<Tiles> = tiles.iter().filter(|_| repairs.is_some()).map(slim).collect();
+                slim.into_iter().chain(tiles).map(Tiling::Portable).collect::<Vec<_>>()
             }
         };
         let measured = self.measured(kernel).filter(is_meant).map(|tiling| (tiling, TilesOrigin::Tuning));
@@ -382,11 +414,16 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
         Kernel::DSinkLogits | Kernel::DAlibiSlopes | Kernel::Ranges | Kernel::MaskBits => [false, false],
-        Kernel::Delta => [false, true],
+        Kernel::Delta | Kernel::Merge => [false, true],
         _ => [true, true],
     };
     let is_tiled = kernel.has_tiles();
-    let is_maxima = matches!(kernel, Kernel::Maxima | Kernel::GradientMaxima);
+    // Which rows of a padded batch count.
+    let reads_used = match kernel {
+        Kernel::Maxima | Kernel::GradientMaxima => true,
+        Kernel::Merge => options.sink_logits != SinkLogits::None,
+        _ => false,
+    };
     Variant {
         kernel,
         micro_kernel: MicroKernel::Portable,
@@ -422,10 +459,11 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
         axes: options.bias.filter(|_| kernel == Kernel::DBias),
         packed: optional.packed && kernel == Kernel::DKv,
         moments: kernel == Kernel::DQ && options.alibi && optional.d_alibi_slopes,
-        lengths: problem.has_lengths() && (is_tiled || (is_maxima && options.layout != Layout::Thd)),
+        lengths: problem.has_lengths() && (is_tiled || (reads_used && options.layout != Layout::Thd)),
         // Enters with delta.
         d_lse: optional.d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
-        o_rest: optional.o_rest && matches!(kernel, Kernel::Forward | Kernel::Delta | Kernel::DSinkLogits),
+        o_rest: optional.o_rest
+            && matches!(kernel, Kernel::Forward | Kernel::Delta | Kernel::DSinkLogits | Kernel::Merge),
         tiling: None,
         matrices: None,
         repairs: None,
@@ -449,6 +487,7 @@ impl Pass {
                 let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
                 (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
             }
+            Kernel::Merge => (2 + shape.value_dim.div_ceil(4 * DELTA_LANES as usize)) as u64 * (shape.seq_k as u64 + 1),
             Kernel::Ranges => 16,
             Kernel::MaskBits => 32 + 16,
             Kernel::Maxima | Kernel::GradientMaxima => {

@@ -1,11 +1,12 @@
 //! What is to be computed: shapes, options, and their validation.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
-use crate::mask::Band;
+use crate::mask::{Band, shard_options};
 use crate::sequences::{self, Lengths, Sequence};
 
 /// Longest sequence, so that sums of positions fit 32-bit integers in shaders.
@@ -435,11 +436,7 @@ impl Problem {
             return Err(Error::InvalidOption { option: "bias_dtype", reason });
         }
         let band = Band::new(seq_q, seq_k, &options);
-        let most = 2 * MAX_SEQ as i64;
-        if options.alibi && !(-most..=most).contains(&band.offset()) {
-            let reason = format!("{}; with ALiBi it must lie within {most} of 0", band.offset());
-            return Err(Error::InvalidOption { option: "query_offset", reason });
-        }
+        check_distances(&options, &band)?;
         Ok(Problem { shape, options, scale, band, sequences: None })
     }
 
@@ -449,6 +446,85 @@ impl Problem {
             shape.map_or(Ok(()), |shape| check_countable(operand, shape))?;
         }
         Ok(self)
+    }
+
+    /// The problem of some of the keys: `keys` counts along the sequence axis of k and v, of which it takes these rows. Its
+    /// queries see what they see of them in the whole: positions, windows, sink tokens and lengths are the whole's. So are all
+    /// options, but for the [`query_offset`](Options::query_offset) and the [`sink_tokens`](Options::sink_tokens) of a
+    /// problem without lengths, which count from the first of these keys. A bias and a mask are those of the shard's keys.
+    ///
+    /// In [`Layout::Thd`] the rows may begin and end within sequences; those that have none of them are empty. The columns of a
+    /// bias or a mask then begin at another key in each sequence, so that it needs a batch axis of its own.
+    ///
+    /// ```
+    /// use sink_attention::{Options, Problem, Shape, Window};
+    /// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 100, seq_k: 100, head_dim: 8, value_dim: 8 };
+    /// let whole = Problem::new(shape, Options::new().window(Window::keys(20)).sink_tokens(4))?;
+    /// let shard = whole.shard(60..100)?;
+    /// assert_eq!((shard.shape().seq_k, shard.options().query_offset), (40, Some(-60)));
+    /// # Ok::<(), sink_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::InvalidShard`]; [`Error::ZeroDimension`] for no keys, of which there is nothing to compute: their partial state
+    /// is [`PartialState::empty`](crate::PartialState::empty). [`Error::InvalidOption`] where the shifted offset is too far away
+    /// for ALiBi, and in [`Layout::Thd`] for a bias or a mask that sequences share.
+    pub fn shard(&self, keys: Range<usize>) -> Result<Problem> {
+        self.check_shard(&keys)?;
+        if keys.is_empty() {
+            return Err(Error::ZeroDimension { dimension: "seq_k" });
+        }
+        for (option, axes) in [("bias", self.options.bias), ("mask", self.options.mask)] {
+            if self.options.layout == Layout::Thd && axes.is_some_and(|axes| !axes.batch) {
+                let reason =
+                    "a shard of thd needs one for each sequence (Axes::batch): they begin at different keys".into();
+                return Err(Error::InvalidOption { option, reason });
+            }
+        }
+        let sequences =
+            self.sequences.as_ref().map(|all| all.iter().map(|one| one.shard(&keys, &self.options)).collect());
+        let band = self.band.shard(keys.start, keys.len(), &self.options);
+        let options = match sequences {
+            Some(_) => self.options,
+            None => shard_options(&self.options, self.band.offset(), keys.start),
+        };
+        check_distances(&self.options, &band)?;
+        let shape = Shape { seq_k: keys.len(), ..self.shape };
+        Problem { shape, options, scale: self.scale, band, sequences }.check_pairs()
+    }
+
+    /// Whether a range is one of the keys.
+    pub(crate) fn check_shard(&self, keys: &Range<usize>) -> Result<()> {
+        let (Range { start, end }, seq_k) = (keys.clone(), self.shape.seq_k);
+        if start <= end && end <= seq_k { Ok(()) } else { Err(Error::InvalidShard { start, end, seq_k }) }
+    }
+
+    /// The same without sink logits, as partial states are computed.
+    pub fn without_sink_logits(self) -> Problem {
+        let options = self.options.sink_logits(SinkLogits::None);
+        Problem { options, ..self }
+    }
+
+    /// A merge of partial states of this problem, as a problem whose keys are the states: with the sink logits where it is
+    /// the last one.
+    pub(crate) fn merging(&self, states: usize, dtype: DType, is_last: bool) -> Result<Problem> {
+        if states == 0 {
+            return Err(Error::ZeroDimension { dimension: "states" });
+        }
+        let Options { sink_logits, layout, .. } = self.options;
+        let options = Options::new().layout(layout).dtype(dtype);
+        let options = if is_last { options.sink_logits(sink_logits) } else { options };
+        let shape = Shape { seq_k: states, ..self.shape };
+        let rows = shape.batch * shape.heads * shape.seq_q;
+        check_countable("states", [states, rows, shape.value_dim, 1])?;
+        Ok(Problem { sequences: self.sequences.clone(), ..Problem::checked(shape, options)? })
+    }
+
+    /// The same queries beside one key that none of them sees.
+    pub(crate) fn with_hidden_key(&self) -> Result<Problem> {
+        let Options { sink_logits, layout, dtype, .. } = self.options;
+        let options = Options::new().sink_logits(sink_logits).layout(layout).dtype(dtype);
+        Problem::checked(Shape { seq_k: 1, ..self.shape }, options.causal(true).query_offset(i64::MIN))
     }
 
     /// The sizes.
@@ -597,9 +673,7 @@ impl Problem {
             check_length(operand, slice.len(), &shape)?;
         }
         let heads = [self.shape.heads];
-        let per_head = (self.options.sink_logits == SinkLogits::PerHead).then_some(&heads[..]);
-        let hint = "set Options::sink_logits to SinkLogits::PerHead";
-        check_optional("sink_logits", inputs.sink_logits.map(<[f32]>::len), per_head, hint)?;
+        self.check_sink_logits(inputs.sink_logits)?;
         let per_head = self.options.alibi.then_some(&heads[..]);
         check_optional("alibi_slopes", inputs.alibi_slopes.map(<[f32]>::len), per_head, "set Options::alibi")?;
         let (bias, mask) = (self.bias_shape(), self.mask_shape());
@@ -614,6 +688,16 @@ impl Problem {
             Some(mask) => Err(Error::MaskPacking { mask: mask.packing(), options: self.options.mask_packing }),
             None => Ok(()),
         }
+    }
+}
+
+impl Problem {
+    /// One sink logit per head, where the options ask for them.
+    pub(crate) fn check_sink_logits(&self, sink_logits: Option<&[f32]>) -> Result<()> {
+        let heads = [self.shape.heads];
+        let per_head = (self.options.sink_logits == SinkLogits::PerHead).then_some(&heads[..]);
+        let hint = "set Options::sink_logits to SinkLogits::PerHead";
+        check_optional("sink_logits", sink_logits.map(<[f32]>::len), per_head, hint)
     }
 }
 
@@ -693,6 +777,16 @@ impl Problem {
     }
 }
 
+/// Distances are counted in 32 bits.
+fn check_distances(options: &Options, band: &Band) -> Result<()> {
+    let (offset, most) = (band.offset(), 2 * MAX_SEQ as i64);
+    if !options.alibi || (-most..=most).contains(&offset) {
+        return Ok(());
+    }
+    let reason = format!("{offset}; with ALiBi it must lie within {most} of 0");
+    Err(Error::InvalidOption { option: "query_offset", reason })
+}
+
 /// Elements must be countable before anything is computed from their number.
 fn check_countable(operand: &'static str, factors: [usize; 4]) -> Result<()> {
     let most = (usize::MAX / 8) as u64;
@@ -703,7 +797,7 @@ fn check_countable(operand: &'static str, factors: [usize; 4]) -> Result<()> {
     Ok(())
 }
 
-fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result<()> {
+pub(crate) fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result<()> {
     let expected = shape.iter().product();
     if actual == expected {
         return Ok(());

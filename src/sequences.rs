@@ -1,5 +1,6 @@
 //! Sequences of different lengths: where each lies among the rows of the operands.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -126,6 +127,21 @@ fn used(shape: &Shape, options: &Options, q: Option<&[u32]>, k: Option<&[u32]>) 
 }
 
 impl Sequence {
+    /// What a range of the rows of keys holds of the sequence.
+    pub(crate) fn shard(&self, rows: &Range<usize>, options: &Options) -> Self {
+        let all = self.k_start..self.k_start + self.k_rows;
+        let start = rows.start.clamp(all.start, all.end);
+        let end = rows.end.clamp(start, all.end);
+        let skipped = start - all.start;
+        let used = self.band.seq_k().saturating_sub(skipped).min(end - start);
+        Sequence {
+            k_start: start.saturating_sub(rows.start).min(rows.len()),
+            k_rows: end - start,
+            band: self.band.shard(skipped, used, options),
+            ..*self
+        }
+    }
+
     /// An entry of a batch whose rows all count.
     pub(crate) fn whole(shape: &Shape, entry: usize, band: Band) -> Self {
         Sequence { entry, q_start: 0, q_rows: shape.seq_q, k_start: 0, k_rows: shape.seq_k, band }

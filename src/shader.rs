@@ -16,7 +16,7 @@ use crate::tiles::Tiles;
 use crate::tiling::Tiling;
 
 /// The shader texts, each with the name that `include` and `import` know it by.
-const SOURCES: [(&str, &str); 42] = [
+const SOURCES: &[(&str, &str)] = &[
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
     ("cache/append.wgsl", include_str!("../shaders/cache/append.wgsl")),
     ("cache/combine.wgsl", include_str!("../shaders/cache/combine.wgsl")),
@@ -41,9 +41,11 @@ const SOURCES: [(&str, &str); 42] = [
     ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
     ("head_sums.wgsl", include_str!("../shaders/head_sums.wgsl")),
     ("key_loop.wgsl", include_str!("../shaders/key_loop.wgsl")),
+    ("main.wgsl", include_str!("../shaders/main.wgsl")),
     ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("mask_bits.wgsl", include_str!("../shaders/mask_bits.wgsl")),
+    ("merge.wgsl", include_str!("../shaders/merge.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../shaders/params.wgsl")),
     ("portable/blocks.wgsl", include_str!("../shaders/portable/blocks.wgsl")),
@@ -103,6 +105,8 @@ pub enum Kernel {
     DBias,
     /// The gradient by the ALiBi slopes, from what the d_q kernel has left for each row.
     DAlibiSlopes,
+    /// One state of several partial ones, see [`Attention::prepare_merge`](crate::Attention::prepare_merge).
+    Merge,
 }
 
 impl Kernel {
@@ -124,6 +128,7 @@ impl Kernel {
             Kernel::MaskBits => "mask_bits",
             Kernel::DBias => "d_bias",
             Kernel::DAlibiSlopes => "d_alibi_slopes",
+            Kernel::Merge => "merge",
         }
     }
 
@@ -163,7 +168,8 @@ impl Kernel {
 /// How a kernel forms matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MicroKernel {
-    /// The one that a [`Tuning`](crate::Tuning) has found faster, else the portable one.
+    /// The one that a [`Tuning`](crate::Tuning) has found faster, else cooperative matrices where they have been measured (NVIDIA
+    /// through Vulkan, f16 and bf16), else the portable one.
     #[default]
     Auto,
     /// Multiply-adds in f32, on every device.
@@ -212,6 +218,9 @@ pub(crate) enum Binding {
     DBias = 24,
     DAlibiSlopes = 25,
     Sequences = 26,
+    States = 27,
+    StatesRest = 28,
+    StatesLse = 29,
 }
 
 impl Binding {
@@ -248,13 +257,16 @@ impl Binding {
             Binding::DBias => "d_bias",
             Binding::DAlibiSlopes => "d_alibi_slopes",
             Binding::Sequences => "sequences",
+            Binding::States => "states",
+            Binding::StatesRest => "states_rest",
+            Binding::StatesLse => "states_lse",
         }
     }
 
     /// Whether it is of the problem's element type, its rows as wide as those of q or v.
     pub(crate) fn has_width(self) -> bool {
-        use Binding::{DK, DO, DQ, DV, K, O, ORest, Q, V};
-        matches!(self, Q | K | V | O | ORest | DO | DQ | DK | DV)
+        use Binding::{DK, DO, DQ, DV, K, O, ORest, Q, States, StatesRest, V};
+        matches!(self, Q | K | V | O | ORest | DO | DQ | DK | DV | States | StatesRest)
     }
 
     /// Whether its rows may have gaps between them.
@@ -267,6 +279,7 @@ impl Binding {
         match self {
             Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(variant.head_dim),
             Binding::V | Binding::O | Binding::ORest | Binding::DO | Binding::DV => Some(variant.value_dim),
+            Binding::States | Binding::StatesRest => Some(variant.value_dim),
             _ => None,
         }
     }
@@ -349,7 +362,7 @@ impl Variant {
         use Binding::{
             AlibiMoments, AlibiSlopes, Bias, DAlibiSlopes, DBias, DK, DLse, DO, DQ, DSinkLogits, DV, K, Lse, Mask,
             MaskBits, Maxima, O, ORest, Params, Q, Ranges, Repairs, RowTerms, Sequences, SinkLogits as Sinks,
-            SinkPartials, V,
+            SinkPartials, States, StatesLse, StatesRest, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
         let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
@@ -372,6 +385,7 @@ impl Variant {
             Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO, Sequences], &[Maxima]),
             Kernel::GradientMaxima => (&[Params, Q, K, V, DO, Sequences], &[Maxima]),
             Kernel::Ranges => (&[Params, Maxima], &[Ranges]),
+            Kernel::Merge => (&[Params, States, StatesRest, StatesLse, Sinks, Sequences], &[O, ORest, Lse]),
         };
         let present = |binding: &Binding| match binding {
             Sinks | SinkPartials => per_head,
@@ -381,7 +395,7 @@ impl Variant {
             Bias => self.bias.is_some(),
             MaskBits => self.mask || self.kernel == Kernel::MaskBits,
             Sequences => self.lengths,
-            ORest => self.o_rest,
+            ORest | StatesRest => self.o_rest,
             _ => true,
         };
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
@@ -425,9 +439,12 @@ impl Variant {
     pub fn workgroup_bytes(&self) -> u32 {
         let (d, e) = (self.head_dim, self.value_dim);
         match (self.fragments(), self.tiles()) {
-            (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
+            (Some(fragments), _) => {
+                let mask = if self.mask { fragments.mask_bytes(self.kernel) } else { 0 };
+                fragments.workgroup_bytes(self.kernel, d, e) + mask
+            }
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
-            _ if self.kernel == Kernel::MaskBits => 16,
+            _ if matches!(self.kernel, Kernel::MaskBits | Kernel::Merge) => 16,
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
             _ => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
         }
@@ -509,6 +526,7 @@ impl Variant {
         let cooperative = self.fragments().is_some();
         let rows_are_keys = self.kernel == Kernel::DKv;
         let here = if self.lengths { "here, " } else { "" };
+        let classes = format!("{here}{}class_base", if cooperative { "lane, &classes, " } else { "" });
         let mut context = context! {
             cooperative,
             repairs => self.repairs,
@@ -527,7 +545,7 @@ impl Variant {
                     (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
                     (_, None, _) => "array<f32>",
                     (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
-                        if vec4 { "array<vec4<f16>>" } else { "array<f16>" }
+                        if vec4 { "array<vec2<u32>>" } else { "array<f16>" }
                     }
                     (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
                     (_, Some(_), false) if half && *written => "array<atomic<u32>>",
@@ -567,11 +585,14 @@ impl Variant {
             bounds => if self.lengths { "here" } else { "params" },
             here_parameter => if self.lengths { "here: Sequence, " } else { "" },
             here_argument => here,
+            class_arguments => &classes,
+            // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
+            mirrored => cooperative && self.kernel == Kernel::Forward && self.alibi,
             following => match (rows_are_keys, self.mask) {
                 (false, false) => "next_tile(tiles, tile)".into(),
                 (true, false) => "tile + 1u".into(),
-                (false, true) => format!("seen_tile({here}class_base, tiles, row0, row_end, next_tile(tiles, tile))"),
-                (true, true) => format!("seen_tile({here}class_base, tiles, row0, row_end, tile + 1u)"),
+                (false, true) => format!("seen_tile({classes}, tiles, row0, row_end, next_tile(tiles, tile))"),
+                (true, true) => format!("seen_tile({classes}, tiles, row0, row_end, tile + 1u)"),
             },
             sequence_words => SEQUENCE_WORDS,
             mask_block_rows => MASK_BLOCK_ROWS,
@@ -626,6 +647,9 @@ impl Variant {
                 column_fragments => f.columns,
                 stages => f.stages,
                 registers => f.registers(self.kernel, self.head_dim, self.value_dim),
+                mask_words => f.mask_words(),
+                // Words of the mask that a thread reads for a tile.
+                mask_shares => if rows_are_keys { (f.mask_words() * f.tile_columns()).div_ceil(f.threads()) } else { f.rows },
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
@@ -663,7 +687,7 @@ fn environment() -> Result<&'static Environment<'static>, minijinja::Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
-    for (name, source) in SOURCES {
+    for &(name, source) in SOURCES {
         environment.add_template(name, source)?;
     }
     Ok(ENVIRONMENT.get_or_init(|| environment))

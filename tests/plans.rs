@@ -10,8 +10,8 @@ use std::path::Path;
 
 use common::operands::problem;
 use sink_attention::{
-    Capabilities, DType, Error, Kernel, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference, Problem,
-    SinkLogits, Tiles, Tiling, Variant, Window,
+    Capabilities, DType, DeviceClass, Error, Kernel, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference,
+    Problem, SinkLogits, Tiles, Tiling, Variant, Window,
 };
 
 /// Problems that people have, and some that they should not.
@@ -208,7 +208,8 @@ fn micro_kernels_are_as_asked_for() {
 /// Whichever kernel alone is cooperative, what it reads of the operands' ranges has been found before it.
 #[test]
 fn ranges_are_found_before_they_are_read() {
-    let device = &Capabilities::samples()[0];
+    // Of a class whose cooperative kernels have to be asked for.
+    let device = &Capabilities { class: DeviceClass::Other, ..Capabilities::samples().swap_remove(0) };
     let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2 };
     for dtype in [DType::F16, DType::Bf16] {
         let problem = problem([1, 2, 1], [100, 100], [64, 64], Options::new().dtype(dtype));
@@ -225,6 +226,29 @@ fn ranges_are_found_before_they_are_read() {
             let reads = dtype == DType::Bf16 || matches!(kernel, Kernel::DQ | Kernel::DKv);
             assert_eq!(place(Kernel::Ranges).is_some(), reads, "{kernel:?} in {dtype}");
             assert!(place(Kernel::Ranges) < place(kernel), "{kernels:?}");
+        }
+    }
+}
+
+/// Where they have been measured, cooperative kernels are the choice for halves; of other devices, of f32 and of widths that have
+/// none, portable ones.
+#[test]
+fn auto_is_cooperative_where_that_is_known_to_be_faster() {
+    let nvidia = Capabilities::samples().swap_remove(0);
+    let other = Capabilities { class: DeviceClass::Other, ..nvidia.clone() };
+    for (device, dtype, width, cooperative) in [
+        (&nvidia, DType::F16, 64, true),
+        (&nvidia, DType::Bf16, 128, true),
+        (&nvidia, DType::F16, 300, false),
+        (&nvidia, DType::F32, 64, false),
+        (&other, DType::F16, 64, false),
+    ] {
+        let problem = problem([1, 2, 1], [100, 100], [width, width], Options::new().dtype(dtype));
+        let plans = [Plan::forward(&problem, true, device), Plan::backward(&problem, true, false, device)];
+        for plan in plans {
+            let passes = plan.unwrap().passes;
+            let found = passes.iter().any(|pass| pass.variant.micro_kernel == MicroKernel::Cooperative);
+            assert_eq!(found, cooperative, "{} {dtype} {width}", device.name);
         }
     }
 }

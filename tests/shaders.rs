@@ -15,8 +15,8 @@ use rayon::prelude::*;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, Axes, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, Layout, Lengths,
-    MaskPacking, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference, Problem, SinkLogits, TensorView,
-    TilesOrigin, Variant,
+    MaskPacking, MergeBuffers, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference, Problem, SinkLogits,
+    TensorView, TilesOrigin, Variant,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.
@@ -57,11 +57,19 @@ struct Planned {
     optional: OptionalOperands,
     forward: Plan,
     backward: Plan,
+    merge: Plan,
+}
+
+/// Of so many partial states, with the sink logits.
+const STATES: usize = 3;
+
+fn plan_merge(problem: &Problem, vec4: bool, optional: OptionalOperands, device: &Capabilities) -> Plan {
+    Plan::merge(problem, STATES, true, vec4, optional, device).unwrap()
 }
 
 impl Planned {
     fn passes(&self) -> impl Iterator<Item = &Pass> {
-        self.forward.passes.iter().chain(&self.backward.passes)
+        self.forward.passes.iter().chain(&self.backward.passes).chain(&self.merge.passes)
     }
 }
 
@@ -95,10 +103,10 @@ fn reachable() -> &'static [Planned] {
                                     assert_eq!(micro_kernel, MicroKernel::Cooperative, "{problem}");
                                     continue;
                                 };
-                                let problem = problem.clone();
-                                let planned =
-                                    Planned { device: device.clone(), problem, vec4, optional, forward, backward };
-                                let new = |pass: &&Pass| seen.insert((device.name.clone(), pass.variant));
+                                let merge = plan_merge(&problem, vec4, optional, &device);
+                                let (device, problem) = (device.clone(), problem.clone());
+                                let planned = Planned { device, problem, vec4, optional, forward, backward, merge };
+                                let new = |pass: &&Pass| seen.insert((planned.device.name.clone(), pass.variant));
                                 if planned.passes().filter(new).count() > 0 {
                                     reachable.push(planned);
                                 }
@@ -159,8 +167,9 @@ fn with_options() -> Vec<Planned> {
                     ];
                     match plans {
                         [Ok(forward), Ok(backward)] => {
+                            let merge = plan_merge(&problem, vec4, optional, device);
                             let (device, problem) = (device.clone(), problem.clone());
-                            planned.push(Planned { device, problem, vec4, optional, forward, backward });
+                            planned.push(Planned { device, problem, vec4, optional, forward, backward, merge });
                         }
                         _ if micro_kernel == MicroKernel::Cooperative => {}
                         [Err(error), _] | [_, Err(error)] => {
@@ -221,7 +230,7 @@ fn the_list_reaches_every_class() {
             for vec4 in [false, true] {
                 // A logit of zero has no gradient, so delta knows it as little as none; the exact one knows no sinks.
                 let delta = Some(Kernel::Delta).filter(|_| sinks != SinkLogits::OffByOne);
-                for kernel in [Some(Kernel::Forward), delta].into_iter().flatten() {
+                for kernel in [Some(Kernel::Forward), Some(Kernel::Merge), delta].into_iter().flatten() {
                     assert!(variants.iter().any(|v| (v.kernel, v.sink_logits, v.vec4) == (kernel, sinks, vec4)));
                 }
             }
@@ -305,7 +314,7 @@ fn variants_keep_the_planners_promises() {
 /// Slots are never renumbered: hosts that bind by themselves, and captures of old runs, rely on them.
 #[test]
 fn bindings_stay_where_they_are() {
-    const NAMES: [&str; 27] = [
+    const NAMES: [&str; 30] = [
         "params",
         "q",
         "k",
@@ -333,6 +342,9 @@ fn bindings_stay_where_they_are() {
         "d_bias",
         "d_alibi_slopes",
         "sequences",
+        "states",
+        "states_rest",
+        "states_lse",
     ];
     for variant in variants() {
         let name = variant.name();
@@ -367,8 +379,8 @@ fn bindings_stay_where_they_are() {
         written.retain(|operand| *operand != "repairs");
         written.sort_unstable();
         let results: &[&str] = match variant.kernel {
-            Kernel::Forward if variant.o_rest => &["lse", "o", "o_rest"],
-            Kernel::Forward => &["lse", "o"],
+            Kernel::Forward | Kernel::Merge if variant.o_rest => &["lse", "o", "o_rest"],
+            Kernel::Forward | Kernel::Merge => &["lse", "o"],
             Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["row_terms", "sink_partials"],
             Kernel::Delta | Kernel::ExactDelta => &["row_terms"],
             Kernel::DSinkLogits => &["d_sink_logits"],
@@ -407,7 +419,7 @@ fn noop(capabilities: &Capabilities) -> Attention {
 /// Prepares both passes with the tiles that were planned, on a device that has no driver.
 fn build(attention: &Attention, planned: &Planned) {
     let device = attention.device().unwrap();
-    let Planned { problem, vec4, optional, forward, backward, .. } = planned;
+    let Planned { problem, vec4, optional, forward, backward, merge, .. } = planned;
     // An element's offset makes the kernels read one by one.
     let offset = u64::from(!vec4);
     let buffer = |elements: usize, bytes: usize| {
@@ -469,6 +481,18 @@ fn build(attention: &Attention, planned: &Planned) {
     assert_eq!(passes(pollster::block_on(prepared).unwrap().plan()), passes(forward), "{problem}");
     let prepared = attention.prepare_backward_with(problem, &backward_buffers, &backward_tiles);
     assert_eq!(passes(pollster::block_on(prepared).unwrap().plan()), passes(backward), "{problem}");
+
+    let states = || buffer(STATES * problem.o_shape().iter().product::<usize>(), problem.options().dtype.bytes());
+    let (states, states_rest) = (states(), states());
+    let states_lse = buffer(STATES * problem.lse_shape().iter().product::<usize>(), 4);
+    let buffers = MergeBuffers {
+        states_rest: optional.o_rest.then(|| at(&states_rest)),
+        sink_logits: per_head.then(|| at(&sinks)),
+        o_rest: optional.o_rest.then(|| at(&o_rest)),
+        ..MergeBuffers::new(at(&states), at(&states_lse), at(&o), at(&lse))
+    };
+    let prepared = attention.prepare_finish(problem, STATES, &buffers).unwrap();
+    assert_eq!(passes(prepared.plan()), passes(merge), "{problem}");
 }
 
 /// Layouts, pipelines and bind groups pass wgpu's validation with each device's limits.

@@ -104,7 +104,9 @@ fn tiles_decide_on_the_micro_kernel() {
     let built_in = |micro_kernel| plan(device, &Preference { micro_kernel, ..Preference::default() }).unwrap();
     let built_in_portable = built_in(MicroKernel::Portable)[0];
 
-    // The repairs run with the built-in tiles, unless the caller names some.
+    // The repairs run with built-in tiles that take little workgroup memory, unless the caller names some.
+    let Tiling::Portable(tiles) = built_in_portable.0 else { panic!() };
+    let slim = Tiling::Portable(Tiles { chunk: 4, slab: 8, ..tiles });
     let own = |tiles: &[Tiling], micro_kernel| {
         let tiles: Vec<_> = tiles.iter().map(|tiling| (Kernel::Forward, *tiling)).collect();
         plan(device, &Preference { tiles: &tiles, micro_kernel, ..Preference::default() })
@@ -113,7 +115,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let repaired = |tiling, origin| vec![(tiling, origin, repairs)];
     let [first, second] = own(&[cooperative], MicroKernel::Auto).unwrap()[..] else { panic!() };
     assert_eq!(first, (cooperative, caller, None));
-    assert_eq!(vec![second], repaired(built_in_portable.0, TilesOrigin::BuiltIn));
+    assert_eq!(vec![second], repaired(slim, TilesOrigin::BuiltIn));
     let both = own(&[cooperative, portable], MicroKernel::Auto).unwrap();
     assert_eq!(both, [vec![(cooperative, caller, None)], repaired(portable, caller)].concat());
     assert_eq!(own(&[portable, cooperative], MicroKernel::Auto).unwrap(), [(portable, caller, None)]);

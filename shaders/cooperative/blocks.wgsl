@@ -40,6 +40,12 @@ var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * side * w
 // What the columns' lse and delta add.
 var<workgroup> statistics: array<vec4<f32>, {{ stages * tile_columns // 2 }}>;
 {% endif %}
+{% if mask and rows_are_keys %}
+// The mask's words of the columns, for 32 of the tile's rows each.
+const MASK_WORDS: u32 = {{ mask_words }}u;
+var<workgroup> mask_stage: array<vec4<u32>, {{ stages * mask_words * tile_columns // 4 }}>;
+{% endif %}
+
 // By the bits: compilers may take for granted that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
@@ -121,7 +127,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endmacro -%}
 
 {#- What was loaded as halves, times `factor`. -#}
-{%- macro halves(x, factor) %}{% if dtype == "f16" and factor == "1.0" %}{{ x }}{% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
+{%- macro halves(x, factor) %}{% if dtype == "f16" and factor == "1.0" %}halves4({{ x }}){% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
 
 {#- A thread's share of a staged tile, as it was loaded; `put` makes halves of it, and leaves them in workgroup memory, when
     it has arrived. -#}
@@ -165,33 +171,62 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- Before the first tile: the scale of scores in powers of two; and, where there is one range of tiles, the first is on its way:
     `put_columns` follows when other operands are, too. -#}
 {%- macro begin_columns() %}
-  // Never zero, so that hidden scores stay hidden.
-{% if modified %}
-  let scale = LOG2_E;
+{% if softcap %}
+  // Twice what the hyperbolic tangent is taken of, in powers of two, and what it is multiplied with.
+  let scale = 2.0 * params.scale / params.softcap * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }};
+  let cap = params.softcap * LOG2_E;
+{% elif modified %}
+  let scale = params.scale * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }};
 {% else %}
+  // Never zero, so that hidden scores stay hidden.
   let scale = max(params.scale_size * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }}, 1e-25);
 {% endif %}
   var stage = 0u;
 {% for b in staged %}
 {{ shares(b) }}
 {% endfor %}
+{% if mask %}
+{% for n in range(mask_shares) %}
+  var mask_share_{{ n }} = 0u;
+{% endfor %}
+{% endif %}
 {% if rows_are_keys %}
 {% for n in range(statistic_shares) %}
   var statistic_share_{{ n }} = vec2<f32>();
 {% endfor %}
 {% else %}
   {
-{{ fetch_columns(("first_tile" if mask else "tiles.first") ~ " * TILE_COLUMNS") }}
+{{ fetch_columns("first_column(tiles, " ~ ("first_tile" if mask else "tiles.first") ~ ")") }}
   }
 {% endif %}
 {% endmacro -%}
 
 {%- macro if_statistic(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
 
+{#- A thread's share of the mask: where rows are queries, the word of each of its rows; else of the staged words. -#}
+{%- macro if_mask_share(n) %}{% if rows_are_keys and (n + 1) * threads > mask_words * tile_columns %}if (thread < {{ mask_words * tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
+
+{%- macro fetch_mask(column) %}
+{% for n in range(mask_shares) %}
+{% if rows_are_keys %}
+    {{ if_mask_share(n) }}{
+      let item = thread + {{ n * threads }}u;
+      mask_share_{{ n }} = mask_bits[mask_base + min({{ column }} + item % TILE_COLUMNS, last_column) * params.mask_bits.seq
+        + min(row0 / 32u + item / TILE_COLUMNS, ({{ bounds }}.seq_k - 1u) / 32u)];
+    }
+{% else %}
+    mask_share_{{ n }} = mask_bits[mask_base + min(row_{{ n }}, {{ bounds }}.seq_q - 1u) * params.mask_bits.seq + min({{ column }}, last_column) / 32u];
+{% endif %}
+{% endfor %}
+{% endmacro -%}
+
 {%- macro fetch_columns(column) %}
 {% for b in staged %}
 {{ fetch(b, column) }}
 {% endfor %}
+{% if mask %}
+{{ fetch_mask(column) }}
+{% endif %}
 {% if rows_are_keys %}
 {% for n in range(statistic_shares) %}
     {{ if_statistic(n) }}{ statistic_share_{{ n }} = row_terms[terms_base + min({{ column }} + thread + {{ n * threads }}u, last_column)]; }
@@ -203,12 +238,20 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for b in staged %}
 {{ put(b, "stage") }}
 {% endfor %}
+{% if mask and rows_are_keys %}
+{% for n in range(mask_shares) %}
+    {{ if_mask_share(n) }}{
+      let item = thread + {{ n * threads }}u;
+      mask_stage[(stage * MASK_WORDS + item / TILE_COLUMNS) * {{ tile_columns // 4 }}u + item % TILE_COLUMNS / 4u][item % 4u] = mask_share_{{ n }};
+    }
+{% endfor %}
+{% endif %}
 {% if rows_are_keys %}
 {% for n in range(statistic_shares) %}
     {{ if_statistic(n) }}{
       let item = thread + {{ n * threads }}u;
       let at = stage * {{ tile_columns // 2 }}u + item / 4u;
-      statistics[at][item % 4u] = {{ "-" if modified else "15.0 - " }}statistic_share_{{ n }}.x{{ " * LOG2_E" if not modified }};
+      statistics[at][item % 4u] = 15.0 - statistic_share_{{ n }}.x * LOG2_E;
       statistics[at + {{ tile_columns // 4 }}u][item % 4u] = -statistic_share_{{ n }}.y * v_bound * d_o_range * {{ 1 / 32768 }};
     }
 {% endfor %}
@@ -226,7 +269,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- The next tile has until the end of this one. -#}
 {%- macro fetch_next() %}
-    let next = ({{ following }}) * TILE_COLUMNS;
+{% if mask and not rows_are_keys %}
+{% for r in range(row_fragments) %}
+    let mask_{{ r }} = mask_share_{{ r }} >> (column0 % 32u);
+{% endfor %}
+{% endif %}
+    let next = {% set next_tile = "upcoming.tile" if mask else following %}{% if rows_are_keys %}({{ next_tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ next_tile }}){% endif %};
 {{ fetch_columns("next") }}
 {% endmacro -%}
 
@@ -249,7 +297,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var delta_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) {
     let terms = row_terms[terms_base + row_{{ r }}];
-    shift_{{ r }} = terms.x{{ " * LOG2_E" if not modified }};
+    shift_{{ r }} = terms.x * LOG2_E;
     delta_{{ r }} = terms.y * v_bound * d_o_range;
   }
 {% endfor %}
@@ -290,54 +338,95 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ sync() }}
 {% endmacro -%}
 
-{#- Which of the columns of a lane's n-th quad its r-th row sees. -#}
-{%- macro visible(r, n) %}{% if hides %}seen_{{ r }}_{{ n }}{% else %}visible4(row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endmacro -%}
-
-{#- exp of scores less a row's shift. Scores that were formed beforehand may be large, and so may their shift: the difference comes
-    before the change to powers of two. -#}
-{%- macro exponential(x, shift) %}{% if modified %}exp2(({{ x }} - vec4<f32>({{ shift }})) * scale){% else %}exp2(fma({{ x }}, vec4<f32>(scale), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
-
-{#- Makes scores of products that were taken, and finds out which pairs are visible, where that is more than the scale and the
-    band. -#}
-{%- macro make_scores(x, r) %}
-{% if hides %}
-{% for n in range(lane_quads) %}
-    var seen_{{ r }}_{{ n }} = vec4<bool>(true);
-    if (masked) { seen_{{ r }}_{{ n }} = sees4(row_{{ r }}, {{ quad_column(n) }}); }
-{% endfor %}
-{% endif %}
-{% if modified %}
-{% for n in range(lane_quads) %}
-{% if softcap %}
-    let capped_{{ r }}_{{ n }} = tanh4({{ x }}_{{ r }}_{{ n }} * {{ inverse("q") }} * {{ inverse("k") }} * params.scale / params.softcap);
-    {{ x }}_{{ r }}_{{ n }} = capped_{{ r }}_{{ n }}.value * params.softcap;
-{% else %}
-    {{ x }}_{{ r }}_{{ n }} *= {{ inverse("q") }} * {{ inverse("k") }} * params.scale;
-{% endif %}
-{% if alibi or bias %}
-    {{ x }}_{{ r }}_{{ n }} = score4({{ x }}_{{ r }}_{{ n }}, row_{{ r }}, {{ quad_column(n) }});
-{% endif %}
-{% endfor %}
-{% endif %}
+{#- Which of the columns of a lane's n-th quad its r-th row sees, by the band and by the mask. -#}
+{%- macro visible(r, n) %}visible4(row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
+{%- macro shown(r, n) %}
+{%- if rows_are_keys -%}
+((mask_stage[(stage * MASK_WORDS + row_{{ r }} / 32u - row0 / 32u) * {{ tile_columns // 4 }}u + {{ n * lanes // side }}u + part] >> vec4<u32>(row_{{ r }} % 32u)) & vec4<u32>(1u)) != vec4<u32>()
+{%- elif 32 % tile_columns == 0 -%}
+(vec4<u32>(mask_{{ r }} >> (4u * ({{ n * lanes // side }}u + part))) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>()
+{%- else -%}
+mask4(row_{{ r }}, {{ quad_column(n) }})
+{%- endif -%}
 {% endmacro -%}
 
-{#- From the gradients by scores to those by products times the scale. What is 0 stays so: the derivative of a hidden pair may be
-    NaN. -#}
-{%- macro uncap(d_s) %}
-{% if softcap %}
+{#- `value` instead of what is hidden, whatever was computed there. What happens rarely is a loop that runs once, not an if:
+    NVIDIA's compiler leaves the registers of fragments where they are. -#}
+{%- macro hide(x, value) %}
+{% for when in ["masked"] + (["mixed"] if mask else []) %}
+    var hide_{{ when }}_{{ x }} = {{ when }};
+    loop {
+      if (!hide_{{ when }}_{{ x }}) { break; }
+      hide_{{ when }}_{{ x }} = false;
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    {{ d_s }}_{{ r }}_{{ n }} = select({{ d_s }}_{{ r }}_{{ n }} * capped_{{ r }}_{{ n }}.derivative, vec4<f32>(), {{ d_s }}_{{ r }}_{{ n }} == vec4<f32>());
-{% endfor %}{% endfor %}
-{% endif %}
-{% endmacro -%}
-
-{#- Zero where hidden, whatever was computed there. -#}
-{%- macro hide(x) %}
-    if (masked) {
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ x }}_{{ r }}_{{ n }}, {{ visible(r, n) }});
+      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {{ visible(r, n) if when == "masked" else shown(r, n) }});
 {% endfor %}{% endfor %}
     }
+{% endfor %}
+{% endmacro -%}
+
+{#- exp of scores less a row's shift, in powers of two both. -#}
+{%- macro exponential(x, shift) %}{% if modified %}exp2({{ x }} - vec4<f32>({{ shift }})){% else %}exp2(fma({{ x }}, vec4<f32>(scale), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
+
+{#- Where ALiBi's distances of a tile have one sign, and what they are multiplied with. Elsewhere, and where the band leaves both
+    signs visible, `make_scores` mends those of the other. -#}
+{%- macro begin_scores() %}
+{% if alibi %}
+    let slope2 = slope * LOG2_E;
+{% if rows_are_keys %}
+    let before = i32(min(column0 + TILE_COLUMNS, column_limit)) - 1 + {{ bounds }}.offset <= i32(row0);
+    let crosses = !before && i32(column0) + {{ bounds }}.offset < i32(row_end) - 1 && {{ bounds }}.upper > {{ bounds }}.offset;
+{% else %}
+    let before = i32(column0) >= i32(row_end) - 1 + {{ bounds }}.offset;
+    let crosses = !before && i32(column0 + TILE_COLUMNS) - 1 > i32(row0) + {{ bounds }}.offset && {{ bounds }}.upper > {{ bounds }}.offset;
+{% endif %}
+    // The query comes before the key: p - j is negative.
+    let lean = select(slope2, -slope2, before);
+    let leans = vec4<f32>(0.0, 1.0, 2.0, 3.0) * {{ "-lean" if rows_are_keys else "lean" }};
+{% endif %}
+{% endmacro -%}
+
+{#- j - p of the first column of a lane's n-th quad. -#}
+{%- macro ahead(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - {{ bounds }}.offset){% endmacro -%}
+
+{#- Makes scores of products that were taken, where they are more than products times the scale; in powers of two. Of softcap
+    also the derivative, where `derivative` names it. -#}
+{%- macro make_scores(x, derivative) %}
+{% if modified %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+{% set name = x ~ "_" ~ r ~ "_" ~ n %}
+{% if softcap %}
+    // tanh by 1 - 2 e / (1 + e), e = exp(-2 |x|): relative to the cap as exact as it need be, at both ends, too.
+    let scaled_{{ name }} = {{ name }} * scale;
+    let e_{{ name }} = exp2(-abs(scaled_{{ name }}));
+    let rest_{{ name }} = 2.0 * e_{{ name }} / (1.0 + e_{{ name }});
+    {{ name }} = sign4(cap - cap * rest_{{ name }}, scaled_{{ name }});
+{% if derivative %}
+    let {{ derivative }}_{{ r }}_{{ n }} = rest_{{ name }} * (2.0 - rest_{{ name }});
+{% endif %}
+{% if alibi %}
+    {{ name }} += vec4<f32>(lean * {{ ahead(r, n) }}) + leans;
+{% endif %}
+{% elif alibi %}
+    {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(lean * {{ ahead(r, n) }}) + leans);
+{% else %}
+    {{ name }} *= scale;
+{% endif %}
+{% if bias %}
+    {{ name }} = biased4({{ name }}, bias4(row_{{ r }}, {{ quad_column(n) }}));
+{% endif %}
+{% endfor %}{% endfor %}
+{% if alibi %}
+    var mend_{{ x }} = crosses;
+    loop {
+      if (!mend_{{ x }}) { break; }
+      mend_{{ x }} = false;
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+      {{ x }}_{{ r }}_{{ n }} -= 2.0 * slope2 * max(vec4<f32>({{ ahead(r, n) }}) {{ "-" if rows_are_keys else "+" }} vec4<f32>(0.0, 1.0, 2.0, 3.0), vec4<f32>());
+{% endfor %}{% endfor %}
+    }
+{% endif %}
+{% endif %}
 {% endmacro -%}
 
 {#- Leaves what was taken and changed as weights for `accumulate`, and waits for it. -#}

@@ -25,17 +25,24 @@
 
 {#- Leaves p as weights, up to 2^15: that is within the range of halves, and a small p is not rounded away. -#}
 {%- macro probabilities() %}
+{{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
 {{ blocks.take("x", r) }}
-{{ blocks.make_scores("x", r) }}
 {% endfor %}
+{{ blocks.make_scores("x", "derivative") }}
     let statistic_at = stage * {{ tile_columns // 2 }}u + part;
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    var p_{{ r }}_{{ n }} = {% if modified %}exp2(fma(x_{{ r }}_{{ n }} + {{ blocks.statistic(n, 0) }}, vec4<f32>(scale), vec4<f32>(15.0))){% else %}exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }})){% endif %};
+    var p_{{ r }}_{{ n }} = exp2({% if modified %}x_{{ r }}_{{ n }} + {{ blocks.statistic(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }}){% endif %});
 {% endfor %}{% endfor %}
-{{ blocks.hide("p") }}
+{{ blocks.hide("p", "0.0") }}
 {{ blocks.keep_weights("p") }}
+{% if softcap %}
+    // What d_s needs of p.
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    p_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
+{% endfor %}{% endfor %}
+{% endif %}
 {% endmacro -%}
 
 {%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o", "stage") }}{% endmacro -%}
@@ -50,11 +57,9 @@
 {{ blocks.park("d_p", r) }}
 {{ blocks.take("y", r) }}
 {% for n in range(lane_quads) %}
-    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), {{ blocks.statistic(n, 1) }});
+    let d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), {{ blocks.statistic(n, 1) }});
 {% endfor %}
 {% endfor %}
-{{ blocks.hide("d_s") }}
-{{ blocks.uncap("d_s") }}
 {{ blocks.keep_weights("d_s") }}
 {% endmacro -%}
 

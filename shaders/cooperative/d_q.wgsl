@@ -30,11 +30,12 @@
 
 {#- Leaves d_s = p (d_p - delta) as weights, within the range of halves. -#}
 {%- macro score_gradients() %}
+{{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
 {{ blocks.take("x", r) }}
-{{ blocks.make_scores("x", r) }}
 {% endfor %}
+{{ blocks.make_scores("x", "derivative") }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("d_p", r) }}
 {{ blocks.take("y", r) }}
@@ -44,7 +45,7 @@
     var d_s_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), vec4<f32>(-delta_{{ r }}));
 {% endfor %}
 {% endfor %}
-{{ blocks.hide("d_s") }}
+{{ blocks.hide("d_s", "0.0") }}
 {% if moments %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     {
@@ -53,7 +54,11 @@
     }
 {% endfor %}{% endfor %}
 {% endif %}
-{{ blocks.uncap("d_s") }}
+{% if softcap %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
+{% endfor %}{% endfor %}
+{% endif %}
 {{ blocks.keep_weights("d_s") }}
 {% endmacro -%}
 

@@ -11,7 +11,7 @@
 {% for r in range(row_fragments) %}
   var sum_{{ r }} = 0.0;
   var shift_{{ r }} = 0.0;
-  if (row_{{ r }} < row_limit) { shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]){{ " * LOG2_E" if not modified }}; }
+  if (row_{{ r }} < row_limit) { shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]) * LOG2_E; }
 {% endfor %}
 {{ blocks.put_columns() }}
 {% endmacro -%}
@@ -27,17 +27,20 @@
 
 {#- Sums p d_p. -#}
 {%- macro accumulate() %}
+{{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
 {{ blocks.take("x", r) }}
-{{ blocks.make_scores("x", r) }}
+{% endfor %}
+{{ blocks.make_scores("x", "") }}
+{% for r in range(row_fragments) %}
 {{ blocks.park("d_p", r) }}
 {{ blocks.take("y", r) }}
 {% for n in range(lane_quads) %}
     var p_d_p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }} * y_{{ r }}_{{ n }};
 {% endfor %}
 {% endfor %}
-{{ blocks.hide("p_d_p") }}
+{{ blocks.hide("p_d_p", "0.0") }}
 {% for r in range(row_fragments) %}
     {
       var total = p_d_p_{{ r }}_0;

@@ -5,8 +5,8 @@
 {{ blocks.declare() }}
 // Below every product of halves that were scaled to their range, and far from where f32 ends.
 const HIDDEN: f32 = -1e30;
-// The maximum of a row may stay behind by so much, within f16, before its output is rescaled; in powers of two{{ ", or rather of e" if modified }}.
-const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
+// The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
+const SLACK: f32 = 8.0;
 {% endmacro -%}
 
 {%- macro begin() %}
@@ -38,12 +38,10 @@ const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
 {% endmacro -%}
 
 {#- Online softmax. The maximum of a row follows only when it has grown by more than SLACK: then, rarely, the output is
-    rescaled, through the strip.
-
-    What happens rarely is a loop that runs once, not an if: NVIDIA's compiler leaves the registers of fragments where they are.
-    Where nearly all registers are taken, it is better still to hide scores while they are in the strip. -#}
+    rescaled, through the strip. Where nearly all registers are taken, scores are better hidden while they are in the strip. -#}
 {%- macro softmax() %}
-{% set in_strips = registers > 200 and not (modified or hides) %}
+{% set in_strips = registers > 200 and not (modified or mask) %}
+{{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
 {% if in_strips %}
@@ -57,17 +55,10 @@ const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
     }
 {% endif %}
 {{ blocks.take("x", r) }}
-{{ blocks.make_scores("x", r) }}
 {% endfor %}
+{{ blocks.make_scores("x", "") }}
 {% if not in_strips %}
-    var hiding = masked;
-    loop {
-      if (!hiding) { break; }
-      hiding = false;
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-      x_{{ r }}_{{ n }} = select(vec4<f32>(hidden), x_{{ r }}_{{ n }}, {{ blocks.visible(r, n) }});
-{% endfor %}{% endfor %}
-    }
+{{ blocks.hide("x", "hidden") }}
 {% endif %}
     loop {
       if (!subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}))) { break; }
@@ -85,7 +76,7 @@ const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
           limit_{{ r }} = most + slack;
         }
       }
-      let rescale_{{ r }} = exp2((before_{{ r }} - most_{{ r }}){{ " * scale" if modified }});
+      let rescale_{{ r }} = exp2(before_{{ r }} - most_{{ r }});
       sum_{{ r }} *= rescale_{{ r }};
 {% endfor %}
       // Nothing to rescale yet.
@@ -120,7 +111,10 @@ const SLACK: f32 = {{ "5.5" if modified else "8.0" }};
 {%- macro finish() %}
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
-  let end_{{ r }} = finish_row(most_{{ r }}{% if not modified %} / scale * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}{% endif %}, sum_{{ r }}, work.head);
+{% if bias %}
+  broken = broken || (row_{{ r }} < row_limit && sum_{{ r }} > 0.0 && most_{{ r }} <= LOWEST);
+{% endif %}
+  let end_{{ r }} = finish_row(most_{{ r }} / {% if modified %}LOG2_E{% else %}scale * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}{% endif %}, sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor * {{ blocks.inverse("v") }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = {% if lengths %}select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < here.seq_q){% else %}end_{{ r }}.lse{% endif %}; }
 {% endfor %}

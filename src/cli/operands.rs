@@ -54,15 +54,20 @@ impl GpuOperands {
             };
             let each_head = || one(DType::F32, [1, 1, 1, problem.shape().heads]);
             let bias_dtype = problem.options().bias_dtype;
-            // A byte of random numbers is 0 once in a few hundred.
-            let mask = |shape: [usize; 4]| one(DType::F32, [1, 1, 1, shape.iter().product::<usize>().div_ceil(4)]);
+            let written = |bytes: &[u8]| {
+                let size = bytes.len() as u64;
+                let target = buffer(device, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST);
+                device.queue().write_buffer(&target, 0, bytes);
+                target
+            };
+            let mask = |_| written(&mask_of(problem, &mut StdRng::seed_from_u64(0)));
             let [batch, heads, seq] = problem.lse_shape();
             GpuOperands {
                 q,
                 k,
                 v,
                 sink_logits: per_head.then(each_head),
-                alibi_slopes: problem.options().alibi.then(each_head),
+                alibi_slopes: problem.options().alibi.then(|| written(bytemuck::cast_slice(&slopes(problem)))),
                 bias: problem.bias_shape().map(|shape| one(bias_dtype, shape)),
                 mask: problem.mask_shape().map(mask),
                 o: result(device, dtype, problem.o_shape()),
@@ -198,11 +203,13 @@ impl<T: Element> HostOperands<T> {
         let mut rng = StdRng::seed_from_u64(0);
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
         let sink_logits = per_head.then(|| random(&mut rng, problem.shape().heads));
-        let alibi_slopes = problem.options().alibi.then(|| random(&mut rng, problem.shape().heads));
+        let alibi_slopes = problem.options().alibi.then(|| slopes(problem));
         let bias = problem.bias_shape().map(|shape| T::narrow(random(&mut rng, shape.iter().product())));
-        let mask = problem
-            .mask_shape()
-            .map(|shape| (0..shape.iter().product()).map(|_| u8::from(rng.random_range(0..256) > 0)).collect());
+        let mask = problem.mask_shape().map(|shape| {
+            let mut mask = mask_of(problem, &mut rng);
+            mask.truncate(shape.iter().product());
+            mask
+        });
         let mut filled = |shape: [usize; 4]| T::narrow(random(&mut rng, shape.iter().product()));
         HostOperands {
             q: filled(problem.q_shape()),
@@ -220,6 +227,26 @@ impl<T: Element> HostOperands<T> {
         let inputs = inputs.alibi_slopes(self.alibi_slopes.as_deref()).bias(self.bias.as_deref().map(Bias::Operand));
         inputs.mask(self.mask.as_deref().map(MaskData::Bytes))
     }
+}
+
+/// The slopes of ALiBi's authors for so many heads: 2^(-8 h / H), h from 1 (Press et al., arXiv:2108.12409).
+fn slopes(problem: &Problem) -> Vec<f32> {
+    let heads = problem.shape().heads;
+    (1..=heads).map(|h| (-8.0 * h as f32 / heads as f32).exp2()).collect()
+}
+
+/// A boolean mask in bytes, in whole words: causal where the problem is not, else one that hides one pair in 256.
+fn mask_of(problem: &Problem, rng: &mut StdRng) -> Vec<u8> {
+    let Some(shape @ [.., keys]) = problem.mask_shape() else { return Vec::new() };
+    let (rows, total) = (shape[2], shape.iter().product::<usize>());
+    let causal = problem.options().causal;
+    let shows = |at: usize, rng: &mut StdRng| match causal {
+        true => rng.random_range(0..256) > 0,
+        false => at % keys <= at / keys % rows + keys.saturating_sub(rows),
+    };
+    let mut mask: Vec<u8> = (0..total).map(|at| u8::from(shows(at, rng))).collect();
+    mask.resize(total.next_multiple_of(4), 1);
+    mask
 }
 
 fn random(rng: &mut StdRng, elements: usize) -> Vec<f32> {

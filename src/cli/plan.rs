@@ -362,7 +362,7 @@ impl Explanation {
         launches: Vec<Launch>,
     ) -> Self {
         let shape = problem.shape();
-        let visible_pairs = problem.sequences().next().unwrap().band.visible_pairs();
+        let visible_pairs = problem.sequences().next().map_or(0, |sequence| sequence.band.visible_pairs());
         let operands: Vec<_> =
             operands.into_iter().map(|(name, n, dtype)| Operand { name, bytes: size(n, dtype) }).collect();
         Explanation {
@@ -421,7 +421,7 @@ impl Launch {
         Launch {
             kernel: variant.name(),
             vec4: (variant.value_dim > 0).then_some(variant.vec4),
-            tiles: variant.tile().map(|tile| Tiles::new(problem, pass, tile)),
+            tiles: variant.tile().and_then(|tile| Tiles::new(problem, pass, tile)),
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
             threads: variant.threads(),
@@ -434,9 +434,9 @@ impl Launch {
 }
 
 impl Tiles {
-    fn new(problem: &Problem, pass: &Pass, tile: [u32; 2]) -> Self {
+    fn new(problem: &Problem, pass: &Pass, tile: [u32; 2]) -> Option<Self> {
         let variant = &pass.variant;
-        let (shape, mask) = (problem.shape(), problem.sequences().next().unwrap().band);
+        let (shape, mask) = (problem.shape(), problem.sequences().next()?.band);
         let rows_are_keys = variant.kernel == Kernel::DKv;
         let [seq_rows, seq_columns] =
             if rows_are_keys { [shape.seq_k, shape.seq_q] } else { [shape.seq_q, shape.seq_k] };
@@ -452,7 +452,7 @@ impl Tiles {
                 masked += (count - mask.full_tiles(&range, columns)) as u64;
             }
         }
-        Tiles {
+        Some(Tiles {
             shape: variant.tiling.map_or(String::new(), |tiling| tiling.to_string()),
             origin: pass.tiles_origin.to_string(),
             rows: tile[0],
@@ -461,7 +461,7 @@ impl Tiles {
             all: seq_rows.div_ceil(rows) as u64 * seq_columns.div_ceil(columns) as u64,
             visited,
             masked: (!rows_are_keys).then_some(masked),
-        }
+        })
     }
 }
 

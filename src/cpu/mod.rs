@@ -1,6 +1,7 @@
 //! Attention on the CPU: the definition, and a fast path for machines without a GPU.
 
 mod backward;
+mod merge;
 mod range;
 pub mod reference;
 mod rows;
@@ -10,4 +11,5 @@ mod tiled;
 
 pub use crate::cache::cpu::KvCache;
 pub use backward::backward;
+pub use merge::{finish, merge};
 pub use tiled::forward;

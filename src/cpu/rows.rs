@@ -73,14 +73,19 @@ pub(super) fn rows_mut(
     seq: usize,
     width: usize,
 ) -> impl Iterator<Item = ([usize; 3], &mut [f32])> {
-    data.chunks_exact_mut(width).enumerate().map(move |(n, row)| {
+    let place = rows(layout, heads, seq);
+    data.chunks_exact_mut(width).enumerate().map(move |(n, row)| (place(n), row))
+}
+
+/// Batch, head and position of a row, by its number in the order of memory.
+pub(super) fn rows(layout: Layout, heads: usize, seq: usize) -> impl Fn(usize) -> [usize; 3] {
+    move |n| {
         let (b, n) = (n / (heads * seq), n % (heads * seq));
-        let (h, i) = match layout {
-            Layout::Bshd | Layout::Thd => (n % heads, n / heads),
-            Layout::Bhsd => (n / seq, n % seq),
-        };
-        ([b, h, i], row)
-    })
+        match layout {
+            Layout::Bshd | Layout::Thd => [b, n % heads, n / heads],
+            Layout::Bhsd => [b, n / seq, n % seq],
+        }
+    }
 }
 
 /// Which sequence a row of an operand belongs to, and its place there.

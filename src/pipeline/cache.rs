@@ -91,7 +91,7 @@ fn unpack<'a>(file: &'a [u8], key: &str) -> Option<&'a [u8]> {
 }
 
 /// FNV-1a in 64 bits: against accidents, not against malice, which could write kernels too.
-fn checksum(data: &[u8]) -> u64 {
+pub(crate) fn checksum(data: &[u8]) -> u64 {
     data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 

@@ -190,8 +190,12 @@ enum With {
     Alibi,
     /// A bias for each pair of a query and a key, the same for every head, with its gradient
     Bias,
-    /// A boolean mask for each pair, the same for every head, of which one in 256 is hidden, so that no tile is passed over
+    /// A boolean mask for each pair, the same for every head, that is causal, in place of the causal option; TFLOP/s count what it
+    /// hides, too
     Mask,
+    /// A boolean mask for each pair, the same for every head, that hides one pair in 256, so that no tile is wholly hidden or
+    /// visible
+    Scattered,
     /// The batch's sequences one after the other (thd), in a list of lengths
     Lengths,
 }
@@ -222,7 +226,8 @@ impl Case {
             Some(With::Softcap) => options.softcap(30.0),
             Some(With::Alibi) => options.alibi(true),
             Some(With::Bias) => options.bias(pairs).bias_dtype(dtype),
-            Some(With::Mask) => options.mask(pairs),
+            Some(With::Mask) => options.causal(false).mask(pairs),
+            Some(With::Scattered) => options.mask(pairs),
             Some(With::Lengths) => {
                 let starts = |seq: usize| (0..=shape.batch).map(|n| (n * seq) as u32).collect::<Vec<_>>();
                 let (q, k) = (starts(shape.seq_q), starts(shape.seq_k));

@@ -1,0 +1,13 @@
+{#- Opens `main` of a kernel whose workgroups are numbered along both axes of the grid. -#}
+@compute @workgroup_size({{ threads }})
+fn main(
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+  @builtin(num_workgroups) grid: vec3<u32>,
+  @builtin(local_invocation_index) thread: u32,
+{% if cooperative %}
+  @builtin(subgroup_id) subgroup: u32,
+  @builtin(subgroup_invocation_id) lane: u32,
+{% endif %}
+) {
+  let index = workgroup.x + workgroup.y * grid.x;
+  if (index >= params.workgroups) { return; }

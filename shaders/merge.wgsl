@@ -1,0 +1,88 @@
+{#- Merges the partial states of rows, in their order, with the sink logit where this is the last merge:
+
+      lse = log(sum_n exp(lse_n) + exp(sink)),   o = sum_n exp(lse_n - lse) o_n
+
+    The states are told apart along the batch axis, and the keys of the problem count them. -#}
+{% include "params.wgsl" %}
+{% include "operands.wgsl" %}
+{% include "exp.wgsl" %}
+{% include "softmax.wgsl" %}
+
+const ROWS: u32 = {{ delta_rows }}u;
+// Threads that share a row.
+const LANES: u32 = {{ lanes }}u;
+
+// Equal terms give exp(0), even where both are infinite.
+fn exp_below(x: f32, top: f32) -> f32 {
+  return select(exp1(x - top), 1.0, x == top);
+}
+
+{% include "main.wgsl" %}
+  let tile = params.region_tile + index % params.region_tiles;
+  let place = index / params.region_tiles;
+  let batch = params.region_batch + place / params.region_heads;
+  let head = params.region_head + place % params.region_heads;
+  let row = tile * ROWS + thread / LANES;
+  if (row >= params.seq_q) { return; }
+  let lane = thread % LANES;
+  let states = params.seq_k;
+
+  let lse_base = operand_base(params.states_lse, batch, head) + row;
+  let lse_step = params.batch * params.states_lse.batch;
+{% if sinks == "none" %}
+  var top = params.negative_infinity;
+{% else %}
+  var sink = {{ "sink_logits[params.sink_offset + head]" if sinks == "per_head" else "0.0" }};
+{% if lengths %}
+  // A row beyond the end of a padded sequence is none.
+  if (row >= sequences[batch * {{ sequence_words }}u + 3u]) { sink = params.negative_infinity; }
+{% endif %}
+  var top = sink;
+{% endif %}
+  for (var n = 0u; n < states; n += 1u) { top = max(top, states_lse[lse_base + n * lse_step]); }
+  var total = 0.0;
+  for (var n = 0u; n < states; n += 1u) {
+    let state_lse = states_lse[lse_base + n * lse_step];
+    // What has seen nothing has no part in it, whatever its o holds. NaN has: it equals nothing, and differs from nothing
+    // either.
+    if (state_lse == params.negative_infinity) { continue; }
+    total += exp_below(state_lse, top);
+  }
+{% if sinks != "none" %}
+  total += select(exp_below(sink, top), 0.0, sink == params.negative_infinity);
+{% endif %}
+
+  let states_base = operand_base(params.states, batch, head) + row * params.states.seq;
+  let states_step = params.batch * params.states.batch;
+  let o_base = operand_base(params.o, batch, head) + row * params.o.seq;
+{% if o_rest %}
+  let rest_base = operand_base(params.states_rest, batch, head) + row * params.states_rest.seq;
+  let rest_step = params.batch * params.states_rest.batch;
+  let o_rest_base = operand_base(params.o_rest, batch, head) + row * params.o_rest.seq;
+{% endif %}
+  for (var quad = lane; quad < {{ operand_quads.o }}u; quad += LANES) {
+    var sum = vec4<f32>();
+    for (var n = 0u; n < states; n += 1u) {
+      let state_lse = states_lse[lse_base + n * lse_step];
+      if (state_lse == params.negative_infinity) { continue; }
+      // By the whole before it is multiplied: weights add up to 1, and nothing overflows.
+      let weight = exp_below(state_lse, top) / total;
+{% if o_rest %}
+      let rest = load_states_rest(rest_base + n * rest_step, quad);
+      let x = whole4(load_states(states_base + n * states_step, quad), rest);
+{% else %}
+      let x = load_states(states_base + n * states_step, quad);
+{% endif %}
+      sum = fma(vec4<f32>(weight), x, sum);
+    }
+    store_o(o_base, quad, sum);
+{% if o_rest %}
+    store_o_rest(o_rest_base, quad, sum);
+{% endif %}
+  }
+  if (lane == 0u) {
+    // Nothing, or the sum of terms of which the largest is 1.
+    let whole = select(top + natural_log(total), params.negative_infinity, total == 0.0);
+    lse[operand_base(params.lse, batch, head) + row] = whole;
+  }
+}
