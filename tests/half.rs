@@ -11,8 +11,8 @@ use common::views::run_at;
 use sink_attention::half::{bf16, f16};
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
-    Capabilities, DType, Element, Error, ForwardBuffers, Inputs, Kernel, Layout, Options, Output, Pass, Plan, Problem,
-    SinkLogits, TensorView, Tiles, Tiling, Upstream, Window,
+    Capabilities, DType, Element, Error, ForwardBuffers, Inputs, Kernel, Layout, MicroKernel, OptionalOperands,
+    Options, Output, Pass, Plan, Preference, Problem, SinkLogits, TensorView, Tiles, Tiling, Upstream, Window,
 };
 
 /// A test for both types.
@@ -80,7 +80,10 @@ fn tiles_of_the_exact_delta() {
     for device in Capabilities::samples() {
         for seq in [1, 33, 65] {
             let problem = problem([1, 2, 1], [seq, seq], [20, 33], options);
-            let planned = Plan::backward(&problem, false, true, &device).unwrap().passes[0].variant;
+            let portable = Preference { micro_kernel: MicroKernel::Portable, ..Preference::default() };
+            let optional = OptionalOperands { d_lse: true, ..OptionalOperands::default() };
+            let plan = Plan::backward_with(&problem, false, optional, &device, &portable);
+            let planned = plan.unwrap().passes[0].variant;
             assert_eq!(planned.kernel, Kernel::ExactDelta);
             all.extend(planned.tiling.filter(|tiles| !all.contains(tiles)));
         }

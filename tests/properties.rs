@@ -394,7 +394,7 @@ fn the_cpu_agrees_with_the_definition() {
 #[test]
 fn the_gpu_agrees_with_the_definition() {
     if let Some(gpu) = common::gpu() {
-        check(14, plain(90), |plain| agrees_in_its_type(gpu, &plain));
+        check(9, plain(90), |plain| agrees_in_its_type(gpu, &plain));
     }
 }
 
