@@ -223,7 +223,37 @@ fn bench_of_sizes_that_do_not_fit() {
 }
 
 #[test]
+fn bench_of_decoding() {
+    if common::gpu().is_none() {
+        return;
+    }
+    let report = small("gpu", &["--decode", "--dtype", "f16", "--batch", "2", "--page-size", "32"]);
+    let rows = report["rows"].as_array().unwrap();
+    let kinds: Vec<_> = rows.iter().map(|row| row["cache"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["contiguous", "pages of 32"]);
+    for row in rows {
+        let us = number(&row["decode"], "median_us");
+        assert!(us > 0.0 && number(&row["step"], "min_us") > 0.0 && number(&row["append"], "max_us") > 0.0, "{row}");
+        let bytes = f64::from(2 * 48 * (16 + 16) * 2);
+        assert!((number(row, "gb_per_s") / (bytes / us * 1e-3) - 1.0).abs() < 1e-9, "{row}");
+    }
+    let tiling = "32x4 rows 1, steps 2 by 1, splits 3";
+    let quantised = small("gpu", &["--decode", "--quantised", "--decode-tiling", tiling]);
+    assert_eq!(quantised["rows"][0]["dtype"], "f32 q8_0");
+    assert_eq!(quantised["rows"][0]["tiling"], tiling);
+    let stderr = fails(&["bench", "--decode", "--page-size", "24", "--heads", "2", "--kv-heads", "1", "--seq-k", "9"]);
+    assert!(stderr.contains("24; it must be a power of two"), "{stderr}");
+    let stderr = fails(&["bench", "--decode", "--seq-k", &usize::MAX.to_string()]);
+    assert!(stderr.contains("seq_k is 18446744073709551615"), "{stderr}");
+}
+
+#[test]
 fn bench_refuses() {
+    wrong_usage(&["bench", "--decode", "--full"], "cannot be used with");
+    wrong_usage(&["bench", "--page-size", "16"], "--decode");
+    wrong_usage(&["bench", "--decode", "--decode-tiling", "32x8"], "splits 330");
+    let stderr = fails(&["bench", "--decode", "--backend", "cpu"]);
+    assert!(stderr.contains("bench --decode needs a GPU"), "{stderr}");
     wrong_usage(&["bench", "--window", "0"], "at least the query's own key");
     wrong_usage(&["bench", "--full", "--causal"], "cannot be used with");
     wrong_usage(&["bench", "--full", "--window", "3"], "cannot be used with");

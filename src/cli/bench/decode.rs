@@ -7,8 +7,8 @@ use std::fmt;
 use serde::Serialize;
 use sink_attention::{
     AppendBuffers, Attention, CacheConfig, CacheKind, Clock, DType, Decode, DecodeBuffers, DecodeTiling, Device,
-    KvCache, Options, PreparedAppend, PreparedDecode, Quantisation, Rotary, RotaryPositions, RotaryStyle, Series,
-    SinkLogits, TensorView, Timer, Window, wgpu,
+    KvCache, Options, PreparedAppend, PreparedDecode, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle,
+    Series, Shape, SinkLogits, TensorView, Timer, Window, wgpu,
 };
 
 use super::super::operands::{filled, result};
@@ -154,7 +154,8 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
 impl Case<'_> {
     /// What a cache is filled with, and what is appended as steps and appends are measured.
     fn capacity(&self) -> usize {
-        self.seq_k + 2 * self.args.runs as usize * self.queries
+        let appended = (2 * self.args.runs as usize).saturating_mul(self.queries);
+        self.seq_k.saturating_add(appended)
     }
 
     fn config(&self, page_size: Option<usize>) -> CacheConfig {
@@ -214,8 +215,13 @@ impl Case<'_> {
         page_size: Option<usize>,
     ) -> Result<Row, Box<dyn Error>> {
         let config = self.config(page_size);
-        let mut cache = attention.create_cache(&config)?;
         let [head_dim, value_dim] = self.widths;
+        // Wrong numbers are told before anything is computed from them.
+        let Case { batch, heads, kv_heads, queries, .. } = *self;
+        let seq_k = self.capacity();
+        let shape = Shape { batch, heads, kv_heads, seq_q: queries, seq_k, head_dim, value_dim };
+        Problem::new(shape, self.options())?;
+        let mut cache = attention.create_cache(&config)?;
         let chunk = CHUNK.min(self.seq_k);
         let tokens = self.batch * chunk.max(self.queries);
         let create = || {
