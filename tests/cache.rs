@@ -26,8 +26,7 @@ fn grows<T: Element>(config: CacheConfig, heads: usize, options: Options) {
         both.append(&tokens);
         both.check(&Decode::new(heads, options));
     }
-    both.check(&Decode::new(heads, options).queries(3));
-    both.check(&Decode::new(heads, options).sequences([2, 0]));
+    both.check(&Decode::new(heads, options).queries(3).sequences([2, 0]));
 }
 
 #[test]
