@@ -2,7 +2,7 @@
 
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Device, ForwardBuffers, Gradients, Output, Prepared, Problem, TensorView,
+    Attention, BackwardBuffers, Device, ForwardBuffers, Gradients, MicroKernel, Output, Prepared, Problem, TensorView,
 };
 
 use super::gpu;
@@ -21,7 +21,7 @@ pub fn gpu_with(edit: impl FnOnce(&mut wgpu::Limits)) -> Option<Attention> {
     let mut descriptor = sink_attention::device_descriptor(&adapter);
     edit(&mut descriptor.required_limits);
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    Some(Attention::on(Device::from_wgpu_on(&adapter, device, queue)))
+    Some(Attention::on(Device::from_wgpu_on(&adapter, device, queue)).with_micro_kernel(MicroKernel::Portable))
 }
 
 /// A buffer that holds `data`, for any use.

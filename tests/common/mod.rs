@@ -25,7 +25,7 @@ use sink_attention::{Attention, DeviceChoice, Error, MicroKernel};
 /// A device of its own on the adapter of [`gpu`].
 pub fn another_gpu() -> Option<Attention> {
     gpu()?;
-    Some(Attention::open(&choice()).expect("a device opened before"))
+    Some(Attention::open(&choice()).expect("a device opened before").with_micro_kernel(MicroKernel::Portable))
 }
 
 fn choice() -> DeviceChoice {
@@ -35,7 +35,9 @@ fn choice() -> DeviceChoice {
     }
 }
 
-/// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one; opened once per test binary.
+/// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one; opened once per test binary. With the portable
+/// micro-kernel, whatever the adapter has: the other one, whose gradients of sink logits have wider bounds, is
+/// [`cooperative`]'s.
 ///
 /// Without one, says so where it is seen, and fails where `SINK_ATTENTION_REQUIRE_GPU=1`: a machine
 /// that lost its driver must not look like one whose tests pass.
@@ -46,7 +48,7 @@ pub fn gpu() -> Option<&'static Attention> {
         match Attention::open(&choice) {
             Ok(attention) => {
                 assert!(attention.is_gpu(), "{choice:?} opened {}", attention.device_name());
-                Some(attention)
+                Some(attention.with_micro_kernel(MicroKernel::Portable))
             }
             Err(Error::NoAdapter) => None,
             Err(error) => panic!("{choice:?} does not open: {error}"),
