@@ -337,7 +337,7 @@ fn tiles_of_every_device() {
     let Some(gpu) = gpu() else { return };
     let own = gpu.device().unwrap().capabilities();
     let mut seen = Vec::new();
-    for width in [[64, 64], [20, 33]] {
+    for width in [[64, 64], [256, 256], [20, 33]] {
         let vec4 = width.iter().all(|w| w % 4 == 0);
         let ran = problem([1, 2, 1], [70, 90], width, some_hidden());
         let mut chosen: Vec<Vec<Tiling>> = vec![Vec::new(); TILED.len()];

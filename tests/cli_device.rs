@@ -242,7 +242,7 @@ fn wrong_usage_exits_with_2() {
 
 #[test]
 fn check_on_the_cpu() {
-    let (people, stderr) = succeeds(&["check", "--quick", "--backend", "cpu"]);
+    let (people, stderr) = succeeds(&["check", "--quick", "--backend", "cpu", "--dtype", "f32"]);
     assert!(people.starts_with("device   CPU (") && people.trim_end().ends_with("all passed"), "{people}");
     assert_eq!(stderr, "", "progress is for terminals");
     let report = json_of(&["check", "--quick", "--backend", "cpu", "--seed", "7"]);
@@ -284,7 +284,7 @@ fn check_of_one_element_type() {
 
 #[test]
 fn check_of_the_forward_pass() {
-    let arguments = ["check", "--quick", "--backend", "cpu", "--forward"];
+    let arguments = ["check", "--quick", "--backend", "cpu", "--dtype", "f32", "--forward"];
     let report = json_of(&arguments);
     assert_eq!((&report["pass"], &report["failed"]), (&json!("forward"), &json!(0)));
     assert_eq!(report["dtypes"][0]["worst"].as_array().unwrap().len(), 2);
