@@ -96,7 +96,8 @@ fn tiles_of_the_exact_delta() {
     let fits = |tiles: &Tiling| Pass::with_tiles(Kernel::ExactDelta, &problem, false, own, *tiles).is_ok();
     let fit: Vec<Tiling> = all.into_iter().filter(fits).collect();
     assert!(fit.len() >= 5, "{fit:?}");
-    for tiles in fit {
+    // A software driver compiles each for a while.
+    for tiles in fit.into_iter().step_by(2) {
         run_at(gpu, &problem, &case, [0, 0], &[(Kernel::ExactDelta, tiles)], false);
     }
 }

@@ -109,7 +109,7 @@ fn the_yardstick_is_straight() {
 
 fn sizes_and_options<T: Element>() {
     for path in paths() {
-        for (seed, size) in (0..).zip([[1, 1], [1, 257], [3, 3], [64, 1], [63, 65], [113, 203], [239, 1]]) {
+        for (seed, size) in (0..).zip([[1, 1], [1, 257], [63, 65], [113, 203], [239, 1]]) {
             for options in options() {
                 let (problem, backward) = random::<T>(&problem([1, 2, 1], size, [16, 18], options), seed);
                 check(&path, &problem, &backward);

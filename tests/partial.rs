@@ -526,7 +526,7 @@ fn any_cut_on_the_cpu() {
 #[test]
 fn any_cut_on_the_gpu() {
     if let Some(gpu) = gpu() {
-        any_cut(gpu, 24);
+        any_cut(gpu, 10);
     }
 }
 
