@@ -22,13 +22,7 @@
 {% endif %}
 {% if mask %}
     let class_base = operand_base(params.mask_classes, work.sequence, head);
-{% if cooperative %}
-    var classes = Classes(0u, 0xffffffffu);
-    var upcoming = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
-    let first_tile = upcoming.tile;
-{% else %}
-    let first_tile = seen_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
-{% endif %}
+{% include "first_tile.wgsl" %}
 {% else %}
     let first_tile = tiles.first;
 {% endif %}

@@ -18,6 +18,7 @@ use crate::tiling::Tiling;
 /// The shader texts, each with the name that `include` and `import` know it by.
 const SOURCES: &[(&str, &str)] = &[
     ("bf16.wgsl", include_str!("../shaders/bf16.wgsl")),
+    ("bindings.wgsl", include_str!("../shaders/bindings.wgsl")),
     ("cache/append.wgsl", include_str!("../shaders/cache/append.wgsl")),
     ("cache/combine.wgsl", include_str!("../shaders/cache/combine.wgsl")),
     ("cache/decode.wgsl", include_str!("../shaders/cache/decode.wgsl")),
@@ -37,6 +38,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("exact_delta.wgsl", include_str!("../shaders/exact_delta.wgsl")),
     ("exp.wgsl", include_str!("../shaders/exp.wgsl")),
     ("f16.wgsl", include_str!("../shaders/f16.wgsl")),
+    ("first_tile.wgsl", include_str!("../shaders/first_tile.wgsl")),
     ("forward.wgsl", include_str!("../shaders/forward.wgsl")),
     ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
     ("head_sums.wgsl", include_str!("../shaders/head_sums.wgsl")),

@@ -49,14 +49,4 @@ struct Params {
   // WGSL has no literal for it.
   negative_infinity: f32,
 }
-{% for b in bindings %}
-@group(0) @binding({{ b.slot }}) var<{{ b.space }}> {{ b.name }}: {{ b.type }};
-{% endfor %}
-
-const LOG2_E: f32 = 1.4426950408889634;
-// Below every finite score; stands for the maximum of a row that has seen nothing.
-const LOWEST: f32 = -3.4028234e38;
-
-fn operand_base(operand: Operand, batch: u32, head: u32) -> u32 {
-  return operand.offset + batch * operand.batch + head * operand.head;
-}
+{% include "bindings.wgsl" %}
