@@ -1,11 +1,11 @@
 //! What a Vulkan driver makes of the kernels: registers, spills, workgroup memory, size of the code.
 //!
 //! ```sh
-//! cargo run --release --example driver_stats -- [--dtype f16] [--tiles KERNEL=TILES]... [--out FOLDER]
+//! cargo run --release --example driver_stats -- [--dtype f16] [--with OPTION] [--tiles KERNEL=TILES]... [--out FOLDER]
 //! ```
 //!
 //! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
-//! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. With `--out`, the WGSL, the SPIR-V and the
+//! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. OPTION is softcap, alibi, bias or mask. With `--out`, the WGSL, the SPIR-V and the
 //! driver's pipeline cache are written there. `--tiles` is that of `sink-attention bench`. The cache holds the machine code: NVIDIA's is a zstd frame after 100 bytes or so, in it
 //! code of the length at byte 0x4c begins 8 bytes after the offset at byte 0x50, and `nvdisasm -b SM90` reads it.
 
@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 
 use ash::{khr, vk};
 use sink_attention::{
-    Attention, Capabilities, DType, DeviceChoice, Kernel, OptionalOperands, Options, Plan, Preference, Problem, Shape,
-    SinkLogits, Tiling, Variant,
+    Attention, Axes, Capabilities, DType, DeviceChoice, Kernel, OptionalOperands, Options, Plan, Preference, Problem,
+    Shape, SinkLogits, Tiling, Variant,
 };
 
 /// B=1, N=8192: query heads, key heads, width.
@@ -26,6 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut dtype = DType::F16;
     let mut out: Option<PathBuf> = None;
     let mut tiles = Vec::new();
+    let mut options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
@@ -39,6 +40,16 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let kernel = Kernel::TILED.into_iter().find(|kernel| kernel.name() == name);
                 tiles.push((kernel.ok_or_else(|| format!("no kernel {name} with tiles"))?, tiling.parse()?));
             }
+            "--with" => {
+                let pairs = Axes::KEYS.seq_q();
+                options = match value.as_str() {
+                    "softcap" => options.softcap(30.0),
+                    "alibi" => options.alibi(true),
+                    "bias" => options.bias(pairs).bias_dtype(dtype),
+                    "mask" => options.mask(pairs),
+                    _ => return Err(format!("no option {value}").into()),
+                };
+            }
             "--out" => out = Some(value.into()),
             _ => return Err(format!("unknown argument {argument}").into()),
         }
@@ -48,7 +59,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{}", attention.device_name());
     let driver = Driver::new()?;
     for [heads, kv_heads, width] in SHAPES {
-        for variant in variants([heads, kv_heads, width], dtype, device.capabilities(), &tiles)? {
+        for variant in variants([heads, kv_heads, width], options.dtype(dtype), device.capabilities(), &tiles)? {
             println!("{:80} {}", variant.name(), driver.statistics(&variant, out.as_deref())?);
         }
     }
@@ -58,16 +69,15 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// The kernels of both passes of a training step.
 fn variants(
     [heads, kv_heads, width]: [usize; 3],
-    dtype: DType,
+    options: Options,
     capabilities: &Capabilities,
     tiles: &[(Kernel, Tiling)],
 ) -> Result<Vec<Variant>, Box<dyn Error>> {
     let (batch, seq) = (1, 8192);
     let shape = Shape { batch, heads, kv_heads, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
-    let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead).dtype(dtype);
     let problem = Problem::new(shape, options)?;
     let preference = Preference { tiles, ..Preference::default() };
-    let optional = OptionalOperands { o_rest: dtype != DType::F32, ..OptionalOperands::default() };
+    let optional = OptionalOperands { o_rest: options.dtype != DType::F32, ..OptionalOperands::default() };
     let plans = [
         Plan::forward_with(&problem, true, optional, capabilities, &preference)?,
         Plan::backward_with(&problem, true, optional, capabilities, &preference)?,

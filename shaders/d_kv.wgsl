@@ -27,13 +27,12 @@
     let first_tile = tiles.first;
 {% endif %}
     {{ micro.begin_head() }}
-    for (var tile = first_tile; tile < tiles.end; tile = {{ "upcoming.tile" if cooperative and mask else following }}) {
+    for (var tile = first_tile; tile < tiles.end; tile = {{ "next_shown" if cooperative and mask else following }}) {
       let column0 = tile * TILE_COLUMNS;
 {% if cooperative %}
       let masked = !is_open(open, column0);
 {% if mask %}
-      let mixed = upcoming.kind != 1u;
-      upcoming = {{ following }};
+{% include "next_shown.wgsl" %}
 {% endif %}
 {% elif bias %}
       // Any number of it may be -infinity.

@@ -2,13 +2,12 @@
 {% if cooperative or not bias %}
   let open = open_tiles({{ here_argument }}row0, row_end);
 {% endif %}
-  for (var tile = {{ "first_tile" if mask else "tiles.first" }}; tile < tiles.end; tile = {{ "upcoming.tile" if cooperative and mask else following }}) {
+  for (var tile = {{ "first_tile" if mask else "tiles.first" }}; tile < tiles.end; tile = {{ "next_shown" if cooperative and mask else following }}) {
     let column0 = first_column(tiles, tile);
 {% if cooperative %}
     let masked = !is_open({{ here_argument }}open, column0);
 {% if mask %}
-    let mixed = upcoming.kind != 1u;
-    upcoming = {{ following }};
+{% include "next_shown.wgsl" %}
 {% endif %}
 {% elif bias %}
     // Any number of it may be -infinity.

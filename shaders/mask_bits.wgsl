@@ -1,42 +1,77 @@
-{#- Packs a boolean mask into bits, and classifies its blocks: 1 where a block shows something, 2 where it hides something, 3
-    where it does both. What lies beyond the last key is neither. One workgroup a block. -#}
+{#- Packs a boolean mask into bits, by rows of queries and by rows of keys, and classifies its blocks: 1 where a block shows
+    something, 2 where it hides something, 3 where it does both. What lies beyond the last key is neither. One workgroup a group of
+    blocks, whose classes are one word. -#}
 {% include "params.wgsl" %}
 
 const BLOCK_ROWS: u32 = {{ mask_block_rows }}u;
 const BLOCK_WORDS: u32 = {{ mask_block_words }}u;
-var<workgroup> seen: atomic<u32>;
+const GROUP_WORDS: u32 = {{ mask_group * mask_block_words }}u;
+const STEP_WORDS: u32 = {{ mask_step_words }}u;
+var<workgroup> classes: atomic<u32>;
+var<workgroup> words: array<u32, {{ mask_block_rows * mask_step_words }}>;
+{% if not packed %}
+
+// A bit for each byte.
+fn nonzero_bytes(bytes: u32) -> u32 {
+  let tops = ((((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u) >> 7u;
+  // Each has a product of its own that ends in the top four bits.
+  return (tops * 0x10204080u) >> 28u;
+}
+{% endif %}
 
 {% include "main.wgsl" %}
   let row_words = (params.mask_keys + 31u) / 32u;
-  let blocks = (row_words + BLOCK_WORDS - 1u) / BLOCK_WORDS;
-  let block = index % blocks;
-  let block_row = params.region_tile + index / blocks % params.region_tiles;
-  let place = index / blocks / params.region_tiles;
+  let groups = (row_words + GROUP_WORDS - 1u) / GROUP_WORDS;
+  let group = index % groups;
+  let block_row = params.region_tile + index / groups % params.region_tiles;
+  let place = index / groups / params.region_tiles;
   let head = params.region_head + place % params.region_heads;
   let batch = params.region_batch + place / params.region_heads;
+  let row = block_row * BLOCK_ROWS + thread / STEP_WORDS;
 
-  if (thread == 0u) { atomicStore(&seen, 0u); }
-  workgroupBarrier();
-  let row = block_row * BLOCK_ROWS + thread / BLOCK_WORDS;
-  let word = block * BLOCK_WORDS + thread % BLOCK_WORDS;
-  if (row < params.mask_rows && word < row_words) {
-    let keys = min(params.mask_keys - word * 32u, 32u);
-    let base = operand_base(params.mask, batch, head) + row * params.mask.seq;
-    let all = 0xffffffffu >> (32u - keys);
+  if (thread == 0u) { atomicStore(&classes, 0u); }
+  for (var step = 0u; step < GROUP_WORDS; step += STEP_WORDS) {
+    workgroupBarrier();
+    let word = group * GROUP_WORDS + step + thread % STEP_WORDS;
+    if (row < params.mask_rows && word < row_words) {
+      let keys = min(params.mask_keys - word * 32u, 32u);
+      let base = operand_base(params.mask, batch, head) + row * params.mask.seq;
+      let all = 0xffffffffu >> (32u - keys);
 {% if packed %}
-    let bits = mask[base + word] & all;
+      let bits = mask[base + word] & all;
 {% else %}
-    var bits = 0u;
-    for (var j = 0u; j < keys; j += 1u) {
-      let at = base + word * 32u + j;
-      bits |= select(0u, 1u << j, ((mask[at / 4u] >> (at % 4u * 8u)) & 0xffu) != 0u);
-    }
+      var bits = 0u;
+      let first = base + word * 32u;
+      if (keys == 32u && first % 4u == 0u) {
+{% for n in range(8) %}
+        bits |= nonzero_bytes(mask[first / 4u + {{ n }}u]) << {{ 4 * n }}u;
+{% endfor %}
+      } else {
+        for (var j = 0u; j < keys; j += 1u) {
+          let at = first + j;
+          bits |= select(0u, 1u << j, ((mask[at / 4u] >> (at % 4u * 8u)) & 0xffu) != 0u);
+        }
+      }
 {% endif %}
-    mask_bits[operand_base(params.mask_bits, batch, head) + row * params.mask_bits.seq + word] = bits;
-    atomicOr(&seen, select(0u, 1u, bits != 0u) | select(0u, 2u, bits != all));
+      mask_bits[operand_base(params.mask_bits, batch, head) + row * params.mask_bits.seq + word] = bits;
+      words[thread] = bits;
+      let kind = select(0u, 1u, bits != 0u) | select(0u, 2u, bits != all);
+      atomicOr(&classes, kind << ((step + thread % STEP_WORDS) / BLOCK_WORDS * 2u));
+    }
+    workgroupBarrier();
+    // By keys: a bit for each query of the block, or, where one row is for all queries, for any.
+    let key = (group * GROUP_WORDS + step) * 32u + thread;
+    if (key < params.mask_keys) {
+      var bits = 0u;
+      for (var i = 0u; i < min(params.mask_rows - block_row * BLOCK_ROWS, BLOCK_ROWS); i += 1u) {
+        bits |= ((words[i * STEP_WORDS + thread / 32u] >> (thread % 32u)) & 1u) << i;
+      }
+      if (params.mask_rows == 1u) { bits = 0u - bits; }
+      mask_bits[operand_base(params.mask_key_bits, batch, head) + key * params.mask_key_bits.seq + block_row] = bits;
+    }
   }
   workgroupBarrier();
   if (thread == 0u) {
-    mask_bits[operand_base(params.mask_classes, batch, head) + block_row * params.mask_classes.seq + block] = atomicLoad(&seen);
+    mask_bits[operand_base(params.mask_classes, batch, head) + block_row * params.mask_classes.seq + group] = atomicLoad(&classes);
   }
 }

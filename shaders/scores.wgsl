@@ -29,73 +29,123 @@ fn bias4(row: u32, column: u32) -> vec4<f32> {
 {% endif %}
 {% if mask %}
 
-// Place of the mask's words of query 0.
+// Place of the mask's words of row 0: of queries, or, where rows are keys, of keys.
 var<private> mask_base: u32;
 
 const BLOCK_ROWS: u32 = {{ mask_block_rows }}u;
 const BLOCK_KEYS: u32 = {{ mask_block_words * 32 }}u;
 
-fn mask_word(i: u32, j: u32) -> u32 {
-  return mask_bits[mask_base + min(i, {{ sequence }}.seq_q - 1u) * params.mask_bits.seq + j / 32u] >> (j % 32u);
+fn mask_place(row: u32, word: u32) -> u32 {
+  return mask_base + min(row, {{ sequence }}.{{ "seq_k" if rows_are_keys else "seq_q" }} - 1u) * params.{{ mask_operand }}.seq + word{{ " * params.mask_key_step" if rows_are_keys }};
 }
 
+// What the mask shows of a row's four columns from `column` on, a multiple of four.
 fn mask4(row: u32, column: u32) -> vec4<bool> {
+  return (vec4<u32>(mask_bits[mask_place(row, column / 32u)] >> (column % 32u)) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>();
+}
+{% if mask_words %}
+
+// The first n bits.
+fn first_bits(n: i32) -> u32 {
+  return select(0u, 0xffffffffu >> u32(32 - clamp(n, 1, 32)), n > 0);
+}
+
+// A bit for each of 32 columns from `column0` on that the row sees by the band; twin of `visible4`.
+fn visible_bits(row: u32, column0: u32) -> u32 {
 {% if rows_are_keys %}
-  let words = vec4<u32>({% for e in range(4) %}{{ ", " if e > 0 }}mask_word(column + {{ e }}u, row){% endfor %});
-  return (words & vec4<u32>(1u)) != vec4<u32>();
+  let seq_q = i32({{ sequence }}.seq_q);
+  let start = clamp(i32(row) - {{ sequence }}.upper, 0, seq_q);
+  let end = select(clamp(i32(row) + 1 - {{ sequence }}.lower, start, seq_q), seq_q, row < {{ sequence }}.sink_tokens);
+  let bits = first_bits(end - i32(column0)) & ~first_bits(start - i32(column0));
+  return {% if lengths %}select(0u, bits, row < sequence.seq_k){% else %}bits{% endif %};
 {% else %}
-  return (vec4<u32>(mask_word(row, column)) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>();
+  let end = clamp(i32(row) + 1 + {{ sequence }}.upper, 0, i32({{ sequence }}.seq_k));
+  let start = clamp(i32(row) + {{ sequence }}.lower, 0, end);
+  let sinks = i32(min({{ sequence }}.sink_tokens, u32(end)));
+  let bits = (first_bits(end - i32(column0)) & ~first_bits(start - i32(column0))) | first_bits(sinks - i32(column0));
+  return {% if lengths %}select(0u, bits, row < sequence.seq_q){% else %}bits{% endif %};
 {% endif %}
 }
+{% endif %}
 
 // 1 where the mask shows something of a tile, 2 where it hides something, 3 where it does both; by whole blocks, so it may say
 // 3 too often. `base` is the place of the classes of its sequence and head.
 {% if cooperative %}
 {% set row_block = "BLOCK_KEYS" if rows_are_keys else "BLOCK_ROWS" %}
 {% set column_block = "BLOCK_ROWS" if rows_are_keys else "BLOCK_KEYS" %}
-// What the blocks 16 * group and following of columns hold of all rows of the tile, two bits each; the lanes of a subgroup read
-// them together.
+// What the blocks 16 * group and following of columns hold of all rows of the tile, two bits each. All threads read the same, so
+// that compilers see one way through the loop over tiles: what a subgroup finds together, NVIDIA's takes for different in its lanes.
 struct Classes { word: u32, group: u32 }
 
-fn load_classes({{ here_parameter }}lane: u32, base: u32, row0: u32, row_end: u32, group: u32) -> Classes {
+fn load_classes({{ here_parameter }}base: u32, row0: u32, row_end: u32, group: u32) -> Classes {
+  let first_row = row0 / {{ row_block }};
   let last_row = (min(row_end, {{ bounds }}.{{ "seq_k" if rows_are_keys else "seq_q" }}) - 1u) / {{ row_block }};
-  let last_column = ({{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }} - 1u) / {{ column_block }};
   var word = 0u;
-  for (var item = lane; item < 16u * (last_row - row0 / {{ row_block }} + 1u); item += {{ lanes }}u) {
-    let column = group * 16u + item % 16u;
-    if (column <= last_column) {
-      let row = row0 / {{ row_block }} + item / 16u;
-      word |= mask_bits[base + {{ "column * params.mask_classes.seq + row" if rows_are_keys else "row * params.mask_classes.seq + column" }}] << (item % 16u * 2u);
-    }
-  }
-  return Classes(subgroupOr(word), group);
-}
-
-// A tile of columns, and its class. By whole blocks it may say 3 too often.
-struct SeenTile { tile: u32, kind: u32 }
-
-// The first tile from `from_tile` on of which the mask shows something.
-fn seen_tile({{ here_parameter }}lane: u32, classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> SeenTile {
-  var tile = from_tile;
-  var kind = 0u;
-  loop {
-    if (tile >= tiles.end || (kind & 1u) != 0u) { break; }
-    let column0 = {{ "tile * TILE_COLUMNS" if rows_are_keys else "first_column(tiles, tile)" }};
-{% if (mask_block_rows if rows_are_keys else 32 * mask_block_words) % tile_columns == 0 %}
-    let block = column0 / {{ column_block }};
-    if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}lane, base, row0, row_end, block / 16u); }
-    kind = ((*classes).word >> (block % 16u * 2u)) & 3u;
+{% if rows_are_keys %}
+  let last_column = ({{ bounds }}.seq_q - 1u) / {{ column_block }};
+  for (var n = 0u; n < 16u; n += 1u) {
+    let at = base + min(group * 16u + n, last_column) * params.mask_classes.seq;
+{% if mask_group * mask_block_words * 32 % tile_rows == 0 %}
+    let kinds = (mask_bits[at + first_row / 16u] >> (first_row % 16u * 2u)) & (0xffffffffu >> (30u - 2u * (last_row - first_row)));
+    word |= (select(0u, 1u, (kinds & 0x55555555u) != 0u) | select(0u, 2u, (kinds & 0xaaaaaaaau) != 0u)) << (n * 2u);
 {% else %}
-    let last = min(column0 + TILE_COLUMNS, {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }}) - 1u;
-    kind = 0u;
-    for (var block = column0 / {{ column_block }}; block <= last / {{ column_block }}; block += 1u) {
-      if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}lane, base, row0, row_end, block / 16u); }
-      kind |= ((*classes).word >> (block % 16u * 2u)) & 3u;
+    for (var row = first_row; row <= last_row; row += 1u) {
+      word |= ((mask_bits[at + row / 16u] >> (row % 16u * 2u)) & 3u) << (n * 2u);
     }
 {% endif %}
-    if ((kind & 1u) == 0u) { tile = {{ "tile + 1u" if rows_are_keys else "next_tile(tiles, tile)" }}; }
   }
-  return SeenTile(tile, kind);
+{% else %}
+  for (var row = first_row; row <= last_row; row += 1u) { word |= mask_bits[base + row * params.mask_classes.seq + group]; }
+{% endif %}
+  return Classes(word, group);
+}
+
+// Tiles first..end of columns, which follow each other, and their class: 1 or 3.
+struct Span { first: u32, end: u32, kind: u32 }
+
+// The first tiles from `from_tile` on of which the mask shows something, as far as one class and one group of blocks reaches.
+fn seen_span({{ here_parameter }}classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> Span {
+  var tile = from_tile;
+  loop {
+    if (tile >= tiles.end) { break; }
+    let column0 = {{ "tile * TILE_COLUMNS" if rows_are_keys else "first_column(tiles, tile)" }};
+    let block = column0 / {{ column_block }};
+    if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}base, row0, row_end, block / 16u); }
+    let place = block % 16u;
+{% if mask_words %}
+    let word = (*classes).word;
+    let kind = (word >> (place * 2u)) & 3u;
+    // A bit for each block that is of another class; of blocks that show nothing, for each that does.
+    let other = word ^ (kind * 0x55555555u);
+    let differ = select(other | (other >> 1u), word, (kind & 1u) == 0u) & 0x55555555u;
+    // As far as `fetch_mask` reads.
+{% set chunk = 2 if rows_are_keys else 1 %}
+{% if mirrored %}
+    // None gives the block before the first.
+    var first_block = u32(i32(block - place) + (i32(firstLeadingBit(differ & ((1u << (place * 2u)) - 1u))) >> 1u) + 1);
+    if (kind == 3u) { first_block = block; }
+    var end = tiles.mirror - first_block * ({{ column_block }} / TILE_COLUMNS) + 1u;
+{% else %}
+    // None gives the block after the last.
+    var end_block = block - place + min(firstTrailingBit(differ & ~((1u << (place * 2u)) - 1u)) >> 1u, 16u);
+    if (kind == 3u) { end_block = min(end_block, (block / {{ chunk }}u + 1u) * {{ chunk }}u); }
+    var end = end_block * ({{ column_block }} / TILE_COLUMNS);
+{% endif %}
+    end = min(end, {{ "tiles.end" if rows_are_keys else "select(tiles.end, tiles.sink_end, tile < tiles.sink_end)" }});
+{% else %}
+    // Tiles across blocks, one by one: by whole blocks the class may be 3 too often.
+    let last = min(column0 + TILE_COLUMNS, {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }}) - 1u;
+    var kind = ((*classes).word >> (place * 2u)) & 3u;
+    for (var next = block + 1u; next <= last / {{ column_block }}; next += 1u) {
+      if (next / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}base, row0, row_end, next / 16u); }
+      kind |= ((*classes).word >> (next % 16u * 2u)) & 3u;
+    }
+    let end = tile + 1u;
+{% endif %}
+    if ((kind & 1u) != 0u) { return Span(tile, end, kind); }
+    tile = {{ "end" if rows_are_keys else "next_tile(tiles, end - 1u)" }};
+  }
+  return Span(tile, tile, 1u);
 }
 {% else %}
 fn tile_class({{ here_parameter }}base: u32, query0: u32, query_end: u32, key0: u32, key_end: u32) -> u32 {
@@ -104,7 +154,7 @@ fn tile_class({{ here_parameter }}base: u32, query0: u32, query_end: u32, key0: 
   var kind = 0u;
   for (var row = query0 / BLOCK_ROWS; row <= last_query / BLOCK_ROWS; row += 1u) {
     for (var block = key0 / BLOCK_KEYS; block <= last_key / BLOCK_KEYS; block += 1u) {
-      kind |= mask_bits[base + row * params.mask_classes.seq + block];
+      kind |= (mask_bits[base + row * params.mask_classes.seq + block / 16u] >> (block % 16u * 2u)) & 3u;
     }
   }
   return kind;
@@ -149,9 +199,17 @@ fn biased4(score: vec4<f32>, bias: vec4<f32>) -> vec4<f32> {
 {% endif %}
 {% if softcap and cooperative %}
 
-// A size with the sign of another number.
-fn sign4(size: vec4<f32>, x: vec4<f32>) -> vec4<f32> {
-  return bitcast<vec4<f32>>(bitcast<vec4<u32>>(size) | (bitcast<vec4<u32>>(x) & vec4<u32>(0x80000000u)));
+// -2^60 / (1 + e) of e times 2^-60: below is room for the product of two, which share a reciprocal. Where e is beyond 2^188 the other
+// one, and the derivative, become NaN, and the tile is computed again.
+fn capped4(e: vec4<f32>) -> vec4<f32> {
+  let sum = e + vec4<f32>(8.6736173798840355e-19);
+  let inverse = -1.0 / (sum.xy * sum.zw);
+  return vec4<f32>(inverse * sum.zw, inverse * sum.xy);
+}
+
+// 1 - tanh^2 = 4 e / (1 + e)^2, as exact at both ends.
+fn cap_derivative4(capped: vec4<f32>, e: vec4<f32>) -> vec4<f32> {
+  return (capped * e) * (capped * 3.4694469519536142e-18);
 }
 {% endif %}
 {% if softcap and not cooperative %}
@@ -214,6 +272,6 @@ fn begin_pairs(number: u32, batch: u32, head: u32) {
   bias_base = operand_base(params.bias, number, head);
 {% endif %}
 {% if mask %}
-  mask_base = operand_base(params.mask_bits, number, head);
+  mask_base = operand_base(params.{{ mask_operand }}, number, head);
 {% endif %}
 }

@@ -57,6 +57,7 @@ struct Params {
     d_bias: Operand,
     mask: Operand,
     mask_bits: Operand,
+    mask_key_bits: Operand,
     mask_classes: Operand,
     states: Operand,
     states_rest: Operand,
@@ -69,6 +70,7 @@ struct Params {
     upper: i32,
     offset: i32,
     sink_tokens: u32,
+    mask_key_step: u32,
     workgroups: u32,
     region_batch: u32,
     region_batches: u32,
@@ -321,7 +323,7 @@ impl<'a> Operands<'a> {
         let offset = |binding| operand(binding).offset;
         let [_, _, pair_rows, pair_keys] = problem.pairs_shape().map(|n| n as u32);
         let [_, _, mask_rows, mask_keys] = o.mask.unwrap_or_default().of(problem.pairs_shape());
-        let [mask_words, _, mask_blocks] = mask_blocks(mask_rows, mask_keys);
+        let [mask_words, mask_block_rows, mask_groups] = mask_blocks(mask_rows, mask_keys);
         let mask_bits = operand(Binding::MaskBits);
         let Region { axes: [entries, heads, tiles] } = &piece.region;
         let [[region_batch, region_batches], [region_head, region_heads], [region_tile, region_tiles]] =
@@ -348,9 +350,14 @@ impl<'a> Operands<'a> {
             mask: operand(Binding::Mask),
             mask_bits,
             // Behind the bits of each head.
-            mask_classes: Operand {
+            mask_key_bits: Operand {
                 offset: mask_bits.offset.wrapping_add((mask_rows * mask_words) as u32),
-                seq: if mask_rows > 1 { mask_blocks as u32 } else { 0 },
+                seq: mask_block_rows as u32,
+                ..mask_bits
+            },
+            mask_classes: Operand {
+                offset: mask_bits.offset.wrapping_add((mask_rows * mask_words + mask_keys * mask_block_rows) as u32),
+                seq: if mask_rows > 1 { mask_groups as u32 } else { 0 },
                 ..mask_bits
             },
             states: operand(Binding::States),
@@ -365,6 +372,7 @@ impl<'a> Operands<'a> {
             // Needed with ALiBi only, where it was checked.
             offset: band.offset() as i32,
             sink_tokens: band.sink_tokens(),
+            mask_key_step: u32::from(mask_rows > 1),
             workgroups: piece.workgroups,
             region_batch,
             region_batches,
@@ -707,8 +715,8 @@ mod tests {
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
         let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
             sink_partials bias d_bias mask mask_bits
-            mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens workgroups region_batch
-            region_batches region_head region_heads region_tile region_tiles continues sink_offset d_sink_offset
+            mask_key_bits mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
+            mask_key_step workgroups region_batch region_batches region_head region_heads region_tile region_tiles continues sink_offset d_sink_offset
             slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
             pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));

@@ -87,17 +87,6 @@ impl Fragments {
         staged + strips + weights + statistics
     }
 
-    /// Words of the mask in a row of them that hold something of a tile's rows, where these are keys.
-    pub(crate) fn mask_words(&self) -> u32 {
-        let rows = self.tile_rows();
-        if rows.is_multiple_of(32) || 32u32.is_multiple_of(rows) { rows.div_ceil(32) } else { rows.div_ceil(32) + 1 }
-    }
-
-    /// Bytes of workgroup memory that a mask takes besides.
-    pub(crate) fn mask_bytes(&self, kernel: Kernel) -> u32 {
-        if kernel == Kernel::DKv { self.stages * self.mask_words() * self.tile_columns() * 4 } else { 0 }
-    }
-
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
     pub(crate) fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
         let CooperativeMatrices { side, lanes, .. } = self.matrices;
@@ -173,7 +162,9 @@ pub(crate) fn candidates(
     // At 256 staged columns leave room for four subgroups in 48 KiB, of one row of fragments each: forward takes some 250
     // registers, d_q and d_k/d_v, with up to two accumulators and two operands, some 310 and 440, of which drivers spill what is
     // beyond 255. They are right all the same.
-    let modified = problem.options().softcap.is_some() || problem.options().alibi || problem.options().bias.is_some();
+    let options = problem.options();
+    let modified = options.softcap.is_some() || options.alibi || options.bias.is_some();
+    let changed = modified || options.mask.is_some();
     let table: &[[u32; 3]] = match (class, kernel) {
         (DeviceClass::Software, _) => &[[2, 1, 2]],
         (_, Kernel::Forward) if modified && !narrow && width <= 128 => &[[4, 2, 1], [4, 1, 1], [2, 1, 1]],
@@ -181,10 +172,14 @@ pub(crate) fn candidates(
         (_, Kernel::DQ | Kernel::ExactDelta) if narrow && width <= 64 => &[[2, 2, 1], [2, 1, 1]],
         (_, Kernel::DKv) if narrow && width <= 64 => &[[2, 1, 1]],
         _ if narrow => &[[4, 1, 1], [2, 1, 1]],
+        (_, Kernel::DKv) if changed && width <= 64 => &[[4, 2, 1], [4, 1, 1], [2, 1, 1]],
         (_, Kernel::Forward | Kernel::DQ | Kernel::ExactDelta | Kernel::DKv) if width <= 64 => {
             &[[4, 2, 2], [4, 1, 1], [2, 1, 1]]
         }
         (_, Kernel::Forward) if width <= 128 => &[[8, 2, 2], [4, 2, 1], [4, 1, 1], [2, 1, 1]],
+        (_, Kernel::DKv) if changed && width <= 128 => &[[4, 1, 1], [2, 1, 1]],
+        (_, Kernel::DQ | Kernel::ExactDelta) if options.mask.is_some() && width <= 128 => &[[4, 1, 1], [2, 1, 1]],
+        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 1], [4, 1, 1], [2, 1, 1]],
         _ => &[[8, 1, 2], [4, 1, 1], [2, 1, 1]],
     };
     let columns = match class {

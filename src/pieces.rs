@@ -13,8 +13,8 @@ use crate::plan::{Pass, fold, repair_slots, work_list};
 use crate::problem::{Layout, MaskPacking, Problem};
 use crate::sequences::Sequence;
 use crate::shader::{
-    Binding, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MAXIMA_PARTS, MAXIMA_ROWS, RANGED_OPERANDS,
-    SEQUENCE_WORDS,
+    Binding, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MAXIMA_PARTS, MAXIMA_ROWS,
+    RANGED_OPERANDS, SEQUENCE_WORDS,
 };
 
 /// How long a dispatch may hold the GPU, by estimate, unless the caller says otherwise: browsers and desktop systems reset a
@@ -212,22 +212,23 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
     })
 }
 
-/// Words of a row of the mask's bits, its rows of blocks, and blocks of such a row.
+/// Words of a row of the mask's bits, its rows of blocks, and groups of blocks of such a row.
 pub(crate) fn mask_blocks(rows: usize, keys: usize) -> [usize; 3] {
     let words = keys.div_ceil(32);
-    [words, rows.div_ceil(MASK_BLOCK_ROWS as usize), words.div_ceil(MASK_BLOCK_WORDS as usize)]
+    [words, rows.div_ceil(MASK_BLOCK_ROWS as usize), words.div_ceil((MASK_GROUP * MASK_BLOCK_WORDS) as usize)]
 }
 
-/// The boolean mask's bits; behind those of each head are the classes of its blocks.
+/// The boolean mask's bits by queries; behind those of each head are the same by keys, and the classes of its blocks.
 fn mask_bits(problem: &Problem) -> View {
     let axes = problem.options().mask.unwrap_or_default();
     let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
-    let [words, block_rows, blocks] = mask_blocks(rows, keys);
-    let head = rows * words + block_rows * blocks;
+    let [words, block_rows, groups] = mask_blocks(rows, keys);
+    let tail = keys * block_rows + block_rows * groups;
+    let head = rows * words + tail;
     let strides = [heads * head, head, words].map(|n| n as u64);
     let view = View::new(Binding::MaskBits, 0, strides, [batch, heads, rows, words], 4);
-    // A tile may reach beyond the last key; what is read there is hidden by the band.
-    View { tail: (block_rows * blocks) as u64 + MASK_READ_BEYOND, ..view }
+    // A tile may reach beyond the last key or query; what is read there is hidden by the band.
+    View { tail: tail as u64 + MASK_READ_BEYOND, ..view }
 }
 
 /// Extents of an operand of the caller's, its layout, and the bytes of an element.
@@ -694,7 +695,7 @@ impl<'a> Cutter<'a> {
             // What follows goes by the memory that is read: some numbers of operations for each element.
             Kernel::Delta => return vec![8.0 * f64::from(DELTA_ROWS) * e; tiles as usize],
             Kernel::Merge => return vec![8.0 * f64::from(DELTA_ROWS) * e * (s.seq_k + 1) as f64; tiles as usize],
-            Kernel::MaskBits => return vec![4096.0 * self.cell_workgroups as f64; tiles as usize],
+            Kernel::MaskBits => return vec![65536.0 * self.cell_workgroups as f64; tiles as usize],
             Kernel::Maxima | Kernel::GradientMaxima => {
                 let rows = f64::from(MAXIMA_ROWS) * (problem.group() as f64 + 1.0);
                 return vec![4.0 * rows * (d + e); tiles as usize];
@@ -758,8 +759,8 @@ fn axes(pass: &Pass, problem: &Problem, listed: usize) -> ([u64; 3], u64) {
         Kernel::MaskBits => {
             let axes = problem.options().mask.unwrap_or_default();
             let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
-            let [_, block_rows, blocks] = mask_blocks(rows, keys);
-            ([batch, heads, block_rows], blocks)
+            let [_, block_rows, groups] = mask_blocks(rows, keys);
+            ([batch, heads, block_rows], groups)
         }
         Kernel::DBias => {
             let axes = problem.options().bias.unwrap_or_default();
@@ -958,11 +959,11 @@ mod tests {
                 }
                 Kernel::MaskBits => {
                     let [_, _, rows, keys] = problem.options().mask.unwrap().of(problem.pairs_shape());
-                    let blocks = mask_blocks(rows, keys)[2] as u64;
-                    let (block, tile) = (index % blocks, tiles.start + index / blocks % len(&tiles));
-                    let place = index / blocks / len(&tiles);
+                    let groups = mask_blocks(rows, keys)[2] as u64;
+                    let (group, tile) = (index % groups, tiles.start + index / groups % len(&tiles));
+                    let place = index / groups / len(&tiles);
                     let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
-                    done([entry, head, tile, block]);
+                    done([entry, head, tile, group]);
                     let rows = tile * 32..(tile * 32 + 32).min(rows as u64);
                     self.touch(piece, Binding::Mask, entry, head, rows.clone());
                     self.mask(piece, entry, head, rows);

@@ -8,12 +8,11 @@ use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::fragments::{self, Fragments};
 use crate::mask::Band;
-use crate::pieces::{DISPATCH_BUDGET, MASK_TILE, dense_views};
+use crate::pieces::{DISPATCH_BUDGET, MASK_TILE, dense_views, mask_blocks};
 use crate::problem::{Layout, MaskPacking, Problem, SinkLogits};
 use crate::sequences::Sequence;
 use crate::shader::{
-    Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MAXIMA_PARTS, MicroKernel,
-    RANGED_OPERANDS, Variant,
+    Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MAXIMA_PARTS, MicroKernel, RANGED_OPERANDS, Variant,
 };
 use crate::tiles::{self, Tiles};
 use crate::tiling::Tiling;
@@ -281,9 +280,8 @@ impl Passes<'_> {
         let Passes { problem, vec4, optional, capabilities, .. } = *self;
         let Some(axes) = problem.options().mask else { return Ok(Vec::new()) };
         let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
-        let blocks =
-            rows.div_ceil(MASK_BLOCK_ROWS as usize) as u128 * keys.div_ceil(32 * MASK_BLOCK_WORDS as usize) as u128;
-        let workgroups = (batch * heads) as u128 * blocks;
+        let [_, block_rows, groups] = mask_blocks(rows, keys);
+        let workgroups = (batch * heads) as u128 * block_rows as u128 * groups as u128;
         Ok(vec![Pass::plain(Kernel::MaskBits, problem, vec4, optional, workgroups, capabilities)?])
     }
 
@@ -489,7 +487,8 @@ impl Pass {
             }
             Kernel::Merge => (2 + shape.value_dim.div_ceil(4 * DELTA_LANES as usize)) as u64 * (shape.seq_k as u64 + 1),
             Kernel::Ranges => 16,
-            Kernel::MaskBits => 32 + 16,
+            // Steps of up to 32 keys, or queries, twice.
+            Kernel::MaskBits => 4 * (1 + 2 * 32),
             Kernel::Maxima | Kernel::GradientMaxima => {
                 let width = shape.head_dim.max(shape.value_dim).div_ceil(4);
                 let rows = (shape.batch * shape.heads) as u128 * shape.seq_q.max(shape.seq_k) as u128;

@@ -46,6 +46,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("main.wgsl", include_str!("../shaders/main.wgsl")),
     ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
+    ("next_shown.wgsl", include_str!("../shaders/next_shown.wgsl")),
     ("mask_bits.wgsl", include_str!("../shaders/mask_bits.wgsl")),
     ("merge.wgsl", include_str!("../shaders/merge.wgsl")),
     ("operands.wgsl", include_str!("../shaders/operands.wgsl")),
@@ -76,6 +77,10 @@ pub(crate) const MAXIMA_ROWS: u32 = 256;
 /// Rows and words of 32 keys of a block of a boolean mask, which is classified as one.
 pub(crate) const MASK_BLOCK_ROWS: u32 = 32;
 pub(crate) const MASK_BLOCK_WORDS: u32 = 2;
+/// Blocks whose classes are one word.
+pub(crate) const MASK_GROUP: u32 = 16;
+/// Words of a row that are packed at a time.
+pub(crate) const MASK_STEP_WORDS: u32 = 8;
 /// Words of a sequence in the table that kernels read.
 pub(crate) const SEQUENCE_WORDS: u32 = 11;
 
@@ -432,7 +437,7 @@ impl Variant {
         match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.threads(),
             (_, Some(tiles)) => tiles.threads(),
-            _ if self.kernel == Kernel::MaskBits => MASK_BLOCK_ROWS * MASK_BLOCK_WORDS,
+            _ if self.kernel == Kernel::MaskBits => MASK_BLOCK_ROWS * MASK_STEP_WORDS,
             _ => DELTA_ROWS * DELTA_LANES,
         }
     }
@@ -441,12 +446,10 @@ impl Variant {
     pub fn workgroup_bytes(&self) -> u32 {
         let (d, e) = (self.head_dim, self.value_dim);
         match (self.fragments(), self.tiles()) {
-            (Some(fragments), _) => {
-                let mask = if self.mask { fragments.mask_bytes(self.kernel) } else { 0 };
-                fragments.workgroup_bytes(self.kernel, d, e) + mask
-            }
+            (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
-            _ if matches!(self.kernel, Kernel::MaskBits | Kernel::Merge) => 16,
+            _ if self.kernel == Kernel::MaskBits => 16 + 4 * MASK_BLOCK_ROWS * MASK_STEP_WORDS,
+            _ if self.kernel == Kernel::Merge => 16,
             // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
             _ => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
         }
@@ -528,7 +531,7 @@ impl Variant {
         let cooperative = self.fragments().is_some();
         let rows_are_keys = self.kernel == Kernel::DKv;
         let here = if self.lengths { "here, " } else { "" };
-        let classes = format!("{here}{}class_base", if cooperative { "lane, &classes, " } else { "" });
+        let classes = format!("{here}{}class_base", if cooperative { "&classes, " } else { "" });
         let mut context = context! {
             cooperative,
             repairs => self.repairs,
@@ -581,6 +584,8 @@ impl Variant {
             // Scores are more than products times the scale; pairs are hidden one by one.
             modified => self.softcap || self.alibi || self.bias.is_some(),
             hides => self.mask || self.bias.is_some(),
+            // The cooperative kernels cap scores on their way to the exponential: what remains is formed in full.
+            formed => self.alibi || self.bias.is_some(),
             lengths => self.lengths,
             // Where the numbers of a sequence stand: for what decides on pairs, and on tiles.
             sequence => if self.lengths { "sequence" } else { "params" },
@@ -590,7 +595,11 @@ impl Variant {
             class_arguments => &classes,
             // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
             mirrored => cooperative && self.kernel == Kernel::Forward && self.alibi,
-            following => match (rows_are_keys, self.mask) {
+            // Cooperative kernels know of spans of tiles what the mask makes of them.
+            // A mask's words are kept in registers.
+            mask_words => self.mask && self.fragments().is_some_and(|f| 32u32.is_multiple_of(f.tile_columns())),
+            mask_operand => if rows_are_keys { "mask_key_bits" } else { "mask_bits" },
+            following => match (rows_are_keys, self.mask && !cooperative) {
                 (false, false) => "next_tile(tiles, tile)".into(),
                 (true, false) => "tile + 1u".into(),
                 (false, true) => format!("seen_tile({classes}, tiles, row0, row_end, next_tile(tiles, tile))"),
@@ -599,6 +608,8 @@ impl Variant {
             sequence_words => SEQUENCE_WORDS,
             mask_block_rows => MASK_BLOCK_ROWS,
             mask_block_words => MASK_BLOCK_WORDS,
+            mask_group => MASK_GROUP,
+            mask_step_words => MASK_STEP_WORDS,
             repair_rows => self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows())),
             of_tiles => self.kernel == Kernel::DSinkLogits && !self.sums_delta(),
             lanes => DELTA_LANES,
@@ -649,9 +660,6 @@ impl Variant {
                 column_fragments => f.columns,
                 stages => f.stages,
                 registers => f.registers(self.kernel, self.head_dim, self.value_dim),
-                mask_words => f.mask_words(),
-                // Words of the mask that a thread reads for a tile.
-                mask_shares => if rows_are_keys { (f.mask_words() * f.tile_columns()).div_ceil(f.threads()) } else { f.rows },
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),

@@ -170,6 +170,48 @@ fn capped_scores_have_gradients() {
     }
 }
 
+/// Masks of more blocks than share a word of classes, with long runs of hidden, of visible and of mixed ones, which tiles leave and
+/// enter in either direction.
+fn long_masks<T: Element>(attention: &Attention) {
+    let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1100, seq_k: 2300, head_dim: 16, value_dim: 16 };
+    let new = Options::new().dtype(T::DTYPE).mask(Axes::KEYS.seq_q());
+    for (seed, options) in
+        [new, new.window(Window::keys(1400)).sink_tokens(300), new.alibi(true).causal(true)].into_iter().enumerate()
+    {
+        let problem = Problem::new(shape, options).unwrap();
+        let mut case: Backward<T> = Backward::random(&problem, seed as u64).cast();
+        let Some(RandomMask::Bytes(mask)) = &mut case.operands.mask else { panic!("a mask in bytes") };
+        for (i, row) in mask.chunks_mut(2300).enumerate() {
+            // Runs end within blocks and at their edges, and one hides all that a tile of queries would see.
+            match i / 256 {
+                0 => row[130..1856].fill(0),
+                1 => row[..1100].fill(1),
+                2 => row.fill(0),
+                _ => row[1024..].fill(u8::from(i < 900)),
+            }
+        }
+        let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
+        let expected = reference::forward(&problem, &case.operands.inputs()).unwrap();
+        agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+        let gradients = case.run_with(attention, &problem, &Output { o_rest: None, ..output });
+        case.agree(&gradients, &case.expected(&problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    }
+}
+
+#[test]
+fn masks_of_many_blocks() {
+    if let Some(attention) = gpu() {
+        long_masks::<f32>(attention);
+    }
+}
+
+#[test]
+fn cooperative_masks_of_many_blocks() {
+    if let Some(attention) = cooperative() {
+        long_masks::<f16>(&attention);
+    }
+}
+
 /// Bias and mask lie in larger buffers, and the backward pass works with the mask's bits that the forward pass has left.
 #[test]
 fn views_and_a_shared_mask_scratch() {

@@ -40,17 +40,15 @@ var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * side * w
 // What the columns' lse and delta add.
 var<workgroup> statistics: array<vec4<f32>, {{ stages * tile_columns // 2 }}>;
 {% endif %}
-{% if mask and rows_are_keys %}
-// The mask's words of the columns, for 32 of the tile's rows each.
-const MASK_WORDS: u32 = {{ mask_words }}u;
-var<workgroup> mask_stage: array<vec4<u32>, {{ stages * mask_words * tile_columns // 4 }}>;
-{% endif %}
 
 // By the bits: compilers may take for granted that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
 {% endmacro -%}
+
+{#- What an lse takes from scores, in powers of two. -#}
+{%- macro shift(lse) %}{{ "(" ~ lse ~ " - params.softcap)" if softcap and not formed else lse }} * LOG2_E{% endmacro -%}
 
 {#- What an operand is multiplied with as it is loaded. bf16 has more range than f16: a power of two for each operand brings
     its largest number to 2^14, and is taken out of the results. The sign of the scale goes with the rows of scores. -#}
@@ -172,10 +170,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
     `put_columns` follows when other operands are, too. -#}
 {%- macro begin_columns() %}
 {% if softcap %}
-  // Twice what the hyperbolic tangent is taken of, in powers of two, and what it is multiplied with.
-  let scale = 2.0 * params.scale / params.softcap * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }};
+  // cap tanh(x) = cap - 2 cap / (1 + e^(2 x)): what e is raised to, in powers of two and without its sign; and what `capped4`
+  // gives is multiplied with. Never zero, so that hidden scores stay hidden.
   let cap = params.softcap * LOG2_E;
-{% elif modified %}
+  let cap_scale = 2.0 * params.scale / params.softcap * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }};
+  let scale = max(1.7347234759768071e-18 * cap, 1e-33);
+{% elif formed %}
   let scale = params.scale * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }};
 {% else %}
   // Never zero, so that hidden scores stay hidden.
@@ -185,9 +185,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for b in staged %}
 {{ shares(b) }}
 {% endfor %}
-{% if mask %}
-{% for n in range(mask_shares) %}
-  var mask_share_{{ n }} = 0u;
+{% if mask_words %}
+{% for r in range(row_fragments) %}
+  var mask_words_{{ r }} = vec2<u32>();
 {% endfor %}
 {% endif %}
 {% if rows_are_keys %}
@@ -198,35 +198,40 @@ fn is_finite4(x: vec4<f32>) -> bool {
   {
 {{ fetch_columns("first_column(tiles, " ~ ("first_tile" if mask else "tiles.first") ~ ")") }}
   }
+{{ fetch_mask("first_tile") }}
 {% endif %}
 {% endmacro -%}
 
 {%- macro if_statistic(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
 
-{#- A thread's share of the mask: where rows are queries, the word of each of its rows; else of the staged words. -#}
-{%- macro if_mask_share(n) %}{% if rows_are_keys and (n + 1) * threads > mask_words * tile_columns %}if (thread < {{ mask_words * tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
-
-{%- macro fetch_mask(column) %}
-{% for n in range(mask_shares) %}
-{% if rows_are_keys %}
-    {{ if_mask_share(n) }}{
-      let item = thread + {{ n * threads }}u;
-      mask_share_{{ n }} = mask_bits[mask_base + min({{ column }} + item % TILE_COLUMNS, last_column) * params.mask_bits.seq
-        + min(row0 / 32u + item / TILE_COLUMNS, ({{ bounds }}.seq_k - 1u) / 32u)];
+{#- Reads what the mask says of each of a lane's rows and the 64 columns around a tile, where the tile's span is mixed. -#}
+{%- macro fetch_mask(tile) %}
+{% if mask_words %}
+  if (span.kind != 1u) {
+    let first_word = {{ "(" ~ tile ~ " * TILE_COLUMNS)" if rows_are_keys else "first_column(tiles, " ~ tile ~ ")" }} / 64u * 2u;
+{% for r in range(row_fragments) %}
+    {
+      let at = mask_place(row_{{ r }}, first_word);
+      mask_words_{{ r }} = vec2<u32>(mask_bits[at], mask_bits[at + {{ "params.mask_key_step" if rows_are_keys else "1u" }}]);
     }
-{% else %}
-    mask_share_{{ n }} = mask_bits[mask_base + min(row_{{ n }}, {{ bounds }}.seq_q - 1u) * params.mask_bits.seq + min({{ column }}, last_column) / 32u];
-{% endif %}
 {% endfor %}
+  }
+{% endif %}
+{% endmacro -%}
+
+{#- The 32 columns around a tile, before those of the next span come. -#}
+{%- macro take_mask() %}
+{% if mask_words %}
+{% for r in range(row_fragments) %}
+    let mask_{{ r }} = select(mask_words_{{ r }}.x, mask_words_{{ r }}.y, (column0 & 32u) != 0u) >> (column0 % 32u);
+{% endfor %}
+{% endif %}
 {% endmacro -%}
 
 {%- macro fetch_columns(column) %}
 {% for b in staged %}
 {{ fetch(b, column) }}
 {% endfor %}
-{% if mask %}
-{{ fetch_mask(column) }}
-{% endif %}
 {% if rows_are_keys %}
 {% for n in range(statistic_shares) %}
     {{ if_statistic(n) }}{ statistic_share_{{ n }} = row_terms[terms_base + min({{ column }} + thread + {{ n * threads }}u, last_column)]; }
@@ -238,20 +243,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for b in staged %}
 {{ put(b, "stage") }}
 {% endfor %}
-{% if mask and rows_are_keys %}
-{% for n in range(mask_shares) %}
-    {{ if_mask_share(n) }}{
-      let item = thread + {{ n * threads }}u;
-      mask_stage[(stage * MASK_WORDS + item / TILE_COLUMNS) * {{ tile_columns // 4 }}u + item % TILE_COLUMNS / 4u][item % 4u] = mask_share_{{ n }};
-    }
-{% endfor %}
-{% endif %}
 {% if rows_are_keys %}
 {% for n in range(statistic_shares) %}
     {{ if_statistic(n) }}{
       let item = thread + {{ n * threads }}u;
       let at = stage * {{ tile_columns // 2 }}u + item / 4u;
-      statistics[at][item % 4u] = 15.0 - statistic_share_{{ n }}.x * LOG2_E;
+      statistics[at][item % 4u] = 15.0 - {{ shift("statistic_share_" ~ n ~ ".x") }};
       statistics[at + {{ tile_columns // 4 }}u][item % 4u] = -statistic_share_{{ n }}.y * v_bound * d_o_range * {{ 1 / 32768 }};
     }
 {% endfor %}
@@ -264,17 +261,13 @@ fn is_finite4(x: vec4<f32>) -> bool {
   {
 {{ fetch_columns("first_tile * TILE_COLUMNS") }}
   }
+{{ fetch_mask("first_tile") }}
 {{ put_columns() }}
 {% endmacro -%}
 
 {#- The next tile has until the end of this one. -#}
 {%- macro fetch_next() %}
-{% if mask and not rows_are_keys %}
-{% for r in range(row_fragments) %}
-    let mask_{{ r }} = mask_share_{{ r }} >> (column0 % 32u);
-{% endfor %}
-{% endif %}
-    let next = {% set next_tile = "upcoming.tile" if mask else following %}{% if rows_are_keys %}({{ next_tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ next_tile }}){% endif %};
+    let next = {% set next_tile = "next_shown" if mask else following %}{% if rows_are_keys %}({{ next_tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ next_tile }}){% endif %};
 {{ fetch_columns("next") }}
 {% endmacro -%}
 
@@ -297,7 +290,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var delta_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) {
     let terms = row_terms[terms_base + row_{{ r }}];
-    shift_{{ r }} = terms.x * LOG2_E;
+    shift_{{ r }} = {{ shift("terms.x") }};
     delta_{{ r }} = terms.y * v_bound * d_o_range;
   }
 {% endfor %}
@@ -338,35 +331,38 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ sync() }}
 {% endmacro -%}
 
-{#- Which of the columns of a lane's n-th quad its r-th row sees, by the band and by the mask. -#}
+{#- Which of the columns of a lane's n-th quad its r-th row sees. -#}
 {%- macro visible(r, n) %}visible4(row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
-{%- macro shown(r, n) %}
-{%- if rows_are_keys -%}
-((mask_stage[(stage * MASK_WORDS + row_{{ r }} / 32u - row0 / 32u) * {{ tile_columns // 4 }}u + {{ n * lanes // side }}u + part] >> vec4<u32>(row_{{ r }} % 32u)) & vec4<u32>(1u)) != vec4<u32>()
-{%- elif 32 % tile_columns == 0 -%}
-(vec4<u32>(mask_{{ r }} >> (4u * ({{ n * lanes // side }}u + part))) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>()
-{%- else -%}
-mask4(row_{{ r }}, {{ quad_column(n) }})
-{%- endif -%}
+
+{#- `value` instead of what is hidden, whatever was computed there, and zeros in what `also` names. What happens rarely is a loop that runs once, not an if:
+    NVIDIA's compiler leaves the registers of fragments where they are. -#}
+{%- macro hide(x, value, also="") %}
+    var hides_{{ x }} = masked{{ " || mixed" if mask }};
+    loop {
+      if (!hides_{{ x }}) { break; }
+      hides_{{ x }} = false;
+{% for r in range(row_fragments) %}
+{% if mask_words %}
+      // A bit for each column.
+      var seen_{{ r }} = select(0xffffffffu, mask_{{ r }}, mixed);
+      if (masked) { seen_{{ r }} &= visible_bits(row_{{ r }}, column0); }
+      seen_{{ r }} >>= 4u * part;
+{% endif %}
+{% for n in range(lane_quads) %}
+      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {% if mask_words %}(vec4<u32>(seen_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>(){% else %}{{ visible(r, n) }}{% if mask %} & mask4(row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endif %});
+{% if also %}
+      {{ also }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ also }}_{{ r }}_{{ n }}, {{ x }}_{{ r }}_{{ n }} != vec4<f32>());
+{% endif %}
+{% endfor %}
+{% endfor %}
+    }
 {% endmacro -%}
 
-{#- `value` instead of what is hidden, whatever was computed there. What happens rarely is a loop that runs once, not an if:
-    NVIDIA's compiler leaves the registers of fragments where they are. -#}
-{%- macro hide(x, value) %}
-{% for when in ["masked"] + (["mixed"] if mask else []) %}
-    var hide_{{ when }}_{{ x }} = {{ when }};
-    loop {
-      if (!hide_{{ when }}_{{ x }}) { break; }
-      hide_{{ when }}_{{ x }} = false;
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {{ visible(r, n) if when == "masked" else shown(r, n) }});
-{% endfor %}{% endfor %}
-    }
-{% endfor %}
-{% endmacro -%}
+{#- Bits of a lane's n-th quad, but for its place among the lanes of its row. -#}
+{%- macro quad_bits(n) %}vec4<u32>({% for e in [1, 2, 4, 8] %}{{ ", " if e > 1 }}{{ e * 2 ** (4 * n * lanes // side) }}u{% endfor %}){% endmacro -%}
 
 {#- exp of scores less a row's shift, in powers of two both. -#}
-{%- macro exponential(x, shift) %}{% if modified %}exp2({{ x }} - vec4<f32>({{ shift }})){% else %}exp2(fma({{ x }}, vec4<f32>(scale), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
+{%- macro exponential(x, shift) %}{% if formed %}exp2({{ x }} - vec4<f32>({{ shift }})){% else %}exp2(fma({{ x }}, vec4<f32>(scale), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
 
 {#- Where ALiBi's distances of a tile have one sign, and what they are multiplied with. Elsewhere, and where the band leaves both
     signs visible, `make_scores` mends those of the other. -#}
@@ -389,23 +385,22 @@ mask4(row_{{ r }}, {{ quad_column(n) }})
 {#- j - p of the first column of a lane's n-th quad. -#}
 {%- macro ahead(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - {{ bounds }}.offset){% endmacro -%}
 
-{#- Makes scores of products that were taken, where they are more than products times the scale; in powers of two. Of softcap
-    also the derivative, where `derivative` names it. -#}
+{#- Makes scores of products that were taken, in powers of two where they are `formed`; else they lack the scale, and capped ones
+    the cap. Of softcap also the derivative, where `derivative` names it. -#}
 {%- macro make_scores(x, derivative) %}
-{% if modified %}
+{% if softcap or formed %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
 {% set name = x ~ "_" ~ r ~ "_" ~ n %}
 {% if softcap %}
-    // tanh by 1 - 2 e / (1 + e), e = exp(-2 |x|): relative to the cap as exact as it need be, at both ends, too.
-    let scaled_{{ name }} = {{ name }} * scale;
-    let e_{{ name }} = exp2(-abs(scaled_{{ name }}));
-    let rest_{{ name }} = 2.0 * e_{{ name }} / (1.0 + e_{{ name }});
-    {{ name }} = sign4(cap - cap * rest_{{ name }}, scaled_{{ name }});
+    let e_{{ name }} = exp2(fma({{ name }}, vec4<f32>(cap_scale), vec4<f32>(-60.0)));
+    {{ name }} = capped4(e_{{ name }});
 {% if derivative %}
-    let {{ derivative }}_{{ r }}_{{ n }} = rest_{{ name }} * (2.0 - rest_{{ name }});
+    var {{ derivative }}_{{ r }}_{{ n }} = cap_derivative4({{ name }}, e_{{ name }});
 {% endif %}
 {% if alibi %}
-    {{ name }} += vec4<f32>(lean * {{ ahead(r, n) }}) + leans;
+    {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(fma(lean, {{ ahead(r, n) }}, cap)) + leans);
+{% elif formed %}
+    {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(cap));
 {% endif %}
 {% elif alibi %}
     {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(lean * {{ ahead(r, n) }}) + leans);

@@ -33,9 +33,10 @@
 {{ blocks.make_scores("x", "derivative") }}
     let statistic_at = stage * {{ tile_columns // 2 }}u + part;
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    var p_{{ r }}_{{ n }} = exp2({% if modified %}x_{{ r }}_{{ n }} + {{ blocks.statistic(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }}){% endif %});
+    var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ blocks.statistic(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }}){% endif %});
 {% endfor %}{% endfor %}
-{{ blocks.hide("p", "0.0") }}
+{#- Hidden by name, too, the derivative is computed before: what it is made of would take more registers. -#}
+{{ blocks.hide("p", "0.0", "derivative" if softcap else "") }}
 {{ blocks.keep_weights("p") }}
 {% if softcap %}
     // What d_s needs of p.

@@ -45,6 +45,11 @@
     var d_s_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), vec4<f32>(-delta_{{ r }}));
 {% endfor %}
 {% endfor %}
+{% if softcap and not moments %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
+{% endfor %}{% endfor %}
+{% endif %}
 {{ blocks.hide("d_s", "0.0") }}
 {% if moments %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
@@ -54,7 +59,7 @@
     }
 {% endfor %}{% endfor %}
 {% endif %}
-{% if softcap %}
+{% if softcap and moments %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 {% endfor %}{% endfor %}

@@ -11,7 +11,7 @@
 {% for r in range(row_fragments) %}
   var sum_{{ r }} = 0.0;
   var shift_{{ r }} = 0.0;
-  if (row_{{ r }} < row_limit) { shift_{{ r }} = probability_lse(lse[lse_base + row_{{ r }}]) * LOG2_E; }
+  if (row_{{ r }} < row_limit) { shift_{{ r }} = {{ blocks.shift("probability_lse(lse[lse_base + row_" ~ r ~ "])") }}; }
 {% endfor %}
 {{ blocks.put_columns() }}
 {% endmacro -%}

@@ -3,21 +3,21 @@
 
 {%- macro declare() %}
 {{ blocks.declare() }}
-// Below every product of halves that were scaled to their range, and far from where f32 ends.
-const HIDDEN: f32 = -1e30;
+// Below every product of halves that were scaled to their range{{ ", and every capped one" if softcap else ", and far from where f32 ends" }}.
+const HIDDEN: f32 = {{ "-3e38" if softcap else "-1e30" }};
 // The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
 const SLACK: f32 = 8.0;
 {% endmacro -%}
 
 {%- macro begin() %}
 {{ blocks.begin() }}
-  let hidden = {{ "params.negative_infinity" if modified else "HIDDEN" }};
+  let hidden = {{ "params.negative_infinity" if formed else "HIDDEN" }};
 {{ blocks.begin_columns() }}
 {{ blocks.resident("q", blocks.factor("q")) }}
 {{ blocks.accumulator("o", "v") }}
 {{ blocks.put_columns() }}
   // Where nothing has been seen the maximum is finite, and so far above hidden scores that their weights are zero.
-{% if modified %}
+{% if formed %}
   let floor = LOWEST;
   let slack = SLACK;
 {% else %}
@@ -27,7 +27,7 @@ const SLACK: f32 = 8.0;
 {% for r in range(row_fragments) %}
   var most_{{ r }} = floor;
   // What scores may reach before that.
-  var limit_{{ r }} = {{ "LOWEST" if modified else "0.5 * HIDDEN" }};
+  var limit_{{ r }} = {{ "LOWEST" if formed else "0.5 * HIDDEN" }};
   var sum_{{ r }} = 0.0;
 {% endfor %}
 {% endmacro -%}
@@ -72,7 +72,7 @@ const SLACK: f32 = 8.0;
         var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
 {{ blocks.reduce_row("most", "max") }}
         if (most > limit_{{ r }}) {
-          most_{{ r }} = most{{ " * scale" if not modified }};
+          most_{{ r }} = most{{ " * scale" if not formed }};
           limit_{{ r }} = most + slack;
         }
       }
@@ -114,7 +114,7 @@ const SLACK: f32 = 8.0;
 {% if bias %}
   broken = broken || (row_{{ r }} < row_limit && sum_{{ r }} > 0.0 && most_{{ r }} <= LOWEST);
 {% endif %}
-  let end_{{ r }} = finish_row(most_{{ r }} / {% if modified %}LOG2_E{% else %}scale * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}{% endif %}, sum_{{ r }}, work.head);
+  let end_{{ r }} = finish_row(most_{{ r }} / {% if formed %}LOG2_E{% elif softcap %}LOG2_E + params.softcap{% else %}scale * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}{% endif %}, sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor * {{ blocks.inverse("v") }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = {% if lengths %}select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < here.seq_q){% else %}end_{{ r }}.lse{% endif %}; }
 {% endfor %}
