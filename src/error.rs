@@ -343,26 +343,32 @@ pub enum Error {
         /// What is wrong, with the line where there is one.
         reason: String,
     },
-    /// A stream's file cannot be read or written, or is damaged.
-    #[error("stream {}: {reason}", .path.display())]
-    StreamFile {
+    /// The file of a saved stream or cache cannot be read or written, or is damaged.
+    #[error("{what} {}: {reason}", .path.display())]
+    SavedFile {
+        /// What is saved: a stream, a cache.
+        what: &'static str,
         /// The file.
         path: PathBuf,
         /// What is wrong.
         reason: String,
     },
-    /// What was to be a saved stream is not exactly one.
-    #[error("not a saved stream, or damaged: {reason}")]
-    StreamDamaged {
+    /// What was to be a saved stream or cache is not exactly one.
+    #[error("not a saved {what}, or damaged: {reason}")]
+    SavedDamaged {
+        /// What it should be: a stream, a cache.
+        what: &'static str,
         /// What is wrong.
         reason: String,
     },
-    /// A saved stream is not of the shape, or has not the options, that it is to go on with.
-    #[error("the saved stream has {property} {saved}, wanted is {wanted}")]
-    StreamMismatch {
+    /// A saved stream or cache is not of the shape, or has not the options, that it is to go on with.
+    #[error("the saved {what} has {property} {saved}, wanted is {wanted}")]
+    SavedMismatch {
+        /// What is saved: a stream, a cache.
+        what: &'static str,
         /// What differs.
         property: &'static str,
-        /// What the saved stream has.
+        /// What the saved one has.
         saved: String,
         /// What was asked for.
         wanted: String,

@@ -296,6 +296,7 @@ mod device;
 mod dispatch;
 mod element;
 mod error;
+mod files;
 mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
@@ -305,6 +306,8 @@ mod pieces;
 mod pipeline;
 mod plan;
 mod problem;
+#[cfg(feature = "safetensors")]
+mod saved;
 mod sequences;
 mod shader;
 mod stream;

@@ -36,10 +36,12 @@ use crate::problem::{Inputs, Options, Output, Problem, Shape, SinkLogits};
 /// ```
 #[derive(Debug, Clone)]
 pub struct KvCache<T> {
-    config: CacheConfig,
-    places: Places,
-    keys: Vec<T>,
-    values: Vec<T>,
+    pub(super) config: CacheConfig,
+    pub(super) places: Places,
+    pub(super) keys: Vec<T>,
+    pub(super) values: Vec<T>,
+    /// Of the blocks of quantised keys and values, row by row.
+    pub(super) scales: [Vec<f16>; 2],
 }
 
 impl<T: Element> KvCache<T> {
@@ -51,11 +53,13 @@ impl<T: Element> KvCache<T> {
         config.check()?;
         check_element::<T>(config)?;
         let rows = config.blocks() * config.kv_heads * config.kind.rows();
+        let blocks = |width| if config.quantisation.is_some() { rows * scales_of(width) } else { 0 };
         Ok(KvCache {
             config: *config,
             places: Places::new(config),
             keys: vec![T::default(); rows * config.head_dim],
             values: vec![T::default(); rows * config.value_dim],
+            scales: [config.head_dim, config.value_dim].map(|width| vec![f16::ZERO; blocks(width)]),
         })
     }
 
@@ -160,9 +164,10 @@ impl<T: Element> KvCache<T> {
                         if let Some(turning) = turning {
                             turning.turn(&mut turned, position);
                         }
-                        quantise(key, &turned);
+                        let [key_scales, value_scales] = &mut self.scales;
+                        quantise(key, &turned, &mut key_scales[row * scales_of(head_dim)..]);
                         let value_numbers: Vec<f32> = value.iter().map(|x| x.to_f32()).collect();
-                        quantise(value, &value_numbers);
+                        quantise(value, &value_numbers, &mut value_scales[row * scales_of(value_dim)..]);
                     }
                 }
             }
@@ -296,21 +301,36 @@ impl<T: Element> KvCache<T> {
             let len = rows * width;
             cached.copy_within(from * len..(from + 1) * len, to * len);
         }
+        for (scales, width) in self.scales.iter_mut().zip([self.config.head_dim, self.config.value_dim]) {
+            let len = if scales.is_empty() { 0 } else { rows * scales_of(width) };
+            scales.copy_within(from * len..(from + 1) * len, to * len);
+        }
     }
 }
 
-/// What is left of a row after it was quantised, rounded to the element type. Twin of shaders/cache/append.wgsl.
-fn quantise<T: Element>(row: &mut [T], numbers: &[f32]) {
-    for (row, block) in row.chunks_mut(BLOCK).zip(numbers.chunks(BLOCK)) {
+/// Scales of a row.
+fn scales_of(width: usize) -> usize {
+    width.div_ceil(BLOCK)
+}
+
+/// What is left of a row after it was quantised, rounded to the element type, and the scales of its blocks. Twin of
+/// shaders/cache/append.wgsl.
+fn quantise<T: Element>(row: &mut [T], numbers: &[f32], scales: &mut [f16]) {
+    for ((row, block), kept) in row.chunks_mut(BLOCK).zip(numbers.chunks(BLOCK)).zip(scales) {
         let most = block.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
-        let scale = f16::from_f32(f32::from_bits(most) * (1.0 / 127.0)).to_f32();
-        let scale = if scale.is_finite() { scale } else { f32::NAN };
-        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let scale = f16::from_f32(f32::from_bits(most) * (1.0 / 127.0));
+        *kept = if scale.is_finite() { scale } else { f16::NAN };
+        let inverse = if *kept > f16::ZERO { 1.0 / kept.to_f32() } else { 0.0 };
         for (to, x) in row.iter_mut().zip(block) {
-            let number = (x * inverse).round_ties_even().clamp(-127.0, 127.0);
-            *to = T::from_f32(number * scale);
+            *to = of_block((x * inverse).round_ties_even().clamp(-127.0, 127.0), *kept);
         }
     }
+}
+
+/// What a number of a quantised block stands for, rounded to the element type.
+pub(super) fn of_block<T: Element>(number: f32, scale: f16) -> T {
+    // Whole numbers have no sign of zero.
+    T::from_f32((number + 0.0) * scale.to_f32())
 }
 
 fn check_element<T: Element>(config: &CacheConfig) -> Result<()> {

@@ -2,6 +2,8 @@
 
 pub(crate) mod cpu;
 mod decode;
+#[cfg(feature = "safetensors")]
+mod file;
 mod gpu;
 mod places;
 mod plan;

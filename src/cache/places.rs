@@ -48,8 +48,45 @@ impl Places {
         }
     }
 
+    /// As it was: `lengths`, `written` and a table for each sequence.
+    ///
+    /// # Errors
+    /// What cannot have been, with the numbers.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn restored(
+        config: &CacheConfig,
+        lengths: Vec<usize>,
+        written: Vec<usize>,
+        tables: Vec<Vec<u32>>,
+    ) -> Result<Self, String> {
+        let mut places = Places::new(config);
+        let capacity = places.capacity();
+        for (sequence, (&length, &written)) in lengths.iter().zip(&written).enumerate() {
+            if length > capacity {
+                return Err(format!("sequence {sequence} has {length} tokens and room for {capacity}"));
+            }
+            if written < length || written > capacity {
+                return Err(format!("{written} tokens were written to sequence {sequence}, which has {length}"));
+            }
+        }
+        for (sequence, table) in tables.iter().enumerate() {
+            if let Err(error) = places.assign(sequence, table, lengths.get(sequence).copied().unwrap_or(0)) {
+                return Err(error.to_string());
+            }
+        }
+        places.free.sort_unstable_by(|a, b| b.cmp(a));
+        (places.lengths, places.written) = (lengths, written);
+        Ok(places)
+    }
+
     pub(crate) fn lengths(&self) -> &[usize] {
         &self.lengths
+    }
+
+    /// Tokens that were ever written to each sequence, since it was empty.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn written(&self) -> &[usize] {
+        &self.written
     }
 
     pub(crate) fn table(&self, sequence: usize) -> &[u32] {
