@@ -46,14 +46,14 @@ pub struct Decoder<'a> {
 }
 
 enum Cache {
-    Cpu(cpu::KvCache<f32>),
+    Cpu(Box<cpu::KvCache<f32>>),
     Gpu(Box<OnGpu>),
 }
 
 impl<'a> Decoder<'a> {
     pub fn new(attention: &Attention, setup: Setup<'a>) -> Result<Self, Box<dyn Error>> {
         let cache = match attention.device() {
-            None => Cache::Cpu(cpu::KvCache::new(&setup.config)?),
+            None => Cache::Cpu(Box::new(cpu::KvCache::new(&setup.config)?)),
             Some(device) => Cache::Gpu(Box::new(OnGpu::new(device, attention.create_cache(&setup.config)?, &setup)?)),
         };
         Ok(Decoder { setup, cache })
@@ -98,6 +98,15 @@ impl<'a> Decoder<'a> {
             }
         }
         Ok(steps)
+    }
+
+    /// Tokens that were appended.
+    #[allow(dead_code, reason = "only a stream is saved")]
+    pub fn tokens(&self) -> usize {
+        match &self.cache {
+            Cache::Cpu(cache) => cache.lengths()[0],
+            Cache::Gpu(gpu) => gpu.cache.lengths()[0],
+        }
     }
 
     #[allow(dead_code, reason = "only a stream is saved")]

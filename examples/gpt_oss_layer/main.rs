@@ -16,6 +16,8 @@ mod config;
 mod decoder;
 mod layer;
 mod rotary;
+#[path = "../common/shard.rs"]
+mod shard;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -149,7 +151,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     for number in layers {
         let x = inputs(&config, expected.as_mut(), number, args.tokens)?;
         let tokens = x.len() / hidden;
-        if tokens < 2 || tokens > MOST_TOKENS {
+        if !(2..=MOST_TOKENS).contains(&tokens) {
             return Err(format!("layer {number} has {tokens} tokens of input; it must be 2 to {MOST_TOKENS}").into());
         }
         let prompt = args.prompt.unwrap_or(tokens / 2);
@@ -205,8 +207,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     }
     println!();
     println!("Errors are relative ones of all rows, and the largest of a single number.");
-    // Not so where one is NaN.
-    match worst.iter().find(|(_, error, most)| !(error <= most)) {
+    match worst.iter().find(|(_, error, most)| error.is_nan() || error > most) {
         Some((what, error, most)) => Err(format!("{what} is {error:.1e}, above {most:.0e}").into()),
         None => Ok(()),
     }

@@ -1,78 +1,33 @@
 //! Tensors of safetensors files, read one by one: a shard of the 20B model need not fit the memory.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 use serde_json::Value;
 use sink_attention::half::{bf16, f16};
 
-/// The longest header that safetensors writes.
-const MOST_HEADER: u64 = 100_000_000;
+use crate::shard::Shard;
 
-/// A file, of which only the header has been read.
-struct Shard {
-    path: PathBuf,
-    file: File,
-    index: Metadata,
-    /// Where the tensors begin.
-    data: u64,
-}
-
-impl Shard {
-    fn open(path: &Path) -> Result<Self, String> {
-        let open = || -> Result<Self, String> {
-            let mut file = File::open(path).map_err(|error| error.to_string())?;
-            let len = file.metadata().map_err(|error| error.to_string())?.len();
-            let mut length = [0; 8];
-            file.read_exact(&mut length)
-                .map_err(|_| format!("no safetensors file: {len} bytes, the length of the header alone takes 8"))?;
-            let header = u64::from_le_bytes(length);
-            if header > MOST_HEADER || header > len - 8 {
-                let rest = len - 8;
-                return Err(format!(
-                    "no safetensors file, or truncated: the header claims {header} bytes, {rest} follow its length"
-                ));
-            }
-            let mut bytes = vec![0; header as usize];
-            file.read_exact(&mut bytes).map_err(|error| error.to_string())?;
-            let index: Metadata =
-                serde_json::from_slice(&bytes).map_err(|error| format!("malformed header: {error}"))?;
-            let (expected, actual) = (index.data_len() as u64, len - 8 - header);
-            if expected != actual {
-                return Err(format!(
-                    "truncated or overlong: the tensors take {expected} bytes, {actual} follow the header"
-                ));
-            }
-            Ok(Shard { path: path.into(), file, index, data: 8 + header })
-        };
-        open().map_err(|error| format!("{}: {error}", path.display()))
-    }
-
-    /// A tensor in f32.
-    fn tensor(&mut self, name: &str, shape: Option<&[usize]>) -> Result<(Vec<f32>, Vec<usize>), String> {
-        let failed = |reason: String| format!("{}: tensor {name}{reason}", self.path.display());
-        let info = self.index.info(name).ok_or_else(|| failed(" is missing".into()))?;
-        if let Some(shape) = shape.filter(|shape| info.shape != *shape) {
-            return Err(failed(format!(" has shape {:?}, config.json calls for {shape:?}", info.shape)));
+/// A tensor in f32, of this shape if one is called for.
+fn numbers(shard: &mut Shard, name: &str, shape: Option<&[usize]>) -> Result<(Vec<f32>, Vec<usize>), String> {
+    if let (Some(shape), Some(info)) = (shape, shard.index.info(name)) {
+        if info.shape != shape {
+            let path = shard.path.display();
+            return Err(format!("{path}: tensor {name} has shape {:?}, config.json calls for {shape:?}", info.shape));
         }
-        let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
-        self.file
-            .seek(SeekFrom::Start(self.data + start as u64))
-            .and_then(|_| self.file.read_exact(&mut bytes))
-            .map_err(|error| failed(format!(": {error}")))?;
-        let numbers = match info.dtype {
-            Dtype::BF16 => bytes.as_chunks().0.iter().map(|x| bf16::from_le_bytes(*x).to_f32()).collect(),
-            Dtype::F16 => bytes.as_chunks().0.iter().map(|x| f16::from_le_bytes(*x).to_f32()).collect(),
-            Dtype::F32 => bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect(),
-            other => return Err(failed(format!(" has element type {other}; known: BF16, F16, F32"))),
-        };
-        Ok((numbers, info.shape.clone()))
     }
+    let (info, bytes) = shard.bytes(name)?;
+    let numbers = match info.dtype {
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|x| bf16::from_le_bytes(*x).to_f32()).collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|x| f16::from_le_bytes(*x).to_f32()).collect(),
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect(),
+        other => {
+            let path = shard.path.display();
+            return Err(format!("{path}: tensor {name} has element type {other}; known: BF16, F16, F32"));
+        }
+    };
+    Ok((numbers, info.shape))
 }
 
 /// The tensors of a folder: of `model.safetensors`, or of the shards in `model.safetensors.index.json`.
@@ -119,7 +74,7 @@ impl Weights {
             self.shards.insert(file.into(), Shard::open(&self.folder.join(file))?);
         }
         let shard = self.shards.get_mut(file).ok_or("no shard")?;
-        Ok(shard.tensor(name, Some(shape))?.0)
+        Ok(numbers(shard, name, Some(shape))?.0)
     }
 }
 
@@ -142,7 +97,7 @@ impl Expected {
 
     /// `[1, tokens, width]`.
     pub fn rows(&mut self, name: &str, width: usize) -> Result<Vec<f32>, String> {
-        let (numbers, shape) = self.0.tensor(name, None)?;
+        let (numbers, shape) = numbers(&mut self.0, name, None)?;
         if shape.len() != 3 || shape[0] != 1 || shape[1] == 0 || shape[2] != width {
             let path = self.0.path.display();
             return Err(format!("{path}: tensor {name} has shape {shape:?}, it must be [1, tokens, {width}]"));
