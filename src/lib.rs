@@ -275,7 +275,7 @@
 //! # Features
 //!
 //! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
-//! - `safetensors`: [`Stream`]s saved to files and loaded from them; part of `cli`.
+//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them; part of `cli`.
 //! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
 //!   host has checked every size.
 //!

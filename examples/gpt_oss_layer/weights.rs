@@ -11,11 +11,11 @@ use crate::shard::Shard;
 
 /// A tensor in f32, of this shape if one is called for.
 fn numbers(shard: &mut Shard, name: &str, shape: Option<&[usize]>) -> Result<(Vec<f32>, Vec<usize>), String> {
-    if let (Some(shape), Some(info)) = (shape, shard.index.info(name)) {
-        if info.shape != shape {
-            let path = shard.path.display();
-            return Err(format!("{path}: tensor {name} has shape {:?}, config.json calls for {shape:?}", info.shape));
-        }
+    if let (Some(shape), Some(info)) = (shape, shard.index.info(name))
+        && info.shape != shape
+    {
+        let path = shard.path.display();
+        return Err(format!("{path}: tensor {name} has shape {:?}, config.json calls for {shape:?}", info.shape));
     }
     let (info, bytes) = shard.bytes(name)?;
     let numbers = match info.dtype {

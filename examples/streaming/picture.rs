@@ -62,7 +62,7 @@ pub fn draw(lanes: &[(Policy, &Series)], settings: &Settings) -> Result<String, 
     {
         let root = SVGBackend::with_string(&mut svg, (WIDTH, PANEL_HEIGHT * drawn.len() as u32)).into_drawing_area();
         root.fill(&WHITE)?;
-        for (area, n) in root.margin(10, 10, 10, 30).split_evenly((drawn.len(), 1)).iter().zip(drawn) {
+        for (area, n) in root.margin(10, 10, 10, 50).split_evenly((drawn.len(), 1)).iter().zip(drawn) {
             let (title, unit, value) = panels[n];
             let lanes: Vec<_> = lanes.iter().copied().filter(|(policy, _)| shown(n, *policy)).collect();
             // Where no curve is.
