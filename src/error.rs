@@ -248,7 +248,8 @@ pub enum Error {
         /// The longest it can have.
         most: usize,
     },
-    /// A rolling cache has given up tokens that would have to come back.
+    /// A rolling cache has given up tokens that would have to come back, for a shorter length or for the first of several
+    /// queries, which counts as a length that ends with it.
     #[error("sequence {sequence} of the rolling cache cannot go back to {length} tokens, the least is {least}, or 0")]
     CacheEvicted {
         /// The sequence.

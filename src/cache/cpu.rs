@@ -179,7 +179,8 @@ impl<T: Element> KvCache<T> {
     /// are rotated as they are read.
     ///
     /// # Errors
-    /// As [`KvCache::prepare_decode`](crate::KvCache::prepare_decode); [`Error::OperandLength`].
+    /// As [`KvCache::prepare_decode`](crate::KvCache::prepare_decode) and
+    /// [`PreparedDecode::encode`](crate::PreparedDecode::encode); [`Error::OperandLength`].
     pub fn decode(
         &self,
         decode: &Decode,
@@ -189,6 +190,9 @@ impl<T: Element> KvCache<T> {
     ) -> Result<Output<T>> {
         let (problem, bounds) = decode.problem(&self.config)?;
         let entries = decode.entries(&self.config)?;
+        for &sequence in &entries {
+            self.places.check_queries(sequence, decode.queries, bounds.left as usize)?;
+        }
         let options = *problem.options();
         let s = *problem.shape();
         let expected = s.batch * s.heads * s.seq_q * s.head_dim;

@@ -650,7 +650,8 @@ impl PreparedDecode {
     /// Records the step for the sequences as they are now.
     ///
     /// # Errors
-    /// [`Error::OtherCache`].
+    /// [`Error::OtherCache`]; [`Error::CacheEvicted`] for several queries of a rolling cache that has taken tokens back, where
+    /// the first of them would not find its window whole.
     pub fn encode(&self, cache: &KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention decode"), timestamp_writes: None };
         self.encode_in(cache, &mut encoder.begin_compute_pass(&descriptor))
@@ -663,6 +664,9 @@ impl PreparedDecode {
     pub fn encode_in(&self, cache: &KvCache, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
         if cache.keys != self.keys {
             return Err(Error::OtherCache);
+        }
+        for &sequence in &self.entries {
+            cache.places.check_queries(sequence, self.queries, self.bounds.left as usize)?;
         }
         let grid = self.grid(cache);
         if grid[0] > 0 {

@@ -233,6 +233,20 @@ impl Places {
         }
     }
 
+    /// Whether the first of so many queries finds its window whole, with `left` keys before its own: what was written to a ring
+    /// and taken back has cost the oldest keys.
+    pub(crate) fn check_queries(&self, sequence: usize, queries: usize, left: usize) -> Result<()> {
+        let CacheKind::Rolling { window, queries: most, .. } = self.kind else { return Ok(()) };
+        let (length, written) = (self.lengths[sequence], self.written[sequence]);
+        if written <= self.kind.rows() || length == 0 {
+            return Ok(());
+        }
+        // As if all queries but the first were taken back.
+        let length = (length + 1).saturating_sub(queries);
+        let least = (written + left + 2).saturating_sub(most + window);
+        if length < least { Err(Error::CacheEvicted { sequence, length, least }) } else { Ok(()) }
+    }
+
     /// Forgets all tokens from `length` on.
     pub(crate) fn truncate(&mut self, sequence: usize, length: usize) -> Result<()> {
         self.check_sequence(sequence)?;

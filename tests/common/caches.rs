@@ -161,6 +161,21 @@ impl<T: Element> Both<T> {
         Some(result.map_err(|error| error.to_string()))
     }
 
+    /// Whether both refuse the step for what a ring has given up, and say the same.
+    pub fn refuses(&self, decode: &Decode) -> bool {
+        let entries = decode.sequences.as_ref().map_or(self.config.sequences, Vec::len);
+        let rows = entries * decode.heads * decode.queries;
+        let (q, lens) = (vec![T::default(); rows * self.config.head_dim], [rows * self.config.value_dim, rows]);
+        let on_cpu = self.cpu.decode(decode, &q, None, None).err();
+        assert!(on_cpu.as_ref().is_none_or(|error| matches!(error, Error::CacheEvicted { .. })), "{on_cpu:?}");
+        let on_cpu = on_cpu.map(|error| error.to_string());
+        if let (Some(cache), Some(attention)) = (&self.gpu, gpu()) {
+            let on_gpu = decode_on(attention.device().unwrap(), cache, decode, &q, lens, None, None).err();
+            assert_eq!(on_gpu.map(|error| error.to_string()), on_cpu, "{decode:?} {:?}", self.config);
+        }
+        on_cpu.is_some()
+    }
+
     /// A decoding step with random queries on both, against the reference over the tokens that the model says are seen.
     pub fn check(&mut self, decode: &Decode) {
         let entries = decode.sequences.clone().unwrap_or_else(|| (0..self.config.sequences).collect());
