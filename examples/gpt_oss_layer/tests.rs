@@ -97,6 +97,11 @@ const SINKS: &str = "model.layers.0.self_attn.sinks";
 
 #[test]
 fn the_fixture_with_any_prompt() {
+    let required = std::env::var("SINK_ATTENTION_REQUIRE_GPU").is_ok_and(|value| value == "1");
+    assert!(
+        !required || Attention::new().unwrap().is_gpu(),
+        "SINK_ATTENTION_REQUIRE_GPU=1, but there is no GPU adapter"
+    );
     let folder = Folder::new("whole");
     for options in ["", "--prompt 1", "--prompt 74", "--prompt 15 --layers 0", "--prompt 16 --layers 1,0"] {
         folder.run(options).unwrap_or_else(|error| panic!("{options}: {error}"));

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use sink_attention::Attention;
+
 use super::args::{self, Command as Parsed};
 use super::run;
 use super::shard::Shard;
@@ -111,6 +113,11 @@ fn a_killed_run_goes_on_with_the_same_bits_on_the_cpu() {
 /// On the GPU, where there is one.
 #[test]
 fn a_killed_run_goes_on_with_the_same_bits() {
+    let required = std::env::var("SINK_ATTENTION_REQUIRE_GPU").is_ok_and(|value| value == "1");
+    assert!(
+        !required || Attention::new().unwrap().is_gpu(),
+        "SINK_ATTENTION_REQUIRE_GPU=1, but there is no GPU adapter"
+    );
     goes_on_after_a_kill(None, 1500);
 }
 
