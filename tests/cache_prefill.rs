@@ -1,0 +1,175 @@
+//! Prompts through caches, whole and in chunks, and gradients through them, against the dense reference.
+
+mod common;
+
+use common::caches::{Both, config};
+use common::prefills::causal;
+use sink_attention::half::{bf16, f16};
+use sink_attention::{
+    Axes, CacheConfig, CacheKind, Decode, Element, Options, Prefill, Quantisation, Rotary, RotaryPositions,
+    RotaryStyle, SinkLogits, Window,
+};
+
+const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 150 };
+const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 40, sequence_pages: 10 };
+const LARGE_PAGES: CacheKind = CacheKind::Paged { page_size: 64, pages: 12, sequence_pages: 3 };
+const ROLLING: CacheKind = CacheKind::Rolling { sink_tokens: 3, window: 21, queries: 2 };
+
+/// Ragged chunks of one and of several sequences, a single token and none among them, with decoding in between.
+fn fills<T: Element>(config: CacheConfig, heads: usize, options: Options) {
+    let mut both = Both::<T>::new(config);
+    for tokens in [[0, 70, 5], [30, 0, 1], [0, 0, 0], [1, 0, 0], [2, 40, 33]] {
+        both.prefill(&Prefill::new(heads, tokens, options));
+        both.check(&Decode::new(heads, options));
+    }
+    both.append(&[1, 0, 1]);
+    both.check(&Decode::new(heads, options));
+}
+
+#[test]
+fn chunks_of_every_kind() {
+    let sinks = |options: Options| options.sink_logits(SinkLogits::PerHead);
+    fills::<f32>(config::<f32>(CONTIGUOUS, 2, [16, 16]), 4, sinks(causal::<f32>()));
+    fills::<f16>(config::<f16>(PAGED, 2, [16, 16]), 4, sinks(causal::<f16>()));
+    fills::<bf16>(config::<bf16>(LARGE_PAGES, 1, [8, 16]), 3, causal::<bf16>());
+    fills::<f32>(config::<f32>(ROLLING, 2, [16, 16]), 4, sinks(causal::<f32>()));
+    fills::<f16>(config::<f16>(ROLLING, 1, [16, 16]), 2, causal::<f16>());
+}
+
+#[test]
+fn chunks_of_quantised_caches() {
+    let quantisation = Some(Quantisation::Q8_0);
+    for kind in [CONTIGUOUS, PAGED, ROLLING] {
+        fills::<f32>(CacheConfig { quantisation, ..config::<f32>(kind, 1, [40, 33]) }, 2, causal::<f32>());
+    }
+    fills::<f16>(CacheConfig { quantisation, ..config::<f16>(ROLLING, 1, [32, 64]) }, 1, causal::<f16>());
+}
+
+#[test]
+fn chunks_are_rotated() {
+    let rotary = |dim, style| Some(Rotary { dim, style, positions: RotaryPositions::Absolute });
+    let half_split = rotary(16, RotaryStyle::HalfSplit);
+    fills::<f32>(CacheConfig { rotary: half_split, ..config::<f32>(CONTIGUOUS, 1, [16, 8]) }, 2, causal::<f32>());
+    fills::<f32>(CacheConfig { rotary: half_split, ..config::<f32>(ROLLING, 1, [16, 8]) }, 2, causal::<f32>());
+    // Rows of an odd width, padded.
+    let interleaved = rotary(6, RotaryStyle::Interleaved);
+    fills::<bf16>(CacheConfig { rotary: interleaved, ..config::<bf16>(ROLLING, 1, [9, 5]) }, 2, causal::<bf16>());
+    let quantisation = Some(Quantisation::Q8_0);
+    let quantised = CacheConfig { quantisation, rotary: half_split, ..config::<f32>(ROLLING, 1, [40, 8]) };
+    fills::<f32>(quantised, 1, causal::<f32>());
+}
+
+/// What the chunk's first queries see of a ring is what its last ones evict.
+#[test]
+fn a_ring_shows_what_the_chunk_evicts() {
+    for (sink_tokens, window, queries) in [(2, 1, 1), (0, 5, 1), (20, 16, 3)] {
+        let kind = CacheKind::Rolling { sink_tokens, window, queries };
+        let mut both = Both::<f32>::new(config::<f32>(kind, 1, [8, 8]));
+        for tokens in [[1, 2, 0], [90, 3, 1], [1, 60, 1], [39, 1, 1], [7, 7, 7]] {
+            both.prefill(&Prefill::new(1, tokens, causal::<f32>()));
+            both.check(&Decode::new(1, Options::new()));
+        }
+        // What was taken back lies in the ring still.
+        if queries > 1 {
+            both.truncate(0, 136).unwrap();
+            both.prefill(&Prefill::new(1, [9, 0, 2], causal::<f32>()));
+        }
+        // Narrower than the cache, with fewer sink tokens, and not causal.
+        let narrow = Options::new().window(Window::new(window / 2, 2)).sink_tokens(sink_tokens / 2);
+        both.prefill(&Prefill::new(1, [20, 0, 30], narrow.softcap(3.0)));
+    }
+}
+
+#[test]
+fn what_queries_of_a_chunk_see() {
+    for kind in [CONTIGUOUS, PAGED] {
+        let mut both = Both::<f32>::new(config::<f32>(kind, 1, [8, 8]));
+        both.append(&[20, 33, 0]);
+        for options in [
+            Options::new().sink_logits(SinkLogits::OffByOne),
+            Options::new().window(Window::keys(9)).sink_tokens(5).scale(-0.7),
+            Options::new().window(Window::new(4, 3)).softcap(2.0),
+            causal::<f32>().alibi(true).bias(Axes::ALL),
+            causal::<f32>().mask(Axes::KEYS.batch()).bias(Axes::KEYS.heads()),
+        ] {
+            both.prefill(&Prefill::new(3, [5, 17, 0], options));
+            both.prefill(&Prefill::new(3, [0, 0, 8], options));
+        }
+    }
+}
+
+/// The same tokens whole and in chunks: the same rows, as far as the order of sums goes.
+#[test]
+fn chunks_give_what_the_whole_gives() {
+    use sink_attention::cpu::{KvCache, PrefillOperands};
+    let numbers = |n: usize| (0..n).map(|n| ((n * 53 % 97) as f32 - 48.0) / 40.0).collect::<Vec<_>>();
+    for kind in [CONTIGUOUS, PAGED, ROLLING] {
+        let config = CacheConfig { sequences: 1, ..config::<f32>(kind, 1, [8, 8]) };
+        let (mut q, k, v) = (numbers(100 * 16), numbers(100 * 8), numbers(100 * 8));
+        let none = PrefillOperands::default();
+        let mut cache = KvCache::new(&config).unwrap();
+        let whole = cache.prefill(&Prefill::new(2, [100], causal::<f32>()), &mut q, [&k, &v], &none).unwrap();
+        let mut cache = KvCache::new(&config).unwrap();
+        let mut o = Vec::new();
+        let mut start = 0;
+        for tokens in [1, 30, 0, 49, 20] {
+            let of = |x: &[f32], width: usize| x[start * width..(start + tokens) * width].to_vec();
+            let prefill = Prefill::new(2, [tokens], causal::<f32>());
+            let chunk = cache.prefill(&prefill, &mut of(&q, 16), [&of(&k, 8), &of(&v, 8)], &none).unwrap();
+            o.extend(chunk.o);
+            start += tokens;
+        }
+        common::compare(&o, &whole.o, 1e-6).unwrap();
+    }
+}
+
+#[test]
+fn gradients_in_the_caches_layout() {
+    let options = |options: Options| options.sink_logits(SinkLogits::PerHead);
+    fn of<T: Element>(kind: CacheKind, kv_heads: usize, widths: [usize; 2], heads: usize, options: Options) {
+        let mut both = Both::<T>::new(config::<T>(kind, kv_heads, widths));
+        both.append(&[3, 40, 0]);
+        for tokens in [[20, 7, 0], [0, 0, 33], [1, 0, 30]] {
+            let prefilled = both.prefill(&Prefill::new(heads, tokens, options));
+            both.backward(&prefilled);
+        }
+    }
+    of::<f32>(CONTIGUOUS, 2, [16, 8], 4, options(causal::<f32>()));
+    of::<f32>(PAGED, 2, [16, 8], 4, options(causal::<f32>()));
+    of::<f16>(PAGED, 1, [16, 8], 2, options(causal::<f16>().window(Window::keys(12)).sink_tokens(2)));
+    // Rows of an odd width, padded.
+    of::<bf16>(CONTIGUOUS, 1, [9, 5], 2, causal::<bf16>());
+    of::<f32>(LARGE_PAGES, 1, [5, 7], 1, causal::<f32>().softcap(2.0).alibi(true).bias(Axes::ALL));
+}
+
+/// Pages that sequences share get the sum over them.
+#[test]
+fn gradients_of_shared_pages() {
+    let mut both = Both::<f32>::new(config::<f32>(PAGED, 1, [8, 8]));
+    both.append(&[40, 0, 0]);
+    both.fork(0, 1).unwrap();
+    both.fork(0, 2).unwrap();
+    both.truncate(1, 20).unwrap();
+    let prefilled = both.prefill(&Prefill::new(2, [1, 30, 12], causal::<f32>()));
+    assert_eq!(both.cpu.pages(0)[0], both.cpu.pages(1)[0]);
+    assert_eq!(both.cpu.pages(0)[..2], both.cpu.pages(2)[..2]);
+    both.backward(&prefilled);
+    // Two of the three.
+    let prefilled = both.prefill(&Prefill::new(2, [3, 0, 1], causal::<f32>()));
+    both.backward(&prefilled);
+}
+
+/// Chunks are differentiated from the last to the first, of which the ones behind are taken back.
+#[test]
+fn gradients_of_chunks() {
+    for kind in [CONTIGUOUS, PAGED] {
+        let rotary =
+            Some(Rotary { dim: 8, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute });
+        let mut both = Both::<f32>::new(CacheConfig { rotary, ..config::<f32>(kind, 1, [8, 8]) });
+        let first = both.prefill(&Prefill::new(2, [0, 30, 0], causal::<f32>()));
+        let second = both.prefill(&Prefill::new(2, [0, 20, 0], causal::<f32>()));
+        both.backward(&second);
+        both.truncate(1, 30).unwrap();
+        both.backward(&first);
+    }
+}
