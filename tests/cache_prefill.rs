@@ -26,37 +26,45 @@ fn fills<T: Element>(config: CacheConfig, heads: usize, options: Options) {
     both.check(&Decode::new(heads, options));
 }
 
+// Shapes and options are few: a software driver takes a second or more for each kernel.
+fn sinks<T: Element>() -> Options {
+    causal::<T>().sink_logits(SinkLogits::PerHead)
+}
+
 #[test]
 fn chunks_of_every_kind() {
-    let sinks = |options: Options| options.sink_logits(SinkLogits::PerHead);
-    fills::<f32>(config::<f32>(CONTIGUOUS, 2, [16, 16]), 4, sinks(causal::<f32>()));
-    fills::<f16>(config::<f16>(PAGED, 2, [16, 16]), 4, sinks(causal::<f16>()));
-    fills::<bf16>(config::<bf16>(LARGE_PAGES, 1, [8, 16]), 3, causal::<bf16>());
-    fills::<f32>(config::<f32>(ROLLING, 2, [16, 16]), 4, sinks(causal::<f32>()));
-    fills::<f16>(config::<f16>(ROLLING, 1, [16, 16]), 2, causal::<f16>());
+    for kind in [CONTIGUOUS, PAGED, ROLLING] {
+        fills::<f32>(config::<f32>(kind, 2, [8, 8]), 4, sinks::<f32>());
+    }
+    fills::<f16>(config::<f16>(PAGED, 2, [8, 8]), 4, sinks::<f16>());
+    fills::<bf16>(config::<bf16>(LARGE_PAGES, 1, [9, 5]), 3, causal::<bf16>());
 }
 
 #[test]
 fn chunks_of_quantised_caches() {
     let quantisation = Some(Quantisation::Q8_0);
-    for kind in [CONTIGUOUS, PAGED, ROLLING] {
-        fills::<f32>(CacheConfig { quantisation, ..config::<f32>(kind, 1, [40, 33]) }, 2, causal::<f32>());
+    for kind in [CONTIGUOUS, PAGED] {
+        fills::<f32>(CacheConfig { quantisation, ..config::<f32>(kind, 2, [8, 8]) }, 4, sinks::<f32>());
     }
-    fills::<f16>(CacheConfig { quantisation, ..config::<f16>(ROLLING, 1, [32, 64]) }, 1, causal::<f16>());
+    // Several blocks, the last one not whole.
+    fills::<f16>(CacheConfig { quantisation, ..config::<f16>(ROLLING, 1, [40, 33]) }, 1, causal::<f16>());
 }
 
 #[test]
 fn chunks_are_rotated() {
     let rotary = |dim, style| Some(Rotary { dim, style, positions: RotaryPositions::Absolute });
-    let half_split = rotary(16, RotaryStyle::HalfSplit);
-    fills::<f32>(CacheConfig { rotary: half_split, ..config::<f32>(CONTIGUOUS, 1, [16, 8]) }, 2, causal::<f32>());
-    fills::<f32>(CacheConfig { rotary: half_split, ..config::<f32>(ROLLING, 1, [16, 8]) }, 2, causal::<f32>());
-    // Rows of an odd width, padded.
-    let interleaved = rotary(6, RotaryStyle::Interleaved);
-    fills::<bf16>(CacheConfig { rotary: interleaved, ..config::<bf16>(ROLLING, 1, [9, 5]) }, 2, causal::<bf16>());
+    let half_split = rotary(8, RotaryStyle::HalfSplit);
+    for kind in [CONTIGUOUS, ROLLING] {
+        let config = config::<f32>(kind, 2, [8, 8]);
+        fills::<f32>(CacheConfig { rotary: half_split, ..config }, 4, sinks::<f32>());
+    }
     let quantisation = Some(Quantisation::Q8_0);
-    let quantised = CacheConfig { quantisation, rotary: half_split, ..config::<f32>(ROLLING, 1, [40, 8]) };
-    fills::<f32>(quantised, 1, causal::<f32>());
+    let config = config::<f32>(ROLLING, 2, [8, 8]);
+    fills::<f32>(CacheConfig { quantisation, rotary: half_split, ..config }, 4, sinks::<f32>());
+    // Rows of an odd width, padded.
+    let rotary = rotary(6, RotaryStyle::Interleaved);
+    let config = common::caches::config::<bf16>(ROLLING, 1, [9, 5]);
+    fills::<bf16>(CacheConfig { rotary, ..config }, 3, causal::<bf16>());
 }
 
 /// What the chunk's first queries see of a ring is what its last ones evict.
@@ -85,15 +93,15 @@ fn what_queries_of_a_chunk_see() {
     for kind in [CONTIGUOUS, PAGED] {
         let mut both = Both::<f32>::new(config::<f32>(kind, 1, [8, 8]));
         both.append(&[20, 33, 0]);
-        for options in [
-            Options::new().sink_logits(SinkLogits::OffByOne),
-            Options::new().window(Window::keys(9)).sink_tokens(5).scale(-0.7),
-            Options::new().window(Window::new(4, 3)).softcap(2.0),
-            causal::<f32>().alibi(true).bias(Axes::ALL),
-            causal::<f32>().mask(Axes::KEYS.batch()).bias(Axes::KEYS.heads()),
+        for (options, tokens) in [
+            (Options::new().sink_logits(SinkLogits::OffByOne), [5, 17, 0]),
+            (Options::new().window(Window::keys(9)).sink_tokens(5).scale(-0.7), [0, 8, 8]),
+            (Options::new().window(Window::new(4, 3)).softcap(2.0), [0, 0, 8]),
+            (causal::<f32>().alibi(true).bias(Axes::ALL), [9, 17, 0]),
+            (causal::<f32>().mask(Axes::KEYS.batch()).bias(Axes::KEYS.heads()), [0, 11, 0]),
+            (causal::<f32>().mask(Axes::ALL), [6, 0, 3]),
         ] {
-            both.prefill(&Prefill::new(3, [5, 17, 0], options));
-            both.prefill(&Prefill::new(3, [0, 0, 8], options));
+            both.prefill(&Prefill::new(3, tokens, options));
         }
     }
 }
@@ -123,39 +131,43 @@ fn chunks_give_what_the_whole_gives() {
     }
 }
 
+/// After what was appended before; several sequences, then one, as far as wanted.
+fn gradients<T: Element>(config: CacheConfig, heads: usize, options: Options, chunks: &[[usize; 3]]) {
+    let mut both = Both::<T>::new(config);
+    both.append(&[3, 40, 0]);
+    for tokens in chunks {
+        let prefilled = both.prefill(&Prefill::new(heads, *tokens, options));
+        both.backward(&prefilled);
+    }
+}
+
 #[test]
 fn gradients_in_the_caches_layout() {
-    let options = |options: Options| options.sink_logits(SinkLogits::PerHead);
-    fn of<T: Element>(kind: CacheKind, kv_heads: usize, widths: [usize; 2], heads: usize, options: Options) {
-        let mut both = Both::<T>::new(config::<T>(kind, kv_heads, widths));
-        both.append(&[3, 40, 0]);
-        for tokens in [[20, 7, 0], [0, 0, 33], [1, 0, 30]] {
-            let prefilled = both.prefill(&Prefill::new(heads, tokens, options));
-            both.backward(&prefilled);
-        }
+    let chunks = [[20, 7, 0], [0, 0, 33], [1, 0, 30]];
+    for kind in [CONTIGUOUS, PAGED] {
+        gradients::<f32>(config::<f32>(kind, 2, [8, 8]), 4, sinks::<f32>(), &chunks);
     }
-    of::<f32>(CONTIGUOUS, 2, [16, 8], 4, options(causal::<f32>()));
-    of::<f32>(PAGED, 2, [16, 8], 4, options(causal::<f32>()));
-    of::<f16>(PAGED, 1, [16, 8], 2, options(causal::<f16>().window(Window::keys(12)).sink_tokens(2)));
+    gradients::<f16>(config::<f16>(PAGED, 2, [8, 8]), 4, sinks::<f16>(), &chunks[2..]);
     // Rows of an odd width, padded.
-    of::<bf16>(CONTIGUOUS, 1, [9, 5], 2, causal::<bf16>());
-    of::<f32>(LARGE_PAGES, 1, [5, 7], 1, causal::<f32>().softcap(2.0).alibi(true).bias(Axes::ALL));
+    gradients::<bf16>(config::<bf16>(CONTIGUOUS, 1, [9, 5]), 3, causal::<bf16>(), &chunks[1..2]);
+    let options = causal::<f32>().window(Window::keys(12)).sink_tokens(2).alibi(true).bias(Axes::ALL);
+    gradients::<f32>(config::<f32>(LARGE_PAGES, 1, [8, 8]), 1, options, &chunks[..1]);
 }
 
 /// Pages that sequences share get the sum over them.
 #[test]
 fn gradients_of_shared_pages() {
-    let mut both = Both::<f32>::new(config::<f32>(PAGED, 1, [8, 8]));
+    let mut both = Both::<f32>::new(config::<f32>(PAGED, 2, [8, 8]));
     both.append(&[40, 0, 0]);
     both.fork(0, 1).unwrap();
     both.fork(0, 2).unwrap();
     both.truncate(1, 20).unwrap();
-    let prefilled = both.prefill(&Prefill::new(2, [1, 30, 12], causal::<f32>()));
+    let prefilled = both.prefill(&Prefill::new(4, [1, 30, 12], sinks::<f32>()));
     assert_eq!(both.cpu.pages(0)[0], both.cpu.pages(1)[0]);
     assert_eq!(both.cpu.pages(0)[..2], both.cpu.pages(2)[..2]);
     both.backward(&prefilled);
     // Two of the three.
-    let prefilled = both.prefill(&Prefill::new(2, [3, 0, 1], causal::<f32>()));
+    let prefilled = both.prefill(&Prefill::new(4, [3, 0, 1], sinks::<f32>()));
     both.backward(&prefilled);
 }
 
@@ -165,9 +177,9 @@ fn gradients_of_chunks() {
     for kind in [CONTIGUOUS, PAGED] {
         let rotary =
             Some(Rotary { dim: 8, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute });
-        let mut both = Both::<f32>::new(CacheConfig { rotary, ..config::<f32>(kind, 1, [8, 8]) });
-        let first = both.prefill(&Prefill::new(2, [0, 30, 0], causal::<f32>()));
-        let second = both.prefill(&Prefill::new(2, [0, 20, 0], causal::<f32>()));
+        let mut both = Both::<f32>::new(CacheConfig { rotary, ..config::<f32>(kind, 2, [8, 8]) });
+        let first = both.prefill(&Prefill::new(4, [0, 30, 0], sinks::<f32>()));
+        let second = both.prefill(&Prefill::new(4, [0, 20, 0], sinks::<f32>()));
         both.backward(&second);
         both.truncate(1, 30).unwrap();
         both.backward(&first);
