@@ -318,7 +318,8 @@ mod tuning;
 pub use attention::Attention;
 pub use cache::{
     AppendBuffers, CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, Prefill,
-    PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill, Quantisation, Rotary, RotaryPositions, RotaryStyle,
+    PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill, Quantisation, Rotary,
+    RotaryPositions, RotaryStyle,
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};

@@ -175,8 +175,7 @@ fn gradients_of_shared_pages() {
 #[test]
 fn gradients_of_chunks() {
     for kind in [CONTIGUOUS, PAGED] {
-        let rotary =
-            Some(Rotary { dim: 8, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute });
+        let rotary = Some(Rotary { dim: 8, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute });
         let mut both = Both::<f32>::new(CacheConfig { rotary, ..config::<f32>(kind, 2, [8, 8]) });
         let first = both.prefill(&Prefill::new(4, [0, 30, 0], sinks::<f32>()));
         let second = both.prefill(&Prefill::new(4, [0, 20, 0], sinks::<f32>()));

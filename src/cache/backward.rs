@@ -120,11 +120,7 @@ struct Passes {
 }
 
 impl PreparedCacheBackward {
-    pub(crate) async fn new(
-        cache: &KvCache,
-        prefill: &Prefill,
-        buffers: &CacheBackwardBuffers<'_>,
-    ) -> Result<Self> {
+    pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &CacheBackwardBuffers<'_>) -> Result<Self> {
         let (config, device) = (&cache.config, &cache.device);
         let batch = Batch::held(config, prefill, &cache.places)?;
         let (keys, bytes) = (cache.keys.clone(), config.bytes());
@@ -154,9 +150,8 @@ impl PreparedCacheBackward {
         let (operands, results) = match places {
             [Some(operands), Some(results)] => (Source::Cache(operands), Source::Cache(results)),
             _ => {
-                let create = || -> Result<_> {
-                    Ok([Gathered::allocate(cache, &batch)?, Gathered::allocate(cache, &batch)?])
-                };
+                let create =
+                    || -> Result<_> { Ok([Gathered::allocate(cache, &batch)?, Gathered::allocate(cache, &batch)?]) };
                 let [operands, results] = device.scoped("allocating scratch", create).await??;
                 (Source::Gathered(operands), Source::Gathered(results))
             }

@@ -240,7 +240,8 @@ impl Bound {
             device.queue().write_buffer(&buffer, 0, &bytes);
             [0, 1].map(|list| {
                 let params = Window { start: (list * PARAMS_STRIDE) as u64, len: PARAMS_BYTES };
-                let given = |binding| operands.iter().find(|(b, _)| *b == binding).map(|(_, resource)| resource.clone());
+                let given =
+                    |binding| operands.iter().find(|(b, _)| *b == binding).map(|(_, resource)| resource.clone());
                 let find = |binding| match binding {
                     CacheBinding::Params => Some(resource(&buffer, params)),
                     _ if given(binding).is_some() => given(binding),
@@ -443,7 +444,9 @@ impl PreparedAppend {
         ];
         operands.extend(q.as_ref().map(|q| (CacheBinding::Q, q.resource())));
         operands.extend(buffers.cos_sin.map(|table| (CacheBinding::CosSin, table.as_entire_binding())));
-        operands.extend(gathered.into_iter().flat_map(|gathered| gathered.bind([CacheBinding::Keys, CacheBinding::Values])));
+        operands.extend(
+            gathered.into_iter().flat_map(|gathered| gathered.bind([CacheBinding::Keys, CacheBinding::Values])),
+        );
         Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))
     }
 

@@ -108,10 +108,8 @@ impl Gathered {
         }
         list.extend(terms);
         let [keys, values] = cache.config.bytes().map(|len| Window { start: 0, len });
-        let into = vec![
-            (CacheBinding::Keys, resource(into[0], keys)),
-            (CacheBinding::Values, resource(into[1], values)),
-        ];
+        let into =
+            vec![(CacheBinding::Keys, resource(into[0], keys)), (CacheBinding::Values, resource(into[1], values))];
         self.moving(cache, CacheKernel::Scatter, sums.len(), list, into).await
     }
 

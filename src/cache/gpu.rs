@@ -162,7 +162,10 @@ impl KvCache {
         for &Entry { sequence, length, .. } in entries {
             let actual = self.places.lengths()[sequence];
             if actual != length {
-                return Err(Error::CacheChanged { sequence, reason: format!("it had {length} tokens, it has {actual}") });
+                return Err(Error::CacheChanged {
+                    sequence,
+                    reason: format!("it had {length} tokens, it has {actual}"),
+                });
             }
         }
         Ok(())

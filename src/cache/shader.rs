@@ -162,7 +162,9 @@ impl CacheVariant {
         };
         let present = |binding: CacheBinding| match (self.kernel, binding) {
             (CacheKernel::Append { rotates_q, .. }, Q) => rotates_q,
-            (CacheKernel::Append { rotates_q, .. }, CosSin) => rotates_q || self.rotary.is_some() && !self.is_relative(),
+            (CacheKernel::Append { rotates_q, .. }, CosSin) => {
+                rotates_q || self.rotary.is_some() && !self.is_relative()
+            }
             (CacheKernel::Decode { .. }, CosSin) => self.is_relative(),
             (CacheKernel::Combine { sink_logits, .. }, Sinks) => sink_logits == SinkLogits::PerHead,
             (CacheKernel::Gather, State) => self.addressing == Addressing::Paged,

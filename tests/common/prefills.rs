@@ -108,7 +108,8 @@ impl<T: Element> Both<T> {
             }
             let about = || format!("{what}: {prefill:?} of {:?}, lengths {lengths:?}", self.config);
             compare(&output.o, &expected.o, o_bound).unwrap_or_else(|error| panic!("{}: o {error}", about()));
-            compare_lse(&output.lse, &expected.lse, lse_bound).unwrap_or_else(|error| panic!("{}: lse {error}", about()));
+            compare_lse(&output.lse, &expected.lse, lse_bound)
+                .unwrap_or_else(|error| panic!("{}: lse {error}", about()));
         };
         compared("CPU", &cpu);
         let gpu = gpu.map(|(q, output)| {
