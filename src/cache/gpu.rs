@@ -213,11 +213,10 @@ impl KvCache {
     /// prepared once the one before has been recorded.
     ///
     /// The forward pass is the ordinary one, with the operator's kernels and tiles. One sequence of a contiguous cache that is
-    /// not quantised is read where it lies; else keys and values are gathered first: one reading of what the chunk attends to,
-    /// and as much writing, beside arithmetic on all of it for each query.
-    /// So many tokens that they are few beside the keys are worth a prefill only where decoding does not take them. What is
-    /// gathered takes [`prefill_scratch_bytes`](Self::prefill_scratch_bytes). Quantised keys and values are rounded to
-    /// the element type there, which decoding does not do.
+    /// not quantised is read where it lies. Else keys and values of all sequences with tokens are gathered first, one after the
+    /// other in the element type, in [`prefill_scratch_bytes`](Self::prefill_scratch_bytes): one reading and one writing of what is
+    /// attended to, beside arithmetic on it for each query. For very few queries [`prepare_decode`](Self::prepare_decode) reads
+    /// less. Quantised keys and values are rounded to the element type as they are gathered, which decoding does not do.
     ///
     /// # Errors
     /// [`Error::OperandLength`] unless there is a number of tokens for each sequence; [`Error::CacheElementType`] unless the
