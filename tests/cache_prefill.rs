@@ -2,12 +2,16 @@
 
 mod common;
 
-use common::caches::{Both, config};
+use std::ops::Range;
+
+use common::caches::{Both, config, filled, read};
+use common::gpu;
 use common::prefills::causal;
+use sink_attention::cpu::{self, PrefillOperands};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Axes, CacheConfig, CacheKind, Decode, Element, Options, Prefill, Quantisation, Rotary, RotaryPositions,
-    RotaryStyle, SinkLogits, Window,
+    Axes, CacheConfig, CacheKind, Decode, Element, Options, Prefill, PrefillBuffers, Quantisation, Rotary,
+    RotaryPositions, RotaryStyle, SinkLogits, TensorView, Window,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 150 };
@@ -106,28 +110,70 @@ fn what_queries_of_a_chunk_see() {
     }
 }
 
-/// The same tokens whole and in chunks: the same rows, as far as the order of sums goes.
+/// The same tokens whole and in chunks, on the GPU in one encoder with one scratch buffer, from one buffer that holds q, k and v
+/// side by side: the same rows, as far as the order of sums goes.
 #[test]
 fn chunks_give_what_the_whole_gives() {
-    use sink_attention::cpu::{KvCache, PrefillOperands};
+    const CHUNKS: [[usize; 3]; 5] = [[1, 7, 0], [30, 0, 0], [0, 0, 0], [9, 49, 0], [20, 2, 0]];
     let numbers = |n: usize| (0..n).map(|n| ((n * 53 % 97) as f32 - 48.0) / 40.0).collect::<Vec<_>>();
     for kind in [CONTIGUOUS, PAGED, ROLLING] {
-        let config = CacheConfig { sequences: 1, ..config::<f32>(kind, 1, [8, 8]) };
-        let (mut q, k, v) = (numbers(100 * 16), numbers(100 * 8), numbers(100 * 8));
-        let none = PrefillOperands::default();
-        let mut cache = KvCache::new(&config).unwrap();
-        let whole = cache.prefill(&Prefill::new(2, [100], causal::<f32>()), &mut q, [&k, &v], &none).unwrap();
-        let mut cache = KvCache::new(&config).unwrap();
-        let mut o = Vec::new();
-        let mut start = 0;
-        for tokens in [1, 30, 0, 49, 20] {
-            let of = |x: &[f32], width: usize| x[start * width..(start + tokens) * width].to_vec();
-            let prefill = Prefill::new(2, [tokens], causal::<f32>());
-            let chunk = cache.prefill(&prefill, &mut of(&q, 16), [&of(&k, 8), &of(&v, 8)], &none).unwrap();
-            o.extend(chunk.o);
-            start += tokens;
+        let config = config::<f32>(kind, 2, [8, 8]);
+        let all: [usize; 3] = std::array::from_fn(|n| CHUNKS.iter().map(|chunk| chunk[n]).sum());
+        let total: usize = all.iter().sum();
+        let sink_logits = [0.5, -1.0, 0.0, 2.0];
+        let operands = PrefillOperands { sink_logits: Some(&sink_logits), ..PrefillOperands::default() };
+        // Rows of q, then k, then v of each token, in the order of the whole.
+        let fused = numbers(total * 64);
+        let part =
+            |range: Range<usize>| fused.chunks(64).flat_map(|row| row[range.clone()].to_vec()).collect::<Vec<_>>();
+        let (mut q, k, v) = (part(0..32), part(32..48), part(48..64));
+        let mut on_cpu = cpu::KvCache::new(&config).unwrap();
+        let whole = Prefill::new(4, all, sinks::<f32>());
+        let expected = on_cpu.prefill(&whole, &mut q, [&k, &v], &operands).unwrap();
+        let firsts = [0, all[0]];
+
+        let mut on_cpu = cpu::KvCache::new(&config).unwrap();
+        let gpu = gpu().map(|attention| (attention.device().unwrap(), attention.create_cache(&config).unwrap()));
+        let mut on_gpu = gpu.map(|(device, cache)| {
+            let bytes = cache.prefill_scratch_bytes(&whole).unwrap();
+            let scratch = filled(device, &vec![0f32; bytes as usize / 4]);
+            (device, cache, scratch, device.wgpu().create_command_encoder(&Default::default()), Vec::new())
+        });
+        let mut done = [0; 3];
+        let mut results = Vec::new();
+        for tokens in CHUNKS {
+            // The rows of this chunk's tokens among those of the whole.
+            let rows: Vec<usize> = (0..2).flat_map(|n| firsts[n] + done[n]..firsts[n] + done[n] + tokens[n]).collect();
+            let of = |x: &[f32], width: usize| {
+                rows.iter().flat_map(|row| x[row * width..(row + 1) * width].to_vec()).collect::<Vec<_>>()
+            };
+            let prefill = Prefill::new(4, tokens, sinks::<f32>());
+            let chunk = on_cpu.prefill(&prefill, &mut of(&q, 32), [&of(&k, 16), &of(&v, 16)], &operands).unwrap();
+            if !rows.is_empty() {
+                common::compare(&chunk.o, &of(&expected.o, 32), 1e-6).unwrap();
+            }
+            if let Some((device, cache, scratch, encoder, kept)) = &mut on_gpu {
+                let [qkv, o, lse, sinks] =
+                    [&of(&fused, 64)[..], &vec![0.0; rows.len() * 32], &vec![0.0; rows.len() * 4], &sink_logits]
+                        .map(|x| filled(device, x));
+                let view = |offset| TensorView::new(&qkv).offset(offset).strides([0, 8, 64]);
+                let buffers = PrefillBuffers {
+                    sink_logits: Some((&sinks).into()),
+                    scratch: Some(scratch),
+                    ..PrefillBuffers::new(view(0), view(32), view(48), &o, &lse)
+                };
+                cache.prepare_prefill(&prefill, &buffers).unwrap().encode(cache, encoder).unwrap();
+                kept.push(o.clone());
+            }
+            results.push(of(&expected.o, 32));
+            (0..3).for_each(|n| done[n] += tokens[n]);
         }
-        common::compare(&o, &whole.o, 1e-6).unwrap();
+        let Some((device, cache, _, encoder, kept)) = on_gpu else { continue };
+        assert_eq!(cache.lengths(), all);
+        device.queue().submit([encoder.finish()]);
+        for (o, expected) in kept.iter().zip(results).filter(|(_, expected)| !expected.is_empty()) {
+            common::compare(&read::<f32>(device, o, expected.len()), &expected, 1e-6).unwrap();
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Gradients through contiguous and paged caches, in their layout.
 
 use super::batch::{Batch, Entry, Prefill};
-use super::gather::{Dispatch, Gathered, Source};
+use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
 use super::gpu::KvCache;
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::error::{Error, Result};
@@ -76,24 +76,28 @@ impl<'a> CacheBackwardBuffers<'a> {
         }
     }
 
-    /// Results last.
-    fn views(&self) -> [(&'static str, Option<&'a wgpu::Buffer>); 14] {
-        let optional = |view: Option<TensorView<'a>>| view.map(|view| view.buffer);
+    fn operands(&self) -> [GivenBuffer<'a>; 10] {
         [
-            ("q", Some(self.q.buffer)),
-            ("o", Some(self.o.buffer)),
-            ("o_rest", optional(self.o_rest)),
-            ("lse", Some(self.lse.buffer)),
-            ("sink_logits", optional(self.sink_logits)),
-            ("alibi_slopes", optional(self.alibi_slopes)),
-            ("bias", optional(self.bias)),
-            ("mask", optional(self.mask)),
-            ("d_o", Some(self.d_o.buffer)),
-            ("d_lse", optional(self.d_lse)),
-            ("d_q", Some(self.d_q.buffer)),
-            ("d_sink_logits", optional(self.d_sink_logits)),
-            ("d_alibi_slopes", optional(self.d_alibi_slopes)),
-            ("d_bias", optional(self.d_bias)),
+            given("q", self.q),
+            given("o", self.o),
+            given("o_rest", self.o_rest),
+            given("lse", self.lse),
+            given("sink_logits", self.sink_logits),
+            given("alibi_slopes", self.alibi_slopes),
+            given("bias", self.bias),
+            given("mask", self.mask),
+            given("d_o", self.d_o),
+            given("d_lse", self.d_lse),
+        ]
+    }
+
+    /// Those that are told in the order of tokens.
+    fn results(&self) -> [GivenBuffer<'a>; 4] {
+        [
+            given("d_q", self.d_q),
+            given("d_sink_logits", self.d_sink_logits),
+            given("d_alibi_slopes", self.d_alibi_slopes),
+            given("d_bias", self.d_bias),
         ]
     }
 }
@@ -125,7 +129,6 @@ impl PreparedCacheBackward {
         let batch = Batch::held(config, prefill, &cache.places)?;
         let (keys, bytes) = (cache.keys.clone(), config.bytes());
         let into = [buffers.d_keys, buffers.d_values];
-        let views = buffers.views();
         for (output, buffer, needed) in [("d_keys", into[0], bytes[0]), ("d_values", into[1], bytes[1])] {
             if buffer.size() < needed {
                 return Err(Error::BufferTooSmall { operand: output, needed, actual: buffer.size() });
@@ -134,15 +137,10 @@ impl PreparedCacheBackward {
             if !buffer.usage().contains(needed) {
                 return Err(Error::BufferUsage { operand: output, needed, actual: buffer.usage() });
             }
-            if let Some((other, _)) = views.into_iter().find(|(_, other)| *other == Some(buffer)) {
-                return Err(Error::Aliasing { output, other });
-            }
-            cache.check_apart(&[(output, Some(buffer))])?;
+            cache.check_apart((output, Some(buffer)), buffers.operands().into_iter().chain(buffers.results()))?;
         }
-        if into[0] == into[1] {
-            return Err(Error::Aliasing { output: "d_keys", other: "d_values" });
-        }
-        cache.check_apart(&views[10..])?;
+        cache.check_apart(("d_keys", Some(into[0])), [("d_values", Some(into[1]))])?;
+        buffers.results().into_iter().try_for_each(|result| cache.check_apart(result, []))?;
         let gradients = into.map(Clone::clone);
         let Some(batch) = batch else { return Ok(PreparedCacheBackward { keys, gradients, bytes, passes: None }) };
 
@@ -213,14 +211,9 @@ impl PreparedCacheBackward {
         let descriptor =
             wgpu::ComputePassDescriptor { label: Some("sink-attention cache backward"), timestamp_writes: None };
         let mut pass = encoder.begin_compute_pass(&descriptor);
-        let run = |dispatch: &Option<Dispatch>, pass: &mut wgpu::ComputePass<'_>| {
-            if let Some((bound, [x, y])) = dispatch {
-                bound.dispatch(pass, cache.current, [*x, *y, 1]);
-            }
-        };
-        run(gather, &mut pass);
+        record(gather, &mut pass, cache);
         backward.encode_in(&mut pass);
-        run(scatter, &mut pass);
+        record(scatter, &mut pass, cache);
         Ok(())
     }
 }

@@ -10,14 +10,14 @@ use super::gpu::{KvCache, table_row};
 use super::plan::{self, Bounds, DecodeTiling, Split};
 use super::shader::{CacheBinding, CacheKernel, CacheVariant, ROW_THREADS};
 use super::{CacheConfig, CacheKind, MOST_QUERIES, Rotary, RotaryPositions};
-use crate::dispatch::Operand;
+use crate::dispatch::{Operand, params_of, upload_params};
 use crate::error::{Error, Result};
 use crate::pieces::{View, Window};
 use crate::pipeline::Pipeline;
 use crate::plan::fold;
 use crate::problem::{Layout, Options, Problem, Shape, SinkLogits};
 use crate::shader::Binding;
-use crate::tensor::{Placed, TensorView, allocate, resource, upload};
+use crate::tensor::{Placed, TensorView, allocate, upload};
 
 /// What changes between calls; `Params` in shaders/cache/params.wgsl.
 #[repr(C)]
@@ -58,10 +58,6 @@ pub(super) struct Params {
     negative_infinity: f32,
 }
 
-const PARAMS_BYTES: u64 = size_of::<Params>().next_multiple_of(16) as u64;
-/// From the params of one list of lengths to those of the other.
-const PARAMS_STRIDE: usize = size_of::<Params>().next_multiple_of(256);
-
 impl Params {
     fn new(config: &CacheConfig) -> Self {
         let rows = config.kind.rows();
@@ -89,16 +85,12 @@ impl Params {
         Params { workgroups, gathered_rows: gathered_rows as u32, ..Params::new(config) }
     }
 
-    /// For either list of lengths, one behind the other.
-    fn bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(2 * PARAMS_STRIDE);
-        for current in 0..2 {
-            let lists = [current, 1 - current].map(|list| list * self.sequences);
-            let params = Params { current: lists[0], next: lists[1], ..*self };
-            bytes.extend_from_slice(bytemuck::bytes_of(&params));
-            bytes.resize(bytes.len().next_multiple_of(PARAMS_STRIDE), 0);
-        }
-        bytes
+    /// For either list of lengths.
+    fn of_lists(&self) -> [Params; 2] {
+        [0, 1].map(|current| {
+            let [current, next] = [current, 1 - current].map(|list| list * self.sequences);
+            Params { current, next, ..*self }
+        })
     }
 }
 
@@ -230,20 +222,12 @@ impl Bound {
         let pipeline = cache.pipelines.get_cache(device, variant).await?;
         let bind = || {
             let label = Some("sink-attention cache");
-            let bytes = params.bytes();
-            let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
-                label,
-                size: bytes.len() as u64,
-                usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            });
-            device.queue().write_buffer(&buffer, 0, &bytes);
+            let buffer = upload_params(device, params.of_lists());
             [0, 1].map(|list| {
-                let params = Window { start: (list * PARAMS_STRIDE) as u64, len: PARAMS_BYTES };
                 let given =
                     |binding| operands.iter().find(|(b, _)| *b == binding).map(|(_, resource)| resource.clone());
                 let find = |binding| match binding {
-                    CacheBinding::Params => Some(resource(&buffer, params)),
+                    CacheBinding::Params => Some(params_of::<Params>(&buffer, list)),
                     _ if given(binding).is_some() => given(binding),
                     CacheBinding::Keys => Some(cache.keys.as_entire_binding()),
                     CacheBinding::Values => Some(cache.values.as_entire_binding()),
@@ -735,6 +719,6 @@ mod tests {
             block_shift kept_rows ring_rows gathered_rows tokens left right sink_tokens row_tiles splits most_splits long_tiles least_tiles lse_offset
             sink_offset scale softcap scale_size negative_infinity);
         assert_eq!(here, there);
-        assert_eq!(PARAMS_BYTES, u64::from(span.next_multiple_of(16)));
+        assert_eq!(size_of::<Params>().next_multiple_of(16), span.next_multiple_of(16) as usize);
     }
 }

@@ -14,6 +14,20 @@ use crate::tensor::{TensorView, allocate, resource, upload};
 /// A kernel with its grid.
 pub(super) type Dispatch = (Bound, [u32; 2]);
 
+/// Records it, where there is one, for the lengths of now.
+pub(super) fn record(dispatch: &Option<Dispatch>, pass: &mut wgpu::ComputePass<'_>, cache: &KvCache) {
+    if let Some((bound, [x, y])) = dispatch {
+        bound.dispatch(pass, cache.current, [*x, *y, 1]);
+    }
+}
+
+/// A buffer of the caller's by the name of its operand, where it is given.
+pub(super) type GivenBuffer<'a> = (&'static str, Option<&'a wgpu::Buffer>);
+
+pub(super) fn given<'a>(name: &'static str, view: impl Into<Option<TensorView<'a>>>) -> GivenBuffer<'a> {
+    (name, view.into().map(|view| view.buffer))
+}
+
 /// Keys and values of all sequences of a batch, `[G, rows, width]` each, of the cache's element type. Rows are padded to 16
 /// bytes.
 #[derive(Debug, Clone)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::backward::{CacheBackwardBuffers, PreparedCacheBackward};
 use super::batch::{Batch, Entry, Prefill};
 use super::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, PreparedDecode};
-use super::gather::Gathered;
+use super::gather::{Gathered, GivenBuffer};
 use super::places::{Changes, Places};
 use super::prefill::{PrefillBuffers, PreparedPrefill};
 use super::{CacheConfig, CacheKind};
@@ -147,14 +147,18 @@ impl KvCache {
         }
     }
 
-    /// No result may lie in the cache.
-    pub(super) fn check_apart(&self, results: &[(&'static str, Option<&wgpu::Buffer>)]) -> Result<()> {
-        for (other, buffer) in [("the cache's keys", &self.keys), ("the cache's values", &self.values)] {
-            if let Some(&(output, _)) = results.iter().find(|(_, result)| *result == Some(buffer)) {
-                return Err(Error::Aliasing { output, other });
-            }
+    /// A result may lie neither in the cache nor where one of others does.
+    pub(super) fn check_apart<'a>(
+        &self,
+        (output, buffer): GivenBuffer<'_>,
+        others: impl IntoIterator<Item = GivenBuffer<'a>>,
+    ) -> Result<()> {
+        let is_same = |other: &GivenBuffer<'_>| buffer.is_some() && other.1 == buffer;
+        let cache = [("the cache's keys", Some(&self.keys)), ("the cache's values", Some(&self.values))];
+        match others.into_iter().find(is_same).or(cache.into_iter().find(is_same)) {
+            Some((other, _)) => Err(Error::Aliasing { output, other }),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Whether the sequences of a batch have the lengths that it was made for.

@@ -3,7 +3,7 @@
 use super::CacheKind;
 use super::batch::{Batch, Entry, Prefill};
 use super::decode::{AppendBuffers, PreparedAppend};
-use super::gather::{Dispatch, Gathered, Source};
+use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
 use super::gpu::KvCache;
 use crate::dispatch::{ForwardBuffers, Prepared};
 use crate::error::{Error, Result};
@@ -67,21 +67,21 @@ impl<'a> PrefillBuffers<'a> {
         }
     }
 
-    fn views(&self) -> [(&'static str, Option<&'a wgpu::Buffer>); 11] {
-        let optional = |view: Option<TensorView<'a>>| view.map(|view| view.buffer);
+    fn operands(&self) -> [GivenBuffer<'a>; 8] {
         [
-            ("o", Some(self.o.buffer)),
-            ("lse", Some(self.lse.buffer)),
-            ("o_rest", optional(self.o_rest)),
-            ("q", Some(self.q.buffer)),
-            ("k", Some(self.k.buffer)),
-            ("v", Some(self.v.buffer)),
+            given("q", self.q),
+            given("k", self.k),
+            given("v", self.v),
             ("cos_sin", self.cos_sin),
-            ("sink_logits", optional(self.sink_logits)),
-            ("alibi_slopes", optional(self.alibi_slopes)),
-            ("bias", optional(self.bias)),
-            ("mask", optional(self.mask)),
+            given("sink_logits", self.sink_logits),
+            given("alibi_slopes", self.alibi_slopes),
+            given("bias", self.bias),
+            given("mask", self.mask),
         ]
+    }
+
+    fn results(&self) -> [GivenBuffer<'a>; 3] {
+        [given("o", self.o), given("o_rest", self.o_rest), given("lse", self.lse)]
     }
 }
 
@@ -115,7 +115,7 @@ impl PreparedPrefill {
         let tokens = prefill.tokens.clone();
         let Some(batch) = batch else { return Ok(PreparedPrefill { append, tokens, passes: None }) };
 
-        cache.check_apart(&buffers.views()[..3])?;
+        buffers.results().into_iter().try_for_each(|result| cache.check_apart(result, []))?;
         let source = match cache.in_place(&batch, [&cache.keys, &cache.values]) {
             Some(views) => Source::Cache(views),
             None => {
@@ -201,14 +201,9 @@ impl PreparedPrefill {
 
     fn dispatch(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) {
         let Some(Passes { before, after, forward, .. }) = &self.passes else { return };
-        let run = |dispatch: &Option<Dispatch>, list, pass: &mut wgpu::ComputePass<'_>| {
-            if let Some((bound, [x, y])) = dispatch {
-                bound.dispatch(pass, list, [*x, *y, 1]);
-            }
-        };
-        before.iter().for_each(|dispatch| run(dispatch, cache.current, pass));
+        before.iter().for_each(|dispatch| record(dispatch, pass, cache));
         self.append.dispatch(cache, pass);
-        run(after, cache.current, pass);
+        record(after, pass, cache);
         forward.encode_in(pass);
     }
 }
@@ -228,9 +223,6 @@ fn check_scratch(
     if !scratch.usage().contains(usage) {
         return Err(Error::BufferUsage { operand, needed: usage, actual: scratch.usage() });
     }
-    cache.check_apart(&[(operand, Some(scratch))])?;
-    match buffers.views().into_iter().find(|(_, buffer)| *buffer == Some(scratch)) {
-        Some((other, _)) => Err(Error::Aliasing { output: operand, other }),
-        None => Ok(scratch.clone()),
-    }
+    cache.check_apart((operand, Some(scratch)), buffers.operands().into_iter().chain(buffers.results()))?;
+    Ok(scratch.clone())
 }

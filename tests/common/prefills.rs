@@ -321,7 +321,11 @@ pub fn prefill_on<T: Element>(
     let table = table.map(|table| filled(device, table));
     let q_len = q.len();
     let [q, k, v] = [q, k, v].map(|x| filled(device, x));
+    // Of the caller's, or not.
+    let bytes = cache.prefill_scratch_bytes(prefill).map_err(|error| error.to_string())?;
+    let scratch = (total % 2 == 1).then(|| filled(device, &vec![777f32; bytes as usize / 4]));
     let buffers = PrefillBuffers {
+        scratch: scratch.as_ref(),
         cos_sin: table.as_ref(),
         sink_logits: view(&uploaded.sinks),
         alibi_slopes: view(&uploaded.slopes),
