@@ -291,6 +291,14 @@ pub enum Error {
         /// Rows of the table.
         positions: usize,
     },
+    /// A sequence is not as it was when an operation was prepared.
+    #[error("sequence {sequence} of the cache has changed since the operation was prepared: {reason}")]
+    CacheChanged {
+        /// The sequence.
+        sequence: usize,
+        /// What it was, and what it is.
+        reason: String,
+    },
     /// An operation was prepared for another cache.
     #[error("the operation was prepared for another cache")]
     OtherCache,

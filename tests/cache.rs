@@ -10,7 +10,8 @@ use proptest::test_runner::{Config, TestRunner};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
     AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, ForwardBuffers, Layout,
-    Lengths, Options, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Window, cpu,
+    Lengths, Options, Prefill, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Window,
+    cpu,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 300 };
@@ -461,6 +462,7 @@ fn prompts_in_chunks_by_the_forward_pass() {
 #[derive(Debug, Clone)]
 enum Step {
     Append([usize; 3]),
+    Prefill([usize; 3]),
     Truncate(usize, usize),
     Fork(usize, usize),
     Decode(usize),
@@ -469,7 +471,8 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let tokens = || prop_oneof![2 => Just(0usize), 3 => Just(1), 2 => 2usize..20, 1 => 20usize..70];
     let step = prop_oneof![
-        4 => [tokens(), tokens(), tokens()].prop_map(Step::Append),
+        3 => [tokens(), tokens(), tokens()].prop_map(Step::Append),
+        2 => [tokens(), tokens(), tokens()].prop_map(Step::Prefill),
         1 => (0usize..4, 0usize..80).prop_map(|(sequence, length)| Step::Truncate(sequence, length)),
         1 => (0usize..4, 0usize..4).prop_map(|(from, to)| Step::Fork(from, to)),
         3 => (1usize..=3).prop_map(Step::Decode),
@@ -522,6 +525,9 @@ fn any_sequence_of_steps() {
             for step in steps {
                 match step {
                     Step::Append(tokens) => drop(both.try_append(&tokens)),
+                    Step::Prefill(tokens) => {
+                        drop(both.try_prefill(&Prefill::new(2, tokens, Options::new().causal(true))));
+                    }
                     Step::Truncate(sequence, length) => drop(both.truncate(sequence, length)),
                     Step::Fork(from, to) => drop(both.fork(from, to)),
                     Step::Decode(queries) => {

@@ -112,17 +112,30 @@ impl Places {
 
     /// Block and row in it of the key at a place, see shaders/cache/range.wgsl.
     pub(crate) fn row(&self, sequence: usize, place: usize) -> [usize; 2] {
+        let [number, row, _] = self.stretch(self.lengths[sequence], place);
+        [self.block(sequence, number), row]
+    }
+
+    /// The block of a sequence's page by its number; elsewhere it has one block, number 0.
+    pub(crate) fn block(&self, sequence: usize, number: usize) -> usize {
         match self.kind {
-            CacheKind::Contiguous { .. } => [sequence, place],
-            CacheKind::Paged { page_size, .. } => {
-                [self.tables[sequence][place / page_size] as usize, place % page_size]
-            }
+            CacheKind::Paged { .. } => self.tables[sequence][number] as usize,
+            _ => sequence,
+        }
+    }
+
+    /// The block's number among those of a sequence, the row in it of the key at a place, and how many keys from there on lie
+    /// in rows one after the other, where the sequence has so many tokens.
+    pub(crate) fn stretch(&self, length: usize, place: usize) -> [usize; 3] {
+        let rows = self.kind.rows();
+        match self.kind {
+            CacheKind::Contiguous { .. } => [0, place, rows - place],
+            CacheKind::Paged { .. } => [place / rows, place % rows, rows - place % rows],
+            CacheKind::Rolling { sink_tokens, .. } if place < sink_tokens => [0, place, sink_tokens - place],
             CacheKind::Rolling { sink_tokens, .. } => {
-                let ring = self.kind.rows() - sink_tokens;
-                let given_up = self.lengths[sequence].saturating_sub(self.kind.rows());
-                let row =
-                    if place < sink_tokens { place } else { sink_tokens + (place - sink_tokens + given_up) % ring };
-                [sequence, row]
+                let ring = rows - sink_tokens;
+                let row = (place - sink_tokens + length.saturating_sub(rows)) % ring;
+                [0, sink_tokens + row, ring - row]
             }
         }
     }
@@ -160,14 +173,19 @@ impl Places {
         }
     }
 
+    /// Whether sequences may have so many tokens more.
+    pub(crate) fn check_capacity(&self, added: &[usize]) -> Result<()> {
+        let capacity = self.capacity();
+        let full = |&(_, (&length, &added)): &(usize, (&usize, &usize))| added > capacity - length;
+        match self.lengths.iter().zip(added).enumerate().find(full) {
+            Some((sequence, (&length, &added))) => Err(Error::CacheFull { sequence, length, added, capacity }),
+            None => Ok(()),
+        }
+    }
+
     /// Makes room for `added` tokens more of each sequence, with pages of its own where they will be written; all or nothing.
     pub(crate) fn reserve(&mut self, added: &[usize]) -> Result<Changes> {
-        let capacity = self.capacity();
-        for (sequence, (&length, &added)) in self.lengths.iter().zip(added).enumerate() {
-            if added > capacity - length {
-                return Err(Error::CacheFull { sequence, length, added, capacity });
-            }
-        }
+        self.check_capacity(added)?;
         let CacheKind::Paged { page_size, pages, .. } = self.kind else { return Ok(Changes::default()) };
         // What is wanted, before anything is taken: page by page, as those who share one give it up one after the other.
         let mut shared: HashMap<u32, u32> = HashMap::new();
