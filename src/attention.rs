@@ -227,7 +227,7 @@ impl Attention {
     pub async fn create_cache_async(&self, config: &CacheConfig) -> Result<KvCache> {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "create_cache" }),
-            Backend::Gpu { device, pipelines, .. } => KvCache::new(device, pipelines, config).await,
+            Backend::Gpu { device, pipelines, .. } => KvCache::new(self, device, pipelines, config).await,
         }
     }
 

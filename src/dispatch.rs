@@ -519,28 +519,15 @@ impl Prepared {
         let mut dispatches = Vec::with_capacity(plan.passes.len());
         for ((pass, pipeline), (views, Pieces { list, work })) in plan.passes.iter().zip(compiled).zip(pieces) {
             let params = list.iter().enumerate().map(|(n, piece)| operands.params(&views, piece, n > 0));
-            let mut bytes = Vec::with_capacity(list.len() * PARAMS_STRIDE);
-            for params in params {
-                bytes.extend_from_slice(bytemuck::bytes_of(&params));
-                bytes.resize(bytes.len().next_multiple_of(PARAMS_STRIDE), 0);
-            }
             let sequences = pass.variant.lengths.then(|| sequence_table(problem, work));
             let bind = || -> Result<_> {
                 let label = Some("sink-attention");
-                // Not create_buffer_init, which panics where the device is lost.
-                let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
-                    label,
-                    size: bytes.len() as u64,
-                    usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
-                    mapped_at_creation: false,
-                });
-                device.queue().write_buffer(&buffer, 0, &bytes);
+                let buffer = upload_params(device, params);
                 let sequences = sequences.map(|words| upload(device, Binding::Sequences.name(), &words)).transpose()?;
                 let bindings = pass.variant.bindings();
                 let groups = list.iter().enumerate().map(|(n, piece)| {
-                    let params = Window { start: (n * PARAMS_STRIDE) as u64, len: PARAMS_BYTES };
                     let find = |binding| match binding {
-                        Binding::Params => Some(resource(&buffer, params)),
+                        Binding::Params => Some(params_of::<Params>(&buffer, n)),
                         Binding::Sequences => sequences.as_ref().map(|buffer| buffer.as_entire_binding()),
                         _ => {
                             let (_, window) = piece.windows.iter().find(|(b, _)| *b == binding)?;
@@ -603,11 +590,35 @@ impl Prepared {
     }
 }
 
-/// What a device may want of a uniform binding.
-const PARAMS_BYTES: u64 = size_of::<Params>().next_multiple_of(16) as u64;
+/// Bytes from one dispatch's params to those of the next: no device wants offsets at larger multiples.
+const fn params_stride<P>() -> usize {
+    size_of::<P>().next_multiple_of(256)
+}
 
-/// Bytes from one piece's params to those of the next: no device wants offsets at larger multiples.
-const PARAMS_STRIDE: usize = size_of::<Params>().next_multiple_of(256);
+/// A uniform buffer with the params of several dispatches.
+pub(crate) fn upload_params<P: Pod>(device: &Device, params: impl IntoIterator<Item = P>) -> wgpu::Buffer {
+    let mut bytes = Vec::new();
+    for params in params {
+        bytes.extend_from_slice(bytemuck::bytes_of(&params));
+        bytes.resize(bytes.len().next_multiple_of(params_stride::<P>()), 0);
+    }
+    // Not create_buffer_init, which panics where the device is lost.
+    let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+        label: Some("sink-attention params"),
+        size: bytes.len() as u64,
+        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    device.queue().write_buffer(&buffer, 0, &bytes);
+    buffer
+}
+
+/// The n-th of them.
+pub(crate) fn params_of<P>(buffer: &wgpu::Buffer, n: usize) -> wgpu::BindingResource<'_> {
+    // What a device may want of a uniform binding.
+    let len = size_of::<P>().next_multiple_of(16) as u64;
+    resource(buffer, Window { start: (n * params_stride::<P>()) as u64, len })
+}
 
 fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) -> Result<()> {
     operands.add(Binding::Q, &buffers.q)?;

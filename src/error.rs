@@ -248,7 +248,8 @@ pub enum Error {
         /// The longest it can have.
         most: usize,
     },
-    /// A rolling cache has given up tokens that would have to come back.
+    /// A rolling cache has given up tokens that would have to come back, for a shorter length or for the first of several
+    /// queries, which counts as a length that ends with it.
     #[error("sequence {sequence} of the rolling cache cannot go back to {length} tokens, the least is {least}, or 0")]
     CacheEvicted {
         /// The sequence.
@@ -289,6 +290,14 @@ pub enum Error {
         position: usize,
         /// Rows of the table.
         positions: usize,
+    },
+    /// A sequence is not as it was when an operation was prepared.
+    #[error("sequence {sequence} of the cache has changed since the operation was prepared: {reason}")]
+    CacheChanged {
+        /// The sequence.
+        sequence: usize,
+        /// What it was, and what it is.
+        reason: String,
     },
     /// An operation was prepared for another cache.
     #[error("the operation was prepared for another cache")]
@@ -343,26 +352,32 @@ pub enum Error {
         /// What is wrong, with the line where there is one.
         reason: String,
     },
-    /// A stream's file cannot be read or written, or is damaged.
-    #[error("stream {}: {reason}", .path.display())]
-    StreamFile {
+    /// The file of a saved stream or cache cannot be read or written, or is damaged.
+    #[error("{what} {}: {reason}", .path.display())]
+    SavedFile {
+        /// What is saved: a stream, a cache.
+        what: &'static str,
         /// The file.
         path: PathBuf,
         /// What is wrong.
         reason: String,
     },
-    /// What was to be a saved stream is not exactly one.
-    #[error("not a saved stream, or damaged: {reason}")]
-    StreamDamaged {
+    /// What was to be a saved stream or cache is not exactly one.
+    #[error("not a saved {what}, or damaged: {reason}")]
+    SavedDamaged {
+        /// What it should be: a stream, a cache.
+        what: &'static str,
         /// What is wrong.
         reason: String,
     },
-    /// A saved stream is not of the shape, or has not the options, that it is to go on with.
-    #[error("the saved stream has {property} {saved}, wanted is {wanted}")]
-    StreamMismatch {
+    /// A saved stream or cache is not of the shape, or has not the options, that it is to go on with.
+    #[error("the saved {what} has {property} {saved}, wanted is {wanted}")]
+    SavedMismatch {
+        /// What is saved: a stream, a cache.
+        what: &'static str,
         /// What differs.
         property: &'static str,
-        /// What the saved stream has.
+        /// What the saved one has.
         saved: String,
         /// What was asked for.
         wanted: String,

@@ -210,6 +210,12 @@
 //! and the sink logit enters once. Results depend on the lengths, the [`DecodeTiling`] and the cache's sequences, not on what
 //! lies in other sequences; the kinds of cache give the same bits only where they have the same capacity.
 //!
+//! A chunk of a prompt is more queries than a decoding step takes: [`KvCache::prepare_prefill`] appends its tokens and attends with
+//! them to what their sequences hold, by the ordinary forward pass with its kernels and options. In a rolling cache each query
+//! sees its own window, whatever the chunk evicts. Chunks give what the whole gives, within rounding, but for quantised keys
+//! and values in half precision, which a prefill reads rounded to the element type. [`KvCache::prepare_backward`] is the backward
+//! pass of the last chunk through a contiguous or paged cache; gradients by keys and values have the cache's layout.
+//!
 //! ```
 //! use sink_attention::{AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Options, wgpu};
 //!
@@ -275,7 +281,7 @@
 //! # Features
 //!
 //! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
-//! - `safetensors`: [`Stream`]s saved to files and loaded from them; part of `cli`.
+//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them; part of `cli`.
 //! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
 //!   host has checked every size.
 //!
@@ -296,6 +302,7 @@ mod device;
 mod dispatch;
 mod element;
 mod error;
+mod files;
 mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
@@ -305,6 +312,8 @@ mod pieces;
 mod pipeline;
 mod plan;
 mod problem;
+#[cfg(feature = "safetensors")]
+mod saved;
 mod sequences;
 mod shader;
 mod stream;
@@ -317,8 +326,9 @@ mod tuning;
 
 pub use attention::Attention;
 pub use cache::{
-    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, PreparedAppend,
-    PreparedDecode, Quantisation, Rotary, RotaryPositions, RotaryStyle,
+    AppendBuffers, CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, Prefill,
+    PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill, Quantisation, Rotary,
+    RotaryPositions, RotaryStyle,
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};

@@ -174,6 +174,7 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
     // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
     // constants; every loop counts up to a bound that its body does not change. Kernels of caches read and write rows below the
     // lengths and pages of the host's book (`Places`), which keeps lengths within the capacity and pages within the cache, and
-    // clamp what a tile has beyond a sequence's end.
+    // clamp what a tile has beyond a sequence's end; what they gather and scatter are runs of such rows, which `Batch` makes from
+    // the book, and which are recorded for a book with the same lengths and, where gradients are written, pages.
     unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
 }

@@ -10,7 +10,8 @@ use proptest::test_runner::{Config, TestRunner};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
     AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, ForwardBuffers, Layout,
-    Lengths, Options, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Window, cpu,
+    Lengths, Options, Prefill, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Window,
+    cpu,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 300 };
@@ -461,6 +462,7 @@ fn prompts_in_chunks_by_the_forward_pass() {
 #[derive(Debug, Clone)]
 enum Step {
     Append([usize; 3]),
+    Prefill([usize; 3]),
     Truncate(usize, usize),
     Fork(usize, usize),
     Decode(usize),
@@ -469,12 +471,42 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let tokens = || prop_oneof![2 => Just(0usize), 3 => Just(1), 2 => 2usize..20, 1 => 20usize..70];
     let step = prop_oneof![
-        4 => [tokens(), tokens(), tokens()].prop_map(Step::Append),
+        3 => [tokens(), tokens(), tokens()].prop_map(Step::Append),
+        2 => [tokens(), tokens(), tokens()].prop_map(Step::Prefill),
         1 => (0usize..4, 0usize..80).prop_map(|(sequence, length)| Step::Truncate(sequence, length)),
         1 => (0usize..4, 0usize..4).prop_map(|(from, to)| Step::Fork(from, to)),
         3 => (1usize..=3).prop_map(Step::Decode),
     ];
     proptest::collection::vec(step, 1..14)
+}
+
+/// Tokens that were taken back have cost a ring its oldest keys: as many queries fewer find their windows whole.
+#[test]
+fn queries_after_tokens_were_taken_back() {
+    let kind = CacheKind::Rolling { sink_tokens: 2, window: 13, queries: 3 };
+    let mut both = Both::<f32>::new(config::<f32>(kind, 1, [8, 8]));
+    both.append(&[40, 16, 40]);
+    both.truncate(0, 38).unwrap();
+    // Its ring has not gone round.
+    both.truncate(1, 3).unwrap();
+    let decode = |queries| Decode::new(2, Options::new().causal(true)).queries(queries);
+    both.check(&decode(1));
+    both.check(&decode(3).sequences([1, 2]));
+    for queries in [2, 3] {
+        assert!(both.refuses(&decode(queries)), "{queries}");
+        let error = both.cpu.decode(&decode(queries), &vec![0.0; 48 * queries], None, None).unwrap_err();
+        let text = "sequence 0 of the rolling cache cannot go back to";
+        assert_eq!(error.to_string(), format!("{text} {} tokens, the least is 38, or 0", 39 - queries));
+    }
+    // A narrower window has what it needs.
+    let narrow = decode(3).options.window(Window::keys(11));
+    both.check(&Decode { options: narrow, ..decode(3) });
+    assert!(both.refuses(&Decode { options: narrow.window(Window::keys(12)), ..decode(3) }));
+    both.append(&[1, 0, 0]);
+    both.check(&decode(2));
+    assert!(both.refuses(&decode(3)));
+    both.append(&[1, 0, 0]);
+    both.check(&decode(3));
 }
 
 /// Any sequence of steps: both caches agree with the plain model, or say the same error and have not changed.
@@ -493,9 +525,18 @@ fn any_sequence_of_steps() {
             for step in steps {
                 match step {
                     Step::Append(tokens) => drop(both.try_append(&tokens)),
+                    Step::Prefill(tokens) => {
+                        drop(both.try_prefill(&Prefill::new(2, tokens, Options::new().causal(true))));
+                    }
                     Step::Truncate(sequence, length) => drop(both.truncate(sequence, length)),
                     Step::Fork(from, to) => drop(both.fork(from, to)),
-                    Step::Decode(queries) => both.check(&Decode::new(2, Options::new().causal(true)).queries(queries)),
+                    Step::Decode(queries) => {
+                        let decode = Decode::new(2, Options::new().causal(true)).queries(queries);
+                        // One query is never too many.
+                        if queries == 1 || !both.refuses(&decode) {
+                            both.check(&decode);
+                        }
+                    }
                 }
                 let lengths: Vec<usize> = both.model.sequences.iter().map(Vec::len).collect();
                 prop_assert_eq!(both.cpu.lengths(), lengths);

@@ -4,11 +4,13 @@ mod common;
 
 use common::caches::{Both, append_on, config, decode_on, filled};
 use common::gpu;
+use sink_attention::cpu::PrefillOperands;
 use sink_attention::half::f16;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    AppendBuffers, Attention, Axes, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Error, KvCache, Layout,
-    Options, Result, Rotary, RotaryPositions, RotaryStyle, SinkLogits, TensorView, Window, cpu,
+    AppendBuffers, Attention, Axes, CacheBackwardBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Error,
+    KvCache, Layout, Options, Output, Prefill, PrefillBuffers, Quantisation, Result, Rotary, RotaryPositions,
+    RotaryStyle, SinkLogits, TensorView, Upstream, Window, cpu,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 10 };
@@ -306,6 +308,175 @@ fn decoding() {
         },
         &config,
     );
+}
+
+#[test]
+fn prefills() {
+    let options = Options::new();
+    let rolling = config::<f32>(ROLLING, 2, [4, 4]);
+    let contiguous = config::<f32>(CONTIGUOUS, 2, [4, 4]);
+    let relative = Some(Rotary { dim: 4, style: RotaryStyle::Interleaved, positions: RotaryPositions::CacheRelative });
+    let kind = CacheKind::Rolling { sink_tokens: 2, window: 5, queries: 1 };
+    let relative = CacheConfig { kind, rotary: relative, ..rolling };
+    let new = |tokens: [usize; 3], options| Prefill::new(2, tokens, options);
+    for (config, prefill, text) in [
+        (&contiguous, Prefill::new(2, [1, 1], options), "has 2 elements, its shape [3] needs 3"),
+        (&contiguous, new([usize::MAX, 1, 0], options), "tokens is 18446744073709551615, the most is 536870912"),
+        (&contiguous, new([11, 0, 0], options), "sequence 0 of the cache has 0 tokens and room for 10; 11 more"),
+        (&contiguous, new([1, 0, 0], options.dtype(DType::F16)), "the operands are f16, the cache holds f32"),
+        (&contiguous, Prefill::new(3, [1, 0, 0], options), "heads (3) must be a multiple of kv_heads (2)"),
+        (&contiguous, Prefill::new(0, [0, 0, 0], options), "heads is 0"),
+        (&contiguous, new([1, 0, 0], options.layout(Layout::Bhsd)), "option layout: bhsd"),
+        (&contiguous, new([1, 0, 0], options.query_offset(1)), "option alignment"),
+        (&contiguous, new([1, 0, 0], options.scale(f32::NAN)), "NaN is not finite"),
+        (&rolling, new([1, 0, 0], options.window(Window::keys(6))), "5 keys to the left; the rolling cache keeps 4"),
+        (&rolling, new([1, 0, 0], options.window(Window::keys(3)).sink_tokens(3)), "3; the rolling cache keeps 2"),
+        (&rolling, new([1, 0, 0], options.alibi(true)), "option alibi: a rolling cache does not take it"),
+        (&rolling, new([1, 0, 0], options.bias(Axes::KEYS)), "option bias: a rolling cache does not take it"),
+        (&rolling, new([1, 0, 0], options.mask(Axes::KEYS)), "option mask: a rolling cache does not take it"),
+        (&relative, new([1, 0, 0], options), "option rotary: keys that are rotated by their place as they are read"),
+    ] {
+        let mut on_cpu = cpu::KvCache::<f32>::new(config).unwrap();
+        says(on_cpu.prefill(&prefill, &mut [0.0; 8], [&[0.0; 8]; 2], &PrefillOperands::default()), text);
+        let prepare = |_: &sink_attention::Device, cache: KvCache, [x, y, z, o]: &[wgpu::Buffer; 4]| {
+            says(cache.prepare_prefill(&prefill, &PrefillBuffers::new(x, y, y, z, o)), text);
+            says(cache.prefill_scratch_bytes(&prefill), text);
+        };
+        with_gpu(prepare, config);
+    }
+    let mut on_cpu = cpu::KvCache::<f32>::new(&contiguous).unwrap();
+    let (one, none) = (new([1, 0, 0], options), PrefillOperands::default());
+    says(
+        on_cpu.prefill(&one, &mut [0.0; 7], [&[0.0; 8]; 2], &none),
+        "q has 7 elements, its shape [1, 1, 2, 4] needs 8",
+    );
+    says(on_cpu.prefill(&one, &mut [0.0; 8], [&[0.0; 8], &[0.0; 9]], &none), "v has 9 elements, its shape [1, 2, 4]");
+    let table = PrefillOperands { cos_sin: Some(&[0.0; 4]), ..none };
+    says(on_cpu.prefill(&one, &mut [0.0; 8], [&[0.0; 8]; 2], &table), "cos_sin was given");
+    says(on_cpu.prefill(&new([0; 3], options), &mut [0.0; 8], [&[]; 2], &none), "q has 8 elements");
+    assert_eq!(on_cpu.lengths(), [0, 0, 0]);
+    with_gpu(
+        |device, mut cache, [x, y, o, lse]| {
+            let good = PrefillBuffers::new(x, y, y, o, lse);
+            let (keys, values) = (cache.keys().clone(), cache.values().clone());
+            let small = filled(device, &[0f32; 16]);
+            for (buffers, text) in [
+                (PrefillBuffers { o: (&values).into(), ..good }, "o shares its buffer with the cache's values"),
+                (PrefillBuffers { lse: (&keys).into(), ..good }, "lse shares its buffer with the cache's keys"),
+                (PrefillBuffers { o: x.into(), ..good }, "o shares its buffer with q"),
+                (PrefillBuffers { k: (&keys).into(), ..good }, "k shares its buffer with the cache's keys"),
+                (PrefillBuffers { sink_logits: Some(x.into()), ..good }, "sink_logits was given"),
+                (PrefillBuffers { scratch: Some(x), ..good }, "scratch shares its buffer with q"),
+                (PrefillBuffers { scratch: Some(&keys), ..good }, "scratch shares its buffer with the cache's keys"),
+                (PrefillBuffers { scratch: Some(&small), ..good }, "buffer of scratch has 64 bytes, offset, shape and"),
+            ] {
+                says(cache.prepare_prefill(&new([1, 2, 0], options), &buffers), text);
+            }
+            assert_eq!(cache.prefill_scratch_bytes(&new([1, 2, 0], options)).unwrap(), 352);
+            assert_eq!(cache.prefill_scratch_bytes(&new([0, 9, 0], options)).unwrap(), 0, "read in place");
+            let scratch = filled(device, &[0f32; 88]);
+            let own = PrefillBuffers { scratch: Some(&scratch), ..good };
+            let [one, both] = [[0, 1, 0], [1, 2, 0]].map(|n| cache.prepare_prefill(&new(n, options), &own).unwrap());
+            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            one.encode(&mut cache, &mut encoder).unwrap();
+            let changed =
+                "sequence 1 of the cache has changed since the operation was prepared: it had 0 tokens, it has 1";
+            says(both.encode(&mut cache, &mut encoder), changed);
+            says(both.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())), changed);
+            assert_eq!(cache.lengths(), [0, 1, 0]);
+            let mut other = gpu().unwrap().create_cache(cache.config()).unwrap();
+            says(both.encode(&mut other, &mut encoder), "prepared for another cache");
+            let none = cache.prepare_prefill(&new([0; 3], options), &good).unwrap();
+            none.encode(&mut cache, &mut encoder).unwrap();
+            device.queue().submit([encoder.finish()]);
+        },
+        &contiguous,
+    );
+    let paged = |device: &sink_attention::Device, mut cache: KvCache, [x, y, o, lse]: &[wgpu::Buffer; 4]| {
+        let prefill = |n| cache.prepare_prefill(&new(n, options), &PrefillBuffers::new(x, y, y, o, lse)).unwrap();
+        let [many, few] = [prefill([33, 16, 1]), prefill([5, 0, 0])];
+        let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+        says(many.encode(&mut cache, &mut encoder), "the cache needs 5 pages more, 4 of its 4 are free");
+        let in_pass = few.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default()));
+        says(in_pass, "5 in a compute pass need KvCache::reserve before it");
+        assert_eq!((cache.lengths(), cache.free_pages()), (&[0, 0, 0][..], 4));
+        cache.reserve(&mut encoder, &[5, 0, 0]).unwrap();
+        few.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())).unwrap();
+        device.queue().submit([encoder.finish()]);
+    };
+    with_gpu(paged, &config::<f32>(PAGED, 1, [4, 4]));
+}
+
+#[test]
+fn gradients() {
+    let options = Options::new();
+    let contiguous = config::<f32>(CONTIGUOUS, 1, [4, 4]);
+    let quantised = CacheConfig { quantisation: Some(Quantisation::Q8_0), ..contiguous };
+    let saved = Output { o: vec![0.0; 4], o_rest: None, lse: vec![0.0] };
+    let upstream = Upstream { d_o: &[0.0; 4], d_lse: None };
+    let one = Prefill::new(1, [1, 0, 0], options);
+    for (config, text) in [
+        (config::<f32>(ROLLING, 1, [4, 4]), "it gives up keys whose gradients are wanted"),
+        (quantised, "option quantisation: Q8_0"),
+        (contiguous, "option tokens: 1 of sequence 0, which has 0"),
+    ] {
+        let on_cpu = cpu::KvCache::<f32>::new(&config).unwrap();
+        says(on_cpu.backward(&one, &[0.0; 4], &saved, &upstream, &PrefillOperands::default()), text);
+        let prepare = |_: &sink_attention::Device, cache: KvCache, [x, y, z, o]: &[wgpu::Buffer; 4]| {
+            let buffers = CacheBackwardBuffers::new([x.into(); 3], x, y, [z, o]);
+            says(cache.prepare_backward(&one, &buffers), text);
+        };
+        with_gpu(prepare, &config);
+    }
+    let mut on_cpu = cpu::KvCache::<f32>::new(&contiguous).unwrap();
+    on_cpu.append(&[2, 0, 0], &[0.0; 8], &[0.0; 8], None, None).unwrap();
+    let none = PrefillOperands::default();
+    let zero = Prefill::new(1, [0, 0, 0], options);
+    says(on_cpu.backward(&zero, &[], &saved, &upstream, &none), "tokens is 0");
+    says(on_cpu.backward(&one, &[0.0; 5], &saved, &upstream, &none), "q has 5 elements");
+    says(on_cpu.backward(&one, &[0.0; 4], &saved, &Upstream { d_o: &[0.0; 3], d_lse: None }, &none), "d_o has 3");
+    let table = PrefillOperands { cos_sin: Some(&[0.0; 4]), ..none };
+    says(on_cpu.backward(&one, &[0.0; 4], &saved, &upstream, &table), "cos_sin was given");
+
+    let paged =
+        |device: &sink_attention::Device, mut cache: KvCache, [x, d_q, d_keys, d_values]: &[wgpu::Buffer; 4]| {
+            append_on(device, &mut cache, &[20, 5, 0], &[0.5; 100], &[0.5; 100], None).unwrap();
+            let good = CacheBackwardBuffers::new([x.into(); 3], x, d_q, [d_keys, d_values]);
+            let (keys, small) = (cache.keys().clone(), filled(device, &[0f32; 8]));
+            let no_copy = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: 2048,
+                usage: BufferUsages::STORAGE,
+                mapped_at_creation: false,
+            });
+            for (buffers, text) in [
+                (CacheBackwardBuffers { d_keys: &small, ..good }, "buffer of d_keys has 32 bytes"),
+                (CacheBackwardBuffers { d_values: &no_copy, ..good }, "buffer of d_values lacks usage"),
+                (CacheBackwardBuffers { d_values: d_keys, ..good }, "d_keys shares its buffer with d_values"),
+                (CacheBackwardBuffers { d_values: &keys, ..good }, "d_values shares its buffer with the cache's keys"),
+                (CacheBackwardBuffers { d_keys: d_q, ..good }, "d_keys shares its buffer with d_q"),
+                (CacheBackwardBuffers { d_q: (&keys).into(), ..good }, "d_q shares its buffer with the cache's keys"),
+                (CacheBackwardBuffers { d_sink_logits: Some(d_q.into()), ..good }, "d_sink_logits was given"),
+            ] {
+                says(cache.prepare_backward(&Prefill::new(1, [1, 1, 0], options), &buffers), text);
+            }
+            let prepared = cache.prepare_backward(&Prefill::new(1, [1, 1, 0], options), &good).unwrap();
+            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            // Pages behind the tokens are no matter.
+            cache.reserve(&mut encoder, &[13, 0, 0]).unwrap();
+            prepared.encode(&cache, &mut encoder).unwrap();
+            cache.assign(&mut encoder, 1, &[0], 5).unwrap();
+            says(
+                prepared.encode(&cache, &mut encoder),
+                "sequence 1 of the cache has changed since the operation was prepared: it had pages [2], it has [0]",
+            );
+            cache.truncate(&mut encoder, 0, 19).unwrap();
+            says(prepared.encode(&cache, &mut encoder), "it had 20 tokens, it has 19");
+            let other = gpu().unwrap().create_cache(cache.config()).unwrap();
+            says(prepared.encode(&other, &mut encoder), "prepared for another cache");
+            device.queue().submit([encoder.finish()]);
+        };
+    with_gpu(paged, &config::<f32>(CacheKind::Paged { page_size: 16, pages: 4, sequence_pages: 3 }, 1, [4, 4]));
 }
 
 #[test]

@@ -5,16 +5,18 @@
 
 mod common;
 
+use common::caches::{Both, config, filled};
 use common::gradients::Backward;
 use common::operands::{SIZES, agree, options, problem};
+use common::prefills::causal;
 use common::views::run_at;
 use common::{compare, compare_low_precision, cooperative, gpu, low_precision};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, Capabilities, DType, Device, Element, Error, Gradients, Kernel, Layout, MicroKernel, OptionalOperands,
-    Options, Output, Plan, Preference, Problem, SinkLogits, Tiling, Window,
+    Attention, CacheKind, Capabilities, DType, Device, Element, Error, Gradients, Kernel, Layout, MicroKernel,
+    OptionalOperands, Options, Output, Plan, Preference, Prefill, PrefillBuffers, Problem, SinkLogits, Tiling, Window,
 };
 
 /// A test for both types.
@@ -48,6 +50,7 @@ both! {
     visible_keys_do
     nan_stays_in_its_row
     same_bits_every_time
+    through_caches
 }
 
 fn with_matrices(test: fn(&Attention)) {
@@ -321,6 +324,30 @@ fn same_bits_every_time<T: Element>(attention: &Attention) {
 }
 
 /// A device that has none, a type, a width, a pass: the planner names what stands in the way. Needs no device.
+/// A cache's prefills and gradients are the operator's own passes.
+fn through_caches<T: Element>(attention: &Attention) {
+    let paged = CacheKind::Paged { page_size: 16, pages: 12, sequence_pages: 6 };
+    for kind in [paged, CacheKind::Rolling { sink_tokens: 3, window: 21, queries: 2 }] {
+        let config = config::<T>(kind, 1, [32, 32]);
+        let cache = attention.create_cache(&config).unwrap();
+        let device = attention.device().unwrap();
+        let [q, k, v, o] = [80, 40, 40, 80].map(|rows| filled(device, &vec![T::default(); rows * 32]));
+        let lse = filled(device, &[0f32; 80]);
+        let prefill = Prefill::new(2, [40, 0, 0], causal::<T>());
+        let prepared = cache.prepare_prefill(&prefill, &PrefillBuffers::new(&q, &k, &v, &o, &lse)).unwrap();
+        assert!(is_cooperative(prepared.forward().unwrap().plan()));
+        let mut both = Both::<T>::new(config);
+        both.gpu = Some(cache);
+        if kind == paged {
+            let prefilled = both.prefill(&prefill);
+            both.backward(&prefilled);
+        } else {
+            both.append(&[40, 0, 0]);
+            both.prefill(&Prefill::new(2, [25, 33, 0], causal::<T>()));
+        }
+    }
+}
+
 #[test]
 fn what_has_no_kernel_says_why() {
     let samples = Capabilities::samples();

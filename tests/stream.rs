@@ -271,7 +271,7 @@ mod files {
         let load = |bytes: &[u8]| Stream::<f16>::from_safetensors(bytes, SHAPE, whole.options());
         assert_eq!(load(&file).unwrap(), stream);
         for end in 0..file.len() {
-            assert!(matches!(load(&file[..end]), Err(Error::StreamDamaged { .. })), "cut after {end} bytes");
+            assert!(matches!(load(&file[..end]), Err(Error::SavedDamaged { .. })), "cut after {end} bytes");
         }
         for at in 0..file.len() {
             for flip in [1, 0x80] {
@@ -279,7 +279,7 @@ mod files {
                 spoiled[at] ^= flip;
                 let error = load(&spoiled).unwrap_err();
                 // A number of the options may have become another one.
-                let typed = matches!(error, Error::StreamDamaged { .. } | Error::StreamMismatch { .. });
+                let typed = matches!(error, Error::SavedDamaged { .. } | Error::SavedMismatch { .. });
                 assert!(typed, "byte {at}: {error}");
             }
         }
@@ -305,9 +305,9 @@ mod files {
         let empty = r#"{"__metadata__":{}}"#;
         assert!(matches!(
             load(&[&19u64.to_le_bytes()[..], empty.as_bytes()].concat()),
-            Err(Error::StreamDamaged { .. })
+            Err(Error::SavedDamaged { .. })
         ));
-        assert!(matches!(load(&u64::MAX.to_le_bytes()), Err(Error::StreamDamaged { .. })));
+        assert!(matches!(load(&u64::MAX.to_le_bytes()), Err(Error::SavedDamaged { .. })));
     }
 
     #[test]
@@ -335,7 +335,7 @@ mod files {
             (SHAPE, options.alibi(true), "alibi false, wanted is true"),
         ] {
             let error = load(shape, options).unwrap_err();
-            assert!(matches!(error, Error::StreamMismatch { .. }), "{error}");
+            assert!(matches!(error, Error::SavedMismatch { .. }), "{error}");
             assert_eq!(error.to_string(), format!("the saved stream has {message}"));
         }
         let error = Stream::<bf16>::from_safetensors(&file, SHAPE, options.dtype(DType::Bf16)).unwrap_err();
@@ -356,13 +356,13 @@ mod files {
         }
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing is left beside it");
         let error = stream.save(folder.join("none").join("stream")).unwrap_err();
-        assert!(matches!(&error, Error::StreamFile { .. }) && error.to_string().contains("none"), "{error}");
+        assert!(matches!(&error, Error::SavedFile { .. }) && error.to_string().contains("none"), "{error}");
         let error = Stream::<bf16>::load(folder.join("none"), SHAPE, whole.options()).unwrap_err();
-        assert!(matches!(error, Error::StreamFile { .. }), "{error}");
+        assert!(matches!(error, Error::SavedFile { .. }), "{error}");
         std::fs::write(&path, b"nothing").unwrap();
         let error = Stream::<bf16>::load(&path, SHAPE, whole.options()).unwrap_err();
         let text = error.to_string();
-        assert!(matches!(error, Error::StreamFile { .. }) && text.contains("7 bytes"), "{text}");
+        assert!(matches!(error, Error::SavedFile { .. }) && text.contains("7 bytes"), "{text}");
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

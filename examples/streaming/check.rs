@@ -1,36 +1,28 @@
-//! Rows of the stream against the f64 definition on the full sequence.
+//! Results of the stream against the f64 definition over all that a query should see.
 
 use std::collections::BTreeSet;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sink_attention::cpu::reference;
-use sink_attention::{Inputs, Problem, Result, Shape};
+use sink_attention::{Inputs, Options, Problem, Result, Shape, SinkLogits};
 
-use crate::model::{HEAD_DIM, HEADS, KV_HEADS, KV_ROW, Model, Q_ROW, Rotary};
-use crate::stream::{Settings, Text};
+use crate::model::{HEAD_DIM, HEADS, KV_HEADS, rotate};
+use crate::policy::{Policy, Settings};
+use crate::stream::Scene;
 
 /// The largest error accepted.
 pub const TOLERANCE: f64 = 1e-5;
 const ROWS: usize = 16;
 
-/// The results of one token, all heads.
-pub struct Row {
-    pub position: usize,
-    /// `[HEADS, HEAD_DIM]`
-    pub o: Vec<f32>,
-    /// `[HEADS]`
-    pub lse: Vec<f32>,
-}
-
-/// The rows to check: the first, the last, those at the edges of chunks and of the window, the others at random.
+/// The tokens to check: the first, the last, those at the edges of the window and of the full cache, others at random.
 pub fn choose_rows(tokens: usize, settings: &Settings, seed: u64) -> Vec<usize> {
     if tokens <= ROWS {
         return (0..tokens).collect();
     }
-    let Settings { window, sink_tokens, chunk } = *settings;
-    let middle = tokens / chunk / 2 * chunk;
-    let edges = [0, tokens - 1, chunk - 1, chunk, window - 1, window, window + sink_tokens, middle, middle + chunk - 1];
+    let Settings { window, sink_tokens, capacity } = *settings;
+    let edges =
+        [0, tokens - 1, window - 1, window, window + sink_tokens, window + sink_tokens + 1, capacity - 1, capacity];
     let mut rows: BTreeSet<usize> = edges.into_iter().filter(|&t| t < tokens).collect();
     let mut rng = StdRng::seed_from_u64(seed);
     while rows.len() < ROWS {
@@ -39,8 +31,8 @@ pub fn choose_rows(tokens: usize, settings: &Settings, seed: u64) -> Vec<usize> 
     rows.into_iter().collect()
 }
 
-/// The worst errors of any row and head.
-#[derive(Debug, Clone, Copy, Default)]
+/// The worst errors of any token and head.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Errors {
     /// ||o - expected|| / ||expected||
     pub o: f64,
@@ -54,7 +46,7 @@ impl Errors {
         self.o <= tolerance && self.lse <= tolerance
     }
 
-    fn worst(self, other: Errors) -> Errors {
+    pub fn worst(self, other: Errors) -> Errors {
         // f64::max would let a number hide a NaN.
         let worst = |a: f64, b: f64| if a.is_nan() || a > b { a } else { b };
         Errors { o: worst(self.o, other.o), lse: worst(self.lse, other.lse) }
@@ -75,50 +67,32 @@ fn compare(o: &[f32], lse: &[f32], expected_o: &[f64], expected_lse: &[f64]) -> 
     })
 }
 
-/// The worst errors of `rows`, each against the definition with all keys up to it, made anew from the text.
-///
-/// One key head at a time, as this is the only place that holds the whole sequence. It is quick nevertheless, as
-/// the definition touches visible keys only.
-pub fn against_reference(rows: &[Row], model: &Model, text: &Text, settings: &Settings) -> Result<Errors> {
-    const GROUP: usize = HEADS / KV_HEADS;
-    let rotary = Rotary::new();
-    let keys = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
-    let (mut k, mut v) = (Vec::with_capacity(keys * HEAD_DIM), Vec::with_capacity(keys * HEAD_DIM));
-    let (mut q, mut all_k) = ([0.0; Q_ROW], [0.0; KV_ROW]);
-    let mut errors = Errors::default();
-    for g in 0..KV_HEADS {
-        k.clear();
-        v.clear();
-        let head = g * HEAD_DIM..(g + 1) * HEAD_DIM;
-        for t in 0..keys {
-            model.write_k(text.byte(t), &rotary.at(t), &mut all_k);
-            k.extend_from_slice(&all_k[head.clone()]);
-            v.extend_from_slice(&model.v(text.byte(t))[head.clone()]);
-        }
-        let group = g * GROUP..(g + 1) * GROUP;
-        let group_row = group.start * HEAD_DIM..group.end * HEAD_DIM;
-        for row in rows {
-            let t = row.position;
-            let shape = Shape {
-                batch: 1,
-                heads: GROUP,
-                kv_heads: 1,
-                seq_q: 1,
-                seq_k: t + 1,
-                head_dim: HEAD_DIM,
-                value_dim: HEAD_DIM,
-            };
-            let problem = Problem::new(shape, settings.options().query_offset(t as i64))?;
-            model.write_q(text.byte(t), &rotary.at(t), &mut q);
-            let keys = ..(t + 1) * HEAD_DIM;
-            let inputs = Inputs::new(&q[group_row.clone()], &k[keys], &v[keys]);
-            let inputs = inputs.sink_logits(&model.sink_logits[group.clone()]);
-            let expected = reference::forward(&problem, &inputs)?;
-            let (o, lse) = (&row.o[group_row.clone()], &row.lse[group.clone()]);
-            errors = errors.worst(compare(o, lse, &expected.o, &expected.lse));
-        }
+/// The errors of a token's results, all heads: its keys and values are made anew from the text, those that the policy
+/// keeps, and rotated by their places among them.
+pub fn against_reference(scene: &Scene<'_>, policy: Policy, t: usize, o: &[f32], lse: &[f32]) -> Result<Errors> {
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    let tokens: Vec<usize> = policy.visible(&scene.settings, t).into_iter().flatten().collect();
+    for (place, &key) in tokens.iter().enumerate() {
+        let mut turned = scene.model.k(scene.text.token(key)).to_vec();
+        rotate(&mut turned, place, scene.table);
+        k.extend(turned);
+        v.extend(scene.model.v(scene.text.token(key), key < scene.settings.sink_tokens));
     }
-    Ok(errors)
+    let mut q = scene.model.q(scene.text.token(t)).to_vec();
+    rotate(&mut q, tokens.len() - 1, scene.table);
+    let shape = Shape {
+        batch: 1,
+        heads: HEADS,
+        kv_heads: KV_HEADS,
+        seq_q: 1,
+        seq_k: tokens.len(),
+        head_dim: HEAD_DIM,
+        value_dim: HEAD_DIM,
+    };
+    let problem = Problem::new(shape, Options::new().sink_logits(SinkLogits::PerHead))?;
+    let inputs = Inputs::new(&q, &k, &v).sink_logits(&scene.model.sink_logits[..]);
+    let expected = reference::forward(&problem, &inputs)?;
+    Ok(compare(o, lse, &expected.o, &expected.lse))
 }
 
 #[cfg(test)]
@@ -148,10 +122,11 @@ mod tests {
 
     #[test]
     fn rows_include_the_ends_and_edges() {
-        let settings = Settings { window: 128, sink_tokens: 4, chunk: 256 };
+        let settings = Settings { window: 128, sink_tokens: 4, capacity: 2048 };
         let rows = choose_rows(100_000, &settings, 1);
         assert_eq!(rows.len(), ROWS);
-        assert!(rows.is_sorted() && [0, 127, 128, 132, 255, 256, 99_999].iter().all(|t| rows.contains(t)), "{rows:?}");
+        let edges = [0, 127, 128, 132, 133, 2047, 2048, 99_999];
+        assert!(rows.is_sorted() && edges.iter().all(|t| rows.contains(t)), "{rows:?}");
         for tokens in 1..40 {
             let rows = choose_rows(tokens, &settings, 1);
             assert_eq!(rows.len(), tokens.min(ROWS));

@@ -1,36 +1,45 @@
-//! Streams a text through attention with both kinds of sink, in constant memory:
+//! Streams a text through attention that keeps the first tokens, or drops them, in constant memory:
 //!
 //! ```text
-//! cargo run --release --example streaming                # 100,000 bytes of Moby-Dick
-//! cargo run --release --example streaming -- FILE        # any file, whole
+//! cargo run --release --example streaming                                             # 20,000 bytes of Moby-Dick
+//! cargo run --release --example streaming -- --tokens 1000000 --state stream.state    # a million, can be killed
+//! cargo run --release --example streaming -- FILE --policy sinks                      # any file, one policy
 //! cargo run --release --example streaming -- --help
 //! ```
 //!
-//! Every byte is a token. It becomes q, k and v through a fixed random embedding, projections and rotary
-//! positions (`model.rs`), with the head layout and the sink logits of a GPT-OSS layer. Chunk after chunk goes
-//! through [`sink_attention::Attention`] over a cache of the sink tokens and the last keys (`cache.rs`, `stream.rs`).
-//! At the end, random rows of the stream are held against the f64 definition on the full, masked sequence
-//! (`check.rs`), and a picture shows the stream's course (`picture.rs`).
+//! Every byte is a token. It becomes q, k and v of a layer whose heads leave their surplus attention on the first token, as
+//! those of trained models do (`model.rs`). Token after token goes into a cache that rolls over the stream
+//! (`policy.rs`, `stream.rs`), and its query attends to what is in it. At the end, a picture shows what it changes that the
+//! first tokens are kept (`series.rs`, `picture.rs`); some results have been held against the f64 definition (`check.rs`).
+//! With `--state`, a stream that was killed goes on with the same bits (`state.rs`).
 
 mod args;
-mod cache;
 mod check;
+#[path = "../common/decoder.rs"]
+mod decoder;
 mod model;
 mod picture;
+mod policy;
 mod progress;
+mod series;
+#[path = "../common/shard.rs"]
+mod shard;
+mod state;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::error::Error;
 use std::process::ExitCode;
-use std::time::Instant;
 
 use indicatif::{HumanBytes, HumanCount};
 use sink_attention::{Attention, DeviceChoice};
 
 use args::{Args, Command};
 use model::Model;
+use policy::Policy;
 use progress::{Memory, Progress, percent};
-use stream::{Settings, Text};
+use stream::{CHUNK, Scene, Stream, Text};
 
 /// Fixes the weights, the sink logits and the rows to check.
 const SEED: u64 = 1851;
@@ -53,8 +62,11 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let bytes = args.text()?;
-    let text = Text { bytes: &bytes, tokens: args.tokens.unwrap_or(bytes.len()) };
-    let settings = args.settings;
+    let (settings, policies) = (args.settings, &args.policies);
+    let asked = args.tokens.unwrap_or(bytes.len());
+    // Where every policy has ended, so has the stream.
+    let end = policies.iter().map(|policy| policy.end(&settings)).max().unwrap_or(0);
+    let text = Text { bytes: &bytes, tokens: asked.min(end) };
 
     let attention = Attention::new()?;
     if attention.is_gpu() {
@@ -64,56 +76,93 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         let why = if asked { "As asked for" } else { "No GPU was found, so" };
         println!("{why} the CPU path is used: {}", attention.device_name());
     }
-    describe(args, &text, &settings);
+    let name = args.file.as_ref().map_or("Moby-Dick, chapters 1 to 15".into(), |file| file.display().to_string());
+    println!("Text:   {name}: {} tokens (bytes)", count(text.tokens));
+    for policy in policies {
+        let keys = policy.most_keys(&settings);
+        let (name, size) = (policy.name(), HumanBytes(policy::bytes(keys)));
+        match policy {
+            Policy::Full if asked > keys => {
+                println!("Policy: {name}, {} tokens at most ({size}): the cache is full then, and ends", count(keys));
+            }
+            Policy::Full => println!("Policy: {name}, {} tokens at most ({size})", count(keys)),
+            _ => println!("Policy: {name}, {} keys and values ({size}), however long the stream", count(keys)),
+        }
+    }
 
     let model = Model::new(SEED);
     let rows = check::choose_rows(text.tokens, &settings, SEED);
-    let mut series = picture::Series::default();
-    let mut progress = Progress::new(text.tokens);
-    let started = Instant::now();
-    let kept = stream::run(&attention, &model, &text, &settings, &rows, |chunk| {
-        progress.update(&chunk);
-        series.push(chunk.point);
-    })?;
-    let seconds = started.elapsed().as_secs_f64();
+    let table = stream::table(policies, &settings);
+    let scene = Scene { model: &model, text, settings, table: &table, rows: &rows };
+    let mut stream = Stream::new(&attention, scene, policies)?;
+    if let Some(state) = args.state.as_ref().filter(|state| state.exists()) {
+        stream.load(state)?;
+        println!("State:  {} goes on after {} tokens", state.display(), count(stream.position));
+    }
+    let mut progress = Progress::new(stream.position, text.tokens);
+    let from = stream.position;
+    while stream.position < text.tokens {
+        let next_save = (stream.position / args.save_every + 1).saturating_mul(args.save_every);
+        stream.advance(CHUNK.min(text.tokens - stream.position).min(next_save - stream.position))?;
+        progress.update(&stream);
+        if let Some(state) =
+            args.state.as_ref().filter(|_| stream.position == next_save || stream.position == text.tokens)
+        {
+            stream.save(state)?;
+        }
+    }
+    let rate = progress.rate(stream.position);
     let memory = progress.finish();
 
-    let errors = check::against_reference(&kept, &model, &text, &settings)?;
-    let shares = series.shares();
-    std::fs::write(&args.out, picture::draw(&series, &attention.device_name())?)
+    let lanes: Vec<_> = stream.lanes.iter().map(|lane| (lane.policy, &lane.record.series)).collect();
+    std::fs::write(&args.out, picture::draw(&lanes, &settings)?)
         .map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
 
-    let rate = text.tokens as f64 / seconds;
     println!();
-    println!("Streamed    {} tokens in {seconds:.2} s: {} tokens/s", count(text.tokens), HumanCount(rate as u64));
-    let keys = settings.most_keys().min(text.tokens);
-    println!("Cache       {} keys and their values, {}", count(keys), HumanBytes(cache::bytes(keys)));
-    if let Some(Memory { first, last }) = memory {
-        println!("Memory      {} after a tenth of the stream, {} at its end", HumanBytes(first), HumanBytes(last));
+    println!(
+        "Streamed {} tokens, {} of them here: {} tokens/s",
+        count(text.tokens),
+        count(text.tokens - from),
+        HumanCount(rate as u64)
+    );
+    if text.tokens < asked {
+        println!("         of {}: full attention ended with its cache; see --capacity", count(asked));
     }
-    let [logit, sink_tokens] = [shares.logit, shares.sink_tokens].map(percent);
-    println!("Probability {logit} to the sink logit, {sink_tokens} to the sink tokens");
-    println!("Check       {} rows against f64: error {:.1e} in o, {:.1e} in lse", kept.len(), errors.o, errors.lse);
-    println!("Picture     {}", args.out.display());
-    if !errors.within(check::TOLERANCE) {
-        let check::Errors { o, lse } = errors;
-        let most = check::TOLERANCE;
-        return Err(
-            format!("the stream is not the definition: error {o:e} in o, {lse:e} in lse, above {most:e}").into()
+    if let Some(Memory { first, last }) = memory {
+        println!("Memory   {} after the first tenth, {} at the end", HumanBytes(first), HumanBytes(last));
+    }
+    println!("Picture  {}", args.out.display());
+    println!();
+    println!("policy   tokens       rms of o   from full   first tokens   sink logit   error in o, lse    checksum");
+    for lane in &stream.lanes {
+        let record = &lane.record;
+        // What is left once the window rolls, if it does.
+        let since = if text.tokens > settings.window + settings.sink_tokens { settings.window } else { 0 };
+        let mean = record.series.after(since).measures;
+        println!(
+            "{:7}  {:11}  {:8.3}   {:>9}   {:>12}   {:>10}   {:7.1e}, {:7.1e}   {:016x}",
+            lane.policy.name(),
+            count(text.tokens.min(lane.policy.end(&settings))).to_string(),
+            mean.size.sqrt(),
+            mean.relative_difference().map_or("-".into(), percent),
+            percent(mean.first),
+            percent(mean.logit),
+            record.errors.o,
+            record.errors.lse,
+            record.checksum,
         );
     }
+    for lane in &stream.lanes {
+        let (errors, most) = (lane.record.errors, check::TOLERANCE);
+        if !errors.within(most) {
+            let (name, check::Errors { o, lse }) = (lane.policy.name(), errors);
+            return Err(format!(
+                "policy {name} is not the definition: error {o:.1e} in o, {lse:.1e} in lse, above {most:e}"
+            )
+            .into());
+        }
+    }
     Ok(())
-}
-
-fn describe(args: &Args, text: &Text, settings: &Settings) {
-    let name = args.file.as_ref().map_or("Moby-Dick, chapters 1 to 15".into(), |file| file.display().to_string());
-    println!(
-        "Text:   {name}: {} tokens (bytes) in chunks of {}; {} sink tokens and a window of {} keys",
-        count(text.tokens),
-        count(settings.chunk),
-        settings.sink_tokens,
-        count(settings.window),
-    );
 }
 
 fn count(n: usize) -> HumanCount {

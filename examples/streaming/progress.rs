@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
-use crate::stream::Chunk;
+use crate::stream::Stream;
 
 /// Often enough for the eye, seldom enough to cost nothing.
 const REDRAW: Duration = Duration::from_millis(100);
@@ -13,6 +13,8 @@ const REDRAW: Duration = Duration::from_millis(100);
 pub struct Progress {
     bar: ProgressBar,
     tokens: usize,
+    /// Where this process began.
+    from: usize,
     tenths: usize,
     started: Instant,
     drawn: Instant,
@@ -29,16 +31,17 @@ pub struct Memory {
 }
 
 impl Progress {
-    pub fn new(tokens: usize) -> Self {
+    pub fn new(from: usize, tokens: usize) -> Self {
         let bar = ProgressBar::new(tokens as u64);
         let style = ProgressStyle::with_template("{bar:6} {percent:>3}% {wide_msg}").expect("a valid template");
         bar.set_style(style.progress_chars("=> "));
         let now = Instant::now();
-        Progress { bar, tokens, tenths: 0, started: now, drawn: now, memory: None }
+        let tenths = 10 * from / tokens.max(1);
+        Progress { bar, tokens, from, tenths, started: now, drawn: now, memory: None }
     }
 
-    pub fn update(&mut self, chunk: &Chunk) {
-        let done = chunk.point.tokens.end;
+    pub fn update(&mut self, stream: &Stream<'_>) {
+        let done = stream.position;
         let tenths = 10 * done / self.tokens;
         let next_tenth = tenths > self.tenths;
         self.tenths = tenths;
@@ -49,7 +52,7 @@ impl Progress {
         if let Some(last) = resident.filter(|_| next_tenth) {
             self.memory = Some(Memory { first: self.memory.map_or(last, |memory| memory.first), last });
         }
-        let status = self.status(chunk, resident);
+        let status = self.status(stream, resident);
         if self.bar.is_hidden() {
             eprintln!("{:>3}% {status}", 10 * tenths);
         } else {
@@ -59,17 +62,24 @@ impl Progress {
         }
     }
 
-    fn status(&self, chunk: &Chunk, resident: Option<u64>) -> String {
-        let (done, shares) = (chunk.point.tokens.end, &chunk.point.shares);
+    fn status(&self, stream: &Stream<'_>, resident: Option<u64>) -> String {
+        let lanes = stream.lanes.iter().filter(|lane| !lane.has_ended(&stream.scene, stream.position));
+        let sizes = lanes.filter_map(|lane| {
+            let last = lane.record.series.stretches.last()?.mean();
+            Some(format!(", {} {:.3}", lane.policy.name(), last.size.sqrt()))
+        });
         // Short enough for a line of 80 columns.
         format!(
-            "{} tokens/s, {} keys, {}, sink logit {}, tokens {}",
-            HumanCount((done as f64 / self.started.elapsed().as_secs_f64()) as u64),
-            HumanCount(chunk.keys_held as u64),
+            "{} tokens/s, {}, rms{}",
+            HumanCount(self.rate(stream.position) as u64),
             resident.map_or("memory unknown".into(), |bytes| HumanBytes(bytes).to_string()),
-            percent(shares.logit),
-            percent(shares.sink_tokens),
+            sizes.collect::<String>().trim_start_matches(','),
         )
+    }
+
+    /// Tokens a second of this process.
+    pub fn rate(&self, position: usize) -> f64 {
+        (position - self.from) as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
     }
 
     /// Leaves the last line standing. Memory is `None` where the system does not tell it.

@@ -1,190 +1,230 @@
-//! The stream: chunk after chunk of tokens through attention over the cache.
+//! The stream: token after token is appended to the caches and decoded from them.
 
-use std::time::Instant;
+use std::error::Error;
+use std::ops::Range;
 
-use sink_attention::{Attention, Inputs, Options, Problem, Result, Shape, SinkLogits, Window};
+use sink_attention::Attention;
 
-use crate::cache::Cache;
-use crate::check::Row;
-use crate::model::{HEAD_DIM, HEADS, KV_HEADS, KV_ROW, Model, Q_ROW, Rotary, dot};
-use crate::picture::{Point, Shares};
+use crate::check::{self, Errors};
+use crate::decoder::{Decoder, Setup, Steps};
+use crate::model::{HEAD_DIM, HEADS, KV_ROW, MARK, Model, Q_ROW, START, rotary_table};
+use crate::policy::{Policy, Settings};
+use crate::series::{Measures, Series};
 
-/// The share of the sink tokens is computed on the host, for every 32nd row of a chunk, from its first.
-const SHARE_STEP: usize = 32;
+/// Tokens that are recorded before the GPU starts. Results do not depend on it.
+pub const CHUNK: usize = 128;
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Settings {
-    /// Keys in the window, the query's own included.
-    pub window: usize,
-    pub sink_tokens: usize,
-    /// Tokens to a call.
-    pub chunk: usize,
-}
-
-impl Settings {
-    /// What the cache holds between chunks.
-    pub fn most_keys(&self) -> usize {
-        self.sink_tokens + self.window
-    }
-
-    /// The mask and the softmax, the same for the cache as for the full sequence.
-    pub fn options(&self) -> Options {
-        Options::new()
-            .causal(true)
-            .window(Window::keys(self.window))
-            .sink_tokens(self.sink_tokens)
-            .sink_logits(SinkLogits::PerHead)
-    }
-}
-
-/// What is streamed: a text, repeated if there are more tokens than bytes.
+/// What is streamed: a start token and a text, repeated if there are more tokens than bytes.
+#[derive(Debug, Clone, Copy)]
 pub struct Text<'a> {
     pub bytes: &'a [u8],
     pub tokens: usize,
 }
 
 impl Text<'_> {
-    pub fn byte(&self, t: usize) -> u8 {
-        self.bytes[t % self.bytes.len()]
+    pub fn token(&self, t: usize) -> usize {
+        t.checked_sub(1).map_or(START, |t| self.bytes[t % self.bytes.len()].into())
     }
 }
 
-/// What is known after a chunk.
-pub struct Chunk {
-    pub point: Point,
-    pub keys_held: usize,
+/// What is fixed for the whole stream.
+pub struct Scene<'a> {
+    pub model: &'a Model,
+    pub text: Text<'a>,
+    pub settings: Settings,
+    /// Cosines and sines for all places in the largest cache.
+    pub table: &'a [f32],
+    /// Tokens whose results are held against the definition; sorted.
+    pub rows: &'a [usize],
 }
 
-/// Streams the text and returns the results of `rows`, which must be sorted.
-pub fn run(
-    attention: &Attention,
-    model: &Model,
-    text: &Text,
-    settings: &Settings,
-    rows: &[usize],
-    mut on_chunk: impl FnMut(Chunk),
-) -> Result<Vec<Row>> {
-    let rotary = Rotary::new();
-    let mut cache = Cache::new(settings);
-    let mut q = vec![0.0; settings.chunk * Q_ROW];
-    let mut kept = Vec::with_capacity(rows.len());
-    for start in (0..text.tokens).step_by(settings.chunk) {
-        let began = Instant::now();
-        let end = text.tokens.min(start + settings.chunk);
-        let q = &mut q[..(end - start) * Q_ROW];
-        for (t, q) in (start..end).zip(q.chunks_exact_mut(Q_ROW)) {
-            let (byte, rotation) = (text.byte(t), rotary.at(t));
-            model.write_q(byte, &rotation, q);
-            model.write_k(byte, &rotation, cache.append(model.v(byte)));
-        }
+/// A table for these policies.
+pub fn table(policies: &[Policy], settings: &Settings) -> Vec<f32> {
+    rotary_table(policies.iter().map(|policy| policy.most_keys(settings)).max().unwrap_or(0))
+}
 
-        // Aligned bottom-right, the default: the last query stands at the last key.
-        let shape = Shape {
-            batch: 1,
-            heads: HEADS,
-            kv_heads: KV_HEADS,
-            seq_q: end - start,
-            seq_k: cache.len(),
-            head_dim: HEAD_DIM,
-            value_dim: HEAD_DIM,
+/// One policy's cache, and what is known of its results.
+pub struct Lane<'a> {
+    pub policy: Policy,
+    pub decoder: Decoder<'a>,
+    pub record: Record,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    pub series: Series,
+    /// Of the bits of all results, in the order of tokens.
+    pub checksum: u64,
+    pub errors: Errors,
+    /// Tokens whose results have been held against the definition.
+    pub checked: usize,
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        Record { series: Series::default(), checksum: 0xcbf2_9ce4_8422_2325, errors: Errors::default(), checked: 0 }
+    }
+}
+
+pub struct Stream<'a> {
+    pub scene: Scene<'a>,
+    pub lanes: Vec<Lane<'a>>,
+    /// Tokens that have been streamed.
+    pub position: usize,
+}
+
+impl<'a> Stream<'a> {
+    pub fn new(attention: &Attention, scene: Scene<'a>, policies: &[Policy]) -> Result<Self, Box<dyn Error>> {
+        let lane = |&policy: &Policy| -> Result<_, Box<dyn Error>> {
+            let config = policy.config(&scene.settings);
+            let sink_logits = &scene.model.sink_logits;
+            let setup = Setup { config, heads: HEADS, sink_logits, cos_sin: scene.table, chunk: CHUNK };
+            Ok(Lane { policy, decoder: Decoder::new(attention, setup)?, record: Record::default() })
         };
-        let problem = Problem::new(shape, settings.options())?;
-        let inputs = Inputs::new(q, cache.k(), cache.v()).sink_logits(&model.sink_logits[..]);
-        let output = attention.forward(&problem, &inputs)?;
-        let seconds = began.elapsed().as_secs_f64();
-
-        let wanted = rows.iter().skip(kept.len()).take_while(|&&t| t < end);
-        kept.extend(wanted.map(|&t| Row {
-            position: t,
-            o: output.o[(t - start) * Q_ROW..][..Q_ROW].to_vec(),
-            lse: output.lse.iter().skip(t - start).step_by(end - start).copied().collect(),
-        }));
-        let shares = Shares {
-            logit: logit_share(&model.sink_logits, &output.lse),
-            sink_tokens: sink_token_share(&problem, &inputs, &output.lse, start),
-        };
-        cache.evict();
-        on_chunk(Chunk { point: Point { tokens: start..end, seconds, shares }, keys_held: cache.len() });
+        let lanes = policies.iter().map(lane).collect::<Result<Vec<_>, _>>()?;
+        Ok(Stream { scene, lanes, position: 0 })
     }
-    Ok(kept)
+
+    /// Streams so many tokens more.
+    pub fn advance(&mut self, tokens: usize) -> Result<(), Box<dyn Error>> {
+        let Scene { model, text, settings, .. } = &self.scene;
+        let range = self.position..self.position + tokens;
+        let (mut q, mut k, mut v) = (vec![], vec![], vec![]);
+        for t in range.clone() {
+            let token = text.token(t);
+            q.extend_from_slice(model.q(token));
+            k.extend_from_slice(model.k(token));
+            v.extend_from_slice(&model.v(token, t < settings.sink_tokens));
+        }
+        let mut results = Vec::new();
+        for lane in &mut self.lanes {
+            let here = tokens.min(lane.policy.end(settings).saturating_sub(range.start));
+            results.push(lane.decoder.steps(&q[..here * Q_ROW], &k[..here * KV_ROW], &v[..here * KV_ROW])?);
+        }
+        let full = self.lanes.iter().position(|lane| lane.policy == Policy::Full).map(|n| results[n].clone());
+        for (lane, steps) in self.lanes.iter_mut().zip(&results) {
+            lane.measure(&self.scene, range.clone(), steps, full.as_ref());
+            lane.check(&self.scene, range.clone(), steps)?;
+        }
+        self.position = range.end;
+        Ok(())
+    }
 }
 
-/// The mean of exp(sink_logit - lse) over all rows and heads: the probability that goes to no value.
-fn logit_share(sink_logits: &[f32], lse: &[f32]) -> f64 {
-    let rows = lse.len() / HEADS;
-    let heads = sink_logits.iter().zip(lse.chunks_exact(rows));
-    let sum: f64 = heads.flat_map(|(&sink, lse)| lse.iter().map(move |lse| f64::from(sink - lse).exp())).sum();
-    sum / lse.len() as f64
-}
+impl Lane<'_> {
+    /// Tokens it has room for are not infinitely many.
+    pub fn has_ended(&self, scene: &Scene<'_>, position: usize) -> bool {
+        position >= self.policy.end(&scene.settings)
+    }
 
-/// The mean over some rows, and all heads, of the probability that goes to the sink tokens.
-fn sink_token_share(problem: &Problem, inputs: &Inputs<'_>, lse: &[f32], start: usize) -> f64 {
-    let (rows, group) = (problem.shape().seq_q, problem.group());
-    let (mut sum, mut terms) = (0.0, 0);
-    for i in (0..rows).step_by(SHARE_STEP) {
-        // The cache's first keys are the stream's first tokens; the first rows do not see all of them yet.
-        let sink_tokens = problem.options().sink_tokens.min(start + i + 1);
-        for h in 0..HEADS {
-            let q = &inputs.q[i * Q_ROW + h * HEAD_DIM..][..HEAD_DIM];
-            let keys = inputs.k.chunks_exact(KV_ROW).take(sink_tokens);
-            let scores = keys.map(|k| f64::from(problem.scale()) * dot(q, &k[h / group * HEAD_DIM..][..HEAD_DIM]));
-            let lse = f64::from(lse[h * rows + i]);
-            sum += scores.map(|s| (s - lse).exp()).sum::<f64>();
-            terms += 1;
+    fn measure(&mut self, scene: &Scene<'_>, range: Range<usize>, steps: &Steps, full: Option<&Steps>) {
+        let rows = steps.o.chunks_exact(Q_ROW).zip(steps.lse.chunks_exact(HEADS));
+        for (i, (t, (o, lse))) in range.zip(rows).enumerate() {
+            let full = full.and_then(|full| full.o.get(i * Q_ROW..(i + 1) * Q_ROW));
+            self.record.series.push(t, &measures(o, lse, &scene.model.sink_logits, full));
+            let words = o.iter().chain(lse).map(|x| u64::from(x.to_bits()));
+            self.record.checksum =
+                words.fold(self.record.checksum, |sum, word| (sum ^ word).wrapping_mul(0x0100_0000_01b3));
         }
     }
-    sum / f64::from(terms)
+
+    fn check(&mut self, scene: &Scene<'_>, range: Range<usize>, steps: &Steps) -> sink_attention::Result<()> {
+        let computed = range.start..range.start + steps.lse.len() / HEADS;
+        let from = scene.rows.partition_point(|t| *t < computed.start);
+        for &t in scene.rows[from..].iter().take_while(|t| computed.contains(t)) {
+            let i = t - computed.start;
+            let (o, lse) = (&steps.o[i * Q_ROW..][..Q_ROW], &steps.lse[i * HEADS..][..HEADS]);
+            let errors = check::against_reference(scene, self.policy, t, o, lse)?;
+            self.record.errors = self.record.errors.worst(errors);
+            self.record.checked += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Of one token, means over heads.
+fn measures(o: &[f32], lse: &[f32], sink_logits: &[f32], full: Option<&[f32]>) -> Measures {
+    let of_heads = |x: f64| x / HEADS as f64;
+    // All but the mark.
+    let values = |o: &[f32]| {
+        let heads = o.chunks_exact(HEAD_DIM).flat_map(|head| &head[..MARK]);
+        heads.map(|x| f64::from(*x)).collect::<Vec<_>>()
+    };
+    let square = |values: &[f64]| of_heads(values.iter().map(|x| x * x).sum::<f64>() / MARK as f64);
+    let here = values(o);
+    let full = full.map(values);
+    let difference = full.as_ref().map(|full| here.iter().zip(full).map(|(a, b)| a - b).collect::<Vec<_>>());
+    Measures {
+        size: square(&here),
+        first: of_heads(o.chunks_exact(HEAD_DIM).map(|head| f64::from(head[MARK])).sum()),
+        logit: of_heads(sink_logits.iter().zip(lse).map(|(sink, lse)| f64::from(sink - lse).exp()).sum()),
+        difference: difference.map_or(0.0, |difference| square(&difference)),
+        full: full.map_or(0.0, |full| square(&full)),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::{self, TOLERANCE};
+    use crate::check::TOLERANCE;
 
-    const TEXT: Text = Text { bytes: b"It is not down on any map; true places never are. ", tokens: 200 };
+    pub const BYTES: &[u8] = b"It is not down on any map; true places never are. ";
+    const TOKENS: usize = 150;
+    const SETTINGS: Settings = Settings { window: 16, sink_tokens: 4, capacity: 70 };
 
-    fn stream(settings: &Settings, mut on_chunk: impl FnMut(Chunk)) -> (Model, Vec<Row>) {
-        let (model, rows) = (Model::new(3), (0..TEXT.tokens).collect::<Vec<_>>());
-        let kept = run(&Attention::cpu(), &model, &TEXT, settings, &rows, &mut on_chunk).unwrap();
-        assert_eq!(kept.len(), TEXT.tokens);
-        (model, kept)
+    fn records(settings: Settings, chunk: usize, check: impl Fn(&mut Scene<'_>)) -> Vec<Record> {
+        let (model, rows) = (Model::new(3), (0..TOKENS).collect::<Vec<_>>());
+        let (text, table) = (Text { bytes: BYTES, tokens: TOKENS }, table(&Policy::ALL, &settings));
+        let scene = Scene { model: &model, text, settings, table: &table, rows: &rows };
+        let mut stream = Stream::new(&Attention::cpu(), scene, &Policy::ALL).unwrap();
+        check(&mut stream.scene);
+        while stream.position < TOKENS {
+            stream.advance(chunk.min(TOKENS - stream.position)).unwrap();
+        }
+        stream.lanes.into_iter().map(|lane| lane.record).collect()
     }
 
     #[test]
-    fn any_chunks_give_the_full_masked_sequence() {
-        for chunk in [1, 7, 64, 1000] {
-            for (window, sink_tokens) in [(16, 4), (1, 0), (3, 9), (1000, 4)] {
-                let settings = Settings { window, sink_tokens, chunk };
-                let mut next = 0;
-                let (model, kept) = stream(&settings, |chunk| {
-                    assert_eq!(chunk.point.tokens.start, next);
-                    next = chunk.point.tokens.end;
-                    assert_eq!(chunk.keys_held, next.min(settings.most_keys()));
-                });
-                assert_eq!(next, TEXT.tokens);
-                let errors = check::against_reference(&kept, &model, &TEXT, &settings).unwrap();
-                assert!(errors.within(TOLERANCE), "{settings:?}: {errors:?}");
+    fn every_policy_follows_the_definition_in_any_chunks() {
+        for (window, sink_tokens) in [(16, 4), (1, 0), (3, 9), (100, 4)] {
+            let settings = Settings { window, sink_tokens, ..SETTINGS };
+            let whole = records(settings, TOKENS, |_| ());
+            for chunk in [1, 64] {
+                assert_eq!(records(settings, chunk, |_| ()), whole, "the same bits");
+            }
+            for (record, checked) in whole.iter().zip([TOKENS, TOKENS, 70]) {
+                assert_eq!(record.checked, checked);
+                assert!(record.errors.within(TOLERANCE), "{settings:?}: {:?}", record.errors);
             }
         }
     }
 
     #[test]
-    fn shares_of_the_probability_sum_to_one() {
-        // Where every key is a sink token, the rest is the sink logit's; a chunk of one row leaves none out.
-        stream(&Settings { window: 1, sink_tokens: 1000, chunk: 1 }, |chunk| {
-            let Shares { logit, sink_tokens } = chunk.point.shares;
-            assert!(logit > 0.0 && sink_tokens > 0.0);
-            approx::assert_abs_diff_eq!(logit + sink_tokens, 1.0, epsilon = 1e-5);
-        });
+    fn the_check_sees_a_key_too_few() {
+        for wrong in [Settings { window: 15, ..SETTINGS }, Settings { sink_tokens: 3, ..SETTINGS }] {
+            // The caches are made for other settings than the definition is given.
+            let records = records(wrong, 64, |scene| scene.settings = SETTINGS);
+            assert!(!records[0].errors.within(TOLERANCE), "{wrong:?}: {:?}", records[0].errors);
+        }
     }
 
     #[test]
-    fn the_check_sees_a_key_too_few() {
-        let settings = Settings { window: 16, sink_tokens: 4, chunk: 7 };
-        for wrong in [Settings { window: 15, ..settings }, Settings { sink_tokens: 3, ..settings }] {
-            let (model, kept) = stream(&wrong, |_| {});
-            let errors = check::against_reference(&kept, &model, &TEXT, &settings).unwrap();
-            assert!(!errors.within(TOLERANCE), "{wrong:?}: {errors:?}");
-        }
+    fn sinks_change_what_they_should() {
+        let records = records(SETTINGS, 64, |_| ());
+        let [sinks, window, full] = [0, 1, 2].map(|n| records[n].series.after(SETTINGS.window + 4).measures);
+        // The first tokens get most of the probability where they are there, and are gone where they are not.
+        assert!(sinks.first > 0.5 && full.first > 0.5, "{sinks:?} {full:?}");
+        assert!(window.first < 1e-6 && window.size > 4.0 * sinks.size, "{window:?} {sinks:?}");
+        // Nearer to full attention with them than without.
+        assert!(sinks.difference * 4.0 < window.difference && full.difference == 0.0, "{sinks:?} {window:?}");
+    }
+
+    #[test]
+    fn shares_of_the_probability_sum_to_one() {
+        // Where every token is a first one, the rest is the sink logit's.
+        let settings = Settings { window: 1, sink_tokens: 1000, capacity: 1 };
+        let total = records(settings, 64, |_| ())[0].series.after(0).measures;
+        assert!(total.logit > 0.0 && total.first > 0.0);
+        approx::assert_abs_diff_eq!(total.logit + total.first, 1.0, epsilon = 1e-5);
     }
 }

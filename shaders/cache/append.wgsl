@@ -1,5 +1,6 @@
 {#- New keys and values into their rows, and queries rotated where they lie: one dispatch for all tokens of all sequences. A
-    few threads share a row, each with four numbers of it. -#}
+    few threads share a row, each with four numbers of it. Or not into the cache,
+    but behind what was gathered from it, as they would be gathered. -#}
 {% include "cache/params.wgsl" %}
 {% include "operands.wgsl" %}
 {% if quantised %}
@@ -69,12 +70,15 @@ fn main(
   @builtin(local_invocation_index) thread: u32,
 ) {
   let index = workgroup.x + workgroup.y * grid.x;
-  // The lengths are counted up beside those that this dispatch reads. `tokens` holds how many each sequence gets, then the sequence
-  // of each token and its number among the new ones.
+  // `tokens` holds how many each sequence gets{{ ", here: the row of its first new one" if gathered }}, then the sequence of each token and its number
+  // among the new ones.
   let sequences = params.sequences;
+{% if not gathered %}
+  // The lengths are counted up beside those that this dispatch reads.
   for (var n = index * THREADS + thread; n < sequences; n += params.workgroups * THREADS) {
     if (index < params.workgroups) { state[params.next + n] = state[params.current + n] + tokens[n]; }
   }
+{% endif %}
   let rows = 2u * params.kv_heads{{ " + params.heads" if rotates_q else "" }};
   let item = index * (THREADS / LANES) + thread / LANES;
   let quad = thread % LANES;
@@ -108,7 +112,10 @@ fn main(
   if (is_query) { store_q(q_base, quad, rotated); }
 {% endif %}
   if (!there || row >= 2u * params.kv_heads) { return; }
-{% if rolling %}
+  let head = row % params.kv_heads;
+{% if gathered %}
+  let cached = head * params.gathered_rows + tokens[sequence] + number;
+{% elif rolling %}
   // What the ring would not hold any more after this append is not written: each row has one writer.
   if (position >= params.kept_rows && tokens[sequence] - number > params.ring_rows) { return; }
   let place = select(params.kept_rows + (position - params.kept_rows) % params.ring_rows, position, position < params.kept_rows);
@@ -120,8 +127,9 @@ fn main(
   let place = position;
   let block = sequence;
 {% endif %}
-  let head = row % params.kv_heads;
+{% if not gathered %}
   let cached = (block * params.kv_heads + head) * params.block_rows + place;
+{% endif %}
 {% for name, cache in [("k", "keys"), ("v", "values")] %}
   {{ "if (row < params.kv_heads)" if name == "k" else "else" }} {
     if (quad < {{ padded_quads[name] }}u) {
@@ -133,6 +141,9 @@ fn main(
       // In a block whose scale is NaN numbers are of no account.
       let inverse = select(0.0, 1.0 / d, d > 0.0);
       let numbers = clamp(round(new_{{ name }}(base, quad{{ turned }}) * inverse), vec4<f32>(-127.0), vec4<f32>(127.0));
+{% if gathered %}
+      let x = select(vec4<f32>(), numbers, d > 0.0) * d;
+{% else %}
       let bytes = bitcast<vec4<u32>>(vec4<i32>(select(vec4<f32>(), numbers, d > 0.0))) & vec4<u32>(0xffu);
       let words = cached * {{ row_vectors[name] * 4 }}u;
       {{ cache }}[words + quad] = bytes.x | (bytes.y << 8u) | (bytes.z << 16u) | (bytes.w << 24u);
@@ -141,8 +152,7 @@ fn main(
         let next = scale_{{ name }}(base, quad / 8u + 1u{{ turned }});
         {{ cache }}[words + {{ padded_quads[name] }}u + quad / 16u] = scale | (next << 16u);
       }
-    }
-  }
+{% endif %}
 {% else %}
       var x = vec4<f32>();
       if (quad < {{ operand_quads[name] }}u) {
@@ -152,14 +162,16 @@ fn main(
         x = x * turn.cosines + partners_k(base, quad, x) * turn.sines;
 {% endif %}
       }
+{% endif %}
+{% if not quantised or gathered %}
 {% if dtype == "f32" %}
       {{ cache }}[cached * {{ padded_quads[name] }}u + quad] = x;
 {% else %}
       let halves = narrow4(x);
       {{ cache }}[cached * {{ padded_quads[name] }}u + quad] = halves.xz | (halves.yw << vec2<u32>(16u));
 {% endif %}
+{% endif %}
     }
   }
-{% endif %}
 {% endfor %}
 }

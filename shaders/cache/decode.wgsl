@@ -61,13 +61,6 @@ fn row_in_ring(place: u32, oldest: u32) -> u32 {
 {% if quantised %}
 {% include "cache/scales.wgsl" %}
 
-// Four signed bytes. As digits of a number from 2^23 up they are exact, and cost no conversion.
-fn quad_of_bytes(word: u32) -> vec4<f32> {
-  let biased = word ^ 0x80808080u;
-  let bytes = vec4<u32>(biased, biased >> 8u, biased >> 16u, biased >> 24u) & vec4<u32>(0xffu);
-  return bitcast<vec4<f32>>(bytes | vec4<u32>(0x4b000000u)) - vec4<f32>(8388736.0);
-}
-
 // The scale of the block that a vector of 16 bytes lies in, among those of eight blocks.
 fn scale_of(scales: vec4<u32>, vector: u32) -> f32 {
   let pairs = select(scales.xy, scales.zw, (vector & 8u) != 0u);

@@ -27,6 +27,8 @@ struct Params {
   // A rolling cache: rows that are never given up, and rows of the ring behind them.
   kept_rows: u32,
   ring_rows: u32,
+  // Rows of a head among the keys of all sequences, where these are gathered.
+  gathered_rows: u32,
   // Tokens that are appended, of all sequences.
   tokens: u32,
   // How far a query sees to either side, and the keys exempt from the bound on the left.

@@ -7,7 +7,15 @@ fn widen_scale(half: u32) -> f32 {
   // Infinity counts as a NaN: nothing in its block is known.
   return select(select(normal, bitcast<f32>(0x7fc00000u | digits), exponent == 31u), f32(digits) * 5.9604645e-8, exponent == 0u);
 }
-{% if kernel == "append" %}
+{% if kernel != "append" %}
+
+// Four signed bytes. As digits of a number from 2^23 up they are exact, and cost no conversion.
+fn quad_of_bytes(word: u32) -> vec4<f32> {
+  let biased = word ^ 0x80808080u;
+  let bytes = vec4<u32>(biased, biased >> 8u, biased >> 16u, biased >> 24u) & vec4<u32>(0xffu);
+  return bitcast<vec4<f32>>(bytes | vec4<u32>(0x4b000000u)) - vec4<f32>(8388736.0);
+}
+{% else %}
 
 // Of a number that is not negative; to nearest, ties to even.
 fn narrow_scale(x: f32) -> u32 {

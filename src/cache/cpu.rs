@@ -1,6 +1,6 @@
 //! A cache on the CPU.
 
-use super::gpu::check_counts;
+use super::batch::{Batch, Prefill, Run, Sum, check_total};
 use super::places::Places;
 use super::plan::{BLOCK, UNBOUNDED};
 use super::{CacheConfig, CacheKind, Decode, Quantisation, Rotary, RotaryPositions, RotaryStyle};
@@ -9,7 +9,9 @@ use half::f16;
 use crate::cpu;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::problem::{Inputs, Options, Output, Problem, Shape, SinkLogits};
+use crate::problem::{
+    Bias, Gradients, Inputs, MaskData, Options, Output, Problem, Shape, SinkLogits, Upstream, check_length,
+};
 
 /// Keys and values of a number of sequences in host memory: the twin of [`KvCache`](crate::KvCache). Quantised ones are held as what
 /// they stand for, rounded to the element type.
@@ -36,10 +38,12 @@ use crate::problem::{Inputs, Options, Output, Problem, Shape, SinkLogits};
 /// ```
 #[derive(Debug, Clone)]
 pub struct KvCache<T> {
-    config: CacheConfig,
-    places: Places,
-    keys: Vec<T>,
-    values: Vec<T>,
+    pub(super) config: CacheConfig,
+    pub(super) places: Places,
+    pub(super) keys: Vec<T>,
+    pub(super) values: Vec<T>,
+    /// Of the blocks of quantised keys and values, row by row.
+    pub(super) scales: [Vec<f16>; 2],
 }
 
 impl<T: Element> KvCache<T> {
@@ -51,11 +55,13 @@ impl<T: Element> KvCache<T> {
         config.check()?;
         check_element::<T>(config)?;
         let rows = config.blocks() * config.kv_heads * config.kind.rows();
+        let blocks = |width| if config.quantisation.is_some() { rows * scales_of(width) } else { 0 };
         Ok(KvCache {
             config: *config,
             places: Places::new(config),
             keys: vec![T::default(); rows * config.head_dim],
             values: vec![T::default(); rows * config.value_dim],
+            scales: [config.head_dim, config.value_dim].map(|width| vec![f16::ZERO; blocks(width)]),
         })
     }
 
@@ -96,24 +102,8 @@ impl<T: Element> KvCache<T> {
         cos_sin: Option<&[f32]>,
     ) -> Result<()> {
         let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
-        check_counts(&self.config, tokens.len())?;
-        let total = tokens.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).unwrap_or(usize::MAX);
-        for (operand, actual, width) in [("k", k.len(), head_dim), ("v", v.len(), value_dim)] {
-            let expected = total.saturating_mul(kv_heads * width);
-            if actual != expected {
-                return Err(Error::OperandLength { operand, expected, actual, shape: vec![total, kv_heads, width] });
-            }
-        }
-        let heads = q.as_ref().map_or(0, |q| q.len() / (total.max(1) * head_dim));
-        if let Some(q) = q.as_ref().filter(|q| q.len() != heads * total * head_dim || heads == 0 && total > 0) {
-            let expected = heads.max(1) * total * head_dim;
-            let shape = vec![total, heads.max(1), head_dim];
-            return Err(Error::OperandLength { operand: "q", expected, actual: q.len(), shape });
-        }
-        let turning = Turning::new(&self.config, q.is_some(), cos_sin)?;
-        if let Some(turning) = &turning {
-            turning.check(&self.places, tokens)?;
-        }
+        let turning = self.check_tokens(tokens, k, v, q.as_deref(), cos_sin)?;
+        let heads = q.as_ref().map_or(0, |q| q.len() / (tokens.iter().sum::<usize>().max(1) * head_dim));
         let changes = self.places.reserve(tokens)?;
         for [from, to] in changes.copies {
             self.copy_block(from as usize, to as usize);
@@ -150,31 +140,173 @@ impl<T: Element> KvCache<T> {
                 key.copy_from_slice(&k[of * head_dim..(of + 1) * head_dim]);
                 let value = &mut self.values[row * value_dim..(row + 1) * value_dim];
                 value.copy_from_slice(&v[of * value_dim..(of + 1) * value_dim]);
-                let turning = turning.as_ref().filter(|turning| !turning.relative);
-                match (self.config.quantisation, turning) {
-                    (None, None) => {}
-                    (None, Some(turning)) => turning.turn(key, position),
-                    (Some(Quantisation::Q8_0), turning) => {
-                        // In f32 until it is quantised.
-                        let mut turned: Vec<f32> = key.iter().map(|x| x.to_f32()).collect();
-                        if let Some(turning) = turning {
-                            turning.turn(&mut turned, position);
-                        }
-                        quantise(key, &turned);
-                        let value_numbers: Vec<f32> = value.iter().map(|x| x.to_f32()).collect();
-                        quantise(value, &value_numbers);
-                    }
-                }
+                let [key_scales, value_scales] = &mut self.scales;
+                let scales = [
+                    key_scales.get_mut(row * scales_of(head_dim)..).unwrap_or_default(),
+                    value_scales.get_mut(row * scales_of(value_dim)..).unwrap_or_default(),
+                ];
+                hold(&self.config, [key, value], scales, turning.as_ref(), position);
             }
         }
         Ok(())
+    }
+
+    /// New tokens, before anything is changed: what turns them, if anything.
+    fn check_tokens<'a>(
+        &self,
+        tokens: &[usize],
+        k: &[T],
+        v: &[T],
+        q: Option<&[T]>,
+        cos_sin: Option<&'a [f32]>,
+    ) -> Result<Option<Turning<'a>>> {
+        let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
+        let total = check_total(&self.config, tokens)?;
+        for (operand, actual, width) in [("k", k.len(), head_dim), ("v", v.len(), value_dim)] {
+            let expected = total.saturating_mul(kv_heads * width);
+            if actual != expected {
+                return Err(Error::OperandLength { operand, expected, actual, shape: vec![total, kv_heads, width] });
+            }
+        }
+        let heads = q.map_or(0, |q| q.len() / (total.max(1) * head_dim));
+        if let Some(q) = q.filter(|q| q.len() != heads * total * head_dim || heads == 0 && total > 0) {
+            let expected = heads.max(1) * total * head_dim;
+            let shape = vec![total, heads.max(1), head_dim];
+            return Err(Error::OperandLength { operand: "q", expected, actual: q.len(), shape });
+        }
+        let turning = Turning::new(&self.config, q.is_some(), cos_sin)?;
+        if let Some(turning) = &turning {
+            turning.check(&self.places, tokens)?;
+        }
+        Ok(turning)
+    }
+
+    /// As [`KvCache::prepare_prefill`](crate::KvCache::prepare_prefill), recorded: appends `k`, `[tokens, G, D]`, and `v`,
+    /// `[tokens, G, E]`, and attends with `q`, `[tokens, H, D]`, which is rotated where it lies if the cache has a rotary embedding.
+    /// o of the result is `[tokens, H, E]`, lse `[H, tokens]`. Without tokens there is nothing in either.
+    ///
+    /// # Errors
+    /// As there, as far as they do not concern buffers, and those of [`append`](Self::append) and
+    /// [`Problem::check_inputs`]. Nothing has changed then.
+    pub fn prefill(
+        &mut self,
+        prefill: &Prefill,
+        q: &mut [T],
+        [k, v]: [&[T]; 2],
+        operands: &PrefillOperands<'_, T>,
+    ) -> Result<Output<T>> {
+        let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
+        let batch = Batch::appended(&self.config, prefill, &self.places)?;
+        let turned_q = self.config.rotary.map(|_| &*q);
+        let turning = self.check_tokens(&prefill.tokens, k, v, turned_q, operands.cos_sin)?;
+        let Some(Batch { problem, entries, rows }) = &batch else {
+            check_length("q", q.len(), &[0, prefill.heads, head_dim])?;
+            return Ok(Output { o: vec![], o_rest: None, lse: vec![] });
+        };
+        // What is given up, and behind it what has come, as the cache will hold it.
+        let mut gathered = self.gather_rows(batch.iter().flat_map(|batch| batch.runs(&self.places)), *rows);
+        let [keys, values] = &mut gathered;
+        // The append below keeps them.
+        let mut scales = [head_dim, value_dim].map(|width| vec![f16::ZERO; scales_of(width)]);
+        let mut token = 0;
+        for entry in entries {
+            for number in 0..entry.keys - entry.cached {
+                for head in 0..kv_heads {
+                    let (of, to) =
+                        (token * kv_heads + head, (entry.first_row + entry.cached + number) * kv_heads + head);
+                    let key = &mut keys[to * head_dim..(to + 1) * head_dim];
+                    key.copy_from_slice(&k[of * head_dim..(of + 1) * head_dim]);
+                    let value = &mut values[to * value_dim..(to + 1) * value_dim];
+                    value.copy_from_slice(&v[of * value_dim..(of + 1) * value_dim]);
+                    hold(
+                        &self.config,
+                        [key, value],
+                        scales.each_mut().map(|scales| &mut scales[..]),
+                        turning.as_ref(),
+                        entry.length + number,
+                    );
+                }
+                token += 1;
+            }
+        }
+        problem.check_inputs(&operands.inputs(q, &gathered))?;
+        let turned_q = self.config.rotary.is_some().then_some(&mut *q);
+        self.append(&prefill.tokens, k, v, turned_q, operands.cos_sin)?;
+        cpu::forward(problem, &operands.inputs(q, &gathered))
+    }
+
+    /// As [`KvCache::prepare_backward`](crate::KvCache::prepare_backward), recorded; q and the result's d_q as q of
+    /// [`prefill`](Self::prefill). The gradients by keys and values are `[blocks, G, rows, width]` without padding, of all of the
+    /// cache's blocks: sequences or pages.
+    ///
+    /// # Errors
+    /// As there, as far as they do not concern buffers, and those of [`Problem::check_inputs`] and
+    /// [`Problem::check_upstream`]; [`Error::ZeroDimension`] where there are no tokens.
+    pub fn backward(
+        &self,
+        prefill: &Prefill,
+        q: &[T],
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+        operands: &PrefillOperands<'_, T>,
+    ) -> Result<Gradients<T>> {
+        let batch = Batch::held(&self.config, prefill, &self.places)?;
+        let Some(batch) = batch else { return Err(Error::ZeroDimension { dimension: "tokens" }) };
+        if operands.cos_sin.is_some() {
+            let hint = "keys have been rotated as they were appended";
+            return Err(Error::UnexpectedOperand { operand: "cos_sin", hint });
+        }
+        let gathered = self.gather_rows(batch.runs(&self.places), batch.rows);
+        let inputs = operands.inputs(q, &gathered);
+        batch.problem.check_inputs(&inputs)?;
+        batch.problem.check_upstream(saved, upstream)?;
+        let gradients = cpu::backward(&batch.problem, &inputs, saved, upstream)?;
+        let sums = batch.sums(&self.places);
+        let scatter = |gathered: &[T], len: usize, width: usize| {
+            let mut gradient = vec![T::default(); len];
+            let (heads, block_rows) = (self.config.kv_heads, self.config.kind.rows());
+            for Sum { block, row, rows, terms } in &sums {
+                for (n, head) in (0..*rows).flat_map(|n| (0..heads).map(move |head| (n, head))) {
+                    let to = ((block * heads + head) * block_rows + row + n) * width;
+                    for (d, to) in gradient[to..to + width].iter_mut().enumerate() {
+                        let term = |term: &usize| gathered[((term + n) * heads + head) * width + d].to_f32();
+                        *to = T::from_f32(terms.iter().map(term).sum());
+                    }
+                }
+            }
+            gradient
+        };
+        Ok(Gradients {
+            d_k: scatter(&gradients.d_k, self.keys.len(), self.config.head_dim),
+            d_v: scatter(&gradients.d_v, self.values.len(), self.config.value_dim),
+            ..gradients
+        })
+    }
+
+    /// Keys and values of runs of rows, `[rows, G, width]`.
+    fn gather_rows(&self, runs: impl IntoIterator<Item = Run>, all: usize) -> [Vec<T>; 2] {
+        let CacheConfig { kv_heads, head_dim, value_dim, kind, .. } = self.config;
+        let mut gathered = [head_dim, value_dim].map(|width| vec![T::default(); all * kv_heads * width]);
+        for Run { sequence, number, row, to, rows } in runs {
+            let block = self.places.block(sequence, number);
+            for (n, head) in (0..rows).flat_map(|n| (0..kv_heads).map(move |head| (n, head))) {
+                let from = (block * kv_heads + head) * kind.rows() + row + n;
+                let to = (to + n) * kv_heads + head;
+                for (into, cached, width) in [(0, &self.keys, head_dim), (1, &self.values, value_dim)] {
+                    gathered[into][to * width..(to + 1) * width]
+                        .copy_from_slice(&cached[from * width..(from + 1) * width]);
+                }
+            }
+        }
+        gathered
     }
 
     /// A decoding step: q, and o of the result, `[B, M, H, D]` or in the options' layout; lse is `[B, H, M]`. `cos_sin` where keys
     /// are rotated as they are read.
     ///
     /// # Errors
-    /// As [`KvCache::prepare_decode`](crate::KvCache::prepare_decode); [`Error::OperandLength`].
+    /// As [`KvCache::prepare_decode`](crate::KvCache::prepare_decode) and
+    /// [`PreparedDecode::encode`](crate::PreparedDecode::encode); [`Error::OperandLength`].
     pub fn decode(
         &self,
         decode: &Decode,
@@ -184,6 +316,9 @@ impl<T: Element> KvCache<T> {
     ) -> Result<Output<T>> {
         let (problem, bounds) = decode.problem(&self.config)?;
         let entries = decode.entries(&self.config)?;
+        for &sequence in &entries {
+            self.places.check_queries(sequence, decode.queries, bounds.left as usize)?;
+        }
         let options = *problem.options();
         let s = *problem.shape();
         let expected = s.batch * s.heads * s.seq_q * s.head_dim;
@@ -296,21 +431,93 @@ impl<T: Element> KvCache<T> {
             let len = rows * width;
             cached.copy_within(from * len..(from + 1) * len, to * len);
         }
+        for (scales, width) in self.scales.iter_mut().zip([self.config.head_dim, self.config.value_dim]) {
+            let len = if scales.is_empty() { 0 } else { rows * scales_of(width) };
+            scales.copy_within(from * len..(from + 1) * len, to * len);
+        }
     }
 }
 
-/// What is left of a row after it was quantised, rounded to the element type. Twin of shaders/cache/append.wgsl.
-fn quantise<T: Element>(row: &mut [T], numbers: &[f32]) {
-    for (row, block) in row.chunks_mut(BLOCK).zip(numbers.chunks(BLOCK)) {
-        let most = block.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
-        let scale = f16::from_f32(f32::from_bits(most) * (1.0 / 127.0)).to_f32();
-        let scale = if scale.is_finite() { scale } else { f32::NAN };
-        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-        for (to, x) in row.iter_mut().zip(block) {
-            let number = (x * inverse).round_ties_even().clamp(-127.0, 127.0);
-            *to = T::from_f32(number * scale);
+/// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::PrefillBuffers) tells more.
+#[derive(Debug, Clone, Copy)]
+pub struct PrefillOperands<'a, T = f32> {
+    /// One logit per query head.
+    pub sink_logits: Option<&'a [f32]>,
+    /// One slope per query head.
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// Added to the scores.
+    pub bias: Option<Bias<'a, T>>,
+    /// Which keys may be seen.
+    pub mask: Option<MaskData<'a>>,
+    /// The table of [`AppendBuffers::cos_sin`](crate::AppendBuffers::cos_sin); not in the backward pass.
+    pub cos_sin: Option<&'a [f32]>,
+}
+
+impl<T> Default for PrefillOperands<'_, T> {
+    /// None of them.
+    fn default() -> Self {
+        PrefillOperands { sink_logits: None, alibi_slopes: None, bias: None, mask: None, cos_sin: None }
+    }
+}
+
+impl<T> PrefillOperands<'_, T> {
+    fn inputs<'b>(&'b self, q: &'b [T], [k, v]: &'b [Vec<T>; 2]) -> Inputs<'b, T>
+    where
+        T: Copy,
+    {
+        let PrefillOperands { sink_logits, alibi_slopes, bias, mask, .. } = *self;
+        Inputs { q, k, v, sink_logits, alibi_slopes, bias, mask }
+    }
+}
+
+/// What a cache makes of a new row of keys and of one of values; their scales, where they are quantised.
+fn hold<T: Element>(
+    config: &CacheConfig,
+    [key, value]: [&mut [T]; 2],
+    [key_scales, value_scales]: [&mut [f16]; 2],
+    turning: Option<&Turning<'_>>,
+    position: usize,
+) {
+    let turning = turning.filter(|turning| !turning.relative);
+    match (config.quantisation, turning) {
+        (None, None) => {}
+        (None, Some(turning)) => turning.turn(key, position),
+        (Some(Quantisation::Q8_0), turning) => {
+            // In f32 until it is quantised.
+            let mut turned: Vec<f32> = key.iter().map(|x| x.to_f32()).collect();
+            if let Some(turning) = turning {
+                turning.turn(&mut turned, position);
+            }
+            quantise(key, &turned, key_scales);
+            let value_numbers: Vec<f32> = value.iter().map(|x| x.to_f32()).collect();
+            quantise(value, &value_numbers, value_scales);
         }
     }
+}
+
+/// Scales of a row.
+fn scales_of(width: usize) -> usize {
+    width.div_ceil(BLOCK)
+}
+
+/// What is left of a row after it was quantised, rounded to the element type, and the scales of its blocks. Twin of
+/// shaders/cache/append.wgsl.
+fn quantise<T: Element>(row: &mut [T], numbers: &[f32], scales: &mut [f16]) {
+    for ((row, block), kept) in row.chunks_mut(BLOCK).zip(numbers.chunks(BLOCK)).zip(scales) {
+        let most = block.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+        let scale = f16::from_f32(f32::from_bits(most) * (1.0 / 127.0));
+        *kept = if scale.is_finite() { scale } else { f16::NAN };
+        let inverse = if *kept > f16::ZERO { 1.0 / kept.to_f32() } else { 0.0 };
+        for (to, x) in row.iter_mut().zip(block) {
+            *to = of_block((x * inverse).round_ties_even().clamp(-127.0, 127.0), *kept);
+        }
+    }
+}
+
+/// What a number of a quantised block stands for, rounded to the element type.
+pub(super) fn of_block<T: Element>(number: f32, scale: f16) -> T {
+    // Whole numbers have no sign of zero.
+    T::from_f32((number + 0.0) * scale.to_f32())
 }
 
 fn check_element<T: Element>(config: &CacheConfig) -> Result<()> {

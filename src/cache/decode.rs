@@ -4,23 +4,25 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::gpu::{KvCache, check_counts, table_row};
+use super::batch::check_total;
+use super::gather::Gathered;
+use super::gpu::{KvCache, table_row};
 use super::plan::{self, Bounds, DecodeTiling, Split};
 use super::shader::{CacheBinding, CacheKernel, CacheVariant, ROW_THREADS};
 use super::{CacheConfig, CacheKind, MOST_QUERIES, Rotary, RotaryPositions};
-use crate::dispatch::Operand;
+use crate::dispatch::{Operand, params_of, upload_params};
 use crate::error::{Error, Result};
 use crate::pieces::{View, Window};
 use crate::pipeline::Pipeline;
 use crate::plan::fold;
 use crate::problem::{Layout, Options, Problem, Shape, SinkLogits};
 use crate::shader::Binding;
-use crate::tensor::{Placed, TensorView, allocate, resource, upload};
+use crate::tensor::{Placed, TensorView, allocate, upload};
 
 /// What changes between calls; `Params` in shaders/cache/params.wgsl.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
-struct Params {
+pub(super) struct Params {
     q: Operand,
     k: Operand,
     v: Operand,
@@ -38,6 +40,7 @@ struct Params {
     block_shift: u32,
     kept_rows: u32,
     ring_rows: u32,
+    gathered_rows: u32,
     tokens: u32,
     left: i32,
     right: i32,
@@ -54,10 +57,6 @@ struct Params {
     scale_size: f32,
     negative_infinity: f32,
 }
-
-const PARAMS_BYTES: u64 = size_of::<Params>().next_multiple_of(16) as u64;
-/// From the params of one list of lengths to those of the other.
-const PARAMS_STRIDE: usize = size_of::<Params>().next_multiple_of(256);
 
 impl Params {
     fn new(config: &CacheConfig) -> Self {
@@ -81,16 +80,17 @@ impl Params {
         }
     }
 
-    /// For either list of lengths, one behind the other.
-    fn bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(2 * PARAMS_STRIDE);
-        for current in 0..2 {
-            let lists = [current, 1 - current].map(|list| list * self.sequences);
-            let params = Params { current: lists[0], next: lists[1], ..*self };
-            bytes.extend_from_slice(bytemuck::bytes_of(&params));
-            bytes.resize(bytes.len().next_multiple_of(PARAMS_STRIDE), 0);
-        }
-        bytes
+    /// Of kernels between a cache and what is gathered from it.
+    pub(super) fn moving(config: &CacheConfig, workgroups: u32, gathered_rows: usize) -> Self {
+        Params { workgroups, gathered_rows: gathered_rows as u32, ..Params::new(config) }
+    }
+
+    /// For either list of lengths.
+    fn of_lists(&self) -> [Params; 2] {
+        [0, 1].map(|current| {
+            let [current, next] = [current, 1 - current].map(|list| list * self.sequences);
+            Params { current, next, ..*self }
+        })
     }
 }
 
@@ -205,13 +205,14 @@ impl<'a> DecodeBuffers<'a> {
 
 /// A kernel with what it binds, for either list of lengths.
 #[derive(Debug, Clone)]
-struct Bound {
+pub(super) struct Bound {
     pipeline: Arc<Pipeline>,
     groups: [wgpu::BindGroup; 2],
 }
 
 impl Bound {
-    async fn new(
+    /// Operands that are not given are the cache's.
+    pub(super) async fn new(
         cache: &KvCache,
         variant: &CacheVariant,
         params: &Params,
@@ -221,22 +222,17 @@ impl Bound {
         let pipeline = cache.pipelines.get_cache(device, variant).await?;
         let bind = || {
             let label = Some("sink-attention cache");
-            let bytes = params.bytes();
-            let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
-                label,
-                size: bytes.len() as u64,
-                usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            });
-            device.queue().write_buffer(&buffer, 0, &bytes);
+            let buffer = upload_params(device, params.of_lists());
             [0, 1].map(|list| {
-                let params = Window { start: (list * PARAMS_STRIDE) as u64, len: PARAMS_BYTES };
+                let given =
+                    |binding| operands.iter().find(|(b, _)| *b == binding).map(|(_, resource)| resource.clone());
                 let find = |binding| match binding {
-                    CacheBinding::Params => Some(resource(&buffer, params)),
+                    CacheBinding::Params => Some(params_of::<Params>(&buffer, list)),
+                    _ if given(binding).is_some() => given(binding),
                     CacheBinding::Keys => Some(cache.keys.as_entire_binding()),
                     CacheBinding::Values => Some(cache.values.as_entire_binding()),
                     CacheBinding::State => Some(cache.state.as_entire_binding()),
-                    _ => operands.iter().find(|(b, _)| *b == binding).map(|(_, resource)| resource.clone()),
+                    _ => None,
                 };
                 let entries: Vec<_> = variant
                     .bindings()
@@ -251,7 +247,7 @@ impl Bound {
         Ok(Bound { pipeline, groups })
     }
 
-    fn dispatch(&self, pass: &mut wgpu::ComputePass<'_>, list: usize, [x, y, z]: [u32; 3]) {
+    pub(super) fn dispatch(&self, pass: &mut wgpu::ComputePass<'_>, list: usize, [x, y, z]: [u32; 3]) {
         pass.set_pipeline(&self.pipeline.pipeline);
         pass.set_bind_group(0, &self.groups[list], &[]);
         pass.dispatch_workgroups(x, y, z);
@@ -340,13 +336,7 @@ pub struct PreparedAppend {
 impl PreparedAppend {
     pub(crate) async fn new(cache: &KvCache, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<Self> {
         let config = &cache.config;
-        check_counts(config, tokens.len())?;
-        let total = tokens.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).unwrap_or(usize::MAX);
-        let most = 1 << 29;
-        if total > most {
-            let (value, most) = (total as u64, most as u64);
-            return Err(Error::DimensionTooLarge { dimension: "tokens", value, most });
-        }
+        check_total(config, tokens)?;
         let (keys, counts) = (cache.keys.clone(), tokens.to_vec());
         let hint = "set CacheConfig::rotary";
         let positions = match (&config.rotary, buffers.cos_sin.is_some() || buffers.q.is_some()) {
@@ -357,8 +347,22 @@ impl PreparedAppend {
             }
             _ => None,
         };
+        let kernel = Self::bind(cache, tokens, buffers, None).await?;
+        Ok(PreparedAppend { keys, counts, positions, kernel })
+    }
+
+    /// The kernel and its grid; none where there is nothing to append. The tokens go into the cache, or behind what was gathered
+    /// from it, of which the rows of the first new key of each sequence are told.
+    pub(super) async fn bind(
+        cache: &KvCache,
+        tokens: &[usize],
+        buffers: &AppendBuffers<'_>,
+        behind: Option<(&Gathered, Vec<u32>)>,
+    ) -> Result<Option<(Bound, [u32; 2])>> {
+        let config = &cache.config;
+        let total = check_total(config, tokens)?;
         if total == 0 {
-            return Ok(PreparedAppend { keys, counts, positions, kernel: None });
+            return Ok(None);
         }
         let (layout, element) = (Layout::Bshd, config.dtype.bytes());
         let place = |binding, view, heads: usize, width| {
@@ -366,7 +370,9 @@ impl PreparedAppend {
         };
         let k = place(Binding::K, &buffers.k, config.kv_heads, config.head_dim)?;
         let v = place(Binding::V, &buffers.v, config.kv_heads, config.value_dim)?;
-        let q = match &buffers.q {
+        // Queries are rotated once.
+        let given_q = buffers.q.filter(|_| behind.is_none());
+        let q = match &given_q {
             Some((_, 0)) => return Err(Error::ZeroDimension { dimension: "heads" }),
             Some((view, heads)) => Some(place(Binding::Q, view, *heads, config.head_dim)?),
             None => None,
@@ -374,18 +380,18 @@ impl PreparedAppend {
         if let Some(q) = &q {
             check_result(q, &[Some(&k), Some(&v)])?;
         }
-        let heads = buffers.q.map_or(0, |(_, heads)| heads);
+        let heads = given_q.map_or(0, |(_, heads)| heads);
         let vec4 = [Some(&k), Some(&v), q.as_ref()].into_iter().flatten().all(|given| given.view().vec4());
         let width = if vec4 { 4 } else { 1 };
         let variant = CacheVariant {
-            kernel: CacheKernel::Append { rotates_q: q.is_some() },
+            kernel: CacheKernel::Append { rotates_q: q.is_some(), gathered: behind.is_some() },
             addressing: config.addressing(),
             format: config.format(),
             head_dim: config.head_dim as u32,
             value_dim: config.value_dim as u32,
             vec4,
             // Keys that are rotated as they are read come as they are.
-            rotary: config.rotary.filter(|_| positions.is_some()),
+            rotary: config.rotary.filter(|_| q.is_some() || !config.is_relative()),
             indexed: false,
         };
 
@@ -402,14 +408,17 @@ impl PreparedAppend {
             heads: heads as u32,
             tokens: total as u32,
             workgroups,
+            gathered_rows: behind.as_ref().map_or(0, |(gathered, _)| gathered.rows as u32),
             ..Params::new(config)
         };
-        // How many each sequence gets, then of each token its sequence and its number there.
-        let list: Vec<u32> = tokens
-            .iter()
-            .map(|n| *n as u32)
-            .chain(tokens.iter().enumerate().flat_map(|(n, count)| (0..*count).flat_map(move |i| [n as u32, i as u32])))
-            .collect();
+        // How many each sequence gets, or its first row, then of each token its sequence and its number there.
+        let (gathered, mut list) = match behind {
+            Some((gathered, rows)) => (Some(gathered), rows),
+            None => (None, tokens.iter().map(|n| *n as u32).collect()),
+        };
+        list.extend(
+            tokens.iter().enumerate().flat_map(|(n, count)| (0..*count).flat_map(move |i| [n as u32, i as u32])),
+        );
         let device = &cache.device;
         let list = device.scoped("uploading a list of tokens", || upload(device, "tokens", &list)).await??;
         let mut operands = vec![
@@ -419,8 +428,10 @@ impl PreparedAppend {
         ];
         operands.extend(q.as_ref().map(|q| (CacheBinding::Q, q.resource())));
         operands.extend(buffers.cos_sin.map(|table| (CacheBinding::CosSin, table.as_entire_binding())));
-        let bound = Bound::new(cache, &variant, &params, &operands).await?;
-        Ok(PreparedAppend { keys, counts, positions, kernel: Some((bound, grid)) })
+        operands.extend(
+            gathered.into_iter().flat_map(|gathered| gathered.bind([CacheBinding::Keys, CacheBinding::Values])),
+        );
+        Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))
     }
 
     /// Records one more append of the same numbers of tokens, and counts them.
@@ -448,7 +459,7 @@ impl PreparedAppend {
         Ok(())
     }
 
-    fn check(&self, cache: &KvCache) -> Result<()> {
+    pub(super) fn check(&self, cache: &KvCache) -> Result<()> {
         if cache.keys != self.keys {
             return Err(Error::OtherCache);
         }
@@ -463,7 +474,7 @@ impl PreparedAppend {
         Ok(())
     }
 
-    fn dispatch(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) {
+    pub(super) fn dispatch(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) {
         let Some((bound, [x, y])) = &self.kernel else { return };
         bound.dispatch(pass, cache.current, [*x, *y, 1]);
         cache.current = 1 - cache.current;
@@ -650,7 +661,8 @@ impl PreparedDecode {
     /// Records the step for the sequences as they are now.
     ///
     /// # Errors
-    /// [`Error::OtherCache`].
+    /// [`Error::OtherCache`]; [`Error::CacheEvicted`] for several queries of a rolling cache that has taken tokens back, where
+    /// the first of them would not find its window whole.
     pub fn encode(&self, cache: &KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention decode"), timestamp_writes: None };
         self.encode_in(cache, &mut encoder.begin_compute_pass(&descriptor))
@@ -663,6 +675,9 @@ impl PreparedDecode {
     pub fn encode_in(&self, cache: &KvCache, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
         if cache.keys != self.keys {
             return Err(Error::OtherCache);
+        }
+        for &sequence in &self.entries {
+            cache.places.check_queries(sequence, self.queries, self.bounds.left as usize)?;
         }
         let grid = self.grid(cache);
         if grid[0] > 0 {
@@ -705,9 +720,9 @@ mod tests {
             ($($field:ident)*) => { vec![$((stringify!($field).to_string(), offset_of!(Params, $field))),*] };
         }
         let here = members!(q k v o heads kv_heads queries workgroups sequences current next table table_row block_rows
-            block_shift kept_rows ring_rows tokens left right sink_tokens row_tiles splits most_splits long_tiles least_tiles lse_offset
+            block_shift kept_rows ring_rows gathered_rows tokens left right sink_tokens row_tiles splits most_splits long_tiles least_tiles lse_offset
             sink_offset scale softcap scale_size negative_infinity);
         assert_eq!(here, there);
-        assert_eq!(PARAMS_BYTES, u64::from(span.next_multiple_of(16)));
+        assert_eq!(size_of::<Params>().next_multiple_of(16), span.next_multiple_of(16) as usize);
     }
 }

@@ -2,9 +2,14 @@
 
 use std::sync::Arc;
 
+use super::backward::{CacheBackwardBuffers, PreparedCacheBackward};
+use super::batch::{Batch, Entry, Prefill};
 use super::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, PreparedDecode};
+use super::gather::{Gathered, GivenBuffer};
 use super::places::{Changes, Places};
+use super::prefill::{PrefillBuffers, PreparedPrefill};
 use super::{CacheConfig, CacheKind};
+use crate::attention::Attention;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::pipeline::Pipelines;
@@ -18,6 +23,8 @@ use crate::tensor::{TensorView, allocate};
 /// recording goes to the caller's error scopes.
 #[derive(Debug)]
 pub struct KvCache {
+    /// The operator that made it.
+    pub(super) attention: Attention,
     pub(super) device: Device,
     pub(super) pipelines: Arc<Pipelines>,
     pub(super) config: CacheConfig,
@@ -41,7 +48,12 @@ pub(super) fn table_row(config: &CacheConfig) -> usize {
 }
 
 impl KvCache {
-    pub(crate) async fn new(device: &Device, pipelines: &Arc<Pipelines>, config: &CacheConfig) -> Result<Self> {
+    pub(crate) async fn new(
+        attention: &Attention,
+        device: &Device,
+        pipelines: &Arc<Pipelines>,
+        config: &CacheConfig,
+    ) -> Result<Self> {
         config.check()?;
         let capabilities = device.capabilities();
         let state_bytes = 4 * (2 * config.sequences + config.sequences * table_row(config)) as u64;
@@ -62,6 +74,7 @@ impl KvCache {
         };
         let [keys, values, state, between] = device.scoped("allocating a cache", create).await??;
         Ok(KvCache {
+            attention: attention.clone(),
             device: device.clone(),
             pipelines: pipelines.clone(),
             config: *config,
@@ -108,16 +121,58 @@ impl KvCache {
     /// and capacity, and lengths by [`Lengths::Used`](crate::Lengths::Used); `None` of other
     /// kinds, and where they are quantised.
     pub fn views(&self) -> Option<[TensorView<'_>; 2]> {
+        self.rows_of(0, [&self.keys, &self.values])
+    }
+
+    /// The rows from a sequence of a contiguous cache on, in buffers of its layout.
+    pub(super) fn rows_of<'a>(&self, sequence: usize, buffers: [&'a wgpu::Buffer; 2]) -> Option<[TensorView<'a>; 2]> {
         let (CacheKind::Contiguous { capacity }, None) = (self.config.kind, self.config.quantisation) else {
             return None;
         };
-        let of = |buffer, vectors: u32| {
-            let row = u64::from(vectors) * 16 / self.config.dtype.bytes() as u64;
+        let vectors = self.config.row_vectors();
+        Some([0, 1].map(|n| {
+            let row = u64::from(vectors[n]) * 16 / self.config.dtype.bytes() as u64;
             let (head, heads) = (row * capacity as u64, self.config.kv_heads as u64);
-            TensorView::new(buffer).strides([head * heads, head, row])
-        };
-        let [key_row, value_row] = self.config.row_vectors();
-        Some([of(&self.keys, key_row), of(&self.values, value_row)])
+            let strides = [head * heads, head, row];
+            TensorView::new(buffers[n]).offset(sequence as u64 * strides[0]).strides(strides)
+        }))
+    }
+
+    /// Where the ordinary passes read the keys and values of a batch where they lie, in buffers of the cache's layout: a
+    /// batch of one sequence.
+    pub(super) fn in_place<'a>(&self, batch: &Batch, buffers: [&'a wgpu::Buffer; 2]) -> Option<[TensorView<'a>; 2]> {
+        match batch.entries[..] {
+            [entry] => self.rows_of(entry.sequence, buffers),
+            _ => None,
+        }
+    }
+
+    /// A result may lie neither in the cache nor where one of others does.
+    pub(super) fn check_apart<'a>(
+        &self,
+        (output, buffer): GivenBuffer<'_>,
+        others: impl IntoIterator<Item = GivenBuffer<'a>>,
+    ) -> Result<()> {
+        let is_same = |other: &GivenBuffer<'_>| buffer.is_some() && other.1 == buffer;
+        let cache = [("the cache's keys", Some(&self.keys)), ("the cache's values", Some(&self.values))];
+        match others.into_iter().find(is_same).or(cache.into_iter().find(is_same)) {
+            Some((other, _)) => Err(Error::Aliasing { output, other }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the sequences of a batch have the lengths that it was made for.
+    pub(super) fn check_lengths<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> Result<()> {
+        for &Entry { sequence, length, .. } in entries {
+            let actual = self.places.lengths()[sequence];
+            if actual != length {
+                return Err(Error::CacheChanged {
+                    sequence,
+                    reason: format!("it had {length} tokens, it has {actual}"),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Prepares appending so many tokens to each sequence of this cache.
@@ -155,6 +210,82 @@ impl KvCache {
     /// As [`prepare_decode`](Self::prepare_decode).
     pub async fn prepare_decode_async(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
         PreparedDecode::new(self, decode, buffers).await
+    }
+
+    /// Prepares a prefill: appends so many tokens to each sequence, and attends with their queries to all that the sequences
+    /// hold by then, in a rolling cache also to what they evict. It is for the lengths of now: of several chunks, each is
+    /// prepared once the one before has been recorded.
+    ///
+    /// The forward pass is the ordinary one, with the operator's kernels and tiles. One sequence of a contiguous cache that is
+    /// not quantised is read where it lies. Else keys and values of all sequences with tokens are gathered first, one after the
+    /// other in the element type, in [`prefill_scratch_bytes`](Self::prefill_scratch_bytes): one reading and one writing of what is
+    /// attended to, beside arithmetic on it for each query. For very few queries [`prepare_decode`](Self::prepare_decode) reads
+    /// less. Quantised keys and values are rounded to the element type as they are gathered, which decoding does not do.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`] unless there is a number of tokens for each sequence; [`Error::CacheElementType`] unless the
+    /// options name the cache's element type; [`Error::CacheFull`], [`Error::RotaryPosition`]; [`Error::InvalidOption`] for options
+    /// that a cache of its kind does not take, and for cache-relative rotary embeddings; [`Error::CacheTooLarge`] where what is
+    /// gathered does not fit bindings; those of [`prepare_append`](Self::prepare_append),
+    /// [`Problem::new`](crate::Problem::new) and [`Attention::prepare_forward`].
+    pub fn prepare_prefill(&self, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<PreparedPrefill> {
+        pollster::block_on(PreparedPrefill::new(self, prefill, buffers))
+    }
+
+    /// As [`prepare_prefill`](Self::prepare_prefill), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_prefill`](Self::prepare_prefill).
+    pub async fn prepare_prefill_async(
+        &self,
+        prefill: &Prefill,
+        buffers: &PrefillBuffers<'_>,
+    ) -> Result<PreparedPrefill> {
+        PreparedPrefill::new(self, prefill, buffers).await
+    }
+
+    /// Bytes of [`PrefillBuffers::scratch`] for the lengths of now; 0 where none is needed. Keys and values of the sequences with
+    /// tokens, the new ones among them: for each key and head, D and E elements, rows padded to 16 bytes. What is enough for all
+    /// tokens of a prompt at once is enough for each of its chunks.
+    ///
+    /// # Errors
+    /// As [`prepare_prefill`](Self::prepare_prefill), as far as they do not concern buffers.
+    pub fn prefill_scratch_bytes(&self, prefill: &Prefill) -> Result<u64> {
+        let batch = Batch::appended(&self.config, prefill, &self.places)?;
+        let gathered = batch.filter(|batch| self.in_place(batch, [&self.keys, &self.values]).is_none());
+        Ok(gathered.map_or(0, |batch| Gathered::scratch_bytes(self, &batch)))
+    }
+
+    /// Prepares the backward pass of a prefill: of the queries of the last tokens of each sequence, which the contiguous or paged
+    /// cache holds, by q and by all keys and values that their sequences hold. Of several chunks the last one comes first;
+    /// [`truncate`](Self::truncate) makes the one before it the last. It is for the lengths and pages of now.
+    ///
+    /// Gradients are those by keys and values as the cache holds them, and by q as the pass was given it: with a rotary
+    /// embedding, by what has been rotated. Allocates what [`Attention::prepare_backward`] does and, but for one sequence
+    /// of a contiguous cache, keys, values and their gradients one after the other, twice
+    /// [`prefill_scratch_bytes`](Self::prefill_scratch_bytes).
+    ///
+    /// # Errors
+    /// As [`prepare_prefill`](Self::prepare_prefill); [`Error::InvalidOption`], too, for rolling and for quantised caches, and for
+    /// more tokens than a sequence has; those of [`Attention::prepare_backward`].
+    pub fn prepare_backward(
+        &self,
+        prefill: &Prefill,
+        buffers: &CacheBackwardBuffers<'_>,
+    ) -> Result<PreparedCacheBackward> {
+        pollster::block_on(PreparedCacheBackward::new(self, prefill, buffers))
+    }
+
+    /// As [`prepare_backward`](Self::prepare_backward), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_backward`](Self::prepare_backward).
+    pub async fn prepare_backward_async(
+        &self,
+        prefill: &Prefill,
+        buffers: &CacheBackwardBuffers<'_>,
+    ) -> Result<PreparedCacheBackward> {
+        PreparedCacheBackward::new(self, prefill, buffers).await
     }
 
     /// Makes room for so many tokens more of each sequence: takes pages, and copies those that would be written and are shared.
@@ -228,7 +359,7 @@ impl KvCache {
         }
     }
 
-    fn table_at(&self, sequence: usize) -> usize {
+    pub(super) fn table_at(&self, sequence: usize) -> usize {
         2 * self.config.sequences + sequence * table_row(&self.config)
     }
 

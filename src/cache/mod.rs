@@ -1,21 +1,30 @@
-//! Caches of keys and values, and decoding from them.
+//! Caches of keys and values, decoding from them, and the ordinary passes through them.
 
+mod backward;
+mod batch;
 pub(crate) mod cpu;
 mod decode;
+#[cfg(feature = "safetensors")]
+mod file;
+mod gather;
 mod gpu;
 mod places;
 mod plan;
+mod prefill;
 pub(crate) mod shader;
 
+pub use self::backward::{CacheBackwardBuffers, PreparedCacheBackward};
+pub use self::batch::Prefill;
 pub use self::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, PreparedDecode};
 pub use self::gpu::KvCache;
 pub use self::plan::DecodeTiling;
+pub use self::prefill::{PrefillBuffers, PreparedPrefill};
 
 use self::plan::{Bounds, RowFormat, UNBOUNDED};
 use self::shader::Addressing;
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::problem::{Alignment, MAX_WIDTH, Options};
+use crate::problem::{Alignment, MAX_WIDTH, Options, Window};
 
 /// Where the keys and values of a cache lie, and when it gives them up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -261,39 +270,49 @@ impl CacheConfig {
 
     /// What queries of a decoding step see of the cache.
     pub(crate) fn bounds(&self, queries: usize, options: &Options) -> Result<Bounds> {
-        let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
-        for (option, given) in
-            [("alibi", options.alibi), ("bias", options.bias.is_some()), ("mask", options.mask.is_some())]
+        check_absent(options, "decoding from a cache does not take it")?;
+        if let CacheKind::Rolling { queries: most, .. } = self.kind
+            && queries > most
         {
-            if given {
-                return invalid(option, "decoding from a cache does not take it".into());
-            }
+            let reason = format!("{queries}; the rolling cache was made for {most} at most");
+            return Err(Error::InvalidOption { option: "queries", reason });
         }
+        let Options { causal, window, sink_tokens, .. } = self.seen(options)?;
+        let right = if causal { Some(0) } else { window.right };
+        let bound = |bound: Option<usize>| bound.map_or(UNBOUNDED, |bound| bound.min(UNBOUNDED as usize) as i32);
+        let sink_tokens = sink_tokens.min(UNBOUNDED as usize) as u32;
+        Ok(Bounds { left: bound(window.left), right: bound(right), sink_tokens })
+    }
+
+    /// Options of queries of the last tokens, with the window and the sink tokens that a rolling cache implies.
+    pub(crate) fn seen(&self, options: &Options) -> Result<Options> {
+        let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
         if options.query_offset.is_some() || options.alignment != Alignment::BottomRight {
             return invalid("alignment", "queries of a cache are those of its last tokens, bottom-right".into());
         }
-        let right = if options.causal { Some(0) } else { options.window.right };
-        let (mut left, mut sink_tokens) = (options.window.left, options.sink_tokens);
-        if let CacheKind::Rolling { sink_tokens: kept, window, queries: most } = self.kind {
-            if queries > most {
-                return invalid("queries", format!("{queries}; the rolling cache was made for {most} at most"));
+        let CacheKind::Rolling { sink_tokens, window, .. } = self.kind else { return Ok(*options) };
+        match options.window.left {
+            None => {
+                let window = Window { left: Some(window - 1), ..options.window };
+                Ok(Options { window, sink_tokens, ..*options })
             }
-            match left {
-                None => (left, sink_tokens) = (Some(window - 1), kept),
-                Some(left) if left > window - 1 => {
-                    return invalid(
-                        "window",
-                        format!("{left} keys to the left; the rolling cache keeps {}", window - 1),
-                    );
-                }
-                Some(_) if sink_tokens > kept => {
-                    return invalid("sink_tokens", format!("{sink_tokens}; the rolling cache keeps {kept}"));
-                }
-                Some(_) => {}
+            Some(left) if left > window - 1 => {
+                invalid("window", format!("{left} keys to the left; the rolling cache keeps {}", window - 1))
             }
+            Some(_) if options.sink_tokens > sink_tokens => {
+                invalid("sink_tokens", format!("{}; the rolling cache keeps {sink_tokens}", options.sink_tokens))
+            }
+            Some(_) => Ok(*options),
         }
-        let bound = |bound: Option<usize>| bound.map_or(UNBOUNDED, |bound| bound.min(UNBOUNDED as usize) as i32);
-        Ok(Bounds { left: bound(left), right: bound(right), sink_tokens: sink_tokens.min(UNBOUNDED as usize) as u32 })
+    }
+}
+
+/// Refuses what counts keys by places that a cache does not tell.
+fn check_absent(options: &Options, reason: &str) -> Result<()> {
+    let given = [("alibi", options.alibi), ("bias", options.bias.is_some()), ("mask", options.mask.is_some())];
+    match given.into_iter().find(|(_, given)| *given) {
+        Some((option, _)) => Err(Error::InvalidOption { option, reason: reason.into() }),
+        None => Ok(()),
     }
 }
 

@@ -48,8 +48,45 @@ impl Places {
         }
     }
 
+    /// As it was: `lengths`, `written` and a table for each sequence.
+    ///
+    /// # Errors
+    /// What cannot have been, with the numbers.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn restored(
+        config: &CacheConfig,
+        lengths: Vec<usize>,
+        written: Vec<usize>,
+        tables: Vec<Vec<u32>>,
+    ) -> Result<Self, String> {
+        let mut places = Places::new(config);
+        let capacity = places.capacity();
+        for (sequence, (&length, &written)) in lengths.iter().zip(&written).enumerate() {
+            if length > capacity {
+                return Err(format!("sequence {sequence} has {length} tokens and room for {capacity}"));
+            }
+            if written < length || written > capacity {
+                return Err(format!("{written} tokens were written to sequence {sequence}, which has {length}"));
+            }
+        }
+        for (sequence, table) in tables.iter().enumerate() {
+            if let Err(error) = places.assign(sequence, table, lengths.get(sequence).copied().unwrap_or(0)) {
+                return Err(error.to_string());
+            }
+        }
+        places.free.sort_unstable_by(|a, b| b.cmp(a));
+        (places.lengths, places.written) = (lengths, written);
+        Ok(places)
+    }
+
     pub(crate) fn lengths(&self) -> &[usize] {
         &self.lengths
+    }
+
+    /// Tokens that were ever written to each sequence, since it was empty.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn written(&self) -> &[usize] {
+        &self.written
     }
 
     pub(crate) fn table(&self, sequence: usize) -> &[u32] {
@@ -75,17 +112,30 @@ impl Places {
 
     /// Block and row in it of the key at a place, see shaders/cache/range.wgsl.
     pub(crate) fn row(&self, sequence: usize, place: usize) -> [usize; 2] {
+        let [number, row, _] = self.stretch(self.lengths[sequence], place);
+        [self.block(sequence, number), row]
+    }
+
+    /// The block of a sequence's page by its number; elsewhere it has one block, number 0.
+    pub(crate) fn block(&self, sequence: usize, number: usize) -> usize {
         match self.kind {
-            CacheKind::Contiguous { .. } => [sequence, place],
-            CacheKind::Paged { page_size, .. } => {
-                [self.tables[sequence][place / page_size] as usize, place % page_size]
-            }
+            CacheKind::Paged { .. } => self.tables[sequence][number] as usize,
+            _ => sequence,
+        }
+    }
+
+    /// The block's number among those of a sequence, the row in it of the key at a place, and how many keys from there on lie
+    /// in rows one after the other, where the sequence has so many tokens.
+    pub(crate) fn stretch(&self, length: usize, place: usize) -> [usize; 3] {
+        let rows = self.kind.rows();
+        match self.kind {
+            CacheKind::Contiguous { .. } => [0, place, rows - place],
+            CacheKind::Paged { .. } => [place / rows, place % rows, rows - place % rows],
+            CacheKind::Rolling { sink_tokens, .. } if place < sink_tokens => [0, place, sink_tokens - place],
             CacheKind::Rolling { sink_tokens, .. } => {
-                let ring = self.kind.rows() - sink_tokens;
-                let given_up = self.lengths[sequence].saturating_sub(self.kind.rows());
-                let row =
-                    if place < sink_tokens { place } else { sink_tokens + (place - sink_tokens + given_up) % ring };
-                [sequence, row]
+                let ring = rows - sink_tokens;
+                let row = (place - sink_tokens + length.saturating_sub(rows)) % ring;
+                [0, sink_tokens + row, ring - row]
             }
         }
     }
@@ -123,14 +173,19 @@ impl Places {
         }
     }
 
+    /// Whether sequences may have so many tokens more.
+    pub(crate) fn check_capacity(&self, added: &[usize]) -> Result<()> {
+        let capacity = self.capacity();
+        let full = |&(_, (&length, &added)): &(usize, (&usize, &usize))| added > capacity - length;
+        match self.lengths.iter().zip(added).enumerate().find(full) {
+            Some((sequence, (&length, &added))) => Err(Error::CacheFull { sequence, length, added, capacity }),
+            None => Ok(()),
+        }
+    }
+
     /// Makes room for `added` tokens more of each sequence, with pages of its own where they will be written; all or nothing.
     pub(crate) fn reserve(&mut self, added: &[usize]) -> Result<Changes> {
-        let capacity = self.capacity();
-        for (sequence, (&length, &added)) in self.lengths.iter().zip(added).enumerate() {
-            if added > capacity - length {
-                return Err(Error::CacheFull { sequence, length, added, capacity });
-            }
-        }
+        self.check_capacity(added)?;
         let CacheKind::Paged { page_size, pages, .. } = self.kind else { return Ok(Changes::default()) };
         // What is wanted, before anything is taken: page by page, as those who share one give it up one after the other.
         let mut shared: HashMap<u32, u32> = HashMap::new();
@@ -194,6 +249,20 @@ impl Places {
             self.lengths[sequence] += added;
             self.written[sequence] = self.written[sequence].max(self.lengths[sequence]);
         }
+    }
+
+    /// Whether the first of so many queries finds its window whole, with `left` keys before its own: what was written to a ring
+    /// and taken back has cost the oldest keys.
+    pub(crate) fn check_queries(&self, sequence: usize, queries: usize, left: usize) -> Result<()> {
+        let CacheKind::Rolling { window, queries: most, .. } = self.kind else { return Ok(()) };
+        let (length, written) = (self.lengths[sequence], self.written[sequence]);
+        if written <= self.kind.rows() || length == 0 {
+            return Ok(());
+        }
+        // As if all queries but the first were taken back.
+        let length = (length + 1).saturating_sub(queries);
+        let least = (written + left + 2).saturating_sub(most + window);
+        if length < least { Err(Error::CacheEvicted { sequence, length, least }) } else { Ok(()) }
     }
 
     /// Forgets all tokens from `length` on.

@@ -17,12 +17,16 @@ pub(crate) const ROW_THREADS: u32 = 128;
 /// What a kernel does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum CacheKernel {
-    /// New keys and values into the cache, q rotated where it lies.
-    Append { rotates_q: bool },
+    /// New keys and values into the cache, q rotated where it lies; or behind what was gathered from the cache.
+    Append { rotates_q: bool, gathered: bool },
     /// Queries against splits of the keys.
     Decode { tiling: DecodeTiling, several: bool, softcap: bool },
     /// The splits of a row together.
     Combine { tile: u32, sink_logits: SinkLogits },
+    /// Keys and values of some sequences one after the other.
+    Gather,
+    /// Gradients by these into the cache's layout.
+    Scatter,
 }
 
 /// Where the rows of a sequence lie.
@@ -65,6 +69,8 @@ pub(crate) enum CacheBinding {
     Entries = 11,
     CosSin = 12,
     Partials = 13,
+    GatheredKeys = 14,
+    GatheredValues = 15,
 }
 
 impl CacheBinding {
@@ -88,6 +94,8 @@ impl CacheBinding {
             CacheBinding::Entries => "entries",
             CacheBinding::CosSin => "cos_sin",
             CacheBinding::Partials => "partials",
+            CacheBinding::GatheredKeys => "gathered_keys",
+            CacheBinding::GatheredValues => "gathered_values",
         }
     }
 }
@@ -100,7 +108,8 @@ impl CacheVariant {
     /// What it binds, each with whether it is written.
     pub(crate) fn bindings(&self) -> Vec<(CacheBinding, bool)> {
         use CacheBinding::{
-            CosSin, Entries, K, Keys, Lse, O, Params, Partials, Q, SinkLogits as Sinks, State, Tokens, V, Values,
+            CosSin, Entries, GatheredKeys, GatheredValues, K, Keys, Lse, O, Params, Partials, Q, SinkLogits as Sinks,
+            State, Tokens, V, Values,
         };
         let all: &[(CacheBinding, bool)] = match self.kernel {
             CacheKernel::Append { .. } => &[
@@ -133,12 +142,32 @@ impl CacheVariant {
                 (Entries, false),
                 (Partials, false),
             ],
+            CacheKernel::Gather => &[
+                (Params, false),
+                (Keys, false),
+                (Values, false),
+                (State, false),
+                (Tokens, false),
+                (GatheredKeys, true),
+                (GatheredValues, true),
+            ],
+            CacheKernel::Scatter => &[
+                (Params, false),
+                (Keys, true),
+                (Values, true),
+                (Tokens, false),
+                (GatheredKeys, false),
+                (GatheredValues, false),
+            ],
         };
         let present = |binding: CacheBinding| match (self.kernel, binding) {
-            (CacheKernel::Append { rotates_q }, Q) => rotates_q,
-            (CacheKernel::Append { rotates_q }, CosSin) => rotates_q || self.rotary.is_some() && !self.is_relative(),
+            (CacheKernel::Append { rotates_q, .. }, Q) => rotates_q,
+            (CacheKernel::Append { rotates_q, .. }, CosSin) => {
+                rotates_q || self.rotary.is_some() && !self.is_relative()
+            }
             (CacheKernel::Decode { .. }, CosSin) => self.is_relative(),
             (CacheKernel::Combine { sink_logits, .. }, Sinks) => sink_logits == SinkLogits::PerHead,
+            (CacheKernel::Gather, State) => self.addressing == Addressing::Paged,
             (_, Entries) => self.indexed,
             _ => true,
         };
@@ -148,7 +177,10 @@ impl CacheVariant {
     /// Name for labels and dumps.
     pub(crate) fn name(&self) -> String {
         let kernel = match self.kernel {
-            CacheKernel::Append { rotates_q } => format!("append{}", if rotates_q { "_q" } else { "" }),
+            CacheKernel::Append { rotates_q, gathered } => {
+                let [q, gathered] = [(rotates_q, "_q"), (gathered, "_gathered")].map(|(is, x)| if is { x } else { "" });
+                format!("append{q}{gathered}")
+            }
             CacheKernel::Decode { tiling, several, softcap } => {
                 let DecodeTiling { threads, lanes, rows, steps, exchanged, .. } = tiling;
                 let several = if several { "_several" } else { "" };
@@ -156,6 +188,8 @@ impl CacheVariant {
                 format!("decode_{threads}x{lanes}_r{rows}_s{steps}x{exchanged}{several}{softcap}")
             }
             CacheKernel::Combine { tile, sink_logits } => format!("combine_{tile}_{sink_logits:?}").to_lowercase(),
+            CacheKernel::Gather => "gather".into(),
+            CacheKernel::Scatter => "scatter".into(),
         };
         let addressing = format!("{:?}", self.addressing).to_lowercase();
         let rotary = self.rotary.map_or(String::new(), |Rotary { dim, style, positions }| {
@@ -201,7 +235,7 @@ impl CacheVariant {
     /// Bytes of workgroup memory.
     pub(crate) fn workgroup_bytes(&self) -> u32 {
         match self.kernel {
-            CacheKernel::Append { .. } => 0,
+            CacheKernel::Append { .. } | CacheKernel::Gather | CacheKernel::Scatter => 0,
             CacheKernel::Decode { tiling, .. } => {
                 let [_, _, len, _] = self.exchange(&tiling);
                 let weights = [0, 8, 16, 0, 16 + 4][tiling.exchanged as usize];
@@ -220,8 +254,13 @@ impl CacheVariant {
         let dtype = self.format.dtype;
         let half = dtype != DType::F32;
         let quantised = self.format.quantisation.is_some();
-        let rotates_q = matches!(self.kernel, CacheKernel::Append { rotates_q: true });
+        let rotates_q = matches!(self.kernel, CacheKernel::Append { rotates_q: true, .. });
+        let gathered = matches!(self.kernel, CacheKernel::Append { gathered: true, .. });
         let is_decode = matches!(self.kernel, CacheKernel::Decode { .. });
+        let moves = matches!(self.kernel, CacheKernel::Gather | CacheKernel::Scatter);
+        // What is gathered is of the element type.
+        let gathered_format = RowFormat { quantisation: None, ..self.format };
+        let written_format = if gathered { gathered_format } else { self.format };
         let [d, e] = [self.head_dim, self.value_dim];
         let operand = |name: &str, width: u32, atomic: bool| -> Value {
             context! { name, buffer => name, width, atomic }
@@ -235,6 +274,7 @@ impl CacheVariant {
             }
             CacheKernel::Decode { .. } => (vec![operand("q", d, false)], vec![]),
             CacheKernel::Combine { .. } => (vec![], vec![operand("o", e, false)]),
+            CacheKernel::Gather | CacheKernel::Scatter => (vec![], vec![]),
         };
         let quads = |width: u32| width.div_ceil(4);
         let rotary = self.rotary.filter(|_| bindings.iter().any(|(b, _)| *b == CacheBinding::CosSin));
@@ -256,12 +296,14 @@ impl CacheVariant {
                         (false, true) => "array<u32>",
                         (false, false) => "array<f32>",
                     },
-                    CacheBinding::Keys | CacheBinding::Values => match (quantised, half, is_decode) {
+                    CacheBinding::Keys | CacheBinding::Values if moves && !quantised => "array<vec4<u32>>",
+                    CacheBinding::Keys | CacheBinding::Values => match (quantised && !gathered, half, is_decode) {
                         (false, false, _) => "array<vec4<f32>>",
                         (_, _, true) => "array<vec4<u32>>",
                         (false, true, false) => "array<vec2<u32>>",
                         (true, _, false) => "array<u32>",
                     },
+                    CacheBinding::GatheredKeys | CacheBinding::GatheredValues => "array<vec4<u32>>",
                     CacheBinding::State | CacheBinding::Tokens | CacheBinding::Entries => "array<u32>",
                     CacheBinding::Partials => "array<vec4<f32>>",
                     CacheBinding::Lse | CacheBinding::SinkLogits | CacheBinding::CosSin => "array<f32>",
@@ -271,13 +313,14 @@ impl CacheVariant {
             xyzw => ["x", "y", "z", "w"],
             dtype => dtype.to_string(),
             quantised,
-            kernel => if is_decode { "decode" } else { "append" },
+            kernel => if matches!(self.kernel, CacheKernel::Append { .. }) { "append" } else { "decode" },
+            gathered,
             vec4 => self.vec4,
             o_rest => false,
             cooperative => false,
             operand_quads => BTreeMap::from([("q", quads(d)), ("k", quads(d)), ("v", quads(e)), ("o", quads(e))]),
             padded_quads => BTreeMap::from([("k", d), ("v", e)].map(|(name, width)| {
-                (name, self.format.vectors(width as usize) * self.vector_quads())
+                (name, written_format.vectors(width as usize) * written_format.elements() / 4)
             })),
             row_vectors => BTreeMap::from([("k", d), ("v", e)].map(|(name, width)| (name, self.format.row_vectors(width as usize)))),
             rotary => rotary.map(|Rotary { dim, style, .. }| context! {
@@ -289,14 +332,25 @@ impl CacheVariant {
             paged => self.addressing == Addressing::Paged,
             indexed => self.indexed,
         };
+        let named = |[k, v]: [u32; 2]| BTreeMap::from([("k", k), ("v", v)]);
         match self.kernel {
+            CacheKernel::Gather | CacheKernel::Scatter => {
+                let of = |format: RowFormat| [d, e].map(|width| format.vectors(width as usize));
+                let context = context! {
+                    threads => ROW_THREADS,
+                    gathered_vectors => named(of(gathered_format)),
+                    data_quads => named(of(self.format).map(|n| n * self.vector_quads())),
+                    ..context
+                };
+                let is_gather = self.kernel == CacheKernel::Gather;
+                render(if is_gather { "cache/gather.wgsl" } else { "cache/scatter.wgsl" }, context)
+            }
             CacheKernel::Append { .. } => {
                 let lanes = self.append_lanes();
                 render("cache/append.wgsl", context! { rotates_q, threads => ROW_THREADS, lanes, ..context })
             }
             CacheKernel::Decode { tiling, several, softcap } => {
                 let DecodeTiling { threads, lanes, rows, steps, exchanged, .. } = tiling;
-                let named = |[k, v]: [u32; 2]| BTreeMap::from([("k", k), ("v", v)]);
                 let lane_vectors = self.lane_vectors(lanes);
                 let [row_pitch, slot_pitch, exchange_len, merged_rows] = self.exchange(&tiling);
                 let context = context! {
@@ -383,8 +437,14 @@ mod tests {
                         let sink_logits = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead][turn % 3];
                         let decode = CacheKernel::Decode { tiling, several: rows > 8, softcap: turn.is_multiple_of(5) };
                         let combine = CacheKernel::Combine { tile: tiling.tile(), sink_logits };
-                        let append = CacheKernel::Append { rotates_q: rotary.is_some() && !turn.is_multiple_of(5) };
-                        for kernel in [decode, combine, append] {
+                        let rotates_q = rotary.is_some() && !turn.is_multiple_of(5);
+                        let append = CacheKernel::Append { rotates_q, gathered: false };
+                        // Neither keys that are rotated as they are read nor quantised ones are gathered or have gradients.
+                        let behind = CacheKernel::Append { rotates_q: false, gathered: true };
+                        let gathers = (!config.is_relative()).then_some([behind, CacheKernel::Gather]);
+                        let scatters = quantisation.is_none().then_some(CacheKernel::Scatter);
+                        let moves = gathers.into_iter().flatten().chain(scatters);
+                        for kernel in [decode, combine, append].into_iter().chain(moves) {
                             let variant = CacheVariant {
                                 kernel,
                                 addressing: config.addressing(),
@@ -394,10 +454,11 @@ mod tests {
                                 vec4: [head_dim, value_dim].iter().all(|n| n.is_multiple_of(4)) && turn % 7 > 0,
                                 rotary: match kernel {
                                     CacheKernel::Decode { .. } => rotary.filter(|_| config.is_relative()),
-                                    CacheKernel::Combine { .. } => None,
                                     CacheKernel::Append { .. } => rotary,
+                                    _ => None,
                                 },
-                                indexed: turn.is_multiple_of(2) && !matches!(kernel, CacheKernel::Append { .. }),
+                                indexed: turn.is_multiple_of(2)
+                                    && matches!(kernel, CacheKernel::Decode { .. } | CacheKernel::Combine { .. }),
                             };
                             if let CacheKernel::Decode { tiling, .. } = kernel {
                                 tiling.check(&config, &variant, &device).unwrap();

@@ -9,7 +9,7 @@ mod scores;
 mod simd;
 mod tiled;
 
-pub use crate::cache::cpu::KvCache;
+pub use crate::cache::cpu::{KvCache, PrefillOperands};
 pub use backward::backward;
 pub use merge::{finish, merge};
 pub use tiled::forward;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::files::{checksum, replace};
 
 /// In front of what wgpu wrote: drivers are not made for spoiled data, and wgpu does not look for it.
 const FIRST_LINE: &str = "sink-attention pipeline cache 1";
@@ -51,15 +52,7 @@ impl PipelineCache {
         let failed = |reason: String| Error::PipelineCache { path: self.path.clone(), reason };
         let data = self.cache.get_data().ok_or_else(|| failed("the driver gives no data".into()))?;
         let packed = pack(&data, &self.key);
-        // Beside the file, so that the rename stays within a file system; of this process, so that none shares it.
-        let mut beside = self.path.clone().into_os_string();
-        beside.push(format!(".{}", std::process::id()));
-        let written = fs::write(&beside, &packed).and_then(|()| fs::rename(&beside, &self.path));
-        if let Err(error) = written {
-            // Whatever was written is of no use.
-            let _ = fs::remove_file(&beside);
-            return Err(failed(error.to_string()));
-        }
+        replace(&self.path, &packed).map_err(|error| failed(error.to_string()))?;
         Ok(packed.len())
     }
 }
@@ -90,11 +83,6 @@ fn unpack<'a>(file: &'a [u8], key: &str) -> Option<&'a [u8]> {
     (found == head(data, key).as_bytes()).then_some(data)
 }
 
-/// FNV-1a in 64 bits: against accidents, not against malice, which could write kernels too.
-pub(crate) fn checksum(data: &[u8]) -> u64 {
-    data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,13 +104,5 @@ mod tests {
         }
         assert_eq!(unpack(&[&packed[..], b"x"].concat(), "key"), None);
         assert_eq!(unpack(data, "key"), None);
-    }
-
-    /// The published test vectors.
-    #[test]
-    fn checksum_is_fnv_1a() {
-        assert_eq!(checksum(b""), 0xcbf2_9ce4_8422_2325);
-        assert_eq!(checksum(b"a"), 0xaf63_dc4c_8601_ec8c);
-        assert_eq!(checksum(b"foobar"), 0x8594_4171_f739_67e8);
     }
 }

@@ -4,26 +4,18 @@
 //! zeros, and the metadata key `stream` holds everything else: so the size of a file is constant, too. A stream has
 //! exactly one file, checksum included, and what is not that file, byte by byte, is no stream.
 
-use std::collections::HashMap;
-use std::fs;
 use std::path::Path;
 
-use safetensors::tensor::{Metadata, TensorView};
-use safetensors::{Dtype, SafeTensorError};
-
 use super::{Kept, Stream, StreamShape, cut, join};
-use crate::element::{DType, Element};
-use crate::error::{Error, Result};
-use crate::pipeline::cache::checksum;
+use crate::element::Element;
+use crate::error::Result;
 use crate::problem::{Options, SinkLogits};
+use crate::saved::{self, Reader, Tensor};
 
 /// Version of the format.
 const VERSION: u32 = 1;
-const KEY: &str = "stream";
-
-fn damaged(reason: String) -> Error {
-    Error::StreamDamaged { reason }
-}
+/// The key of the metadata.
+const STREAM: &str = "stream";
 
 impl<T: Element> Stream<T> {
     /// The content of a safetensors file, with which a stream goes on elsewhere: with the same bits where the device,
@@ -33,65 +25,35 @@ impl<T: Element> Stream<T> {
     /// zeros.
     ///
     /// # Errors
-    /// [`Error::StreamDamaged`] where safetensors refuses to write it, as it does for nothing of a size that fits
+    /// [`Error::SavedDamaged`](crate::Error::SavedDamaged) where safetensors refuses to write it, as it does for nothing of a size that fits
     /// memory.
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
-        let failed = |error: SafeTensorError| damaged(error.to_string());
         let StreamShape { batch, kv_heads, .. } = self.shape;
-        let contents = self.parts().map(|part| {
+        let tensors = self.parts().map(|part| {
             let padding = vec![T::default(); batch * kv_heads * (part.room - part.tokens) * part.width];
             let whole = join(self.outer(), part.kept, &padding);
-            let shape = self.options.layout.shape(batch, kv_heads, part.room, part.width);
-            (part.name, shape.to_vec(), bytemuck::cast_slice::<T, u8>(&whole).to_vec())
+            let shape = self.options.layout.shape(batch, kv_heads, part.room, part.width).to_vec();
+            let bytes = bytemuck::cast_slice::<T, u8>(&whole).to_vec();
+            Tensor { name: part.name, dtype: saved::dtype(T::DTYPE), shape, bytes }
         });
+        let mut properties = self.properties().to_vec();
         // As many digits as there can be, for files of one length.
-        let pairs = self.properties().map(|(key, value)| format!("{key}={value}"));
-        let description = format!("{} position={:020}", pairs.join(" "), self.position);
-        let sums = contents.iter().map(|(_, _, bytes)| format!(" {:016x}", checksum(bytes))).collect::<String>();
-        let description = format!("{description} checksum={:016x}", checksum((description.clone() + &sums).as_bytes()));
-        let dtype = match T::DTYPE {
-            DType::F32 => Dtype::F32,
-            DType::F16 => Dtype::F16,
-            DType::Bf16 => Dtype::BF16,
-        };
-        let view = |(name, shape, bytes)| Ok((name, TensorView::new(dtype, shape, bytes)?));
-        let views = contents.iter().map(|(name, shape, bytes)| view((*name, shape.clone(), &bytes[..])));
-        let views = views.collect::<Result<Vec<_>, _>>().map_err(failed)?;
-        safetensors::serialize(views, Some(HashMap::from([(KEY.into(), description)]))).map_err(failed)
+        properties.push(("position", format!("{:020}", self.position)));
+        saved::serialize(STREAM, &properties, &tensors)
     }
 
     /// The stream that a file holds, of this shape with these options.
     ///
     /// # Errors
-    /// Those of [`new`](Self::new); [`Error::StreamDamaged`] for what is not exactly a file of
-    /// [`to_safetensors`](Self::to_safetensors), down to the last bit; [`Error::StreamMismatch`] for one of a stream of
+    /// Those of [`new`](Self::new); [`Error::SavedDamaged`](crate::Error::SavedDamaged) for what is not exactly a file of
+    /// [`to_safetensors`](Self::to_safetensors), down to the last bit; [`Error::SavedMismatch`](crate::Error::SavedMismatch) for one of a stream of
     /// another shape, element type or other options.
     pub fn from_safetensors(bytes: &[u8], shape: StreamShape, options: Options) -> Result<Self> {
         let mut stream = Stream::new(shape, options)?;
-        let Some((&length, rest)) = bytes.split_first_chunk() else {
-            return Err(damaged(format!("{} bytes, the length of the header alone takes 8", bytes.len())));
-        };
-        let length = u64::from_le_bytes(length);
-        let Some((header, data)) = usize::try_from(length).ok().and_then(|length| rest.split_at_checked(length)) else {
-            return Err(damaged(format!("the header claims {length} bytes, {} follow its length", rest.len())));
-        };
-        // Not SafeTensors::deserialize, in which offsets near 2^64 overflow (0.8.0).
-        let index: Metadata =
-            serde_json::from_slice(header).map_err(|error| damaged(format!("the header: {error}")))?;
-        if index.data_len() != data.len() {
-            return Err(damaged(format!("the tensors take {} bytes, {} are there", index.data_len(), data.len())));
-        }
-        let description = index.metadata().as_ref().and_then(|metadata| metadata.get(KEY));
-        let description = description.ok_or_else(|| damaged(format!("the metadata have no key {KEY:?}")))?;
-        let saved: HashMap<&str, &str> = description.split(' ').filter_map(|pair| pair.split_once('=')).collect();
-        let value = |key: &str| saved.get(key).copied().ok_or_else(|| damaged(format!("the metadata have no {key}")));
-        for (property, wanted) in stream.properties() {
-            let saved = value(property)?;
-            if saved != wanted {
-                return Err(Error::StreamMismatch { property, saved: saved.into(), wanted });
-            }
-        }
-        let position = value("position")?;
+        let file = Reader::new(STREAM, bytes)?;
+        file.expect(stream.properties().to_vec())?;
+        let damaged = |reason| saved::damaged(STREAM, reason);
+        let position = file.value("position")?;
         stream.position = position.parse().map_err(|_| damaged(format!("the position is {position:?}")))?;
         let position = usize::try_from(stream.position).unwrap_or(usize::MAX);
         let sinks = position.min(stream.options.sink_tokens);
@@ -99,11 +61,7 @@ impl<T: Element> Stream<T> {
         let mut parts = Vec::new();
         for part in stream.parts() {
             let needed = stream.shape.batch * stream.shape.kv_heads * part.room * part.width * size_of::<T>();
-            let info = index.info(part.name).ok_or_else(|| damaged(format!("tensor {} is missing", part.name)))?;
-            let bytes = &data[info.data_offsets.0..info.data_offsets.1];
-            if bytes.len() != needed {
-                return Err(damaged(format!("tensor {} has {} bytes, not {needed}", part.name, bytes.len())));
-            }
+            let bytes = file.tensor(part.name, needed)?;
             let whole: Vec<T> = bytemuck::pod_collect_to_vec(bytes);
             let tokens = if part.name.ends_with("sinks") { sinks } else { recent };
             parts.push(cut(stream.outer(), &whole, part.room, 0..tokens));
@@ -112,44 +70,25 @@ impl<T: Element> Stream<T> {
             <[Vec<T>; 4]>::try_from(parts).map_err(|_| damaged("there are not four tensors".into()))?;
         stream.sinks = Kept { tokens: sinks, k: k_sinks, v: v_sinks };
         stream.recent = Kept { tokens: recent, k: k_window, v: v_window };
-        if stream.to_safetensors()? != bytes {
-            return Err(damaged(
-                "its bytes, by their checksum or in other ways, are not those that were written".into(),
-            ));
-        }
+        saved::same(STREAM, bytes, &stream.to_safetensors()?)?;
         Ok(stream)
     }
 
     /// Writes a file of [`to_safetensors`](Self::to_safetensors), whole, or leaves the one that is there.
     ///
     /// # Errors
-    /// [`Error::StreamFile`].
+    /// [`Error::SavedFile`](crate::Error::SavedFile).
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let bytes = self.to_safetensors()?;
-        // Beside the file, so that the rename stays within a file system; of this process, so that none shares it.
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".{}", std::process::id()));
-        fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path)).map_err(|error| {
-            // Whatever was written is of no use.
-            let _ = fs::remove_file(&beside);
-            Error::StreamFile { path: path.into(), reason: error.to_string() }
-        })
+        saved::save(STREAM, path.as_ref(), &self.to_safetensors()?)
     }
 
     /// The stream of a file, of this shape with these options.
     ///
     /// # Errors
-    /// [`Error::StreamFile`] where it cannot be read or is damaged; [`Error::StreamMismatch`] and those of
+    /// [`Error::SavedFile`](crate::Error::SavedFile) where it cannot be read or is damaged; [`Error::SavedMismatch`](crate::Error::SavedMismatch) and those of
     /// [`new`](Self::new).
     pub fn load(path: impl AsRef<Path>, shape: StreamShape, options: Options) -> Result<Self> {
-        let path = path.as_ref();
-        let failed = |reason: String| Error::StreamFile { path: path.into(), reason };
-        let bytes = fs::read(path).map_err(|error| failed(error.to_string()))?;
-        Stream::from_safetensors(&bytes, shape, options).map_err(|error| match error {
-            Error::StreamDamaged { reason } => failed(reason),
-            error => error,
-        })
+        saved::load(STREAM, path.as_ref(), |bytes| Stream::from_safetensors(bytes, shape, options))
     }
 
     fn parts(&self) -> [Part<'_, T>; 4] {

@@ -31,8 +31,8 @@ pub fn rotary_table(rotary: &Rotary, positions: usize) -> Vec<f32> {
 /// A token of one sequence: what was appended of it, in f32.
 #[derive(Debug, Clone)]
 pub struct Token {
-    k: Vec<f32>,
-    v: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
 }
 
 /// The plain model: every token of every sequence, for ever.
@@ -48,16 +48,16 @@ pub struct Both<T> {
     pub model: Model,
     pub cpu: cpu::KvCache<T>,
     pub gpu: Option<KvCache>,
-    table: Option<Vec<f32>>,
-    rng: StdRng,
+    pub table: Option<Vec<f32>>,
+    pub rng: StdRng,
 }
 
-fn numbers(rng: &mut StdRng, len: usize) -> Vec<f32> {
+pub fn numbers(rng: &mut StdRng, len: usize) -> Vec<f32> {
     let half_width = 3f32.sqrt();
     (0..len).map(|_| rng.random_range(-half_width..half_width)).collect()
 }
 
-fn wide<T: Element>(x: &[T]) -> Vec<f32> {
+pub fn wide<T: Element>(x: &[T]) -> Vec<f32> {
     x.iter().map(|x| x.to_f32()).collect()
 }
 
@@ -161,6 +161,21 @@ impl<T: Element> Both<T> {
         Some(result.map_err(|error| error.to_string()))
     }
 
+    /// Whether both refuse the step for what a ring has given up, and say the same.
+    pub fn refuses(&self, decode: &Decode) -> bool {
+        let entries = decode.sequences.as_ref().map_or(self.config.sequences, Vec::len);
+        let rows = entries * decode.heads * decode.queries;
+        let (q, lens) = (vec![T::default(); rows * self.config.head_dim], [rows * self.config.value_dim, rows]);
+        let on_cpu = self.cpu.decode(decode, &q, None, None).err();
+        assert!(on_cpu.as_ref().is_none_or(|error| matches!(error, Error::CacheEvicted { .. })), "{on_cpu:?}");
+        let on_cpu = on_cpu.map(|error| error.to_string());
+        if let (Some(cache), Some(attention)) = (&self.gpu, gpu()) {
+            let on_gpu = decode_on(attention.device().unwrap(), cache, decode, &q, lens, None, None).err();
+            assert_eq!(on_gpu.map(|error| error.to_string()), on_cpu, "{decode:?} {:?}", self.config);
+        }
+        on_cpu.is_some()
+    }
+
     /// A decoding step with random queries on both, against the reference over the tokens that the model says are seen.
     pub fn check(&mut self, decode: &Decode) {
         let entries = decode.sequences.clone().unwrap_or_else(|| (0..self.config.sequences).collect());
@@ -171,20 +186,7 @@ impl<T: Element> Both<T> {
         let sinks = (options.sink_logits == SinkLogits::PerHead).then_some(&sinks[..]);
         let table = self.table.as_deref().filter(|_| is_relative(&self.config));
         let expected = self.expected(decode, &entries, &q, sinks);
-        let (o_bound, lse_bound) = match T::DTYPE {
-            DType::F32 => (1e-5, 1e-5),
-            DType::F16 => (1.5e-3, 1e-5),
-            _ => (6e-3, 1e-5),
-        };
-        // Rotated keys are rounded by a different last bit.
-        let lse_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2e-2 } else { lse_bound };
-        let o_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2.0 * o_bound } else { o_bound };
-        // A last bit before it was quantised may be a step after; the CPU rounds to the element type besides.
-        let (o_bound, lse_bound) = match (self.config.quantisation, T::DTYPE) {
-            (None, _) => (o_bound, lse_bound),
-            (Some(_), DType::F32) => (1e-3, 1e-3),
-            (Some(_), _) => (1e-2, 1e-2),
-        };
+        let (o_bound, lse_bound) = self.bounds();
         let compared = |what: &str, output: &Output<T>| {
             let about = || format!("{what}: {decode:?} of {:?}, lengths {:?}", self.config, self.cpu.lengths());
             compare(&output.o, &expected.o, o_bound).unwrap_or_else(|error| panic!("{}: o {error}", about()));
@@ -201,8 +203,26 @@ impl<T: Element> Both<T> {
         }
     }
 
+    /// Of the errors of o and of lse.
+    pub fn bounds(&self) -> (f64, f64) {
+        let (o_bound, lse_bound) = match T::DTYPE {
+            DType::F32 => (1e-5, 1e-5),
+            DType::F16 => (1.5e-3, 1e-5),
+            _ => (6e-3, 1e-5),
+        };
+        // Rotated keys are rounded by a different last bit.
+        let lse_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2e-2 } else { lse_bound };
+        let o_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2.0 * o_bound } else { o_bound };
+        // A last bit before it was quantised may be a step after; the CPU rounds to the element type besides.
+        match (self.config.quantisation, T::DTYPE) {
+            (None, _) => (o_bound, lse_bound),
+            (Some(_), DType::F32) => (1e-3, 1e-3),
+            (Some(_), _) => (1e-2, 1e-2),
+        }
+    }
+
     /// Each sequence by itself, each query by itself: the visible tokens in the order of time.
-    fn expected(&self, decode: &Decode, entries: &[usize], q: &[T], sinks: Option<&[f32]>) -> Output<f64, f64> {
+    pub fn expected(&self, decode: &Decode, entries: &[usize], q: &[T], sinks: Option<&[f32]>) -> Output<f64, f64> {
         let CacheConfig { kv_heads, head_dim, value_dim, kind, rotary, quantisation, .. } = self.config;
         let Decode { heads, queries, options, .. } = *decode;
         let (q_strides, o_strides) =

@@ -12,6 +12,7 @@ pub mod caches;
 pub mod gradients;
 pub mod low_precision;
 pub mod operands;
+pub mod prefills;
 pub mod shards;
 pub mod views;
 

@@ -1,0 +1,207 @@
+//! The whole demo: a run that is killed goes on with the same result, and what is no state of it is an error.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use sink_attention::Attention;
+
+use super::args::{self, Command as Parsed};
+use super::run;
+use super::shard::Shard;
+
+/// Removed in the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let folder = std::env::temp_dir().join(format!("streaming-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).unwrap();
+        Folder(folder)
+    }
+
+    /// Options, with files of this folder.
+    fn line(&self, line: &str) -> String {
+        line.replace("DIR", self.0.to_str().unwrap())
+    }
+
+    fn run(&self, line: &str) -> Result<(), String> {
+        let words: Vec<OsString> = self.line(line).split_whitespace().map(OsString::from).collect();
+        match args::parse(words).map_err(|error| error.to_string())? {
+            Parsed::Run(args) => run(&args).map_err(|error| error.to_string()),
+            Parsed::Help => Err("help".into()),
+        }
+    }
+
+    /// In a process of its own.
+    fn spawn(&self, line: &str, adapter: Option<&str>) -> Child {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "tests::in_a_process_of_its_own", "--ignored", "--nocapture"]);
+        command.env("STREAMING_TEST_LINE", self.line(line)).stdout(Stdio::piped()).stderr(Stdio::null());
+        if let Some(adapter) = adapter {
+            command.env("SINK_ATTENTION_ADAPTER", adapter);
+        }
+        command.spawn().unwrap()
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.0.join(name)).unwrap()
+    }
+
+    fn position(&self, state: &str) -> u64 {
+        let (_, bytes) = Shard::open(&self.0.join(state)).unwrap().bytes("position").unwrap();
+        u64::from_le_bytes(bytes.try_into().unwrap())
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+#[ignore = "others run it in a process that they kill"]
+fn in_a_process_of_its_own() {
+    let line = std::env::var("STREAMING_TEST_LINE").unwrap();
+    Folder(PathBuf::from("no such folder")).run(&line).unwrap();
+}
+
+/// The table's lines: all that the results decide.
+fn results(child: Child) -> Vec<String> {
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}");
+    let is_result = |line: &&str| ["sinks  ", "window ", "full  "].iter().any(|policy| line.starts_with(policy));
+    let results: Vec<_> = text.lines().filter(is_result).map(String::from).collect();
+    assert_eq!(results.len(), 3, "{text}");
+    results
+}
+
+fn goes_on_after_a_kill(adapter: Option<&str>, tokens: u64) {
+    let folder = Folder::new(adapter.unwrap_or("any"));
+    let options = format!("--tokens {tokens} --window 64 --capacity 500");
+    let whole = results(folder.spawn(&format!("{options} --out DIR/whole.svg"), adapter));
+    let line = format!("{options} --state DIR/state --save-every 300 --out DIR/resumed.svg");
+    let mut killed = folder.spawn(&line, adapter);
+    let started = Instant::now();
+    while !folder.0.join("state").exists() {
+        assert!(started.elapsed() < Duration::from_secs(120), "nothing was saved");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let position = folder.position("state");
+    assert!(position >= 300 && position < tokens, "killed after {position} tokens");
+    assert!(!folder.0.join("resumed.svg").exists());
+    assert_eq!(results(folder.spawn(&line, adapter)), whole);
+    assert!(folder.read("resumed.svg") == folder.read("whole.svg"), "the same picture");
+    // Once more, with nothing left to do.
+    fs::remove_file(folder.0.join("resumed.svg")).unwrap();
+    assert_eq!(results(folder.spawn(&line, adapter)), whole);
+    assert!(folder.read("resumed.svg") == folder.read("whole.svg"), "the same picture");
+}
+
+#[test]
+fn a_killed_run_goes_on_with_the_same_bits_on_the_cpu() {
+    goes_on_after_a_kill(Some("cpu"), 6000);
+}
+
+/// On the GPU, where there is one.
+#[test]
+fn a_killed_run_goes_on_with_the_same_bits() {
+    let required = std::env::var("SINK_ATTENTION_REQUIRE_GPU").is_ok_and(|value| value == "1");
+    assert!(
+        !required || Attention::new().unwrap().is_gpu(),
+        "SINK_ATTENTION_REQUIRE_GPU=1, but there is no GPU adapter"
+    );
+    goes_on_after_a_kill(None, 1500);
+}
+
+#[test]
+fn each_policy_by_itself() {
+    let folder = Folder::new("policies");
+    for policy in ["sinks", "window", "full"] {
+        folder
+            .run(&format!("--tokens 300 --window 16 --capacity 40 --policy {policy} --out DIR/{policy}.svg"))
+            .unwrap();
+    }
+    let text = |name: &str| String::from_utf8(folder.read(name)).unwrap();
+    assert!(text("sinks.svg").contains("sinks: 4 first and 16 last") && !text("sinks.svg").contains("full:"));
+    assert!(text("full.svg").contains("full: all, 40 at most"));
+}
+
+/// A state that is longer than the first run was asked for.
+#[test]
+fn a_finished_run_can_be_prolonged() {
+    let folder = Folder::new("longer");
+    let line = "--window 16 --policy sinks --state DIR/state --out DIR/a.svg";
+    folder.run(&format!("--tokens 100 {line}")).unwrap();
+    assert_eq!(folder.position("state"), 100);
+    folder.run(&format!("--tokens 250 {line}")).unwrap();
+    assert_eq!(folder.position("state"), 250);
+    let error = folder.run(&format!("--tokens 249 {line}")).unwrap_err();
+    assert!(error.contains("250 tokens were streamed already, --tokens asks for 249"), "{error}");
+}
+
+#[test]
+fn other_states_are_errors() {
+    let folder = Folder::new("states");
+    let line = "--tokens 100 --window 16 --capacity 40 --state DIR/state --out DIR/a.svg";
+    folder.run(line).unwrap();
+    let state = folder.read("state");
+    for (other, message) in [
+        ("--window 17", "it has version 1, policies sinks and window and full, window 16,"),
+        ("--sink-tokens 3", "sink tokens 4, capacity 40"),
+        ("--policy window", "wanted is version 1, policies window, window 16"),
+    ] {
+        let error = folder.run(&format!("{line} {other}")).unwrap_err();
+        assert!(error.contains("of another stream") && error.contains(message), "{other}: {error}");
+    }
+    let text = folder.0.join("text");
+    fs::write(&text, "Another text").unwrap();
+    assert!(folder.run(&format!("{line} DIR/text")).unwrap_err().contains("of another stream"));
+
+    let fails = |bytes: &[u8], message: &str| {
+        fs::write(folder.0.join("state"), bytes).unwrap();
+        let error = folder.run(line).unwrap_err();
+        assert!(error.contains("state: ") && error.contains(message), "{message}: {error}");
+    };
+    for end in [0, 7, 100, state.len() / 2, state.len() - 1] {
+        fails(&state[..end], "");
+    }
+    fails(
+        &fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpt_oss_tiny/model.safetensors")).unwrap(),
+        "not the state",
+    );
+    let read = safetensors::SafeTensors::deserialize(&state).unwrap();
+    let place = |name: &str| read.tensor(name).unwrap().data().as_ptr().addr() - state.as_ptr().addr();
+    for (name, offset, message) in [
+        ("position", 0, "tensor sinks is no record of 101 tokens"),
+        // The tokens of the first stretch.
+        ("window", 8 * 5, "tensor window is no record of 100 tokens"),
+        ("full.cache", 5000, "not a saved cache, or damaged"),
+    ] {
+        let mut spoiled = state.clone();
+        spoiled[place(name) + offset] ^= if name == "position" { 100 ^ 101 } else { 3 };
+        if name == "position" {
+            fs::write(folder.0.join("state"), &spoiled).unwrap();
+            let error = folder.run(&line.replace("--tokens 100", "--tokens 200")).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        } else {
+            fails(&spoiled, message);
+        }
+    }
+    // A cache of another length, sound by itself.
+    let mut swapped = state.clone();
+    let [sinks, len] = [place("sinks.cache"), read.tensor("sinks.cache").unwrap().data().len()];
+    folder.run(&line.replace("100", "101").replace("DIR/state", "DIR/longer")).unwrap();
+    let longer = folder.read("longer");
+    let (_, cache) = Shard::open(&folder.0.join("longer")).unwrap().bytes("sinks.cache").unwrap();
+    assert!(cache.len() == len && longer != state);
+    swapped[sinks..sinks + len].copy_from_slice(&cache);
+    fails(&swapped, "the cache of policy sinks has 101 tokens, not 100");
+}

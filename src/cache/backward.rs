@@ -1,0 +1,225 @@
+//! Gradients through contiguous and paged caches, in their layout.
+
+use super::batch::{Batch, Entry, Prefill};
+use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
+use super::gpu::KvCache;
+use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::error::{Error, Result};
+use crate::tensor::TensorView;
+
+/// The operands of the backward pass of a prefill in buffers of the caller's; tokens lie as in
+/// [`PrefillBuffers`](crate::PrefillBuffers).
+#[derive(Debug, Clone, Copy)]
+pub struct CacheBackwardBuffers<'a> {
+    /// Queries as the forward pass had them, rotated where there is a rotary embedding, `[tokens, H, D]`.
+    pub q: TensorView<'a>,
+    /// What the forward pass gave, `[tokens, H, E]`.
+    pub o: TensorView<'a>,
+    /// See [`BackwardBuffers::forward`].
+    pub o_rest: Option<TensorView<'a>>,
+    /// What the forward pass gave, `[H, tokens]`, f32, densely packed.
+    pub lse: TensorView<'a>,
+    /// See [`ForwardBuffers::sink_logits`].
+    pub sink_logits: Option<TensorView<'a>>,
+    /// See [`ForwardBuffers::alibi_slopes`].
+    pub alibi_slopes: Option<TensorView<'a>>,
+    /// See [`Prefill::options`] for its shape.
+    pub bias: Option<TensorView<'a>>,
+    /// See [`Prefill::options`] for its shape.
+    pub mask: Option<TensorView<'a>>,
+    /// Gradient by o.
+    pub d_o: TensorView<'a>,
+    /// See [`BackwardBuffers::d_lse`].
+    pub d_lse: Option<TensorView<'a>>,
+    /// Result: gradient by q, `[tokens, H, D]`.
+    pub d_q: TensorView<'a>,
+    /// Result: gradient by the keys, in a buffer like [`KvCache::keys`] that has [`wgpu::BufferUsages::COPY_DST`], too. A page that
+    /// several sequences share has the sum over them, in their order, summed in f32 from what rounding left of each; rows
+    /// that no sequence with tokens uses are 0.
+    pub d_keys: &'a wgpu::Buffer,
+    /// Result: gradient by the values, like [`KvCache::values`], as that by the keys.
+    pub d_values: &'a wgpu::Buffer,
+    /// Result: see [`BackwardBuffers::d_sink_logits`].
+    pub d_sink_logits: Option<TensorView<'a>>,
+    /// Result: see [`BackwardBuffers::d_alibi_slopes`].
+    pub d_alibi_slopes: Option<TensorView<'a>>,
+    /// Result: see [`BackwardBuffers::d_bias`].
+    pub d_bias: Option<TensorView<'a>>,
+}
+
+impl<'a> CacheBackwardBuffers<'a> {
+    /// What every backward pass has: q, o and lse; d_o; d_q; and the gradients by keys and values. What goes with options is
+    /// `None`.
+    pub fn new(
+        [q, o, lse]: [TensorView<'a>; 3],
+        d_o: impl Into<TensorView<'a>>,
+        d_q: impl Into<TensorView<'a>>,
+        [d_keys, d_values]: [&'a wgpu::Buffer; 2],
+    ) -> Self {
+        CacheBackwardBuffers {
+            q,
+            o,
+            o_rest: None,
+            lse,
+            sink_logits: None,
+            alibi_slopes: None,
+            bias: None,
+            mask: None,
+            d_o: d_o.into(),
+            d_lse: None,
+            d_q: d_q.into(),
+            d_keys,
+            d_values,
+            d_sink_logits: None,
+            d_alibi_slopes: None,
+            d_bias: None,
+        }
+    }
+
+    fn operands(&self) -> [GivenBuffer<'a>; 10] {
+        [
+            given("q", self.q),
+            given("o", self.o),
+            given("o_rest", self.o_rest),
+            given("lse", self.lse),
+            given("sink_logits", self.sink_logits),
+            given("alibi_slopes", self.alibi_slopes),
+            given("bias", self.bias),
+            given("mask", self.mask),
+            given("d_o", self.d_o),
+            given("d_lse", self.d_lse),
+        ]
+    }
+
+    /// Those that are told in the order of tokens.
+    fn results(&self) -> [GivenBuffer<'a>; 4] {
+        [
+            given("d_q", self.d_q),
+            given("d_sink_logits", self.d_sink_logits),
+            given("d_alibi_slopes", self.d_alibi_slopes),
+            given("d_bias", self.d_bias),
+        ]
+    }
+}
+
+/// The backward pass of a prefill that is ready to be recorded, as often as wanted: for the lengths and pages that the
+/// sequences had as it was prepared.
+#[derive(Debug, Clone)]
+pub struct PreparedCacheBackward {
+    /// Tells the cache it was made for.
+    keys: wgpu::Buffer,
+    gradients: [wgpu::Buffer; 2],
+    bytes: [u64; 2],
+    passes: Option<Passes>,
+}
+
+#[derive(Debug, Clone)]
+struct Passes {
+    entries: Vec<Entry>,
+    /// Of each entry.
+    pages: Vec<Vec<u32>>,
+    gather: Option<Dispatch>,
+    backward: Prepared,
+    scatter: Option<Dispatch>,
+}
+
+impl PreparedCacheBackward {
+    pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &CacheBackwardBuffers<'_>) -> Result<Self> {
+        let (config, device) = (&cache.config, &cache.device);
+        let batch = Batch::held(config, prefill, &cache.places)?;
+        let (keys, bytes) = (cache.keys.clone(), config.bytes());
+        let into = [buffers.d_keys, buffers.d_values];
+        for (output, buffer, needed) in [("d_keys", into[0], bytes[0]), ("d_values", into[1], bytes[1])] {
+            if buffer.size() < needed {
+                return Err(Error::BufferTooSmall { operand: output, needed, actual: buffer.size() });
+            }
+            let needed = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+            if !buffer.usage().contains(needed) {
+                return Err(Error::BufferUsage { operand: output, needed, actual: buffer.usage() });
+            }
+            cache.check_apart((output, Some(buffer)), buffers.operands().into_iter().chain(buffers.results()))?;
+        }
+        cache.check_apart(("d_keys", Some(into[0])), [("d_values", Some(into[1]))])?;
+        buffers.results().into_iter().try_for_each(|result| cache.check_apart(result, []))?;
+        let gradients = into.map(Clone::clone);
+        let Some(batch) = batch else { return Ok(PreparedCacheBackward { keys, gradients, bytes, passes: None }) };
+
+        let places = [cache.in_place(&batch, [&cache.keys, &cache.values]), cache.in_place(&batch, into)];
+        let (operands, results) = match places {
+            [Some(operands), Some(results)] => (Source::Cache(operands), Source::Cache(results)),
+            _ => {
+                let create =
+                    || -> Result<_> { Ok([Gathered::allocate(cache, &batch)?, Gathered::allocate(cache, &batch)?]) };
+                let [operands, results] = device.scoped("allocating scratch", create).await??;
+                (Source::Gathered(operands), Source::Gathered(results))
+            }
+        };
+        let (mut gather, mut scatter) = (None, None);
+        if let (Source::Gathered(operands), Source::Gathered(results)) = (&operands, &results) {
+            gather = operands.gather(cache, &batch.runs(&cache.places)).await?;
+            scatter = results.scatter(cache, &batch.sums(&cache.places), into).await?;
+        }
+        let ([k, v], [d_k, d_v]) = (operands.views(), results.views());
+        let forward = ForwardBuffers {
+            sink_logits: buffers.sink_logits,
+            alibi_slopes: buffers.alibi_slopes,
+            bias: buffers.bias,
+            mask: buffers.mask,
+            o_rest: buffers.o_rest,
+            ..ForwardBuffers::new(buffers.q, k, v, buffers.o, buffers.lse)
+        };
+        let backward = BackwardBuffers {
+            d_lse: buffers.d_lse,
+            d_sink_logits: buffers.d_sink_logits,
+            d_alibi_slopes: buffers.d_alibi_slopes,
+            d_bias: buffers.d_bias,
+            ..BackwardBuffers::new(forward, buffers.d_o, buffers.d_q, d_k, d_v)
+        };
+        let backward = cache.attention.prepare_backward_async(&batch.problem, &backward).await?;
+        let pages = batch.entries.iter().map(|entry| used_pages(cache, entry).to_vec()).collect();
+        let passes = Some(Passes { entries: batch.entries, pages, gather, backward, scatter });
+        Ok(PreparedCacheBackward { keys, gradients, bytes, passes })
+    }
+
+    /// The backward pass: which kernels, which tiles. `None` where there are no tokens.
+    pub fn backward(&self) -> Option<&Prepared> {
+        self.passes.as_ref().map(|passes| &passes.backward)
+    }
+
+    /// Records it. Where there are no tokens, the gradients by keys and values are 0, and nothing else is written.
+    ///
+    /// # Errors
+    /// [`Error::OtherCache`]; [`Error::CacheChanged`] where a sequence has another length, or other pages, than as it was
+    /// prepared.
+    pub fn encode(&self, cache: &KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+        if cache.keys != self.keys {
+            return Err(Error::OtherCache);
+        }
+        let entries = self.passes.iter().flat_map(|passes| passes.entries.iter().zip(&passes.pages));
+        cache.check_lengths(entries.clone().map(|(entry, _)| entry))?;
+        for (entry, pages) in entries {
+            let actual = used_pages(cache, entry);
+            if actual != pages {
+                let reason = format!("it had pages {pages:?}, it has {actual:?}");
+                return Err(Error::CacheChanged { sequence: entry.sequence, reason });
+            }
+        }
+        for (buffer, bytes) in self.gradients.iter().zip(self.bytes) {
+            encoder.clear_buffer(buffer, 0, Some(bytes));
+        }
+        let Some(Passes { gather, backward, scatter, .. }) = &self.passes else { return Ok(()) };
+        let descriptor =
+            wgpu::ComputePassDescriptor { label: Some("sink-attention cache backward"), timestamp_writes: None };
+        let mut pass = encoder.begin_compute_pass(&descriptor);
+        record(gather, &mut pass, cache);
+        backward.encode_in(&mut pass);
+        record(scatter, &mut pass, cache);
+        Ok(())
+    }
+}
+
+/// The pages that hold the keys of a sequence.
+fn used_pages<'a>(cache: &'a KvCache, entry: &Entry) -> &'a [u32] {
+    let pages = cache.pages(entry.sequence);
+    &pages[..entry.keys.div_ceil(cache.config.kind.rows()).min(pages.len())]
+}

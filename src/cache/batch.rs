@@ -1,0 +1,324 @@
+//! Chunks of tokens as one batch of the ordinary passes: its problem, and where its keys come from and its gradients go to.
+//! Pure; the caches on the GPU and on the CPU both use it.
+
+use std::collections::BTreeMap;
+
+use super::gpu::check_counts;
+use super::places::Places;
+use super::{CacheConfig, CacheKind, check_absent};
+use crate::error::{Error, Result};
+use crate::problem::{Layout, Options, Problem, Shape};
+use crate::sequences::Lengths;
+
+/// Chunks of tokens, one of each sequence, as queries against all that their sequences hold: a prompt, or a part of it.
+///
+/// The tokens of all sequences lie one after the other, `[tokens, heads, width]`, sequence by sequence, in q, k, v, o and their
+/// gradients; lse is `[heads, tokens]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prefill {
+    /// H, query heads.
+    pub heads: usize,
+    /// Tokens of each sequence of the cache, any number; sequences without any take no part.
+    pub tokens: Vec<usize>,
+    /// All options of a forward pass; `layout` is that of the tokens, [`Layout::Thd`] or, which is the same to them,
+    /// [`Layout::Bshd`], and `dtype` the cache's. Positions count from the start of a sequence. Tokens of a chunk see those that
+    /// come after unless they are causal.
+    ///
+    /// A bias and a mask are `[B or 1, H or 1, M or 1, N]`: B the sequences with tokens, M the most tokens, N the most keys of one
+    /// of them, the new ones among them. A rolling cache implies its window and sink tokens, and takes no ALiBi, bias or mask.
+    pub options: Options,
+}
+
+impl Prefill {
+    /// So many tokens of each sequence.
+    pub fn new(heads: usize, tokens: impl Into<Vec<usize>>, options: Options) -> Self {
+        Prefill { heads, tokens: tokens.into(), options }
+    }
+}
+
+/// A sequence of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) sequence: usize,
+    /// Tokens it has without the new ones, those that a ring has given up among them.
+    pub(crate) length: usize,
+    /// Keys that come from the cache; behind them stand those of new tokens, where there are any.
+    pub(crate) cached: usize,
+    pub(crate) keys: usize,
+    /// Row of its first key, those of all sequences one after the other.
+    pub(crate) first_row: usize,
+}
+
+/// The chunks of all sequences that have tokens.
+#[derive(Debug, Clone)]
+pub(crate) struct Batch {
+    pub(crate) problem: Problem,
+    pub(crate) entries: Vec<Entry>,
+    /// Rows of the keys of all of them.
+    pub(crate) rows: usize,
+}
+
+/// Rows that lie one after the other, in the cache and among the keys of all sequences; all in one tile of a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) sequence: usize,
+    /// Which of the sequence's blocks.
+    pub(crate) number: usize,
+    pub(crate) row: usize,
+    /// Row among the keys of all sequences.
+    pub(crate) to: usize,
+    pub(crate) rows: usize,
+}
+
+/// Rows of a block of the cache, and the rows that add up to the first of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Sum {
+    pub(crate) block: usize,
+    pub(crate) row: usize,
+    pub(crate) rows: usize,
+    /// Rows among the keys of all sequences, in the order of sequences.
+    pub(crate) terms: Vec<usize>,
+}
+
+/// Rows of a run.
+const RUN_ROWS: usize = 64;
+
+impl Batch {
+    /// Of tokens that come after those that the cache holds; `None` where there are none.
+    ///
+    /// A rolling cache gives up keys as tokens are appended that the first of these still see. So its keys are those from before
+    /// with the new ones behind them: sink tokens, then a run of the last positions without a gap. Let S be the kept sink tokens,
+    /// R the ring's rows, R >= window, L the length before, and g = max(0, L - S - R) what the ring has given up. The key at
+    /// place j stands at position j for j < S, else at j + g, and the query of new token i at place p = S + R + i = L + i - g
+    /// where g > 0. Window and sink rule give the same for places as for positions:
+    /// - Between places from S on, differences are those of positions; no such place is a sink token's, of which there are S.
+    /// - For j < S and g > 0, j <= p in both; and j lies before the window in both: L + i - left > S + R - left > S > j, and
+    ///   p - left >= S + R - left > S > j, as left < window <= R. So it is seen if it is a sink token.
+    /// - Positions that were given up, S <= j < S + g = L - R, lie before every window: L + i - left > L - R.
+    ///
+    /// For g = 0 places are positions.
+    pub(crate) fn appended(config: &CacheConfig, prefill: &Prefill, places: &Places) -> Result<Option<Self>> {
+        check_total(config, &prefill.tokens)?;
+        places.check_capacity(&prefill.tokens)?;
+        Batch::new(config, prefill, |sequence, tokens| {
+            let [length, cached] = [places.lengths()[sequence], places.keys(sequence)];
+            Ok(Entry { sequence, length, cached, keys: cached + tokens, first_row: 0 })
+        })
+    }
+
+    /// Of tokens that are the last ones that the cache holds.
+    pub(crate) fn held(config: &CacheConfig, prefill: &Prefill, places: &Places) -> Result<Option<Self>> {
+        check_total(config, &prefill.tokens)?;
+        let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
+        if let CacheKind::Rolling { .. } = config.kind {
+            return invalid("cache kind", format!("{:?}; it gives up keys whose gradients are wanted", config.kind));
+        }
+        if let Some(quantisation) = config.quantisation {
+            return invalid("quantisation", format!("{quantisation:?}; quantised keys and values have no gradients"));
+        }
+        Batch::new(config, prefill, |sequence, tokens| {
+            let length = places.lengths()[sequence];
+            if tokens > length {
+                let reason = format!("{tokens} of sequence {sequence}, which has {length}");
+                return Err(Error::InvalidOption { option: "tokens", reason });
+            }
+            Ok(Entry { sequence, length, cached: length, keys: length, first_row: 0 })
+        })
+    }
+
+    fn new(
+        config: &CacheConfig,
+        prefill: &Prefill,
+        entry: impl Fn(usize, usize) -> Result<Entry>,
+    ) -> Result<Option<Self>> {
+        let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
+        let Prefill { heads, tokens, options } = prefill;
+        if options.dtype != config.dtype {
+            return Err(Error::CacheElementType { operands: options.dtype, cache: config.dtype });
+        }
+        if options.layout == Layout::Bhsd {
+            return invalid("layout", "bhsd; tokens of a prefill lie one after the other, thd".into());
+        }
+        if config.is_relative() {
+            let reason = "keys that are rotated by their place as they are read take one query at a time: append and \
+                          decode";
+            return invalid("rotary", reason.into());
+        }
+        if let CacheKind::Rolling { .. } = config.kind {
+            check_absent(options, "a rolling cache does not take it: its keys have no fixed places")?;
+        }
+        let options = config.seen(options)?;
+        let mut entries = Vec::new();
+        let (mut q, mut k) = (vec![0u32], vec![0u32]);
+        let mut rows = 0usize;
+        for (sequence, &tokens) in tokens.iter().enumerate().filter(|(_, tokens)| **tokens > 0) {
+            let entry = Entry { first_row: rows, ..entry(sequence, tokens)? };
+            rows = rows.saturating_add(entry.keys);
+            let (most, value) = (MOST_TOKENS as u64, rows as u64);
+            if value > most {
+                return Err(Error::DimensionTooLarge { dimension: "keys of all sequences", value, most });
+            }
+            q.push(q.last().copied().unwrap_or(0) + tokens as u32);
+            k.push(rows as u32);
+            entries.push(entry);
+        }
+        let shape = Shape {
+            batch: 1,
+            heads: *heads,
+            kv_heads: config.kv_heads,
+            // Checked as with a token where there are none.
+            seq_q: tokens.iter().sum::<usize>().max(1),
+            seq_k: rows.max(1),
+            head_dim: config.head_dim,
+            value_dim: config.value_dim,
+        };
+        let problem = match entries.len() {
+            // The same operands, and kernels that need no table of sequences.
+            0 | 1 => Problem::new(shape, options.layout(Layout::Bshd))?,
+            _ => Problem::with_lengths(shape, options.layout(Layout::Thd), Lengths::Cumulative { q: &q, k: &k })?,
+        };
+        Ok((!entries.is_empty()).then_some(Batch { problem, entries, rows }))
+    }
+
+    /// The rows that come from the cache.
+    pub(crate) fn runs(&self, places: &Places) -> Vec<Run> {
+        let mut runs = Vec::new();
+        for &Entry { sequence, length, cached, first_row, .. } in &self.entries {
+            let mut place = 0;
+            while place < cached {
+                let [number, row, left] = places.stretch(length, place);
+                let rows = left.min(cached - place).min(RUN_ROWS);
+                runs.push(Run { sequence, number, row, to: first_row + place, rows });
+                place += rows;
+            }
+        }
+        runs
+    }
+
+    /// Where gradients go of keys that all come from the cache: pages that sequences share get the sum over these.
+    pub(crate) fn sums(&self, places: &Places) -> Vec<Sum> {
+        // Of each block, how many of its rows each sequence uses, and where these lie.
+        let mut users: BTreeMap<usize, Vec<[usize; 2]>> = BTreeMap::new();
+        for &Entry { sequence, length, keys, first_row, .. } in &self.entries {
+            let mut place = 0;
+            while place < keys {
+                let [number, _, rows] = places.stretch(length, place);
+                let used = rows.min(keys - place);
+                users.entry(places.block(sequence, number)).or_default().push([used, first_row + place]);
+                place += used;
+            }
+        }
+        let mut sums = Vec::new();
+        for (block, users) in users {
+            let mut row = 0;
+            // As far as the same sequences use it.
+            while let Some(end) = users.iter().map(|[used, _]| *used).filter(|used| *used > row).min() {
+                let rows = (end - row).min(RUN_ROWS);
+                let terms = users.iter().filter(|[used, _]| *used > row).map(|[_, first]| first + row).collect();
+                sums.push(Sum { block, row, rows, terms });
+                row += rows;
+            }
+        }
+        sums
+    }
+}
+
+/// Tokens of all sequences at most, and their keys.
+const MOST_TOKENS: usize = 1 << 29;
+
+/// A number for each sequence, and not too many together.
+pub(crate) fn check_total(config: &CacheConfig, tokens: &[usize]) -> Result<usize> {
+    check_counts(config, tokens.len())?;
+    let total = tokens.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).unwrap_or(usize::MAX);
+    if total > MOST_TOKENS {
+        let (value, most) = (total as u64, MOST_TOKENS as u64);
+        return Err(Error::DimensionTooLarge { dimension: "tokens", value, most });
+    }
+    Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::element::DType;
+    use crate::problem::Window;
+
+    fn config(kind: CacheKind) -> CacheConfig {
+        CacheConfig {
+            kind,
+            sequences: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            value_dim: 4,
+            dtype: DType::F32,
+            rotary: None,
+            quantisation: None,
+        }
+    }
+
+    /// The rule for places gives what the rule for positions gives, by brute force; so do the rows of the runs.
+    #[test]
+    fn places_of_a_ring_see_what_positions_see() {
+        for [kept, window, queries] in [[0, 1, 1], [2, 3, 1], [3, 5, 3], [1, 4, 2]] {
+            let config = config(CacheKind::Rolling { sink_tokens: kept, window, queries });
+            let rows = config.kind.rows();
+            for length in [0, 1, kept, kept + 1, rows - 1, rows, rows + 1, 3 * rows + 2] {
+                let mut places = Places::new(&config);
+                places.advance(&[length, 0]);
+                for tokens in [1, 2, window + 3] {
+                    for (left, sink_tokens) in [(None, 0), (Some(window - 1), kept), (Some(window / 2), kept / 2)] {
+                        let window_option = Window { left, right: Some(0) };
+                        let options = Options::new().window(window_option).sink_tokens(sink_tokens);
+                        let prefill = Prefill::new(1, [tokens, 0], options);
+                        let batch = Batch::appended(&config, &prefill, &places).unwrap().unwrap();
+                        let entry = batch.entries[0];
+                        let mut positions = vec![usize::MAX; entry.keys];
+                        for Run { row, to, rows: run, .. } in batch.runs(&places) {
+                            for n in 0..run {
+                                // The last token that was written to the row.
+                                let of = |p: usize| if p < kept { p } else { kept + (p - kept) % (rows - kept) };
+                                positions[to + n] = (0..length).rev().find(|p| of(*p) == row + n).unwrap();
+                            }
+                        }
+                        (0..tokens).for_each(|i| positions[entry.cached + i] = length + i);
+                        let band = batch.problem.sequence(0).band;
+                        let left = left.unwrap_or(window - 1);
+                        let sinks = if window_option.left.is_none() { kept } else { sink_tokens };
+                        for i in 0..tokens {
+                            let seen: Vec<usize> =
+                                (0..entry.keys).filter(|j| band.visible(i, *j)).map(|j| positions[j]).collect();
+                            let p = length + i;
+                            let expected: Vec<usize> = (0..=p).filter(|j| j + left >= p || *j < sinks).collect();
+                            assert_eq!(seen, expected, "{:?} {length} + {tokens}, query {i}", config.kind);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Every row of a page that a sequence uses gets its term, whoever else uses it.
+    #[test]
+    fn shared_pages_get_sums() {
+        let config = config(CacheKind::Paged { page_size: 16, pages: 9, sequence_pages: 6 });
+        let mut places = Places::new(&config);
+        places.assign(0, &[3, 1], 20).unwrap();
+        places.assign(1, &[3, 1, 7, 8, 0], 75).unwrap();
+        let batch = Batch::held(&config, &Prefill::new(1, [1, 75], Options::new()), &places).unwrap().unwrap();
+        let mut found = BTreeMap::new();
+        for Sum { block, row, rows, terms } in batch.sums(&places) {
+            for n in 0..rows {
+                let terms: Vec<usize> = terms.iter().map(|term| term + n).collect();
+                assert_eq!(found.insert((block, row + n), terms), None);
+            }
+        }
+        let mut expected: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+        for (sequence, first, length) in [(0, 0, 20), (1, 20, 75)] {
+            for place in 0..length {
+                let page = places.table(sequence)[place / 16] as usize;
+                expected.entry((page, place % 16)).or_default().push(first + place);
+            }
+        }
+        assert_eq!(found, expected);
+    }
+}

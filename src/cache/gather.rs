@@ -1,0 +1,186 @@
+//! Keys and values out of a cache, one after the other, and gradients by them back into its layout.
+
+use super::CacheConfig;
+use super::batch::{Batch, Run, Sum};
+use super::decode::{Bound, Params};
+use super::gpu::KvCache;
+use super::plan::RowFormat;
+use super::shader::{Addressing, CacheBinding, CacheKernel, CacheVariant};
+use crate::error::{Error, Result};
+use crate::pieces::Window;
+use crate::plan::fold;
+use crate::tensor::{TensorView, allocate, resource, upload};
+
+/// A kernel with its grid.
+pub(super) type Dispatch = (Bound, [u32; 2]);
+
+/// Records it, where there is one, for the lengths of now.
+pub(super) fn record(dispatch: &Option<Dispatch>, pass: &mut wgpu::ComputePass<'_>, cache: &KvCache) {
+    if let Some((bound, [x, y])) = dispatch {
+        bound.dispatch(pass, cache.current, [*x, *y, 1]);
+    }
+}
+
+/// A buffer of the caller's by the name of its operand, where it is given.
+pub(super) type GivenBuffer<'a> = (&'static str, Option<&'a wgpu::Buffer>);
+
+pub(super) fn given<'a>(name: &'static str, view: impl Into<Option<TensorView<'a>>>) -> GivenBuffer<'a> {
+    (name, view.into().map(|view| view.buffer))
+}
+
+/// Keys and values of all sequences of a batch, `[G, rows, width]` each, of the cache's element type. Rows are padded to 16
+/// bytes.
+#[derive(Debug, Clone)]
+pub(super) struct Gathered {
+    pub(super) rows: usize,
+    row_bytes: [u64; 2],
+    element: u64,
+    parts: [(wgpu::Buffer, Window); 2],
+}
+
+impl Gathered {
+    /// Bytes of the keys and of the values.
+    fn bytes(config: &CacheConfig, batch: &Batch) -> [u64; 2] {
+        row_bytes(config).map(|row| row * (config.kv_heads * batch.rows) as u64)
+    }
+
+    /// Bytes of a buffer that holds both.
+    pub(super) fn scratch_bytes(cache: &KvCache, batch: &Batch) -> u64 {
+        let [keys, values] = Gathered::bytes(&cache.config, batch);
+        keys.next_multiple_of(alignment(cache)) + values
+    }
+
+    /// In a buffer that is large enough.
+    pub(super) fn within(cache: &KvCache, batch: &Batch, buffer: &wgpu::Buffer) -> Result<Self> {
+        let [keys, values] = Gathered::bytes(&cache.config, batch);
+        let start = keys.next_multiple_of(alignment(cache));
+        let parts = [Window { start: 0, len: keys }, Window { start, len: values }];
+        Gathered::new(cache, batch, parts.map(|part| (buffer.clone(), part)))
+    }
+
+    /// In buffers of their own.
+    pub(super) fn allocate(cache: &KvCache, batch: &Batch) -> Result<Self> {
+        let [keys, values] = Gathered::bytes(&cache.config, batch);
+        let of = |operand, bytes| -> Result<_> {
+            let usage = wgpu::BufferUsages::STORAGE;
+            let buffer = allocate::<u8>(&cache.device, operand, bytes as usize, usage)?;
+            Ok((buffer, Window { start: 0, len: bytes }))
+        };
+        Gathered::new(cache, batch, [of("gathered keys", keys)?, of("gathered values", values)?])
+    }
+
+    fn new(cache: &KvCache, batch: &Batch, parts: [(wgpu::Buffer, Window); 2]) -> Result<Self> {
+        let config = &cache.config;
+        let limit = cache.device.capabilities().binding_bytes;
+        for (operand, (_, part)) in ["gathered keys", "gathered values"].into_iter().zip(&parts) {
+            if part.len > limit {
+                return Err(Error::CacheTooLarge { operand, bytes: part.len, limit });
+            }
+        }
+        let element = config.dtype.bytes() as u64;
+        Ok(Gathered { rows: batch.rows, row_bytes: row_bytes(config), element, parts })
+    }
+
+    /// As operands of the ordinary passes.
+    pub(super) fn views(&self) -> [TensorView<'_>; 2] {
+        [0, 1].map(|n| {
+            let (buffer, window) = &self.parts[n];
+            let row = self.row_bytes[n] / self.element;
+            TensorView::new(buffer).offset(window.start / self.element).strides([0, self.rows as u64 * row, row])
+        })
+    }
+
+    pub(super) fn bind(&self, bindings: [CacheBinding; 2]) -> [(CacheBinding, wgpu::BindingResource<'_>); 2] {
+        [0, 1].map(|n| (bindings[n], resource(&self.parts[n].0, self.parts[n].1)))
+    }
+
+    /// What copies runs of rows out of the cache to here; none where there are none.
+    pub(super) async fn gather(&self, cache: &KvCache, runs: &[Run]) -> Result<Option<Dispatch>> {
+        let config = &cache.config;
+        let paged = config.addressing() == Addressing::Paged;
+        let list = runs.iter().flat_map(|run| {
+            let block = if paged { cache.table_at(run.sequence) + run.number } else { run.sequence };
+            [block, run.row, run.to, run.rows].map(|n| n as u32)
+        });
+        self.moving(cache, CacheKernel::Gather, runs.len(), list.collect(), Vec::new()).await
+    }
+
+    /// What sums gradients from here into buffers of the cache's layout.
+    pub(super) async fn scatter(
+        &self,
+        cache: &KvCache,
+        sums: &[Sum],
+        into: [&wgpu::Buffer; 2],
+    ) -> Result<Option<Dispatch>> {
+        let mut list = Vec::new();
+        let mut terms = Vec::new();
+        for sum in sums {
+            let first = 5 * sums.len() + terms.len();
+            terms.extend(sum.terms.iter().map(|term| *term as u32));
+            let end = first + sum.terms.len();
+            list.extend([sum.block, sum.row, sum.rows, first, end].map(|n| n as u32));
+        }
+        list.extend(terms);
+        let [keys, values] = cache.config.bytes().map(|len| Window { start: 0, len });
+        let into =
+            vec![(CacheBinding::Keys, resource(into[0], keys)), (CacheBinding::Values, resource(into[1], values))];
+        self.moving(cache, CacheKernel::Scatter, sums.len(), list, into).await
+    }
+
+    async fn moving(
+        &self,
+        cache: &KvCache,
+        kernel: CacheKernel,
+        runs: usize,
+        list: Vec<u32>,
+        mut operands: Vec<(CacheBinding, wgpu::BindingResource<'_>)>,
+    ) -> Result<Option<Dispatch>> {
+        if runs == 0 {
+            return Ok(None);
+        }
+        let (config, device) = (&cache.config, &cache.device);
+        let variant = CacheVariant {
+            kernel,
+            addressing: config.addressing(),
+            format: config.format(),
+            head_dim: config.head_dim as u32,
+            value_dim: config.value_dim as u32,
+            vec4: true,
+            rotary: None,
+            indexed: false,
+        };
+        let workgroups = runs as u128 * config.kv_heads as u128;
+        let (workgroups, grid) = fold(workgroups, device.capabilities().grid_dimension)?;
+        let params = Params::moving(config, workgroups, self.rows);
+        let list = device.scoped("uploading a list of rows", || upload(device, "rows", &list)).await??;
+        operands.push((CacheBinding::Tokens, list.as_entire_binding()));
+        operands.extend(self.bind([CacheBinding::GatheredKeys, CacheBinding::GatheredValues]));
+        Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))
+    }
+}
+
+/// Where the ordinary passes find keys and values.
+pub(super) enum Source<'a> {
+    /// In the cache.
+    Cache([TensorView<'a>; 2]),
+    Gathered(Gathered),
+}
+
+impl Source<'_> {
+    pub(super) fn views(&self) -> [TensorView<'_>; 2] {
+        match self {
+            Source::Cache(views) => *views,
+            Source::Gathered(gathered) => gathered.views(),
+        }
+    }
+}
+
+/// Bytes of a row of keys and of one of values, of the element type.
+fn row_bytes(config: &CacheConfig) -> [u64; 2] {
+    let format = RowFormat { dtype: config.dtype, quantisation: None };
+    [config.head_dim, config.value_dim].map(|width| 16 * u64::from(format.row_vectors(width)))
+}
+
+fn alignment(cache: &KvCache) -> u64 {
+    u64::from(cache.device.capabilities().offset_alignment).max(256)
+}

@@ -1,0 +1,228 @@
+//! Tokens into a cache, and their queries against all that it holds by then: prompts, whole or in chunks.
+
+use super::CacheKind;
+use super::batch::{Batch, Entry, Prefill};
+use super::decode::{AppendBuffers, PreparedAppend};
+use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
+use super::gpu::KvCache;
+use crate::dispatch::{ForwardBuffers, Prepared};
+use crate::error::{Error, Result};
+use crate::tensor::{TensorView, allocate};
+
+/// The operands of a prefill in buffers of the caller's, of the cache's element type where nothing else is said. The tokens of
+/// all sequences lie one after the other, sequence by sequence; views may have any strides of head and token (those of batch do
+/// not count).
+#[derive(Debug, Clone, Copy)]
+pub struct PrefillBuffers<'a> {
+    /// Queries, `[tokens, H, D]`. With a rotary embedding they are rotated where they lie, in a buffer that holds neither k nor v.
+    pub q: TensorView<'a>,
+    /// Keys of the new tokens, `[tokens, G, D]`.
+    pub k: TensorView<'a>,
+    /// Their values, `[tokens, G, E]`.
+    pub v: TensorView<'a>,
+    /// Cosines and sines, see [`AppendBuffers::cos_sin`].
+    pub cos_sin: Option<&'a wgpu::Buffer>,
+    /// See [`ForwardBuffers::sink_logits`].
+    pub sink_logits: Option<TensorView<'a>>,
+    /// See [`ForwardBuffers::alibi_slopes`].
+    pub alibi_slopes: Option<TensorView<'a>>,
+    /// See [`Prefill::options`] for its shape.
+    pub bias: Option<TensorView<'a>>,
+    /// See [`Prefill::options`] for its shape.
+    pub mask: Option<TensorView<'a>>,
+    /// Result: attention outputs, `[tokens, H, E]`.
+    pub o: TensorView<'a>,
+    /// Result: see [`ForwardBuffers::o_rest`].
+    pub o_rest: Option<TensorView<'a>>,
+    /// Result: log of the denominators, `[H, tokens]`, f32, densely packed.
+    pub lse: TensorView<'a>,
+    /// What is gathered from the cache goes here, [`KvCache::prefill_scratch_bytes`] of it: one buffer does for all chunks.
+    /// `None`: a buffer of its own, where one is needed.
+    pub scratch: Option<&'a wgpu::Buffer>,
+}
+
+impl<'a> PrefillBuffers<'a> {
+    /// What every prefill has; what goes with options is `None`.
+    pub fn new(
+        q: impl Into<TensorView<'a>>,
+        k: impl Into<TensorView<'a>>,
+        v: impl Into<TensorView<'a>>,
+        o: impl Into<TensorView<'a>>,
+        lse: impl Into<TensorView<'a>>,
+    ) -> Self {
+        let (q, k, v, o, lse) = (q.into(), k.into(), v.into(), o.into(), lse.into());
+        PrefillBuffers {
+            q,
+            k,
+            v,
+            cos_sin: None,
+            sink_logits: None,
+            alibi_slopes: None,
+            bias: None,
+            mask: None,
+            o,
+            o_rest: None,
+            lse,
+            scratch: None,
+        }
+    }
+
+    fn operands(&self) -> [GivenBuffer<'a>; 8] {
+        [
+            given("q", self.q),
+            given("k", self.k),
+            given("v", self.v),
+            ("cos_sin", self.cos_sin),
+            given("sink_logits", self.sink_logits),
+            given("alibi_slopes", self.alibi_slopes),
+            given("bias", self.bias),
+            given("mask", self.mask),
+        ]
+    }
+
+    fn results(&self) -> [GivenBuffer<'a>; 3] {
+        [given("o", self.o), given("o_rest", self.o_rest), given("lse", self.lse)]
+    }
+}
+
+/// A prefill that is ready to be recorded: for the lengths that the sequences had as it was prepared.
+#[derive(Debug, Clone)]
+pub struct PreparedPrefill {
+    append: PreparedAppend,
+    tokens: Vec<usize>,
+    /// What the passes are made for; none where there are no tokens.
+    passes: Option<Passes>,
+}
+
+#[derive(Debug, Clone)]
+struct Passes {
+    entries: Vec<Entry>,
+    /// Before anything is given up: what is gathered, and the new tokens behind it.
+    before: [Option<Dispatch>; 2],
+    after: Option<Dispatch>,
+    forward: Prepared,
+}
+
+impl PreparedPrefill {
+    pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<Self> {
+        let (config, device) = (&cache.config, &cache.device);
+        let batch = Batch::appended(config, prefill, &cache.places)?;
+        let rotated = config.rotary.map(|_| (buffers.q, prefill.heads));
+        let operands =
+            AppendBuffers { q: rotated, cos_sin: buffers.cos_sin, ..AppendBuffers::new(buffers.k, buffers.v) };
+        let append = PreparedAppend::new(cache, &prefill.tokens, &operands).await?;
+        append.check(cache)?;
+        let tokens = prefill.tokens.clone();
+        let Some(batch) = batch else { return Ok(PreparedPrefill { append, tokens, passes: None }) };
+
+        buffers.results().into_iter().try_for_each(|result| cache.check_apart(result, []))?;
+        let source = match cache.in_place(&batch, [&cache.keys, &cache.values]) {
+            Some(views) => Source::Cache(views),
+            None => {
+                let scratch = match buffers.scratch {
+                    Some(scratch) => check_scratch(cache, &batch, scratch, buffers)?,
+                    None => {
+                        let bytes = Gathered::scratch_bytes(cache, &batch) as usize;
+                        let usage = wgpu::BufferUsages::STORAGE;
+                        let create = || allocate::<u8>(device, "gathered keys and values", bytes, usage);
+                        device.scoped("allocating scratch", create).await??
+                    }
+                };
+                Source::Gathered(Gathered::within(cache, &batch, &scratch)?)
+            }
+        };
+        let (mut before, mut after) = ([None, None], None);
+        match (&source, config.kind) {
+            (Source::Cache(_), _) => {}
+            (Source::Gathered(gathered), CacheKind::Rolling { .. }) => {
+                let mut first = vec![0; config.sequences];
+                for entry in &batch.entries {
+                    first[entry.sequence] = (entry.first_row + entry.cached) as u32;
+                }
+                let runs = batch.runs(&cache.places);
+                let behind = PreparedAppend::bind(cache, &tokens, &operands, Some((gathered, first))).await?;
+                before = [gathered.gather(cache, &runs).await?, behind];
+            }
+            (Source::Gathered(gathered), _) => {
+                // The new tokens, too, as they have been appended by then.
+                let held = |entry: &Entry| Entry { cached: entry.keys, ..*entry };
+                let held = Batch { entries: batch.entries.iter().map(held).collect(), ..batch.clone() };
+                after = gathered.gather(cache, &held.runs(&cache.places)).await?;
+            }
+        }
+        let [k, v] = source.views();
+        let forward = ForwardBuffers {
+            sink_logits: buffers.sink_logits,
+            alibi_slopes: buffers.alibi_slopes,
+            bias: buffers.bias,
+            mask: buffers.mask,
+            o_rest: buffers.o_rest,
+            ..ForwardBuffers::new(buffers.q, k, v, buffers.o, buffers.lse)
+        };
+        let forward = cache.attention.prepare_forward_async(&batch.problem, &forward).await?;
+        let passes = Some(Passes { entries: batch.entries, before, after, forward });
+        Ok(PreparedPrefill { append, tokens, passes })
+    }
+
+    /// The forward pass: which kernels, which tiles. `None` where there are no tokens.
+    pub fn forward(&self) -> Option<&Prepared> {
+        self.passes.as_ref().map(|passes| &passes.forward)
+    }
+
+    /// Records it: the tokens are in the cache for what is recorded after.
+    ///
+    /// # Errors
+    /// [`Error::CacheChanged`] where a sequence has another length than as it was prepared; those of [`PreparedAppend::encode`].
+    /// Nothing has changed then.
+    pub fn encode(&self, cache: &mut KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+        self.check(cache)?;
+        let changes = cache.places.reserve(&self.tokens)?;
+        cache.record(encoder, &changes);
+        let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention prefill"), timestamp_writes: None };
+        self.dispatch(cache, &mut encoder.begin_compute_pass(&descriptor));
+        Ok(())
+    }
+
+    /// The same into a compute pass of the caller's; a paged cache needs its pages beforehand, see [`KvCache::reserve`].
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode), and [`Error::PagesNotReserved`].
+    pub fn encode_in(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
+        self.check(cache)?;
+        cache.places.check_reserved(&self.tokens)?;
+        self.dispatch(cache, pass);
+        Ok(())
+    }
+
+    fn check(&self, cache: &KvCache) -> Result<()> {
+        self.append.check(cache)?;
+        cache.check_lengths(self.passes.iter().flat_map(|passes| &passes.entries))
+    }
+
+    fn dispatch(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) {
+        let Some(Passes { before, after, forward, .. }) = &self.passes else { return };
+        before.iter().for_each(|dispatch| record(dispatch, pass, cache));
+        self.append.dispatch(cache, pass);
+        record(after, pass, cache);
+        forward.encode_in(pass);
+    }
+}
+
+/// A buffer of the caller's for what is gathered.
+fn check_scratch(
+    cache: &KvCache,
+    batch: &Batch,
+    scratch: &wgpu::Buffer,
+    buffers: &PrefillBuffers<'_>,
+) -> Result<wgpu::Buffer> {
+    let (operand, needed) = ("scratch", Gathered::scratch_bytes(cache, batch));
+    if scratch.size() < needed {
+        return Err(Error::BufferTooSmall { operand, needed, actual: scratch.size() });
+    }
+    let usage = wgpu::BufferUsages::STORAGE;
+    if !scratch.usage().contains(usage) {
+        return Err(Error::BufferUsage { operand, needed: usage, actual: scratch.usage() });
+    }
+    cache.check_apart((operand, Some(scratch)), buffers.operands().into_iter().chain(buffers.results()))?;
+    Ok(scratch.clone())
+}

@@ -1,0 +1,140 @@
+//! Streams and caches in safetensors files: a key of the metadata says what the tensors are, with a checksum of all.
+//!
+//! What is saved has exactly one file. Readers build what a file says, save that again, and take it for damaged unless
+//! every byte is the same: so nothing gets in that was not written so.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use safetensors::tensor::{Metadata, TensorView};
+use safetensors::{Dtype, SafeTensorError};
+
+use crate::element::DType;
+use crate::error::{Error, Result};
+use crate::files::{checksum, replace};
+
+/// A tensor that is to be written.
+pub(crate) struct Tensor {
+    pub(crate) name: &'static str,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// The format's name of an element type.
+pub(crate) fn dtype(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::Bf16 => Dtype::BF16,
+    }
+}
+
+pub(crate) fn damaged(what: &'static str, reason: String) -> Error {
+    Error::SavedDamaged { what, reason }
+}
+
+/// The bytes of a file. Values of properties are without spaces.
+pub(crate) fn serialize(
+    what: &'static str,
+    properties: &[(&'static str, String)],
+    tensors: &[Tensor],
+) -> Result<Vec<u8>> {
+    let failed = |error: SafeTensorError| damaged(what, error.to_string());
+    let pairs: Vec<String> = properties.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let description = pairs.join(" ");
+    let sums: String = tensors.iter().map(|tensor| format!(" {:016x}", checksum(&tensor.bytes))).collect();
+    let description = format!("{description} checksum={:016x}", checksum((description.clone() + &sums).as_bytes()));
+    let views = tensors.iter().map(|t| Ok((t.name, TensorView::new(t.dtype, t.shape.clone(), &t.bytes)?)));
+    let views = views.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    safetensors::serialize(views, Some(HashMap::from([(what.into(), description)]))).map_err(failed)
+}
+
+/// A file that is read.
+pub(crate) struct Reader<'a> {
+    what: &'static str,
+    index: Metadata,
+    data: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(what: &'static str, bytes: &'a [u8]) -> Result<Self> {
+        let damaged = |reason| Err(damaged(what, reason));
+        let Some((&length, rest)) = bytes.split_first_chunk() else {
+            return damaged(format!("{} bytes, the length of the header alone takes 8", bytes.len()));
+        };
+        let length = u64::from_le_bytes(length);
+        let Some((header, data)) = usize::try_from(length).ok().and_then(|length| rest.split_at_checked(length)) else {
+            return damaged(format!("the header claims {length} bytes, {} follow its length", rest.len()));
+        };
+        // Not SafeTensors::deserialize, in which offsets near 2^64 overflow (0.8.0).
+        let index: Metadata = match serde_json::from_slice(header) {
+            Ok(index) => index,
+            Err(error) => return damaged(format!("the header: {error}")),
+        };
+        if index.data_len() != data.len() {
+            return damaged(format!("the tensors take {} bytes, {} are there", index.data_len(), data.len()));
+        }
+        Ok(Reader { what, index, data })
+    }
+
+    fn damaged(&self, reason: String) -> Error {
+        damaged(self.what, reason)
+    }
+
+    /// A property.
+    pub(crate) fn value(&self, property: &str) -> Result<&str> {
+        let description = self.index.metadata().as_ref().and_then(|metadata| metadata.get(self.what));
+        let description =
+            description.ok_or_else(|| self.damaged(format!("the metadata have no key {:?}", self.what)))?;
+        let mut pairs = description.split(' ').filter_map(|pair| pair.split_once('='));
+        let found = pairs.find(|(key, _)| *key == property);
+        found.map(|(_, value)| value).ok_or_else(|| self.damaged(format!("the metadata have no {property}")))
+    }
+
+    /// Properties are as wanted.
+    pub(crate) fn expect(&self, wanted: Vec<(&'static str, String)>) -> Result<()> {
+        for (property, wanted) in wanted {
+            let saved = self.value(property)?;
+            if saved != wanted {
+                return Err(Error::SavedMismatch { what: self.what, property, saved: saved.into(), wanted });
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of a tensor, which are so many.
+    pub(crate) fn tensor(&self, name: &str, needed: usize) -> Result<&'a [u8]> {
+        let info = self.index.info(name).ok_or_else(|| self.damaged(format!("tensor {name} is missing")))?;
+        // The header has been checked.
+        let bytes = self.data.get(info.data_offsets.0..info.data_offsets.1).unwrap_or_default();
+        if bytes.len() != needed {
+            return Err(self.damaged(format!("tensor {name} has {} bytes, not {needed}", bytes.len())));
+        }
+        Ok(bytes)
+    }
+}
+
+/// What was read is exactly what would be written.
+pub(crate) fn same(what: &'static str, read: &[u8], written: &[u8]) -> Result<()> {
+    if read == written {
+        return Ok(());
+    }
+    Err(damaged(what, "its bytes, by their checksum or in other ways, are not those that were written".into()))
+}
+
+/// Writes a file whole, or leaves the one that is there.
+pub(crate) fn save(what: &'static str, path: &Path, bytes: &[u8]) -> Result<()> {
+    replace(path, bytes).map_err(|error| Error::SavedFile { what, path: path.into(), reason: error.to_string() })
+}
+
+/// Reads a file; what is damaged is told with its name.
+pub(crate) fn load<R>(what: &'static str, path: &Path, read: impl FnOnce(&[u8]) -> Result<R>) -> Result<R> {
+    let failed = |reason: String| Error::SavedFile { what, path: path.into(), reason };
+    let bytes = fs::read(path).map_err(|error| failed(error.to_string()))?;
+    read(&bytes).map_err(|error| match error {
+        Error::SavedDamaged { reason, .. } => failed(reason),
+        error => error,
+    })
+}
