@@ -125,7 +125,7 @@ struct Passes {
 
 impl PreparedCacheBackward {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &CacheBackwardBuffers<'_>) -> Result<Self> {
-        let (config, device) = (&cache.config, &cache.device);
+        let config = &cache.config;
         let batch = Batch::held(config, prefill, &cache.places)?;
         let (keys, bytes) = (cache.keys.clone(), config.bytes());
         let into = [buffers.d_keys, buffers.d_values];
@@ -148,9 +148,8 @@ impl PreparedCacheBackward {
         let (operands, results) = match places {
             [Some(operands), Some(results)] => (Source::Cache(operands), Source::Cache(results)),
             _ => {
-                let create =
-                    || -> Result<_> { Ok([Gathered::allocate(cache, &batch)?, Gathered::allocate(cache, &batch)?]) };
-                let [operands, results] = device.scoped("allocating scratch", create).await??;
+                let operands = Gathered::allocate(cache, &batch).await?;
+                let results = Gathered::allocate(cache, &batch).await?;
                 (Source::Gathered(operands), Source::Gathered(results))
             }
         };
