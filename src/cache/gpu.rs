@@ -267,7 +267,7 @@ impl KvCache {
     ///
     /// # Errors
     /// As [`prepare_prefill`](Self::prepare_prefill); [`Error::InvalidOption`], too, for rolling and for quantised caches, and for
-    /// more tokens than a sequence has; those of [`Attention::prepare_backward`].
+    /// more tokens than a sequence has; [`Error::ZeroDimension`] for no tokens at all; those of [`Attention::prepare_backward`].
     pub fn prepare_backward(
         &self,
         prefill: &Prefill,
