@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::buffers::gpu_with;
 use common::caches::{Both, append_on, config, decode_on, filled};
 use common::gpu;
 use sink_attention::cpu::PrefillOperands;
@@ -405,6 +406,24 @@ fn prefills() {
         device.queue().submit([encoder.finish()]);
     };
     with_gpu(paged, &config::<f32>(PAGED, 1, [4, 4]));
+}
+
+/// Pages that sequences share fit a binding; each sequence's own copy of them does not.
+#[test]
+fn what_is_gathered_may_be_too_large() {
+    let Some(attention) = gpu_with(|limits| limits.max_storage_buffer_binding_size = 1 << 16) else { return };
+    let device = attention.device().unwrap();
+    let config = CacheConfig { head_dim: 128, value_dim: 4, ..config::<f32>(PAGED, 1, [4, 4]) };
+    let mut cache = attention.create_cache(&config).unwrap();
+    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+    (0..3).for_each(|sequence| cache.assign(&mut encoder, sequence, &[0, 1, 2], 44).unwrap());
+    let [x, y, z, o, lse] = [0; 5].map(|_| filled(device, &[0f32; 6144]));
+    let prefill = Prefill::new(1, [1, 1, 1], Options::new());
+    let large = "the cache's gathered keys take 69120 bytes, the device binds 65536 at most";
+    says(cache.prepare_prefill(&prefill, &PrefillBuffers::new(&x, &y, &y, &o, &lse)), large);
+    let [d_keys, d_values] = [0; 2].map(|_| filled(device, &[0f32; 8192]));
+    let buffers = CacheBackwardBuffers::new([(&x).into(), (&o).into(), (&lse).into()], &y, &z, [&d_keys, &d_values]);
+    says(cache.prepare_backward(&prefill, &buffers), "gathered keys take 67584 bytes");
 }
 
 #[test]

@@ -110,11 +110,6 @@ pub struct PreparedCacheBackward {
     keys: wgpu::Buffer,
     gradients: [wgpu::Buffer; 2],
     bytes: [u64; 2],
-    passes: Option<Passes>,
-}
-
-#[derive(Debug, Clone)]
-struct Passes {
     entries: Vec<Entry>,
     /// Of each entry.
     pages: Vec<Vec<u32>>,
@@ -125,7 +120,7 @@ struct Passes {
 
 impl PreparedCacheBackward {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &CacheBackwardBuffers<'_>) -> Result<Self> {
-        let (config, device) = (&cache.config, &cache.device);
+        let config = &cache.config;
         let batch = Batch::held(config, prefill, &cache.places)?;
         let (keys, bytes) = (cache.keys.clone(), config.bytes());
         let into = [buffers.d_keys, buffers.d_values];
@@ -142,15 +137,13 @@ impl PreparedCacheBackward {
         cache.check_apart(("d_keys", Some(into[0])), [("d_values", Some(into[1]))])?;
         buffers.results().into_iter().try_for_each(|result| cache.check_apart(result, []))?;
         let gradients = into.map(Clone::clone);
-        let Some(batch) = batch else { return Ok(PreparedCacheBackward { keys, gradients, bytes, passes: None }) };
 
         let places = [cache.in_place(&batch, [&cache.keys, &cache.values]), cache.in_place(&batch, into)];
         let (operands, results) = match places {
             [Some(operands), Some(results)] => (Source::Cache(operands), Source::Cache(results)),
             _ => {
-                let create =
-                    || -> Result<_> { Ok([Gathered::allocate(cache, &batch)?, Gathered::allocate(cache, &batch)?]) };
-                let [operands, results] = device.scoped("allocating scratch", create).await??;
+                let operands = Gathered::allocate(cache, &batch).await?;
+                let results = Gathered::allocate(cache, &batch).await?;
                 (Source::Gathered(operands), Source::Gathered(results))
             }
         };
@@ -177,16 +170,15 @@ impl PreparedCacheBackward {
         };
         let backward = cache.attention.prepare_backward_async(&batch.problem, &backward).await?;
         let pages = batch.entries.iter().map(|entry| used_pages(cache, entry).to_vec()).collect();
-        let passes = Some(Passes { entries: batch.entries, pages, gather, backward, scatter });
-        Ok(PreparedCacheBackward { keys, gradients, bytes, passes })
+        Ok(PreparedCacheBackward { keys, gradients, bytes, entries: batch.entries, pages, gather, backward, scatter })
     }
 
-    /// The backward pass: which kernels, which tiles. `None` where there are no tokens.
-    pub fn backward(&self) -> Option<&Prepared> {
-        self.passes.as_ref().map(|passes| &passes.backward)
+    /// The backward pass: which kernels, which tiles.
+    pub fn backward(&self) -> &Prepared {
+        &self.backward
     }
 
-    /// Records it. Where there are no tokens, the gradients by keys and values are 0, and nothing else is written.
+    /// Records it.
     ///
     /// # Errors
     /// [`Error::OtherCache`]; [`Error::CacheChanged`] where a sequence has another length, or other pages, than as it was
@@ -195,9 +187,8 @@ impl PreparedCacheBackward {
         if cache.keys != self.keys {
             return Err(Error::OtherCache);
         }
-        let entries = self.passes.iter().flat_map(|passes| passes.entries.iter().zip(&passes.pages));
-        cache.check_lengths(entries.clone().map(|(entry, _)| entry))?;
-        for (entry, pages) in entries {
+        cache.check_lengths(&self.entries)?;
+        for (entry, pages) in self.entries.iter().zip(&self.pages) {
             let actual = used_pages(cache, entry);
             if actual != pages {
                 let reason = format!("it had pages {pages:?}, it has {actual:?}");
@@ -207,13 +198,12 @@ impl PreparedCacheBackward {
         for (buffer, bytes) in self.gradients.iter().zip(self.bytes) {
             encoder.clear_buffer(buffer, 0, Some(bytes));
         }
-        let Some(Passes { gather, backward, scatter, .. }) = &self.passes else { return Ok(()) };
         let descriptor =
             wgpu::ComputePassDescriptor { label: Some("sink-attention cache backward"), timestamp_writes: None };
         let mut pass = encoder.begin_compute_pass(&descriptor);
-        record(gather, &mut pass, cache);
-        backward.encode_in(&mut pass);
-        record(scatter, &mut pass, cache);
+        record(&self.gather, &mut pass, cache);
+        self.backward.encode_in(&mut pass);
+        record(&self.scatter, &mut pass, cache);
         Ok(())
     }
 }

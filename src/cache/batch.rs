@@ -107,7 +107,7 @@ impl Batch {
     }
 
     /// Of tokens that are the last ones that the cache holds.
-    pub(crate) fn held(config: &CacheConfig, prefill: &Prefill, places: &Places) -> Result<Option<Self>> {
+    pub(crate) fn held(config: &CacheConfig, prefill: &Prefill, places: &Places) -> Result<Self> {
         check_total(config, &prefill.tokens)?;
         let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
         if let CacheKind::Rolling { .. } = config.kind {
@@ -116,14 +116,15 @@ impl Batch {
         if let Some(quantisation) = config.quantisation {
             return invalid("quantisation", format!("{quantisation:?}; quantised keys and values have no gradients"));
         }
-        Batch::new(config, prefill, |sequence, tokens| {
+        let batch = Batch::new(config, prefill, |sequence, tokens| {
             let length = places.lengths()[sequence];
             if tokens > length {
                 let reason = format!("{tokens} of sequence {sequence}, which has {length}");
                 return Err(Error::InvalidOption { option: "tokens", reason });
             }
             Ok(Entry { sequence, length, cached: length, keys: length, first_row: 0 })
-        })
+        });
+        batch?.ok_or(Error::ZeroDimension { dimension: "tokens" })
     }
 
     fn new(
@@ -304,7 +305,7 @@ mod tests {
         let mut places = Places::new(&config);
         places.assign(0, &[3, 1], 20).unwrap();
         places.assign(1, &[3, 1, 7, 8, 0], 75).unwrap();
-        let batch = Batch::held(&config, &Prefill::new(1, [1, 75], Options::new()), &places).unwrap().unwrap();
+        let batch = Batch::held(&config, &Prefill::new(1, [1, 75], Options::new()), &places).unwrap();
         let mut found = BTreeMap::new();
         for Sum { block, row, rows, terms } in batch.sums(&places) {
             for n in 0..rows {

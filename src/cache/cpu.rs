@@ -241,7 +241,7 @@ impl<T: Element> KvCache<T> {
     ///
     /// # Errors
     /// As there, as far as they do not concern buffers, and those of [`Problem::check_inputs`] and
-    /// [`Problem::check_upstream`]; [`Error::ZeroDimension`] where there are no tokens.
+    /// [`Problem::check_upstream`].
     pub fn backward(
         &self,
         prefill: &Prefill,
@@ -251,7 +251,6 @@ impl<T: Element> KvCache<T> {
         operands: &PrefillOperands<'_, T>,
     ) -> Result<Gradients<T>> {
         let batch = Batch::held(&self.config, prefill, &self.places)?;
-        let Some(batch) = batch else { return Err(Error::ZeroDimension { dimension: "tokens" }) };
         if operands.cos_sin.is_some() {
             let hint = "keys have been rotated as they were appended";
             return Err(Error::UnexpectedOperand { operand: "cos_sin", hint });

@@ -326,7 +326,7 @@ fn table_positions(cache: &KvCache, rotary: &Rotary, table: Option<&wgpu::Buffer
 pub struct PreparedAppend {
     /// Tells the cache it was made for.
     keys: wgpu::Buffer,
-    counts: Vec<usize>,
+    pub(super) counts: Vec<usize>,
     /// Positions that the table of cosines and sines knows, where it is used.
     positions: Option<usize>,
     /// None where there is nothing to append.

@@ -39,46 +39,50 @@ pub(super) struct Gathered {
 }
 
 impl Gathered {
-    /// Bytes of the keys and of the values.
-    fn bytes(config: &CacheConfig, batch: &Batch) -> [u64; 2] {
-        row_bytes(config).map(|row| row * (config.kv_heads * batch.rows) as u64)
+    /// Bytes of the keys and of the values, which fit a binding each.
+    fn bytes(cache: &KvCache, batch: &Batch) -> Result<[u64; 2]> {
+        let bytes = row_bytes(&cache.config).map(|row| row * (cache.config.kv_heads * batch.rows) as u64);
+        let limit = cache.device.capabilities().binding_bytes;
+        match ["gathered keys", "gathered values"].into_iter().zip(bytes).find(|(_, bytes)| *bytes > limit) {
+            Some((operand, bytes)) => Err(Error::CacheTooLarge { operand, bytes, limit }),
+            None => Ok(bytes),
+        }
+    }
+
+    /// Where both lie in one buffer.
+    fn windows(cache: &KvCache, batch: &Batch) -> Result<[Window; 2]> {
+        let [keys, values] = Gathered::bytes(cache, batch)?;
+        let alignment = u64::from(cache.device.capabilities().offset_alignment).max(256);
+        let start = keys.next_multiple_of(alignment);
+        Ok([Window { start: 0, len: keys }, Window { start, len: values }])
     }
 
     /// Bytes of a buffer that holds both.
-    pub(super) fn scratch_bytes(cache: &KvCache, batch: &Batch) -> u64 {
-        let [keys, values] = Gathered::bytes(&cache.config, batch);
-        keys.next_multiple_of(alignment(cache)) + values
+    pub(super) fn scratch_bytes(cache: &KvCache, batch: &Batch) -> Result<u64> {
+        Gathered::windows(cache, batch).map(|[_, values]| values.start + values.len)
     }
 
     /// In a buffer that is large enough.
     pub(super) fn within(cache: &KvCache, batch: &Batch, buffer: &wgpu::Buffer) -> Result<Self> {
-        let [keys, values] = Gathered::bytes(&cache.config, batch);
-        let start = keys.next_multiple_of(alignment(cache));
-        let parts = [Window { start: 0, len: keys }, Window { start, len: values }];
-        Gathered::new(cache, batch, parts.map(|part| (buffer.clone(), part)))
+        let parts = Gathered::windows(cache, batch)?.map(|part| (buffer.clone(), part));
+        Ok(Gathered::new(cache, batch, parts))
     }
 
     /// In buffers of their own.
-    pub(super) fn allocate(cache: &KvCache, batch: &Batch) -> Result<Self> {
-        let [keys, values] = Gathered::bytes(&cache.config, batch);
-        let of = |operand, bytes| -> Result<_> {
+    pub(super) async fn allocate(cache: &KvCache, batch: &Batch) -> Result<Self> {
+        let [keys, values] = Gathered::bytes(cache, batch)?;
+        let of = |operand, len: u64| -> Result<_> {
             let usage = wgpu::BufferUsages::STORAGE;
-            let buffer = allocate::<u8>(&cache.device, operand, bytes as usize, usage)?;
-            Ok((buffer, Window { start: 0, len: bytes }))
+            Ok((allocate::<u8>(&cache.device, operand, len as usize, usage)?, Window { start: 0, len }))
         };
-        Gathered::new(cache, batch, [of("gathered keys", keys)?, of("gathered values", values)?])
+        let create = || -> Result<_> { Ok([of("gathered keys", keys)?, of("gathered values", values)?]) };
+        let parts = cache.device.scoped("allocating scratch", create).await??;
+        Ok(Gathered::new(cache, batch, parts))
     }
 
-    fn new(cache: &KvCache, batch: &Batch, parts: [(wgpu::Buffer, Window); 2]) -> Result<Self> {
-        let config = &cache.config;
-        let limit = cache.device.capabilities().binding_bytes;
-        for (operand, (_, part)) in ["gathered keys", "gathered values"].into_iter().zip(&parts) {
-            if part.len > limit {
-                return Err(Error::CacheTooLarge { operand, bytes: part.len, limit });
-            }
-        }
-        let element = config.dtype.bytes() as u64;
-        Ok(Gathered { rows: batch.rows, row_bytes: row_bytes(config), element, parts })
+    fn new(cache: &KvCache, batch: &Batch, parts: [(wgpu::Buffer, Window); 2]) -> Self {
+        let element = cache.config.dtype.bytes() as u64;
+        Gathered { rows: batch.rows, row_bytes: row_bytes(&cache.config), element, parts }
     }
 
     /// As operands of the ordinary passes.
@@ -179,8 +183,4 @@ impl Source<'_> {
 fn row_bytes(config: &CacheConfig) -> [u64; 2] {
     let format = RowFormat { dtype: config.dtype, quantisation: None };
     [config.head_dim, config.value_dim].map(|width| 16 * u64::from(format.row_vectors(width)))
-}
-
-fn alignment(cache: &KvCache) -> u64 {
-    u64::from(cache.device.capabilities().offset_alignment).max(256)
 }

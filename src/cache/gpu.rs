@@ -253,7 +253,7 @@ impl KvCache {
     pub fn prefill_scratch_bytes(&self, prefill: &Prefill) -> Result<u64> {
         let batch = Batch::appended(&self.config, prefill, &self.places)?;
         let gathered = batch.filter(|batch| self.in_place(batch, [&self.keys, &self.values]).is_none());
-        Ok(gathered.map_or(0, |batch| Gathered::scratch_bytes(self, &batch)))
+        gathered.map_or(Ok(0), |batch| Gathered::scratch_bytes(self, &batch))
     }
 
     /// Prepares the backward pass of a prefill: of the queries of the last tokens of each sequence, which the contiguous or paged
@@ -267,7 +267,7 @@ impl KvCache {
     ///
     /// # Errors
     /// As [`prepare_prefill`](Self::prepare_prefill); [`Error::InvalidOption`], too, for rolling and for quantised caches, and for
-    /// more tokens than a sequence has; those of [`Attention::prepare_backward`].
+    /// more tokens than a sequence has; [`Error::ZeroDimension`] for no tokens at all; those of [`Attention::prepare_backward`].
     pub fn prepare_backward(
         &self,
         prefill: &Prefill,

@@ -7,7 +7,7 @@ use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
 use super::gpu::KvCache;
 use crate::dispatch::{ForwardBuffers, Prepared};
 use crate::error::{Error, Result};
-use crate::tensor::{TensorView, allocate};
+use crate::tensor::TensorView;
 
 /// The operands of a prefill in buffers of the caller's, of the cache's element type where nothing else is said. The tokens of
 /// all sequences lie one after the other, sequence by sequence; views may have any strides of head and token (those of batch do
@@ -89,7 +89,6 @@ impl<'a> PrefillBuffers<'a> {
 #[derive(Debug, Clone)]
 pub struct PreparedPrefill {
     append: PreparedAppend,
-    tokens: Vec<usize>,
     /// What the passes are made for; none where there are no tokens.
     passes: Option<Passes>,
 }
@@ -105,31 +104,23 @@ struct Passes {
 
 impl PreparedPrefill {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<Self> {
-        let (config, device) = (&cache.config, &cache.device);
+        let config = &cache.config;
         let batch = Batch::appended(config, prefill, &cache.places)?;
         let rotated = config.rotary.map(|_| (buffers.q, prefill.heads));
         let operands =
             AppendBuffers { q: rotated, cos_sin: buffers.cos_sin, ..AppendBuffers::new(buffers.k, buffers.v) };
         let append = PreparedAppend::new(cache, &prefill.tokens, &operands).await?;
         append.check(cache)?;
-        let tokens = prefill.tokens.clone();
-        let Some(batch) = batch else { return Ok(PreparedPrefill { append, tokens, passes: None }) };
+        let Some(batch) = batch else { return Ok(PreparedPrefill { append, passes: None }) };
 
         buffers.results().into_iter().try_for_each(|result| cache.check_apart(result, []))?;
-        let source = match cache.in_place(&batch, [&cache.keys, &cache.values]) {
-            Some(views) => Source::Cache(views),
-            None => {
-                let scratch = match buffers.scratch {
-                    Some(scratch) => check_scratch(cache, &batch, scratch, buffers)?,
-                    None => {
-                        let bytes = Gathered::scratch_bytes(cache, &batch) as usize;
-                        let usage = wgpu::BufferUsages::STORAGE;
-                        let create = || allocate::<u8>(device, "gathered keys and values", bytes, usage);
-                        device.scoped("allocating scratch", create).await??
-                    }
-                };
-                Source::Gathered(Gathered::within(cache, &batch, &scratch)?)
+        let source = match (cache.in_place(&batch, [&cache.keys, &cache.values]), buffers.scratch) {
+            (Some(views), _) => Source::Cache(views),
+            (None, Some(scratch)) => {
+                check_scratch(cache, &batch, scratch, buffers)?;
+                Source::Gathered(Gathered::within(cache, &batch, scratch)?)
             }
+            (None, None) => Source::Gathered(Gathered::allocate(cache, &batch).await?),
         };
         let (mut before, mut after) = ([None, None], None);
         match (&source, config.kind) {
@@ -140,7 +131,7 @@ impl PreparedPrefill {
                     first[entry.sequence] = (entry.first_row + entry.cached) as u32;
                 }
                 let runs = batch.runs(&cache.places);
-                let behind = PreparedAppend::bind(cache, &tokens, &operands, Some((gathered, first))).await?;
+                let behind = PreparedAppend::bind(cache, &prefill.tokens, &operands, Some((gathered, first))).await?;
                 before = [gathered.gather(cache, &runs).await?, behind];
             }
             (Source::Gathered(gathered), _) => {
@@ -161,7 +152,7 @@ impl PreparedPrefill {
         };
         let forward = cache.attention.prepare_forward_async(&batch.problem, &forward).await?;
         let passes = Some(Passes { entries: batch.entries, before, after, forward });
-        Ok(PreparedPrefill { append, tokens, passes })
+        Ok(PreparedPrefill { append, passes })
     }
 
     /// The forward pass: which kernels, which tiles. `None` where there are no tokens.
@@ -176,7 +167,7 @@ impl PreparedPrefill {
     /// Nothing has changed then.
     pub fn encode(&self, cache: &mut KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         self.check(cache)?;
-        let changes = cache.places.reserve(&self.tokens)?;
+        let changes = cache.places.reserve(&self.append.counts)?;
         cache.record(encoder, &changes);
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention prefill"), timestamp_writes: None };
         self.dispatch(cache, &mut encoder.begin_compute_pass(&descriptor));
@@ -189,7 +180,7 @@ impl PreparedPrefill {
     /// As [`encode`](Self::encode), and [`Error::PagesNotReserved`].
     pub fn encode_in(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
         self.check(cache)?;
-        cache.places.check_reserved(&self.tokens)?;
+        cache.places.check_reserved(&self.append.counts)?;
         self.dispatch(cache, pass);
         Ok(())
     }
@@ -209,13 +200,8 @@ impl PreparedPrefill {
 }
 
 /// A buffer of the caller's for what is gathered.
-fn check_scratch(
-    cache: &KvCache,
-    batch: &Batch,
-    scratch: &wgpu::Buffer,
-    buffers: &PrefillBuffers<'_>,
-) -> Result<wgpu::Buffer> {
-    let (operand, needed) = ("scratch", Gathered::scratch_bytes(cache, batch));
+fn check_scratch(cache: &KvCache, batch: &Batch, scratch: &wgpu::Buffer, buffers: &PrefillBuffers<'_>) -> Result<()> {
+    let (operand, needed) = ("scratch", Gathered::scratch_bytes(cache, batch)?);
     if scratch.size() < needed {
         return Err(Error::BufferTooSmall { operand, needed, actual: scratch.size() });
     }
@@ -223,6 +209,5 @@ fn check_scratch(
     if !scratch.usage().contains(usage) {
         return Err(Error::BufferUsage { operand, needed: usage, actual: scratch.usage() });
     }
-    cache.check_apart((operand, Some(scratch)), buffers.operands().into_iter().chain(buffers.results()))?;
-    Ok(scratch.clone())
+    cache.check_apart((operand, Some(scratch)), buffers.operands().into_iter().chain(buffers.results()))
 }
