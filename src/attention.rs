@@ -86,6 +86,10 @@ impl Attention {
         Attention { micro_kernel, ..self }
     }
 
+    pub(crate) fn micro_kernel(&self) -> MicroKernel {
+        self.micro_kernel
+    }
+
     fn of(backend: Backend) -> Self {
         Attention { backend, micro_kernel: MicroKernel::Auto, dispatch_budget: DISPATCH_BUDGET }
     }

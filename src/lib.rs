@@ -326,9 +326,9 @@ mod tuning;
 
 pub use attention::Attention;
 pub use cache::{
-    AppendBuffers, CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, Prefill,
-    PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill, Quantisation, Rotary,
-    RotaryPositions, RotaryStyle,
+    AppendBuffers, CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiles, DecodeTiling,
+    KvCache, Prefill, PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill,
+    Quantisation, Rotary, RotaryPositions, RotaryStyle,
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};

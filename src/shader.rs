@@ -21,6 +21,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("bindings.wgsl", include_str!("../shaders/bindings.wgsl")),
     ("cache/append.wgsl", include_str!("../shaders/cache/append.wgsl")),
     ("cache/combine.wgsl", include_str!("../shaders/cache/combine.wgsl")),
+    ("cache/decode_cooperative.wgsl", include_str!("../shaders/cache/decode_cooperative.wgsl")),
     ("cache/decode.wgsl", include_str!("../shaders/cache/decode.wgsl")),
     ("cache/gather.wgsl", include_str!("../shaders/cache/gather.wgsl")),
     ("cache/params.wgsl", include_str!("../shaders/cache/params.wgsl")),

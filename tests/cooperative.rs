@@ -15,7 +15,7 @@ use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, CacheKind, Capabilities, DType, Device, Element, Error, Gradients, Kernel, Layout, MicroKernel,
+    Attention, CacheKind, Capabilities, DType, Decode, Device, Element, Error, Gradients, Kernel, Layout, MicroKernel,
     OptionalOperands, Options, Output, Plan, Preference, Prefill, PrefillBuffers, Problem, SinkLogits, Tiling, Window,
 };
 
@@ -323,7 +323,6 @@ fn same_bits_every_time<T: Element>(attention: &Attention) {
     }
 }
 
-/// A device that has none, a type, a width, a pass: the planner names what stands in the way. Needs no device.
 /// A cache's prefills and gradients are the operator's own passes.
 fn through_caches<T: Element>(attention: &Attention) {
     let paged = CacheKind::Paged { page_size: 16, pages: 12, sequence_pages: 6 };
@@ -348,6 +347,50 @@ fn through_caches<T: Element>(attention: &Attention) {
     }
 }
 
+/// One query against contiguous and paged keys of every length, whatever hides some of them, and whatever lies beyond the last.
+fn decodes_from_caches(attention: &Attention) {
+    let side = attention.device().unwrap().capabilities().cooperative.unwrap().side;
+    let paged = CacheKind::Paged { page_size: 32, pages: 40, sequence_pages: 20 };
+    // Of 8 rows, of more, and of several workgroups; the last tile of the contiguous cache lies across its end.
+    for (kind, heads, kv_heads, widths) in
+        [(CacheKind::Contiguous { capacity: 301 }, 4, 2, [16, 32]), (paged, 4, 2, [16, 16]), (paged, 20, 1, [16, 16])]
+    {
+        let mut both = Both::<f16>::new(config::<f16>(kind, kv_heads, widths));
+        both.gpu = Some(attention.create_cache(&both.config).unwrap());
+        both.append(&[301, 17, 0]);
+        // What was there is no number.
+        let nan = |len: usize| vec![f16::NAN; len];
+        both.append_numbers(&[0, 3, 2], &nan(5 * kv_heads * widths[0]), &nan(5 * kv_heads * widths[1])).unwrap();
+        both.truncate(1, 17).unwrap();
+        both.truncate(2, 0).unwrap();
+        let new = Options::new().dtype(DType::F16);
+        let per_head = new.sink_logits(SinkLogits::PerHead);
+        for options in [
+            per_head,
+            new.scale(-0.7),
+            per_head.window(Window::keys(100)).sink_tokens(3),
+            new.softcap(1.1).window(Window::keys(10)),
+        ] {
+            both.check(&Decode::new(heads, options));
+        }
+        let rows = 8.min(side);
+        // Drivers take their time for every kernel.
+        let tilings = if kind == paged { &[(1, 3, 2)][..] } else { &[(2, 2, 3), (1, 1, 1)] };
+        for (columns, ahead, splits) in tilings {
+            let tiling = format!("cooperative rows {rows}, columns {columns}, ahead {ahead}, splits {splits}");
+            both.check(&Decode { tiling: Some(tiling.parse().unwrap()), ..Decode::new(heads, per_head) });
+        }
+        both.append(&[0, 200, 14]);
+        both.check(&Decode::new(heads, per_head).sequences([2, 1]));
+    }
+}
+
+#[test]
+fn decoding() {
+    with_matrices(decodes_from_caches);
+}
+
+/// A device that has none, a type, a width, a pass: the planner names what stands in the way. Needs no device.
 #[test]
 fn what_has_no_kernel_says_why() {
     let samples = Capabilities::samples();

@@ -10,13 +10,14 @@ use super::gpu::{KvCache, table_row};
 use super::plan::{self, Bounds, DecodeTiling, Split};
 use super::shader::{CacheBinding, CacheKernel, CacheVariant, ROW_THREADS};
 use super::{CacheConfig, CacheKind, MOST_QUERIES, Rotary, RotaryPositions};
+use crate::capabilities::DeviceClass;
 use crate::dispatch::{Operand, params_of, upload_params};
 use crate::error::{Error, Result};
 use crate::pieces::{View, Window};
 use crate::pipeline::Pipeline;
 use crate::plan::fold;
 use crate::problem::{Layout, Options, Problem, Shape, SinkLogits};
-use crate::shader::Binding;
+use crate::shader::{Binding, MicroKernel};
 use crate::tensor::{Placed, TensorView, allocate, upload};
 
 /// What changes between calls; `Params` in shaders/cache/params.wgsl.
@@ -492,6 +493,8 @@ pub struct PreparedDecode {
     kv_heads: u32,
     bounds: Bounds,
     tiling: DecodeTiling,
+    /// Keys of a tile.
+    tile: u32,
     split: Split,
     row_tiles: u32,
     kernel: Bound,
@@ -546,11 +549,22 @@ impl PreparedDecode {
         }
 
         let rows = problem.group() * s.seq_q;
-        let tiling = decode
-            .tiling
-            .unwrap_or_else(|| DecodeTiling::new(config, rows, entries.len() * config.kv_heads, capabilities));
+        let cooperative = match cache.attention.micro_kernel() {
+            MicroKernel::Auto => capabilities.class == DeviceClass::Nvidia,
+            MicroKernel::Portable => false,
+            MicroKernel::Cooperative => true,
+        };
+        let tiling = decode.tiling.unwrap_or_else(|| {
+            let groups = entries.len() * config.kv_heads;
+            DecodeTiling::new(config, rows, groups, s.seq_q > 1, cooperative, capabilities)
+        });
         let variant = CacheVariant {
-            kernel: CacheKernel::Decode { tiling, several: s.seq_q > 1, softcap: options.softcap.is_some() },
+            kernel: CacheKernel::Decode {
+                tiles: tiling.tiles,
+                matrices: capabilities.cooperative,
+                several: s.seq_q > 1,
+                softcap: options.softcap.is_some(),
+            },
             addressing: config.addressing(),
             format: config.format(),
             head_dim: s.head_dim as u32,
@@ -560,7 +574,8 @@ impl PreparedDecode {
             indexed: decode.sequences.is_some(),
         };
         tiling.check(config, &variant, capabilities)?;
-        let row_tiles = rows.div_ceil(tiling.rows as usize);
+        let tile = variant.tile();
+        let row_tiles = rows.div_ceil(tiling.tiles.rows() as usize);
         let total_rows = s.batch as u128 * s.heads as u128 * s.seq_q as u128;
         // Vectors of what a split leaves for a row.
         let partial = s.value_dim.div_ceil(4) as u128 + 1;
@@ -572,7 +587,7 @@ impl PreparedDecode {
             let (operand, bytes) = ("partial results", (16 * partial * total_rows).min(u64::MAX.into()) as u64);
             return Err(Error::BindingTooLarge { operand, bytes, limit: capabilities.binding_bytes });
         }
-        let split = tiling.split(config, capabilities, fitting);
+        let split = tiling.split(config, tile, capabilities, fitting);
         let grid_most = capabilities.grid_dimension.min(65535);
         for workgroups in [entries.len(), config.kv_heads] {
             if workgroups > grid_most as usize {
@@ -618,7 +633,7 @@ impl PreparedDecode {
         operands.extend(sinks.as_ref().map(|sinks| (CacheBinding::SinkLogits, sinks.resource())));
         operands.extend(buffers.cos_sin.map(|table| (CacheBinding::CosSin, table.as_entire_binding())));
         let combine = CacheVariant {
-            kernel: CacheKernel::Combine { tile: tiling.tile(), sink_logits: options.sink_logits },
+            kernel: CacheKernel::Combine { tile, sink_logits: options.sink_logits },
             head_dim: 0,
             vec4: o.view().vec4(),
             rotary: None,
@@ -631,6 +646,7 @@ impl PreparedDecode {
             kv_heads: config.kv_heads as u32,
             bounds,
             tiling,
+            tile,
             split,
             row_tiles: row_tiles as u32,
             kernel: Bound::new(cache, &variant, &params, &operands).await?,
@@ -652,7 +668,7 @@ impl PreparedDecode {
 
     fn grid(&self, cache: &KvCache) -> [u32; 3] {
         let of = |sequence: &usize| {
-            plan::splits(cache.places.keys(*sequence), self.queries, &self.bounds, self.tiling.tile(), &self.split)
+            plan::splits(cache.places.keys(*sequence), self.queries, &self.bounds, self.tile, &self.split)
         };
         let splits = self.entries.iter().map(of).max().unwrap_or(0);
         [splits * self.row_tiles, self.kv_heads, self.entries.len() as u32]

@@ -17,7 +17,7 @@ pub use self::backward::{CacheBackwardBuffers, PreparedCacheBackward};
 pub use self::batch::Prefill;
 pub use self::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, PreparedDecode};
 pub use self::gpu::KvCache;
-pub use self::plan::DecodeTiling;
+pub use self::plan::{DecodeTiles, DecodeTiling};
 pub use self::prefill::{PrefillBuffers, PreparedPrefill};
 
 use self::plan::{Bounds, RowFormat, UNBOUNDED};

@@ -3,34 +3,56 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::shader::CacheVariant;
+use super::shader::{CacheKernel, CacheVariant};
 use super::{CacheConfig, CacheKind, Quantisation};
-use crate::capabilities::{Capabilities, DeviceClass};
+use crate::capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
-/// How the decode kernel divides its work. As text `32x8 rows 8, steps 4 by 2, splits 330`: threads of a workgroup by threads that
-/// share a key, rows (queries of the query heads of a group) of a workgroup, keys that a thread loads at a time and of which
-/// it exchanges so many at once, and splits of a sequence's keys.
+/// How the decode kernel divides its work. As text `32x8 rows 8, steps 4 by 2, splits 330` or `cooperative rows 8, columns 1, ahead
+/// 2, splits 330`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DecodeTiling {
-    /// Threads of a workgroup.
-    pub threads: u32,
-    /// Threads that share a key, a power of two from 4 to 32.
-    pub lanes: u32,
-    /// Rows of a workgroup.
-    pub rows: u32,
-    /// Keys whose loads a thread has under way.
-    pub steps: u32,
-    /// Keys between two barriers; divides `steps`, at most 4.
-    pub exchanged: u32,
-    /// Splits of the keys: fewer where each would have less than 64 keys, and up to four times as many where each would have
-    /// more than 512.
+    /// A workgroup's share.
+    pub tiles: DecodeTiles,
+    /// Splits of the keys: fewer where each would have less than 64 keys, and of the portable kernel up to four times as many
+    /// where each would have more than 512.
     pub splits: u32,
+}
+
+/// What a workgroup of the decode kernel does at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DecodeTiles {
+    /// Plain WGSL.
+    Portable {
+        /// Threads of a workgroup.
+        threads: u32,
+        /// Threads that share a key, a power of two from 4 to 32.
+        lanes: u32,
+        /// Rows (queries of the query heads of a group) of a workgroup.
+        rows: u32,
+        /// Keys whose loads a thread has under way.
+        steps: u32,
+        /// Keys between two barriers; divides `steps`, at most 4.
+        exchanged: u32,
+    },
+    /// Cooperative matrices, of f16: one query of the query heads of a group.
+    Cooperative {
+        /// Query heads of a workgroup, one subgroup: 8 or 16, at most the side of a fragment.
+        rows: u32,
+        /// Fragments of keys of a tile, 1, 2 or 4.
+        columns: u32,
+        /// Tiles whose loads are under way, 1 to 4.
+        ahead: u32,
+    },
 }
 
 /// Numbers of q, and of the result, that a thread holds.
 const HELD: u32 = 64;
+/// Wider rows would not stay in registers as fragments.
+const MOST_COOPERATIVE_WIDTH: usize = 128;
+/// Of an H100 or H200: no interface tells.
+const MULTIPROCESSORS: usize = 132;
 /// Fewer keys than this are not worth a workgroup of their own.
 const LEAST_KEYS: u32 = 64;
 /// With more keys than this the start and the end of a workgroup do not count, and more workgroups share the work more evenly.
@@ -39,18 +61,95 @@ const MORE_SPLITS: u32 = 4;
 /// Iterations of a thread's loop over tiles at most, for drivers that end long loops.
 const MOST_TILES: u64 = 50_000;
 
+impl DecodeTiles {
+    /// Rows of a workgroup.
+    pub(crate) fn rows(&self) -> u32 {
+        match *self {
+            DecodeTiles::Portable { rows, .. } | DecodeTiles::Cooperative { rows, .. } => rows,
+        }
+    }
+
+    /// Keys of a tile, with the fragments of the device.
+    pub(crate) fn keys(&self, matrices: Option<CooperativeMatrices>) -> u32 {
+        match *self {
+            DecodeTiles::Portable { threads, lanes, steps, .. } => threads / lanes * steps,
+            DecodeTiles::Cooperative { columns, .. } => columns * matrices.map_or(16, |matrices| matrices.side),
+        }
+    }
+
+    /// Why the cooperative kernel cannot serve a cache, if it cannot.
+    fn lacks(&self, config: &CacheConfig, several: bool, matrices: Option<CooperativeMatrices>) -> Option<String> {
+        let Some(CooperativeMatrices { side, lanes, .. }) = matrices else {
+            return Some("the device has no cooperative matrices".into());
+        };
+        let &DecodeTiles::Cooperative { rows, columns, ahead } = self else { return None };
+        let (keys, block) = (columns * side, config.kind.rows());
+        if ![8, 16].contains(&rows) || rows > side || ![1, 2, 4].contains(&columns) || !(1..=4).contains(&ahead) {
+            return Some(format!(
+                "rows are 8 or 16 and at most {side}, columns 1, 2 or 4, tiles ahead 1 to 4, not {rows}, {columns}, {ahead}"
+            ));
+        }
+        if lanes < rows || !(columns * side / 4).is_multiple_of(lanes / rows) {
+            return Some(format!("{lanes} lanes cannot share {rows} rows of {keys} keys"));
+        }
+        if several {
+            return Some("it takes one query at a time".into());
+        }
+        if config.dtype != DType::F16 || config.quantisation.is_some() {
+            return Some("it reads f16".into());
+        }
+        let widths = [config.head_dim, config.value_dim];
+        if widths.iter().any(|width| !width.is_multiple_of(16) || *width > MOST_COOPERATIVE_WIDTH) {
+            let [d, e] = widths;
+            return Some(format!("widths are multiples of 16 up to {MOST_COOPERATIVE_WIDTH}, not {d} and {e}"));
+        }
+        match config.kind {
+            CacheKind::Rolling { .. } => Some("a ring's tiles are not rows that follow each other".into()),
+            CacheKind::Contiguous { .. } if block < keys as usize => {
+                Some(format!("a tile of {keys} keys is more than the cache's capacity, {block}"))
+            }
+            _ => None,
+        }
+    }
+}
+
 impl DecodeTiling {
-    /// Keys of a tile.
-    pub(crate) fn tile(&self) -> u32 {
-        self.threads / self.lanes * self.steps
-    }
-
-    pub(crate) fn slots(&self) -> u32 {
-        self.threads / self.lanes
-    }
-
     /// The tiling for the rows of a group and so many groups in all, on a device.
-    pub(crate) fn new(config: &CacheConfig, total_rows: usize, groups: usize, capabilities: &Capabilities) -> Self {
+    /// on cooperative matrices where `cooperative` says so and they can.
+    pub(crate) fn new(
+        config: &CacheConfig,
+        total_rows: usize,
+        groups: usize,
+        several: bool,
+        cooperative: bool,
+        capabilities: &Capabilities,
+    ) -> Self {
+        // Twice as many workgroups as run at a time on the largest devices.
+        let workgroups: u64 = match capabilities.class {
+            DeviceClass::Nvidia => 2640,
+            DeviceClass::Software => 8,
+            _ => 1024,
+        };
+        let tiling = |tiles: DecodeTiles| {
+            let groups = (groups as u64 * (total_rows as u64).div_ceil(tiles.rows().into())).max(1);
+            DecodeTiling { tiles, splits: (workgroups / groups).max(1) as u32 }
+        };
+        if cooperative && let Some(matrices) = capabilities.cooperative {
+            let rows = if total_rows > 8 { matrices.side } else { 8 };
+            // llvmpipe compiles a kernel for seconds, by the number of products in it.
+            let ahead = if capabilities.class == DeviceClass::Software { 1 } else { 3 };
+            let tiles = DecodeTiles::Cooperative { rows, columns: 1, ahead };
+            if tiles.lacks(config, several, Some(matrices)).is_none() {
+                let Some(multiprocessor) = capabilities.multiprocessor else { return tiling(tiles) };
+                let bytes =
+                    cooperative_bytes([config.head_dim, config.value_dim], tiles.keys(Some(matrices)), matrices.side);
+                let at_a_time = MULTIPROCESSORS * (multiprocessor.workgroup_bytes / bytes).max(1) as usize;
+                return DecodeTiling {
+                    tiles,
+                    splits: even_splits(groups * total_rows.div_ceil(rows as usize), at_a_time),
+                };
+            }
+        }
         let format = config.format();
         let elements = format.elements();
         let vectors = format.vectors(config.head_dim.max(config.value_dim));
@@ -68,15 +167,7 @@ impl DecodeTiling {
         let slots = threads / lanes;
         // Scales of quantised rows take registers.
         let steps = if slots > 4 || config.quantisation.is_some() { 2 } else { 4 };
-        // Twice as many workgroups as run at a time on the largest devices.
-        let workgroups: u64 = match capabilities.class {
-            DeviceClass::Nvidia => 2640,
-            DeviceClass::Software => 8,
-            _ => 1024,
-        };
-        let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
-        let splits = (workgroups / groups).max(1) as u32;
-        DecodeTiling { threads, lanes, rows, steps, exchanged: 2, splits }
+        tiling(DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: 2 })
     }
 
     /// Whether the numbers fit together, a cache and a device.
@@ -86,8 +177,21 @@ impl DecodeTiling {
         variant: &CacheVariant,
         capabilities: &Capabilities,
     ) -> Result<()> {
-        let DecodeTiling { threads, lanes, rows, steps, exchanged, splits } = *self;
         let unfit = |reason: String| Err(Error::NoKernel { problem: format!("decoding with {self}"), reason });
+        let CacheKernel::Decode { several, matrices, .. } = variant.kernel else { return Ok(()) };
+        let splits = self.splits;
+        let (threads, lanes, rows, steps, exchanged) = match self.tiles {
+            DecodeTiles::Portable { threads, lanes, rows, steps, exchanged } => {
+                (threads, lanes, rows, steps, exchanged)
+            }
+            DecodeTiles::Cooperative { .. } => {
+                return match self.tiles.lacks(config, several, matrices) {
+                    Some(reason) => unfit(reason),
+                    None if splits == 0 => unfit("splits are at least 1".into()),
+                    None => self.check_sizes(config, variant, capabilities),
+                };
+            }
+        };
         if ![4, 8, 16, 32].contains(&lanes) || !(lanes..=1024).contains(&threads) || !threads.is_power_of_two() {
             return unfit(format!(
                 "{lanes} of {threads} threads a key: lanes are 4, 8, 16 or 32, threads a power of two"
@@ -99,7 +203,12 @@ impl DecodeTiling {
         if steps % exchanged != 0 || !steps.is_power_of_two() {
             return unfit(format!("steps, {steps}, must be a power of two and a multiple of {exchanged}"));
         }
-        let tile = self.tile();
+        self.check_sizes(config, variant, capabilities)
+    }
+
+    fn check_sizes(&self, config: &CacheConfig, variant: &CacheVariant, capabilities: &Capabilities) -> Result<()> {
+        let unfit = |reason: String| Err(Error::NoKernel { problem: format!("decoding with {self}"), reason });
+        let tile = variant.tile();
         if let CacheKind::Paged { page_size, .. } = config.kind
             && tile as usize > page_size
         {
@@ -107,7 +216,7 @@ impl DecodeTiling {
         }
         for (what, needed, offered) in [
             ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
-            ("threads in a workgroup", threads, capabilities.workgroup_threads),
+            ("threads in a workgroup", variant.threads(), capabilities.workgroup_threads),
         ] {
             if needed > offered {
                 return unfit(format!("it needs {needed} {what}, the device offers {offered}"));
@@ -117,22 +226,31 @@ impl DecodeTiling {
     }
 
     /// How the keys are split, in partial results of at most so many splits.
-    pub(crate) fn split(&self, config: &CacheConfig, capabilities: &Capabilities, fitting: u32) -> Split {
-        let tiles = (config.most_keys() as u64).div_ceil(self.tile().into());
-        let least_tiles = LEAST_KEYS.div_ceil(self.tile());
+    pub(crate) fn split(&self, config: &CacheConfig, tile: u32, capabilities: &Capabilities, fitting: u32) -> Split {
+        let tiles = (config.most_keys() as u64).div_ceil(tile.into());
+        let least_tiles = LEAST_KEYS.div_ceil(tile);
         // No more than there can be.
         let sensible = tiles.div_ceil(least_tiles.into()).clamp(1, fitting.max(1).into()) as u32;
         let needed = if capabilities.loop_iterations.is_some() { tiles.div_ceil(MOST_TILES) } else { 1 };
         let splits = self.splits.max(needed.min(u32::MAX.into()) as u32).min(sensible);
-        let most = splits.saturating_mul(MORE_SPLITS).min(sensible);
-        Split { splits, most, long_tiles: LONG_KEYS.div_ceil(self.tile()), least_tiles }
+        let most = match self.tiles {
+            DecodeTiles::Portable { .. } => splits.saturating_mul(MORE_SPLITS).min(sensible),
+            DecodeTiles::Cooperative { .. } => splits,
+        };
+        Split { splits, most, long_tiles: LONG_KEYS.div_ceil(tile), least_tiles }
     }
 }
 
 impl fmt::Display for DecodeTiling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let DecodeTiling { threads, lanes, rows, steps, exchanged, splits } = self;
-        write!(f, "{threads}x{lanes} rows {rows}, steps {steps} by {exchanged}, splits {splits}")
+        match self.tiles {
+            DecodeTiles::Portable { threads, lanes, rows, steps, exchanged } => {
+                write!(f, "{threads}x{lanes} rows {rows}, steps {steps} by {exchanged}, splits {}", self.splits)
+            }
+            DecodeTiles::Cooperative { rows, columns, ahead } => {
+                write!(f, "cooperative rows {rows}, columns {columns}, ahead {ahead}, splits {}", self.splits)
+            }
+        }
     }
 }
 
@@ -140,16 +258,51 @@ impl FromStr for DecodeTiling {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let want = || format!("{text:?}: want such as \"32x8 rows 8, steps 4 by 2, splits 330\"");
+        let want = || {
+            format!(
+                "{text:?}: want such as \"32x8 rows 8, steps 4 by 2, splits 330\" or \"cooperative rows 8, columns 1, ahead 2, \
+                 splits 330\""
+            )
+        };
         let numbers: Vec<u32> = text
             .split(|c: char| !c.is_ascii_digit())
             .filter(|part| !part.is_empty())
             .map(|part| part.parse().map_err(|_| want()))
             .collect::<Result<_, _>>()?;
-        let [threads, lanes, rows, steps, exchanged, splits] = numbers[..] else { return Err(want()) };
-        let tiling = DecodeTiling { threads, lanes, rows, steps, exchanged, splits };
+        let tiling = match numbers[..] {
+            [threads, lanes, rows, steps, exchanged, splits] => {
+                DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged }, splits }
+            }
+            [rows, columns, ahead, splits] => {
+                DecodeTiling { tiles: DecodeTiles::Cooperative { rows, columns, ahead }, splits }
+            }
+            _ => return Err(want()),
+        };
         if tiling.to_string() == text { Ok(tiling) } else { Err(want()) }
     }
+}
+
+/// Bytes of workgroup memory of the cooperative kernel: keys and values staged, rows padded by two vectors of four halves so that
+/// neighbours start in different banks, and a strip of scores and one of weights.
+pub(crate) fn cooperative_bytes(widths: [usize; 2], tile: u32, side: u32) -> u32 {
+    let staged: u32 = widths.map(|width| 8 * (width as u32 / 4 + 2)).iter().sum();
+    tile * staged + side * strip_row(tile) * (16 + 8)
+}
+
+/// Vectors of four from row to row of a strip of scores or weights.
+pub(crate) fn strip_row(tile: u32) -> u32 {
+    tile.max(16) / 4 + 2
+}
+
+/// The fewest splits with which groups keep a device busy to the end, of which so many workgroups run at a time.
+fn even_splits(groups: usize, at_a_time: usize) -> u32 {
+    let busy = |splits: usize| {
+        let workgroups = groups * splits;
+        workgroups as f64 / workgroups.next_multiple_of(at_a_time) as f64
+    };
+    let most = (4 * at_a_time).div_ceil(groups);
+    let enough = (1..=most).find(|splits| busy(*splits) >= 0.96);
+    enough.or_else(|| (1..=most).max_by(|a, b| busy(*a).total_cmp(&busy(*b)))).unwrap_or(1) as u32
 }
 
 /// The keys that the queries of a sequence see together; twin of key_range in shaders/cache/range.wgsl.
@@ -242,9 +395,25 @@ mod tests {
             rotary: None,
             quantisation: None,
         };
-        let tiling = DecodeTiling::new(&config, 8, 8, &Capabilities::webgpu_defaults());
-        assert_eq!(tiling.to_string(), "32x8 rows 8, steps 4 by 2, splits 128");
-        assert_eq!(tiling.to_string().parse(), Ok(tiling));
+        let plain = Capabilities::webgpu_defaults();
+        let matrices = CooperativeMatrices { side: 16, lanes: 32, in_step: false };
+        let fast = Capabilities { cooperative: Some(matrices), ..plain.clone() };
+        for (capabilities, text) in [
+            (plain, "32x8 rows 8, steps 4 by 2, splits 128"),
+            (fast, "cooperative rows 8, columns 1, ahead 3, splits 128"),
+        ] {
+            let tiling = DecodeTiling::new(&config, 8, 8, false, true, &capabilities);
+            assert_eq!(tiling.to_string(), text);
+            assert_eq!(tiling.to_string().parse(), Ok(tiling));
+        }
+    }
+
+    /// 924 workgroups run at a time on an H200.
+    #[test]
+    fn splits_fill_a_device_evenly() {
+        for (groups, splits) in [(8, 111), (64, 14), (924, 1), (1024, 4), (100_000, 1)] {
+            assert_eq!(even_splits(groups, 924), splits, "{groups}");
+        }
     }
 
     /// By brute force: the tiles in which some query sees something, shared out evenly.

@@ -4,15 +4,19 @@ use std::collections::BTreeMap;
 
 use minijinja::{Value, context};
 
-use super::plan::{DecodeTiling, RowFormat};
+use super::plan::{DecodeTiles, RowFormat, cooperative_bytes, strip_row};
 use super::{Rotary, RotaryPositions, RotaryStyle};
+use crate::capabilities::CooperativeMatrices;
 use crate::element::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::problem::SinkLogits;
 use crate::shader::render;
 
-/// Threads of a workgroup of the append and the combine kernel: as many as the widest row has quads.
+/// Threads of a workgroup of the append kernel, and of those that move rows: as many as the widest row has quads.
 pub(crate) const ROW_THREADS: u32 = 128;
+
+/// Threads of a workgroup of the combine kernel.
+const COMBINE_THREADS: u32 = 256;
 
 /// What a kernel does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,7 +24,7 @@ pub(crate) enum CacheKernel {
     /// New keys and values into the cache, q rotated where it lies; or behind what was gathered from the cache.
     Append { rotates_q: bool, gathered: bool },
     /// Queries against splits of the keys.
-    Decode { tiling: DecodeTiling, several: bool, softcap: bool },
+    Decode { tiles: DecodeTiles, matrices: Option<CooperativeMatrices>, several: bool, softcap: bool },
     /// The splits of a row together.
     Combine { tile: u32, sink_logits: SinkLogits },
     /// Keys and values of some sequences one after the other.
@@ -181,11 +185,18 @@ impl CacheVariant {
                 let [q, gathered] = [(rotates_q, "_q"), (gathered, "_gathered")].map(|(is, x)| if is { x } else { "" });
                 format!("append{q}{gathered}")
             }
-            CacheKernel::Decode { tiling, several, softcap } => {
-                let DecodeTiling { threads, lanes, rows, steps, exchanged, .. } = tiling;
+            CacheKernel::Decode { tiles, several, softcap, .. } => {
                 let several = if several { "_several" } else { "" };
                 let softcap = if softcap { "_softcap" } else { "" };
-                format!("decode_{threads}x{lanes}_r{rows}_s{steps}x{exchanged}{several}{softcap}")
+                let tiles = match tiles {
+                    DecodeTiles::Portable { threads, lanes, rows, steps, exchanged } => {
+                        format!("{threads}x{lanes}_r{rows}_s{steps}x{exchanged}")
+                    }
+                    DecodeTiles::Cooperative { rows, columns, ahead } => {
+                        format!("cooperative_r{rows}_c{columns}_a{ahead}")
+                    }
+                };
+                format!("decode_{tiles}{several}{softcap}")
             }
             CacheKernel::Combine { tile, sink_logits } => format!("combine_{tile}_{sink_logits:?}").to_lowercase(),
             CacheKernel::Gather => "gather".into(),
@@ -208,24 +219,41 @@ impl CacheVariant {
     }
 
     /// Vectors of four f32 of workgroup memory from row to row, from slot to slot, and in all; and rows that are merged at a time.
-    fn exchange(&self, tiling: &DecodeTiling) -> [u32; 4] {
-        let quarter = tiling.lanes / 4;
+    fn exchange(&self, threads: u32, lanes: u32, rows: u32, exchanged: u32) -> [u32; 4] {
+        let quarter = lanes / 4;
         // Odd, so that the rows of a slot lie in different banks; slots as far apart as a row is long.
         let row_pitch = quarter | 1;
-        let mut slot_pitch = tiling.rows * row_pitch;
+        let mut slot_pitch = rows * row_pitch;
         while slot_pitch % 8 != quarter % 8 {
             slot_pitch += 1;
         }
-        let quads = self.lane_vectors(tiling.lanes)[1] * self.vector_quads();
-        let merged = quads * tiling.threads;
-        let len = (tiling.exchanged * tiling.slots() * slot_pitch).max(merged);
-        [row_pitch, slot_pitch, len, (len / merged).min(tiling.rows)]
+        let quads = self.lane_vectors(lanes)[1] * self.vector_quads();
+        let merged = quads * threads;
+        let len = (exchanged * (threads / lanes) * slot_pitch).max(merged);
+        [row_pitch, slot_pitch, len, (len / merged).min(rows)]
     }
 
     /// Threads of the append kernel that share a row.
     pub(crate) fn append_lanes(&self) -> u32 {
         let padded = self.format.vectors(self.head_dim.max(self.value_dim) as usize) * self.vector_quads();
         padded.max(2).next_power_of_two()
+    }
+
+    /// Keys of a tile of the decode kernel.
+    pub(crate) fn tile(&self) -> u32 {
+        match self.kernel {
+            CacheKernel::Decode { tiles, matrices, .. } => tiles.keys(matrices),
+            _ => 0,
+        }
+    }
+
+    /// Threads of a workgroup of the decode kernel.
+    pub(crate) fn threads(&self) -> u32 {
+        match self.kernel {
+            CacheKernel::Decode { tiles: DecodeTiles::Portable { threads, .. }, .. } => threads,
+            CacheKernel::Decode { matrices: Some(matrices), .. } => matrices.lanes,
+            _ => ROW_THREADS,
+        }
     }
 
     fn vector_quads(&self) -> u32 {
@@ -236,14 +264,18 @@ impl CacheVariant {
     pub(crate) fn workgroup_bytes(&self) -> u32 {
         match self.kernel {
             CacheKernel::Append { .. } | CacheKernel::Gather | CacheKernel::Scatter => 0,
-            CacheKernel::Decode { tiling, .. } => {
-                let [_, _, len, _] = self.exchange(&tiling);
-                let weights = [0, 8, 16, 0, 16 + 4][tiling.exchanged as usize];
-                16 * len + tiling.slots() * tiling.rows * (weights + 8)
+            CacheKernel::Decode { tiles: DecodeTiles::Portable { threads, lanes, rows, exchanged, .. }, .. } => {
+                let [_, _, len, _] = self.exchange(threads, lanes, rows, exchanged);
+                let weights = [0, 8, 16, 0, 16 + 4][exchanged as usize];
+                16 * len + threads / lanes * rows * (weights + 8)
+            }
+            CacheKernel::Decode { tiles: DecodeTiles::Cooperative { .. }, matrices, .. } => {
+                let side = matrices.map_or(16, |matrices| matrices.side);
+                cooperative_bytes([self.head_dim, self.value_dim].map(|width| width as usize), self.tile(), side)
             }
             CacheKernel::Combine { .. } => {
-                let splits = ROW_THREADS / self.value_dim.div_ceil(4).next_power_of_two();
-                ROW_THREADS * (4 + 16) + 4 * splits
+                let splits = COMBINE_THREADS / self.value_dim.div_ceil(4).next_power_of_two();
+                COMBINE_THREADS * (4 + 16) + 4 * splits
             }
         }
     }
@@ -349,14 +381,42 @@ impl CacheVariant {
                 let lanes = self.append_lanes();
                 render("cache/append.wgsl", context! { rotates_q, threads => ROW_THREADS, lanes, ..context })
             }
-            CacheKernel::Decode { tiling, several, softcap } => {
-                let DecodeTiling { threads, lanes, rows, steps, exchanged, .. } = tiling;
+            CacheKernel::Decode {
+                tiles: DecodeTiles::Cooperative { rows, columns, ahead }, matrices, softcap, ..
+            } => {
+                let Some(CooperativeMatrices { side, lanes, in_step }) = matrices else {
+                    return Err(Error::NoKernel {
+                        problem: self.name(),
+                        reason: "the device has no cooperative matrices".into(),
+                    });
+                };
+                let tile = self.tile();
+                let vectors = [d, e].map(|width| self.format.vectors(width as usize));
+                let context = context! {
+                    rows, columns, ahead, softcap, side, lanes, in_step, tile,
+                    relative => false,
+                    strip_row => strip_row(tile),
+                    pitches => named([d, e].map(|width| width / 4 + 2)),
+                    data_vectors => named(vectors),
+                    tile_vectors => named(vectors.map(|n| n * tile / lanes)),
+                    features => named([d, e].map(|width| width / side)),
+                    lane_quads => tile / 4 / (lanes / rows),
+                    ..context
+                };
+                render("cache/decode_cooperative.wgsl", context)
+            }
+            CacheKernel::Decode {
+                tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged },
+                several,
+                softcap,
+                ..
+            } => {
                 let lane_vectors = self.lane_vectors(lanes);
-                let [row_pitch, slot_pitch, exchange_len, merged_rows] = self.exchange(&tiling);
+                let [row_pitch, slot_pitch, exchange_len, merged_rows] = self.exchange(threads, lanes, rows, exchanged);
                 let context = context! {
                     threads, lanes, rows, steps, exchanged, row_pitch, slot_pitch, exchange_len, merged_rows, softcap,
-                    slots => tiling.slots(),
-                    tile => tiling.tile(),
+                    slots => threads / lanes,
+                    tile => self.tile(),
                     queries => if several { "several" } else { "one" },
                     relative => self.is_relative(),
                     vector_quads => self.vector_quads(),
@@ -376,7 +436,7 @@ impl CacheVariant {
                 let lanes = quads(e).next_power_of_two();
                 render(
                     "cache/combine.wgsl",
-                    context! { threads => ROW_THREADS, lanes, tile, sinks, ahead => 4, ..context },
+                    context! { threads => COMBINE_THREADS, lanes, tile, sinks, ahead => 8, ..context },
                 )
             }
         }
@@ -391,7 +451,7 @@ mod tests {
     use rayon::prelude::*;
 
     use super::*;
-    use crate::cache::{CacheConfig, CacheKind, Quantisation};
+    use crate::cache::{CacheConfig, CacheKind, DecodeTiling, Quantisation};
     use crate::capabilities::Capabilities;
 
     const KINDS: [CacheKind; 3] = [
@@ -433,10 +493,13 @@ mod tests {
                             rotary,
                             quantisation,
                         };
-                        let tiling = DecodeTiling::new(&config, rows, 4, &device);
+                        let several = rows > 8;
+                        let tiling = DecodeTiling::new(&config, rows, 4, several, !turn.is_multiple_of(3), &device);
+                        let matrices = device.cooperative;
                         let sink_logits = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead][turn % 3];
-                        let decode = CacheKernel::Decode { tiling, several: rows > 8, softcap: turn.is_multiple_of(5) };
-                        let combine = CacheKernel::Combine { tile: tiling.tile(), sink_logits };
+                        let softcap = turn.is_multiple_of(5);
+                        let decode = CacheKernel::Decode { tiles: tiling.tiles, matrices, several, softcap };
+                        let combine = CacheKernel::Combine { tile: tiling.tiles.keys(matrices), sink_logits };
                         let rotates_q = rotary.is_some() && !turn.is_multiple_of(5);
                         let append = CacheKernel::Append { rotates_q, gathered: false };
                         // Neither keys that are rotated as they are read nor quantised ones are gathered or have gradients.
@@ -460,7 +523,7 @@ mod tests {
                                 indexed: turn.is_multiple_of(2)
                                     && matches!(kernel, CacheKernel::Decode { .. } | CacheKernel::Combine { .. }),
                             };
-                            if let CacheKernel::Decode { tiling, .. } = kernel {
+                            if let CacheKernel::Decode { .. } = kernel {
                                 tiling.check(&config, &variant, &device).unwrap();
                             }
                             found.push((variant, device.clone()));
@@ -479,8 +542,16 @@ mod tests {
             let text = variant.wgsl().unwrap();
             let module = naga::front::wgsl::parse_str(&text)
                 .unwrap_or_else(|error| panic!("{name}: {}\n{text}", error.emit_to_string(&text)));
-            let mut validator = Validator::new(ValidationFlags::all(), Wgsl::SHADER_FLOAT16_IN_FLOAT32);
-            validator.subgroup_stages(ShaderStages::empty()).subgroup_operations(SubgroupOperationSet::empty());
+            let is_cooperative =
+                matches!(variant.kernel, CacheKernel::Decode { tiles: DecodeTiles::Cooperative { .. }, .. });
+            let matrices = Wgsl::COOPERATIVE_MATRIX | Wgsl::SHADER_FLOAT16 | Wgsl::SUBGROUP | Wgsl::SUBGROUP_BARRIER;
+            let needed = if is_cooperative { matrices } else { Wgsl::empty() };
+            let mut validator = Validator::new(ValidationFlags::all(), Wgsl::SHADER_FLOAT16_IN_FLOAT32 | needed);
+            if is_cooperative {
+                validator.subgroup_stages(ShaderStages::COMPUTE).subgroup_operations(SubgroupOperationSet::all());
+            } else {
+                validator.subgroup_stages(ShaderStages::empty()).subgroup_operations(SubgroupOperationSet::empty());
+            }
             let info = validator.validate(&module).unwrap_or_else(|error| panic!("{name}: {error:?}"));
 
             let spv = spv::Options { lang_version: (1, 3), ..Default::default() };
@@ -488,14 +559,17 @@ mod tests {
             let msl = msl::Options { lang_version: (2, 4), ..Default::default() };
             msl::write_string(&module, &info, &msl, &msl::PipelineOptions::default())
                 .unwrap_or_else(|error| panic!("{name}: {error}"));
-            let options = hlsl::Options {
-                shader_model: hlsl::ShaderModel::V6_0,
-                special_constants_binding: Some(hlsl::BindTarget { register: 0, space: 1, ..Default::default() }),
-                ..Default::default()
-            };
-            hlsl::Writer::new(&mut String::new(), &options, &hlsl::PipelineOptions::default())
-                .write(&module, &info, None)
-                .unwrap_or_else(|error| panic!("{name}: {error}"));
+            // DX12 has no cooperative matrices.
+            if !is_cooperative {
+                let options = hlsl::Options {
+                    shader_model: hlsl::ShaderModel::V6_0,
+                    special_constants_binding: Some(hlsl::BindTarget { register: 0, space: 1, ..Default::default() }),
+                    ..Default::default()
+                };
+                hlsl::Writer::new(&mut String::new(), &options, &hlsl::PipelineOptions::default())
+                    .write(&module, &info, None)
+                    .unwrap_or_else(|error| panic!("{name}: {error}"));
+            }
 
             let mut layouter = naga::proc::Layouter::default();
             layouter.update(module.to_ctx()).unwrap();

@@ -109,17 +109,23 @@ impl<T: Element> Both<T> {
         let total: usize = tokens.iter().sum();
         let k = T::narrow(numbers(&mut self.rng, total * kv_heads * head_dim));
         let v = T::narrow(numbers(&mut self.rng, total * kv_heads * value_dim));
+        self.append_numbers(tokens, &k, &v)
+    }
+
+    /// These tokens, as `try_append` does.
+    pub fn append_numbers(&mut self, tokens: &[usize], k: &[T], v: &[T]) -> Result<(), String> {
+        let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
         // Keys that are rotated as they are read come without a table.
         let table = self.table.as_deref().filter(|_| !is_relative(&self.config));
-        let on_cpu = self.cpu.append(tokens, &k, &v, None, table).map_err(|error| error.to_string());
+        let on_cpu = self.cpu.append(tokens, k, v, None, table).map_err(|error| error.to_string());
         if let (Some(cache), Some(attention)) = (&mut self.gpu, gpu()) {
-            let on_gpu = append_on(attention.device().unwrap(), cache, tokens, &k, &v, table);
+            let on_gpu = append_on(attention.device().unwrap(), cache, tokens, k, v, table);
             assert_eq!(on_gpu.map_err(|error| error.to_string()), on_cpu, "{:?} {tokens:?}", self.config);
             assert_eq!(cache.lengths(), self.cpu.lengths());
             assert_eq!(cache.free_pages(), self.cpu.free_pages());
         }
         on_cpu?;
-        let (k, v) = (wide(&k), wide(&v));
+        let (k, v) = (wide(k), wide(v));
         let mut token = 0;
         for (sequence, n) in tokens.iter().enumerate() {
             for _ in 0..*n {
