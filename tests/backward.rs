@@ -1,12 +1,10 @@
 //! Numbers: the GPU's backward pass against the f64 definition, over sizes, widths, options, tiles and
 //! operands that are out to break it. tests/cpu/backward.rs is its twin.
 
-mod common;
-
-use common::buffers::{GradientBuffers, gpu_with, read, submit};
-use common::gradients::Backward;
-use common::operands::{BOUND, SIZES, options, problem, row};
-use common::{compare, gpu};
+use crate::common::buffers::{GradientBuffers, gpu_with, read, submit};
+use crate::common::gradients::Backward;
+use crate::common::operands::{BOUND, SIZES, options, problem, row};
+use crate::common::{compare, gpu};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::{

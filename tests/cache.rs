@@ -1,10 +1,8 @@
 //! Caches on the GPU and on the CPU against the dense reference.
 
-mod common;
-
-use common::buffers::submit;
-use common::caches::{Both, append_on, config, decode_on, filled, read, rotary_table, turned};
-use common::{compare, gpu};
+use crate::common::buffers::submit;
+use crate::common::caches::{Both, append_on, config, decode_on, filled, read, rotary_table, turned};
+use crate::common::{compare, gpu};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use sink_attention::half::{bf16, f16};

@@ -1,12 +1,11 @@
 //! Prompts through caches, whole and in chunks, and gradients through them, against the dense reference.
 
-mod common;
-
+use crate::common;
 use std::ops::Range;
 
-use common::caches::{Both, config, filled, read};
-use common::gpu;
-use common::prefills::causal;
+use crate::common::caches::{Both, config, filled, read};
+use crate::common::gpu;
+use crate::common::prefills::causal;
 use sink_attention::cpu::{self, PrefillOperands};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{

@@ -1,10 +1,9 @@
 //! The built binary: `devices`, `plan` and `check`.
 
-mod common;
-
+use crate::common;
 use std::process::Output;
 
-use common::binary::{command, fails, sink_attention, succeeds, wrong_usage};
+use crate::common::binary::{command, fails, sink_attention, succeeds, wrong_usage};
 use pollster::block_on;
 use serde_json::{Value, json};
 use sink_attention::{ADAPTER_VARIABLE, Capabilities, Device, adapters};

@@ -3,14 +3,12 @@
 //! It takes an adapter with cooperative matrices: tests/software-vulkan.sh installs one that needs no GPU, and
 //! `SINK_ATTENTION_REQUIRE_COOPERATIVE=1` makes these tests fail where there is none.
 
-mod common;
-
-use common::caches::{Both, config, filled};
-use common::gradients::Backward;
-use common::operands::{SIZES, agree, options, problem};
-use common::prefills::causal;
-use common::views::run_at;
-use common::{compare, compare_low_precision, cooperative, gpu, low_precision};
+use crate::common::caches::{Both, config, filled};
+use crate::common::gradients::Backward;
+use crate::common::operands::{SIZES, agree, options, problem};
+use crate::common::prefills::causal;
+use crate::common::views::run_at;
+use crate::common::{compare, compare_low_precision, cooperative, gpu, low_precision};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};

@@ -1,11 +1,9 @@
 //! Numbers: the GPU's forward pass against the f64 definition, over sizes, widths, options, tiles and
 //! operands that are out to break it.
 
-mod common;
-
-use common::buffers::{Buffers, gpu_with};
-use common::gpu;
-use common::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
+use crate::common::buffers::{Buffers, gpu_with};
+use crate::common::gpu;
+use crate::common::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;

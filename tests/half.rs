@@ -1,13 +1,11 @@
 //! f16 and bf16 in GPU buffers: halves of words wherever they lie, every bit pattern, rounding. Numbers are held
 //! against the definition in tests/low_precision.rs.
 
-mod common;
-
-use common::buffers::empty;
-use common::gpu;
-use common::gradients::Backward;
-use common::operands::problem;
-use common::views::run_at;
+use crate::common::buffers::empty;
+use crate::common::gpu;
+use crate::common::gradients::Backward;
+use crate::common::operands::problem;
+use crate::common::views::run_at;
 use sink_attention::half::{bf16, f16};
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{

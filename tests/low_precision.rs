@@ -1,11 +1,10 @@
 //! f16 and bf16 on every path: no worse than a plain dense computation in f32 whose results are rounded once, against
 //! the f64 definition of the same rounded operands; and numbers at the ends of their ranges.
 
-mod common;
-
-use common::gradients::Backward;
-use common::operands::{Operands, options, problem};
-use common::{compare, compare_low_precision, compare_lse, gpu, low_precision};
+use crate::common;
+use crate::common::gradients::Backward;
+use crate::common::operands::{Operands, options, problem};
+use crate::common::{compare, compare_low_precision, compare_lse, gpu, low_precision};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};

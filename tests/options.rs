@@ -1,12 +1,10 @@
 //! What makes scores more than products (softcap, ALiBi, bias), hides single pairs (boolean mask, bias) and sequences of
 //! different lengths, on the GPU against the definition: both passes, every element type, every micro-kernel.
 
-mod common;
-
-use common::buffers::{GradientBuffers, buffer, empty, read, submit};
-use common::gradients::Backward;
-use common::operands::{RandomBias, RandomMask, agree, row};
-use common::{compare, cooperative, gpu};
+use crate::common::buffers::{GradientBuffers, buffer, empty, read, submit};
+use crate::common::gradients::Backward;
+use crate::common::operands::{RandomBias, RandomMask, agree, row};
+use crate::common::{compare, cooperative, gpu};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{

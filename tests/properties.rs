@@ -8,8 +8,7 @@
 //!
 //! `PROPTEST_CASES` counts the problems of each test. What fails is shrunk to the simplest problem that still does, and printed.
 
-mod common;
-
+use crate::common;
 use std::fmt::Debug;
 
 use proptest::prelude::*;

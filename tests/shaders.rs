@@ -1,13 +1,11 @@
 //! Text: every variant that the planner can pick validates, translates to every driver's language, fits
 //! the memory that it was promised, and builds on devices with real limits, all without a GPU.
 
-mod common;
-
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
-use common::buffers::empty;
-use common::operands::problem;
+use crate::common::buffers::empty;
+use crate::common::operands::problem;
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
