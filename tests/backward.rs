@@ -4,7 +4,7 @@
 use crate::common::buffers::{GradientBuffers, gpu_with, read, submit};
 use crate::common::gradients::Backward;
 use crate::common::operands::{BOUND, SIZES, options, problem, row};
-use crate::common::{compare, gpu};
+use crate::common::{compare, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::{
@@ -63,6 +63,7 @@ fn widths() {
     let Some(gpu) = gpu() else { return };
     let equal = [1, 3, 16, 33, 80, 96, 128, 192, 256].map(|width| [width, width]);
     let unequal = [[192, 128], [1, 256], [256, 1], [3, 16], [64, 33], [320, 512]];
+    let unequal = with_others(unequal, [[512, 512], [320, 511]]);
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     for (seed, width) in (0..).zip(equal.into_iter().chain(unequal)) {
         let layouts = [options, options.layout(Layout::Bhsd).window(Window::keys(40)).sink_tokens(7)];
@@ -375,7 +376,7 @@ fn random_tiles() {
     let capabilities = gpu.device().unwrap().capabilities();
     let mut rng = StdRng::seed_from_u64(11);
     let mut tried = 0;
-    while tried < 6 {
+    while tried < this_many(6, 24) {
         let mut pick = |range: std::ops::RangeInclusive<u32>| rng.random_range(range);
         let mut tiles = || Tiles {
             threads_r: 2 * pick(1..=6),
@@ -392,7 +393,7 @@ fn random_tiles() {
         let vec4 = width.iter().all(|w| w % 4 == 0);
         let fits = |&(kernel, tiles): &_| Pass::with_tiles(kernel, &problem, vec4, capabilities, tiles).is_ok();
         if chosen.iter().all(fits) {
-            check_tiles(gpu, &problem, &chosen, tried);
+            check_tiles(gpu, &problem, &chosen, tried.into());
             tried += 1;
         }
     }

@@ -302,7 +302,8 @@ fn the_table_of_a_check_fits_a_terminal() {
 fn check_on_the_gpu() {
     if common::gpu().is_some() {
         // In one type: it is the command that is tested here, kernels are in other suites.
-        let report = json_of(&["check", "--quick", "--backend", "gpu", "--dtype", "f32"]);
+        let dtypes: &[&str] = if common::all_cases() { &[] } else { &["--dtype", "f32"] };
+        let report = json_of(&[&["check", "--quick", "--backend", "gpu"], dtypes].concat());
         assert_eq!(report["failed"], 0, "{report}");
         assert_eq!(report["device"]["gpu"], true);
     }

@@ -2,8 +2,8 @@
 //! operands that are out to break it.
 
 use crate::common::buffers::{Buffers, gpu_with};
-use crate::common::gpu;
 use crate::common::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
+use crate::common::{gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
@@ -58,6 +58,7 @@ fn widths() {
     let Some(gpu) = gpu() else { return };
     let equal = [1, 3, 16, 32, 33, 80, 96, 128, 192, 256].map(|width| [width, width]);
     let unequal = [[192, 128], [1, 256], [256, 1], [3, 16], [64, 33], [128, 255], [512, 320]];
+    let unequal = with_others(unequal, [[512, 512], [511, 320]]);
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     for (seed, width) in (0..).zip(equal.into_iter().chain(unequal)) {
         let layouts = [options, options.layout(Layout::Bhsd).window(Window::keys(40)).sink_tokens(7)];
@@ -294,7 +295,7 @@ fn tiles_of_every_device() {
     let Some(gpu) = gpu() else { return };
     let own = gpu.device().unwrap().capabilities();
     let mut seen = Vec::new();
-    for width in [[64, 64], [256, 256], [20, 33]] {
+    for width in with_others([[64, 64], [256, 256], [20, 33]], [[128, 128]]) {
         let vec4 = width.iter().all(|w| w % 4 == 0);
         for device in sink_attention::Capabilities::samples() {
             for seq_q in [1, 33, 65] {
@@ -354,7 +355,7 @@ fn random_tiles() {
     let capabilities = gpu.device().unwrap().capabilities();
     let mut rng = StdRng::seed_from_u64(9);
     let mut tried = 0;
-    while tried < 10 {
+    while tried < this_many(10, 40) {
         let mut pick = |range: std::ops::RangeInclusive<u32>| rng.random_range(range);
         let tiles = Tiles {
             threads_r: 2 * pick(1..=6),
@@ -369,7 +370,7 @@ fn random_tiles() {
         let problem = problem([1, 2, 1], size, width, some_hidden());
         let vec4 = width.iter().all(|w| w % 4 == 0);
         if Pass::with_tiles(Kernel::Forward, &problem, vec4, capabilities, tiles).is_ok() {
-            check_tiles(gpu, &problem, tiles, tried);
+            check_tiles(gpu, &problem, tiles, tried.into());
             tried += 1;
         }
     }

@@ -2,10 +2,10 @@
 //! against the definition in tests/low_precision.rs.
 
 use crate::common::buffers::empty;
-use crate::common::gpu;
 use crate::common::gradients::Backward;
 use crate::common::operands::problem;
 use crate::common::views::run_at;
+use crate::common::{every, gpu};
 use sink_attention::half::{bf16, f16};
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
@@ -94,8 +94,7 @@ fn tiles_of_the_exact_delta() {
     let fits = |tiles: &Tiling| Pass::with_tiles(Kernel::ExactDelta, &problem, false, own, *tiles).is_ok();
     let fit: Vec<Tiling> = all.into_iter().filter(fits).collect();
     assert!(fit.len() >= 5, "{fit:?}");
-    // A software driver compiles each for a while.
-    for tiles in fit.into_iter().step_by(2) {
+    for tiles in every(2, fit) {
         run_at(gpu, &problem, &case, [0, 0], &[(Kernel::ExactDelta, tiles)], false);
     }
 }

@@ -4,7 +4,7 @@
 use crate::common;
 use crate::common::gradients::Backward;
 use crate::common::operands::{Operands, options, problem};
-use crate::common::{compare, compare_low_precision, compare_lse, gpu, low_precision};
+use crate::common::{compare, compare_low_precision, compare_lse, gpu, low_precision, with_others};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
@@ -108,7 +108,9 @@ fn the_yardstick_is_straight() {
 
 fn sizes_and_options<T: Element>() {
     for path in paths() {
-        for (seed, size) in (0..).zip([[1, 1], [1, 257], [63, 65], [113, 203], [239, 1]]) {
+        for (seed, size) in
+            (0..).zip(with_others([[1, 1], [1, 257], [63, 65], [113, 203], [239, 1]], [[3, 3], [64, 1]]))
+        {
             for options in options() {
                 let (problem, backward) = random::<T>(&problem([1, 2, 1], size, [16, 18], options), seed);
                 check(&path, &problem, &backward);
@@ -119,7 +121,9 @@ fn sizes_and_options<T: Element>() {
 
 fn widths<T: Element>() {
     for path in paths() {
-        for (seed, width) in (0..).zip([[16, 16], [3, 7], [80, 33], [128, 128], [256, 255]]) {
+        for (seed, width) in
+            (0..).zip(with_others([[16, 16], [3, 7], [80, 33], [128, 128], [256, 255]], [[64, 64], [192, 128]]))
+        {
             let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
             let layout = if seed % 2 == 0 { Layout::Bshd } else { Layout::Bhsd };
             let (problem, backward) = random::<T>(&problem([2, 6, 2], [63, 65], width, options.layout(layout)), seed);

@@ -4,7 +4,7 @@
 use crate::common::buffers::{GradientBuffers, buffer, empty, read, submit};
 use crate::common::gradients::Backward;
 use crate::common::operands::{RandomBias, RandomMask, agree, row};
-use crate::common::{compare, cooperative, gpu};
+use crate::common::{all_cases, compare, cooperative, every, gpu};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
@@ -280,57 +280,57 @@ fn same_bits_every_time() {
     }
 }
 
-fn check_all<T: Element>(problems: &[Problem]) {
+fn check_all<T: Element>(problems: Vec<Problem>) {
     if let Some(attention) = gpu() {
         // What scores are made of is the same text in every element type: in half precision every eighth will do.
-        let step = if T::DTYPE == DType::F32 { 3 } else { 8 };
-        let problems: Vec<Problem> = problems.iter().step_by(step).cloned().collect();
-        check_on::<T>(attention, &problems, true);
+        let problems = every(if T::DTYPE == DType::F32 { 3 } else { 8 }, problems);
+        check_on::<T>(attention, problems, true);
     }
 }
 
 fn check_cooperative<T: Element>(turn: usize) {
     let Some(attention) = cooperative() else { return };
     // Compiling a cooperative kernel takes llvmpipe seconds: those with the most in them, and the others in turns.
-    let dense = dense::<T>(turn).into_iter().skip(11 + turn).step_by(2);
-    let lengths = lengths::<T>(turn).into_iter().skip(7 + turn).step_by(4);
-    check_on::<T>(&attention, &dense.chain(lengths).collect::<Vec<_>>(), false);
+    let from = |start: usize| if all_cases() { 0 } else { start + turn };
+    let dense = every(2, dense::<T>(turn).into_iter().skip(from(11)));
+    let lengths = every(4, lengths::<T>(turn).into_iter().skip(from(7)));
+    check_on::<T>(&attention, [dense, lengths].concat(), false);
 }
 
-fn check_on<T: Element>(attention: &Attention, problems: &[Problem], with_rest: bool) {
-    for (seed, problem) in problems.iter().enumerate() {
-        check::<T>(attention, problem, seed as u64, with_rest);
+fn check_on<T: Element>(attention: &Attention, problems: Vec<Problem>, with_rest: bool) {
+    for (seed, problem) in problems.into_iter().enumerate() {
+        check::<T>(attention, &problem, seed as u64, with_rest);
     }
 }
 
 #[test]
 fn options_in_f32() {
-    check_all::<f32>(&dense::<f32>(0));
+    check_all::<f32>(dense::<f32>(0));
 }
 
 #[test]
 fn options_in_f16() {
-    check_all::<f16>(&dense::<f16>(1));
+    check_all::<f16>(dense::<f16>(1));
 }
 
 #[test]
 fn options_in_bf16() {
-    check_all::<bf16>(&dense::<bf16>(2));
+    check_all::<bf16>(dense::<bf16>(2));
 }
 
 #[test]
 fn lengths_in_f32() {
-    check_all::<f32>(&lengths::<f32>(0));
+    check_all::<f32>(lengths::<f32>(0));
 }
 
 #[test]
 fn lengths_in_f16() {
-    check_all::<f16>(&lengths::<f16>(1));
+    check_all::<f16>(lengths::<f16>(1));
 }
 
 #[test]
 fn lengths_in_bf16() {
-    check_all::<bf16>(&lengths::<bf16>(2));
+    check_all::<bf16>(lengths::<bf16>(2));
 }
 
 #[test]

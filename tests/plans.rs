@@ -1,6 +1,6 @@
 //! Decisions: the planner's choices for named devices in a reviewed file, and a plan for every width.
 //!
-//! After a change that is meant, `UPDATE_PLANS=1 cargo test --test plans` rewrites tests/plans.txt;
+//! After a change that is meant, `UPDATE_PLANS=1 cargo test --test suites plans::` rewrites tests/plans.txt;
 //! the difference belongs into the review.
 
 use std::fmt::Write as _;

@@ -393,7 +393,7 @@ fn the_cpu_agrees_with_the_definition() {
 #[test]
 fn the_gpu_agrees_with_the_definition() {
     if let Some(gpu) = common::gpu() {
-        check(9, plain(90), |plain| agrees_in_its_type(gpu, &plain));
+        check(common::this_many(9, 24), plain(90), |plain| agrees_in_its_type(gpu, &plain));
     }
 }
 
@@ -496,7 +496,7 @@ fn split_merges(attention: &Attention, plain: &Plain) -> Result<(), String> {
 fn any_split_of_the_pairs_merges_to_the_whole() {
     check(100, single(60), |plain| split_merges(&Attention::cpu(), &plain));
     if let Some(gpu) = common::gpu() {
-        check(4, single(60), |plain| split_merges(gpu, &plain));
+        check(common::this_many(4, 8), single(60), |plain| split_merges(gpu, &plain));
     }
 }
 
