@@ -108,11 +108,12 @@ fn hidden_nan<T: Element>(attention: &Attention) {
     let new = Options::new().dtype(T::DTYPE).softcap(1.2);
     let shape = shape([80, 100], [32, 48]);
     let lengths = Lengths::Used { q: Some(&[75, 3]), k: Some(&[100, 60]) };
-    for problem in [
+    let problems = [
         Problem::with_lengths(shape, new.alibi(true).causal(true), lengths).unwrap(),
         Problem::with_lengths(shape, new.bias(Axes::KEYS.heads()), lengths).unwrap(),
         Problem::new(shape, new.mask(Axes::KEYS.batch())).unwrap(),
-    ] {
+    ];
+    for problem in every(if T::DTYPE == DType::F32 { 1 } else { 2 }, problems) {
         let mut case: Backward<T> = Backward::random(&problem, 3).cast();
         let nan = T::from_f32(f32::NAN);
         let mask = match &case.operands.mask {

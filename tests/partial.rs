@@ -525,7 +525,7 @@ fn any_cut_on_the_cpu() {
 #[test]
 fn any_cut_on_the_gpu() {
     if let Some(gpu) = gpu() {
-        any_cut(gpu, common::this_many(10, 24));
+        any_cut(gpu, common::this_many(6, 24));
     }
 }
 
