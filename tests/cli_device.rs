@@ -301,8 +301,9 @@ fn the_table_of_a_check_fits_a_terminal() {
 #[test]
 fn check_on_the_gpu() {
     if common::gpu().is_some() {
-        // It is the command that is tested here, kernels are in other suites: a few groups in one type.
-        let few: &[&str] = if common::all_cases() { &[] } else { &["--dtype", "f32", "--only", "sink"] };
+        // It is the command that is tested here, kernels are in other suites: a group in one type.
+        let few: &[&str] =
+            if common::all_cases() { &[] } else { &["--dtype", "f32", "--only", "heads, batch, layout"] };
         let report = json_of(&[&["check", "--quick", "--backend", "gpu"], few].concat());
         assert_eq!(report["failed"], 0, "{report}");
         assert_eq!(report["device"]["gpu"], true);

@@ -393,7 +393,10 @@ fn the_cpu_agrees_with_the_definition() {
 #[test]
 fn the_gpu_agrees_with_the_definition() {
     if let Some(gpu) = common::gpu() {
-        check(common::this_many(6, 24), plain(90), |plain| agrees_in_its_type(gpu, &plain));
+        // A software driver compiles kernels for wide heads for longer.
+        let widest = if common::all_cases() { 80 } else { 16 };
+        let plain = plain(90).prop_map(|plain| Plain { widths: plain.widths.map(|width| width.min(widest)), ..plain });
+        check(common::this_many(6, 24), plain, |plain| agrees_in_its_type(gpu, &plain));
     }
 }
 

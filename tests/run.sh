@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs every test, the device check among them, and the demo, on a GPU adapter: bash tests/run.sh
+# Runs every test and the demo on a GPU adapter: bash tests/run.sh
 #
 # Where there is no adapter, a software Vulkan driver (Mesa's llvmpipe) is installed on Debian and Ubuntu; elsewhere
 # the script says what is missing. macOS and Windows bring their own driver.
 #
 # A software driver compiles each kernel for a second or more. So that a machine with two cores is done in 20 minutes, the
-# tests try every option, element type and kernel with few widths and tiles. SINK_ATTENTION_TESTS=all tries all that they
-# know, on cooperative matrices too, which takes hours there: SINK_ATTENTION_TESTS=all bash tests/run.sh
+# tests try every option, element type and kernel with few widths and tiles. All of them, and the whole device check, on
+# cooperative matrices too: SINK_ATTENTION_TESTS=all bash tests/run.sh
 #
 # Last come the kernels on cooperative matrices (tensor cores), on a newer software driver that has such matrices; where
 # tests/software-vulkan.sh cannot install it, this says so, here and in the last line.
