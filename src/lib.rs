@@ -138,7 +138,7 @@
 //! is 2.0e-6 and d_k 2.1e-5 instead of zero (root mean square; NVIDIA H200, `check --only "gradients that cancel"`). In f16,
 //! results are rounded as the device rounds. And where keys have a large part in common and
 //! a few of them dominate, so that d_q is what is left of much larger terms, rounding shows: in f16 d_q was 8.3e-3 off with
-//! o_rest and 3.3e-3 without (Mesa 26 llvmpipe, `cargo test --test cooperative large_scores`).
+//! o_rest and 3.3e-3 without (Mesa 26 llvmpipe, `cargo test --test suites cooperative::large_scores`).
 //!
 //! # Partial states and streams
 //!

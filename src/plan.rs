@@ -636,7 +636,8 @@ fn check_loop_iterations(
     Err(Error::NoKernel { problem: problem.to_string(), reason })
 }
 
-/// Loop iterations of the longest workgroup, at most, given those of an open and of a masked tile; exact only up to `most`.
+/// Loop iterations of the longest workgroup, given those of an open and of a masked tile: more than there are where that many
+/// are within `most`, and fewer where even they are beyond it.
 fn loop_iterations(kernel: Kernel, problem: &Problem, tile: [u32; 2], iterations: [u64; 2], most: u64) -> u64 {
     let of = |sequence: Sequence| sequence_loop_iterations(kernel, problem, &sequence.band, tile, iterations, most);
     let (mut longest, mut total) = (0, 0u64);
@@ -688,12 +689,25 @@ fn sequence_loop_iterations(
     };
     let rows_are_keys = kernel == Kernel::DKv;
     let [seq, heads] = if rows_are_keys { [band.seq_k(), problem.group()] } else { [band.seq_q(), 1] };
+    // Long sequences are not gone through where their ends tell, or where all that there is would be few enough; tiles may
+    // be cut where sink tokens end.
+    let other = if rows_are_keys { band.seq_q() } else { band.seq_k() };
+    let enough =
+        (heads as u64).saturating_mul(1 + (other.div_ceil(columns) as u64 + 2).saturating_mul(open.max(masked)));
+    if enough <= most {
+        return enough;
+    }
+    // Too many even if nothing is masked.
+    let least = |longest: usize| heads as u64 * (1 + longest as u64 * open);
+    let ends = [0..rows.min(seq), seq.saturating_sub(rows)..seq];
+    let of_ends = least(ends.iter().map(visited).max().unwrap_or(0));
+    if of_ends > most {
+        return of_ends;
+    }
     let ranges = (0..seq).step_by(rows).map(|start| start..(start + rows).min(seq));
-    // Too many even if nothing is masked: the exact count of a long sequence would take long, too.
-    let longest = ranges.clone().map(|range| visited(&range)).max().unwrap_or(0) as u64;
-    let least = heads as u64 * (1 + longest * open);
-    if least > most {
-        return least;
+    let of_all = least(ranges.clone().map(|range| visited(&range)).max().unwrap_or(0));
+    if of_all > most {
+        return of_all;
     }
     let workgroups = ranges.map(|range| {
         if rows_are_keys {

@@ -1,12 +1,11 @@
 //! The caller's own buffers: any offsets and strides, prepared once and run often, errors instead of
 //! panics, and an operator that many threads share.
 
-mod common;
-
-use common::buffers::{Buffers, GradientBuffers, buffer, empty, gpu_with, read, submit};
-use common::gpu;
-use common::gradients::Backward;
-use common::operands::{Operands, agree, check, problem};
+use crate::common;
+use crate::common::buffers::{Buffers, GradientBuffers, buffer, empty, gpu_with, read, submit};
+use crate::common::gpu;
+use crate::common::gradients::Backward;
+use crate::common::operands::{Operands, agree, check, problem};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, BackwardBuffers, Device, DeviceChoice, Error, ForwardBuffers, Gradients, Inputs, Layout, Options,

@@ -1,10 +1,8 @@
 //! Caches on the GPU and on the CPU against the dense reference.
 
-mod common;
-
-use common::buffers::submit;
-use common::caches::{Both, append_on, config, decode_on, filled, read, rotary_table, turned};
-use common::{compare, gpu};
+use crate::common::buffers::submit;
+use crate::common::caches::{Both, append_on, config, decode_on, filled, read, rotary_table, turned};
+use crate::common::{compare, gpu, with_others};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use sink_attention::half::{bf16, f16};
@@ -27,7 +25,12 @@ fn grows<T: Element>(config: CacheConfig, heads: usize, options: Options) {
         both.append(&tokens);
         both.check(&Decode::new(heads, options));
     }
-    both.check(&Decode::new(heads, options).queries(3).sequences([2, 0]));
+    let several = Decode::new(heads, options).queries(3);
+    for decode in
+        with_others([several.clone().sequences([2, 0])], [several, Decode::new(heads, options).sequences([2, 0])])
+    {
+        both.check(&decode);
+    }
 }
 
 #[test]

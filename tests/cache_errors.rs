@@ -1,10 +1,9 @@
 //! What a cache refuses, on the host, with the numbers in it.
 
-mod common;
-
-use common::buffers::gpu_with;
-use common::caches::{Both, append_on, config, decode_on, filled};
-use common::gpu;
+use crate::common;
+use crate::common::buffers::gpu_with;
+use crate::common::caches::{Both, append_on, config, decode_on, filled};
+use crate::common::gpu;
 use sink_attention::cpu::PrefillOperands;
 use sink_attention::half::f16;
 use sink_attention::wgpu::{self, BufferUsages};

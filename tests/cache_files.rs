@@ -1,9 +1,7 @@
 //! Caches saved and restored: on the GPU, on the CPU, and from one to the other.
 
-mod common;
-
-use common::caches::{Both, config, decode_on, is_relative, rotary_table};
-use common::gpu;
+use crate::common::caches::{Both, config, decode_on, is_relative, rotary_table};
+use crate::common::gpu;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use sink_attention::half::{bf16, f16};

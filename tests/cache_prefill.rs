@@ -1,12 +1,11 @@
 //! Prompts through caches, whole and in chunks, and gradients through them, against the dense reference.
 
-mod common;
-
+use crate::common;
 use std::ops::Range;
 
-use common::caches::{Both, config, filled, read};
-use common::gpu;
-use common::prefills::causal;
+use crate::common::caches::{Both, config, filled, read};
+use crate::common::prefills::causal;
+use crate::common::{gpu, with_others};
 use sink_attention::cpu::{self, PrefillOperands};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
@@ -30,7 +29,7 @@ fn fills<T: Element>(config: CacheConfig, heads: usize, options: Options) {
     both.check(&Decode::new(heads, options));
 }
 
-// Shapes and options are few: a software driver takes a second or more for each kernel.
+// Shapes and options are few but where all are wanted: a software driver takes a second or more for each kernel.
 fn sinks<T: Element>() -> Options {
     causal::<T>().sink_logits(SinkLogits::PerHead)
 }
@@ -42,6 +41,11 @@ fn chunks_of_every_kind() {
     }
     fills::<f16>(config::<f16>(PAGED, 2, [8, 8]), 4, sinks::<f16>());
     fills::<bf16>(config::<bf16>(LARGE_PAGES, 1, [9, 5]), 3, causal::<bf16>());
+    for kind in with_others([], [CONTIGUOUS, PAGED, ROLLING]) {
+        fills::<f32>(config::<f32>(kind, 2, [16, 16]), 4, sinks::<f32>());
+        fills::<f16>(config::<f16>(kind, 1, [16, 16]), 2, causal::<f16>());
+        fills::<bf16>(config::<bf16>(kind, 1, [8, 16]), 3, causal::<bf16>());
+    }
 }
 
 #[test]
@@ -52,6 +56,9 @@ fn chunks_of_quantised_caches() {
     }
     // Several blocks, the last one not whole.
     fills::<f16>(CacheConfig { quantisation, ..config::<f16>(ROLLING, 1, [40, 33]) }, 1, causal::<f16>());
+    for kind in with_others([], [CONTIGUOUS, PAGED, ROLLING]) {
+        fills::<f32>(CacheConfig { quantisation, ..config::<f32>(kind, 1, [40, 33]) }, 2, causal::<f32>());
+    }
 }
 
 #[test]
@@ -198,6 +205,10 @@ fn gradients_in_the_caches_layout() {
     gradients::<bf16>(config::<bf16>(CONTIGUOUS, 1, [9, 5]), 3, causal::<bf16>(), &chunks[1..2]);
     let options = causal::<f32>().window(Window::keys(12)).sink_tokens(2).alibi(true).bias(Axes::ALL);
     gradients::<f32>(config::<f32>(LARGE_PAGES, 1, [8, 8]), 1, options, &chunks[..1]);
+    for kind in with_others([], [CONTIGUOUS, PAGED]) {
+        gradients::<f16>(config::<f16>(kind, 1, [16, 8]), 2, sinks::<f16>(), &chunks);
+        gradients::<bf16>(config::<bf16>(kind, 1, [9, 5]), 2, causal::<bf16>(), &chunks);
+    }
 }
 
 /// Pages that sequences share get the sum over them.

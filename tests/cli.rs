@@ -1,11 +1,10 @@
 //! The built binary: what it computes, and what it says about files and arguments that are wrong.
 
-mod common;
-
+use crate::common;
 use std::fs;
 
-use common::binary::{fails, sink_attention, succeeds, wrong_usage};
-use common::files::{Folder, TestFile, assemble, check_fixture, floats};
+use crate::common::binary::{fails, sink_attention, succeeds, wrong_usage};
+use crate::common::files::{Folder, TestFile, assemble, check_fixture, floats};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use sink_attention::Attention;

@@ -1,12 +1,11 @@
 //! The built binary: `bench` and `tune`, and the script that joins their figures with PyTorch's.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use common::binary::{command, fails, sink_attention, succeeds, wrong_usage};
+use crate::common::binary::{command, fails, sink_attention, succeeds, wrong_usage};
 use serde_json::{Value, json};
 use sink_attention::{Capabilities, TUNING_VARIABLE, Tuning};
 

@@ -1,13 +1,12 @@
 //! The built binary on files with a bias, a mask, ALiBi slopes, softcap and sequences of different lengths: what it computes,
 //! and what it says where they are wrong.
 
-mod common;
-
+use crate::common;
 use std::fs;
 
-use common::binary::{fails, succeeds};
-use common::compare;
-use common::files::{Folder, TestFile, check_fixture, floats};
+use crate::common::binary::{fails, succeeds};
+use crate::common::compare;
+use crate::common::files::{Folder, TestFile, check_fixture, floats};
 use safetensors::{Dtype, SafeTensors};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;

@@ -1,13 +1,11 @@
 //! Many threads at once, on one operator, on several of one device, and on several devices: each gets the bits that it gets
 //! alone.
 
-mod common;
-
 use std::sync::{Barrier, OnceLock};
 
-use common::gradients::Backward;
-use common::operands::problem;
-use common::{another_gpu, gpu};
+use crate::common::gradients::Backward;
+use crate::common::operands::problem;
+use crate::common::{another_gpu, gpu};
 use sink_attention::half::f16;
 use sink_attention::{
     Attention, Axes, DType, Element, Gradients, Layout, Options, Output, Problem, SinkLogits, Window,

@@ -1,13 +1,12 @@
 //! Every conformance file against every path: the expected results come from an independent dense
 //! float64 computation.
 
-mod common;
-
+use crate::common;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{compare, compare_lse};
+use crate::common::{compare, compare_lse};
 use safetensors::{Dtype, SafeTensors};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;

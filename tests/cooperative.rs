@@ -3,14 +3,12 @@
 //! It takes an adapter with cooperative matrices: tests/software-vulkan.sh installs one that needs no GPU, and
 //! `SINK_ATTENTION_REQUIRE_COOPERATIVE=1` makes these tests fail where there is none.
 
-mod common;
-
-use common::caches::{Both, config, filled};
-use common::gradients::Backward;
-use common::operands::{SIZES, agree, options, problem};
-use common::prefills::causal;
-use common::views::run_at;
-use common::{compare, compare_low_precision, cooperative, gpu, low_precision};
+use crate::common::caches::{Both, config, filled};
+use crate::common::gradients::Backward;
+use crate::common::operands::{SIZES, agree, options, problem};
+use crate::common::prefills::causal;
+use crate::common::views::run_at;
+use crate::common::{all_cases, compare, compare_low_precision, cooperative, gpu, low_precision, with_others};
 use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
@@ -144,11 +142,12 @@ fn sizes_and_options<T: Element>(attention: &Attention) {
 }
 
 fn widths<T: Element>(attention: &Attention) {
-    let equal = [16, 64, 20, 33].map(|width| [width, width]);
-    let unequal = [[16, 64], [128, 8], [256, 16], [36, 20], [1, 3], [16, 256]];
+    let equal = with_others([16, 64, 20, 33], [128, 256]).into_iter().map(|width| [width, width]);
+    let unequal = with_others([[16, 64], [128, 8], [256, 16], [36, 20], [1, 3], [16, 256]], [[192, 16], [192, 128]]);
     // A software driver compiles wide kernels for many seconds: both types only where they differ, in how they are read, and
     // the widest by turns.
     let both = |width: [usize; 2]| match T::DTYPE {
+        _ if all_cases() => true,
         DType::F16 => width != [16, 256],
         _ => [[16, 16], [33, 33], [36, 20], [16, 256]].contains(&width),
     };

@@ -1,17 +1,16 @@
 //! What a driver reports comes back as a typed error: a lost device, exhausted memory, buffers that cannot be used. Nothing
 //! panics, and the operator works again afterwards, on a new device where the old one is lost.
 
-mod common;
-
+use crate::common;
 use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use common::another_gpu;
-use common::buffers::{Buffers, empty, submit};
-use common::gradients::Backward;
-use common::operands::{Operands, check, problem};
+use crate::common::another_gpu;
+use crate::common::buffers::{Buffers, empty, submit};
+use crate::common::gradients::Backward;
+use crate::common::operands::{Operands, check, problem};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, Axes, Capabilities, Device, Error, ForwardBuffers, Inputs, Lengths, Options, Plan, Problem, Shape,
@@ -141,8 +140,11 @@ fn memory_that_is_not_there() {
     let Some(gpu) = common::gpu() else { return };
     if std::env::var_os(CHILD).is_none() {
         let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-        let child =
-            child.args(["memory_that_is_not_there", "--exact", "--nocapture"]).env(CHILD, "1").output().unwrap();
+        let child = child
+            .args(["errors::memory_that_is_not_there", "--exact", "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
         let output = String::from_utf8_lossy(&child.stdout) + String::from_utf8_lossy(&child.stderr);
         assert!(child.status.success() && output.contains("1 passed"), "{output}");
         return;

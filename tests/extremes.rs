@@ -1,7 +1,6 @@
 //! Finite operands whose scores are beyond what f32 holds well, on the CPU and on the GPU.
 
-mod common;
-
+use crate::common;
 use sink_attention::half::f16;
 use sink_attention::{Attention, Axes, Bias, DType, Inputs, Options, Problem, Shape, SinkLogits, Upstream};
 

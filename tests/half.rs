@@ -1,13 +1,11 @@
 //! f16 and bf16 in GPU buffers: halves of words wherever they lie, every bit pattern, rounding. Numbers are held
 //! against the definition in tests/low_precision.rs.
 
-mod common;
-
-use common::buffers::empty;
-use common::gpu;
-use common::gradients::Backward;
-use common::operands::problem;
-use common::views::run_at;
+use crate::common::buffers::empty;
+use crate::common::gradients::Backward;
+use crate::common::operands::problem;
+use crate::common::views::run_at;
+use crate::common::{every, gpu};
 use sink_attention::half::{bf16, f16};
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
@@ -96,8 +94,7 @@ fn tiles_of_the_exact_delta() {
     let fits = |tiles: &Tiling| Pass::with_tiles(Kernel::ExactDelta, &problem, false, own, *tiles).is_ok();
     let fit: Vec<Tiling> = all.into_iter().filter(fits).collect();
     assert!(fit.len() >= 5, "{fit:?}");
-    // A software driver compiles each for a while.
-    for tiles in fit.into_iter().step_by(2) {
+    for tiles in every(2, fit) {
         run_at(gpu, &problem, &case, [0, 0], &[(Kernel::ExactDelta, tiles)], false);
     }
 }

@@ -1,12 +1,10 @@
 //! Laws that any correct attention obeys, on every path: they need no reference to compare with, so they
 //! hold the reference to account as well.
 
-mod common;
-
-use common::gpu;
-use common::gradients::Backward;
-use common::operands::{BOUND, Operands, agree, problem, row};
-use common::{compare, compare_lse};
+use crate::common::gpu;
+use crate::common::gradients::Backward;
+use crate::common::operands::{BOUND, Operands, agree, problem, row};
+use crate::common::{compare, compare_lse};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{Attention, Element, Gradients, Layout, Options, Output, Problem, SinkLogits, Window};
 

@@ -1,14 +1,13 @@
 //! Partial states: shards of the keys in any number, size and order, against the definition of the whole in f64.
 
-mod common;
-
+use crate::common;
 use std::ops::Range;
 
-use common::buffers::{buffer, empty, read, submit};
-use common::gradients::Backward;
-use common::operands::{BOUND, Operands, agree, problem};
-use common::shards::{ranges, shard, states, with_sinks};
-use common::{another_gpu, compare, compare_lse, gpu};
+use crate::common::buffers::{buffer, empty, read, submit};
+use crate::common::gradients::Backward;
+use crate::common::operands::{BOUND, Operands, agree, problem};
+use crate::common::shards::{ranges, shard, states, with_sinks};
+use crate::common::{another_gpu, compare, compare_lse, gpu};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use sink_attention::cpu::reference;
@@ -526,7 +525,7 @@ fn any_cut_on_the_cpu() {
 #[test]
 fn any_cut_on_the_gpu() {
     if let Some(gpu) = gpu() {
-        any_cut(gpu, 10);
+        any_cut(gpu, common::this_many(6, 24));
     }
 }
 

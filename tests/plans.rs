@@ -1,14 +1,12 @@
 //! Decisions: the planner's choices for named devices in a reviewed file, and a plan for every width.
 //!
-//! After a change that is meant, `UPDATE_PLANS=1 cargo test --test plans` rewrites tests/plans.txt;
+//! After a change that is meant, `UPDATE_PLANS=1 cargo test --test suites plans::` rewrites tests/plans.txt;
 //! the difference belongs into the review.
-
-mod common;
 
 use std::fmt::Write as _;
 use std::path::Path;
 
-use common::operands::problem;
+use crate::common::operands::problem;
 use sink_attention::{
     Capabilities, DType, DeviceClass, Error, Kernel, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference,
     Problem, SinkLogits, Tiles, Tiling, Variant, Window,

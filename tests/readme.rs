@@ -1,4 +1,5 @@
-//! The README's table of features: every cell of ours names its tests, and those are there.
+//! The README's table of features: every cell of ours names its tests, and those are there; and every file of tests is part of
+//! the program that runs.
 
 use std::fs;
 use std::path::Path;
@@ -88,6 +89,31 @@ fn every_cell_names_tests_that_are_there() {
     let errors: Vec<String> =
         cells.iter().filter_map(|(feature, cell)| Some(format!("{feature}: {}", check(cell).err()?))).collect();
     assert!(errors.is_empty(), "{errors:#?}");
+}
+
+/// The files and folders of tests that `tests/suites.rs` has not as modules.
+fn left_out<'a>(suites: &str, entries: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    let lines: Vec<&str> = suites.lines().collect();
+    let runs = |entry: &&str| match entry.strip_suffix(".rs") {
+        Some(name) => lines.contains(&format!("mod {name};").as_str()),
+        None => lines.contains(&format!("#[path = \"{entry}/main.rs\"]").as_str()),
+    };
+    entries.into_iter().filter(|entry| !runs(entry)).collect()
+}
+
+#[test]
+fn every_file_of_tests_is_run() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let entries = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let tests = |entry: &String| {
+        let is_file = entry.ends_with(".rs") && entry != "suites.rs";
+        is_file || folder.join(entry).join("main.rs").exists()
+    };
+    let entries: Vec<String> = entries.filter(tests).collect();
+    assert!(entries.iter().any(|entry| entry == "readme.rs") && entries.iter().any(|entry| entry == "cpu"));
+    let suites = read("tests/suites.rs").unwrap();
+    assert_eq!(left_out(&suites, entries.iter().map(String::as_str)), [""; 0]);
+    assert_eq!(left_out(&suites, ["forward.rs", "cpu", "new.rs", "gpu"]), ["new.rs", "gpu"]);
 }
 
 /// A test that is renamed, no longer marked, ignored or moved must be noticed.

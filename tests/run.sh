@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Runs every test, the device check among them, and the demo, on a GPU adapter: bash tests/run.sh
+# Runs every test and the demo on a GPU adapter: bash tests/run.sh
 #
 # Where there is no adapter, a software Vulkan driver (Mesa's llvmpipe) is installed on Debian and Ubuntu; elsewhere
 # the script says what is missing. macOS and Windows bring their own driver.
+#
+# A software driver compiles each kernel for a second or more. So that a machine with two cores is done in 20 minutes, the
+# tests try every option, element type and kernel with few widths and tiles. All of them, and the whole device check, on
+# cooperative matrices too: SINK_ATTENTION_TESTS=all bash tests/run.sh
 #
 # Last come the kernels on cooperative matrices (tensor cores), on a newer software driver that has such matrices; where
 # tests/software-vulkan.sh cannot install it, this says so, here and in the last line.
@@ -144,9 +148,10 @@ case $? in
         # Another driver, or an adapter of one, is not what is asked for here.
         unset VK_ICD_FILENAMES SINK_ATTENTION_ADAPTER
         export SINK_ATTENTION_REQUIRE_COOPERATIVE=1
-        tests --test cooperative
-        tests --test options cooperative
-        tests --test conformance cooperative
+        # Of other suites what takes long is left out.
+        few=(--skip size:: --skip properties::)
+        [[ ${SINK_ATTENTION_TESTS:-} == all ]] && few=()
+        tests --test suites -- cooperative ${few[@]+"${few[@]}"}
         echo
         echo "== $((SECONDS - start)) s on cooperative matrices"
         ;;

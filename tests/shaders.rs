@@ -1,13 +1,11 @@
 //! Text: every variant that the planner can pick validates, translates to every driver's language, fits
 //! the memory that it was promised, and builds on devices with real limits, all without a GPU.
 
-mod common;
-
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
-use common::buffers::empty;
-use common::operands::problem;
+use crate::common::buffers::empty;
+use crate::common::operands::problem;
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
@@ -249,71 +247,63 @@ fn the_list_reaches_every_class() {
     }
 }
 
-#[test]
-fn variants_validate_and_translate() {
-    variants().par_iter().for_each(|variant| {
-        let (module, info) = validated(variant);
-        let entry = |name: &str| panic!("{}: no {name}", variant.name());
-        let name = || variant.name();
+/// To the languages of all drivers.
+fn translates(variant: &Variant, module: &Module, info: &ModuleInfo) {
+    let entry = |name: &str| panic!("{}: no {name}", variant.name());
+    let name = || variant.name();
 
-        let options = spv::Options { lang_version: (1, 3), ..Default::default() };
-        let words = spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| panic!("{}: {e}", name()));
-        assert_eq!(words[0], 0x0723_0203, "{}: SPIR-V's magic number", name());
+    let options = spv::Options { lang_version: (1, 3), ..Default::default() };
+    let words = spv::write_vec(module, info, &options, None).unwrap_or_else(|e| panic!("{}: {e}", name()));
+    assert_eq!(words[0], 0x0723_0203, "{}: SPIR-V's magic number", name());
 
-        // Metal's matrices are 8x8; Direct3D has none.
-        let side = variant.matrices.map(|matrices| matrices.side);
-        if side == Some(16) {
-            return;
-        }
-        let options = msl::Options { lang_version: (2, 4), ..Default::default() };
-        let (_, written) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
-            .unwrap_or_else(|e| panic!("{}: {e}", name()));
-        written.entry_point_names[0].as_ref().unwrap_or_else(|e| entry(&e.to_string()));
+    // Metal's matrices are 8x8; Direct3D has none.
+    let side = variant.matrices.map(|matrices| matrices.side);
+    if side == Some(16) {
+        return;
+    }
+    let options = msl::Options { lang_version: (2, 4), ..Default::default() };
+    let (_, written) = msl::write_string(module, info, &options, &msl::PipelineOptions::default())
+        .unwrap_or_else(|e| panic!("{}: {e}", name()));
+    written.entry_point_names[0].as_ref().unwrap_or_else(|e| entry(&e.to_string()));
 
-        if side.is_some() {
-            return;
-        }
-        let options = hlsl::Options {
-            shader_model: hlsl::ShaderModel::V6_0,
-            // Where the kernel's num_workgroups comes from, as in wgpu.
-            special_constants_binding: Some(hlsl::BindTarget { register: 0, space: 1, ..Default::default() }),
-            ..Default::default()
-        };
-        let mut text = String::new();
-        let written = hlsl::Writer::new(&mut text, &options, &hlsl::PipelineOptions::default())
-            .write(&module, &info, None)
-            .unwrap_or_else(|e| panic!("{}: {e}", name()));
-        written.entry_point_names[0].as_ref().unwrap_or_else(|e| entry(&e.to_string()));
-    });
+    if side.is_some() {
+        return;
+    }
+    let options = hlsl::Options {
+        shader_model: hlsl::ShaderModel::V6_0,
+        // Where the kernel's num_workgroups comes from, as in wgpu.
+        special_constants_binding: Some(hlsl::BindTarget { register: 0, space: 1, ..Default::default() }),
+        ..Default::default()
+    };
+    let mut text = String::new();
+    let written = hlsl::Writer::new(&mut text, &options, &hlsl::PipelineOptions::default())
+        .write(module, info, None)
+        .unwrap_or_else(|e| panic!("{}: {e}", name()));
+    written.entry_point_names[0].as_ref().unwrap_or_else(|e| entry(&e.to_string()));
 }
 
 /// The planner promises workgroup memory and threads by arithmetic of its own; the text must agree.
-#[test]
-fn variants_keep_the_planners_promises() {
-    variants().par_iter().for_each(|variant| {
-        let name = variant.name();
-        let (module, _) = validated(variant);
-        let mut layouter = naga::proc::Layouter::default();
-        layouter.update(module.to_ctx()).unwrap();
-        // As WebGPU counts: each variable rounded up to 16 bytes.
-        let bytes: u32 = module
-            .global_variables
-            .iter()
-            .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
-            .map(|(_, variable)| layouter[variable.ty].size.next_multiple_of(16))
-            .sum();
-        let promised = variant.workgroup_bytes();
-        assert!(bytes <= promised, "{name}: {bytes} bytes of workgroup memory, {promised} were planned");
-        // Where memory is what decides between tiles, none is given away either.
-        assert!(bytes == promised || variant.tiling.is_none(), "{name}: {bytes} bytes, {promised} were planned");
-        let [entry] = &module.entry_points[..] else { panic!("{name}: one entry point") };
-        assert_eq!((&*entry.name, entry.workgroup_size), ("main", [variant.threads(), 1, 1]), "{name}");
-    });
+fn keeps_the_planners_promises(variant: &Variant, module: &Module) {
+    let name = variant.name();
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).unwrap();
+    // As WebGPU counts: each variable rounded up to 16 bytes.
+    let bytes: u32 = module
+        .global_variables
+        .iter()
+        .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
+        .map(|(_, variable)| layouter[variable.ty].size.next_multiple_of(16))
+        .sum();
+    let promised = variant.workgroup_bytes();
+    assert!(bytes <= promised, "{name}: {bytes} bytes of workgroup memory, {promised} were planned");
+    // Where memory is what decides between tiles, none is given away either.
+    assert!(bytes == promised || variant.tiling.is_none(), "{name}: {bytes} bytes, {promised} were planned");
+    let [entry] = &module.entry_points[..] else { panic!("{name}: one entry point") };
+    assert_eq!((&*entry.name, entry.workgroup_size), ("main", [variant.threads(), 1, 1]), "{name}");
 }
 
 /// Slots are never renumbered: hosts that bind by themselves, and captures of old runs, rely on them.
-#[test]
-fn bindings_stay_where_they_are() {
+fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
     const NAMES: [&str; 30] = [
         "params",
         "q",
@@ -346,56 +336,64 @@ fn bindings_stay_where_they_are() {
         "states_rest",
         "states_lse",
     ];
-    for variant in variants() {
-        let name = variant.name();
-        let (module, _) = validated(&variant);
-        let mut written = Vec::new();
-        let mut storage = 0;
-        for (_, global) in module.global_variables.iter() {
-            let Some(binding) = global.binding else { continue };
-            let operand = NAMES[binding.binding as usize];
-            assert_eq!((global.name.as_deref(), binding.group), (Some(operand), 0), "{name}");
-            match global.space {
-                AddressSpace::Uniform => assert_eq!(operand, "params", "{name}"),
-                AddressSpace::Storage { access } => {
-                    storage += 1;
-                    written.extend(access.contains(StorageAccess::STORE).then_some(operand));
-                }
-                other => panic!("{name}: {operand} in {other:?}"),
+    let name = variant.name();
+    let mut written = Vec::new();
+    let mut storage = 0;
+    for (_, global) in module.global_variables.iter() {
+        let Some(binding) = global.binding else { continue };
+        let operand = NAMES[binding.binding as usize];
+        assert_eq!((global.name.as_deref(), binding.group), (Some(operand), 0), "{name}");
+        match global.space {
+            AddressSpace::Uniform => assert_eq!(operand, "params", "{name}"),
+            AddressSpace::Storage { access } => {
+                storage += 1;
+                written.extend(access.contains(StorageAccess::STORE).then_some(operand));
             }
+            other => panic!("{name}: {operand} in {other:?}"),
         }
-        // Devices with matrices bind more than every WebGPU device does, and only they repair.
-        let options = [variant.alibi, variant.bias.is_some(), variant.mask, variant.lengths];
-        let options = options.iter().filter(|there| **there).count();
-        let most = match variant.kernel {
-            _ if is_cooperative(&variant) || variant.repairs.is_some() => 10 + options,
-            // With o_rest, sink logits and d_lse it has no room for slopes.
-            Kernel::Delta => 8 + options,
-            // One option goes with everything else on every WebGPU device.
-            _ => 7 + options.max(1),
-        };
-        assert!(storage <= most, "{name}: {storage} storage buffers");
-        assert_eq!(written.contains(&"repairs"), is_cooperative(&variant), "{name}");
-        written.retain(|operand| *operand != "repairs");
-        written.sort_unstable();
-        let results: &[&str] = match variant.kernel {
-            Kernel::Forward | Kernel::Merge if variant.o_rest => &["lse", "o", "o_rest"],
-            Kernel::Forward | Kernel::Merge => &["lse", "o"],
-            Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["row_terms", "sink_partials"],
-            Kernel::Delta | Kernel::ExactDelta => &["row_terms"],
-            Kernel::DSinkLogits => &["d_sink_logits"],
-            Kernel::DQ if variant.moments => &["alibi_moments", "d_q"],
-            Kernel::DQ => &["d_q"],
-            Kernel::DKv if variant.packed => &["d_k"],
-            Kernel::DKv => &["d_k", "d_v"],
-            Kernel::Maxima | Kernel::GradientMaxima => &["maxima"],
-            Kernel::Ranges => &["ranges"],
-            Kernel::MaskBits => &["mask_bits"],
-            Kernel::DBias => &["d_bias"],
-            Kernel::DAlibiSlopes => &["d_alibi_slopes"],
-        };
-        assert_eq!(written, results, "{name}");
     }
+    // Devices with matrices bind more than every WebGPU device does, and only they repair.
+    let options = [variant.alibi, variant.bias.is_some(), variant.mask, variant.lengths];
+    let options = options.iter().filter(|there| **there).count();
+    let most = match variant.kernel {
+        _ if is_cooperative(variant) || variant.repairs.is_some() => 10 + options,
+        // With o_rest, sink logits and d_lse it has no room for slopes.
+        Kernel::Delta => 8 + options,
+        // One option goes with everything else on every WebGPU device.
+        _ => 7 + options.max(1),
+    };
+    assert!(storage <= most, "{name}: {storage} storage buffers");
+    assert_eq!(written.contains(&"repairs"), is_cooperative(variant), "{name}");
+    written.retain(|operand| *operand != "repairs");
+    written.sort_unstable();
+    let results: &[&str] = match variant.kernel {
+        Kernel::Forward | Kernel::Merge if variant.o_rest => &["lse", "o", "o_rest"],
+        Kernel::Forward | Kernel::Merge => &["lse", "o"],
+        Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["row_terms", "sink_partials"],
+        Kernel::Delta | Kernel::ExactDelta => &["row_terms"],
+        Kernel::DSinkLogits => &["d_sink_logits"],
+        Kernel::DQ if variant.moments => &["alibi_moments", "d_q"],
+        Kernel::DQ => &["d_q"],
+        Kernel::DKv if variant.packed => &["d_k"],
+        Kernel::DKv => &["d_k", "d_v"],
+        Kernel::Maxima | Kernel::GradientMaxima => &["maxima"],
+        Kernel::Ranges => &["ranges"],
+        Kernel::MaskBits => &["mask_bits"],
+        Kernel::DBias => &["d_bias"],
+        Kernel::DAlibiSlopes => &["d_alibi_slopes"],
+    };
+    assert_eq!(written, results, "{name}");
+}
+
+/// Each is parsed once, which takes longer than all that follows.
+#[test]
+fn variants_validate_and_translate() {
+    variants().par_iter().for_each(|variant| {
+        let (module, info) = validated(variant);
+        keeps_the_planners_promises(variant, &module);
+        bindings_stay_where_they_are(variant, &module);
+        translates(variant, &module, &info);
+    });
 }
 
 /// A device without a driver that validates as one with these capabilities does.
@@ -510,7 +508,7 @@ fn variants_build_on_every_device() {
 }
 
 /// The test above proves something: such a device refuses what exceeds its limits. (Not workgroup memory:
-/// browsers count it, wgpu does not, so `variants_keep_the_planners_promises` does.)
+/// browsers count it, wgpu does not, so `keeps_the_planners_promises` does.)
 #[test]
 fn noop_devices_do_validate() {
     let least = Capabilities::webgpu_defaults();

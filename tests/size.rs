@@ -1,13 +1,11 @@
 //! Operands beyond a binding, and passes beyond the time of a dispatch: cut into pieces, with the same bits.
 
-mod common;
-
 use std::time::Duration;
 
-use common::buffers::gpu_with;
-use common::gradients::Backward;
-use common::operands::{Operands, agree, problem};
-use common::{cooperative, gpu};
+use crate::common::buffers::gpu_with;
+use crate::common::gradients::Backward;
+use crate::common::operands::{Operands, agree, problem};
+use crate::common::{cooperative, gpu};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
     Attention, Axes, DeviceClass, Element, Gradients, Layout, Lengths, MicroKernel, Options, Output, Problem, Shape,

@@ -1,10 +1,8 @@
 //! Streams in chunks of any size against the definition of the whole sequence in f64, saved and resumed.
 
-mod common;
-
-use common::gpu;
-use common::operands::{Operands, agree, problem};
-use common::shards::rows;
+use crate::common::gpu;
+use crate::common::operands::{Operands, agree, problem};
+use crate::common::shards::rows;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use sink_attention::cpu::reference;

@@ -1,11 +1,10 @@
 //! Measured tiles and compiled pipelines on the GPU: they change the speed, and nothing else.
 
-mod common;
-
+use crate::common;
 use std::fs;
 use std::path::PathBuf;
 
-use common::operands::{Operands, agree, problem};
+use crate::common::operands::{Operands, agree, problem};
 use sink_attention::{
     Attention, Capabilities, Clock, DType, Device, Error, Kernel, MaskClass, MicroKernel, OptionalOperands, Options,
     Pass, Plan, Preference, Problem, SinkLogits, Tiles, TilesOrigin, Tiling, Timer, Tuning, TuningKey, Upstream,

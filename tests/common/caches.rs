@@ -5,8 +5,8 @@ use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::{self, reference};
 use sink_attention::half::f16;
 use sink_attention::{
-    AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, Inputs, KvCache, Options,
-    Output, Problem, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, TensorView, Window, wgpu,
+    AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, Inputs, KvCache, Output,
+    Problem, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, TensorView, Window, wgpu,
 };
 
 use super::{compare, compare_lse, gpu};

@@ -2,7 +2,7 @@
 //! error of tiled paths, which can hardly be better. Tensor cores multiply halves: the yardstick for kernels that use them
 //! rounds p and d_s as well.
 
-use sink_attention::{Element, Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
+use sink_attention::{Element, Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
 
 use super::operands::row;
 

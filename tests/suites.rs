@@ -1,0 +1,40 @@
+//! Every integration test, in one program: each links wgpu and all that belongs to it, which takes longer than the tests
+//! of most files. A file by itself: `cargo test --features cli --test suites forward::`.
+
+mod common;
+
+mod backward;
+mod buffers;
+mod cache;
+mod cache_errors;
+mod cache_files;
+mod cache_prefill;
+#[cfg(feature = "cli")]
+mod cli;
+#[cfg(feature = "cli")]
+mod cli_bench;
+#[cfg(feature = "cli")]
+mod cli_device;
+#[cfg(feature = "cli")]
+mod cli_options;
+mod concurrency;
+#[cfg(feature = "cli")]
+mod conformance;
+mod cooperative;
+#[path = "cpu/main.rs"]
+mod cpu;
+mod errors;
+mod extremes;
+mod forward;
+mod half;
+mod laws;
+mod low_precision;
+mod options;
+mod partial;
+mod plans;
+mod properties;
+mod readme;
+mod shaders;
+mod size;
+mod stream;
+mod tuning;
