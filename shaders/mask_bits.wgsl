@@ -59,14 +59,13 @@ fn nonzero_bytes(bytes: u32) -> u32 {
       atomicOr(&classes, kind << ((step + thread % STEP_WORDS) / BLOCK_WORDS * 2u));
     }
     workgroupBarrier();
-    // By keys: a bit for each query of the block, or, where one row is for all queries, for any.
+    // By keys: a bit for each query of the block.
     let key = (group * GROUP_WORDS + step) * 32u + thread;
-    if (key < params.mask_keys) {
+    if (key < params.mask_keys && params.mask_rows > 1u) {
       var bits = 0u;
       for (var i = 0u; i < min(params.mask_rows - block_row * BLOCK_ROWS, BLOCK_ROWS); i += 1u) {
         bits |= ((words[i * STEP_WORDS + thread / 32u] >> (thread % 32u)) & 1u) << i;
       }
-      if (params.mask_rows == 1u) { bits = 0u - bits; }
       mask_bits[operand_base(params.mask_key_bits, batch, head) + key * params.mask_key_bits.seq + block_row] = bits;
     }
   }

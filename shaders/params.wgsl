@@ -20,8 +20,8 @@ struct Params {
   sink_partials: Operand,
   bias: Operand,
   d_bias: Operand,
-  // The boolean mask: the caller's, in bytes or words; its bits in words by rows of queries, and again by
-  // rows of keys; the classes of its blocks.
+  // The boolean mask: the caller's, in bytes or words; its bits in words by rows of queries, and, unless one
+  // row is for all, again by rows of keys; the classes of its blocks.
   mask: Operand,
   mask_bits: Operand,
   mask_key_bits: Operand,
@@ -39,8 +39,6 @@ struct Params {
   // Position of query 0.
   offset: i32,
   sink_tokens: u32,
-  // From word to word of a key's bits: 0 where one is for all queries.
-  mask_key_step: u32,
   // Workgroups of this dispatch: the grid is folded into two dimensions and may be larger.
   workgroups: u32,
   // The region of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are those of

@@ -35,13 +35,21 @@ var<private> mask_base: u32;
 const BLOCK_ROWS: u32 = {{ mask_block_rows }}u;
 const BLOCK_KEYS: u32 = {{ mask_block_words * 32 }}u;
 
-fn mask_place(row: u32, word: u32) -> u32 {
-  return mask_base + min(row, {{ sequence }}.{{ "seq_k" if rows_are_keys else "seq_q" }} - 1u) * params.{{ mask_operand }}.seq + word{{ " * params.mask_key_step" if rows_are_keys }};
+// A bit for each of 32 columns.
+fn mask_word(row: u32, word: u32) -> u32 {
+{% if rows_are_keys %}
+  let key = min(row, {{ sequence }}.seq_k - 1u);
+  // One row for all queries.
+  if (params.mask_rows == 1u) { return 0u - ((mask_bits[mask_base + key / 32u] >> (key % 32u)) & 1u); }
+  return mask_bits[mask_base + key * params.mask_key_bits.seq + word];
+{% else %}
+  return mask_bits[mask_base + min(row, {{ sequence }}.seq_q - 1u) * params.mask_bits.seq + word];
+{% endif %}
 }
 
 // What the mask shows of a row's four columns from `column` on, a multiple of four.
 fn mask4(row: u32, column: u32) -> vec4<bool> {
-  return (vec4<u32>(mask_bits[mask_place(row, column / 32u)] >> (column % 32u)) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>();
+  return (vec4<u32>(mask_word(row, column / 32u) >> (column % 32u)) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>();
 }
 {% if mask_words %}
 
@@ -272,6 +280,10 @@ fn begin_pairs(number: u32, batch: u32, head: u32) {
   bias_base = operand_base(params.bias, number, head);
 {% endif %}
 {% if mask %}
-  mask_base = operand_base(params.{{ mask_operand }}, number, head);
+  {% if rows_are_keys %}
+  mask_base = operand_base(params.mask_bits, number, head) + select(0u, params.mask_key_bits.offset - params.mask_bits.offset, params.mask_rows > 1u);
+{% else %}
+  mask_base = operand_base(params.mask_bits, number, head);
+{% endif %}
 {% endif %}
 }

@@ -70,7 +70,6 @@ struct Params {
     upper: i32,
     offset: i32,
     sink_tokens: u32,
-    mask_key_step: u32,
     workgroups: u32,
     region_batch: u32,
     region_batches: u32,
@@ -325,6 +324,7 @@ impl<'a> Operands<'a> {
         let [_, _, mask_rows, mask_keys] = o.mask.unwrap_or_default().of(problem.pairs_shape());
         let [mask_words, mask_block_rows, mask_groups] = mask_blocks(mask_rows, mask_keys);
         let mask_bits = operand(Binding::MaskBits);
+        let key_words = if mask_rows > 1 { mask_keys * mask_block_rows } else { 0 };
         let Region { axes: [entries, heads, tiles] } = &piece.region;
         let [[region_batch, region_batches], [region_head, region_heads], [region_tile, region_tiles]] =
             [entries, heads, tiles].map(|range| [range.start as u32, (range.end - range.start) as u32]);
@@ -356,7 +356,7 @@ impl<'a> Operands<'a> {
                 ..mask_bits
             },
             mask_classes: Operand {
-                offset: mask_bits.offset.wrapping_add((mask_rows * mask_words + mask_keys * mask_block_rows) as u32),
+                offset: mask_bits.offset.wrapping_add((mask_rows * mask_words + key_words) as u32),
                 seq: if mask_rows > 1 { mask_groups as u32 } else { 0 },
                 ..mask_bits
             },
@@ -372,7 +372,6 @@ impl<'a> Operands<'a> {
             // Needed with ALiBi only, where it was checked.
             offset: band.offset() as i32,
             sink_tokens: band.sink_tokens(),
-            mask_key_step: u32::from(mask_rows > 1),
             workgroups: piece.workgroups,
             region_batch,
             region_batches,
@@ -727,7 +726,7 @@ mod tests {
         let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
             sink_partials bias d_bias mask mask_bits
             mask_key_bits mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
-            mask_key_step workgroups region_batch region_batches region_head region_heads region_tile region_tiles continues sink_offset d_sink_offset
+            workgroups region_batch region_batches region_head region_heads region_tile region_tiles continues sink_offset d_sink_offset
             slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
             pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));

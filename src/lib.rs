@@ -210,9 +210,9 @@
 //! and the sink logit enters once. Results depend on the lengths, the [`DecodeTiling`] and the cache's sequences, not on what
 //! lies in other sequences; the kinds of cache give the same bits only where they have the same capacity.
 //!
-//! One query of each sequence
-//! meets contiguous and paged keys in f16, of widths that are multiples of 16 up to 128, on cooperative matrices where
-//! [`Attention::with_micro_kernel`] asks for them and the device has them, by itself on NVIDIA's: weights are rounded to f16 then.
+//! One query of each sequence meets contiguous keys (of a capacity that holds a tile) and paged ones in f16, of widths that are
+//! multiples of 16 up to 128, on cooperative matrices: by itself on NVIDIA's, elsewhere where [`Attention::with_micro_kernel`] asks
+//! for them, which is an error for other caches. Weights are rounded to f16 then.
 //!
 //! A chunk of a prompt is more queries than a decoding step takes: [`KvCache::prepare_prefill`] appends its tokens and attends with
 //! them to what their sequences hold, by the ordinary forward pass with its kernels and options. In a rolling cache each query

@@ -223,7 +223,9 @@ fn mask_bits(problem: &Problem) -> View {
     let axes = problem.options().mask.unwrap_or_default();
     let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
     let [words, block_rows, groups] = mask_blocks(rows, keys);
-    let tail = keys * block_rows + block_rows * groups;
+    // Where a row is for all queries, its bits are those of the keys.
+    let key_words = if rows > 1 { keys * block_rows } else { 0 };
+    let tail = key_words + block_rows * groups;
     let head = rows * words + tail;
     let strides = [heads * head, head, words].map(|n| n as u64);
     let view = View::new(Binding::MaskBits, 0, strides, [batch, heads, rows, words], 4);
@@ -505,7 +507,8 @@ impl<'a> Cutter<'a> {
                     (&touch.batch, touch.queries.start..view.extents[2])
                 }
                 Binding::States | Binding::StatesRest | Binding::StatesLse => (&states, touch.queries.clone()),
-                Binding::MaskBits => (&touch.numbers, touch.rows.start..view.extents[2]),
+                // A row may be for all queries.
+                Binding::MaskBits => (&touch.numbers, touch.rows.start.min(view.extents[2] - 1)..view.extents[2]),
                 Binding::Mask | Binding::Bias | Binding::DBias => (&touch.numbers, touch.rows.clone()),
                 Binding::SinkPartials => {
                     let tile = u64::from(DELTA_ROWS);
@@ -1187,6 +1190,24 @@ mod tests {
             refused > 100 && cut > 300 && cooperative > 50,
             "{refused} refused, {cut} cut, {cooperative} cooperative"
         );
+    }
+
+    /// Masks whose row is for all queries, in bindings that do not hold those of all heads.
+    #[test]
+    fn masks_of_keys_in_pieces() {
+        let sample = Capabilities { binding_bytes: 1 << 13, ..Capabilities::samples()[0].clone() };
+        for axes in [Axes::KEYS.heads(), Axes::KEYS.heads().seq_q()] {
+            let shape = Shape { batch: 1, heads: 64, kv_heads: 2, seq_q: 100, seq_k: 300, head_dim: 4, value_dim: 4 };
+            let problem = Problem::new(shape, Options::new().layout(Layout::Bhsd).mask(axes)).unwrap();
+            let optional = OptionalOperands::of_host(&problem);
+            let plan = Plan::forward_with(&problem, true, optional, &sample, &Preference::default()).unwrap();
+            for pass in &plan.passes {
+                let views = dense_views(&problem, &plan.passes, pass);
+                let Ok(pieces) = pass.pieces(&problem, &views, &sample, Duration::ZERO) else { continue };
+                assert!(pieces.list.len() > 1);
+                Simulation { pass, problem: &problem, views: &views, pieces: &pieces, done: BTreeSet::new() }.run();
+            }
+        }
     }
 
     #[test]

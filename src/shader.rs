@@ -598,10 +598,9 @@ impl Variant {
             class_arguments => &classes,
             // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
             mirrored => cooperative && self.kernel == Kernel::Forward && self.alibi,
-            // Cooperative kernels know of spans of tiles what the mask makes of them.
             // A mask's words are kept in registers.
             mask_words => self.mask && self.fragments().is_some_and(|f| 32u32.is_multiple_of(f.tile_columns())),
-            mask_operand => if rows_are_keys { "mask_key_bits" } else { "mask_bits" },
+            // Cooperative kernels know of spans of tiles what the mask makes of them.
             following => match (rows_are_keys, self.mask && !cooperative) {
                 (false, false) => "next_tile(tiles, tile)".into(),
                 (true, false) => "tile + 1u".into(),

@@ -13,8 +13,9 @@ use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    Attention, CacheKind, Capabilities, DType, Decode, Device, Element, Error, Gradients, Kernel, Layout, MicroKernel,
-    OptionalOperands, Options, Output, Plan, Preference, Prefill, PrefillBuffers, Problem, SinkLogits, Tiling, Window,
+    Attention, CacheKind, Capabilities, DType, Decode, DecodeBuffers, DecodeTiles, Device, Element, Error, Gradients,
+    Kernel, Layout, MicroKernel, OptionalOperands, Options, Output, Plan, Preference, Prefill, PrefillBuffers, Problem,
+    SinkLogits, Tiling, Window,
 };
 
 /// A test for both types.
@@ -348,7 +349,7 @@ fn through_caches<T: Element>(attention: &Attention) {
 
 /// One query against contiguous and paged keys of every length, whatever hides some of them, and whatever lies beyond the last.
 fn decodes_from_caches(attention: &Attention) {
-    let side = attention.device().unwrap().capabilities().cooperative.unwrap().side;
+    let matrices = attention.device().unwrap().capabilities().cooperative.unwrap();
     let paged = CacheKind::Paged { page_size: 32, pages: 40, sequence_pages: 20 };
     // Of 8 rows, of more, and of several workgroups; the last tile of the contiguous cache lies across its end.
     for (kind, heads, kv_heads, widths) in
@@ -356,6 +357,13 @@ fn decodes_from_caches(attention: &Attention) {
     {
         let mut both = Both::<f16>::new(config::<f16>(kind, kv_heads, widths));
         both.gpu = Some(attention.create_cache(&both.config).unwrap());
+        let buffers =
+            [heads * 3, heads * 3].map(|rows| filled(attention.device().unwrap(), &vec![f16::ZERO; rows * 48]));
+        let lse = filled(attention.device().unwrap(), &vec![0f32; heads * 3]);
+        let decode = Decode::new(heads, Options::new().dtype(DType::F16));
+        let cache = both.gpu.as_ref().unwrap();
+        let prepared = cache.prepare_decode(&decode, &DecodeBuffers::new(&buffers[0], &buffers[1], &lse)).unwrap();
+        assert!(matches!(prepared.tiling().tiles, DecodeTiles::Cooperative { .. }));
         both.append(&[301, 17, 0]);
         // What was there is no number.
         let nan = |len: usize| vec![f16::NAN; len];
@@ -372,11 +380,11 @@ fn decodes_from_caches(attention: &Attention) {
         ] {
             both.check(&Decode::new(heads, options));
         }
-        let rows = 8.min(side);
         // Drivers take their time for every kernel.
         let tilings = if kind == paged { &[(1, 3, 2)][..] } else { &[(2, 2, 3), (1, 1, 1)] };
-        for (columns, ahead, splits) in tilings {
-            let tiling = format!("cooperative rows {rows}, columns {columns}, ahead {ahead}, splits {splits}");
+        let shared = |columns: u32| (columns * matrices.side / 4).is_multiple_of(matrices.lanes / 8);
+        for (columns, ahead, splits) in tilings.iter().filter(|(columns, ..)| shared(*columns)) {
+            let tiling = format!("cooperative rows 8, columns {columns}, ahead {ahead}, splits {splits}");
             both.check(&Decode { tiling: Some(tiling.parse().unwrap()), ..Decode::new(heads, per_head) });
         }
         both.append(&[0, 200, 14]);

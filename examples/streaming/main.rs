@@ -39,6 +39,7 @@ use args::{Args, Command};
 use model::Model;
 use policy::Policy;
 use progress::{Memory, Progress, percent};
+use series::Measures;
 use stream::{CHUNK, Scene, Stream, Text};
 
 /// Fixes the weights, the sink logits and the rows to check.
@@ -138,15 +139,16 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         let record = &lane.record;
         // What is left once the window rolls, if it does.
         let since = if text.tokens > settings.window + settings.sink_tokens { settings.window } else { 0 };
-        let mean = record.series.after(since).measures;
+        let mean = record.series.after(since).map(|stretch| stretch.measures);
+        let share = |of: fn(&Measures) -> f64| mean.as_ref().map_or("-".into(), |mean| percent(of(mean)));
         println!(
-            "{:7}  {:11}  {:8.3}   {:>9}   {:>12}   {:>10}   {:7.1e}, {:7.1e}   {:016x}",
+            "{:7}  {:11}  {:>8}   {:>9}   {:>12}   {:>10}   {:7.1e}, {:7.1e}   {:016x}",
             lane.policy.name(),
             count(text.tokens.min(lane.policy.end(&settings))).to_string(),
-            mean.size.sqrt(),
-            mean.relative_difference().map_or("-".into(), percent),
-            percent(mean.first),
-            percent(mean.logit),
+            mean.as_ref().map_or("-".into(), |mean| format!("{:.3}", mean.size.sqrt())),
+            mean.as_ref().and_then(Measures::relative_difference).map_or("-".into(), percent),
+            share(|mean| mean.first),
+            share(|mean| mean.logit),
             record.errors.o,
             record.errors.lse,
             record.checksum,

@@ -78,15 +78,15 @@ impl Series {
         self.stretches.iter().fold(Some(0), next) == Some(tokens)
     }
 
-    /// Means over the stretches from a token on.
-    pub fn after(&self, token: usize) -> Stretch {
+    /// Means over the stretches from a token on, if there are any.
+    pub fn after(&self, token: usize) -> Option<Stretch> {
         let mut sum = Stretch { start: token, tokens: 0, measures: Measures::default() };
         for stretch in self.stretches.iter().filter(|stretch| stretch.start >= token) {
             let (a, b) = (sum.measures.to_array(), stretch.measures.to_array());
             sum.measures = Measures::from_array(std::array::from_fn(|i| a[i] + b[i]));
             sum.tokens += stretch.tokens;
         }
-        Stretch { measures: sum.mean(), ..sum }
+        (sum.tokens > 0).then(|| Stretch { measures: sum.mean(), ..sum })
     }
 }
 
@@ -102,7 +102,7 @@ mod tests {
         }
         assert!((100..200).contains(&series.stretches.len()), "{}", series.stretches.len());
         assert!(series.covers(1_000_000) && !series.covers(999_999));
-        let total = series.after(0);
+        let total = series.after(0).unwrap();
         assert_eq!((total.tokens, total.measures.size, total.measures.full), (1_000_000, 1.0, 499_999.5));
         let last = series.stretches.last().unwrap();
         assert!(last.start + last.tokens == 1_000_000 && last.tokens < 100_000);

@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn sinks_change_what_they_should() {
         let records = records(SETTINGS, 64, |_| ());
-        let [sinks, window, full] = [0, 1, 2].map(|n| records[n].series.after(SETTINGS.window + 4).measures);
+        let [sinks, window, full] = [0, 1, 2].map(|n| records[n].series.after(SETTINGS.window + 4).unwrap().measures);
         // The first tokens get most of the probability where they are there, and are gone where they are not.
         assert!(sinks.first > 0.5 && full.first > 0.5, "{sinks:?} {full:?}");
         assert!(window.first < 1e-6 && window.size > 4.0 * sinks.size, "{window:?} {sinks:?}");
@@ -223,7 +223,7 @@ mod tests {
     fn shares_of_the_probability_sum_to_one() {
         // Where every token is a first one, the rest is the sink logit's.
         let settings = Settings { window: 1, sink_tokens: 1000, capacity: 1 };
-        let total = records(settings, 64, |_| ())[0].series.after(0).measures;
+        let total = records(settings, 64, |_| ())[0].series.after(0).unwrap().measures;
         assert!(total.logit > 0.0 && total.first > 0.0);
         approx::assert_abs_diff_eq!(total.logit + total.first, 1.0, epsilon = 1e-5);
     }

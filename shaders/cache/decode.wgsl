@@ -40,15 +40,6 @@ var<workgroup> factors: array<f32, {{ slots * rows }}>;
 {% endif %}
 var<workgroup> states: array<vec2<f32>, {{ slots * rows }}>;
 
-// Whether a query at a position among the places sees a key.
-fn visible(position: i32, place: u32, keys: u32) -> bool {
-  let j = i32(place);
-  return place < keys && j <= position + params.right && (j >= position - params.left || place < params.sink_tokens);
-}
-
-fn tile_start(range: KeyRange, tile: u32) -> u32 {
-  return select(tile - range.sink_tiles + range.first, tile, tile < range.sink_tiles) * TILE;
-}
 {% if rolling %}
 
 // The row of a place: behind the kept ones the ring begins with its oldest.
@@ -251,7 +242,9 @@ fn main(
 {% endfor %}
         s{{ x }} = ((parts.x + parts.y) + (parts.z + parts.w)) * params.scale;
 {% if softcap %}
-        s{{ x }} = params.softcap * tanh(s{{ x }} / params.softcap);
+        let capped = s{{ x }} / params.softcap;
+        // Drivers' own overflows for large numbers.
+        s{{ x }} = params.softcap * tanh(select(capped, sign(capped) * 20.0, abs(capped) > 20.0));
 {% endif %}
       }
       var hidden{{ x }} = false;

@@ -29,16 +29,6 @@ var<workgroup> weights: array<vec4<f16>, {{ side * strip_row }}>;
 
 {% macro sync() %}{% if not in_step %}subgroupBarrier();{% endif %}{% endmacro %}
 
-fn tile_start(range: KeyRange, tile: u32) -> u32 {
-  return select(tile - range.sink_tiles + range.first, tile, tile < range.sink_tiles) * TILE;
-}
-
-// Whether a query at a position sees a key.
-fn visible(position: i32, place: u32, keys: u32) -> bool {
-  let j = i32(place);
-  return place < keys && j <= position + params.right && (j >= position - params.left || place < params.sink_tokens);
-}
-
 // The first row that is read for a tile from `start` on: none lies beyond its block.
 fn first_row_of(block: u32, kv_head: u32, start: u32) -> u32 {
   let base = (block * params.kv_heads + kv_head) * params.block_rows;
@@ -200,7 +190,9 @@ fn main(
 {% for n in range(lane_quads) %}
     var x_{{ n }} = strip[strip_at + {{ n * lanes // rows }}u];
 {% if softcap %}
-    x_{{ n }} = params.softcap * tanh(x_{{ n }} * (abs(params.scale) / params.softcap));
+    x_{{ n }} *= abs(params.scale) / params.softcap;
+    // Drivers' own overflows for large numbers.
+    x_{{ n }} = params.softcap * tanh(select(x_{{ n }}, sign(x_{{ n }}) * 20.0, abs(x_{{ n }}) > vec4<f32>(20.0)));
 {% endif %}
 {% endfor %}
     var masks = masked;
@@ -214,8 +206,10 @@ fn main(
       }
 {% endfor %}{% endfor %}
     }
+    var grows = subgroupAny(any({% for n in range(lane_quads) %}{{ " | " if n > 0 }}(x_{{ n }} > vec4<f32>(limit)){% endfor %}));
     loop {
-      if (!subgroupAny(any({% for n in range(lane_quads) %}{{ " | " if n > 0 }}(x_{{ n }} > vec4<f32>(limit)){% endfor %}))) { break; }
+      if (!grows) { break; }
+      grows = false;
       let before = most;
       {
         var top4 = x_0;

@@ -5,7 +5,7 @@ const TILE: u32 = {{ tile }}u;
 // Places of keys, tiles of sink tokens before the window, first tile of the window, tiles in all, tiles of a split and splits.
 struct KeyRange { keys: u32, sink_tiles: u32, first: u32, tiles: u32, split_tiles: u32, splits: u32 }
 
-// Twin of KeyRange::new in src/cache/plan.rs.
+// Twin of `splits` in src/cache/plan.rs.
 fn key_range(sequence: u32) -> KeyRange {
 {% if rolling %}
   let keys = min(state[params.current + sequence], params.kept_rows + params.ring_rows);
@@ -23,4 +23,14 @@ fn key_range(sequence: u32) -> KeyRange {
   let more = (tiles + params.most_splits - 1u) / params.most_splits;
   let split_tiles = max(max(more, min(even, params.long_tiles)), params.least_tiles);
   return KeyRange(keys, sink_tiles, first, tiles, split_tiles, (tiles + split_tiles - 1u) / split_tiles);
+}
+
+// Whether a query at a position among the places sees a key.
+fn visible(position: i32, place: u32, keys: u32) -> bool {
+  let j = i32(place);
+  return place < keys && j <= position + params.right && (j >= position - params.left || place < params.sink_tokens);
+}
+
+fn tile_start(range: KeyRange, tile: u32) -> u32 {
+  return select(tile - range.sink_tiles + range.first, tile, tile < range.sink_tiles) * TILE;
 }

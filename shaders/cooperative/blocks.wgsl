@@ -210,10 +210,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
   if (span.kind != 1u) {
     let first_word = {{ "(" ~ tile ~ " * TILE_COLUMNS)" if rows_are_keys else "first_column(tiles, " ~ tile ~ ")" }} / 64u * 2u;
 {% for r in range(row_fragments) %}
-    {
-      let at = mask_place(row_{{ r }}, first_word);
-      mask_words_{{ r }} = vec2<u32>(mask_bits[at], mask_bits[at + {{ "params.mask_key_step" if rows_are_keys else "1u" }}]);
-    }
+    mask_words_{{ r }} = vec2<u32>(mask_word(row_{{ r }}, first_word), mask_word(row_{{ r }}, first_word + 1u));
 {% endfor %}
   }
 {% endif %}

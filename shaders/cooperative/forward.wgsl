@@ -60,8 +60,11 @@ const SLACK: f32 = 8.0;
 {% if not in_strips %}
 {{ blocks.hide("x", "hidden") }}
 {% endif %}
+    // Once, whatever a comparison makes of a NaN.
+    var grows = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}));
     loop {
-      if (!subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}))) { break; }
+      if (!grows) { break; }
+      grows = false;
 {% for r in range(row_fragments) %}
       let before_{{ r }} = most_{{ r }};
       {

@@ -549,15 +549,18 @@ impl PreparedDecode {
         }
 
         let rows = problem.group() * s.seq_q;
-        let cooperative = match cache.attention.micro_kernel() {
-            MicroKernel::Auto => capabilities.class == DeviceClass::Nvidia,
-            MicroKernel::Portable => false,
-            MicroKernel::Cooperative => true,
+        let groups = entries.len() * config.kv_heads;
+        let cooperative = || DecodeTiling::cooperative(config, rows, groups, s.seq_q > 1, capabilities);
+        let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
+        let tiling = match (decode.tiling, cache.attention.micro_kernel()) {
+            (Some(tiling), _) => tiling,
+            (None, MicroKernel::Auto) if capabilities.class == DeviceClass::Nvidia => {
+                cooperative().unwrap_or_else(|_| portable())
+            }
+            (None, MicroKernel::Auto | MicroKernel::Portable) => portable(),
+            (None, MicroKernel::Cooperative) => cooperative()
+                .map_err(|reason| Error::NoKernel { problem: "decoding on cooperative matrices".into(), reason })?,
         };
-        let tiling = decode.tiling.unwrap_or_else(|| {
-            let groups = entries.len() * config.kv_heads;
-            DecodeTiling::new(config, rows, groups, s.seq_q > 1, cooperative, capabilities)
-        });
         let variant = CacheVariant {
             kernel: CacheKernel::Decode {
                 tiles: tiling.tiles,

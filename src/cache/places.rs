@@ -68,6 +68,12 @@ impl Places {
             if written < length || written > capacity {
                 return Err(format!("{written} tokens were written to sequence {sequence}, which has {length}"));
             }
+            let least = least_length(config.kind, written);
+            if length > 0 && length < least {
+                return Err(format!(
+                    "sequence {sequence} has {length} tokens; of {written} its ring keeps {least} or more"
+                ));
+            }
         }
         for (sequence, table) in tables.iter().enumerate() {
             if let Err(error) = places.assign(sequence, table, lengths.get(sequence).copied().unwrap_or(0)) {
@@ -272,9 +278,8 @@ impl Places {
         if length > most {
             return Err(Error::CacheLength { sequence, length, most });
         }
-        if let CacheKind::Rolling { queries, .. } = self.kind {
-            let (written, rows) = (self.written[sequence], self.kind.rows());
-            let least = if written <= rows { 0 } else { written - (queries - 1) };
+        if let CacheKind::Rolling { .. } = self.kind {
+            let least = least_length(self.kind, self.written[sequence]);
             if length < least && length > 0 {
                 return Err(Error::CacheEvicted { sequence, length, least });
             }
@@ -334,5 +339,12 @@ impl Places {
         self.free.retain(|page| self.holders[*page as usize] == 0);
         let before = std::mem::replace(&mut self.tables[sequence], pages);
         self.give_back(before);
+    }
+}
+/// Tokens that a sequence can go back to, but for none at all, when so many were written.
+fn least_length(kind: CacheKind, written: usize) -> usize {
+    match kind {
+        CacheKind::Rolling { queries, .. } if written > kind.rows() => written - (queries - 1),
+        _ => 0,
     }
 }

@@ -58,7 +58,7 @@ const LEAST_KEYS: u32 = 64;
 /// With more keys than this the start and the end of a workgroup do not count, and more workgroups share the work more evenly.
 const LONG_KEYS: u32 = 512;
 const MORE_SPLITS: u32 = 4;
-/// Iterations of a thread's loop over tiles at most, for drivers that end long loops.
+/// Iterations of a thread's loops at most, for drivers that end long ones.
 const MOST_TILES: u64 = 50_000;
 
 impl DecodeTiles {
@@ -83,25 +83,27 @@ impl DecodeTiles {
             return Some("the device has no cooperative matrices".into());
         };
         let &DecodeTiles::Cooperative { rows, columns, ahead } = self else { return None };
-        let (keys, block) = (columns * side, config.kind.rows());
         if ![8, 16].contains(&rows) || rows > side || ![1, 2, 4].contains(&columns) || !(1..=4).contains(&ahead) {
             return Some(format!(
                 "rows are 8 or 16 and at most {side}, columns 1, 2 or 4, tiles ahead 1 to 4, not {rows}, {columns}, {ahead}"
             ));
         }
-        if lanes < rows || !(columns * side / 4).is_multiple_of(lanes / rows) {
-            return Some(format!("{lanes} lanes cannot share {rows} rows of {keys} keys"));
-        }
+        let (keys, block) = (columns * side, config.kind.rows());
+        let widths = [config.head_dim, config.value_dim];
         if several {
             return Some("it takes one query at a time".into());
         }
         if config.dtype != DType::F16 || config.quantisation.is_some() {
             return Some("it reads f16".into());
         }
-        let widths = [config.head_dim, config.value_dim];
         if widths.iter().any(|width| !width.is_multiple_of(16) || *width > MOST_COOPERATIVE_WIDTH) {
             let [d, e] = widths;
             return Some(format!("widths are multiples of 16 up to {MOST_COOPERATIVE_WIDTH}, not {d} and {e}"));
+        }
+        let shared = |width: usize| (width as u32 / 8 * keys).is_multiple_of(lanes);
+        if lanes < rows || !(keys / 4).is_multiple_of(lanes / rows) || !widths.into_iter().all(shared) {
+            let [d, e] = widths;
+            return Some(format!("{lanes} lanes cannot share {rows} rows of {keys} keys of widths {d} and {e}"));
         }
         match config.kind {
             CacheKind::Rolling { .. } => Some("a ring's tiles are not rows that follow each other".into()),
@@ -114,42 +116,44 @@ impl DecodeTiles {
 }
 
 impl DecodeTiling {
-    /// The tiling for the rows of a group and so many groups in all, on a device.
-    /// on cooperative matrices where `cooperative` says so and they can.
-    pub(crate) fn new(
+    /// On cooperative matrices, for the rows of a group and so many groups in all; the reason where they cannot serve.
+    pub(crate) fn cooperative(
         config: &CacheConfig,
         total_rows: usize,
         groups: usize,
         several: bool,
-        cooperative: bool,
+        capabilities: &Capabilities,
+    ) -> Result<Self, String> {
+        let matrices = capabilities.cooperative;
+        let side = matrices.map_or(16, |matrices| matrices.side);
+        let rows = if total_rows > 8 { side } else { 8 };
+        // llvmpipe compiles a kernel for seconds, by the number of products in it.
+        let ahead = if capabilities.class == DeviceClass::Software { 1 } else { 3 };
+        // The fewest columns that its lanes can share.
+        let of = |columns| {
+            let tiles = DecodeTiles::Cooperative { rows, columns, ahead };
+            tiles.lacks(config, several, matrices).map_or(Ok(tiles), Err)
+        };
+        let tiles = of(1).or_else(|reason| of(2).or_else(|_| of(4)).map_err(|_| reason))?;
+        let groups = groups.max(1) * total_rows.div_ceil(rows as usize);
+        let splits = match capabilities.multiprocessor {
+            Some(multiprocessor) => {
+                let bytes = cooperative_bytes([config.head_dim, config.value_dim], tiles.keys(matrices), side);
+                let at_a_time = MULTIPROCESSORS * (multiprocessor.workgroup_bytes / bytes).max(1) as usize;
+                even_splits(groups, at_a_time)
+            }
+            None => (workgroups(capabilities) / groups as u64).max(1) as u32,
+        };
+        Ok(DecodeTiling { tiles, splits })
+    }
+
+    /// In plain WGSL, for the rows of a group and so many groups in all.
+    pub(crate) fn portable(
+        config: &CacheConfig,
+        total_rows: usize,
+        groups: usize,
         capabilities: &Capabilities,
     ) -> Self {
-        // Twice as many workgroups as run at a time on the largest devices.
-        let workgroups: u64 = match capabilities.class {
-            DeviceClass::Nvidia => 2640,
-            DeviceClass::Software => 8,
-            _ => 1024,
-        };
-        let tiling = |tiles: DecodeTiles| {
-            let groups = (groups as u64 * (total_rows as u64).div_ceil(tiles.rows().into())).max(1);
-            DecodeTiling { tiles, splits: (workgroups / groups).max(1) as u32 }
-        };
-        if cooperative && let Some(matrices) = capabilities.cooperative {
-            let rows = if total_rows > 8 { matrices.side } else { 8 };
-            // llvmpipe compiles a kernel for seconds, by the number of products in it.
-            let ahead = if capabilities.class == DeviceClass::Software { 1 } else { 3 };
-            let tiles = DecodeTiles::Cooperative { rows, columns: 1, ahead };
-            if tiles.lacks(config, several, Some(matrices)).is_none() {
-                let Some(multiprocessor) = capabilities.multiprocessor else { return tiling(tiles) };
-                let bytes =
-                    cooperative_bytes([config.head_dim, config.value_dim], tiles.keys(Some(matrices)), matrices.side);
-                let at_a_time = MULTIPROCESSORS * (multiprocessor.workgroup_bytes / bytes).max(1) as usize;
-                return DecodeTiling {
-                    tiles,
-                    splits: even_splits(groups * total_rows.div_ceil(rows as usize), at_a_time),
-                };
-            }
-        }
         let format = config.format();
         let elements = format.elements();
         let vectors = format.vectors(config.head_dim.max(config.value_dim));
@@ -167,7 +171,9 @@ impl DecodeTiling {
         let slots = threads / lanes;
         // Scales of quantised rows take registers.
         let steps = if slots > 4 || config.quantisation.is_some() { 2 } else { 4 };
-        tiling(DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: 2 })
+        let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
+        let splits = (workgroups(capabilities) / groups).max(1) as u32;
+        DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: 2 }, splits }
     }
 
     /// Whether the numbers fit together, a cache and a device.
@@ -231,7 +237,14 @@ impl DecodeTiling {
         let least_tiles = LEAST_KEYS.div_ceil(tile);
         // No more than there can be.
         let sensible = tiles.div_ceil(least_tiles.into()).clamp(1, fitting.max(1).into()) as u32;
-        let needed = if capabilities.loop_iterations.is_some() { tiles.div_ceil(MOST_TILES) } else { 1 };
+        let iterations = match (self.tiles, capabilities.cooperative) {
+            // Tiles, what hides, what grows, and what is rescaled by quads.
+            (DecodeTiles::Cooperative { .. }, Some(CooperativeMatrices { side, .. })) => {
+                4 + config.value_dim as u64 / u64::from(side) * (1 + u64::from(side) / 4)
+            }
+            _ => 1,
+        };
+        let needed = if capabilities.loop_iterations.is_some() { (tiles * iterations).div_ceil(MOST_TILES) } else { 1 };
         let splits = self.splits.max(needed.min(u32::MAX.into()) as u32).min(sensible);
         let most = match self.tiles {
             DecodeTiles::Portable { .. } => splits.saturating_mul(MORE_SPLITS).min(sensible),
@@ -279,6 +292,15 @@ impl FromStr for DecodeTiling {
             _ => return Err(want()),
         };
         if tiling.to_string() == text { Ok(tiling) } else { Err(want()) }
+    }
+}
+
+/// Twice as many workgroups as run at a time on the largest devices.
+fn workgroups(capabilities: &Capabilities) -> u64 {
+    match capabilities.class {
+        DeviceClass::Nvidia => 2640,
+        DeviceClass::Software => 8,
+        _ => 1024,
     }
 }
 
@@ -398,13 +420,65 @@ mod tests {
         let plain = Capabilities::webgpu_defaults();
         let matrices = CooperativeMatrices { side: 16, lanes: 32, in_step: false };
         let fast = Capabilities { cooperative: Some(matrices), ..plain.clone() };
-        for (capabilities, text) in [
-            (plain, "32x8 rows 8, steps 4 by 2, splits 128"),
-            (fast, "cooperative rows 8, columns 1, ahead 3, splits 128"),
+        for (tiling, text) in [
+            (DecodeTiling::portable(&config, 8, 8, &plain), "32x8 rows 8, steps 4 by 2, splits 128"),
+            (
+                DecodeTiling::cooperative(&config, 8, 8, false, &fast).unwrap(),
+                "cooperative rows 8, columns 1, ahead 3, splits 128",
+            ),
         ] {
-            let tiling = DecodeTiling::new(&config, 8, 8, false, true, &capabilities);
             assert_eq!(tiling.to_string(), text);
             assert_eq!(tiling.to_string().parse(), Ok(tiling));
+        }
+    }
+
+    #[test]
+    fn what_cooperative_matrices_cannot_do() {
+        let config = CacheConfig {
+            kind: CacheKind::Contiguous { capacity: 100 },
+            sequences: 1,
+            kv_heads: 8,
+            head_dim: 64,
+            value_dim: 48,
+            dtype: DType::F16,
+            rotary: None,
+            quantisation: None,
+        };
+        let matrices = |side, lanes| Some(CooperativeMatrices { side, lanes, in_step: false });
+        let lacks = |[rows, columns, ahead]: [u32; 3], config: &CacheConfig, several, matrices| {
+            DecodeTiles::Cooperative { rows, columns, ahead }.lacks(config, several, matrices)
+        };
+        for (tiles, side, lanes) in [([8, 1, 1], 16, 32), ([16, 4, 4], 16, 32), ([8, 1, 2], 8, 8), ([8, 2, 3], 8, 32)] {
+            assert_eq!(lacks(tiles, &config, false, matrices(side, lanes)), None, "{tiles:?} {side} {lanes}");
+        }
+        let ring = CacheKind::Rolling { sink_tokens: 4, window: 128, queries: 1 };
+        let quantisation = Some(Quantisation::Q8_0);
+        for (tiles, config, several, matrices, reason) in [
+            ([8, 1, 1], config, false, None, "no cooperative matrices"),
+            ([8, 3, 1], config, false, matrices(16, 32), "columns 1, 2 or 4"),
+            ([8, u32::MAX, 1], config, false, matrices(16, 32), "not 8, 4294967295, 1"),
+            ([12, 1, 1], config, false, matrices(16, 32), "rows are 8 or 16"),
+            ([16, 1, 1], config, false, matrices(8, 32), "at most 8"),
+            ([8, 1, 5], config, false, matrices(16, 32), "1 to 4"),
+            ([8, 1, 1], config, false, matrices(8, 32), "32 lanes cannot share 8 rows of 8 keys"),
+            // Half a tile's vectors are no whole number for each lane.
+            ([16, 1, 1], config, false, matrices(16, 64), "widths 64 and 48"),
+            ([8, 1, 1], config, true, matrices(16, 32), "one query"),
+            ([8, 1, 1], CacheConfig { dtype: DType::Bf16, ..config }, false, matrices(16, 32), "f16"),
+            ([8, 1, 1], CacheConfig { quantisation, ..config }, false, matrices(16, 32), "f16"),
+            ([8, 1, 1], CacheConfig { head_dim: 24, ..config }, false, matrices(16, 32), "not 24 and 48"),
+            ([8, 1, 1], CacheConfig { head_dim: 256, ..config }, false, matrices(16, 32), "up to 128"),
+            ([8, 1, 1], CacheConfig { kind: ring, ..config }, false, matrices(16, 32), "ring"),
+            (
+                [8, 2, 1],
+                CacheConfig { kind: CacheKind::Contiguous { capacity: 31 }, ..config },
+                false,
+                matrices(16, 32),
+                "capacity, 31",
+            ),
+        ] {
+            let found = lacks(tiles, &config, several, matrices);
+            assert!(found.as_ref().is_some_and(|found| found.contains(reason)), "{reason}: {found:?}");
         }
     }
 

@@ -494,7 +494,9 @@ mod tests {
                             quantisation,
                         };
                         let several = rows > 8;
-                        let tiling = DecodeTiling::new(&config, rows, 4, several, !turn.is_multiple_of(3), &device);
+                        let cooperative = DecodeTiling::cooperative(&config, rows, 4, several, &device).ok();
+                        let tiling = cooperative.filter(|_| !turn.is_multiple_of(3));
+                        let tiling = tiling.unwrap_or_else(|| DecodeTiling::portable(&config, rows, 4, &device));
                         let matrices = device.cooperative;
                         let sink_logits = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead][turn % 3];
                         let softcap = turn.is_multiple_of(5);
