@@ -206,10 +206,8 @@ fn main(
       }
 {% endfor %}{% endfor %}
     }
-    var grows = subgroupAny(any({% for n in range(lane_quads) %}{{ " | " if n > 0 }}(x_{{ n }} > vec4<f32>(limit)){% endfor %}));
     loop {
-      if (!grows) { break; }
-      grows = false;
+      if (!subgroupAny(any({% for n in range(lane_quads) %}{{ " | " if n > 0 }}(x_{{ n }} > vec4<f32>(limit)){% endfor %}))) { break; }
       let before = most;
       {
         var top4 = x_0;
@@ -220,7 +218,8 @@ fn main(
 {% for n in [1, 2, 4] %}{% if n < lanes // rows %}
         top = max(top, subgroupShuffleXor(top, {{ n }}u));
 {% endif %}{% endfor %}
-        if (top > limit) {
+        // A NaN, which a maximum may keep, becomes the limit: else the loop would not end.
+        if (top > limit || (bitcast<u32>(top) & 0x7fffffffu) > 0x7f800000u) {
           most = top;
           limit = top + SLACK / scale;
         }

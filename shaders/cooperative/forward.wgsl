@@ -60,11 +60,8 @@ const SLACK: f32 = 8.0;
 {% if not in_strips %}
 {{ blocks.hide("x", "hidden") }}
 {% endif %}
-    // Once, whatever a comparison makes of a NaN.
-    var grows = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}));
     loop {
-      if (!grows) { break; }
-      grows = false;
+      if (!subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}))) { break; }
 {% for r in range(row_fragments) %}
       let before_{{ r }} = most_{{ r }};
       {
@@ -74,7 +71,8 @@ const SLACK: f32 = 8.0;
 {% endfor %}
         var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
 {{ blocks.reduce_row("most", "max") }}
-        if (most > limit_{{ r }}) {
+        // A NaN, which a maximum may keep, becomes the limit: else the loop would not end.
+        if (most > limit_{{ r }} || (bitcast<u32>(most) & 0x7fffffffu) > 0x7f800000u) {
           most_{{ r }} = most{{ " * scale" if not formed }};
           limit_{{ r }} = most + slack;
         }
