@@ -176,7 +176,8 @@ pub(crate) fn candidates(
         (_, Kernel::Forward | Kernel::DQ | Kernel::ExactDelta | Kernel::DKv) if width <= 64 => {
             &[[4, 2, 2], [4, 1, 1], [2, 1, 1]]
         }
-        (_, Kernel::Forward) if width <= 128 => &[[8, 2, 2], [4, 2, 1], [4, 1, 1], [2, 1, 1]],
+        (_, Kernel::Forward) if options.mask.is_some() && width <= 128 => &[[8, 2, 2], [4, 2, 1], [4, 1, 1], [2, 1, 1]],
+        (_, Kernel::Forward) if width <= 128 => &[[4, 2, 1], [4, 1, 1], [2, 1, 1]],
         (_, Kernel::DKv) if changed && width <= 128 => &[[4, 1, 1], [2, 1, 1]],
         (_, Kernel::DQ | Kernel::ExactDelta) if options.mask.is_some() && width <= 128 => &[[4, 1, 1], [2, 1, 1]],
         (_, Kernel::DKv) if width <= 128 => &[[8, 1, 1], [4, 1, 1], [2, 1, 1]],

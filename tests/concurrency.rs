@@ -8,7 +8,7 @@ use crate::common::operands::problem;
 use crate::common::{another_gpu, gpu};
 use sink_attention::half::f16;
 use sink_attention::{
-    Attention, Axes, DType, Element, Gradients, Layout, Options, Output, Problem, SinkLogits, Window,
+    Attention, Axes, DType, Element, Gradients, Layout, MicroKernel, Options, Output, Problem, SinkLogits, Window,
 };
 
 const THREADS: usize = 4;
@@ -93,7 +93,7 @@ fn one_operator() {
 #[test]
 fn two_operators_on_one_device() {
     let (Some(alone), Some(first)) = (alone(), another_gpu()) else { return };
-    let second = Attention::on(first.device().unwrap().clone());
+    let second = Attention::on(first.device().unwrap().clone()).with_micro_kernel(MicroKernel::Portable);
     at_once(&[first, second], alone);
 }
 
