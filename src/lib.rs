@@ -211,7 +211,8 @@
 //! lies in other sequences; the kinds of cache give the same bits only where they have the same capacity.
 //!
 //! One query of each sequence meets contiguous keys (of a capacity that holds a tile) and paged ones in f16, of widths that are
-//! multiples of 16 up to 128, on cooperative matrices: by itself on NVIDIA's, elsewhere where [`Attention::with_micro_kernel`] asks
+//! multiples of 16 up to 128, on cooperative matrices: by itself on NVIDIA's (but for rows wider than 64 that one head
+//! reads alone), elsewhere where [`Attention::with_micro_kernel`] asks
 //! for them, which is an error for other caches. Weights are rounded to f16 then.
 //!
 //! A chunk of a prompt is more queries than a decoding step takes: [`KvCache::prepare_prefill`] appends its tokens and attends with

@@ -554,7 +554,10 @@ impl PreparedDecode {
         let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
         let tiling = match (decode.tiling, cache.attention.micro_kernel()) {
             (Some(tiling), _) => tiling,
-            (None, MicroKernel::Auto) if capabilities.class == DeviceClass::Nvidia => {
+            // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
+            (None, MicroKernel::Auto)
+                if capabilities.class == DeviceClass::Nvidia && (rows > 1 || s.head_dim.max(s.value_dim) <= 64) =>
+            {
                 cooperative().unwrap_or_else(|_| portable())
             }
             (None, MicroKernel::Auto | MicroKernel::Portable) => portable(),

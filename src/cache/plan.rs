@@ -49,6 +49,8 @@ pub enum DecodeTiles {
 
 /// Numbers of q, and of the result, that a thread holds.
 const HELD: u32 = 64;
+/// Words of the tiles that a lane of the cooperative kernel has under way.
+const UNDER_WAY: u32 = 96;
 /// Wider rows would not stay in registers as fragments.
 const MOST_COOPERATIVE_WIDTH: usize = 128;
 /// Of an H100 or H200: no interface tells.
@@ -59,7 +61,7 @@ const LEAST_KEYS: u32 = 64;
 const LONG_KEYS: u32 = 512;
 const MORE_SPLITS: u32 = 4;
 /// Iterations of a thread's loops at most, for drivers that end long ones.
-const MOST_TILES: u64 = 50_000;
+const MOST_ITERATIONS: u64 = 50_000;
 
 impl DecodeTiles {
     /// Rows of a workgroup.
@@ -127,8 +129,11 @@ impl DecodeTiling {
         let matrices = capabilities.cooperative;
         let side = matrices.map_or(16, |matrices| matrices.side);
         let rows = if total_rows > 8 { side } else { 8 };
-        // llvmpipe compiles a kernel for seconds, by the number of products in it.
-        let ahead = if capabilities.class == DeviceClass::Software { 1 } else { 3 };
+        let lanes = matrices.map_or(32, |matrices| matrices.lanes);
+        // As many tiles as registers hold; llvmpipe compiles a kernel for seconds, by the number of products in it.
+        let words = side * (config.head_dim + config.value_dim) as u32 / 2 / lanes;
+        let ahead =
+            if capabilities.class == DeviceClass::Software { 1 } else { (UNDER_WAY / words.max(1)).clamp(1, 3) };
         // The fewest columns that its lanes can share.
         let of = |columns| {
             let tiles = DecodeTiles::Cooperative { rows, columns, ahead };
@@ -244,7 +249,8 @@ impl DecodeTiling {
             }
             _ => 1,
         };
-        let needed = if capabilities.loop_iterations.is_some() { (tiles * iterations).div_ceil(MOST_TILES) } else { 1 };
+        let needed =
+            if capabilities.loop_iterations.is_some() { (tiles * iterations).div_ceil(MOST_ITERATIONS) } else { 1 };
         let splits = self.splits.max(needed.min(u32::MAX.into()) as u32).min(sensible);
         let most = match self.tiles {
             DecodeTiles::Portable { .. } => splits.saturating_mul(MORE_SPLITS).min(sensible),
@@ -479,6 +485,29 @@ mod tests {
         ] {
             let found = lacks(tiles, &config, several, matrices);
             assert!(found.as_ref().is_some_and(|found| found.contains(reason)), "{reason}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn fewer_tiles_of_wide_rows_are_under_way() {
+        let samples = Capabilities::samples();
+        let h200 = samples.iter().find(|device| device.name.contains("H200")).unwrap();
+        for (width, text) in [
+            (64, "cooperative rows 8, columns 1, ahead 3, splits 111"),
+            (96, "cooperative rows 8, columns 1, ahead 2, splits 80"),
+            (128, "cooperative rows 8, columns 1, ahead 1, splits 64"),
+        ] {
+            let config = CacheConfig {
+                kind: CacheKind::Contiguous { capacity: 1 << 16 },
+                sequences: 1,
+                kv_heads: 8,
+                head_dim: width,
+                value_dim: width,
+                dtype: DType::F16,
+                rotary: None,
+                quantisation: None,
+            };
+            assert_eq!(DecodeTiling::cooperative(&config, 8, 8, false, h200).unwrap().to_string(), text);
         }
     }
 
