@@ -207,13 +207,20 @@ fn biased4(score: vec4<f32>, bias: vec4<f32>) -> vec4<f32> {
 {% endif %}
 {% if softcap and cooperative %}
 
+{% if bias %}
+// -2^60 / (1 + e) of e times 2^-60. A hidden one shares nothing with another: a bias may hide any.
+fn capped4(e: vec4<f32>) -> vec4<f32> {
+  return -1.0 / (e + vec4<f32>(8.6736173798840355e-19));
+}
+{% else %}
 // -2^60 / (1 + e) of e times 2^-60: below is room for the product of two, which share a reciprocal. Where e is beyond 2^188 the other
-// one, and the derivative, become NaN, and the tile is computed again.
+// one, and the derivative, become NaN, and the row is computed again.
 fn capped4(e: vec4<f32>) -> vec4<f32> {
   let sum = e + vec4<f32>(8.6736173798840355e-19);
   let inverse = -1.0 / (sum.xy * sum.zw);
   return vec4<f32>(inverse * sum.zw, inverse * sum.xy);
 }
+{% endif %}
 
 // 1 - tanh^2 = 4 e / (1 + e)^2, as exact at both ends.
 fn cap_derivative4(capped: vec4<f32>, e: vec4<f32>) -> vec4<f32> {

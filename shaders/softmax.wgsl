@@ -11,13 +11,13 @@ fn natural_log(x: f32) -> f32 {
 fn finish_row(most: f32, sum: f32, head: u32) -> RowEnd {
 {% if sinks == "none" %}
   if (sum == 0.0) { return RowEnd(0.0, params.negative_infinity); }
-  return RowEnd(1.0 / sum, fma(most, params.scale_size, natural_log(sum)));
+  return RowEnd(1.0 / sum, fma(most, {{ score_size }}, natural_log(sum)));
 {% else %}
   let sink = {{ "sink_logits[params.sink_offset + head]" if sinks == "per_head" else "0.0" }};
   if (sum == 0.0) { return RowEnd(0.0, sink); }
-  let score = most * params.scale_size;
+  let score = most * {{ score_size }};
   // What rounding took from the score, so that lse fits the unrounded scores of the backward pass.
-  let rest = select(0.0, fma(most, params.scale_size, -score), score > sink);
+  let rest = select(0.0, fma(most, {{ score_size }}, -score), score > sink);
   let top = max(score, sink);
   // Equal terms give exp(0), even where both are infinite.
   let keys = select(exp1(score - top), 1.0, score == top);

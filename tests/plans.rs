@@ -183,8 +183,13 @@ fn micro_kernels_are_as_asked_for() {
                     (DType::F32, _) => "f32 operands need the portable micro-kernel",
                     (_, None) => "has no cooperative matrices",
                     (_, Some(_)) => {
-                        // Each is followed by what computes again.
-                        let tiled = |pass: &Pass| pass.variant.tiling.is_some();
+                        // Each is followed by what computes again: itself, where a column could spoil others, and the portable one.
+                        let all = &plan.as_ref().unwrap().passes;
+                        for pass in all.iter().filter(|pass| pass.variant.sanitize) {
+                            let first = Pass { variant: Variant { sanitize: false, ..pass.variant }, ..*pass };
+                            assert!(all.contains(&first) && pass.variant.kernel != Kernel::ExactDelta, "{pass}");
+                        }
+                        let tiled = |pass: &Pass| pass.variant.tiling.is_some() && !pass.variant.sanitize;
                         let passes: Vec<Pass> = plan.unwrap().passes.into_iter().filter(tiled).collect();
                         for pair in passes.chunks(2) {
                             let [first, second] = pair else { panic!("{pair:?}") };
@@ -203,9 +208,9 @@ fn micro_kernels_are_as_asked_for() {
     }
 }
 
-/// Whichever kernel alone is cooperative, what it reads of the operands' ranges has been found before it.
+/// Whichever kernel alone is cooperative, the token scales that it reads have been found before it.
 #[test]
-fn ranges_are_found_before_they_are_read() {
+fn token_scales_are_found_before_they_are_read() {
     // Of a class whose cooperative kernels have to be asked for.
     let device = &Capabilities { class: DeviceClass::Other, ..Capabilities::samples().swap_remove(0) };
     let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2 };
@@ -220,10 +225,10 @@ fn ranges_are_found_before_they_are_read() {
             ];
             let kernels: Vec<_> = plans[plan].as_ref().unwrap().passes.iter().map(|pass| pass.variant.kernel).collect();
             let place = |kernel| kernels.iter().position(|other| *other == kernel);
-            // f16 has all the range that its operands have; d_s has more.
-            let reads = dtype == DType::Bf16 || matches!(kernel, Kernel::DQ | Kernel::DKv);
-            assert_eq!(place(Kernel::Ranges).is_some(), reads, "{kernel:?} in {dtype}");
-            assert!(place(Kernel::Ranges) < place(kernel), "{kernels:?}");
+            // f16 has all the range that its operands have.
+            let scales = if kernel == Kernel::DKv { Kernel::QueryScales } else { Kernel::KeyScales };
+            assert_eq!(place(scales).is_some(), dtype == DType::Bf16, "{kernel:?} in {dtype}");
+            assert!(place(scales) < place(kernel), "{kernels:?}");
         }
     }
 }

@@ -55,7 +55,7 @@
 {% if moments %}
 {{ blocks.reduce_rows("total", "moment", "sum") }}
 {% for i in range(rows) %}
-  if (row_{{ i }} < row_limit && tx == 0u) { alibi_moments[moments_base + row_{{ i }}] = total_{{ i }}; }
+  if (tx == 0u && {{ blocks.writes(i) }}) { alibi_moments[moments_base + row_{{ i }}] = total_{{ i }}; }
 {% endfor %}
 {% endif %}
 {% endmacro -%}

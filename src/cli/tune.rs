@@ -141,7 +141,7 @@ impl Stand {
     }
 
     /// A kernel with tiles of choice, and the places of what it takes in the pass: repairs, and forward what prepares them.
-    /// Backward that is shared by all kernels, and runs here, so that each finds its ranges.
+    /// Backward that is shared by all kernels, and runs here, so that each finds its token scales.
     fn prepare(
         &self,
         attention: &Attention,
@@ -166,8 +166,8 @@ impl Stand {
             let passes = prepared.plan().passes.iter().enumerate();
             passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect::<Vec<_>>()
         };
-        let ranges = [places_of(Kernel::GradientMaxima), places_of(Kernel::Ranges)].concat();
-        timer.time(1, |pass| ranges.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
+        let scales = [places_of(Kernel::KeyScales), places_of(Kernel::QueryScales)].concat();
+        timer.time(1, |pass| scales.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
         let places = places_of(kernel);
         Ok((prepared, places))
     }
