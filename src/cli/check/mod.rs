@@ -1,7 +1,9 @@
 //! `sink-attention check`: a device against the f64 definition, over a grid of shapes and options.
 
 mod grid;
+mod hidden;
 mod measure;
+mod random;
 mod report;
 
 use std::error::Error;
