@@ -200,7 +200,7 @@ fn sees4(row: u32, column: u32) -> vec4<bool> {
 // What the probabilities of a query are to be multiplied with: each of the n keys with the row's largest bias has 1 / n, of which
 // exp(score - lse) makes 1 where the bias takes up the logarithm of n. Twin of Scores::shares.
 fn share(query: u32, row_lse: f32) -> f32 {
-  if (!(row_lse <= -1e30)) { return 1.0; }
+  if (!(row_lse <= -1e9)) { return 1.0; }
   var count = 0.0;
 {% if rows_are_keys %}
   for (var key = 0u; key < {{ sequence }}.seq_k; key += 1u) {

@@ -341,9 +341,8 @@ mod tests {
         // The second row is lost beside the first, and the norm over all does not show it.
         let (expected, magnitudes) = ([3.0, 4.0, 3e-6, 4e-6], [3.0, 4.0, 3e-6, 4e-6]);
         let lost = [3.0, 4.0, 0.0, 0.0];
-        let of = |actual: &[f64], magnitudes: &[f64]| {
-            rows(actual, &expected, magnitudes, [0..2, 2..4], DType::F32, 1e-5)
-        };
+        let of =
+            |actual: &[f64], magnitudes: &[f64]| rows(actual, &expected, magnitudes, [0..2, 2..4], DType::F32, 1e-5);
         tensor(&lost, &expected, 1e-5).unwrap();
         assert_eq!(of(&expected, &magnitudes), Ok(0.0));
         assert!(matches!(of(&lost, &magnitudes), Err(Mismatch::Row { index: 2, error: 1.0, .. })));

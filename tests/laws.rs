@@ -1,8 +1,8 @@
 //! Laws that any correct attention obeys, on every path: they need no reference to compare with, so they
 //! hold the reference to account as well.
 
-use crate::common::hidden::{self, FAMILIES, Family};
 use crate::common::gradients::Backward;
+use crate::common::hidden::{self, FAMILIES, Family};
 use crate::common::operands::{BOUND, Operands, RandomBias, RandomMask, agree, problem, row};
 use crate::common::{compare, compare_lse, cooperative, gpu, shards};
 use sink_attention::half::{bf16, f16};

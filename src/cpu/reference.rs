@@ -237,12 +237,7 @@ impl Operands {
     }
 
     /// The scores of those of the wanted keys that a query sees; their probabilities are left at 0.
-    pub(super) fn scores(
-        &self,
-        problem: &Problem,
-        query: &Query,
-        wanted: impl Fn(usize) -> bool,
-    ) -> Vec<(f64, Pair)> {
+    pub(super) fn scores(&self, problem: &Problem, query: &Query, wanted: impl Fn(usize) -> bool) -> Vec<(f64, Pair)> {
         let Query { sequence, i, head, .. } = *query;
         let position = i as f64 + sequence.band.offset() as f64;
         let mut scores = Vec::new();

@@ -13,8 +13,8 @@ use crate::problem::{Bias, Inputs, MaskData, Problem, mask_word};
 /// Most rows of a tile on either side, so that a row of visible pairs fits a word.
 pub(super) const TILE: usize = u64::BITS as usize;
 
-/// Numbers from here down to the lowest finite one keep nothing of the logarithm of a count, or of an ordinary product.
-const ABSORBING: f32 = -1e30;
+/// Numbers from here down to the lowest finite one keep nothing of the logarithm of a count, or of a product below 32.
+const ABSORBING: f32 = -1e9;
 
 /// A side of the score matrix.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -166,17 +166,16 @@ impl<'a> Scores<'a> {
     /// the n keys with the row's largest bias has a probability of 1 / n, of which exp(score - lse) makes 1.
     pub(super) fn shares(&self, lse: &[f32]) -> Option<Vec<f32>> {
         let bias = self.bias.as_ref()?;
-        let absorbs = |&lse: &f32| lse.is_finite() && lse <= ABSORBING;
-        lse.par_iter().any(|lse| absorbs(lse)).then_some(())?;
+        let absorbs = |lse: &f32| lse.is_finite() && *lse <= ABSORBING;
+        lse.par_iter().any(absorbs).then_some(())?;
         let (s, mut shares) = (self.problem.shape(), vec![1.0; lse.len()]);
         for (number, sequence) in self.problem.sequences().enumerate() {
             for (head, i) in (0..s.heads).flat_map(|head| (0..sequence.band.seq_q()).map(move |i| (head, i))) {
                 let n = (sequence.entry * s.heads + head) * s.seq_q + sequence.q_start + i;
                 if absorbs(&lse[n]) {
                     let row = bias.row(number, head, i);
-                    let visible = |j: usize| {
-                        self.bits.iter().all(|bits| bits.row(number, head, i)[j / 32] >> (j % 32) & 1 != 0)
-                    };
+                    let visible =
+                        |j: usize| self.bits.iter().all(|bits| bits.row(number, head, i)[j / 32] >> (j % 32) & 1 != 0);
                     let keys = sequence.band.visible_keys(i).into_iter().flatten();
                     let count = keys.filter(|&j| row[j] == lse[n] && visible(j)).count();
                     shares[n] = 1.0 / count.max(1) as f32;

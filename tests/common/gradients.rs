@@ -79,8 +79,7 @@ impl<T: Element> Backward<T> {
     /// Holds each row of d_q, d_k and d_v against the definition, relative to its terms. Returns the definition's gradients.
     pub fn rows_agree(&self, bound: f64, problem: &Problem, actual: &Gradients<T>) -> Gradients<f64, f64> {
         let inputs = self.operands.inputs();
-        let (_, expected, magnitudes) =
-            reference::with_magnitudes(problem, &inputs, Some(&self.upstream())).unwrap();
+        let (_, expected, magnitudes) = reference::with_magnitudes(problem, &inputs, Some(&self.upstream())).unwrap();
         let expected = expected.unwrap();
         let (d, e) = (problem.shape().head_dim, problem.shape().value_dim);
         rows_agree(problem, "d_q", &actual.d_q, &expected.d_q, &magnitudes.d_q, d, bound);

@@ -357,9 +357,8 @@ impl<T: Element> Case<T> {
     /// Whether other values of a query and of what it sees change its results and those of its keys, as they must.
     fn control(&self, query: &Query, before: &Results<T>, after: &Results<T>) -> Option<String> {
         let (d, e) = (self.problem.shape().head_dim, self.problem.shape().value_dim);
-        let same = |x: &[T], y: &[T], rows: &mut dyn Iterator<Item = Range<usize>>| {
-            other_bits("", x, y, rows).is_none()
-        };
+        let same =
+            |x: &[T], y: &[T], rows: &mut dyn Iterator<Item = Range<usize>>| other_bits("", x, y, rows).is_none();
         let own = |width| [self.query_row(width, query.index)].into_iter();
         let theirs = |width| query.keys.iter().map(move |key| self.key_row(width, key.index));
         if same(&before.0.o, &after.0.o, &mut own(e)) {
@@ -484,9 +483,9 @@ impl Fill {
             let of = |bits: u32| bytemuck::pod_read_unaligned::<T>(&bits.to_le_bytes()[..size_of::<T>()]);
             let one_of = |numbers: [f32; 4]| T::from_f32(numbers[bits as usize % 4]);
             // One less than infinity, and the least that is not 0.
-            let infinity: &[u8] = &bytemuck::bytes_of(&T::from_f32(f32::INFINITY)).to_vec();
+            let infinity = T::from_f32(f32::INFINITY);
             let mut word = [0; 4];
-            word[..infinity.len()].copy_from_slice(infinity);
+            word[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(&infinity));
             let largest = of(u32::from_le_bytes(word) - 1);
             *x = match self {
                 Fill::Bits => of(bits),

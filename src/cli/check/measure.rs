@@ -464,6 +464,11 @@ mod tests {
         let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in query rows", "NaN in queries 0..82");
         assert!(poisoned(&queries).is_empty() && poisoned(&keys).is_empty() && queries[81] == Row::Zero);
         assert_eq!(poisoned(&heads), (0..group).collect::<Vec<_>>());
+        // Without that nothing has theirs.
+        let without =
+            |case: &&Case| case.group == "NaN in query rows" && case.poisoned_queries == (0..82) && !case.d_lse;
+        let case = cases.iter().find(without).unwrap();
+        assert!(poisoned(&Knowledge::of(case, &case.operands(0)).heads).is_empty());
         // Beyond the end of their sequence nothing has it.
         let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in query rows", "NaN in queries 80..113");
         assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
