@@ -122,11 +122,20 @@
 //!
 //! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take
 //! subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
-//! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
-//! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
-//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit. Where all of a
-//! row's scores are beyond 1e7, as with a bias of the lowest number on every key, lse in f32 loses the logarithm of their
-//! number: o is right, the gradients of such a row are too large by up to that number. Hide with -infinity or a mask instead.
+//! their number of terms to the largest number, 3.4e38; for bf16 the CPU path computes such rows again in f64. It
+//! also keeps subnormal numbers. A score that f32 does not hold, from f32
+//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
+//!
+//! What a query does not see changes no bit of its results, whatever it holds, NaN and infinity among it: masked keys, keys
+//! outside the window, later ones, other sequences, what lies beyond a length. Where a query sees nothing, its q and d_o count as
+//! unseen; its d_lse still reaches its sink logit.
+//!
+//! Where every key that a row sees has a bias of -1e9 or less, as left padding with the lowest finite number makes it, f32 keeps
+//! nothing of ordinary products beside it, and lse nothing of the logarithm of their number. Each of the n keys with the row's
+//! largest bias has the probability 1 / n then, in o as in the gradients, as an eager softmax in f32 has it. With shards of the
+//! keys n is not known: a merge weighs the shards of such a row alike, and each of their gradients counts its own keys. Between
+//! -1e7 and -1e9 lse loses a part of that logarithm, and the gradients of such a row are off by as much. Masks and -infinity hide
+//! without any of that.
 //!
 //! The cooperative micro-kernel ([`MicroKernel::Cooperative`]) multiplies halves: weights p and d_s are rounded to f16 before
 //! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16: by

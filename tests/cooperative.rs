@@ -5,7 +5,7 @@
 
 use crate::common::caches::{Both, config, filled};
 use crate::common::gradients::Backward;
-use crate::common::operands::{SIZES, agree, options, problem};
+use crate::common::operands::{SIZES, agree, options, problem, rows_agree};
 use crate::common::prefills::causal;
 use crate::common::views::run_at;
 use crate::common::{all_cases, compare, compare_low_precision, cooperative, gpu, low_precision, with_others};
@@ -84,7 +84,8 @@ fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
 fn check<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>, explain: bool) -> Output<T> {
     let output = check_forward(attention, problem, case);
     let gradients = case.run_with(attention, problem, &exact(&output));
-    case.agree(&gradients, &case.expected(problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    let expected = case.rows_agree(accepted(T::DTYPE), problem, &gradients);
+    case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
     if explain {
         explained(problem, case, &output, &gradients);
     }
@@ -96,7 +97,10 @@ fn check_forward<T: Element>(attention: &Attention, problem: &Problem, case: &Ba
     assert!(is_cooperative(&attention.plan_forward(problem).unwrap()), "{problem}");
     assert!(is_cooperative(&attention.plan_backward(problem).unwrap()), "{problem}");
     let output = attention.forward(problem, &inputs).unwrap();
-    agree(&output, &reference::forward(problem, &inputs).unwrap()).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    let (expected, _, magnitudes) = reference::with_magnitudes(problem, &inputs, None).unwrap();
+    agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    let (width, bound) = (problem.shape().value_dim, accepted(T::DTYPE));
+    rows_agree(problem, "o", &output.o, &expected.o, &magnitudes.o, width, bound);
     output
 }
 

@@ -40,7 +40,7 @@
 {{ blocks.reduce_rows("total", "sum", "sum") }}
 {% for i in range(rows) %}
   if (tx == 0u && {{ blocks.writes(i) }}) {
-    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }});
+    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }}{% if bias %} * share(row_{{ i }}, lse_{{ i }}){% endif %});
   }
 {% endfor %}
 {% endmacro -%}
