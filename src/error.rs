@@ -169,12 +169,12 @@ pub enum Error {
         /// Usages the buffer has.
         actual: wgpu::BufferUsages,
     },
-    /// A result would be written where another operand lies.
-    #[error("{output} shares its buffer with {other}; a result needs a buffer of its own")]
+    /// A result, or a cache, would be written where another operand lies.
+    #[error("{output} shares its buffer with {other}; what is written needs a buffer of its own")]
     Aliasing {
-        /// The result.
+        /// The result, or an operand that lies in the cache.
         output: &'static str,
-        /// The other operand.
+        /// The other operand, or the cache's keys or values.
         other: &'static str,
     },
     /// Strides let two elements of a result fall on one place.

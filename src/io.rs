@@ -46,7 +46,7 @@ use crate::attention::Attention;
 use crate::element::{DType, Element};
 use crate::file::{self, Container, Malformed, read_container};
 use crate::problem::{Alignment, Axes, Bias, Inputs, Layout, MaskData, Options, Problem, Shape, SinkLogits, Upstream};
-use crate::sequences::Lengths;
+use crate::sequences::{CUMULATIVE, Lengths};
 
 /// Metadata keys of the format, for messages.
 const KEYS: &str = "layout, causal, align, window_left, window_right, sink_tokens, scale, softcap, q_offset";
@@ -397,7 +397,9 @@ impl Case {
             None => None,
         };
         let problem = |options| match &lengths {
-            Some([q, k]) => Problem::with_lengths(shape, options, Lengths::Cumulative { q, k }),
+            Some([q, k]) => {
+                Problem::with_lengths(shape, options, Lengths::Cumulative { q, k }).map_err(in_words_of_file)
+            }
             None => Problem::new(shape, options),
         };
         // What broadcasts does so to the scores of the longest sequence.
@@ -498,6 +500,15 @@ impl Case {
         }
         Ok(results)
     }
+}
+
+/// Cumulative lengths have the names of their tensors in a file.
+fn in_words_of_file(error: crate::Error) -> crate::Error {
+    let crate::Error::InvalidLengths { lengths, reason } = error else { return error };
+    let [of_q, of_k] = CUMULATIVE;
+    let names = [(of_q, "cu_seqlens_q"), (of_k, "cu_seqlens_k")];
+    let lengths = names.iter().find(|(name, _)| *name == lengths).map_or(lengths, |(_, tensor)| tensor);
+    crate::Error::InvalidLengths { lengths, reason: reason.replace(of_q, "cu_seqlens_q") }
 }
 
 /// An operand in the type that the caller computes with.

@@ -11,6 +11,8 @@ pub mod gradients;
 pub mod low_precision;
 pub mod operands;
 pub mod prefills;
+#[cfg(feature = "cli")]
+pub mod saved;
 pub mod shards;
 pub mod views;
 

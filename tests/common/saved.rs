@@ -31,8 +31,7 @@ pub fn filled_stream<T: Element>(options: Options, tokens: usize) -> Stream<T> {
     let mut stream = Stream::new(STREAM_SHAPE, options).unwrap();
     let StreamShape { batch, heads, kv_heads, head_dim, value_dim } = STREAM_SHAPE;
     let q = numbers(batch * heads * tokens * head_dim, 3);
-    let (k, v) =
-        (numbers(batch * kv_heads * tokens * head_dim, 5), numbers(batch * kv_heads * tokens * value_dim, 11));
+    let (k, v) = (numbers(batch * kv_heads * tokens * head_dim, 5), numbers(batch * kv_heads * tokens * value_dim, 11));
     let inputs = Inputs::new(&q, &k, &v).sink_logits(&[0.5, -1.0][..]);
     stream.update(&Attention::cpu(), &inputs).unwrap();
     stream
