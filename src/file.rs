@@ -111,10 +111,11 @@ fn temporary(target: &Path) -> io::Result<tempfile::NamedTempFile> {
     // Under the umask, as a plain create; without it the file would be its owner's alone.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder_of(target)).map_err(|error| match error.raw_os_error() {
-        // The system's own words, without the temporary name.
-        Some(code) => io::Error::from_raw_os_error(code),
-        None => error,
+    // The system's own words, without the temporary name, which tempfile adds to them.
+    builder.tempfile_in(folder_of(target)).map_err(|error| {
+        let inner = error.get_ref().and_then(std::error::Error::source);
+        let code = inner.and_then(|inner| inner.downcast_ref::<io::Error>()).and_then(io::Error::raw_os_error);
+        code.map_or(error, io::Error::from_raw_os_error)
     })
 }
 

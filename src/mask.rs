@@ -217,6 +217,33 @@ mod tests {
     use super::*;
     use crate::problem::{Problem, Shape, Window};
 
+    /// Numbers that no kernel asks for: none panics, and of no keys or queries there are no tiles.
+    #[test]
+    fn ranges_of_any_numbers() {
+        let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 7, seq_k: 11, head_dim: 1, value_dim: 1 };
+        for options in [Options::new(), Options::new().causal(true).window(Window::keys(3)).sink_tokens(2)] {
+            let problem = Problem::new(shape, options).unwrap();
+            let band = problem.band();
+            let numbers = [0, 1, 7, 11, 12, i64::MAX as usize, usize::MAX];
+            for start in numbers {
+                let _ = band.visible_keys(start);
+                assert!(!band.visible(start, usize::MAX));
+                for end in numbers {
+                    let range = start..end;
+                    let _ = band.all_visible(&range, &(0..end));
+                    for tile in [1, 4, i64::MAX as usize, usize::MAX] {
+                        let _ = (band.key_tiles(&range, tile), band.query_tiles(&range, tile));
+                        let _ = band.full_tiles(&range, tile);
+                    }
+                    assert_eq!(band.key_tiles(&range, 0).count(), 0);
+                    assert_eq!((band.query_tiles(&range, 0), band.full_tiles(&range, 0)), (0..0, 0));
+                }
+            }
+            assert_eq!(band.key_tiles(&(0..7), usize::MAX).count(), 1);
+            assert_eq!(band.query_tiles(&(0..11), usize::MAX), 0..1);
+        }
+    }
+
     /// Every small problem: the rule of the specification, spelled out.
     fn small_problems() -> impl Iterator<Item = (Problem, impl Fn(usize, usize) -> bool)> {
         let bounds = [None, Some(0), Some(1), Some(4), Some(usize::MAX)];

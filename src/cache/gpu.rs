@@ -178,7 +178,7 @@ impl KvCache {
     /// Prepares appending so many tokens to each sequence of this cache.
     ///
     /// # Errors
-    /// [`Error::InvalidLengths`] unless there is a number for each sequence; [`Error::MissingOperand`],
+    /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::MissingOperand`],
     /// [`Error::UnexpectedOperand`] for operands that do not go with the cache's rotary embedding; those of
     /// [`Attention::prepare_forward`](crate::Attention::prepare_forward) for operands that cannot be bound.
     pub fn prepare_append(&self, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<PreparedAppend> {
@@ -223,7 +223,7 @@ impl KvCache {
     /// less. Quantised keys and values are rounded to the element type as they are gathered, which decoding does not do.
     ///
     /// # Errors
-    /// [`Error::InvalidLengths`] unless there is a number of tokens for each sequence; [`Error::CacheElementType`] unless the
+    /// [`Error::OperandLength`] unless there is a number of tokens for each sequence; [`Error::CacheElementType`] unless the
     /// options name the cache's element type; [`Error::CacheFull`], [`Error::RotaryPosition`]; [`Error::InvalidOption`] for options
     /// that a cache of its kind does not take, and for cache-relative rotary embeddings; [`Error::CacheTooLarge`] where what is
     /// gathered does not fit bindings; those of [`prepare_append`](Self::prepare_append),
@@ -292,7 +292,7 @@ impl KvCache {
     /// Appending does so by itself, but where it is recorded into a compute pass. Nothing to do where the cache is not paged.
     ///
     /// # Errors
-    /// [`Error::InvalidLengths`] unless there is a number for each sequence; [`Error::CacheFull`], [`Error::PagesExhausted`]:
+    /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::CacheFull`], [`Error::PagesExhausted`]:
     /// nothing has changed then.
     pub fn reserve(&mut self, encoder: &mut wgpu::CommandEncoder, tokens: &[usize]) -> Result<()> {
         check_counts(&self.config, tokens.len())?;
@@ -419,6 +419,5 @@ pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
     if actual == expected {
         return Ok(());
     }
-    let reason = format!("{actual} given, the cache has {expected}; want one for each");
-    Err(Error::InvalidLengths { lengths: "numbers of tokens of the cache's sequences", reason })
+    Err(Error::OperandLength { operand: "the list of token counts", expected, actual, shape: vec![expected] })
 }

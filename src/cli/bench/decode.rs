@@ -352,3 +352,16 @@ impl Case<'_> {
 fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::rate;
+
+    #[test]
+    fn rates_have_digits() {
+        for (gb_per_s, text) in [(0.0123, "0.012"), (0.49, "0.490"), (1.236, "1.24"), (45.67, "45.7"), (3210.4, "3210")]
+        {
+            assert_eq!(rate(gb_per_s), text);
+        }
+    }
+}
