@@ -223,7 +223,7 @@ mod tests {
         let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 7, seq_k: 11, head_dim: 1, value_dim: 1 };
         for options in [Options::new(), Options::new().causal(true).window(Window::keys(3)).sink_tokens(2)] {
             let problem = Problem::new(shape, options).unwrap();
-            let band = problem.band();
+            let band = Band::new(shape.seq_q, shape.seq_k, problem.options());
             let numbers = [0, 1, 7, 11, 12, i64::MAX as usize, usize::MAX];
             for start in numbers {
                 let _ = band.visible_keys(start);
