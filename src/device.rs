@@ -1,7 +1,7 @@
 //! Finding a device, and what to ask of it.
 
-#[cfg(not(target_family = "wasm"))]
 use std::cell::RefCell;
+#[cfg(not(target_family = "wasm"))]
 use std::sync::OnceLock;
 
 use crate::capabilities::{Capabilities, cooperative_features};
