@@ -3,7 +3,7 @@
 //! What is saved has exactly one file. Readers build what a file says, save that again, and take it for damaged unless
 //! every byte is the same: so nothing gets in that was not written so.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::Path;
 
@@ -54,15 +54,16 @@ pub(crate) fn serialize(
 /// A file that is read.
 pub(crate) struct Reader<'a> {
     what: &'static str,
+    strings: BTreeMap<String, String>,
     index: Metadata,
     data: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
     pub(crate) fn new(what: &'static str, bytes: &'a [u8]) -> Result<Self> {
-        let Container { index, data, .. } =
+        let Container { strings, index, data } =
             Container::parse(bytes).map_err(|malformed| damaged(what, malformed.to_string()))?;
-        Ok(Reader { what, index, data })
+        Ok(Reader { what, strings, index, data })
     }
 
     fn damaged(&self, reason: String) -> Error {
@@ -71,7 +72,7 @@ impl<'a> Reader<'a> {
 
     /// A property.
     pub(crate) fn value(&self, property: &str) -> Result<&str> {
-        let description = self.index.metadata().as_ref().and_then(|metadata| metadata.get(self.what));
+        let description = self.strings.get(self.what);
         let description =
             description.ok_or_else(|| self.damaged(format!("the metadata have no key {:?}", self.what)))?;
         let mut pairs = description.split(' ').filter_map(|pair| pair.split_once('='));
