@@ -89,7 +89,7 @@ pub enum Error {
         seq_k: usize,
     },
     /// A slice does not hold the number of elements its shape calls for.
-    #[error("{operand} has {actual} elements, its shape {shape:?} needs {expected}")]
+    #[error("{operand} has {actual} element{}, its shape {shape:?} needs {expected}", plural(.actual))]
     OperandLength {
         /// Name of the operand.
         operand: &'static str,
@@ -169,12 +169,12 @@ pub enum Error {
         /// Usages the buffer has.
         actual: wgpu::BufferUsages,
     },
-    /// A result would be written where another operand lies.
-    #[error("{output} shares its buffer with {other}; a result needs a buffer of its own")]
+    /// A result, or a cache, would be written where another operand lies.
+    #[error("{output} shares its buffer with {other}; what is written needs a buffer of its own")]
     Aliasing {
-        /// The result.
+        /// The result, or an operand that lies in the cache.
         output: &'static str,
-        /// The other operand.
+        /// The other operand, or the cache's keys or values.
         other: &'static str,
     },
     /// Strides let two elements of a result fall on one place.
@@ -400,7 +400,7 @@ pub enum Error {
         /// What stands in the way.
         reason: String,
     },
-    /// The GPU ran out of memory. The device may still serve smaller problems; where it was lost with its memory, the next
+    /// The GPU ran out of memory; the message names the buffer and its bytes where this crate created it. The device may still serve smaller problems; where it was lost with its memory, the next
     /// call says so.
     #[error("the GPU ran out of memory: {0}")]
     OutOfMemory(String),
@@ -420,6 +420,10 @@ pub enum Error {
         /// What wgpu said.
         message: String,
     },
+}
+
+fn plural(n: &usize) -> &'static str {
+    if *n == 1 { "" } else { "s" }
 }
 
 fn list(names: &[String]) -> String {

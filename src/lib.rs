@@ -316,7 +316,7 @@ mod device;
 mod dispatch;
 mod element;
 mod error;
-mod files;
+pub mod file;
 mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;

@@ -368,6 +368,10 @@ impl Passes<'_> {
         let Some(matrices) = capabilities.cooperative else {
             return Err(none(format!("{} has no cooperative matrices of f16 with sums in f32", capabilities.name)));
         };
+        if !matrices.is_sound() {
+            let CooperativeMatrices { side, lanes, .. } = matrices;
+            return Err(none(format!("there are no cooperative matrices of side {side} with subgroups of {lanes}")));
+        }
         let width = shape.head_dim.max(shape.value_dim);
         if width > COOPERATIVE_WIDTH {
             let reason = format!("cooperative kernels take widths up to {COOPERATIVE_WIDTH}, not {width}");
@@ -547,7 +551,8 @@ impl Pass {
             return Err(Error::NoKernel { problem: problem.to_string(), reason });
         }
         let most = u64::from(capabilities.grid_dimension.min(MOST_GRID)).pow(2);
-        let (_, grid) = fold(workgroups.min(most.into()), capabilities.grid_dimension)?;
+        // Without a grid there is none; otherwise the work is cut where it has too many.
+        let (_, grid) = fold(workgroups.min(most.max(1).into()), capabilities.grid_dimension)?;
         let workgroups = workgroups as u64;
         Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
     }
@@ -727,7 +732,7 @@ pub(crate) fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
         return Err(Error::TooManyWorkgroups { workgroups, most: total });
     }
     let workgroups = workgroups as u32;
-    let y = workgroups.div_ceil(most);
+    let y = workgroups.div_ceil(most.max(1)).max(1);
     Ok((workgroups, [workgroups.div_ceil(y), y]))
 }
 

@@ -2,7 +2,7 @@
 
 use bytemuck::Pod;
 
-use crate::device::Device;
+use crate::device::{Device, note_buffer};
 use crate::error::{Error, Result};
 use crate::pieces::{View, WORD, Window};
 use crate::problem::Layout;
@@ -138,6 +138,7 @@ pub(crate) fn allocate<T>(
     if bytes > limit {
         return Err(Error::BufferTooLarge { operand, bytes, limit });
     }
+    note_buffer(operand, bytes);
     Ok(device.wgpu().create_buffer(&wgpu::BufferDescriptor {
         label: Some(operand),
         size: bytes,
@@ -176,12 +177,14 @@ pub(crate) async fn download<const N: usize>(
     buffers: [&wgpu::Buffer; N],
     work: impl FnOnce(&mut wgpu::CommandEncoder),
 ) -> Result<[Mapped; N]> {
-    let label = Some("sink-attention download");
+    const LABEL: &str = "sink-attention download";
+    let label = Some(LABEL);
     let staging = device
         .scoped("running a kernel", || {
             let mut encoder = device.wgpu().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
             work(&mut encoder);
             let staging = buffers.map(|buffer| {
+                note_buffer(LABEL, buffer.size());
                 let staging = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
                     label,
                     size: buffer.size(),

@@ -34,6 +34,8 @@ mod partial;
 mod plans;
 mod properties;
 mod readme;
+#[cfg(feature = "cli")]
+mod saved_files;
 mod shaders;
 mod size;
 mod stream;

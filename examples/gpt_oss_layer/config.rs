@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde_json::Value;
+use sink_attention::file;
 
 /// What a layer attends to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,12 +45,16 @@ pub struct Config {
     pub rope: Rope,
 }
 
+/// Bytes of the file, at most.
+const MOST_BYTES: u64 = 1 << 20;
+
 /// The largest number of any size that is believed.
 const MOST: u64 = 1 << 24;
 
 impl Config {
     pub fn load(path: &Path) -> Result<Self, String> {
-        let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let text = file::read(path, MOST_BYTES).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let text = String::from_utf8(text).map_err(|_| format!("{}: it is not text in UTF-8", path.display()))?;
         Config::parse(&text).map_err(|error| format!("{}: {error}", path.display()))
     }
 

@@ -419,5 +419,5 @@ pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
     if actual == expected {
         return Ok(());
     }
-    Err(Error::OperandLength { operand: "tokens of each sequence", expected, actual, shape: vec![expected] })
+    Err(Error::OperandLength { operand: "the list of token counts", expected, actual, shape: vec![expected] })
 }

@@ -16,6 +16,8 @@ pub mod operands;
 pub mod prefills;
 #[path = "../../src/cli/check/random.rs"]
 pub mod random;
+#[cfg(feature = "cli")]
+pub mod saved;
 pub mod shards;
 pub mod views;
 

@@ -11,8 +11,8 @@ use sink_attention::{
     Series, Shape, SinkLogits, TensorView, Timer, Window, wgpu,
 };
 
+use super::super::Progress;
 use super::super::operands::{filled, result};
-use super::super::print;
 use super::{Bench, MOST, QUICK};
 
 /// Tokens that are appended at a time while a cache is filled.
@@ -64,6 +64,17 @@ impl Times {
     }
 }
 
+/// Three digits, or all before the point.
+fn rate(gb_per_s: f64) -> String {
+    let decimals = match gb_per_s {
+        100.0.. => 0,
+        10.0.. => 1,
+        1.0.. => 2,
+        _ => 3,
+    };
+    format!("{gb_per_s:.decimals$}")
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Report { version, device, driver, clock, rows } = self;
@@ -80,9 +91,9 @@ impl fmt::Display for Report {
             )?;
             writeln!(
                 f,
-                "  decode {}, {:.0} GB/s; {}, {} workgroups",
+                "  decode {}, {} GB/s; {}, {} workgroups",
                 us(&row.decode),
-                row.gb_per_s,
+                rate(row.gb_per_s),
                 row.tiling,
                 row.workgroups
             )?;
@@ -122,7 +133,9 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
         clock: timer.clock().to_string(),
         rows: Vec::new(),
     };
-    for [batch, seq_k] in batches {
+    let progress = Progress::new(batches.len() * args.dtype.len() * (1 + args.page_size.len()))?;
+    let mut failed = None;
+    'batches: for [batch, seq_k] in batches {
         for dtype in args.dtype.iter().map(|dtype| DType::from(*dtype)) {
             let case = Case {
                 args,
@@ -134,21 +147,30 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
                 widths: [head_dim, shape.value_dim.unwrap_or(head_dim)],
                 dtype,
             };
-            report.rows.push(case.measure(attention, device, &timer, None)?);
-            for &page_size in &args.page_size {
-                report.rows.push(case.measure(attention, device, &timer, Some(page_size))?);
+            for page_size in std::iter::once(None).chain(args.page_size.iter().copied().map(Some)) {
+                let cache = cache_name(page_size);
+                progress.begin(format!("decoding {dtype}, batch {batch}, {seq_k} keys, {cache}"));
+                match case.measure(attention, device, &timer, page_size) {
+                    Ok(row) => report.rows.push(row),
+                    Err(error) => {
+                        failed = Some(error);
+                        break 'batches;
+                    }
+                }
+                progress.end();
             }
         }
     }
-    let json = args.json.as_ref().map(|path| serde_json::to_string(&report).map(|text| (path, text))).transpose()?;
-    match json {
-        Some((path, text)) if path.as_os_str() == "-" => print(text),
-        Some((path, text)) => {
-            std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))?;
-            print(report)
-        }
-        None => print(report),
+    progress.finish();
+    // What was measured before a failure is reported, too.
+    if failed.is_none() || !report.rows.is_empty() {
+        args.write(&report, || Ok(String::new()))?;
     }
+    failed.map_or(Ok(()), Err)
+}
+
+fn cache_name(page_size: Option<usize>) -> String {
+    page_size.map_or("contiguous".into(), |size| format!("pages of {size}"))
 }
 
 impl Case<'_> {
@@ -316,7 +338,7 @@ impl Case<'_> {
             head_dim,
             value_dim,
             dtype: format!("{}{}", self.dtype, if self.args.quantised { " q8_0" } else { "" }),
-            cache: page_size.map_or("contiguous".into(), |size| format!("pages of {size}")),
+            cache: cache_name(page_size),
             tiling: tiling.to_string(),
             workgroups: decoding.workgroups(&cache.borrow()),
             gb_per_s: self.bytes() / decode.median().as_secs_f64() * 1e-9,
@@ -329,4 +351,17 @@ impl Case<'_> {
 
 fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rate;
+
+    #[test]
+    fn rates_have_digits() {
+        for (gb_per_s, text) in [(0.0123, "0.012"), (0.49, "0.490"), (1.236, "1.24"), (45.67, "45.7"), (3210.4, "3210")]
+        {
+            assert_eq!(rate(gb_per_s), text);
+        }
+    }
 }
