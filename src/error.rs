@@ -318,7 +318,9 @@ pub enum Error {
     },
     /// Queries of a cache with a rotary embedding have not been rotated with their tokens, or not all heads of them.
     #[error(
-        "decoding takes the rotated queries of the last {queries} tokens of sequence {sequence} with {heads} heads; appends          have rotated those of {rotated_tokens} tokens with {rotated_heads} heads: give AppendBuffers::q, or set Decode::q_rotated          where the caller has rotated them"
+        "decoding takes the rotated queries of the last {queries} tokens of sequence {sequence} with {heads} heads; appends \
+         have rotated those of {rotated_tokens} tokens with {rotated_heads} heads: give AppendBuffers::q, or set \
+         Decode::q_rotated where the caller has rotated them"
     )]
     QueriesNotRotated {
         /// The sequence.
