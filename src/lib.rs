@@ -222,7 +222,7 @@
 //! pass of the last chunk through a contiguous or paged cache; gradients by keys and values have the cache's layout.
 //!
 //! ```
-//! use sink_attention::{AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Options, wgpu};
+//! use sink_attention::{AppendBuffers, Attention, CacheConfig, CacheKind, Decode, DecodeBuffers, Options, wgpu};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let attention = Attention::new()?;

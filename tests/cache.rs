@@ -7,8 +7,8 @@ use proptest::test_runner::{Config, TestRunner};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
     AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, ForwardBuffers, Layout,
-    Lengths, Options, Prefill, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Window,
-    cpu,
+    Lengths, Options, Prefill, Problem, Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling,
+    RotaryStyle, Shape, SinkLogits, Window, Yarn, cpu,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 300 };
@@ -255,6 +255,25 @@ fn keys_are_rotated_as_they_are_read() {
             half.append(&tokens);
             half.check(&Decode::new(2, Options::new().dtype(DType::Bf16)));
         }
+    }
+}
+
+/// The table of a model that another implementation has recorded, YaRN's: `examples/gpt_oss_layer`.
+#[test]
+fn yarn_is_as_recorded() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpt_oss_tiny");
+    let file = std::fs::read(folder.join("expected.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let recorded = |name| bytemuck::pod_collect_to_vec::<u8, f32>(file.tensor(name).unwrap().data());
+    let (cos, sin) = (recorded("rope_cos"), recorded("rope_sin"));
+    let expected: Vec<f32> = cos.chunks(16).zip(sin.chunks(16)).flat_map(|(cos, sin)| [cos, sin].concat()).collect();
+    // As in its config.json.
+    let yarn = Yarn::new(8.0, 512.0).truncate(false);
+    let frequencies = RotaryFrequencies::new(150_000.0).scaling(RotaryScaling::Yarn(yarn));
+    compare(&frequencies.table(32, 75).unwrap(), &expected, 1e-6).unwrap();
+    for other in [yarn.truncate(true), yarn.attention_factor(1.0), Yarn::new(4.0, 512.0).truncate(false)] {
+        let frequencies = frequencies.scaling(RotaryScaling::Yarn(other));
+        assert!(compare(&frequencies.table(32, 75).unwrap(), &expected, 1e-4).is_err(), "{other:?}");
     }
 }
 

@@ -267,7 +267,7 @@ fn every_change_is_taken_back() {
             &|rig, step| rig.cache.truncate(step, 0, rig.cache.lengths()[0] - 1),
             &|rig, step| rig.cache.truncate(step, 1, 0),
             &|rig, step| rig.cache.fork(step, 0, 1).and_then(|()| rig.append.encode(&mut rig.cache, step)),
-            &|rig, step| rig.cache.reserve(step, &[20, 0]),
+            &|rig, step| rig.cache.reserve(step, &[13, 0]),
             &|rig, step| prefill.encode(&mut rig.cache, step),
             &|rig, step| match kind {
                 PAGED => rig.cache.assign(step, 0, &[5, 6], 30).and_then(|()| rig.append.encode(&mut rig.cache, step)),
@@ -297,7 +297,6 @@ fn every_change_is_taken_back() {
     }
 }
 
-#[cfg(feature = "safetensors")]
 #[test]
 fn files_and_open_steps() {
     let Some(attention) = gpu() else { return };
@@ -334,7 +333,7 @@ fn queries_that_were_not_rotated() {
     let q_of = |heads: usize, queries: usize| vec![1f32; SEQUENCES * heads * queries * WIDTH];
     let text = |queries, heads, tokens, rotated| {
         format!(
-            "the rotated queries of the last {queries} tokens of sequence 0 with {heads} heads; X
+            "the rotated queries of the last {queries} tokens of sequence 0 with {heads} heads; appends have rotated \
              those of {tokens} tokens with {rotated} heads"
         )
     };
@@ -444,4 +443,37 @@ fn more_runs_than_a_grid_is_long() {
     prefill.encode(&mut cache, &mut step).unwrap();
     step.submit().unwrap();
     assert_eq!(read::<f32>(device, &o, 240), values);
+}
+
+#[test]
+fn zz_cost() {
+    let Some(attention) = gpu() else { return };
+    for kind in KINDS {
+        let mut rig = Rig::new(attention, kind);
+        let device = rig.device.clone();
+        for round in 0..3 {
+            let n = 500;
+            let mut own = std::time::Duration::ZERO;
+            let mut scope = std::time::Duration::ZERO;
+            for _ in 0..n {
+                if rig.cache.lengths()[0] == 30 {
+                    let mut step = rig.step();
+                    rig.cache.truncate(&mut step, 0, 0).unwrap();
+                    rig.cache.truncate(&mut step, 1, 0).unwrap();
+                    step.submit().unwrap();
+                }
+                let start = std::time::Instant::now();
+                let mut step = rig.step();
+                rig.append.encode(&mut rig.cache, &mut step).unwrap();
+                rig.decode.encode(&rig.cache, &mut step).unwrap();
+                step.submit().unwrap();
+                own += start.elapsed();
+                device.wgpu().poll(wgpu::PollType::wait_indefinitely()).unwrap();
+                let start = std::time::Instant::now();
+                pollster::block_on(device.scoped("x", || ())).unwrap();
+                scope += start.elapsed();
+            }
+            println!("COST {kind:?} round {round}: step {:?}, of it scope {:?}", own / n, scope / n);
+        }
+    }
 }

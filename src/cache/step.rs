@@ -183,3 +183,55 @@ impl Drop for Held {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::{Context, Waker};
+
+    use super::*;
+
+    #[test]
+    fn how_a_step_ends() {
+        let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor::default());
+        let device = Device::from_wgpu(device, queue);
+        let step = || {
+            let step = Step::new(&device).label("named").label("again");
+            let ticket = step.ticket().clone();
+            let error = ticket.check_ended().unwrap_err().to_string();
+            let name = format!(
+                "the cache is in use by step {} (named), which is open: submit or drop it first",
+                ticket.number
+            );
+            assert_eq!(error, name);
+            assert!(ticket.check_closed().is_err() && !ticket.is_dropped());
+            (step, ticket)
+        };
+        let (dropped, ticket) = step();
+        drop(dropped);
+        assert!(ticket.is_dropped() && ticket.check_ended().is_ok());
+
+        let (submitted, ticket) = step();
+        submitted.submit().unwrap();
+        assert!(!ticket.is_dropped() && ticket.check_ended().is_ok());
+
+        // Nothing is submitted before the future is polled.
+        let (never_polled, ticket) = step();
+        drop(never_polled.submit_async());
+        assert!(ticket.is_dropped());
+
+        // A future that is dropped between the submission and the answer to it.
+        let (forgotten, ticket) = step();
+        forgotten.ticket.0.set(SUBMITTING);
+        assert!(ticket.check_closed().is_err());
+        drop(forgotten);
+        assert!(!ticket.is_dropped() && ticket.check_closed().is_ok());
+        let error = ticket.check_ended().unwrap_err().to_string();
+        assert!(error.contains("was not awaited to its end: restore the cache"), "{error}");
+
+        // Answers are there at once where they are not those of a browser.
+        let (polled, ticket) = step();
+        let mut future = Box::pin(polled.submit_async());
+        assert!(future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
+        assert!(ticket.check_ended().is_ok() && !ticket.is_dropped());
+    }
+}
