@@ -246,6 +246,8 @@ fn many_caches_in_one_step() {
     rig.has(&tokens);
 }
 
+type Change<'a> = &'a dyn Fn(&mut Rig, &mut Step) -> Result<()>;
+
 /// Whatever changes lengths and pages.
 #[test]
 fn every_change_is_taken_back() {
@@ -263,7 +265,7 @@ fn every_change_is_taken_back() {
         let lse = filled(device, &[0f32; 4]);
         let prefill = Prefill::new(1, [4, 0], Options::new().causal(true));
         let prefill = rig.cache.prepare_prefill(&prefill, &PrefillBuffers::new(&q, &k, &v, &o, &lse)).unwrap();
-        let changes: [&dyn Fn(&mut Rig, &mut Step) -> Result<()>; 6] = [
+        let changes: [Change<'_>; 6] = [
             &|rig, step| rig.cache.truncate(step, 0, rig.cache.lengths()[0] - 1),
             &|rig, step| rig.cache.truncate(step, 1, 0),
             &|rig, step| rig.cache.fork(step, 0, 1).and_then(|()| rig.append.encode(&mut rig.cache, step)),
@@ -443,37 +445,4 @@ fn more_runs_than_a_grid_is_long() {
     prefill.encode(&mut cache, &mut step).unwrap();
     step.submit().unwrap();
     assert_eq!(read::<f32>(device, &o, 240), values);
-}
-
-#[test]
-fn zz_cost() {
-    let Some(attention) = gpu() else { return };
-    for kind in KINDS {
-        let mut rig = Rig::new(attention, kind);
-        let device = rig.device.clone();
-        for round in 0..3 {
-            let n = 500;
-            let mut own = std::time::Duration::ZERO;
-            let mut scope = std::time::Duration::ZERO;
-            for _ in 0..n {
-                if rig.cache.lengths()[0] == 30 {
-                    let mut step = rig.step();
-                    rig.cache.truncate(&mut step, 0, 0).unwrap();
-                    rig.cache.truncate(&mut step, 1, 0).unwrap();
-                    step.submit().unwrap();
-                }
-                let start = std::time::Instant::now();
-                let mut step = rig.step();
-                rig.append.encode(&mut rig.cache, &mut step).unwrap();
-                rig.decode.encode(&rig.cache, &mut step).unwrap();
-                step.submit().unwrap();
-                own += start.elapsed();
-                device.wgpu().poll(wgpu::PollType::wait_indefinitely()).unwrap();
-                let start = std::time::Instant::now();
-                pollster::block_on(device.scoped("x", || ())).unwrap();
-                scope += start.elapsed();
-            }
-            println!("COST {kind:?} round {round}: step {:?}, of it scope {:?}", own / n, scope / n);
-        }
-    }
 }
