@@ -337,7 +337,7 @@ impl Places {
         if let Some(run) = &mut self.rotated[sequence] {
             run.tokens = run.tokens.saturating_sub(most - length);
         }
-        if length == 0 {
+        if length == 0 || self.rotated[sequence].is_some_and(|run| run.tokens == 0) {
             self.rotated[sequence] = Some(Rotated::default());
         }
         self.lengths[sequence] = length;
