@@ -156,6 +156,7 @@ impl Ticket {
     }
 
     /// An error while it may be submitted still.
+    #[cfg(any(test, feature = "safetensors"))]
     pub(super) fn check_closed(&self) -> Result<()> {
         if self.state() == UNKNOWN { Ok(()) } else { self.check_ended() }
     }
