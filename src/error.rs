@@ -302,6 +302,38 @@ pub enum Error {
     /// An operation was prepared for another cache.
     #[error("the operation was prepared for another cache")]
     OtherCache,
+    /// Another [`Step`](crate::Step) has touched the cache, and has not come to its end.
+    #[error("the cache is in use by {step}, {reason}")]
+    CacheBusy {
+        /// The other step, by its number and its label.
+        step: String,
+        /// How it stands, and what to do.
+        reason: &'static str,
+    },
+    /// A [`Step`](crate::Step) is of another device than a cache.
+    #[error("{step} and the cache are of different devices")]
+    OtherDevice {
+        /// The step, by its number and its label.
+        step: String,
+    },
+    /// Queries of a cache with a rotary embedding have not been rotated with their tokens, or not all heads of them.
+    #[error(
+        "decoding takes the rotated queries of the last {queries} tokens of sequence {sequence} with {heads} heads; appends \
+         have rotated those of {rotated_tokens} tokens with {rotated_heads} heads: give AppendBuffers::q, or set \
+         Decode::q_rotated where the caller has rotated them"
+    )]
+    QueriesNotRotated {
+        /// The sequence.
+        sequence: usize,
+        /// Queries of it that are decoded.
+        queries: usize,
+        /// Their heads.
+        heads: usize,
+        /// Last tokens of the sequence whose queries were rotated, with one number of heads.
+        rotated_tokens: usize,
+        /// That number.
+        rotated_heads: usize,
+    },
     /// No kernel fits the device's limits.
     #[error("no kernel for {problem} fits the device: {reason}")]
     NoKernel {

@@ -211,7 +211,7 @@
 //!
 //! A [`KvCache`] holds keys and values of many sequences of different lengths: in rows of their own, in pages that sequences may
 //! share, or in a ring behind the sink tokens ([`CacheKind`]). [`KvCache::prepare_append`] and [`KvCache::prepare_decode`] are as
-//! the calls above; [`cpu::KvCache`] is the same on the CPU. Queries of a decoding step are those of the last tokens; positions,
+//! the calls above, recorded into a [`Step`], whose submission makes the cache have them; [`cpu::KvCache`] is the same on the CPU. Queries of a decoding step are those of the last tokens; positions,
 //! windows and sink tokens count from the start of a sequence. A rolling cache of sink tokens S and window W shows the query at
 //! position p the keys j with p - W < j <= p, and j < S; narrower windows are possible, wider ones an error.
 //!
@@ -231,15 +231,13 @@
 //! pass of the last chunk through a contiguous or paged cache; gradients by keys and values have the cache's layout.
 //!
 //! ```
-//! use sink_attention::{AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Options, wgpu};
+//! use sink_attention::{AppendBuffers, Attention, CacheConfig, CacheKind, Decode, DecodeBuffers, Options, wgpu};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let attention = Attention::new()?;
 //! let Some(device) = attention.device() else { return Ok(()) };
 //! let kind = CacheKind::Paged { page_size: 16, pages: 32, sequence_pages: 16 };
-//! let config =
-//!     CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32, rotary: None, quantisation: None };
-//! let mut cache = attention.create_cache(&config)?;
+//! let mut cache = attention.create_cache(&CacheConfig::new(kind, 2, 2, 32))?; // 2 sequences, 2 key heads, 32 wide
 //!
 //! let buffer = |elements: u64| {
 //!     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -248,16 +246,18 @@
 //! };
 //! let [k, v, q, o, lse] = [2 * 2 * 32, 2 * 2 * 32, 2 * 4 * 32, 2 * 4 * 32, 2 * 4].map(buffer);
 //! let append = cache.prepare_append(&[1, 1], &AppendBuffers::new(&k, &v))?; // one token of each sequence
-//! let step = cache.prepare_decode(&Decode::new(4, Options::new()), &DecodeBuffers::new(&q, &o, &lse))?;
-//! let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+//! let decode = cache.prepare_decode(&Decode::new(4, Options::new()), &DecodeBuffers::new(&q, &o, &lse))?;
+//! let mut step = attention.step()?;
 //! for _ in 0..20 {
-//!     append.encode(&mut cache, &mut encoder)?;
-//!     step.encode(&cache, &mut encoder)?;
+//!     append.encode(&mut cache, &mut step)?;
+//!     decode.encode(&cache, &mut step)?;
 //! }
-//! device.queue().submit([encoder.finish()]);
+//! step.submit()?;
 //! assert_eq!(cache.lengths(), [20, 20]);
-//! cache.fork(&mut device.wgpu().create_command_encoder(&Default::default()), 0, 1)?; // the second goes on as the first
-//! assert_eq!(cache.pages(0), cache.pages(1));
+//! let mut step = attention.step()?;
+//! cache.fork(&mut step, 0, 1)?; // the second goes on as the first
+//! drop(step); // never submitted: it has not happened
+//! assert_ne!(cache.pages(0), cache.pages(1));
 //! # device.wgpu().poll(wgpu::PollType::wait_indefinitely())?;
 //! # Ok(())
 //! # }
@@ -342,7 +342,7 @@ pub use attention::Attention;
 pub use cache::{
     AppendBuffers, CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiles, DecodeTiling,
     KvCache, Prefill, PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill,
-    Quantisation, Rotary, RotaryPositions, RotaryStyle,
+    Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling, RotaryStyle, Step, StepPass, Yarn,
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};

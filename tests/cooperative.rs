@@ -406,6 +406,11 @@ fn decoding() {
     with_matrices(decodes_from_caches);
 }
 
+#[test]
+fn decoding_sees_nothing_that_is_hidden() {
+    with_matrices(crate::cache_hidden::hold_on_matrices);
+}
+
 /// A device that has none, a type, a width, a pass: the planner names what stands in the way. Needs no device.
 #[test]
 fn what_has_no_kernel_says_why() {

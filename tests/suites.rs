@@ -8,7 +8,9 @@ mod buffers;
 mod cache;
 mod cache_errors;
 mod cache_files;
+mod cache_hidden;
 mod cache_prefill;
+mod cache_steps;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(feature = "cli")]

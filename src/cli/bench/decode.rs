@@ -195,16 +195,11 @@ impl Case<'_> {
             style: RotaryStyle::HalfSplit,
             positions: RotaryPositions::Absolute,
         };
-        CacheConfig {
-            kind,
-            sequences: self.batch,
-            kv_heads: self.kv_heads,
-            head_dim,
-            value_dim,
-            dtype: self.dtype,
-            rotary: (rotary.dim > 0).then_some(rotary),
-            quantisation: self.args.quantised.then_some(Quantisation::Q8_0),
-        }
+        CacheConfig::new(kind, self.batch, self.kv_heads, head_dim)
+            .value_dim(value_dim)
+            .dtype(self.dtype)
+            .rotary((rotary.dim > 0).then_some(rotary))
+            .quantisation(self.args.quantised.then_some(Quantisation::Q8_0))
     }
 
     fn options(&self) -> Options {
@@ -268,26 +263,27 @@ impl Case<'_> {
             // Pages far from each other, as in a cache that has been in use for long.
             let total = sequence_pages * self.batch;
             let stride = (total / 2..).find(|stride| gcd(*stride, total) == 1).unwrap_or(1);
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            let mut step = attention.step()?.label("pages");
             for sequence in 0..self.batch {
                 let first = sequence * sequence_pages;
                 let pages: Vec<u32> = (first..first + sequence_pages).map(|n| (n * stride % total) as u32).collect();
-                cache.assign(&mut encoder, sequence, &pages, 0)?;
+                cache.assign(&mut step, sequence, &pages, 0)?;
             }
-            device.queue().submit([encoder.finish()]);
+            step.submit()?;
         }
         let buffers = AppendBuffers { cos_sin, ..AppendBuffers::new(&k, &v) };
         for (chunk, times) in [(chunk, self.seq_k / chunk.max(1)), (self.seq_k % chunk.max(1), 1)] {
             let append = cache.prepare_append(&vec![chunk; self.batch], &buffers)?;
             for _ in 0..times {
-                let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-                append.encode(&mut cache, &mut encoder)?;
-                device.queue().submit([encoder.finish()]);
+                let mut step = attention.step()?.label("prompt");
+                append.encode(&mut cache, &mut step)?;
+                step.submit()?;
             }
         }
 
-        let decode =
-            Decode { tiling: self.args.decode_tiling, ..Decode::new(self.heads, self.options()).queries(self.queries) };
+        // It is timed by itself, too, without queries that an append has rotated.
+        let decode = Decode::new(self.heads, self.options()).queries(self.queries).q_rotated(true);
+        let decode = Decode { tiling: self.args.decode_tiling, ..decode };
         let per_head = decode.options.sink_logits == SinkLogits::PerHead;
         let operands = DecodeBuffers {
             sink_logits: per_head.then(|| TensorView::new(&sinks)),
@@ -315,13 +311,13 @@ impl Case<'_> {
                 failed.borrow_mut().get_or_insert(error);
             }
         };
-        let decode = timer.measure(runs, MOST, |pass| note(decoding.encode_in(&cache.borrow(), pass)))?;
+        let decode = timer.measure_steps(runs, MOST, |pass| note(decoding.encode_in(&cache.borrow(), pass)))?;
         // Warm by now. Each run makes the sequences longer, so there are no more than are looked at.
-        let step = timer.time(runs, |pass| {
+        let step = timer.time_steps(runs, |pass| {
             note(appending.encode_in(&mut cache.borrow_mut(), pass));
             note(decoding.encode_in(&cache.borrow(), pass));
         })?;
-        let append = timer.time(runs, |pass| note(appending.encode_in(&mut cache.borrow_mut(), pass)))?;
+        let append = timer.time_steps(runs, |pass| note(appending.encode_in(&mut cache.borrow_mut(), pass)))?;
         if let Some(error) = failed.into_inner() {
             return Err(error.into());
         }
