@@ -52,4 +52,7 @@
     }
   }
   {{ micro.finish() }}
+{% if batch > 1 %}
+  }
+{% endif %}
 }

@@ -34,4 +34,7 @@ fn store_row(work: Work, row: u32, total: f32) {
     {{ micro.accumulate() }}
   }
   {{ micro.finish() }}
+{% if batch > 1 %}
+  }
+{% endif %}
 }

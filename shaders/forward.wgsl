@@ -15,4 +15,7 @@
     {{ micro.accumulate() }}
   }
   {{ micro.finish() }}
+{% if batch > 1 %}
+  }
+{% endif %}
 }

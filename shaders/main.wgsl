@@ -9,5 +9,12 @@ fn main(
   @builtin(subgroup_invocation_id) lane: u32,
 {% endif %}
 ) {
+{% if batch > 1 %}
+  // Few tiles, if any, are left to do: a workgroup looks at several.
+  for (var n = 0u; n < {{ batch }}u; n += 1u) {
+  let index = (workgroup.x + workgroup.y * grid.x) * {{ batch }}u + n;
+  if (index >= params.workgroups) { break; }
+{% else %}
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
+{% endif %}

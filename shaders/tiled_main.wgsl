@@ -11,11 +11,12 @@
   let column_limit = {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }};
   let row_end = min(row0 + TILE_ROWS, row_limit);
 {% if sanitize %}
+  workgroupBarrier();
   if (thread == 0u) { strips[0] = vec4<f32>(f32(repairs[repair_slot({{ here_argument }}work, work.tile)])); }
-  if (workgroupUniformLoad(&strips[0]).x == 0.0) { return; }
+  if (workgroupUniformLoad(&strips[0]).x == 0.0) { {{ leave }}; }
 {% endif %}
 {% if repairs %}
-  if (!to_repair({{ here_argument }}work, row0, row_end)) { return; }
+  if (!to_repair({{ here_argument }}work, row0, row_end)) { {{ leave }}; }
 {% endif %}
 {% for operand in (loads + stores) if not (rows_are_keys and operand.name in ["q", "d_o"]) %}
 {% set of_keys = operand.name in ["k", "v", "d_k", "d_v"] %}

@@ -12,9 +12,7 @@ use crate::error::{Error, Result};
 use crate::plan::{Pass, fold, repair_slots, work_list};
 use crate::problem::{Layout, MaskPacking, Problem};
 use crate::sequences::Sequence;
-use crate::shader::{
-    Binding, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, SEQUENCE_WORDS,
-};
+use crate::shader::{Binding, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, SEQUENCE_WORDS};
 
 /// How long a dispatch may hold the GPU, by estimate, unless the caller says otherwise: browsers and desktop systems reset a
 /// GPU that does not answer for some two seconds.
@@ -295,7 +293,7 @@ impl Pass {
             if self.variant.packed {
                 join(&mut windows, [Binding::DK, Binding::DV], capabilities)?;
             }
-            let (workgroups, grid) = fold(cutter.workgroups(&region), capabilities.grid_dimension)?;
+            let (workgroups, grid) = cutter.fold(&region)?;
             let [.., places] = &region.axes;
             if self.is_listed() {
                 // Longest first. Stable: neighbours stay neighbours.
@@ -456,7 +454,7 @@ impl<'a> Cutter<'a> {
     }
 
     fn check(&self, region: &Region) -> Result<(), Misfit> {
-        fold(self.workgroups(region), self.capabilities.grid_dimension).map_err(Misfit::Limit)?;
+        self.fold(region).map_err(Misfit::Limit)?;
         if !self.views.is_empty() {
             let touches = self.touches(region);
             for view in &self.views {
@@ -472,6 +470,15 @@ impl<'a> Cutter<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Tiles that the dispatch of a region numbers, and its grid of workgroups, which look at several where little is to do.
+    fn fold(&self, region: &Region) -> Result<(u32, [u32; 2])> {
+        let (tiles, batch) = (self.workgroups(region), u128::from(self.pass.variant.batch));
+        let (_, grid) = fold(tiles.div_ceil(batch), self.capabilities.grid_dimension)?;
+        let most = u64::from(u32::MAX);
+        let tiles = u32::try_from(tiles).map_err(|_| Error::TooManyWorkgroups { workgroups: tiles, most })?;
+        Ok((tiles, grid))
     }
 
     fn workgroups(&self, region: &Region) -> u128 {
@@ -858,7 +865,8 @@ mod tests {
     impl Simulation<'_> {
         fn run(mut self) {
             for piece in &self.pieces.list {
-                assert!(u64::from(piece.grid[0]) * u64::from(piece.grid[1]) >= u64::from(piece.workgroups));
+                let numbered = u64::from(piece.grid[0]) * u64::from(piece.grid[1]) * u64::from(self.pass.variant.batch);
+                assert!(numbered >= u64::from(piece.workgroups));
                 (0..u64::from(piece.workgroups)).for_each(|index| self.workgroup(piece, index));
             }
             assert_eq!(self.done.len() as u64, self.pass.workgroups, "{} of {}", self.pass, self.problem);

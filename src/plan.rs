@@ -11,9 +11,7 @@ use crate::mask::Band;
 use crate::pieces::{DISPATCH_BUDGET, MASK_TILE, dense_views, mask_blocks};
 use crate::problem::{Layout, MaskPacking, Problem, SinkLogits};
 use crate::sequences::Sequence;
-use crate::shader::{
-    Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MicroKernel, Variant,
-};
+use crate::shader::{Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MicroKernel, Variant};
 use crate::tiles::{self, Tiles};
 use crate::tiling::Tiling;
 use crate::tuning::{Tuning, TuningKey};
@@ -240,6 +238,9 @@ impl OptionalOperands {
     }
 }
 
+/// Starting a workgroup takes as long as looking at some reports. On a device with a limit to loop iterations it is one.
+const REPAIR_BATCH: u32 = 8;
+
 /// Widest head of the cooperative kernels. Their loops over features are unrolled, and in lanes' registers there is no room for
 /// more.
 const COOPERATIVE_WIDTH: usize = 256;
@@ -270,11 +271,20 @@ impl Passes<'_> {
             _ => None,
         };
         let Some(pass) = pass else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
-        let variant = Variant { sanitize: true, ..pass.variant };
-        let again = pass.variant.mixes_columns().then_some(Pass { variant, ..pass });
+        let variant = Variant { sanitize: true, batch: self.batch(), ..pass.variant };
+        let again = pass
+            .variant
+            .mixes_columns()
+            .then(|| Pass::new(self.problem, variant, pass.workgroups.into(), self.capabilities));
+        let again = again.transpose()?.map(|again| Pass { tiles_origin: pass.tiles_origin, ..again });
         let repairs = pass.variant.tile().map(|[rows, _]| rows);
         let portable = self.tiled(kernel, MicroKernel::Portable, repairs)?;
         Ok([Some(pass), again, Some(portable)].into_iter().flatten().collect())
+    }
+
+    /// Tiles that a workgroup looks at in turn, where hardly any is to be computed again.
+    fn batch(&self) -> u32 {
+        if self.capabilities.loop_iterations.is_some() { 1 } else { REPAIR_BATCH }
     }
 
     /// What packs the boolean mask, where there is one.
@@ -404,7 +414,8 @@ impl Passes<'_> {
         };
         let variant = variant(kernel, problem, vec4, optional);
         let micro_kernel = tiling.micro_kernel();
-        let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, repairs, ..variant };
+        let batch = if repairs.is_some() { self.batch() } else { 1 };
+        let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, repairs, batch, ..variant };
         let tile = variant.tile().unwrap_or([1; 2]);
         check_loop_iterations(kernel, problem, capabilities, |most| {
             loop_iterations(kernel, problem, tile, iterations, most)
@@ -467,6 +478,7 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
         matrices: None,
         repairs: None,
         sanitize: false,
+        batch: 1,
     }
 }
 
@@ -552,7 +564,8 @@ impl Pass {
         }
         let most = u64::from(capabilities.grid_dimension.min(MOST_GRID)).pow(2);
         // Without a grid there is none; otherwise the work is cut where it has too many.
-        let (_, grid) = fold(workgroups.min(most.max(1).into()), capabilities.grid_dimension)?;
+        let (_, grid) =
+            fold(workgroups.div_ceil(variant.batch.into()).min(most.max(1).into()), capabilities.grid_dimension)?;
         let workgroups = workgroups as u64;
         Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
     }

@@ -335,6 +335,8 @@ pub struct Variant {
     /// A cooperative kernel's second run, of the tiles that its first has reported: with zeros in place of columns that are not
     /// finite, so that these reach no row that does not see them.
     pub sanitize: bool,
+    /// Tiles of a workgroup, one after the other: of what computes again, which finds most of them right as they are.
+    pub batch: u32,
 }
 
 impl Variant {
@@ -492,6 +494,7 @@ impl Variant {
             ("_lengths", self.lengths),
             ("_packed", self.packed),
             ("_sanitize", self.sanitize),
+            ("_one_by_one", self.batch == 1 && (self.sanitize || self.repairs.is_some())),
         ] {
             name.push_str(if there { part } else { "" });
         }
@@ -614,6 +617,8 @@ impl Variant {
             score_size => if self.column_scales().is_some() { "1.0" } else { "params.scale_size" },
             column_scales => self.column_scales().map(Binding::name),
             sanitize => self.sanitize,
+            batch => self.batch,
+            leave => if self.batch > 1 { "continue" } else { "return" },
             of_tiles => self.kernel == Kernel::DSinkLogits && !self.sums_delta(),
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,
@@ -696,12 +701,6 @@ fn environment() -> Result<&'static Environment<'static>, minijinja::Error> {
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     for &(name, source) in SOURCES {
-        // DEVONLY
-        if let Some(dir) = std::env::var_os("SA_SHADERS") {
-            let text = std::fs::read_to_string(std::path::Path::new(&dir).join(name)).unwrap_or_default();
-            environment.add_template_owned(name, text)?;
-            continue;
-        }
         environment.add_template(name, source)?;
     }
     Ok(ENVIRONMENT.get_or_init(|| environment))

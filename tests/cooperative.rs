@@ -68,7 +68,8 @@ fn is_cooperative(plan: &Plan) -> bool {
             .collect();
         let (first, again) = ((MicroKernel::Cooperative, false, false), (MicroKernel::Cooperative, true, false));
         let repairs = (MicroKernel::Portable, false, true);
-        passes.is_empty() || passes == if kernel == Kernel::ExactDelta { vec![first, repairs] } else { vec![first, again, repairs] }
+        passes.is_empty()
+            || passes == if kernel == Kernel::ExactDelta { vec![first, repairs] } else { vec![first, again, repairs] }
     })
 }
 

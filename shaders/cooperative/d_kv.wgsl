@@ -28,9 +28,6 @@
 {{ blocks.product("s", "k", "q", "stage") }}
 {% endmacro -%}
 
-{#- Whether nothing has been accumulated yet. -#}
-{%- macro is_first() %}head == work.head && tile == first_tile{% endmacro -%}
-
 {#- Leaves p as weights, up to 2^15: that is within the range of halves, and a small p is not rounded away. In bf16 they take the scale
     of d_o out, in a unit. -#}
 {%- macro probabilities() %}
@@ -43,13 +40,19 @@
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ blocks.term(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ blocks.score_scale(r) }}), {{ blocks.term(n, 0) }}){% endif %});
 {% endfor %}{% endfor %}
+{% if bias %}
+    // What the bias hides has no part in queries whose lse makes the sum a NaN.
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    p_{{ r }}_{{ n }} = select(p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(x_{{ r }}_{{ n }}) == vec4<u32>(0xff800000u));
+{% endfor %}{% endfor %}
+{% endif %}
 {#- Hidden by name, too, the derivative is computed before: what it is made of would take more registers. -#}
 {{ blocks.hide("p", "0.0", "derivative" if softcap else "") }}
 {% if column_scales %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     var w_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * {{ blocks.column_inverse(n, 1) }} * d_v_unit_{{ r }};
 {% endfor %}{% endfor %}
-{{ blocks.keep_growing("w", "d_v", "d_o", is_first()) }}
+{{ blocks.keep_in_unit("w", "d_v", "d_o") }}
 {% else %}
 {{ blocks.keep_weights("p") }}
 {% endif %}
@@ -91,7 +94,7 @@
     d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
 {% endfor %}{% endfor %}
 {% endif %}
-{{ blocks.keep_growing("d_s", "d_k", "q", is_first()) }}
+{{ blocks.keep_in_unit("d_s", "d_k", "q") }}
 {{ blocks.find_broken() }}
 {% endmacro -%}
 

@@ -71,7 +71,7 @@
     d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
 {% endfor %}{% endfor %}
 {% endif %}
-{{ blocks.keep_growing("d_s", "d_q", "k", "tile == " ~ ("first_tile" if mask else "tiles.first"), ["moment"] if moments else []) }}
+{{ blocks.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
 {{ blocks.find_broken() }}
 {% endmacro -%}
 

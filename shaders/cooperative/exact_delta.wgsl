@@ -12,7 +12,14 @@
 {% for r in range(row_fragments) %}
   var sum_{{ r }} = 0.0;
   var shift_{{ r }} = 0.0;
-  if (row_{{ r }} < row_limit) { shift_{{ r }} = {{ blocks.shift("probability_lse(lse[lse_base + row_" ~ r ~ "])") }}; }
+  if (row_{{ r }} < row_limit) {
+    let own = lse[lse_base + row_{{ r }}];
+    shift_{{ r }} = {{ blocks.shift("probability_lse(own)") }};
+{% if bias %}
+    // Its probabilities take counting its keys; of none there is nothing to count.
+    broken_{{ r }} = own <= ABSORBING && own != params.negative_infinity;
+{% endif %}
+  }
 {% endfor %}
 {{ blocks.put_columns() }}
 {% endmacro -%}
