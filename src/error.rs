@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::device::BufferType;
 use crate::element::DType;
 use crate::problem::MaskPacking;
 
@@ -158,6 +159,30 @@ pub enum Error {
         needed: u64,
         /// Bytes the buffer has.
         actual: u64,
+    },
+    /// A [`DeviceBuffer`](crate::DeviceBuffer) is of another element type than the operand, or the host's slice.
+    #[error("{operand} lies in a buffer of {actual}, {needed} is needed")]
+    BufferType {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Element type needed.
+        needed: BufferType,
+        /// Element type of the buffer.
+        actual: BufferType,
+    },
+    /// Elements of a [`DeviceBuffer`](crate::DeviceBuffer) that cannot be read or written.
+    #[error("elements {start} to {end} of {operand}, a buffer of {len} elements: {reason}")]
+    BufferRange {
+        /// Name of the operand.
+        operand: &'static str,
+        /// The first element.
+        start: usize,
+        /// The element behind the last one.
+        end: usize,
+        /// Elements of the buffer.
+        len: usize,
+        /// What is wrong.
+        reason: &'static str,
     },
     /// A buffer of the caller's was created without a usage that is needed.
     #[error("buffer of {operand} lacks usage {needed:?}, it has {actual:?}")]

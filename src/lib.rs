@@ -16,7 +16,7 @@
 //! let v = vec![0.5; problem.v_shape().iter().product()];
 //! let inputs = Inputs::new(&q, &k, &v).sink_logits(&[0.0, -1.0, 0.0, 1.0][..]);
 //!
-//! let attention = Attention::new()?; // the best GPU, or the CPU where there is none
+//! let attention = Attention::new()?; // the best GPU, or the CPU where there is none but software
 //! let output = attention.forward(&problem, &inputs)?;
 //! assert_eq!(output.o.len(), q.len());
 //!
@@ -293,7 +293,7 @@
 //! # Environment variables
 //!
 //! - [`SINK_ATTENTION_ADAPTER`](ADAPTER_VARIABLE): the device of [`Attention::new`], an index or a part of a name, or
-//!   `cpu`.
+//!   `cpu`, or `gpu` for the best adapter, be it software.
 //! - [`SINK_ATTENTION_TUNING`](TUNING_VARIABLE): a file of [`Tuning`] that [`Attention::new`] and [`Attention::open`]
 //!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
@@ -336,7 +336,10 @@ pub use cache::{
     Quantisation, Rotary, RotaryPositions, RotaryStyle,
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
-pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
+pub use device::{
+    ADAPTER_VARIABLE, BufferElement, BufferType, Device, DeviceBuffer, DeviceChoice, DeviceReason, Selection, adapters,
+    describe, device_descriptor, is_software,
+};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 pub use element::{DType, Element};
 pub use error::{Error, Result};

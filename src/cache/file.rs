@@ -219,6 +219,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::DeviceLost`](crate::Error::DeviceLost) and
     /// [`Error::Gpu`](crate::Error::Gpu) for what the driver reports.
+    #[cfg(not(target_family = "wasm"))]
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
         pollster::block_on(self.to_safetensors_async())
     }
@@ -243,6 +244,7 @@ impl KvCache {
     /// [`Error::SavedMismatch`](crate::Error::SavedMismatch) for one of a cache of another config: nothing has changed then.
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::DeviceLost`](crate::Error::DeviceLost) and
     /// [`Error::Gpu`](crate::Error::Gpu) for what the driver reports, with which the cache may be of no use.
+    #[cfg(not(target_family = "wasm"))]
     pub fn restore(&mut self, file: &[u8]) -> Result<()> {
         pollster::block_on(self.restore_async(file))
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use sink_attention::{
     AppendBuffers, Attention, CacheConfig, CacheKind, Clock, DType, Decode, DecodeBuffers, DecodeTiling, Device,
     KvCache, Options, PreparedAppend, PreparedDecode, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle,
-    Series, Shape, SinkLogits, TensorView, Timer, Window, wgpu,
+    Series, Shape, SinkLogits, TensorView, Timer, Window, is_software,
 };
 
 use super::super::operands::{filled, result};
@@ -22,6 +22,7 @@ const CHUNK: usize = 4096;
 struct Report {
     version: &'static str,
     device: String,
+    device_reason: String,
     driver: String,
     clock: String,
     rows: Vec<Row>,
@@ -66,10 +67,10 @@ impl Times {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { version, device, driver, clock, rows } = self;
+        let Report { version, device, device_reason, driver, clock, rows } = self;
         writeln!(
             f,
-            "sink-attention {version} on {device}, {driver}\ntimes by {clock}: median (min to max), microseconds\n"
+            "sink-attention {version} on {device} ({device_reason}), {driver}\ntimes by {clock}: median (min to max), microseconds\n"
         )?;
         for row in rows {
             let Row { batch, heads, kv_heads, queries, seq_k, head_dim, value_dim, dtype, cache, .. } = row;
@@ -109,7 +110,7 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
     let timer = Timer::new(device)?;
     let shape = &args.shape;
     let info = device.wgpu().adapter_info();
-    let shorter = if args.quick || info.device_type == wgpu::DeviceType::Cpu { QUICK } else { 1 };
+    let shorter = if args.quick || is_software(&info) { QUICK } else { 1 };
     let batches: Vec<[usize; 2]> = match (shape.batch, shape.seq_k) {
         (None, None) => [[1, 131_072], [8, 131_072], [1, 4096]].map(|[batch, seq]| [batch, seq / shorter]).into(),
         (batch, seq) => vec![[batch.unwrap_or(1), seq.unwrap_or(131_072 / shorter)]],
@@ -118,6 +119,7 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         device: attention.device_name(),
+        device_reason: attention.device_reason().to_string(),
         driver: format!("{} {}", info.driver, info.driver_info),
         clock: timer.clock().to_string(),
         rows: Vec::new(),
