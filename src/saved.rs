@@ -126,6 +126,11 @@ pub(crate) fn same(what: &'static str, read: &[u8], written: &[u8]) -> Result<()
 
 /// Writes a file whole, or leaves the one that is there.
 pub(crate) fn save(what: &'static str, path: &Path, bytes: &[u8]) -> Result<()> {
+    if cfg!(all(target_family = "wasm", target_os = "unknown")) {
+        // Where there is no process to name a temporary file by, either.
+        let reason = "there are no files here; to_safetensors gives the bytes".into();
+        return Err(Error::SavedFile { what, path: path.into(), reason });
+    }
     replace(path, bytes).map_err(|error| Error::SavedFile { what, path: path.into(), reason: error.to_string() })
 }
 

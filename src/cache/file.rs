@@ -278,6 +278,7 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::SavedFile`](crate::Error::SavedFile), and those of [`to_safetensors`](Self::to_safetensors).
+    #[cfg(not(target_family = "wasm"))]
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         saved::save(CACHE, path.as_ref(), &self.to_safetensors()?)
     }
@@ -287,6 +288,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::SavedFile`](crate::Error::SavedFile) where it cannot be read or is damaged; else those of
     /// [`restore`](Self::restore).
+    #[cfg(not(target_family = "wasm"))]
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         saved::load(CACHE, path.as_ref(), |file| self.restore(file))
     }
