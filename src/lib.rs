@@ -123,8 +123,12 @@
 //! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take
 //! subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
 //! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
-//! also keeps subnormal numbers, but for those beside bf16 numbers that large. A score that f32 does not hold, from f32
-//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit. Where all of a
+//! also keeps subnormal numbers, but for those beside bf16 numbers that large. A product q.k that f32 does not hold, from f32
+//! or bf16 operands beyond 1e18, is infinite, as is a score that is more than a product times the scale (with softcap, ALiBi, a
+//! bias, or in a cache); those of f16 always fit. A row that sees a score of +infinity has lse = +infinity, as one whose lse is too
+//! large for f32 has, and o = NaN, for its weights are not known; o is right where the scale alone takes a score beyond f32. A sink
+//! logit of +infinity takes all the weight of finite scores. A state of lse = +infinity makes a merge NaN, with lse = +infinity.
+//! Gradients of rows with lse = +infinity mean nothing. Where all of a
 //! row's scores are beyond 1e7, as with a bias of the lowest number on every key, lse in f32 loses the logarithm of their
 //! number: o is right, the gradients of such a row are too large by up to that number. Hide with -infinity or a mask instead.
 //!
@@ -168,7 +172,7 @@
 //!   often as wanted.
 //!
 //! ```
-//! use sink_attention::{Attention, Device, ForwardBuffers, Options, Problem, Shape, wgpu};
+//! use sink_attention::{Attention, DType, Device, ForwardBuffers, Options, Problem, Shape, wgpu};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let Some(adapter) = pollster::block_on(sink_attention::adapters()).into_iter().next() else { return Ok(()) };
@@ -176,14 +180,14 @@
 //! # let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
 //! let shape = Shape { batch: 1, heads: 4, kv_heads: 4, seq_q: 64, seq_k: 64, head_dim: 32, value_dim: 32 };
 //! let problem = Problem::new(shape, Options::new().causal(true))?;
-//! let buffer = |elements: usize| {
-//!     let size = 4 * elements as u64;
-//!     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-//!     device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
-//! };
-//! let [q, k, v, o, lse] = [64 * 4 * 32, 64 * 4 * 32, 64 * 4 * 32, 64 * 4 * 32, 64 * 4].map(buffer);
+//! let ours = Device::from_wgpu(device.clone(), queue.clone());
+//! let q = ours.upload("q", &[0.5; 64 * 4 * 32])?; // or any wgpu::Buffer with BufferUsages::STORAGE
+//! let k = ours.upload("k", &[0.1; 64 * 4 * 32])?;
+//! let v = ours.upload("v", &[2.0; 64 * 4 * 32])?;
+//! let o = ours.zeros("o", DType::F32, &problem.o_shape())?;
+//! let lse = ours.zeros("lse", DType::F32, &problem.lse_shape())?;
 //!
-//! let attention = Attention::on(Device::from_wgpu(device.clone(), queue.clone()));
+//! let attention = Attention::on(ours);
 //! let forward = attention.prepare_forward(
 //!     &problem,
 //!     &ForwardBuffers::new(&q, &k, &v, &o, &lse),
@@ -193,10 +197,14 @@
 //!     forward.encode(&mut encoder);
 //! }
 //! queue.submit([encoder.finish()]);
-//! # device.poll(wgpu::PollType::wait_indefinitely())?;
+//! assert!(o.download::<f32>()?.iter().all(|x| (x - 2.0).abs() < 1e-6));
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! [`Device::upload`], [`Device::zeros`] and [`DeviceBuffer::download`] are the way between the host and buffers, in all element
+//! types: they count bytes, pad to whole words, and check types and lengths. Blocking calls are absent in WebAssembly, where they
+//! would stop the page for good: each has a twin that ends in `_async`.
 //!
 //! # Caches
 //!
@@ -222,22 +230,28 @@
 //! pass of the last chunk through a contiguous or paged cache; gradients by keys and values have the cache's layout.
 //!
 //! ```
-//! use sink_attention::{AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Options, wgpu};
+//! use sink_attention::{
+//!     AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, DeviceChoice, Error, Options,
+//! };
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let attention = Attention::new()?;
+//! # let attention = match Attention::open(&DeviceChoice::Gpu) {
+//! #     Err(Error::NoAdapter) => return Ok(()),
+//! #     opened => opened?,
+//! # };
+//! # /*
+//! let attention = Attention::open(&DeviceChoice::Gpu)?; // cpu::KvCache is the same on the CPU
+//! # */
 //! let Some(device) = attention.device() else { return Ok(()) };
 //! let kind = CacheKind::Paged { page_size: 16, pages: 32, sequence_pages: 16 };
 //! let config =
 //!     CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32, rotary: None, quantisation: None };
 //! let mut cache = attention.create_cache(&config)?;
 //!
-//! let buffer = |elements: u64| {
-//!     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-//!     let descriptor = wgpu::BufferDescriptor { label: None, size: 4 * elements, usage, mapped_at_creation: false };
-//!     device.wgpu().create_buffer(&descriptor)
-//! };
-//! let [k, v, q, o, lse] = [2 * 2 * 32, 2 * 2 * 32, 2 * 4 * 32, 2 * 4 * 32, 2 * 4].map(buffer);
+//! let [k, v] = [device.upload("k", &[0.1; 2 * 2 * 32])?, device.upload("v", &[2.0; 2 * 2 * 32])?];
+//! let q = device.upload("q", &[0.5; 2 * 4 * 32])?;
+//! let o = device.zeros("o", DType::F32, &[2, 1, 4, 32])?;
+//! let lse = device.zeros("lse", DType::F32, &[2, 1, 4])?;
 //! let append = cache.prepare_append(&[1, 1], &AppendBuffers::new(&k, &v))?; // one token of each sequence
 //! let step = cache.prepare_decode(&Decode::new(4, Options::new()), &DecodeBuffers::new(&q, &o, &lse))?;
 //! let mut encoder = device.wgpu().create_command_encoder(&Default::default());
@@ -249,7 +263,7 @@
 //! assert_eq!(cache.lengths(), [20, 20]);
 //! cache.fork(&mut device.wgpu().create_command_encoder(&Default::default()), 0, 1)?; // the second goes on as the first
 //! assert_eq!(cache.pages(0), cache.pages(1));
-//! # device.wgpu().poll(wgpu::PollType::wait_indefinitely())?;
+//! assert!(o.download::<f32>()?.iter().all(|x| (x - 2.0).abs() < 1e-6));
 //! # Ok(())
 //! # }
 //! ```

@@ -8,10 +8,10 @@ use serde::Serialize;
 use sink_attention::{
     AppendBuffers, Attention, CacheConfig, CacheKind, Clock, DType, Decode, DecodeBuffers, DecodeTiling, Device,
     KvCache, Options, PreparedAppend, PreparedDecode, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle,
-    Series, Shape, SinkLogits, TensorView, Timer, Window, is_software,
+    Series, Shape, SinkLogits, Timer, Window, is_software,
 };
 
-use super::super::operands::{filled, result};
+use super::super::operands::filled;
 use super::super::print;
 use super::{Bench, MOST, QUICK};
 
@@ -226,24 +226,20 @@ impl Case<'_> {
         let mut cache = attention.create_cache(&config)?;
         let chunk = CHUNK.min(self.seq_k);
         let tokens = self.batch * chunk.max(self.queries);
-        let create = || {
-            let [k, v, q] = filled(
-                device,
-                self.dtype,
-                [
-                    [1, tokens, self.kv_heads, head_dim],
-                    [1, tokens, self.kv_heads, value_dim],
-                    [self.batch, self.queries, self.heads, head_dim],
-                ],
-            );
-            let dim = config.rotary.map_or(1, |rotary| rotary.dim as usize);
-            let [cos_sin, sinks] = filled(device, DType::F32, [[1, 1, self.capacity(), dim], [1, 1, 1, self.heads]]);
-            let o = result(device, self.dtype, [self.batch, self.queries, self.heads, value_dim]);
-            let lse = result(device, DType::F32, [1, self.batch, self.queries, self.heads]);
-            (k, v, q, cos_sin, sinks, o, lse)
-        };
-        let (k, v, q, cos_sin, sinks, o, lse) = pollster::block_on(device.scoped("creating operands", create))?;
-        let cos_sin = config.rotary.map(|_| &cos_sin);
+        let [k, v, q] = filled(
+            device,
+            self.dtype,
+            [
+                [1, tokens, self.kv_heads, head_dim],
+                [1, tokens, self.kv_heads, value_dim],
+                [self.batch, self.queries, self.heads, head_dim],
+            ],
+        )?;
+        let dim = config.rotary.map_or(1, |rotary| rotary.dim as usize);
+        let [cos_sin, sinks] = filled(device, DType::F32, [[1, 1, self.capacity(), dim], [1, 1, 1, self.heads]])?;
+        let o = device.zeros("o", self.dtype, &[self.batch, self.queries, self.heads, value_dim])?;
+        let lse = device.zeros("lse", DType::F32, &[self.batch, self.queries, self.heads])?;
+        let cos_sin = config.rotary.map(|_| cos_sin.wgpu());
         if let CacheKind::Paged { sequence_pages, .. } = config.kind {
             // Pages far from each other, as in a cache that has been in use for long.
             let total = sequence_pages * self.batch;
@@ -269,12 +265,10 @@ impl Case<'_> {
         let decode =
             Decode { tiling: self.args.decode_tiling, ..Decode::new(self.heads, self.options()).queries(self.queries) };
         let per_head = decode.options.sink_logits == SinkLogits::PerHead;
-        let operands = DecodeBuffers {
-            sink_logits: per_head.then(|| TensorView::new(&sinks)),
-            ..DecodeBuffers::new(&q, &o, &lse)
-        };
+        let operands =
+            DecodeBuffers { sink_logits: per_head.then(|| sinks.view()), ..DecodeBuffers::new(&q, &o, &lse) };
         let decoding = cache.prepare_decode(&decode, &operands)?;
-        let q = config.rotary.map(|_| (TensorView::new(&q), self.heads));
+        let q = config.rotary.map(|_| (q.view(), self.heads));
         let appending = cache.prepare_append(&vec![self.queries; self.batch], &AppendBuffers { q, ..buffers })?;
         self.series(timer, &RefCell::new(cache), &decoding, &appending, page_size)
     }
