@@ -101,6 +101,24 @@ pub enum Error {
         /// The operand's shape in the problem's layout.
         shape: Vec<usize>,
     },
+    /// A tensor of a file is not of the shape that is called for.
+    #[error("tensor {name} has shape {actual:?}, {expected:?} is needed")]
+    TensorShape {
+        /// Its name.
+        name: String,
+        /// Its shape.
+        actual: Vec<usize>,
+        /// The shape called for.
+        expected: Vec<usize>,
+    },
+    /// A tensor of a file has an element type that no operand has.
+    #[error("tensor {name} has element type {actual}; known: BF16, F16, F32")]
+    TensorType {
+        /// Its name.
+        name: String,
+        /// Its element type, as the file names it.
+        actual: String,
+    },
     /// The options call for an operand that was not given.
     #[error("the options ask for {operand}, but none was given")]
     MissingOperand {

@@ -300,7 +300,8 @@
 //! # Features
 //!
 //! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
-//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them; part of `cli`.
+//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them, and `Values`, the typed numbers of a tensor
+//!   of such a file; part of `cli`.
 //! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
 //!   host has checked every size.
 //!
@@ -342,6 +343,8 @@ mod tiling;
 #[cfg(not(target_family = "wasm"))]
 mod timer;
 mod tuning;
+#[cfg(feature = "safetensors")]
+mod values;
 
 pub use attention::Attention;
 pub use cache::{
@@ -375,6 +378,8 @@ pub use tiling::Tiling;
 #[cfg(not(target_family = "wasm"))]
 pub use timer::{Clock, Series, Timer};
 pub use tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
+#[cfg(feature = "safetensors")]
+pub use values::Values;
 pub use wgpu;
 
 /// The code in the README compiles.

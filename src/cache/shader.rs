@@ -444,6 +444,10 @@ impl CacheVariant {
 }
 
 #[cfg(test)]
+#[path = "../../tests/common/tint.rs"]
+mod tint;
+
+#[cfg(test)]
 mod tests {
     use naga::AddressSpace;
     use naga::back::{hlsl, msl, spv};
@@ -542,6 +546,7 @@ mod tests {
         variants().into_par_iter().for_each(|(variant, device)| {
             let name = variant.name();
             let text = variant.wgsl().unwrap();
+            assert_eq!(super::tint::mixed_operators(&text), [""; 0], "{name}");
             let module = naga::front::wgsl::parse_str(&text)
                 .unwrap_or_else(|error| panic!("{name}: {}\n{text}", error.emit_to_string(&text)));
             let is_cooperative =

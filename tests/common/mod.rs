@@ -12,6 +12,7 @@ pub mod low_precision;
 pub mod operands;
 pub mod prefills;
 pub mod shards;
+pub mod tint;
 pub mod views;
 
 use std::cell::OnceCell;
