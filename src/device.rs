@@ -357,7 +357,7 @@ mod tests {
         }
 
         for choice in [DeviceChoice::Gpu, DeviceChoice::Adapter("LLVMpipe".into()), DeviceChoice::Adapter("0".into())] {
-            assert_eq!(select(&choice, &[llvmpipe.clone()]), (Some(0), DeviceReason::Asked), "{choice:?}");
+            assert_eq!(select(&choice, std::slice::from_ref(&llvmpipe)), (Some(0), DeviceReason::Asked), "{choice:?}");
             assert!(matches!(
                 (choice.select(&[]), &choice),
                 (Err(Error::NoAdapter), DeviceChoice::Gpu)

@@ -35,7 +35,8 @@ pub fn mixed_operators(text: &str) -> Vec<String> {
 fn next_token(text: &str) -> &str {
     let word = text.find(|c: char| !c.is_alphanumeric() && !"_.@".contains(c)).unwrap_or(text.len());
     if word > 0 {
-        const GENERIC: [&str; 9] = ["vec2", "vec3", "vec4", "array", "bitcast", "ptr", "atomic", "var", "coop_mat"];
+        const GENERIC: [&str; 10] =
+            ["vec2", "vec3", "vec4", "array", "bitcast", "ptr", "atomic", "var", "coop_mat", "coopLoad"];
         let generic = GENERIC.iter().any(|name| text[..word].starts_with(name)) && text[word..].starts_with('<');
         if !generic {
             return &text[..word];
