@@ -17,6 +17,9 @@
     let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head){% if lengths %} + here.q_start * params.{{ operand }}.seq{% endif %};
 {% endfor %}
     let terms_base = operand_base(params.row_terms, work.batch, head){% if lengths %} + here.q_start{% endif %};
+{% if column_scales %}
+    let scales_base = operand_base(params.query_scales, work.batch, head){% if lengths %} + here.q_start{% endif %};
+{% endif %}
 {% if modified or hides %}
     begin_pairs(work.sequence, work.batch, head);
 {% endif %}

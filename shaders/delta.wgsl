@@ -51,7 +51,9 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
   var row_delta = 0.0;
 {% if sinks == "per_head" %}
   var exact = vec2<f32>();
+  var o_bits = vec4<u32>();
 {% endif %}
+  var d_o_bits = vec4<u32>();
   for (var quad0 = 0u; quad0 < {{ operand_quads.o }}u; quad0 += LANES) {
     let quad = quad0 + thread % LANES;
     workgroupBarrier();
@@ -71,8 +73,10 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
       for (var lane = 0u; lane < LANES; lane += 1u) {
         let a = d_o_stage[thread * LANE_ROW + lane];
         let b = o_stage[thread * LANE_ROW + lane];
+        d_o_bits |= bitcast<vec4<u32>>(a);
         row_delta += fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, a.x * b.x)));
 {% if sinks == "per_head" %}
+        o_bits |= bitcast<vec4<u32>>(b);
 {% for e in xyzw %}
         exact = add_product(exact, a.{{ e }}, b.{{ e }});
 {% endfor %}
@@ -95,6 +99,12 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
 {% endif %}
 {% if sinks == "per_head" %}
       let sink = sink_logits[params.sink_offset + head];
+      if (sink == row_lse && all((o_bits & vec4<u32>(0x7fffffffu)) == vec4<u32>())) {
+        // The row saw nothing: its d_o, even NaN, reaches nothing. By its results, as the keys here may be a shard of those that it
+        // saw.
+        exact = vec2<f32>();
+        row_delta = {{ "-d_lse[operand_base(params.d_lse, batch, head) + row]" if d_lse else "0.0" }};
+      }
       // Equal terms give exp(0), even where both are infinite.
       let p_sink = select(exp1(sink - row_lse), 1.0, sink == row_lse);
       var sink_delta = exact.x + exact.y;
@@ -104,7 +114,10 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
       sink_share = -p_sink * sink_delta;
 {% endif %}
     }
-    row_terms[operand_base(params.row_terms, batch, head) + row] = vec2<f32>(probability_lse(row_lse), row_delta);
+    // Where nothing flows into a row of the lowest biases, its probabilities, which take counting its keys, may as well be 0.
+    let idle = row_lse <= ABSORBING && row_delta == 0.0 && all((d_o_bits & vec4<u32>(0x7fffffffu)) == vec4<u32>());
+    let term = select(probability_lse(row_lse), -params.negative_infinity, idle);
+    row_terms[operand_base(params.row_terms, batch, head) + row] = vec2<f32>(term, row_delta);
   }
 {% if sinks == "per_head" %}
   if (thread < ROWS) { partials[thread] = sink_share; }

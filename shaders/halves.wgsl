@@ -8,6 +8,12 @@ fn halves4(raw: Raw) -> vec4<f16> {
 }
 {% endif %}
 
+{% if column_scales %}
+fn widened4(raw: Raw) -> vec4<f32> {
+  return {{ "vec4<f32>(widen2(raw.x), widen2(raw.y))" if vec4 else "raw" }};
+}
+
+{% endif %}
 fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 {% if dtype == "f16" %}
   return halves4(raw) * f16(factor);

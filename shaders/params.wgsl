@@ -18,6 +18,8 @@ struct Params {
   row_terms: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,
+  key_scales: Operand,
+  query_scales: Operand,
   bias: Operand,
   d_bias: Operand,
   // The boolean mask: the caller's, in bytes or words; its bits in words by rows of queries, and, unless one
@@ -49,8 +51,6 @@ struct Params {
   region_heads: u32,
   region_tile: u32,
   region_tiles: u32,
-  // Not the first dispatch of its pass.
-  continues: u32,
   sink_offset: u32,
   d_sink_offset: u32,
   slope_offset: u32,

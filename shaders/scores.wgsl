@@ -195,6 +195,25 @@ fn sees4(row: u32, column: u32) -> vec4<bool> {
   return visible4(row, column){% if mask %} & mask4(row, column){% endif %}{% if bias %} & (bitcast<vec4<u32>>(bias4(row, column)) != vec4<u32>(0xff800000u)){% endif %};
 }
 {% endif %}
+{% if bias and not cooperative and kernel != "forward" %}
+
+// What the probabilities of a query are to be multiplied with: each of the n keys with the row's largest bias has 1 / n, of which
+// exp(score - lse) makes 1 where the bias takes up the logarithm of n. Twin of Scores::shares.
+fn share(query: u32, row_lse: f32) -> f32 {
+  if (!(row_lse <= -1e9)) { return 1.0; }
+  var count = 0.0;
+{% if rows_are_keys %}
+  for (var key = 0u; key < {{ sequence }}.seq_k; key += 1u) {
+    count += select(0.0, 1.0, sees4(key, query).x && bias_at(query, key) == row_lse);
+  }
+{% else %}
+  for (var key = 0u; key < {{ sequence }}.seq_k; key += 4u) {
+    count += dot(vec4<f32>(1.0), select(vec4<f32>(), vec4<f32>(1.0), sees4(query, key) & (bias4(query, key) == vec4<f32>(row_lse))));
+  }
+{% endif %}
+  return 1.0 / max(count, 1.0);
+}
+{% endif %}
 {% if bias and cooperative %}
 
 // Adds a bias to scores in powers of two. Its lowest numbers, of which no more than that is kept, are not to be taken for
@@ -207,13 +226,20 @@ fn biased4(score: vec4<f32>, bias: vec4<f32>) -> vec4<f32> {
 {% endif %}
 {% if softcap and cooperative %}
 
+{% if bias %}
+// -2^60 / (1 + e) of e times 2^-60. A hidden one shares nothing with another: a bias may hide any.
+fn capped4(e: vec4<f32>) -> vec4<f32> {
+  return -1.0 / (e + vec4<f32>(8.6736173798840355e-19));
+}
+{% else %}
 // -2^60 / (1 + e) of e times 2^-60: below is room for the product of two, which share a reciprocal. Where e is beyond 2^188 the other
-// one, and the derivative, become NaN, and the tile is computed again.
+// one, and the derivative, become NaN, and the row is computed again.
 fn capped4(e: vec4<f32>) -> vec4<f32> {
   let sum = e + vec4<f32>(8.6736173798840355e-19);
   let inverse = -1.0 / (sum.xy * sum.zw);
   return vec4<f32>(inverse * sum.zw, inverse * sum.xy);
 }
+{% endif %}
 
 // 1 - tanh^2 = 4 e / (1 + e)^2, as exact at both ends.
 fn cap_derivative4(capped: vec4<f32>, e: vec4<f32>) -> vec4<f32> {

@@ -9,6 +9,9 @@ enable wgpu_cooperative_matrix;
 {% include "repairs.wgsl" %}
 {% endif %}
 {% include "operands.wgsl" %}
+{% if column_scales %}
+{% include "scale.wgsl" %}
+{% endif %}
 {% if cooperative %}
 {% include "halves.wgsl" %}
 {% endif %}

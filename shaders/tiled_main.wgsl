@@ -10,6 +10,10 @@
   let row_limit = {{ ("here.k_rows" if rows_are_keys else "here.q_rows") if lengths else ("params.seq_k" if rows_are_keys else "params.seq_q") }};
   let column_limit = {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }};
   let row_end = min(row0 + TILE_ROWS, row_limit);
+{% if sanitize %}
+  if (thread == 0u) { strips[0] = vec4<f32>(f32(repairs[repair_slot({{ here_argument }}work, work.tile)])); }
+  if (workgroupUniformLoad(&strips[0]).x == 0.0) { return; }
+{% endif %}
 {% if repairs %}
   if (!to_repair({{ here_argument }}work, row0, row_end)) { return; }
 {% endif %}
@@ -26,6 +30,9 @@
 {% endif %}
 {% if "row_terms" in names %}
   let terms_base = operand_base(params.row_terms, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
+{% endif %}
+{% if "key_scales" in names %}
+  let scales_base = operand_base(params.key_scales, work.batch, work.kv_head){% if lengths %} + here.k_start{% endif %};
 {% endif %}
 {% if "alibi_moments" in names %}
   let moments_base = operand_base(params.alibi_moments, work.batch, work.head){% if lengths %} + here.q_start{% endif %};

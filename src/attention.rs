@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::cache::{CacheConfig, KvCache};
+use crate::cache::{CacheConfig, KvCache, Step};
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, DeviceReason, describe};
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
@@ -237,6 +237,17 @@ impl Attention {
     fn gpu<'a>(&'a self, call: &'static str, tiles: &'a [(Kernel, Tiling)]) -> Result<(&'a Device, Preference<'a>)> {
         let device = self.device().ok_or(Error::NeedsGpu { call })?;
         Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, tuning: self.tuning() }))
+    }
+
+    /// An empty step, into which appends to caches, decoding and prefills are recorded.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`].
+    pub fn step(&self) -> Result<Step> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "step" }),
+            Backend::Gpu { device, .. } => Ok(Step::new(device)),
+        }
     }
 
     /// An empty cache of keys and values on the GPU; on the CPU there is [`cpu::KvCache`].

@@ -58,6 +58,11 @@ impl CooperativeMatrices {
         let features = device_descriptor(adapter).required_features;
         cooperative(&adapter.get_info(), features, &adapter.cooperative_matrix_properties())
     }
+
+    /// The numbers are not 0, so that work can be divided by them.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.side > 0 && self.lanes > 0
+    }
 }
 
 impl fmt::Display for CooperativeMatrices {

@@ -3,6 +3,8 @@
 //! A comparison that cannot fail proves nothing, so everything that is not a number close enough is a
 //! [`Mismatch`]: NaN, an infinity in the wrong place, a wrong length, nothing to compare.
 
+use std::ops::Range;
+
 use crate::element::{DType, Element};
 
 /// The relative error accepted of a whole result of this element type, see [`tensor`]: for o and the gradients of q, k
@@ -48,6 +50,16 @@ pub enum Mismatch {
         /// The largest error accepted.
         bound: f64,
     },
+    /// The error of a row is too large; this is the worst one.
+    #[error("the row at element {index} is off by {error:.3e} of its terms, at most {bound:.1e}")]
+    Row {
+        /// The row's first element.
+        index: usize,
+        /// ||actual - expected|| / ||sums of the absolute values of terms||.
+        error: f64,
+        /// The largest error accepted.
+        bound: f64,
+    },
     /// The error of an element is too large; this is the worst one.
     #[error("element {index} is {actual}, expected {expected} within {bound:.1e} absolute + relative")]
     Element {
@@ -85,9 +97,10 @@ impl Mismatch {
     /// The error that was measured, unless there is none to speak of.
     pub fn error(&self) -> Option<f64> {
         match *self {
-            Mismatch::Norm { error, .. } | Mismatch::Element { error, .. } | Mismatch::LowPrecision { error, .. } => {
-                Some(error)
-            }
+            Mismatch::Norm { error, .. }
+            | Mismatch::Row { error, .. }
+            | Mismatch::Element { error, .. }
+            | Mismatch::LowPrecision { error, .. } => Some(error),
             Mismatch::Empty | Mismatch::Length { .. } | Mismatch::NotFinite { .. } => None,
         }
     }
@@ -113,6 +126,55 @@ where
     // Where zeros are expected, nothing but zeros will do.
     let error = if difference == 0.0 { 0.0 } else { f64::sqrt(difference) / f64::sqrt(norm) };
     if error <= bound { Ok(error) } else { Err(Mismatch::Norm { error, bound }) }
+}
+
+/// Compares row by row, each by itself: a norm over all would not show a row that is lost beside larger ones.
+///
+/// The error of a row is `||actual - expected|| / ||magnitudes||`, where a magnitude is the sum of the absolute values of the
+/// terms of an element, see [`Magnitudes`](crate::cpu::reference::Magnitudes); never less than the row itself. What rounding to
+/// the smallest numbers of `dtype` takes is accepted beside `bound`. The three are of one length, and `rows` within it. Returns
+/// the worst error.
+///
+/// # Errors
+/// A [`Mismatch`] where an error is above `bound`, or a row is not finite.
+pub fn rows<A, E>(
+    actual: &[A],
+    expected: &[E],
+    magnitudes: &[f64],
+    rows: impl IntoIterator<Item = Range<usize>>,
+    dtype: DType,
+    bound: f64,
+) -> Result<f64, Mismatch>
+where
+    A: Copy + Into<f64>,
+    E: Copy + Into<f64>,
+{
+    let length = Mismatch::Length { actual: actual.len(), expected: expected.len() };
+    if actual.len() != expected.len() || magnitudes.len() != expected.len() {
+        return Err(length);
+    }
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let mut worst = (0.0, Ok(0.0));
+    for row in rows {
+        let start = row.start;
+        let (Some(actual), Some(expected)) = (actual.get(row.clone()), expected.get(row.clone())) else {
+            return Err(length);
+        };
+        let pairs = || actual.iter().zip(expected).map(|(&x, &y)| (x.into(), y.into()));
+        if let Some((n, (x, y))) = pairs().enumerate().find(|(_, (x, y))| !x.is_finite() || !y.is_finite()) {
+            return Err(Mismatch::NotFinite { index: start + n, actual: x, expected: y });
+        }
+        let difference = norm(&mut pairs().map(|(x, y)| x - y));
+        let smallest = (row.len() as f64).sqrt() * ulp(0.0, dtype);
+        let size = norm(&mut magnitudes[row].iter().copied()).max(norm(&mut pairs().map(|(_, y)| y)));
+        // The smallest numbers have no relative precision. Where zeros are expected, nothing but zeros will do.
+        let rest = if size == 0.0 { difference } else { (difference - smallest).max(0.0) };
+        let error = if rest == 0.0 { 0.0 } else { rest / size };
+        if error > worst.0 {
+            worst = (error, if error <= bound { Ok(error) } else { Err(Mismatch::Row { index: start, error, bound }) });
+        }
+    }
+    worst.1
 }
 
 /// Compares element by element, as suits logarithms: the worst |actual - expected| / (1 + |expected|), which is
@@ -211,7 +273,7 @@ where
 mod tests {
     use half::{bf16, f16};
 
-    use super::{DType, Element, Mismatch, low_precision, lse, tensor, ulp};
+    use super::{DType, Element, Mismatch, low_precision, lse, rows, tensor, ulp};
 
     const INF: f32 = f32::INFINITY;
     const NAN: f32 = f32::NAN;
@@ -272,6 +334,32 @@ mod tests {
         }
         assert_eq!(tensor::<f32, f32>(&[], &[], 1e-5), Err(Mismatch::Empty));
         assert_eq!(lse::<f32, f32>(&[], &[], 1e-5), Err(Mismatch::Empty));
+    }
+
+    #[test]
+    fn rows_stand_for_themselves() {
+        // The second row is lost beside the first, and the norm over all does not show it.
+        let (expected, magnitudes) = ([3.0, 4.0, 3e-6, 4e-6], [3.0, 4.0, 3e-6, 4e-6]);
+        let lost = [3.0, 4.0, 0.0, 0.0];
+        let of =
+            |actual: &[f64], magnitudes: &[f64]| rows(actual, &expected, magnitudes, [0..2, 2..4], DType::F32, 1e-5);
+        tensor(&lost, &expected, 1e-5).unwrap();
+        assert_eq!(of(&expected, &magnitudes), Ok(0.0));
+        assert!(matches!(of(&lost, &magnitudes), Err(Mismatch::Row { index: 2, error: 1.0, .. })));
+        // Terms that cancel explain more, and magnitudes below the row itself do not count.
+        of(&lost, &[3.0, 4.0, 0.3, 0.4]).unwrap();
+        assert!(of(&lost, &[0.0; 4]).is_err());
+        // Half of the smallest number of f16 is no error, and twice that is one; beside nothing it is one in any case.
+        let small = |actual: f64, expected: f64| {
+            rows(&[actual], &[expected], &[expected], std::iter::once(0..1), DType::F16, 1e-3)
+        };
+        small(0.0, 0.5f64 * 2f64.powi(-24)).unwrap();
+        small(0.0, 2.0 * 2f64.powi(-24)).unwrap_err();
+        small(2f64.powi(-24), 0.0).unwrap_err();
+        // NaN, and what is too short.
+        of(&[3.0, 4.0, f64::NAN, 0.0], &magnitudes).unwrap_err();
+        of(&expected[..3], &magnitudes).unwrap_err();
+        of(&expected, &magnitudes[..3]).unwrap_err();
     }
 
     fn halves<T: Element>(x: &[f32]) -> Vec<T> {

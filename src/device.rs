@@ -2,6 +2,7 @@
 
 pub(crate) mod buffer;
 
+use std::cell::RefCell;
 use std::fmt;
 #[cfg(not(target_family = "wasm"))]
 use std::sync::OnceLock;
@@ -198,6 +199,16 @@ pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'sta
     }
 }
 
+thread_local! {
+    /// Labels and bytes of the buffers that a scope has created: wgpu does not say for how many bytes there was no memory.
+    static CREATED: RefCell<Vec<(&'static str, u64)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Tells the scope on this thread of a buffer that is to be created in it.
+pub(crate) fn note_buffer(label: &'static str, bytes: u64) {
+    CREATED.with_borrow_mut(|created| created.push((label, bytes)));
+}
+
 /// A wgpu device with what it offers.
 #[derive(Debug, Clone)]
 pub struct Device {
@@ -273,7 +284,9 @@ impl Device {
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        CREATED.take();
         let result = work();
+        let created = CREATED.take();
         // All scopes are closed before the first await: they belong to this thread.
         let errors = [validation.pop(), internal.pop()];
         let memory = memory.pop();
@@ -282,7 +295,9 @@ impl Device {
         if let Some(error) = memory.await {
             // The source names the call and the buffer.
             let source = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-            return Err(Error::OutOfMemory(format!("{during}: {source}")));
+            let named = created.iter().find(|(label, _)| source.contains(&format!("'{label}'")));
+            let size = named.map_or(String::new(), |(label, bytes)| format!(" ({label} takes {bytes} bytes)"));
+            return Err(Error::OutOfMemory(format!("{during}: {source}{size}")));
         }
         // Of a lost device wgpu reports nothing, or what follows from it.
         if lost.await {

@@ -53,6 +53,8 @@ struct Params {
     row_terms: Operand,
     alibi_moments: Operand,
     sink_partials: Operand,
+    key_scales: Operand,
+    query_scales: Operand,
     bias: Operand,
     d_bias: Operand,
     mask: Operand,
@@ -77,7 +79,6 @@ struct Params {
     region_heads: u32,
     region_tile: u32,
     region_tiles: u32,
-    continues: u32,
     sink_offset: u32,
     d_sink_offset: u32,
     slope_offset: u32,
@@ -309,7 +310,7 @@ impl<'a> Operands<'a> {
         bindings.chain(packed).filter_map(|binding| self.view(binding, plan)).collect()
     }
 
-    fn params(&self, views: &[View], piece: &Piece, continues: bool) -> Params {
+    fn params(&self, views: &[View], piece: &Piece) -> Params {
         let (problem, s, o) = (self.problem, self.problem.shape(), self.problem.options());
         let band = problem.sequence(0).band;
         let vec4 = self.vec4();
@@ -346,6 +347,8 @@ impl<'a> Operands<'a> {
             row_terms: operand(Binding::RowTerms),
             alibi_moments: operand(Binding::AlibiMoments),
             sink_partials: operand(Binding::SinkPartials),
+            key_scales: operand(Binding::KeyScales),
+            query_scales: operand(Binding::QueryScales),
             bias: operand(Binding::Bias),
             d_bias: operand(Binding::DBias),
             mask: operand(Binding::Mask),
@@ -380,7 +383,6 @@ impl<'a> Operands<'a> {
             region_heads,
             region_tile,
             region_tiles,
-            continues: continues.into(),
             sink_offset: offset(Binding::SinkLogits),
             d_sink_offset: offset(Binding::DSinkLogits),
             slope_offset: offset(Binding::AlibiSlopes),
@@ -518,7 +520,7 @@ impl Prepared {
         let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
         for ((pass, pipeline), (views, Pieces { list, work })) in plan.passes.iter().zip(compiled).zip(pieces) {
-            let params = list.iter().enumerate().map(|(n, piece)| operands.params(&views, piece, n > 0));
+            let params = list.iter().map(|piece| operands.params(&views, piece));
             let sequences = pass.variant.lengths.then(|| sequence_table(problem, work));
             let bind = || -> Result<_> {
                 let label = Some("sink-attention");
@@ -725,9 +727,9 @@ mod tests {
         let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
         let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
-            sink_partials bias d_bias mask mask_bits
+            sink_partials key_scales query_scales bias d_bias mask mask_bits
             mask_key_bits mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
-            workgroups region_batch region_batches region_head region_heads region_tile region_tiles continues sink_offset d_sink_offset
+            workgroups region_batch region_batches region_head region_heads region_tile region_tiles sink_offset d_sink_offset
             slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
             pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));

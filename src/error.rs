@@ -90,7 +90,7 @@ pub enum Error {
         seq_k: usize,
     },
     /// A slice does not hold the number of elements its shape calls for.
-    #[error("{operand} has {actual} elements, its shape {shape:?} needs {expected}")]
+    #[error("{operand} has {actual} element{}, its shape {shape:?} needs {expected}", plural(.actual))]
     OperandLength {
         /// Name of the operand.
         operand: &'static str,
@@ -212,12 +212,12 @@ pub enum Error {
         /// Usages the buffer has.
         actual: wgpu::BufferUsages,
     },
-    /// A result would be written where another operand lies.
-    #[error("{output} shares its buffer with {other}; a result needs a buffer of its own")]
+    /// A result, or a cache, would be written where another operand lies.
+    #[error("{output} shares its buffer with {other}; what is written needs a buffer of its own")]
     Aliasing {
-        /// The result.
+        /// The result, or an operand that lies in the cache.
         output: &'static str,
-        /// The other operand.
+        /// The other operand, or the cache's keys or values.
         other: &'static str,
     },
     /// Strides let two elements of a result fall on one place.
@@ -345,6 +345,38 @@ pub enum Error {
     /// An operation was prepared for another cache.
     #[error("the operation was prepared for another cache")]
     OtherCache,
+    /// Another [`Step`](crate::Step) has touched the cache, and has not come to its end.
+    #[error("the cache is in use by {step}, {reason}")]
+    CacheBusy {
+        /// The other step, by its number and its label.
+        step: String,
+        /// How it stands, and what to do.
+        reason: &'static str,
+    },
+    /// A [`Step`](crate::Step) is of another device than a cache.
+    #[error("{step} and the cache are of different devices")]
+    OtherDevice {
+        /// The step, by its number and its label.
+        step: String,
+    },
+    /// Queries of a cache with a rotary embedding have not been rotated with their tokens, or not all heads of them.
+    #[error(
+        "decoding takes the rotated queries of the last {queries} tokens of sequence {sequence} with {heads} heads; appends \
+         have rotated those of {rotated_tokens} tokens with {rotated_heads} heads: give AppendBuffers::q, or set \
+         Decode::q_rotated where the caller has rotated them"
+    )]
+    QueriesNotRotated {
+        /// The sequence.
+        sequence: usize,
+        /// Queries of it that are decoded.
+        queries: usize,
+        /// Their heads.
+        heads: usize,
+        /// Last tokens of the sequence whose queries were rotated, with one number of heads.
+        rotated_tokens: usize,
+        /// That number.
+        rotated_heads: usize,
+    },
     /// No kernel fits the device's limits.
     #[error("no kernel for {problem} fits the device: {reason}")]
     NoKernel {
@@ -443,7 +475,7 @@ pub enum Error {
         /// What stands in the way.
         reason: String,
     },
-    /// The GPU ran out of memory. The device may still serve smaller problems; where it was lost with its memory, the next
+    /// The GPU ran out of memory; the message names the buffer and its bytes where this crate created it. The device may still serve smaller problems; where it was lost with its memory, the next
     /// call says so.
     #[error("the GPU ran out of memory: {0}")]
     OutOfMemory(String),
@@ -463,6 +495,10 @@ pub enum Error {
         /// What wgpu said.
         message: String,
     },
+}
+
+fn plural(n: &usize) -> &'static str {
+    if *n == 1 { "" } else { "s" }
 }
 
 fn list(names: &[String]) -> String {

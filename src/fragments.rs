@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::capabilities::{CooperativeMatrices, DeviceClass};
+use crate::element::DType;
 use crate::problem::Problem;
 use crate::shader::Kernel;
 use crate::tiling::Tiling;
@@ -79,12 +80,28 @@ impl Fragments {
     }
 
     /// Bytes of workgroup memory; the arrays of shaders/cooperative/blocks.wgsl.
-    pub(crate) fn workgroup_bytes(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+    pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
         let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
         let strips = self.subgroups * self.matrices.side * self.strip_row() * 16;
         let weights = self.tile_rows() * self.weight_row() * 8;
-        let statistics = if kernel == Kernel::DKv { 2 * self.stages * self.tile_columns() * 4 } else { 0 };
-        staged + strips + weights + statistics
+        let terms = self.column_terms(kernel, dtype) * self.stages * self.tile_columns() * 4;
+        staged + strips + weights + terms
+    }
+
+    /// Numbers that are staged with each column: what lse and delta of a query add, and what token scales take out.
+    pub(crate) fn column_terms(&self, kernel: Kernel, dtype: DType) -> u32 {
+        let row_terms = if kernel == Kernel::DKv { 2 } else { 0 };
+        let scales = match (dtype, kernel) {
+            (DType::Bf16, Kernel::Forward) => 3,
+            (DType::Bf16, _) => 2,
+            _ => 0,
+        };
+        row_terms + scales
+    }
+
+    /// Words of a tile's report: whether it has rows to compute again, and a bit for each row.
+    pub(crate) fn report_words(&self) -> u32 {
+        report_words(self.tile_rows())
     }
 
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
@@ -104,10 +121,13 @@ impl Fragments {
     /// Loop iterations of a thread for an open and a masked tile, at most: every tile may rescale.
     pub(crate) fn loop_iterations(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u64; 2] {
         let quads = (self.matrices.side / 4).div_ceil(self.matrices.lanes / self.matrices.side);
-        let rescale = match kernel {
-            Kernel::Forward => 2 + self.rows * self.across(value_dim) * (1 + quads),
+        let fragments = match kernel {
+            Kernel::Forward => self.across(value_dim),
+            Kernel::DQ => self.across(head_dim),
+            Kernel::DKv => self.across(head_dim) + self.across(value_dim),
             _ => 0,
         };
+        let rescale = 2 + self.rows * fragments * (1 + quads);
         // What comes before and after the tiles, by the tile, is less than this.
         let once = self.rows * (self.across(head_dim) + self.across(value_dim)) * (1 + quads);
         [u64::from(1 + rescale + once); 2]
@@ -146,6 +166,11 @@ impl fmt::Display for Fragments {
             self.subgroups, self.rows, self.columns, self.stages
         )
     }
+}
+
+/// Words of a report of a tile of so many rows.
+pub(crate) fn report_words(rows: u32) -> u32 {
+    1 + rows.div_ceil(32)
 }
 
 /// Fragments to try for a kernel, the best first.

@@ -34,23 +34,19 @@
 //! gradients of q, k and v in the operands' element type, all else f32.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
-use std::fs::{self, File};
-use std::io::Write as _;
-use std::marker::PhantomData;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use half::{bf16, f16};
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::{Dtype, SafeTensorError};
-use serde::Deserialize;
-use serde::de::{IgnoredAny, MapAccess, Visitor};
 
 use crate::attention::Attention;
 use crate::element::{DType, Element};
+use crate::file::{self, Container, Malformed, read_container};
 use crate::problem::{Alignment, Axes, Bias, Inputs, Layout, MaskData, Options, Problem, Shape, SinkLogits, Upstream};
-use crate::sequences::Lengths;
+use crate::sequences::{CUMULATIVE, Lengths};
 pub use crate::values::Values;
 use crate::values::decode;
 
@@ -110,7 +106,7 @@ pub enum FormatError {
     #[error("not a safetensors file: {actual} bytes, the length of the header alone takes 8")]
     TooShort {
         /// Bytes in the file.
-        actual: usize,
+        actual: u64,
     },
     /// The header does not fit into the file.
     #[error("not a safetensors file, or truncated: the header claims {header} bytes, {actual} follow its length")]
@@ -118,7 +114,13 @@ pub enum FormatError {
         /// Bytes the header claims.
         header: u64,
         /// Bytes there are.
-        actual: usize,
+        actual: u64,
+    },
+    /// The header is longer than any that safetensors reads.
+    #[error("not a safetensors file: the header claims {header} bytes, the most is 100000000")]
+    HeaderTooLong {
+        /// Bytes the header claims.
+        header: u64,
     },
     /// The header is not the JSON it should be, or names something twice.
     #[error("malformed header: {0}")]
@@ -127,9 +129,9 @@ pub enum FormatError {
     #[error("truncated or overlong: the tensors take {expected} bytes, {actual} follow the header")]
     DataLength {
         /// Bytes the tensors take.
-        expected: usize,
+        expected: u64,
         /// Bytes there are.
-        actual: usize,
+        actual: u64,
     },
     /// A metadata key that the format does not know.
     #[error("unknown metadata key {key:?}; known: {KEYS}")]
@@ -251,6 +253,18 @@ pub enum FormatError {
     Serialize(#[from] SafeTensorError),
 }
 
+impl From<Malformed> for FormatError {
+    fn from(malformed: Malformed) -> Self {
+        match malformed {
+            Malformed::TooShort { actual } => FormatError::TooShort { actual },
+            Malformed::HeaderLength { header, actual } => FormatError::HeaderLength { header, actual },
+            Malformed::HeaderTooLong { header } => FormatError::HeaderTooLong { header },
+            Malformed::Header(error) => FormatError::Header(error),
+            Malformed::DataLength { expected, actual } => FormatError::DataLength { expected, actual },
+        }
+    }
+}
+
 fn encode(values: &Values) -> (Dtype, Vec<u8>) {
     match values {
         Values::F32(values) => (Dtype::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
@@ -291,8 +305,9 @@ impl Case {
     /// [`Error::Read`] and [`Error::Format`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let bytes = fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
-        Case::parse(&bytes).map_err(|source| Error::Format { path: path.into(), source })
+        let format = |source| Error::Format { path: path.into(), source };
+        let bytes = read_container(path).map_err(|source| Error::Read { path: path.into(), source })?;
+        Case::parse(&bytes.map_err(|malformed| format(malformed.into()))?).map_err(format)
     }
 
     /// Reads the content of a file.
@@ -300,9 +315,9 @@ impl Case {
     /// # Errors
     /// [`FormatError`]; never panics, whatever the bytes are.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
-        let Container { metadata, tensors } = Container::parse(bytes)?;
-        let mut options = parse_options(&metadata)?;
-        let mut tensors = known(tensors)?;
+        let Container { strings, index, data } = Container::parse(bytes)?;
+        let mut options = parse_options(&strings)?;
+        let mut tensors = known(&index, data)?;
 
         let mut required = |name| tensors.remove(name).ok_or(FormatError::MissingTensor { name });
         let [q, k, v] = [required("q")?, required("k")?, required("v")?];
@@ -337,7 +352,9 @@ impl Case {
             None => None,
         };
         let problem = |options| match &lengths {
-            Some([q, k]) => Problem::with_lengths(shape, options, Lengths::Cumulative { q, k }),
+            Some([q, k]) => {
+                Problem::with_lengths(shape, options, Lengths::Cumulative { q, k }).map_err(in_words_of_file)
+            }
             None => Problem::new(shape, options),
         };
         // What broadcasts does so to the scores of the longest sequence.
@@ -440,6 +457,15 @@ impl Case {
     }
 }
 
+/// Cumulative lengths have the names of their tensors in a file.
+fn in_words_of_file(error: crate::Error) -> crate::Error {
+    let crate::Error::InvalidLengths { lengths, reason } = error else { return error };
+    let [of_q, of_k] = CUMULATIVE;
+    let names = [(of_q, "cu_seqlens_q"), (of_k, "cu_seqlens_k")];
+    let lengths = names.iter().find(|(name, _)| *name == lengths).map_or(lengths, |(_, tensor)| tensor);
+    crate::Error::InvalidLengths { lengths, reason: reason.replace(of_q, "cu_seqlens_q") }
+}
+
 /// An operand in the type that the caller computes with.
 fn typed<T: Element>(values: &Values) -> crate::Result<&[T]> {
     values.as_slice().ok_or(crate::Error::WrongElementType { operands: values.dtype(), options: T::DTYPE })
@@ -470,11 +496,12 @@ impl Tensor {
     }
 }
 
-/// Refuses an output path that [`write()`] should not replace: the input itself, or anything but a
+/// Refuses an output path that [`write()`] should not replace or cannot write: the input itself, or anything but a
 /// regular file. Worth asking before a long computation.
 ///
 /// # Errors
-/// [`Error::OutputIsInput`], [`Error::NotAFile`], and [`Error::Write`] where the folder is missing.
+/// [`Error::OutputIsInput`], [`Error::NotAFile`], and [`Error::Write`] where the file cannot be written, as far as that
+/// shows before it is.
 pub fn check_output(input: &Path, output: &Path) -> Result<(), Error> {
     // Canonical paths see through `./x`, links and, where the system has them, upper and lower case.
     if let (Ok(from), Ok(to)) = (fs::canonicalize(input), fs::canonicalize(output))
@@ -482,24 +509,21 @@ pub fn check_output(input: &Path, output: &Path) -> Result<(), Error> {
     {
         return Err(Error::OutputIsInput { path: output.into() });
     }
-    match fs::metadata(output) {
-        Ok(found) if !found.is_file() => Err(Error::NotAFile { path: output.into() }),
-        Ok(_) => Ok(()),
-        Err(_) => match fs::metadata(folder_of(output)) {
-            Ok(_) => Ok(()),
-            Err(source) => Err(Error::Write { path: output.into(), source }),
-        },
+    // Not by a symbolic link, which leads to what counts.
+    if fs::metadata(output).is_ok_and(|found| !found.is_file()) {
+        return Err(Error::NotAFile { path: output.into() });
     }
+    file::check_writable(output).map_err(|source| Error::Write { path: output.into(), source })
 }
 
-/// Writes results: all of the file, or nothing.
+/// Writes results: all of the file, or nothing, as [`file::replace`].
 ///
 /// # Errors
 /// [`Error::Write`], and [`Error::Format`] if a shape does not fit its elements.
 pub fn write(path: impl AsRef<Path>, layout: Layout, tensors: &[Tensor]) -> Result<(), Error> {
     let path = path.as_ref();
     let bytes = serialize(layout, tensors).map_err(|source| Error::Format { path: path.into(), source })?;
-    replace(path, &bytes).map_err(|source| Error::Write { path: path.into(), source })
+    file::replace(path, &bytes).map_err(|source| Error::Write { path: path.into(), source })
 }
 
 /// The content of a result file: the tensors, and the layout as metadata.
@@ -512,37 +536,6 @@ fn serialize(layout: Layout, tensors: &[Tensor]) -> Result<Vec<u8>, FormatError>
         .collect::<Result<_, SafeTensorError>>()?;
     let metadata = HashMap::from([("layout".to_string(), layout.to_string())]);
     Ok(safetensors::serialize(views, Some(metadata))?)
-}
-
-/// Writes beside `path` and renames, so that a failure leaves neither half a file nor a stray one.
-fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let (mut file, temporary) = create_temporary(folder_of(path))?;
-    let written = file.write_all(bytes).and_then(|()| file.sync_all());
-    drop(file); // some systems do not rename an open file
-    let renamed = written.and_then(|()| fs::rename(&temporary, path));
-    if renamed.is_err() {
-        // The first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-    }
-    renamed
-}
-
-fn create_temporary(folder: &Path) -> std::io::Result<(File, PathBuf)> {
-    let mut attempt = 0;
-    loop {
-        let path = folder.join(format!(".sink-attention-{}-{attempt}.tmp", std::process::id()));
-        match File::create_new(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && attempt < 1000 => attempt += 1,
-            created => return created.map(|file| (file, path)),
-        }
-    }
-}
-
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    }
 }
 
 /// A tensor as it lies in the file.
@@ -642,73 +635,6 @@ impl Raw<'_> {
     }
 }
 
-/// A safetensors file, taken apart.
-struct Container<'a> {
-    metadata: BTreeMap<String, String>,
-    tensors: BTreeMap<String, (TensorInfo, &'a [u8])>,
-}
-
-impl<'a> Container<'a> {
-    /// As `SafeTensors::deserialize`, but what is named twice is an error, sizes are in the messages, and
-    /// offsets near 2^64 are an error too: added to the header's length, they overflow there (0.8.0).
-    fn parse(bytes: &'a [u8]) -> Result<Self, FormatError> {
-        let Some((&length, rest)) = bytes.split_first_chunk() else {
-            return Err(FormatError::TooShort { actual: bytes.len() });
-        };
-        let length = u64::from_le_bytes(length);
-        let Some((header, data)) = usize::try_from(length).ok().and_then(|n| rest.split_at_checked(n)) else {
-            return Err(FormatError::HeaderLength { header: length, actual: rest.len() });
-        };
-
-        #[derive(Deserialize)]
-        struct Strings {
-            #[serde(rename = "__metadata__")]
-            metadata: Option<Unique<String>>,
-        }
-        let Unique::<IgnoredAny>(_) = serde_json::from_slice(header)?;
-        let Strings { metadata } = serde_json::from_slice(header)?;
-        // Checks shapes against offsets, and that the offsets leave no gap.
-        let index: Metadata = serde_json::from_slice(header)?;
-        if index.data_len() != data.len() {
-            return Err(FormatError::DataLength { expected: index.data_len(), actual: data.len() });
-        }
-        let tensors = index.tensors().into_iter().map(|(name, info)| {
-            let (start, end) = info.data_offsets;
-            (name, (info.clone(), &data[start..end]))
-        });
-        Ok(Container { metadata: metadata.map(|unique| unique.0).unwrap_or_default(), tensors: tensors.collect() })
-    }
-}
-
-/// A JSON object that names no key twice; maps of the standard library keep the last value silently.
-struct Unique<V>(BTreeMap<String, V>);
-
-impl<'de, V: Deserialize<'de>> Deserialize<'de> for Unique<V> {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object<V>(PhantomData<V>);
-
-        impl<'de, V: Deserialize<'de>> Visitor<'de> for Object<V> {
-            type Value = Unique<V>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut entries = BTreeMap::new();
-                while let Some((key, value)) = map.next_entry::<String, V>()? {
-                    if entries.contains_key(&key) {
-                        return Err(serde::de::Error::custom(format_args!("{key:?} is there twice")));
-                    }
-                    entries.insert(key, value);
-                }
-                Ok(Unique(entries))
-            }
-        }
-        deserializer.deserialize_map(Object(PhantomData))
-    }
-}
-
 fn parse_options(metadata: &BTreeMap<String, String>) -> Result<Options, FormatError> {
     const COUNT: &str = "a whole number from 0 up";
     let mut options = Options::new();
@@ -755,12 +681,15 @@ fn number<T: FromStr>(text: &str) -> Option<T> {
 }
 
 /// The tensors to compute with, under their names.
-fn known(tensors: BTreeMap<String, (TensorInfo, &[u8])>) -> Result<BTreeMap<&'static str, Raw<'_>>, FormatError> {
+fn known<'a>(index: &Metadata, data: &'a [u8]) -> Result<BTreeMap<&'static str, Raw<'a>>, FormatError> {
+    // In the order of their names, so that the first unknown one is always the same.
+    let tensors: BTreeMap<String, _> = index.tensors().into_iter().collect();
     let computed = tensors.into_iter().filter(|(name, _)| !name.starts_with("expected."));
-    let raw = |(name, (TensorInfo { dtype, shape, .. }, bytes)): (String, _)| {
+    let raw = |(name, info): (String, &TensorInfo)| {
         let known = TENSORS.into_iter().find(|known| *known == name);
         let name = known.ok_or(FormatError::UnknownTensor { name })?;
-        Ok((name, Raw { name, dtype, shape, bytes }))
+        let (start, end) = info.data_offsets;
+        Ok((name, Raw { name, dtype: info.dtype, shape: info.shape.clone(), bytes: &data[start..end] }))
     };
     computed.map(raw).collect()
 }

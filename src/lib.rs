@@ -122,15 +122,24 @@
 //!
 //! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take
 //! subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
-//! their number of terms to the largest number, 3.4e38; for bf16 the CPU path takes them in larger units instead. It
-//! also keeps subnormal numbers, but for those beside bf16 numbers that large. A product q.k that f32 does not hold, from f32
+//! their number of terms to the largest number, 3.4e38; for bf16 the CPU path computes such rows again in f64. It
+//! also keeps subnormal numbers. A product q.k that f32 does not hold, from f32
 //! or bf16 operands beyond 1e18, is infinite, as is a score that is more than a product times the scale (with softcap, ALiBi, a
 //! bias, or in a cache); those of f16 always fit. A row that sees a score of +infinity has lse = +infinity, as one whose lse is too
 //! large for f32 has, and o = NaN, for its weights are not known; o is right where the scale alone takes a score beyond f32. A sink
 //! logit of +infinity takes all the weight of finite scores. A state of lse = +infinity makes a merge NaN, with lse = +infinity.
-//! Gradients of rows with lse = +infinity mean nothing. Where all of a
-//! row's scores are beyond 1e7, as with a bias of the lowest number on every key, lse in f32 loses the logarithm of their
-//! number: o is right, the gradients of such a row are too large by up to that number. Hide with -infinity or a mask instead.
+//! Gradients of rows with lse = +infinity mean nothing.
+//!
+//! What a query does not see changes no bit of its results, whatever it holds, NaN and infinity among it: masked keys, keys
+//! outside the window, later ones, other sequences, what lies beyond a length. Where a query sees nothing, its q and d_o count as
+//! unseen; its d_lse still reaches its sink logit.
+//!
+//! Where every key that a row sees has a bias of -1e9 or less, as left padding with the lowest finite number makes it, f32 keeps
+//! nothing of ordinary products beside it, and lse nothing of the logarithm of their number. Each of the n keys with the row's
+//! largest bias has the probability 1 / n then, in o as in the gradients, as an eager softmax in f32 has it. With shards of the
+//! keys n is not known: a merge weighs the shards of such a row alike, and each of their gradients counts its own keys. Between
+//! -1e7 and -1e9 lse loses a part of that logarithm, and the gradients of such a row are off by as much. Masks and -infinity hide
+//! without any of that.
 //!
 //! The cooperative micro-kernel ([`MicroKernel::Cooperative`]) multiplies halves: weights p and d_s are rounded to f16 before
 //! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16: by
@@ -210,7 +219,7 @@
 //!
 //! A [`KvCache`] holds keys and values of many sequences of different lengths: in rows of their own, in pages that sequences may
 //! share, or in a ring behind the sink tokens ([`CacheKind`]). [`KvCache::prepare_append`] and [`KvCache::prepare_decode`] are as
-//! the calls above; [`cpu::KvCache`] is the same on the CPU. Queries of a decoding step are those of the last tokens; positions,
+//! the calls above, recorded into a [`Step`], whose submission makes the cache have them; [`cpu::KvCache`] is the same on the CPU. Queries of a decoding step are those of the last tokens; positions,
 //! windows and sink tokens count from the start of a sequence. A rolling cache of sink tokens S and window W shows the query at
 //! position p the keys j with p - W < j <= p, and j < S; narrower windows are possible, wider ones an error.
 //!
@@ -244,25 +253,25 @@
 //! # */
 //! let Some(device) = attention.device() else { return Ok(()) };
 //! let kind = CacheKind::Paged { page_size: 16, pages: 32, sequence_pages: 16 };
-//! let config =
-//!     CacheConfig { kind, sequences: 2, kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32, rotary: None, quantisation: None };
-//! let mut cache = attention.create_cache(&config)?;
+//! let mut cache = attention.create_cache(&CacheConfig::new(kind, 2, 2, 32))?; // 2 sequences, 2 key heads, 32 wide
 //!
 //! let [k, v] = [device.upload("k", &[0.1; 2 * 2 * 32])?, device.upload("v", &[2.0; 2 * 2 * 32])?];
 //! let q = device.upload("q", &[0.5; 2 * 4 * 32])?;
 //! let o = device.zeros("o", DType::F32, &[2, 1, 4, 32])?;
 //! let lse = device.zeros("lse", DType::F32, &[2, 1, 4])?;
 //! let append = cache.prepare_append(&[1, 1], &AppendBuffers::new(&k, &v))?; // one token of each sequence
-//! let step = cache.prepare_decode(&Decode::new(4, Options::new()), &DecodeBuffers::new(&q, &o, &lse))?;
-//! let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+//! let decode = cache.prepare_decode(&Decode::new(4, Options::new()), &DecodeBuffers::new(&q, &o, &lse))?;
+//! let mut step = attention.step()?;
 //! for _ in 0..20 {
-//!     append.encode(&mut cache, &mut encoder)?;
-//!     step.encode(&cache, &mut encoder)?;
+//!     append.encode(&mut cache, &mut step)?;
+//!     decode.encode(&cache, &mut step)?;
 //! }
-//! device.queue().submit([encoder.finish()]);
+//! step.submit()?;
 //! assert_eq!(cache.lengths(), [20, 20]);
-//! cache.fork(&mut device.wgpu().create_command_encoder(&Default::default()), 0, 1)?; // the second goes on as the first
-//! assert_eq!(cache.pages(0), cache.pages(1));
+//! let mut fork = attention.step()?;
+//! cache.fork(&mut fork, 0, 1)?; // the second goes on as the first
+//! drop(fork); // never submitted: it has not happened
+//! assert_ne!(cache.pages(0), cache.pages(1));
 //! assert!(o.download::<f32>()?.iter().all(|x| (x - 2.0).abs() < 1e-6));
 //! # Ok(())
 //! # }
@@ -322,7 +331,7 @@ mod device;
 mod dispatch;
 mod element;
 mod error;
-mod files;
+pub mod file;
 mod fragments;
 #[cfg(feature = "cli")]
 pub mod io;
@@ -350,7 +359,7 @@ pub use attention::Attention;
 pub use cache::{
     AppendBuffers, CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiles, DecodeTiling,
     KvCache, Prefill, PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill,
-    Quantisation, Rotary, RotaryPositions, RotaryStyle,
+    Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling, RotaryStyle, Step, StepPass, Yarn,
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use device::{

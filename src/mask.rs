@@ -54,6 +54,21 @@ pub(crate) fn shard_options(options: &Options, offset: i64, start: usize) -> Opt
     options.sink_tokens(sink_tokens).query_offset(offset.saturating_sub_unsigned(start as u64))
 }
 
+/// Numbers of rows, keys and tiles beyond every problem count as the largest one.
+fn signed(n: usize) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+/// What can be divided by.
+fn tile_size(tile: usize) -> Option<i64> {
+    (tile > 0).then(|| signed(tile))
+}
+
+/// Tiles that so many rows or keys take.
+fn tiles_of(n: i64, tile: i64) -> i64 {
+    n / tile + i64::from(n % tile > 0)
+}
+
 impl Band {
     /// Of so many queries and keys, each at most 2^29.
     pub(crate) fn new(seq_q: usize, seq_k: usize, options: &Options) -> Self {
@@ -117,53 +132,59 @@ impl Band {
 
     /// Whether query i sees key j.
     pub fn visible(&self, i: usize, j: usize) -> bool {
-        let (i, j) = (i as i64, j as i64);
+        let (i, j) = (signed(i), signed(j));
         i < self.seq_q && j < self.seq_k && j <= i + self.upper && (j >= i + self.lower || j < self.sink_tokens)
     }
 
     /// The keys that query i sees: its sink tokens before the window, then its window.
     pub fn visible_keys(&self, i: usize) -> [Range<usize>; 2] {
-        let end = (i as i64 + self.upper + 1).clamp(0, self.seq_k);
-        let start = (i as i64 + self.lower).clamp(0, end);
+        let end = signed(i).saturating_add(self.upper + 1).clamp(0, self.seq_k);
+        let start = signed(i).saturating_add(self.lower).clamp(0, end);
         let sink_end = self.sink_tokens.min(start);
         [0..sink_end as usize, start as usize..end as usize]
     }
 
-    /// The tiles of `tile` keys in which some query of `rows` sees something.
+    /// The tiles of `tile` keys in which some query of `rows` sees something; there are no tiles of 0 keys.
     ///
     /// Between a row range's first and last window every key is visible to some row, so no tile
     /// is visited in vain: a brute-force test holds this against [`Band::visible`].
     pub fn key_tiles(&self, rows: &Range<usize>, tile: usize) -> KeyTiles {
-        let tile = tile as i64;
-        let end = (rows.end as i64 - 1 + self.upper + 1).clamp(0, self.seq_k);
-        let start = (rows.start as i64 + self.lower).clamp(0, end);
-        let tiles = |keys: i64| (keys + tile - 1) / tile;
+        let Some(tile) = tile_size(tile) else { return KeyTiles { sink: 0..0, window: 0..0 } };
+        let end = signed(rows.end).saturating_add(self.upper).clamp(0, self.seq_k);
+        let start = signed(rows.start).saturating_add(self.lower).clamp(0, end);
+        let tiles = |keys: i64| tiles_of(keys, tile);
         let sink_tiles = tiles(self.sink_tokens.min(end));
         let window_start = if start < end { start / tile } else { tiles(end) }.max(sink_tiles);
         let window_end = tiles(end).max(window_start);
         KeyTiles { sink: 0..sink_tiles as usize, window: window_start as usize..window_end as usize }
     }
 
-    /// The tiles of `tile` queries in which some query sees something of `keys`: one range.
+    /// The tiles of `tile` queries in which some query sees something of `keys`: one range; there are no tiles of 0
+    /// queries.
     ///
     /// Key j is seen by the queries from j - upper to j - lower; never none, as lower <= upper. One key
     /// further, both ends move by one, so what the keys of a range are seen by has no gap. A sink token
     /// is seen by all queries from j - upper on, which is more than any key after it is seen by.
     pub fn query_tiles(&self, keys: &Range<usize>, tile: usize) -> Range<usize> {
-        let (tile, first, last) = (tile as i64, keys.start as i64, keys.end as i64 - 1);
-        let end = if first < self.sink_tokens { self.seq_q } else { (last - self.lower + 1).clamp(0, self.seq_q) };
-        let start = (first - self.upper).clamp(0, end);
-        let end_tile = (end + tile - 1) / tile;
+        let Some(tile) = tile_size(tile) else { return 0..0 };
+        let (first, last) = (signed(keys.start), signed(keys.end) - 1);
+        let end = if first < self.sink_tokens {
+            self.seq_q
+        } else {
+            last.saturating_sub(self.lower - 1).clamp(0, self.seq_q)
+        };
+        let start = first.saturating_sub(self.upper).clamp(0, end);
+        let end_tile = tiles_of(end, tile);
         (if start < end { start / tile } else { end_tile }) as usize..end_tile as usize
     }
 
     /// Whether every query of `rows` sees every key of `keys`, so that nothing need be masked.
     pub fn all_visible(&self, rows: &Range<usize>, keys: &Range<usize>) -> bool {
-        let (first, last) = (rows.start as i64, rows.end as i64 - 1);
-        let (start, end) = (keys.start as i64, keys.end as i64);
+        let (first, last) = (signed(rows.start), signed(rows.end) - 1);
+        let (start, end) = (signed(keys.start), signed(keys.end));
         last < self.seq_q
             && end <= self.seq_k
-            && end - 1 <= first + self.upper
+            && end - 1 <= first.saturating_add(self.upper)
             && start.max(self.sink_tokens) >= end.min(last + self.lower) // no key between the sinks and the window
     }
 
@@ -172,13 +193,13 @@ impl Band {
     /// A tile at the end of the keys that is not whole never counts: a kernel has to mask what lies beyond.
     pub fn full_tiles(&self, rows: &Range<usize>, tile: usize) -> usize {
         let visited = self.key_tiles(rows, tile);
-        let (first, last, tile) = (rows.start as i64, rows.end as i64 - 1, tile as i64);
+        let Some(tile) = tile_size(tile) else { return 0 };
+        let (first, last) = (signed(rows.start), signed(rows.end) - 1);
         // Whole tiles up to the last key of the first query ...
-        let end = (first + self.upper + 1).clamp(0, self.seq_k) / tile;
+        let end = first.saturating_add(self.upper + 1).clamp(0, self.seq_k) / tile;
         // ... less those that reach into the gap between the sink tokens and the first key of the last query.
-        let start = last + self.lower;
-        let gap =
-            if self.sink_tokens < start { [self.sink_tokens / tile, (start + tile - 1) / tile] } else { [end, 0] };
+        let start = last.saturating_add(self.lower);
+        let gap = if self.sink_tokens < start { [self.sink_tokens / tile, tiles_of(start, tile)] } else { [end, 0] };
         let count = |tiles: Range<usize>, from: i64, to: i64| {
             ((tiles.end as i64).min(to) - (tiles.start as i64).max(from)).max(0) as usize
         };
@@ -195,6 +216,33 @@ impl Band {
 mod tests {
     use super::*;
     use crate::problem::{Problem, Shape, Window};
+
+    /// Numbers that no kernel asks for: none panics, and of no keys or queries there are no tiles.
+    #[test]
+    fn ranges_of_any_numbers() {
+        let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 7, seq_k: 11, head_dim: 1, value_dim: 1 };
+        for options in [Options::new(), Options::new().causal(true).window(Window::keys(3)).sink_tokens(2)] {
+            let problem = Problem::new(shape, options).unwrap();
+            let band = Band::new(shape.seq_q, shape.seq_k, problem.options());
+            let numbers = [0, 1, 7, 11, 12, i64::MAX as usize, usize::MAX];
+            for start in numbers {
+                let _ = band.visible_keys(start);
+                assert!(!band.visible(start, usize::MAX));
+                for end in numbers {
+                    let range = start..end;
+                    let _ = band.all_visible(&range, &(0..end));
+                    for tile in [1, 4, i64::MAX as usize, usize::MAX] {
+                        let _ = (band.key_tiles(&range, tile), band.query_tiles(&range, tile));
+                        let _ = band.full_tiles(&range, tile);
+                    }
+                    assert_eq!(band.key_tiles(&range, 0).count(), 0);
+                    assert_eq!((band.query_tiles(&range, 0), band.full_tiles(&range, 0)), (0..0, 0));
+                }
+            }
+            assert_eq!(band.key_tiles(&(0..7), usize::MAX).count(), 1);
+            assert_eq!(band.query_tiles(&(0..11), usize::MAX), 0..1);
+        }
+    }
 
     /// Every small problem: the rule of the specification, spelled out.
     fn small_problems() -> impl Iterator<Item = (Problem, impl Fn(usize, usize) -> bool)> {

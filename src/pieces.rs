@@ -12,10 +12,7 @@ use crate::error::{Error, Result};
 use crate::plan::{Pass, fold, repair_slots, work_list};
 use crate::problem::{Layout, MaskPacking, Problem};
 use crate::sequences::Sequence;
-use crate::shader::{
-    Binding, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MAXIMA_PARTS, MAXIMA_ROWS,
-    RANGED_OPERANDS, SEQUENCE_WORDS,
-};
+use crate::shader::{Binding, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, SEQUENCE_WORDS};
 
 /// How long a dispatch may hold the GPU, by estimate, unless the caller says otherwise: browsers and desktop systems reset a
 /// GPU that does not answer for some two seconds.
@@ -197,17 +194,23 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         let strides = [seq, s.batch * seq, 1].map(|n| n as u64);
         View::new(binding, 0, strides, [s.batch, s.heads, seq, 1], element)
     };
+    let scales = |heads: usize, seq: usize| {
+        View::new(binding, 0, [heads * seq, seq, 1].map(|n| n as u64), [s.batch, heads, seq, 1], 8)
+    };
     Some(match binding {
         Binding::RowTerms => rows(s.seq_q + usize::from(problem.options().alibi), 8),
         Binding::AlibiMoments => rows(s.seq_q, 4),
         Binding::SinkPartials => rows(s.seq_q.div_ceil(DELTA_ROWS as usize), 4),
         Binding::MaskBits => mask_bits(problem),
         Binding::Repairs => {
-            let reports = passes.iter().filter(|pass| pass.variant.fragments().is_some());
-            View::run(binding, reports.map(|pass| repair_slots(pass, problem)).max().unwrap_or(1), 4)
+            let words = |pass: &Pass| {
+                let words = pass.variant.fragments()?.report_words() as usize;
+                Some(repair_slots(pass, problem).saturating_mul(words))
+            };
+            View::run(binding, passes.iter().filter_map(words).max().unwrap_or(1), 4)
         }
-        Binding::Maxima => View::run(binding, (RANGED_OPERANDS * MAXIMA_PARTS) as usize, 4),
-        Binding::Ranges => View::run(binding, RANGED_OPERANDS as usize, 4),
+        Binding::KeyScales => scales(s.kv_heads, s.seq_k),
+        Binding::QueryScales => scales(s.heads, s.seq_q),
         _ => return None,
     })
 }
@@ -351,7 +354,6 @@ struct Cutter<'a> {
     /// Of a cell: one sequence, head and tile.
     cell_workgroups: u64,
     /// Whether a region's workgroups are that many, whatever its size.
-    is_fixed: bool,
     /// Operands that do not fit a binding as a whole, and the windows of those that do.
     views: Vec<View>,
     whole: Vec<(Binding, Window)>,
@@ -384,7 +386,6 @@ impl<'a> Cutter<'a> {
             let table = View::run(Binding::Sequences, words, 4);
             table.window(table.whole(), capabilities)?;
         }
-        let is_fixed = matches!(pass.variant.kernel, Kernel::Maxima | Kernel::GradientMaxima | Kernel::Ranges);
         let most_work = budget.as_secs_f64() * capabilities.flops(pass.variant.micro_kernel);
         let mut cutter = Cutter {
             pass,
@@ -392,7 +393,6 @@ impl<'a> Cutter<'a> {
             capabilities,
             axes,
             cell_workgroups,
-            is_fixed,
             views: large,
             whole,
             work,
@@ -461,19 +461,6 @@ impl<'a> Cutter<'a> {
                 self.window(view, &touches).map_err(Misfit::Limit)?;
             }
         }
-        if let Kernel::Maxima | Kernel::GradientMaxima = self.pass.variant.kernel {
-            let [entries, heads, blocks] = region.axes.each_ref().map(|range| range.end - range.start);
-            let quads = self.problem.shape().head_dim.max(self.problem.shape().value_dim).div_ceil(4);
-            let items = [heads, self.problem.group() as u64, blocks, MAXIMA_ROWS.into(), quads as u64];
-            let last_element = items.into_iter().fold(u128::from(entries), |n, factor| n.saturating_mul(factor.into()));
-            if last_element > u128::from(MOST_ELEMENTS) {
-                return Err(Misfit::Limit(Error::IndexOverflow {
-                    operand: self.pass.variant.kernel.name(),
-                    last_element,
-                    most: MOST_ELEMENTS,
-                }));
-            }
-        }
         if !self.work_before.is_empty() {
             let [entries, heads, tiles] = &region.axes;
             let len = |range: &Range<u64>| (range.end - range.start) as f64;
@@ -487,7 +474,7 @@ impl<'a> Cutter<'a> {
 
     fn workgroups(&self, region: &Region) -> u128 {
         let cells = region.axes.iter().fold(1, |n, range| n * u128::from(range.end - range.start));
-        u128::from(self.cell_workgroups) * if self.is_fixed { 1 } else { cells }
+        u128::from(self.cell_workgroups) * cells
     }
 
     /// What a dispatch binds of an operand; something, even where it needs nothing.
@@ -497,11 +484,13 @@ impl<'a> Cutter<'a> {
         for touch in touches {
             let states = touch.batch.start..touch.batch.end + (s.seq_k as u64 - 1) * s.batch as u64;
             let heads = match view.binding {
-                Binding::K | Binding::V | Binding::DK | Binding::DV => &touch.kv_heads,
+                Binding::K | Binding::V | Binding::DK | Binding::DV | Binding::KeyScales => &touch.kv_heads,
                 _ => &touch.heads,
             };
             let (batch, rows) = match view.binding {
-                Binding::K | Binding::V | Binding::DK | Binding::DV => (&touch.batch, touch.keys.clone()),
+                Binding::K | Binding::V | Binding::DK | Binding::DV | Binding::KeyScales => {
+                    (&touch.batch, touch.keys.clone())
+                }
                 // To the last row of the head, which has the slope, or is followed by the classes.
                 Binding::RowTerms if self.problem.options().alibi => {
                     (&touch.batch, touch.queries.start..view.extents[2])
@@ -552,14 +541,11 @@ impl<'a> Cutter<'a> {
             Kernel::DSinkLogits | Kernel::DAlibiSlopes => {
                 vec![Touch { batch: all(s.batch), ..touch(all(s.seq_q), 0..0) }]
             }
-            Kernel::Ranges => vec![touch(0..1, 0..1)],
+            Kernel::KeyScales => vec![touch(0..0, spans(DELTA_ROWS, s.seq_k))],
+            Kernel::QueryScales => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
             Kernel::MaskBits => {
                 let [_, _, rows, _] = problem.options().mask.unwrap_or_default().of(problem.pairs_shape());
                 vec![touch(spans(MASK_BLOCK_ROWS, rows), 0..0)]
-            }
-            Kernel::Maxima | Kernel::GradientMaxima => {
-                let touch = touch(spans(MAXIMA_ROWS, s.seq_q), spans(MAXIMA_ROWS, s.seq_k));
-                vec![Touch { heads: groups, ..touch }]
             }
             Kernel::DBias => {
                 let axes = problem.options().bias.unwrap_or_default();
@@ -699,12 +685,10 @@ impl<'a> Cutter<'a> {
             Kernel::Delta => return vec![8.0 * f64::from(DELTA_ROWS) * e; tiles as usize],
             Kernel::Merge => return vec![8.0 * f64::from(DELTA_ROWS) * e * (s.seq_k + 1) as f64; tiles as usize],
             Kernel::MaskBits => return vec![65536.0 * self.cell_workgroups as f64; tiles as usize],
-            Kernel::Maxima | Kernel::GradientMaxima => {
-                let rows = f64::from(MAXIMA_ROWS) * (problem.group() as f64 + 1.0);
-                return vec![4.0 * rows * (d + e); tiles as usize];
+            Kernel::KeyScales | Kernel::QueryScales => {
+                return vec![8.0 * f64::from(DELTA_ROWS) * (d + e); tiles as usize];
             }
             Kernel::DSinkLogits | Kernel::DAlibiSlopes => return vec![32.0 * (s.batch * s.seq_q) as f64],
-            Kernel::Ranges => return vec![0.0],
         };
         let [rows, columns] = self.tile();
         let flops = 2.0 * (rows * columns) as f64 * widths * problem.group() as f64;
@@ -754,11 +738,8 @@ fn axes(pass: &Pass, problem: &Problem, listed: usize) -> ([u64; 3], u64) {
     let (axes, workgroups) = match pass.variant.kernel {
         Kernel::Delta | Kernel::Merge => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
         Kernel::DSinkLogits | Kernel::DAlibiSlopes => ([1, s.heads, 1], 1),
-        Kernel::Ranges => ([1; 3], pass.workgroups as usize),
-        Kernel::Maxima | Kernel::GradientMaxima => {
-            let blocks = s.seq_q.max(s.seq_k).div_ceil(MAXIMA_ROWS as usize);
-            ([s.batch, s.kv_heads, blocks], pass.workgroups as usize)
-        }
+        Kernel::KeyScales => ([s.batch, s.kv_heads, s.seq_k.div_ceil(DELTA_ROWS as usize)], 1),
+        Kernel::QueryScales => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
         Kernel::MaskBits => {
             let axes = problem.options().mask.unwrap_or_default();
             let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
@@ -875,38 +856,10 @@ mod tests {
     impl Simulation<'_> {
         fn run(mut self) {
             for piece in &self.pieces.list {
-                if !matches!(self.pass.variant.kernel, Kernel::Maxima | Kernel::GradientMaxima | Kernel::Ranges) {
-                    assert!(u64::from(piece.grid[0]) * u64::from(piece.grid[1]) >= u64::from(piece.workgroups));
-                    (0..u64::from(piece.workgroups)).for_each(|index| self.workgroup(piece, index));
-                }
+                assert!(u64::from(piece.grid[0]) * u64::from(piece.grid[1]) >= u64::from(piece.workgroups));
+                (0..u64::from(piece.workgroups)).for_each(|index| self.workgroup(piece, index));
             }
-            let kernel = self.pass.variant.kernel;
-            if matches!(kernel, Kernel::Maxima | Kernel::GradientMaxima) {
-                return self.maxima();
-            }
-            if kernel != Kernel::Ranges {
-                assert_eq!(self.done.len() as u64, self.pass.workgroups, "{} of {}", self.pass, self.problem);
-            }
-        }
-
-        /// Every row of every operand belongs to a piece, which has it bound.
-        fn maxima(&self) {
-            let (s, group) = (self.problem.shape(), self.problem.group() as u64);
-            for view in self.views.iter().filter(|view| view.binding.has_width()) {
-                let of_keys = matches!(view.binding, Binding::K | Binding::V);
-                let [seq, group] = if of_keys { [s.seq_k as u64, 1] } else { [s.seq_q as u64, group] };
-                let mut rows = 0;
-                for piece in &self.pieces.list {
-                    let [entries, heads, tiles] = &piece.region.axes;
-                    let [start, end] = [tiles.start, tiles.end].map(|n| (n * u64::from(MAXIMA_ROWS)).min(seq));
-                    let heads = heads.start * group..heads.end * group;
-                    rows += (end - start) * (entries.end - entries.start) * (heads.end - heads.start);
-                    entries.clone().for_each(|entry| {
-                        heads.clone().for_each(|head| self.touch(piece, view.binding, entry, head, start..end));
-                    });
-                }
-                assert_eq!(rows, s.batch as u64 * view.extents[1] * seq);
-            }
+            assert_eq!(self.done.len() as u64, self.pass.workgroups, "{} of {}", self.pass, self.problem);
         }
 
         /// Rows of an operand must lie within what is bound of it.
@@ -950,6 +903,17 @@ mod tests {
                     }
                     self.row_terms(piece, entry, head, rows);
                     self.touch(piece, Binding::SinkPartials, entry, head, tile..tile + 1);
+                }
+                Kernel::KeyScales | Kernel::QueryScales => {
+                    let (tile, place) = (tiles.start + index % len(&tiles), index / len(&tiles));
+                    let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
+                    done([entry, head, tile, 0]);
+                    let (seq, bindings) = match kernel {
+                        Kernel::KeyScales => (s.seq_k, [Binding::K, Binding::V, Binding::KeyScales]),
+                        _ => (s.seq_q, [Binding::Q, Binding::DO, Binding::QueryScales]),
+                    };
+                    let rows = tile * 32..(tile * 32 + 32).min(seq as u64);
+                    bindings.into_iter().for_each(|binding| self.touch(piece, binding, entry, head, rows.clone()));
                 }
                 Kernel::DSinkLogits | Kernel::DAlibiSlopes => {
                     let head = heads.start + index;

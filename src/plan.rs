@@ -11,9 +11,7 @@ use crate::mask::Band;
 use crate::pieces::{DISPATCH_BUDGET, MASK_TILE, dense_views, mask_blocks};
 use crate::problem::{Layout, MaskPacking, Problem, SinkLogits};
 use crate::sequences::Sequence;
-use crate::shader::{
-    Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MAXIMA_PARTS, MicroKernel, RANGED_OPERANDS, Variant,
-};
+use crate::shader::{Binding, DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MicroKernel, Variant};
 use crate::tiles::{self, Tiles};
 use crate::tiling::Tiling;
 use crate::tuning::{Tuning, TuningKey};
@@ -114,7 +112,7 @@ impl Plan {
         let passes = Passes { problem, vec4, optional, capabilities, preference };
         let tiled = passes.of(Kernel::Forward)?;
         let mut all = passes.mask()?;
-        all.extend(passes.ranges(tiled.iter(), Kernel::Maxima)?);
+        all.extend(passes.token_scales(&tiled)?);
         all.extend(tiled);
         Ok(Plan { passes: all })
     }
@@ -152,9 +150,8 @@ impl Plan {
             all.of(Kernel::ExactDelta)?
         };
         let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
-        let tiled = delta.iter().chain(&gradients);
         let mut passes = if optional.mask_bits { Vec::new() } else { all.mask()? };
-        passes.extend(all.ranges(tiled, Kernel::GradientMaxima)?);
+        passes.extend(all.token_scales(delta.iter().chain(&gradients))?);
         passes.extend(delta);
         if options.sink_logits == SinkLogits::PerHead {
             let heads = shape.heads as u128;
@@ -255,8 +252,8 @@ struct Passes<'a> {
 }
 
 impl Passes<'_> {
-    /// The passes of a kernel that has tiles: one of the portable micro-kernel, or one of the cooperative one and one that
-    /// computes again what that cannot.
+    /// The passes of a kernel that has tiles: one of the portable micro-kernel, or one of the cooperative one, one that runs it
+    /// again where columns are not finite, and a portable one that computes rows that see such a column.
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
         let own = self.own(kernel).next();
         // Measured tiles that do not fit are passed over.
@@ -271,8 +268,11 @@ impl Passes<'_> {
             _ => None,
         };
         let Some(pass) = pass else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
+        let variant = Variant { sanitize: true, ..pass.variant };
+        let again = pass.variant.mixes_columns().then_some(Pass { variant, ..pass });
         let repairs = pass.variant.tile().map(|[rows, _]| rows);
-        Ok(vec![pass, self.tiled(kernel, MicroKernel::Portable, repairs)?])
+        let portable = self.tiled(kernel, MicroKernel::Portable, repairs)?;
+        Ok([Some(pass), again, Some(portable)].into_iter().flatten().collect())
     }
 
     /// What packs the boolean mask, where there is one.
@@ -285,20 +285,20 @@ impl Passes<'_> {
         Ok(vec![Pass::plain(Kernel::MaskBits, problem, vec4, optional, workgroups, capabilities)?])
     }
 
-    /// What finds the operands' ranges, where the passes ask for them.
-    fn ranges<'p>(&self, mut passes: impl Iterator<Item = &'p Pass>, maxima: Kernel) -> Result<Vec<Pass>> {
+    /// What finds the token scales that passes ask for.
+    fn token_scales<'p>(&self, passes: impl IntoIterator<Item = &'p Pass>) -> Result<Vec<Pass>> {
         let Passes { problem, vec4, optional, capabilities, .. } = *self;
-        let reads = |pass: &Pass| pass.variant.bindings().iter().any(|(binding, _)| *binding == Binding::Ranges);
-        if !passes.any(reads) {
-            return Ok(Vec::new());
-        }
-        let is_ranged = |binding: &Binding| matches!(binding, Binding::Q | Binding::K | Binding::V | Binding::DO);
-        let bindings = variant(maxima, problem, vec4, optional).bindings();
-        let operands = bindings.iter().filter(|(binding, _)| is_ranged(binding)).count() as u32;
-        let plain = |kernel, workgroups: u32| {
-            Pass::plain(kernel, problem, vec4, optional, u128::from(workgroups), capabilities)
+        let s = problem.shape();
+        let asked: Vec<Binding> = passes.into_iter().filter_map(|pass| pass.variant.column_scales()).collect();
+        let kernels = [
+            (Binding::KeyScales, Kernel::KeyScales, s.kv_heads, s.seq_k),
+            (Binding::QueryScales, Kernel::QueryScales, s.heads, s.seq_q),
+        ];
+        let of = |(_, kernel, heads, rows): (Binding, Kernel, usize, usize)| {
+            let workgroups = (s.batch * heads) as u128 * rows.div_ceil(DELTA_ROWS as usize) as u128;
+            Pass::plain(kernel, problem, vec4, optional, workgroups, capabilities)
         };
-        Ok(vec![plain(maxima, operands * MAXIMA_PARTS)?, plain(Kernel::Ranges, RANGED_OPERANDS)?])
+        kernels.into_iter().filter(|(binding, ..)| asked.contains(binding)).map(of).collect()
     }
 
     /// The caller's tiles for a kernel.
@@ -366,6 +366,10 @@ impl Passes<'_> {
         let Some(matrices) = capabilities.cooperative else {
             return Err(none(format!("{} has no cooperative matrices of f16 with sums in f32", capabilities.name)));
         };
+        if !matrices.is_sound() {
+            let CooperativeMatrices { side, lanes, .. } = matrices;
+            return Err(none(format!("there are no cooperative matrices of side {side} with subgroups of {lanes}")));
+        }
         let width = shape.head_dim.max(shape.value_dim);
         if width > COOPERATIVE_WIDTH {
             let reason = format!("cooperative kernels take widths up to {COOPERATIVE_WIDTH}, not {width}");
@@ -411,17 +415,13 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
     let (shape, options) = (problem.shape(), problem.options());
     // What a kernel does not look at is not part of its variant, so that fewer are compiled.
     let [uses_q, uses_v] = match kernel {
-        Kernel::DSinkLogits | Kernel::DAlibiSlopes | Kernel::Ranges | Kernel::MaskBits => [false, false],
+        Kernel::DSinkLogits | Kernel::DAlibiSlopes | Kernel::MaskBits => [false, false],
         Kernel::Delta | Kernel::Merge => [false, true],
         _ => [true, true],
     };
     let is_tiled = kernel.has_tiles();
     // Which rows of a padded batch count.
-    let reads_used = match kernel {
-        Kernel::Maxima | Kernel::GradientMaxima => true,
-        Kernel::Merge => options.sink_logits != SinkLogits::None,
-        _ => false,
-    };
+    let reads_used = kernel == Kernel::Merge && options.sink_logits != SinkLogits::None;
     Variant {
         kernel,
         micro_kernel: MicroKernel::Portable,
@@ -441,9 +441,8 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
             | Kernel::DBias
             | Kernel::DAlibiSlopes
             | Kernel::MaskBits
-            | Kernel::Maxima
-            | Kernel::GradientMaxima
-            | Kernel::Ranges => SinkLogits::None,
+            | Kernel::KeyScales
+            | Kernel::QueryScales => SinkLogits::None,
             // A logit of zero has no gradient.
             Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
             _ => options.sink_logits,
@@ -465,6 +464,7 @@ fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOper
         tiling: None,
         matrices: None,
         repairs: None,
+        sanitize: false,
     }
 }
 
@@ -486,14 +486,10 @@ impl Pass {
                 (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
             }
             Kernel::Merge => (2 + shape.value_dim.div_ceil(4 * DELTA_LANES as usize)) as u64 * (shape.seq_k as u64 + 1),
-            Kernel::Ranges => 16,
             // Steps of up to 32 keys, or queries, twice.
             Kernel::MaskBits => 4 * (1 + 2 * 32),
-            Kernel::Maxima | Kernel::GradientMaxima => {
-                let width = shape.head_dim.max(shape.value_dim).div_ceil(4);
-                let rows = (shape.batch * shape.heads) as u128 * shape.seq_q.max(shape.seq_k) as u128;
-                let a_thread = (rows * width as u128).div_ceil(u128::from(MAXIMA_PARTS * variant.threads())) + 16;
-                a_thread.try_into().unwrap_or(u64::MAX)
+            Kernel::KeyScales | Kernel::QueryScales => {
+                2 * shape.head_dim.max(shape.value_dim).div_ceil(4 * DELTA_LANES as usize) as u64 + 8
             }
             _ => {
                 let sums_rows = variant.sums_delta() || kernel == Kernel::DAlibiSlopes;
@@ -553,7 +549,8 @@ impl Pass {
             return Err(Error::NoKernel { problem: problem.to_string(), reason });
         }
         let most = u64::from(capabilities.grid_dimension.min(MOST_GRID)).pow(2);
-        let (_, grid) = fold(workgroups.min(most.into()), capabilities.grid_dimension)?;
+        // Without a grid there is none; otherwise the work is cut where it has too many.
+        let (_, grid) = fold(workgroups.min(most.max(1).into()), capabilities.grid_dimension)?;
         let workgroups = workgroups as u64;
         Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
     }
@@ -603,7 +600,7 @@ pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<(usize, [u32; 2])
     work
 }
 
-/// Places for reports of tiles that are to be computed again.
+/// Places for reports of tiles that have rows to compute again.
 pub(crate) fn repair_slots(pass: &Pass, problem: &Problem) -> usize {
     if !problem.has_lengths() {
         return pass.workgroups as usize;
@@ -733,7 +730,7 @@ pub(crate) fn fold(workgroups: u128, most: u32) -> Result<(u32, [u32; 2])> {
         return Err(Error::TooManyWorkgroups { workgroups, most: total });
     }
     let workgroups = workgroups as u32;
-    let y = workgroups.div_ceil(most);
+    let y = workgroups.div_ceil(most.max(1)).max(1);
     Ok((workgroups, [workgroups.div_ceil(y), y]))
 }
 

@@ -396,8 +396,9 @@ impl Problem {
             ("batch", batch, u32::MAX as usize),
             ("heads", heads, u32::MAX as usize),
             ("kv_heads", kv_heads, u32::MAX as usize),
-            ("seq_q", seq_q, MAX_SEQ),
+            // Keys first: where only their number is given, that of queries follows from it.
             ("seq_k", seq_k, MAX_SEQ),
+            ("seq_q", seq_q, MAX_SEQ),
             ("head_dim", head_dim, MAX_WIDTH),
             ("value_dim", value_dim, MAX_WIDTH),
         ];

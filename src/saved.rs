@@ -3,8 +3,8 @@
 //! What is saved has exactly one file. Readers build what a file says, save that again, and take it for damaged unless
 //! every byte is the same: so nothing gets in that was not written so.
 
-use std::collections::HashMap;
-use std::fs;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::path::Path;
 
 use safetensors::tensor::{Metadata, TensorView};
@@ -12,7 +12,7 @@ use safetensors::{Dtype, SafeTensorError};
 
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::files::{checksum, replace};
+use crate::file::{Container, checksum, read_container, replace};
 
 /// A tensor that is to be written.
 pub(crate) struct Tensor {
@@ -54,29 +54,16 @@ pub(crate) fn serialize(
 /// A file that is read.
 pub(crate) struct Reader<'a> {
     what: &'static str,
+    strings: BTreeMap<String, String>,
     index: Metadata,
     data: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
     pub(crate) fn new(what: &'static str, bytes: &'a [u8]) -> Result<Self> {
-        let damaged = |reason| Err(damaged(what, reason));
-        let Some((&length, rest)) = bytes.split_first_chunk() else {
-            return damaged(format!("{} bytes, the length of the header alone takes 8", bytes.len()));
-        };
-        let length = u64::from_le_bytes(length);
-        let Some((header, data)) = usize::try_from(length).ok().and_then(|length| rest.split_at_checked(length)) else {
-            return damaged(format!("the header claims {length} bytes, {} follow its length", rest.len()));
-        };
-        // Not SafeTensors::deserialize, in which offsets near 2^64 overflow (0.8.0).
-        let index: Metadata = match serde_json::from_slice(header) {
-            Ok(index) => index,
-            Err(error) => return damaged(format!("the header: {error}")),
-        };
-        if index.data_len() != data.len() {
-            return damaged(format!("the tensors take {} bytes, {} are there", index.data_len(), data.len()));
-        }
-        Ok(Reader { what, index, data })
+        let Container { strings, index, data } =
+            Container::parse(bytes).map_err(|malformed| damaged(what, malformed.to_string()))?;
+        Ok(Reader { what, strings, index, data })
     }
 
     fn damaged(&self, reason: String) -> Error {
@@ -85,7 +72,7 @@ impl<'a> Reader<'a> {
 
     /// A property.
     pub(crate) fn value(&self, property: &str) -> Result<&str> {
-        let description = self.index.metadata().as_ref().and_then(|metadata| metadata.get(self.what));
+        let description = self.strings.get(self.what);
         let description =
             description.ok_or_else(|| self.damaged(format!("the metadata have no key {:?}", self.what)))?;
         let mut pairs = description.split(' ').filter_map(|pair| pair.split_once('='));
@@ -126,19 +113,21 @@ pub(crate) fn same(what: &'static str, read: &[u8], written: &[u8]) -> Result<()
 
 /// Writes a file whole, or leaves the one that is there.
 pub(crate) fn save(what: &'static str, path: &Path, bytes: &[u8]) -> Result<()> {
+    let failed =
+        |error: io::Error| Error::SavedFile { what, path: path.into(), reason: format!("cannot write: {error}") };
     if cfg!(all(target_family = "wasm", target_os = "unknown")) {
-        // Where there is no process to name a temporary file by, either.
+        // In place of the system's words, which name no way out.
         let reason = "there are no files here; to_safetensors gives the bytes".into();
         return Err(Error::SavedFile { what, path: path.into(), reason });
     }
-    replace(path, bytes).map_err(|error| Error::SavedFile { what, path: path.into(), reason: error.to_string() })
+    replace(path, bytes).map_err(failed)
 }
 
 /// Reads a file; what is damaged is told with its name.
 pub(crate) fn load<R>(what: &'static str, path: &Path, read: impl FnOnce(&[u8]) -> Result<R>) -> Result<R> {
     let failed = |reason: String| Error::SavedFile { what, path: path.into(), reason };
-    let bytes = fs::read(path).map_err(|error| failed(error.to_string()))?;
-    read(&bytes).map_err(|error| match error {
+    let bytes = read_container(path).map_err(|error| failed(format!("cannot read: {error}")))?;
+    read(&bytes.map_err(|malformed| failed(malformed.to_string()))?).map_err(|error| match error {
         Error::SavedDamaged { reason, .. } => failed(reason),
         error => error,
     })

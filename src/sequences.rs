@@ -47,6 +47,9 @@ pub struct Sequence {
     pub band: Band,
 }
 
+/// What messages call [`Lengths::Cumulative`], of queries and of keys.
+pub(crate) const CUMULATIVE: [&str; 2] = ["Lengths::Cumulative { q }", "Lengths::Cumulative { k }"];
+
 /// So many that kernels can count the words of their table.
 const MOST_SEQUENCES: usize = 1 << 27;
 
@@ -71,7 +74,7 @@ fn cumulative(shape: &Shape, options: &Options, q: &[u32], k: &[u32]) -> Result<
         let reason = format!("thd has no batch axis: batch must be 1, not {}", shape.batch);
         return Err(Error::InvalidOption { option: "layout", reason });
     }
-    for (lengths, starts, tokens) in [("cu_seqlens_q", q, shape.seq_q), ("cu_seqlens_k", k, shape.seq_k)] {
+    for (lengths, starts, tokens) in [(CUMULATIVE[0], q, shape.seq_q), (CUMULATIVE[1], k, shape.seq_k)] {
         let invalid = |reason: String| Err(Error::InvalidLengths { lengths, reason });
         let (Some(&first), Some(&last)) = (starts.first(), starts.last()) else {
             return invalid("no numbers; there must be one more than sequences".into());
@@ -91,12 +94,12 @@ fn cumulative(shape: &Shape, options: &Options, q: &[u32], k: &[u32]) -> Result<
     }
     if q.len() > MOST_SEQUENCES {
         let reason = format!("{} numbers, the most is {MOST_SEQUENCES}", q.len());
-        return Err(Error::InvalidLengths { lengths: "cu_seqlens_q", reason });
+        return Err(Error::InvalidLengths { lengths: CUMULATIVE[0], reason });
     }
     if q.len() != k.len() {
-        let reason =
-            format!("{} numbers, cu_seqlens_q has {}; there is one more than sequences in both", k.len(), q.len());
-        return Err(Error::InvalidLengths { lengths: "cu_seqlens_k", reason });
+        let (q, k, of_q) = (q.len(), k.len(), CUMULATIVE[0]);
+        let reason = format!("{k} numbers, {of_q} has {q}; there is one more than sequences in both");
+        return Err(Error::InvalidLengths { lengths: CUMULATIVE[1], reason });
     }
     let ranges = |starts: &[u32], n: usize| (starts[n] as usize, (starts[n + 1] - starts[n]) as usize);
     let sequence = |n| {
@@ -107,7 +110,7 @@ fn cumulative(shape: &Shape, options: &Options, q: &[u32], k: &[u32]) -> Result<
 }
 
 fn used(shape: &Shape, options: &Options, q: Option<&[u32]>, k: Option<&[u32]>) -> Result<Arc<[Sequence]>> {
-    for (lengths, used, most) in [("seqused_q", q, shape.seq_q), ("seqused_k", k, shape.seq_k)] {
+    for (lengths, used, most) in [("Lengths::Used { q }", q, shape.seq_q), ("Lengths::Used { k }", k, shape.seq_k)] {
         let Some(used) = used else { continue };
         if used.len() != shape.batch {
             let reason = format!("{} numbers; the batch has {}", used.len(), shape.batch);

@@ -10,7 +10,7 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use crate::capabilities::CooperativeMatrices;
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::fragments::Fragments;
+use crate::fragments::{Fragments, report_words};
 use crate::problem::{Axes, MaskPacking, SinkLogits};
 use crate::tiles::Tiles;
 use crate::tiling::Tiling;
@@ -47,7 +47,6 @@ const SOURCES: &[(&str, &str)] = &[
     ("head_sums.wgsl", include_str!("../shaders/head_sums.wgsl")),
     ("key_loop.wgsl", include_str!("../shaders/key_loop.wgsl")),
     ("main.wgsl", include_str!("../shaders/main.wgsl")),
-    ("maxima.wgsl", include_str!("../shaders/maxima.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("next_shown.wgsl", include_str!("../shaders/next_shown.wgsl")),
     ("mask_bits.wgsl", include_str!("../shaders/mask_bits.wgsl")),
@@ -61,22 +60,18 @@ const SOURCES: &[(&str, &str)] = &[
     ("portable/exact_delta.wgsl", include_str!("../shaders/portable/exact_delta.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
-    ("ranges.wgsl", include_str!("../shaders/ranges.wgsl")),
     ("repairs.wgsl", include_str!("../shaders/repairs.wgsl")),
+    ("scale.wgsl", include_str!("../shaders/scale.wgsl")),
     ("scores.wgsl", include_str!("../shaders/scores.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
     ("tiled.wgsl", include_str!("../shaders/tiled.wgsl")),
     ("tiled_main.wgsl", include_str!("../shaders/tiled_main.wgsl")),
+    ("token_scales.wgsl", include_str!("../shaders/token_scales.wgsl")),
 ];
 
 /// Rows of a workgroup of the delta kernel, and the threads that load a row together.
 pub(crate) const DELTA_ROWS: u32 = 32;
 pub(crate) const DELTA_LANES: u32 = 8;
-/// Parts in which an operand's largest size is found, and operands there are at most.
-pub(crate) const MAXIMA_PARTS: u32 = DELTA_ROWS * DELTA_LANES;
-pub(crate) const RANGED_OPERANDS: u32 = 4;
-/// Queries and keys that a piece of that search has at least.
-pub(crate) const MAXIMA_ROWS: u32 = 256;
 /// Rows and words of 32 keys of a block of a boolean mask, which is classified as one.
 pub(crate) const MASK_BLOCK_ROWS: u32 = 32;
 pub(crate) const MASK_BLOCK_WORDS: u32 = 2;
@@ -103,12 +98,10 @@ pub enum Kernel {
     DQ,
     /// The gradients by k and v.
     DKv,
-    /// The largest sizes of q, k and v, in parts.
-    Maxima,
-    /// The same for a backward pass, with d_o.
-    GradientMaxima,
-    /// The power of two that brings each operand to the range of halves.
-    Ranges,
+    /// The powers of two that bring each token's keys and values to the range of halves.
+    KeyScales,
+    /// The same for queries and d_o.
+    QueryScales,
     /// The boolean mask in bits, with the classes of its blocks: which hold nothing visible, and which nothing hidden.
     MaskBits,
     /// The gradient by the bias.
@@ -132,9 +125,8 @@ impl Kernel {
             Kernel::DSinkLogits => "d_sink_logits",
             Kernel::DQ => "d_q",
             Kernel::DKv => "d_kv",
-            Kernel::Maxima => "maxima",
-            Kernel::GradientMaxima => "gradient_maxima",
-            Kernel::Ranges => "ranges",
+            Kernel::KeyScales => "key_scales",
+            Kernel::QueryScales => "query_scales",
             Kernel::MaskBits => "mask_bits",
             Kernel::DBias => "d_bias",
             Kernel::DAlibiSlopes => "d_alibi_slopes",
@@ -144,7 +136,7 @@ impl Kernel {
 
     fn template(self) -> String {
         match self {
-            Kernel::GradientMaxima => "maxima.wgsl".into(),
+            Kernel::KeyScales | Kernel::QueryScales => "token_scales.wgsl".into(),
             Kernel::DSinkLogits | Kernel::DAlibiSlopes => "head_sums.wgsl".into(),
             kernel => format!("{}.wgsl", kernel.name()),
         }
@@ -217,8 +209,8 @@ pub(crate) enum Binding {
     RowTerms = 13,
     SinkPartials = 14,
     Repairs = 15,
-    Maxima = 16,
-    Ranges = 17,
+    KeyScales = 16,
+    QueryScales = 17,
     ORest = 18,
     Bias = 19,
     Mask = 20,
@@ -256,8 +248,8 @@ impl Binding {
             Binding::RowTerms => "row_terms",
             Binding::SinkPartials => "sink_partials",
             Binding::Repairs => "repairs",
-            Binding::Maxima => "maxima",
-            Binding::Ranges => "ranges",
+            Binding::KeyScales => "key_scales",
+            Binding::QueryScales => "query_scales",
             Binding::ORest => "o_rest",
             Binding::Bias => "bias",
             Binding::Mask => "mask",
@@ -338,8 +330,11 @@ pub struct Variant {
     pub tiling: Option<Tiling>,
     /// The device's cooperative matrices, for a cooperative kernel.
     pub matrices: Option<CooperativeMatrices>,
-    /// Computes only what a cooperative kernel with so many rows in a tile has reported.
+    /// Computes only rows that a cooperative kernel with so many rows in a tile has reported.
     pub repairs: Option<u32>,
+    /// A cooperative kernel's second run, of the tiles that its first has reported: with zeros in place of columns that are not
+    /// finite, so that these reach no row that does not see them.
+    pub sanitize: bool,
 }
 
 impl Variant {
@@ -370,8 +365,8 @@ impl Variant {
     /// The operands this variant binds, with whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         use Binding::{
-            AlibiMoments, AlibiSlopes, Bias, DAlibiSlopes, DBias, DK, DLse, DO, DQ, DSinkLogits, DV, K, Lse, Mask,
-            MaskBits, Maxima, O, ORest, Params, Q, Ranges, Repairs, RowTerms, Sequences, SinkLogits as Sinks,
+            AlibiMoments, AlibiSlopes, Bias, DAlibiSlopes, DBias, DK, DLse, DO, DQ, DSinkLogits, DV, K, KeyScales, Lse,
+            Mask, MaskBits, O, ORest, Params, Q, QueryScales, Repairs, RowTerms, Sequences, SinkLogits as Sinks,
             SinkPartials, States, StatesLse, StatesRest, V,
         };
         let per_head = self.sink_logits == SinkLogits::PerHead;
@@ -391,10 +386,8 @@ impl Variant {
             Kernel::DBias => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DBias]),
             Kernel::DAlibiSlopes => (&[Params, AlibiMoments], &[DAlibiSlopes]),
             Kernel::MaskBits => (&[Params, Mask], &[MaskBits]),
-            Kernel::Maxima => (&[Params, Q, K, V, Sequences], &[Maxima]),
-            Kernel::GradientMaxima if self.dtype == DType::F16 => (&[Params, V, DO, Sequences], &[Maxima]),
-            Kernel::GradientMaxima => (&[Params, Q, K, V, DO, Sequences], &[Maxima]),
-            Kernel::Ranges => (&[Params, Maxima], &[Ranges]),
+            Kernel::KeyScales => (&[Params, K, V], &[KeyScales]),
+            Kernel::QueryScales => (&[Params, Q, DO], &[QueryScales]),
             Kernel::Merge => (&[Params, States, StatesRest, StatesLse, Sinks, Sequences], &[O, ORest, Lse]),
         };
         let present = |binding: &Binding| match binding {
@@ -411,18 +404,19 @@ impl Variant {
         let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
         let cooperative = self.fragments().is_some();
         let repairs = (cooperative || self.repairs.is_some()).then_some((Repairs, cooperative));
-        let ranges = (!self.ranged().is_empty()).then_some((Ranges, false));
-        all.filter(|(b, _)| present(b)).chain(ranges).chain(repairs).collect()
+        let scales = self.column_scales().map(|binding| (binding, false));
+        all.filter(|(b, _)| present(b)).chain(scales).chain(repairs).collect()
     }
 
-    /// Operands whose range a cooperative kernel reads: all in bf16, which has more than f16; else those that bound d_s.
-    fn ranged(&self) -> &'static [&'static str] {
-        match (self.fragments().is_some(), self.kernel, self.dtype) {
-            (true, Kernel::Forward, DType::Bf16) => &["q", "k", "v"],
-            (true, _, DType::Bf16) => &["q", "k", "v", "d_o"],
-            (true, Kernel::DQ | Kernel::DKv, _) => &["v", "d_o"],
-            _ => &[],
-        }
+    /// The token scales of the columns that a cooperative kernel reads: in bf16, which has more range than f16.
+    pub(crate) fn column_scales(&self) -> Option<Binding> {
+        let needs = self.fragments().is_some() && self.dtype == DType::Bf16;
+        needs.then_some(if self.kernel == Kernel::DKv { Binding::QueryScales } else { Binding::KeyScales })
+    }
+
+    /// Whether a hidden column that is not finite spoils rows that do not see it: where a product with zero weights sums columns.
+    pub(crate) fn mixes_columns(&self) -> bool {
+        self.fragments().is_some() && self.kernel != Kernel::ExactDelta
     }
 
     /// Whether the sink logits' gradient is summed from delta: the kernel that computed it has left no sums of rows.
@@ -449,7 +443,7 @@ impl Variant {
     pub fn workgroup_bytes(&self) -> u32 {
         let (d, e) = (self.head_dim, self.value_dim);
         match (self.fragments(), self.tiles()) {
-            (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, d, e),
+            (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, self.dtype, d, e),
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
             _ if self.kernel == Kernel::MaskBits => 16 + 4 * MASK_BLOCK_ROWS * MASK_STEP_WORDS,
             _ if self.kernel == Kernel::Merge => 16,
@@ -497,6 +491,7 @@ impl Variant {
             ("_bits", self.mask_packing == MaskPacking::Bits),
             ("_lengths", self.lengths),
             ("_packed", self.packed),
+            ("_sanitize", self.sanitize),
         ] {
             name.push_str(if there { part } else { "" });
         }
@@ -535,6 +530,7 @@ impl Variant {
         let rows_are_keys = self.kernel == Kernel::DKv;
         let here = if self.lengths { "here, " } else { "" };
         let classes = format!("{here}{}class_base", if cooperative { "&classes, " } else { "" });
+        let repair_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
         let mut context = context! {
             cooperative,
             repairs => self.repairs,
@@ -548,7 +544,7 @@ impl Variant {
                 },
                 type => match (b, b.width(self), self.vec4) {
                     (Binding::Params, ..) => "Params",
-                    (Binding::RowTerms, ..) => "array<vec2<f32>>",
+                    (Binding::RowTerms | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
                     (Binding::Repairs | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
                     (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
                     (_, None, _) => "array<f32>",
@@ -588,7 +584,7 @@ impl Variant {
             modified => self.softcap || self.alibi || self.bias.is_some(),
             hides => self.mask || self.bias.is_some(),
             // The cooperative kernels cap scores on their way to the exponential: what remains is formed in full.
-            formed => self.alibi || self.bias.is_some(),
+            formed => self.alibi || self.bias.is_some() || (self.kernel == Kernel::Forward && self.column_scales().is_some()),
             lengths => self.lengths,
             // Where the numbers of a sequence stand: for what decides on pairs, and on tiles.
             sequence => if self.lengths { "sequence" } else { "params" },
@@ -612,14 +608,16 @@ impl Variant {
             mask_block_words => MASK_BLOCK_WORDS,
             mask_group => MASK_GROUP,
             mask_step_words => MASK_STEP_WORDS,
-            repair_rows => self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows())),
+            repair_rows,
+            report_words => repair_rows.map(report_words),
+            // What the maximum of the softmax is multiplied with: in bf16 token scales have made scores of products.
+            score_size => if self.column_scales().is_some() { "1.0" } else { "params.scale_size" },
+            column_scales => self.column_scales().map(Binding::name),
+            sanitize => self.sanitize,
             of_tiles => self.kernel == Kernel::DSinkLogits && !self.sums_delta(),
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,
             threads => self.threads(),
-            maxima_parts => MAXIMA_PARTS,
-            maxima_rows => MAXIMA_ROWS,
-            range_slots => BTreeMap::from([("q", 0), ("k", 1), ("v", 2), ("d_o", 3)]),
         };
         if let Some(t) = self.tiles() {
             let accumulator_quads: BTreeMap<&str, u32> =
@@ -668,11 +666,9 @@ impl Variant {
                 fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
                 strip_row => f.strip_row(),
                 weight_row => f.weight_row(),
-                statistic_shares => f.tile_columns().div_ceil(f.threads()),
-                ranged => self.ranged().to_vec(),
+                term_shares => f.tile_columns().div_ceil(f.threads()),
+                column_terms => f.column_terms(self.kernel, self.dtype),
                 signed => if self.kernel == Kernel::DKv { "k" } else { "q" },
-                // Halves hold 2^15.
-                d_s_bound => format!("{:e}", (-16.0 - f32::from(self.value_dim as u16).log2().ceil()).exp2()),
                 staged => staged.to_vec(),
                 fragments, staged_rows, staged_quads, staged_shares,
                 ..context
@@ -700,6 +696,12 @@ fn environment() -> Result<&'static Environment<'static>, minijinja::Error> {
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     for &(name, source) in SOURCES {
+        // DEVONLY
+        if let Some(dir) = std::env::var_os("SA_SHADERS") {
+            let text = std::fs::read_to_string(std::path::Path::new(&dir).join(name)).unwrap_or_default();
+            environment.add_template_owned(name, text)?;
+            continue;
+        }
         environment.add_template(name, source)?;
     }
     Ok(ENVIRONMENT.get_or_init(|| environment))

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::capabilities::Capabilities;
+use crate::capabilities::{Capabilities, CooperativeMatrices};
 use crate::fragments;
 use crate::plan::Pass;
 use crate::problem::Problem;
@@ -80,7 +80,7 @@ const SUBGROUPS: u32 = 16;
 const ROWS: u32 = 4;
 
 fn cooperative(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiling> {
-    let Some(matrices) = capabilities.cooperative else { return Vec::new() };
+    let Some(matrices) = capabilities.cooperative.filter(CooperativeMatrices::is_sound) else { return Vec::new() };
     let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, vec4, capabilities, *tiling).ok();
     let table =
         fragments::candidates(kernel, problem, matrices, capabilities.class).map(|fragments| fragments.tiling());

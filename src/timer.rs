@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use crate::cache::{Step, StepPass};
 use crate::device::Device;
 use crate::error::{Error, Result};
 
@@ -126,13 +127,28 @@ impl Timer {
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
     pub fn time(&self, runs: usize, encode: impl Fn(&mut wgpu::ComputePass<'_>)) -> Result<Vec<Duration>> {
+        self.times(runs, &|pass| encode(pass.pass()), &|step| {
+            step.submit_unscoped();
+            Ok(())
+        })
+    }
+
+    /// As [`time`](Self::time) for passes with caches: each run is a [`Step`].
+    ///
+    /// # Errors
+    /// As [`time`](Self::time), and those of [`Step::submit`].
+    pub fn time_steps(&self, runs: usize, encode: impl Fn(&mut StepPass<'_>)) -> Result<Vec<Duration>> {
+        self.times(runs, &encode, &|step| step.submit().map(|_| ()))
+    }
+
+    fn times(&self, runs: usize, encode: &Encode<'_>, submit: &Submit<'_>) -> Result<Vec<Duration>> {
         let Some(timestamps) = &self.timestamps else {
-            return (0..runs).map(|_| self.wall(&encode)).collect();
+            return (0..runs).map(|_| self.wall(encode, submit)).collect();
         };
         let mut times = Vec::with_capacity(runs);
         while times.len() < runs {
             let count = (runs - times.len()).min(BATCH as usize) as u32;
-            times.extend(self.batch(timestamps, count, &encode)?);
+            times.extend(self.batch(timestamps, count, encode, submit)?);
         }
         Ok(times)
     }
@@ -143,21 +159,21 @@ impl Timer {
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
     pub fn measure(&self, runs: usize, most: Duration, encode: impl Fn(&mut wgpu::ComputePass<'_>)) -> Result<Series> {
-        // The first run may hold what the driver had put off.
-        let first = self.time(2, &encode)?;
-        let once = first.last().copied().unwrap_or_default().as_secs_f64().max(1e-6);
-        if once < 1.0 {
-            self.time((WARM_UP.as_secs_f64() / once).min(WARM_UP_RUNS) as usize, &encode)?;
-        }
-        let fitting = (most.as_secs_f64() / once) as usize;
-        let times = self.time(runs.min(fitting).max(3), &encode)?;
-        Series::new(times).ok_or(Error::Gpu { during: "timing", message: "no run was timed".into() })
+        measured(runs, most, |runs| self.time(runs, &encode))
     }
 
-    fn wall(&self, encode: impl Fn(&mut wgpu::ComputePass<'_>)) -> Result<Duration> {
+    /// As [`measure`](Self::measure) for passes with caches: each run is a [`Step`].
+    ///
+    /// # Errors
+    /// As [`measure`](Self::measure), and those of [`Step::submit`].
+    pub fn measure_steps(&self, runs: usize, most: Duration, encode: impl Fn(&mut StepPass<'_>)) -> Result<Series> {
+        measured(runs, most, |runs| self.time_steps(runs, &encode))
+    }
+
+    fn wall(&self, encode: &Encode<'_>, submit: &Submit<'_>) -> Result<Duration> {
         self.scoped(|| {
             let start = Instant::now();
-            self.submit(None, &encode);
+            self.submit(None, encode, submit)?;
             self.wait().map(|()| start.elapsed())
         })?
     }
@@ -166,7 +182,8 @@ impl Timer {
         &self,
         timestamps: &Timestamps,
         runs: u32,
-        encode: impl Fn(&mut wgpu::ComputePass<'_>),
+        encode: &Encode<'_>,
+        submit: &Submit<'_>,
     ) -> Result<Vec<Duration>> {
         let Timestamps { queries, resolved, read } = timestamps;
         let ticks = self.scoped(|| {
@@ -176,7 +193,7 @@ impl Timer {
                     beginning_of_pass_write_index: Some(2 * run),
                     end_of_pass_write_index: Some(2 * run + 1),
                 };
-                self.submit(Some(writes), &encode);
+                self.submit(Some(writes), encode, submit)?;
             }
             let mut encoder = self.device.wgpu().create_command_encoder(&Default::default());
             encoder.resolve_query_set(queries, 0..2 * runs, resolved, 0);
@@ -202,12 +219,13 @@ impl Timer {
     fn submit(
         &self,
         timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
-        encode: impl Fn(&mut wgpu::ComputePass<'_>),
-    ) {
-        let mut encoder = self.device.wgpu().create_command_encoder(&Default::default());
+        encode: &Encode<'_>,
+        submit: &Submit<'_>,
+    ) -> Result<()> {
+        let mut step = Step::new(&self.device);
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention timed"), timestamp_writes };
-        encode(&mut encoder.begin_compute_pass(&descriptor));
-        self.device.queue().submit([encoder.finish()]);
+        encode(&mut step.begin_compute_pass(&descriptor));
+        submit(step)
     }
 
     fn wait(&self) -> Result<()> {
@@ -217,6 +235,21 @@ impl Timer {
     fn scoped<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
         pollster::block_on(self.device.scoped("timing", work))
     }
+}
+
+type Encode<'a> = dyn Fn(&mut StepPass<'_>) + 'a;
+type Submit<'a> = dyn Fn(Step) -> Result<()> + 'a;
+
+fn measured(runs: usize, most: Duration, time: impl Fn(usize) -> Result<Vec<Duration>>) -> Result<Series> {
+    // The first run may hold what the driver had put off.
+    let first = time(2)?;
+    let once = first.last().copied().unwrap_or_default().as_secs_f64().max(1e-6);
+    if once < 1.0 {
+        time((WARM_UP.as_secs_f64() / once).min(WARM_UP_RUNS) as usize)?;
+    }
+    let fitting = (most.as_secs_f64() / once) as usize;
+    let times = time(runs.min(fitting).max(3))?;
+    Series::new(times).ok_or_else(|| failed("no run was timed".into()))
 }
 
 fn failed(message: String) -> Error {

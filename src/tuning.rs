@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use crate::element::DType;
 use crate::error::{Error, Result};
+use crate::file;
 use crate::problem::Problem;
 use crate::shader::Kernel;
 use crate::tiling::Tiling;
@@ -15,6 +16,8 @@ use crate::tiling::Tiling;
 pub const TUNING_VARIABLE: &str = "SINK_ATTENTION_TUNING";
 
 const FIRST_LINE: &str = "sink-attention tuning 1";
+/// A file of every entry there can be has some 20 KiB; the rest is for remarks.
+const MOST_BYTES: u64 = 1 << 20;
 /// Widths up to each of these share tiles.
 const WIDTHS: [u32; 4] = [32, 64, 128, 256];
 /// Fewer queries than this are decoding, which no class stands for.
@@ -164,7 +167,8 @@ impl Tuning {
     /// [`Error::TuningFile`] with the path and, where the file can be read, the line.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let failed = |reason: String| Error::TuningFile { path: path.as_ref().into(), reason };
-        let text = std::fs::read_to_string(&path).map_err(|error| failed(error.to_string()))?;
+        let bytes = file::read(&path, MOST_BYTES).map_err(|error| failed(format!("cannot read: {error}")))?;
+        let text = String::from_utf8(bytes).map_err(|_| failed("it is not text in UTF-8".into()))?;
         text.parse().map_err(|error: TuningError| failed(error.to_string()))
     }
 

@@ -1,15 +1,14 @@
 //! Caches on the GPU and on the CPU against the dense reference.
 
-use crate::common::buffers::submit;
-use crate::common::caches::{Both, append_on, config, decode_on, filled, read, rotary_table, turned};
+use crate::common::caches::{Both, append_on, config, decode_on, filled, read, rotary_table, step_on, submit, turned};
 use crate::common::{compare, gpu, with_others};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
     AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, ForwardBuffers, Layout,
-    Lengths, Options, Prefill, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Window,
-    cpu,
+    Lengths, Options, Prefill, Problem, Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling,
+    RotaryStyle, Shape, SinkLogits, Window, Yarn, cpu,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 300 };
@@ -53,11 +52,11 @@ fn quantised_rows() {
     let quantisation = Some(Quantisation::Q8_0);
     let rotary = rotary(40, RotaryStyle::HalfSplit, RotaryPositions::Absolute);
     let options = Options::new().causal(true);
-    grows::<f32>(CacheConfig { quantisation, ..config::<f32>(CONTIGUOUS, 2, [64, 64]) }, 8, options);
-    grows::<f32>(CacheConfig { quantisation, rotary, ..config::<f32>(ROLLING, 1, [40, 33]) }, 2, options);
-    grows::<f16>(CacheConfig { quantisation, ..config::<f16>(PAGED, 1, [96, 5]) }, 1, options);
+    grows::<f32>(config::<f32>(CONTIGUOUS, 2, [64, 64]).quantisation(quantisation), 8, options);
+    grows::<f32>(config::<f32>(ROLLING, 1, [40, 33]).quantisation(quantisation).rotary(rotary), 2, options);
+    grows::<f16>(config::<f16>(PAGED, 1, [96, 5]).quantisation(quantisation), 1, options);
     // Scales of more than eight blocks.
-    let mut both = Both::<bf16>::new(CacheConfig { quantisation, ..config::<bf16>(LARGE_PAGES, 1, [300, 260]) });
+    let mut both = Both::<bf16>::new(config::<bf16>(LARGE_PAGES, 1, [300, 260]).quantisation(quantisation));
     both.append(&[70, 0, 1]);
     both.check(&Decode::new(2, options.dtype(DType::Bf16)));
 }
@@ -66,7 +65,7 @@ fn quantised_rows() {
 #[test]
 fn sizes_of_quantised_numbers() {
     let quantisation = Some(Quantisation::Q8_0);
-    let config = CacheConfig { sequences: 1, quantisation, ..config::<f32>(CONTIGUOUS, 1, [4, 64]) };
+    let config = config::<f32>(CONTIGUOUS, 1, [4, 64]).sequences(1).quantisation(quantisation);
     let mut on_cpu = cpu::KvCache::new(&config).unwrap();
     for (size, whole) in [
         (1.0, true),
@@ -116,7 +115,7 @@ fn narrow_and_uneven_widths() {
 fn wide_heads() {
     // One sequence: these kernels take long to build in software.
     fn once<T: Element>(kind: CacheKind, widths: [usize; 2], heads: usize) {
-        let mut both = Both::<T>::new(CacheConfig { sequences: 1, ..config::<T>(kind, 1, widths) });
+        let mut both = Both::<T>::new(config::<T>(kind, 1, widths).sequences(1));
         both.append(&[75]);
         both.check(&Decode::new(heads, Options::new().dtype(T::DTYPE)));
     }
@@ -231,8 +230,8 @@ fn keys_are_rotated_as_they_are_appended() {
     ];
     for (kind, width, rotary) in cases {
         let options = Options::new().causal(true);
-        grows::<f32>(CacheConfig { rotary, ..config::<f32>(kind, 2, [width, 8]) }, 2, options);
-        let mut both = Both::<f16>::new(CacheConfig { rotary, ..config::<f16>(kind, 1, [width + 1, 8]) });
+        grows::<f32>(config::<f32>(kind, 2, [width, 8]).rotary(rotary), 2, options);
+        let mut both = Both::<f16>::new(config::<f16>(kind, 1, [width + 1, 8]).rotary(rotary));
         both.append(&[20, 0, 1]);
         both.check(&Decode::new(2, options.dtype(DType::F16)));
     }
@@ -248,8 +247,8 @@ fn keys_are_rotated_as_they_are_read() {
         (16, rotary(6, RotaryStyle::Interleaved, CacheRelative)),
     ];
     for (width, rotary) in cases {
-        let mut both = Both::<f32>::new(CacheConfig { rotary, ..config::<f32>(kind, 1, [width, 8]) });
-        let mut half = Both::<bf16>::new(CacheConfig { rotary, ..config::<bf16>(kind, 1, [width, 8]) });
+        let mut both = Both::<f32>::new(config::<f32>(kind, 1, [width, 8]).rotary(rotary));
+        let mut half = Both::<bf16>::new(config::<bf16>(kind, 1, [width, 8]).rotary(rotary));
         for tokens in [[3, 25, 0], [30, 1, 1], [1, 1, 1]] {
             both.append(&tokens);
             both.check(&Decode::new(2, Options::new()));
@@ -259,9 +258,28 @@ fn keys_are_rotated_as_they_are_read() {
     }
 }
 
+/// The table of a model that another implementation has recorded, YaRN's: `examples/gpt_oss_layer`.
+#[test]
+fn yarn_is_as_recorded() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpt_oss_tiny");
+    let file = std::fs::read(folder.join("expected.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let recorded = |name| bytemuck::pod_collect_to_vec::<u8, f32>(file.tensor(name).unwrap().data());
+    let (cos, sin) = (recorded("rope_cos"), recorded("rope_sin"));
+    let expected: Vec<f32> = cos.chunks(16).zip(sin.chunks(16)).flat_map(|(cos, sin)| [cos, sin].concat()).collect();
+    // As in its config.json.
+    let yarn = Yarn::new(8.0, 512.0).truncate(false);
+    let frequencies = RotaryFrequencies::new(150_000.0).scaling(RotaryScaling::Yarn(yarn));
+    compare(&frequencies.table(32, 75).unwrap(), &expected, 1e-6).unwrap();
+    for other in [yarn.truncate(true), yarn.attention_factor(1.0), Yarn::new(4.0, 512.0).truncate(false)] {
+        let frequencies = frequencies.scaling(RotaryScaling::Yarn(other));
+        assert!(compare(&frequencies.table(32, 75).unwrap(), &expected, 1e-4).is_err(), "{other:?}");
+    }
+}
+
 /// q in the same pass, on both devices.
 fn rotates_q<T: Element>(kind: CacheKind, width: usize, rotary: Rotary, places: [usize; 4], bound: f64) {
-    let config = CacheConfig { rotary: Some(rotary), sequences: 2, ..config::<T>(kind, 1, [width, 4]) };
+    let config = config::<T>(kind, 1, [width, 4]).rotary(rotary).sequences(2);
     let table = rotary_table(&rotary, 100);
     let relative = rotary.positions == RotaryPositions::CacheRelative;
     let numbers = |n: usize| T::narrow((0..n).map(|n| ((n * 37 % 101) as f32 - 50.0) / 30.0).collect());
@@ -288,7 +306,7 @@ fn rotates_q<T: Element>(kind: CacheKind, width: usize, rotary: Rotary, places: 
     let buffers =
         AppendBuffers { q: Some(((&q).into(), heads)), cos_sin: Some(&cos_sin), ..AppendBuffers::new(&k, &v) };
     let append = cache.prepare_append(&tokens, &buffers).unwrap();
-    submit(device, |encoder| append.encode(&mut cache, encoder).unwrap());
+    submit(device, |step| append.encode(&mut cache, step).unwrap());
     compare(&read::<T>(device, &q, 4 * heads * width), &expected, bound).unwrap();
 }
 
@@ -311,7 +329,7 @@ fn queries_are_rotated_in_the_same_pass() {
 fn what_is_hidden_may_be_nan() {
     let Some(attention) = gpu() else { return };
     let device = attention.device().unwrap();
-    let config = CacheConfig { sequences: 1, ..config::<f32>(CONTIGUOUS, 1, [4, 4]) };
+    let config = config::<f32>(CONTIGUOUS, 1, [4, 4]).sequences(1);
     let mut cache = attention.create_cache(&config).unwrap();
     let [one, nan] = [[1f32; 4], [f32::NAN; 4]];
     let append = |cache: &mut _, rows: &[[f32; 4]]| {
@@ -319,7 +337,7 @@ fn what_is_hidden_may_be_nan() {
     };
     append(&mut cache, &[one; 20]);
     append(&mut cache, &[nan; 9]);
-    submit(device, |encoder| cache.truncate(encoder, 0, 20).unwrap());
+    submit(device, |step| cache.truncate(step, 0, 20).unwrap());
     let decode = Decode::new(1, Options::new().causal(true));
     let output = decode_on(device, &cache, &decode, &one, [4, 1], None, None).unwrap();
     assert_eq!(output.o, one, "behind the end");
@@ -381,35 +399,35 @@ fn large_blocks_are_copied_in_pieces() {
 fn pages_of_the_callers_choice() {
     let Some(attention) = gpu() else { return };
     let device = attention.device().unwrap();
-    let config = CacheConfig { sequences: 2, ..config::<f32>(PAGED, 1, [4, 4]) };
+    let config = config::<f32>(PAGED, 1, [4, 4]).sequences(2);
     let mut cache = attention.create_cache(&config).unwrap();
-    submit(device, |encoder| cache.assign(encoder, 0, &[50, 3], 0).unwrap());
+    submit(device, |step| cache.assign(step, 0, &[50, 3], 0).unwrap());
     let rows: Vec<f32> = (0..80).map(|n| (n / 4) as f32).collect();
     append_on(device, &mut cache, &[20, 0], &[0.0; 80], &rows, None).unwrap();
     assert_eq!(cache.pages(0), [50, 3]);
     assert_eq!(cache.free_pages(), 58);
     // The second page alone, with the tokens 16 to 19.
-    submit(device, |encoder| cache.assign(encoder, 1, &[3], 4).unwrap());
+    submit(device, |step| cache.assign(step, 1, &[3], 4).unwrap());
     let decode = Decode::new(1, Options::new());
     let output = decode_on(device, &cache, &decode, &[1.0; 8], [8, 2], None, None).unwrap();
     compare(&output.o, &[9.5, 9.5, 9.5, 9.5, 17.5, 17.5, 17.5, 17.5], 1e-6).unwrap();
 
-    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-    let error = cache.assign(&mut encoder, 0, &[60], 1).unwrap_err();
+    let mut step = step_on(device);
+    let error = cache.assign(&mut step, 0, &[60], 1).unwrap_err();
     assert!(matches!(error, Error::PageOutOfRange { page: 60, pages: 60 }), "{error}");
-    let error = cache.assign(&mut encoder, 0, &[1], 17).unwrap_err();
+    let error = cache.assign(&mut step, 0, &[1], 17).unwrap_err();
     assert!(matches!(error, Error::CacheLength { sequence: 0, length: 17, most: 16 }), "{error}");
-    let error = cache.assign(&mut encoder, 2, &[1], 1).unwrap_err();
+    let error = cache.assign(&mut step, 2, &[1], 1).unwrap_err();
     assert!(matches!(error, Error::SequenceOutOfRange { sequence: 2, sequences: 2 }), "{error}");
     assert_eq!(cache.pages(0), [50, 3]);
 }
 
 #[test]
-fn many_steps_in_one_encoder() {
+fn many_tokens_in_one_step() {
     let Some(attention) = gpu() else { return };
     let device = attention.device().unwrap();
     for kind in [CONTIGUOUS, PAGED, CacheKind::Rolling { sink_tokens: 1, window: 6, queries: 1 }] {
-        let config = CacheConfig { sequences: 2, ..config::<f32>(kind, 1, [4, 4]) };
+        let config = config::<f32>(kind, 1, [4, 4]).sequences(2);
         let mut cache = attention.create_cache(&config).unwrap();
         let mut on_cpu = cpu::KvCache::new(&config).unwrap();
         let k: Vec<f32> = (0..8).map(|n| n as f32 / 5.0).collect();
@@ -417,11 +435,11 @@ fn many_steps_in_one_encoder() {
         let v = filled(device, &k);
         let append = cache.prepare_append(&[1, 1], &AppendBuffers::new(&kv, &v)).unwrap();
         let decode = Decode::new(1, Options::new().sink_logits(SinkLogits::OffByOne));
-        let step = cache.prepare_decode(&decode, &DecodeBuffers::new(&q, &o, &lse)).unwrap();
-        submit(device, |encoder| {
+        let prepared = cache.prepare_decode(&decode, &DecodeBuffers::new(&q, &o, &lse)).unwrap();
+        submit(device, |step| {
             for _ in 0..35 {
-                append.encode(&mut cache, encoder).unwrap();
-                step.encode(&cache, encoder).unwrap();
+                append.encode(&mut cache, step).unwrap();
+                prepared.encode(&cache, step).unwrap();
             }
         });
         for _ in 0..35 {
@@ -438,7 +456,7 @@ fn many_steps_in_one_encoder() {
 fn prompts_in_chunks_by_the_forward_pass() {
     let Some(attention) = gpu() else { return };
     let device = attention.device().unwrap();
-    let config = CacheConfig { sequences: 2, ..config::<f32>(CacheKind::Contiguous { capacity: 64 }, 1, [8, 8]) };
+    let config = config::<f32>(CacheKind::Contiguous { capacity: 64 }, 1, [8, 8]).sequences(2);
     let mut cache = attention.create_cache(&config).unwrap();
     let mut on_cpu = cpu::KvCache::new(&config).unwrap();
     let numbers = |n: usize| (0..n).map(|n| ((n * 53 % 97) as f32 - 48.0) / 40.0).collect::<Vec<_>>();
@@ -454,7 +472,7 @@ fn prompts_in_chunks_by_the_forward_pass() {
     let [q, o, lse] = [numbers(2 * 16 * 2 * 8), vec![0.0; 2 * 16 * 2 * 8], vec![0.0; 64]].map(|x| filled(device, &x));
     let [k, v] = cache.views().unwrap();
     let forward = attention.prepare_forward(&problem, &ForwardBuffers::new(&q, k, v, &o, &lse)).unwrap();
-    submit(device, |encoder| forward.encode(encoder));
+    submit(device, |step| forward.encode(step.encoder()));
     let decode = Decode::new(2, options).queries(16);
     let expected = on_cpu.decode(&decode, &numbers(2 * 16 * 2 * 8), None, None).unwrap();
     compare(&read::<f32>(device, &o, 512), &expected.o, 1e-5).unwrap();

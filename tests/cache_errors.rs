@@ -2,7 +2,7 @@
 
 use crate::common;
 use crate::common::buffers::gpu_with;
-use crate::common::caches::{Both, append_on, config, decode_on, filled};
+use crate::common::caches::{Both, append_on, config, decode_on, filled, step_on};
 use crate::common::gpu;
 use sink_attention::cpu::PrefillOperands;
 use sink_attention::half::f16;
@@ -34,40 +34,32 @@ fn configs() {
     let paged = |page_size, pages, sequence_pages| CacheKind::Paged { page_size, pages, sequence_pages };
     let rolling = |window, queries| CacheKind::Rolling { sink_tokens: 1, window, queries };
     for (config, text) in [
-        (CacheConfig { sequences: 0, ..good }, "sequences is 0"),
-        (CacheConfig { kv_heads: 0, ..good }, "kv_heads is 0"),
-        (CacheConfig { head_dim: 513, ..good }, "head_dim is 513, the most is 512"),
-        (CacheConfig { value_dim: 0, ..good }, "value_dim is 0"),
-        (CacheConfig { kind: CacheKind::Contiguous { capacity: 0 }, ..good }, "capacity is 0"),
-        (CacheConfig { kind: CacheKind::Contiguous { capacity: usize::MAX }, ..good }, "the most is 536870912"),
-        (CacheConfig { kind: CacheKind::Contiguous { capacity: 1 << 29 }, ..good }, "reaches element"),
-        (CacheConfig { kind: paged(24, 4, 4), ..good }, "24; it must be a power of two from 16 up"),
-        (CacheConfig { kind: paged(8, 4, 4), ..good }, "8; it must be a power of two from 16 up"),
-        (CacheConfig { kind: paged(16, 0, 4), ..good }, "pages is 0"),
-        (CacheConfig { kind: paged(16, 4, 0), ..good }, "sequence_pages is 0"),
-        (CacheConfig { kind: rolling(0, 1), ..good }, "window is 0"),
-        (CacheConfig { kind: rolling(5, 0), ..good }, "queries is 0"),
-        (CacheConfig { kind: rolling(5, 17), ..good }, "queries is 17, the most is 16"),
+        (good.sequences(0), "sequences is 0"),
+        (good.kv_heads(0), "kv_heads is 0"),
+        (good.head_dim(513), "head_dim is 513, the most is 512"),
+        (good.value_dim(0), "value_dim is 0"),
+        (good.kind(CacheKind::Contiguous { capacity: 0 }), "capacity is 0"),
+        (good.kind(CacheKind::Contiguous { capacity: usize::MAX }), "the most is 536870912"),
+        (good.kind(CacheKind::Contiguous { capacity: 1 << 29 }), "reaches element"),
+        (good.kind(paged(24, 4, 4)), "24; it must be a power of two from 16 up"),
+        (good.kind(paged(8, 4, 4)), "8; it must be a power of two from 16 up"),
+        (good.kind(paged(16, 0, 4)), "pages is 0"),
+        (good.kind(paged(16, 4, 0)), "sequence_pages is 0"),
+        (good.kind(rolling(0, 1)), "window is 0"),
+        (good.kind(rolling(5, 0)), "queries is 0"),
+        (good.kind(rolling(5, 17)), "queries is 17, the most is 16"),
         (
-            CacheConfig { kind: CacheKind::Rolling { sink_tokens: usize::MAX, window: 1, queries: 1 }, ..good },
+            good.kind(CacheKind::Rolling { sink_tokens: usize::MAX, window: 1, queries: 1 }),
             "sink_tokens is 18446744073709551615",
         ),
-        (CacheConfig { rotary: rotary(0, Absolute), ..good }, "0 features of 8"),
-        (CacheConfig { rotary: rotary(7, Absolute), ..good }, "7 features of 8"),
-        (CacheConfig { rotary: rotary(10, Absolute), ..good }, "10 features of 8"),
-        (CacheConfig { rotary: rotary(8, CacheRelative), ..good }, "those of a rolling cache"),
-        (CacheConfig { rotary: rotary(8, CacheRelative), kind: rolling(5, 2), ..good }, "one query at a time, not 2"),
+        (good.rotary(rotary(0, Absolute)), "0 features of 8"),
+        (good.rotary(rotary(7, Absolute)), "7 features of 8"),
+        (good.rotary(rotary(10, Absolute)), "10 features of 8"),
+        (good.rotary(rotary(8, CacheRelative)), "those of a rolling cache"),
+        (good.rotary(rotary(8, CacheRelative)).kind(rolling(5, 2)), "one query at a time, not 2"),
+        (good.rotary(rotary(8, CacheRelative)).kind(rolling(5, 1)).dtype(DType::F16), "a multiple of 8 in f16"),
         (
-            CacheConfig { rotary: rotary(8, CacheRelative), kind: rolling(5, 1), dtype: DType::F16, ..good },
-            "a multiple of 8 in f16",
-        ),
-        (
-            CacheConfig {
-                rotary: rotary(8, CacheRelative),
-                kind: rolling(5, 1),
-                quantisation: Some(sink_attention::Quantisation::Q8_0),
-                ..good
-            },
+            good.rotary(rotary(8, CacheRelative)).kind(rolling(5, 1)).quantisation(sink_attention::Quantisation::Q8_0),
             "quantised keys are rotated as they are appended",
         ),
     ] {
@@ -82,7 +74,7 @@ fn configs() {
     if let Some(attention) = gpu() {
         let limit = attention.device().unwrap().capabilities().binding_bytes;
         let capacity = (limit / 32 / 6 + 1) as usize;
-        let config = CacheConfig { kind: CacheKind::Contiguous { capacity }, ..config::<f32>(CONTIGUOUS, 2, [8, 8]) };
+        let config = config::<f32>(CONTIGUOUS, 2, [8, 8]).kind(CacheKind::Contiguous { capacity });
         says(attention.create_cache(&config), &format!("the cache's keys take {} bytes", capacity * 32 * 6));
     }
 }
@@ -147,16 +139,16 @@ fn appends() {
             says(cache.prepare_append(&[1, 0, 0], &AppendBuffers::new(k, &no_storage)), "buffer of v lacks usage");
 
             let append = cache.prepare_append(&[6, 0, 0], &buffers).unwrap();
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-            append.encode(&mut cache, &mut encoder).unwrap();
-            says(append.encode(&mut cache, &mut encoder), "has 6 tokens and room for 10; 6 more do not fit");
+            let mut step = step_on(device);
+            append.encode(&mut cache, &mut step).unwrap();
+            says(append.encode(&mut cache, &mut step), "has 6 tokens and room for 10; 6 more do not fit");
             assert_eq!(cache.lengths(), [6, 0, 0]);
             let mut other = gpu().unwrap().create_cache(&config).unwrap();
-            says(append.encode(&mut other, &mut encoder), "prepared for another cache");
+            says(append.encode(&mut other, &mut step), "prepared for another cache");
             // Nothing to append is nothing to do.
             let empty = cache.prepare_append(&[0; 3], &buffers).unwrap();
-            empty.encode(&mut cache, &mut encoder).unwrap();
-            device.queue().submit([encoder.finish()]);
+            empty.encode(&mut cache, &mut step).unwrap();
+            step.submit().unwrap();
         },
         &config,
     );
@@ -167,24 +159,24 @@ fn pages_in_a_compute_pass() {
     with_gpu(
         |device, mut cache, [k, v, ..]| {
             let append = cache.prepare_append(&[17, 1, 0], &AppendBuffers::new(k, v)).unwrap();
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            let mut step = step_on(device);
             says(
-                append.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())),
+                append.encode_in(&mut cache, &mut step.begin_compute_pass(&Default::default())),
                 "sequence 0 of the cache has 0 tokens and pages of its own for 0 more; 17 in a compute pass",
             );
-            says(cache.reserve(&mut encoder, &[1]), "needs 3");
-            says(cache.reserve(&mut encoder, &[32, 32, 16]), "needs 5 pages more, 4 of its 4 are free");
-            cache.reserve(&mut encoder, &[17, 1, 0]).unwrap();
-            append.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())).unwrap();
+            says(cache.reserve(&mut step, &[1]), "needs 3");
+            says(cache.reserve(&mut step, &[32, 32, 16]), "needs 5 pages more, 4 of its 4 are free");
+            cache.reserve(&mut step, &[17, 1, 0]).unwrap();
+            append.encode_in(&mut cache, &mut step.begin_compute_pass(&Default::default())).unwrap();
             assert_eq!((cache.lengths(), cache.free_pages()), (&[17, 1, 0][..], 1));
             // A shared page is written by nobody until it is copied.
-            cache.fork(&mut encoder, 1, 2).unwrap();
+            cache.fork(&mut step, 1, 2).unwrap();
             let one = cache.prepare_append(&[0, 1, 0], &AppendBuffers::new(k, v)).unwrap();
             says(
-                one.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())),
+                one.encode_in(&mut cache, &mut step.begin_compute_pass(&Default::default())),
                 "sequence 1 of the cache has 1 tokens and pages of its own for 0 more",
             );
-            device.queue().submit([encoder.finish()]);
+            step.submit().unwrap();
         },
         &config::<f32>(PAGED, 1, [4, 4]),
     );
@@ -193,7 +185,7 @@ fn pages_in_a_compute_pass() {
 #[test]
 fn rotary_embeddings() {
     let rotary = Some(Rotary { dim: 4, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute });
-    let config = CacheConfig { rotary, ..config::<f32>(CONTIGUOUS, 1, [4, 4]) };
+    let config = config::<f32>(CONTIGUOUS, 1, [4, 4]).rotary(rotary);
     let mut on_cpu = cpu::KvCache::new(&config).unwrap();
     let (token, table) = ([0.0; 8], [0.0; 12]);
     says(on_cpu.append(&[2, 0, 0], &token, &token, None, None), "cos_sin, but none was given");
@@ -223,19 +215,19 @@ fn rotary_embeddings() {
                 "strides [0, 0, 0] of q let elements overlap",
             );
             let append = cache.prepare_append(&[2, 0, 0], &buffers).unwrap();
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-            append.encode(&mut cache, &mut encoder).unwrap();
-            says(append.encode(&mut cache, &mut encoder), beyond);
+            let mut step = step_on(device);
+            append.encode(&mut cache, &mut step).unwrap();
+            says(append.encode(&mut cache, &mut step), beyond);
             let decode = Decode::new(1, Options::new());
             let operands = DecodeBuffers { cos_sin: Some(&cos_sin), ..DecodeBuffers::new(q, k, v) };
             says(cache.prepare_decode(&decode, &operands), "cos_sin was given");
-            device.queue().submit([encoder.finish()]);
+            step.submit().unwrap();
         },
         &config,
     );
     let rotary = Some(Rotary { dim: 8, style: RotaryStyle::Interleaved, positions: RotaryPositions::CacheRelative });
     let kind = CacheKind::Rolling { sink_tokens: 1, window: 3, queries: 1 };
-    let config = CacheConfig { kind, rotary, ..common::caches::config::<f32>(CONTIGUOUS, 1, [8, 4]) };
+    let config = common::caches::config::<f32>(CONTIGUOUS, 1, [8, 4]).kind(kind).rotary(rotary);
     let on_cpu = cpu::KvCache::<f32>::new(&config).unwrap();
     let decode = Decode::new(1, Options::new());
     says(on_cpu.decode(&decode, &[0.0; 24], None, None), "cos_sin, but none was given");
@@ -301,10 +293,10 @@ fn decoding() {
             says(cache.prepare_decode(&decode, &DecodeBuffers::new(q, &values, lse)), "the cache's values");
             let late = TensorView::new(q).offset(500);
             says(cache.prepare_decode(&decode, &DecodeBuffers::new(late, o, lse)), "buffer of q has 2048 bytes");
-            let step = cache.prepare_decode(&decode, &good).unwrap();
+            let prepared = cache.prepare_decode(&decode, &good).unwrap();
             let other = gpu().unwrap().create_cache(cache.config()).unwrap();
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-            says(step.encode(&other, &mut encoder), "prepared for another cache");
+            let mut step = step_on(device);
+            says(prepared.encode(&other, &mut step), "prepared for another cache");
         },
         &config,
     );
@@ -317,7 +309,7 @@ fn prefills() {
     let contiguous = config::<f32>(CONTIGUOUS, 2, [4, 4]);
     let relative = Some(Rotary { dim: 4, style: RotaryStyle::Interleaved, positions: RotaryPositions::CacheRelative });
     let kind = CacheKind::Rolling { sink_tokens: 2, window: 5, queries: 1 };
-    let relative = CacheConfig { kind, rotary: relative, ..rolling };
+    let relative = rolling.kind(kind).rotary(relative);
     let new = |tokens: [usize; 3], options| Prefill::new(2, tokens, options);
     for (config, prefill, text) in [
         (&contiguous, Prefill::new(2, [1, 1], options), "has 2 elements, its shape [3] needs 3"),
@@ -377,32 +369,32 @@ fn prefills() {
             let scratch = filled(device, &[0f32; 88]);
             let own = PrefillBuffers { scratch: Some(&scratch), ..good };
             let [one, both] = [[0, 1, 0], [1, 2, 0]].map(|n| cache.prepare_prefill(&new(n, options), &own).unwrap());
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-            one.encode(&mut cache, &mut encoder).unwrap();
+            let mut step = step_on(device);
+            one.encode(&mut cache, &mut step).unwrap();
             let changed =
                 "sequence 1 of the cache has changed since the operation was prepared: it had 0 tokens, it has 1";
-            says(both.encode(&mut cache, &mut encoder), changed);
-            says(both.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())), changed);
+            says(both.encode(&mut cache, &mut step), changed);
+            says(both.encode_in(&mut cache, &mut step.begin_compute_pass(&Default::default())), changed);
             assert_eq!(cache.lengths(), [0, 1, 0]);
             let mut other = gpu().unwrap().create_cache(cache.config()).unwrap();
-            says(both.encode(&mut other, &mut encoder), "prepared for another cache");
+            says(both.encode(&mut other, &mut step), "prepared for another cache");
             let none = cache.prepare_prefill(&new([0; 3], options), &good).unwrap();
-            none.encode(&mut cache, &mut encoder).unwrap();
-            device.queue().submit([encoder.finish()]);
+            none.encode(&mut cache, &mut step).unwrap();
+            step.submit().unwrap();
         },
         &contiguous,
     );
     let paged = |device: &sink_attention::Device, mut cache: KvCache, [x, y, o, lse]: &[wgpu::Buffer; 4]| {
         let prefill = |n| cache.prepare_prefill(&new(n, options), &PrefillBuffers::new(x, y, y, o, lse)).unwrap();
         let [many, few] = [prefill([33, 16, 1]), prefill([5, 0, 0])];
-        let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-        says(many.encode(&mut cache, &mut encoder), "the cache needs 5 pages more, 4 of its 4 are free");
-        let in_pass = few.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default()));
+        let mut step = step_on(device);
+        says(many.encode(&mut cache, &mut step), "the cache needs 5 pages more, 4 of its 4 are free");
+        let in_pass = few.encode_in(&mut cache, &mut step.begin_compute_pass(&Default::default()));
         says(in_pass, "5 in a compute pass need KvCache::reserve before it");
         assert_eq!((cache.lengths(), cache.free_pages()), (&[0, 0, 0][..], 4));
-        cache.reserve(&mut encoder, &[5, 0, 0]).unwrap();
-        few.encode_in(&mut cache, &mut encoder.begin_compute_pass(&Default::default())).unwrap();
-        device.queue().submit([encoder.finish()]);
+        cache.reserve(&mut step, &[5, 0, 0]).unwrap();
+        few.encode_in(&mut cache, &mut step.begin_compute_pass(&Default::default())).unwrap();
+        step.submit().unwrap();
     };
     with_gpu(paged, &config::<f32>(PAGED, 1, [4, 4]));
 }
@@ -412,10 +404,10 @@ fn prefills() {
 fn what_is_gathered_may_be_too_large() {
     let Some(attention) = gpu_with(|limits| limits.max_storage_buffer_binding_size = 1 << 16) else { return };
     let device = attention.device().unwrap();
-    let config = CacheConfig { head_dim: 128, value_dim: 4, ..config::<f32>(PAGED, 1, [4, 4]) };
+    let config = config::<f32>(PAGED, 1, [4, 4]).head_dim(128).value_dim(4);
     let mut cache = attention.create_cache(&config).unwrap();
-    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-    (0..3).for_each(|sequence| cache.assign(&mut encoder, sequence, &[0, 1, 2], 44).unwrap());
+    let mut step = step_on(device);
+    (0..3).for_each(|sequence| cache.assign(&mut step, sequence, &[0, 1, 2], 44).unwrap());
     let [x, y, z, o, lse] = [0; 5].map(|_| filled(device, &[0f32; 6144]));
     let prefill = Prefill::new(1, [1, 1, 1], Options::new());
     let large = "the cache's gathered keys take 69120 bytes, the device binds 65536 at most";
@@ -429,7 +421,7 @@ fn what_is_gathered_may_be_too_large() {
 fn gradients() {
     let options = Options::new();
     let contiguous = config::<f32>(CONTIGUOUS, 1, [4, 4]);
-    let quantised = CacheConfig { quantisation: Some(Quantisation::Q8_0), ..contiguous };
+    let quantised = contiguous.quantisation(Quantisation::Q8_0);
     let saved = Output { o: vec![0.0; 4], o_rest: None, lse: vec![0.0] };
     let upstream = Upstream { d_o: &[0.0; 4], d_lse: None };
     let one = Prefill::new(1, [1, 0, 0], options);
@@ -479,20 +471,20 @@ fn gradients() {
                 says(cache.prepare_backward(&Prefill::new(1, [1, 1, 0], options), &buffers), text);
             }
             let prepared = cache.prepare_backward(&Prefill::new(1, [1, 1, 0], options), &good).unwrap();
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            let mut step = step_on(device);
             // Pages behind the tokens are no matter.
-            cache.reserve(&mut encoder, &[13, 0, 0]).unwrap();
-            prepared.encode(&cache, &mut encoder).unwrap();
-            cache.assign(&mut encoder, 1, &[0], 5).unwrap();
+            cache.reserve(&mut step, &[13, 0, 0]).unwrap();
+            prepared.encode(&cache, &mut step).unwrap();
+            cache.assign(&mut step, 1, &[0], 5).unwrap();
             says(
-                prepared.encode(&cache, &mut encoder),
+                prepared.encode(&cache, &mut step),
                 "sequence 1 of the cache has changed since the operation was prepared: it had pages [2], it has [0]",
             );
-            cache.truncate(&mut encoder, 0, 19).unwrap();
-            says(prepared.encode(&cache, &mut encoder), "it had 20 tokens, it has 19");
+            cache.truncate(&mut step, 0, 19).unwrap();
+            says(prepared.encode(&cache, &mut step), "it had 20 tokens, it has 19");
             let other = gpu().unwrap().create_cache(cache.config()).unwrap();
-            says(prepared.encode(&other, &mut encoder), "prepared for another cache");
-            device.queue().submit([encoder.finish()]);
+            says(prepared.encode(&other, &mut step), "prepared for another cache");
+            step.submit().unwrap();
         };
     with_gpu(paged, &config::<f32>(CacheKind::Paged { page_size: 16, pages: 4, sequence_pages: 3 }, 1, [4, 4]));
 }

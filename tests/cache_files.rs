@@ -39,7 +39,7 @@ fn on_gpu<T: Element>(cache: &sink_attention::KvCache) -> Output<T> {
 
 fn step<T: Element>(config: &CacheConfig) -> (Decode, Vec<T>, Option<Vec<f32>>) {
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead).dtype(T::DTYPE);
-    let decode = Decode::new(2 * config.kv_heads, options);
+    let decode = Decode::new(2 * config.kv_heads, options).q_rotated(true);
     let q = (0..config.sequences * decode.heads * config.head_dim).map(|n| T::from_f32((n as f32 * 0.7).sin()));
     let table = config.rotary.filter(|_| is_relative(config)).map(|rotary| rotary_table(&rotary, 100));
     (decode, q.collect(), table)
@@ -119,17 +119,17 @@ fn every_kind() {
 #[test]
 fn rotated_keys() {
     let positions = RotaryPositions::Absolute;
-    saved_half_way::<f32>(CacheConfig { rotary: rotary(positions), ..config::<f32>(PAGED, 1, [16, 16]) });
+    saved_half_way::<f32>(config::<f32>(PAGED, 1, [16, 16]).rotary(rotary(positions)));
     let rotary = rotary(RotaryPositions::CacheRelative);
-    saved_half_way::<f32>(CacheConfig { rotary, ..config::<f32>(STREAMING, 1, [16, 16]) });
+    saved_half_way::<f32>(config::<f32>(STREAMING, 1, [16, 16]).rotary(rotary));
 }
 
 #[test]
 fn quantised_numbers() {
     let quantisation = Some(Quantisation::Q8_0);
-    saved_half_way::<f32>(CacheConfig { quantisation, ..config::<f32>(CONTIGUOUS, 1, [40, 64]) });
-    saved_half_way::<f16>(CacheConfig { quantisation, ..config::<f16>(ROLLING, 1, [32, 33]) });
-    saved_half_way::<bf16>(CacheConfig { quantisation, ..config::<bf16>(PAGED, 2, [16, 300]) });
+    saved_half_way::<f32>(config::<f32>(CONTIGUOUS, 1, [40, 64]).quantisation(quantisation));
+    saved_half_way::<f16>(config::<f16>(ROLLING, 1, [32, 33]).quantisation(quantisation));
+    saved_half_way::<bf16>(config::<bf16>(PAGED, 2, [16, 300]).quantisation(quantisation));
 }
 
 /// Whatever numbers were quantised: on the CPU they are kept as what they stand for, and saved as what they are.
@@ -138,7 +138,7 @@ fn any_quantised_numbers() {
     fn of<T: Element>(numbers: &[f32]) -> Result<(), TestCaseError> {
         let quantisation = Some(Quantisation::Q8_0);
         let kind = CacheKind::Contiguous { capacity: 2 };
-        let config = CacheConfig { sequences: 1, quantisation, ..config::<T>(kind, 1, [4, 64]) };
+        let config = config::<T>(kind, 1, [4, 64]).sequences(1).quantisation(quantisation);
         let mut cache = empty::<T>(&config);
         let value: Vec<T> = numbers.iter().map(|x| T::from_f32(*x)).collect();
         cache.append(&[1], &[T::default(); 4], &value, None, None).unwrap();
@@ -271,33 +271,31 @@ fn a_ring_that_cannot_be() {
 
 #[test]
 fn caches_of_another_config_are_errors() {
-    let config = CacheConfig {
-        rotary: rotary(RotaryPositions::Absolute),
-        ..config::<f32>(CacheKind::Rolling { sink_tokens: 3, window: 17, queries: 1 }, 2, [32, 16])
-    };
+    let config = config::<f32>(CacheKind::Rolling { sink_tokens: 3, window: 17, queries: 1 }, 2, [32, 16])
+        .rotary(rotary(RotaryPositions::Absolute));
     let file = empty::<f32>(&config).to_safetensors().unwrap();
     let rolling = |sink_tokens, window, queries| CacheKind::Rolling { sink_tokens, window, queries };
     for (other, message) in [
-        (CacheConfig { kind: CONTIGUOUS, ..config }, "kind rolling, wanted is contiguous"),
-        (CacheConfig { kind: rolling(4, 17, 1), ..config }, "sink_tokens 3, wanted is 4"),
-        (CacheConfig { kind: rolling(3, 16, 1), ..config }, "window 17, wanted is 16"),
-        (CacheConfig { kind: rolling(3, 17, 2), ..config }, "queries 1, wanted is 2"),
-        (CacheConfig { sequences: 1, ..config }, "sequences 3, wanted is 1"),
-        (CacheConfig { kv_heads: 1, ..config }, "kv_heads 2, wanted is 1"),
-        (CacheConfig { head_dim: 64, ..config }, "head_dim 32, wanted is 64"),
-        (CacheConfig { value_dim: 8, ..config }, "value_dim 16, wanted is 8"),
-        (CacheConfig { rotary: None, ..config }, "rotary 16:half-split:absolute, wanted is none"),
+        (config.kind(CONTIGUOUS), "kind rolling, wanted is contiguous"),
+        (config.kind(rolling(4, 17, 1)), "sink_tokens 3, wanted is 4"),
+        (config.kind(rolling(3, 16, 1)), "window 17, wanted is 16"),
+        (config.kind(rolling(3, 17, 2)), "queries 1, wanted is 2"),
+        (config.sequences(1), "sequences 3, wanted is 1"),
+        (config.kv_heads(1), "kv_heads 2, wanted is 1"),
+        (config.head_dim(64), "head_dim 32, wanted is 64"),
+        (config.value_dim(8), "value_dim 16, wanted is 8"),
+        (config.rotary(None), "rotary 16:half-split:absolute, wanted is none"),
         (
-            CacheConfig { rotary: rotary(RotaryPositions::CacheRelative), ..config },
+            config.rotary(rotary(RotaryPositions::CacheRelative)),
             "rotary 16:half-split:absolute, wanted is 16:half-split:cache-relative",
         ),
-        (CacheConfig { quantisation: Some(Quantisation::Q8_0), ..config }, "quantisation none, wanted is q8_0"),
+        (config.quantisation(Quantisation::Q8_0), "quantisation none, wanted is q8_0"),
     ] {
         let error = empty::<f32>(&other).restore(&file).unwrap_err();
         assert!(matches!(error, Error::SavedMismatch { what: "cache", .. }), "{error}");
         assert_eq!(error.to_string(), format!("the saved cache has {message}"));
     }
-    let error = empty::<f16>(&CacheConfig { dtype: DType::F16, ..config }).restore(&file).unwrap_err();
+    let error = empty::<f16>(&config.dtype(DType::F16)).restore(&file).unwrap_err();
     assert_eq!(error.to_string(), "the saved cache has dtype f32, wanted is f16");
 }
 

@@ -3,7 +3,7 @@
 use crate::common;
 use std::ops::Range;
 
-use crate::common::caches::{Both, config, filled, read};
+use crate::common::caches::{Both, config, filled, read, step_on};
 use crate::common::prefills::causal;
 use crate::common::{gpu, with_others};
 use sink_attention::cpu::{self, PrefillOperands};
@@ -52,12 +52,12 @@ fn chunks_of_every_kind() {
 fn chunks_of_quantised_caches() {
     let quantisation = Some(Quantisation::Q8_0);
     for kind in [CONTIGUOUS, PAGED] {
-        fills::<f32>(CacheConfig { quantisation, ..config::<f32>(kind, 2, [8, 8]) }, 4, sinks::<f32>());
+        fills::<f32>(config::<f32>(kind, 2, [8, 8]).quantisation(quantisation), 4, sinks::<f32>());
     }
     // Several blocks, the last one not whole.
-    fills::<f16>(CacheConfig { quantisation, ..config::<f16>(ROLLING, 1, [40, 33]) }, 1, causal::<f16>());
+    fills::<f16>(config::<f16>(ROLLING, 1, [40, 33]).quantisation(quantisation), 1, causal::<f16>());
     for kind in with_others([], [CONTIGUOUS, PAGED, ROLLING]) {
-        fills::<f32>(CacheConfig { quantisation, ..config::<f32>(kind, 1, [40, 33]) }, 2, causal::<f32>());
+        fills::<f32>(config::<f32>(kind, 1, [40, 33]).quantisation(quantisation), 2, causal::<f32>());
     }
 }
 
@@ -67,15 +67,15 @@ fn chunks_are_rotated() {
     let half_split = rotary(8, RotaryStyle::HalfSplit);
     for kind in [CONTIGUOUS, ROLLING] {
         let config = config::<f32>(kind, 2, [8, 8]);
-        fills::<f32>(CacheConfig { rotary: half_split, ..config }, 4, sinks::<f32>());
+        fills::<f32>(config.rotary(half_split), 4, sinks::<f32>());
     }
     let quantisation = Some(Quantisation::Q8_0);
     let config = config::<f32>(ROLLING, 2, [8, 8]);
-    fills::<f32>(CacheConfig { quantisation, rotary: half_split, ..config }, 4, sinks::<f32>());
+    fills::<f32>(config.quantisation(quantisation).rotary(half_split), 4, sinks::<f32>());
     // Rows of an odd width, padded.
     let rotary = rotary(6, RotaryStyle::Interleaved);
     let config = common::caches::config::<bf16>(ROLLING, 1, [9, 5]);
-    fills::<bf16>(CacheConfig { rotary, ..config }, 3, causal::<bf16>());
+    fills::<bf16>(config.rotary(rotary), 3, causal::<bf16>());
 }
 
 /// What the chunk's first queries see of a ring is what its last ones evict.
@@ -117,7 +117,7 @@ fn what_queries_of_a_chunk_see() {
     }
 }
 
-/// The same tokens whole and in chunks, on the GPU in one encoder with one scratch buffer, from one buffer that holds q, k and v
+/// The same tokens whole and in chunks, on the GPU in one step with one scratch buffer, from one buffer that holds q, k and v
 /// side by side: the same rows, as far as the order of sums goes.
 #[test]
 fn chunks_give_what_the_whole_gives() {
@@ -144,7 +144,7 @@ fn chunks_give_what_the_whole_gives() {
         let mut on_gpu = gpu.map(|(device, cache)| {
             let bytes = cache.prefill_scratch_bytes(&whole).unwrap();
             let scratch = filled(device, &vec![0f32; bytes as usize / 4]);
-            (device, cache, scratch, device.wgpu().create_command_encoder(&Default::default()), Vec::new())
+            (device, cache, scratch, step_on(device), Vec::new())
         });
         let mut done = [0; 3];
         let mut results = Vec::new();
@@ -159,7 +159,7 @@ fn chunks_give_what_the_whole_gives() {
             if !rows.is_empty() {
                 common::compare(&chunk.o, &of(&expected.o, 32), 1e-6).unwrap();
             }
-            if let Some((device, cache, scratch, encoder, kept)) = &mut on_gpu {
+            if let Some((device, cache, scratch, step, kept)) = &mut on_gpu {
                 let [qkv, o, lse, sinks] =
                     [&of(&fused, 64)[..], &vec![0.0; rows.len() * 32], &vec![0.0; rows.len() * 4], &sink_logits]
                         .map(|x| filled(device, x));
@@ -169,15 +169,15 @@ fn chunks_give_what_the_whole_gives() {
                     scratch: Some(scratch),
                     ..PrefillBuffers::new(view(0), view(32), view(48), &o, &lse)
                 };
-                cache.prepare_prefill(&prefill, &buffers).unwrap().encode(cache, encoder).unwrap();
+                cache.prepare_prefill(&prefill, &buffers).unwrap().encode(cache, step).unwrap();
                 kept.push(o.clone());
             }
             results.push(of(&expected.o, 32));
             (0..3).for_each(|n| done[n] += tokens[n]);
         }
-        let Some((device, cache, _, encoder, kept)) = on_gpu else { continue };
+        let Some((device, cache, _, step, kept)) = on_gpu else { continue };
         assert_eq!(cache.lengths(), all);
-        device.queue().submit([encoder.finish()]);
+        step.submit().unwrap();
         for (o, expected) in kept.iter().zip(results).filter(|(_, expected)| !expected.is_empty()) {
             common::compare(&read::<f32>(device, o, expected.len()), &expected, 1e-6).unwrap();
         }
@@ -233,7 +233,7 @@ fn gradients_of_shared_pages() {
 fn gradients_of_chunks() {
     for kind in [CONTIGUOUS, PAGED] {
         let rotary = Some(Rotary { dim: 8, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute });
-        let mut both = Both::<f32>::new(CacheConfig { rotary, ..config::<f32>(kind, 2, [8, 8]) });
+        let mut both = Both::<f32>::new(config::<f32>(kind, 2, [8, 8]).rotary(rotary));
         let first = both.prefill(&Prefill::new(4, [0, 30, 0], sinks::<f32>()));
         let second = both.prefill(&Prefill::new(4, [0, 20, 0], sinks::<f32>()));
         both.backward(&second);

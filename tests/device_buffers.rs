@@ -90,10 +90,7 @@ fn wrong_types_and_ranges_are_errors_with_numbers() {
     assert!(matches!(error, Error::BufferTooSmall { operand: "v", needed: 16, actual: 8 }), "{error}");
 
     let kind = CacheKind::Contiguous { capacity: 8 };
-    let (sequences, kv_heads, head_dim, value_dim) = (1, 1, 4, 4);
-    let (dtype, rotary, quantisation) = (DType::F16, None, None);
-    let config = CacheConfig { kind, sequences, kv_heads, head_dim, value_dim, dtype, rotary, quantisation };
-    let cache = gpu.create_cache(&config).unwrap();
+    let cache = gpu.create_cache(&CacheConfig::new(kind, 1, 1, 4).dtype(DType::F16)).unwrap();
     let error = cache.prepare_append(&[1], &AppendBuffers::new(&other, &v)).unwrap_err();
     assert!(error.to_string().contains("bf16, f16 is needed"), "{error}");
 

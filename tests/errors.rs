@@ -184,7 +184,10 @@ fn memory_that_is_not_there() {
     let rows = size as usize / 4 / 512;
     let large = problem([1, 1, 1], [rows, 1], [1, 512], Options::new());
     match gpu.forward(&large, &Inputs::new(&vec![0.0; rows], &[0.0], &[0.0; 512])) {
-        Err(Error::OutOfMemory(what)) => assert!(what.contains("uploading operands") && what.contains("'o'"), "{what}"),
+        Err(Error::OutOfMemory(what)) => {
+            assert!(what.contains("uploading operands") && what.contains("'o'"), "{what}");
+            assert!(what.ends_with(&format!("(o takes {} bytes)", 4 * 512 * rows)), "{what}");
+        }
         other => panic!("{:?}", other.map(|output| output.o.len())),
     }
     drop(taken);

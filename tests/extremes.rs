@@ -1,9 +1,12 @@
 //! Finite operands whose scores are beyond what f32 holds well, on the CPU and on the GPU.
 
 use crate::common;
+use crate::common::gradients::Backward;
+use crate::common::operands::{RandomBias, problem};
+use sink_attention::compare::accepted;
 use sink_attention::half::f16;
 use sink_attention::{
-    Attention, Axes, Bias, DType, Inputs, Options, PartialState, Problem, Shape, SinkLogits, Upstream,
+    Attention, Axes, Bias, DType, Element, Inputs, Options, Output, PartialState, Problem, Shape, SinkLogits, Upstream,
 };
 
 fn operators() -> Vec<Attention> {
@@ -28,6 +31,44 @@ fn the_lowest_scores_weigh_the_same() {
             let name = attention.device_name();
             assert!(output.o.iter().all(|o| (o.to_f32() - 3.0).abs() < 2e-3), "{name}: {lowest}: {output:?}");
             assert!((output.lse[0] / lowest - 1.0).abs() < 1e-6, "{name}: {lowest}: {output:?}");
+        }
+    }
+}
+
+/// Rows in which every visible key has the lowest bias, as left padding leaves them: lse has lost the logarithm of their number,
+/// and each still has its share.
+fn rows_of_the_lowest_biases<T: Element>(attention: &Attention, lowest: f32) {
+    let axes = Axes { batch: false, heads: true, seq_q: true };
+    let options = Options::new().bias(axes).mask(Axes::KEYS.batch()).dtype(T::DTYPE);
+    let problem = problem([2, 2, 1], [9, 150], [16, 16], options);
+    let mut backward = Backward::random(&problem, 4);
+    let Some(RandomBias::F32(bias)) = &mut backward.operands.bias else { panic!("a bias in f32") };
+    for (n, bias) in bias.iter_mut().enumerate().filter(|(_, bias)| **bias != f32::NEG_INFINITY) {
+        match n / 150 % 9 {
+            0..3 => *bias = lowest,
+            // Others are as low, and lower.
+            3 => *bias = if n % 4 == 0 { lowest } else { lowest.max(-1e38) * 3.0 },
+            _ => {}
+        }
+    }
+    if lowest > -1e30 {
+        // In f64 such a bias leaves something of products: there are none.
+        (0..4).for_each(|i| backward.operands.q.chunks_mut(9 * 32).for_each(|q| q[i * 32..][..32].fill(0.0)));
+    }
+    let backward = backward.cast::<T>();
+    let saved = Output { o_rest: None, ..attention.forward(&problem, &backward.operands.inputs()).unwrap() };
+    let gradients = backward.run_with(attention, &problem, &saved);
+    let expected = backward.rows_agree(accepted(T::DTYPE), &problem, &gradients);
+    let name = attention.device_name();
+    backward.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{name}, {lowest}: {problem}: {error}"));
+}
+
+#[test]
+fn gradients_of_rows_of_the_lowest_biases() {
+    for attention in operators() {
+        for lowest in [f32::MIN, -1e35, -1e9] {
+            rows_of_the_lowest_biases::<f32>(&attention, lowest);
+            rows_of_the_lowest_biases::<f16>(&attention, lowest);
         }
     }
 }

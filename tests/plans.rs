@@ -8,8 +8,8 @@ use std::path::Path;
 
 use crate::common::operands::problem;
 use sink_attention::{
-    Capabilities, DType, DeviceClass, Error, Kernel, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference,
-    Problem, SinkLogits, Tiles, Tiling, Variant, Window,
+    Capabilities, CooperativeMatrices, DType, DeviceClass, Error, Kernel, MicroKernel, Multiprocessor,
+    OptionalOperands, Options, Pass, Plan, Preference, Problem, SinkLogits, Tiles, Tiling, Variant, Window,
 };
 
 /// Problems that people have, and some that they should not.
@@ -183,8 +183,13 @@ fn micro_kernels_are_as_asked_for() {
                     (DType::F32, _) => "f32 operands need the portable micro-kernel",
                     (_, None) => "has no cooperative matrices",
                     (_, Some(_)) => {
-                        // Each is followed by what computes again.
-                        let tiled = |pass: &Pass| pass.variant.tiling.is_some();
+                        // Each is followed by what computes again: itself, where a column could spoil others, and the portable one.
+                        let all = &plan.as_ref().unwrap().passes;
+                        for pass in all.iter().filter(|pass| pass.variant.sanitize) {
+                            let first = Pass { variant: Variant { sanitize: false, ..pass.variant }, ..*pass };
+                            assert!(all.contains(&first) && pass.variant.kernel != Kernel::ExactDelta, "{pass}");
+                        }
+                        let tiled = |pass: &Pass| pass.variant.tiling.is_some() && !pass.variant.sanitize;
                         let passes: Vec<Pass> = plan.unwrap().passes.into_iter().filter(tiled).collect();
                         for pair in passes.chunks(2) {
                             let [first, second] = pair else { panic!("{pair:?}") };
@@ -203,9 +208,9 @@ fn micro_kernels_are_as_asked_for() {
     }
 }
 
-/// Whichever kernel alone is cooperative, what it reads of the operands' ranges has been found before it.
+/// Whichever kernel alone is cooperative, the token scales that it reads have been found before it.
 #[test]
-fn ranges_are_found_before_they_are_read() {
+fn token_scales_are_found_before_they_are_read() {
     // Of a class whose cooperative kernels have to be asked for.
     let device = &Capabilities { class: DeviceClass::Other, ..Capabilities::samples().swap_remove(0) };
     let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2 };
@@ -220,10 +225,10 @@ fn ranges_are_found_before_they_are_read() {
             ];
             let kernels: Vec<_> = plans[plan].as_ref().unwrap().passes.iter().map(|pass| pass.variant.kernel).collect();
             let place = |kernel| kernels.iter().position(|other| *other == kernel);
-            // f16 has all the range that its operands have; d_s has more.
-            let reads = dtype == DType::Bf16 || matches!(kernel, Kernel::DQ | Kernel::DKv);
-            assert_eq!(place(Kernel::Ranges).is_some(), reads, "{kernel:?} in {dtype}");
-            assert!(place(Kernel::Ranges) < place(kernel), "{kernels:?}");
+            // f16 has all the range that its operands have.
+            let scales = if kernel == Kernel::DKv { Kernel::QueryScales } else { Kernel::KeyScales };
+            assert_eq!(place(scales).is_some(), dtype == DType::Bf16, "{kernel:?} in {dtype}");
+            assert!(place(scales) < place(kernel), "{kernels:?}");
         }
     }
 }
@@ -297,6 +302,100 @@ fn strange_tiles_are_refused() {
         ] {
             let pass = Pass::with_tiles(kernel, &problem, true, device, tiles);
             assert!(matches!(pass, Err(Error::NoKernel { .. })), "{why}: {pass:?}");
+        }
+    }
+}
+
+/// Devices that offer none of something: plans of them are errors, or do without; and so it is with a plan for a better one.
+#[test]
+fn nothing_is_divided_by_what_a_device_does_not_offer() {
+    let zero: [fn(&mut Capabilities); 13] = [
+        |device| device.workgroup_bytes = 0,
+        |device| device.workgroup_threads = 0,
+        |device| device.grid_dimension = 0,
+        |device| device.storage_buffers = 0,
+        |device| device.binding_bytes = 0,
+        |device| device.buffer_bytes = 0,
+        |device| device.offset_alignment = 0,
+        |device| device.loop_iterations = Some(0),
+        |device| device.multiprocessor = device.multiprocessor.map(|m| Multiprocessor { workgroup_bytes: 0, ..m }),
+        |device| device.multiprocessor = device.multiprocessor.map(|m| Multiprocessor { registers: 0, ..m }),
+        |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { side: 0, ..c }),
+        |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { lanes: 0, ..c }),
+        |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { side: 0, lanes: 0, ..c }),
+    ];
+    let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+    let mut refused = 0;
+    for device in Capabilities::samples() {
+        for dtype in [DType::F32, DType::F16] {
+            let problem = problem([1, 4, 2], [300, 300], [64, 64], options.dtype(dtype));
+            for zero in zero {
+                let mut lacking = device.clone();
+                zero(&mut lacking);
+                for micro_kernel in [MicroKernel::Auto, MicroKernel::Portable, MicroKernel::Cooperative] {
+                    let preference = Preference { micro_kernel, ..Preference::default() };
+                    let optional = OptionalOperands::default();
+                    let plans = [
+                        Plan::forward_with(&problem, true, optional, &lacking, &preference),
+                        Plan::backward_with(&problem, true, optional, &lacking, &preference),
+                        Plan::merge(&problem, 3, true, true, optional, &lacking),
+                    ];
+                    for plan in plans {
+                        let dispatches = plan.and_then(|plan| plan.dispatches(&problem, &lacking, None));
+                        refused += usize::from(dispatches.is_err());
+                        let gridless = lacking.grid_dimension == 0;
+                        assert!(!gridless || dispatches.is_err(), "{}: {dispatches:?}", lacking.name);
+                    }
+                }
+                for tiling in Tiling::candidates(Kernel::Forward, &problem, true, &device, MicroKernel::Auto) {
+                    let _ = Pass::with_tiles(Kernel::Forward, &problem, true, &lacking, tiling);
+                }
+                let _ = Tiling::candidates(Kernel::Forward, &problem, true, &lacking, MicroKernel::Auto);
+                let plan = Plan::forward(&problem, true, &device).unwrap();
+                let _ = plan.dispatches(&problem, &lacking, Some(std::time::Duration::ZERO));
+                let resident = plan.passes.iter().filter_map(|pass| pass.resident_workgroups(&lacking));
+                assert!(resident.min() != Some(0));
+            }
+        }
+    }
+    assert!(refused > 100, "{refused}");
+    let none = Capabilities { grid_dimension: 0, ..Capabilities::samples()[0].clone() };
+    let problem = problem([1, 4, 2], [300, 300], [64, 64], options);
+    let error = Plan::forward(&problem, true, &none).unwrap_err();
+    assert!(matches!(error, Error::TooManyWorkgroups { most: 0, .. }), "{error}");
+}
+
+/// Tiles with a side of 0 are refused, whatever else they are.
+#[test]
+fn tiles_without_a_side_are_refused() {
+    let device = &Capabilities::samples()[0];
+    let good = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+    let problem = problem([1, 4, 2], [300, 300], [64, 64], Options::new().dtype(DType::F16));
+    let zero: [fn(&mut Tiles); 6] = [
+        |tiles| tiles.threads_r = 0,
+        |tiles| tiles.threads_c = 0,
+        |tiles| tiles.rows = 0,
+        |tiles| tiles.quads = 0,
+        |tiles| tiles.chunk = 0,
+        |tiles| tiles.slab = 0,
+    ];
+    let cooperative =
+        |[subgroups, rows, columns, stages]: [u32; 4]| Tiling::Cooperative { subgroups, rows, columns, stages };
+    let mut all: Vec<Tiling> = (0..4)
+        .map(|axis| {
+            let mut numbers = [4, 1, 1, 1];
+            numbers[axis] = 0;
+            cooperative(numbers)
+        })
+        .collect();
+    all.extend(zero.map(|zero| {
+        let mut tiles = good;
+        zero(&mut tiles);
+        Tiling::Portable(tiles)
+    }));
+    for tiling in all {
+        for kernel in [Kernel::Forward, Kernel::DQ, Kernel::DKv] {
+            assert!(Pass::with_tiles(kernel, &problem, true, device, tiling).is_err(), "{tiling}");
         }
     }
 }

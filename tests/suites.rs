@@ -8,7 +8,9 @@ mod buffers;
 mod cache;
 mod cache_errors;
 mod cache_files;
+mod cache_hidden;
 mod cache_prefill;
+mod cache_steps;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(feature = "cli")]
@@ -35,6 +37,8 @@ mod partial;
 mod plans;
 mod properties;
 mod readme;
+#[cfg(feature = "cli")]
+mod saved_files;
 mod shaders;
 mod size;
 mod stream;

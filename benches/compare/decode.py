@@ -45,7 +45,10 @@ def main():
     args = parser.parse_args()
     with open(args.json, encoding="utf-8") as file:
         own = json.load(file)
-    torch = Torch(args)
+    try:
+        torch = Torch(args)
+    except ImportError as error:
+        sys.exit(f"error: PyTorch cannot be imported ({error}); decode.py has nothing to compare with then")
     print(f"sink-attention {own['version']}: {own['device']}, {own['driver']}; {own['clock']}")
     print(torch.name())
     print("\n| B | keys | dtype | implementation | cache | us | GB/s |\n|---|---|---|---|---|---|---|")

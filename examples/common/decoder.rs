@@ -53,7 +53,9 @@ impl<'a> Decoder<'a> {
     pub fn new(attention: &Attention, setup: Setup<'a>) -> Result<Self, Box<dyn Error>> {
         let cache = match attention.device() {
             None => Cache::Cpu(Box::new(cpu::KvCache::new(&setup.config)?)),
-            Some(device) => Cache::Gpu(Box::new(OnGpu::new(device, attention.create_cache(&setup.config)?, &setup)?)),
+            Some(device) => {
+                Cache::Gpu(Box::new(OnGpu::new(attention, device, attention.create_cache(&setup.config)?, &setup)?))
+            }
         };
         Ok(Decoder { setup, cache })
     }
@@ -128,6 +130,7 @@ impl<'a> Decoder<'a> {
 /// Every token of a chunk has its place in the buffers, and its own prepared steps: a chunk is recorded without any
 /// preparation, and nothing is read back in between.
 struct OnGpu {
+    attention: Attention,
     device: Device,
     cache: KvCache,
     /// q, k and v of a chunk's tokens.
@@ -141,7 +144,7 @@ struct OnGpu {
 }
 
 impl OnGpu {
-    fn new(device: &Device, cache: KvCache, setup: &Setup<'_>) -> Result<Self, Box<dyn Error>> {
+    fn new(attention: &Attention, device: &Device, cache: KvCache, setup: &Setup<'_>) -> Result<Self, Box<dyn Error>> {
         let Setup { config, heads, chunk, .. } = *setup;
         let rows = [heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.value_dim];
         let result_rows = [heads * config.value_dim, heads];
@@ -164,7 +167,17 @@ impl OnGpu {
             Ok((cache.prepare_append(&[1], &append)?, cache.prepare_decode(&decode, &step)?))
         });
         let tokens = tokens.collect::<Result<Vec<_>, _>>()?;
-        Ok(OnGpu { device: device.clone(), cache, inputs, o, lse, result_rows, cos_sin, tokens })
+        Ok(OnGpu {
+            attention: attention.clone(),
+            device: device.clone(),
+            cache,
+            inputs,
+            o,
+            lse,
+            result_rows,
+            cos_sin,
+            tokens,
+        })
     }
 
     fn append(&mut self, tokens: usize, k: &[f32], v: &[f32]) -> Result<(), Box<dyn Error>> {
@@ -172,37 +185,28 @@ impl OnGpu {
         let (k, v) = (device.upload("k", k)?, device.upload("v", v)?);
         let buffers = AppendBuffers { cos_sin: Some(self.cos_sin.wgpu()), ..AppendBuffers::new(&k, &v) };
         let prepared = self.cache.prepare_append(&[tokens], &buffers)?;
-        let cache = &mut self.cache;
-        let submit = || -> sink_attention::Result<()> {
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-            let encoded = prepared.encode(cache, &mut encoder);
-            device.queue().submit([encoder.finish()]);
-            encoded
-        };
-        pollster::block_on(device.scoped("appending a prompt", submit))??;
+        let mut step = self.attention.step()?.label("prompt");
+        prepared.encode(&mut self.cache, &mut step)?;
+        step.submit()?;
         Ok(())
     }
 
     fn steps(&mut self, tokens: usize, inputs: [&[f32]; 3]) -> Result<[Vec<f32>; 2], Box<dyn Error>> {
-        let (device, cache) = (&self.device, &mut self.cache);
+        let cache = &mut self.cache;
         for (buffer, data) in self.inputs.iter().zip(inputs) {
             buffer.write(0, data)?;
         }
-        let submit = || -> sink_attention::Result<()> {
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-            let mut pass = encoder.begin_compute_pass(&Default::default());
-            let encoded = self.tokens.iter().take(tokens).try_for_each(|(append, step)| {
-                append.encode_in(cache, &mut pass)?;
-                step.encode_in(cache, &mut pass)
-            });
-            drop(pass);
-            // What was recorded is counted, even where a later token has failed.
-            device.queue().submit([encoder.finish()]);
-            encoded
-        };
-        pollster::block_on(device.scoped("decoding", submit))??;
+        // Where a token fails none of the chunk is in the cache.
+        let mut step = self.attention.step()?.label("chunk");
+        let mut pass = step.begin_compute_pass(&Default::default());
+        for (append, decode) in self.tokens.iter().take(tokens) {
+            append.encode_in(cache, &mut pass)?;
+            decode.encode_in(cache, &mut pass)?;
+        }
+        drop(pass);
+        step.submit()?;
         let [o, lse] = self.result_rows.map(|row| 0..tokens * row);
-        Ok(device.download([(&self.o, o), (&self.lse, lse)])?)
+        Ok(self.device.download([(&self.o, o), (&self.lse, lse)])?)
     }
 }
 

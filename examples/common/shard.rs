@@ -21,13 +21,11 @@ pub struct Shard {
 impl Shard {
     pub fn open(path: &Path) -> Result<Self, String> {
         let open = || -> Result<Self, String> {
-            let mut file = File::open(path).map_err(|error| error.to_string())?;
-            let len = file.metadata().map_err(|error| error.to_string())?.len();
+            let (mut file, len) = sink_attention::file::open(path).map_err(|error| error.to_string())?;
             let mut length = [0; 8];
             file.read_exact(&mut length)
                 .map_err(|_| format!("no safetensors file: {len} bytes, the length of the header alone takes 8"))?;
             let header = u64::from_le_bytes(length);
-            // What is no regular file has no length.
             let rest = len.saturating_sub(8);
             if header > MOST_HEADER || header > rest {
                 return Err(format!(

@@ -24,13 +24,14 @@ mod recovery;
 mod text;
 
 use std::error::Error;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
-use sink_attention::{Attention, Options, Problem, Shape, SinkLogits, Window};
+use sink_attention::{Attention, Options, Problem, Shape, SinkLogits, Window, file};
 
 use args::{Args, Command};
 use layer::{Layer, Weights};
@@ -61,7 +62,13 @@ fn main() -> ExitCode {
     }
 }
 
+fn cannot_write(path: &Path, error: &std::io::Error) -> String {
+    format!("cannot write {}: {error}", path.display())
+}
+
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    // Better now than after the fit.
+    file::check_writable(&args.out).map_err(|error| cannot_write(&args.out, &error))?;
     let attention = Attention::new()?;
     let options = Options::new().causal(true).window(Window::keys(WINDOW)).sink_logits(SinkLogits::PerHead);
     let problem = Problem::new(SHAPE, options)?;
@@ -97,7 +104,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     progress.finish();
 
     let svg = picture::draw(&course, &teacher.sink_logits)?;
-    std::fs::write(&args.out, svg).map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
+    file::replace(&args.out, svg.as_bytes()).map_err(|error| cannot_write(&args.out, &error))?;
     let recovery = Recovery::new(&problem, EMBEDDING, &student, &teacher);
     println!("\n{recovery}");
     println!("Values  W_v is off by {:.2}%", 100.0 * recovery.values);

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde_json::Value;
+use sink_attention::{RotaryFrequencies, RotaryScaling, Yarn, file};
 
 /// What a layer attends to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,26 +14,6 @@ pub enum LayerType {
     Full,
 }
 
-/// The rotary embedding's frequencies.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Rope {
-    Default { theta: f64 },
-    Yarn(Yarn),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Yarn {
-    pub theta: f64,
-    pub factor: f64,
-    pub beta_fast: f64,
-    pub beta_slow: f64,
-    /// Whether the ends of the ramp are rounded to whole pairs.
-    pub truncate: bool,
-    pub original_positions: f64,
-    /// The concentration, where it is not that of the factor.
-    pub attention_factor: Option<f64>,
-}
-
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     pub hidden: usize,
@@ -41,15 +22,20 @@ pub struct Config {
     pub head_dim: usize,
     pub layers: Vec<LayerType>,
     pub biases: bool,
-    pub rope: Rope,
+    /// The rotary embedding.
+    pub rope: RotaryFrequencies,
 }
+
+/// Bytes of the file, at most.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// The largest number of any size that is believed.
 const MOST: u64 = 1 << 24;
 
 impl Config {
     pub fn load(path: &Path) -> Result<Self, String> {
-        let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let text = file::read(path, MOST_BYTES).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let text = String::from_utf8(text).map_err(|_| format!("{}: it is not text in UTF-8", path.display()))?;
         Config::parse(&text).map_err(|error| format!("{}: {error}", path.display()))
     }
 
@@ -93,15 +79,15 @@ impl Config {
 }
 
 /// `rope_scaling` with `rope_theta` beside it, or all in one object, as later versions write it.
-fn rope(json: &Value) -> Result<Rope, String> {
+fn rope(json: &Value) -> Result<RotaryFrequencies, String> {
     let names = ["rope_scaling", "rope_parameters", "rope"];
     let found = names.into_iter().find_map(|name| Some((name, json.get(name).filter(|value| !value.is_null())?)));
     let whole = Object { json, of: "" };
-    let Some((name, value)) = found else { return Ok(Rope::Default { theta: whole.number("rope_theta", 1.0)? }) };
+    let Some((name, value)) = found else { return Ok(RotaryFrequencies::new(whole.number("rope_theta", 1.0)?)) };
     let object = Object { json: value, of: name };
     let theta = if value.get("rope_theta").is_some() { object } else { whole }.number("rope_theta", 1.0)?;
     match object.text("rope_type")? {
-        "default" => Ok(Rope::Default { theta }),
+        "default" => Ok(RotaryFrequencies::new(theta)),
         "yarn" => {
             let optional = |name, default| match value.get(name).filter(|value| !value.is_null()) {
                 Some(_) => object.number(name, 0.0).map(Some),
@@ -117,15 +103,13 @@ fn rope(json: &Value) -> Result<Rope, String> {
             if let Some(unknown) = known {
                 return Err(format!("{name}.{unknown} is not known here; give attention_factor instead"));
             }
-            Ok(Rope::Yarn(Yarn {
-                theta,
-                factor: object.number("factor", 1.0)?,
-                beta_fast: optional("beta_fast", Some(32.0))?.unwrap_or(32.0),
-                beta_slow: optional("beta_slow", Some(1.0))?.unwrap_or(1.0),
-                truncate,
-                original_positions: object.number("original_max_position_embeddings", 1.0)?,
-                attention_factor: optional("attention_factor", None)?,
-            }))
+            let original_positions = object.number("original_max_position_embeddings", 1.0)?;
+            let [beta_fast, beta_slow] = [optional("beta_fast", Some(32.0))?, optional("beta_slow", Some(1.0))?];
+            let yarn = Yarn::new(object.number("factor", 1.0)?, original_positions)
+                .betas(beta_fast.unwrap_or(32.0), beta_slow.unwrap_or(1.0))
+                .attention_factor(optional("attention_factor", None)?)
+                .truncate(truncate);
+            Ok(RotaryFrequencies::new(theta).scaling(RotaryScaling::Yarn(yarn)))
         }
         other => Err(format!("{name}.rope_type is {other:?}; known: \"yarn\", \"default\"")),
     }
@@ -176,8 +160,11 @@ mod tests {
         let config = Config::parse(TEXT).unwrap();
         assert_eq!([config.hidden, config.heads, config.kv_heads, config.head_dim], [96, 8, 2, 32]);
         assert_eq!(config.layers, [LayerType::Sliding { window: 16 }, LayerType::Full]);
-        let Rope::Yarn(yarn) = config.rope else { panic!("{:?}", config.rope) };
-        assert_eq!((yarn.theta, yarn.factor, yarn.truncate, yarn.original_positions), (150_000.0, 8.0, false, 512.0));
+        let RotaryScaling::Yarn(yarn) = config.rope.scaling else { panic!("{:?}", config.rope) };
+        assert_eq!(
+            (config.rope.theta, yarn.factor, yarn.truncate, yarn.original_positions),
+            (150_000.0, 8.0, false, 512.0)
+        );
     }
 
     /// As openai/gpt-oss-20b has it.

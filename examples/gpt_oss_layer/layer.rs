@@ -4,7 +4,7 @@ use std::error::Error;
 
 use rayon::prelude::*;
 use sink_attention::{
-    Attention, CacheConfig, CacheKind, DType, Inputs, Options, Problem, Rotary, RotaryPositions, RotaryStyle, Shape,
+    Attention, CacheConfig, CacheKind, Inputs, Options, Problem, Rotary, RotaryPositions, RotaryStyle, Shape,
     SinkLogits, Window,
 };
 
@@ -99,9 +99,8 @@ impl<'a> Layer<'a> {
             LayerType::Full => CacheKind::Contiguous { capacity: tokens },
         };
         let positions = RotaryPositions::Absolute;
-        let rotary = Some(Rotary { dim: head_dim as u32, style: RotaryStyle::HalfSplit, positions });
-        let (dtype, value_dim) = (DType::F32, head_dim);
-        CacheConfig { kind, sequences: 1, kv_heads, head_dim, value_dim, dtype, rotary, quantisation: None }
+        let rotary = Rotary { dim: head_dim as u32, style: RotaryStyle::HalfSplit, positions };
+        CacheConfig::new(kind, 1, kv_heads, head_dim).rotary(rotary)
     }
 
     /// All tokens at once, then those after the prompt again, one by one.

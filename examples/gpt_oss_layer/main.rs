@@ -8,7 +8,7 @@
 //!
 //! Each layer of config.json (`config.rs`) is loaded (`weights.rs`) and computed in two ways (`layer.rs`): all tokens in
 //! one forward pass, and, once the prompt is in the cache that goes with the layer's type, one by one from it, rotated
-//! by YaRN's table (`rotary.rs`) as they are appended. Both must agree, and agree with the outputs in
+//! by YaRN's table (`RotaryFrequencies`) as they are appended. Both must agree, and agree with the outputs in
 //! `expected.safetensors` where there are any.
 
 mod config;
@@ -155,7 +155,7 @@ fn run(args: &Args, choice: &DeviceChoice) -> Result<(), Box<dyn Error>> {
         if prompt >= tokens {
             return Err(format!("--prompt {prompt}: there are {tokens} tokens, one at least must be decoded").into());
         }
-        let cos_sin = rotary::table(&config.rope, head_dim, tokens);
+        let cos_sin = config.rope.table(head_dim as u32, tokens)?;
         if let (Some(expected), false) = (&mut expected, checked_table) {
             checked_table = true;
             if let Some(error) = table_error(expected, &cos_sin, head_dim)? {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::TensorView;
 use serde_json::Value;
-use sink_attention::Values;
+use sink_attention::{Values, file};
 
 use crate::shard::Shard;
 
@@ -33,13 +33,16 @@ pub struct Weights {
     shards: BTreeMap<String, Shard>,
 }
 
+/// Bytes of an index, at most: those of the largest models have some megabytes.
+const MOST_INDEX: u64 = 1 << 28;
+
 impl Weights {
     pub fn open(folder: &Path) -> Result<Self, String> {
         let index = folder.join("model.safetensors.index.json");
         let map = if index.is_file() {
             let of = || -> Result<_, String> {
-                let text = std::fs::read_to_string(&index).map_err(|error| error.to_string())?;
-                let json: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+                let text = file::read(&index, MOST_INDEX).map_err(|error| error.to_string())?;
+                let json: Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
                 let map = json.get("weight_map").and_then(Value::as_object).ok_or("weight_map is missing")?;
                 map.iter()
                     .map(|(name, file)| match file.as_str() {

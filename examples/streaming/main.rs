@@ -33,10 +33,11 @@ mod stream;
 mod tests;
 
 use std::error::Error;
+use std::path::Path;
 use std::process::ExitCode;
 
 use indicatif::{HumanBytes, HumanCount};
-use sink_attention::{Attention, DeviceChoice};
+use sink_attention::{Attention, DeviceChoice, file};
 
 use args::{Args, Command};
 use model::Model;
@@ -65,6 +66,10 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, choice: &DeviceChoice) -> Result<(), Box<dyn Error>> {
+    // Better now than after the stream.
+    for path in std::iter::once(&args.out).chain(&args.state) {
+        file::check_writable(path).map_err(|error| cannot_write(path, &error))?;
+    }
     let bytes = args.text()?;
     let (settings, policies) = (args.settings, &args.policies);
     let asked = args.tokens.unwrap_or(bytes.len());
@@ -113,8 +118,8 @@ fn run(args: &Args, choice: &DeviceChoice) -> Result<(), Box<dyn Error>> {
     let memory = progress.finish();
 
     let lanes: Vec<_> = stream.lanes.iter().map(|lane| (lane.policy, &lane.record.series)).collect();
-    std::fs::write(&args.out, picture::draw(&lanes, &settings)?)
-        .map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
+    let picture = picture::draw(&lanes, &settings)?;
+    file::replace(&args.out, picture.as_bytes()).map_err(|error| cannot_write(&args.out, &error))?;
 
     println!();
     println!(
@@ -162,6 +167,10 @@ fn run(args: &Args, choice: &DeviceChoice) -> Result<(), Box<dyn Error>> {
         }
     }
     Ok(())
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> String {
+    format!("cannot write {}: {error}", path.display())
 }
 
 fn count(n: usize) -> HumanCount {

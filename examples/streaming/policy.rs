@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use sink_attention::{CacheConfig, CacheKind, DType, Rotary, RotaryPositions, RotaryStyle};
+use sink_attention::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
 
 use crate::model::{HEAD_DIM, KV_HEADS, KV_ROW, ROTARY_DIM};
 
@@ -49,16 +49,8 @@ impl Policy {
             }
             Policy::Full => (CacheKind::Contiguous { capacity }, RotaryPositions::Absolute),
         };
-        CacheConfig {
-            kind,
-            sequences: 1,
-            kv_heads: KV_HEADS,
-            head_dim: HEAD_DIM,
-            value_dim: HEAD_DIM,
-            dtype: DType::F32,
-            rotary: Some(Rotary { dim: ROTARY_DIM as u32, style: RotaryStyle::HalfSplit, positions }),
-            quantisation: None,
-        }
+        let rotary = Rotary { dim: ROTARY_DIM as u32, style: RotaryStyle::HalfSplit, positions };
+        CacheConfig::new(kind, 1, KV_HEADS, HEAD_DIM).rotary(rotary)
     }
 
     /// Tokens that the cache holds at most, which are as many positions.

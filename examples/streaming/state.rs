@@ -2,26 +2,60 @@
 
 use std::collections::HashMap;
 use std::error::Error;
-use std::fs;
 use std::path::Path;
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use sink_attention::file;
 
 use crate::check::Errors;
 use crate::series::{Measures, Series, Stretch};
 use crate::shard::Shard;
-use crate::stream::{Record, Stream};
+use crate::stream::{Lane, Record, Stream};
 
 /// The key of the metadata.
 const KEY: &str = "streaming";
-const VERSION: u32 = 1;
+/// 2: with a checksum over all tensors.
+const VERSION: u32 = 2;
+/// The key of the checksum.
+const CHECKSUM: &str = "checksum";
+
+/// The checksum of nothing.
+const EMPTY: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// FNV-1a in 64 bits, gone on from a checksum: against accidents.
+fn fnv_1a(sum: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(sum, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// A checksum over the description and all tensors with their names and lengths, in the order in which they are listed.
+pub struct Checksum(u64);
+
+impl Checksum {
+    pub fn new(description: &str) -> Self {
+        Checksum(fnv_1a(EMPTY, description.as_bytes()))
+    }
+
+    pub fn tensor(&mut self, name: &str, bytes: &[u8]) {
+        for part in [name.as_bytes(), &(bytes.len() as u64).to_le_bytes(), bytes] {
+            self.0 = fnv_1a(self.0, part);
+        }
+    }
+
+    pub fn text(&self) -> String {
+        format!("{:016x}", self.0)
+    }
+}
+
+fn cache_name(lane: &Lane<'_>) -> String {
+    format!("{}.cache", lane.policy.name())
+}
 
 impl Stream<'_> {
     /// What must be the same for the stream to go on.
     fn description(&self) -> String {
         let settings = &self.scene.settings;
-        let sum = |sum: u64, byte: &u8| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        let text = fnv_1a(EMPTY, self.scene.text.bytes);
         let policies: Vec<&str> = self.lanes.iter().map(|lane| lane.policy.name()).collect();
         format!(
             "version {VERSION}, policies {}, window {}, sink tokens {}, capacity {}, text {} bytes {:016x}",
@@ -30,17 +64,17 @@ impl Stream<'_> {
             settings.sink_tokens,
             settings.capacity,
             self.scene.text.bytes.len(),
-            self.scene.text.bytes.iter().fold(0xcbf2_9ce4_8422_2325, sum),
+            text,
         )
     }
 
-    /// Writes the file whole, or leaves the one that is there.
+    /// Writes the file whole, or leaves the one that is there: whoever is killed leaves a whole file.
     pub fn save(&self, path: &Path) -> Result<(), Box<dyn Error>> {
         let mut parts = vec![("position".to_string(), vec![self.position as u64])];
         let mut caches = Vec::new();
         for lane in &self.lanes {
             parts.push((lane.policy.name().into(), lane.record.to_words()));
-            caches.push((format!("{}.cache", lane.policy.name()), lane.decoder.to_safetensors()?));
+            caches.push((cache_name(lane), lane.decoder.to_safetensors()?));
         }
         let words = parts.iter().map(|(name, words)| {
             let bytes = bytemuck::cast_slice::<u64, u8>(words);
@@ -49,13 +83,14 @@ impl Stream<'_> {
         let caches =
             caches.iter().map(|(name, bytes)| Ok((name, TensorView::new(Dtype::U8, vec![bytes.len()], bytes)?)));
         let views = words.chain(caches).collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-        let file = safetensors::serialize(views, Some(HashMap::from([(KEY.to_string(), self.description())])))?;
-        // Beside it, so that the rename stays within a file system: whoever is killed leaves a whole file.
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".{}", std::process::id()));
-        fs::write(&beside, file)
-            .and_then(|()| fs::rename(&beside, path))
-            .map_err(|error| format!("cannot write {}: {error}", path.display()).into())
+        let description = self.description();
+        let mut sum = Checksum::new(&description);
+        for (name, view) in &views {
+            sum.tensor(name, view.data());
+        }
+        let metadata = HashMap::from([(KEY.to_string(), description), (CHECKSUM.to_string(), sum.text())]);
+        let file = safetensors::serialize(views, Some(metadata))?;
+        file::replace(path, &file).map_err(|error| format!("cannot write {}: {error}", path.display()).into())
     }
 
     /// Goes on where the file was saved.
@@ -67,6 +102,18 @@ impl Stream<'_> {
         let wanted = self.description();
         if saved != wanted {
             return Err(failed(&format!("of another stream: it has {saved}; wanted is {wanted}")).into());
+        }
+        // Before anything of this stream is replaced.
+        let mut names = vec!["position".to_string()];
+        names.extend(self.lanes.iter().map(|lane| lane.policy.name().to_string()));
+        names.extend(self.lanes.iter().map(|lane| cache_name(lane)));
+        let mut sum = Checksum::new(&wanted);
+        for name in &names {
+            sum.tensor(name, &file.bytes(name)?.1);
+        }
+        let saved = file.index.metadata().as_ref().and_then(|metadata| metadata.get(CHECKSUM));
+        if saved != Some(&sum.text()) {
+            return Err(failed("damaged: its bytes are not those of its checksum").into());
         }
         let mut words = |name: &str| -> Result<Vec<u64>, String> {
             let (_, bytes) = file.bytes(name)?;
@@ -84,7 +131,7 @@ impl Stream<'_> {
             lane.record = record.ok_or_else(|| failed(&format!("tensor {name} is no record of {tokens} tokens")))?;
         }
         for lane in &mut self.lanes {
-            let (_, cache) = file.bytes(&format!("{}.cache", lane.policy.name()))?;
+            let (_, cache) = file.bytes(&cache_name(lane))?;
             lane.decoder.restore(&cache).map_err(|error| failed(&error.to_string()))?;
             let (actual, tokens) = (lane.decoder.tokens(), position.min(lane.policy.end(&self.scene.settings)));
             if actual != tokens {

@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use sink_attention::DeviceChoice;
+use sink_attention::{Attention, DeviceChoice};
 
 use super::args::{self, Command as Parsed};
+use super::model::Model;
 use super::shard::Shard;
-use super::{gpu, run};
+use super::state::Checksum;
+use super::stream::{self, Scene, Stream, Text};
+use super::{SEED, gpu, run};
 
 /// Removed in the end.
 struct Folder(PathBuf);
@@ -151,9 +154,9 @@ fn other_states_are_errors() {
     folder.run(line).unwrap();
     let state = folder.read("state");
     for (other, message) in [
-        ("--window 17", "it has version 1, policies sinks and window and full, window 16,"),
+        ("--window 17", "it has version 2, policies sinks and window and full, window 16,"),
         ("--sink-tokens 3", "sink tokens 4, capacity 40"),
-        ("--policy window", "wanted is version 1, policies window, window 16"),
+        ("--policy window", "wanted is version 2, policies window, window 16"),
     ] {
         let error = folder.run(&format!("{line} {other}")).unwrap_err();
         assert!(error.contains("of another stream") && error.contains(message), "{other}: {error}");
@@ -174,24 +177,13 @@ fn other_states_are_errors() {
         &fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpt_oss_tiny/model.safetensors")).unwrap(),
         "not the state",
     );
+    // A file of the first version, which had no checksum.
+    let older = state.windows(9).position(|bytes| bytes == b"version 2").unwrap();
+    let mut old = state.clone();
+    old[older + 8] = b'1';
+    fails(&old, "of another stream: it has version 1, policies");
     let read = safetensors::SafeTensors::deserialize(&state).unwrap();
     let place = |name: &str| read.tensor(name).unwrap().data().as_ptr().addr() - state.as_ptr().addr();
-    for (name, offset, message) in [
-        ("position", 0, "tensor sinks is no record of 101 tokens"),
-        // The tokens of the first stretch.
-        ("window", 8 * 5, "tensor window is no record of 100 tokens"),
-        ("full.cache", 5000, "not a saved cache, or damaged"),
-    ] {
-        let mut spoiled = state.clone();
-        spoiled[place(name) + offset] ^= if name == "position" { 100 ^ 101 } else { 3 };
-        if name == "position" {
-            fs::write(folder.0.join("state"), &spoiled).unwrap();
-            let error = folder.run(&line.replace("--tokens 100", "--tokens 200")).unwrap_err();
-            assert!(error.contains(message), "{error}");
-        } else {
-            fails(&spoiled, message);
-        }
-    }
     // A cache of another length, sound by itself.
     let mut swapped = state.clone();
     let [sinks, len] = [place("sinks.cache"), read.tensor("sinks.cache").unwrap().data().len()];
@@ -200,5 +192,53 @@ fn other_states_are_errors() {
     let (_, cache) = Shard::open(&folder.0.join("longer")).unwrap().bytes("sinks.cache").unwrap();
     assert!(cache.len() == len && longer != state);
     swapped[sinks..sinks + len].copy_from_slice(&cache);
+    fails(&swapped, "damaged");
+    // With a checksum that fits.
+    let (_, header) = safetensors::SafeTensors::read_metadata(&swapped).unwrap();
+    let metadata = header.metadata().as_ref().unwrap();
+    let read = safetensors::SafeTensors::deserialize(&swapped).unwrap();
+    let names = ["position", "sinks", "window", "full", "sinks.cache", "window.cache", "full.cache"];
+    let mut sum = Checksum::new(&metadata["streaming"]);
+    names.iter().for_each(|name| sum.tensor(name, read.tensor(name).unwrap().data()));
+    let old = metadata["checksum"].as_bytes();
+    let at = swapped.windows(old.len()).position(|bytes| bytes == old).unwrap();
+    let new = sum.text();
+    swapped[at..at + old.len()].copy_from_slice(new.as_bytes());
     fails(&swapped, "the cache of policy sinks has 101 tokens, not 100");
+}
+
+/// Of every tensor: every byte of what is known of the results, and some of each cache, which has a checksum of its own.
+#[test]
+fn every_flipped_bit_is_told() {
+    let folder = Folder::new("flips");
+    let line = "--tokens 100 --window 16 --capacity 40 --state DIR/state --out DIR/a.svg";
+    let Parsed::Run(args) = args::parse(folder.line(line).split_whitespace().map(OsString::from)).unwrap() else {
+        panic!("no help was asked for")
+    };
+    let (bytes, model) = (args.text().unwrap(), Model::new(SEED));
+    let table = stream::table(&args.policies, &args.settings);
+    // More tokens than were streamed, so that another position could be believed.
+    let text = Text { bytes: &bytes, tokens: 200 };
+    let scene = Scene { model: &model, text, settings: args.settings, table: &table, rows: &[] };
+    let mut stream = Stream::new(&Attention::cpu(), scene, &args.policies).unwrap();
+    stream.advance(100).unwrap();
+    let path = folder.0.join("state");
+    stream.save(&path).unwrap();
+    stream.load(&path).unwrap();
+    let state = folder.read("state");
+    let read = safetensors::SafeTensors::deserialize(&state).unwrap();
+    let mut flips = 0;
+    for (name, tensor) in read.tensors() {
+        let place = tensor.data().as_ptr().addr() - state.as_ptr().addr();
+        let step = if name.ends_with(".cache") { tensor.data().len() / 20 } else { 1 };
+        for offset in (0..tensor.data().len()).step_by(step) {
+            let mut spoiled = state.clone();
+            spoiled[place + offset] ^= 1 << ((offset + offset / 8) % 8);
+            fs::write(&path, &spoiled).unwrap();
+            let error = stream.load(&path).unwrap_err().to_string();
+            assert!(error.contains("state: damaged"), "byte {offset} of {name}: {error}");
+            flips += 1;
+        }
+    }
+    assert!(flips > 500, "{flips}");
 }

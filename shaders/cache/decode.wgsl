@@ -100,12 +100,16 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 @compute @workgroup_size({{ threads }})
 fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
+  @builtin(num_workgroups) grid: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
 ) {
   let split = workgroup.x / params.row_tiles;
   let first_row = workgroup.x % params.row_tiles * ROWS;
-  let kv_head = workgroup.y;
-  let entry = workgroup.z;
+  // Key heads of sequences are numbered along both of the other axes.
+  let number_of_group = workgroup.y + workgroup.z * grid.y;
+  if (number_of_group >= params.groups) { return; }
+  let kv_head = number_of_group % params.kv_heads;
+  let entry = number_of_group / params.kv_heads;
   let sequence = {{ "entries[entry]" if indexed else "entry" }};
   let range = key_range(sequence);
   if (split >= range.splits) { return; }

@@ -82,11 +82,15 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 @compute @workgroup_size({{ lanes }})
 fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
+  @builtin(num_workgroups) grid: vec3<u32>,
   @builtin(subgroup_invocation_id) lane: u32,
 ) {
   let split = workgroup.x / params.row_tiles;
-  let kv_head = workgroup.y;
-  let entry = workgroup.z;
+  // Key heads of sequences are numbered along both of the other axes.
+  let number_of_group = workgroup.y + workgroup.z * grid.y;
+  if (number_of_group >= params.groups) { return; }
+  let kv_head = number_of_group % params.kv_heads;
+  let entry = number_of_group / params.kv_heads;
   let sequence = {{ "entries[entry]" if indexed else "entry" }};
   let range = key_range(sequence);
   let group = params.heads / params.kv_heads;

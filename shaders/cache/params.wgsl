@@ -35,7 +35,8 @@ struct Params {
   left: i32,
   right: i32,
   sink_tokens: u32,
-  // Row tiles of a group.
+  // Key heads of all sequences of a decoding step, each with its group of query heads, and the row tiles of such a group.
+  groups: u32,
   row_tiles: u32,
   // Splits of the keys, and at most where a split would have more tiles of keys than are long; and tiles it has at least.
   splits: u32,

@@ -13,7 +13,13 @@
     lanes to a row. Only the subgroup's own lanes stand between; a strip's second use waits for all of them.
 
     Fragments have no hidden elements: where a hidden column is NaN or infinite, its zero weight makes a NaN of the results.
-    `finish` reports a tile that holds one, and the portable kernel computes that tile again.
+    `report` tells of a tile that holds one. A second run of the kernel (`sanitize`) does such tiles again with zeros in place of
+    these columns, so that rows that do not see them get the bits that they get beside any other hidden column, and reports the
+    rows that do see one. The portable kernel computes these rows.
+
+    Halves have less range than what is computed. So a row of an accumulator has a unit, a power of two that follows the largest
+    weight which the row has seen: `keep_growing`. Operands in bf16 come with a power of two for each token (token_scales.wgsl). Nothing is
+    scaled by what a row does not see.
 
     Workgroup memory is what decides how many workgroups run at a time, and what the driver has left for registers that it
     cannot keep: rows of fragments take turns in one strip, p and d_s in one place for weights, and flags use the strips. Every
@@ -36,9 +42,13 @@ var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ stages * staged_rows[b] * tile
 {% endfor %}
 var<workgroup> strips: array<vec4<f32>, {{ subgroups * side * strip_row }}>;
 var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * side * weight_row }}>;
-{% if rows_are_keys %}
-// What the columns' lse and delta add.
-var<workgroup> statistics: array<vec4<f32>, {{ stages * tile_columns // 2 }}>;
+{% if column_terms > 0 %}
+// What goes with each column: of queries what lse and delta add, in bf16 what takes the token scales out.
+var<workgroup> terms: array<vec4<f32>, {{ stages * column_terms * tile_columns // 4 }}>;
+{% endif %}
+{% if kernel in ["d_q", "d_kv"] %}
+// What weights may reach before their unit follows, within f16.
+const MOST_WEIGHT: f32 = 32768.0;
 {% endif %}
 
 // By the bits: compilers may take for granted that a float comparison meets no NaN.
@@ -50,19 +60,16 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- What an lse takes from scores, in powers of two. -#}
 {%- macro shift(lse) %}{{ "(" ~ lse ~ " - params.softcap)" if softcap and not formed else lse }} * LOG2_E{% endmacro -%}
 
-{#- What an operand is multiplied with as it is loaded. bf16 has more range than f16: a power of two for each operand brings
-    its largest number to 2^14, and is taken out of the results. The sign of the scale goes with the rows of scores. -#}
-{%- macro factor(b) %}{{ b ~ "_range" if dtype == "bf16" else "1.0" }}{{ " * params.scale_sign" if b == signed }}{% endmacro -%}
+{#- What takes the token scale of an operand's r-th row out of a result: a factor, where there are scales. -#}
+{%- macro inverse(a, r) %}{% if column_scales %} * {{ a }}_inverse_{{ r }}{% endif %}{% endmacro -%}
 
-{#- What takes an operand's power of two out of a result. -#}
-{%- macro inverse(b) %}{{ "(1.0 / " ~ b ~ "_range)" if dtype == "bf16" else "1.0" }}{% endmacro -%}
+{#- The scale of a row's products, and of what the softmax works on: capped scores have had it. -#}
+{%- macro product_scale(r) %}{{ "cap_scale" if softcap else "scale" }}{{ "_" ~ r if column_scales }}{% endmacro -%}
+{%- macro score_scale(r) %}{{ "scale" if softcap else product_scale(r) }}{% endmacro -%}
 
 {%- macro begin() %}
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
   let last_column = {{ "max(column_limit, 1u)" if lengths else "column_limit" }} - 1u;
-{% for b in ranged %}
-  let {{ b }}_range = ranges[{{ range_slots[b] }}];
-{% endfor %}
   let strip = subgroup * {{ side * strip_row }}u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
@@ -70,21 +77,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
   let strip_at = strip + lane_row * STRIP_ROW + part;
   let subgroup_weights = subgroup * {{ row_fragments * side * weight_row }}u;
   let weight_at = subgroup_weights + lane_row * WEIGHT_ROW + part;
-  var broken = false;
 {% for r in range(row_fragments) %}
+  var broken_{{ r }} = false;
   let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
 {% endfor %}
 {% endmacro -%}
-
-{#- d_s is kept as halves: |d_p - delta| is at most 2^31 E once both operands are in their ranges. Their powers of two are applied
-    one after the other: the product of both may be out of range. -#}
-{%- macro d_s_range() %}
-  let v_bound = v_range * {{ d_s_bound }};
-  let d_p_range = {{ d_s_bound if dtype == "bf16" else "d_o_range * v_bound" }}{{ " * " ~ (1 / 32768) if rows_are_keys }};
-{% endmacro -%}
-
-{#- What takes the range of d_s, and the scale that d_s lacks, out of a gradient that it was multiplied into with `b`. -#}
-{%- macro d_s_inverse(b) %}params.scale / v_bound / d_o_range * {{ inverse(b) }}{% endmacro -%}
 
 {#- Begins the n-th part of what a lane does for its quads of a fragment's row; a fragment may have fewer quads than lanes. -#}
 {%- macro each_quad(n) %}{
@@ -92,9 +89,10 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {% if lanes // side > side // 4 %}if (quad < {{ side // 4 }}u) {% endif %}
 {%- endmacro -%}
 
-{#- The subgroup's rows of an operand as fragments, times `factor`; zeros beyond its end. All is on its way before the first is
-    waited for. -#}
-{%- macro resident(a, factor) %}
+{#- The subgroup's rows of an operand as fragments; zeros beyond its end. In bf16 times their token scales. The sign of the scale
+    goes with the rows of scores. All is on its way before the first is waited for. -#}
+{%- macro resident(a) %}
+{% set sign = "params.scale_sign" if a == signed else "1.0" %}
 {% for r in range(row_fragments) %}{% for f in range(fragments[a]) %}{% for n in range(fragment_quads) %}
   var {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = Raw();
   {{ each_quad(n) }} {
@@ -103,11 +101,22 @@ fn is_finite4(x: vec4<f32>) -> bool {
     }
   } }
 {% endfor %}{% endfor %}{% endfor %}
+{% if column_scales %}
+{% for r in range(row_fragments) %}
+  var {{ a }}_size_{{ r }} = 0.0;
+{% for f in range(fragments[a]) %}{% for n in range(fragment_quads) %}
+  {{ a }}_size_{{ r }} = max({{ a }}_size_{{ r }}, finite_size(widened4({{ a }}_raw_{{ r }}_{{ f }}_{{ n }})));
+{% endfor %}{% endfor %}
+{{ reduce_row(a ~ "_size_" ~ r, "max") }}
+  let {{ a }}_scale_{{ r }} = token_scale({{ a }}_size_{{ r }});
+  let {{ a }}_inverse_{{ r }} = 1.0 / {{ a }}_scale_{{ r }};
+{% endfor %}
+{% endif %}
 {% for f in range(fragments[a]) %}
 {% for r in range(row_fragments) %}{% for n in range(fragment_quads) %}
   {{ each_quad(n) }} {
     let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
-    weights[weight_at - part + {{ r * side * weight_row }}u + quad] = {{ halves("raw", factor) }};
+    weights[weight_at - part + {{ r * side * weight_row }}u + quad] = {{ halves("raw", a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign) }};
   } }
 {% endfor %}{% endfor %}
   {{ sync() }}
@@ -136,6 +145,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endif %}
 {% for n in range(staged_shares[b]) %}
   var {{ b }}_share_{{ n }} = Raw();
+{% if column_scales %}
+  var {{ b }}_scale_{{ n }} = 1.0;
+{% endif %}
 {% endfor %}
 {% endmacro -%}
 
@@ -154,6 +166,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
       let quad = {{ share_quad(b, n) }};
       let source = min({{ column }} + {{ share_row(b, n) }}, last_column);
       {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
+{% if column_scales %}
+      {{ b }}_scale_{{ n }} = {{ column_scales }}[scales_base + source].{{ "x" if b == staged[0] else "y" }};
+{% endif %}
     }
 {% endfor %}
 {% endmacro -%}
@@ -161,7 +176,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro put(b, stage) %}
 {% for n in range(staged_shares[b]) %}
     {{ if_share(b, n) }}{
-      {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }}] = {{ halves(b ~ "_share_" ~ n, factor(b)) }};
+      {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }}] = {{ halves(b ~ "_share_" ~ n, b ~ "_scale_" ~ n if column_scales else "1.0") }};
     }
 {% endfor %}
 {% endmacro -%}
@@ -173,13 +188,13 @@ fn is_finite4(x: vec4<f32>) -> bool {
   // cap tanh(x) = cap - 2 cap / (1 + e^(2 x)): what e is raised to, in powers of two and without its sign; and what `capped4`
   // gives is multiplied with. Never zero, so that hidden scores stay hidden.
   let cap = params.softcap * LOG2_E;
-  let cap_scale = 2.0 * params.scale / params.softcap * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }};
+  let cap_scale = 2.0 * params.scale / params.softcap * LOG2_E;
   let scale = max(1.7347234759768071e-18 * cap, 1e-33);
 {% elif formed %}
-  let scale = params.scale * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }};
+  let scale = params.scale * params.scale_sign * LOG2_E;
 {% else %}
   // Never zero, so that hidden scores stay hidden.
-  let scale = max(params.scale_size * LOG2_E * {{ inverse("q") }} * {{ inverse("k") }}, 1e-25);
+  let scale = max(params.scale_size * LOG2_E, 1e-25);
 {% endif %}
   var stage = 0u;
 {% for b in staged %}
@@ -190,11 +205,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var mask_words_{{ r }} = vec2<u32>();
 {% endfor %}
 {% endif %}
+{% for n in range(term_shares) %}
 {% if rows_are_keys %}
-{% for n in range(statistic_shares) %}
-  var statistic_share_{{ n }} = vec2<f32>();
+  var row_term_{{ n }} = vec2<f32>();
+{% endif %}
+{% if column_scales %}
+  var token_scale_{{ n }} = vec2<f32>();
+{% endif %}
 {% endfor %}
-{% else %}
+{% if not rows_are_keys %}
   {
 {{ fetch_columns("first_column(tiles, " ~ ("first_tile" if mask else "tiles.first") ~ ")") }}
   }
@@ -202,7 +221,17 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endif %}
 {% endmacro -%}
 
-{%- macro if_statistic(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
+{#- The scales of rows' products, once their operand is resident. -#}
+{%- macro row_scales(a) %}
+{% if column_scales %}
+{% for r in range(row_fragments) %}
+  let {{ product_scale(r) }} = {{ "cap_scale" if softcap else "scale" }}{{ inverse(a, r) }};
+{% endfor %}
+{% endif %}
+{% endmacro -%}
+
+{#- Where a thread has an n-th column. -#}
+{%- macro if_term(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
 
 {#- Reads what the mask says of each of a lane's rows and the 64 columns around a tile, where the tile's span is mixed. -#}
 {%- macro fetch_mask(tile) %}
@@ -229,9 +258,17 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for b in staged %}
 {{ fetch(b, column) }}
 {% endfor %}
+{% if column_terms > 0 %}
+{% for n in range(term_shares) %}
+    {{ if_term(n) }}{
+      let source = min({{ column }} + thread + {{ n * threads }}u, last_column);
 {% if rows_are_keys %}
-{% for n in range(statistic_shares) %}
-    {{ if_statistic(n) }}{ statistic_share_{{ n }} = row_terms[terms_base + min({{ column }} + thread + {{ n * threads }}u, last_column)]; }
+      row_term_{{ n }} = row_terms[terms_base + source];
+{% endif %}
+{% if column_scales %}
+      token_scale_{{ n }} = {{ column_scales }}[scales_base + source];
+{% endif %}
+    }
 {% endfor %}
 {% endif %}
 {% endmacro -%}
@@ -240,13 +277,28 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for b in staged %}
 {{ put(b, "stage") }}
 {% endfor %}
-{% if rows_are_keys %}
-{% for n in range(statistic_shares) %}
-    {{ if_statistic(n) }}{
+{% if column_terms > 0 %}
+{% for n in range(term_shares) %}
+    {{ if_term(n) }}{
       let item = thread + {{ n * threads }}u;
-      let at = stage * {{ tile_columns // 2 }}u + item / 4u;
-      statistics[at][item % 4u] = 15.0 - {{ shift("statistic_share_" ~ n ~ ".x") }};
-      statistics[at + {{ tile_columns // 4 }}u][item % 4u] = -statistic_share_{{ n }}.y * v_bound * d_o_range * {{ 1 / 32768 }};
+      let at = stage * {{ column_terms * tile_columns // 4 }}u + item / 4u;
+{% if rows_are_keys %}
+      terms[at][item % 4u] = 15.0 - {{ shift("row_term_" ~ n ~ ".x") }};
+      terms[at + {{ tile_columns // 4 }}u][item % 4u] = -row_term_{{ n }}.y;
+{% endif %}
+{% if column_scales %}
+      // A token that is not finite has no scale to take out.
+      let powers = select(token_scale_{{ n }}, vec2<f32>(1.0), token_scale_{{ n }} > vec2<f32>(1e30));
+{% set first = 2 if rows_are_keys else 0 %}
+      terms[at + {{ first * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.x;
+{% if kernel == "forward" %}
+      // Values' powers go with the scores, and out of the sum of probabilities.
+      terms[at + {{ tile_columns // 4 }}u][item % 4u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
+      terms[at + {{ 2 * tile_columns // 4 }}u][item % 4u] = powers.y;
+{% else %}
+      terms[at + {{ (first + 1) * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.y;
+{% endif %}
+{% endif %}
     }
 {% endfor %}
 {% endif %}
@@ -277,18 +329,20 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {{ put_columns() }}
 {% endmacro -%}
 
-{#- What lse (0) or delta (1) adds for a lane's n-th quad of columns. -#}
-{%- macro statistic(n, which) %}statistics[statistic_at + {{ n * lanes // side + which * tile_columns // 4 }}u]{% endmacro -%}
+{#- A term of the columns of a lane's n-th quad: of queries what lse (0) and delta (1) add; then what takes the scales of the first
+    and of the second staged operand out. -#}
+{%- macro term(n, which) %}terms[stage * {{ column_terms * tile_columns // 4 }}u + part + {{ n * lanes // side + which * tile_columns // 4 }}u]{% endmacro -%}
+{%- macro column_inverse(n, which) %}{{ term(n, which + (2 if rows_are_keys else 0)) }}{% endmacro -%}
 
 {#- What lse and delta add in the subgroup's rows. -#}
-{%- macro row_statistics() %}
+{%- macro row_terms() %}
 {% for r in range(row_fragments) %}
   var shift_{{ r }} = 0.0;
   var delta_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) {
-    let terms = row_terms[terms_base + row_{{ r }}];
-    shift_{{ r }} = {{ shift("terms.x") }};
-    delta_{{ r }} = terms.y * v_bound * d_o_range;
+    let own = row_terms[terms_base + row_{{ r }}];
+    shift_{{ r }} = {{ shift("own.x") }};
+    delta_{{ r }} = own.y;
   }
 {% endfor %}
 {% endmacro -%}
@@ -321,9 +375,10 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- First column of a lane's n-th quad of a strip. -#}
 {%- macro quad_column(n) %}column0 + 4u * ({{ n * lanes // side }}u + part){% endmacro -%}
 
-{%- macro take(x, r) %}
+{#- Reads a row of fragments back by rows, without the scales of the columns' first (0) or second (1) operand. -#}
+{%- macro take(x, r, which) %}
 {% for n in range(lane_quads) %}
-    var {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u];
+    var {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u]{% if column_scales %} * {{ column_inverse(n, which) }}{% endif %};
 {% endfor %}
     {{ sync() }}
 {% endmacro -%}
@@ -333,11 +388,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- `value` instead of what is hidden, whatever was computed there, and zeros in what `also` names. What happens rarely is a loop that runs once, not an if:
     NVIDIA's compiler leaves the registers of fragments where they are. -#}
-{%- macro hide(x, value, also="") %}
-    var hides_{{ x }} = masked{{ " || mixed" if mask }};
+{%- macro hide(x, value, also="", before="") %}
+    var hides_{{ before ~ x }} = masked{{ " || mixed" if mask }};
     loop {
-      if (!hides_{{ x }}) { break; }
-      hides_{{ x }} = false;
+      if (!hides_{{ before ~ x }}) { break; }
+      hides_{{ before ~ x }} = false;
 {% for r in range(row_fragments) %}
 {% if mask_words %}
       // A bit for each column.
@@ -359,7 +414,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro quad_bits(n) %}vec4<u32>({% for e in [1, 2, 4, 8] %}{{ ", " if e > 1 }}{{ e * 2 ** (4 * n * lanes // side) }}u{% endfor %}){% endmacro -%}
 
 {#- exp of scores less a row's shift, in powers of two both. -#}
-{%- macro exponential(x, shift) %}{% if formed %}exp2({{ x }} - vec4<f32>({{ shift }})){% else %}exp2(fma({{ x }}, vec4<f32>(scale), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
+{%- macro exponential(x, shift, r) %}{% if formed %}exp2({{ x }} - vec4<f32>({{ shift }})){% else %}exp2(fma({{ x }}, vec4<f32>({{ score_scale(r) }}), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
 
 {#- Where ALiBi's distances of a tile have one sign, and what they are multiplied with. Elsewhere, and where the band leaves both
     signs visible, `make_scores` mends those of the other. -#}
@@ -385,11 +440,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- Makes scores of products that were taken, in powers of two where they are `formed`; else they lack the scale, and capped ones
     the cap. Of softcap also the derivative, where `derivative` names it. -#}
 {%- macro make_scores(x, derivative) %}
+{% if softcap and not bias %}
+{#- Two share a reciprocal: none with what is hidden. -#}
+{{ hide(x, "0.0", before="capped_") }}
+{% endif %}
 {% if softcap or formed %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
 {% set name = x ~ "_" ~ r ~ "_" ~ n %}
 {% if softcap %}
-    let e_{{ name }} = exp2(fma({{ name }}, vec4<f32>(cap_scale), vec4<f32>(-60.0)));
+    let e_{{ name }} = exp2(fma({{ name }}, vec4<f32>({{ product_scale(r) }}), vec4<f32>(-60.0)));
     {{ name }} = capped4(e_{{ name }});
 {% if derivative %}
     var {{ derivative }}_{{ r }}_{{ n }} = cap_derivative4({{ name }}, e_{{ name }});
@@ -400,9 +459,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(cap));
 {% endif %}
 {% elif alibi %}
-    {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(lean * {{ ahead(r, n) }}) + leans);
+    {{ name }} = fma({{ name }}, vec4<f32>({{ product_scale(r) }}), vec4<f32>(lean * {{ ahead(r, n) }}) + leans);
 {% else %}
-    {{ name }} *= scale;
+    {{ name }} *= {{ product_scale(r) }};
 {% endif %}
 {% if bias %}
     {{ name }} = biased4({{ name }}, bias4(row_{{ r }}, {{ quad_column(n) }}));
@@ -422,10 +481,13 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endmacro -%}
 
 {#- Leaves what was taken and changed as weights for `accumulate`, and waits for it. -#}
-{%- macro keep_weights(x) %}
+{%- macro leave_weights(x) %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     weights[weight_at + {{ r * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
 {% endfor %}{% endfor %}
+{% endmacro -%}
+{%- macro keep_weights(x) %}
+{{ leave_weights(x) }}
     {{ sync() }}
 {% endmacro -%}
 
@@ -455,6 +517,114 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
+{#- Multiplies the rows of an accumulator, which few tiles do: through the strip. -#}
+{%- macro rescale(x, operand, factor) %}
+{% for r in range(row_fragments) %}{% for f in range(fragments[operand]) %}
+{{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+{% for n in range(fragment_quads) %}
+      {{ each_quad(n) }} { strips[strip_at - part + quad] *= {{ factor ~ r }}; } }
+{% endfor %}
+      {{ sync() }}
+      {{ x }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&strips[strip], STRIP_ROW);
+{% endfor %}{% endfor %}
+      {{ sync() }}
+{% endmacro -%}
+
+{#- The unit of an accumulator's rows, as weights are multiplied with it, and what they may reach: the first that is not zero sets
+    both. -#}
+{%- macro unit(x) %}
+{% for r in range(row_fragments) %}
+  var {{ x }}_unit_{{ r }} = 1.0;
+  var {{ x }}_limit_{{ r }} = 0.0;
+{% endfor %}
+{% endmacro -%}
+
+{#- Leaves changed weights w, in the unit of the accumulator x, for `accumulate`. Where they go beyond its limit, the unit follows the
+    largest of the row, and brings it to 2^6 .. 2^7: so weights down to 2^-20 of it are as precise as halves are, and it seldom
+    follows twice. What else is in the unit goes with it. `is_first` tells that the accumulator is zero. The vote stands behind the
+    stores, which need not wait for it. -#}
+{%- macro keep_growing(w, x, operand, is_first, also=[]) %}
+{{ leave_weights(w) }}
+    var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>({{ x }}_limit_{{ r }})){% endfor %}{% endfor %}));
+    loop {
+      if (!grows_{{ x }}) { break; }
+      grows_{{ x }} = false;
+{% for r in range(row_fragments) %}
+      var factor_{{ r }} = 1.0;
+      {
+        var most4 = abs({{ w }}_{{ r }}_0);
+{% for n in range(1, lane_quads) %}
+        most4 = max(most4, abs({{ w }}_{{ r }}_{{ n }}));
+{% endfor %}
+        var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
+{{ reduce_row("most", "max") }}
+        let exponent = i32(bitcast<u32>(most) >> 23u) - 127;
+        // No unit takes infinity or NaN: the row is reported.
+        if (most > {{ x }}_limit_{{ r }} && exponent < 128) {
+          factor_{{ r }} = bitcast<f32>(u32(127 + clamp(6 - exponent, -100, 100)) << 23u);
+          {{ x }}_limit_{{ r }} = MOST_WEIGHT;
+        }
+      }
+      {{ x }}_unit_{{ r }} *= factor_{{ r }};
+{% for n in range(lane_quads) %}
+      {{ w }}_{{ r }}_{{ n }} *= factor_{{ r }};
+{% endfor %}
+{% for stem in also %}
+      {{ stem }}_{{ r }} *= factor_{{ r }};
+{% endfor %}
+{% endfor %}
+{{ leave_weights(w) }}
+      if ({{ is_first }}) { continue; }
+{{ rescale(x, operand, "factor_") }}
+    }
+    {{ sync() }}
+{% endmacro -%}
+
+{#- In the second run: replaces staged columns that are not finite by zeros, and marks them behind their features. -#}
+{%- macro clean_columns() %}
+{% if sanitize %}
+      for (var column = thread; column < {{ tile_columns }}u; column += {{ threads }}u) {
+{% for b in staged %}
+        {
+          let at = stage * {{ b | upper }}_TILE + column * {{ b | upper }}_ROW;
+          var is_bad = false;
+          for (var quad = 0u; quad < {{ staged_quads[b] }}u; quad += 1u) {
+            let x = vec4<f32>({{ b }}_stage[at + quad]);
+            if (!is_finite4(x)) {
+              {{ b }}_stage[at + quad] = vec4<f16>();
+              is_bad = true;
+            }
+          }
+          {{ b }}_stage[at + {{ staged_quads[b] }}u] = vec4<f16>(select(0.0h, 1.0h, is_bad));
+        }
+{% endfor %}
+      }
+      workgroupBarrier();
+{% endif %}
+{% endmacro -%}
+
+{#- In the second run: finds the rows that see such a column. -#}
+{%- macro find_broken() %}
+{% if sanitize %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+      var bad_{{ r }}_{{ n }} = vec4<f32>();
+      {
+        let column = 4u * ({{ n * lanes // side }}u + part);
+{% for e in range(4) %}{% for b in staged %}
+        bad_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (column + {{ e }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
+{% endfor %}{% endfor %}
+{% if bias %}
+        bad_{{ r }}_{{ n }} = select(bad_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(row_{{ r }}, column0 + column)) == vec4<u32>(0xff800000u));
+{% endif %}
+      }
+{% endfor %}{% endfor %}
+{{ hide("bad", "0.0") }}
+{% for r in range(row_fragments) %}
+      broken_{{ r }} = broken_{{ r }}{% for n in range(lane_quads) %} || any(bad_{{ r }}_{{ n }} != vec4<f32>()){% endfor %};
+{% endfor %}
+{% endif %}
+{% endmacro -%}
+
 {#- Leaves one fragment of an accumulator in the strip. -#}
 {%- macro park_fragment(x) %}
     {{ sync() }}
@@ -477,7 +647,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ each_quad(n) }} {
       if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
         let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
-        broken = broken || !is_finite4(result);
+        broken_{{ r }} = broken_{{ r }} || !is_finite4(result);
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
 {% if o_rest %}
         store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
@@ -490,16 +660,32 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
-{#- Reports whether the tile is to be computed again. -#}
+{#- Reports whether rows of the tile are to be computed again, and, where there are any, which. -#}
 {%- macro report() %}
-  let subgroup_broken = subgroupAny(broken);
+  let subgroup_broken = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(broken_{{ r }} && row_{{ r }} < row_limit){% endfor %});
   // The strips are free.
   workgroupBarrier();
   if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_broken)); }
   workgroupBarrier();
-  if (thread == 0u) {
-    var total = 0.0;
-    for (var n = 0u; n < {{ subgroups }}u; n += 1u) { total += strips[n].x; }
-    repairs[repair_slot({{ here_argument }}work, work.tile)] = u32(total);
+  var total = 0.0;
+  for (var n = 0u; n < {{ subgroups }}u; n += 1u) { total += strips[n].x; }
+  let slot = repair_slot({{ here_argument }}work, work.tile);
+  if (thread == 0u) { repairs[slot] = u32(total); }
+  var reports = total > 0.0;
+  loop {
+    if (!reports) { break; }
+    reports = false;
+    workgroupBarrier();
+{% for r in range(row_fragments) %}
+    var report_{{ r }} = select(0.0, 1.0, broken_{{ r }});
+{{ reduce_row("report_" ~ r, "max") }}
+    if (part == 0u) { strips[row_{{ r }} - row0] = vec4<f32>(report_{{ r }}); }
+{% endfor %}
+    workgroupBarrier();
+    if (thread < {{ report_words - 1 }}u) {
+      var bits = 0u;
+      for (var n = 0u; n < min({{ tile_rows }}u - thread * 32u, 32u); n += 1u) { bits |= u32(strips[thread * 32u + n].x) << n; }
+      repairs[slot + 1u + thread] = bits;
+    }
   }
 {% endmacro -%}

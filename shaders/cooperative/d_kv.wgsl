@@ -5,12 +5,16 @@
 
 {%- macro begin() %}
 {{ blocks.begin() }}
-{{ blocks.d_s_range() }}
-{{ blocks.resident("k", blocks.factor("k")) }}
-{{ blocks.resident("v", blocks.factor("v")) }}
+{{ blocks.resident("k") }}
+{{ blocks.resident("v") }}
 {{ blocks.accumulator("d_k", "q") }}
 {{ blocks.accumulator("d_v", "d_o") }}
+{{ blocks.unit("d_k") }}
+{% if column_scales %}
+{{ blocks.unit("d_v") }}
+{% endif %}
 {{ blocks.begin_columns() }}
+{{ blocks.row_scales("k") }}
 {% endmacro -%}
 
 {#- The first tile of a head. -#}
@@ -19,25 +23,36 @@
 {% endmacro -%}
 
 {%- macro scores() %}
+{{ blocks.clean_columns() }}
 {{ blocks.fetch_next() }}
 {{ blocks.product("s", "k", "q", "stage") }}
 {% endmacro -%}
 
-{#- Leaves p as weights, up to 2^15: that is within the range of halves, and a small p is not rounded away. -#}
+{#- Whether nothing has been accumulated yet. -#}
+{%- macro is_first() %}head == work.head && tile == first_tile{% endmacro -%}
+
+{#- Leaves p as weights, up to 2^15: that is within the range of halves, and a small p is not rounded away. In bf16 they take the scale
+    of d_o out, in a unit. -#}
 {%- macro probabilities() %}
 {{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
-{{ blocks.take("x", r) }}
+{{ blocks.take("x", r, 0) }}
 {% endfor %}
 {{ blocks.make_scores("x", "derivative") }}
-    let statistic_at = stage * {{ tile_columns // 2 }}u + part;
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ blocks.statistic(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>(scale), {{ blocks.statistic(n, 0) }}){% endif %});
+    var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ blocks.term(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ blocks.score_scale(r) }}), {{ blocks.term(n, 0) }}){% endif %});
 {% endfor %}{% endfor %}
 {#- Hidden by name, too, the derivative is computed before: what it is made of would take more registers. -#}
 {{ blocks.hide("p", "0.0", "derivative" if softcap else "") }}
+{% if column_scales %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    var w_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * {{ blocks.column_inverse(n, 1) }} * d_v_unit_{{ r }};
+{% endfor %}{% endfor %}
+{{ blocks.keep_growing("w", "d_v", "d_o", is_first()) }}
+{% else %}
 {{ blocks.keep_weights("p") }}
+{% endif %}
 {% if softcap %}
     // What d_s needs of p.
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
@@ -52,16 +67,32 @@
 {{ blocks.product("d_p", "v", "d_o", "stage") }}
 {% endmacro -%}
 
-{#- Leaves d_s = p (d_p - delta) as weights, within the range of halves. -#}
+{#- Leaves d_s = p (d_p - delta) as weights, in the unit of d_k. -#}
 {%- macro score_gradients() %}
 {% for r in range(row_fragments) %}
 {{ blocks.park("d_p", r) }}
-{{ blocks.take("y", r) }}
+{{ blocks.take("y", r, 1) }}
 {% for n in range(lane_quads) %}
-    let d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), {{ blocks.statistic(n, 1) }});
+{% if column_scales %}
+    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(v_inverse_{{ r }}), {{ blocks.term(n, 1) }});
+{% else %}
+    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * (y_{{ r }}_{{ n }} + {{ blocks.term(n, 1) }});
+{% endif %}
 {% endfor %}
 {% endfor %}
-{{ blocks.keep_weights("d_s") }}
+{% if sanitize %}
+    // A query's delta may not be finite, where what it sees is not.
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    d_s_{{ r }}_{{ n }} = select(d_s_{{ r }}_{{ n }}, vec4<f32>(), p_{{ r }}_{{ n }} == vec4<f32>());
+{% endfor %}{% endfor %}
+{% endif %}
+{% if column_scales %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
+{% endfor %}{% endfor %}
+{% endif %}
+{{ blocks.keep_growing("d_s", "d_k", "q", is_first()) }}
+{{ blocks.find_broken() }}
 {% endmacro -%}
 
 {%- macro accumulate_d_k() %}
@@ -70,9 +101,11 @@
 {% endmacro -%}
 
 {%- macro finish() %}
-  let d_k_factor = {{ blocks.d_s_inverse("q") }};
-  let d_v_factor = {{ 1 / 32768 }} * {{ blocks.inverse("d_o") }};
-{{ blocks.store("d_k", "d_k", "d_k_factor") }}
-{{ blocks.store("d_v", "d_v", "d_v_factor") }}
+{% for r in range(row_fragments) %}
+  let d_k_factor_{{ r }} = params.scale * {{ 1 / 32768 }} / d_k_unit_{{ r }};
+  let d_v_factor_{{ r }} = {{ 1 / 32768 }}{{ " / d_v_unit_" ~ r if column_scales }};
+{% endfor %}
+{{ blocks.store("d_k", "d_k", "d_k_factor_") }}
+{{ blocks.store("d_v", "d_v", "d_v_factor_") }}
 {{ blocks.report() }}
 {% endmacro -%}

@@ -5,12 +5,13 @@
 
 {%- macro begin() %}
 {{ blocks.begin() }}
-{{ blocks.d_s_range() }}
 {{ blocks.begin_columns() }}
-{{ blocks.resident("q", blocks.factor("q")) }}
-{{ blocks.resident("d_o", blocks.factor("d_o")) }}
+{{ blocks.resident("q") }}
+{{ blocks.resident("d_o") }}
+{{ blocks.row_scales("q") }}
 {{ blocks.accumulator("d_q", "k") }}
-{{ blocks.row_statistics() }}
+{{ blocks.unit("d_q") }}
+{{ blocks.row_terms() }}
 {% if moments %}
 {% for r in range(row_fragments) %}
   var moment_{{ r }} = 0.0;
@@ -20,6 +21,7 @@
 {% endmacro -%}
 
 {%- macro scores() %}
+{{ blocks.clean_columns() }}
 {{ blocks.fetch_next() }}
 {{ blocks.product("s", "q", "k", "stage") }}
 {% endmacro -%}
@@ -28,21 +30,21 @@
 {{ blocks.product("d_p", "d_o", "v", "stage") }}
 {% endmacro -%}
 
-{#- Leaves d_s = p (d_p - delta) as weights, within the range of halves. -#}
+{#- Leaves d_s = p (d_p - delta) as weights, in the unit of d_q. -#}
 {%- macro score_gradients() %}
 {{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
-{{ blocks.take("x", r) }}
+{{ blocks.take("x", r, 0) }}
 {% endfor %}
 {{ blocks.make_scores("x", "derivative") }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("d_p", r) }}
-{{ blocks.take("y", r) }}
+{{ blocks.take("y", r, 1) }}
 {% endfor %}
 {% for r in range(row_fragments) %}
 {% for n in range(lane_quads) %}
-    var d_s_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_p_range), vec4<f32>(-delta_{{ r }}));
+    var d_s_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ blocks.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
 {% endfor %}
 {% endfor %}
 {% if softcap and not moments %}
@@ -64,7 +66,13 @@
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 {% endfor %}{% endfor %}
 {% endif %}
-{{ blocks.keep_weights("d_s") }}
+{% if column_scales %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
+{% endfor %}{% endfor %}
+{% endif %}
+{{ blocks.keep_growing("d_s", "d_q", "k", "tile == " ~ ("first_tile" if mask else "tiles.first"), ["moment"] if moments else []) }}
+{{ blocks.find_broken() }}
 {% endmacro -%}
 
 {%- macro accumulate() %}
@@ -73,14 +81,16 @@
 {% endmacro -%}
 
 {%- macro finish() %}
-  let factor = {{ blocks.d_s_inverse("k") }};
-{{ blocks.store("d_q", "d_q", "factor") }}
+{% for r in range(row_fragments) %}
+  let factor_{{ r }} = params.scale / d_q_unit_{{ r }};
+{% endfor %}
+{{ blocks.store("d_q", "d_q", "factor_") }}
 {% if moments %}
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("moment_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
-    let total = moment_{{ r }} / v_bound / d_o_range;
-    broken = broken || !is_finite4(vec4<f32>(total));
+    let total = moment_{{ r }} / d_q_unit_{{ r }};
+    broken_{{ r }} = broken_{{ r }} || !is_finite4(vec4<f32>(total));
     alibi_moments[moments_base + row_{{ r }}] = total;
   }
 {% endfor %}

@@ -6,8 +6,9 @@
 {%- macro begin() %}
 {{ blocks.begin() }}
 {{ blocks.begin_columns() }}
-{{ blocks.resident("q", blocks.factor("q")) }}
-{{ blocks.resident("d_o", blocks.factor("d_o")) }}
+{{ blocks.resident("q") }}
+{{ blocks.resident("d_o") }}
+{{ blocks.row_scales("q") }}
 {% for r in range(row_fragments) %}
   var sum_{{ r }} = 0.0;
   var shift_{{ r }} = 0.0;
@@ -30,14 +31,14 @@
 {{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
-{{ blocks.take("x", r) }}
+{{ blocks.take("x", r, 0) }}
 {% endfor %}
 {{ blocks.make_scores("x", "") }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("d_p", r) }}
-{{ blocks.take("y", r) }}
+{{ blocks.take("y", r, 1) }}
 {% for n in range(lane_quads) %}
-    var p_d_p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r) }} * y_{{ r }}_{{ n }};
+    var p_d_p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * y_{{ r }}_{{ n }};
 {% endfor %}
 {% endfor %}
 {{ blocks.hide("p_d_p", "0.0") }}
@@ -57,8 +58,8 @@
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
-    let total = sum_{{ r }} * {{ blocks.inverse("d_o") }} * {{ blocks.inverse("v") }};
-    broken = broken || !is_finite4(vec4<f32>(total));
+    let total = sum_{{ r }}{{ blocks.inverse("d_o", r) }};
+    broken_{{ r }} = broken_{{ r }} || !is_finite4(vec4<f32>(total));
     store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ r }}, total);
   }
 {% endfor %}

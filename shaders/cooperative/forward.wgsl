@@ -3,7 +3,7 @@
 
 {%- macro declare() %}
 {{ blocks.declare() }}
-// Below every product of halves that were scaled to their range{{ ", and every capped one" if softcap else ", and far from where f32 ends" }}.
+// Below every product of halves{{ ", and every capped one" if softcap else ", and far from where f32 ends" }}.
 const HIDDEN: f32 = {{ "-3e38" if softcap else "-1e30" }};
 // The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
 const SLACK: f32 = 8.0;
@@ -13,7 +13,8 @@ const SLACK: f32 = 8.0;
 {{ blocks.begin() }}
   let hidden = {{ "params.negative_infinity" if formed else "HIDDEN" }};
 {{ blocks.begin_columns() }}
-{{ blocks.resident("q", blocks.factor("q")) }}
+{{ blocks.resident("q") }}
+{{ blocks.row_scales("q") }}
 {{ blocks.accumulator("o", "v") }}
 {{ blocks.put_columns() }}
   // Where nothing has been seen the maximum is finite, and so far above hidden scores that their weights are zero.
@@ -33,6 +34,7 @@ const SLACK: f32 = 8.0;
 {% endmacro -%}
 
 {%- macro scores() %}
+{{ blocks.clean_columns() }}
 {{ blocks.fetch_next() }}
 {{ blocks.product("s", "q", "k", "stage") }}
 {% endmacro -%}
@@ -40,7 +42,7 @@ const SLACK: f32 = 8.0;
 {#- Online softmax. The maximum of a row follows only when it has grown by more than SLACK: then, rarely, the output is
     rescaled, through the strip. Where nearly all registers are taken, scores are better hidden while they are in the strip. -#}
 {%- macro softmax() %}
-{% set in_strips = registers > 200 and not (modified or mask) %}
+{% set in_strips = registers > 200 and not (modified or mask or column_scales) %}
 {{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
@@ -54,9 +56,14 @@ const SLACK: f32 = 8.0;
 {% endfor %}
     }
 {% endif %}
-{{ blocks.take("x", r) }}
+{{ blocks.take("x", r, 0) }}
 {% endfor %}
 {{ blocks.make_scores("x", "") }}
+{% if column_scales %}
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    x_{{ r }}_{{ n }} += {{ blocks.term(n, 1) }};
+{% endfor %}{% endfor %}
+{% endif %}
 {% if not in_strips %}
 {{ blocks.hide("x", "hidden") }}
 {% endif %}
@@ -77,30 +84,28 @@ const SLACK: f32 = 8.0;
           limit_{{ r }} = most + slack;
         }
       }
-      let rescale_{{ r }} = exp2(before_{{ r }} - most_{{ r }});
+      // A row that keeps its maximum keeps its bits.
+      let rescale_{{ r }} = select(exp2(before_{{ r }} - most_{{ r }}), 1.0, before_{{ r }} == most_{{ r }});
       sum_{{ r }} *= rescale_{{ r }};
 {% endfor %}
       // Nothing to rescale yet.
       if (tile == {{ "first_tile" if mask else "tiles.first" }}) { continue; }
-{% for r in range(row_fragments) %}{% for f in range(fragments.v) %}
-{{ blocks.park_fragment("o_" ~ r ~ "_" ~ f) }}
-{% for n in range(fragment_quads) %}
-      {{ blocks.each_quad(n) }} { strips[strip_at - part + quad] *= rescale_{{ r }}; } }
-{% endfor %}
-      {{ blocks.sync() }}
-      o_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&strips[strip], STRIP_ROW);
-{% endfor %}{% endfor %}
-      {{ blocks.sync() }}
+{{ blocks.rescale("o", "v", "rescale_") }}
     }
 {% for r in range(row_fragments) %}
     var total_{{ r }} = vec4<f32>();
 {% for n in range(lane_quads) %}
-    let p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "most_" ~ r) }};
+    let p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "most_" ~ r, r) }};
+{% if column_scales %}
+    total_{{ r }} = fma(p_{{ r }}_{{ n }}, {{ blocks.term(n, 2) }}, total_{{ r }});
+{% else %}
     total_{{ r }} += p_{{ r }}_{{ n }};
+{% endif %}
 {% endfor %}
     sum_{{ r }} += (total_{{ r }}.x + total_{{ r }}.y) + (total_{{ r }}.z + total_{{ r }}.w);
 {% endfor %}
 {{ blocks.keep_weights("p") }}
+{{ blocks.find_broken() }}
 {% endmacro -%}
 
 {%- macro accumulate() %}
@@ -113,10 +118,17 @@ const SLACK: f32 = 8.0;
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
 {% if bias %}
-  broken = broken || (row_{{ r }} < row_limit && sum_{{ r }} > 0.0 && most_{{ r }} <= LOWEST);
+  broken_{{ r }} = broken_{{ r }} || (sum_{{ r }} > 0.0 && most_{{ r }} <= LOWEST);
 {% endif %}
-  let end_{{ r }} = finish_row(most_{{ r }} / {% if formed %}LOG2_E{% elif softcap %}LOG2_E + params.softcap{% else %}scale * {{ blocks.inverse("q") }} * {{ blocks.inverse("k") }}{% endif %}, sum_{{ r }}, work.head);
-  let factor_{{ r }} = end_{{ r }}.factor * {{ blocks.inverse("v") }};
+{% if column_scales %}
+  // The sum, which values' powers have taken anywhere, comes to 1 .. 2.
+  let power_{{ r }} = select(0, i32(bitcast<u32>(sum_{{ r }}) >> 23u) - 127, sum_{{ r }} > 0.0);
+  let lift_{{ r }} = bitcast<f32>(u32(127 - clamp(power_{{ r }}, -126, 126)) << 23u);
+  most_{{ r }} += f32(power_{{ r }});
+  sum_{{ r }} *= lift_{{ r }};
+{% endif %}
+  let end_{{ r }} = finish_row(most_{{ r }} / {% if formed %}LOG2_E{% elif softcap %}LOG2_E + params.softcap{% else %}scale{% endif %}, sum_{{ r }}, work.head);
+  let factor_{{ r }} = end_{{ r }}.factor{{ " * lift_" ~ r if column_scales }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = {% if lengths %}select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < here.seq_q){% else %}end_{{ r }}.lse{% endif %}; }
 {% endfor %}
 {{ blocks.store("o", "o", "factor_") }}

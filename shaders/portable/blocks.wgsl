@@ -266,10 +266,13 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
+{#- Whether a thread's i-th row is written: where a cooperative kernel came before, only rows that it has reported. -#}
+{%- macro writes(i) %}row_{{ i }} < row_limit{% if repairs %} && is_repaired({{ here_argument }}work, row_{{ i }}){% endif %}{% endmacro -%}
+
 {#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
 {%- macro store(x, operand, factor) %}
 {% for i in range(rows) %}
-  if (row_{{ i }} < row_limit) {
+  if ({{ writes(i) }}) {
     let base = {{ operand }}_base + row_{{ i }} * params.{{ operand }}.seq;
 {% for c in range(accumulator_quads[operand]) %}
     if (tx + {{ c }}u * THREADS_C < {{ operand_quads[operand] }}u) {

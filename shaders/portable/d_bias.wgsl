@@ -16,17 +16,19 @@
     let row_{{ i }} = row0 + ty + {{ i }}u * THREADS_R;
     var lse_{{ i }} = 0.0;
     var delta_{{ i }} = 0.0;
+    var portion_{{ i }} = 1.0;
     if (row_{{ i }} < row_limit) {
       let terms = row_terms[terms_base + row_{{ i }}];
       lse_{{ i }} = terms.x;
       delta_{{ i }} = terms.y;
+      portion_{{ i }} = share(row_{{ i }}, terms.x);
     }
 {% endfor %}
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
 {{ blocks.product("d_p", "d_o", "v") }}
 {% for i in range(rows) %}{% for c in range(quads) %}
-    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * portion_{{ i }} * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 {% endfor %}{% endfor %}
 {{ blocks.hide("s") }}
 {% for i in range(rows) %}{% for c in range(quads) %}

@@ -23,15 +23,21 @@
     {
       let query = column0 + 4u * (tx + {{ c }}u * THREADS_C);
       var row_lse = vec4<f32>();
+{% if bias %}
+      var row_share = vec4<f32>(1.0);
+{% endif %}
 {% for e in range(4) %}
       if (query + {{ e }}u < column_limit) {
         let terms = row_terms[terms_base + query + {{ e }}u];
         row_lse.{{ xyzw[e] }} = terms.x;
         delta_{{ c }}.{{ xyzw[e] }} = terms.y;
+{% if bias %}
+        row_share.{{ xyzw[e] }} = share(query + {{ e }}u, terms.x);
+{% endif %}
       }
 {% endfor %}
 {% for i in range(rows) %}
-      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), -row_lse));
+      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), -row_lse)){{ " * row_share" if bias }};
 {% endfor %}
     }
 {% endfor %}

@@ -8,10 +8,16 @@
 {% for i in range(rows) %}
   var lse_{{ i }} = 0.0;
   var delta_{{ i }} = 0.0;
+{% if bias %}
+  var portion_{{ i }} = 1.0;
+{% endif %}
   if (row_{{ i }} < row_limit) {
     let terms = row_terms[terms_base + row_{{ i }}];
     lse_{{ i }} = terms.x;
     delta_{{ i }} = terms.y;
+{% if bias %}
+    portion_{{ i }} = share(row_{{ i }}, terms.x);
+{% endif %}
   }
 {% endfor %}
 {{ blocks.accumulator("d_q", "k") }}
@@ -50,12 +56,18 @@
 
 {%- macro accumulate() %}{{ blocks.accumulate("d_q", "k") }}{% endmacro -%}
 
+{#- d_q is linear in the probabilities, so that a row's share of them comes last. -#}
 {%- macro finish() %}
-{{ blocks.store("d_q", "d_q", "params.scale") }}
+{% if bias %}
+{% for i in range(rows) %}
+  let factor_{{ i }} = params.scale * portion_{{ i }};
+{% endfor %}
+{% endif %}
+{{ blocks.store("d_q", "d_q", "factor_" if bias else "params.scale") }}
 {% if moments %}
 {{ blocks.reduce_rows("total", "moment", "sum") }}
 {% for i in range(rows) %}
-  if (row_{{ i }} < row_limit && tx == 0u) { alibi_moments[moments_base + row_{{ i }}] = total_{{ i }}; }
+  if (tx == 0u && {{ blocks.writes(i) }}) { alibi_moments[moments_base + row_{{ i }}] = total_{{ i }}{{ " * portion_" ~ i if bias }}; }
 {% endfor %}
 {% endif %}
 {% endmacro -%}

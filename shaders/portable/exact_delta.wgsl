@@ -39,8 +39,8 @@
 {%- macro finish() %}
 {{ blocks.reduce_rows("total", "sum", "sum") }}
 {% for i in range(rows) %}
-  if (row_{{ i }} < row_limit && tx == 0u) {
-    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }});
+  if (tx == 0u && {{ blocks.writes(i) }}) {
+    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }}{% if bias %} * share(row_{{ i }}, lse_{{ i }}){% endif %});
   }
 {% endfor %}
 {% endmacro -%}

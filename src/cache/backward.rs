@@ -3,6 +3,7 @@
 use super::batch::{Batch, Entry, Prefill};
 use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
 use super::gpu::KvCache;
+use super::step::Step;
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::error::{Error, Result};
 use crate::tensor::TensorView;
@@ -121,7 +122,7 @@ pub struct PreparedCacheBackward {
 impl PreparedCacheBackward {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &CacheBackwardBuffers<'_>) -> Result<Self> {
         let config = &cache.config;
-        let batch = Batch::held(config, prefill, &cache.places)?;
+        let batch = Batch::held(config, prefill, cache.places())?;
         let (keys, bytes) = (cache.keys.clone(), config.bytes());
         let into = [buffers.d_keys, buffers.d_values];
         for (output, buffer, needed) in [("d_keys", into[0], bytes[0]), ("d_values", into[1], bytes[1])] {
@@ -149,8 +150,8 @@ impl PreparedCacheBackward {
         };
         let (mut gather, mut scatter) = (None, None);
         if let (Source::Gathered(operands), Source::Gathered(results)) = (&operands, &results) {
-            gather = operands.gather(cache, &batch.runs(&cache.places)).await?;
-            scatter = results.scatter(cache, &batch.sums(&cache.places), into).await?;
+            gather = operands.gather(cache, &batch.runs(cache.places())).await?;
+            scatter = results.scatter(cache, &batch.sums(cache.places()), into).await?;
         }
         let ([k, v], [d_k, d_v]) = (operands.views(), results.views());
         let forward = ForwardBuffers {
@@ -182,11 +183,12 @@ impl PreparedCacheBackward {
     ///
     /// # Errors
     /// [`Error::OtherCache`]; [`Error::CacheChanged`] where a sequence has another length, or other pages, than as it was
-    /// prepared.
-    pub fn encode(&self, cache: &KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+    /// prepared; [`Error::CacheBusy`], [`Error::OtherDevice`].
+    pub fn encode(&self, cache: &KvCache, step: &mut Step) -> Result<()> {
         if cache.keys != self.keys {
             return Err(Error::OtherCache);
         }
+        cache.read_in(step.ticket())?;
         cache.check_lengths(&self.entries)?;
         for (entry, pages) in self.entries.iter().zip(&self.pages) {
             let actual = used_pages(cache, entry);
@@ -195,6 +197,7 @@ impl PreparedCacheBackward {
                 return Err(Error::CacheChanged { sequence: entry.sequence, reason });
             }
         }
+        let encoder = step.encoder();
         for (buffer, bytes) in self.gradients.iter().zip(self.bytes) {
             encoder.clear_buffer(buffer, 0, Some(bytes));
         }

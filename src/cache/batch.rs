@@ -265,7 +265,7 @@ mod tests {
             let rows = config.kind.rows();
             for length in [0, 1, kept, kept + 1, rows - 1, rows, rows + 1, 3 * rows + 2] {
                 let mut places = Places::new(&config);
-                places.advance(&[length, 0]);
+                places.advance(&[length, 0], None);
                 for tokens in [1, 2, window + 3] {
                     for (left, sink_tokens) in [(None, 0), (Some(window - 1), kept), (Some(window / 2), kept / 2)] {
                         let window_option = Window { left, right: Some(0) };

@@ -18,13 +18,11 @@ use crate::problem::{
 ///
 /// ```
 /// use sink_attention::cpu::KvCache;
-/// use sink_attention::{CacheConfig, CacheKind, DType, Decode, Options};
+/// use sink_attention::{CacheConfig, CacheKind, Decode, Options};
 ///
 /// // Two sequences of one key/value head, with the first token and the last two.
 /// let kind = CacheKind::Rolling { sink_tokens: 1, window: 2, queries: 1 };
-/// let config =
-///     CacheConfig { kind, sequences: 2, kv_heads: 1, head_dim: 2, value_dim: 1, dtype: DType::F32, rotary: None, quantisation: None };
-/// let mut cache = KvCache::new(&config)?;
+/// let mut cache = KvCache::new(&CacheConfig::new(kind, 2, 1, 2).value_dim(1))?;
 /// for token in 0..5 {
 ///     // One token for the second sequence, none for the first.
 ///     cache.append(&[0, 1], &[0.0, 0.0], &[token as f32], None, None)?;
@@ -109,7 +107,7 @@ impl<T: Element> KvCache<T> {
             self.copy_block(from as usize, to as usize);
         }
         let before = self.places.lengths().to_vec();
-        self.places.advance(tokens);
+        self.places.advance(tokens, q.as_ref().map(|_| heads));
         let mut q = q;
         let all = tokens.iter().enumerate().flat_map(|(sequence, n)| (0..*n).map(move |number| (sequence, number)));
         for (token, (sequence, number)) in all.enumerate() {
@@ -317,6 +315,9 @@ impl<T: Element> KvCache<T> {
         let entries = decode.entries(&self.config)?;
         for &sequence in &entries {
             self.places.check_queries(sequence, decode.queries, bounds.left as usize)?;
+            if let Some(heads) = decode.rotated_heads(&self.config) {
+                self.places.check_rotated(sequence, decode.queries, heads)?;
+            }
         }
         let options = *problem.options();
         let s = *problem.shape();

@@ -9,6 +9,7 @@ use super::gather::Gathered;
 use super::gpu::{KvCache, table_row};
 use super::plan::{self, Bounds, DecodeTiling, Split};
 use super::shader::{CacheBinding, CacheKernel, CacheVariant, ROW_THREADS};
+use super::step::{Step, StepPass, Ticket};
 use super::{CacheConfig, CacheKind, MOST_QUERIES, Rotary, RotaryPositions};
 use crate::capabilities::DeviceClass;
 use crate::dispatch::{Operand, params_of, upload_params};
@@ -46,6 +47,7 @@ pub(super) struct Params {
     left: i32,
     right: i32,
     sink_tokens: u32,
+    groups: u32,
     row_tiles: u32,
     splits: u32,
     most_splits: u32,
@@ -105,6 +107,13 @@ pub struct AppendBuffers<'a> {
     pub v: TensorView<'a>,
     /// Queries of the same tokens, `[tokens, H, D]`, and H: they are rotated where they lie, with a rotary embedding. In a buffer
     /// that holds neither k nor v.
+    ///
+    /// With [`RotaryPositions::Absolute`] the query of a token is rotated by the token's position. With
+    /// [`RotaryPositions::CacheRelative`] it is rotated by the place that its token would have if it were the last one that the
+    /// cache holds: the smaller of its position and the last place. Of n tokens that are appended together, in a cache that is
+    /// full by then, all n queries are so rotated by the last place, as only the last of them is there when it is decoded:
+    /// the query of the last token is the one to decode, and those of the other n - 1, whose tokens have moved to places before
+    /// the last, fit no decoding step of this cache.
     pub q: Option<(TensorView<'a>, usize)>,
     /// Cosines and sines of the rotary embedding, f32, `[positions, dim]`: dim / 2 cosines, then dim / 2 sines for each position.
     pub cos_sin: Option<&'a wgpu::Buffer>,
@@ -132,12 +141,15 @@ pub struct Decode {
     pub options: Options,
     /// How the kernel divides its work; `None` leaves that to the planner.
     pub tiling: Option<DecodeTiling>,
+    /// The caller has rotated q. Else, where the cache has a rotary embedding, the appends must have rotated the queries of the
+    /// last tokens, of as many heads ([`AppendBuffers::q`]), or decoding is an error.
+    pub q_rotated: bool,
 }
 
 impl Decode {
     /// One query of each sequence.
     pub fn new(heads: usize, options: Options) -> Self {
-        Decode { heads, queries: 1, sequences: None, options, tiling: None }
+        Decode { heads, queries: 1, sequences: None, options, tiling: None, q_rotated: false }
     }
 
     /// Sets [`Decode::queries`].
@@ -145,9 +157,19 @@ impl Decode {
         Decode { queries, ..self }
     }
 
+    /// Sets [`Decode::q_rotated`].
+    pub fn q_rotated(self, q_rotated: bool) -> Self {
+        Decode { q_rotated, ..self }
+    }
+
     /// Sets [`Decode::sequences`].
     pub fn sequences(self, sequences: impl Into<Vec<usize>>) -> Self {
         Decode { sequences: Some(sequences.into()), ..self }
+    }
+
+    /// The heads whose queries appends must have rotated, if any.
+    pub(super) fn rotated_heads(&self, config: &CacheConfig) -> Option<usize> {
+        config.rotary.filter(|_| !self.q_rotated).map(|_| self.heads)
     }
 
     /// The sequences of the batch; checked.
@@ -329,6 +351,8 @@ pub struct PreparedAppend {
     /// Tells the cache it was made for.
     keys: wgpu::Buffer,
     pub(super) counts: Vec<usize>,
+    /// H, where it rotates queries.
+    q_heads: Option<usize>,
     /// Positions that the table of cosines and sines knows, where it is used.
     positions: Option<usize>,
     /// None where there is nothing to append.
@@ -350,7 +374,8 @@ impl PreparedAppend {
             _ => None,
         };
         let kernel = Self::bind(cache, tokens, buffers, None).await?;
-        Ok(PreparedAppend { keys, counts, positions, kernel })
+        let q_heads = buffers.q.map(|(_, heads)| heads);
+        Ok(PreparedAppend { keys, counts, q_heads, positions, kernel })
     }
 
     /// The kernel and its grid; none where there is nothing to append. The tokens go into the cache, or behind what was gathered
@@ -436,38 +461,47 @@ impl PreparedAppend {
         Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))
     }
 
-    /// Records one more append of the same numbers of tokens, and counts them.
+    /// Records one more append of the same numbers of tokens.
     ///
     /// # Errors
-    /// [`Error::CacheFull`], [`Error::PagesExhausted`], [`Error::RotaryPosition`], [`Error::OtherCache`]: nothing has changed then.
-    pub fn encode(&self, cache: &mut KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+    /// [`Error::CacheFull`], [`Error::PagesExhausted`], [`Error::RotaryPosition`], [`Error::OtherCache`], [`Error::CacheBusy`],
+    /// [`Error::OtherDevice`]: nothing has changed then.
+    pub fn encode(&self, cache: &mut KvCache, step: &mut Step) -> Result<()> {
+        self.open(cache, step.ticket())?;
         self.check(cache)?;
-        let changes = cache.places.reserve(&self.counts)?;
+        let changes = cache.book.places.reserve(&self.counts)?;
+        let encoder = step.encoder();
         cache.record(encoder, &changes);
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention append"), timestamp_writes: None };
         self.dispatch(cache, &mut encoder.begin_compute_pass(&descriptor));
         Ok(())
     }
 
-    /// The same into a compute pass of the caller's, where nothing can be copied: a paged cache needs its pages beforehand, see
+    /// The same into a compute pass of the step, where nothing can be copied: a paged cache needs its pages beforehand, see
     /// [`KvCache::reserve`].
     ///
     /// # Errors
     /// As [`encode`](Self::encode), and [`Error::PagesNotReserved`].
-    pub fn encode_in(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
+    pub fn encode_in(&self, cache: &mut KvCache, pass: &mut StepPass<'_>) -> Result<()> {
+        self.open(cache, pass.ticket())?;
         self.check(cache)?;
-        cache.places.check_reserved(&self.counts)?;
-        self.dispatch(cache, pass);
+        cache.places().check_reserved(&self.counts)?;
+        self.dispatch(cache, pass.pass());
         Ok(())
     }
 
-    pub(super) fn check(&self, cache: &KvCache) -> Result<()> {
+    /// Opens the book of its cache for a step.
+    pub(super) fn open(&self, cache: &mut KvCache, step: &Arc<Ticket>) -> Result<()> {
         if cache.keys != self.keys {
             return Err(Error::OtherCache);
         }
+        cache.write_in(step).map(|_| ())
+    }
+
+    pub(super) fn check(&self, cache: &KvCache) -> Result<()> {
         let Some(positions) = self.positions else { return Ok(()) };
         for (sequence, added) in self.counts.iter().enumerate().filter(|(_, added)| **added > 0) {
-            let end = cache.places.lengths()[sequence].saturating_add(*added);
+            let end = cache.places().lengths()[sequence].saturating_add(*added);
             let end = if cache.config.is_relative() { end.min(cache.config.kind.rows()) } else { end };
             if end > positions {
                 return Err(Error::RotaryPosition { sequence, position: end - 1, positions });
@@ -478,9 +512,10 @@ impl PreparedAppend {
 
     pub(super) fn dispatch(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) {
         let Some((bound, [x, y])) = &self.kernel else { return };
-        bound.dispatch(pass, cache.current, [*x, *y, 1]);
-        cache.current = 1 - cache.current;
-        cache.places.advance(&self.counts);
+        let book = &mut cache.book;
+        bound.dispatch(pass, book.current, [*x, *y, 1]);
+        book.current = 1 - book.current;
+        book.places.advance(&self.counts, self.q_heads);
     }
 }
 
@@ -491,7 +526,10 @@ pub struct PreparedDecode {
     keys: wgpu::Buffer,
     entries: Vec<usize>,
     queries: usize,
-    kv_heads: u32,
+    /// Whose queries appends must have rotated.
+    rotated_heads: Option<usize>,
+    /// Workgroups along y and z: a key head of a sequence each.
+    groups: [u32; 2],
     bounds: Bounds,
     tiling: DecodeTiling,
     /// Keys of a tile.
@@ -550,9 +588,9 @@ impl PreparedDecode {
         }
 
         let rows = problem.group() * s.seq_q;
-        let groups = entries.len() * config.kv_heads;
-        let cooperative = || DecodeTiling::cooperative(config, rows, groups, s.seq_q > 1, capabilities);
-        let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
+        let group_count = entries.len() * config.kv_heads;
+        let cooperative = || DecodeTiling::cooperative(config, rows, group_count, s.seq_q > 1, capabilities);
+        let portable = || DecodeTiling::portable(config, rows, group_count, capabilities);
         let tiling = match (decode.tiling, cache.attention.micro_kernel()) {
             (Some(tiling), _) => tiling,
             // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
@@ -588,19 +626,17 @@ impl PreparedDecode {
         let partial = s.value_dim.div_ceil(4) as u128 + 1;
         let fitting =
             u128::from(capabilities.binding_bytes.min(capabilities.buffer_bytes)) / (16 * partial * total_rows);
-        let by_grid = u128::from(capabilities.grid_dimension.min(65535)) / row_tiles as u128;
-        let fitting = fitting.min(by_grid) as u32;
+        let by_grid = u128::from(capabilities.grid_dimension.min(65535));
+        if row_tiles as u128 > by_grid {
+            return Err(Error::TooManyWorkgroups { workgroups: row_tiles as u128, most: by_grid as u64 });
+        }
+        let fitting = fitting.min(by_grid / row_tiles as u128) as u32;
         if fitting == 0 {
             let (operand, bytes) = ("partial results", (16 * partial * total_rows).min(u64::MAX.into()) as u64);
             return Err(Error::BindingTooLarge { operand, bytes, limit: capabilities.binding_bytes });
         }
         let split = tiling.split(config, tile, capabilities, fitting);
-        let grid_most = capabilities.grid_dimension.min(65535);
-        for workgroups in [entries.len(), config.kv_heads] {
-            if workgroups > grid_most as usize {
-                return Err(Error::TooManyWorkgroups { workgroups: workgroups as u128, most: grid_most.into() });
-            }
-        }
+        let (_, groups) = fold(entries.len() as u128 * config.kv_heads as u128, capabilities.grid_dimension)?;
         let (workgroups, combine_grid) = fold(total_rows, capabilities.grid_dimension)?;
         let width = |given: &Given<'_>| if given.view().vec4() { 4 } else { 1 };
         let params = Params {
@@ -612,6 +648,7 @@ impl PreparedDecode {
             left: bounds.left,
             right: bounds.right,
             sink_tokens: bounds.sink_tokens,
+            groups: group_count as u32,
             row_tiles: row_tiles as u32,
             splits: split.splits,
             most_splits: split.most,
@@ -650,7 +687,8 @@ impl PreparedDecode {
             keys: cache.keys.clone(),
             entries,
             queries: s.seq_q,
-            kv_heads: config.kv_heads as u32,
+            rotated_heads: decode.rotated_heads(config),
+            groups,
             bounds,
             tiling,
             tile,
@@ -675,40 +713,58 @@ impl PreparedDecode {
 
     fn grid(&self, cache: &KvCache) -> [u32; 3] {
         let of = |sequence: &usize| {
-            plan::splits(cache.places.keys(*sequence), self.queries, &self.bounds, self.tile, &self.split)
+            plan::splits(cache.places().keys(*sequence), self.queries, &self.bounds, self.tile, &self.split)
         };
         let splits = self.entries.iter().map(of).max().unwrap_or(0);
-        [splits * self.row_tiles, self.kv_heads, self.entries.len() as u32]
+        let [y, z] = self.groups;
+        [splits * self.row_tiles, y, z]
     }
 
-    /// Records the step for the sequences as they are now.
+    /// Records it for the sequences as they are by then in the step.
     ///
     /// # Errors
-    /// [`Error::OtherCache`]; [`Error::CacheEvicted`] for several queries of a rolling cache that has taken tokens back, where
-    /// the first of them would not find its window whole.
-    pub fn encode(&self, cache: &KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+    /// [`Error::OtherCache`], [`Error::CacheBusy`], [`Error::OtherDevice`]; [`Error::CacheEvicted`] for several queries of a rolling
+    /// cache that has taken tokens back, where the first of them would not find its window whole;
+    /// [`Error::QueriesNotRotated`] where the cache has a rotary embedding and [`AppendBuffers::q`] was not given with the last
+    /// tokens, or had another number of heads.
+    pub fn encode(&self, cache: &KvCache, step: &mut Step) -> Result<()> {
+        self.check(cache, step.ticket())?;
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention decode"), timestamp_writes: None };
-        self.encode_in(cache, &mut encoder.begin_compute_pass(&descriptor))
+        self.dispatch(cache, &mut step.encoder().begin_compute_pass(&descriptor));
+        Ok(())
     }
 
-    /// The same into a compute pass of the caller's, for example one that takes timestamps.
+    /// The same into a compute pass of the step, for example one that takes timestamps.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
-    pub fn encode_in(&self, cache: &KvCache, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
+    pub fn encode_in(&self, cache: &KvCache, pass: &mut StepPass<'_>) -> Result<()> {
+        self.check(cache, pass.ticket())?;
+        self.dispatch(cache, pass.pass());
+        Ok(())
+    }
+
+    fn check(&self, cache: &KvCache, step: &Arc<Ticket>) -> Result<()> {
         if cache.keys != self.keys {
             return Err(Error::OtherCache);
         }
+        cache.read_in(step)?;
         for &sequence in &self.entries {
-            cache.places.check_queries(sequence, self.queries, self.bounds.left as usize)?;
+            cache.places().check_queries(sequence, self.queries, self.bounds.left as usize)?;
+            if let Some(heads) = self.rotated_heads {
+                cache.places().check_rotated(sequence, self.queries, heads)?;
+            }
         }
-        let grid = self.grid(cache);
+        Ok(())
+    }
+
+    fn dispatch(&self, cache: &KvCache, pass: &mut wgpu::ComputePass<'_>) {
+        let (grid, current) = (self.grid(cache), cache.book().current);
         if grid[0] > 0 {
-            self.kernel.dispatch(pass, cache.current, grid);
+            self.kernel.dispatch(pass, current, grid);
         }
         let [x, y] = self.combine_grid;
-        self.combine.dispatch(pass, cache.current, [x, y, 1]);
-        Ok(())
+        self.combine.dispatch(pass, current, [x, y, 1]);
     }
 }
 
@@ -743,7 +799,7 @@ mod tests {
             ($($field:ident)*) => { vec![$((stringify!($field).to_string(), offset_of!(Params, $field))),*] };
         }
         let here = members!(q k v o heads kv_heads queries workgroups sequences current next table table_row block_rows
-            block_shift kept_rows ring_rows gathered_rows tokens left right sink_tokens row_tiles splits most_splits long_tiles least_tiles lse_offset
+            block_shift kept_rows ring_rows gathered_rows tokens left right sink_tokens groups row_tiles splits most_splits long_tiles least_tiles lse_offset
             sink_offset scale softcap scale_size negative_infinity);
         assert_eq!(here, there);
         assert_eq!(size_of::<Params>().next_multiple_of(16), span.next_multiple_of(16) as usize);

@@ -207,7 +207,7 @@ fn deserialize(config: &CacheConfig, file: &[u8]) -> Result<(Places, [Vec<u8>; 2
 impl KvCache {
     /// The content of a safetensors file, from which a cache of the same config [takes it](Self::restore), be it on the GPU
     /// or on the CPU, and decodes the same bits as this one would there. Read back from the GPU, as what has been submitted
-    /// leaves it; what is recorded, but not submitted, must not be.
+    /// leaves it: a step that has changed the cache and is open is an error.
     ///
     /// The metadata key `cache` holds the config (the table of a rotary embedding is not part of it). `lengths`, U32
     /// `[sequences]`, are those of [`lengths`](Self::lengths); `keys` and `values`, `[tokens, G, width]`, are what is held
@@ -217,8 +217,8 @@ impl KvCache {
     /// the order of these numbers, shared ones once.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::DeviceLost`](crate::Error::DeviceLost) and
-    /// [`Error::Gpu`](crate::Error::Gpu) for what the driver reports.
+    /// [`Error::CacheBusy`](crate::Error::CacheBusy); [`Error::OutOfMemory`](crate::Error::OutOfMemory),
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost) and [`Error::Gpu`](crate::Error::Gpu) for what the driver reports.
     #[cfg(not(target_family = "wasm"))]
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
         pollster::block_on(self.to_safetensors_async())
@@ -229,20 +229,21 @@ impl KvCache {
     /// # Errors
     /// As [`to_safetensors`](Self::to_safetensors).
     pub async fn to_safetensors_async(&self) -> Result<Vec<u8>> {
+        self.check_written()?;
         let [keys, values] = download(&self.device, [&self.keys, &self.values], |_| ()).await?;
         let [key_bytes, value_bytes] = self.config.bytes();
         let images = [keys.read::<u8>(key_bytes as usize).await?, values.read::<u8>(value_bytes as usize).await?];
-        serialize(&self.config, &self.places, [&images[0], &images[1]])
+        serialize(&self.config, self.places(), [&images[0], &images[1]])
     }
 
     /// Becomes the cache that was saved, whatever it holds now; what was prepared for it remains so. For what is submitted
-    /// after this call: what was recorded before must have been submitted.
+    /// after this call. A step that has touched the cache and is open is an error.
     ///
     /// # Errors
     /// [`Error::SavedDamaged`](crate::Error::SavedDamaged) for what is not exactly a file of
     /// [`to_safetensors`](Self::to_safetensors), down to the last bit, and
-    /// [`Error::SavedMismatch`](crate::Error::SavedMismatch) for one of a cache of another config: nothing has changed then.
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::DeviceLost`](crate::Error::DeviceLost) and
+    /// [`Error::SavedMismatch`](crate::Error::SavedMismatch) for one of a cache of another config;
+    /// [`Error::CacheBusy`](crate::Error::CacheBusy): nothing has changed then. [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::DeviceLost`](crate::Error::DeviceLost) and
     /// [`Error::Gpu`](crate::Error::Gpu) for what the driver reports, with which the cache may be of no use.
     #[cfg(not(target_family = "wasm"))]
     pub fn restore(&mut self, file: &[u8]) -> Result<()> {
@@ -254,6 +255,7 @@ impl KvCache {
     /// # Errors
     /// As [`restore`](Self::restore).
     pub async fn restore_async(&mut self, file: &[u8]) -> Result<()> {
+        self.check_free()?;
         let (places, [keys, values]) = deserialize(&self.config, file)?;
         // Lengths for either list, then a table of each sequence.
         let lengths = places.lengths().iter().map(|length| *length as u32);
@@ -270,7 +272,7 @@ impl KvCache {
             queue.write_buffer(&self.state, 0, bytemuck::cast_slice(&state));
         };
         self.device.scoped("restoring a cache", write).await?;
-        (self.places, self.current) = (places, 0);
+        self.replace_book(places);
         Ok(())
     }
 

@@ -17,7 +17,7 @@ pub(super) type Dispatch = (Bound, [u32; 2]);
 /// Records it, where there is one, for the lengths of now.
 pub(super) fn record(dispatch: &Option<Dispatch>, pass: &mut wgpu::ComputePass<'_>, cache: &KvCache) {
     if let Some((bound, [x, y])) = dispatch {
-        bound.dispatch(pass, cache.current, [*x, *y, 1]);
+        bound.dispatch(pass, cache.book().current, [*x, *y, 1]);
     }
 }
 

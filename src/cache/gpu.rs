@@ -1,6 +1,6 @@
 //! A cache on the GPU.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::backward::{CacheBackwardBuffers, PreparedCacheBackward};
 use super::batch::{Batch, Entry, Prefill};
@@ -8,6 +8,7 @@ use super::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, Prepar
 use super::gather::{Gathered, GivenBuffer};
 use super::places::{Changes, Places};
 use super::prefill::{PrefillBuffers, PreparedPrefill};
+use super::step::{Step, Ticket};
 use super::{CacheConfig, CacheKind};
 use crate::attention::Attention;
 use crate::device::Device;
@@ -18,9 +19,10 @@ use crate::tensor::{TensorView, allocate};
 /// Keys and values of a number of sequences in GPU buffers, with their lengths, which kernels count up and read there: a decoding
 /// step waits for nothing.
 ///
-/// What is recorded into an encoder holds for what is recorded after it; lengths and pages that the host knows of change as it
-/// is recorded. So encoders must be submitted in the order in which they were recorded, and all of them. What wgpu reports of
-/// recording goes to the caller's error scopes.
+/// All that changes or reads it is recorded into a [`Step`], and holds for what is recorded after it there. [`lengths`](Self::lengths),
+/// [`pages`](Self::pages) and [`free_pages`](Self::free_pages) tell at any time what has been recorded so far, also in a step that
+/// is open; where that step is dropped or its submission fails, they are again as they were before it. Only one open step can
+/// touch a cache: every call that would use another one is [`Error::CacheBusy`], and names the first.
 #[derive(Debug)]
 pub struct KvCache {
     /// The operator that made it.
@@ -28,15 +30,32 @@ pub struct KvCache {
     pub(super) device: Device,
     pub(super) pipelines: Arc<Pipelines>,
     pub(super) config: CacheConfig,
-    pub(super) places: Places,
+    /// As recorded so far.
+    pub(super) book: Book,
+    /// As it was before the last step that wrote.
+    before: Option<Before>,
+    /// The last step that touched it. Behind a lock, as steps may read a cache that others look at.
+    holder: Mutex<Option<Arc<Ticket>>>,
     pub(super) keys: wgpu::Buffer,
     pub(super) values: wgpu::Buffer,
     /// Lengths, twice, then block tables. Appending reads one list of lengths and writes the other.
     pub(super) state: wgpu::Buffer,
-    /// Which of the lists holds now.
-    pub(super) current: usize,
     /// Blocks are copied through it.
     between: wgpu::Buffer,
+}
+
+/// What the host knows of the buffers.
+#[derive(Debug, Clone)]
+pub(super) struct Book {
+    pub(super) places: Places,
+    /// Which of the lists of lengths holds now.
+    pub(super) current: usize,
+}
+
+#[derive(Debug)]
+struct Before {
+    step: Arc<Ticket>,
+    book: Book,
 }
 
 /// Words of a sequence's block table.
@@ -78,11 +97,12 @@ impl KvCache {
             device: device.clone(),
             pipelines: pipelines.clone(),
             config: *config,
-            places: Places::new(config),
+            book: Book { places: Places::new(config), current: 0 },
+            before: None,
+            holder: Mutex::new(None),
             keys,
             values,
             state,
-            current: 0,
             between,
         })
     }
@@ -92,22 +112,89 @@ impl KvCache {
         &self.config
     }
 
+    /// What holds now: of a step that never ran there is nothing.
+    pub(super) fn book(&self) -> &Book {
+        match &self.before {
+            Some(before) if before.step.is_dropped() => &before.book,
+            _ => &self.book,
+        }
+    }
+
+    pub(super) fn places(&self) -> &Places {
+        &self.book().places
+    }
+
+    /// Lets a step read, unless another one is open that has touched the cache.
+    pub(super) fn read_in(&self, step: &Arc<Ticket>) -> Result<()> {
+        if step.device != *self.device.wgpu() {
+            return Err(Error::OtherDevice { step: step.to_string() });
+        }
+        // Nothing in between can panic, and one word is never half written.
+        let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*holder {
+            Some(other) if Arc::ptr_eq(other, step) => return Ok(()),
+            Some(other) => other.check_ended()?,
+            None => {}
+        }
+        *holder = Some(step.clone());
+        Ok(())
+    }
+
+    /// The same for a step that writes: the book that it changes, of which the state before the step is kept.
+    pub(super) fn write_in(&mut self, step: &Arc<Ticket>) -> Result<&mut Book> {
+        self.read_in(step)?;
+        match self.before.take() {
+            Some(before) if Arc::ptr_eq(&before.step, step) => self.before = Some(before),
+            last => {
+                if let Some(Before { step, book }) = last
+                    && step.is_dropped()
+                {
+                    self.book = book;
+                }
+                self.before = Some(Before { step: step.clone(), book: self.book.clone() });
+            }
+        }
+        Ok(&mut self.book)
+    }
+
+    /// Whether the buffers hold what the book says: no step that wrote is open.
+    #[cfg(feature = "safetensors")]
+    pub(super) fn check_written(&self) -> Result<()> {
+        self.before.as_ref().map_or(Ok(()), |before| before.step.check_ended())
+    }
+
+    /// Whether everything may be replaced: no step is open that was recorded for what is there.
+    #[cfg(feature = "safetensors")]
+    pub(super) fn check_free(&self) -> Result<()> {
+        let holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
+        holder.as_ref().map_or(Ok(()), |step| step.check_closed())
+    }
+
+    /// Everything has been replaced.
+    #[cfg(feature = "safetensors")]
+    pub(super) fn replace_book(&mut self, places: Places) {
+        self.book = Book { places, current: 0 };
+        self.before = None;
+        *self.holder.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Tokens of each sequence, as far as recorded: all that were appended, also those that a ring has given up.
     pub fn lengths(&self) -> &[usize] {
-        self.places.lengths()
+        self.places().lengths()
     }
 
     /// Pages of a sequence in the order of its tokens; none where the cache is not paged.
     pub fn pages(&self, sequence: usize) -> &[u32] {
-        self.places.table(sequence)
+        self.places().table(sequence)
     }
 
     /// Pages that no sequence holds.
     pub fn free_pages(&self) -> usize {
-        self.places.free_pages()
+        self.places().free_pages()
     }
 
-    /// The keys, `[blocks, G, rows, D]`, rows padded to 16 bytes: a block is a sequence, or a page.
+    /// The keys, `[blocks, G, rows, D]`, rows padded to 16 bytes: a block is a sequence, or a page. Passes that read them belong
+    /// into [`Step::encoder`]; elsewhere they see what has been submitted.
     pub fn keys(&self) -> &wgpu::Buffer {
         &self.keys
     }
@@ -164,7 +251,7 @@ impl KvCache {
     /// Whether the sequences of a batch have the lengths that it was made for.
     pub(super) fn check_lengths<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> Result<()> {
         for &Entry { sequence, length, .. } in entries {
-            let actual = self.places.lengths()[sequence];
+            let actual = self.places().lengths()[sequence];
             if actual != length {
                 return Err(Error::CacheChanged {
                     sequence,
@@ -254,7 +341,7 @@ impl KvCache {
     /// # Errors
     /// As [`prepare_prefill`](Self::prepare_prefill), as far as they do not concern buffers.
     pub fn prefill_scratch_bytes(&self, prefill: &Prefill) -> Result<u64> {
-        let batch = Batch::appended(&self.config, prefill, &self.places)?;
+        let batch = Batch::appended(&self.config, prefill, self.places())?;
         let gathered = batch.filter(|batch| self.in_place(batch, [&self.keys, &self.values]).is_none());
         gathered.map_or(Ok(0), |batch| Gathered::scratch_bytes(self, &batch))
     }
@@ -297,11 +384,12 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::CacheFull`], [`Error::PagesExhausted`]:
-    /// nothing has changed then.
-    pub fn reserve(&mut self, encoder: &mut wgpu::CommandEncoder, tokens: &[usize]) -> Result<()> {
+    /// nothing has changed then;
+    /// [`Error::CacheBusy`], [`Error::OtherDevice`].
+    pub fn reserve(&mut self, step: &mut Step, tokens: &[usize]) -> Result<()> {
         check_counts(&self.config, tokens.len())?;
-        let changes = self.places.reserve(tokens)?;
-        self.record(encoder, &changes);
+        let changes = self.write_in(step.ticket())?.places.reserve(tokens)?;
+        self.record(step.encoder(), &changes);
         Ok(())
     }
 
@@ -309,19 +397,20 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::SequenceOutOfRange`]; [`Error::CacheLength`] where it is shorter; [`Error::CacheEvicted`] where a rolling cache
-    /// has given up what would have to come back.
-    pub fn truncate(&mut self, encoder: &mut wgpu::CommandEncoder, sequence: usize, length: usize) -> Result<()> {
-        self.places.truncate(sequence, length)?;
-        self.record_length(encoder, sequence);
+    /// has given up what would have to come back; [`Error::CacheBusy`], [`Error::OtherDevice`].
+    pub fn truncate(&mut self, step: &mut Step, sequence: usize, length: usize) -> Result<()> {
+        self.write_in(step.ticket())?.places.truncate(sequence, length)?;
+        self.record_length(step.encoder(), sequence);
         Ok(())
     }
 
     /// Makes sequence `to` a copy of `from`. In a paged cache they share pages until one of them writes to a shared one.
     ///
     /// # Errors
-    /// [`Error::SequenceOutOfRange`].
-    pub fn fork(&mut self, encoder: &mut wgpu::CommandEncoder, from: usize, to: usize) -> Result<()> {
-        self.places.fork(from, to)?;
+    /// [`Error::SequenceOutOfRange`], [`Error::CacheBusy`], [`Error::OtherDevice`].
+    pub fn fork(&mut self, step: &mut Step, from: usize, to: usize) -> Result<()> {
+        self.write_in(step.ticket())?.places.fork(from, to)?;
+        let encoder = step.encoder();
         if from == to {
             return Ok(());
         }
@@ -338,15 +427,11 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::SequenceOutOfRange`], [`Error::PageOutOfRange`]; [`Error::CacheLength`] where the pages do not hold so many, or
-    /// are more than a sequence has; [`Error::InvalidOption`] where the cache is not paged.
-    pub fn assign(
-        &mut self,
-        encoder: &mut wgpu::CommandEncoder,
-        sequence: usize,
-        pages: &[u32],
-        length: usize,
-    ) -> Result<()> {
-        self.places.assign(sequence, pages, length)?;
+    /// are more than a sequence has; [`Error::InvalidOption`] where the cache is not paged; [`Error::CacheBusy`],
+    /// [`Error::OtherDevice`].
+    pub fn assign(&mut self, step: &mut Step, sequence: usize, pages: &[u32], length: usize) -> Result<()> {
+        self.write_in(step.ticket())?.places.assign(sequence, pages, length)?;
+        let encoder = step.encoder();
         self.record_table(encoder, sequence);
         self.record_length(encoder, sequence);
         Ok(())
@@ -368,12 +453,12 @@ impl KvCache {
     }
 
     fn record_length(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) {
-        let length = self.places.lengths()[sequence] as u32;
-        self.write_state(encoder, self.current * self.config.sequences + sequence, &[length]);
+        let length = self.places().lengths()[sequence] as u32;
+        self.write_state(encoder, self.book().current * self.config.sequences + sequence, &[length]);
     }
 
     fn record_table(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) {
-        self.write_state(encoder, self.table_at(sequence), self.places.table(sequence));
+        self.write_state(encoder, self.table_at(sequence), self.places().table(sequence));
     }
 
     /// Not by the queue alone, which would write before what is recorded.
@@ -423,5 +508,5 @@ pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
     if actual == expected {
         return Ok(());
     }
-    Err(Error::OperandLength { operand: "tokens of each sequence", expected, actual, shape: vec![expected] })
+    Err(Error::OperandLength { operand: "the list of token counts", expected, actual, shape: vec![expected] })
 }

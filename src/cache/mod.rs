@@ -11,7 +11,9 @@ mod gpu;
 mod places;
 mod plan;
 mod prefill;
+mod rotary;
 pub(crate) mod shader;
+mod step;
 
 pub use self::backward::{CacheBackwardBuffers, PreparedCacheBackward};
 pub use self::batch::Prefill;
@@ -19,6 +21,8 @@ pub use self::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, Pre
 pub use self::gpu::KvCache;
 pub use self::plan::{DecodeTiles, DecodeTiling};
 pub use self::prefill::{PrefillBuffers, PreparedPrefill};
+pub use self::rotary::{RotaryFrequencies, RotaryScaling, Yarn};
+pub use self::step::{Step, StepPass};
 
 use self::plan::{Bounds, RowFormat, UNBOUNDED};
 use self::shader::Addressing;
@@ -86,7 +90,8 @@ pub enum RotaryPositions {
     /// Its place in the sequence, when it is appended.
     Absolute,
     /// Its place in the cache, whenever it is read (StreamingLLM): a rolling cache keeps keys unrotated, and positions never grow
-    /// beyond it. One query at a time.
+    /// beyond it. One query at a time: of several tokens that are appended together the query of the last one can be decoded,
+    /// see [`AppendBuffers::q`].
     CacheRelative,
 }
 
@@ -114,7 +119,18 @@ pub enum Quantisation {
 }
 
 /// A cache: its kind and its sizes.
+///
+/// ```
+/// use sink_attention::{CacheConfig, CacheKind, DType};
+///
+/// // 8 sequences, 4 key/value heads, keys and values 64 wide.
+/// let kind = CacheKind::Rolling { sink_tokens: 4, window: 1024, queries: 1 };
+/// let config = CacheConfig::new(kind, 8, 4, 64).dtype(DType::F16);
+/// config.check()?;
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CacheConfig {
     /// Where keys and values lie.
     pub kind: CacheKind,
@@ -138,6 +154,60 @@ pub struct CacheConfig {
 const MOST_ROWS: u64 = 1 << 31;
 
 impl CacheConfig {
+    /// A cache of f32 with values as wide as keys, without a rotary embedding.
+    pub fn new(kind: CacheKind, sequences: usize, kv_heads: usize, head_dim: usize) -> Self {
+        CacheConfig {
+            kind,
+            sequences,
+            kv_heads,
+            head_dim,
+            value_dim: head_dim,
+            dtype: DType::F32,
+            rotary: None,
+            quantisation: None,
+        }
+    }
+
+    /// Sets [`CacheConfig::kind`].
+    pub fn kind(self, kind: CacheKind) -> Self {
+        CacheConfig { kind, ..self }
+    }
+
+    /// Sets [`CacheConfig::sequences`].
+    pub fn sequences(self, sequences: usize) -> Self {
+        CacheConfig { sequences, ..self }
+    }
+
+    /// Sets [`CacheConfig::kv_heads`].
+    pub fn kv_heads(self, kv_heads: usize) -> Self {
+        CacheConfig { kv_heads, ..self }
+    }
+
+    /// Sets [`CacheConfig::head_dim`] alone.
+    pub fn head_dim(self, head_dim: usize) -> Self {
+        CacheConfig { head_dim, ..self }
+    }
+
+    /// Sets [`CacheConfig::value_dim`].
+    pub fn value_dim(self, value_dim: usize) -> Self {
+        CacheConfig { value_dim, ..self }
+    }
+
+    /// Sets [`CacheConfig::dtype`].
+    pub fn dtype(self, dtype: DType) -> Self {
+        CacheConfig { dtype, ..self }
+    }
+
+    /// Sets [`CacheConfig::rotary`].
+    pub fn rotary(self, rotary: impl Into<Option<Rotary>>) -> Self {
+        CacheConfig { rotary: rotary.into(), ..self }
+    }
+
+    /// Sets [`CacheConfig::quantisation`].
+    pub fn quantisation(self, quantisation: impl Into<Option<Quantisation>>) -> Self {
+        CacheConfig { quantisation: quantisation.into(), ..self }
+    }
+
     /// Keys that a sequence can have at a time.
     pub(crate) fn most_keys(&self) -> usize {
         match self.kind {

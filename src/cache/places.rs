@@ -2,6 +2,7 @@
 //! both keep one.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::{CacheConfig, CacheKind};
 use crate::error::{Error, Result};
@@ -16,11 +17,21 @@ pub(crate) struct Places {
     lengths: Vec<usize>,
     /// Tokens that were ever written to a rolling sequence since it was empty: those beyond the ring are gone.
     written: Vec<usize>,
-    /// Pages of each sequence, in the order of its tokens.
-    tables: Vec<Vec<u32>>,
+    /// The last tokens of each sequence whose queries appends have rotated; `None` where tokens came without their queries.
+    rotated: Vec<Option<Rotated>>,
+    /// Pages of each sequence, in the order of its tokens. These and what follows are shared with clones until they change: a
+    /// step keeps one.
+    tables: Vec<Arc<Vec<u32>>>,
     /// Sequences that hold each page.
-    holders: Vec<u32>,
-    free: Vec<u32>,
+    holders: Arc<Vec<u32>>,
+    free: Arc<Vec<u32>>,
+}
+
+/// A run of tokens whose queries were rotated, and of how many heads.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Rotated {
+    heads: usize,
+    tokens: usize,
 }
 
 /// What has to follow on the device.
@@ -42,9 +53,10 @@ impl Places {
             kind: config.kind,
             lengths: vec![0; config.sequences],
             written: vec![0; config.sequences],
-            tables: vec![Vec::new(); config.sequences],
-            holders: vec![0; pages as usize],
-            free: (0..pages).rev().collect(),
+            rotated: vec![Some(Rotated::default()); config.sequences],
+            tables: vec![Arc::default(); config.sequences],
+            holders: Arc::new(vec![0; pages as usize]),
+            free: Arc::new((0..pages).rev().collect()),
         }
     }
 
@@ -80,7 +92,8 @@ impl Places {
                 return Err(error.to_string());
             }
         }
-        places.free.sort_unstable_by(|a, b| b.cmp(a));
+        Arc::make_mut(&mut places.free).sort_unstable_by(|a, b| b.cmp(a));
+        places.rotated = lengths.iter().map(|length| (*length == 0).then(Rotated::default)).collect();
         (places.lengths, places.written) = (lengths, written);
         Ok(places)
     }
@@ -96,7 +109,7 @@ impl Places {
     }
 
     pub(crate) fn table(&self, sequence: usize) -> &[u32] {
-        self.tables.get(sequence).map_or(&[], Vec::as_slice)
+        self.tables.get(sequence).map_or(&[], |table| table.as_slice())
     }
 
     pub(crate) fn free_pages(&self) -> usize {
@@ -216,8 +229,8 @@ impl Places {
         let mut changes = Changes::default();
         for (sequence, number, page) in copied {
             let Some(own) = self.take() else { continue };
-            self.holders[page as usize] -= 1;
-            self.tables[sequence][number] = own;
+            Arc::make_mut(&mut self.holders)[page as usize] -= 1;
+            Arc::make_mut(&mut self.tables[sequence])[number] = own;
             // A page behind the last token has nothing to keep.
             if number * page_size < self.lengths[sequence] {
                 changes.copies.push([page, own]);
@@ -228,32 +241,59 @@ impl Places {
             while self.tables[sequence].len() * page_size < self.lengths[sequence] + added {
                 let Some(page) = self.take() else { break };
                 changes.tables.push((sequence, self.tables[sequence].len(), page));
-                self.tables[sequence].push(page);
+                Arc::make_mut(&mut self.tables[sequence]).push(page);
             }
         }
         Ok(changes)
     }
 
     fn take(&mut self) -> Option<u32> {
-        let page = self.free.pop()?;
-        self.holders[page as usize] = 1;
+        let page = Arc::make_mut(&mut self.free).pop()?;
+        Arc::make_mut(&mut self.holders)[page as usize] = 1;
         Some(page)
     }
 
-    fn give_back(&mut self, pages: Vec<u32>) {
-        for page in pages {
-            self.holders[page as usize] -= 1;
-            if self.holders[page as usize] == 0 {
-                self.free.push(page);
+    fn give_back(&mut self, pages: &[u32]) {
+        if pages.is_empty() {
+            return;
+        }
+        let (holders, free) = (Arc::make_mut(&mut self.holders), Arc::make_mut(&mut self.free));
+        for &page in pages {
+            holders[page as usize] -= 1;
+            if holders[page as usize] == 0 {
+                free.push(page);
             }
         }
     }
 
-    /// Counts tokens that were written to what was reserved.
-    pub(crate) fn advance(&mut self, added: &[usize]) {
-        for (sequence, added) in added.iter().enumerate() {
+    /// Counts tokens that were written to what was reserved, whose queries of so many heads were rotated with them, or none.
+    pub(crate) fn advance(&mut self, added: &[usize], q_heads: Option<usize>) {
+        for (sequence, &added) in added.iter().enumerate().filter(|(_, added)| **added > 0) {
             self.lengths[sequence] += added;
             self.written[sequence] = self.written[sequence].max(self.lengths[sequence]);
+            let run = match (self.rotated[sequence], q_heads) {
+                (Some(run), Some(heads)) if run.heads == heads => Rotated { tokens: run.tokens + added, heads },
+                (_, Some(heads)) => Rotated { tokens: added, heads },
+                (_, None) => Rotated::default(),
+            };
+            self.rotated[sequence] = Some(run);
+        }
+    }
+
+    /// Whether appends have rotated the queries of the last tokens, of so many heads. Of tokens that came from elsewhere nobody
+    /// knows.
+    pub(crate) fn check_rotated(&self, sequence: usize, queries: usize, heads: usize) -> Result<()> {
+        // Queries before the first token see nothing.
+        let queries = queries.min(self.lengths[sequence]);
+        match self.rotated[sequence] {
+            Some(run) if queries > 0 && (run.tokens < queries || run.heads != heads) => Err(Error::QueriesNotRotated {
+                sequence,
+                queries,
+                heads,
+                rotated_tokens: run.tokens,
+                rotated_heads: run.heads,
+            }),
+            _ => Ok(()),
         }
     }
 
@@ -288,9 +328,17 @@ impl Places {
             }
         }
         if let CacheKind::Paged { page_size, .. } = self.kind {
-            let table = &mut self.tables[sequence];
-            let gone = table.split_off(length.div_ceil(page_size).min(table.len()));
-            self.give_back(gone);
+            let kept = length.div_ceil(page_size);
+            if kept < self.tables[sequence].len() {
+                let gone = Arc::make_mut(&mut self.tables[sequence]).split_off(kept);
+                self.give_back(&gone);
+            }
+        }
+        if let Some(run) = &mut self.rotated[sequence] {
+            run.tokens = run.tokens.saturating_sub(most - length);
+        }
+        if length == 0 || self.rotated[sequence].is_some_and(|run| run.tokens == 0) {
+            self.rotated[sequence] = Some(Rotated::default());
         }
         self.lengths[sequence] = length;
         Ok(())
@@ -305,8 +353,9 @@ impl Places {
         }
         self.lengths[to] = self.lengths[from];
         self.written[to] = self.written[from];
+        self.rotated[to] = self.rotated[from];
         if let CacheKind::Paged { page_size, .. } = self.kind {
-            let mut pages = self.tables[from].clone();
+            let mut pages = self.tables[from].to_vec();
             pages.truncate(self.lengths[from].div_ceil(page_size));
             self.hold(to, pages);
         }
@@ -329,16 +378,18 @@ impl Places {
         }
         self.hold(sequence, table.to_vec());
         self.lengths[sequence] = length;
+        self.rotated[sequence] = (length == 0).then(Rotated::default);
         Ok(())
     }
 
     fn hold(&mut self, sequence: usize, pages: Vec<u32>) {
+        let holders = Arc::make_mut(&mut self.holders);
         for &page in &pages {
-            self.holders[page as usize] += 1;
+            holders[page as usize] += 1;
         }
-        self.free.retain(|page| self.holders[*page as usize] == 0);
-        let before = std::mem::replace(&mut self.tables[sequence], pages);
-        self.give_back(before);
+        Arc::make_mut(&mut self.free).retain(|page| holders[*page as usize] == 0);
+        let before = std::mem::replace(&mut self.tables[sequence], Arc::new(pages));
+        self.give_back(&before);
     }
 }
 /// Tokens that a sequence can go back to, but for none at all, when so many were written.

@@ -413,16 +413,7 @@ mod tests {
 
     #[test]
     fn a_tiling_reads_what_it_writes() {
-        let config = CacheConfig {
-            kind: CacheKind::Contiguous { capacity: 100 },
-            sequences: 1,
-            kv_heads: 8,
-            head_dim: 64,
-            value_dim: 64,
-            dtype: DType::F16,
-            rotary: None,
-            quantisation: None,
-        };
+        let config = CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).dtype(DType::F16);
         let plain = Capabilities::webgpu_defaults();
         let matrices = CooperativeMatrices { side: 16, lanes: 32, in_step: false };
         let fast = Capabilities { cooperative: Some(matrices), ..plain.clone() };
@@ -440,16 +431,8 @@ mod tests {
 
     #[test]
     fn what_cooperative_matrices_cannot_do() {
-        let config = CacheConfig {
-            kind: CacheKind::Contiguous { capacity: 100 },
-            sequences: 1,
-            kv_heads: 8,
-            head_dim: 64,
-            value_dim: 48,
-            dtype: DType::F16,
-            rotary: None,
-            quantisation: None,
-        };
+        let config =
+            CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).value_dim(48).dtype(DType::F16);
         let matrices = |side, lanes| Some(CooperativeMatrices { side, lanes, in_step: false });
         let lacks = |[rows, columns, ahead]: [u32; 3], config: &CacheConfig, several, matrices| {
             DecodeTiles::Cooperative { rows, columns, ahead }.lacks(config, several, matrices)
@@ -470,18 +453,12 @@ mod tests {
             // Half a tile's vectors are no whole number for each lane.
             ([16, 1, 1], config, false, matrices(16, 64), "widths 64 and 48"),
             ([8, 1, 1], config, true, matrices(16, 32), "one query"),
-            ([8, 1, 1], CacheConfig { dtype: DType::Bf16, ..config }, false, matrices(16, 32), "f16"),
-            ([8, 1, 1], CacheConfig { quantisation, ..config }, false, matrices(16, 32), "f16"),
-            ([8, 1, 1], CacheConfig { head_dim: 24, ..config }, false, matrices(16, 32), "not 24 and 48"),
-            ([8, 1, 1], CacheConfig { head_dim: 256, ..config }, false, matrices(16, 32), "up to 128"),
-            ([8, 1, 1], CacheConfig { kind: ring, ..config }, false, matrices(16, 32), "ring"),
-            (
-                [8, 2, 1],
-                CacheConfig { kind: CacheKind::Contiguous { capacity: 31 }, ..config },
-                false,
-                matrices(16, 32),
-                "capacity, 31",
-            ),
+            ([8, 1, 1], config.dtype(DType::Bf16), false, matrices(16, 32), "f16"),
+            ([8, 1, 1], config.quantisation(quantisation), false, matrices(16, 32), "f16"),
+            ([8, 1, 1], config.head_dim(24), false, matrices(16, 32), "not 24 and 48"),
+            ([8, 1, 1], config.head_dim(256), false, matrices(16, 32), "up to 128"),
+            ([8, 1, 1], config.kind(ring), false, matrices(16, 32), "ring"),
+            ([8, 2, 1], config.kind(CacheKind::Contiguous { capacity: 31 }), false, matrices(16, 32), "capacity, 31"),
         ] {
             let found = lacks(tiles, &config, several, matrices);
             assert!(found.as_ref().is_some_and(|found| found.contains(reason)), "{reason}: {found:?}");
@@ -497,16 +474,7 @@ mod tests {
             (96, "cooperative rows 8, columns 1, ahead 2, splits 80"),
             (128, "cooperative rows 8, columns 1, ahead 1, splits 64"),
         ] {
-            let config = CacheConfig {
-                kind: CacheKind::Contiguous { capacity: 1 << 16 },
-                sequences: 1,
-                kv_heads: 8,
-                head_dim: width,
-                value_dim: width,
-                dtype: DType::F16,
-                rotary: None,
-                quantisation: None,
-            };
+            let config = CacheConfig::new(CacheKind::Contiguous { capacity: 1 << 16 }, 1, 8, width).dtype(DType::F16);
             assert_eq!(DecodeTiling::cooperative(&config, 8, 8, false, h200).unwrap().to_string(), text);
         }
     }

@@ -5,6 +5,7 @@ use super::batch::{Batch, Entry, Prefill};
 use super::decode::{AppendBuffers, PreparedAppend};
 use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
 use super::gpu::KvCache;
+use super::step::{Step, StepPass};
 use crate::dispatch::{ForwardBuffers, Prepared};
 use crate::error::{Error, Result};
 use crate::tensor::TensorView;
@@ -105,7 +106,7 @@ struct Passes {
 impl PreparedPrefill {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<Self> {
         let config = &cache.config;
-        let batch = Batch::appended(config, prefill, &cache.places)?;
+        let batch = Batch::appended(config, prefill, cache.places())?;
         let rotated = config.rotary.map(|_| (buffers.q, prefill.heads));
         let operands =
             AppendBuffers { q: rotated, cos_sin: buffers.cos_sin, ..AppendBuffers::new(buffers.k, buffers.v) };
@@ -130,7 +131,7 @@ impl PreparedPrefill {
                 for entry in &batch.entries {
                     first[entry.sequence] = (entry.first_row + entry.cached) as u32;
                 }
-                let runs = batch.runs(&cache.places);
+                let runs = batch.runs(cache.places());
                 let behind = PreparedAppend::bind(cache, &prefill.tokens, &operands, Some((gathered, first))).await?;
                 before = [gathered.gather(cache, &runs).await?, behind];
             }
@@ -138,7 +139,7 @@ impl PreparedPrefill {
                 // The new tokens, too, as they have been appended by then.
                 let held = |entry: &Entry| Entry { cached: entry.keys, ..*entry };
                 let held = Batch { entries: batch.entries.iter().map(held).collect(), ..batch.clone() };
-                after = gathered.gather(cache, &held.runs(&cache.places)).await?;
+                after = gathered.gather(cache, &held.runs(cache.places())).await?;
             }
         }
         let [k, v] = source.views();
@@ -160,28 +161,31 @@ impl PreparedPrefill {
         self.passes.as_ref().map(|passes| &passes.forward)
     }
 
-    /// Records it: the tokens are in the cache for what is recorded after.
+    /// Records it: the tokens are in the cache for what is recorded after in the step.
     ///
     /// # Errors
     /// [`Error::CacheChanged`] where a sequence has another length than as it was prepared; those of [`PreparedAppend::encode`].
     /// Nothing has changed then.
-    pub fn encode(&self, cache: &mut KvCache, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+    pub fn encode(&self, cache: &mut KvCache, step: &mut Step) -> Result<()> {
+        self.append.open(cache, step.ticket())?;
         self.check(cache)?;
-        let changes = cache.places.reserve(&self.append.counts)?;
+        let changes = cache.book.places.reserve(&self.append.counts)?;
+        let encoder = step.encoder();
         cache.record(encoder, &changes);
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention prefill"), timestamp_writes: None };
         self.dispatch(cache, &mut encoder.begin_compute_pass(&descriptor));
         Ok(())
     }
 
-    /// The same into a compute pass of the caller's; a paged cache needs its pages beforehand, see [`KvCache::reserve`].
+    /// The same into a compute pass of the step; a paged cache needs its pages beforehand, see [`KvCache::reserve`].
     ///
     /// # Errors
     /// As [`encode`](Self::encode), and [`Error::PagesNotReserved`].
-    pub fn encode_in(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
+    pub fn encode_in(&self, cache: &mut KvCache, pass: &mut StepPass<'_>) -> Result<()> {
+        self.append.open(cache, pass.ticket())?;
         self.check(cache)?;
-        cache.places.check_reserved(&self.append.counts)?;
-        self.dispatch(cache, pass);
+        cache.places().check_reserved(&self.append.counts)?;
+        self.dispatch(cache, pass.pass());
         Ok(())
     }
 

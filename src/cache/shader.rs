@@ -487,16 +487,11 @@ mod tests {
                         };
                         let dim = head_dim as u32 / 16 * 16;
                         let rotary = (dim > 0 && !turn.is_multiple_of(3)).then_some(Rotary { dim, style, positions });
-                        let config = CacheConfig {
-                            kind,
-                            sequences: 2,
-                            kv_heads: 2,
-                            head_dim,
-                            value_dim,
-                            dtype,
-                            rotary,
-                            quantisation,
-                        };
+                        let config = CacheConfig::new(kind, 2, 2, head_dim)
+                            .value_dim(value_dim)
+                            .dtype(dtype)
+                            .rotary(rotary)
+                            .quantisation(quantisation);
                         let several = rows > 8;
                         let cooperative = DecodeTiling::cooperative(&config, rows, 4, several, &device).ok();
                         let tiling = cooperative.filter(|_| !turn.is_multiple_of(3));

@@ -10,13 +10,14 @@ pub mod tune;
 
 use std::error::Error;
 use std::fmt;
-use std::io::Write as _;
-use std::path::PathBuf;
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sink_attention::{Attention, DType, DeviceChoice, MicroKernel, Tuning};
+use sink_attention::{Attention, DType, DeviceChoice, MicroKernel, Tuning, file};
 
 /// Where to compute.
 #[derive(Debug, Args)]
@@ -177,6 +178,66 @@ pub fn print(text: impl fmt::Display) -> Result<(), Box<dyn Error>> {
 /// Prints a summary for people, or as a JSON object.
 pub fn print_summary<T: fmt::Display + Serialize>(summary: &T, json: bool) -> Result<(), Box<dyn Error>> {
     if json { print(serde_json::to_string(summary)?) } else { print(summary) }
+}
+
+/// How far a long command is, on stderr: a bar on a terminal, elsewhere a line a step, for logs.
+pub struct Progress {
+    bar: ProgressBar,
+    terminal: bool,
+}
+
+impl Progress {
+    /// Of so many steps.
+    pub fn new(steps: usize) -> Result<Self, Box<dyn Error>> {
+        let style = ProgressStyle::with_template("{pos} of {len} {wide_msg} {elapsed}")?;
+        let bar = ProgressBar::new(steps as u64).with_style(style);
+        Ok(Progress { bar, terminal: std::io::stderr().is_terminal() })
+    }
+
+    /// What a step begins with: on a terminal alone.
+    pub fn prepare(&self, message: impl Into<String>) {
+        self.bar.set_message(message.into());
+    }
+
+    /// The next step begins.
+    pub fn begin(&self, message: impl Into<String>) {
+        let message = message.into();
+        if !self.terminal {
+            // Whoever no longer reads it must not stop the work.
+            let (step, steps) = (self.bar.position() + 1, self.bar.length().unwrap_or(0));
+            let _ = writeln!(std::io::stderr(), "{step} of {steps} {message}");
+        }
+        self.bar.set_message(message);
+    }
+
+    /// It is done.
+    pub fn end(&self) {
+        self.bar.inc(1);
+    }
+
+    /// Steps that are not done.
+    pub fn left(&self) -> u64 {
+        self.bar.length().unwrap_or(0).saturating_sub(self.bar.position())
+    }
+
+    /// Nothing stays on the terminal.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Replaces a file, with its name in the error.
+pub fn write_file(path: &Path, text: &str) -> Result<(), String> {
+    file::replace(path, text.as_bytes()).map_err(|error| cannot_write(path, &error))
+}
+
+/// Whether [`write_file`] can, asked before there is anything to lose.
+pub fn check_writable(path: &Path) -> Result<(), String> {
+    file::check_writable(path).map_err(|error| cannot_write(path, &error))
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> String {
+    format!("cannot write {}: {error}", path.display())
 }
 
 /// A number of bytes in the unit that suits it.

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
@@ -15,7 +14,7 @@ use sink_attention::{
 };
 
 use super::operands::{GpuGradients, GpuOperands, HostOperands, too_large};
-use super::{DeviceArgs, ElementType, print_summary};
+use super::{DeviceArgs, ElementType, Progress, check_writable, print_summary, write_file};
 
 /// A forward pass of the largest problem may take this long, by an estimate from the one before.
 const LARGEST: Duration = Duration::from_millis(30);
@@ -141,7 +140,7 @@ impl Stand {
     }
 
     /// A kernel with tiles of choice, and the places of what it takes in the pass: repairs, and forward what prepares them.
-    /// Backward that is shared by all kernels, and runs here, so that each finds its ranges.
+    /// Backward that is shared by all kernels, and runs here, so that each finds its token scales.
     fn prepare(
         &self,
         attention: &Attention,
@@ -166,8 +165,8 @@ impl Stand {
             let passes = prepared.plan().passes.iter().enumerate();
             passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect::<Vec<_>>()
         };
-        let ranges = [places_of(Kernel::GradientMaxima), places_of(Kernel::Ranges)].concat();
-        timer.time(1, |pass| ranges.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
+        let scales = [places_of(Kernel::KeyScales), places_of(Kernel::QueryScales)].concat();
+        timer.time(1, |pass| scales.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
         let places = places_of(kernel);
         Ok((prepared, places))
     }
@@ -256,6 +255,7 @@ impl Tune {
     /// Measures, checks, writes, and says so.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
+        check_writable(&self.out)?;
         let start = Instant::now();
         // Candidates are held against the built-in table, whatever the environment prefers.
         let attention = self.device.open_gpu_untuned()?;
@@ -274,19 +274,18 @@ impl Tune {
         };
         let deadline = start + Duration::from_secs(self.budget);
         let stands = self.dtype.len() * self.head_dim.len() * self.masks.len();
-        let progress = ProgressBar::new((stands * self.kernels.len()) as u64)
-            .with_style(ProgressStyle::with_template("{pos} of {len} {wide_msg} {elapsed}")?);
+        let progress = Progress::new(stands * self.kernels.len())?;
         for dtype in self.dtype.iter().map(|dtype| DType::from(*dtype)) {
             for &width in &self.head_dim {
                 for masks in &self.masks {
-                    progress.set_message(format!("{dtype} {width} wide, {}", masks.class()));
+                    progress.prepare(format!("{dtype} {width} wide, {}", masks.class()));
                     let bench = Bench::new(&attention, &device, &timer, *masks, width, dtype)?;
                     for kernel in self.kernels.iter().map(|kernel| kernel.kernel()) {
                         let problem = &bench.large().problem;
                         let key = TuningKey::of(kernel, problem).ok_or("a problem without a class")?;
-                        progress.set_message(key.to_string());
+                        progress.begin(key.to_string());
                         let left = deadline.saturating_duration_since(Instant::now());
-                        let jobs = progress.length().unwrap_or(1).saturating_sub(progress.position()).max(1);
+                        let jobs = progress.left().max(1);
                         let micro_kernel = self.device.micro_kernel();
                         let choice = Choice::new(&attention, problem, kernel, micro_kernel)?;
                         match choice {
@@ -303,12 +302,12 @@ impl Tune {
                                 self.write(&tuning)?;
                             }
                         }
-                        progress.inc(1);
+                        progress.end();
                     }
                 }
             }
         }
-        progress.finish_and_clear();
+        progress.finish();
         print_summary(&summary, self.json)
     }
 
@@ -326,7 +325,7 @@ impl Tune {
     }
 
     fn write(&self, tuning: &Tuning) -> Result<(), String> {
-        std::fs::write(&self.out, tuning.to_string()).map_err(|error| format!("{}: {error}", self.out.display()))
+        write_file(&self.out, &tuning.to_string())
     }
 }
 

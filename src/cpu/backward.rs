@@ -22,7 +22,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::range;
+use super::exact;
 use super::reference::{sink_logit, sink_weight};
 use super::rows::{Head, Places, Rows, rows_mut};
 use super::scores::{RowTile, Scores, Seen, Side, TILE, zeros};
@@ -84,57 +84,10 @@ fn backward_widened(
     lse: &[f32],
     upstream: &Upstream<'_>,
 ) -> Gradients {
-    let pass = |units| backward_in(units, problem, inputs, o, lse, upstream);
-    // d_s is summed with k for d_q, and with q for d_k.
-    let [d_q_units, units] = match problem.options().dtype {
-        DType::Bf16 => [inputs.k, inputs.q].map(|x| gradient_units(problem, x, inputs.v, upstream.d_o)),
-        DType::F32 | DType::F16 => [[0; 2]; 2],
-    };
-    let gradients = pass(units);
-    if d_q_units == units { gradients } else { Gradients { d_q: pass(d_q_units).d_q, ..gradients } }
-}
-
-/// The units of d_o and v in which d_s, its sums with `x` and those of d_o have room.
-fn gradient_units(problem: &Problem, x: &[f32], v: &[f32], d_o: &[f32]) -> [i32; 2] {
-    let s = problem.shape();
-    let [x, v, d_o] = [x, v, d_o].map(range::exponent);
-    // d_s is below twice d_p; a sum is over keys or over the queries of a group.
-    let d_s = d_o + v + range::exponent_of(s.value_dim) + 1;
-    let terms = range::exponent_of(s.seq_k.max(s.seq_q * problem.group()));
-    let d_s_unit = range::unit(d_s).max(range::unit(d_s + x + terms));
-    // v takes its part of it as far as its own elements allow, d_o the rest.
-    let least = range::unit(d_o + terms);
-    let v_unit = (d_s_unit - least).clamp(0, (v + 64).max(0));
-    [d_s_unit.max(least) - v_unit, v_unit]
-}
-
-/// The pass with d_o and v in units of powers of two.
-fn backward_in(
-    [d_o_unit, v_unit]: [i32; 2],
-    problem: &Problem,
-    inputs: &Inputs<'_>,
-    o: &[f32],
-    lse: &[f32],
-    upstream: &Upstream<'_>,
-) -> Gradients {
-    if [d_o_unit, v_unit] == [0; 2] {
-        return backward_on(Arch::new(), problem, inputs, o, lse, upstream);
-    }
-    let scaled = |x: &[f32], exponent| {
-        let mut x = x.to_vec();
-        range::scale(&mut x, exponent);
-        x
-    };
-    // d_s comes from products of the two.
-    let d_s_unit = d_o_unit + v_unit;
-    let (o, v) = (scaled(o, -v_unit), scaled(inputs.v, -v_unit));
-    let (d_o, d_lse) = (scaled(upstream.d_o, -d_o_unit), upstream.d_lse.map(|d_lse| scaled(d_lse, -d_s_unit)));
-    let upstream = Upstream { d_o: &d_o, d_lse: d_lse.as_deref() };
-    let mut gradients = backward_on(Arch::new(), problem, &Inputs { v: &v, ..*inputs }, &o, lse, &upstream);
-    let Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias } = &mut gradients;
-    range::scale(d_v, d_o_unit);
-    for gradient in [d_q, d_k].into_iter().chain(d_sink_logits).chain(d_alibi_slopes).chain(d_bias) {
-        range::scale(gradient, d_s_unit);
+    let mut gradients = backward_on(Arch::new(), problem, inputs, o, lse, upstream);
+    // In f32 products of d_o and v, and sums of them, have no room for the largest numbers of bf16.
+    if problem.options().dtype == DType::Bf16 {
+        exact::backward(problem, inputs, (o, lse), upstream, &mut gradients);
     }
     gradients
 }
@@ -153,15 +106,18 @@ fn backward_on(
     let queries = |data, width| Rows::new(data, layout, s.heads, s.seq_q, width);
     let keys = |data, width| Rows::new(data, layout, s.kv_heads, s.seq_k, width);
 
-    let (lse, delta) = row_terms(problem, o, lse, upstream);
+    let (lse, delta) = row_terms(problem, inputs, o, lse, upstream);
+    let scores = Scores::new(problem, inputs);
+    let shares = scores.shares(&lse);
     let sweep = Sweep {
         arch,
         problem,
-        scores: Scores::new(problem, inputs),
+        scores,
         queries: (queries(inputs.q, s.head_dim), queries(upstream.d_o, s.value_dim)),
         keys: (keys(inputs.k, s.head_dim), keys(inputs.v, s.value_dim)),
         lse: &lse,
         delta: &delta,
+        shares: shares.as_deref(),
     };
     let mut gradients = Gradients {
         d_q: vec![0.0; inputs.q.len()],
@@ -181,14 +137,19 @@ fn backward_on(
 ///
 /// Rows without any weight, whose lse is -inf, get +inf, with which every probability becomes 0. So do those beyond the
 /// lengths in use.
-fn row_terms(problem: &Problem, o: &[f32], lse: &[f32], upstream: &Upstream<'_>) -> (Vec<f32>, Vec<f32>) {
+fn row_terms(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    o: &[f32],
+    lse: &[f32],
+    upstream: &Upstream<'_>,
+) -> (Vec<f32>, Vec<f32>) {
     let s = problem.shape();
-    let rows = |data| Rows::new(data, problem.options().layout, s.heads, s.seq_q, s.value_dim);
-    let (o, d_o) = (rows(o), rows(upstream.d_o));
     let used = |b| match problem.options().layout {
         Layout::Thd => s.seq_q,
         Layout::Bshd | Layout::Bhsd => problem.sequence(b).band.seq_q(),
     };
+    let delta = Delta::new(problem, o, upstream);
     (0..lse.len())
         .into_par_iter()
         .map(|n| {
@@ -196,11 +157,37 @@ fn row_terms(problem: &Problem, o: &[f32], lse: &[f32], upstream: &Upstream<'_>)
             if lse[n] == f32::NEG_INFINITY || i >= used(b) {
                 return (f32::INFINITY, 0.0);
             }
-            let products = o.row(b, h, i).iter().zip(d_o.row(b, h, i)).map(|(&x, &y)| f64::from(x) * f64::from(y));
-            let d_lse = upstream.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[n]));
-            (lse[n], (products.sum::<f64>() - d_lse) as f32)
+            (lse[n], delta.of(problem, inputs, [b, h, i], lse[n]) as f32)
         })
         .unzip()
+}
+
+/// `delta_i = d_o_i . o_i - d_lse_i` in f64.
+pub(super) struct Delta<'a> {
+    o: Rows<'a>,
+    d_o: Rows<'a>,
+    d_lse: Option<&'a [f32]>,
+}
+
+impl<'a> Delta<'a> {
+    pub(super) fn new(problem: &Problem, o: &'a [f32], upstream: &Upstream<'a>) -> Self {
+        let s = problem.shape();
+        let rows = |data| Rows::new(data, problem.options().layout, s.heads, s.seq_q, s.value_dim);
+        Delta { o: rows(o), d_o: rows(upstream.d_o), d_lse: upstream.d_lse }
+    }
+
+    /// That of a row of batch, head and position.
+    ///
+    /// The d_o of a row that saw nothing, even NaN, reaches nothing. By its results, as the keys here may be a shard of those
+    /// that it saw: an lse that is the sink logit, and an o of zeros.
+    pub(super) fn of(&self, problem: &Problem, inputs: &Inputs<'_>, [b, h, i]: [usize; 3], lse: f32) -> f64 {
+        let s = problem.shape();
+        let o = self.o.row(b, h, i);
+        let products = o.iter().zip(self.d_o.row(b, h, i)).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>();
+        let saw_nothing = || sink_logit(problem, inputs, h) == Some(lse.into()) && o.iter().all(|&o| o == 0.0);
+        let products = if products.is_nan() && saw_nothing() { 0.0 } else { products };
+        products - self.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[(b * s.heads + h) * s.seq_q + i]))
+    }
 }
 
 /// The gradient by the sink logits. In f64, as it is a sum over all rows of a head.
@@ -263,6 +250,8 @@ struct Sweep<'a> {
     keys: (Rows<'a>, Rows<'a>),
     lse: &'a [f32],
     delta: &'a [f32],
+    /// See [`Scores::shares`].
+    shares: Option<&'a [f32]>,
 }
 
 impl<'a> Sweep<'a> {
@@ -479,10 +468,15 @@ impl<'a> Sweep<'a> {
 
     /// lse and delta of a tile of queries.
     fn row_terms(&self, sequence: &Sequence, queries: &Tile) -> (&'a [f32], &'a [f32]) {
+        let range = self.in_lse(sequence, queries);
+        (&self.lse[range.clone()], &self.delta[range])
+    }
+
+    /// Where a tile of queries lies in lse.
+    fn in_lse(&self, sequence: &Sequence, queries: &Tile) -> Range<usize> {
         let [_, heads, seq_q] = self.problem.lse_shape();
         let start = (sequence.entry * heads + queries.head) * seq_q + sequence.q_start;
-        let range = start + queries.rows.start..start + queries.rows.end;
-        (&self.lse[range.clone()], &self.delta[range])
+        start + queries.rows.start..start + queries.rows.end
     }
 
     fn attend(&self, sums: Sums, side: Side, tile: &Tile, passing: &[Tile], state: &mut State) {
@@ -622,6 +616,9 @@ impl Attend<'_> {
                 let derivatives = panels_mut::<S, NV>(&mut state.derivative);
                 self.sweep.scores.form::<S, NV>(simd, self.side, pairs, panel, s, derivatives);
                 self.score_gradients::<S, NV>(simd, panel, passing);
+                if let Some(shares) = self.sweep.shares {
+                    self.share(shares, panel, passing);
+                }
                 if let Some(seen) = &seen {
                     self.hide(panel, seen, rows.len());
                 }
@@ -707,6 +704,21 @@ impl Attend<'_> {
                     let (lse, delta) = ([simd.splat_f32s(lse); NV], [simd.splat_f32s(delta); NV]);
                     score_gradient(simd, p, d_s, factor, lse, delta);
                 }
+            }
+        }
+    }
+
+    /// Divides the probabilities of a row among keys that its lse does not count, see [`Scores::shares`].
+    fn share(&mut self, shares: &[f32], panel: usize, passing: &Tile) {
+        let State { panel: width, p, d_s, .. } = &mut *self.state;
+        let queries = if self.side == Side::Queries { self.tile } else { passing };
+        let shares = &shares[self.sweep.in_lse(self.sequence, queries)];
+        for n in 0..passing.rows.len() {
+            for lane in 0..*width {
+                let query = if self.side == Side::Queries { panel * *width + lane } else { n };
+                let share = shares.get(query).copied().unwrap_or(1.0);
+                p[n * *width + lane] *= share;
+                d_s[n * *width + lane] *= share;
             }
         }
     }

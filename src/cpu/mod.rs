@@ -1,8 +1,8 @@
 //! Attention on the CPU: the definition, and a fast path for machines without a GPU.
 
 mod backward;
+mod exact;
 mod merge;
-mod range;
 pub mod reference;
 mod rows;
 mod scores;

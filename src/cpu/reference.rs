@@ -14,7 +14,7 @@ use crate::sequences::Sequence;
 /// Those of [`Problem::check_inputs`].
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<f64, f64>> {
     problem.check_inputs(inputs)?;
-    Ok(Operands::new(problem, inputs).forward(problem))
+    Ok(Operands::new(problem, inputs).forward(problem, &mut None))
 }
 
 /// Backward pass in f64, from a forward pass of its own:
@@ -42,17 +42,66 @@ pub fn backward<T: Element>(
 ) -> Result<Gradients<f64, f64>> {
     problem.check_inputs(inputs)?;
     let operands = Operands::new(problem, inputs);
-    let saved = operands.forward(problem);
+    let saved = operands.forward(problem, &mut None);
     problem.check_upstream(&saved, upstream)?;
-    Ok(operands.backward(problem, saved, upstream))
+    Ok(operands.backward(problem, &saved, upstream, &mut None))
+}
+
+/// How large the terms of results are: of each element the sum of the absolute values of what it is a sum of. An error is to be
+/// seen against that, as terms may cancel. In the shapes of the results.
+///
+/// ```text
+/// o_ie  = sum_j p_ij |v_je|                      d_s_ij = p_ij (sum_e |d_o_ie| (|v_je| + o_ie) + |d_lse_i|)
+/// d_q_i = |scale| sum_j d_s_ij |k_j|             d_k_j  = |scale| sum_i d_s_ij |q_i|
+/// d_v_j = sum_i p_ij |d_o_i|
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Magnitudes {
+    /// Of o.
+    pub o: Vec<f64>,
+    /// Of the gradient by q; empty without a backward pass, as the next two.
+    pub d_q: Vec<f64>,
+    /// Of the gradient by k.
+    pub d_k: Vec<f64>,
+    /// Of the gradient by v.
+    pub d_v: Vec<f64>,
+}
+
+/// Results, and how large their terms are.
+pub type WithMagnitudes = (Output<f64, f64>, Option<Gradients<f64, f64>>, Magnitudes);
+
+/// Both passes, the second one where there is an `upstream`, as [`forward`] and [`backward`], with [`Magnitudes`].
+///
+/// # Errors
+/// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`].
+pub fn with_magnitudes<T: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    upstream: Option<&Upstream<'_, T>>,
+) -> Result<WithMagnitudes> {
+    problem.check_inputs(inputs)?;
+    let operands = Operands::new(problem, inputs);
+    let mut o = Some(Tensor::zeros(problem.options().layout, problem.o_shape()));
+    let output = operands.forward(problem, &mut o);
+    let o = o.map_or_else(Vec::new, |o| o.data);
+    let mut magnitudes = Some(Magnitudes { o, d_q: Vec::new(), d_k: Vec::new(), d_v: Vec::new() });
+    let gradients = match upstream {
+        Some(upstream) => {
+            problem.check_upstream(&output, upstream)?;
+            Some(operands.backward(problem, &output, upstream, &mut magnitudes))
+        }
+        None => None,
+    };
+    let none = || Magnitudes { o: Vec::new(), d_q: Vec::new(), d_k: Vec::new(), d_v: Vec::new() };
+    Ok((output, gradients, magnitudes.unwrap_or_else(none)))
 }
 
 /// The operands in f64, which finite differences can move by less than an f32 resolves.
 #[derive(Clone)]
-struct Operands {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+pub(super) struct Operands {
+    pub(super) q: Tensor,
+    pub(super) k: Tensor,
+    pub(super) v: Tensor,
     /// One for each query head, if the problem has any.
     sink_logits: Option<Vec<f64>>,
     /// One for each query head, if the problem has any.
@@ -62,7 +111,7 @@ struct Operands {
 }
 
 impl Operands {
-    fn new<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Self {
+    pub(super) fn new<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Self {
         let layout = problem.options().layout;
         let bias = inputs.bias.map(|bias| match bias {
             Bias::F32(bias) => widen(bias),
@@ -87,13 +136,17 @@ impl Operands {
         }
     }
 
-    fn forward(&self, problem: &Problem) -> Output<f64, f64> {
+    /// Results, and how large their terms are, where that is wanted.
+    fn forward(&self, problem: &Problem, magnitudes: &mut Option<Tensor>) -> Output<f64, f64> {
         let mut o = Tensor::zeros(problem.options().layout, problem.o_shape());
         let mut lse = vec![f64::NEG_INFINITY; problem.lse_shape().iter().product()];
         for query in queries(problem) {
             let row = self.row(problem, &query);
             for pair in row.pairs {
                 add_scaled(o.row_mut(query.place), pair.p, self.v.row(query.key(pair.j)));
+                if let Some(magnitudes) = magnitudes {
+                    add_magnitude(magnitudes.row_mut(query.place), pair.p, self.v.row(query.key(pair.j)));
+                }
             }
             lse[query.index] = row.lse;
         }
@@ -103,12 +156,19 @@ impl Operands {
     fn backward<T: Element>(
         &self,
         problem: &Problem,
-        saved: Output<f64, f64>,
+        saved: &Output<f64, f64>,
         upstream: &Upstream<'_, T>,
+        magnitudes: &mut Option<Magnitudes>,
     ) -> Gradients<f64, f64> {
         let layout = problem.options().layout;
         let scale = f64::from(problem.scale());
-        let o = Tensor::new(saved.o, layout, problem.o_shape());
+        let o = Tensor::new(saved.o.clone(), layout, problem.o_shape());
+        let mut sizes = magnitudes.as_ref().map(|magnitudes| Sizes {
+            o: Tensor::new(magnitudes.o.clone(), layout, problem.o_shape()),
+            d_q: Tensor::zeros(layout, problem.q_shape()),
+            d_k: Tensor::zeros(layout, problem.k_shape()),
+            d_v: Tensor::zeros(layout, problem.v_shape()),
+        });
         let d_o = Tensor::new(widen(upstream.d_o), layout, problem.o_shape());
         let mut d_q = Tensor::zeros(layout, problem.q_shape());
         let mut d_k = Tensor::zeros(layout, problem.k_shape());
@@ -123,13 +183,21 @@ impl Operands {
             }
             let d_lse = upstream.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[query.index]));
             let d_o = d_o.row(query.place);
-            let delta = dot(d_o, o.row(query.place));
+            // The d_o of a row that sees nothing, even NaN, reaches nothing.
+            let delta = if pairs.is_empty() { 0.0 } else { dot(d_o, o.row(query.place)) };
             for Pair { j, p, distance, slope } in pairs {
                 let key = query.key(j);
                 let d_s = p * (dot(d_o, self.v.row(key)) - delta + d_lse);
                 add_scaled(d_q.row_mut(query.place), scale * slope * d_s, self.k.row(key));
                 add_scaled(d_k.row_mut(key), scale * slope * d_s, self.q.row(query.place));
                 add_scaled(d_v.row_mut(key), p, d_o);
+                if let Some(Sizes { o, d_q, d_k, d_v }) = &mut sizes {
+                    let terms = d_o.iter().zip(self.v.row(key)).zip(o.row(query.place));
+                    let d_p = terms.map(|((d_o, v), o)| d_o.abs() * (v.abs() + o)).sum::<f64>() + d_lse.abs();
+                    add_magnitude(d_q.row_mut(query.place), (scale * slope).abs() * p * d_p, self.k.row(key));
+                    add_magnitude(d_k.row_mut(key), (scale * slope).abs() * p * d_p, self.q.row(query.place));
+                    add_magnitude(d_v.row_mut(key), p, d_o);
+                }
                 if let Some(d_alibi_slopes) = &mut d_alibi_slopes {
                     d_alibi_slopes[query.head] -= distance * d_s;
                 }
@@ -140,6 +208,9 @@ impl Operands {
             if let Some(sink_logits) = &self.sink_logits {
                 d_sink_logits[query.head] -= sink_weight(sink_logits[query.head], lse) * (delta - d_lse);
             }
+        }
+        if let Some((magnitudes, sizes)) = magnitudes.as_mut().zip(sizes) {
+            (magnitudes.d_q, magnitudes.d_k, magnitudes.d_v) = (sizes.d_q.data, sizes.d_k.data, sizes.d_v.data);
         }
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
         Gradients {
@@ -153,14 +224,24 @@ impl Operands {
     }
 
     /// The keys that a query sees.
-    fn row(&self, problem: &Problem, query: &Query) -> Row {
-        let Query { sequence, i, head, .. } = *query;
-        if i >= sequence.band.seq_q() {
+    pub(super) fn row(&self, problem: &Problem, query: &Query) -> Row {
+        if query.i >= query.sequence.band.seq_q() {
             return Row { pairs: Vec::new(), lse: f64::NEG_INFINITY };
         }
+        let scores = self.scores(problem, query, |_| true);
+        let sink = self.sink_logits.as_ref().map(|sink_logits| sink_logits[query.head]);
+        let denominator = Denominator::new(scores.iter().map(|&(s, _)| s).chain(sink).map(|x| (x, 1.0)));
+        let p = |s| if s == f64::NEG_INFINITY { 0.0 } else { denominator.weight(s) };
+        let pairs = scores.into_iter().map(|(s, pair)| Pair { p: p(s), ..pair }).collect();
+        Row { pairs, lse: denominator.log() }
+    }
+
+    /// The scores of those of the wanted keys that a query sees; their probabilities are left at 0.
+    pub(super) fn scores(&self, problem: &Problem, query: &Query, wanted: impl Fn(usize) -> bool) -> Vec<(f64, Pair)> {
+        let Query { sequence, i, head, .. } = *query;
         let position = i as f64 + sequence.band.offset() as f64;
         let mut scores = Vec::new();
-        for j in sequence.band.visible_keys(i).into_iter().flatten() {
+        for j in sequence.band.visible_keys(i).into_iter().flatten().filter(|&j| wanted(j)) {
             let bias = self.bias.as_ref().map_or(0.0, |bias| *bias.at(query.pair(j)));
             let is_hidden = self.mask.as_ref().is_some_and(|mask| !mask.at(query.pair(j)));
             if is_hidden || bias == f64::NEG_INFINITY {
@@ -175,50 +256,59 @@ impl Operands {
             let alibi = self.alibi_slopes.as_ref().map_or(0.0, |slopes| slopes[head] * distance);
             scores.push((capped - alibi + bias, Pair { j, p: 0.0, distance, slope }));
         }
-        let sink = self.sink_logits.as_ref().map(|sink_logits| sink_logits[head]);
-        let denominator = Denominator::new(scores.iter().map(|&(s, _)| s).chain(sink).map(|x| (x, 1.0)));
-        let p = |s| if s == f64::NEG_INFINITY { 0.0 } else { denominator.weight(s) };
-        let pairs = scores.into_iter().map(|(s, pair)| Pair { p: p(s), ..pair }).collect();
-        Row { pairs, lse: denominator.log() }
+        scores
+    }
+
+    /// The element of the bias that a pair has.
+    pub(super) fn bias_index(&self, query: &Query, j: usize) -> Option<usize> {
+        self.bias.as_ref().map(|bias| bias.index(query.pair(j)))
     }
 }
 
+/// [`Magnitudes`] on the way.
+struct Sizes {
+    o: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+}
+
 /// The keys that a query sees, and its lse.
-struct Row {
-    pairs: Vec<Pair>,
+pub(super) struct Row {
+    pub(super) pairs: Vec<Pair>,
     lse: f64,
 }
 
 /// A query and a key that it sees.
-struct Pair {
+pub(super) struct Pair {
     /// The key's place in the sequence.
-    j: usize,
+    pub(super) j: usize,
     /// The probability.
-    p: f64,
+    pub(super) p: f64,
     /// |p - j|, that ALiBi goes by.
-    distance: f64,
+    pub(super) distance: f64,
     /// The score's derivative by the product times the scale.
-    slope: f64,
+    pub(super) slope: f64,
 }
 
 /// A query of a head of a sequence.
-struct Query {
-    sequence: Sequence,
+pub(super) struct Query {
+    pub(super) sequence: Sequence,
     /// Which sequence of the batch it is.
-    number: usize,
-    head: usize,
-    kv_head: usize,
+    pub(super) number: usize,
+    pub(super) head: usize,
+    pub(super) kv_head: usize,
     /// Its place in the sequence.
-    i: usize,
+    pub(super) i: usize,
     /// Its row in q and o: batch entry, head, position.
-    place: [usize; 3],
+    pub(super) place: [usize; 3],
     /// Its place in lse.
-    index: usize,
+    pub(super) index: usize,
 }
 
 impl Query {
     /// The row of a key of the sequence in k and v.
-    fn key(&self, j: usize) -> [usize; 3] {
+    pub(super) fn key(&self, j: usize) -> [usize; 3] {
         [self.sequence.entry, self.kv_head, self.sequence.k_start + j]
     }
 
@@ -229,7 +319,7 @@ impl Query {
 }
 
 /// All queries of all heads and sequences.
-fn queries(problem: &Problem) -> impl Iterator<Item = Query> + use<'_> {
+pub(super) fn queries(problem: &Problem) -> impl Iterator<Item = Query> + use<'_> {
     let heads = problem.shape().heads;
     problem.sequences().enumerate().flat_map(move |(number, sequence)| {
         (0..heads * sequence.q_rows).map(move |n| {
@@ -266,14 +356,14 @@ impl<T> Pairs<T> {
 
 /// An operand whose rows are addressed by batch, head and position in either layout.
 #[derive(Clone)]
-struct Tensor {
+pub(super) struct Tensor {
     data: Vec<f64>,
     strides: [usize; 3],
     width: usize,
 }
 
 impl Tensor {
-    fn new(data: Vec<f64>, layout: Layout, shape: [usize; 4]) -> Self {
+    pub(super) fn new(data: Vec<f64>, layout: Layout, shape: [usize; 4]) -> Self {
         let [_, axis1, axis2, width] = shape;
         let (heads, seq) = match layout {
             Layout::Bshd | Layout::Thd => (axis2, axis1),
@@ -286,11 +376,12 @@ impl Tensor {
         Tensor::new(vec![0.0; shape.iter().product()], layout, shape)
     }
 
-    fn start(&self, [b, h, i]: [usize; 3]) -> usize {
+    /// Where a row starts.
+    pub(super) fn start(&self, [b, h, i]: [usize; 3]) -> usize {
         b * self.strides[0] + h * self.strides[1] + i * self.strides[2]
     }
 
-    fn row(&self, row: [usize; 3]) -> &[f64] {
+    pub(super) fn row(&self, row: [usize; 3]) -> &[f64] {
         &self.data[self.start(row)..][..self.width]
     }
 
@@ -300,18 +391,25 @@ impl Tensor {
     }
 }
 
-fn widen<T: Element>(x: &[T]) -> Vec<f64> {
+pub(super) fn widen<T: Element>(x: &[T]) -> Vec<f64> {
     x.iter().map(|&x| x.into()).collect()
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// `sum += factor * x`.
-fn add_scaled(sum: &mut [f64], factor: f64, x: &[f64]) {
+pub(super) fn add_scaled(sum: &mut [f64], factor: f64, x: &[f64]) {
     for (sum, x) in sum.iter_mut().zip(x) {
         *sum += factor * x;
+    }
+}
+
+/// `sum += factor * |x|`.
+fn add_magnitude(sum: &mut [f64], factor: f64, x: &[f64]) {
+    for (sum, x) in sum.iter_mut().zip(x) {
+        *sum += factor * x.abs();
     }
 }
 
@@ -408,7 +506,7 @@ mod tests {
             x.iter().zip(weights).filter(|(x, _)| x.is_finite()).map(|(x, &w)| x * f64::from(w)).sum()
         };
         let loss = |operands: &Operands| {
-            let output = operands.forward(problem);
+            let output = operands.forward(problem, &mut None);
             weighted(&output.o, upstream.d_o) + upstream.d_lse.map_or(0.0, |d_lse| weighted(&output.lse, d_lse))
         };
         // The error of a step h is about h^2 + 1e-16 / h.

@@ -13,6 +13,9 @@ use crate::problem::{Bias, Inputs, MaskData, Problem, mask_word};
 /// Most rows of a tile on either side, so that a row of visible pairs fits a word.
 pub(super) const TILE: usize = u64::BITS as usize;
 
+/// Numbers from here down to the lowest finite one keep nothing of the logarithm of a count, or of a product below 32.
+const ABSORBING: f32 = -1e9;
+
 /// A side of the score matrix.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Side {
@@ -155,6 +158,31 @@ impl<'a> Scores<'a> {
             (_, all) if all == full => Seen::All,
             _ => Seen::Some(seen),
         }
+    }
+
+    /// What the probability of a key is to be multiplied with, by the row of lse; none where that is 1 in every row.
+    ///
+    /// A bias as low as the lowest finite number takes up the products, and its row's lse the logarithm of their number: each of
+    /// the n keys with the row's largest bias has a probability of 1 / n, of which exp(score - lse) makes 1.
+    pub(super) fn shares(&self, lse: &[f32]) -> Option<Vec<f32>> {
+        let bias = self.bias.as_ref()?;
+        let absorbs = |lse: &f32| lse.is_finite() && *lse <= ABSORBING;
+        lse.par_iter().any(absorbs).then_some(())?;
+        let (s, mut shares) = (self.problem.shape(), vec![1.0; lse.len()]);
+        for (number, sequence) in self.problem.sequences().enumerate() {
+            for (head, i) in (0..s.heads).flat_map(|head| (0..sequence.band.seq_q()).map(move |i| (head, i))) {
+                let n = (sequence.entry * s.heads + head) * s.seq_q + sequence.q_start + i;
+                if absorbs(&lse[n]) {
+                    let row = bias.row(number, head, i);
+                    let visible =
+                        |j: usize| self.bits.iter().all(|bits| bits.row(number, head, i)[j / 32] >> (j % 32) & 1 != 0);
+                    let keys = sequence.band.visible_keys(i).into_iter().flatten();
+                    let count = keys.filter(|&j| row[j] == lse[n] && visible(j)).count();
+                    shares[n] = 1.0 / count.max(1) as f32;
+                }
+            }
+        }
+        Some(shares)
     }
 
     /// Makes whole scores of the products of one panel, where they are more than products times the scale, and leaves

@@ -23,7 +23,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::range;
+use super::exact;
 use super::reference::{Denominator, sink_logit};
 use super::rows::{Head, Places, Rows, rows_mut};
 use super::scores::{RowTile, Scores, Seen, Side, TILE, zeros};
@@ -64,18 +64,11 @@ pub(super) fn widen_bias<T: Element>(bias: Bias<'_, T>) -> Cow<'_, [f32]> {
 
 /// The pass on operands of any element type, checked and widened; o unrounded.
 pub(super) fn forward_widened(problem: &Problem, inputs: &Inputs<'_>) -> Output {
-    // o is sums of up to N values before it is divided by the sum of the weights.
-    let unit = match problem.options().dtype {
-        DType::Bf16 => range::unit(range::exponent(inputs.v) + range::exponent_of(problem.shape().seq_k)),
-        DType::F32 | DType::F16 => 0,
-    };
-    if unit == 0 {
-        return forward_on(Arch::new(), problem, inputs);
+    let mut output = forward_on(Arch::new(), problem, inputs);
+    // o is a sum of up to N values before it is divided by the sum of the weights: in f32 the largest of bf16 have no room.
+    if problem.options().dtype == DType::Bf16 {
+        exact::forward(problem, inputs, &mut output);
     }
-    let mut v = inputs.v.to_vec();
-    range::scale(&mut v, -unit);
-    let mut output = forward_on(Arch::new(), problem, &Inputs { v: &v, ..*inputs });
-    range::scale(&mut output.o, unit);
     output
 }
 

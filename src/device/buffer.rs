@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 
-use super::Device;
+use super::{Device, note_buffer};
 use crate::element::{DType, sealed};
 use crate::error::{Error, Result};
 
@@ -381,6 +381,7 @@ pub(crate) fn allocate<T>(
     if bytes > limit {
         return Err(Error::BufferTooLarge { operand, bytes, limit });
     }
+    note_buffer(operand, bytes);
     Ok(device.wgpu().create_buffer(&wgpu::BufferDescriptor {
         label: Some(operand),
         size: bytes,
@@ -432,12 +433,14 @@ async fn download_words<const N: usize>(
     parts: [(&wgpu::Buffer, Range<u64>); N],
     work: impl FnOnce(&mut wgpu::CommandEncoder),
 ) -> Result<[Mapped; N]> {
-    let label = Some("sink-attention download");
+    const LABEL: &str = "sink-attention download";
+    let label = Some(LABEL);
     let staging = device
         .scoped("running a kernel", || {
             let mut encoder = device.wgpu().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
             work(&mut encoder);
             let staging = parts.map(|(buffer, Range { start, end })| {
+                note_buffer(LABEL, end - start);
                 let staging = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
                     label,
                     size: end - start,

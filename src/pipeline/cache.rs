@@ -1,14 +1,16 @@
 //! Compiled pipelines in a file, so that the next process need not compile them again.
 
-use std::fs;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::files::{checksum, replace};
+use crate::file::{self, checksum, replace};
 
 /// In front of what wgpu wrote: drivers are not made for spoiled data, and wgpu does not look for it.
 const FIRST_LINE: &str = "sink-attention pipeline cache 1";
+/// More bytes than the first three lines have.
+const MOST_HEAD: u64 = 4096;
 
 /// wgpu's cache with the file it comes from and goes to.
 #[derive(Debug)]
@@ -30,7 +32,7 @@ impl PipelineCache {
                           other drivers keep caches of their own";
             return Err(failed(reason.into()));
         };
-        let data = match fs::read(path) {
+        let data = match read(path) {
             Ok(file) => unpack(&file, &key).map(<[u8]>::to_vec),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => return Err(failed(error.to_string())),
@@ -68,6 +70,29 @@ async fn create(device: &Device, data: Option<&[u8]>) -> Result<wgpu::PipelineCa
     device.scoped("creating a pipeline cache", create).await
 }
 
+/// A file as long as it says; of another one no more than its beginning, which [`unpack`] refuses.
+fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    let (mut file, len) = file::open(path)?;
+    let mut bytes = Vec::new();
+    (&mut file).take(MOST_HEAD).read_to_end(&mut bytes)?;
+    if claimed_len(&bytes).is_some_and(|claimed| claimed == len) {
+        file.take(len - bytes.len() as u64).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
+}
+
+/// Bytes of a file that begins so.
+fn claimed_len(start: &[u8]) -> Option<u64> {
+    let head = start.get(..head_end(start)?)?;
+    let last = str::from_utf8(head).ok()?.lines().nth(2)?;
+    last.split(' ').next()?.parse::<u64>().ok()?.checked_add(head.len() as u64)
+}
+
+/// Where the third line ends.
+fn head_end(file: &[u8]) -> Option<usize> {
+    file.iter().enumerate().filter(|(_, byte)| **byte == b'\n').nth(2).map(|(at, _)| at + 1)
+}
+
 fn head(data: &[u8], key: &str) -> String {
     format!("{FIRST_LINE}\n{key}\n{} {:016x}\n", data.len(), checksum(data))
 }
@@ -78,8 +103,7 @@ fn pack(data: &[u8], key: &str) -> Vec<u8> {
 
 /// What was packed, if that is what this is, whole and for this key.
 fn unpack<'a>(file: &'a [u8], key: &str) -> Option<&'a [u8]> {
-    let end = file.iter().enumerate().filter(|(_, byte)| **byte == b'\n').nth(2)?.0;
-    let (found, data) = file.split_at(end + 1);
+    let (found, data) = file.split_at(head_end(file)?);
     (found == head(data, key).as_bytes()).then_some(data)
 }
 
@@ -104,5 +128,7 @@ mod tests {
         }
         assert_eq!(unpack(&[&packed[..], b"x"].concat(), "key"), None);
         assert_eq!(unpack(data, "key"), None);
+        assert_eq!(claimed_len(&packed), Some(packed.len() as u64));
+        assert_eq!(claimed_len(data), None);
     }
 }

@@ -5,15 +5,15 @@ use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::{self, reference};
 use sink_attention::half::f16;
 use sink_attention::{
-    AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, Inputs, KvCache, Output,
-    Problem, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, TensorView, Window, wgpu,
+    AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Device, Element, Error, Inputs,
+    KvCache, Output, Problem, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Step, TensorView, Window, wgpu,
 };
 
 use super::{compare, compare_lse, gpu};
 
 /// Three sequences without rotary embedding.
 pub fn config<T: Element>(kind: CacheKind, kv_heads: usize, [head_dim, value_dim]: [usize; 2]) -> CacheConfig {
-    CacheConfig { kind, sequences: 3, kv_heads, head_dim, value_dim, dtype: T::DTYPE, rotary: None, quantisation: None }
+    CacheConfig::new(kind, 3, kv_heads, head_dim).value_dim(value_dim).dtype(T::DTYPE)
 }
 
 /// Cosines and sines of the usual frequencies.
@@ -139,7 +139,7 @@ impl<T: Element> Both<T> {
 
     pub fn truncate(&mut self, sequence: usize, length: usize) -> Result<(), String> {
         let on_cpu = self.cpu.truncate(sequence, length).map_err(|error| error.to_string());
-        let on_gpu = self.record(|cache, encoder| cache.truncate(encoder, sequence, length));
+        let on_gpu = self.record(|cache, step| cache.truncate(step, sequence, length));
         assert!(on_gpu.is_none_or(|on_gpu| on_gpu == on_cpu));
         on_cpu?;
         self.model.sequences[sequence].truncate(length);
@@ -148,7 +148,7 @@ impl<T: Element> Both<T> {
 
     pub fn fork(&mut self, from: usize, to: usize) -> Result<(), String> {
         let on_cpu = self.cpu.fork(from, to).map_err(|error| error.to_string());
-        let on_gpu = self.record(|cache, encoder| cache.fork(encoder, from, to));
+        let on_gpu = self.record(|cache, step| cache.fork(step, from, to));
         assert!(on_gpu.is_none_or(|on_gpu| on_gpu == on_cpu));
         on_cpu?;
         self.model.sequences[to] = self.model.sequences[from].clone();
@@ -157,18 +157,18 @@ impl<T: Element> Both<T> {
 
     fn record(
         &mut self,
-        work: impl FnOnce(&mut KvCache, &mut wgpu::CommandEncoder) -> Result<(), Error>,
+        work: impl FnOnce(&mut KvCache, &mut Step) -> Result<(), Error>,
     ) -> Option<Result<(), String>> {
         let cache = self.gpu.as_mut()?;
-        let device = gpu()?.device()?;
-        let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-        let result = work(cache, &mut encoder);
-        device.queue().submit([encoder.finish()]);
+        let mut step = gpu()?.step().unwrap();
+        let result = work(cache, &mut step);
+        step.submit().unwrap();
         Some(result.map_err(|error| error.to_string()))
     }
 
     /// Whether both refuse the step for what a ring has given up, and say the same.
     pub fn refuses(&self, decode: &Decode) -> bool {
+        let decode = &decode.clone().q_rotated(true);
         let entries = decode.sequences.as_ref().map_or(self.config.sequences, Vec::len);
         let rows = entries * decode.heads * decode.queries;
         let (q, lens) = (vec![T::default(); rows * self.config.head_dim], [rows * self.config.value_dim, rows]);
@@ -184,6 +184,8 @@ impl<T: Element> Both<T> {
 
     /// A decoding step with random queries on both, against the reference over the tokens that the model says are seen.
     pub fn check(&mut self, decode: &Decode) {
+        // Queries are random, not those of the tokens.
+        let decode = &decode.clone().q_rotated(true);
         let entries = decode.sequences.clone().unwrap_or_else(|| (0..self.config.sequences).collect());
         let CacheConfig { head_dim, value_dim, .. } = self.config;
         let Decode { heads, queries, options, .. } = *decode;
@@ -316,7 +318,7 @@ fn kind_rows(kind: CacheKind) -> usize {
 }
 
 /// A buffer with the bytes of a slice, of whole words and never empty.
-pub fn filled<T: Element>(device: &sink_attention::Device, data: &[T]) -> wgpu::Buffer {
+pub fn filled<T: Element>(device: &Device, data: &[T]) -> wgpu::Buffer {
     let mut bytes = bytemuck::cast_slice::<T, u8>(data).to_vec();
     bytes.resize(bytes.len().next_multiple_of(4).max(16), 0);
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
@@ -328,7 +330,7 @@ pub fn filled<T: Element>(device: &sink_attention::Device, data: &[T]) -> wgpu::
 }
 
 /// The first elements of a buffer.
-pub fn read<T: Element>(device: &sink_attention::Device, buffer: &wgpu::Buffer, elements: usize) -> Vec<T> {
+pub fn read<T: Element>(device: &Device, buffer: &wgpu::Buffer, elements: usize) -> Vec<T> {
     let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
     let size = buffer.size();
     let staging =
@@ -343,9 +345,21 @@ pub fn read<T: Element>(device: &sink_attention::Device, buffer: &wgpu::Buffer, 
     data
 }
 
+/// A step of any operator on the device.
+pub fn step_on(device: &Device) -> Step {
+    Attention::on(device.clone()).step().unwrap()
+}
+
+/// Records into a step, and submits it.
+pub fn submit(device: &Device, record: impl FnOnce(&mut Step)) {
+    let mut step = step_on(device);
+    record(&mut step);
+    step.submit().unwrap();
+}
+
 /// An append of host slices, submitted.
 pub fn append_on<T: Element>(
-    device: &sink_attention::Device,
+    device: &Device,
     cache: &mut KvCache,
     tokens: &[usize],
     k: &[T],
@@ -356,15 +370,15 @@ pub fn append_on<T: Element>(
     let table = table.map(|table| filled(device, table));
     let buffers = AppendBuffers { cos_sin: table.as_ref(), ..AppendBuffers::new(&k, &v) };
     let prepared = cache.prepare_append(tokens, &buffers)?;
-    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-    let result = prepared.encode(cache, &mut encoder);
-    device.queue().submit([encoder.finish()]);
+    let mut step = step_on(device);
+    let result = prepared.encode(cache, &mut step);
+    step.submit()?;
     result
 }
 
 /// A decoding step on host slices.
 pub fn decode_on<T: Element>(
-    device: &sink_attention::Device,
+    device: &Device,
     cache: &KvCache,
     decode: &Decode,
     q: &[T],
@@ -384,8 +398,8 @@ pub fn decode_on<T: Element>(
         ..DecodeBuffers::new(&q, &o, &lse)
     };
     let prepared = cache.prepare_decode(decode, &buffers)?;
-    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-    prepared.encode(cache, &mut encoder)?;
-    device.queue().submit([encoder.finish()]);
+    let mut step = step_on(device);
+    prepared.encode(cache, &mut step)?;
+    step.submit()?;
     Ok(Output { o: read(device, &o, o_len), o_rest: None, lse: read(device, &lse, lse_len) })
 }

@@ -6,7 +6,7 @@ use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::{Attention, Element, Gradients, Output, Problem, Upstream};
 
-use super::operands::{BOUND, Operands};
+use super::operands::{BOUND, Operands, rows_agree};
 
 /// Operands of the forward pass with the gradients that flow into its results.
 #[derive(Debug, Clone)]
@@ -71,8 +71,21 @@ impl<T: Element> Backward<T> {
     /// As [`check`](Self::check), with a bound for problems that amplify the rounding of f32.
     pub fn check_within(&self, bound: f64, attention: &Attention, problem: &Problem) -> Gradients<T> {
         let actual = self.run(attention, problem);
-        self.agree_within(bound, &actual, &self.expected(problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
+        let expected = self.rows_agree(bound, problem, &actual);
+        self.agree_within(bound, &actual, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
         actual
+    }
+
+    /// Holds each row of d_q, d_k and d_v against the definition, relative to its terms. Returns the definition's gradients.
+    pub fn rows_agree(&self, bound: f64, problem: &Problem, actual: &Gradients<T>) -> Gradients<f64, f64> {
+        let inputs = self.operands.inputs();
+        let (_, expected, magnitudes) = reference::with_magnitudes(problem, &inputs, Some(&self.upstream())).unwrap();
+        let expected = expected.unwrap();
+        let (d, e) = (problem.shape().head_dim, problem.shape().value_dim);
+        rows_agree(problem, "d_q", &actual.d_q, &expected.d_q, &magnitudes.d_q, d, bound);
+        rows_agree(problem, "d_k", &actual.d_k, &expected.d_k, &magnitudes.d_k, d, bound);
+        rows_agree(problem, "d_v", &actual.d_v, &expected.d_v, &magnitudes.d_v, e, bound);
+        expected
     }
 
     /// Holds two gradients of the same inflow against each other.

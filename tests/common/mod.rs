@@ -8,9 +8,16 @@ pub mod files;
 pub mod buffers;
 pub mod caches;
 pub mod gradients;
+/// The law that the command's check holds a device to, too.
+#[path = "../../src/cli/check/hidden.rs"]
+pub mod hidden;
 pub mod low_precision;
 pub mod operands;
 pub mod prefills;
+#[path = "../../src/cli/check/random.rs"]
+pub mod random;
+#[cfg(feature = "cli")]
+pub mod saved;
 pub mod shards;
 pub mod tint;
 pub mod views;

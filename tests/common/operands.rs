@@ -217,9 +217,27 @@ pub fn check_within<T: Element>(
     operands: &Operands<T>,
 ) -> Output<T> {
     let actual = attention.forward(problem, &operands.inputs()).unwrap();
-    let expected = reference::forward(problem, &operands.inputs()).unwrap();
+    let (expected, _, magnitudes) = reference::with_magnitudes(problem, &operands.inputs(), None).unwrap();
     agree_within(bound, &actual, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    rows_agree(problem, "o", &actual.o, &expected.o, &magnitudes.o, problem.shape().value_dim, bound);
     actual
+}
+
+/// Holds each row of a result, of rows that follow each other, to a bound relative to its terms. Rows that are not finite are for
+/// other comparisons.
+pub fn rows_agree<T: Element>(
+    problem: &Problem,
+    name: &str,
+    actual: &[T],
+    expected: &[f64],
+    magnitudes: &[f64],
+    width: usize,
+    bound: f64,
+) {
+    let rows = (0..expected.len() / width).map(|n| n * width..(n + 1) * width);
+    let finite = rows.filter(|row| expected[row.clone()].iter().chain(&magnitudes[row.clone()]).all(|x| x.is_finite()));
+    sink_attention::compare::rows(actual, expected, magnitudes, finite, T::DTYPE, bound)
+        .unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
 }
 
 /// Holds two results against each other; NaN and infinities must stand in the same places.

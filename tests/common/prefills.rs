@@ -8,7 +8,7 @@ use sink_attention::{
     Upstream, wgpu,
 };
 
-use super::caches::{Both, Token, filled, numbers, quantised, read, turned, wide};
+use super::caches::{Both, Token, filled, numbers, quantised, read, step_on, turned, wide};
 use super::{compare, compare_lse, gpu};
 
 /// Operands that go with options, in f32.
@@ -335,9 +335,9 @@ pub fn prefill_on<T: Element>(
         ..PrefillBuffers::new(&q, &k, &v, &o, &lse)
     };
     let prepared = cache.prepare_prefill(prefill, &buffers).map_err(|error| error.to_string())?;
-    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-    let result = prepared.encode(cache, &mut encoder);
-    device.queue().submit([encoder.finish()]);
+    let mut step = step_on(device);
+    let result = prepared.encode(cache, &mut step);
+    step.submit().map_err(|error| error.to_string())?;
     result.map_err(|error| error.to_string())?;
     let rest: Vec<T> = read(device, &o_rest, o_len);
     let o_rest = (T::DTYPE != DType::F32).then(|| bytemuck::pod_collect_to_vec(&rest));
@@ -379,9 +379,9 @@ fn backward_on<T: Element>(
         ..CacheBackwardBuffers::new([&q_given, &o, &lse].map(TensorView::new), &d_o, &d_q, [&d_keys, &d_values])
     };
     let prepared = cache.prepare_backward(prefill, &buffers).map_err(|error| error.to_string())?;
-    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-    prepared.encode(cache, &mut encoder).map_err(|error| error.to_string())?;
-    device.queue().submit([encoder.finish()]);
+    let mut step = step_on(device);
+    prepared.encode(cache, &mut step).map_err(|error| error.to_string())?;
+    step.submit().map_err(|error| error.to_string())?;
     let packed = |buffer: &wgpu::Buffer, width: usize| {
         let padded = width.next_multiple_of(16 / size_of::<T>());
         let rows: Vec<T> = read(device, buffer, usize::MAX);

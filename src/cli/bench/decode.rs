@@ -11,8 +11,8 @@ use sink_attention::{
     Series, Shape, SinkLogits, Timer, Window, is_software,
 };
 
+use super::super::Progress;
 use super::super::operands::filled;
-use super::super::print;
 use super::{Bench, MOST, QUICK};
 
 /// Tokens that are appended at a time while a cache is filled.
@@ -65,6 +65,17 @@ impl Times {
     }
 }
 
+/// Three digits, or all before the point.
+fn rate(gb_per_s: f64) -> String {
+    let decimals = match gb_per_s {
+        100.0.. => 0,
+        10.0.. => 1,
+        1.0.. => 2,
+        _ => 3,
+    };
+    format!("{gb_per_s:.decimals$}")
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Report { version, device, device_reason, driver, clock, rows } = self;
@@ -81,9 +92,9 @@ impl fmt::Display for Report {
             )?;
             writeln!(
                 f,
-                "  decode {}, {:.0} GB/s; {}, {} workgroups",
+                "  decode {}, {} GB/s; {}, {} workgroups",
                 us(&row.decode),
-                row.gb_per_s,
+                rate(row.gb_per_s),
                 row.tiling,
                 row.workgroups
             )?;
@@ -124,7 +135,9 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
         clock: timer.clock().to_string(),
         rows: Vec::new(),
     };
-    for [batch, seq_k] in batches {
+    let progress = Progress::new(batches.len() * args.dtype.len() * (1 + args.page_size.len()))?;
+    let mut failed = None;
+    'batches: for [batch, seq_k] in batches {
         for dtype in args.dtype.iter().map(|dtype| DType::from(*dtype)) {
             let case = Case {
                 args,
@@ -136,21 +149,30 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
                 widths: [head_dim, shape.value_dim.unwrap_or(head_dim)],
                 dtype,
             };
-            report.rows.push(case.measure(attention, device, &timer, None)?);
-            for &page_size in &args.page_size {
-                report.rows.push(case.measure(attention, device, &timer, Some(page_size))?);
+            for page_size in std::iter::once(None).chain(args.page_size.iter().copied().map(Some)) {
+                let cache = cache_name(page_size);
+                progress.begin(format!("decoding {dtype}, batch {batch}, {seq_k} keys, {cache}"));
+                match case.measure(attention, device, &timer, page_size) {
+                    Ok(row) => report.rows.push(row),
+                    Err(error) => {
+                        failed = Some(error);
+                        break 'batches;
+                    }
+                }
+                progress.end();
             }
         }
     }
-    let json = args.json.as_ref().map(|path| serde_json::to_string(&report).map(|text| (path, text))).transpose()?;
-    match json {
-        Some((path, text)) if path.as_os_str() == "-" => print(text),
-        Some((path, text)) => {
-            std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))?;
-            print(report)
-        }
-        None => print(report),
+    progress.finish();
+    // What was measured before a failure is reported, too.
+    if failed.is_none() || !report.rows.is_empty() {
+        args.write(&report, || Ok(String::new()))?;
     }
+    failed.map_or(Ok(()), Err)
+}
+
+fn cache_name(page_size: Option<usize>) -> String {
+    page_size.map_or("contiguous".into(), |size| format!("pages of {size}"))
 }
 
 impl Case<'_> {
@@ -175,16 +197,11 @@ impl Case<'_> {
             style: RotaryStyle::HalfSplit,
             positions: RotaryPositions::Absolute,
         };
-        CacheConfig {
-            kind,
-            sequences: self.batch,
-            kv_heads: self.kv_heads,
-            head_dim,
-            value_dim,
-            dtype: self.dtype,
-            rotary: (rotary.dim > 0).then_some(rotary),
-            quantisation: self.args.quantised.then_some(Quantisation::Q8_0),
-        }
+        CacheConfig::new(kind, self.batch, self.kv_heads, head_dim)
+            .value_dim(value_dim)
+            .dtype(self.dtype)
+            .rotary((rotary.dim > 0).then_some(rotary))
+            .quantisation(self.args.quantised.then_some(Quantisation::Q8_0))
     }
 
     fn options(&self) -> Options {
@@ -244,26 +261,27 @@ impl Case<'_> {
             // Pages far from each other, as in a cache that has been in use for long.
             let total = sequence_pages * self.batch;
             let stride = (total / 2..).find(|stride| gcd(*stride, total) == 1).unwrap_or(1);
-            let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+            let mut step = attention.step()?.label("pages");
             for sequence in 0..self.batch {
                 let first = sequence * sequence_pages;
                 let pages: Vec<u32> = (first..first + sequence_pages).map(|n| (n * stride % total) as u32).collect();
-                cache.assign(&mut encoder, sequence, &pages, 0)?;
+                cache.assign(&mut step, sequence, &pages, 0)?;
             }
-            device.queue().submit([encoder.finish()]);
+            step.submit()?;
         }
         let buffers = AppendBuffers { cos_sin, ..AppendBuffers::new(&k, &v) };
         for (chunk, times) in [(chunk, self.seq_k / chunk.max(1)), (self.seq_k % chunk.max(1), 1)] {
             let append = cache.prepare_append(&vec![chunk; self.batch], &buffers)?;
             for _ in 0..times {
-                let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-                append.encode(&mut cache, &mut encoder)?;
-                device.queue().submit([encoder.finish()]);
+                let mut step = attention.step()?.label("prompt");
+                append.encode(&mut cache, &mut step)?;
+                step.submit()?;
             }
         }
 
-        let decode =
-            Decode { tiling: self.args.decode_tiling, ..Decode::new(self.heads, self.options()).queries(self.queries) };
+        // It is timed by itself, too, without queries that an append has rotated.
+        let decode = Decode::new(self.heads, self.options()).queries(self.queries).q_rotated(true);
+        let decode = Decode { tiling: self.args.decode_tiling, ..decode };
         let per_head = decode.options.sink_logits == SinkLogits::PerHead;
         let operands =
             DecodeBuffers { sink_logits: per_head.then(|| sinks.view()), ..DecodeBuffers::new(&q, &o, &lse) };
@@ -289,13 +307,13 @@ impl Case<'_> {
                 failed.borrow_mut().get_or_insert(error);
             }
         };
-        let decode = timer.measure(runs, MOST, |pass| note(decoding.encode_in(&cache.borrow(), pass)))?;
+        let decode = timer.measure_steps(runs, MOST, |pass| note(decoding.encode_in(&cache.borrow(), pass)))?;
         // Warm by now. Each run makes the sequences longer, so there are no more than are looked at.
-        let step = timer.time(runs, |pass| {
+        let step = timer.time_steps(runs, |pass| {
             note(appending.encode_in(&mut cache.borrow_mut(), pass));
             note(decoding.encode_in(&cache.borrow(), pass));
         })?;
-        let append = timer.time(runs, |pass| note(appending.encode_in(&mut cache.borrow_mut(), pass)))?;
+        let append = timer.time_steps(runs, |pass| note(appending.encode_in(&mut cache.borrow_mut(), pass)))?;
         if let Some(error) = failed.into_inner() {
             return Err(error.into());
         }
@@ -312,7 +330,7 @@ impl Case<'_> {
             head_dim,
             value_dim,
             dtype: format!("{}{}", self.dtype, if self.args.quantised { " q8_0" } else { "" }),
-            cache: page_size.map_or("contiguous".into(), |size| format!("pages of {size}")),
+            cache: cache_name(page_size),
             tiling: tiling.to_string(),
             workgroups: decoding.workgroups(&cache.borrow()),
             gb_per_s: self.bytes() / decode.median().as_secs_f64() * 1e-9,
@@ -325,4 +343,17 @@ impl Case<'_> {
 
 fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rate;
+
+    #[test]
+    fn rates_have_digits() {
+        for (gb_per_s, text) in [(0.0123, "0.012"), (0.49, "0.490"), (1.236, "1.24"), (45.67, "45.7"), (3210.4, "3210")]
+        {
+            assert_eq!(rate(gb_per_s), text);
+        }
+    }
 }

@@ -7,12 +7,13 @@ mod picture;
 mod report;
 
 use std::error::Error;
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 use sink_attention::{
     Attention, Axes as PairAxes, DType, DecodeTiling, Kernel, Layout, Lengths, Options, Preference, Problem, Shape,
     SinkLogits, Tiling, Timer, Window, is_software,
@@ -21,7 +22,7 @@ use sink_attention::{
 use self::measure::{Direction, Effort, on_cpu, on_gpu};
 use self::report::{Report, Row};
 use super::plan::{Axes, Sinks, at_least_one};
-use super::{DeviceArgs, ElementType, print};
+use super::{DeviceArgs, ElementType, Progress, check_writable, print, write_file};
 
 /// Long sequences are shortened by this on devices without GPU.
 const QUICK: usize = 32;
@@ -298,6 +299,9 @@ impl Bench {
     /// Measures and reports; an error where nothing could be measured.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
+        for path in self.json.iter().filter(|path| path.as_os_str() != "-").chain(&self.svg) {
+            check_writable(path)?;
+        }
         if self.device.is_cpu() && !self.tiles.is_empty() {
             let message = "the argument '--tiles <KERNEL=TILES>' cannot be used with '--backend cpu'";
             return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message).into());
@@ -330,21 +334,31 @@ impl Bench {
             effort.runs = effort.runs.min(5);
         }
         let mut report = Report::new(&attention, timer.as_ref().map(Timer::clock), shortened);
-        // Drawn on terminals alone.
-        let progress = ProgressBar::new(problems.len() as u64)
-            .with_style(ProgressStyle::with_template("{pos} of {len} {msg} {elapsed}")?);
-        for (name, problem) in &problems {
-            progress.set_message(format!("{name}: {problem}"));
+        let progress = Progress::new(problems.len())?;
+        let mut failed = None;
+        'problems: for (name, problem) in &problems {
+            progress.begin(format!("{name}: {problem}"));
             let timings = self.measure(&attention, timer.as_ref(), problem, directions, effort);
             for (direction, timing) in directions.iter().zip(timings) {
-                let row = Row::new(name, problem, *direction, timing?, report.peaks);
-                report.rows.push(row);
+                match timing {
+                    Ok(timing) => report.rows.push(Row::new(name, problem, *direction, timing, report.peaks)),
+                    Err(error) => {
+                        failed = Some(error);
+                        break 'problems;
+                    }
+                }
             }
-            progress.inc(1);
+            progress.end();
         }
-        progress.finish_and_clear();
-        self.write(&report)?;
-        Ok(report.verdict()?)
+        progress.finish();
+        // What was measured before a failure is reported, too.
+        if failed.is_none() || !report.rows.is_empty() {
+            self.write(&report, || picture::draw(&report))?;
+        }
+        match failed {
+            Some(error) => Err(error.into()),
+            None => Ok(report.verdict()?),
+        }
     }
 
     fn measure(
@@ -364,20 +378,25 @@ impl Bench {
         }
     }
 
-    fn write(&self, report: &Report) -> Result<(), Box<dyn Error>> {
-        let json = self.json.as_ref().map(|path| serde_json::to_string(report).map(|text| (path, text))).transpose()?;
-        match json {
-            Some((path, text)) if path.as_os_str() == "-" => print(text)?,
-            Some((path, text)) => {
-                std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))?;
-                print(report)?;
-            }
-            None => print(report)?,
-        }
-        if let Some(path) = &self.svg {
-            let svg = picture::draw(report)?;
-            std::fs::write(path, svg).map_err(|error| format!("{}: {error}", path.display()))?;
-        }
-        Ok(())
+    /// Prints the figures, and writes the files that were asked for: whichever of these fails, the others are done.
+    fn write<R: fmt::Display + Serialize, P: AsRef<str>>(
+        &self,
+        report: &R,
+        picture: impl FnOnce() -> Result<P, Box<dyn Error>>,
+    ) -> Result<(), Box<dyn Error>> {
+        let text = self.json.as_ref().map(|_| serde_json::to_string(report)).transpose()?;
+        let json = self.json.as_ref().zip(text);
+        let (printed, written) = match json {
+            Some((path, text)) if path.as_os_str() == "-" => (print(text), Ok(())),
+            Some((path, text)) => (print(report), write_file(path, &text)),
+            None => (print(report), Ok(())),
+        };
+        let drawn = self
+            .svg
+            .as_ref()
+            .map_or(Ok(()), |path| -> Result<(), Box<dyn Error>> { Ok(write_file(path, picture()?.as_ref())?) });
+        printed?;
+        written?;
+        drawn
     }
 }

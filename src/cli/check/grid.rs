@@ -8,6 +8,9 @@ use sink_attention::{
     Sequence, Shape, SinkLogits, Upstream, Window, pack_mask,
 };
 
+use super::hidden::{BiasType, FAMILIES};
+use super::random::Random;
+
 /// Queries and keys around the edges of tiles, and far from square; a quick check takes the first ones of each list.
 const SIZES: [[usize; 2]; 7] = [[113, 203], [239, 1], [1, 257], [63, 65], [64, 1], [3, 3], [1, 1]];
 /// One size for each query tile there is: whole tiles, a part of one, a single row.
@@ -48,6 +51,8 @@ pub struct Case {
     /// Keys whose k and v are NaN or infinite, in key head 0 of every entry of the batch. A mask or a bias hides them; what
     /// depends on them all the same is not compared.
     pub poisoned_keys: Range<usize>,
+    /// Whether it is also held to the law that nothing unseen changes a result.
+    pub hidden: bool,
     /// Queries whose q, d_o or d_lse is NaN or infinite, in the query heads that read key head 0.
     pub poisoned_queries: Range<usize>,
 }
@@ -227,6 +232,11 @@ impl Case {
         }
     }
 
+    /// Whether poison is in the d_lse of a query's row, by its place in the batch entry.
+    pub fn poisons_d_lse(&self, i: usize) -> bool {
+        self.d_lse && self.poisoned_queries.contains(&i) && i % 3 == 2
+    }
+
     /// Whether a query head reads the key head that poison is in, or may hold poison itself.
     pub fn reads_poison(&self, head: usize) -> bool {
         head < self.problem.group()
@@ -359,34 +369,8 @@ impl<T: Element> Operands<T> {
     }
 }
 
-/// SplitMix64: the same numbers in every version and on every machine, so that a report can be repeated.
-struct Random(u64);
-
-impl Random {
-    /// A stream for a text: FNV-1a, as the hashes of the standard library change between versions.
-    fn new(seed: u64, text: &str) -> Self {
-        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        Random(text.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, step))
-    }
-
-    /// 24 bits.
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (x ^ (x >> 31)) >> 40
-    }
-
-    /// Evenly distributed, with mean 0 and standard deviation 1.
-    fn next(&mut self) -> f32 {
-        (2.0 * self.bits() as f32 / (1u64 << 24) as f32 - 1.0) * 3f32.sqrt()
-    }
-
-    /// One of so many, few, numbers from 0.
-    fn below(&mut self, count: u64) -> usize {
-        (self.bits() % count) as usize
-    }
-}
+/// A problem for each family that is not a special one: with many rows, most of which see something.
+const HIDDEN_SEEDS: [u64; FAMILIES.len()] = [0, 1, 2, 3, 4, 5];
 
 /// Two query heads that share a key head: enough to see heads mixed up.
 fn shape([seq_q, seq_k]: [usize; 2], [head_dim, value_dim]: [usize; 2]) -> Shape {
@@ -640,6 +624,12 @@ pub fn grid(quick: bool) -> Vec<Case> {
             }
         }
     }
+    grid.group("hidden");
+    for (family, n) in grid.some(&FAMILIES).into_iter().zip(0..) {
+        let problem = family.problem(DType::F32, HIDDEN_SEEDS[n]).expect("the problems of all families are valid");
+        let case = grid.add_problem(problem);
+        (case.hidden, case.narrow_bias) = (true, family.bias == Some(BiasType::Operand));
+    }
     grid.group("gradient of lse");
     for size in grid.some(&SIZES) {
         for sinks in [SinkLogits::None, SinkLogits::PerHead, SinkLogits::OffByOne] {
@@ -705,6 +695,7 @@ impl Grid {
             narrow_bias: false,
             integers: cancels(&problem),
             problem,
+            hidden: false,
             poisoned_keys: 0..0,
             poisoned_queries: 0..0,
         });

@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use sink_attention::compare;
-use sink_attention::cpu::reference;
+use sink_attention::cpu::reference::{self, Magnitudes};
 use sink_attention::{
     Attention, DType, Element, Gradients, Inputs, MicroKernel, Output, Pass, Problem, Result, Upstream,
 };
 
 use super::grid::{Case, Operands, place};
+use super::hidden;
 
 /// What is checked, in an element type: a device, or in tests an operator with a mistake.
 pub trait Operator<T: Element> {
@@ -131,6 +132,17 @@ impl Column {
         }
     }
 
+    /// How large the terms of its elements are, of what is compared row by row.
+    fn magnitudes(self, magnitudes: &Magnitudes) -> Option<&[f64]> {
+        match self {
+            Column::O => Some(&magnitudes.o),
+            Column::DQ => Some(&magnitudes.d_q),
+            Column::DK => Some(&magnitudes.d_k),
+            Column::DV => Some(&magnitudes.d_v),
+            Column::Lse | Column::DSink | Column::DAlibi | Column::DBias => None,
+        }
+    }
+
     /// The rows of this result, and what is known of them.
     fn rows(self, case: &Case, known: &Knowledge) -> Vec<(Range<usize>, Row)> {
         let shape = case.problem.shape();
@@ -209,8 +221,9 @@ impl Knowledge {
                 _ => Row::Compared,
             };
             known.queries[(sequence.entry * shape.heads + view.head) * shape.seq_q + query] = row;
-            // The sink takes part in queries that see nothing, but not in those beyond their sequence.
-            if row == Row::Poisoned || (is_poisoned && view.i < sequence.band.seq_q()) {
+            // Of queries that see nothing the sink has the gradient of lse, but not of those beyond their sequence.
+            let reaches_sink = case.reads_poison(view.head) && case.poisons_d_lse(query);
+            if row == Row::Poisoned || (reaches_sink && view.i < sequence.band.seq_q()) {
                 known.heads[view.head] = Row::Poisoned;
             }
             let keys = sequence.entry * shape.kv_heads + view.head / problem.group();
@@ -229,6 +242,12 @@ impl Knowledge {
 struct Results {
     output: Output<f64, f64>,
     gradients: Option<Gradients<f64, f64>>,
+}
+
+/// What is expected, and how large its terms are.
+struct Expected {
+    results: Results,
+    magnitudes: Magnitudes,
 }
 
 impl Results {
@@ -288,16 +307,21 @@ pub fn measure<T: Element>(case: &Case, seed: u64, passes: Passes, operator: &dy
         Ok(computed.map(|gradients| Results::widen(&output, gradients)))
     };
     let expect = |inputs: &Inputs<'_, T>| -> Result<_> {
-        Ok(Results {
-            output: reference::forward(problem, inputs)?,
-            gradients: backward.then(|| reference::backward(problem, inputs, &upstream)).transpose()?,
-        })
+        let (output, gradients, magnitudes) =
+            reference::with_magnitudes(problem, inputs, backward.then_some(&upstream))?;
+        Ok(Expected { results: Results { output, gradients }, magnitudes })
     };
     let rounds_p = operator.rounds_p(problem);
     let bound = |column: Column| column.bound(T::DTYPE, rounds_p);
     let both = operands.with_inputs(problem, |inputs| Ok((compute(inputs)?, expect(inputs)?)));
     match both {
-        Ok((actual, expected)) => compare_all(case, &known, passes, rounds_p, bound, actual, expected),
+        Ok((actual, expected)) => {
+            let mut outcome = compare_all(case, &known, passes, rounds_p, bound, actual, expected);
+            if case.hidden && outcome.failure.is_none() {
+                outcome.failure = hidden_changes_nothing(case, seed, passes, operator).err();
+            }
+            outcome
+        }
         Err::<_, sink_attention::Error>(error) => {
             // No numbers, which must not look like nothing to compare.
             let none = |&column| Comparison { column, bound: bound(column), error: None, failure: None };
@@ -307,6 +331,24 @@ pub fn measure<T: Element>(case: &Case, seed: u64, passes: Passes, operator: &dy
     }
 }
 
+/// Holds the operator to the law of non-interference.
+fn hidden_changes_nothing<T: Element>(
+    case: &Case,
+    seed: u64,
+    passes: Passes,
+    operator: &dyn Operator<T>,
+) -> std::result::Result<(), String> {
+    let case = hidden::Case::<T>::random(case.problem.clone(), seed);
+    let compute = |case: &hidden::Case<T>| {
+        let (problem, inputs) = (&case.problem, &case.inputs());
+        let output = operator.forward(problem, inputs)?;
+        let backward = || operator.backward(problem, inputs, &output, &case.upstream());
+        let gradients = (passes == Passes::ForwardAndBackward).then(backward).transpose()?;
+        Ok((output, gradients))
+    };
+    hidden::law(&case, seed, compute).map(drop)
+}
+
 fn compare_all(
     case: &Case,
     known: &Knowledge,
@@ -314,7 +356,7 @@ fn compare_all(
     rounds_p: bool,
     bound: impl Fn(Column) -> f64,
     actual: [Results; 2],
-    mut expected: Results,
+    Expected { results: mut expected, magnitudes }: Expected,
 ) -> Outcome {
     let [mut actual, mut again] = actual;
     let compared = passes.columns().iter().filter_map(|&column| {
@@ -336,6 +378,13 @@ fn compare_all(
             Column::Lse => compare::lse(actual, expected, bound),
             _ => compare::tensor(actual, expected, bound),
         };
+        let failure = failure.or_else(|| {
+            let rows = rows.iter().filter(|(_, kind)| *kind == Row::Compared).map(|(row, _)| row.clone());
+            let dtype = case.problem.options().dtype;
+            compare::rows(actual, expected, column.magnitudes(&magnitudes)?, rows, dtype, bound)
+                .err()
+                .map(|mismatch| mismatch.to_string())
+        });
         let (error, mismatch) = match compared {
             Ok(error) => (Some(error), None),
             Err(mismatch) => (mismatch.error(), Some(mismatch.to_string())),
@@ -411,10 +460,15 @@ mod tests {
             let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in hidden keys", keys);
             assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
         }
-        // Queries that see nothing have gradients of zero whatever they hold, but the sink's sum has their d_o.
+        // Queries that see nothing have gradients of zero whatever they hold, but the sink's sum has their d_lse.
         let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in query rows", "NaN in queries 0..82");
         assert!(poisoned(&queries).is_empty() && poisoned(&keys).is_empty() && queries[81] == Row::Zero);
         assert_eq!(poisoned(&heads), (0..group).collect::<Vec<_>>());
+        // Without that nothing has theirs.
+        let without =
+            |case: &&Case| case.group == "NaN in query rows" && case.poisoned_queries == (0..82) && !case.d_lse;
+        let case = cases.iter().find(without).unwrap();
+        assert!(poisoned(&Knowledge::of(case, &case.operands(0)).heads).is_empty());
         // Beyond the end of their sequence nothing has it.
         let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in query rows", "NaN in queries 80..113");
         assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));

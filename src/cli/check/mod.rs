@@ -1,7 +1,9 @@
 //! `sink-attention check`: a device against the f64 definition, over a grid of shapes and options.
 
 mod grid;
+mod hidden;
 mod measure;
+mod random;
 mod report;
 
 use std::error::Error;
@@ -24,7 +26,9 @@ use super::{DeviceArgs, print_summary};
 /// group of cases, and exits with 1 if one of them is larger than accepted, if a gradient has other bits when computed
 /// again, or if one that nothing visible reaches is not zero. Expected is what the definition makes of the same rounded
 /// operands. The error of lse is the worst |lse - expected| / (1 + |expected|), that of all else is
-/// ||x - expected|| / ||expected||.
+/// ||x - expected|| / ||expected||. Each row of o and of the gradients of q, k and v is held to the same bound by itself,
+/// relative to the absolute values of what it is a sum of. The cases of the group "hidden" are also computed with other
+/// numbers where no query sees them, which must not change a bit.
 #[derive(Debug, Args)]
 pub struct Check {
     #[command(flatten)]
