@@ -436,7 +436,11 @@ impl CacheVariant {
                 let lanes = quads(e).next_power_of_two();
                 render(
                     "cache/combine.wgsl",
-                    context! { threads => COMBINE_THREADS, lanes, tile, sinks, ahead => 8, ..context },
+                    context! {
+                        threads => COMBINE_THREADS, lanes, tile, sinks, ahead => 8,
+                        score_size => "params.scale_size",
+                        ..context
+                    },
                 )
             }
         }
