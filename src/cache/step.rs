@@ -37,7 +37,12 @@ impl Step {
             device: device.wgpu().clone(),
             state: AtomicU8::new(OPEN),
         };
-        Step { device: device.clone(), encoder, ticket: Held(Arc::new(ticket)) }
+        #[cfg_attr(
+            target_family = "wasm",
+            expect(clippy::arc_with_non_send_sync, reason = "a browser's devices belong to one thread, others do not")
+        )]
+        let ticket = Held(Arc::new(ticket));
+        Step { device: device.clone(), encoder, ticket }
     }
 
     /// Names it in errors. The first name stays.
