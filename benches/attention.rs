@@ -95,7 +95,7 @@ impl Direction {
 }
 
 fn announce(attention: &Attention, timer: Option<&Timer>) {
-    println!("Device: {}", attention.device_name());
+    println!("Device: {}", attention.device_description());
     match (attention.device(), timer) {
         (Some(device), Some(timer)) => {
             let info = device.wgpu().adapter_info();

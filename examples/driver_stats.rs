@@ -54,7 +54,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }
-    let attention = Attention::open(&DeviceChoice::from_env())?;
+    // What a driver compiles, be it a software one.
+    let choice = match DeviceChoice::from_env() {
+        DeviceChoice::Auto => DeviceChoice::Gpu,
+        choice => choice,
+    };
+    let attention = Attention::open(&choice)?;
     let device = attention.device().ok_or("no GPU adapter")?;
     println!("{}", attention.device_name());
     let driver = Driver::new()?;

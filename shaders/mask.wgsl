@@ -37,7 +37,7 @@ fn visible4(j: u32, i: u32) -> vec4<bool> {
   let start = clamp(i32(j) - {{ sequence }}.upper, 0, seq_q);
   let end = select(clamp(i32(j) + 1 - {{ sequence }}.lower, start, seq_q), seq_q, j < {{ sequence }}.sink_tokens);
   let queries = vec4<u32>(i - u32(start)) + vec4<u32>(0u, 1u, 2u, 3u);
-  return queries < vec4<u32>(u32(end - start)){% if lengths %} & vec4<bool>(j < sequence.seq_k){% endif %};
+  return (queries < vec4<u32>(u32(end - start))){% if lengths %} & vec4<bool>(j < sequence.seq_k){% endif %};
 }
 
 // Tiles first..end of queries hold one that sees something of key0..key_end. One range: the queries that see

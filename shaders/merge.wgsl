@@ -12,6 +12,11 @@ const ROWS: u32 = {{ delta_rows }}u;
 // Threads that share a row.
 const LANES: u32 = {{ lanes }}u;
 
+// Of bits: a constant that is NaN is an error, and compilers may take arithmetic on infinities for something else.
+fn not_a_number() -> f32 {
+  return bitcast<f32>(bitcast<u32>(params.negative_infinity) | 0x400000u);
+}
+
 // Equal terms give exp(0), even where both are infinite.
 fn exp_below(x: f32, top: f32) -> f32 {
   return select(exp1(x - top), 1.0, x == top);
@@ -65,8 +70,9 @@ fn exp_below(x: f32, top: f32) -> f32 {
     for (var n = 0u; n < states; n += 1u) {
       let state_lse = states_lse[lse_base + n * lse_step];
       if (state_lse == params.negative_infinity) { continue; }
-      // By the whole before it is multiplied: weights add up to 1, and nothing overflows.
-      let weight = exp_below(state_lse, top) / total;
+      // By the whole before it is multiplied: weights add up to 1, and nothing overflows. A state of exp(infinity) may be any
+      // part of the whole.
+      let weight = select(exp_below(state_lse, top) / total, not_a_number(), state_lse == -params.negative_infinity);
 {% if o_rest %}
       let rest = load_states_rest(rest_base + n * rest_step, quad);
       let x = whole4(load_states(states_base + n * states_step, quad), rest);

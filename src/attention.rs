@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::cache::{CacheConfig, KvCache, Step};
 use crate::cpu;
-use crate::device::{Device, DeviceChoice, describe};
+use crate::device::{Device, DeviceChoice, DeviceReason, describe};
 use crate::dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
@@ -25,6 +25,7 @@ use crate::tuning::Tuning;
 #[derive(Debug, Clone)]
 pub struct Attention {
     backend: Backend,
+    reason: DeviceReason,
     micro_kernel: MicroKernel,
     dispatch_budget: Duration,
 }
@@ -36,10 +37,13 @@ enum Backend {
 }
 
 impl Attention {
-    /// The operator on the device that `SINK_ATTENTION_ADAPTER` names, else on the best GPU, else on the CPU.
+    /// The operator on the device that `SINK_ATTENTION_ADAPTER` names, else on the best GPU, else on the CPU: software
+    /// adapters, which are slower than the CPU path, are taken only where they are asked for, see [`DeviceChoice`].
+    /// [`device_description`](Self::device_description) says what was taken, and why.
     ///
     /// # Errors
     /// [`Error::AdapterNotFound`], [`Error::DeviceRequest`], [`Error::TuningFile`], [`Error::TuningDevice`].
+    #[cfg(not(target_family = "wasm"))]
     pub fn new() -> Result<Self> {
         Attention::open(&DeviceChoice::from_env())
     }
@@ -50,6 +54,7 @@ impl Attention {
     /// # Errors
     /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`], [`Error::TuningFile`],
     /// [`Error::TuningDevice`].
+    #[cfg(not(target_family = "wasm"))]
     pub fn open(choice: &DeviceChoice) -> Result<Self> {
         pollster::block_on(Attention::open_async(choice))
     }
@@ -59,12 +64,29 @@ impl Attention {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn open_async(choice: &DeviceChoice) -> Result<Self> {
-        let Some(device) = Device::choose(choice).await? else { return Ok(Attention::cpu()) };
-        let attention = Attention::on(device);
-        match Tuning::from_env()? {
+        let attention = Attention::open_untuned_async(choice).await?;
+        match if attention.is_gpu() { Tuning::from_env()? } else { None } {
             Some(tuning) => attention.with_tuning(tuning),
             None => Ok(attention),
         }
+    }
+
+    /// As [`open`](Self::open), but with the built-in table of tiles, whatever `SINK_ATTENTION_TUNING` names.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn open_untuned(choice: &DeviceChoice) -> Result<Self> {
+        pollster::block_on(Attention::open_untuned_async(choice))
+    }
+
+    /// As [`open_untuned`](Self::open_untuned), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`open_untuned`](Self::open_untuned).
+    pub async fn open_untuned_async(choice: &DeviceChoice) -> Result<Self> {
+        let (device, reason) = Device::choose(choice).await?;
+        Ok(Attention { reason, ..device.map_or_else(Attention::cpu, Attention::on) })
     }
 
     /// The operator on the CPU, which always works.
@@ -91,7 +113,8 @@ impl Attention {
     }
 
     fn of(backend: Backend) -> Self {
-        Attention { backend, micro_kernel: MicroKernel::Auto, dispatch_budget: DISPATCH_BUDGET }
+        let reason = DeviceReason::Asked;
+        Attention { backend, reason, micro_kernel: MicroKernel::Auto, dispatch_budget: DISPATCH_BUDGET }
     }
 
     /// How long a dispatch may hold the GPU, 250 ms unless set: a pass whose time is estimated longer is cut into several
@@ -195,6 +218,7 @@ impl Attention {
     /// # Errors
     /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver
     /// reports.
+    #[cfg(not(target_family = "wasm"))]
     pub fn precompile(&self, plan: &Plan) -> Result<()> {
         pollster::block_on(self.precompile_async(plan))
     }
@@ -231,6 +255,7 @@ impl Attention {
     /// # Errors
     /// [`Error::NeedsGpu`] on the CPU; those of [`CacheConfig::check`]; [`Error::CacheTooLarge`] where it does not fit bindings of
     /// the device; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver reports.
+    #[cfg(not(target_family = "wasm"))]
     pub fn create_cache(&self, config: &CacheConfig) -> Result<KvCache> {
         pollster::block_on(self.create_cache_async(config))
     }
@@ -254,6 +279,16 @@ impl Attention {
         }
     }
 
+    /// Why it is this device.
+    pub fn device_reason(&self) -> &DeviceReason {
+        &self.reason
+    }
+
+    /// What computes, and why it is this: for the first line of what a program prints.
+    pub fn device_description(&self) -> String {
+        format!("{}: {}", self.device_name(), self.reason)
+    }
+
     /// Whether a GPU adapter (hardware or software) computes.
     pub fn is_gpu(&self) -> bool {
         self.device().is_some()
@@ -272,6 +307,7 @@ impl Attention {
     /// # Errors
     /// Those of [`Problem::check_inputs`] and, on a GPU, of [`prepare_forward`](Self::prepare_forward),
     /// [`Error::BufferTooLarge`].
+    #[cfg(not(target_family = "wasm"))]
     pub fn forward<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         pollster::block_on(self.forward_async(problem, inputs))
     }
@@ -311,6 +347,7 @@ impl Attention {
     /// # Errors
     /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`] and, on a GPU, those of
     /// [`forward`](Self::forward).
+    #[cfg(not(target_family = "wasm"))]
     pub fn backward<T: Element>(
         &self,
         problem: &Problem,
@@ -445,6 +482,7 @@ impl Attention {
     /// [`Error::UnexpectedOperand`] and [`Error::InvalidOption`] for such that do not fit the options;
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`] where the device's limits are too small for a piece of the work;
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver reports.
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_forward(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_forward_async(problem, buffers))
     }
@@ -488,6 +526,7 @@ impl Attention {
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_backward(&self, problem: &Problem, buffers: &BackwardBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_backward_async(problem, buffers))
     }

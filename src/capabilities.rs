@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::device::device_descriptor;
+use crate::device::{device_descriptor, is_software};
 use crate::shader::MicroKernel;
 
 /// Kinds of devices that want different tiles.
@@ -294,7 +294,7 @@ fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
         (0x8086, DeviceClass::Intel),
         (0x106b, DeviceClass::Apple),
     ];
-    if info.device_type == wgpu::DeviceType::Cpu {
+    if is_software(info) {
         return DeviceClass::Software;
     }
     let by_vendor = PCI_VENDORS.iter().find(|(vendor, _)| *vendor == info.vendor).map(|(_, class)| *class);

@@ -1,11 +1,16 @@
 //! Finding a device, and what to ask of it.
 
+pub(crate) mod buffer;
+
 use std::cell::RefCell;
+use std::fmt;
 #[cfg(not(target_family = "wasm"))]
 use std::sync::OnceLock;
 
 use crate::capabilities::{Capabilities, cooperative_features};
 use crate::error::{Error, Result};
+
+pub use buffer::{BufferElement, BufferType, DeviceBuffer};
 
 /// Environment variable that names the device of [`DeviceChoice::from_env`].
 pub const ADAPTER_VARIABLE: &str = "SINK_ATTENTION_ADAPTER";
@@ -13,10 +18,12 @@ pub const ADAPTER_VARIABLE: &str = "SINK_ATTENTION_ADAPTER";
 /// Where to compute.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
-    /// The best GPU adapter (software ones come last), or the CPU path where there is none.
+    /// The best GPU, or the CPU path where there is none: a software adapter (Mesa's llvmpipe, SwiftShader in browsers) is no
+    /// GPU here, for it is 10 to 25 times slower than the CPU path.
     #[default]
     Auto,
-    /// The best GPU adapter; an error where there is none.
+    /// The best GPU adapter, a software one where there is no other; an error where there is none. For calls that need a
+    /// GPU device: those on buffers, and caches on the GPU.
     Gpu,
     /// The GPU adapter with this index in [`adapters`], or the best one whose name contains this text,
     /// upper and lower case alike.
@@ -26,33 +33,80 @@ pub enum DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// What `SINK_ATTENTION_ADAPTER` says: an index or a part of a name, `cpu` for the CPU path;
-    /// [`DeviceChoice::Auto`] where it is unset or empty.
+    /// What `SINK_ATTENTION_ADAPTER` says: an index or a part of a name, `cpu` for the CPU path, `gpu` for
+    /// [`DeviceChoice::Gpu`]; [`DeviceChoice::Auto`] where it is unset or empty.
     pub fn from_env() -> Self {
         match std::env::var(ADAPTER_VARIABLE) {
             Ok(name) if name.eq_ignore_ascii_case("cpu") => DeviceChoice::Cpu,
+            Ok(name) if name.eq_ignore_ascii_case("gpu") => DeviceChoice::Gpu,
             Ok(name) if !name.is_empty() => DeviceChoice::Adapter(name),
             _ => DeviceChoice::Auto,
         }
     }
 
-    /// Which of the [`adapters`] this choice calls for; `None` is the CPU path.
+    /// Which of the [`adapters`], given by what they say of themselves and in their order, this choice calls for, and why.
     ///
     /// # Errors
     /// [`Error::NoAdapter`], [`Error::AdapterNotFound`].
-    pub fn index_in(&self, adapters: &[wgpu::Adapter]) -> Result<Option<usize>> {
+    pub fn select(&self, adapters: &[wgpu::AdapterInfo]) -> Result<Selection> {
+        let asked = |adapter| Ok(Selection { adapter, reason: DeviceReason::Asked });
         match self {
-            DeviceChoice::Cpu => Ok(None),
-            DeviceChoice::Auto => Ok((!adapters.is_empty()).then_some(0)),
+            DeviceChoice::Cpu => asked(None),
+            DeviceChoice::Auto => Ok(match (adapters.iter().position(|info| !is_software(info)), adapters.first()) {
+                (Some(index), _) => Selection { adapter: Some(index), reason: DeviceReason::BestGpu },
+                (None, Some(info)) => Selection { adapter: None, reason: DeviceReason::OnlySoftware(describe(info)) },
+                (None, None) => Selection { adapter: None, reason: DeviceReason::NoAdapter },
+            }),
             DeviceChoice::Gpu if adapters.is_empty() => Err(Error::NoAdapter),
-            DeviceChoice::Gpu => Ok(Some(0)),
+            DeviceChoice::Gpu => asked(Some(0)),
             DeviceChoice::Adapter(wanted) => {
-                let names: Vec<String> = adapters.iter().map(|a| describe(&a.get_info())).collect();
+                let names: Vec<String> = adapters.iter().map(describe).collect();
                 let by_index = wanted.parse().ok().filter(|&index: &usize| index < names.len());
                 let needle = wanted.to_lowercase();
                 let index = by_index.or_else(|| names.iter().position(|n| n.to_lowercase().contains(&needle)));
-                index.map(Some).ok_or(Error::AdapterNotFound { wanted: wanted.clone(), available: names })
+                let index = index.ok_or(Error::AdapterNotFound { wanted: wanted.clone(), available: names })?;
+                asked(Some(index))
             }
+        }
+    }
+}
+
+/// What a [`DeviceChoice`] comes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Selection {
+    /// Index of the adapter; `None` is the CPU path.
+    pub adapter: Option<usize>,
+    /// Why it is this one.
+    pub reason: DeviceReason,
+}
+
+/// Why an operator computes where it does, see [`Attention::device_reason`](crate::Attention::device_reason).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceReason {
+    /// The caller, or the environment variable, asked for this device.
+    Asked,
+    /// [`DeviceChoice::Auto`] found this GPU.
+    BestGpu,
+    /// [`DeviceChoice::Auto`] found no adapter, so that the CPU path computes.
+    NoAdapter,
+    /// [`DeviceChoice::Auto`] found software adapters alone, of which this is the best. They are slower than the CPU path,
+    /// which computes.
+    OnlySoftware(String),
+}
+
+impl fmt::Display for DeviceReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceReason::Asked => write!(f, "as asked for"),
+            DeviceReason::BestGpu => write!(f, "the best GPU there is"),
+            DeviceReason::NoAdapter => write!(f, "no GPU was found"),
+            DeviceReason::OnlySoftware(name) => write!(
+                f,
+                "no GPU was found; {name} is slower than this, and is taken where a GPU is asked for \
+                 ({ADAPTER_VARIABLE}=gpu)"
+            ),
         }
     }
 }
@@ -83,6 +137,7 @@ pub async fn adapters() -> Vec<wgpu::Adapter> {
     adapters.sort_by_key(|adapter| {
         let info = adapter.get_info();
         let kind = match info.device_type {
+            _ if is_software(&info) => 4,
             wgpu::DeviceType::DiscreteGpu => 0,
             wgpu::DeviceType::IntegratedGpu => 1,
             wgpu::DeviceType::VirtualGpu => 2,
@@ -101,8 +156,19 @@ pub async fn adapters() -> Vec<wgpu::Adapter> {
 
 /// Name, kind and backend of an adapter, for people.
 pub fn describe(info: &wgpu::AdapterInfo) -> String {
-    let software = if info.device_type == wgpu::DeviceType::Cpu { "software, " } else { "" };
-    format!("{} ({software}{})", info.name, info.backend)
+    let software = if is_software(info) { "software, " } else { "" };
+    // Browsers may keep the name to themselves.
+    let name = if info.name.is_empty() { "an adapter without a name" } else { &info.name };
+    format!("{name} ({software}{})", info.backend)
+}
+
+/// Whether an adapter computes on the CPU. Drivers say so, and browsers of their fallback adapter; a browser that was started
+/// with such a driver as its only one may not, but for the driver's name.
+pub fn is_software(info: &wgpu::AdapterInfo) -> bool {
+    const NAMES: [&str; 5] = ["swiftshader", "llvmpipe", "lavapipe", "softpipe", "basic render"];
+    let named = |text: &str| NAMES.iter().any(|name| text.to_lowercase().contains(name));
+    info.device_type == wgpu::DeviceType::Cpu
+        || [&info.name, &info.driver, &info.driver_info].into_iter().any(|t| named(t))
 }
 
 /// What a host application should request of its adapter for this crate's kernels to run at their best:
@@ -177,18 +243,20 @@ impl Device {
         Ok(Device::from_wgpu_on(adapter, device, queue))
     }
 
-    /// Opens what a choice calls for; `None` is the CPU path.
+    /// Opens what a choice calls for, and says why it is that; `None` is the CPU path.
     ///
     /// # Errors
     /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
-    pub async fn choose(choice: &DeviceChoice) -> Result<Option<Self>> {
+    pub async fn choose(choice: &DeviceChoice) -> Result<(Option<Self>, DeviceReason)> {
         if *choice == DeviceChoice::Cpu {
-            return Ok(None);
+            return Ok((None, DeviceReason::Asked));
         }
         let adapters = adapters().await;
-        match choice.index_in(&adapters)? {
-            Some(index) => Device::open(&adapters[index]).await.map(Some),
-            None => Ok(None),
+        let infos: Vec<wgpu::AdapterInfo> = adapters.iter().map(wgpu::Adapter::get_info).collect();
+        let Selection { adapter, reason } = choice.select(&infos)?;
+        match adapter {
+            Some(index) => Ok((Some(Device::open(&adapters[index]).await?), reason)),
+            None => Ok((None, reason)),
         }
     }
 
@@ -269,5 +337,53 @@ impl Device {
             Ok(polled) => polled.map(|_| ()).map_err(|error| error.to_string()),
             Err(_) => Err("the driver gave up".into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(name: &str, device_type: wgpu::DeviceType) -> wgpu::AdapterInfo {
+        wgpu::AdapterInfo { name: name.into(), ..wgpu::AdapterInfo::new(device_type, wgpu::Backend::Vulkan) }
+    }
+
+    #[test]
+    fn auto_takes_no_software_adapter() {
+        let llvmpipe = info("llvmpipe (LLVM 15.0.6, 256 bits)", wgpu::DeviceType::Cpu);
+        // As a browser may describe it.
+        let swiftshader = info("Google SwiftShader", wgpu::DeviceType::Other);
+        let gpu = info("Some GPU", wgpu::DeviceType::IntegratedGpu);
+        let select = |choice: &DeviceChoice, adapters: &[wgpu::AdapterInfo]| {
+            let Selection { adapter, reason } = choice.select(adapters).unwrap();
+            (adapter, reason)
+        };
+        let software = |name: &str| DeviceReason::OnlySoftware(name.into());
+        for (adapters, expected) in [
+            (vec![], (None, DeviceReason::NoAdapter)),
+            (vec![llvmpipe.clone()], (None, software("llvmpipe (LLVM 15.0.6, 256 bits) (software, vulkan)"))),
+            (vec![swiftshader.clone()], (None, software("Google SwiftShader (software, vulkan)"))),
+            (vec![gpu.clone(), llvmpipe.clone()], (Some(0), DeviceReason::BestGpu)),
+            // Whatever the order is.
+            (vec![swiftshader.clone(), gpu.clone()], (Some(1), DeviceReason::BestGpu)),
+        ] {
+            assert_eq!(select(&DeviceChoice::Auto, &adapters), expected, "{adapters:?}");
+            assert_eq!(select(&DeviceChoice::Cpu, &adapters), (None, DeviceReason::Asked));
+        }
+
+        for choice in [DeviceChoice::Gpu, DeviceChoice::Adapter("LLVMpipe".into()), DeviceChoice::Adapter("0".into())] {
+            assert_eq!(select(&choice, std::slice::from_ref(&llvmpipe)), (Some(0), DeviceReason::Asked), "{choice:?}");
+            assert!(matches!(
+                (choice.select(&[]), &choice),
+                (Err(Error::NoAdapter), DeviceChoice::Gpu)
+                    | (Err(Error::AdapterNotFound { .. }), DeviceChoice::Adapter(_))
+            ));
+        }
+    }
+
+    #[test]
+    fn a_reason_tells_how_to_get_the_software_adapter() {
+        let text = DeviceReason::OnlySoftware("llvmpipe (software, vulkan)".into()).to_string();
+        assert!(text.contains("llvmpipe (software, vulkan)") && text.contains("SINK_ATTENTION_ADAPTER=gpu"), "{text}");
     }
 }

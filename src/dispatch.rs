@@ -13,7 +13,7 @@ use crate::plan::{OptionalOperands, Pass, Plan, Preference};
 use crate::problem::{Problem, SinkLogits};
 use crate::sequences::Sequence;
 use crate::shader::{Binding, SEQUENCE_WORDS};
-use crate::tensor::{Placed, TensorView, allocate, resource, upload};
+use crate::tensor::{Placed, TensorView, allocate, check_element_type, resource, upload};
 
 /// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
 #[repr(C)]
@@ -243,6 +243,7 @@ impl<'a> Operands<'a> {
             let reason = "must be densely packed; give an offset, but no strides".into();
             return Err(Error::InvalidOption { option: binding.name(), reason });
         }
+        check_element_type(binding, view, self.problem.options().dtype, self.problem.options())?;
         let (extents, layout, element) = operand_extents(binding, self.problem);
         self.placed.push((*view, Placed::new(binding, view, extents, layout, element)?));
         Ok(())

@@ -40,11 +40,15 @@ impl fmt::Display for DType {
     }
 }
 
-mod sealed {
+pub(crate) mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}
+    // Of buffers only.
+    impl Sealed for i16 {}
+    impl Sealed for u32 {}
+    impl Sealed for u8 {}
 }
 
 /// An element of a host operand: `f32`, [`f16`](struct@f16) or [`bf16`]. Nothing else implements it.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::device::BufferType;
 use crate::element::DType;
 use crate::problem::MaskPacking;
 
@@ -100,6 +101,24 @@ pub enum Error {
         /// The operand's shape in the problem's layout.
         shape: Vec<usize>,
     },
+    /// A tensor of a file is not of the shape that is called for.
+    #[error("tensor {name} has shape {actual:?}, {expected:?} is needed")]
+    TensorShape {
+        /// Its name.
+        name: String,
+        /// Its shape.
+        actual: Vec<usize>,
+        /// The shape called for.
+        expected: Vec<usize>,
+    },
+    /// A tensor of a file has an element type that no operand has.
+    #[error("tensor {name} has element type {actual}; known: BF16, F16, F32")]
+    TensorType {
+        /// Its name.
+        name: String,
+        /// Its element type, as the file names it.
+        actual: String,
+    },
     /// The options call for an operand that was not given.
     #[error("the options ask for {operand}, but none was given")]
     MissingOperand {
@@ -158,6 +177,30 @@ pub enum Error {
         needed: u64,
         /// Bytes the buffer has.
         actual: u64,
+    },
+    /// A [`DeviceBuffer`](crate::DeviceBuffer) is of another element type than the operand, or the host's slice.
+    #[error("{operand} lies in a buffer of {actual}, {needed} is needed")]
+    BufferType {
+        /// Name of the operand.
+        operand: &'static str,
+        /// Element type needed.
+        needed: BufferType,
+        /// Element type of the buffer.
+        actual: BufferType,
+    },
+    /// Elements of a [`DeviceBuffer`](crate::DeviceBuffer) that cannot be read or written.
+    #[error("elements {start} to {end} of {operand}, a buffer of {len} elements: {reason}")]
+    BufferRange {
+        /// Name of the operand.
+        operand: &'static str,
+        /// The first element.
+        start: usize,
+        /// The element behind the last one.
+        end: usize,
+        /// Elements of the buffer.
+        len: usize,
+        /// What is wrong.
+        reason: &'static str,
     },
     /// A buffer of the caller's was created without a usage that is needed.
     #[error("buffer of {operand} lacks usage {needed:?}, it has {actual:?}")]

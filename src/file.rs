@@ -106,17 +106,12 @@ fn folder_of(path: &Path) -> &Path {
 /// An empty file in the target's folder, which is removed when it is dropped.
 #[cfg(not(target_family = "wasm"))]
 fn temporary(target: &Path) -> io::Result<tempfile::NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".sink-attention-").suffix(".tmp");
-    // Under the umask, as a plain create; without it the file would be its owner's alone.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    // The system's own words, without the temporary name, which tempfile adds to them.
-    builder.tempfile_in(folder_of(target)).map_err(|error| {
-        let inner = error.get_ref().and_then(std::error::Error::source);
-        let code = inner.and_then(|inner| inner.downcast_ref::<io::Error>()).and_then(io::Error::raw_os_error);
-        code.map_or(error, io::Error::from_raw_os_error)
-    })
+    // Created here, so that it has the mode of a plain create, and errors are the system's own words: tempfile would make the
+    // file its owner's alone, and adds the temporary name to errors.
+    tempfile::Builder::new()
+        .prefix(".sink-attention-")
+        .suffix(".tmp")
+        .make_in(folder_of(target), |path| File::create_new(path))
 }
 
 #[cfg(not(target_family = "wasm"))]
@@ -125,7 +120,7 @@ fn write_and_rename(target: &Path, existing: Option<Metadata>, bytes: &[u8]) -> 
     if let Some(existing) = existing {
         file.as_file().set_permissions(existing.permissions())?;
     }
-    io::Write::write_all(&mut file, bytes)?;
+    io::Write::write_all(file.as_file_mut(), bytes)?;
     // Or a crash could leave the new name on a file without its content.
     file.as_file().sync_all()?;
     file.persist(target).map_err(|error| error.error)?;

@@ -47,6 +47,8 @@ use crate::element::{DType, Element};
 use crate::file::{self, Container, Malformed, read_container};
 use crate::problem::{Alignment, Axes, Bias, Inputs, Layout, MaskData, Options, Problem, Shape, SinkLogits, Upstream};
 use crate::sequences::{CUMULATIVE, Lengths};
+pub use crate::values::Values;
+use crate::values::decode;
 
 /// Metadata keys of the format, for messages.
 const KEYS: &str = "layout, causal, align, window_left, window_right, sink_tokens, scale, softcap, q_offset";
@@ -263,59 +265,12 @@ impl From<Malformed> for FormatError {
     }
 }
 
-/// Elements of a tensor, each type kept as its own.
-#[non_exhaustive]
-#[derive(Debug, Clone, PartialEq)]
-pub enum Values {
-    /// Single precision.
-    F32(Vec<f32>),
-    /// Half precision.
-    F16(Vec<f16>),
-    /// bfloat16.
-    Bf16(Vec<bf16>),
-}
-
-impl Values {
-    /// Takes elements of any type.
-    pub fn new<T: Element>(values: Vec<T>) -> Self {
-        match T::DTYPE {
-            DType::F32 => Values::F32(bytemuck::cast_vec(values)),
-            DType::F16 => Values::F16(bytemuck::cast_vec(values)),
-            DType::Bf16 => Values::Bf16(bytemuck::cast_vec(values)),
-        }
+fn encode(values: &Values) -> (Dtype, Vec<u8>) {
+    match values {
+        Values::F32(values) => (Dtype::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        Values::F16(values) => (Dtype::F16, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        Values::Bf16(values) => (Dtype::BF16, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
     }
-
-    /// The element type.
-    pub fn dtype(&self) -> DType {
-        match self {
-            Values::F32(_) => DType::F32,
-            Values::F16(_) => DType::F16,
-            Values::Bf16(_) => DType::Bf16,
-        }
-    }
-
-    /// The elements, if they are of this type.
-    pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
-        let bytes = match self {
-            Values::F32(values) => bytemuck::cast_slice(values),
-            Values::F16(values) => bytemuck::cast_slice(values),
-            Values::Bf16(values) => bytemuck::cast_slice::<_, u8>(values),
-        };
-        (T::DTYPE == self.dtype()).then(|| bytemuck::cast_slice(bytes))
-    }
-
-    fn encode(&self) -> (Dtype, Vec<u8>) {
-        match self {
-            Values::F32(values) => (Dtype::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
-            Values::F16(values) => (Dtype::F16, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
-            Values::Bf16(values) => (Dtype::BF16, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
-        }
-    }
-}
-
-/// Elements from little-endian bytes, which lie at any address: the format promises no alignment.
-fn decode<T, const SIZE: usize>(bytes: &[u8], element: impl Fn([u8; SIZE]) -> T) -> Vec<T> {
-    bytes.as_chunks().0.iter().map(|&chunk| element(chunk)).collect()
 }
 
 /// A conformance file: a validated problem with operands that fit it.
@@ -573,7 +528,7 @@ pub fn write(path: impl AsRef<Path>, layout: Layout, tensors: &[Tensor]) -> Resu
 
 /// The content of a result file: the tensors, and the layout as metadata.
 fn serialize(layout: Layout, tensors: &[Tensor]) -> Result<Vec<u8>, FormatError> {
-    let encoded: Vec<(Dtype, Vec<u8>)> = tensors.iter().map(|tensor| tensor.values.encode()).collect();
+    let encoded: Vec<(Dtype, Vec<u8>)> = tensors.iter().map(|tensor| encode(&tensor.values)).collect();
     let views: Vec<(&str, TensorView<'_>)> = tensors
         .iter()
         .zip(&encoded)
@@ -594,12 +549,7 @@ struct Raw<'a> {
 impl Raw<'_> {
     /// The elements of an operand.
     fn values(&self) -> Result<Values, FormatError> {
-        match self.dtype {
-            Dtype::F32 => Ok(Values::F32(decode(self.bytes, f32::from_le_bytes))),
-            Dtype::F16 => Ok(Values::F16(decode(self.bytes, f16::from_le_bytes))),
-            Dtype::BF16 => Ok(Values::Bf16(decode(self.bytes, bf16::from_le_bytes))),
-            _ => Err(self.wrong_dtype("F32, F16 or BF16")),
-        }
+        Values::decode(self.dtype, self.bytes).ok_or_else(|| self.wrong_dtype("F32, F16 or BF16"))
     }
 
     /// The elements of a tensor that is f32 whatever the operands are.

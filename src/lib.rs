@@ -16,7 +16,7 @@
 //! let v = vec![0.5; problem.v_shape().iter().product()];
 //! let inputs = Inputs::new(&q, &k, &v).sink_logits(&[0.0, -1.0, 0.0, 1.0][..]);
 //!
-//! let attention = Attention::new()?; // the best GPU, or the CPU where there is none
+//! let attention = Attention::new()?; // the best GPU, or the CPU where there is none but software
 //! let output = attention.forward(&problem, &inputs)?;
 //! assert_eq!(output.o.len(), q.len());
 //!
@@ -123,8 +123,12 @@
 //! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take
 //! subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
 //! their number of terms to the largest number, 3.4e38; for bf16 the CPU path computes such rows again in f64. It
-//! also keeps subnormal numbers. A score that f32 does not hold, from f32
-//! or bf16 operands beyond 1e18, is infinite, and a row with a score of +infinity is NaN; f16 scores always fit.
+//! also keeps subnormal numbers. A product q.k that f32 does not hold, from f32
+//! or bf16 operands beyond 1e18, is infinite, as is a score that is more than a product times the scale (with softcap, ALiBi, a
+//! bias, or in a cache); those of f16 always fit. A row that sees a score of +infinity has lse = +infinity, as one whose lse is too
+//! large for f32 has, and o = NaN, for its weights are not known; o is right where the scale alone takes a score beyond f32. A sink
+//! logit of +infinity takes all the weight of finite scores. A state of lse = +infinity makes a merge NaN, with lse = +infinity.
+//! Gradients of rows with lse = +infinity mean nothing.
 //!
 //! What a query does not see changes no bit of its results, whatever it holds, NaN and infinity among it: masked keys, keys
 //! outside the window, later ones, other sequences, what lies beyond a length. Where a query sees nothing, its q and d_o count as
@@ -177,7 +181,7 @@
 //!   often as wanted.
 //!
 //! ```
-//! use sink_attention::{Attention, Device, ForwardBuffers, Options, Problem, Shape, wgpu};
+//! use sink_attention::{Attention, DType, Device, ForwardBuffers, Options, Problem, Shape, wgpu};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let Some(adapter) = pollster::block_on(sink_attention::adapters()).into_iter().next() else { return Ok(()) };
@@ -185,14 +189,14 @@
 //! # let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
 //! let shape = Shape { batch: 1, heads: 4, kv_heads: 4, seq_q: 64, seq_k: 64, head_dim: 32, value_dim: 32 };
 //! let problem = Problem::new(shape, Options::new().causal(true))?;
-//! let buffer = |elements: usize| {
-//!     let size = 4 * elements as u64;
-//!     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-//!     device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
-//! };
-//! let [q, k, v, o, lse] = [64 * 4 * 32, 64 * 4 * 32, 64 * 4 * 32, 64 * 4 * 32, 64 * 4].map(buffer);
+//! let ours = Device::from_wgpu(device.clone(), queue.clone());
+//! let q = ours.upload("q", &[0.5; 64 * 4 * 32])?; // or any wgpu::Buffer with BufferUsages::STORAGE
+//! let k = ours.upload("k", &[0.1; 64 * 4 * 32])?;
+//! let v = ours.upload("v", &[2.0; 64 * 4 * 32])?;
+//! let o = ours.zeros("o", DType::F32, &problem.o_shape())?;
+//! let lse = ours.zeros("lse", DType::F32, &problem.lse_shape())?;
 //!
-//! let attention = Attention::on(Device::from_wgpu(device.clone(), queue.clone()));
+//! let attention = Attention::on(ours);
 //! let forward = attention.prepare_forward(
 //!     &problem,
 //!     &ForwardBuffers::new(&q, &k, &v, &o, &lse),
@@ -202,10 +206,14 @@
 //!     forward.encode(&mut encoder);
 //! }
 //! queue.submit([encoder.finish()]);
-//! # device.poll(wgpu::PollType::wait_indefinitely())?;
+//! assert!(o.download::<f32>()?.iter().all(|x| (x - 2.0).abs() < 1e-6));
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! [`Device::upload`], [`Device::zeros`] and [`DeviceBuffer::download`] are the way between the host and buffers, in all element
+//! types: they count bytes, pad to whole words, and check types and lengths. Blocking calls are absent in WebAssembly, where they
+//! would stop the page for good: each has a twin that ends in `_async`.
 //!
 //! # Caches
 //!
@@ -231,20 +239,26 @@
 //! pass of the last chunk through a contiguous or paged cache; gradients by keys and values have the cache's layout.
 //!
 //! ```
-//! use sink_attention::{AppendBuffers, Attention, CacheConfig, CacheKind, Decode, DecodeBuffers, Options, wgpu};
+//! use sink_attention::{
+//!     AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, DeviceChoice, Error, Options,
+//! };
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let attention = Attention::new()?;
+//! # let attention = match Attention::open(&DeviceChoice::Gpu) {
+//! #     Err(Error::NoAdapter) => return Ok(()),
+//! #     opened => opened?,
+//! # };
+//! # /*
+//! let attention = Attention::open(&DeviceChoice::Gpu)?; // cpu::KvCache is the same on the CPU
+//! # */
 //! let Some(device) = attention.device() else { return Ok(()) };
 //! let kind = CacheKind::Paged { page_size: 16, pages: 32, sequence_pages: 16 };
 //! let mut cache = attention.create_cache(&CacheConfig::new(kind, 2, 2, 32))?; // 2 sequences, 2 key heads, 32 wide
 //!
-//! let buffer = |elements: u64| {
-//!     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-//!     let descriptor = wgpu::BufferDescriptor { label: None, size: 4 * elements, usage, mapped_at_creation: false };
-//!     device.wgpu().create_buffer(&descriptor)
-//! };
-//! let [k, v, q, o, lse] = [2 * 2 * 32, 2 * 2 * 32, 2 * 4 * 32, 2 * 4 * 32, 2 * 4].map(buffer);
+//! let [k, v] = [device.upload("k", &[0.1; 2 * 2 * 32])?, device.upload("v", &[2.0; 2 * 2 * 32])?];
+//! let q = device.upload("q", &[0.5; 2 * 4 * 32])?;
+//! let o = device.zeros("o", DType::F32, &[2, 1, 4, 32])?;
+//! let lse = device.zeros("lse", DType::F32, &[2, 1, 4])?;
 //! let append = cache.prepare_append(&[1, 1], &AppendBuffers::new(&k, &v))?; // one token of each sequence
 //! let decode = cache.prepare_decode(&Decode::new(4, Options::new()), &DecodeBuffers::new(&q, &o, &lse))?;
 //! let mut step = attention.step()?;
@@ -254,11 +268,11 @@
 //! }
 //! step.submit()?;
 //! assert_eq!(cache.lengths(), [20, 20]);
-//! let mut step = attention.step()?;
-//! cache.fork(&mut step, 0, 1)?; // the second goes on as the first
-//! drop(step); // never submitted: it has not happened
+//! let mut fork = attention.step()?;
+//! cache.fork(&mut fork, 0, 1)?; // the second goes on as the first
+//! drop(fork); // never submitted: it has not happened
 //! assert_ne!(cache.pages(0), cache.pages(1));
-//! # device.wgpu().poll(wgpu::PollType::wait_indefinitely())?;
+//! assert!(o.download::<f32>()?.iter().all(|x| (x - 2.0).abs() < 1e-6));
 //! # Ok(())
 //! # }
 //! ```
@@ -295,14 +309,15 @@
 //! # Features
 //!
 //! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
-//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them; part of `cli`.
+//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them, and `Values`, the typed numbers of a tensor
+//!   of such a file; part of `cli`.
 //! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
 //!   host has checked every size.
 //!
 //! # Environment variables
 //!
 //! - [`SINK_ATTENTION_ADAPTER`](ADAPTER_VARIABLE): the device of [`Attention::new`], an index or a part of a name, or
-//!   `cpu`.
+//!   `cpu`, or `gpu` for the best adapter, be it software.
 //! - [`SINK_ATTENTION_TUNING`](TUNING_VARIABLE): a file of [`Tuning`] that [`Attention::new`] and [`Attention::open`]
 //!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
@@ -337,6 +352,8 @@ mod tiling;
 #[cfg(not(target_family = "wasm"))]
 mod timer;
 mod tuning;
+#[cfg(feature = "safetensors")]
+mod values;
 
 pub use attention::Attention;
 pub use cache::{
@@ -345,7 +362,10 @@ pub use cache::{
     Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling, RotaryStyle, Step, StepPass, Yarn,
 };
 pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
-pub use device::{ADAPTER_VARIABLE, Device, DeviceChoice, adapters, describe, device_descriptor};
+pub use device::{
+    ADAPTER_VARIABLE, BufferElement, BufferType, Device, DeviceBuffer, DeviceChoice, DeviceReason, Selection, adapters,
+    describe, device_descriptor, is_software,
+};
 pub use dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
@@ -367,6 +387,8 @@ pub use tiling::Tiling;
 #[cfg(not(target_family = "wasm"))]
 pub use timer::{Clock, Series, Timer};
 pub use tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
+#[cfg(feature = "safetensors")]
+pub use values::Values;
 pub use wgpu;
 
 /// The code in the README compiles.

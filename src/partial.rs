@@ -83,6 +83,7 @@ impl Attention {
     ///
     /// # Errors
     /// [`Error::InvalidShard`]; [`Error::UnexpectedOperand`] for sink logits; those of [`forward`](Self::forward).
+    #[cfg(not(target_family = "wasm"))]
     pub fn attend_partial<T: Element>(
         &self,
         problem: &Problem,
@@ -119,6 +120,7 @@ impl Attention {
     /// # Errors
     /// Those of [`Problem::check_state`]; on a GPU those of [`prepare_merge`](Self::prepare_merge) and
     /// [`Error::BufferTooLarge`]: all states lie in one buffer there, which one dispatch binds.
+    #[cfg(not(target_family = "wasm"))]
     pub fn merge(&self, problem: &Problem, states: &[&PartialState]) -> Result<PartialState> {
         pollster::block_on(self.merge_async(problem, states))
     }
@@ -148,6 +150,7 @@ impl Attention {
     ///
     /// # Errors
     /// Those of [`Problem::check_finish`]; on a GPU those of [`merge`](Self::merge).
+    #[cfg(not(target_family = "wasm"))]
     pub fn finish<T: Element>(
         &self,
         problem: &Problem,
@@ -185,6 +188,7 @@ impl Attention {
     ///
     /// # Errors
     /// [`Error::InvalidShard`]; [`Error::MissingOperand`] for o_rest; those of [`backward`](Self::backward).
+    #[cfg(not(target_family = "wasm"))]
     pub fn backward_partial<T: Element>(
         &self,
         problem: &Problem,
@@ -240,6 +244,7 @@ impl Attention {
     /// # Errors
     /// [`Error::InvalidShard`]; [`Error::ZeroDimension`] for no keys; [`Error::UnexpectedOperand`] for sink logits;
     /// those of [`prepare_forward`](Self::prepare_forward).
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_partial(
         &self,
         problem: &Problem,
@@ -270,6 +275,7 @@ impl Attention {
     /// [`Error::ZeroDimension`] for no states; [`Error::UnexpectedOperand`] for sink logits;
     /// [`Error::BindingTooLarge`] where the states' rows of one head, from the first state to the last, exceed a
     /// binding; those of [`prepare_forward`](Self::prepare_forward).
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_merge(&self, problem: &Problem, states: usize, buffers: &MergeBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_merge_async(problem, states, buffers))
     }
@@ -294,6 +300,7 @@ impl Attention {
     ///
     /// # Errors
     /// As [`prepare_merge`](Self::prepare_merge), but [`Error::MissingOperand`] where the options ask for sink logits.
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_finish(&self, problem: &Problem, states: usize, buffers: &MergeBuffers<'_>) -> Result<Prepared> {
         pollster::block_on(self.prepare_finish_async(problem, states, buffers))
     }

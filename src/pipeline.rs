@@ -8,7 +8,9 @@ use self::cache::PipelineCache;
 use crate::cache::shader::{CacheBinding, CacheVariant};
 use crate::device::Device;
 use crate::error::Result;
-use crate::plan::{Pass, Plan};
+#[cfg(not(target_family = "wasm"))]
+use crate::plan::Pass;
+use crate::plan::Plan;
 use crate::shader::{Binding, Variant};
 
 pub(crate) mod cache;

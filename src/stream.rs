@@ -154,6 +154,7 @@ impl<T: Element> Stream<T> {
     /// # Errors
     /// Those of [`Attention::attend_partial`], [`Attention::merge`] and [`Attention::finish`]; with ALiBi and sink
     /// tokens [`Error::InvalidOption`] beyond position 2^30. After an error the stream is as it was.
+    #[cfg(not(target_family = "wasm"))]
     pub fn update(&mut self, attention: &Attention, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         pollster::block_on(self.update_async(attention, inputs))
     }

@@ -1,53 +1,13 @@
-//! Typed views of GPU buffers, and the way of host slices there and back.
+//! Views of operands in GPU buffers, checked.
 
-use bytemuck::Pod;
-
-use crate::device::{Device, note_buffer};
+use crate::device::BufferType;
+pub use crate::device::buffer::TensorView;
+pub(crate) use crate::device::buffer::{Mapped, allocate, download, upload};
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::pieces::{View, WORD, Window};
-use crate::problem::Layout;
+use crate::problem::{Layout, MaskPacking, Options};
 use crate::shader::Binding;
-
-/// An operand in a buffer of the caller's, of the problem's element type; lse, the sink logits and their gradients are
-/// f32.
-///
-/// Kernels bind whole words of four bytes: a buffer of f16, bf16 or a mask in bytes must hold the whole of the word in which it
-/// ends. What else lies in that word is kept.
-///
-/// The last axis is contiguous; the others may have any strides. By default the operand is densely
-/// packed in the problem's layout and starts at the buffer's first element.
-#[derive(Debug, Clone, Copy)]
-pub struct TensorView<'a> {
-    /// The buffer, of the operator's own device; it needs [`wgpu::BufferUsages::STORAGE`].
-    pub buffer: &'a wgpu::Buffer,
-    /// First element, counted in elements.
-    pub offset: u64,
-    /// Strides of batch, head and sequence, in elements, whatever the layout; `None` is densely packed.
-    pub strides: Option<[u64; 3]>,
-}
-
-impl<'a> TensorView<'a> {
-    /// A densely packed operand at the start of `buffer`.
-    pub fn new(buffer: &'a wgpu::Buffer) -> Self {
-        TensorView { buffer, offset: 0, strides: None }
-    }
-
-    /// Starts at element `offset`.
-    pub fn offset(self, offset: u64) -> Self {
-        TensorView { offset, ..self }
-    }
-
-    /// Strides of batch, head and sequence, in elements.
-    pub fn strides(self, strides: [u64; 3]) -> Self {
-        TensorView { strides: Some(strides), ..self }
-    }
-}
-
-impl<'a> From<&'a wgpu::Buffer> for TensorView<'a> {
-    fn from(buffer: &'a wgpu::Buffer) -> Self {
-        TensorView::new(buffer)
-    }
-}
 
 /// A view that has been checked against its buffer.
 #[derive(Debug, Clone, Copy)]
@@ -111,130 +71,31 @@ pub(crate) fn resource(buffer: &wgpu::Buffer, window: Window) -> wgpu::BindingRe
     wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
 }
 
-/// A new buffer that holds a host slice.
-pub(crate) fn upload<T: Pod>(device: &Device, operand: &'static str, data: &[T]) -> Result<wgpu::Buffer> {
-    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
-    let buffer = allocate::<T>(device, operand, data.len(), usage)?;
-    // Writes are of whole words.
-    let (words, rest) = bytemuck::cast_slice::<T, u8>(data).as_chunks::<4>();
-    device.queue().write_buffer(&buffer, 0, words.as_flattened());
-    if !rest.is_empty() {
-        let mut last = [0; 4];
-        last[..rest.len()].copy_from_slice(rest);
-        device.queue().write_buffer(&buffer, 4 * words.len() as u64, &last);
-    }
-    Ok(buffer)
-}
-
-/// A new buffer for elements of a type, padded to whole words.
-pub(crate) fn allocate<T>(
-    device: &Device,
-    operand: &'static str,
-    elements: usize,
-    usage: wgpu::BufferUsages,
-) -> Result<wgpu::Buffer> {
-    let bytes = (elements * size_of::<T>()).next_multiple_of(4) as u64;
-    let limit = device.capabilities().buffer_bytes;
-    if bytes > limit {
-        return Err(Error::BufferTooLarge { operand, bytes, limit });
-    }
-    note_buffer(operand, bytes);
-    Ok(device.wgpu().create_buffer(&wgpu::BufferDescriptor {
-        label: Some(operand),
-        size: bytes,
-        usage,
-        mapped_at_creation: false,
-    }))
-}
-
-/// What a failed download was about.
-const READING: &str = "reading results back";
-
-/// A buffer that is mapped for reading.
-#[derive(Debug)]
-pub(crate) struct Mapped {
-    device: Device,
-    buffer: wgpu::Buffer,
-}
-
-impl Mapped {
-    /// The first `elements` elements.
-    pub(crate) async fn read<T: Pod>(&self, elements: usize) -> Result<Vec<T>> {
-        let mapped = self.buffer.get_mapped_range(..).map(|view| bytemuck::pod_collect_to_vec(&view));
-        let mut data: Vec<T> = match mapped {
-            Ok(data) => data,
-            Err(error) => return Err(self.device.failure(READING, error.to_string()).await),
-        };
-        // Buffers end in whole words.
-        data.truncate(elements);
-        Ok(data)
+/// The element type of an operand's buffer, by the options and, for q, k, v and what has their type, `dtype`.
+fn element_type(binding: Binding, dtype: DType, options: &Options) -> BufferType {
+    match binding {
+        Binding::Q | Binding::K | Binding::V | Binding::O | Binding::States => dtype.into(),
+        Binding::DO | Binding::DQ | Binding::DK | Binding::DV => dtype.into(),
+        Binding::ORest | Binding::StatesRest => BufferType::I16,
+        Binding::Bias => options.bias_dtype.into(),
+        Binding::Mask => match options.mask_packing {
+            MaskPacking::Bytes => BufferType::U8,
+            MaskPacking::Bits => BufferType::U32,
+        },
+        _ => BufferType::F32,
     }
 }
 
-/// Encodes `work`, submits it, and maps copies of whole buffers.
-pub(crate) async fn download<const N: usize>(
-    device: &Device,
-    buffers: [&wgpu::Buffer; N],
-    work: impl FnOnce(&mut wgpu::CommandEncoder),
-) -> Result<[Mapped; N]> {
-    const LABEL: &str = "sink-attention download";
-    let label = Some(LABEL);
-    let staging = device
-        .scoped("running a kernel", || {
-            let mut encoder = device.wgpu().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
-            work(&mut encoder);
-            let staging = buffers.map(|buffer| {
-                note_buffer(LABEL, buffer.size());
-                let staging = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
-                    label,
-                    size: buffer.size(),
-                    usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                    mapped_at_creation: false,
-                });
-                encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, buffer.size());
-                staging
-            });
-            device.queue().submit([encoder.finish()]);
-            staging
-        })
-        .await?;
-    let map = |buffer: &wgpu::Buffer| {
-        let (sender, receiver) = futures_channel::oneshot::channel();
-        buffer.map_async(wgpu::MapMode::Read, .., move |result| {
-            // The receiver is gone only when this whole future was dropped.
-            let _ = sender.send(result);
-        });
-        receiver
-    };
-    let mapped = device.scoped(READING, || staging.each_ref().map(map)).await?;
-    let finished = async {
-        wait(device).await?;
-        for receiver in mapped {
-            receiver.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-        }
-        Ok::<_, String>(())
-    };
-    match finished.await {
-        Ok(()) => Ok(staging.map(|buffer| Mapped { device: device.clone(), buffer })),
-        Err(message) => Err(device.failure(READING, message).await),
+/// A buffer that knows its element type has that of the operand.
+pub(crate) fn check_element_type(
+    binding: Binding,
+    view: &TensorView<'_>,
+    dtype: DType,
+    options: &Options,
+) -> Result<()> {
+    let needed = element_type(binding, dtype, options);
+    match view.element {
+        Some(actual) if actual != needed => Err(Error::BufferType { operand: binding.name(), needed, actual }),
+        _ => Ok(()),
     }
-}
-
-/// Waits for the queue on a thread of its own, so that the caller's executor is free meanwhile.
-#[cfg(not(target_family = "wasm"))]
-async fn wait(device: &Device) -> Result<(), String> {
-    let device = device.clone();
-    let (sender, receiver) = futures_channel::oneshot::channel();
-    let wait = move || {
-        // The receiver is gone only when this whole future was dropped.
-        let _ = sender.send(device.wait());
-    };
-    std::thread::Builder::new().spawn(wait).map_err(|e| e.to_string())?;
-    receiver.await.map_err(|e| e.to_string())?
-}
-
-/// Browsers drive the queue by themselves.
-#[cfg(target_family = "wasm")]
-async fn wait(_device: &Device) -> Result<(), String> {
-    Ok(())
 }

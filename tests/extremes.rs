@@ -6,7 +6,7 @@ use crate::common::operands::{RandomBias, problem};
 use sink_attention::compare::accepted;
 use sink_attention::half::f16;
 use sink_attention::{
-    Attention, Axes, Bias, DType, Element, Inputs, Options, Output, Problem, Shape, SinkLogits, Upstream,
+    Attention, Axes, Bias, DType, Element, Inputs, Options, Output, PartialState, Problem, Shape, SinkLogits, Upstream,
 };
 
 fn operators() -> Vec<Attention> {
@@ -116,5 +116,103 @@ fn a_visible_score_of_minus_infinity() {
         let gradients = attention.backward(&problem, &inputs, &output, &upstream).unwrap();
         assert_eq!((gradients.d_q[0], gradients.d_k[0], gradients.d_v[0]), (0.0, 0.0, 0.0), "{gradients:?}");
         assert_eq!(gradients.d_v[1], 1.0, "{gradients:?}");
+    }
+}
+
+/// A score of two keys times a scale beyond f32: lse is too large for its type, o is that of the larger score.
+#[test]
+fn a_score_beyond_f32_makes_lse_infinite() {
+    for attention in operators() {
+        for scale in [f32::MAX, -f32::MAX] {
+            for (sinks, logits) in [
+                (SinkLogits::None, None),
+                (SinkLogits::OffByOne, None),
+                (SinkLogits::PerHead, Some([3e38])),
+                (SinkLogits::PerHead, Some([f32::INFINITY])),
+            ] {
+                let shape = Shape { seq_q: 1, seq_k: 2, ..shape(2, 4) };
+                let problem = Problem::new(shape, Options::new().scale(scale).sink_logits(sinks)).unwrap();
+                let keys = [1.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0].map(|k| k * scale.signum());
+                let inputs = Inputs::new(&[1.0; 4], &keys, &[0.75, -2.0]);
+                let inputs = inputs.sink_logits(logits.as_ref().map(|logits| &logits[..]));
+                let output = attention.forward(&problem, &inputs).unwrap();
+                let expected = sink_attention::cpu::reference::forward(&problem, &inputs).unwrap();
+                let name = attention.device_name();
+                assert_eq!(output.lse, [f32::INFINITY], "{name}: {problem} {logits:?}: {output:?}");
+                assert_eq!(expected.lse[0] as f32, f32::INFINITY);
+                // The limit of ever larger sink logits takes all.
+                let o = if logits == Some([f32::INFINITY]) { 0.0 } else { 0.75 };
+                assert_eq!((output.o[0], expected.o[0]), (o, f64::from(o)), "{name}: {problem} {logits:?}");
+            }
+        }
+    }
+}
+
+/// Whichever infinite score has the weight is not known.
+#[test]
+fn an_infinite_score_makes_o_nan_and_lse_infinite() {
+    let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 2, seq_k: 3, head_dim: 1, value_dim: 1 };
+    for attention in operators() {
+        // As operands, as a product beyond f32, and as a score that is formed beforehand.
+        for (q, scale, bias) in [(f32::INFINITY, None, false), (3e38, None, false), (3e38, Some(2.0), true)] {
+            for sinks in [SinkLogits::None, SinkLogits::OffByOne] {
+                let mut options = Options::new().causal(true).sink_logits(sinks);
+                options.scale = scale;
+                let options = if bias { options.bias(Axes::KEYS) } else { options };
+                let problem = Problem::new(shape, options).unwrap();
+                let queries = [1.0, q];
+                let inputs = Inputs::new(&queries, &[1.0, 0.5, 4.0], &[0.75, 1.0, 2.0]);
+                let inputs = inputs.bias(bias.then_some(Bias::F32(&[0.0; 3])));
+                let output = attention.forward(&problem, &inputs).unwrap();
+                let name = attention.device_name();
+                assert!(output.o[0].is_finite() && output.lse[0].is_finite(), "{name}: {problem} q={q}: {output:?}");
+                assert_eq!(output.lse[1], f32::INFINITY, "{name}: {problem} q={q}: {output:?}");
+                assert!(output.o[1].is_nan(), "{name}: {problem} q={q}: {output:?}");
+                let expected = sink_attention::cpu::reference::forward(&problem, &inputs).unwrap();
+                assert_eq!(
+                    expected.lse[1] as f32,
+                    if q.is_infinite() || bias { f32::INFINITY } else { expected.lse[1] as f32 }
+                );
+                assert_eq!(expected.o[1].is_nan(), q.is_infinite());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_state_of_infinite_lse_makes_a_merge_nan() {
+    let shape = Shape { batch: 1, heads: 2, kv_heads: 1, seq_q: 2, seq_k: 3, head_dim: 1, value_dim: 4 };
+    let problem = Problem::new(shape, Options::new().sink_logits(SinkLogits::PerHead)).unwrap();
+    let state = |lse: [f32; 4]| PartialState { o: vec![1.0; 16], lse: lse.to_vec() };
+    let inf = f32::INFINITY;
+    // Rows of [head, query]; o is [query, head, width].
+    let (a, b) = (state([0.5, inf, inf, -inf]), state([0.25, 1.0, inf, -inf]));
+    let of_row = |o: &[f32], row: usize| o[(row % 2 * 2 + row / 2) * 4..][..4].to_vec();
+    for attention in operators() {
+        let name = attention.device_name();
+        for states in [[&a, &b], [&b, &a]] {
+            let merged = attention.merge(&problem, &states).unwrap();
+            assert_eq!(merged.lse[1..], [inf, inf, -inf], "{name}");
+            assert!(of_row(&merged.o, 0).iter().all(|o| (o - 1.0).abs() < 1e-6), "{name}: {merged:?}");
+            assert!([1, 2].iter().all(|&row| of_row(&merged.o, row).iter().all(|o| o.is_nan())), "{name}: {merged:?}");
+            assert_eq!(of_row(&merged.o, 3), [0.0; 4], "{name}");
+        }
+        // Sinks of +inf take all of what is finite.
+        let finished = attention.finish::<f32>(&problem, &a, Some(&[inf, inf])).unwrap();
+        assert_eq!(finished.lse, [inf; 4], "{name}");
+        assert_eq!((of_row(&finished.o, 0), of_row(&finished.o, 3)), (vec![0.0; 4], vec![0.0; 4]), "{name}");
+        assert!([1, 2].iter().all(|&row| of_row(&finished.o, row).iter().all(|o| o.is_nan())), "{name}: {finished:?}");
+    }
+}
+
+/// A scale of zero weighs all visible keys the same, and no hidden one.
+#[test]
+fn a_scale_of_zero() {
+    for attention in operators() {
+        let problem = Problem::new(shape(2, 1), Options::new().causal(true).scale(0.0)).unwrap();
+        let output = attention.forward(&problem, &Inputs::new(&[2.0, 3.0], &[5.0, -1.0], &[2.0, 4.0])).unwrap();
+        let name = attention.device_name();
+        assert_eq!(output.o, [2.0, 3.0], "{name}: {output:?}");
+        assert!(output.lse[0] == 0.0 && (output.lse[1] - 2f32.ln()).abs() < 1e-6, "{name}: {output:?}");
     }
 }

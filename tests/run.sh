@@ -128,10 +128,16 @@ tests
 # Built by one command in the tests' profile, which is optimised, so that no dependency is compiled again.
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 if cargo build --features cli --bin sink-attention --example streaming --example fit_sinks --example gpt_oss_layer </dev/null; then
-    step "$CARGO_TARGET_DIR/debug/examples/streaming" --tokens 4000 --out "$temp/streaming.svg"
-    step "$CARGO_TARGET_DIR/debug/examples/gpt_oss_layer" tests/gpt_oss_tiny
-    step "$CARGO_TARGET_DIR/debug/examples/fit_sinks" --out "$temp/fit_sinks.svg"
-    step "$CARGO_TARGET_DIR/debug/sink-attention" bench --quick --shape seed
+    # As users start them, which on a machine with a software driver alone is on the CPU, and on a GPU adapter.
+    adapters=("" gpu)
+    [[ ${SINK_ATTENTION_ADAPTER:-} ]] && adapters=("$SINK_ATTENTION_ADAPTER")
+    for adapter in "${adapters[@]}"; do
+        on=(env "SINK_ATTENTION_ADAPTER=$adapter")
+        step "${on[@]}" "$CARGO_TARGET_DIR/debug/examples/streaming" --tokens 4000 --out "$temp/streaming.svg"
+        step "${on[@]}" "$CARGO_TARGET_DIR/debug/examples/gpt_oss_layer" tests/gpt_oss_tiny
+        step "${on[@]}" "$CARGO_TARGET_DIR/debug/examples/fit_sinks" --out "$temp/fit_sinks.svg"
+        step "${on[@]}" "$CARGO_TARGET_DIR/debug/sink-attention" bench --quick --shape seed
+    done
 else
     failed=$((failed + 1))
 fi

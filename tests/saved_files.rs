@@ -19,7 +19,7 @@ const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 6, sequence_pa
 const ROLLING: CacheKind = CacheKind::Rolling { sink_tokens: 2, window: 7, queries: 1 };
 
 fn of<T: Element>(kind: CacheKind, head_dim: usize) -> CacheConfig {
-    CacheConfig { sequences: 2, ..config::<T>(kind, 2, [head_dim, 4]) }
+    config::<T>(kind, 2, [head_dim, 4]).sequences(2)
 }
 
 /// A file in tests/saved.
@@ -51,13 +51,13 @@ fn cache_loads<T: Element>(name: &str, expected: &cpu::KvCache<T>) {
 #[test]
 fn caches_of_earlier_versions_load() {
     cache_loads("contiguous_f32.cache", &filled_cache::<f32>(&of::<f32>(CONTIGUOUS, 8)));
-    let quantised = CacheConfig { quantisation: Some(Quantisation::Q8_0), ..of::<f32>(CONTIGUOUS, 40) };
+    let quantised = of::<f32>(CONTIGUOUS, 40).quantisation(Quantisation::Q8_0);
     cache_loads("contiguous_q8_0.cache", &filled_cache::<f32>(&quantised));
     let mut paged = filled_cache::<f16>(&of::<f16>(PAGED, 8));
     paged.fork(0, 1).unwrap();
     cache_loads("paged_f16.cache", &paged);
     let rotary = Rotary { dim: 16, style: RotaryStyle::HalfSplit, positions: RotaryPositions::CacheRelative };
-    let rolling = CacheConfig { rotary: Some(rotary), ..of::<bf16>(ROLLING, 16) };
+    let rolling = of::<bf16>(ROLLING, 16).rotary(rotary);
     cache_loads("rolling_bf16.cache", &filled_cache::<bf16>(&rolling));
 }
 
@@ -93,7 +93,7 @@ fn tunings_of_earlier_versions_load() {
 
 /// Two caches of one config whose files differ in length.
 fn two_caches() -> [cpu::KvCache<f32>; 2] {
-    let config = CacheConfig { kind: CacheKind::Contiguous { capacity: 400 }, ..of::<f32>(CONTIGUOUS, 64) };
+    let config = of::<f32>(CacheKind::Contiguous { capacity: 400 }, 64);
     let small = filled_cache::<f32>(&config);
     let mut large = filled_cache::<f32>(&config);
     let k = vec![0.5; 2 * 300 * config.kv_heads * config.head_dim];

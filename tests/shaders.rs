@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use crate::common::buffers::empty;
 use crate::common::operands::problem;
+use crate::common::tint::mixed_operators;
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
@@ -199,6 +200,8 @@ fn is_cooperative(variant: &Variant) -> bool {
 /// Parses and validates with what WebGPU guarantees; a cooperative kernel with its extensions, too.
 fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     let text = variant.wgsl().unwrap();
+    // Of another extension than browsers' where it is cooperative, but in the same grammar.
+    assert_eq!(mixed_operators(&text), [""; 0], "{}", variant.name());
     let module = naga::front::wgsl::parse_str(&text)
         .unwrap_or_else(|error| panic!("{}: {}", variant.name(), error.emit_to_string(&text)));
     // unpack2x16float, which is no extension: naga counts it as one for the sake of OpenGL ES 3.0.

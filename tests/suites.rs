@@ -25,6 +25,7 @@ mod conformance;
 mod cooperative;
 #[path = "cpu/main.rs"]
 mod cpu;
+mod device_buffers;
 mod errors;
 mod extremes;
 mod forward;

@@ -1,11 +1,10 @@
 //! One sequence decoded token by token through a cache of keys and values, on the GPU or, without one, on the CPU.
 
 use std::error::Error;
-use std::sync::mpsc;
 
 use sink_attention::{
-    AppendBuffers, Attention, CacheConfig, Decode, DecodeBuffers, Device, KvCache, Options, PreparedAppend,
-    PreparedDecode, RotaryPositions, SinkLogits, TensorView, cpu, wgpu,
+    AppendBuffers, Attention, CacheConfig, DType, Decode, DecodeBuffers, Device, DeviceBuffer, KvCache, Options,
+    PreparedAppend, PreparedDecode, RotaryPositions, SinkLogits, TensorView, cpu,
 };
 
 /// What is fixed for all steps. Everything is f32.
@@ -134,12 +133,13 @@ struct OnGpu {
     attention: Attention,
     device: Device,
     cache: KvCache,
-    inputs: [wgpu::Buffer; 3],
-    results: [wgpu::Buffer; 2],
-    /// Bytes of a token's o and lse.
-    result_bytes: [u64; 2],
-    read_back: wgpu::Buffer,
-    cos_sin: wgpu::Buffer,
+    /// q, k and v of a chunk's tokens.
+    inputs: [DeviceBuffer; 3],
+    o: DeviceBuffer,
+    lse: DeviceBuffer,
+    /// Elements of a token's o and lse.
+    result_rows: [usize; 2],
+    cos_sin: DeviceBuffer,
     tokens: Vec<(PreparedAppend, PreparedDecode)>,
 }
 
@@ -147,34 +147,21 @@ impl OnGpu {
     fn new(attention: &Attention, device: &Device, cache: KvCache, setup: &Setup<'_>) -> Result<Self, Box<dyn Error>> {
         let Setup { config, heads, chunk, .. } = *setup;
         let rows = [heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.value_dim];
-        let results = [heads * config.value_dim, heads];
-        let bytes = |floats: usize| 4 * (chunk * floats) as u64;
-        let result_bytes = results.map(|floats| 4 * floats as u64);
-        let (inputs, results, read_back, cos_sin, sinks) =
-            pollster::block_on(device.scoped("allocating a chunk", || {
-                (
-                    rows.map(|row| storage(device, bytes(row))),
-                    results.map(|floats| storage(device, bytes(floats))),
-                    buffer(
-                        device,
-                        bytes(results[0] + results[1]),
-                        wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                    ),
-                    filled(device, setup.cos_sin),
-                    filled(device, setup.sink_logits),
-                )
-            }))?;
+        let result_rows = [heads * config.value_dim, heads];
+        let zeros = |operand, row| device.zeros(operand, DType::F32, &[chunk, row]);
+        let inputs = [zeros("q", rows[0])?, zeros("k", rows[1])?, zeros("v", rows[2])?];
+        let (o, lse) = (zeros("o", result_rows[0])?, zeros("lse", result_rows[1])?);
+        let cos_sin = device.upload("cos_sin", setup.cos_sin)?;
+        let sinks = device.upload("sink_logits", setup.sink_logits)?;
         let decode = setup.decode();
-        let view = |buffer, row: usize, token| TensorView::new(buffer).offset((row * token) as u64);
         let tokens = (0..chunk).map(|token| -> Result<_, Box<dyn Error>> {
-            let [q, k, v] = [0, 1, 2].map(|n| view(&inputs[n], rows[n], token));
-            let [o, lse] = [heads * config.value_dim, heads];
-            let [o, lse] = [view(&results[0], o, token), view(&results[1], lse, token)];
-            let append = AppendBuffers { q: Some((q, heads)), cos_sin: Some(&cos_sin), ..AppendBuffers::new(k, v) };
-            let when_read = setup.is_relative().then_some(&cos_sin);
+            let [q, k, v] = [0, 1, 2].map(|n| row(&inputs[n], rows[n], token));
+            let (o, lse) = (row(&o, result_rows[0], token), row(&lse, result_rows[1], token));
+            let table = Some(cos_sin.wgpu());
+            let append = AppendBuffers { q: Some((q, heads)), cos_sin: table, ..AppendBuffers::new(k, v) };
             let step = DecodeBuffers {
-                sink_logits: Some(TensorView::new(&sinks)),
-                cos_sin: when_read,
+                sink_logits: Some(sinks.view()),
+                cos_sin: table.filter(|_| setup.is_relative()),
                 ..DecodeBuffers::new(q, o, lse)
             };
             Ok((cache.prepare_append(&[1], &append)?, cache.prepare_decode(&decode, &step)?))
@@ -185,9 +172,9 @@ impl OnGpu {
             device: device.clone(),
             cache,
             inputs,
-            results,
-            result_bytes,
-            read_back,
+            o,
+            lse,
+            result_rows,
             cos_sin,
             tokens,
         })
@@ -195,9 +182,8 @@ impl OnGpu {
 
     fn append(&mut self, tokens: usize, k: &[f32], v: &[f32]) -> Result<(), Box<dyn Error>> {
         let device = &self.device;
-        let [k, v] = [k, v].map(|x| pollster::block_on(device.scoped("uploading a prompt", || filled(device, x))));
-        let (k, v) = (k?, v?);
-        let buffers = AppendBuffers { cos_sin: Some(&self.cos_sin), ..AppendBuffers::new(&k, &v) };
+        let (k, v) = (device.upload("k", k)?, device.upload("v", v)?);
+        let buffers = AppendBuffers { cos_sin: Some(self.cos_sin.wgpu()), ..AppendBuffers::new(&k, &v) };
         let prepared = self.cache.prepare_append(&[tokens], &buffers)?;
         let mut step = self.attention.step()?.label("prompt");
         prepared.encode(&mut self.cache, &mut step)?;
@@ -206,52 +192,25 @@ impl OnGpu {
     }
 
     fn steps(&mut self, tokens: usize, inputs: [&[f32]; 3]) -> Result<[Vec<f32>; 2], Box<dyn Error>> {
-        let (attention, device, cache) = (&self.attention, &self.device, &mut self.cache);
-        let [o_bytes, lse_bytes] = self.result_bytes.map(|bytes| bytes * tokens as u64);
-        let (sender, mapped) = mpsc::channel();
-        let submit = || -> sink_attention::Result<()> {
-            for (buffer, data) in self.inputs.iter().zip(inputs) {
-                device.queue().write_buffer(buffer, 0, bytemuck::cast_slice(data));
-            }
-            // Where a token fails none of the chunk is in the cache.
-            let mut step = attention.step()?.label("chunk");
-            let mut pass = step.begin_compute_pass(&Default::default());
-            for (append, decode) in self.tokens.iter().take(tokens) {
-                append.encode_in(cache, &mut pass)?;
-                decode.encode_in(cache, &mut pass)?;
-            }
-            drop(pass);
-            let encoder = step.encoder();
-            encoder.copy_buffer_to_buffer(&self.results[0], 0, &self.read_back, 0, o_bytes);
-            encoder.copy_buffer_to_buffer(&self.results[1], 0, &self.read_back, o_bytes, lse_bytes);
-            step.submit()?;
-            self.read_back.map_async(wgpu::MapMode::Read, ..o_bytes + lse_bytes, move |result| {
-                // The receiver waits below.
-                let _ = sender.send(result);
-            });
-            Ok(())
-        };
-        pollster::block_on(device.scoped("decoding", submit))??;
-        device.wgpu().poll(wgpu::PollType::wait_indefinitely())?;
-        mapped.recv()??;
-        let floats: Vec<f32> = bytemuck::pod_collect_to_vec(&self.read_back.get_mapped_range(..o_bytes + lse_bytes)?);
-        self.read_back.unmap();
-        let (o, lse) = floats.split_at(o_bytes as usize / 4);
-        Ok([o.to_vec(), lse.to_vec()])
+        let cache = &mut self.cache;
+        for (buffer, data) in self.inputs.iter().zip(inputs) {
+            buffer.write(0, data)?;
+        }
+        // Where a token fails none of the chunk is in the cache.
+        let mut step = self.attention.step()?.label("chunk");
+        let mut pass = step.begin_compute_pass(&Default::default());
+        for (append, decode) in self.tokens.iter().take(tokens) {
+            append.encode_in(cache, &mut pass)?;
+            decode.encode_in(cache, &mut pass)?;
+        }
+        drop(pass);
+        step.submit()?;
+        let [o, lse] = self.result_rows.map(|row| 0..tokens * row);
+        Ok(self.device.download([(&self.o, o), (&self.lse, lse)])?)
     }
 }
 
-fn buffer(device: &Device, size: u64, usage: wgpu::BufferUsages) -> wgpu::Buffer {
-    device.wgpu().create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
-}
-
-fn storage(device: &Device, size: u64) -> wgpu::Buffer {
-    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-    buffer(device, size, usage)
-}
-
-fn filled(device: &Device, data: &[f32]) -> wgpu::Buffer {
-    let buffer = storage(device, 4 * data.len() as u64);
-    device.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(data));
-    buffer
+/// The part of a buffer that is a token's.
+fn row(buffer: &DeviceBuffer, elements: usize, token: usize) -> TensorView<'_> {
+    buffer.view().offset((elements * token) as u64)
 }

@@ -84,7 +84,9 @@ mod tests {
     use super::*;
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
-    use sink_attention::{Attention, Options, Problem, Shape, SinkLogits, Window};
+    use sink_attention::{Attention, DeviceChoice, Options, Problem, Shape, SinkLogits, Window};
+
+    use crate::gpu;
 
     const EMBEDDING: usize = 3;
 
@@ -94,11 +96,21 @@ mod tests {
         Problem::new(shape, options).unwrap()
     }
 
+    /// The CPU, and the GPU where there is one.
+    fn devices() -> impl Iterator<Item = Attention> {
+        let choices = [Some(DeviceChoice::Cpu), gpu::choice()].into_iter().flatten();
+        choices.map(|choice| Attention::open(&choice).unwrap())
+    }
+
     #[test]
     fn gradients_are_finite_differences() {
+        devices().for_each(|attention| check_gradients(&attention));
+    }
+
+    fn check_gradients(attention: &Attention) {
         const STEP: f32 = 0.02;
-        let (attention, problem) = (Attention::new().unwrap(), tiny());
-        let layer = Layer { attention: &attention, problem: problem.clone(), embedding: EMBEDDING };
+        let problem = tiny();
+        let layer = Layer { attention, problem: problem.clone(), embedding: EMBEDDING };
         let mut rng = StdRng::seed_from_u64(1);
         let x: Vec<f32> = (0..2 * 5 * EMBEDDING).map(|_| rng.random_range(-2.0..2.0)).collect();
         let mut student = Weights::random(&problem, EMBEDDING, &mut rng);
@@ -129,8 +141,12 @@ mod tests {
 
     #[test]
     fn a_student_that_knows_all_stays() {
-        let (attention, problem) = (Attention::new().unwrap(), tiny());
-        let layer = Layer { attention: &attention, problem: problem.clone(), embedding: EMBEDDING };
+        devices().for_each(|attention| check_student(&attention));
+    }
+
+    fn check_student(attention: &Attention) {
+        let problem = tiny();
+        let layer = Layer { attention, problem: problem.clone(), embedding: EMBEDDING };
         let weights = Weights::random(&problem, EMBEDDING, &mut StdRng::seed_from_u64(1));
         let settings = Settings { steps: 3, with_lse: true };
         let student = run(

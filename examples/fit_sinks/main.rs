@@ -13,6 +13,9 @@
 mod adam;
 mod args;
 mod fit;
+#[cfg(test)]
+#[path = "../common/gpu.rs"]
+mod gpu;
 mod layer;
 mod matrix;
 mod picture;
@@ -70,7 +73,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let options = Options::new().causal(true).window(Window::keys(WINDOW)).sink_logits(SinkLogits::PerHead);
     let problem = Problem::new(SHAPE, options)?;
     let learnt_from = if args.settings.with_lse { "o and lse" } else { "o alone" };
-    println!("Device:  {}", attention.device_name());
+    println!("Device:  {}", attention.device_description());
     println!("Problem: {problem}");
     println!("Steps:   {} of Adam, on pieces of Moby-Dick, from {learnt_from}", args.settings.steps);
 

@@ -14,6 +14,9 @@
 mod config;
 #[path = "../common/decoder.rs"]
 mod decoder;
+#[cfg(test)]
+#[path = "../common/gpu.rs"]
+mod gpu;
 mod layer;
 mod rotary;
 #[path = "../common/shard.rs"]
@@ -76,7 +79,7 @@ fn main() -> ExitCode {
             print!("{HELP}");
             Ok(())
         }
-        Some(args) => run(&args),
+        Some(args) => run(&args, &DeviceChoice::from_env()),
     }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -123,7 +126,7 @@ fn number(name: &str, value: &str, least: usize) -> Result<usize, String> {
     }
 }
 
-fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+fn run(args: &Args, choice: &DeviceChoice) -> Result<(), Box<dyn Error>> {
     let config = Config::load(&args.folder.join("config.json"))?;
     let mut weights = Weights::open(&args.folder)?;
     let mut expected = Expected::open(&args.folder)?;
@@ -131,14 +134,8 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     if let Some(layer) = layers.iter().find(|layer| **layer >= config.layers.len()) {
         return Err(format!("--layers: there is no layer {layer}, config.json has {}", config.layers.len()).into());
     }
-    let attention = Attention::new()?;
-    if attention.is_gpu() {
-        println!("Device: {}", attention.device_name());
-    } else {
-        let asked = DeviceChoice::from_env() == DeviceChoice::Cpu;
-        let why = if asked { "As asked for" } else { "No GPU was found, so" };
-        println!("{why} the CPU path is used: {}", attention.device_name());
-    }
+    let attention = Attention::open(choice)?;
+    println!("Device: {}", attention.device_description());
     let Config { hidden, heads, kv_heads, head_dim, .. } = config;
     println!("Layers: {heads} query heads, {kv_heads} key heads, width {head_dim}, hidden size {hidden}");
     if expected.is_none() {

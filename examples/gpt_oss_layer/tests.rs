@@ -54,9 +54,13 @@ impl Folder {
     }
 
     fn run(&self, options: &str) -> Result<(), String> {
+        self.run_on(&DeviceChoice::from_env(), options)
+    }
+
+    fn run_on(&self, choice: &DeviceChoice, options: &str) -> Result<(), String> {
         let words = options.split_whitespace().map(OsString::from);
         let args = parse([self.0.clone().into_os_string()].into_iter().chain(words)).map_err(|e| e.to_string())?;
-        run(&args.unwrap()).map_err(|error| error.to_string())
+        run(&args.unwrap(), choice).map_err(|error| error.to_string())
     }
 
     #[track_caller]
@@ -97,17 +101,14 @@ const SINKS: &str = "model.layers.0.self_attn.sinks";
 
 #[test]
 fn the_fixture_with_any_prompt() {
-    let required = std::env::var("SINK_ATTENTION_REQUIRE_GPU").is_ok_and(|value| value == "1");
-    assert!(
-        !required || Attention::new().unwrap().is_gpu(),
-        "SINK_ATTENTION_REQUIRE_GPU=1, but there is no GPU adapter"
-    );
-    let folder = Folder::new("whole");
-    for options in ["", "--prompt 1", "--prompt 74", "--prompt 15 --layers 0", "--prompt 16 --layers 1,0"] {
-        folder.run(options).unwrap_or_else(|error| panic!("{options}: {error}"));
+    for choice in [Some(DeviceChoice::Cpu), gpu::choice()].into_iter().flatten() {
+        let folder = Folder::new("whole");
+        for options in ["", "--prompt 1", "--prompt 74", "--prompt 15 --layers 0", "--prompt 16 --layers 1,0"] {
+            folder.run_on(&choice, options).unwrap_or_else(|error| panic!("{choice:?} {options}: {error}"));
+        }
+        fs::remove_file(folder.0.join("expected.safetensors")).unwrap();
+        folder.run_on(&choice, "--tokens 40").unwrap();
     }
-    fs::remove_file(folder.0.join("expected.safetensors")).unwrap();
-    folder.run("--tokens 40").unwrap();
 }
 
 #[test]

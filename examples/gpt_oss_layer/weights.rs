@@ -1,12 +1,12 @@
 //! Tensors of safetensors files, read one by one: a shard of the 20B model need not fit the memory.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use serde_json::Value;
-use sink_attention::file;
-use sink_attention::half::{bf16, f16};
+use sink_attention::{Values, file};
 
 use crate::shard::Shard;
 
@@ -19,16 +19,10 @@ fn numbers(shard: &mut Shard, name: &str, shape: Option<&[usize]>) -> Result<(Ve
         return Err(format!("{path}: tensor {name} has shape {:?}, config.json calls for {shape:?}", info.shape));
     }
     let (info, bytes) = shard.bytes(name)?;
-    let numbers = match info.dtype {
-        Dtype::BF16 => bytes.as_chunks().0.iter().map(|x| bf16::from_le_bytes(*x).to_f32()).collect(),
-        Dtype::F16 => bytes.as_chunks().0.iter().map(|x| f16::from_le_bytes(*x).to_f32()).collect(),
-        Dtype::F32 => bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect(),
-        other => {
-            let path = shard.path.display();
-            return Err(format!("{path}: tensor {name} has element type {other}; known: BF16, F16, F32"));
-        }
-    };
-    Ok((numbers, info.shape))
+    let failed = |error: &dyn Error| format!("{}: {error}", shard.path.display());
+    let tensor = TensorView::new(info.dtype, info.shape.clone(), &bytes).map_err(|error| failed(&error))?;
+    let values = Values::from_safetensors(name, &tensor, &info.shape).map_err(|error| failed(&error))?;
+    Ok((values.into_f32(), info.shape))
 }
 
 /// The tensors of a folder: of `model.safetensors`, or of the shards in `model.safetensors.index.json`.

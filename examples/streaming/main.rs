@@ -17,6 +17,9 @@ mod args;
 mod check;
 #[path = "../common/decoder.rs"]
 mod decoder;
+#[cfg(test)]
+#[path = "../common/gpu.rs"]
+mod gpu;
 mod model;
 mod picture;
 mod policy;
@@ -52,7 +55,7 @@ fn main() -> ExitCode {
             print!("{}", args::HELP);
             Ok(())
         }
-        Command::Run(args) => run(&args),
+        Command::Run(args) => run(&args, &DeviceChoice::from_env()),
     }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -62,7 +65,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+fn run(args: &Args, choice: &DeviceChoice) -> Result<(), Box<dyn Error>> {
     // Better now than after the stream.
     for path in std::iter::once(&args.out).chain(&args.state) {
         file::check_writable(path).map_err(|error| cannot_write(path, &error))?;
@@ -74,14 +77,8 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let end = policies.iter().map(|policy| policy.end(&settings)).max().unwrap_or(0);
     let text = Text { bytes: &bytes, tokens: asked.min(end) };
 
-    let attention = Attention::new()?;
-    if attention.is_gpu() {
-        println!("Device: {}", attention.device_name());
-    } else {
-        let asked = DeviceChoice::from_env() == DeviceChoice::Cpu;
-        let why = if asked { "As asked for" } else { "No GPU was found, so" };
-        println!("{why} the CPU path is used: {}", attention.device_name());
-    }
+    let attention = Attention::open(choice)?;
+    println!("Device: {}", attention.device_description());
     let name = args.file.as_ref().map_or("Moby-Dick, chapters 1 to 15".into(), |file| file.display().to_string());
     println!("Text:   {name}: {} tokens (bytes)", count(text.tokens));
     for policy in policies {

@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use sink_attention::Attention;
+use sink_attention::{Attention, DeviceChoice};
 
 use super::args::{self, Command as Parsed};
 use super::model::Model;
 use super::shard::Shard;
 use super::state::Checksum;
 use super::stream::{self, Scene, Stream, Text};
-use super::{SEED, run};
+use super::{SEED, gpu, run};
 
 /// Removed in the end.
 struct Folder(PathBuf);
@@ -34,19 +34,17 @@ impl Folder {
     fn run(&self, line: &str) -> Result<(), String> {
         let words: Vec<OsString> = self.line(line).split_whitespace().map(OsString::from).collect();
         match args::parse(words).map_err(|error| error.to_string())? {
-            Parsed::Run(args) => run(&args).map_err(|error| error.to_string()),
+            Parsed::Run(args) => run(&args, &DeviceChoice::from_env()).map_err(|error| error.to_string()),
             Parsed::Help => Err("help".into()),
         }
     }
 
     /// In a process of its own.
-    fn spawn(&self, line: &str, adapter: Option<&str>) -> Child {
+    fn spawn(&self, line: &str, adapter: &str) -> Child {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "tests::in_a_process_of_its_own", "--ignored", "--nocapture"]);
         command.env("STREAMING_TEST_LINE", self.line(line)).stdout(Stdio::piped()).stderr(Stdio::null());
-        if let Some(adapter) = adapter {
-            command.env("SINK_ATTENTION_ADAPTER", adapter);
-        }
+        command.env("SINK_ATTENTION_ADAPTER", adapter);
         command.spawn().unwrap()
     }
 
@@ -84,8 +82,8 @@ fn results(child: Child) -> Vec<String> {
     results
 }
 
-fn goes_on_after_a_kill(adapter: Option<&str>, tokens: u64) {
-    let folder = Folder::new(adapter.unwrap_or("any"));
+fn goes_on_after_a_kill(adapter: &str, tokens: u64) {
+    let folder = Folder::new(&format!("kill-{tokens}"));
     let options = format!("--tokens {tokens} --window 64 --capacity 500");
     let whole = results(folder.spawn(&format!("{options} --out DIR/whole.svg"), adapter));
     let line = format!("{options} --state DIR/state --save-every 300 --out DIR/resumed.svg");
@@ -110,18 +108,17 @@ fn goes_on_after_a_kill(adapter: Option<&str>, tokens: u64) {
 
 #[test]
 fn a_killed_run_goes_on_with_the_same_bits_on_the_cpu() {
-    goes_on_after_a_kill(Some("cpu"), 6000);
+    goes_on_after_a_kill("cpu", 6000);
 }
 
 /// On the GPU, where there is one.
 #[test]
 fn a_killed_run_goes_on_with_the_same_bits() {
-    let required = std::env::var("SINK_ATTENTION_REQUIRE_GPU").is_ok_and(|value| value == "1");
-    assert!(
-        !required || Attention::new().unwrap().is_gpu(),
-        "SINK_ATTENTION_REQUIRE_GPU=1, but there is no GPU adapter"
-    );
-    goes_on_after_a_kill(None, 1500);
+    match gpu::choice() {
+        Some(DeviceChoice::Adapter(name)) => goes_on_after_a_kill(&name, 1500),
+        Some(_) => goes_on_after_a_kill("gpu", 1500),
+        None => {}
+    }
 }
 
 #[test]

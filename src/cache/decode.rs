@@ -19,7 +19,7 @@ use crate::pipeline::Pipeline;
 use crate::plan::fold;
 use crate::problem::{Layout, Options, Problem, Shape, SinkLogits};
 use crate::shader::{Binding, MicroKernel};
-use crate::tensor::{Placed, TensorView, allocate, upload};
+use crate::tensor::{Placed, TensorView, allocate, check_element_type, upload};
 
 /// What changes between calls; `Params` in shaders/cache/params.wgsl.
 #[repr(C)]
@@ -293,6 +293,7 @@ impl<'a> Given<'a> {
         layout: Layout,
         element: usize,
     ) -> Result<Self> {
+        check_element_type(binding, view, cache.config.dtype, &Options::new())?;
         let placed = Placed::new(binding, view, extents, layout, element)?;
         let window = placed.view.window(placed.view.whole(), cache.device.capabilities())?;
         for (other, buffer) in [("the cache's keys", &cache.keys), ("the cache's values", &cache.values)] {

@@ -219,6 +219,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::CacheBusy`](crate::Error::CacheBusy); [`Error::OutOfMemory`](crate::Error::OutOfMemory),
     /// [`Error::DeviceLost`](crate::Error::DeviceLost) and [`Error::Gpu`](crate::Error::Gpu) for what the driver reports.
+    #[cfg(not(target_family = "wasm"))]
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
         pollster::block_on(self.to_safetensors_async())
     }
@@ -244,6 +245,7 @@ impl KvCache {
     /// [`Error::SavedMismatch`](crate::Error::SavedMismatch) for one of a cache of another config;
     /// [`Error::CacheBusy`](crate::Error::CacheBusy): nothing has changed then. [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::DeviceLost`](crate::Error::DeviceLost) and
     /// [`Error::Gpu`](crate::Error::Gpu) for what the driver reports, with which the cache may be of no use.
+    #[cfg(not(target_family = "wasm"))]
     pub fn restore(&mut self, file: &[u8]) -> Result<()> {
         pollster::block_on(self.restore_async(file))
     }
@@ -278,6 +280,7 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::SavedFile`](crate::Error::SavedFile), and those of [`to_safetensors`](Self::to_safetensors).
+    #[cfg(not(target_family = "wasm"))]
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         saved::save(CACHE, path.as_ref(), &self.to_safetensors()?)
     }
@@ -287,6 +290,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::SavedFile`](crate::Error::SavedFile) where it cannot be read or is damaged; else those of
     /// [`restore`](Self::restore).
+    #[cfg(not(target_family = "wasm"))]
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         saved::load(CACHE, path.as_ref(), |file| self.restore(file))
     }

@@ -268,6 +268,7 @@ impl KvCache {
     /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::MissingOperand`],
     /// [`Error::UnexpectedOperand`] for operands that do not go with the cache's rotary embedding; those of
     /// [`Attention::prepare_forward`](crate::Attention::prepare_forward) for operands that cannot be bound.
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_append(&self, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<PreparedAppend> {
         pollster::block_on(PreparedAppend::new(self, tokens, buffers))
     }
@@ -287,6 +288,7 @@ impl KvCache {
     /// [`Error::CacheElementType`] unless the options name the cache's element type; [`Error::SequenceOutOfRange`];
     /// [`Error::DimensionTooLarge`] for more than 16 queries; [`Error::InvalidOption`] for options that decoding does not take;
     /// those of [`Problem::new`](crate::Problem::new) and of [`Attention::prepare_forward`](crate::Attention::prepare_forward).
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_decode(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
         pollster::block_on(PreparedDecode::new(self, decode, buffers))
     }
@@ -315,6 +317,7 @@ impl KvCache {
     /// that a cache of its kind does not take, and for cache-relative rotary embeddings; [`Error::CacheTooLarge`] where what is
     /// gathered does not fit bindings; those of [`prepare_append`](Self::prepare_append),
     /// [`Problem::new`](crate::Problem::new) and [`Attention::prepare_forward`].
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_prefill(&self, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<PreparedPrefill> {
         pollster::block_on(PreparedPrefill::new(self, prefill, buffers))
     }
@@ -355,6 +358,7 @@ impl KvCache {
     /// # Errors
     /// As [`prepare_prefill`](Self::prepare_prefill); [`Error::InvalidOption`], too, for rolling and for quantised caches, and for
     /// more tokens than a sequence has; [`Error::ZeroDimension`] for no tokens at all; those of [`Attention::prepare_backward`].
+    #[cfg(not(target_family = "wasm"))]
     pub fn prepare_backward(
         &self,
         prefill: &Prefill,

@@ -436,12 +436,20 @@ impl CacheVariant {
                 let lanes = quads(e).next_power_of_two();
                 render(
                     "cache/combine.wgsl",
-                    context! { threads => COMBINE_THREADS, lanes, tile, sinks, ahead => 8, ..context },
+                    context! {
+                        threads => COMBINE_THREADS, lanes, tile, sinks, ahead => 8,
+                        score_size => "params.scale_size",
+                        ..context
+                    },
                 )
             }
         }
     }
 }
+
+#[cfg(test)]
+#[path = "../../tests/common/tint.rs"]
+mod tint;
 
 #[cfg(test)]
 mod tests {
@@ -537,6 +545,7 @@ mod tests {
         variants().into_par_iter().for_each(|(variant, device)| {
             let name = variant.name();
             let text = variant.wgsl().unwrap();
+            assert_eq!(super::tint::mixed_operators(&text), [""; 0], "{name}");
             let module = naga::front::wgsl::parse_str(&text)
                 .unwrap_or_else(|error| panic!("{name}: {}\n{text}", error.emit_to_string(&text)));
             let is_cooperative =

@@ -37,7 +37,12 @@ impl Step {
             device: device.wgpu().clone(),
             state: AtomicU8::new(OPEN),
         };
-        Step { device: device.clone(), encoder, ticket: Held(Arc::new(ticket)) }
+        #[cfg_attr(
+            target_family = "wasm",
+            expect(clippy::arc_with_non_send_sync, reason = "a browser's devices belong to one thread, others do not")
+        )]
+        let ticket = Held(Arc::new(ticket));
+        Step { device: device.clone(), encoder, ticket }
     }
 
     /// Names it in errors. The first name stays.
@@ -62,6 +67,7 @@ impl Step {
     /// # Errors
     /// [`Error::Gpu`] for what wgpu refuses (a buffer that was destroyed or is mapped, a mistake in a pass of the caller's),
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`]: nothing has run then, and the caches are as before the step.
+    #[cfg(not(target_family = "wasm"))]
     pub fn submit(self) -> Result<wgpu::SubmissionIndex> {
         pollster::block_on(self.submit_async())
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use sink_attention::wgpu::{self, Adapter};
 use sink_attention::{
     ADAPTER_VARIABLE, Capabilities, CooperativeMatrices, DeviceChoice, Options, Plan, Problem, Shape, adapters,
-    describe,
+    describe, is_software,
 };
 
 use super::{bytes, print_summary};
@@ -83,6 +83,7 @@ impl Entry {
             index,
             description: describe(&info),
             kind: match info.device_type {
+                _ if is_software(&info) => "software",
                 wgpu::DeviceType::DiscreteGpu => "discrete GPU",
                 wgpu::DeviceType::IntegratedGpu => "integrated GPU",
                 wgpu::DeviceType::VirtualGpu => "virtual GPU",
@@ -148,6 +149,8 @@ struct DefaultDevice {
     adapter: Option<usize>,
     /// What the environment variable says, where it is set.
     variable: Option<String>,
+    /// Why it is this one, where there is one.
+    reason: Option<String>,
     /// Why the default cannot be had.
     error: Option<String>,
 }
@@ -155,11 +158,13 @@ struct DefaultDevice {
 impl DefaultDevice {
     fn new(adapters: &[Adapter]) -> Self {
         let choice = DeviceChoice::from_env();
-        let found = choice.index_in(adapters);
+        let infos: Vec<wgpu::AdapterInfo> = adapters.iter().map(Adapter::get_info).collect();
+        let found = choice.select(&infos);
         DefaultDevice {
             variable: (choice != DeviceChoice::Auto).then(|| std::env::var(ADAPTER_VARIABLE).unwrap_or_default()),
             error: found.as_ref().err().map(ToString::to_string),
-            adapter: found.ok().flatten(),
+            reason: found.as_ref().ok().map(|selection| selection.reason.to_string()),
+            adapter: found.ok().and_then(|selection| selection.adapter),
         }
     }
 }
@@ -176,7 +181,7 @@ impl fmt::Display for List {
             writeln!(f, "Metal is part of macOS). On Linux, vulkaninfo should list the GPU; Mesa's llvmpipe")?;
             writeln!(f, "(package mesa-vulkan-drivers) is an adapter without a GPU.\n")?;
         }
-        writeln!(f, "cpu: {} threads; with --backend cpu, or where there is no adapter\n", self.cpu_threads)?;
+        writeln!(f, "cpu: {} threads; with --backend cpu, or where there is no GPU\n", self.cpu_threads)?;
         write!(f, "{}", self.default)
     }
 }
@@ -223,9 +228,10 @@ impl fmt::Display for DefaultDevice {
             (None, Some(index)) => write!(f, "default: adapter {index}")?,
             (None, None) => write!(f, "default: cpu")?,
         }
-        match &self.variable {
-            Some(value) => write!(f, " ({ADAPTER_VARIABLE}={value})"),
-            None => write!(f, " ({ADAPTER_VARIABLE} is not set)"),
+        match (&self.variable, &self.reason) {
+            (Some(value), _) => write!(f, " ({ADAPTER_VARIABLE}={value})"),
+            (None, Some(reason)) => write!(f, " ({ADAPTER_VARIABLE} is not set): {reason}"),
+            (None, None) => write!(f, " ({ADAPTER_VARIABLE} is not set)"),
         }
     }
 }

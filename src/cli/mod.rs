@@ -17,7 +17,7 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sink_attention::{Attention, DType, Device, DeviceChoice, MicroKernel, Tuning, file};
+use sink_attention::{Attention, DType, DeviceChoice, MicroKernel, Tuning, file};
 
 /// Where to compute.
 #[derive(Debug, Args)]
@@ -41,11 +41,11 @@ pub struct DeviceArgs {
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 enum Backend {
-    /// A GPU; an error where there is none
+    /// The best GPU adapter, a software one where there is no other; an error where there is none
     Gpu,
     /// The CPU
     Cpu,
-    /// A GPU, or the CPU where there is none
+    /// A GPU, or the CPU where there is none: it is faster than a software adapter
     #[default]
     Auto,
 }
@@ -115,16 +115,26 @@ impl DeviceArgs {
     /// Opens the operator on the chosen device.
     pub fn open(&self) -> sink_attention::Result<Attention> {
         // Not the one of the environment, which may be of another device.
-        let Some(path) = &self.tuning else {
-            return Ok(Attention::open(&self.choice())?.with_micro_kernel(self.micro_kernel()));
-        };
-        self.open_untuned()?.with_tuning(Tuning::load(path)?)
+        self.open_choice(&self.choice())
     }
 
-    /// As [`open`](Self::open), with the built-in table.
-    pub fn open_untuned(&self) -> sink_attention::Result<Attention> {
-        let device = pollster::block_on(Device::choose(&self.choice()))?;
-        Ok(device.map_or_else(Attention::cpu, Attention::on).with_micro_kernel(self.micro_kernel()))
+    /// As [`open`](Self::open), for what only a GPU does: a software adapter will do.
+    pub fn open_gpu(&self) -> sink_attention::Result<Attention> {
+        self.open_choice(&needing_gpu(self.choice()))
+    }
+
+    /// As [`open_gpu`](Self::open_gpu), with the built-in table.
+    pub fn open_gpu_untuned(&self) -> sink_attention::Result<Attention> {
+        let choice = needing_gpu(self.choice());
+        Ok(Attention::open_untuned(&choice)?.with_micro_kernel(self.micro_kernel()))
+    }
+
+    fn open_choice(&self, choice: &DeviceChoice) -> sink_attention::Result<Attention> {
+        let attention = match &self.tuning {
+            Some(path) => Attention::open_untuned(choice)?.with_tuning(Tuning::load(path)?)?,
+            None => Attention::open(choice)?,
+        };
+        Ok(attention.with_micro_kernel(self.micro_kernel()))
     }
 
     /// Whether the arguments name measured tiles.
@@ -146,9 +156,18 @@ impl DeviceArgs {
                 adapter @ DeviceChoice::Adapter(_) => adapter,
                 _ => DeviceChoice::Gpu,
             },
+            // Neither is for the CPU path.
+            (Backend::Auto, None) if self.kernel != Kernel::Auto || self.tuning.is_some() => {
+                needing_gpu(DeviceChoice::from_env())
+            }
             (Backend::Auto, None) => DeviceChoice::from_env(),
         }
     }
+}
+
+/// A software adapter instead of the CPU path, for what only a GPU does.
+fn needing_gpu(choice: DeviceChoice) -> DeviceChoice {
+    if choice == DeviceChoice::Auto { DeviceChoice::Gpu } else { choice }
 }
 
 /// Prints to stdout; not with println!, which panics where the reader has left.

@@ -4,8 +4,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    BackwardBuffers, Bias, Capabilities, DType, Device, Element, ForwardBuffers, Inputs, MaskData, Problem, Result,
-    SinkLogits, TensorView, wgpu,
+    BackwardBuffers, Bias, BufferType, Capabilities, DType, Device, DeviceBuffer, Element, ForwardBuffers, Inputs,
+    MaskData, Problem, Result, SinkLogits,
 };
 
 /// What stands in the way of a problem's buffers, if anything.
@@ -30,161 +30,128 @@ pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<Strin
 /// Operands and results of a forward pass in GPU buffers, o_rest among them, as training wants it; the operands with random
 /// numbers in [-1, 1).
 pub struct GpuOperands {
-    q: wgpu::Buffer,
-    k: wgpu::Buffer,
-    v: wgpu::Buffer,
-    sink_logits: Option<wgpu::Buffer>,
-    alibi_slopes: Option<wgpu::Buffer>,
-    bias: Option<wgpu::Buffer>,
-    mask: Option<wgpu::Buffer>,
-    o: wgpu::Buffer,
-    o_rest: Option<wgpu::Buffer>,
-    lse: wgpu::Buffer,
+    q: DeviceBuffer,
+    k: DeviceBuffer,
+    v: DeviceBuffer,
+    sink_logits: Option<DeviceBuffer>,
+    alibi_slopes: Option<DeviceBuffer>,
+    bias: Option<DeviceBuffer>,
+    mask: Option<DeviceBuffer>,
+    o: DeviceBuffer,
+    o_rest: Option<DeviceBuffer>,
+    lse: DeviceBuffer,
 }
 
 impl GpuOperands {
     pub fn new(device: &Device, problem: &Problem) -> Result<Self> {
         let dtype = problem.options().dtype;
-        let create = || {
-            let [q, k, v] = filled(device, dtype, [problem.q_shape(), problem.k_shape(), problem.v_shape()]);
-            let per_head = problem.options().sink_logits == SinkLogits::PerHead;
-            let one = |dtype, shape| {
-                let [buffer] = filled(device, dtype, [shape]);
-                buffer
-            };
-            let each_head = || one(DType::F32, [1, 1, 1, problem.shape().heads]);
-            let bias_dtype = problem.options().bias_dtype;
-            let written = |bytes: &[u8]| {
-                let size = bytes.len() as u64;
-                let target = buffer(device, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST);
-                device.queue().write_buffer(&target, 0, bytes);
-                target
-            };
-            let mask = |_| written(&mask_of(problem, &mut StdRng::seed_from_u64(0)));
-            let [batch, heads, seq] = problem.lse_shape();
-            GpuOperands {
-                q,
-                k,
-                v,
-                sink_logits: per_head.then(each_head),
-                alibi_slopes: problem.options().alibi.then(|| written(bytemuck::cast_slice(&slopes(problem)))),
-                bias: problem.bias_shape().map(|shape| one(bias_dtype, shape)),
-                mask: problem.mask_shape().map(mask),
-                o: result(device, dtype, problem.o_shape()),
-                o_rest: (dtype != DType::F32).then(|| result(device, dtype, problem.o_shape())),
-                lse: result(device, DType::F32, [batch, heads, seq, 1]),
-            }
-        };
-        pollster::block_on(device.scoped("creating operands", create))
+        let [q, k, v] = filled(device, dtype, [problem.q_shape(), problem.k_shape(), problem.v_shape()])?;
+        let per_head = problem.options().sink_logits == SinkLogits::PerHead;
+        let one = |dtype, shape| filled(device, dtype, [shape]).map(|[buffer]| buffer);
+        let each_head = || one(DType::F32, [1, 1, 1, problem.shape().heads]);
+        let mask = |_| device.upload("mask", &mask_of(problem, &mut StdRng::seed_from_u64(0)));
+        Ok(GpuOperands {
+            q,
+            k,
+            v,
+            sink_logits: per_head.then(each_head).transpose()?,
+            alibi_slopes: problem
+                .options()
+                .alibi
+                .then(|| device.upload("alibi_slopes", &slopes(problem)))
+                .transpose()?,
+            bias: problem.bias_shape().map(|shape| one(problem.options().bias_dtype, shape)).transpose()?,
+            mask: problem.mask_shape().map(mask).transpose()?,
+            o: device.zeros("o", dtype, &problem.o_shape())?,
+            o_rest: (dtype != DType::F32)
+                .then(|| device.zeros("o_rest", BufferType::I16, &problem.o_shape()))
+                .transpose()?,
+            lse: device.zeros("lse", DType::F32, &problem.lse_shape())?,
+        })
     }
 
     pub fn buffers(&self) -> ForwardBuffers<'_> {
         ForwardBuffers {
-            sink_logits: self.sink_logits.as_ref().map(TensorView::new),
-            alibi_slopes: self.alibi_slopes.as_ref().map(TensorView::new),
-            bias: self.bias.as_ref().map(TensorView::new),
-            mask: self.mask.as_ref().map(TensorView::new),
-            o_rest: self.o_rest.as_ref().map(TensorView::new),
-            ..ForwardBuffers::new(
-                TensorView::new(&self.q),
-                TensorView::new(&self.k),
-                TensorView::new(&self.v),
-                TensorView::new(&self.o),
-                TensorView::new(&self.lse),
-            )
+            sink_logits: self.sink_logits.as_ref().map(DeviceBuffer::view),
+            alibi_slopes: self.alibi_slopes.as_ref().map(DeviceBuffer::view),
+            bias: self.bias.as_ref().map(DeviceBuffer::view),
+            mask: self.mask.as_ref().map(DeviceBuffer::view),
+            o_rest: self.o_rest.as_ref().map(DeviceBuffer::view),
+            ..ForwardBuffers::new(&self.q, &self.k, &self.v, &self.o, &self.lse)
         }
     }
 }
 
 /// Operands and results of a backward pass beyond those of the forward pass.
 pub struct GpuGradients {
-    d_o: wgpu::Buffer,
-    d_q: wgpu::Buffer,
-    d_k: wgpu::Buffer,
-    d_v: wgpu::Buffer,
-    d_sink_logits: wgpu::Buffer,
-    d_alibi_slopes: wgpu::Buffer,
-    d_bias: wgpu::Buffer,
+    d_o: DeviceBuffer,
+    d_q: DeviceBuffer,
+    d_k: DeviceBuffer,
+    d_v: DeviceBuffer,
+    d_sink_logits: DeviceBuffer,
+    d_alibi_slopes: DeviceBuffer,
+    d_bias: DeviceBuffer,
 }
 
 impl GpuGradients {
     pub fn new(device: &Device, problem: &Problem) -> Result<Self> {
-        let dtype = problem.options().dtype;
-        let create = || {
-            let [d_o] = filled(device, dtype, [problem.o_shape()]);
-            GpuGradients {
-                d_o,
-                d_q: result(device, dtype, problem.q_shape()),
-                d_k: result(device, dtype, problem.k_shape()),
-                d_v: result(device, dtype, problem.v_shape()),
-                d_sink_logits: result(device, DType::F32, [1, 1, 1, problem.shape().heads]),
-                d_alibi_slopes: result(device, DType::F32, [1, 1, 1, problem.shape().heads]),
-                d_bias: result(device, DType::F32, problem.bias_shape().unwrap_or([1; 4])),
-            }
-        };
-        pollster::block_on(device.scoped("creating gradients", create))
+        let (dtype, heads) = (problem.options().dtype, problem.shape().heads);
+        let [d_o] = filled(device, dtype, [problem.o_shape()])?;
+        Ok(GpuGradients {
+            d_o,
+            d_q: device.zeros("d_q", dtype, &problem.q_shape())?,
+            d_k: device.zeros("d_k", dtype, &problem.k_shape())?,
+            d_v: device.zeros("d_v", dtype, &problem.v_shape())?,
+            d_sink_logits: device.zeros("d_sink_logits", DType::F32, &[heads])?,
+            d_alibi_slopes: device.zeros("d_alibi_slopes", DType::F32, &[heads])?,
+            d_bias: device.zeros("d_bias", DType::F32, &problem.bias_shape().unwrap_or([1; 4]))?,
+        })
     }
 
     /// The forward pass must have run: its results are read.
     pub fn buffers<'a>(&'a self, operands: &'a GpuOperands) -> BackwardBuffers<'a> {
         let forward = operands.buffers();
         BackwardBuffers {
-            d_sink_logits: forward.sink_logits.map(|_| TensorView::new(&self.d_sink_logits)),
-            d_alibi_slopes: forward.alibi_slopes.map(|_| TensorView::new(&self.d_alibi_slopes)),
-            d_bias: forward.bias.map(|_| TensorView::new(&self.d_bias)),
-            ..BackwardBuffers::new(
-                forward,
-                TensorView::new(&self.d_o),
-                TensorView::new(&self.d_q),
-                TensorView::new(&self.d_k),
-                TensorView::new(&self.d_v),
-            )
+            d_sink_logits: forward.sink_logits.map(|_| self.d_sink_logits.view()),
+            d_alibi_slopes: forward.alibi_slopes.map(|_| self.d_alibi_slopes.view()),
+            d_bias: forward.bias.map(|_| self.d_bias.view()),
+            ..BackwardBuffers::new(forward, &self.d_o, &self.d_q, &self.d_k, &self.d_v)
         }
     }
 }
 
 /// Buffers of random numbers. Large ones repeat one block of numbers, each from another place in it; the odd
 /// length keeps rows from repeating.
-pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]; N]) -> [wgpu::Buffer; N] {
+pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]; N]) -> Result<[DeviceBuffer; N]> {
     let noise = random(&mut StdRng::seed_from_u64(0), (1 << 20) + 14);
-    let noise: Vec<u8> = match dtype {
-        DType::F16 => bytemuck::cast_slice(&f16::narrow(noise)).to_vec(),
-        DType::Bf16 => bytemuck::cast_slice(&bf16::narrow(noise)).to_vec(),
-        _ => bytemuck::cast_slice(&noise).to_vec(),
+    let source = match dtype {
+        DType::F16 => device.upload("noise", &f16::narrow(noise))?,
+        DType::Bf16 => device.upload("noise", &bf16::narrow(noise))?,
+        _ => device.upload("noise", &noise)?,
     };
-    // Halves and singles alike are copied in words.
-    let words = noise.len() as u64 / 4;
-    let source = buffer(device, 4 * words, wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST);
-    device.queue().write_buffer(&source, 0, &noise);
-    let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-    let buffers = std::array::from_fn(|n| {
-        let size = bytes(dtype, shapes[n]);
-        let target = buffer(device, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST);
-        let (mut from, mut done) = (n as u64 * words / N as u64, 0);
-        while 4 * done < size {
-            let count = (words - from).min(size / 4 - done);
-            encoder.copy_buffer_to_buffer(&source, 4 * from, &target, 4 * done, 4 * count);
-            done += count;
-            from = 0;
+    let mut buffers = Vec::with_capacity(N);
+    for shape in shapes {
+        buffers.push(device.zeros("operand", dtype, &shape)?);
+    }
+    let copy = || {
+        let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+        // Halves and singles alike are copied in words.
+        let words = source.wgpu().size() / 4;
+        for (n, target) in buffers.iter().enumerate() {
+            let size = target.wgpu().size();
+            let (mut from, mut done) = (n as u64 * words / N as u64, 0);
+            while 4 * done < size {
+                let count = (words - from).min(size / 4 - done);
+                encoder.copy_buffer_to_buffer(source.wgpu(), 4 * from, target.wgpu(), 4 * done, 4 * count);
+                done += count;
+                from = 0;
+            }
         }
-        target
-    });
-    device.queue().submit([encoder.finish()]);
-    buffers
-}
-
-/// Whole words.
-fn bytes(dtype: DType, shape: [usize; 4]) -> u64 {
-    (shape.iter().product::<usize>() * dtype.bytes()).next_multiple_of(4) as u64
-}
-
-pub fn result(device: &Device, dtype: DType, shape: [usize; 4]) -> wgpu::Buffer {
-    buffer(device, bytes(dtype, shape), wgpu::BufferUsages::STORAGE)
-}
-
-fn buffer(device: &Device, size: u64, usage: wgpu::BufferUsages) -> wgpu::Buffer {
-    let label = Some("operand");
-    device.wgpu().create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false })
+        device.queue().submit([encoder.finish()]);
+    };
+    pollster::block_on(device.scoped("creating operands", copy))?;
+    let none = || sink_attention::Error::Gpu { during: "creating operands", message: "one is missing".into() };
+    buffers.try_into().map_err(|_| none())
 }
 
 /// The operands of a forward pass on the host.

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
     Alignment, Capabilities, DType, DeviceChoice, Kernel, Layout, MicroKernel, OptionalOperands, Options, Pass, Plan,
-    Preference, Problem, Shape, SinkLogits, Tuning, Window, adapters, describe,
+    Preference, Problem, Selection, Shape, SinkLogits, Tuning, Window, adapters, describe,
 };
 
 use super::{DeviceArgs, ElementType, bytes, print_summary};
@@ -212,8 +212,9 @@ impl PlanArgs {
         let problem = Problem::new(self.shape.shape(), self.options.options())?;
         let o_rest = self.backward && !self.without_rest && problem.options().dtype != DType::F32;
         let operands = operands(&problem, self.backward, o_rest);
-        let explanation = match self.capabilities()? {
-            Some((device, capabilities)) => {
+        let (device, capabilities) = self.capabilities()?;
+        let explanation = match capabilities {
+            Some(capabilities) => {
                 check_limits(&operands, &capabilities)?;
                 let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
                 let tuning = self.tuning(&capabilities)?;
@@ -238,10 +239,7 @@ impl PlanArgs {
             None if self.target.micro_kernel() != MicroKernel::Auto => {
                 return Err(sink_attention::Error::NeedsGpu { call: "--kernel" }.into());
             }
-            None => {
-                let device = format!("CPU ({} threads)", rayon::current_num_threads());
-                Explanation::new(&problem, device, self.backward, operands, Vec::new())
-            }
+            None => Explanation::new(&problem, device, self.backward, operands, Vec::new()),
         };
         print_summary(&explanation, self.json)
     }
@@ -256,23 +254,27 @@ impl PlanArgs {
         Ok(tuning)
     }
 
-    /// The device to plan for; `None` is the CPU.
-    fn capabilities(&self) -> Result<Option<(String, Capabilities)>, Box<dyn Error>> {
+    /// The device to plan for, by its name and why it is this, and what it offers; `None` is the CPU.
+    fn capabilities(&self) -> Result<(String, Option<Capabilities>), Box<dyn Error>> {
         if let Some(wanted) = &self.device {
             let samples = Capabilities::samples();
             let names: Vec<String> = samples.iter().map(|sample| sample.name.clone()).collect();
             let found = samples.into_iter().find(|s| s.name.to_lowercase().contains(&wanted.to_lowercase()));
             let sample =
                 found.ok_or_else(|| format!("no sample device matches {wanted:?}; known: {}", names.join(", ")))?;
-            return Ok(Some((format!("{} (sample)", sample.name), sample)));
+            return Ok((format!("{} (sample)", sample.name), Some(sample)));
         }
         let choice = self.target.choice();
-        if choice == DeviceChoice::Cpu {
-            return Ok(None);
-        }
-        let adapters = pollster::block_on(adapters());
-        let chosen = choice.index_in(&adapters)?.map(|index| &adapters[index]);
-        Ok(chosen.map(|adapter| (describe(&adapter.get_info()), Capabilities::of_adapter(adapter))))
+        // Without a look at drivers, which may be slow.
+        let adapters = if choice == DeviceChoice::Cpu { Vec::new() } else { pollster::block_on(adapters()) };
+        let infos: Vec<_> = adapters.iter().map(|adapter| adapter.get_info()).collect();
+        let Selection { adapter, reason, .. } = choice.select(&infos)?;
+        Ok(match adapter {
+            Some(index) => {
+                (format!("{}: {reason}", describe(&infos[index])), Some(Capabilities::of_adapter(&adapters[index])))
+            }
+            None => (format!("CPU ({} threads): {reason}", rayon::current_num_threads()), None),
+        })
     }
 }
 

@@ -55,6 +55,7 @@ impl Run {
             problem: case.problem.to_string(),
             dtype: case.problem.options().dtype.to_string(),
             device: attention.device_name(),
+            device_reason: attention.device_reason().to_string(),
             gpu: attention.is_gpu(),
             seconds: elapsed.as_secs_f64(),
             results: results.iter().map(|tensor| (tensor.name, tensor.shape.as_slice())).collect(),
@@ -71,6 +72,8 @@ struct Summary<'a> {
     problem: String,
     dtype: String,
     device: String,
+    /// Why it is this device.
+    device_reason: String,
     gpu: bool,
     seconds: f64,
     #[serde(serialize_with = "as_map")]
@@ -81,7 +84,8 @@ struct Summary<'a> {
 impl fmt::Display for Summary<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let elapsed = Duration::from_secs_f64(self.seconds);
-        write!(f, "{} {} on {} in {elapsed:.2?}:", self.pass, self.problem, self.device)?;
+        let Summary { pass, problem, device, device_reason, .. } = self;
+        write!(f, "{pass} {problem} on {device} ({device_reason}) in {elapsed:.2?}:")?;
         for (name, shape) in &self.results {
             write!(f, " {name} {shape:?}")?;
         }

@@ -258,13 +258,14 @@ impl Tune {
         check_writable(&self.out)?;
         let start = Instant::now();
         // Candidates are held against the built-in table, whatever the environment prefers.
-        let attention = self.device.open_untuned()?;
+        let attention = self.device.open_gpu_untuned()?;
         let device = attention.device().ok_or("tune needs a GPU: the CPU path has no tiles")?.clone();
         let timer = Timer::new(&device)?;
         let mut tuning = self.table(&device)?;
         self.write(&tuning)?;
         let mut summary = Summary {
             device: attention.device_name(),
+            device_reason: attention.device_reason().to_string(),
             clock: timer.clock().to_string(),
             file: self.out.display().to_string(),
             entries: Vec::new(),
@@ -512,6 +513,7 @@ impl Found {
 #[derive(Debug, Serialize)]
 struct Summary {
     device: String,
+    device_reason: String,
     clock: String,
     file: String,
     entries: Vec<Entry>,
@@ -533,7 +535,7 @@ struct Entry {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "Device: {}\nTimes:  {}\n", self.device, self.clock)?;
+        writeln!(f, "Device: {}: {}\nTimes:  {}\n", self.device, self.device_reason, self.clock)?;
         let width = self.entries.iter().map(|entry| entry.key.len()).max().unwrap_or(0);
         writeln!(
             f,

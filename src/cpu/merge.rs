@@ -41,7 +41,7 @@ fn merge_with(problem: &Problem, states: &[&PartialState], sink: impl Fn(usize) 
         // A row beyond the end of a padded sequence is none.
         let counts = layout == Layout::Thd || i < problem.sequence(batch).band.seq_q();
         let sink = if counts { sink(head) } else { None };
-        // What has seen nothing has no part in it, whatever its o holds.
+        // What has seen nothing has no part in it, whatever its o holds. A state of exp(inf) may be any part of it: NaN.
         let terms = states.iter().map(|state| f64::from(state.lse[n])).chain(sink);
         Denominator::new(terms.filter(|lse| *lse != f64::NEG_INFINITY).map(|lse| (lse, 1.0)))
     };

@@ -439,13 +439,14 @@ impl Denominator {
     pub(super) fn new(terms: impl Iterator<Item = (f64, f64)> + Clone) -> Self {
         let most = terms.clone().fold(f64::NEG_INFINITY, |most, (x, _)| most.max(x));
         let sum = match most.is_infinite() {
-            true => terms.map(|(x, count)| if x.is_nan() { x } else { count }).sum(),
+            // The count of exp(inf) may be NaN, a sum of exp(inf - inf), and does not matter.
+            true => terms.map(|(x, count)| if x.is_nan() || x == f64::INFINITY { x } else { count }).sum(),
             false => terms.map(|(x, count)| count * (x - most).exp()).sum(),
         };
         Denominator { most, sum }
     }
 
-    /// Its logarithm; -inf for no terms, or where all are exp(-inf).
+    /// Its logarithm; -inf for no terms, or where all are exp(-inf); inf where one is exp(inf).
     pub(super) fn log(&self) -> f64 {
         match (self.most.is_infinite(), self.sum.is_nan()) {
             (_, true) => f64::NAN,
@@ -454,7 +455,7 @@ impl Denominator {
         }
     }
 
-    /// `exp(x)` by the whole.
+    /// `exp(x)` by the whole; NaN for one exp(inf), which may be any part of it.
     pub(super) fn weight(&self, x: f64) -> f64 {
         if self.most.is_infinite() { (x - self.log()).exp() } else { (x - self.most).exp() / self.sum }
     }

@@ -7,12 +7,13 @@
 //!
 //! ```text
 //! s = k q                                  [keys][rows]
-//! m' = max(m, scale * s),  alpha = exp(m - m'),  p = exp(scale * s - m')
-//! l = alpha * l + sum p,   o = alpha * o + p v
+//! m' = max(m, s),         alpha = exp(scale * (m - m')),  p = exp(scale * (s - m'))
+//! l = alpha * l + sum p,  o = alpha * o + p v
 //! ```
 //!
-//! with whole scores for scale * s, and 1 for the scale, where scores are more than products, see [`Scores`],
-//! and in the end `lse = logaddexp(m + log l, sink)`, `o *= exp(m - lse)`. Items, and the splits of the
+//! with whole scores for s, and 1 for the scale, where scores are more than products, see [`Scores`],
+//! and in the end `lse = logaddexp(scale * m + log l, sink)`, `o *= exp(scale * m - lse)`, so that a score need not be within
+//! the range of f32. Items, and the splits of the
 //! keys where items are few, are a function of the problem alone, so results never depend on the threads.
 
 use std::borrow::Cow;
@@ -32,8 +33,6 @@ use crate::error::Result;
 use crate::problem::{Bias, Inputs, Layout, Output, Problem};
 use crate::sequences::Sequence;
 
-/// Beyond it, half a unit in the last place of a score is no small number any more.
-const HUGE: f32 = (1 << 24) as f32;
 /// With fewer items than this, each is split along the keys, to give every core work.
 pub(super) const FEW_ITEMS: usize = 64;
 /// The least key tiles worth a split.
@@ -198,12 +197,14 @@ impl Item<'_> {
             let sink = sink_logit(problem, inputs, self.tile.row(r).0);
             // What was accumulated nowhere has no weight, even where lse is -inf or NaN.
             let sums = states.iter().filter(|state| state.l[r] != 0.0);
-            let terms = sums.clone().map(|state| (f64::from(state.m[r]), f64::from(state.l[r])));
+            let factor = if problem.modifies_scores() { 1.0 } else { f64::from(problem.scale()).abs() };
+            let most = |state: &State| f64::from(state.m[r]) * factor;
+            let terms = sums.clone().map(|state| (most(state), f64::from(state.l[r])));
             let denominator = Denominator::new(terms.chain(sink.map(|sink| (sink, 1.0))));
             *lse = denominator.log() as f32;
             o.fill(0.0);
             for state in sums {
-                let weight = denominator.weight(state.m[r].into()) as f32;
+                let weight = denominator.weight(most(state)) as f32;
                 let panel = state.panel;
                 let column = state.o[r / panel * panel * width..][..panel * width].chunks_exact(panel);
                 for (o, acc) in o.iter_mut().zip(column) {
@@ -224,7 +225,7 @@ struct State {
     s: Vec<f32>,
     /// Outputs relative to exp(m): `[panel][value_dim][row]`.
     o: Vec<f32>,
-    /// Largest score; finite from the start, so that differences are never inf - inf.
+    /// Largest score, without the scale; finite from the start, so that differences are never inf - inf.
     m: Vec<f32>,
     /// Sum of exp(score - m).
     l: Vec<f32>,
@@ -344,11 +345,13 @@ impl Attend<'_> {
         m.fill(f32::MIN);
         l.fill(0.0);
         let width = q.len() / TILE;
+        // A scale of zero must not meet the -inf of a hidden score: all products are zero instead.
+        let sign = if self.scores.factor() == 0.0 { 0.0 } else { self.scores.sign };
         for r in 0..self.tile.len() {
             let (h, i) = self.tile.row(r);
             let column = q[r / panel * panel * width..][..panel * width].chunks_exact_mut(panel);
             for (q, &x) in column.zip(self.q.row(self.sequence.entry, h, self.sequence.q_start + i)) {
-                q[r % panel] = self.scores.sign * x;
+                q[r % panel] = sign * x;
             }
         }
     }
@@ -370,7 +373,8 @@ impl Attend<'_> {
         let s = &mut panels_mut::<S, NV>(&mut self.state.s)[..keys];
         let m = &mut panels_mut::<S, NV>(&mut self.state.m)[panel];
         let l = &mut panels_mut::<S, NV>(&mut self.state.l)[panel];
-        let factor = simd.splat_f32s(self.scores.factor());
+        let factor = if self.scores.factor() == 0.0 { 1.0 } else { self.scores.factor() };
+        let factor = simd.splat_f32s(factor);
 
         let mut most = [simd.splat_f32s(f32::NEG_INFINITY); NV];
         for s in s.iter() {
@@ -379,23 +383,16 @@ impl Attend<'_> {
             }
         }
         let mut alpha = *m;
-        let mut neg_m = *m;
         for v in 0..NV {
-            let new = simd.max_f32s(m[v], simd.mul_f32s(factor, most[v]));
-            alpha[v] = exp(simd, simd.sub_f32s(m[v], new));
-            neg_m[v] = simd.neg_f32s(new);
+            let new = simd.max_f32s(m[v], most[v]);
+            alpha[v] = exp(simd, simd.mul_f32s(factor, simd.sub_f32s(m[v], new)));
             m[v] = new;
         }
         let mut sum = [simd.splat_f32s(0.0); NV];
         for s in s {
             for v in 0..NV {
-                // Fused: the score itself is never rounded, only its difference from the maximum. That was rounded, by
-                // so much where it is huge that the largest score would lie far above or below it: there both are.
-                let fused = simd.mul_add_e_f32s(s[v], factor, neg_m[v]);
-                let rounded = simd.add_f32s(simd.mul_f32s(s[v], factor), neg_m[v]);
-                let huge = simd.less_than_f32s(neg_m[v], simd.splat_f32s(-HUGE));
-                let huge = simd.or_m32s(huge, simd.greater_than_f32s(neg_m[v], simd.splat_f32s(HUGE)));
-                s[v] = exp(simd, simd.select_f32s(huge, rounded, fused));
+                // The maximum less itself is 0, however large the scale is.
+                s[v] = exp(simd, simd.mul_f32s(factor, simd.sub_f32s(s[v], m[v])));
                 sum[v] = simd.add_f32s(sum[v], s[v]);
             }
         }

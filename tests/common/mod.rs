@@ -19,6 +19,7 @@ pub mod random;
 #[cfg(feature = "cli")]
 pub mod saved;
 pub mod shards;
+pub mod tint;
 pub mod views;
 
 use std::cell::OnceCell;

@@ -8,11 +8,11 @@ use serde::Serialize;
 use sink_attention::{
     AppendBuffers, Attention, CacheConfig, CacheKind, Clock, DType, Decode, DecodeBuffers, DecodeTiling, Device,
     KvCache, Options, PreparedAppend, PreparedDecode, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle,
-    Series, Shape, SinkLogits, TensorView, Timer, Window, wgpu,
+    Series, Shape, SinkLogits, Timer, Window, is_software,
 };
 
 use super::super::Progress;
-use super::super::operands::{filled, result};
+use super::super::operands::filled;
 use super::{Bench, MOST, QUICK};
 
 /// Tokens that are appended at a time while a cache is filled.
@@ -22,6 +22,7 @@ const CHUNK: usize = 4096;
 struct Report {
     version: &'static str,
     device: String,
+    device_reason: String,
     driver: String,
     clock: String,
     rows: Vec<Row>,
@@ -77,10 +78,10 @@ fn rate(gb_per_s: f64) -> String {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { version, device, driver, clock, rows } = self;
+        let Report { version, device, device_reason, driver, clock, rows } = self;
         writeln!(
             f,
-            "sink-attention {version} on {device}, {driver}\ntimes by {clock}: median (min to max), microseconds\n"
+            "sink-attention {version} on {device} ({device_reason}), {driver}\ntimes by {clock}: median (min to max), microseconds\n"
         )?;
         for row in rows {
             let Row { batch, heads, kv_heads, queries, seq_k, head_dim, value_dim, dtype, cache, .. } = row;
@@ -120,7 +121,7 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
     let timer = Timer::new(device)?;
     let shape = &args.shape;
     let info = device.wgpu().adapter_info();
-    let shorter = if args.quick || info.device_type == wgpu::DeviceType::Cpu { QUICK } else { 1 };
+    let shorter = if args.quick || is_software(&info) { QUICK } else { 1 };
     let batches: Vec<[usize; 2]> = match (shape.batch, shape.seq_k) {
         (None, None) => [[1, 131_072], [8, 131_072], [1, 4096]].map(|[batch, seq]| [batch, seq / shorter]).into(),
         (batch, seq) => vec![[batch.unwrap_or(1), seq.unwrap_or(131_072 / shorter)]],
@@ -129,6 +130,7 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         device: attention.device_name(),
+        device_reason: attention.device_reason().to_string(),
         driver: format!("{} {}", info.driver, info.driver_info),
         clock: timer.clock().to_string(),
         rows: Vec::new(),
@@ -241,24 +243,20 @@ impl Case<'_> {
         let mut cache = attention.create_cache(&config)?;
         let chunk = CHUNK.min(self.seq_k);
         let tokens = self.batch * chunk.max(self.queries);
-        let create = || {
-            let [k, v, q] = filled(
-                device,
-                self.dtype,
-                [
-                    [1, tokens, self.kv_heads, head_dim],
-                    [1, tokens, self.kv_heads, value_dim],
-                    [self.batch, self.queries, self.heads, head_dim],
-                ],
-            );
-            let dim = config.rotary.map_or(1, |rotary| rotary.dim as usize);
-            let [cos_sin, sinks] = filled(device, DType::F32, [[1, 1, self.capacity(), dim], [1, 1, 1, self.heads]]);
-            let o = result(device, self.dtype, [self.batch, self.queries, self.heads, value_dim]);
-            let lse = result(device, DType::F32, [1, self.batch, self.queries, self.heads]);
-            (k, v, q, cos_sin, sinks, o, lse)
-        };
-        let (k, v, q, cos_sin, sinks, o, lse) = pollster::block_on(device.scoped("creating operands", create))?;
-        let cos_sin = config.rotary.map(|_| &cos_sin);
+        let [k, v, q] = filled(
+            device,
+            self.dtype,
+            [
+                [1, tokens, self.kv_heads, head_dim],
+                [1, tokens, self.kv_heads, value_dim],
+                [self.batch, self.queries, self.heads, head_dim],
+            ],
+        )?;
+        let dim = config.rotary.map_or(1, |rotary| rotary.dim as usize);
+        let [cos_sin, sinks] = filled(device, DType::F32, [[1, 1, self.capacity(), dim], [1, 1, 1, self.heads]])?;
+        let o = device.zeros("o", self.dtype, &[self.batch, self.queries, self.heads, value_dim])?;
+        let lse = device.zeros("lse", DType::F32, &[self.batch, self.queries, self.heads])?;
+        let cos_sin = config.rotary.map(|_| cos_sin.wgpu());
         if let CacheKind::Paged { sequence_pages, .. } = config.kind {
             // Pages far from each other, as in a cache that has been in use for long.
             let total = sequence_pages * self.batch;
@@ -285,12 +283,10 @@ impl Case<'_> {
         let decode = Decode::new(self.heads, self.options()).queries(self.queries).q_rotated(true);
         let decode = Decode { tiling: self.args.decode_tiling, ..decode };
         let per_head = decode.options.sink_logits == SinkLogits::PerHead;
-        let operands = DecodeBuffers {
-            sink_logits: per_head.then(|| TensorView::new(&sinks)),
-            ..DecodeBuffers::new(&q, &o, &lse)
-        };
+        let operands =
+            DecodeBuffers { sink_logits: per_head.then(|| sinks.view()), ..DecodeBuffers::new(&q, &o, &lse) };
         let decoding = cache.prepare_decode(&decode, &operands)?;
-        let q = config.rotary.map(|_| (TensorView::new(&q), self.heads));
+        let q = config.rotary.map(|_| (q.view(), self.heads));
         let appending = cache.prepare_append(&vec![self.queries; self.batch], &AppendBuffers { q, ..buffers })?;
         self.series(timer, &RefCell::new(cache), &decoding, &appending, page_size)
     }

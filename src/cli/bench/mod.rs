@@ -16,7 +16,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
     Attention, Axes as PairAxes, DType, DecodeTiling, Kernel, Layout, Lengths, Options, Preference, Problem, Shape,
-    SinkLogits, Tiling, Timer, Window, wgpu,
+    SinkLogits, Tiling, Timer, Window, is_software,
 };
 
 use self::measure::{Direction, Effort, on_cpu, on_gpu};
@@ -306,12 +306,14 @@ impl Bench {
             let message = "the argument '--tiles <KERNEL=TILES>' cannot be used with '--backend cpu'";
             return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message).into());
         }
-        let attention = self.device.open()?;
+        // Neither is measured on the CPU path.
+        let needs_gpu = self.decode || !self.tiles.is_empty();
+        let attention = if needs_gpu { self.device.open_gpu() } else { self.device.open() }?;
         let timer = attention.device().map(Timer::new).transpose()?;
         if self.decode {
             return decode::execute(&self, &attention);
         }
-        let slow = attention.device().is_none_or(|d| d.wgpu().adapter_info().device_type == wgpu::DeviceType::Cpu);
+        let slow = attention.device().is_none_or(|d| is_software(&d.wgpu().adapter_info()));
         let shortened = slow && self.shape.seq_k.is_none() && self.shape.seq_q.is_none() && !self.quick;
         let quick = self.quick || shortened;
         // Wrong numbers are told before anything is measured.

@@ -14,6 +14,8 @@ use super::peaks::Peaks;
 pub struct Report {
     version: &'static str,
     pub device: String,
+    /// Why it is this device.
+    pub device_reason: String,
     /// Empty where there is none, or where it does not say.
     driver: String,
     clock: String,
@@ -124,6 +126,7 @@ impl Report {
         Report {
             version: env!("CARGO_PKG_VERSION"),
             device: attention.device_name(),
+            device_reason: attention.device_reason().to_string(),
             peaks: info.as_ref().and_then(|info| Peaks::of(&info.name)),
             driver: info.map_or(String::new(), |info| format!("{} {}", info.driver, info.driver_info).trim().into()),
             clock: clock.map_or("wall clock of the CPU path".into(), |clock| clock.to_string()),
@@ -254,7 +257,7 @@ impl Row {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "Device: {}", self.device)?;
+        writeln!(f, "Device: {}: {}", self.device, self.device_reason)?;
         if !self.driver.is_empty() {
             writeln!(f, "Driver: {}", self.driver)?;
         }

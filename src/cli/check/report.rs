@@ -50,6 +50,8 @@ struct Type {
 #[derive(Debug, Serialize)]
 struct Device {
     name: String,
+    /// Why it is this one.
+    reason: String,
     gpu: bool,
     /// Empty where there is none, or where it does not say.
     driver: String,
@@ -103,6 +105,7 @@ impl Report {
             pass: passes.name(),
             device: Device {
                 name: attention.device_name(),
+                reason: attention.device_reason().to_string(),
                 gpu: attention.is_gpu(),
                 driver: info
                     .map_or(String::new(), |info| format!("{} {}", info.driver, info.driver_info).trim().into()),
@@ -185,7 +188,7 @@ impl Worst {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "device   {}", self.device.name)?;
+        writeln!(f, "device   {}: {}", self.device.name, self.device.reason)?;
         if !self.device.driver.is_empty() {
             writeln!(f, "driver   {}", self.device.driver)?;
         }
