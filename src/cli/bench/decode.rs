@@ -105,6 +105,7 @@ impl fmt::Display for Report {
 }
 
 /// What is measured: a batch, its keys and all that the arguments say.
+#[derive(Clone, Copy)]
 struct Case<'a> {
     args: &'a Bench,
     batch: usize,
@@ -135,33 +136,35 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
         clock: timer.clock().to_string(),
         rows: Vec::new(),
     };
-    let progress = Progress::new(batches.len() * args.dtype.len() * (1 + args.page_size.len()))?;
+    let cases = batches.iter().flat_map(|&[batch, seq_k]| {
+        args.dtype.iter().map(move |dtype| Case {
+            args,
+            batch,
+            seq_k,
+            heads: shape.heads.unwrap_or(64),
+            kv_heads: shape.kv_heads.unwrap_or(8),
+            queries: shape.seq_q.unwrap_or(1),
+            widths: [head_dim, shape.value_dim.unwrap_or(head_dim)],
+            dtype: DType::from(*dtype),
+        })
+    });
+    let kinds = || std::iter::once(None).chain(args.page_size.iter().copied().map(Some));
+    let cases: Vec<(Case<'_>, Option<usize>)> =
+        cases.flat_map(|case| kinds().map(move |page_size| (case, page_size))).collect();
+    cases.iter().try_for_each(|(case, page_size)| case.check(*page_size))?;
+    let progress = Progress::new(cases.len())?;
     let mut failed = None;
-    'batches: for [batch, seq_k] in batches {
-        for dtype in args.dtype.iter().map(|dtype| DType::from(*dtype)) {
-            let case = Case {
-                args,
-                batch,
-                seq_k,
-                heads: shape.heads.unwrap_or(64),
-                kv_heads: shape.kv_heads.unwrap_or(8),
-                queries: shape.seq_q.unwrap_or(1),
-                widths: [head_dim, shape.value_dim.unwrap_or(head_dim)],
-                dtype,
-            };
-            for page_size in std::iter::once(None).chain(args.page_size.iter().copied().map(Some)) {
-                let cache = cache_name(page_size);
-                progress.begin(format!("decoding {dtype}, batch {batch}, {seq_k} keys, {cache}"));
-                match case.measure(attention, device, &timer, page_size) {
-                    Ok(row) => report.rows.push(row),
-                    Err(error) => {
-                        failed = Some(error);
-                        break 'batches;
-                    }
-                }
-                progress.end();
+    for (case, page_size) in &cases {
+        let Case { dtype, batch, seq_k, .. } = case;
+        progress.begin(format!("decoding {dtype}, batch {batch}, {seq_k} keys, {}", cache_name(*page_size)));
+        match case.measure(attention, device, &timer, *page_size) {
+            Ok(row) => report.rows.push(row),
+            Err(error) => {
+                failed = Some(error);
+                break;
             }
         }
+        progress.end();
     }
     progress.finish();
     // What was measured before a failure is reported, too.
@@ -204,6 +207,15 @@ impl Case<'_> {
             .quantisation(self.args.quantised.then_some(Quantisation::Q8_0))
     }
 
+    /// Wrong numbers are told before anything is computed from them.
+    fn check(&self, page_size: Option<usize>) -> sink_attention::Result<()> {
+        let Case { batch, heads, kv_heads, queries, .. } = *self;
+        let ([head_dim, value_dim], seq_k) = (self.widths, self.capacity());
+        let shape = Shape { batch, heads, kv_heads, seq_q: queries, seq_k, head_dim, value_dim };
+        Problem::new(shape, self.options())?;
+        self.config(page_size).check()
+    }
+
     fn options(&self) -> Options {
         let shape = &self.args.shape;
         Options::new()
@@ -235,11 +247,6 @@ impl Case<'_> {
     ) -> Result<Row, Box<dyn Error>> {
         let config = self.config(page_size);
         let [head_dim, value_dim] = self.widths;
-        // Wrong numbers are told before anything is computed from them.
-        let Case { batch, heads, kv_heads, queries, .. } = *self;
-        let seq_k = self.capacity();
-        let shape = Shape { batch, heads, kv_heads, seq_q: queries, seq_k, head_dim, value_dim };
-        Problem::new(shape, self.options())?;
         let mut cache = attention.create_cache(&config)?;
         let chunk = CHUNK.min(self.seq_k);
         let tokens = self.batch * chunk.max(self.queries);
