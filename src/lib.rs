@@ -142,9 +142,10 @@
 //! without any of that.
 //!
 //! The cooperative micro-kernel ([`MicroKernel::Cooperative`]) multiplies halves: weights p and d_s are rounded to f16 before
-//! they meet v, d_o, k and q, after an exact power of two has brought each of them, and bf16 operands, to the range of f16: by
-//! the largest finite number of the whole operand, keys that a mask or the window hides among them (what lies beyond a padded
-//! sequence's end is not); numbers 2^31 times smaller lose bits.
+//! they meet v, d_o, k and q. Exact powers of two bring them to the range of f16: of bf16 operands one for each token, of d_s one for
+//! each row of a gradient, by the first d_s of the row that are not zero. In a token elements 2^16 times smaller than its largest lose
+//! bits, in a row d_s 2^8 times smaller than the first ones. Rows with a token of bf16 beyond 2^60 or below 2^-60 in sight are
+//! computed by the portable kernel, and so are rows that see NaN or infinity, or d_s that outgrow f16 even so.
 //! What it gives stays within the bounds above but for a few things. The gradients of the sink logits and of a bias with o_rest
 //! have the bound of o, which was summed from rounded weights, that of ALiBi's slopes twice as much; without o_rest the first
 //! is 1e-5 there, too. Where rows see one key alone, so that all terms cancel, d_q

@@ -484,16 +484,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endif %}
 {% endmacro -%}
 
-{#- Leaves what was taken and changed as weights for `accumulate`. -#}
-{%- macro leave_weights(x) %}
+{#- Leaves what was taken and changed as weights for `accumulate`, and waits for it. -#}
+{%- macro keep_weights(x) %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     weights[weight_at + {{ r * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
 {% endfor %}{% endfor %}
-{% endmacro -%}
-
-{#- The same, and waits for it. -#}
-{%- macro keep_weights(x) %}
-{{ leave_weights(x) }}
     {{ sync() }}
 {% endmacro -%}
 
@@ -541,21 +536,18 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro unit(x) %}
 {% for r in range(row_fragments) %}
   var {{ x }}_unit_{{ r }} = 1.0;
-  var {{ x }}_limit_{{ r }} = 0.0;
+  var {{ x }}_limit_{{ r }} = select(MOST_WEIGHT, 0.0, row_{{ r }} < row_limit);
 {% endfor %}
+{% if not sanitize %}
+  // Whether a row of the subgroup has no unit yet.
+  var {{ x }}_waits = true;
+{% endif %}
 {% endmacro -%}
 
-{#- Leaves changed weights, in the unit of the accumulator x, for `accumulate`. The first of a row that are not zero set its unit: their
-    largest comes to 2^-6 .. 2^-5. So weights down to 2^-8 of it are as precise as halves are, what is lost of smaller ones is little
-    beside it, and later ones may be 2^20 times as large. A row with larger ones is reported, and has a unit that follows in the second
-    run: rescaling accumulators costs their loop registers even where it never happens (20 % of d_q on an NVIDIA H200). `also` is in
-    the unit, too. The vote stands behind the stores, which need not wait for it. -#}
-{%- macro keep_in_unit(w, x, operand, also=[]) %}
-{{ leave_weights(w) }}
-    var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>({{ x }}_limit_{{ r }})){% endfor %}{% endfor %}));
-    loop {
-      if (!grows_{{ x }}) { break; }
-      grows_{{ x }} = false;
+{#- The largest weight of each row sets its unit, where it goes beyond the limit: it comes to 2^-6 .. 2^-5, so that weights down to
+    2^-8 of it are as precise as halves are, what is lost below is little beside it, and later ones may be 2^20 times as large. What
+    else is in the unit goes with it. -#}
+{%- macro follow(w, x, also) %}
 {% for r in range(row_fragments) %}
       var factor_{{ r }} = 1.0;
       {
@@ -566,14 +558,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
         var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
 {{ reduce_row("most", "max") }}
         let exponent = i32(bitcast<u32>(most) >> 23u) - 127;
-        // No unit takes infinity or NaN: they come to be in the results, which are reported.
-        if (exponent < 128 && most > {{ x }}_limit_{{ r }}) {
-{% if sanitize %}
+        // No unit takes infinity or NaN: the row is reported.
+        if ({% if not sanitize %}{{ x }}_limit_{{ r }} == 0.0 && {% endif %}most > {{ x }}_limit_{{ r }} && exponent < 128) {
           factor_{{ r }} = bitcast<f32>(u32(127 + clamp(-6 - exponent, -100, 100)) << 23u);
-{% else %}
-          broken_{{ r }} = broken_{{ r }} || {{ x }}_limit_{{ r }} > 0.0;
-          factor_{{ r }} = select(bitcast<f32>(u32(127 + clamp(-6 - exponent, -100, 100)) << 23u), 1.0, {{ x }}_limit_{{ r }} > 0.0);
-{% endif %}
           {{ x }}_limit_{{ r }} = MOST_WEIGHT;
         }
       }
@@ -585,12 +572,33 @@ fn is_finite4(x: vec4<f32>) -> bool {
       {{ stem }}_{{ r }} *= factor_{{ r }};
 {% endfor %}
 {% endfor %}
-{{ leave_weights(w) }}
+{% endmacro -%}
+
+{#- Leaves changed weights w, in the unit of the accumulator x, for `accumulate`. Rescaling accumulators costs their loop registers, even
+    where it hardly ever happens (d_q took 20 % longer on an NVIDIA H200): so the first run sets each unit once, while the row of the
+    accumulator is zero, and reports rows whose weights become too large. The second run's units follow. -#}
+{%- macro keep_in_unit(w, x, operand, also=[]) %}
 {% if sanitize %}
+    var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>({{ x }}_limit_{{ r }})){% endfor %}{% endfor %}));
+    loop {
+      if (!grows_{{ x }}) { break; }
+      grows_{{ x }} = false;
+{{ follow(w, x, also) }}
 {{ rescale(x, operand, "factor_") }}
-{% endif %}
     }
-    {{ sync() }}
+{% else %}
+    var sets_{{ x }} = {{ x }}_waits;
+    loop {
+      if (!sets_{{ x }}) { break; }
+      sets_{{ x }} = false;
+{{ follow(w, x, also) }}
+      {{ x }}_waits = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}{{ x }}_limit_{{ r }} == 0.0{% endfor %});
+    }
+{% for r in range(row_fragments) %}
+    broken_{{ r }} = broken_{{ r }}{% for n in range(lane_quads) %} | any(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(MOST_WEIGHT)){% endfor %};
+{% endfor %}
+{% endif %}
+{{ keep_weights(w) }}
 {% endmacro -%}
 
 {#- In the second run: replaces staged columns that are not finite by zeros, and marks them behind their features. -#}

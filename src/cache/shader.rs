@@ -369,6 +369,7 @@ impl CacheVariant {
             CacheKernel::Gather | CacheKernel::Scatter => {
                 let of = |format: RowFormat| [d, e].map(|width| format.vectors(width as usize));
                 let context = context! {
+                    batch => 1,
                     threads => ROW_THREADS,
                     gathered_vectors => named(of(gathered_format)),
                     data_quads => named(of(self.format).map(|n| n * self.vector_quads())),
