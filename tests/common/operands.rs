@@ -227,7 +227,8 @@ pub fn check_within<T: Element>(
 /// What the rounding of the largest score there may be changes a weight by: all weights of a row may be small ones.
 pub fn score_rounding<T: Element>(problem: &Problem, operands: &Operands<T>) -> f64 {
     let longest = |x: &[T]| {
-        let norms = x.chunks(problem.shape().head_dim).map(|row| row.iter().map(|&x| x.into().powi(2)).sum::<f64>().sqrt());
+        let norms =
+            x.chunks(problem.shape().head_dim).map(|row| row.iter().map(|&x| x.into().powi(2)).sum::<f64>().sqrt());
         norms.filter(|norm| norm.is_finite()).fold(0.0, f64::max)
     };
     let most = f64::from(problem.scale().abs()) * longest(&operands.q) * longest(&operands.k);
