@@ -32,7 +32,8 @@
 {% endfor %}{% endfor %}
 {{ blocks.hide("s") }}
 {% for i in range(rows) %}{% for c in range(quads) %}
-    d_bias_{{ i }}_{{ c }} += s_{{ i }}_{{ c }};
+    // A row beyond the last is none, whatever its keys hold.
+    d_bias_{{ i }}_{{ c }} += select(vec4<f32>(), s_{{ i }}_{{ c }}, row_{{ i }} < row_limit);
 {% endfor %}{% endfor %}
 {% endmacro -%}
 
