@@ -197,7 +197,7 @@ fn sees4(row: u32, column: u32) -> vec4<bool> {
 {% endif %}
 {% if bias and not cooperative and kernel != "forward" %}
 
-// What the probabilities of a query are to be multiplied with: each of the n keys with the row's largest bias has 1 / n, of which
+// The factor of a query's probabilities: each of the n keys with the row's largest bias has 1 / n, of which
 // exp(score - lse) makes 1 where the bias takes up the logarithm of n. Twin of Scores::shares.
 fn share(query: u32, row_lse: f32) -> f32 {
   if (!(row_lse <= -1e9)) { return 1.0; }

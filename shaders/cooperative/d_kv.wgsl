@@ -41,7 +41,7 @@
     var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ blocks.term(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ blocks.score_scale(r) }}), {{ blocks.term(n, 0) }}){% endif %});
 {% endfor %}{% endfor %}
 {% if bias %}
-    // What the bias hides has no part in queries whose lse makes the sum a NaN.
+    // A key that the bias hides keeps weight 0, where the lse of a reported query makes its score a NaN.
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     p_{{ r }}_{{ n }} = select(p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(x_{{ r }}_{{ n }}) == vec4<u32>(0xff800000u));
 {% endfor %}{% endfor %}
