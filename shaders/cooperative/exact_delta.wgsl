@@ -48,6 +48,12 @@
     var p_d_p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * y_{{ r }}_{{ n }};
 {% endfor %}
 {% endfor %}
+{% if bias %}
+    // A key that the bias hides may hold a NaN, which no zero weight takes out.
+{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+    p_d_p_{{ r }}_{{ n }} = select(p_d_p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(row_{{ r }}, {{ blocks.quad_column(n) }})) == vec4<u32>(0xff800000u));
+{% endfor %}{% endfor %}
+{% endif %}
 {{ blocks.hide("p_d_p", "0.0") }}
 {% for r in range(row_fragments) %}
     {
