@@ -8,6 +8,15 @@
 {% include "tiled_main.wgsl" %}
 
   {{ micro.begin() }}
+{% if units %}
+  for (var tile = {{ "first_tile" if mask else "walk_tile" }}; tile < tiles.end; tile = {{ "next_shown" if mask else "next_of_walk" }}) {
+{% include "key_tile.wgsl" %}
+    {{ micro.find_units() }}
+  }
+{% endif %}
+{% if cooperative %}
+  {{ micro.begin_tiles() }}
+{% endif %}
 {% include "key_loop.wgsl" %}
     {{ micro.scores() }}
     {{ micro.probability_gradients() }}

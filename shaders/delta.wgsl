@@ -8,6 +8,9 @@
 {% include "operands.wgsl" %}
 {% include "exp.wgsl" %}
 {% include "probability.wgsl" %}
+{% if dtype != "f32" %}
+{% include "unit.wgsl" %}
+{% endif %}
 
 const ROWS: u32 = {{ delta_rows }}u;
 // Feature quads staged at once, one by each of the threads that share a row.
@@ -28,6 +31,20 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
 }
 {% endif %}
 
+// Whether a row holds nothing but zeros. Few rows are asked.
+{% for operand in ["o", "d_o"] if operand == "d_o" or sinks == "per_head" %}
+fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
+  var bits = vec4<u32>();
+  for (var quad = 0u; quad < {{ operand_quads[operand] }}u; quad += 1u) {
+    bits |= bitcast<vec4<u32>>(load_{{ operand }}(operand_base(params.{{ operand }}, batch, head) + row * params.{{ operand }}.seq, quad));
+{% if o_rest and operand == "o" %}
+    bits |= bitcast<vec4<u32>>(load_o_rest(operand_base(params.o_rest, batch, head) + row * params.o_rest.seq, quad));
+{% endif %}
+  }
+  return all((bits & vec4<u32>(0x7fffffffu)) == vec4<u32>());
+}
+{% endfor %}
+
 {% include "main.wgsl" %}
   let tile = params.region_tile + index % params.region_tiles;
   let place = index / params.region_tiles;
@@ -37,7 +54,7 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
 {% if alibi %}
 
   // For the kernels that come after.
-  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, batch, head) + params.slope_row] = vec2<f32>(alibi_slopes[params.slope_offset + head]); }
+  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, batch, head) + params.slope_row] = {{ "vec2" if dtype == "f32" else "vec4" }}<f32>(alibi_slopes[params.slope_offset + head]); }
 {% endif %}
 
   // Loads are shared by neighbouring threads; then thread r sums row r.
@@ -51,9 +68,12 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
   var row_delta = 0.0;
 {% if sinks == "per_head" %}
   var exact = vec2<f32>();
-  var o_bits = vec4<u32>();
 {% endif %}
-  var d_o_bits = vec4<u32>();
+{% if dtype != "f32" %}
+  // What bounds d_o . v, roughly: the sum of |d_o| times the largest |o|.
+  var d_o_sum = 0.0;
+  var o_most = 0.0;
+{% endif %}
   for (var quad0 = 0u; quad0 < {{ operand_quads.o }}u; quad0 += LANES) {
     let quad = quad0 + thread % LANES;
     workgroupBarrier();
@@ -64,6 +84,12 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
       o_stage[stage] = load_o(o_base, quad);
 {% endif %}
       d_o_stage[stage] = load_d_o(d_o_base, quad);
+{% if dtype != "f32" %}
+      let sizes = abs(d_o_stage[stage]);
+      d_o_sum += (sizes.x + sizes.y) + (sizes.z + sizes.w);
+      let o_sizes = abs(o_stage[stage]);
+      o_most = max(o_most, max(max(o_sizes.x, o_sizes.y), max(o_sizes.z, o_sizes.w)));
+{% endif %}
     } else {
       o_stage[stage] = vec4<f32>();
       d_o_stage[stage] = vec4<f32>();
@@ -73,10 +99,8 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
       for (var lane = 0u; lane < LANES; lane += 1u) {
         let a = d_o_stage[thread * LANE_ROW + lane];
         let b = o_stage[thread * LANE_ROW + lane];
-        d_o_bits |= bitcast<vec4<u32>>(a);
         row_delta += fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, a.x * b.x)));
 {% if sinks == "per_head" %}
-        o_bits |= bitcast<vec4<u32>>(b);
 {% for e in xyzw %}
         exact = add_product(exact, a.{{ e }}, b.{{ e }});
 {% endfor %}
@@ -84,6 +108,12 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
       }
     }
   }
+
+{% if dtype != "f32" %}
+  workgroupBarrier();
+  o_stage[stage] = vec4<f32>(d_o_sum, o_most, 0.0, 0.0);
+  workgroupBarrier();
+{% endif %}
 
   let row = row0 + thread;
   var sink_share = 0.0;
@@ -99,7 +129,7 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
 {% endif %}
 {% if sinks == "per_head" %}
       let sink = sink_logits[params.sink_offset + head];
-      if (sink == row_lse && all((o_bits & vec4<u32>(0x7fffffffu)) == vec4<u32>())) {
+      if (sink == row_lse && is_zero_o(batch, head, row)) {
         // The row saw nothing: its d_o, even NaN, reaches nothing. By its results, as the keys here may be a shard of those that it
         // saw.
         exact = vec2<f32>();
@@ -115,9 +145,21 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
 {% endif %}
     }
     // Where nothing flows into a row of the lowest biases, its probabilities, which take counting its keys, may as well be 0.
-    let idle = row_lse <= ABSORBING && row_delta == 0.0 && all((d_o_bits & vec4<u32>(0x7fffffffu)) == vec4<u32>());
+    let idle = row_lse <= ABSORBING && row_delta == 0.0 && is_zero_d_o(batch, head, row);
     let term = select(probability_lse(row_lse), -params.negative_infinity, idle);
-    row_terms[operand_base(params.row_terms, batch, head) + row] = vec2<f32>(term, row_delta);
+{% if dtype == "f32" %}
+    let terms = vec2<f32>(term, row_delta);
+{% else %}
+    var sizes = vec2<f32>();
+    for (var lane = 0u; lane < LANES; lane += 1u) {
+      let part = o_stage[thread * LANE_ROW + lane];
+      sizes = vec2<f32>(sizes.x + part.x, max(sizes.y, part.y));
+    }
+    // What rounds to 0 in o may still be so large.
+    let exponent = exponent_of(sizes.x) + exponent_of(max(sizes.y, {{ 2 ** -24 }})) + 1;
+    let terms = vec4<f32>(term, row_delta, query_unit(max(exponent, exponent_of(row_delta))), 0.0);
+{% endif %}
+    row_terms[operand_base(params.row_terms, batch, head) + row] = terms;
   }
 {% if sinks == "per_head" %}
   if (thread < ROWS) { partials[thread] = sink_share; }

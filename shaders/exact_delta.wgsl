@@ -4,11 +4,12 @@
     queries of one head. -#}
 {% include "tiled.wgsl" %}
 {% include "probability.wgsl" %}
+{% include "unit.wgsl" %}
 {% import micro_kernel ~ "/exact_delta.wgsl" as micro %}
 {{ micro.declare() }}
 
-// What the row at `row` of a head needs of its `total`, the sum of p d_p.
-fn store_row(work: Work, row: u32, total: f32) {
+// What the row at `row` of a head needs of its `total`, the sum of p d_p, of which the largest is `most`.
+fn store_row(work: Work, row: u32, total: f32, most: f32) {
   let row_lse = lse[operand_base(params.lse, work.batch, work.head) + row];
   // The row sees nothing, and lse is no function of anything.
   let sees = row_lse != params.negative_infinity;
@@ -17,14 +18,15 @@ fn store_row(work: Work, row: u32, total: f32) {
 {% else %}
   let delta = total;
 {% endif %}
-  row_terms[operand_base(params.row_terms, work.batch, work.head) + row] = vec2<f32>(probability_lse(row_lse), select(0.0, delta, sees));
+  let unit = query_unit(max(exponent_of(most), exponent_of(delta)) + 1);
+  row_terms[operand_base(params.row_terms, work.batch, work.head) + row] = vec4<f32>(probability_lse(row_lse), select(0.0, delta, sees), unit, 0.0);
 }
 
 {% include "tiled_main.wgsl" %}
 {% if alibi %}
 
   // For the kernels that come after.
-  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, work.batch, work.head) + params.slope_row] = vec2<f32>(slope); }
+  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, work.batch, work.head) + params.slope_row] = vec4<f32>(slope); }
 {% endif %}
 
   {{ micro.begin() }}

@@ -47,3 +47,6 @@
 {% include "first_tile.wgsl" %}
 {% endif %}
 {% endif %}
+{% if cooperative or not bias %}
+  let open = open_tiles({{ here_argument }}row0, row_end);
+{% endif %}

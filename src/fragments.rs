@@ -183,41 +183,43 @@ pub(crate) fn candidates(
     let shape = problem.shape();
     let width = shape.head_dim.max(shape.value_dim);
     let narrow = MaskClass::of(problem) == Some(MaskClass::Window);
-    // Subgroups, rows, stages; measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not.
+    // Subgroups, rows, columns, stages; measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not.
     // At 256 staged columns leave room for four subgroups in 48 KiB, of one row of fragments each: forward takes some 250
     // registers, d_q and d_k/d_v, with up to two accumulators and two operands, some 310 and 440, of which drivers spill what is
     // beyond 255. They are right all the same.
     let options = problem.options();
     let modified = options.softcap.is_some() || options.alibi || options.bias.is_some();
     let changed = modified || options.mask.is_some();
-    let table: &[[u32; 3]] = match (class, kernel) {
-        (DeviceClass::Software, _) => &[[2, 1, 2]],
-        (_, Kernel::Forward) if modified && !narrow && width <= 128 => &[[4, 2, 1], [4, 1, 1], [2, 1, 1]],
-        (_, Kernel::Forward) if narrow => &[[4, 1, 1], [2, 1, 1]],
-        (_, Kernel::DQ | Kernel::ExactDelta) if narrow && width <= 64 => &[[2, 2, 1], [2, 1, 1]],
-        (_, Kernel::DKv) if narrow && width <= 64 => &[[2, 1, 1]],
-        _ if narrow => &[[4, 1, 1], [2, 1, 1]],
-        (_, Kernel::DKv) if changed && width <= 64 => &[[4, 2, 1], [4, 1, 1], [2, 1, 1]],
+    let table: &[[u32; 4]] = match (class, kernel) {
+        (DeviceClass::Software, _) => &[[2, 1, 1, 2]],
+        (_, Kernel::Forward) if modified && !narrow && width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::Forward) if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DQ | Kernel::ExactDelta) if narrow && width <= 64 => &[[2, 2, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if narrow && width <= 64 => &[[2, 1, 1, 1]],
+        _ if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if changed && width <= 64 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         (_, Kernel::Forward | Kernel::DQ | Kernel::ExactDelta | Kernel::DKv) if width <= 64 => {
-            &[[4, 2, 2], [4, 1, 1], [2, 1, 1]]
+            &[[4, 2, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]]
         }
-        (_, Kernel::Forward) if options.mask.is_some() && width <= 128 => &[[8, 2, 2], [4, 2, 1], [4, 1, 1], [2, 1, 1]],
-        (_, Kernel::Forward) if width <= 128 => &[[4, 2, 1], [4, 1, 1], [2, 1, 1]],
-        (_, Kernel::DKv) if changed && width <= 128 => &[[4, 1, 1], [2, 1, 1]],
-        (_, Kernel::DQ | Kernel::ExactDelta) if options.mask.is_some() && width <= 128 => &[[4, 1, 1], [2, 1, 1]],
-        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 1], [4, 1, 1], [2, 1, 1]],
-        _ => &[[8, 1, 2], [4, 1, 1], [2, 1, 1]],
+        (_, Kernel::Forward) if options.mask.is_some() && width <= 128 => {
+            &[[8, 2, 1, 2], [4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]]
+        }
+        (_, Kernel::Forward) if width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if changed && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DQ | Kernel::ExactDelta) if options.mask.is_some() && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        _ => &[[8, 1, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]],
     };
-    let columns = match class {
+    let smaller = match class {
         // llvmpipe compiles a kernel for seconds, by the number of products in it.
         DeviceClass::Software => 1,
         _ => 16 / matrices.side,
     };
-    table.iter().map(move |&[subgroups, rows, stages]| Fragments {
+    table.iter().map(move |&[subgroups, rows, columns, stages]| Fragments {
         matrices,
         subgroups,
-        rows: rows * columns,
-        columns,
+        rows: rows * smaller,
+        columns: columns * smaller,
         stages,
     })
 }

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::capabilities::Capabilities;
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::plan::{Pass, fold, repair_slots, work_list};
 use crate::problem::{Layout, MaskPacking, Problem};
@@ -198,7 +199,11 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         View::new(binding, 0, [heads * seq, seq, 1].map(|n| n as u64), [s.batch, heads, seq, 1], 8)
     };
     Some(match binding {
-        Binding::RowTerms => rows(s.seq_q + usize::from(problem.options().alibi), 8),
+        // lse and delta; in half precision also what brings the row's weights within its range.
+        Binding::RowTerms => {
+            let bytes = if problem.options().dtype == DType::F32 { 8 } else { 16 };
+            rows(s.seq_q + usize::from(problem.options().alibi), bytes)
+        }
         Binding::AlibiMoments => rows(s.seq_q, 4),
         Binding::SinkPartials => rows(s.seq_q.div_ceil(DELTA_ROWS as usize), 4),
         Binding::MaskBits => mask_bits(problem),

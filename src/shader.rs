@@ -46,6 +46,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("halves.wgsl", include_str!("../shaders/halves.wgsl")),
     ("head_sums.wgsl", include_str!("../shaders/head_sums.wgsl")),
     ("key_loop.wgsl", include_str!("../shaders/key_loop.wgsl")),
+    ("key_tile.wgsl", include_str!("../shaders/key_tile.wgsl")),
     ("main.wgsl", include_str!("../shaders/main.wgsl")),
     ("mask.wgsl", include_str!("../shaders/mask.wgsl")),
     ("next_shown.wgsl", include_str!("../shaders/next_shown.wgsl")),
@@ -60,10 +61,13 @@ const SOURCES: &[(&str, &str)] = &[
     ("portable/exact_delta.wgsl", include_str!("../shaders/portable/exact_delta.wgsl")),
     ("portable/forward.wgsl", include_str!("../shaders/portable/forward.wgsl")),
     ("probability.wgsl", include_str!("../shaders/probability.wgsl")),
+    ("query_head.wgsl", include_str!("../shaders/query_head.wgsl")),
+    ("query_tile.wgsl", include_str!("../shaders/query_tile.wgsl")),
     ("repairs.wgsl", include_str!("../shaders/repairs.wgsl")),
     ("scale.wgsl", include_str!("../shaders/scale.wgsl")),
     ("scores.wgsl", include_str!("../shaders/scores.wgsl")),
     ("softmax.wgsl", include_str!("../shaders/softmax.wgsl")),
+    ("unit.wgsl", include_str!("../shaders/unit.wgsl")),
     ("tiled.wgsl", include_str!("../shaders/tiled.wgsl")),
     ("tiled_main.wgsl", include_str!("../shaders/tiled_main.wgsl")),
     ("token_scales.wgsl", include_str!("../shaders/token_scales.wgsl")),
@@ -410,6 +414,18 @@ impl Variant {
         all.filter(|(b, _)| present(b)).chain(scales).chain(repairs).collect()
     }
 
+    /// Accumulators of a cooperative kernel the units of whose rows it finds itself, in a walk. In f16 the unit of a query comes with
+    /// its delta; in bf16 it depends on the keys' token scales.
+    fn units(&self) -> &'static [&'static str] {
+        match (self.kernel, self.dtype) {
+            _ if self.fragments().is_none() => &[],
+            (Kernel::DQ, DType::Bf16) => &["d_q"],
+            (Kernel::DKv, DType::Bf16) => &["d_k", "d_v"],
+            (Kernel::DKv, _) => &["d_k"],
+            _ => &[],
+        }
+    }
+
     /// The token scales of the columns that a cooperative kernel reads: in bf16, which has more range than f16.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
         let needs = self.fragments().is_some() && self.dtype == DType::Bf16;
@@ -547,6 +563,7 @@ impl Variant {
                 },
                 type => match (b, b.width(self), self.vec4) {
                     (Binding::Params, ..) => "Params",
+                    (Binding::RowTerms, ..) if half => "array<vec4<f32>>",
                     (Binding::RowTerms | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
                     (Binding::Repairs | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
                     (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
@@ -617,6 +634,7 @@ impl Variant {
             score_size => if self.column_scales().is_some() { "1.0" } else { "params.scale_size" },
             column_scales => self.column_scales().map(Binding::name),
             sanitize => self.sanitize,
+            units => self.units().to_vec(),
             batch => self.batch,
             leave => if self.batch > 1 { "continue" } else { "return" },
             of_tiles => self.kernel == Kernel::DSinkLogits && !self.sums_delta(),

@@ -45,6 +45,7 @@ both! {
     what_rounding_took_from_o
     large_scores
     the_range_of_the_type
+    weights_beyond_halves
     hidden_keys_never_come_through
     visible_keys_do
     nan_stays_in_its_row
@@ -249,6 +250,31 @@ fn the_range_of_the_type<T: Element>(attention: &Attention) {
         }
         check(attention, &problem, &case, false);
     }
+}
+
+/// The unit of a row's weights does not foresee these: later queries have gradients 2^25 (f16) or 2^80 (bf16) times as large as those that
+/// set it; values cancel, so that o says nothing of d_o . v.
+fn weights_beyond_halves<T: Element>(attention: &Attention) {
+    let scaled = |x: &mut [T], factor: f32| x.iter_mut().for_each(|x| *x = T::from_f32(x.to_f32() * factor));
+    let both = |problem: &Problem, case: &Backward<T>| {
+        check(attention, problem, case, false);
+        // With o_rest delta, and the unit of d_q with it, is another kernel's.
+        case.rows_agree(accepted(T::DTYPE), problem, &case.run(attention, problem));
+    };
+    let [low, high] = if T::DTYPE == DType::F16 { [-12, 13] } else { [-40, 40] };
+    let (problem, mut case) = random::<T>(&problem([1, 2, 1], [48, 48], [16, 16], Options::new().causal(true)), 3);
+    for (i, d_o) in case.d_o.chunks_mut(2 * 16).enumerate() {
+        scaled(d_o, 2f32.powi(if i < 32 { low } else { high }));
+    }
+    both(&problem, &case);
+
+    let (problem, mut case) = random::<T>(&self::problem([1, 2, 1], [20, 64], [16, 16], Options::new()), 4);
+    case.operands.q.fill(T::from_f32(0.0));
+    for pair in case.operands.v.chunks_mut(2 * 16) {
+        let (first, second) = pair.split_at_mut(16);
+        second.iter_mut().zip(first).for_each(|(second, first)| *second = T::from_f32(-first.to_f32()));
+    }
+    both(&problem, &case);
 }
 
 /// Weights of hidden keys are zeros in a fragment, and zero times NaN is NaN: such tiles are reported, and the portable

@@ -17,9 +17,10 @@
     these columns, so that rows that do not see them get the bits that they get beside any other hidden column, and reports the
     rows that do see one. The portable kernel computes these rows.
 
-    Halves have less range than what is computed. So a row of an accumulator has a unit, a power of two by the weights
-    which the row has seen: `keep_in_unit`. Operands in bf16 come with a power of two for each token (token_scales.wgsl). Nothing is
-    scaled by what a row does not see.
+    Halves have less range than what is computed. So the weights of an accumulator's row are multiplied with the row's unit, a power of
+    two. The first weights that the row sees set it, in a walk over few tiles before the loop over all of them; that of d_q in f16
+    comes with delta (unit.wgsl). Operands in bf16 come with a power of two for each token (token_scales.wgsl). Nothing is scaled by
+    what a row does not see.
 
     Workgroup memory is what decides how many workgroups run at a time, and what the driver has left for registers that it
     cannot keep: rows of fragments take turns in one strip, p and d_s in one place for weights, and flags use the strips. Every
@@ -47,7 +48,7 @@ var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * side * w
 var<workgroup> terms: array<vec4<f32>, {{ stages * column_terms * tile_columns // 4 }}>;
 {% endif %}
 {% if kernel in ["d_q", "d_kv"] %}
-// What weights may reach before their unit follows, within f16.
+// What weights may reach before their unit follows in the second run, within f16.
 const MOST_WEIGHT: f32 = 32768.0;
 {% endif %}
 
@@ -181,8 +182,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
-{#- Before the first tile: the scale of scores in powers of two; and, where there is one range of tiles, the first is on its way:
-    `put_columns` follows when other operands are, too. -#}
+{#- Before the first tile: the scale of scores in powers of two, and what `fetch` keeps. -#}
 {%- macro begin_columns() %}
 {% if softcap %}
   // cap tanh(x) = cap - 2 cap / (1 + e^(2 x)): what e is raised to, in powers of two and without its sign; and what `capped4`
@@ -213,12 +213,6 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var token_scale_{{ n }} = vec2<f32>();
 {% endif %}
 {% endfor %}
-{% if not rows_are_keys %}
-  {
-{{ fetch_columns("first_column(tiles, " ~ ("first_tile" if mask else "tiles.first") ~ ")") }}
-  }
-{{ fetch_mask("first_tile") }}
-{% endif %}
 {% endmacro -%}
 
 {#- The scales of rows' products, once their operand is resident. -#}
@@ -263,7 +257,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ if_term(n) }}{
       let source = min({{ column }} + thread + {{ n * threads }}u, last_column);
 {% if rows_are_keys %}
-      row_term_{{ n }} = row_terms[terms_base + source];
+      row_term_{{ n }} = row_terms[terms_base + source].xy;
 {% endif %}
 {% if column_scales %}
       token_scale_{{ n }} = {{ column_scales }}[scales_base + source];
@@ -305,18 +299,20 @@ fn is_finite4(x: vec4<f32>) -> bool {
     workgroupBarrier();
 {% endmacro -%}
 
-{#- The first tile of a range, where there are several. -#}
-{%- macro first_columns() %}
+{#- The first column of a tile. -#}
+{%- macro column_of(tile) %}{% if rows_are_keys %}({{ tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ tile }}){% endif %}{% endmacro -%}
+
+{#- Sets a range's first tile on its way: `put_columns` follows when other operands are, too. -#}
+{%- macro fetch_first(tile="tiles.first") %}
   {
-{{ fetch_columns("first_tile * TILE_COLUMNS") }}
+{{ fetch_columns(column_of("first_tile" if mask else tile)) }}
   }
 {{ fetch_mask("first_tile") }}
-{{ put_columns() }}
 {% endmacro -%}
 
 {#- The next tile has until the end of this one. -#}
 {%- macro fetch_next() %}
-    let next = {% set next_tile = "next_shown" if mask else following %}{% if rows_are_keys %}({{ next_tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ next_tile }}){% endif %};
+    let next = {{ column_of("next_shown" if mask else following) }};
 {{ fetch_columns("next") }}
 {% endmacro -%}
 
@@ -339,10 +335,16 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% for r in range(row_fragments) %}
   var shift_{{ r }} = 0.0;
   var delta_{{ r }} = 0.0;
+{% if not units %}
+  var d_q_unit_{{ r }} = 1.0;
+{% endif %}
   if (row_{{ r }} < row_limit) {
     let own = row_terms[terms_base + row_{{ r }}];
     shift_{{ r }} = {{ shift("own.x") }};
     delta_{{ r }} = own.y;
+{% if not units %}
+    d_q_unit_{{ r }} = own.z;
+{% endif %}
 {% if bias %}
     // Its probabilities take counting its keys.
     broken_{{ r }} = own.x <= ABSORBING;
@@ -531,23 +533,21 @@ fn is_finite4(x: vec4<f32>) -> bool {
       {{ sync() }}
 {% endmacro -%}
 
-{#- The unit of an accumulator's rows, as weights are multiplied with it, and what they may reach: the first that is not zero sets
-    both. -#}
-{%- macro unit(x) %}
-{% for r in range(row_fragments) %}
+{#- Before the walk: no row has a unit. -#}
+{%- macro begin_units() %}
+{% if units %}
+{% for x in units %}{% for r in range(row_fragments) %}
   var {{ x }}_unit_{{ r }} = 1.0;
-  var {{ x }}_limit_{{ r }} = select(MOST_WEIGHT, 0.0, row_{{ r }} < row_limit);
-{% endfor %}
-{% if not sanitize %}
-  // Whether a row of the subgroup has no unit yet.
-  var {{ x }}_waits = true;
+  var {{ x }}_waits_{{ r }} = row_{{ r }} < {{ ("min(row_limit, here." ~ ("seq_k" if rows_are_keys else "seq_q") ~ ")") if lengths else "row_limit" }};
+{% endfor %}{% endfor %}
+  var waits = true;
 {% endif %}
 {% endmacro -%}
 
-{#- The largest weight of each row sets its unit, where it goes beyond the limit: it comes to 2^-6 .. 2^-5, so that weights down to
-    2^-8 of it are as precise as halves are, what is lost below is little beside it, and later ones may be 2^20 times as large. What
-    else is in the unit goes with it. -#}
-{%- macro follow(w, x, also) %}
+{#- The largest weight of each row sets its unit, where that waits for the first weights, or where they go beyond halves: it comes to
+    2^-6 .. 2^-5, so that weights down to 2^-8 of it are as precise as halves are, what is lost below is little beside it, and later ones
+    may be 2^20 times as large. -#}
+{%- macro follow(w, x, condition, then="") %}
 {% for r in range(row_fragments) %}
       var factor_{{ r }} = 1.0;
       {
@@ -559,12 +559,36 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {{ reduce_row("most", "max") }}
         let exponent = i32(bitcast<u32>(most) >> 23u) - 127;
         // No unit takes infinity or NaN: the row is reported.
-        if ({% if not sanitize %}{{ x }}_limit_{{ r }} == 0.0 && {% endif %}most > {{ x }}_limit_{{ r }} && exponent < 128) {
+        if (exponent < 128 && {{ condition | replace("ROW", r) }}) {
           factor_{{ r }} = bitcast<f32>(u32(127 + clamp(-6 - exponent, -100, 100)) << 23u);
-          {{ x }}_limit_{{ r }} = MOST_WEIGHT;
+{% if then %}
+          {{ then | replace("ROW", r) }}
+{% endif %}
         }
       }
       {{ x }}_unit_{{ r }} *= factor_{{ r }};
+{% endfor %}
+{% endmacro -%}
+
+{#- Sets units of rows that have none. -#}
+{%- macro set_units(w, x) %}
+    {
+{{ follow(w, x, x ~ "_waits_ROW && most > 0.0", x ~ "_waits_ROW = false;") }}
+    }
+{% endmacro -%}
+
+{#- Leaves changed weights w, in the unit of the accumulator x, for `accumulate`. The unit is known before: setting it here costs the
+    loop over tiles its registers, even where that hardly ever happens (8 to 25 % on an NVIDIA H200), and so does comparing weights
+    with what halves hold (16 to 25 % of d_kv). A weight beyond that becomes infinite as a half, and so does its row, which is
+    reported. In the second run the unit follows such weights. -#}
+{%- macro keep_in_unit(w, x, operand, also=[]) %}
+{% if sanitize %}
+    var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(MOST_WEIGHT)){% endfor %}{% endfor %}));
+    loop {
+      if (!grows_{{ x }}) { break; }
+      grows_{{ x }} = false;
+{{ follow(w, x, "most > MOST_WEIGHT") }}
+{% for r in range(row_fragments) %}
 {% for n in range(lane_quads) %}
       {{ w }}_{{ r }}_{{ n }} *= factor_{{ r }};
 {% endfor %}
@@ -572,33 +596,44 @@ fn is_finite4(x: vec4<f32>) -> bool {
       {{ stem }}_{{ r }} *= factor_{{ r }};
 {% endfor %}
 {% endfor %}
-{% endmacro -%}
-
-{#- Leaves changed weights w, in the unit of the accumulator x, for `accumulate`. Rescaling accumulators costs their loop registers, even
-    where it hardly ever happens (d_q took 20 % longer on an NVIDIA H200): so the first run sets each unit once, while the row of the
-    accumulator is zero, and reports rows whose weights become too large. The second run's units follow. -#}
-{%- macro keep_in_unit(w, x, operand, also=[]) %}
-{% if sanitize %}
-    var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>({{ x }}_limit_{{ r }})){% endfor %}{% endfor %}));
-    loop {
-      if (!grows_{{ x }}) { break; }
-      grows_{{ x }} = false;
-{{ follow(w, x, also) }}
 {{ rescale(x, operand, "factor_") }}
     }
-{% else %}
-    var sets_{{ x }} = {{ x }}_waits;
-    loop {
-      if (!sets_{{ x }}) { break; }
-      sets_{{ x }} = false;
-{{ follow(w, x, also) }}
-      {{ x }}_waits = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}{{ x }}_limit_{{ r }} == 0.0{% endfor %});
-    }
-{% for r in range(row_fragments) %}
-    broken_{{ r }} = broken_{{ r }}{% for n in range(lane_quads) %} | any(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(MOST_WEIGHT)){% endfor %};
-{% endfor %}
 {% endif %}
 {{ keep_weights(w) }}
+{% endmacro -%}
+
+{#- The walk begins at a tile of which all rows see something, if there is one, goes on from the first one, and ends when all rows
+    have a unit. A row without weights has none to the end. -#}
+{%- macro begin_walk() %}
+{% if not mask %}
+  let walk_tile = clamp({{ "open.start" if rows_are_keys else "(max(open.end, 1u) - 1u)" }} / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
+  var next_of_walk = tiles.first;
+  var is_first = true;
+{% endif %}
+{{ fetch_first("walk_tile") }}
+{% endmacro -%}
+
+{#- Ends a tile: goes on where rows wait for their units. -#}
+{%- macro next_units() %}
+    let subgroup_waits = subgroupAny({% for x in units %}{% set first = loop.first %}{% for r in range(row_fragments) %}{{ " || " if r > 0 or not first }}{{ x }}_waits_{{ r }}{% endfor %}{% endfor %});
+{{ any_subgroup("waits", "subgroup_waits") }}
+    if (!waits) { break; }
+{% if not mask %}
+    next_of_walk = select({{ following }}, tiles.first, is_first);
+    is_first = false;
+{% endif %}
+    let next = {{ column_of("next_shown" if mask else "next_of_walk") }};
+{{ fetch_columns("next") }}
+{% endmacro -%}
+
+{#- After the walk: the first tile again. -#}
+{%- macro restart() %}
+{% if mask %}
+  classes = Classes(0u, 0xffffffffu);
+  span = seen_span({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+  next_shown = first_tile;
+{% endif %}
+{{ fetch_first() }}
 {% endmacro -%}
 
 {#- In the second run: replaces staged columns that are not finite by zeros, and marks them behind their features. -#}
@@ -681,18 +716,23 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {% endfor %}
 {% endmacro -%}
 
+{#- Whether `flag`, the same in a subgroup, holds in any of them. All have read their columns then, and strips are free. -#}
+{%- macro any_subgroup(name, flag) %}
+    workgroupBarrier();
+    if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, {{ flag }})); }
+    workgroupBarrier();
+    {{ name }} = false;
+    for (var n = 0u; n < {{ subgroups }}u; n += 1u) { {{ name }} = {{ name }} || strips[n].x > 0.0; }
+{% endmacro -%}
+
 {#- Reports whether rows of the tile are to be computed again, and, where there are any, which. -#}
 {%- macro report() %}
   let subgroup_broken = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(broken_{{ r }} && row_{{ r }} < row_limit){% endfor %});
-  // The strips are free.
-  workgroupBarrier();
-  if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_broken)); }
-  workgroupBarrier();
-  var total = 0.0;
-  for (var n = 0u; n < {{ subgroups }}u; n += 1u) { total += strips[n].x; }
+  var any_broken = false;
+{{ any_subgroup("any_broken", "subgroup_broken") }}
   let slot = repair_slot({{ here_argument }}work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(total); }
-  var reports = total > 0.0;
+  if (thread == 0u) { repairs[slot] = u32(any_broken); }
+  var reports = any_broken;
   loop {
     if (!reports) { break; }
     reports = false;
@@ -703,7 +743,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
     if (part == 0u) { strips[row_{{ r }} - row0] = vec4<f32>(report_{{ r }}); }
 {% endfor %}
     workgroupBarrier();
-    if (thread < {{ report_words - 1 }}u) {
+    if (thread < {{ (tile_rows + 31) // 32 }}u) {
       var bits = 0u;
       for (var n = 0u; n < min({{ tile_rows }}u - thread * 32u, 32u); n += 1u) { bits |= u32(strips[thread * 32u + n].x) << n; }
       repairs[slot + 1u + thread] = bits;

@@ -7,19 +7,36 @@
 {{ blocks.begin() }}
 {{ blocks.resident("k") }}
 {{ blocks.resident("v") }}
-{{ blocks.accumulator("d_k", "q") }}
-{{ blocks.accumulator("d_v", "d_o") }}
-{{ blocks.unit("d_k") }}
-{% if column_scales %}
-{{ blocks.unit("d_v") }}
-{% endif %}
+{{ blocks.begin_units() }}
 {{ blocks.begin_columns() }}
 {{ blocks.row_scales("k") }}
 {% endmacro -%}
 
+{%- macro begin_walk() %}{{ blocks.begin_walk() }}{% endmacro -%}
+
+{%- macro find_units() %}
+{{ blocks.put_columns() }}
+{{ blocks.product("s", "k", "q", "stage") }}
+{{ weigh_values() }}
+{% if column_scales %}
+{{ blocks.set_units("w", "d_v") }}
+{% endif %}
+{{ cap_probabilities() }}
+{{ blocks.product("d_p", "v", "d_o", "stage") }}
+{{ weigh() }}
+{{ blocks.set_units("d_s", "d_k") }}
+{{ blocks.next_units() }}
+{% endmacro -%}
+
+{%- macro begin_tiles() %}
+{{ blocks.accumulator("d_k", "q") }}
+{{ blocks.accumulator("d_v", "d_o") }}
+{% endmacro -%}
+
 {#- The first tile of a head. -#}
 {%- macro begin_head() %}
-{{ blocks.first_columns() }}
+{{ blocks.fetch_first() }}
+{{ blocks.put_columns() }}
 {% endmacro -%}
 
 {%- macro scores() %}
@@ -28,9 +45,9 @@
 {{ blocks.product("s", "k", "q", "stage") }}
 {% endmacro -%}
 
-{#- Leaves p as weights, up to 2^15: that is within the range of halves, and a small p is not rounded away. In bf16 they take the scale
-    of d_o out, in a unit. -#}
-{%- macro probabilities() %}
+{#- p times 2^15: that is within the range of halves, and a small p is not rounded away. In bf16 also w, which takes the scale of d_o
+    out, in the unit of d_v. -#}
+{%- macro weigh_values() %}
 {{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
@@ -52,10 +69,21 @@
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     var w_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * {{ blocks.column_inverse(n, 1) }} * d_v_unit_{{ r }};
 {% endfor %}{% endfor %}
+{% endif %}
+{% endmacro -%}
+
+{#- Leaves p as weights. -#}
+{%- macro probabilities() %}
+{{ weigh_values() }}
+{% if column_scales %}
 {{ blocks.keep_in_unit("w", "d_v", "d_o") }}
 {% else %}
 {{ blocks.keep_weights("p") }}
 {% endif %}
+{{ cap_probabilities() }}
+{% endmacro -%}
+
+{%- macro cap_probabilities() %}
 {% if softcap %}
     // What d_s needs of p.
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
@@ -70,8 +98,8 @@
 {{ blocks.product("d_p", "v", "d_o", "stage") }}
 {% endmacro -%}
 
-{#- Leaves d_s = p (d_p - delta) as weights, in the unit of d_k. -#}
-{%- macro score_gradients() %}
+{#- d_s = p (d_p - delta), in the unit of d_k. -#}
+{%- macro weigh() %}
 {% for r in range(row_fragments) %}
 {{ blocks.park("d_p", r) }}
 {{ blocks.take("y", r, 1) }}
@@ -94,6 +122,11 @@
     d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
 {% endfor %}{% endfor %}
 {% endif %}
+{% endmacro -%}
+
+{#- Leaves d_s as weights. -#}
+{%- macro score_gradients() %}
+{{ weigh() }}
 {{ blocks.keep_in_unit("d_s", "d_k", "q") }}
 {{ blocks.find_broken() }}
 {% endmacro -%}

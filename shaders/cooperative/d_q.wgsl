@@ -6,16 +6,36 @@
 {%- macro begin() %}
 {{ blocks.begin() }}
 {{ blocks.begin_columns() }}
+{% if units %}
+{{ blocks.begin_walk() }}
+{% else %}
+{{ blocks.fetch_first() }}
+{% endif %}
 {{ blocks.resident("q") }}
 {{ blocks.resident("d_o") }}
 {{ blocks.row_scales("q") }}
-{{ blocks.accumulator("d_q", "k") }}
-{{ blocks.unit("d_q") }}
+{{ blocks.begin_units() }}
 {{ blocks.row_terms() }}
+{% endmacro -%}
+
+{%- macro find_units() %}
+{{ blocks.put_columns() }}
+{{ blocks.product("s", "q", "k", "stage") }}
+{{ blocks.product("d_p", "d_o", "v", "stage") }}
+{{ weigh(false) }}
+{{ blocks.set_units("d_s", "d_q") }}
+{{ blocks.next_units() }}
+{% endmacro -%}
+
+{%- macro begin_tiles() %}
+{{ blocks.accumulator("d_q", "k") }}
 {% if moments %}
 {% for r in range(row_fragments) %}
   var moment_{{ r }} = 0.0;
 {% endfor %}
+{% endif %}
+{% if units %}
+{{ blocks.restart() }}
 {% endif %}
 {{ blocks.put_columns() }}
 {% endmacro -%}
@@ -30,8 +50,8 @@
 {{ blocks.product("d_p", "d_o", "v", "stage") }}
 {% endmacro -%}
 
-{#- Leaves d_s = p (d_p - delta) as weights, in the unit of d_q. -#}
-{%- macro score_gradients() %}
+{#- d_s = p (d_p - delta), in the unit of d_q; the moments, too, where this `counts`. -#}
+{%- macro weigh(counts) %}
 {{ blocks.begin_scores() }}
 {% for r in range(row_fragments) %}
 {{ blocks.park("s", r) }}
@@ -47,13 +67,13 @@
     var d_s_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ blocks.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
 {% endfor %}
 {% endfor %}
-{% if softcap and not moments %}
+{% if softcap and not (moments and counts) %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 {% endfor %}{% endfor %}
 {% endif %}
 {{ blocks.hide("d_s", "0.0") }}
-{% if moments %}
+{% if moments and counts %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     {
       let moment = d_s_{{ r }}_{{ n }} * distance4(row_{{ r }}, {{ blocks.quad_column(n) }});
@@ -61,7 +81,7 @@
     }
 {% endfor %}{% endfor %}
 {% endif %}
-{% if softcap and moments %}
+{% if softcap and moments and counts %}
 {% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 {% endfor %}{% endfor %}
@@ -71,6 +91,11 @@
     d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
 {% endfor %}{% endfor %}
 {% endif %}
+{% endmacro -%}
+
+{#- Leaves d_s as weights. -#}
+{%- macro score_gradients() %}
+{{ weigh(true) }}
 {{ blocks.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
 {{ blocks.find_broken() }}
 {% endmacro -%}

@@ -6,11 +6,13 @@
 {%- macro begin() %}
 {{ blocks.begin() }}
 {{ blocks.begin_columns() }}
+{{ blocks.fetch_first() }}
 {{ blocks.resident("q") }}
 {{ blocks.resident("d_o") }}
 {{ blocks.row_scales("q") }}
 {% for r in range(row_fragments) %}
   var sum_{{ r }} = 0.0;
+  var most_{{ r }} = 0.0;
   var shift_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) {
     let own = lse[lse_base + row_{{ r }}];
@@ -62,6 +64,11 @@
       total += p_d_p_{{ r }}_{{ n }};
 {% endfor %}
       sum_{{ r }} += (total.x + total.y) + (total.z + total.w);
+      var sizes = abs(p_d_p_{{ r }}_0);
+{% for n in range(1, lane_quads) %}
+      sizes = max(sizes, abs(p_d_p_{{ r }}_{{ n }}));
+{% endfor %}
+      most_{{ r }} = max(most_{{ r }}, max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)));
     }
 {% endfor %}
 {{ blocks.next_stage() }}
@@ -70,10 +77,11 @@
 {%- macro finish() %}
 {% for r in range(row_fragments) %}
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
+{{ blocks.reduce_row("most_" ~ r, "max") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = sum_{{ r }}{{ blocks.inverse("d_o", r) }};
     broken_{{ r }} = broken_{{ r }} || !is_finite4(vec4<f32>(total));
-    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ r }}, total);
+    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ r }}, total, most_{{ r }});
   }
 {% endfor %}
 {{ blocks.report() }}

@@ -13,6 +13,7 @@ const SLACK: f32 = 8.0;
 {{ blocks.begin() }}
   let hidden = {{ "params.negative_infinity" if formed else "HIDDEN" }};
 {{ blocks.begin_columns() }}
+{{ blocks.fetch_first() }}
 {{ blocks.resident("q") }}
 {{ blocks.row_scales("q") }}
 {{ blocks.accumulator("o", "v") }}

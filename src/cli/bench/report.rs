@@ -110,9 +110,13 @@ impl Times {
 
 impl KernelTimes {
     fn new(pass: &Pass, series: Option<&Series>) -> Self {
-        let repairs = if pass.variant.repairs.is_some() { " repairs" } else { "" };
+        let run = match (pass.variant.sanitize, pass.variant.repairs) {
+            (true, _) => " again",
+            (_, Some(_)) => " repairs",
+            _ => "",
+        };
         KernelTimes {
-            kernel: format!("{}{repairs}", pass.variant.kernel.name()),
+            kernel: format!("{}{run}", pass.variant.kernel.name()),
             plan: pass.to_string(),
             tiles: pass.variant.tiling.map(|tiling| tiling.to_string()),
             times: series.map(Times::new),
