@@ -1,7 +1,7 @@
-// Twins of src/mask.rs, under the same names.
+// Twins of src/problem/mask.rs, under the same names.
 {% if lengths %}
 
-// A sequence; twin of src/sequences.rs, with the numbers of its band.
+// A sequence; twin of src/problem/varlen.rs, with the numbers of its band.
 struct Sequence {
   entry: u32,
   q_start: u32,

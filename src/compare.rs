@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::element::{DType, Element};
+use crate::problem::element::{DType, Element};
 
 /// The relative error accepted of a whole result of this element type, see [`tensor`]: for o and the gradients of q, k
 /// and v that of the operands, for all else f32, as for [`lse`].

@@ -323,38 +323,22 @@
 //!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
+// Each imports only from those above it; docs/architecture.md.
 mod attention;
 mod cache;
-mod capabilities;
 pub mod compare;
+#[cfg(feature = "cli")]
+pub mod conformance;
 pub mod cpu;
 mod device;
-mod dispatch;
-mod element;
-mod error;
+mod exec;
 pub mod file;
-mod fragments;
-#[cfg(feature = "cli")]
-pub mod io;
-mod mask;
-mod partial;
-mod pieces;
-mod pipeline;
+mod kernel;
 mod plan;
 mod problem;
-#[cfg(feature = "safetensors")]
-mod saved;
-mod sequences;
-mod shader;
 mod stream;
-mod tensor;
-mod tiles;
-mod tiling;
 #[cfg(not(target_family = "wasm"))]
-mod timer;
-mod tuning;
-#[cfg(feature = "safetensors")]
-mod values;
+mod timing;
 
 pub use attention::Attention;
 pub use cache::{
@@ -362,34 +346,36 @@ pub use cache::{
     KvCache, Prefill, PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill,
     Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling, RotaryStyle, Step, StepPass, Yarn,
 };
-pub use capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
+#[cfg(feature = "cli")]
+pub use conformance as io;
+pub use device::buffer::TensorView;
+pub use device::capabilities::{
+    Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, device_descriptor, is_software,
+};
 pub use device::{
-    ADAPTER_VARIABLE, BufferElement, BufferType, Device, DeviceBuffer, DeviceChoice, DeviceReason, Selection, adapters,
-    describe, device_descriptor, is_software,
+    ADAPTER_VARIABLE, BufferElement, Device, DeviceBuffer, DeviceChoice, DeviceReason, Selection, adapters, describe,
 };
-pub use dispatch::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
-pub use element::{DType, Element};
-pub use error::{Error, Result};
-pub use half;
-pub use mask::{Band, KeyTiles};
-pub use partial::PartialState;
-pub use pipeline::DUMP_VARIABLE;
-pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
-pub use problem::{
-    Alignment, Axes, Bias, Gradients, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem, Shape,
-    SinkLogits, Upstream, Window, pack_mask,
-};
-pub use sequences::{Lengths, Sequence};
-pub use shader::{Kernel, MicroKernel, Variant};
-pub use stream::{Stream, StreamShape};
-pub use tensor::TensorView;
-pub use tiles::Tiles;
-pub use tiling::Tiling;
-#[cfg(not(target_family = "wasm"))]
-pub use timer::{Clock, Series, Timer};
-pub use tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
+pub use exec::pipeline::DUMP_VARIABLE;
+pub use exec::prepared::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 #[cfg(feature = "safetensors")]
-pub use values::Values;
+pub use file::values::Values;
+pub use half;
+pub use kernel::tile::Tiling;
+pub use kernel::tile::portable::Tiles;
+pub use kernel::{Kernel, MicroKernel, Variant};
+pub use plan::tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
+pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
+pub use problem::element::{BufferType, DType, Element};
+pub use problem::error::{Error, Result};
+pub use problem::mask::{Band, KeyTiles};
+pub use problem::varlen::{Lengths, Sequence};
+pub use problem::{
+    Alignment, Axes, Bias, Gradients, Inputs, Layout, MaskData, MaskPacking, Options, Output, PartialState, Problem,
+    Shape, SinkLogits, Upstream, Window, pack_mask,
+};
+pub use stream::{Stream, StreamShape};
+#[cfg(not(target_family = "wasm"))]
+pub use timing::{Clock, Series, Timer};
 pub use wgpu;
 
 /// The code in the README compiles.

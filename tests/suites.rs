@@ -31,6 +31,7 @@ mod extremes;
 mod forward;
 mod half;
 mod laws;
+mod layers;
 mod low_precision;
 mod options;
 mod partial;

@@ -1,12 +1,12 @@
 //! Gradients through contiguous and paged caches, in their layout.
 
 use super::batch::{Batch, Entry, Prefill};
-use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
-use super::gpu::KvCache;
+use super::gather::{Dispatch, Gathered, Source, given, record};
+use super::gpu::{GivenBuffer, KvCache};
 use super::step::Step;
-use crate::dispatch::{BackwardBuffers, ForwardBuffers, Prepared};
-use crate::error::{Error, Result};
-use crate::tensor::TensorView;
+use crate::device::buffer::TensorView;
+use crate::exec::prepared::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::problem::error::{Error, Result};
 
 /// The operands of the backward pass of a prefill in buffers of the caller's; tokens lie as in
 /// [`PrefillBuffers`](crate::PrefillBuffers).
@@ -117,6 +117,41 @@ pub struct PreparedCacheBackward {
     gather: Option<Dispatch>,
     backward: Prepared,
     scatter: Option<Dispatch>,
+}
+
+impl KvCache {
+    /// Prepares the backward pass of a prefill: of the queries of the last tokens of each sequence, which the contiguous or paged
+    /// cache holds, by q and by all keys and values that their sequences hold. Of several chunks the last one comes first;
+    /// [`truncate`](Self::truncate) makes the one before it the last. It is for the lengths and pages of now.
+    ///
+    /// Gradients are those by keys and values as the cache holds them, and by q as the pass was given it: with a rotary
+    /// embedding, by what has been rotated. Allocates what [`Attention::prepare_backward`] does and, but for one sequence
+    /// of a contiguous cache, keys, values and their gradients one after the other, twice
+    /// [`prefill_scratch_bytes`](Self::prefill_scratch_bytes).
+    ///
+    /// # Errors
+    /// As [`prepare_prefill`](Self::prepare_prefill); [`Error::InvalidOption`], too, for rolling and for quantised caches, and for
+    /// more tokens than a sequence has; [`Error::ZeroDimension`] for no tokens at all; those of [`Attention::prepare_backward`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_backward(
+        &self,
+        prefill: &Prefill,
+        buffers: &CacheBackwardBuffers<'_>,
+    ) -> Result<PreparedCacheBackward> {
+        pollster::block_on(PreparedCacheBackward::new(self, prefill, buffers))
+    }
+
+    /// As [`prepare_backward`](Self::prepare_backward), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_backward`](Self::prepare_backward).
+    pub async fn prepare_backward_async(
+        &self,
+        prefill: &Prefill,
+        buffers: &CacheBackwardBuffers<'_>,
+    ) -> Result<PreparedCacheBackward> {
+        PreparedCacheBackward::new(self, prefill, buffers).await
+    }
 }
 
 impl PreparedCacheBackward {

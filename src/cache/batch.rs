@@ -3,12 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use super::gpu::check_counts;
+use super::config::{CacheConfig, CacheKind, check_absent};
 use super::places::Places;
-use super::{CacheConfig, CacheKind, check_absent};
-use crate::error::{Error, Result};
+use crate::problem::error::{Error, Result};
+use crate::problem::varlen::Lengths;
 use crate::problem::{Layout, Options, Problem, Shape};
-use crate::sequences::Lengths;
 
 /// Chunks of tokens, one of each sequence, as queries against all that their sequences hold: a prompt, or a part of it.
 ///
@@ -238,11 +237,20 @@ pub(crate) fn check_total(config: &CacheConfig, tokens: &[usize]) -> Result<usiz
     Ok(total)
 }
 
+/// One number for each sequence.
+pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
+    let expected = config.sequences;
+    if actual == expected {
+        return Ok(());
+    }
+    Err(Error::OperandLength { operand: "the list of token counts", expected, actual, shape: vec![expected] })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::element::DType;
     use crate::problem::Window;
+    use crate::problem::element::DType;
 
     fn config(kind: CacheKind) -> CacheConfig {
         CacheConfig {

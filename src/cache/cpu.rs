@@ -1,14 +1,16 @@
 //! A cache on the CPU.
 
 use super::batch::{Batch, Prefill, Run, Sum, check_total};
+use super::config::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+use super::decode::Decode;
+use super::format::Quantisation;
+use super::format::{BLOCK, UNBOUNDED};
 use super::places::Places;
-use super::plan::{BLOCK, UNBOUNDED};
-use super::{CacheConfig, CacheKind, Decode, Quantisation, Rotary, RotaryPositions, RotaryStyle};
 use half::f16;
 
 use crate::cpu;
-use crate::element::Element;
-use crate::error::{Error, Result};
+use crate::problem::element::Element;
+use crate::problem::error::{Error, Result};
 use crate::problem::{
     Bias, Gradients, Inputs, MaskData, Options, Output, Problem, Shape, SinkLogits, Upstream, check_length,
 };
@@ -340,7 +342,7 @@ impl<T: Element> KvCache<T> {
         }
         let bound = |bound: i32| (bound < UNBOUNDED).then_some(bound as usize);
         let options = Options { sink_tokens: bounds.sink_tokens as usize, ..options };
-        let options = options.window(crate::Window { left: bound(bounds.left), right: bound(bounds.right) });
+        let options = options.window(crate::problem::Window { left: bound(bounds.left), right: bound(bounds.right) });
         let mut output =
             Output { o: Vec::with_capacity(s.batch * s.heads * s.seq_q * s.value_dim), o_rest: None, lse: vec![] };
         for (entry, &sequence) in entries.iter().enumerate() {

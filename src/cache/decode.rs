@@ -1,130 +1,21 @@
-//! Appending to a cache, and decoding from it: prepared once, recorded as often as wanted.
+//! Decoding from a cache: prepared once, recorded as often as wanted.
 
 use std::sync::Arc;
 
-use bytemuck::{Pod, Zeroable};
-
-use super::batch::check_total;
-use super::gather::Gathered;
-use super::gpu::{KvCache, table_row};
-use super::plan::{self, Bounds, DecodeTiling, Split};
-use super::shader::{CacheBinding, CacheKernel, CacheVariant, ROW_THREADS};
+use super::append::table_positions;
+use super::bind::{Bound, Given, Params, check_result};
+use super::config::{CacheConfig, MOST_QUERIES};
+use super::format::Bounds;
+use super::gpu::KvCache;
+use super::plan::{self, DecodeTiling, Split};
+use super::shader::{CacheBinding, CacheKernel, CacheVariant};
 use super::step::{Step, StepPass, Ticket};
-use super::{CacheConfig, CacheKind, MOST_QUERIES, Rotary, RotaryPositions};
-use crate::capabilities::DeviceClass;
-use crate::dispatch::{Operand, params_of, upload_params};
-use crate::error::{Error, Result};
-use crate::pieces::{View, Window};
-use crate::pipeline::Pipeline;
-use crate::plan::fold;
+use crate::device::buffer::{TensorView, allocate, upload};
+use crate::device::capabilities::DeviceClass;
+use crate::kernel::{Binding, MicroKernel};
+use crate::plan::pass::fold;
+use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, Options, Problem, Shape, SinkLogits};
-use crate::shader::{Binding, MicroKernel};
-use crate::tensor::{Placed, TensorView, allocate, check_element_type, upload};
-
-/// What changes between calls; `Params` in shaders/cache/params.wgsl.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(super) struct Params {
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    o: Operand,
-    heads: u32,
-    kv_heads: u32,
-    queries: u32,
-    workgroups: u32,
-    sequences: u32,
-    current: u32,
-    next: u32,
-    table: u32,
-    table_row: u32,
-    block_rows: u32,
-    block_shift: u32,
-    kept_rows: u32,
-    ring_rows: u32,
-    gathered_rows: u32,
-    tokens: u32,
-    left: i32,
-    right: i32,
-    sink_tokens: u32,
-    groups: u32,
-    row_tiles: u32,
-    splits: u32,
-    most_splits: u32,
-    long_tiles: u32,
-    least_tiles: u32,
-    lse_offset: u32,
-    sink_offset: u32,
-    scale: f32,
-    softcap: f32,
-    scale_size: f32,
-    negative_infinity: f32,
-}
-
-impl Params {
-    fn new(config: &CacheConfig) -> Self {
-        let rows = config.kind.rows();
-        let [kept, ring] = match config.kind {
-            CacheKind::Rolling { sink_tokens, .. } => [sink_tokens, rows - sink_tokens],
-            _ => [0, 0],
-        };
-        Params {
-            kv_heads: config.kv_heads as u32,
-            sequences: config.sequences as u32,
-            table: 2 * config.sequences as u32,
-            table_row: table_row(config) as u32,
-            block_rows: rows as u32,
-            block_shift: rows.trailing_zeros(),
-            kept_rows: kept as u32,
-            ring_rows: ring as u32,
-            scale_size: 1.0,
-            negative_infinity: f32::NEG_INFINITY,
-            ..Params::zeroed()
-        }
-    }
-
-    /// Of kernels between a cache and what is gathered from it.
-    pub(super) fn moving(config: &CacheConfig, workgroups: u32, gathered_rows: usize) -> Self {
-        Params { workgroups, gathered_rows: gathered_rows as u32, ..Params::new(config) }
-    }
-
-    /// For either list of lengths.
-    fn of_lists(&self) -> [Params; 2] {
-        [0, 1].map(|current| {
-            let [current, next] = [current, 1 - current].map(|list| list * self.sequences);
-            Params { current, next, ..*self }
-        })
-    }
-}
-
-/// New tokens in buffers of the caller's, of the cache's element type. The tokens of all sequences lie one after the other,
-/// `[tokens, heads, width]`, sequence by sequence; views may have any strides of head and token (those of batch do not count).
-#[derive(Debug, Clone, Copy)]
-pub struct AppendBuffers<'a> {
-    /// Keys, `[tokens, G, D]`.
-    pub k: TensorView<'a>,
-    /// Values, `[tokens, G, E]`.
-    pub v: TensorView<'a>,
-    /// Queries of the same tokens, `[tokens, H, D]`, and H: they are rotated where they lie, with a rotary embedding. In a buffer
-    /// that holds neither k nor v.
-    ///
-    /// With [`RotaryPositions::Absolute`] the query of a token is rotated by the token's position. With
-    /// [`RotaryPositions::CacheRelative`] it is rotated by the place that its token would have if it were the last one that the
-    /// cache holds: the smaller of its position and the last place. Of n tokens that are appended together, in a cache that is
-    /// full by then, all n queries are so rotated by the last place, as only the last of them is there when it is decoded:
-    /// the query of the last token is the one to decode, and those of the other n - 1, whose tokens have moved to places before
-    /// the last, fit no decoding step of this cache.
-    pub q: Option<(TensorView<'a>, usize)>,
-    /// Cosines and sines of the rotary embedding, f32, `[positions, dim]`: dim / 2 cosines, then dim / 2 sines for each position.
-    pub cos_sin: Option<&'a wgpu::Buffer>,
-}
-
-impl<'a> AppendBuffers<'a> {
-    /// What every append has; what goes with a rotary embedding is `None`.
-    pub fn new(k: impl Into<TensorView<'a>>, v: impl Into<TensorView<'a>>) -> Self {
-        AppendBuffers { k: k.into(), v: v.into(), q: None, cos_sin: None }
-    }
-}
 
 /// What a decoding step computes.
 #[derive(Debug, Clone, PartialEq)]
@@ -226,296 +117,25 @@ impl<'a> DecodeBuffers<'a> {
     }
 }
 
-/// A kernel with what it binds, for either list of lengths.
-#[derive(Debug, Clone)]
-pub(super) struct Bound {
-    pipeline: Arc<Pipeline>,
-    groups: [wgpu::BindGroup; 2],
-}
-
-impl Bound {
-    /// Operands that are not given are the cache's.
-    pub(super) async fn new(
-        cache: &KvCache,
-        variant: &CacheVariant,
-        params: &Params,
-        operands: &[(CacheBinding, wgpu::BindingResource<'_>)],
-    ) -> Result<Self> {
-        let device = &cache.device;
-        let pipeline = cache.pipelines.get_cache(device, variant).await?;
-        let bind = || {
-            let label = Some("sink-attention cache");
-            let buffer = upload_params(device, params.of_lists());
-            [0, 1].map(|list| {
-                let given =
-                    |binding| operands.iter().find(|(b, _)| *b == binding).map(|(_, resource)| resource.clone());
-                let find = |binding| match binding {
-                    CacheBinding::Params => Some(params_of::<Params>(&buffer, list)),
-                    _ if given(binding).is_some() => given(binding),
-                    CacheBinding::Keys => Some(cache.keys.as_entire_binding()),
-                    CacheBinding::Values => Some(cache.values.as_entire_binding()),
-                    CacheBinding::State => Some(cache.state.as_entire_binding()),
-                    _ => None,
-                };
-                let entries: Vec<_> = variant
-                    .bindings()
-                    .into_iter()
-                    .filter_map(|(b, _)| Some(wgpu::BindGroupEntry { binding: b.slot(), resource: find(b)? }))
-                    .collect();
-                let layout = &pipeline.layout;
-                device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor { label, layout, entries: &entries })
-            })
-        };
-        let groups = device.scoped("binding operands", bind).await?;
-        Ok(Bound { pipeline, groups })
-    }
-
-    pub(super) fn dispatch(&self, pass: &mut wgpu::ComputePass<'_>, list: usize, [x, y, z]: [u32; 3]) {
-        pass.set_pipeline(&self.pipeline.pipeline);
-        pass.set_bind_group(0, &self.groups[list], &[]);
-        pass.dispatch_workgroups(x, y, z);
-    }
-}
-
-/// An operand of the caller's, checked, and what a kernel binds of it.
-struct Given<'a> {
-    placed: Placed<'a>,
-    window: Window,
-    buffer: &'a wgpu::Buffer,
-}
-
-impl<'a> Given<'a> {
-    fn new(
-        cache: &KvCache,
-        binding: Binding,
-        view: &TensorView<'a>,
-        extents: [usize; 4],
-        layout: Layout,
-        element: usize,
-    ) -> Result<Self> {
-        check_element_type(binding, view, cache.config.dtype, &Options::new())?;
-        let placed = Placed::new(binding, view, extents, layout, element)?;
-        let window = placed.view.window(placed.view.whole(), cache.device.capabilities())?;
-        for (other, buffer) in [("the cache's keys", &cache.keys), ("the cache's values", &cache.values)] {
-            if view.buffer == buffer {
-                return Err(Error::Aliasing { output: binding.name(), other });
-            }
-        }
-        Ok(Given { placed, window, buffer: view.buffer })
-    }
-
-    fn view(&self) -> &View {
-        &self.placed.view
-    }
-
-    /// Counted in vectors of so many elements.
-    fn operand(&self, width: u64) -> Operand {
-        Operand::new(self.view(), self.window, width)
-    }
-
-    fn resource(&self) -> wgpu::BindingResource<'a> {
-        self.placed.binding(self.window)
-    }
-}
-
-/// A result needs distinct places in a buffer that no other operand uses.
-fn check_result(result: &Given<'_>, others: &[Option<&Given<'_>>]) -> Result<()> {
-    let output = result.view().binding.name();
-    match others.iter().flatten().find(|other| other.buffer == result.buffer) {
-        Some(other) => Err(Error::Aliasing { output, other: other.view().binding.name() }),
-        None => result.placed.check_distinct(),
-    }
-}
-
-/// Rows of a table of cosines and sines.
-fn table_positions(cache: &KvCache, rotary: &Rotary, table: Option<&wgpu::Buffer>) -> Result<usize> {
-    let (operand, needed) = ("cos_sin", wgpu::BufferUsages::STORAGE);
-    let Some(table) = table else { return Err(Error::MissingOperand { operand }) };
-    let row = 4 * u64::from(rotary.dim);
-    if !table.usage().contains(needed) {
-        return Err(Error::BufferUsage { operand, needed, actual: table.usage() });
-    }
-    if table.size() < row {
-        return Err(Error::BufferTooSmall { operand, needed: row, actual: table.size() });
-    }
-    let (bytes, limit) = (table.size(), cache.device.capabilities().binding_bytes);
-    if bytes > limit {
-        return Err(Error::BindingTooLarge { operand, bytes, limit });
-    }
-    Ok((table.size() / row) as usize)
-}
-
-/// Tokens that are ready to be appended, as often as wanted: each time the same number for each sequence, from the same buffers.
-#[derive(Debug, Clone)]
-pub struct PreparedAppend {
-    /// Tells the cache it was made for.
-    keys: wgpu::Buffer,
-    pub(super) counts: Vec<usize>,
-    /// H, where it rotates queries.
-    q_heads: Option<usize>,
-    /// Positions that the table of cosines and sines knows, where it is used.
-    positions: Option<usize>,
-    /// None where there is nothing to append.
-    kernel: Option<(Bound, [u32; 2])>,
-}
-
-impl PreparedAppend {
-    pub(crate) async fn new(cache: &KvCache, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<Self> {
-        let config = &cache.config;
-        check_total(config, tokens)?;
-        let (keys, counts) = (cache.keys.clone(), tokens.to_vec());
-        let hint = "set CacheConfig::rotary";
-        let positions = match (&config.rotary, buffers.cos_sin.is_some() || buffers.q.is_some()) {
-            (None, true) if buffers.q.is_some() => return Err(Error::UnexpectedOperand { operand: "q", hint }),
-            (None, true) => return Err(Error::UnexpectedOperand { operand: "cos_sin", hint }),
-            (Some(rotary), _) if rotary.positions == RotaryPositions::Absolute || buffers.q.is_some() => {
-                Some(table_positions(cache, rotary, buffers.cos_sin)?)
-            }
-            _ => None,
-        };
-        let kernel = Self::bind(cache, tokens, buffers, None).await?;
-        let q_heads = buffers.q.map(|(_, heads)| heads);
-        Ok(PreparedAppend { keys, counts, q_heads, positions, kernel })
-    }
-
-    /// The kernel and its grid; none where there is nothing to append. The tokens go into the cache, or behind what was gathered
-    /// from it, of which the rows of the first new key of each sequence are told.
-    pub(super) async fn bind(
-        cache: &KvCache,
-        tokens: &[usize],
-        buffers: &AppendBuffers<'_>,
-        behind: Option<(&Gathered, Vec<u32>)>,
-    ) -> Result<Option<(Bound, [u32; 2])>> {
-        let config = &cache.config;
-        let total = check_total(config, tokens)?;
-        if total == 0 {
-            return Ok(None);
-        }
-        let (layout, element) = (Layout::Bshd, config.dtype.bytes());
-        let place = |binding, view, heads: usize, width| {
-            Given::new(cache, binding, view, [1, heads, total, width], layout, element)
-        };
-        let k = place(Binding::K, &buffers.k, config.kv_heads, config.head_dim)?;
-        let v = place(Binding::V, &buffers.v, config.kv_heads, config.value_dim)?;
-        // Queries are rotated once.
-        let given_q = buffers.q.filter(|_| behind.is_none());
-        let q = match &given_q {
-            Some((_, 0)) => return Err(Error::ZeroDimension { dimension: "heads" }),
-            Some((view, heads)) => Some(place(Binding::Q, view, *heads, config.head_dim)?),
-            None => None,
-        };
-        if let Some(q) = &q {
-            check_result(q, &[Some(&k), Some(&v)])?;
-        }
-        let heads = given_q.map_or(0, |(_, heads)| heads);
-        let vec4 = [Some(&k), Some(&v), q.as_ref()].into_iter().flatten().all(|given| given.view().vec4());
-        let width = if vec4 { 4 } else { 1 };
-        let variant = CacheVariant {
-            kernel: CacheKernel::Append { rotates_q: q.is_some(), gathered: behind.is_some() },
-            addressing: config.addressing(),
-            format: config.format(),
-            head_dim: config.head_dim as u32,
-            value_dim: config.value_dim as u32,
-            vec4,
-            // Keys that are rotated as they are read come as they are.
-            rotary: config.rotary.filter(|_| q.is_some() || !config.is_relative()),
-            indexed: false,
-        };
-
-        let rows = total as u128 * (2 * config.kv_heads + heads) as u128;
-        let workgroups = rows.div_ceil((ROW_THREADS / variant.append_lanes()).into());
-        let (workgroups, grid) = fold(workgroups, cache.device.capabilities().grid_dimension)?;
-        if rows > 1 << 31 {
-            return Err(Error::TooManyWorkgroups { workgroups: rows, most: 1 << 31 });
-        }
-        let params = Params {
-            q: q.as_ref().map_or(Operand::zeroed(), |q| q.operand(width)),
-            k: k.operand(width),
-            v: v.operand(width),
-            heads: heads as u32,
-            tokens: total as u32,
-            workgroups,
-            gathered_rows: behind.as_ref().map_or(0, |(gathered, _)| gathered.rows as u32),
-            ..Params::new(config)
-        };
-        // How many each sequence gets, or its first row, then of each token its sequence and its number there.
-        let (gathered, mut list) = match behind {
-            Some((gathered, rows)) => (Some(gathered), rows),
-            None => (None, tokens.iter().map(|n| *n as u32).collect()),
-        };
-        list.extend(
-            tokens.iter().enumerate().flat_map(|(n, count)| (0..*count).flat_map(move |i| [n as u32, i as u32])),
-        );
-        let device = &cache.device;
-        let list = device.scoped("uploading a list of tokens", || upload(device, "tokens", &list)).await??;
-        let mut operands = vec![
-            (CacheBinding::K, k.resource()),
-            (CacheBinding::V, v.resource()),
-            (CacheBinding::Tokens, list.as_entire_binding()),
-        ];
-        operands.extend(q.as_ref().map(|q| (CacheBinding::Q, q.resource())));
-        operands.extend(buffers.cos_sin.map(|table| (CacheBinding::CosSin, table.as_entire_binding())));
-        operands.extend(
-            gathered.into_iter().flat_map(|gathered| gathered.bind([CacheBinding::Keys, CacheBinding::Values])),
-        );
-        Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))
-    }
-
-    /// Records one more append of the same numbers of tokens.
+impl KvCache {
+    /// Prepares a decoding step: a few queries of each sequence against the keys that its cache holds by then. Allocates what
+    /// its two kernels hand to each other.
     ///
     /// # Errors
-    /// [`Error::CacheFull`], [`Error::PagesExhausted`], [`Error::RotaryPosition`], [`Error::OtherCache`], [`Error::CacheBusy`],
-    /// [`Error::OtherDevice`]: nothing has changed then.
-    pub fn encode(&self, cache: &mut KvCache, step: &mut Step) -> Result<()> {
-        self.open(cache, step.ticket())?;
-        self.check(cache)?;
-        let changes = cache.book.places.reserve(&self.counts)?;
-        let encoder = step.encoder();
-        cache.record(encoder, &changes);
-        let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention append"), timestamp_writes: None };
-        self.dispatch(cache, &mut encoder.begin_compute_pass(&descriptor));
-        Ok(())
+    /// [`Error::CacheElementType`] unless the options name the cache's element type; [`Error::SequenceOutOfRange`];
+    /// [`Error::DimensionTooLarge`] for more than 16 queries; [`Error::InvalidOption`] for options that decoding does not take;
+    /// those of [`Problem::new`](crate::Problem::new) and of [`Attention::prepare_forward`](crate::Attention::prepare_forward).
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_decode(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
+        pollster::block_on(PreparedDecode::new(self, decode, buffers))
     }
 
-    /// The same into a compute pass of the step, where nothing can be copied: a paged cache needs its pages beforehand, see
-    /// [`KvCache::reserve`].
+    /// As [`prepare_decode`](Self::prepare_decode), for browsers and async hosts.
     ///
     /// # Errors
-    /// As [`encode`](Self::encode), and [`Error::PagesNotReserved`].
-    pub fn encode_in(&self, cache: &mut KvCache, pass: &mut StepPass<'_>) -> Result<()> {
-        self.open(cache, pass.ticket())?;
-        self.check(cache)?;
-        cache.places().check_reserved(&self.counts)?;
-        self.dispatch(cache, pass.pass());
-        Ok(())
-    }
-
-    /// Opens the book of its cache for a step.
-    pub(super) fn open(&self, cache: &mut KvCache, step: &Arc<Ticket>) -> Result<()> {
-        if cache.keys != self.keys {
-            return Err(Error::OtherCache);
-        }
-        cache.write_in(step).map(|_| ())
-    }
-
-    pub(super) fn check(&self, cache: &KvCache) -> Result<()> {
-        let Some(positions) = self.positions else { return Ok(()) };
-        for (sequence, added) in self.counts.iter().enumerate().filter(|(_, added)| **added > 0) {
-            let end = cache.places().lengths()[sequence].saturating_add(*added);
-            let end = if cache.config.is_relative() { end.min(cache.config.kind.rows()) } else { end };
-            if end > positions {
-                return Err(Error::RotaryPosition { sequence, position: end - 1, positions });
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn dispatch(&self, cache: &mut KvCache, pass: &mut wgpu::ComputePass<'_>) {
-        let Some((bound, [x, y])) = &self.kernel else { return };
-        let book = &mut cache.book;
-        bound.dispatch(pass, book.current, [*x, *y, 1]);
-        book.current = 1 - book.current;
-        book.places.advance(&self.counts, self.q_heads);
+    /// As [`prepare_decode`](Self::prepare_decode).
+    pub async fn prepare_decode_async(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
+        PreparedDecode::new(self, decode, buffers).await
     }
 }
 
@@ -775,9 +395,9 @@ mod tests {
     use naga::TypeInner;
 
     use super::*;
-    use crate::cache::plan::RowFormat;
-    use crate::cache::shader::Addressing;
-    use crate::element::DType;
+    use crate::cache::format::Addressing;
+    use crate::cache::format::RowFormat;
+    use crate::problem::element::DType;
 
     #[test]
     fn params_lie_as_in_the_shader() {

@@ -8,13 +8,16 @@ use std::path::Path;
 use half::f16;
 use safetensors::Dtype;
 
+use super::config::{CacheConfig, CacheKind, RotaryPositions, RotaryStyle};
+use super::cpu;
+use super::format::BLOCK;
+use super::format::Quantisation;
+use super::gpu::KvCache;
 use super::places::Places;
-use super::plan::BLOCK;
-use super::{CacheConfig, CacheKind, KvCache, Quantisation, RotaryPositions, RotaryStyle, cpu};
-use crate::element::Element;
-use crate::error::Result;
-use crate::saved::{self, Reader, Tensor};
-use crate::tensor::download;
+use crate::device::buffer::download;
+use crate::file::saved::{self, Reader, Tensor};
+use crate::problem::element::Element;
+use crate::problem::error::Result;
 
 /// Version of the format.
 const VERSION: u32 = 1;

@@ -1,15 +1,18 @@
 //! Keys and values out of a cache, one after the other, and gradients by them back into its layout.
 
-use super::CacheConfig;
 use super::batch::{Batch, Run, Sum};
-use super::decode::{Bound, Params};
+use super::bind::{Bound, Params};
+use super::config::CacheConfig;
+use super::format::Addressing;
+use super::format::RowFormat;
+use super::gpu::GivenBuffer;
 use super::gpu::KvCache;
-use super::plan::RowFormat;
-use super::shader::{Addressing, CacheBinding, CacheKernel, CacheVariant};
-use crate::error::{Error, Result};
-use crate::pieces::Window;
-use crate::plan::fold;
-use crate::tensor::{TensorView, allocate, resource, upload};
+use super::shader::{CacheBinding, CacheKernel, CacheVariant};
+use crate::device::buffer::{TensorView, allocate, upload};
+use crate::exec::placed::resource;
+use crate::plan::operand::Window;
+use crate::plan::pass::fold;
+use crate::problem::error::{Error, Result};
 
 /// A kernel with its grid.
 pub(super) type Dispatch = (Bound, [u32; 2]);
@@ -20,9 +23,6 @@ pub(super) fn record(dispatch: &Option<Dispatch>, pass: &mut wgpu::ComputePass<'
         bound.dispatch(pass, cache.book().current, [*x, *y, 1]);
     }
 }
-
-/// A buffer of the caller's by the name of its operand, where it is given.
-pub(super) type GivenBuffer<'a> = (&'static str, Option<&'a wgpu::Buffer>);
 
 pub(super) fn given<'a>(name: &'static str, view: impl Into<Option<TensorView<'a>>>) -> GivenBuffer<'a> {
     (name, view.into().map(|view| view.buffer))

@@ -2,19 +2,44 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::backward::{CacheBackwardBuffers, PreparedCacheBackward};
-use super::batch::{Batch, Entry, Prefill};
-use super::decode::{AppendBuffers, Decode, DecodeBuffers, PreparedAppend, PreparedDecode};
-use super::gather::{Gathered, GivenBuffer};
+use super::batch::{Batch, Entry, check_counts};
+use super::config::{CacheConfig, CacheKind};
 use super::places::{Changes, Places};
-use super::prefill::{PrefillBuffers, PreparedPrefill};
 use super::step::{Step, Ticket};
-use super::{CacheConfig, CacheKind};
 use crate::attention::Attention;
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::pipeline::Pipelines;
-use crate::tensor::{TensorView, allocate};
+use crate::device::buffer::{TensorView, allocate};
+use crate::exec::pipeline::Pipelines;
+use crate::problem::error::{Error, Result};
+
+impl Attention {
+    /// An empty step, into which appends to caches, decoding and prefills are recorded.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`].
+    pub fn step(&self) -> Result<Step> {
+        self.gpu("step").map(|(device, _)| Step::new(device))
+    }
+
+    /// An empty cache of keys and values on the GPU; on the CPU there is [`cpu::KvCache`](crate::cpu::KvCache).
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; those of [`CacheConfig::check`]; [`Error::CacheTooLarge`] where it does not fit bindings of
+    /// the device; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver reports.
+    #[cfg(not(target_family = "wasm"))]
+    pub fn create_cache(&self, config: &CacheConfig) -> Result<KvCache> {
+        pollster::block_on(self.create_cache_async(config))
+    }
+
+    /// As [`create_cache`](Self::create_cache), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`create_cache`](Self::create_cache).
+    pub async fn create_cache_async(&self, config: &CacheConfig) -> Result<KvCache> {
+        let (device, pipelines) = self.gpu("create_cache")?;
+        KvCache::new(self, device, pipelines, config).await
+    }
+}
 
 /// Keys and values of a number of sequences in GPU buffers, with their lengths, which kernels count up and read there: a decoding
 /// step waits for nothing.
@@ -43,6 +68,9 @@ pub struct KvCache {
     /// Blocks are copied through it.
     between: wgpu::Buffer,
 }
+
+/// A buffer of the caller's by the name of its operand, where it is given.
+pub(super) type GivenBuffer<'a> = (&'static str, Option<&'a wgpu::Buffer>);
 
 /// What the host knows of the buffers.
 #[derive(Debug, Clone)]
@@ -262,123 +290,6 @@ impl KvCache {
         Ok(())
     }
 
-    /// Prepares appending so many tokens to each sequence of this cache.
-    ///
-    /// # Errors
-    /// [`Error::OperandLength`] unless there is a number for each sequence; [`Error::MissingOperand`],
-    /// [`Error::UnexpectedOperand`] for operands that do not go with the cache's rotary embedding; those of
-    /// [`Attention::prepare_forward`](crate::Attention::prepare_forward) for operands that cannot be bound.
-    #[cfg(not(target_family = "wasm"))]
-    pub fn prepare_append(&self, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<PreparedAppend> {
-        pollster::block_on(PreparedAppend::new(self, tokens, buffers))
-    }
-
-    /// As [`prepare_append`](Self::prepare_append), for browsers and async hosts.
-    ///
-    /// # Errors
-    /// As [`prepare_append`](Self::prepare_append).
-    pub async fn prepare_append_async(&self, tokens: &[usize], buffers: &AppendBuffers<'_>) -> Result<PreparedAppend> {
-        PreparedAppend::new(self, tokens, buffers).await
-    }
-
-    /// Prepares a decoding step: a few queries of each sequence against the keys that its cache holds by then. Allocates what
-    /// its two kernels hand to each other.
-    ///
-    /// # Errors
-    /// [`Error::CacheElementType`] unless the options name the cache's element type; [`Error::SequenceOutOfRange`];
-    /// [`Error::DimensionTooLarge`] for more than 16 queries; [`Error::InvalidOption`] for options that decoding does not take;
-    /// those of [`Problem::new`](crate::Problem::new) and of [`Attention::prepare_forward`](crate::Attention::prepare_forward).
-    #[cfg(not(target_family = "wasm"))]
-    pub fn prepare_decode(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
-        pollster::block_on(PreparedDecode::new(self, decode, buffers))
-    }
-
-    /// As [`prepare_decode`](Self::prepare_decode), for browsers and async hosts.
-    ///
-    /// # Errors
-    /// As [`prepare_decode`](Self::prepare_decode).
-    pub async fn prepare_decode_async(&self, decode: &Decode, buffers: &DecodeBuffers<'_>) -> Result<PreparedDecode> {
-        PreparedDecode::new(self, decode, buffers).await
-    }
-
-    /// Prepares a prefill: appends so many tokens to each sequence, and attends with their queries to all that the sequences
-    /// hold by then, in a rolling cache also to what they evict. It is for the lengths of now: of several chunks, each is
-    /// prepared once the one before has been recorded.
-    ///
-    /// The forward pass is the ordinary one, with the operator's kernels and tiles. One sequence of a contiguous cache that is
-    /// not quantised is read where it lies. Else keys and values of all sequences with tokens are gathered first, one after the
-    /// other in the element type, in [`prefill_scratch_bytes`](Self::prefill_scratch_bytes): one reading and one writing of what is
-    /// attended to, beside arithmetic on it for each query. For very few queries [`prepare_decode`](Self::prepare_decode) reads
-    /// less. Quantised keys and values are rounded to the element type as they are gathered, which decoding does not do.
-    ///
-    /// # Errors
-    /// [`Error::OperandLength`] unless there is a number of tokens for each sequence; [`Error::CacheElementType`] unless the
-    /// options name the cache's element type; [`Error::CacheFull`], [`Error::RotaryPosition`]; [`Error::InvalidOption`] for options
-    /// that a cache of its kind does not take, and for cache-relative rotary embeddings; [`Error::CacheTooLarge`] where what is
-    /// gathered does not fit bindings; those of [`prepare_append`](Self::prepare_append),
-    /// [`Problem::new`](crate::Problem::new) and [`Attention::prepare_forward`].
-    #[cfg(not(target_family = "wasm"))]
-    pub fn prepare_prefill(&self, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<PreparedPrefill> {
-        pollster::block_on(PreparedPrefill::new(self, prefill, buffers))
-    }
-
-    /// As [`prepare_prefill`](Self::prepare_prefill), for browsers and async hosts.
-    ///
-    /// # Errors
-    /// As [`prepare_prefill`](Self::prepare_prefill).
-    pub async fn prepare_prefill_async(
-        &self,
-        prefill: &Prefill,
-        buffers: &PrefillBuffers<'_>,
-    ) -> Result<PreparedPrefill> {
-        PreparedPrefill::new(self, prefill, buffers).await
-    }
-
-    /// Bytes of [`PrefillBuffers::scratch`] for the lengths of now; 0 where none is needed. Keys and values of the sequences with
-    /// tokens, the new ones among them: for each key and head, D and E elements, rows padded to 16 bytes. What is enough for all
-    /// tokens of a prompt at once is enough for each of its chunks.
-    ///
-    /// # Errors
-    /// As [`prepare_prefill`](Self::prepare_prefill), as far as they do not concern buffers.
-    pub fn prefill_scratch_bytes(&self, prefill: &Prefill) -> Result<u64> {
-        let batch = Batch::appended(&self.config, prefill, self.places())?;
-        let gathered = batch.filter(|batch| self.in_place(batch, [&self.keys, &self.values]).is_none());
-        gathered.map_or(Ok(0), |batch| Gathered::scratch_bytes(self, &batch))
-    }
-
-    /// Prepares the backward pass of a prefill: of the queries of the last tokens of each sequence, which the contiguous or paged
-    /// cache holds, by q and by all keys and values that their sequences hold. Of several chunks the last one comes first;
-    /// [`truncate`](Self::truncate) makes the one before it the last. It is for the lengths and pages of now.
-    ///
-    /// Gradients are those by keys and values as the cache holds them, and by q as the pass was given it: with a rotary
-    /// embedding, by what has been rotated. Allocates what [`Attention::prepare_backward`] does and, but for one sequence
-    /// of a contiguous cache, keys, values and their gradients one after the other, twice
-    /// [`prefill_scratch_bytes`](Self::prefill_scratch_bytes).
-    ///
-    /// # Errors
-    /// As [`prepare_prefill`](Self::prepare_prefill); [`Error::InvalidOption`], too, for rolling and for quantised caches, and for
-    /// more tokens than a sequence has; [`Error::ZeroDimension`] for no tokens at all; those of [`Attention::prepare_backward`].
-    #[cfg(not(target_family = "wasm"))]
-    pub fn prepare_backward(
-        &self,
-        prefill: &Prefill,
-        buffers: &CacheBackwardBuffers<'_>,
-    ) -> Result<PreparedCacheBackward> {
-        pollster::block_on(PreparedCacheBackward::new(self, prefill, buffers))
-    }
-
-    /// As [`prepare_backward`](Self::prepare_backward), for browsers and async hosts.
-    ///
-    /// # Errors
-    /// As [`prepare_backward`](Self::prepare_backward).
-    pub async fn prepare_backward_async(
-        &self,
-        prefill: &Prefill,
-        buffers: &CacheBackwardBuffers<'_>,
-    ) -> Result<PreparedCacheBackward> {
-        PreparedCacheBackward::new(self, prefill, buffers).await
-    }
-
     /// Makes room for so many tokens more of each sequence: takes pages, and copies those that would be written and are shared.
     /// Appending does so by itself, but where it is recorded into a compute pass. Nothing to do where the cache is not paged.
     ///
@@ -501,12 +412,3 @@ fn block_bytes(config: &CacheConfig) -> [u64; 2] {
 
 /// Blocks are copied in pieces of so many bytes.
 const COPIED_BYTES: u64 = 4 << 20;
-
-/// One number for each sequence.
-pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
-    let expected = config.sequences;
-    if actual == expected {
-        return Ok(());
-    }
-    Err(Error::OperandLength { operand: "the list of token counts", expected, actual, shape: vec![expected] })
-}

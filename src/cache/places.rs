@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{CacheConfig, CacheKind};
-use crate::error::{Error, Result};
+use super::config::{CacheConfig, CacheKind};
+use crate::problem::error::{Error, Result};
 
 /// Longest sequence, so that shaders can count positions in 32 bits with a sign.
 const MOST_TOKENS: usize = 1 << 30;

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::shader::{CacheKernel, CacheVariant};
-use super::{CacheConfig, CacheKind, Quantisation};
-use crate::capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
-use crate::element::DType;
-use crate::error::{Error, Result};
+use super::config::{CacheConfig, CacheKind};
+use super::format::Bounds;
+use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
+use crate::problem::element::DType;
+use crate::problem::error::Result;
 
 /// How the decode kernel divides its work. As text `32x8 rows 8, steps 4 by 2, splits 330` or `cooperative rows 8, columns 1, ahead
 /// 2, splits 330`.
@@ -80,7 +80,12 @@ impl DecodeTiles {
     }
 
     /// Why the cooperative kernel cannot serve a cache, if it cannot.
-    fn lacks(&self, config: &CacheConfig, several: bool, matrices: Option<CooperativeMatrices>) -> Option<String> {
+    pub(super) fn lacks(
+        &self,
+        config: &CacheConfig,
+        several: bool,
+        matrices: Option<CooperativeMatrices>,
+    ) -> Option<String> {
         let Some(CooperativeMatrices { side, lanes, .. }) = matrices else {
             return Some("the device has no cooperative matrices".into());
         };
@@ -179,61 +184,6 @@ impl DecodeTiling {
         let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
         let splits = (workgroups(capabilities) / groups).max(1) as u32;
         DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: 2 }, splits }
-    }
-
-    /// Whether the numbers fit together, a cache and a device.
-    pub(crate) fn check(
-        &self,
-        config: &CacheConfig,
-        variant: &CacheVariant,
-        capabilities: &Capabilities,
-    ) -> Result<()> {
-        let unfit = |reason: String| Err(Error::NoKernel { problem: format!("decoding with {self}"), reason });
-        let CacheKernel::Decode { several, matrices, .. } = variant.kernel else { return Ok(()) };
-        let splits = self.splits;
-        let (threads, lanes, rows, steps, exchanged) = match self.tiles {
-            DecodeTiles::Portable { threads, lanes, rows, steps, exchanged } => {
-                (threads, lanes, rows, steps, exchanged)
-            }
-            DecodeTiles::Cooperative { .. } => {
-                return match self.tiles.lacks(config, several, matrices) {
-                    Some(reason) => unfit(reason),
-                    None if splits == 0 => unfit("splits are at least 1".into()),
-                    None => self.check_sizes(config, variant, capabilities),
-                };
-            }
-        };
-        if ![4, 8, 16, 32].contains(&lanes) || !(lanes..=1024).contains(&threads) || !threads.is_power_of_two() {
-            return unfit(format!(
-                "{lanes} of {threads} threads a key: lanes are 4, 8, 16 or 32, threads a power of two"
-            ));
-        }
-        if !(1..=16).contains(&rows) || ![1, 2, 4].contains(&exchanged) || !(1..=8).contains(&steps) || splits == 0 {
-            return unfit("rows go to 16, steps to 8, exchanged keys are 1, 2 or 4, splits at least 1".into());
-        }
-        if steps % exchanged != 0 || !steps.is_power_of_two() {
-            return unfit(format!("steps, {steps}, must be a power of two and a multiple of {exchanged}"));
-        }
-        self.check_sizes(config, variant, capabilities)
-    }
-
-    fn check_sizes(&self, config: &CacheConfig, variant: &CacheVariant, capabilities: &Capabilities) -> Result<()> {
-        let unfit = |reason: String| Err(Error::NoKernel { problem: format!("decoding with {self}"), reason });
-        let tile = variant.tile();
-        if let CacheKind::Paged { page_size, .. } = config.kind
-            && tile as usize > page_size
-        {
-            return unfit(format!("a tile of {tile} keys does not fit a page of {page_size}"));
-        }
-        for (what, needed, offered) in [
-            ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
-            ("threads in a workgroup", variant.threads(), capabilities.workgroup_threads),
-        ] {
-            if needed > offered {
-                return unfit(format!("it needs {needed} {what}, the device offers {offered}"));
-            }
-        }
-        Ok(())
     }
 
     /// How the keys are split, in partial results of at most so many splits.
@@ -359,57 +309,10 @@ pub(crate) struct Split {
     pub(crate) least_tiles: u32,
 }
 
-/// How far queries see, in numbers that shaders count with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Bounds {
-    pub(crate) left: i32,
-    pub(crate) right: i32,
-    pub(crate) sink_tokens: u32,
-}
-
-/// Farther than any position.
-pub(crate) const UNBOUNDED: i32 = 1 << 30;
-
-/// Elements of a quantised block, which share a scale.
-pub(crate) const BLOCK: usize = 32;
-
-/// How the numbers of a row lie, in vectors of 16 bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct RowFormat {
-    pub(crate) dtype: DType,
-    pub(crate) quantisation: Option<Quantisation>,
-}
-
-impl RowFormat {
-    /// Elements of a vector.
-    pub(crate) fn elements(self) -> u32 {
-        match self.quantisation {
-            Some(Quantisation::Q8_0) => 16,
-            None => 16 / self.dtype.bytes() as u32,
-        }
-    }
-
-    /// Vectors of elements.
-    pub(crate) fn vectors(self, width: usize) -> u32 {
-        match self.quantisation {
-            Some(Quantisation::Q8_0) => 2 * width.div_ceil(BLOCK) as u32,
-            None => width.div_ceil(self.elements() as usize) as u32,
-        }
-    }
-
-    /// The same with the scales behind them, two bytes for each block.
-    pub(crate) fn row_vectors(self, width: usize) -> u32 {
-        let scales = match self.quantisation {
-            Some(Quantisation::Q8_0) => width.div_ceil(BLOCK).div_ceil(8) as u32,
-            None => 0,
-        };
-        self.vectors(width) + scales
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::format::{Quantisation, UNBOUNDED};
 
     #[test]
     fn a_tiling_reads_what_it_writes() {

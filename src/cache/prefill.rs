@@ -1,14 +1,14 @@
 //! Tokens into a cache, and their queries against all that it holds by then: prompts, whole or in chunks.
 
-use super::CacheKind;
+use super::append::{AppendBuffers, PreparedAppend};
 use super::batch::{Batch, Entry, Prefill};
-use super::decode::{AppendBuffers, PreparedAppend};
-use super::gather::{Dispatch, Gathered, GivenBuffer, Source, given, record};
-use super::gpu::KvCache;
+use super::config::CacheKind;
+use super::gather::{Dispatch, Gathered, Source, given, record};
+use super::gpu::{GivenBuffer, KvCache};
 use super::step::{Step, StepPass};
-use crate::dispatch::{ForwardBuffers, Prepared};
-use crate::error::{Error, Result};
-use crate::tensor::TensorView;
+use crate::device::buffer::TensorView;
+use crate::exec::prepared::{ForwardBuffers, Prepared};
+use crate::problem::error::{Error, Result};
 
 /// The operands of a prefill in buffers of the caller's, of the cache's element type where nothing else is said. The tokens of
 /// all sequences lie one after the other, sequence by sequence; views may have any strides of head and token (those of batch do
@@ -101,6 +101,53 @@ struct Passes {
     before: [Option<Dispatch>; 2],
     after: Option<Dispatch>,
     forward: Prepared,
+}
+
+impl KvCache {
+    /// Prepares a prefill: appends so many tokens to each sequence, and attends with their queries to all that the sequences
+    /// hold by then, in a rolling cache also to what they evict. It is for the lengths of now: of several chunks, each is
+    /// prepared once the one before has been recorded.
+    ///
+    /// The forward pass is the ordinary one, with the operator's kernels and tiles. One sequence of a contiguous cache that is
+    /// not quantised is read where it lies. Else keys and values of all sequences with tokens are gathered first, one after the
+    /// other in the element type, in [`prefill_scratch_bytes`](Self::prefill_scratch_bytes): one reading and one writing of what is
+    /// attended to, beside arithmetic on it for each query. For very few queries [`prepare_decode`](Self::prepare_decode) reads
+    /// less. Quantised keys and values are rounded to the element type as they are gathered, which decoding does not do.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`] unless there is a number of tokens for each sequence; [`Error::CacheElementType`] unless the
+    /// options name the cache's element type; [`Error::CacheFull`], [`Error::RotaryPosition`]; [`Error::InvalidOption`] for options
+    /// that a cache of its kind does not take, and for cache-relative rotary embeddings; [`Error::CacheTooLarge`] where what is
+    /// gathered does not fit bindings; those of [`prepare_append`](Self::prepare_append),
+    /// [`Problem::new`](crate::Problem::new) and [`Attention::prepare_forward`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_prefill(&self, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<PreparedPrefill> {
+        pollster::block_on(PreparedPrefill::new(self, prefill, buffers))
+    }
+
+    /// As [`prepare_prefill`](Self::prepare_prefill), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_prefill`](Self::prepare_prefill).
+    pub async fn prepare_prefill_async(
+        &self,
+        prefill: &Prefill,
+        buffers: &PrefillBuffers<'_>,
+    ) -> Result<PreparedPrefill> {
+        PreparedPrefill::new(self, prefill, buffers).await
+    }
+
+    /// Bytes of [`PrefillBuffers::scratch`] for the lengths of now; 0 where none is needed. Keys and values of the sequences with
+    /// tokens, the new ones among them: for each key and head, D and E elements, rows padded to 16 bytes. What is enough for all
+    /// tokens of a prompt at once is enough for each of its chunks.
+    ///
+    /// # Errors
+    /// As [`prepare_prefill`](Self::prepare_prefill), as far as they do not concern buffers.
+    pub fn prefill_scratch_bytes(&self, prefill: &Prefill) -> Result<u64> {
+        let batch = Batch::appended(&self.config, prefill, self.places())?;
+        let gathered = batch.filter(|batch| self.in_place(batch, [&self.keys, &self.values]).is_none());
+        gathered.map_or(Ok(0), |batch| Gathered::scratch_bytes(self, &batch))
+    }
 }
 
 impl PreparedPrefill {

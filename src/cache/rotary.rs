@@ -2,7 +2,7 @@
 
 use std::f64::consts::TAU;
 
-use crate::error::{Error, Result};
+use crate::problem::error::{Error, Result};
 
 /// How fast the pairs of features of a rotary embedding turn, and the table that says so, as a cache takes it
 /// ([`AppendBuffers::cos_sin`](crate::AppendBuffers::cos_sin)).

@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 
 use minijinja::{Value, context};
 
-use super::plan::{DecodeTiles, RowFormat, cooperative_bytes, strip_row};
-use super::{Rotary, RotaryPositions, RotaryStyle};
-use crate::capabilities::CooperativeMatrices;
-use crate::element::DType;
-use crate::error::{Error, Result};
+use super::config::{Rotary, RotaryPositions, RotaryStyle};
+use super::format::Addressing;
+use super::format::RowFormat;
+use super::plan::{DecodeTiles, cooperative_bytes, strip_row};
+use crate::device::capabilities::CooperativeMatrices;
+use crate::kernel::{Compose, render};
 use crate::problem::SinkLogits;
-use crate::shader::render;
+use crate::problem::element::DType;
+use crate::problem::error::{Error, Result};
 
 /// Threads of a workgroup of the append kernel, and of those that move rows: as many as the widest row has quads.
 pub(crate) const ROW_THREADS: u32 = 128;
@@ -31,14 +33,6 @@ pub(crate) enum CacheKernel {
     Gather,
     /// Gradients by these into the cache's layout.
     Scatter,
-}
-
-/// Where the rows of a sequence lie.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Addressing {
-    Contiguous,
-    Paged,
-    Rolling,
 }
 
 /// What a pipeline fixes.
@@ -448,6 +442,20 @@ impl CacheVariant {
     }
 }
 
+impl Compose for CacheVariant {
+    fn name(&self) -> String {
+        CacheVariant::name(self)
+    }
+
+    fn slots(&self) -> Vec<(u32, bool, bool)> {
+        self.bindings().into_iter().map(|(b, written)| (b.slot(), b == CacheBinding::Params, written)).collect()
+    }
+
+    fn wgsl(&self) -> Result<String> {
+        CacheVariant::wgsl(self)
+    }
+}
+
 #[cfg(test)]
 #[path = "../../tests/common/tint.rs"]
 mod tint;
@@ -461,7 +469,7 @@ mod tests {
 
     use super::*;
     use crate::cache::{CacheConfig, CacheKind, DecodeTiling, Quantisation};
-    use crate::capabilities::Capabilities;
+    use crate::device::capabilities::Capabilities;
 
     const KINDS: [CacheKind; 3] = [
         CacheKind::Contiguous { capacity: 1000 },

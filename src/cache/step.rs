@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::problem::error::{Error, Result};
 
 /// The one way to record what changes a cache, or reads it in order: an encoder with the caches that it touches.
 ///

@@ -24,14 +24,14 @@ use rayon::prelude::*;
 
 use super::exact;
 use super::reference::{sink_logit, sink_weight};
-use super::rows::{Head, Places, Rows, rows_mut};
-use super::scores::{RowTile, Scores, Seen, Side, TILE, zeros};
+use super::rows::{Head, Places, Rows, Side, rows_mut};
+use super::scores::{RowTile, Scores, Seen, TILE, zeros};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
 use super::tiled::{FEW_ITEMS, SPLIT_TILES, forward_widened, widen_bias};
-use crate::element::{DType, Element};
-use crate::error::Result;
+use crate::problem::element::{DType, Element};
+use crate::problem::error::Result;
+use crate::problem::varlen::Sequence;
 use crate::problem::{Axes, Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
-use crate::sequences::Sequence;
 
 /// Rows of a tile of the bias, several tiles of queries: loading its keys costs as much as a tile's products.
 const BIAS_ROWS: usize = 4 * TILE;
@@ -149,7 +149,7 @@ fn row_terms(
         Layout::Thd => s.seq_q,
         Layout::Bshd | Layout::Bhsd => problem.sequence(b).band.seq_q(),
     };
-    let delta = Delta::new(problem, o, upstream);
+    let delta = exact::Delta::new(problem, o, upstream);
     (0..lse.len())
         .into_par_iter()
         .map(|n| {
@@ -160,34 +160,6 @@ fn row_terms(
             (lse[n], delta.of(problem, inputs, [b, h, i], lse[n]) as f32)
         })
         .unzip()
-}
-
-/// `delta_i = d_o_i . o_i - d_lse_i` in f64.
-pub(super) struct Delta<'a> {
-    o: Rows<'a>,
-    d_o: Rows<'a>,
-    d_lse: Option<&'a [f32]>,
-}
-
-impl<'a> Delta<'a> {
-    pub(super) fn new(problem: &Problem, o: &'a [f32], upstream: &Upstream<'a>) -> Self {
-        let s = problem.shape();
-        let rows = |data| Rows::new(data, problem.options().layout, s.heads, s.seq_q, s.value_dim);
-        Delta { o: rows(o), d_o: rows(upstream.d_o), d_lse: upstream.d_lse }
-    }
-
-    /// That of a row of batch, head and position.
-    ///
-    /// The d_o of a row that saw nothing, even NaN, reaches nothing. By its results, as the keys here may be a shard of those
-    /// that it saw: an lse that is the sink logit, and an o of zeros.
-    pub(super) fn of(&self, problem: &Problem, inputs: &Inputs<'_>, [b, h, i]: [usize; 3], lse: f32) -> f64 {
-        let s = problem.shape();
-        let o = self.o.row(b, h, i);
-        let products = o.iter().zip(self.d_o.row(b, h, i)).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>();
-        let saw_nothing = || sink_logit(problem, inputs, h) == Some(lse.into()) && o.iter().all(|&o| o == 0.0);
-        let products = if products.is_nan() && saw_nothing() { 0.0 } else { products };
-        products - self.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[(b * s.heads + h) * s.seq_q + i]))
-    }
 }
 
 /// The gradient by the sink logits. In f64, as it is a sum over all rows of a head.

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
-use super::backward::Delta;
 use super::reference::{Operands, Query, Tensor, add_scaled, dot, queries, sink_logit, sink_weight, widen};
+use super::rows::Rows;
 use super::scores::Scores;
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 
@@ -235,4 +235,32 @@ fn not_finite(x: &[f32], width: usize) -> Vec<bool> {
 
 fn write(x: &mut [f32], start: usize, row: &[f64]) {
     x[start..].iter_mut().zip(row).for_each(|(x, &y)| *x = y as f32);
+}
+
+/// `delta_i = d_o_i . o_i - d_lse_i` in f64.
+pub(super) struct Delta<'a> {
+    o: Rows<'a>,
+    d_o: Rows<'a>,
+    d_lse: Option<&'a [f32]>,
+}
+
+impl<'a> Delta<'a> {
+    pub(super) fn new(problem: &Problem, o: &'a [f32], upstream: &Upstream<'a>) -> Self {
+        let s = problem.shape();
+        let rows = |data| Rows::new(data, problem.options().layout, s.heads, s.seq_q, s.value_dim);
+        Delta { o: rows(o), d_o: rows(upstream.d_o), d_lse: upstream.d_lse }
+    }
+
+    /// That of a row of batch, head and position.
+    ///
+    /// The d_o of a row that saw nothing, even NaN, reaches nothing. By its results, as the keys here may be a shard of those
+    /// that it saw: an lse that is the sink logit, and an o of zeros.
+    pub(super) fn of(&self, problem: &Problem, inputs: &Inputs<'_>, [b, h, i]: [usize; 3], lse: f32) -> f64 {
+        let s = problem.shape();
+        let o = self.o.row(b, h, i);
+        let products = o.iter().zip(self.d_o.row(b, h, i)).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>();
+        let saw_nothing = || sink_logit(problem, inputs, h) == Some(lse.into()) && o.iter().all(|&o| o == 0.0);
+        let products = if products.is_nan() && saw_nothing() { 0.0 } else { products };
+        products - self.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[(b * s.heads + h) * s.seq_q + i]))
+    }
 }

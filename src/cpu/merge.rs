@@ -4,9 +4,9 @@ use rayon::prelude::*;
 
 use super::reference::Denominator;
 use super::rows::rows;
-use crate::element::Element;
-use crate::error::Result;
-use crate::partial::PartialState;
+use crate::problem::element::Element;
+use crate::problem::error::Result;
+use crate::problem::host::PartialState;
 use crate::problem::{Layout, Output, Problem, SinkLogits};
 
 /// Merges partial states of a problem, each of another shard of its keys, on all cores of the CPU; see

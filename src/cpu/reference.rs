@@ -3,10 +3,10 @@
 //!
 //! Every other path of the crate is tested against this one.
 
-use crate::element::Element;
-use crate::error::Result;
+use crate::problem::element::Element;
+use crate::problem::error::Result;
+use crate::problem::varlen::Sequence;
 use crate::problem::{Bias, Gradients, Inputs, Layout, MaskData, MaskPacking, Output, Problem, SinkLogits, Upstream};
-use crate::sequences::Sequence;
 
 /// Forward pass in f64: `lse_i = log(sum_j exp(s_ij) + exp(sink))`, `o_i = sum_j exp(s_ij - lse_i) v_j`.
 ///
@@ -467,8 +467,8 @@ mod tests {
     use rand::{RngExt, SeedableRng};
 
     use super::*;
+    use crate::problem::varlen::Lengths;
     use crate::problem::{Alignment, Axes, Options, Shape, Window};
-    use crate::sequences::Lengths;
 
     fn one_head(m: usize, n: usize, d: usize) -> Shape {
         Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: m, seq_k: n, head_dim: d, value_dim: 1 }

@@ -1,8 +1,23 @@
 //! A densely packed host operand, seen as rows of its last axis.
 
-use super::scores::Side;
+use crate::problem::varlen::Sequence;
 use crate::problem::{Layout, Problem};
-use crate::sequences::Sequence;
+
+/// A side of the score matrix.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Side {
+    Queries,
+    Keys,
+}
+
+impl Side {
+    pub(super) fn other(self) -> Self {
+        match self {
+            Side::Queries => Side::Keys,
+            Side::Keys => Side::Queries,
+        }
+    }
+}
 
 /// Rows of `width` elements, addressed by batch, head and position in either layout.
 #[derive(Clone, Copy)]

@@ -7,6 +7,7 @@ use std::ops::Range;
 use pulp::Simd;
 use rayon::prelude::*;
 
+use super::rows::Side;
 use super::simd::{Panel, tanh};
 use crate::problem::{Bias, Inputs, MaskData, Problem, mask_word};
 
@@ -15,22 +16,6 @@ pub(super) const TILE: usize = u64::BITS as usize;
 
 /// Numbers from here down to the lowest finite one keep nothing of the logarithm of a count, or of a product below 32.
 const ABSORBING: f32 = -1e9;
-
-/// A side of the score matrix.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Side {
-    Queries,
-    Keys,
-}
-
-impl Side {
-    pub(super) fn other(self) -> Self {
-        match self {
-            Side::Queries => Side::Keys,
-            Side::Keys => Side::Queries,
-        }
-    }
-}
 
 /// Query rows of one sequence that are computed together: `queries` of `heads`, head by head.
 #[derive(Debug, Clone)]

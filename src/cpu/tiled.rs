@@ -25,13 +25,13 @@ use rayon::prelude::*;
 
 use super::exact;
 use super::reference::{Denominator, sink_logit};
-use super::rows::{Head, Places, Rows, rows_mut};
-use super::scores::{RowTile, Scores, Seen, Side, TILE, zeros};
+use super::rows::{Head, Places, Rows, Side, rows_mut};
+use super::scores::{RowTile, Scores, Seen, TILE, zeros};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
-use crate::element::{DType, Element};
-use crate::error::Result;
+use crate::problem::element::{DType, Element};
+use crate::problem::error::Result;
+use crate::problem::varlen::Sequence;
 use crate::problem::{Bias, Inputs, Layout, Output, Problem};
-use crate::sequences::Sequence;
 
 /// With fewer items than this, each is split along the keys, to give every core work.
 pub(super) const FEW_ITEMS: usize = 64;

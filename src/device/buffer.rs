@@ -1,65 +1,12 @@
 //! GPU buffers that know what they hold, typed views of buffers, and the way of host slices there and back.
 
-use std::fmt;
 use std::ops::Range;
 
 use bytemuck::Pod;
 
 use super::{Device, note_buffer};
-use crate::element::{DType, sealed};
-use crate::error::{Error, Result};
-
-/// The element type of a [`DeviceBuffer`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum BufferType {
-    /// 32-bit floats: operands, lse, sink logits, ALiBi slopes and a bias; a rotary embedding's table.
-    F32,
-    /// 16-bit floats of IEEE 754: operands and a bias.
-    F16,
-    /// The upper half of 32-bit floats: operands and a bias.
-    Bf16,
-    /// What rounding takes from o, see [`Output::o_rest`](crate::Output::o_rest).
-    I16,
-    /// A boolean mask's bits.
-    U32,
-    /// A boolean mask's bytes.
-    U8,
-}
-
-impl BufferType {
-    /// Bytes of an element.
-    pub const fn bytes(self) -> usize {
-        match self {
-            BufferType::F32 | BufferType::U32 => 4,
-            BufferType::F16 | BufferType::Bf16 | BufferType::I16 => 2,
-            BufferType::U8 => 1,
-        }
-    }
-}
-
-impl fmt::Display for BufferType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            BufferType::F32 => "f32",
-            BufferType::F16 => "f16",
-            BufferType::Bf16 => "bf16",
-            BufferType::I16 => "i16",
-            BufferType::U32 => "u32",
-            BufferType::U8 => "u8",
-        })
-    }
-}
-
-impl From<DType> for BufferType {
-    fn from(dtype: DType) -> Self {
-        match dtype {
-            DType::F32 => BufferType::F32,
-            DType::F16 => BufferType::F16,
-            DType::Bf16 => BufferType::Bf16,
-        }
-    }
-}
+use crate::problem::element::{BufferType, sealed};
+use crate::problem::error::{Error, Result};
 
 /// An element of a host slice that goes to a GPU buffer or comes from one. Nothing else implements it.
 pub trait BufferElement: sealed::Sealed + Pod {

@@ -7,10 +7,10 @@
 use std::path::Path;
 
 use super::{Kept, Stream, StreamShape, cut, join};
-use crate::element::Element;
-use crate::error::Result;
+use crate::file::saved::{self, Reader, Tensor};
+use crate::problem::element::Element;
+use crate::problem::error::Result;
 use crate::problem::{Options, SinkLogits};
-use crate::saved::{self, Reader, Tensor};
 
 /// Version of the format.
 const VERSION: u32 = 1;

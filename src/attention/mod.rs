@@ -1,0 +1,550 @@
+//! The operator.
+
+pub mod partial;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::cpu;
+use crate::device::buffer::{Mapped, TensorView, allocate, download, upload};
+use crate::device::{Device, DeviceChoice, DeviceReason, describe};
+use crate::exec::pipeline::Pipelines;
+use crate::exec::prepared::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::kernel::tile::Tiling;
+use crate::kernel::{Kernel, MicroKernel};
+use crate::plan::operand::mask_scratch_bytes;
+use crate::plan::slice::DISPATCH_BUDGET;
+use crate::plan::tuning::Tuning;
+use crate::plan::{OptionalOperands, Plan, Preference};
+use crate::problem::element::{DType, Element};
+use crate::problem::error::{Error, Result};
+use crate::problem::{Bias, Gradients, Inputs, MaskData, Output, Problem, Upstream};
+
+/// The attention operator on one device. Cheap to clone; clones share compiled kernels.
+#[derive(Debug, Clone)]
+pub struct Attention {
+    backend: Backend,
+    reason: DeviceReason,
+    micro_kernel: MicroKernel,
+    dispatch_budget: Duration,
+}
+
+#[derive(Debug, Clone)]
+enum Backend {
+    Cpu,
+    Gpu { device: Device, pipelines: Arc<Pipelines>, tuning: Option<Arc<Tuning>> },
+}
+
+impl Attention {
+    /// The operator on the device that `SINK_ATTENTION_ADAPTER` names, else on the best GPU, else on the CPU: software
+    /// adapters, which are slower than the CPU path, are taken only where they are asked for, see [`DeviceChoice`].
+    /// [`device_description`](Self::device_description) says what was taken, and why.
+    ///
+    /// # Errors
+    /// [`Error::AdapterNotFound`], [`Error::DeviceRequest`], [`Error::TuningFile`], [`Error::TuningDevice`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn new() -> Result<Self> {
+        Attention::open(&DeviceChoice::from_env())
+    }
+
+    /// The operator on a chosen device; blocks until the device is there. On a GPU, the file that
+    /// `SINK_ATTENTION_TUNING` names is loaded as by [`with_tuning`](Self::with_tuning).
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`], [`Error::TuningFile`],
+    /// [`Error::TuningDevice`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn open(choice: &DeviceChoice) -> Result<Self> {
+        pollster::block_on(Attention::open_async(choice))
+    }
+
+    /// As [`open`](Self::open), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_async(choice: &DeviceChoice) -> Result<Self> {
+        let attention = Attention::open_untuned_async(choice).await?;
+        match if attention.is_gpu() { Tuning::from_env()? } else { None } {
+            Some(tuning) => attention.with_tuning(tuning),
+            None => Ok(attention),
+        }
+    }
+
+    /// As [`open`](Self::open), but with the built-in table of tiles, whatever `SINK_ATTENTION_TUNING` names.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn open_untuned(choice: &DeviceChoice) -> Result<Self> {
+        pollster::block_on(Attention::open_untuned_async(choice))
+    }
+
+    /// As [`open_untuned`](Self::open_untuned), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`open_untuned`](Self::open_untuned).
+    pub async fn open_untuned_async(choice: &DeviceChoice) -> Result<Self> {
+        let (device, reason) = Device::choose(choice).await?;
+        Ok(Attention { reason, ..device.map_or_else(Attention::cpu, Attention::on) })
+    }
+
+    /// The operator on the CPU, which always works.
+    pub fn cpu() -> Self {
+        Attention::of(Backend::Cpu)
+    }
+
+    /// The operator on a device of the host application. Buffers must come from that device. One of another device is
+    /// [`Error::Gpu`] where both are of one [`wgpu::Instance`]; across instances wgpu cannot tell them apart, and may panic.
+    pub fn on(device: Device) -> Self {
+        let backend = Backend::Gpu { device, pipelines: Arc::default(), tuning: None };
+        Attention::of(backend)
+    }
+
+    /// With a micro-kernel of the caller's choice instead of the planner's. Where there is none for a problem on the
+    /// device, passes fail with [`Error::NoKernel`]; on the CPU with [`Error::NeedsGpu`], unless it is
+    /// [`MicroKernel::Auto`].
+    pub fn with_micro_kernel(self, micro_kernel: MicroKernel) -> Self {
+        Attention { micro_kernel, ..self }
+    }
+
+    pub(crate) fn micro_kernel(&self) -> MicroKernel {
+        self.micro_kernel
+    }
+
+    fn of(backend: Backend) -> Self {
+        let reason = DeviceReason::Asked;
+        Attention { backend, reason, micro_kernel: MicroKernel::Auto, dispatch_budget: DISPATCH_BUDGET }
+    }
+
+    /// How long a dispatch may hold the GPU, 250 ms unless set: a pass whose time is estimated longer is cut into several
+    /// dispatches, with the same bits as results. Browsers and desktop systems reset a GPU that does not answer for some two
+    /// seconds. The estimate divides floating-point operations by what the slowest devices of the device's class do, so most
+    /// devices take much less. [`Duration::MAX`] never cuts for the time; with zero, each tile of rows of each key head has a
+    /// dispatch of its own, the least there is. Nothing changes on the CPU.
+    pub fn with_dispatch_budget(self, budget: Duration) -> Self {
+        Attention { dispatch_budget: budget, ..self }
+    }
+
+    /// The CPU has no micro-kernels to choose from.
+    pub(crate) fn check_cpu(&self) -> Result<()> {
+        match self.micro_kernel {
+            MicroKernel::Auto => Ok(()),
+            MicroKernel::Portable => Err(Error::NeedsGpu { call: "the portable micro-kernel" }),
+            MicroKernel::Cooperative => Err(Error::NeedsGpu { call: "the cooperative micro-kernel" }),
+        }
+    }
+
+    /// Prefers measured tiles to the built-in table wherever they fit, instead of those it may have preferred before.
+    /// Results change by no more than the order of sums does.
+    ///
+    /// # Errors
+    /// [`Error::TuningDevice`] if they were measured on another device, [`Error::NeedsGpu`] on the CPU.
+    pub fn with_tuning(self, tuning: Tuning) -> Result<Self> {
+        match self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "with_tuning" }),
+            Backend::Gpu { device, pipelines, .. } => {
+                tuning.check_device(&device.capabilities().name)?;
+                let backend = Backend::Gpu { device, pipelines, tuning: Some(Arc::new(tuning)) };
+                Ok(Attention { backend, ..self })
+            }
+        }
+    }
+
+    /// The measured tiles that are preferred.
+    pub fn tuning(&self) -> Option<&Tuning> {
+        match &self.backend {
+            Backend::Cpu => None,
+            Backend::Gpu { tuning, .. } => tuning.as_deref(),
+        }
+    }
+
+    /// Keeps compiled kernels in a file from one process to the next: what `path` holds is loaded, what is compiled
+    /// from now on goes there by [`save_pipeline_cache`](Self::save_pipeline_cache). Kernels that were compiled before
+    /// this call are forgotten. A file that is absent, spoiled, or of another device or driver counts as empty.
+    ///
+    /// The file must be as safe from malicious changes as the program itself: it holds code for the GPU.
+    ///
+    /// # Errors
+    /// [`Error::PipelineCache`] where the file cannot be read, or the device was opened without
+    /// [`wgpu::Features::PIPELINE_CACHE`], which only Vulkan has (drivers of other backends keep caches of their own);
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver
+    /// reports.
+    pub fn with_pipeline_cache(self, path: impl AsRef<Path>) -> Result<Self> {
+        match self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "with_pipeline_cache" }),
+            Backend::Gpu { device, tuning, .. } => {
+                let pipelines = Arc::new(pollster::block_on(Pipelines::with_cache(&device, path.as_ref()))?);
+                Ok(Attention { backend: Backend::Gpu { device, pipelines, tuning }, ..self })
+            }
+        }
+    }
+
+    /// Writes the file of [`with_pipeline_cache`](Self::with_pipeline_cache), which is replaced as a whole or not at
+    /// all. Returns its number of bytes, or `None` where there is no such file to write.
+    ///
+    /// # Errors
+    /// [`Error::PipelineCache`].
+    pub fn save_pipeline_cache(&self) -> Result<Option<usize>> {
+        match &self.backend {
+            Backend::Cpu => Ok(None),
+            Backend::Gpu { pipelines, .. } => pipelines.save_cache(),
+        }
+    }
+
+    /// How [`forward`](Self::forward), whose operands are densely packed, will compute: in half precision with o_rest.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`].
+    pub fn plan_forward(&self, problem: &Problem) -> Result<Plan> {
+        let (device, preference) = self.planning("plan_forward", &[])?;
+        let optional = OptionalOperands::of_host(problem);
+        Plan::forward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
+    }
+
+    /// How [`backward`](Self::backward) will compute without d_lse: in half precision with o_rest.
+    ///
+    /// # Errors
+    /// As [`plan_forward`](Self::plan_forward).
+    pub fn plan_backward(&self, problem: &Problem) -> Result<Plan> {
+        let (device, preference) = self.planning("plan_backward", &[])?;
+        let optional = OptionalOperands::of_host(problem);
+        Plan::backward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
+    }
+
+    /// Compiles a plan's kernels ahead of their first use, natively side by side: `attention.precompile(
+    /// &attention.plan_forward(&problem)?)`. Kernels depend on widths, options and tiles, hardly on lengths.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver
+    /// reports.
+    #[cfg(not(target_family = "wasm"))]
+    pub fn precompile(&self, plan: &Plan) -> Result<()> {
+        pollster::block_on(self.precompile_async(plan))
+    }
+
+    /// As [`precompile`](Self::precompile), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`precompile`](Self::precompile).
+    pub async fn precompile_async(&self, plan: &Plan) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "precompile" }),
+            Backend::Gpu { device, pipelines, .. } => pipelines.get_all(device, plan).await.map(|_| ()),
+        }
+    }
+
+    /// The device and its pipelines.
+    pub(crate) fn gpu(&self, call: &'static str) -> Result<(&Device, &Arc<Pipelines>)> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call }),
+            Backend::Gpu { device, pipelines, .. } => Ok((device, pipelines)),
+        }
+    }
+
+    fn planning<'a>(
+        &'a self,
+        call: &'static str,
+        tiles: &'a [(Kernel, Tiling)],
+    ) -> Result<(&'a Device, Preference<'a>)> {
+        let device = self.device().ok_or(Error::NeedsGpu { call })?;
+        Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, tuning: self.tuning() }))
+    }
+
+    /// What computes, for people.
+    pub fn device_name(&self) -> String {
+        match &self.backend {
+            Backend::Cpu => format!("CPU ({} threads)", rayon::current_num_threads()),
+            Backend::Gpu { device, .. } => describe(&device.wgpu().adapter_info()),
+        }
+    }
+
+    /// Why it is this device.
+    pub fn device_reason(&self) -> &DeviceReason {
+        &self.reason
+    }
+
+    /// What computes, and why it is this: for the first line of what a program prints.
+    pub fn device_description(&self) -> String {
+        format!("{}: {}", self.device_name(), self.reason)
+    }
+
+    /// Whether a GPU adapter (hardware or software) computes.
+    pub fn is_gpu(&self) -> bool {
+        self.device().is_some()
+    }
+
+    /// The GPU device, unless the operator runs on the CPU.
+    pub fn device(&self) -> Option<&Device> {
+        match &self.backend {
+            Backend::Cpu => None,
+            Backend::Gpu { device, .. } => Some(device),
+        }
+    }
+
+    /// Forward pass on host slices; blocks until the result is there.
+    ///
+    /// # Errors
+    /// Those of [`Problem::check_inputs`] and, on a GPU, of [`prepare_forward`](Self::prepare_forward),
+    /// [`Error::BufferTooLarge`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn forward<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
+        pollster::block_on(self.forward_async(problem, inputs))
+    }
+
+    /// As [`forward`](Self::forward), for browsers and async hosts. On the CPU it computes before it returns.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub async fn forward_async<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
+        let Backend::Gpu { device, .. } = &self.backend else {
+            self.check_cpu()?;
+            return cpu::forward(problem, inputs);
+        };
+        problem.check_inputs(inputs)?;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let rounded = T::DTYPE != DType::F32;
+        let o_len = problem.o_shape().iter().product();
+        let lse_len = problem.lse_shape().iter().product();
+        let operands = device.scoped("uploading operands", || -> Result<_> {
+            Ok((
+                Uploaded::new(device, inputs)?,
+                [allocate::<T>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
+                // One element in f32, so that there is a buffer to read.
+                allocate::<i16>(device, "o_rest", if rounded { o_len } else { 1 }, usage)?,
+            ))
+        });
+        let (inputs, [o, lse], o_rest) = operands.await??;
+        let buffers = inputs.buffers(&o, rounded.then_some(&o_rest), &lse);
+        let prepared = self.prepare_forward_async(problem, &buffers).await?;
+        let [o, o_rest, lse] = download(device, [&o, &o_rest, &lse], |encoder| prepared.encode(encoder)).await?;
+        let o_rest = if rounded { Some(o_rest.read(o_len).await?) } else { None };
+        Ok(Output { o: o.read(o_len).await?, o_rest, lse: lse.read(lse_len).await? })
+    }
+
+    /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
+    ///
+    /// # Errors
+    /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`] and, on a GPU, those of
+    /// [`forward`](Self::forward).
+    #[cfg(not(target_family = "wasm"))]
+    pub fn backward<T: Element>(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
+        pollster::block_on(self.backward_async(problem, inputs, saved, upstream))
+    }
+
+    /// As [`backward`](Self::backward), for browsers and async hosts. On the CPU it computes before it returns.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward).
+    pub async fn backward_async<T: Element>(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
+        problem.check_inputs(inputs)?;
+        problem.check_upstream(saved, upstream)?;
+        let Backend::Gpu { device, .. } = &self.backend else {
+            self.check_cpu()?;
+            return cpu::backward(problem, inputs, saved, upstream);
+        };
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        // One element where there is no such gradient, so that there is a buffer to read.
+        let [sink_logits_len, slopes_len, bias_len] = [
+            inputs.sink_logits.map(<[f32]>::len),
+            inputs.alibi_slopes.map(<[f32]>::len),
+            inputs.bias.map(|bias| bias.len()),
+        ];
+        let operands = device.scoped("uploading operands", || -> Result<_> {
+            let f32s = |name, len: Option<usize>| allocate::<f32>(device, name, len.unwrap_or(1), usage);
+            Ok((
+                Uploaded::new(device, inputs)?,
+                [upload(device, "o", &saved.o)?, upload(device, "lse", &saved.lse)?],
+                saved.o_rest.as_ref().map(|o_rest| upload(device, "o_rest", o_rest)).transpose()?,
+                upload(device, "d_o", upstream.d_o)?,
+                upstream.d_lse.map(|d_lse| upload(device, "d_lse", d_lse)).transpose()?,
+                [
+                    allocate::<T>(device, "d_q", inputs.q.len(), usage)?,
+                    allocate::<T>(device, "d_k", inputs.k.len(), usage)?,
+                    allocate::<T>(device, "d_v", inputs.v.len(), usage)?,
+                    f32s("d_sink_logits", sink_logits_len)?,
+                    f32s("d_alibi_slopes", slopes_len)?,
+                    f32s("d_bias", bias_len)?,
+                ],
+            ))
+        });
+        let (uploaded, [o, lse], o_rest, d_o, d_lse, results) = operands.await??;
+        let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] = &results;
+        let wanted = |buffer, len: Option<usize>| len.map(|_| TensorView::new(buffer));
+        let buffers = BackwardBuffers {
+            d_lse: d_lse.as_ref().map(TensorView::new),
+            d_sink_logits: wanted(d_sink_logits, sink_logits_len),
+            d_alibi_slopes: wanted(d_alibi_slopes, slopes_len),
+            d_bias: wanted(d_bias, bias_len),
+            ..BackwardBuffers::new(uploaded.buffers(&o, o_rest.as_ref(), &lse), &d_o, d_q, d_k, d_v)
+        };
+        let prepared = self.prepare_backward_async(problem, &buffers).await?;
+        let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] =
+            download(device, results.each_ref(), |encoder| prepared.encode(encoder)).await?;
+        let optional = async |mapped: Mapped, len: Option<usize>| match len {
+            Some(len) => mapped.read(len).await.map(Some),
+            None => Ok(None),
+        };
+        Ok(Gradients {
+            d_q: d_q.read(inputs.q.len()).await?,
+            d_k: d_k.read(inputs.k.len()).await?,
+            d_v: d_v.read(inputs.v.len()).await?,
+            d_sink_logits: optional(d_sink_logits, sink_logits_len).await?,
+            d_alibi_slopes: optional(d_alibi_slopes, slopes_len).await?,
+            d_bias: optional(d_bias, bias_len).await?,
+        })
+    }
+
+    /// Prepares a forward pass on buffers of the caller's.
+    ///
+    /// # Errors
+    /// [`Error::NeedsGpu`] on the CPU; [`Error::BufferTooSmall`], [`Error::BufferUsage`],
+    /// [`Error::BindingTooLarge`], [`Error::IndexOverflow`], [`Error::Aliasing`] and
+    /// [`Error::OverlappingStrides`] for operands that cannot be bound, [`Error::MissingOperand`],
+    /// [`Error::UnexpectedOperand`] and [`Error::InvalidOption`] for such that do not fit the options;
+    /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`] where the device's limits are too small for a piece of the work;
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver reports.
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_forward(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
+        pollster::block_on(self.prepare_forward_async(problem, buffers))
+    }
+
+    /// As [`prepare_forward`](Self::prepare_forward), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_forward`](Self::prepare_forward).
+    pub async fn prepare_forward_async(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
+        self.prepare_forward_with(problem, buffers, &[]).await
+    }
+
+    /// As [`prepare_forward_async`](Self::prepare_forward_async) with tiles of the caller's choice, for
+    /// measuring candidates; they count as [`Preference::tiles`] do.
+    ///
+    /// # Errors
+    /// As [`prepare_forward`](Self::prepare_forward).
+    pub async fn prepare_forward_with(
+        &self,
+        problem: &Problem,
+        buffers: &ForwardBuffers<'_>,
+        tiles: &[(Kernel, Tiling)],
+    ) -> Result<Prepared> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
+            Backend::Gpu { device, pipelines, tuning } => {
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
+                Prepared::forward(device, pipelines, problem, buffers, &preference, self.dispatch_budget).await
+            }
+        }
+    }
+
+    /// Bytes of [`ForwardBuffers::mask_scratch`]; `None` where the problem has no boolean mask.
+    pub fn mask_scratch_bytes(problem: &Problem) -> Option<u64> {
+        problem.options().mask.map(|_| mask_scratch_bytes(problem))
+    }
+
+    /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
+    /// eight bytes for each query of each head; with sink logits, but for half precision without o_rest, four for each 32 queries
+    /// or part of them; where the ALiBi slopes' gradient is wanted four for each query of each head; a mask's bits.
+    ///
+    /// # Errors
+    /// As [`prepare_forward`](Self::prepare_forward).
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_backward(&self, problem: &Problem, buffers: &BackwardBuffers<'_>) -> Result<Prepared> {
+        pollster::block_on(self.prepare_backward_async(problem, buffers))
+    }
+
+    /// As [`prepare_backward`](Self::prepare_backward), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_backward`](Self::prepare_backward).
+    pub async fn prepare_backward_async(&self, problem: &Problem, buffers: &BackwardBuffers<'_>) -> Result<Prepared> {
+        self.prepare_backward_with(problem, buffers, &[]).await
+    }
+
+    /// As [`prepare_backward_async`](Self::prepare_backward_async) with tiles of the caller's choice, for
+    /// measuring candidates; they count as [`Preference::tiles`] do.
+    ///
+    /// # Errors
+    /// As [`prepare_backward`](Self::prepare_backward).
+    pub async fn prepare_backward_with(
+        &self,
+        problem: &Problem,
+        buffers: &BackwardBuffers<'_>,
+        tiles: &[(Kernel, Tiling)],
+    ) -> Result<Prepared> {
+        match &self.backend {
+            Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
+            Backend::Gpu { device, pipelines, tuning } => {
+                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
+                Prepared::backward(device, pipelines, problem, buffers, &preference, self.dispatch_budget).await
+            }
+        }
+    }
+}
+
+/// The operands of a forward pass in buffers of their own.
+struct Uploaded {
+    q: wgpu::Buffer,
+    k: wgpu::Buffer,
+    v: wgpu::Buffer,
+    sink_logits: Option<wgpu::Buffer>,
+    alibi_slopes: Option<wgpu::Buffer>,
+    bias: Option<wgpu::Buffer>,
+    mask: Option<wgpu::Buffer>,
+}
+
+impl Uploaded {
+    fn new<T: Element>(device: &Device, inputs: &Inputs<'_, T>) -> Result<Self> {
+        let optional = |name, slice: Option<&[f32]>| slice.map(|s| upload(device, name, s)).transpose();
+        Ok(Uploaded {
+            q: upload(device, "q", inputs.q)?,
+            k: upload(device, "k", inputs.k)?,
+            v: upload(device, "v", inputs.v)?,
+            sink_logits: optional("sink_logits", inputs.sink_logits)?,
+            alibi_slopes: optional("alibi_slopes", inputs.alibi_slopes)?,
+            bias: match inputs.bias {
+                Some(Bias::F32(bias)) => Some(upload(device, "bias", bias)?),
+                Some(Bias::Operand(bias)) => Some(upload(device, "bias", bias)?),
+                None => None,
+            },
+            mask: match inputs.mask {
+                Some(MaskData::Bytes(mask)) => Some(upload(device, "mask", mask)?),
+                Some(MaskData::Bits(mask)) => Some(upload(device, "mask", mask)?),
+                None => None,
+            },
+        })
+    }
+
+    fn buffers<'a>(
+        &'a self,
+        o: &'a wgpu::Buffer,
+        o_rest: Option<&'a wgpu::Buffer>,
+        lse: &'a wgpu::Buffer,
+    ) -> ForwardBuffers<'a> {
+        ForwardBuffers {
+            sink_logits: self.sink_logits.as_ref().map(TensorView::new),
+            alibi_slopes: self.alibi_slopes.as_ref().map(TensorView::new),
+            bias: self.bias.as_ref().map(TensorView::new),
+            mask: self.mask.as_ref().map(TensorView::new),
+            o_rest: o_rest.map(TensorView::new),
+            ..ForwardBuffers::new(&self.q, &self.k, &self.v, o, lse)
+        }
+    }
+}
+
+/// Whether densely packed operands can be read four neighbours at a time.
+fn dense_vec4(problem: &Problem) -> bool {
+    [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width.is_multiple_of(4))
+}

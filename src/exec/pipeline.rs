@@ -1,0 +1,161 @@
+//! From a variant to a compiled pipeline, each compiled once.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::device::Device;
+use crate::exec::pipeline_cache::PipelineCache;
+use crate::kernel::Compose;
+#[cfg(not(target_family = "wasm"))]
+use crate::plan::Pass;
+use crate::plan::Plan;
+use crate::problem::error::Result;
+
+/// Folder that composed shaders are written to, where this environment variable names one.
+pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";
+
+/// A compiled kernel with the layout of its bindings.
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) layout: wgpu::BindGroupLayout,
+}
+
+/// The pipelines of one device.
+#[derive(Debug, Default)]
+pub(crate) struct Pipelines {
+    /// By all that their text depends on, as `Debug` writes it.
+    compiled: Mutex<HashMap<String, Arc<Pipeline>>>,
+    cache: Option<PipelineCache>,
+}
+
+impl Pipelines {
+    /// Pipelines that are looked up in a file before they are compiled.
+    pub(crate) async fn with_cache(device: &Device, path: &Path) -> Result<Self> {
+        Ok(Pipelines { cache: Some(PipelineCache::open(device, path).await?), ..Pipelines::default() })
+    }
+
+    /// Writes the file, where there is one; its number of bytes.
+    pub(crate) fn save_cache(&self) -> Result<Option<usize>> {
+        self.cache.as_ref().map(PipelineCache::save).transpose()
+    }
+
+    /// The pipelines of a plan's passes. Natively those that are missing are compiled side by side.
+    pub(crate) async fn get_all(&self, device: &Device, plan: &Plan) -> Result<Vec<Arc<Pipeline>>> {
+        #[cfg(not(target_family = "wasm"))]
+        {
+            use rayon::prelude::*;
+            let missing = plan.passes.iter().filter(|pass| self.find(&pass.variant).is_none());
+            let missing: Vec<_> = missing.collect();
+            if missing.len() > 1 {
+                // wgpu answers at once here, so that no thread of the pool waits.
+                let compile = |pass: &&Pass| pollster::block_on(self.get(device, &pass.variant)).map(|_| ());
+                missing.par_iter().try_for_each(compile)?;
+            }
+        }
+        let mut pipelines = Vec::with_capacity(plan.passes.len());
+        for pass in &plan.passes {
+            pipelines.push(self.get(device, &pass.variant).await?);
+        }
+        Ok(pipelines)
+    }
+
+    pub(crate) async fn get(&self, device: &Device, kernel: &impl Compose) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) = self.find(kernel) {
+            return Ok(pipeline);
+        }
+        // Compiled outside the lock: two threads may compile the same kernel, the first one stays.
+        let pipeline =
+            Arc::new(compile_text(device, kernel.name(), kernel.wgsl()?, kernel.slots(), self.cache.as_ref()).await?);
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(compiled.entry(format!("{kernel:?}")).or_insert(pipeline).clone())
+    }
+
+    fn find(&self, kernel: &impl Compose) -> Option<Arc<Pipeline>> {
+        // A thread that panicked elsewhere leaves a map that is still whole.
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).get(&format!("{kernel:?}")).cloned()
+    }
+}
+
+/// Compiles a text; of each binding its slot, whether it is uniform, and whether it is written.
+async fn compile_text(
+    device: &Device,
+    name: String,
+    text: String,
+    bindings: Vec<(u32, bool, bool)>,
+    cache: Option<&PipelineCache>,
+) -> Result<Pipeline> {
+    if let Some(folder) = std::env::var_os(DUMP_VARIABLE) {
+        // A dump is for reading; failing to write one must not stop the computation.
+        if let Err(error) = std::fs::write(std::path::Path::new(&folder).join(format!("{name}.wgsl")), &text) {
+            eprintln!("sink-attention: {DUMP_VARIABLE}: {}: {error}", folder.display());
+        }
+    }
+    let entries: Vec<wgpu::BindGroupLayoutEntry> = bindings
+        .into_iter()
+        .map(|(binding, uniform, written)| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: match uniform {
+                    true => wgpu::BufferBindingType::Uniform,
+                    false => wgpu::BufferBindingType::Storage { read_only: !written },
+                },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        })
+        .collect();
+    device
+        .scoped("compiling a kernel", || {
+            let gpu = device.wgpu();
+            let label = Some(name.as_str());
+            let descriptor = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text.into()) };
+            let module = shader_module(gpu, descriptor);
+            let layout = gpu.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+            let pipeline_layout = gpu.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label,
+                bind_group_layouts: &[Some(&layout)],
+                ..Default::default()
+            });
+            let pipeline = gpu.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label,
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    // Kernels write workgroup memory before they read it, but for the padding of a slab's rows, whose sums are
+                    // never stored.
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache: cache.map(PipelineCache::wgpu),
+            });
+            Pipeline { pipeline, layout }
+        })
+        .await
+}
+
+/// Compiles without run-time bounds checks, which cost 10 % (benches/results/), unless the feature
+/// `checked-shaders` asks for them.
+fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
+    if cfg!(feature = "checked-shaders") {
+        return gpu.create_shader_module(descriptor);
+    }
+    // SAFETY: the text is this crate's own. Every index into a storage buffer stays below the sizes and
+    // strides in `Params`, which `Placed::new` has checked against the buffer. A dispatch computes a region of its pass, and
+    // what the workgroups of a region index of an operand lies within the window that `Pass::pieces` binds of it, in whole words:
+    // a test there goes through it, workgroup by workgroup. Indices count from the window's start and may wrap around on
+    // their way there; `View::window` keeps their number below 2^32. The table of sequences and the slots of repairs are as long
+    // as `sequence_table` and `repair_slots` make them for the same problem; a bias is read at positions clamped to the sequence,
+    // and a mask's words up to a tile beyond a row's end, for which `mask_bits` leaves room. Every index into
+    // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
+    // constants; every loop counts up to a bound that its body does not change, or runs
+    // until a limit has followed what exceeds it, once. Kernels of caches read and write rows below the
+    // lengths and pages of the host's book (`Places`), which keeps lengths within the capacity and pages within the cache, and
+    // clamp what a tile has beyond a sequence's end; what they gather and scatter are runs of such rows, which `Batch` makes from
+    // the book, and which are recorded for a book with the same lengths and, where gradients are written, pages.
+    unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+}

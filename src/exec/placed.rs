@@ -1,0 +1,100 @@
+//! Views of operands in GPU buffers, checked.
+
+pub use crate::device::buffer::TensorView;
+use crate::kernel::Binding;
+use crate::plan::operand::{View, WORD, Window};
+use crate::problem::element::BufferType;
+use crate::problem::element::DType;
+use crate::problem::error::{Error, Result};
+use crate::problem::{Layout, MaskPacking, Options};
+
+/// A view that has been checked against its buffer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Placed<'a> {
+    buffer: &'a wgpu::Buffer,
+    pub(crate) view: View,
+}
+
+impl<'a> Placed<'a> {
+    /// Checks a view of an operand against its buffer.
+    pub(crate) fn new(
+        binding: Binding,
+        view: &TensorView<'a>,
+        extents: [usize; 4],
+        layout: Layout,
+        element: usize,
+    ) -> Result<Self> {
+        let (operand, buffer) = (binding.name(), view.buffer);
+        let [_, heads, seq, width] = extents;
+        let strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
+        let view = View::new(binding, view.offset, strides, extents, element);
+        // With every byte countable, so is every stride.
+        let (last_element, most) = (view.last_element(), (u64::MAX - WORD) / element as u64 - 1);
+        if last_element > u128::from(most) {
+            return Err(Error::IndexOverflow { operand, last_element, most });
+        }
+        let end = ((last_element as u64 + 1) * view.element).next_multiple_of(WORD);
+        if end > buffer.size() {
+            return Err(Error::BufferTooSmall { operand, needed: end, actual: buffer.size() });
+        }
+        let needed = wgpu::BufferUsages::STORAGE;
+        if !buffer.usage().contains(needed) {
+            return Err(Error::BufferUsage { operand, needed, actual: buffer.usage() });
+        }
+        Ok(Placed { buffer, view })
+    }
+
+    pub(crate) fn binding(&self, window: Window) -> wgpu::BindingResource<'a> {
+        resource(self.buffer, window)
+    }
+
+    /// No two elements of a result may fall on one place.
+    pub(crate) fn check_distinct(&self) -> Result<()> {
+        let View { binding, strides, extents, .. } = self.view;
+        let mut axes: Vec<(u64, u64)> = (0..3).filter(|&a| extents[a] > 1).map(|a| (strides[a], extents[a])).collect();
+        axes.sort_unstable();
+        let mut reach = extents[3];
+        for (stride, extent) in axes {
+            if stride < reach {
+                return Err(Error::OverlappingStrides { operand: binding.name(), strides });
+            }
+            reach += stride * (extent - 1);
+        }
+        Ok(())
+    }
+}
+
+/// A window of a buffer, to be bound.
+pub(crate) fn resource(buffer: &wgpu::Buffer, window: Window) -> wgpu::BindingResource<'_> {
+    let (offset, size) = (window.start, wgpu::BufferSize::new(window.len));
+    wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
+}
+
+/// The element type of an operand's buffer, by the options and, for q, k, v and what has their type, `dtype`.
+fn element_type(binding: Binding, dtype: DType, options: &Options) -> BufferType {
+    match binding {
+        Binding::Q | Binding::K | Binding::V | Binding::O | Binding::States => dtype.into(),
+        Binding::DO | Binding::DQ | Binding::DK | Binding::DV => dtype.into(),
+        Binding::ORest | Binding::StatesRest => BufferType::I16,
+        Binding::Bias => options.bias_dtype.into(),
+        Binding::Mask => match options.mask_packing {
+            MaskPacking::Bytes => BufferType::U8,
+            MaskPacking::Bits => BufferType::U32,
+        },
+        _ => BufferType::F32,
+    }
+}
+
+/// A buffer that knows its element type has that of the operand.
+pub(crate) fn check_element_type(
+    binding: Binding,
+    view: &TensorView<'_>,
+    dtype: DType,
+    options: &Options,
+) -> Result<()> {
+    let needed = element_type(binding, dtype, options);
+    match view.element {
+        Some(actual) if actual != needed => Err(Error::BufferType { operand: binding.name(), needed, actual }),
+        _ => Ok(()),
+    }
+}

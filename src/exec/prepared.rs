@@ -1,0 +1,739 @@
+//! From a plan to commands.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::device::Device;
+use crate::device::buffer::{TensorView, allocate, upload};
+use crate::exec::pipeline::{Pipeline, Pipelines};
+use crate::exec::placed::{Placed, check_element_type, resource};
+use crate::kernel::{Binding, SEQUENCE_WORDS};
+use crate::plan::operand::{View, Window, mask_blocks, operand_extents, scratch_view};
+use crate::plan::slice::{Piece, Pieces, Region};
+use crate::plan::{OptionalOperands, Pass, Plan, Preference};
+use crate::problem::error::{Error, Result};
+use crate::problem::varlen::Sequence;
+use crate::problem::{Problem, SinkLogits};
+
+/// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct Operand {
+    pub(crate) offset: u32,
+    batch: u32,
+    head: u32,
+    seq: u32,
+}
+
+impl Operand {
+    /// Counted in `width` elements, from the start of the window. Shaders count in u32, which wraps around as often as is
+    /// needed to come back to an index within the window.
+    pub(crate) fn new(view: &View, window: Window, width: u64) -> Self {
+        let [batch, head, seq] = view.strides.map(|stride| (stride / width) as u32);
+        let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
+        Operand { offset, batch, head, seq }
+    }
+}
+
+/// What changes between calls; `Params` in shaders/params.wgsl.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+struct Params {
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    o: Operand,
+    d_o: Operand,
+    d_q: Operand,
+    d_k: Operand,
+    d_v: Operand,
+    o_rest: Operand,
+    lse: Operand,
+    d_lse: Operand,
+    row_terms: Operand,
+    alibi_moments: Operand,
+    sink_partials: Operand,
+    key_scales: Operand,
+    query_scales: Operand,
+    bias: Operand,
+    d_bias: Operand,
+    mask: Operand,
+    mask_bits: Operand,
+    mask_key_bits: Operand,
+    mask_classes: Operand,
+    states: Operand,
+    states_rest: Operand,
+    states_lse: Operand,
+    heads: u32,
+    kv_heads: u32,
+    seq_q: u32,
+    seq_k: u32,
+    lower: i32,
+    upper: i32,
+    offset: i32,
+    sink_tokens: u32,
+    workgroups: u32,
+    region_batch: u32,
+    region_batches: u32,
+    region_head: u32,
+    region_heads: u32,
+    region_tile: u32,
+    region_tiles: u32,
+    sink_offset: u32,
+    d_sink_offset: u32,
+    slope_offset: u32,
+    d_slope_offset: u32,
+    slope_row: u32,
+    work_at: u32,
+    batch: u32,
+    sequence_count: u32,
+    mask_rows: u32,
+    mask_keys: u32,
+    pair_rows: u32,
+    pair_keys: u32,
+    softcap: f32,
+    scale: f32,
+    score_scale: f32,
+    scale_sign: f32,
+    scale_size: f32,
+    negative_infinity: f32,
+}
+
+/// The operands of a forward pass in buffers of the caller's.
+#[derive(Debug, Clone, Copy)]
+pub struct ForwardBuffers<'a> {
+    /// Queries.
+    pub q: TensorView<'a>,
+    /// Keys.
+    pub k: TensorView<'a>,
+    /// Values.
+    pub v: TensorView<'a>,
+    /// One logit per query head, where the options say [`SinkLogits::PerHead`]; densely packed.
+    pub sink_logits: Option<TensorView<'a>>,
+    /// One slope per query head, f32, where the options say [`Options::alibi`](crate::Options::alibi); densely packed.
+    pub alibi_slopes: Option<TensorView<'a>>,
+    /// Added to the scores, of the element type that the options name, see [`Problem::bias_shape`]. Strides are those of batch,
+    /// head and query.
+    pub bias: Option<TensorView<'a>>,
+    /// Which keys may be seen, see [`Problem::mask_shape`]. Offset and strides (of batch, head and query) count bytes, or words
+    /// where it is packed.
+    pub mask: Option<TensorView<'a>>,
+    /// Scratch that both passes may share, [`Attention::mask_scratch_bytes`](crate::Attention::mask_scratch_bytes) long: the forward
+    /// pass leaves the mask in bits there, and which of its blocks hide everything or nothing, and the backward pass does not
+    /// find that out anew. `None`: each pass by itself.
+    pub mask_scratch: Option<&'a wgpu::Buffer>,
+    /// Result: attention outputs.
+    pub o: TensorView<'a>,
+    /// Result, in f16 and bf16 only, where the backward pass is to have it: what rounding took from o, an i16 in the place
+    /// of each of its elements, see [`Element::rest`](crate::Element::rest). Views are as those of o, two bytes an element.
+    pub o_rest: Option<TensorView<'a>>,
+    /// Result: log of the denominators, `[batch, heads, seq_q]`, densely packed.
+    pub lse: TensorView<'a>,
+}
+
+impl<'a> ForwardBuffers<'a> {
+    /// What every forward pass has; what goes with options is `None`.
+    pub fn new(
+        q: impl Into<TensorView<'a>>,
+        k: impl Into<TensorView<'a>>,
+        v: impl Into<TensorView<'a>>,
+        o: impl Into<TensorView<'a>>,
+        lse: impl Into<TensorView<'a>>,
+    ) -> Self {
+        let (q, k, v, o, lse) = (q.into(), k.into(), v.into(), o.into(), lse.into());
+        let (sink_logits, alibi_slopes, bias, mask, mask_scratch, o_rest) = (None, None, None, None, None, None);
+        ForwardBuffers { q, k, v, sink_logits, alibi_slopes, bias, mask, mask_scratch, o, o_rest, lse }
+    }
+}
+
+/// The operands of a backward pass in buffers of the caller's: those of the forward pass, its results,
+/// the gradients that flow into these, and the gradients to compute.
+#[derive(Debug, Clone, Copy)]
+pub struct BackwardBuffers<'a> {
+    /// The forward pass's operands and results. o rounded to half precision would be too coarse: there it is read together
+    /// with o_rest, which makes it f32 again, or not at all. Without o_rest two more matrix products are computed.
+    pub forward: ForwardBuffers<'a>,
+    /// Gradient by o.
+    pub d_o: TensorView<'a>,
+    /// Gradient by lse, densely packed; `None` is zero. Ignored where lse is -inf.
+    pub d_lse: Option<TensorView<'a>>,
+    /// Result: gradient by q. The gradients by q, k and v may be views of one buffer, such as a fused projection's.
+    pub d_q: TensorView<'a>,
+    /// Result: gradient by k.
+    pub d_k: TensorView<'a>,
+    /// Result: gradient by v.
+    pub d_v: TensorView<'a>,
+    /// Result: gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`]; densely packed.
+    pub d_sink_logits: Option<TensorView<'a>>,
+    /// Result: gradient by the ALiBi slopes, `[heads]`, f32, densely packed; `None` where it is not wanted.
+    pub d_alibi_slopes: Option<TensorView<'a>>,
+    /// Result: gradient by the bias, f32, densely packed in the bias' shape; `None` where it is not wanted, which saves two of
+    /// nine matrix products.
+    pub d_bias: Option<TensorView<'a>>,
+}
+
+impl<'a> BackwardBuffers<'a> {
+    /// What every backward pass has; what goes with options is `None`.
+    pub fn new(
+        forward: ForwardBuffers<'a>,
+        d_o: impl Into<TensorView<'a>>,
+        d_q: impl Into<TensorView<'a>>,
+        d_k: impl Into<TensorView<'a>>,
+        d_v: impl Into<TensorView<'a>>,
+    ) -> Self {
+        let (d_o, d_q, d_k, d_v) = (d_o.into(), d_q.into(), d_k.into(), d_v.into());
+        let (d_lse, d_sink_logits, d_alibi_slopes, d_bias) = (None, None, None, None);
+        BackwardBuffers { forward, d_o, d_lse, d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias }
+    }
+}
+
+/// The operands of a merge of partial states in buffers of the caller's.
+///
+/// S states lie one behind the other along the batch axis: entry b of state n is entry n * B + b of `[S * B, ..]`, in
+/// `bshd` `[S * B, M, H, E]`, in `thd` `[S, queries, H, E]`. So a partial pass writes state n with an offset of n * B times
+/// the stride of the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeBuffers<'a> {
+    /// o of the states, of the problem's element type. Strides are those of batch, head and sequence.
+    pub states: TensorView<'a>,
+    /// In f16 and bf16: what rounding took from o of the states, an i16 for each element. Goes with `o_rest`; both or
+    /// neither.
+    pub states_rest: Option<TensorView<'a>>,
+    /// lse of the states, f32, `[S * B, H, M]`, in `thd` `[S, H, queries]`; densely packed.
+    pub states_lse: TensorView<'a>,
+    /// One logit per query head, f32, densely packed: of the last merge, where the options say [`SinkLogits::PerHead`].
+    pub sink_logits: Option<TensorView<'a>>,
+    /// Result: o of the whole, see [`Problem::o_shape`].
+    pub o: TensorView<'a>,
+    /// Result: what rounding took from it.
+    pub o_rest: Option<TensorView<'a>>,
+    /// Result: lse of the whole, see [`Problem::lse_shape`]; densely packed.
+    pub lse: TensorView<'a>,
+}
+
+impl<'a> MergeBuffers<'a> {
+    /// What every merge has.
+    pub fn new(
+        states: impl Into<TensorView<'a>>,
+        states_lse: impl Into<TensorView<'a>>,
+        o: impl Into<TensorView<'a>>,
+        lse: impl Into<TensorView<'a>>,
+    ) -> Self {
+        let (states, states_lse, o, lse) = (states.into(), states_lse.into(), o.into(), lse.into());
+        MergeBuffers { states, states_rest: None, states_lse, sink_logits: None, o, o_rest: None, lse }
+    }
+}
+
+/// The operands of a call, each checked and with its place.
+struct Operands<'a> {
+    problem: &'a Problem,
+    device: &'a Device,
+    placed: Vec<(TensorView<'a>, Placed<'a>)>,
+    /// The caller's buffer for what the mask's kernel leaves.
+    mask_scratch: Option<&'a wgpu::Buffer>,
+}
+
+impl<'a> Operands<'a> {
+    fn new(problem: &'a Problem, device: &'a Device) -> Self {
+        Operands { problem, device, placed: Vec::new(), mask_scratch: None }
+    }
+
+    fn add(&mut self, binding: Binding, view: &TensorView<'a>) -> Result<()> {
+        if !binding.is_strided() && view.strides.is_some() {
+            let reason = "must be densely packed; give an offset, but no strides".into();
+            return Err(Error::InvalidOption { option: binding.name(), reason });
+        }
+        check_element_type(binding, view, self.problem.options().dtype, self.problem.options())?;
+        let (extents, layout, element) = operand_extents(binding, self.problem);
+        self.placed.push((*view, Placed::new(binding, view, extents, layout, element)?));
+        Ok(())
+    }
+
+    /// An operand that goes with an option, and with nothing else.
+    fn add_with(
+        &mut self,
+        binding: Binding,
+        wanted: bool,
+        hint: &'static str,
+        view: Option<&TensorView<'a>>,
+    ) -> Result<()> {
+        let operand = binding.name();
+        match (wanted, view) {
+            (true, Some(view)) => self.add(binding, view),
+            (true, None) => Err(Error::MissingOperand { operand }),
+            (false, None) => Ok(()),
+            (false, Some(_)) => Err(Error::UnexpectedOperand { operand, hint }),
+        }
+    }
+
+    /// An operand that goes with [`SinkLogits::PerHead`].
+    fn add_per_head(&mut self, binding: Binding, view: Option<&TensorView<'a>>) -> Result<()> {
+        let wanted = self.problem.options().sink_logits == SinkLogits::PerHead;
+        self.add_with(binding, wanted, "set Options::sink_logits to SinkLogits::PerHead", view)
+    }
+
+    /// No result may overlap itself, nor lie in a buffer that another operand uses; but the gradients by q, k and v may lie
+    /// side by side in one, as those of a fused projection do.
+    fn check_results(&self, results: &[Binding]) -> Result<()> {
+        for (view, placed) in self.placed.iter().filter(|(_, p)| results.contains(&p.view.binding)) {
+            let binding = placed.view.binding;
+            let mut others = self.placed.iter().filter(|(_, p)| p.view.binding != binding);
+            let fused = [Binding::DQ, Binding::DK, Binding::DV];
+            let is_apart = |other: &View| {
+                fused.contains(&binding) && fused.contains(&other.binding) && placed.view.is_apart_from(other)
+            };
+            if let Some((_, other)) = others.find(|(o, p)| o.buffer == view.buffer && !is_apart(&p.view)) {
+                return Err(Error::Aliasing { output: binding.name(), other: other.view.binding.name() });
+            }
+            placed.check_distinct()?;
+        }
+        Ok(())
+    }
+
+    fn find(&self, binding: Binding) -> Option<&Placed<'a>> {
+        self.placed.iter().map(|(_, placed)| placed).find(|placed| placed.view.binding == binding)
+    }
+
+    fn vec4(&self) -> bool {
+        self.placed.iter().filter(|(_, p)| p.view.binding.has_width()).all(|(_, p)| p.view.vec4())
+    }
+
+    /// Where an operand of a pass lies, the caller's or our own.
+    fn view(&self, binding: Binding, plan: &Plan) -> Option<View> {
+        let own = || scratch_view(binding, self.problem, &plan.passes);
+        self.find(binding).map(|placed| placed.view).or_else(own)
+    }
+
+    fn views(&self, pass: &Pass, plan: &Plan) -> Vec<View> {
+        let bindings = pass.variant.bindings().into_iter().map(|(binding, _)| binding);
+        let packed = pass.variant.packed.then_some(Binding::DV);
+        bindings.chain(packed).filter_map(|binding| self.view(binding, plan)).collect()
+    }
+
+    fn params(&self, views: &[View], piece: &Piece) -> Params {
+        let (problem, s, o) = (self.problem, self.problem.shape(), self.problem.options());
+        let band = problem.sequence(0).band;
+        let vec4 = self.vec4();
+        let operand = |binding: Binding| {
+            let view = views.iter().find(|view| view.binding == binding);
+            let window = piece.windows.iter().find(|(b, _)| *b == binding);
+            let width = if vec4 && binding.has_width() { 4 } else { 1 };
+            // What the pass does not bind, it does not look for.
+            view.zip(window).map_or(Operand::zeroed(), |(view, (_, window))| Operand::new(view, *window, width))
+        };
+        let offset = |binding| operand(binding).offset;
+        let [_, _, pair_rows, pair_keys] = problem.pairs_shape().map(|n| n as u32);
+        let [_, _, mask_rows, mask_keys] = o.mask.unwrap_or_default().of(problem.pairs_shape());
+        let [mask_words, mask_block_rows, mask_groups] = mask_blocks(mask_rows, mask_keys);
+        let mask_bits = operand(Binding::MaskBits);
+        let key_words = if mask_rows > 1 { mask_keys * mask_block_rows } else { 0 };
+        let Region { axes: [entries, heads, tiles] } = &piece.region;
+        let [[region_batch, region_batches], [region_head, region_heads], [region_tile, region_tiles]] =
+            [entries, heads, tiles].map(|range| [range.start as u32, (range.end - range.start) as u32]);
+        // Scores that are formed beforehand come to the softmax as they are.
+        let score_scale = if problem.modifies_scores() { 1.0 } else { problem.scale() };
+        Params {
+            q: operand(Binding::Q),
+            k: operand(Binding::K),
+            v: operand(Binding::V),
+            o: operand(Binding::O),
+            d_o: operand(Binding::DO),
+            d_q: operand(Binding::DQ),
+            d_k: operand(Binding::DK),
+            d_v: operand(Binding::DV),
+            o_rest: operand(Binding::ORest),
+            lse: operand(Binding::Lse),
+            d_lse: operand(Binding::DLse),
+            row_terms: operand(Binding::RowTerms),
+            alibi_moments: operand(Binding::AlibiMoments),
+            sink_partials: operand(Binding::SinkPartials),
+            key_scales: operand(Binding::KeyScales),
+            query_scales: operand(Binding::QueryScales),
+            bias: operand(Binding::Bias),
+            d_bias: operand(Binding::DBias),
+            mask: operand(Binding::Mask),
+            mask_bits,
+            // Behind the bits of each head.
+            mask_key_bits: Operand {
+                offset: mask_bits.offset.wrapping_add((mask_rows * mask_words) as u32),
+                seq: mask_block_rows as u32,
+                ..mask_bits
+            },
+            mask_classes: Operand {
+                offset: mask_bits.offset.wrapping_add((mask_rows * mask_words + key_words) as u32),
+                seq: if mask_rows > 1 { mask_groups as u32 } else { 0 },
+                ..mask_bits
+            },
+            states: operand(Binding::States),
+            states_rest: operand(Binding::StatesRest),
+            states_lse: operand(Binding::StatesLse),
+            heads: s.heads as u32,
+            kv_heads: s.kv_heads as u32,
+            seq_q: s.seq_q as u32,
+            seq_k: s.seq_k as u32,
+            lower: band.lower(),
+            upper: band.upper(),
+            // Needed with ALiBi only, where it was checked.
+            offset: band.offset() as i32,
+            sink_tokens: band.sink_tokens(),
+            workgroups: piece.workgroups,
+            region_batch,
+            region_batches,
+            region_head,
+            region_heads,
+            region_tile,
+            region_tiles,
+            sink_offset: offset(Binding::SinkLogits),
+            d_sink_offset: offset(Binding::DSinkLogits),
+            slope_offset: offset(Binding::AlibiSlopes),
+            d_slope_offset: offset(Binding::DAlibiSlopes),
+            slope_row: s.seq_q as u32,
+            work_at: problem.sequence_count() as u32 * SEQUENCE_WORDS,
+            batch: s.batch as u32,
+            sequence_count: problem.sequence_count() as u32,
+            mask_rows: mask_rows as u32,
+            mask_keys: mask_keys as u32,
+            pair_rows: if o.bias.is_some_and(|axes| axes.seq_q) { pair_rows } else { 1 },
+            pair_keys,
+            softcap: o.softcap.unwrap_or(0.0),
+            scale: problem.scale(),
+            score_scale,
+            scale_sign: if score_scale < 0.0 { -1.0 } else { 1.0 },
+            scale_size: score_scale.abs(),
+            negative_infinity: f32::NEG_INFINITY,
+        }
+    }
+}
+
+/// What a dispatch binds, and its grid.
+type Dispatch = (wgpu::BindGroup, [u32; 2]);
+
+/// A forward or backward pass that is ready to be encoded, as often as wanted: nothing is allocated,
+/// submitted or waited for after this point. Keeps the buffers it was prepared with alive.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    plan: Plan,
+    /// Of each pass.
+    dispatches: Vec<(Arc<Pipeline>, Vec<Dispatch>)>,
+}
+
+impl Prepared {
+    pub(crate) async fn forward(
+        device: &Device,
+        pipelines: &Pipelines,
+        problem: &Problem,
+        buffers: &ForwardBuffers<'_>,
+        preference: &Preference<'_>,
+        budget: Duration,
+    ) -> Result<Self> {
+        let mut operands = Operands::new(problem, device);
+        add_forward(&mut operands, buffers)?;
+        operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
+        let optional = OptionalOperands { o_rest: buffers.o_rest.is_some(), ..OptionalOperands::default() };
+        let plan = Plan::forward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
+        Prepared::new(pipelines, operands, plan, budget).await
+    }
+
+    pub(crate) async fn backward(
+        device: &Device,
+        pipelines: &Pipelines,
+        problem: &Problem,
+        buffers: &BackwardBuffers<'_>,
+        preference: &Preference<'_>,
+        budget: Duration,
+    ) -> Result<Self> {
+        let mut operands = Operands::new(problem, device);
+        add_forward(&mut operands, &buffers.forward)?;
+        operands.add(Binding::DO, &buffers.d_o)?;
+        if let Some(d_lse) = &buffers.d_lse {
+            operands.add(Binding::DLse, d_lse)?;
+        }
+        operands.add(Binding::DQ, &buffers.d_q)?;
+        operands.add(Binding::DK, &buffers.d_k)?;
+        operands.add(Binding::DV, &buffers.d_v)?;
+        operands.add_per_head(Binding::DSinkLogits, buffers.d_sink_logits.as_ref())?;
+        let o = problem.options();
+        for (binding, wanted, hint, view) in [
+            (Binding::DAlibiSlopes, o.alibi, "set Options::alibi", &buffers.d_alibi_slopes),
+            (Binding::DBias, o.bias.is_some(), "set Options::bias", &buffers.d_bias),
+        ] {
+            if view.is_some() {
+                operands.add_with(binding, wanted, hint, view.as_ref())?;
+            }
+        }
+        operands.check_results(&[
+            Binding::DQ,
+            Binding::DK,
+            Binding::DV,
+            Binding::DSinkLogits,
+            Binding::DAlibiSlopes,
+            Binding::DBias,
+        ])?;
+        let optional = OptionalOperands {
+            d_lse: buffers.d_lse.is_some(),
+            o_rest: buffers.forward.o_rest.is_some(),
+            d_alibi_slopes: buffers.d_alibi_slopes.is_some(),
+            d_bias: buffers.d_bias.is_some(),
+            mask_bits: buffers.forward.mask_scratch.is_some(),
+            packed: buffers.d_k.buffer == buffers.d_v.buffer,
+        };
+        let plan = Plan::backward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
+        Prepared::new(pipelines, operands, plan, budget).await
+    }
+
+    /// Of a problem whose keys are the states, see [`Problem::merging`].
+    pub(crate) async fn merge(
+        device: &Device,
+        pipelines: &Pipelines,
+        problem: &Problem,
+        buffers: &MergeBuffers<'_>,
+        budget: Duration,
+    ) -> Result<Self> {
+        let mut operands = Operands::new(problem, device);
+        operands.add(Binding::States, &buffers.states)?;
+        operands.add(Binding::StatesLse, &buffers.states_lse)?;
+        operands.add_per_head(Binding::SinkLogits, buffers.sink_logits.as_ref())?;
+        operands.add(Binding::O, &buffers.o)?;
+        operands.add(Binding::Lse, &buffers.lse)?;
+        if buffers.states_rest.is_some() || buffers.o_rest.is_some() {
+            problem.check_rest()?;
+            for (binding, view) in [(Binding::StatesRest, buffers.states_rest), (Binding::ORest, buffers.o_rest)] {
+                let view = view.ok_or(Error::MissingOperand { operand: binding.name() })?;
+                operands.add(binding, &view)?;
+            }
+        }
+        operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
+        let optional = OptionalOperands { o_rest: buffers.o_rest.is_some(), ..OptionalOperands::default() };
+        let plan = Plan::merging(problem, operands.vec4(), optional, device.capabilities())?;
+        Prepared::new(pipelines, operands, plan, budget).await
+    }
+
+    async fn new(pipelines: &Pipelines, operands: Operands<'_>, plan: Plan, budget: Duration) -> Result<Self> {
+        let (device, problem) = (operands.device, operands.problem);
+        let cut = |pass: &Pass| {
+            let views = operands.views(pass, &plan);
+            let pieces = pass.pieces(problem, &views, device.capabilities(), budget)?;
+            Ok((views, pieces))
+        };
+        let pieces = plan.passes.iter().map(cut).collect::<Result<Vec<_>>>()?;
+        let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
+        let compiled = pipelines.get_all(device, &plan).await?;
+        let mut dispatches = Vec::with_capacity(plan.passes.len());
+        for ((pass, pipeline), (views, Pieces { list, work })) in plan.passes.iter().zip(compiled).zip(pieces) {
+            let params = list.iter().map(|piece| operands.params(&views, piece));
+            let sequences = pass.variant.lengths.then(|| sequence_table(problem, work));
+            let bind = || -> Result<_> {
+                let label = Some("sink-attention");
+                let buffer = upload_params(device, params);
+                let sequences = sequences.map(|words| upload(device, Binding::Sequences.name(), &words)).transpose()?;
+                let bindings = pass.variant.bindings();
+                let groups = list.iter().enumerate().map(|(n, piece)| {
+                    let find = |binding| match binding {
+                        Binding::Params => Some(params_of::<Params>(&buffer, n)),
+                        Binding::Sequences => sequences.as_ref().map(|buffer| buffer.as_entire_binding()),
+                        _ => {
+                            let (_, window) = piece.windows.iter().find(|(b, _)| *b == binding)?;
+                            let own = scratch.iter().find(|(b, _)| *b == binding);
+                            own.map(|(_, buffer)| resource(buffer, *window))
+                                .or_else(|| operands.find(binding).map(|placed| placed.binding(*window)))
+                        }
+                    };
+                    let entries = bindings
+                        .iter()
+                        .filter_map(|&(b, _)| Some(wgpu::BindGroupEntry { binding: b.slot(), resource: find(b)? }));
+                    let group = device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor {
+                        label,
+                        layout: &pipeline.layout,
+                        entries: &entries.collect::<Vec<_>>(),
+                    });
+                    (group, piece.grid)
+                });
+                Ok(groups.collect::<Vec<_>>())
+            };
+            let groups = device.scoped("binding operands", bind).await??;
+            dispatches.push((pipeline, groups));
+        }
+        Ok(Prepared { plan, dispatches })
+    }
+
+    /// What will run.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Records all passes into the caller's encoder. Where a buffer was destroyed or mapped meanwhile, or the device lost, wgpu
+    /// reports that of the encoder's end or of the submission, to the caller: see [`Device::scoped`].
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
+        let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention"), timestamp_writes: None };
+        self.encode_in(&mut encoder.begin_compute_pass(&descriptor));
+    }
+
+    /// Records all passes into a compute pass of the caller's, for example one that takes timestamps.
+    pub fn encode_in(&self, compute: &mut wgpu::ComputePass<'_>) {
+        for index in 0..self.dispatches.len() {
+            self.encode_pass_in(compute, index);
+        }
+    }
+
+    /// Records one pass of the [`plan`](Self::plan), for measuring it alone; nothing where there is no such pass.
+    pub fn encode_pass_in(&self, compute: &mut wgpu::ComputePass<'_>, index: usize) {
+        let Some((pipeline, groups)) = self.dispatches.get(index) else { return };
+        compute.set_pipeline(&pipeline.pipeline);
+        for (group, [x, y]) in groups {
+            compute.set_bind_group(0, group, &[]);
+            compute.dispatch_workgroups(*x, *y, 1);
+        }
+    }
+
+    /// Dispatches of each pass of the [`plan`](Self::plan): one, but where operands exceed a binding, where the time exceeds
+    /// the [budget](crate::Attention::with_dispatch_budget), or where a dispatch cannot number all workgroups.
+    pub fn dispatches(&self) -> impl ExactSizeIterator<Item = usize> {
+        self.dispatches.iter().map(|(_, groups)| groups.len())
+    }
+}
+
+/// Bytes from one dispatch's params to those of the next: no device wants offsets at larger multiples.
+const fn params_stride<P>() -> usize {
+    size_of::<P>().next_multiple_of(256)
+}
+
+/// A uniform buffer with the params of several dispatches.
+pub(crate) fn upload_params<P: Pod>(device: &Device, params: impl IntoIterator<Item = P>) -> wgpu::Buffer {
+    let mut bytes = Vec::new();
+    for params in params {
+        bytes.extend_from_slice(bytemuck::bytes_of(&params));
+        bytes.resize(bytes.len().next_multiple_of(params_stride::<P>()), 0);
+    }
+    // Not create_buffer_init, which panics where the device is lost.
+    let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+        label: Some("sink-attention params"),
+        size: bytes.len() as u64,
+        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    device.queue().write_buffer(&buffer, 0, &bytes);
+    buffer
+}
+
+/// The n-th of them.
+pub(crate) fn params_of<P>(buffer: &wgpu::Buffer, n: usize) -> wgpu::BindingResource<'_> {
+    // What a device may want of a uniform binding.
+    let len = size_of::<P>().next_multiple_of(16) as u64;
+    resource(buffer, Window { start: (n * params_stride::<P>()) as u64, len })
+}
+
+fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) -> Result<()> {
+    operands.add(Binding::Q, &buffers.q)?;
+    operands.add(Binding::K, &buffers.k)?;
+    operands.add(Binding::V, &buffers.v)?;
+    operands.add_per_head(Binding::SinkLogits, buffers.sink_logits.as_ref())?;
+    let o = operands.problem.options();
+    operands.add_with(Binding::AlibiSlopes, o.alibi, "set Options::alibi", buffers.alibi_slopes.as_ref())?;
+    operands.add_with(Binding::Bias, o.bias.is_some(), "set Options::bias", buffers.bias.as_ref())?;
+    operands.add_with(Binding::Mask, o.mask.is_some(), "set Options::mask", buffers.mask.as_ref())?;
+    operands.mask_scratch = buffers.mask_scratch;
+    operands.add(Binding::O, &buffers.o)?;
+    if let Some(o_rest) = &buffers.o_rest {
+        operands.problem.check_rest()?;
+        operands.add(Binding::ORest, o_rest)?;
+    }
+    operands.add(Binding::Lse, &buffers.lse)
+}
+
+/// The table that kernels of sequences of different lengths read: the sequences, then the list of tiles.
+fn sequence_table(problem: &Problem, work: Vec<[u32; 2]>) -> Vec<u32> {
+    let sequences = problem.sequences().flat_map(|sequence| {
+        let Sequence { entry, q_start, q_rows, k_start, k_rows, band } = sequence;
+        // What is empty begins where there is something to read.
+        let start = |start, rows| if rows == 0 { 0 } else { start as u32 };
+        let words: [u32; SEQUENCE_WORDS as usize] = [
+            entry as u32,
+            start(q_start, q_rows),
+            q_rows as u32,
+            band.seq_q() as u32,
+            start(k_start, k_rows),
+            k_rows as u32,
+            band.seq_k() as u32,
+            band.sink_tokens(),
+            band.lower() as u32,
+            band.upper() as u32,
+            band.offset() as u32,
+        ];
+        words
+    });
+    sequences.chain(work.into_flattened()).collect()
+}
+
+/// What the kernels of a plan hand to each other.
+fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::Buffer)>> {
+    let mut scratch: Vec<(Binding, wgpu::Buffer)> = Vec::new();
+    for (binding, _) in plan.passes.iter().flat_map(|pass| pass.variant.bindings()) {
+        let Some(view) = scratch_view(binding, operands.problem, &plan.passes) else { continue };
+        if scratch.iter().all(|(b, _)| *b != binding) {
+            let bytes = (view.last_element() + 1) as usize * view.element as usize;
+            let usage = wgpu::BufferUsages::STORAGE;
+            if let (Binding::MaskBits, Some(buffer)) = (binding, operands.mask_scratch) {
+                let (operand, needed, actual) = ("mask_scratch", bytes as u64, buffer.size());
+                if actual < needed {
+                    return Err(Error::BufferTooSmall { operand, needed, actual });
+                }
+                if !buffer.usage().contains(usage) {
+                    return Err(Error::BufferUsage { operand, needed: usage, actual: buffer.usage() });
+                }
+                if let Some((_, other)) = operands.placed.iter().find(|(view, _)| view.buffer == buffer) {
+                    return Err(Error::Aliasing { output: operand, other: other.view.binding.name() });
+                }
+                scratch.push((binding, buffer.clone()));
+                continue;
+            }
+            scratch.push((binding, allocate::<u8>(operands.device, binding.name(), bytes, usage)?));
+        }
+    }
+    Ok(scratch)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use naga::TypeInner;
+
+    use super::*;
+    use crate::device::capabilities::Capabilities;
+    use crate::problem::{Options, Shape};
+
+    /// Name and offset of each member, and the size of the whole.
+    type Members = (Vec<(String, usize)>, usize);
+
+    macro_rules! members {
+        ($type:ty: $($field:ident)*) => {
+            (vec![$((stringify!($field).to_string(), offset_of!($type, $field))),*], size_of::<$type>().next_multiple_of(16))
+        };
+    }
+
+    fn in_the_shader(module: &naga::Module, name: &str) -> Members {
+        let (_, found) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name)).unwrap();
+        let TypeInner::Struct { members, span } = &found.inner else { panic!("{name} is a struct") };
+        let members = members.iter().map(|m| (m.name.clone().unwrap(), m.offset as usize)).collect();
+        // Uniform buffers are padded to 16 bytes.
+        (members, span.next_multiple_of(16) as usize)
+    }
+
+    #[test]
+    fn params_lie_as_in_the_shader() {
+        let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 1, head_dim: 4, value_dim: 4 };
+        let problem = Problem::new(shape, Options::new()).unwrap();
+        let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
+        let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
+        assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
+        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
+            sink_partials key_scales query_scales bias d_bias mask mask_bits
+            mask_key_bits mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
+            workgroups region_batch region_batches region_head region_heads region_tile region_tiles sink_offset d_sink_offset
+            slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
+            pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);
+        assert_eq!(params, in_the_shader(&module, "Params"));
+    }
+}

@@ -1,0 +1,101 @@
+//! Templates: WGSL with Jinja marks.
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, UndefinedBehavior, Value};
+
+use crate::problem::error::{Error, Result};
+
+/// The shader texts, each with the name that `include` and `import` know it by.
+const SOURCES: &[(&str, &str)] = &[
+    ("bf16.wgsl", include_str!("../../shaders/bf16.wgsl")),
+    ("bindings.wgsl", include_str!("../../shaders/bindings.wgsl")),
+    ("cache/append.wgsl", include_str!("../../shaders/cache/append.wgsl")),
+    ("cache/combine.wgsl", include_str!("../../shaders/cache/combine.wgsl")),
+    ("cache/decode_cooperative.wgsl", include_str!("../../shaders/cache/decode_cooperative.wgsl")),
+    ("cache/decode.wgsl", include_str!("../../shaders/cache/decode.wgsl")),
+    ("cache/gather.wgsl", include_str!("../../shaders/cache/gather.wgsl")),
+    ("cache/params.wgsl", include_str!("../../shaders/cache/params.wgsl")),
+    ("cache/range.wgsl", include_str!("../../shaders/cache/range.wgsl")),
+    ("cache/rotary.wgsl", include_str!("../../shaders/cache/rotary.wgsl")),
+    ("cache/scales.wgsl", include_str!("../../shaders/cache/scales.wgsl")),
+    ("cache/scatter.wgsl", include_str!("../../shaders/cache/scatter.wgsl")),
+    ("cooperative/blocks.wgsl", include_str!("../../shaders/cooperative/blocks.wgsl")),
+    ("cooperative/d_kv.wgsl", include_str!("../../shaders/cooperative/d_kv.wgsl")),
+    ("cooperative/d_q.wgsl", include_str!("../../shaders/cooperative/d_q.wgsl")),
+    ("cooperative/exact_delta.wgsl", include_str!("../../shaders/cooperative/exact_delta.wgsl")),
+    ("cooperative/forward.wgsl", include_str!("../../shaders/cooperative/forward.wgsl")),
+    ("d_bias.wgsl", include_str!("../../shaders/d_bias.wgsl")),
+    ("d_kv.wgsl", include_str!("../../shaders/d_kv.wgsl")),
+    ("d_q.wgsl", include_str!("../../shaders/d_q.wgsl")),
+    ("delta.wgsl", include_str!("../../shaders/delta.wgsl")),
+    ("exact_delta.wgsl", include_str!("../../shaders/exact_delta.wgsl")),
+    ("exp.wgsl", include_str!("../../shaders/exp.wgsl")),
+    ("f16.wgsl", include_str!("../../shaders/f16.wgsl")),
+    ("first_tile.wgsl", include_str!("../../shaders/first_tile.wgsl")),
+    ("forward.wgsl", include_str!("../../shaders/forward.wgsl")),
+    ("halves.wgsl", include_str!("../../shaders/halves.wgsl")),
+    ("head_sums.wgsl", include_str!("../../shaders/head_sums.wgsl")),
+    ("key_loop.wgsl", include_str!("../../shaders/key_loop.wgsl")),
+    ("key_tile.wgsl", include_str!("../../shaders/key_tile.wgsl")),
+    ("main.wgsl", include_str!("../../shaders/main.wgsl")),
+    ("mask.wgsl", include_str!("../../shaders/mask.wgsl")),
+    ("next_shown.wgsl", include_str!("../../shaders/next_shown.wgsl")),
+    ("mask_bits.wgsl", include_str!("../../shaders/mask_bits.wgsl")),
+    ("merge.wgsl", include_str!("../../shaders/merge.wgsl")),
+    ("operands.wgsl", include_str!("../../shaders/operands.wgsl")),
+    ("params.wgsl", include_str!("../../shaders/params.wgsl")),
+    ("portable/blocks.wgsl", include_str!("../../shaders/portable/blocks.wgsl")),
+    ("portable/d_bias.wgsl", include_str!("../../shaders/portable/d_bias.wgsl")),
+    ("portable/d_kv.wgsl", include_str!("../../shaders/portable/d_kv.wgsl")),
+    ("portable/d_q.wgsl", include_str!("../../shaders/portable/d_q.wgsl")),
+    ("portable/exact_delta.wgsl", include_str!("../../shaders/portable/exact_delta.wgsl")),
+    ("portable/forward.wgsl", include_str!("../../shaders/portable/forward.wgsl")),
+    ("probability.wgsl", include_str!("../../shaders/probability.wgsl")),
+    ("query_head.wgsl", include_str!("../../shaders/query_head.wgsl")),
+    ("query_tile.wgsl", include_str!("../../shaders/query_tile.wgsl")),
+    ("repairs.wgsl", include_str!("../../shaders/repairs.wgsl")),
+    ("scale.wgsl", include_str!("../../shaders/scale.wgsl")),
+    ("scores.wgsl", include_str!("../../shaders/scores.wgsl")),
+    ("softmax.wgsl", include_str!("../../shaders/softmax.wgsl")),
+    ("unit.wgsl", include_str!("../../shaders/unit.wgsl")),
+    ("tiled.wgsl", include_str!("../../shaders/tiled.wgsl")),
+    ("tiled_main.wgsl", include_str!("../../shaders/tiled_main.wgsl")),
+    ("token_scales.wgsl", include_str!("../../shaders/token_scales.wgsl")),
+];
+
+/// What a pipeline is made of: a kernel with all that its text depends on, which `Debug` writes.
+pub(crate) trait Compose: fmt::Debug {
+    /// For labels and dumps.
+    fn name(&self) -> String;
+
+    /// Of each binding its slot, whether it is uniform, and whether it is written.
+    fn slots(&self) -> Vec<(u32, bool, bool)>;
+
+    fn wgsl(&self) -> Result<String>;
+}
+
+/// The text of a template.
+pub(crate) fn render(template: &str, context: Value) -> Result<String> {
+    environment()
+        .and_then(|environment| environment.get_template(template))
+        .and_then(|template| template.render(context))
+        .map_err(|error| Error::Gpu { during: "composing a shader", message: format!("{error:#}") })
+}
+
+/// The templates, parsed once.
+fn environment() -> Result<&'static Environment<'static>, minijinja::Error> {
+    static ENVIRONMENT: OnceLock<Environment<'static>> = OnceLock::new();
+    if let Some(environment) = ENVIRONMENT.get() {
+        return Ok(environment);
+    }
+    let mut environment = Environment::new();
+    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    for &(name, source) in SOURCES {
+        environment.add_template(name, source)?;
+    }
+    Ok(ENVIRONMENT.get_or_init(|| environment))
+}

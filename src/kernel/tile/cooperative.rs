@@ -1,0 +1,172 @@
+//! Tile shapes of the cooperative kernels, what they cost, and the tuning table.
+
+use std::fmt;
+
+use crate::device::capabilities::CooperativeMatrices;
+use crate::kernel::Kernel;
+use crate::kernel::tile::Tiling;
+use crate::problem::element::DType;
+
+/// How a workgroup divides a tile of the score matrix among its subgroups, in square fragments.
+///
+/// A tile has rows (queries, or keys in the d_k/d_v kernel) that stay, and columns (keys, or queries) that pass by. Every
+/// subgroup has `rows` rows of fragments to itself, each `columns` fragments wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Fragments {
+    /// Rows and columns of a fragment, and lanes of a subgroup.
+    pub(crate) matrices: CooperativeMatrices,
+    /// Subgroups of a workgroup.
+    pub(crate) subgroups: u32,
+    /// Rows of fragments of a subgroup.
+    pub(crate) rows: u32,
+    /// Columns of fragments of a tile.
+    pub(crate) columns: u32,
+    /// Tiles of columns in workgroup memory.
+    pub(crate) stages: u32,
+}
+
+impl Fragments {
+    /// A tile shape on a device; `None` of a portable one.
+    pub(crate) fn new(tiling: Tiling, matrices: CooperativeMatrices) -> Option<Self> {
+        match tiling {
+            Tiling::Portable(_) => None,
+            Tiling::Cooperative { subgroups, rows, columns, stages } => {
+                Some(Fragments { matrices, subgroups, rows, columns, stages })
+            }
+        }
+    }
+
+    pub(crate) fn tiling(&self) -> Tiling {
+        let Fragments { subgroups, rows, columns, stages, .. } = *self;
+        Tiling::Cooperative { subgroups, rows, columns, stages }
+    }
+
+    /// Rows of a tile.
+    pub(crate) fn tile_rows(&self) -> u32 {
+        self.matrices.side * self.rows * self.subgroups
+    }
+
+    /// Columns of a tile.
+    pub(crate) fn tile_columns(&self) -> u32 {
+        self.matrices.side * self.columns
+    }
+
+    /// Threads of a workgroup.
+    pub(crate) fn threads(&self) -> u32 {
+        self.matrices.lanes * self.subgroups
+    }
+
+    /// Fragments across the features of an operand.
+    pub(crate) fn across(&self, width: u32) -> u32 {
+        width.div_ceil(self.matrices.side)
+    }
+
+    /// Vectors of four halves in a staged row of an operand. Two more than its features, so that neighbouring rows start in
+    /// different banks; an even number, because fragment loads want multiples of 16 bytes.
+    pub(crate) fn staged_row(&self, width: u32) -> u32 {
+        self.across(width) * self.matrices.side / 4 + 2
+    }
+
+    /// Vectors of four floats in a row of a strip, which holds scores or a fragment of an accumulator.
+    pub(crate) fn strip_row(&self) -> u32 {
+        self.tile_columns() / 4 + 2
+    }
+
+    /// Vectors of four halves in a row of weights.
+    pub(crate) fn weight_row(&self) -> u32 {
+        self.tile_columns() / 4 + 2
+    }
+
+    /// Bytes of workgroup memory; the arrays of shaders/cooperative/blocks.wgsl.
+    pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
+        let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
+        let strips = self.subgroups * self.matrices.side * self.strip_row() * 16;
+        let weights = self.tile_rows() * self.weight_row() * 8;
+        let terms = self.column_terms(kernel, dtype) * self.stages * self.tile_columns() * 4;
+        staged + strips + weights + terms
+    }
+
+    /// Numbers that are staged with each column: what lse and delta of a query add, and what token scales take out.
+    pub(crate) fn column_terms(&self, kernel: Kernel, dtype: DType) -> u32 {
+        let row_terms = if kernel == Kernel::DKv { 2 } else { 0 };
+        let scales = match (dtype, kernel) {
+            (DType::Bf16, Kernel::Forward) => 3,
+            (DType::Bf16, _) => 2,
+            _ => 0,
+        };
+        row_terms + scales
+    }
+
+    /// Words of a tile's report: whether it has rows to compute again, and a bit for each row.
+    pub(crate) fn report_words(&self) -> u32 {
+        report_words(self.tile_rows())
+    }
+
+    /// 32-bit registers that a lane's share of the fragments takes, roughly.
+    pub(crate) fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+        let CooperativeMatrices { side, lanes, .. } = self.matrices;
+        let (halves, floats) = (side * side / 2 / lanes, side * side / lanes);
+        let (d, e) = (self.across(head_dim), self.across(value_dim));
+        let (operands, accumulators) = match kernel {
+            Kernel::Forward => (d, e),
+            Kernel::DQ => (d + e, d),
+            Kernel::DKv => (d + e, d + e),
+            _ => (d + e, 0),
+        };
+        self.rows * (operands * halves + (accumulators + 2 * self.columns) * floats) + 40
+    }
+
+    /// Loop iterations of a thread for an open and a masked tile, at most: every tile may rescale.
+    pub(crate) fn loop_iterations(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u64; 2] {
+        let quads = (self.matrices.side / 4).div_ceil(self.matrices.lanes / self.matrices.side);
+        let fragments = match kernel {
+            Kernel::Forward => self.across(value_dim),
+            Kernel::DQ => self.across(head_dim),
+            Kernel::DKv => self.across(head_dim) + self.across(value_dim),
+            _ => 0,
+        };
+        let rescale = 2 + self.rows * fragments * (1 + quads);
+        // What comes before and after the tiles, by the tile, is less than this.
+        let once = self.rows * (self.across(head_dim) + self.across(value_dim)) * (1 + quads);
+        [u64::from(1 + rescale + once); 2]
+    }
+
+    /// What does not fit together, if anything does not.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let CooperativeMatrices { side, lanes, .. } = self.matrices;
+        if ![8, 16].contains(&side) || ![1, 2, 4].iter().any(|n| n * side == lanes) {
+            return Err(format!("{lanes} lanes cannot share fragments of {side}x{side}"));
+        }
+        for (what, value, most) in [
+            ("subgroups", self.subgroups, 32),
+            ("rows", self.rows, 4),
+            ("columns", self.columns, 8),
+            ("stages", self.stages, 2),
+        ] {
+            if value == 0 || value > most {
+                return Err(format!("{what} must be 1 to {most}, not {value}"));
+            }
+        }
+        if !(self.tile_columns() / 4).is_multiple_of(lanes / side) {
+            return Err(format!("{} columns cannot be shared by {} lanes a row", self.tile_columns(), lanes / side));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Fragments {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let CooperativeMatrices { side, lanes, .. } = self.matrices;
+        let [rows, columns] = [self.tile_rows(), self.tile_columns()];
+        write!(
+            f,
+            "{rows}x{columns} ({} subgroups of {lanes}, {}x{} fragments of {side}x{side}, {} in workgroup memory)",
+            self.subgroups, self.rows, self.columns, self.stages
+        )
+    }
+}
+
+/// Words of a report of a tile of so many rows.
+pub(crate) fn report_words(rows: u32) -> u32 {
+    1 + rows.div_ceil(32)
+}

@@ -1,0 +1,169 @@
+//! Tile shapes of the portable kernels, what they cost, and the tuning table.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::kernel::Kernel;
+
+/// How a workgroup divides a tile of the score matrix among its threads.
+///
+/// A tile has rows (queries, or keys in the d_k/d_v kernel) that stay, and columns (keys, or queries)
+/// that pass by. Threads form a grid of `threads_r` by `threads_c`; each holds `rows` rows by
+/// 4 * `quads` columns of the scores, and its share of the features of those rows' accumulators.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tiles {
+    /// Threads along the rows, a multiple of 2.
+    pub threads_r: u32,
+    /// Threads along the columns, a multiple of 4; also along the features of the accumulators.
+    pub threads_c: u32,
+    /// Rows a thread holds.
+    pub rows: u32,
+    /// Groups of four columns a thread holds.
+    pub quads: u32,
+    /// Features of both sides staged at once for a product, divided by four.
+    pub chunk: u32,
+    /// Columns staged at once for an accumulation; divides the tile's columns.
+    pub slab: u32,
+}
+
+impl Tiles {
+    /// Rows of a tile.
+    pub fn tile_rows(&self) -> u32 {
+        self.threads_r * self.rows
+    }
+
+    /// Columns of a tile.
+    pub fn tile_columns(&self) -> u32 {
+        self.threads_c * self.quads * 4
+    }
+
+    /// Threads of a workgroup.
+    pub fn threads(&self) -> u32 {
+        self.threads_r * self.threads_c
+    }
+
+    /// Groups of four features of an accumulator that a thread holds.
+    fn accumulator_quads(&self, width: u32) -> u32 {
+        width.div_ceil(4).div_ceil(self.threads_c.max(1))
+    }
+
+    /// Vectors of four in `memory` and numbers in `partials`, the workgroup arrays of shaders/portable/blocks.wgsl.
+    pub(crate) fn arrays(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u32; 2] {
+        let [rows, columns] = [self.tile_rows(), self.tile_columns()];
+        let product = (rows + columns) * (self.chunk + 1);
+        let widths = kernel.accumulator_widths(head_dim, value_dim);
+        let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
+        let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
+        let partials = if matches!(kernel, Kernel::Forward | Kernel::ExactDelta) { rows * self.threads_c } else { 0 };
+        // Where the rows of a bias are summed.
+        let sums = if kernel == Kernel::DBias { self.threads() * self.quads } else { 0 };
+        [product.max(accumulation).max(sums), partials]
+    }
+
+    /// Bytes of workgroup memory.
+    pub fn workgroup_bytes(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+        // The flag `poisoned` takes a slot of its own.
+        let [memory, partials] = self.arrays(kernel, head_dim, value_dim);
+        16 * (memory + partials.div_ceil(4) + 1)
+    }
+
+    /// 32-bit registers that the accumulators and the operands in flight take, roughly.
+    pub fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+        let scores = kernel.score_tiles() * self.rows * self.quads * 4;
+        let widths = kernel.accumulator_widths(head_dim, value_dim);
+        let accumulators: u32 = widths.iter().map(|&width| self.rows * self.accumulator_quads(width) * 4).sum();
+        scores + accumulators + 6 * self.rows + 40
+    }
+
+    /// Feature quads in one iteration of a product's inner loop.
+    pub(crate) fn unroll(&self) -> u32 {
+        if self.chunk.is_multiple_of(2) { 2 } else { 1 }
+    }
+
+    /// Loop iterations of a thread for one tile of columns that is wholly visible, and at most for one that is masked:
+    /// the loops of shaders/portable/blocks.wgsl.
+    pub(crate) fn loop_iterations(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u64; 2] {
+        let product = |width: u32| width.div_ceil(4).div_ceil(self.chunk) * (1 + self.chunk / self.unroll());
+        // Column by column where values that are hidden and not finite stand in the way, else four at once.
+        [self.slab / 4, self.slab].map(|slab| {
+            let accumulation = self.tile_columns() / self.slab * (1 + slab);
+            let tile = match kernel {
+                Kernel::Forward => product(head_dim) + accumulation,
+                Kernel::ExactDelta | Kernel::DBias => product(head_dim) + product(value_dim),
+                Kernel::DQ => product(head_dim) + product(value_dim) + accumulation,
+                _ => product(head_dim) + product(value_dim) + 2 * accumulation,
+            };
+            u64::from(1 + tile)
+        })
+    }
+
+    /// Whether the numbers fit together; the reason where they do not.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        // Far above anything useful, and low enough that no product of these numbers overflows.
+        let numbers = [
+            ("threads_r", self.threads_r, 1024),
+            ("threads_c", self.threads_c, 1024),
+            ("rows", self.rows, 64),
+            ("quads", self.quads, 64),
+            ("chunk", self.chunk, 64),
+            ("slab", self.slab, 1024),
+        ];
+        if let Some((name, number, most)) = numbers.into_iter().find(|&(_, n, most)| n == 0 || n > most) {
+            return Err(format!("{name} ({number}) must lie between 1 and {most}"));
+        }
+        if self.threads() > 1024 {
+            return Err(format!("{} threads, the most is 1024", self.threads()));
+        }
+        if !self.threads_c.is_multiple_of(4) || !self.threads_r.is_multiple_of(2) {
+            return Err(format!(
+                "threads must be a multiple of 2 by one of 4, not {}x{}",
+                self.threads_r, self.threads_c
+            ));
+        }
+        if !self.tile_columns().is_multiple_of(self.slab) || !self.slab.is_multiple_of(4) {
+            return Err(format!("slab ({}) must be a multiple of 4 that divides {}", self.slab, self.tile_columns()));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Tiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}x{} ({}x{} threads of {}x{}), chunk {}, slab {}",
+            self.tile_rows(),
+            self.tile_columns(),
+            self.threads_r,
+            self.threads_c,
+            self.rows,
+            self.quads * 4,
+            self.chunk * 4,
+            self.slab,
+        )
+    }
+}
+
+/// From what [`Display`](fmt::Display) writes.
+impl FromStr for Tiles {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let failed = |reason: String| format!("tiles {text:?}: {reason}");
+        let form = "want a form like \"64x32 (16x8 threads of 4x4), chunk 32, slab 16\"";
+        let words = text.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
+        let numbers: Result<Vec<u32>, _> =
+            words.map(|word| word.parse::<u32>().map_err(|e| format!("{word}: {e}"))).collect();
+        let [_, _, threads_r, threads_c, rows, columns, chunk, slab] = numbers.map_err(failed)?[..] else {
+            return Err(failed(form.into()));
+        };
+        let tiles = Tiles { threads_r, threads_c, rows, quads: columns / 4, chunk: chunk / 4, slab };
+        tiles.check().map_err(failed)?;
+        // The size of the tile is told twice, and multiples of four are told whole.
+        if tiles.to_string() == text {
+            Ok(tiles)
+        } else {
+            Err(failed(format!("{form}; these numbers give \"{tiles}\"")))
+        }
+    }
+}

@@ -1,0 +1,445 @@
+//! Variants: a kernel with what its pipeline fixes, and its text.
+
+use std::collections::BTreeMap;
+
+use minijinja::{Value, context};
+
+use crate::device::capabilities::CooperativeMatrices;
+use crate::kernel::binding::Binding;
+use crate::kernel::names::{
+    DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_STEP_WORDS, MicroKernel,
+    SEQUENCE_WORDS,
+};
+use crate::kernel::template::{Compose, render};
+use crate::kernel::tile::Tiling;
+use crate::kernel::tile::cooperative::{Fragments, report_words};
+use crate::kernel::tile::portable::Tiles;
+use crate::problem::element::DType;
+use crate::problem::error::Result;
+use crate::problem::{Axes, MaskPacking, SinkLogits};
+
+/// What a pipeline fixes. Two problems of one variant share a pipeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Variant {
+    /// What is computed.
+    pub kernel: Kernel,
+    /// How matrix products are formed, where there are any.
+    pub micro_kernel: MicroKernel,
+    /// Element type of q, k, v, o and their gradients in memory.
+    pub dtype: DType,
+    /// D.
+    pub head_dim: u32,
+    /// E.
+    pub value_dim: u32,
+    /// Operands are read and written four neighbours at a time.
+    pub vec4: bool,
+    /// Where the sink logits come from.
+    pub sink_logits: SinkLogits,
+    /// Scores are capped.
+    pub softcap: bool,
+    /// ALiBi is subtracted from scores.
+    pub alibi: bool,
+    /// What the gradient of the ALiBi slopes is summed from is left for each row.
+    pub moments: bool,
+    /// Element type of the bias that is added to scores.
+    pub bias: Option<DType>,
+    /// A boolean mask hides pairs.
+    pub mask: bool,
+    /// How the caller's mask lies in memory, for the kernel that reads it.
+    pub mask_packing: MaskPacking,
+    /// The axes that the bias has of its own, for the kernel of its gradient.
+    pub axes: Option<Axes>,
+    /// Sequences differ in length.
+    pub lengths: bool,
+    /// A gradient flows into lse.
+    pub d_lse: bool,
+    /// d_k and d_v lie in one buffer, which is bound once.
+    pub packed: bool,
+    /// o is bound with what its rounding to half precision takes.
+    pub o_rest: bool,
+    /// The tile shape, for the kernels that have tiles.
+    pub tiling: Option<Tiling>,
+    /// The device's cooperative matrices, for a cooperative kernel.
+    pub matrices: Option<CooperativeMatrices>,
+    /// Computes only rows that a cooperative kernel with so many rows in a tile has reported.
+    pub repairs: Option<u32>,
+    /// A cooperative kernel's second run, of the tiles that its first has reported: with zeros in place of columns that are not
+    /// finite, so that these reach no row that does not see them.
+    pub sanitize: bool,
+    /// Tiles of a workgroup, one after the other: of what computes again, which finds most of them right as they are.
+    pub batch: u32,
+}
+
+impl Variant {
+    fn tiles(&self) -> Option<Tiles> {
+        match self.tiling? {
+            Tiling::Portable(tiles) => Some(tiles),
+            Tiling::Cooperative { .. } => None,
+        }
+    }
+
+    pub(crate) fn fragments(&self) -> Option<Fragments> {
+        Fragments::new(self.tiling?, self.matrices?)
+    }
+
+    /// Rows and columns of a tile.
+    pub fn tile(&self) -> Option<[u32; 2]> {
+        let portable = self.tiles().map(|tiles| [tiles.tile_rows(), tiles.tile_columns()]);
+        portable.or_else(|| self.fragments().map(|fragments| [fragments.tile_rows(), fragments.tile_columns()]))
+    }
+
+    /// 32-bit registers that a thread's share of a tile takes, roughly.
+    pub fn registers(&self) -> Option<u32> {
+        let (d, e) = (self.head_dim, self.value_dim);
+        let portable = self.tiles().map(|tiles| tiles.registers(self.kernel, d, e));
+        portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, d, e)))
+    }
+
+    /// The operands this variant binds, with whether it writes them.
+    pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
+        use Binding::{
+            AlibiMoments, AlibiSlopes, Bias, DAlibiSlopes, DBias, DK, DLse, DO, DQ, DSinkLogits, DV, K, KeyScales, Lse,
+            Mask, MaskBits, O, ORest, Params, Q, QueryScales, Repairs, RowTerms, Sequences, SinkLogits as Sinks,
+            SinkPartials, States, StatesLse, StatesRest, V,
+        };
+        let per_head = self.sink_logits == SinkLogits::PerHead;
+        let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
+            Kernel::Forward => (&[Params, Q, K, V, Sinks, AlibiSlopes, Bias, MaskBits, Sequences], &[O, ORest, Lse]),
+            Kernel::Delta => (&[Params, O, ORest, Lse, Sinks, AlibiSlopes, DO, DLse], &[RowTerms, SinkPartials]),
+            Kernel::ExactDelta => {
+                (&[Params, Q, K, V, Lse, AlibiSlopes, Bias, MaskBits, Sequences, DO, DLse], &[RowTerms])
+            }
+            Kernel::DSinkLogits if self.sums_delta() => (&[Params, Sinks, RowTerms], &[DSinkLogits]),
+            Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
+            Kernel::DQ => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DQ, AlibiMoments]),
+            Kernel::DKv => (
+                &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms],
+                if self.packed { &[DK] } else { &[DK, DV] },
+            ),
+            Kernel::DBias => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DBias]),
+            Kernel::DAlibiSlopes => (&[Params, AlibiMoments], &[DAlibiSlopes]),
+            Kernel::MaskBits => (&[Params, Mask], &[MaskBits]),
+            Kernel::KeyScales => (&[Params, K, V], &[KeyScales]),
+            Kernel::QueryScales => (&[Params, Q, DO], &[QueryScales]),
+            Kernel::Merge => (&[Params, States, StatesRest, StatesLse, Sinks, Sequences], &[O, ORest, Lse]),
+        };
+        let present = |binding: &Binding| match binding {
+            Sinks | SinkPartials => per_head,
+            DLse => self.d_lse,
+            AlibiSlopes => self.alibi,
+            AlibiMoments => self.moments || self.kernel == Kernel::DAlibiSlopes,
+            Bias => self.bias.is_some(),
+            MaskBits => self.mask || self.kernel == Kernel::MaskBits,
+            Sequences => self.lengths,
+            ORest | StatesRest => self.o_rest,
+            _ => true,
+        };
+        let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
+        let cooperative = self.fragments().is_some();
+        let repairs = (cooperative || self.repairs.is_some()).then_some((Repairs, cooperative));
+        let scales = self.column_scales().map(|binding| (binding, false));
+        all.filter(|(b, _)| present(b)).chain(scales).chain(repairs).collect()
+    }
+
+    /// Accumulators of a cooperative kernel the units of whose rows it finds itself, in a walk. In f16 the unit of a query comes with
+    /// its delta; in bf16 it depends on the keys' token scales.
+    fn units(&self) -> &'static [&'static str] {
+        match (self.kernel, self.dtype) {
+            _ if self.fragments().is_none() => &[],
+            (Kernel::DQ, DType::Bf16) => &["d_q"],
+            (Kernel::DKv, DType::Bf16) => &["d_k", "d_v"],
+            (Kernel::DKv, _) => &["d_k"],
+            _ => &[],
+        }
+    }
+
+    /// The token scales of the columns that a cooperative kernel reads: in bf16, which has more range than f16.
+    pub(crate) fn column_scales(&self) -> Option<Binding> {
+        let needs = self.fragments().is_some() && self.dtype == DType::Bf16;
+        needs.then_some(if self.kernel == Kernel::DKv { Binding::QueryScales } else { Binding::KeyScales })
+    }
+
+    /// Whether a hidden column that is not finite spoils rows that do not see it: where a product with zero weights sums columns.
+    pub(crate) fn mixes_columns(&self) -> bool {
+        self.fragments().is_some() && self.kernel != Kernel::ExactDelta
+    }
+
+    /// Whether the sink logits' gradient is summed from delta: the kernel that computed it has left no sums of rows.
+    pub(crate) fn sums_delta(&self) -> bool {
+        self.kernel == Kernel::DSinkLogits && self.dtype != DType::F32 && !self.o_rest
+    }
+
+    /// Storage buffers this variant binds.
+    pub(crate) fn storage_buffers(&self) -> u32 {
+        self.bindings().iter().filter(|(b, _)| *b != Binding::Params).count() as u32
+    }
+
+    /// Threads of a workgroup.
+    pub fn threads(&self) -> u32 {
+        match (self.fragments(), self.tiles()) {
+            (Some(fragments), _) => fragments.threads(),
+            (_, Some(tiles)) => tiles.threads(),
+            _ if self.kernel == Kernel::MaskBits => MASK_BLOCK_ROWS * MASK_STEP_WORDS,
+            _ => DELTA_ROWS * DELTA_LANES,
+        }
+    }
+
+    /// Bytes of workgroup memory.
+    pub fn workgroup_bytes(&self) -> u32 {
+        let (d, e) = (self.head_dim, self.value_dim);
+        match (self.fragments(), self.tiles()) {
+            (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, self.dtype, d, e),
+            (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
+            _ if self.kernel == Kernel::MaskBits => 16 + 4 * MASK_BLOCK_ROWS * MASK_STEP_WORDS,
+            _ if self.kernel == Kernel::Merge => 16,
+            // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
+            _ => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
+        }
+    }
+
+    /// Numbers that the d_q kernel keeps for the ALiBi slopes' gradient, beside its tiles.
+    fn moments_len(&self) -> u32 {
+        let tiles = self.tiles().filter(|_| self.moments);
+        tiles.map_or(0, |tiles| tiles.tile_rows() * tiles.threads_c)
+    }
+
+    /// Name for labels and dumps.
+    pub fn name(&self) -> String {
+        use std::fmt::Write as _;
+        let mut name = format!("{}_{}_{}", self.kernel.name(), self.micro_kernel, self.dtype);
+        for (letter, width) in [('d', self.head_dim), ('e', self.value_dim)] {
+            if width > 0 {
+                name.push_str(&format!("_{letter}{width}"));
+            }
+        }
+        // Writing into a String cannot fail.
+        let _ = self.tiles().map_or(Ok(()), |t| {
+            let [rows, columns] = [t.tile_rows(), t.tile_columns()];
+            write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.chunk * 4, t.slab)
+        });
+        if let Some(f) = self.fragments() {
+            let [rows, columns] = [f.tile_rows(), f.tile_columns()];
+            let _ = write!(name, "_{rows}x{columns}_s{}r{}n{}f{}", f.subgroups, f.rows, f.stages, f.matrices.side);
+        }
+        let _ = self.repairs.map_or(Ok(()), |rows| write!(name, "_repairs{rows}"));
+        name.push_str(if self.vec4 || self.value_dim == 0 { "" } else { "_scalar" });
+        name.push_str(match self.sink_logits {
+            SinkLogits::None => "",
+            SinkLogits::OffByOne => "_offbyone",
+            SinkLogits::PerHead => "_sinks",
+        });
+        for (part, there) in [
+            ("_softcap", self.softcap),
+            ("_alibi", self.alibi),
+            ("_moments", self.moments),
+            ("_mask", self.mask),
+            ("_bits", self.mask_packing == MaskPacking::Bits),
+            ("_lengths", self.lengths),
+            ("_packed", self.packed),
+            ("_sanitize", self.sanitize),
+            ("_one_by_one", self.batch == 1 && (self.sanitize || self.repairs.is_some())),
+        ] {
+            name.push_str(if there { part } else { "" });
+        }
+        let _ = self.bias.map_or(Ok(()), |dtype| write!(name, "_bias_{dtype}"));
+        let _ = self.axes.map_or(Ok(()), |Axes { batch, heads, seq_q }| {
+            write!(name, "_own{}{}{}", u8::from(batch), u8::from(heads), u8::from(seq_q))
+        });
+        name.push_str(if self.d_lse { "_dlse" } else { "" });
+        name.push_str(if self.o_rest { "_rest" } else { "" });
+        name
+    }
+
+    /// The WGSL text of this variant.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the template does not render, which would be a mistake of this crate.
+    pub fn wgsl(&self) -> Result<String> {
+        let bindings = self.bindings();
+        let half = self.dtype != DType::F32;
+        let quads = |width: u32| width.div_ceil(4);
+        // What is read and written, and the binding that it is part of.
+        let mut named: Vec<_> = bindings.iter().map(|&(b, written)| (b, b, written)).collect();
+        if self.packed {
+            named.push((Binding::DV, Binding::DK, true));
+        }
+        let operands = |written: bool| -> Vec<Value> {
+            let of = |&&(b, _, w): &&(Binding, Binding, bool)| {
+                w == written && b.width([self.head_dim, self.value_dim]).is_some()
+            };
+            let value = |&(b, buffer, _): &(Binding, Binding, bool)| {
+                context! { name => b.name(), buffer => buffer.name(), width => b.width([self.head_dim, self.value_dim]) }
+            };
+            named.iter().filter(of).map(value).collect()
+        };
+        let widths = || named.iter().filter_map(|(b, ..)| Some((b.name(), b.width([self.head_dim, self.value_dim])?)));
+        let operand_quads: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, quads(width))).collect();
+        let cooperative = self.fragments().is_some();
+        let rows_are_keys = self.kernel == Kernel::DKv;
+        let here = if self.lengths { "here, " } else { "" };
+        let classes = format!("{here}{}class_base", if cooperative { "&classes, " } else { "" });
+        let repair_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
+        let mut context = context! {
+            cooperative,
+            repairs => self.repairs,
+            bindings => bindings.iter().map(|(b, written)| context! {
+                name => b.name(),
+                slot => b.slot(),
+                space => match (b, written) {
+                    (Binding::Params, _) => "uniform",
+                    (_, true) => "storage, read_write",
+                    (_, false) => "storage, read",
+                },
+                type => match (b, b.width([self.head_dim, self.value_dim]), self.vec4) {
+                    (Binding::Params, ..) => "Params",
+                    (Binding::RowTerms, ..) if half => "array<vec4<f32>>",
+                    (Binding::RowTerms | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
+                    (Binding::Repairs | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
+                    (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
+                    (_, None, _) => "array<f32>",
+                    (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
+                        if vec4 { "array<vec2<u32>>" } else { "array<f16>" }
+                    }
+                    (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
+                    (_, Some(_), false) if half && *written => "array<atomic<u32>>",
+                    (_, Some(_), false) => if half { "array<u32>" } else { "array<f32>" },
+                },
+            }).collect::<Vec<_>>(),
+            loads => operands(false),
+            stores => operands(true),
+            operand_quads => operand_quads.clone(),
+            xyzw => ["x", "y", "z", "w"],
+            dtype => self.dtype.to_string(),
+            vec4 => self.vec4,
+            d_lse => self.d_lse,
+            o_rest => self.o_rest,
+            sums_delta => self.sums_delta(),
+            sinks => match self.sink_logits {
+                SinkLogits::None => "none",
+                SinkLogits::OffByOne => "off_by_one",
+                SinkLogits::PerHead => "per_head",
+            },
+            rows_are_keys,
+            kernel => self.kernel.name(),
+            names => bindings.iter().map(|(b, _)| b.name()).collect::<Vec<_>>(),
+            softcap => self.softcap,
+            alibi => self.alibi,
+            moments => self.moments,
+            bias => self.bias.map(|dtype| dtype.to_string()),
+            mask => self.mask,
+            packed => self.mask_packing == MaskPacking::Bits,
+            axes => self.axes.map(|Axes { batch, heads, seq_q }| context! { batch, heads, seq_q }),
+            // Scores are more than products times the scale; pairs are hidden one by one.
+            modified => self.softcap || self.alibi || self.bias.is_some(),
+            hides => self.mask || self.bias.is_some(),
+            // The cooperative kernels cap scores on their way to the exponential: what remains is formed in full.
+            formed => self.alibi || self.bias.is_some() || (self.kernel == Kernel::Forward && self.column_scales().is_some()),
+            lengths => self.lengths,
+            // Where the numbers of a sequence stand: for what decides on pairs, and on tiles.
+            sequence => if self.lengths { "sequence" } else { "params" },
+            bounds => if self.lengths { "here" } else { "params" },
+            here_parameter => if self.lengths { "here: Sequence, " } else { "" },
+            here_argument => here,
+            class_arguments => &classes,
+            // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
+            mirrored => cooperative && self.kernel == Kernel::Forward && self.alibi,
+            // A mask's words are kept in registers.
+            mask_words => self.mask && self.fragments().is_some_and(|f| 32u32.is_multiple_of(f.tile_columns())),
+            // Cooperative kernels know of spans of tiles what the mask makes of them.
+            following => match (rows_are_keys, self.mask && !cooperative) {
+                (false, false) => "next_tile(tiles, tile)".into(),
+                (true, false) => "tile + 1u".into(),
+                (false, true) => format!("seen_tile({classes}, tiles, row0, row_end, next_tile(tiles, tile))"),
+                (true, true) => format!("seen_tile({classes}, tiles, row0, row_end, tile + 1u)"),
+            },
+            sequence_words => SEQUENCE_WORDS,
+            mask_block_rows => MASK_BLOCK_ROWS,
+            mask_block_words => MASK_BLOCK_WORDS,
+            mask_group => MASK_GROUP,
+            mask_step_words => MASK_STEP_WORDS,
+            repair_rows,
+            report_words => repair_rows.map(report_words),
+            // What the maximum of the softmax is multiplied with: in bf16 token scales have made scores of products.
+            score_size => if self.column_scales().is_some() { "1.0" } else { "params.scale_size" },
+            column_scales => self.column_scales().map(Binding::name),
+            sanitize => self.sanitize,
+            units => self.units().to_vec(),
+            batch => self.batch,
+            leave => if self.batch > 1 { "continue" } else { "return" },
+            of_tiles => self.kernel == Kernel::DSinkLogits && !self.sums_delta(),
+            lanes => DELTA_LANES,
+            delta_rows => DELTA_ROWS,
+            threads => self.threads(),
+        };
+        if let Some(t) = self.tiles() {
+            let accumulator_quads: BTreeMap<&str, u32> =
+                operand_quads.iter().map(|(name, quads)| (*name, quads.div_ceil(t.threads_c))).collect();
+            let [memory_len, partials_len] = t.arrays(self.kernel, self.head_dim, self.value_dim);
+            let partials_len = partials_len + self.moments_len();
+            context = context! {
+                micro_kernel => self.micro_kernel.to_string(),
+                tile_rows => t.tile_rows(),
+                tile_columns => t.tile_columns(),
+                threads_r => t.threads_r,
+                threads_c => t.threads_c,
+                rows => t.rows,
+                quads => t.quads,
+                chunk => t.chunk,
+                unroll => t.unroll(),
+                slab => t.slab,
+                accumulator_quads, memory_len, partials_len,
+                ..context
+            };
+        }
+        if let Some(f) = self.fragments() {
+            let side = f.matrices.side;
+            let fragments: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.across(width))).collect();
+            let staged: &[&str] = match self.kernel {
+                Kernel::DKv => &["q", "d_o"],
+                _ => &["k", "v"],
+            };
+            let staged_rows: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.staged_row(width))).collect();
+            let staged_quads: BTreeMap<&str, u32> = fragments.iter().map(|(name, n)| (*name, n * side / 4)).collect();
+            let shares = |quads: u32| (f.tile_columns() * quads).div_ceil(f.threads());
+            let staged_shares: BTreeMap<&str, u32> = staged_quads.iter().map(|(name, n)| (*name, shares(*n))).collect();
+            context = context! {
+                micro_kernel => self.micro_kernel.to_string(),
+                side,
+                lanes => f.matrices.lanes,
+                in_step => f.matrices.in_step,
+                subgroups => f.subgroups,
+                row_fragments => f.rows,
+                column_fragments => f.columns,
+                stages => f.stages,
+                registers => f.registers(self.kernel, self.head_dim, self.value_dim),
+                tile_rows => f.tile_rows(),
+                tile_columns => f.tile_columns(),
+                lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
+                fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
+                strip_row => f.strip_row(),
+                weight_row => f.weight_row(),
+                term_shares => f.tile_columns().div_ceil(f.threads()),
+                column_terms => f.column_terms(self.kernel, self.dtype),
+                signed => if self.kernel == Kernel::DKv { "k" } else { "q" },
+                staged => staged.to_vec(),
+                fragments, staged_rows, staged_quads, staged_shares,
+                ..context
+            };
+        }
+        render(&self.kernel.template(), context)
+    }
+}
+
+impl Compose for Variant {
+    fn name(&self) -> String {
+        Variant::name(self)
+    }
+
+    fn slots(&self) -> Vec<(u32, bool, bool)> {
+        self.bindings().into_iter().map(|(b, written)| (b.slot(), b == Binding::Params, written)).collect()
+    }
+
+    fn wgsl(&self) -> Result<String> {
+        Variant::wgsl(self)
+    }
+}

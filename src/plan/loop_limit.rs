@@ -1,0 +1,120 @@
+//! The limit to loop iterations of one driver, llvmpipe, which ends longer loops and goes on with wrong results.
+
+use crate::device::capabilities::Capabilities;
+use crate::kernel::{Kernel, MASK_BLOCK_ROWS};
+use crate::problem::Problem;
+use crate::problem::error::{Error, Result};
+use crate::problem::mask::Band;
+use crate::problem::varlen::Sequence;
+
+/// Refuses what the driver would end before it is done; `needed` gets the most that it allows.
+pub(crate) fn check_loop_iterations(
+    kernel: Kernel,
+    problem: &Problem,
+    capabilities: &Capabilities,
+    needed: impl FnOnce(u64) -> u64,
+) -> Result<()> {
+    let Some(most) = capabilities.loop_iterations else { return Ok(()) };
+    let needed = needed(most);
+    if needed <= most {
+        return Ok(());
+    }
+    let reason = format!(
+        "{} ends loops in silence after {most} iterations, {kernel:?} needs {needed} or more; \
+         the CPU path has no such limit",
+        capabilities.name
+    );
+    Err(Error::NoKernel { problem: problem.to_string(), reason })
+}
+
+/// Loop iterations of the longest workgroup, given those of an open and of a masked tile: more than there are where that many
+/// are within `most`, and fewer where even they are beyond it.
+pub(crate) fn loop_iterations(
+    kernel: Kernel,
+    problem: &Problem,
+    tile: [u32; 2],
+    iterations: [u64; 2],
+    most: u64,
+) -> u64 {
+    let of = |sequence: Sequence| sequence_loop_iterations(kernel, problem, &sequence.band, tile, iterations, most);
+    let (mut longest, mut total) = (0, 0u64);
+    for sequence in problem.distinct_sequences() {
+        let iterations = of(sequence);
+        longest = longest.max(iterations);
+        total = total.saturating_add(iterations);
+    }
+    match problem.options().bias {
+        // One workgroup goes through all that share the bias.
+        Some(axes) if kernel == Kernel::DBias => {
+            let shape = problem.shape();
+            let sequences = match (axes.batch, problem.has_lengths()) {
+                (true, _) => longest,
+                (false, true) => total,
+                (false, false) => longest.saturating_mul(shape.batch as u64),
+            };
+            sequences.saturating_mul(if axes.heads { 1 } else { shape.heads as u64 })
+        }
+        _ => longest,
+    }
+}
+
+pub(crate) fn sequence_loop_iterations(
+    kernel: Kernel,
+    problem: &Problem,
+    band: &Band,
+    tile: [u32; 2],
+    [open, masked]: [u64; 2],
+    most: u64,
+) -> u64 {
+    let options = problem.options();
+    let [rows, columns] = tile.map(|n| n as usize);
+    // A mask is looked up for each tile, twice, block by block.
+    let lookup = match options.mask {
+        Some(_) => 2 * (2 + rows / MASK_BLOCK_ROWS as usize) * (2 + columns / 32),
+        None => 0,
+    } as u64;
+    let masked = masked + lookup;
+    let open = if options.bias.is_some() || options.mask.is_some() { masked } else { open };
+    let of_tile = |is_open| if is_open { open } else { masked };
+    if let (Kernel::DBias, Some(axes)) = (kernel, options.bias) {
+        let row_tiles = if axes.seq_q { 1 } else { band.seq_q().div_ceil(rows) };
+        return 1 + row_tiles as u64 * (1 + masked);
+    }
+    let visited = |range: &std::ops::Range<usize>| match kernel {
+        Kernel::DKv => band.query_tiles(range, columns).len(),
+        _ => band.key_tiles(range, columns).count(),
+    };
+    let rows_are_keys = kernel == Kernel::DKv;
+    let [seq, heads] = if rows_are_keys { [band.seq_k(), problem.group()] } else { [band.seq_q(), 1] };
+    // Long sequences are not gone through where their ends tell, or where all that there is would be few enough; tiles may
+    // be cut where sink tokens end.
+    let other = if rows_are_keys { band.seq_q() } else { band.seq_k() };
+    let enough =
+        (heads as u64).saturating_mul(1 + (other.div_ceil(columns) as u64 + 2).saturating_mul(open.max(masked)));
+    if enough <= most {
+        return enough;
+    }
+    // Too many even if nothing is masked.
+    let least = |longest: usize| heads as u64 * (1 + longest as u64 * open);
+    let ends = [0..rows.min(seq), seq.saturating_sub(rows)..seq];
+    let of_ends = least(ends.iter().map(visited).max().unwrap_or(0));
+    if of_ends > most {
+        return of_ends;
+    }
+    let ranges = (0..seq).step_by(rows).map(|start| start..(start + rows).min(seq));
+    let of_all = least(ranges.clone().map(|range| visited(&range)).max().unwrap_or(0));
+    if of_all > most {
+        return of_all;
+    }
+    let workgroups = ranges.map(|range| {
+        if rows_are_keys {
+            let column = |tile| tile * columns..(tile + 1) * columns;
+            let is_open = |tile| band.all_visible(&column(tile), &range);
+            band.query_tiles(&range, columns).map(|tile| of_tile(is_open(tile))).sum::<u64>()
+        } else {
+            let (visited, full) = (band.key_tiles(&range, columns).count(), band.full_tiles(&range, columns));
+            full as u64 * of_tile(true) + (visited - full) as u64 * of_tile(false)
+        }
+    });
+    heads as u64 * (1 + workgroups.max().unwrap_or(0))
+}

@@ -1,0 +1,240 @@
+//! Operands: where their elements lie, and which bytes of a buffer a dispatch binds. Pure functions of numbers.
+
+use std::ops::Range;
+
+use crate::device::capabilities::Capabilities;
+use crate::kernel::{Binding, DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_READ_BEYOND};
+use crate::plan::pass::{Pass, repair_slots};
+use crate::problem::element::DType;
+use crate::problem::error::{Error, Result};
+use crate::problem::{Layout, MaskPacking, Problem};
+
+/// Bytes of what bindings are counted in.
+pub(crate) const WORD: u64 = 4;
+
+/// Elements of a window, at most: shaders count in u32, and loops step beyond the end once.
+const MOST_ELEMENTS: u64 = (1 << 32) - (1 << 16);
+
+/// Where an operand's elements lie in its buffer, in elements. Its width is contiguous.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct View {
+    pub(crate) binding: Binding,
+    pub(crate) offset: u64,
+    /// Of batch, head and sequence.
+    pub(crate) strides: [u64; 3],
+    /// Along batch, head, sequence and width.
+    pub(crate) extents: [u64; 4],
+    /// Elements that belong to a head behind its last row.
+    pub(crate) tail: u64,
+    /// Bytes of an element.
+    pub(crate) element: u64,
+}
+
+/// The bytes of a buffer that a dispatch binds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Window {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+}
+
+impl View {
+    /// Packed without gaps.
+    pub(crate) fn dense(binding: Binding, extents: [usize; 4], layout: Layout, element: usize) -> Self {
+        let [_, heads, seq, width] = extents;
+        let strides = layout.strides(heads, seq, width);
+        View::new(binding, 0, strides, extents, element)
+    }
+
+    /// The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
+    pub(crate) fn new(
+        binding: Binding,
+        offset: u64,
+        mut strides: [u64; 3],
+        extents: [usize; 4],
+        element: usize,
+    ) -> Self {
+        for (stride, &extent) in strides.iter_mut().zip(&extents) {
+            *stride = if extent == 1 { 0 } else { *stride };
+        }
+        View { binding, offset, strides, extents: extents.map(|n| n as u64), tail: 0, element: element as u64 }
+    }
+
+    /// A run of elements that every dispatch sees whole.
+    pub(crate) fn run(binding: Binding, elements: usize, element: usize) -> Self {
+        View::new(binding, 0, [0; 3], [1, 1, 1, elements], element)
+    }
+
+    /// Last element.
+    pub(crate) fn last_element(&self) -> u128 {
+        let axes = (0..3).map(|axis| u128::from(self.strides[axis]) * u128::from(self.extents[axis] - 1));
+        axes.sum::<u128>() + u128::from(self.offset) + u128::from(self.extents[3] + self.tail) - 1
+    }
+
+    /// Whether no element of two results in one buffer lies where one of the other does, as far as that is seen without going
+    /// through them: where along some axes both have the same strides, and what they have along the others lies side by side
+    /// within a step of these.
+    pub(crate) fn is_apart_from(&self, other: &View) -> bool {
+        let reach = |view: &View, along: &dyn Fn(usize) -> bool| {
+            (0..3).filter(|axis| along(*axis)).map(|axis| view.strides[axis] * (view.extents[axis] - 1)).sum::<u64>()
+        };
+        (0..8u32).any(|set| {
+            let is_outer = |axis: usize| set >> axis & 1 == 1;
+            let mut outer: Vec<[u64; 2]> = (0..3)
+                .filter(|axis| is_outer(*axis))
+                .map(|axis| {
+                    // The stride of an axis with one element says nothing.
+                    let strides = [self.strides[axis], other.strides[axis]].into_iter().max().unwrap_or(0);
+                    [strides, self.extents[axis].max(other.extents[axis])]
+                })
+                .collect();
+            let same = |axis: usize| {
+                self.strides[axis] == other.strides[axis] || self.extents[axis] == 1 || other.extents[axis] == 1
+            };
+            let [own, its] = [self, other]
+                .map(|view| [view.offset, view.offset + reach(view, &|axis| !is_outer(axis)) + view.extents[3]]);
+            let apart = own[1] <= its[0] || its[1] <= own[0];
+            outer.sort_unstable();
+            // Steps along the outer axes never come closer to each other than what lies within one.
+            let mut span = own[1].max(its[1]) - own[0].min(its[0]);
+            let nests = outer.iter().filter(|[_, extent]| *extent > 1).all(|[stride, extent]| {
+                let fits = *stride >= span;
+                span = span.saturating_add(stride.saturating_mul(extent - 1));
+                fits
+            });
+            apart && nests && (0..3).filter(|axis| is_outer(*axis)).all(same)
+        })
+    }
+
+    /// Whether rows can be read four neighbours at a time. Windows start at multiples of 16 bytes.
+    pub(crate) fn vec4(&self) -> bool {
+        [self.offset, self.extents[3]].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
+    }
+
+    /// First element within ranges of batch, heads and rows, and the one behind the last.
+    pub(crate) fn hull(&self, ranges: [&Range<u64>; 3]) -> [u64; 2] {
+        let corner = |index: fn(&Range<u64>) -> u64| {
+            // Ranges along an axis that the operand does not have lead nowhere.
+            (0..3).map(|axis| self.strides[axis] * index(ranges[axis]).min(self.extents[axis] - 1)).sum::<u64>()
+        };
+        let [first, last] = [corner(|range| range.start), corner(|range| range.end - 1)];
+        [self.offset + first, self.offset + last + self.extents[3] + self.tail]
+    }
+
+    /// All of it.
+    pub(crate) fn whole(&self) -> [u64; 2] {
+        [self.offset, (self.last_element() + 1) as u64]
+    }
+
+    /// The window from one element to another, which is as large as the device allows at most.
+    pub(crate) fn window(&self, [first, end]: [u64; 2], capabilities: &Capabilities) -> Result<Window> {
+        let operand = self.binding.name();
+        // A multiple of what is loaded at once.
+        let alignment = u64::from(capabilities.offset_alignment).max(16);
+        let start = first * self.element / alignment * alignment;
+        let bytes = (end * self.element).next_multiple_of(WORD) - start;
+        let limit = capabilities.binding_bytes;
+        if bytes > limit {
+            return Err(Error::BindingTooLarge { operand, bytes, limit });
+        }
+        if bytes / self.element > MOST_ELEMENTS {
+            let last_element = u128::from(bytes / self.element - 1);
+            return Err(Error::IndexOverflow { operand, last_element, most: MOST_ELEMENTS - 1 });
+        }
+        Ok(Window { start, len: bytes })
+    }
+}
+
+/// Bytes of a mask in bits, with the classes of its blocks.
+pub(crate) fn mask_scratch_bytes(problem: &Problem) -> u64 {
+    (mask_bits(problem).last_element() as u64 + 1) * 4
+}
+
+/// What kernels hand to each other, as they lie in buffers of our own; `None` is another kind of operand.
+pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass]) -> Option<View> {
+    let s = problem.shape();
+    // Heads first: what is summed over the batch and the rows of a head lies together.
+    let rows = |seq: usize, element| {
+        let strides = [seq, s.batch * seq, 1].map(|n| n as u64);
+        View::new(binding, 0, strides, [s.batch, s.heads, seq, 1], element)
+    };
+    let scales = |heads: usize, seq: usize| {
+        View::new(binding, 0, [heads * seq, seq, 1].map(|n| n as u64), [s.batch, heads, seq, 1], 8)
+    };
+    Some(match binding {
+        // lse and delta; in half precision also what brings the row's weights within its range.
+        Binding::RowTerms => {
+            let bytes = if problem.options().dtype == DType::F32 { 8 } else { 16 };
+            rows(s.seq_q + usize::from(problem.options().alibi), bytes)
+        }
+        Binding::AlibiMoments => rows(s.seq_q, 4),
+        Binding::SinkPartials => rows(s.seq_q.div_ceil(DELTA_ROWS as usize), 4),
+        Binding::MaskBits => mask_bits(problem),
+        Binding::Repairs => {
+            let words = |pass: &Pass| {
+                let words = pass.variant.fragments()?.report_words() as usize;
+                Some(repair_slots(pass, problem).saturating_mul(words))
+            };
+            View::run(binding, passes.iter().filter_map(words).max().unwrap_or(1), 4)
+        }
+        Binding::KeyScales => scales(s.kv_heads, s.seq_k),
+        Binding::QueryScales => scales(s.heads, s.seq_q),
+        _ => return None,
+    })
+}
+
+/// Words of a row of the mask's bits, its rows of blocks, and groups of blocks of such a row.
+pub(crate) fn mask_blocks(rows: usize, keys: usize) -> [usize; 3] {
+    let words = keys.div_ceil(32);
+    [words, rows.div_ceil(MASK_BLOCK_ROWS as usize), words.div_ceil((MASK_GROUP * MASK_BLOCK_WORDS) as usize)]
+}
+
+/// The boolean mask's bits by queries; behind those of each head are the same by keys, and the classes of its blocks.
+fn mask_bits(problem: &Problem) -> View {
+    let axes = problem.options().mask.unwrap_or_default();
+    let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
+    let [words, block_rows, groups] = mask_blocks(rows, keys);
+    // Where a row is for all queries, its bits are those of the keys.
+    let key_words = if rows > 1 { keys * block_rows } else { 0 };
+    let tail = key_words + block_rows * groups;
+    let head = rows * words + tail;
+    let strides = [heads * head, head, words].map(|n| n as u64);
+    let view = View::new(Binding::MaskBits, 0, strides, [batch, heads, rows, words], 4);
+    // A tile may reach beyond the last key or query; what is read there is hidden by the band.
+    View { tail: tail as u64 + MASK_READ_BEYOND, ..view }
+}
+
+/// Extents of an operand of the caller's, its layout, and the bytes of an element.
+pub(crate) fn operand_extents(binding: Binding, problem: &Problem) -> ([usize; 4], Layout, usize) {
+    let (s, options) = (problem.shape(), problem.options());
+    let (layout, element) = (options.layout, options.dtype.bytes());
+    let pairs = |shape: Option<[usize; 4]>, bytes| (shape.unwrap_or([1; 4]), Layout::Bhsd, bytes);
+    match binding {
+        Binding::Q | Binding::DQ => ([s.batch, s.heads, s.seq_q, s.head_dim], layout, element),
+        Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], layout, element),
+        Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], layout, element),
+        Binding::O | Binding::ORest | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
+        // One behind the other, and the keys count them.
+        Binding::States | Binding::StatesRest => ([s.seq_k * s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
+        Binding::StatesLse => ([s.seq_k * s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4),
+        Binding::SinkLogits | Binding::DSinkLogits | Binding::AlibiSlopes | Binding::DAlibiSlopes => {
+            ([1, 1, 1, s.heads], Layout::Bhsd, 4)
+        }
+        Binding::Bias => pairs(problem.bias_shape(), options.bias_dtype.bytes()),
+        Binding::DBias => pairs(problem.bias_shape(), 4),
+        Binding::Mask => pairs(problem.mask_shape(), if options.mask_packing == MaskPacking::Bits { 4 } else { 1 }),
+        _ => ([s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4),
+    }
+}
+
+/// The operands of a pass as they lie where the caller's are densely packed.
+pub(crate) fn dense_views(problem: &Problem, passes: &[Pass], pass: &Pass) -> Vec<View> {
+    let bindings = pass.variant.bindings().into_iter().map(|(binding, _)| binding);
+    let own = bindings.filter(|binding| ![Binding::Params, Binding::Sequences].contains(binding));
+    own.map(|binding| {
+        scratch_view(binding, problem, passes).unwrap_or_else(|| {
+            let (extents, layout, element) = operand_extents(binding, problem);
+            View::dense(binding, extents, layout, element)
+        })
+    })
+    .collect()
+}

@@ -1,0 +1,214 @@
+//! Candidates: tiles worth measuring.
+
+use std::cmp::Reverse;
+
+use crate::device::capabilities::{Capabilities, CooperativeMatrices};
+use crate::kernel::tile::Tiling;
+use crate::kernel::tile::portable::Tiles;
+use crate::kernel::{Kernel, MicroKernel};
+use crate::plan::{Pass, table};
+use crate::problem::Problem;
+
+impl Tiling {
+    /// Tiles worth measuring for a kernel of a problem on a device, of one micro-kernel, or, with [`MicroKernel::Auto`], of
+    /// all. Those of a micro-kernel follow each other: the built-in table, its first choice first, then what it lacks, the
+    /// most promising first. All fit the device's limits; of what the device, the problem or the kernel rules out there
+    /// are none.
+    pub fn candidates(
+        kernel: Kernel,
+        problem: &Problem,
+        vec4: bool,
+        capabilities: &Capabilities,
+        micro_kernel: MicroKernel,
+    ) -> Vec<Tiling> {
+        let mut found = Vec::new();
+        if micro_kernel != MicroKernel::Portable {
+            found.extend(cooperative(kernel, problem, vec4, capabilities));
+        }
+        if micro_kernel != MicroKernel::Cooperative {
+            let portable = Tiles::candidates(kernel, problem, vec4, capabilities);
+            found.extend(portable.into_iter().map(Tiling::Portable));
+        }
+        found
+    }
+}
+
+/// Registers a thread, by the estimate, above which cooperative tiles are not worth a measurement: the most that GPUs have
+/// is 255, and a few that do not fit cost little.
+const MOST_LANE_REGISTERS: u32 = 300;
+/// Subgroups and rows of fragments that are tried; of columns as many as the table has, and twice that.
+const SUBGROUPS: u32 = 16;
+const ROWS: u32 = 4;
+
+fn cooperative(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiling> {
+    let Some(matrices) = capabilities.cooperative.filter(CooperativeMatrices::is_sound) else { return Vec::new() };
+    let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, vec4, capabilities, *tiling).ok();
+    let table = table::cooperative(kernel, problem, matrices, capabilities.class).map(|fragments| fragments.tiling());
+    let mut found: Vec<Tiling> = table.filter(|tiling| pass(tiling).is_some()).collect();
+    let mut others = Vec::new();
+    for columns in [16 / matrices.side, 32 / matrices.side] {
+        for [subgroups, rows, stages] in (1..=SUBGROUPS)
+            .flat_map(|subgroups| (1..=ROWS).flat_map(move |rows| [2, 1].map(|stages| [subgroups, rows, stages])))
+        {
+            let tiling = Tiling::Cooperative { subgroups, rows, columns, stages };
+            let Some(pass) = pass(&tiling).filter(|_| !found.contains(&tiling)) else { continue };
+            let (Some([tile_rows, _]), Some(registers)) = (pass.variant.tile(), pass.variant.registers()) else {
+                continue;
+            };
+            if registers <= MOST_LANE_REGISTERS {
+                // What passes by is read once for all rows that a workgroup holds; more workgroups hide each other's waits.
+                let rows_in_flight = tile_rows * pass.resident_workgroups(capabilities).unwrap_or(1);
+                others.push((Reverse(rows_in_flight), registers, tiling));
+            }
+        }
+    }
+    others.sort_by_key(|&(rows, registers, _)| (rows, registers));
+    found.extend(others.into_iter().map(|(.., tiling)| tiling));
+    found
+}
+
+/// Registers a thread, by [`Tiles::registers`], above which tiles are not worth a measurement: the most that GPUs have
+/// is 256, and the estimate leaves out addresses.
+const MOST_REGISTERS: u32 = 232;
+
+impl Tiles {
+    /// Tiles worth measuring for a kernel of a problem on a device: the built-in table, its first choice first, then
+    /// neighbours of what it holds, the nearest first. All fit the device's limits; those of the kernels without tiles
+    /// are none.
+    pub(crate) fn candidates(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiles> {
+        if !kernel.has_tiles() {
+            return Vec::new();
+        }
+        let shape = problem.shape();
+        let fits = |tiles: &Tiles| Pass::with_tiles(kernel, problem, vec4, capabilities, *tiles).is_ok();
+        let mut found: Vec<Tiles> = Vec::new();
+        for tiles in table::portable(kernel, problem, capabilities.class) {
+            if !found.contains(&tiles) && fits(&tiles) {
+                found.push(tiles);
+            }
+        }
+        let built_in = found.len();
+        // Two steps away from the first choice, one from the others.
+        let mut index = 0;
+        while index < built_in || (index < found.len() && index < 3 * built_in) {
+            for tiles in found[index].neighbours() {
+                if !found.contains(&tiles)
+                    && tiles.threads() >= 32
+                    && fits(&tiles)
+                    && tiles.registers(kernel, shape.head_dim as u32, shape.value_dim as u32) <= MOST_REGISTERS
+                {
+                    found.push(tiles);
+                }
+            }
+            index += 1;
+        }
+        found
+    }
+
+    /// Each number doubled and halved; such as do not fit together among them.
+    fn neighbours(self) -> impl Iterator<Item = Tiles> {
+        const NUMBERS: [fn(&mut Tiles) -> &mut u32; 6] = [
+            |t| &mut t.rows,
+            |t| &mut t.threads_r,
+            |t| &mut t.quads,
+            |t| &mut t.threads_c,
+            |t| &mut t.chunk,
+            |t| &mut t.slab,
+        ];
+        NUMBERS.into_iter().flat_map(move |number| {
+            [true, false].map(|double| {
+                let mut tiles = self;
+                let number = number(&mut tiles);
+                *number = if double { *number * 2 } else { *number / 2 };
+                tiles
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::element::DType;
+    use crate::problem::{Options, Shape, SinkLogits, Window};
+
+    fn problem(seq: usize, width: usize, options: Options) -> Problem {
+        let shape =
+            Shape { batch: 1, heads: 8, kv_heads: 2, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
+        Problem::new(shape, options.sink_logits(SinkLogits::PerHead)).unwrap()
+    }
+
+    const KERNELS: [Kernel; 3] = [Kernel::Forward, Kernel::DQ, Kernel::DKv];
+
+    #[test]
+    fn portable_candidates_fit_and_differ() {
+        let causal = Options::new().causal(true);
+        for device in Capabilities::samples() {
+            for kernel in KERNELS {
+                for (seq, width, options) in [
+                    (8192, 64, causal),
+                    (8192, 128, causal),
+                    (8192, 64, causal.window(Window::keys(128))),
+                    (300, 80, causal),
+                    (1, 256, causal),
+                ] {
+                    let problem = problem(seq, width, options);
+                    let found = Tiles::candidates(kernel, &problem, true, &device);
+                    let plan = crate::Plan::forward(&problem, true, &device).unwrap();
+                    assert!(kernel != Kernel::Forward || plan.passes[0].variant.tiling == Some(found[0].into()));
+                    assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
+                    for (index, tiles) in found.iter().enumerate() {
+                        Pass::with_tiles(kernel, &problem, true, &device, *tiles).unwrap();
+                        assert!(!found[..index].contains(tiles));
+                        assert_eq!(tiles.to_string().parse(), Ok(*tiles));
+                    }
+                }
+                assert_eq!(Tiles::candidates(Kernel::Delta, &problem(9, 4, causal), true, &device), []);
+            }
+        }
+    }
+
+    #[test]
+    fn candidates_fit_and_differ() {
+        let problem = |dtype, width| {
+            let shape =
+                Shape { batch: 1, heads: 8, kv_heads: 2, seq_q: 1024, seq_k: 1024, head_dim: width, value_dim: width };
+            Problem::new(shape, Options::new().causal(true).dtype(dtype)).unwrap()
+        };
+        let of = |problem: &Problem, device: &Capabilities, micro_kernel| {
+            Tiling::candidates(Kernel::Forward, problem, true, device, micro_kernel)
+        };
+        for device in Capabilities::samples() {
+            for problem in [problem(DType::F16, 64), problem(DType::F16, 128), problem(DType::F32, 64)] {
+                let both = of(&problem, &device, MicroKernel::Auto);
+                let [cooperative, portable] =
+                    [MicroKernel::Cooperative, MicroKernel::Portable].map(|kernel| of(&problem, &device, kernel));
+                assert_eq!(both, [&cooperative[..], &portable[..]].concat());
+                let halves = problem.options().dtype != DType::F32;
+                assert_eq!(cooperative.len() > 8, halves && device.cooperative.is_some(), "{}: {problem}", device.name);
+                let plan = crate::Plan::forward(&problem, true, &device).unwrap();
+                let variant = plan.passes[0].variant;
+                let first = both.iter().find(|tiling| tiling.micro_kernel() == variant.micro_kernel);
+                assert_eq!(variant.tiling.as_ref(), first, "the built-in choice comes first");
+                for (index, tiling) in cooperative.iter().enumerate() {
+                    assert_eq!(tiling.micro_kernel(), MicroKernel::Cooperative);
+                    Pass::with_tiles(Kernel::Forward, &problem, true, &device, *tiling).unwrap();
+                    assert!(!cooperative[..index].contains(tiling));
+                }
+            }
+        }
+        // Of what the table lacks, those come first that keep the most rows in flight.
+        let (device, narrow) = (&Capabilities::samples()[0], problem(DType::F16, 64));
+        let table = table::cooperative(Kernel::Forward, &narrow, device.cooperative.unwrap(), device.class);
+        let table: Vec<Tiling> = table.map(|fragments| fragments.tiling()).collect();
+        let others = of(&narrow, device, MicroKernel::Cooperative).into_iter().filter(|t| !table.contains(t));
+        let rows: Vec<u32> = others
+            .map(|tiling| {
+                let pass = Pass::with_tiles(Kernel::Forward, &narrow, true, device, tiling).unwrap();
+                pass.variant.tile().unwrap()[0] * pass.resident_workgroups(device).unwrap()
+            })
+            .collect();
+        assert!(rows.is_sorted_by(|a, b| a >= b) && rows.first() > rows.last(), "{rows:?}");
+        assert_eq!(of(&problem(DType::F16, 257), device, MicroKernel::Cooperative), []);
+    }
+}

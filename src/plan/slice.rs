@@ -1,0 +1,967 @@
+//! From a pass to dispatches: which part of the work each of them does, and which part of each operand it binds. Pure
+//! functions of numbers.
+//!
+//! A pass is one dispatch where its operands fit bindings and its time fits the budget. Else it is cut along the batch, then
+//! along heads, then along tiles. Workgroups do what they would have done in one dispatch: results keep their bits.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use crate::device::capabilities::Capabilities;
+use crate::kernel::{Binding, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, SEQUENCE_WORDS};
+use crate::plan::operand::{View, Window, mask_blocks};
+use crate::plan::pass::{Pass, fold, work_list};
+use crate::problem::Problem;
+use crate::problem::error::{Error, Result};
+use crate::problem::varlen::Sequence;
+
+/// How long a dispatch may hold the GPU, by estimate, unless the caller says otherwise: browsers and desktop systems reset a
+/// GPU that does not answer for some two seconds.
+pub(crate) const DISPATCH_BUDGET: Duration = Duration::from_millis(250);
+
+/// What a dispatch does of a pass. The axes are those of the pass: sequences, key heads (query heads, where there is no
+/// group to keep together) and tiles of rows; where sequences differ in length, places in the list of tiles for the last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Region {
+    pub(crate) axes: [Range<u64>; 3],
+}
+
+/// One dispatch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) region: Region,
+    pub(crate) workgroups: u32,
+    pub(crate) grid: [u32; 2],
+    pub(crate) windows: Vec<(Binding, Window)>,
+}
+
+/// The dispatches of a pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pieces {
+    pub(crate) list: Vec<Piece>,
+    /// Where sequences differ in length: sequence and tile of each place in the list, those of a piece side by side.
+    pub(crate) work: Vec<[u32; 2]>,
+}
+
+impl Pass {
+    /// The dispatches of this pass: operands lie as `views` say, and a dispatch is to take no longer than `budget`.
+    pub(crate) fn pieces(
+        &self,
+        problem: &Problem,
+        views: &[View],
+        capabilities: &Capabilities,
+        budget: Duration,
+    ) -> Result<Pieces> {
+        let mut cutter = Cutter::new(self, problem, views, capabilities, budget)?;
+        let mut regions = Vec::new();
+        cutter.cut(Region { axes: cutter.axes.map(|n| 0..n) }, &mut regions)?;
+        let mut list = Vec::with_capacity(regions.len());
+        for region in regions {
+            let touches = cutter.touches(&region);
+            let windows = cutter.views.iter().map(|view| Ok((view.binding, cutter.window(view, &touches)?)));
+            let mut windows = windows.collect::<Result<Vec<_>>>()?;
+            windows.extend(&cutter.whole);
+            if self.variant.packed {
+                join(&mut windows, [Binding::DK, Binding::DV], capabilities)?;
+            }
+            let (workgroups, grid) = cutter.fold(&region)?;
+            let [.., places] = &region.axes;
+            if self.is_listed() {
+                // Longest first. Stable: neighbours stay neighbours.
+                cutter.work[places.start as usize..places.end as usize]
+                    .sort_by_key(|(visited, _)| std::cmp::Reverse(*visited));
+            }
+            list.push(Piece { region, workgroups, grid, windows });
+        }
+        Ok(Pieces { list, work: cutter.work.into_iter().map(|(_, work)| work).collect() })
+    }
+
+    /// Whether its tiles come from a list.
+    fn is_listed(&self) -> bool {
+        self.variant.lengths && self.variant.tiling.is_some() && self.variant.kernel != Kernel::DBias
+    }
+}
+
+/// Makes one window of those of two operands in one buffer.
+fn join(windows: &mut [(Binding, Window)], operands: [Binding; 2], capabilities: &Capabilities) -> Result<()> {
+    let own: Vec<&mut Window> =
+        windows.iter_mut().filter(|(b, _)| operands.contains(b)).map(|(_, window)| window).collect();
+    let start = own.iter().map(|window| window.start).min().unwrap_or(0);
+    let end = own.iter().map(|window| window.start + window.len).max().unwrap_or(0);
+    let (bytes, limit) = (end - start, capabilities.binding_bytes);
+    if bytes > limit {
+        return Err(Error::BindingTooLarge { operand: operands[0].name(), bytes, limit });
+    }
+    own.into_iter().for_each(|window| *window = Window { start, len: bytes });
+    Ok(())
+}
+
+/// Rows and keys that a part of a region reads and writes, in all of its heads.
+#[derive(Debug, Clone)]
+struct Touch {
+    /// Along the batch axis of q, k, v and o, and the numbers of the sequences.
+    batch: Range<u64>,
+    numbers: Range<u64>,
+    /// Along the sequence axes of q and of k.
+    queries: Range<u64>,
+    keys: Range<u64>,
+    /// The queries as they count in their sequence.
+    rows: Range<u64>,
+    heads: Range<u64>,
+    kv_heads: Range<u64>,
+}
+
+/// Why a region is too large.
+enum Misfit {
+    Time,
+    Limit(Error),
+}
+
+struct Cutter<'a> {
+    pass: &'a Pass,
+    problem: &'a Problem,
+    capabilities: &'a Capabilities,
+    axes: [u64; 3],
+    /// Of a cell: one sequence, head and tile.
+    cell_workgroups: u64,
+    /// Whether a region's workgroups are that many, whatever its size.
+    /// Operands that do not fit a binding as a whole, and the windows of those that do.
+    views: Vec<View>,
+    whole: Vec<(Binding, Window)>,
+    /// Where tiles come from a list: the column tiles that each visits, its sequence and its tile.
+    work: Vec<(usize, [u32; 2])>,
+    /// Floating-point operations of the tiles before each, of one head of one sequence; none where time does not count.
+    work_before: Vec<f64>,
+    most_work: f64,
+}
+
+impl<'a> Cutter<'a> {
+    fn new(
+        pass: &'a Pass,
+        problem: &'a Problem,
+        views: &[View],
+        capabilities: &'a Capabilities,
+        budget: Duration,
+    ) -> Result<Self> {
+        let work = if pass.is_listed() { work_list(pass, problem) } else { Vec::new() };
+        let (axes, cell_workgroups) = axes(pass, problem, work.len());
+        let (mut large, mut whole) = (Vec::new(), Vec::new());
+        for view in views {
+            match view.window(view.whole(), capabilities) {
+                Ok(window) => whole.push((view.binding, window)),
+                Err(_) => large.push(*view),
+            }
+        }
+        if pass.variant.lengths {
+            let words = problem.sequence_count() * SEQUENCE_WORDS as usize + 2 * work.len();
+            let table = View::run(Binding::Sequences, words, 4);
+            table.window(table.whole(), capabilities)?;
+        }
+        let most_work = budget.as_secs_f64() * pass.variant.micro_kernel.flops(capabilities);
+        let mut cutter = Cutter {
+            pass,
+            problem,
+            capabilities,
+            axes,
+            cell_workgroups,
+            views: large,
+            whole,
+            work,
+            work_before: Vec::new(),
+            most_work,
+        };
+        if budget < Duration::MAX {
+            let mut sum = 0.0;
+            cutter.work_before.push(0.0);
+            for flops in cutter.tile_flops() {
+                sum += flops;
+                cutter.work_before.push(sum);
+            }
+        }
+        Ok(cutter)
+    }
+
+    fn cut(&self, region: Region, regions: &mut Vec<Region>) -> Result<()> {
+        let misfit = match self.check(&region) {
+            Ok(()) => {
+                regions.push(region);
+                return Ok(());
+            }
+            Err(misfit) => misfit,
+        };
+        let len = |axis: usize| region.axes[axis].end - region.axes[axis].start;
+        let with = |axis: usize, range: Range<u64>| {
+            let mut region = region.clone();
+            region.axes[axis] = range;
+            region
+        };
+        let first = |axis: usize| region.axes[axis].start..region.axes[axis].start + 1;
+        let axis = match [0, 1, 2].map(|axis| len(axis) > 1) {
+            [true, ..] => 0,
+            // Heads that lie side by side are cut in vain.
+            [_, true, true] if self.check(&with(1, first(1))).is_err() && self.check(&with(2, first(2))).is_ok() => 2,
+            [_, true, _] => 1,
+            [.., true] => 2,
+            _ => {
+                return match misfit {
+                    // Less than a tile of a head cannot be done at a time.
+                    Misfit::Time => {
+                        regions.push(region);
+                        Ok(())
+                    }
+                    Misfit::Limit(error) => Err(error),
+                };
+            }
+        };
+        let all = region.axes[axis].clone();
+        let mut start = all.start;
+        while start < all.end {
+            let fits = |len: u64| self.check(&with(axis, start..start + len)).is_ok();
+            let most = most(all.end - start, fits);
+            self.cut(with(axis, start..start + most), regions)?;
+            start += most;
+        }
+        Ok(())
+    }
+
+    fn check(&self, region: &Region) -> Result<(), Misfit> {
+        self.fold(region).map_err(Misfit::Limit)?;
+        if !self.views.is_empty() {
+            let touches = self.touches(region);
+            for view in &self.views {
+                self.window(view, &touches).map_err(Misfit::Limit)?;
+            }
+        }
+        if !self.work_before.is_empty() {
+            let [entries, heads, tiles] = &region.axes;
+            let len = |range: &Range<u64>| (range.end - range.start) as f64;
+            let tiles = self.work_before[tiles.end as usize] - self.work_before[tiles.start as usize];
+            if tiles * len(entries) * len(heads) > self.most_work {
+                return Err(Misfit::Time);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tiles that the dispatch of a region numbers, and its grid of workgroups, which look at several where little is to do.
+    fn fold(&self, region: &Region) -> Result<(u32, [u32; 2])> {
+        let (tiles, batch) = (self.workgroups(region), u128::from(self.pass.variant.batch));
+        let (_, grid) = fold(tiles.div_ceil(batch), self.capabilities.grid_dimension)?;
+        let most = u64::from(u32::MAX);
+        let tiles = u32::try_from(tiles).map_err(|_| Error::TooManyWorkgroups { workgroups: tiles, most })?;
+        Ok((tiles, grid))
+    }
+
+    fn workgroups(&self, region: &Region) -> u128 {
+        let cells = region.axes.iter().fold(1, |n, range| n * u128::from(range.end - range.start));
+        u128::from(self.cell_workgroups) * cells
+    }
+
+    /// What a dispatch binds of an operand; something, even where it needs nothing.
+    fn window(&self, view: &View, touches: &[Touch]) -> Result<Window> {
+        let mut hull: Option<[u64; 2]> = None;
+        let s = self.problem.shape();
+        for touch in touches {
+            let states = touch.batch.start..touch.batch.end + (s.seq_k as u64 - 1) * s.batch as u64;
+            let heads = match view.binding {
+                Binding::K | Binding::V | Binding::DK | Binding::DV | Binding::KeyScales => &touch.kv_heads,
+                _ => &touch.heads,
+            };
+            let (batch, rows) = match view.binding {
+                Binding::K | Binding::V | Binding::DK | Binding::DV | Binding::KeyScales => {
+                    (&touch.batch, touch.keys.clone())
+                }
+                // To the last row of the head, which has the slope, or is followed by the classes.
+                Binding::RowTerms if self.problem.options().alibi => {
+                    (&touch.batch, touch.queries.start..view.extents[2])
+                }
+                Binding::States | Binding::StatesRest | Binding::StatesLse => (&states, touch.queries.clone()),
+                // A row may be for all queries.
+                Binding::MaskBits => (&touch.numbers, touch.rows.start.min(view.extents[2] - 1)..view.extents[2]),
+                Binding::Mask | Binding::Bias | Binding::DBias => (&touch.numbers, touch.rows.clone()),
+                Binding::SinkPartials => {
+                    let tile = u64::from(DELTA_ROWS);
+                    (&touch.batch, touch.queries.start / tile..touch.queries.end.div_ceil(tile))
+                }
+                _ => (&touch.batch, touch.queries.clone()),
+            };
+            if batch.is_empty() || heads.is_empty() || rows.is_empty() {
+                continue;
+            }
+            let [first, end] = view.hull([batch, heads, &rows]);
+            hull = Some(hull.map_or([first, end], |[a, b]| [a.min(first), b.max(end)]));
+        }
+        let hull = hull.unwrap_or([view.offset, view.offset + view.extents[3]]);
+        view.window(hull, self.capabilities)
+    }
+
+    /// What the workgroups of a region read and write.
+    fn touches(&self, region: &Region) -> Vec<Touch> {
+        let (problem, s) = (self.problem, self.problem.shape());
+        let kernel = self.pass.variant.kernel;
+        let [entries, heads, tiles] = region.axes.clone();
+        let group = problem.group() as u64;
+        let all = |n: usize| 0..n as u64;
+        let groups = heads.start * group..heads.end * group;
+        let spans = |rows: u32, seq: usize| {
+            let of = |n: u64| n.saturating_mul(rows.into()).min(seq as u64);
+            of(tiles.start)..of(tiles.end)
+        };
+        let touch = |queries: Range<u64>, keys: Range<u64>| Touch {
+            batch: entries.clone(),
+            numbers: entries.clone(),
+            rows: queries.clone(),
+            queries,
+            keys,
+            heads: heads.clone(),
+            kv_heads: heads.clone(),
+        };
+        match kernel {
+            Kernel::Delta | Kernel::Merge => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
+            Kernel::DSinkLogits | Kernel::DAlibiSlopes => {
+                vec![Touch { batch: all(s.batch), ..touch(all(s.seq_q), 0..0) }]
+            }
+            Kernel::KeyScales => vec![touch(0..0, spans(DELTA_ROWS, s.seq_k))],
+            Kernel::QueryScales => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
+            Kernel::MaskBits => {
+                let [_, _, rows, _] = problem.options().mask.unwrap_or_default().of(problem.pairs_shape());
+                vec![touch(spans(MASK_BLOCK_ROWS, rows), 0..0)]
+            }
+            Kernel::DBias => {
+                let axes = problem.options().bias.unwrap_or_default();
+                let heads = if axes.heads { heads } else { all(s.heads) };
+                let kv_heads = heads.start / group..heads.end.div_ceil(group);
+                let numbers = if axes.batch { entries } else { all(problem.sequence_count()) };
+                let of = |sequence: &Sequence, batch: Range<u64>, numbers: Range<u64>| {
+                    let [mut rows, keys] = self.reach(sequence, &tiles);
+                    let queries = shifted(&rows, sequence.q_start, sequence.q_rows);
+                    if axes.seq_q {
+                        // The gradient is written for the rows of the longest sequence.
+                        rows = self.tile_range(&tiles, problem.longest()[0]);
+                    }
+                    let keys = shifted(&keys, sequence.k_start, sequence.k_rows);
+                    Touch { batch, numbers, queries, keys, rows, heads: heads.clone(), kv_heads: kv_heads.clone() }
+                };
+                if !problem.has_lengths() {
+                    return vec![of(&problem.sequence(0), numbers.clone(), numbers)];
+                }
+                let touch = |number: u64| {
+                    let sequence = problem.sequence(number as usize);
+                    let entry = sequence.entry as u64;
+                    of(&sequence, entry..entry + 1, number..number + 1)
+                };
+                numbers.map(touch).collect()
+            }
+            Kernel::Forward | Kernel::ExactDelta | Kernel::DQ | Kernel::DKv => {
+                let of = |sequence: &Sequence, tiles: &Range<u64>| {
+                    let [rows, keys] = self.reach(sequence, tiles);
+                    let queries = shifted(&rows, sequence.q_start, sequence.q_rows);
+                    let keys = shifted(&keys, sequence.k_start, sequence.k_rows);
+                    Touch { rows, heads: groups.clone(), ..touch(queries, keys) }
+                };
+                if !problem.has_lengths() {
+                    return vec![of(&problem.sequence(0), &tiles)];
+                }
+                let places = &self.work[tiles.start as usize..tiles.end as usize];
+                let touch = |(_, [number, tile]): &(usize, [u32; 2])| {
+                    let sequence = problem.sequence(*number as usize);
+                    let [number, tile, entry] = [u64::from(*number), u64::from(*tile), sequence.entry as u64];
+                    Touch { batch: entry..entry + 1, numbers: number..number + 1, ..of(&sequence, &(tile..tile + 1)) }
+                };
+                places.iter().map(touch).collect()
+            }
+        }
+    }
+
+    fn tile(&self) -> [u64; 2] {
+        self.pass.variant.tile().unwrap_or([1; 2]).map(u64::from)
+    }
+
+    /// Rows of the kernel's own side of tiles, up to `most`.
+    fn tile_range(&self, tiles: &Range<u64>, most: usize) -> Range<u64> {
+        let [rows, _] = self.tile();
+        let of = |n: u64| n.saturating_mul(rows).min(most as u64);
+        of(tiles.start)..of(tiles.end)
+    }
+
+    /// Queries and keys of a sequence that tiles of a kernel reach, counted from its start.
+    fn reach(&self, sequence: &Sequence, tiles: &Range<u64>) -> [Range<u64>; 2] {
+        let (kernel, band) = (self.pass.variant.kernel, sequence.band);
+        let [tile_rows, columns] = self.tile();
+        // The kernels have room for rows that do not count.
+        let used = |range: &Range<u64>, most: usize| range.start as usize..(range.end as usize).min(most);
+        let visited = |tiles: Range<usize>, size: u64, most: usize| {
+            let end = (tiles.end as u64 * size).min(most as u64);
+            (tiles.start as u64 * size).min(end)..end
+        };
+        let is_cooperative = self.pass.variant.fragments().is_some();
+        // Cooperative kernels fetch the tile after the last one, too, and one where there is none: for lack of it the last
+        // column again.
+        let fetched = |tiles: Range<usize>, most: usize| {
+            let all = visited(tiles.start..tiles.end + 1, columns, most.max(1));
+            all.start.min(most.max(1) as u64 - 1)..all.end
+        };
+        match kernel {
+            Kernel::DKv => {
+                let keys = self.tile_range(tiles, sequence.k_rows);
+                let used_keys = used(&keys, band.seq_k());
+                let seen = |keys: &Range<usize>| band.query_tiles(keys, columns as usize);
+                let mut queries = if used_keys.is_empty() { 0..0 } else { seen(&used_keys) };
+                if !is_cooperative {
+                    return [visited(queries, columns, band.seq_q()), keys];
+                }
+                // Where no query sees a tile of keys, the first tile is fetched; such keys stand at either end.
+                let last = (keys.end.saturating_sub(1) / tile_rows * tile_rows) as usize..keys.end as usize;
+                let last = used(&(last.start as u64..last.end as u64), band.seq_k());
+                if queries.is_empty() {
+                    queries = 0..0;
+                } else if last.is_empty() || seen(&last).is_empty() {
+                    queries.start = 0;
+                }
+                [fetched(queries, band.seq_q()), keys]
+            }
+            // Its tiles are of columns where all queries share a row.
+            Kernel::DBias if !self.problem.options().bias.unwrap_or_default().seq_q => {
+                let of = |n: u64| n.saturating_mul(columns).min(band.seq_k() as u64);
+                let keys = of(tiles.start)..of(tiles.end);
+                let used_keys = used(&keys, band.seq_k());
+                let queries =
+                    if used_keys.is_empty() { 0..0 } else { band.query_tiles(&used_keys, tile_rows as usize) };
+                [visited(queries, tile_rows, band.seq_q()), keys]
+            }
+            _ => {
+                let rows = self.tile_range(tiles, sequence.q_rows);
+                let used_rows = used(&rows, band.seq_q());
+                let mut keys = 0..0;
+                if !used_rows.is_empty() {
+                    let found = band.key_tiles(&used_rows, columns as usize);
+                    let start = if found.sink.is_empty() { found.window.start } else { 0 };
+                    keys = start..found.window.end.max(found.sink.end);
+                }
+                if !is_cooperative {
+                    return [rows, visited(keys, columns, band.seq_k())];
+                }
+                // Rows of a padded batch's end, and such that see nothing, fetch the first tile.
+                if used_rows.len() < (rows.end - rows.start) as usize {
+                    keys.start = 0;
+                }
+                [rows, fetched(keys, band.seq_k())]
+            }
+        }
+    }
+
+    /// Floating-point operations of each tile, of one head of one sequence: two for each multiply-add of the tiles that are
+    /// visited, hidden pairs included.
+    fn tile_flops(&self) -> Vec<f64> {
+        let (problem, s) = (self.problem, self.problem.shape());
+        let kernel = self.pass.variant.kernel;
+        let [d, e] = [s.head_dim, s.value_dim].map(|width| width as f64);
+        let [.., tiles] = self.axes;
+        let widths = match kernel {
+            Kernel::Forward | Kernel::ExactDelta | Kernel::DBias => d + e,
+            Kernel::DQ => 2.0 * d + e,
+            Kernel::DKv => 2.0 * (d + e),
+            // What follows goes by the memory that is read: some numbers of operations for each element.
+            Kernel::Delta => return vec![8.0 * f64::from(DELTA_ROWS) * e; tiles as usize],
+            Kernel::Merge => return vec![8.0 * f64::from(DELTA_ROWS) * e * (s.seq_k + 1) as f64; tiles as usize],
+            Kernel::MaskBits => return vec![65536.0 * self.cell_workgroups as f64; tiles as usize],
+            Kernel::KeyScales | Kernel::QueryScales => {
+                return vec![8.0 * f64::from(DELTA_ROWS) * (d + e); tiles as usize];
+            }
+            Kernel::DSinkLogits | Kernel::DAlibiSlopes => return vec![32.0 * (s.batch * s.seq_q) as f64],
+        };
+        let [rows, columns] = self.tile();
+        let flops = 2.0 * (rows * columns) as f64 * widths * problem.group() as f64;
+        if self.pass.is_listed() {
+            return self.work.iter().map(|(visited, _)| *visited as f64 * flops).collect();
+        }
+        let of_sequence = |sequence: &Sequence, tile: u64| {
+            let range = self.tile_range(&(tile..tile + 1), usize::MAX);
+            let band = sequence.band;
+            let visited = match kernel {
+                Kernel::DKv => band
+                    .query_tiles(&(range.start as usize..(range.end as usize).min(band.seq_k())), columns as usize)
+                    .len(),
+                _ if range.start < band.seq_q() as u64 => band
+                    .key_tiles(&(range.start as usize..(range.end as usize).min(band.seq_q())), columns as usize)
+                    .count(),
+                _ => 0,
+            };
+            visited as f64 * flops
+        };
+        if kernel != Kernel::DBias {
+            return (0..tiles).map(|tile| of_sequence(&problem.sequence(0), tile)).collect();
+        }
+        // One workgroup goes through all that share the bias.
+        let axes = problem.options().bias.unwrap_or_default();
+        let heads = if axes.heads { 1 } else { s.heads } as f64 / problem.group() as f64;
+        let sequences: Vec<_> = problem.distinct_sequences().collect();
+        let times = match (axes.batch, problem.has_lengths()) {
+            (true, _) => 1.0 / sequences.len() as f64,
+            (false, true) => 1.0,
+            (false, false) => s.batch as f64,
+        };
+        let row_tiles = problem.longest()[0].div_ceil(rows as usize) as u64;
+        let flops = |tile| sequences.iter().map(|sequence| of_sequence(sequence, tile)).sum::<f64>() * heads * times;
+        if axes.seq_q {
+            return (0..row_tiles).map(flops).collect();
+        }
+        let all: f64 = (0..row_tiles).map(flops).sum();
+        vec![all / tiles as f64; tiles as usize]
+    }
+}
+
+/// Sequences, heads and tiles of a pass, and workgroups of each of these cells.
+fn axes(pass: &Pass, problem: &Problem, listed: usize) -> ([u64; 3], u64) {
+    let s = problem.shape();
+    let [rows, columns] = pass.variant.tile().unwrap_or([1; 2]).map(|n| n as usize);
+    let (axes, workgroups) = match pass.variant.kernel {
+        Kernel::Delta | Kernel::Merge => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
+        Kernel::DSinkLogits | Kernel::DAlibiSlopes => ([1, s.heads, 1], 1),
+        Kernel::KeyScales => ([s.batch, s.kv_heads, s.seq_k.div_ceil(DELTA_ROWS as usize)], 1),
+        Kernel::QueryScales => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
+        Kernel::MaskBits => {
+            let axes = problem.options().mask.unwrap_or_default();
+            let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
+            let [_, block_rows, groups] = mask_blocks(rows, keys);
+            ([batch, heads, block_rows], groups)
+        }
+        Kernel::DBias => {
+            let axes = problem.options().bias.unwrap_or_default();
+            let [batch, heads, bias_rows, keys] = axes.of(problem.pairs_shape());
+            let column_tiles = keys.div_ceil(columns);
+            match axes.seq_q {
+                true => ([batch, heads, bias_rows.div_ceil(rows)], column_tiles),
+                false => ([batch, heads, column_tiles], 1),
+            }
+        }
+        Kernel::DKv if pass.is_listed() => ([1, s.kv_heads, listed], 1),
+        Kernel::DKv => ([s.batch, s.kv_heads, s.seq_k.div_ceil(rows)], 1),
+        _ if pass.is_listed() => ([1, s.kv_heads, listed], problem.group()),
+        _ => ([s.batch, s.kv_heads, s.seq_q.div_ceil(rows)], problem.group()),
+    };
+    (axes.map(|n| n as u64), workgroups as u64)
+}
+
+/// A range of a sequence among the rows of all; what is empty begins where there is something to read.
+fn shifted(range: &Range<u64>, start: usize, room: usize) -> Range<u64> {
+    let start = if room == 0 { 0 } else { start as u64 };
+    range.start + start..range.end + start
+}
+
+/// The largest number up to `end` that fits, 1 at least, where all that are smaller than one that fits do.
+fn most(end: u64, fits: impl Fn(u64) -> bool) -> u64 {
+    let mut low = 1;
+    // Doubling first: pieces are small beside the whole.
+    while low < end && fits((2 * low).min(end)) {
+        low = (2 * low).min(end);
+    }
+    let mut high = (2 * low).min(end + 1).max(low + 1);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if fits(middle) { low = middle } else { high = middle }
+    }
+    low
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use rand::rngs::StdRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
+    use super::*;
+    use crate::kernel::MicroKernel;
+    use crate::plan::operand::dense_views;
+    use crate::plan::{OptionalOperands, Plan, Preference};
+    use crate::problem::element::DType;
+    use crate::problem::varlen::Lengths;
+    use crate::problem::{Axes, Layout, Options, Shape, SinkLogits, Window as Visible};
+
+    /// Any shape, options and lengths.
+    fn random_problem(rng: &mut StdRng) -> Problem {
+        let mut pick = |n: usize| rng.random_range(0..n);
+        let kv_heads = 1 + pick(3);
+        let mut shape = Shape {
+            batch: 1 + pick(3),
+            heads: kv_heads * (1 + pick(2)),
+            kv_heads,
+            seq_q: 1 + pick(300),
+            seq_k: 1 + pick(300),
+            head_dim: [4, 16, 33][pick(3)],
+            value_dim: [4, 16, 33][pick(3)],
+        };
+        let axes = |n: usize| Axes { batch: n & 1 > 0, heads: n & 2 > 0, seq_q: n & 4 > 0 };
+        let mut options = Options::new().causal(pick(2) > 0).dtype([DType::F32, DType::F16, DType::Bf16][pick(3)]);
+        options = options.layout([Layout::Bshd, Layout::Bhsd][pick(2)]).alibi(pick(3) == 0);
+        options.window = [Visible::FULL, Visible::keys(1 + pick(60)), Visible::new(pick(90), pick(90))][pick(3)];
+        options.sink_tokens = [0, pick(80)][pick(2)];
+        options.query_offset = (pick(3) == 0).then(|| pick(600) as i64 - 300);
+        options.sink_logits = [SinkLogits::None, SinkLogits::PerHead][pick(2)];
+        options.bias = (pick(3) == 0).then(|| axes(pick(8)));
+        options.mask = (pick(3) == 0).then(|| axes(pick(8)));
+        match pick(3) {
+            0 => Problem::new(shape, options).unwrap(),
+            1 => {
+                let mut used = |most: usize| (0..shape.batch).map(|_| pick(most + 1) as u32).collect::<Vec<_>>();
+                let (q, k) = (used(shape.seq_q), used(shape.seq_k));
+                Problem::with_lengths(shape, options, Lengths::Used { q: Some(&q), k: Some(&k) }).unwrap()
+            }
+            _ => {
+                let count = 1 + pick(5);
+                let mut starts = |most: usize| {
+                    let mut starts: Vec<u32> = (1..count).map(|_| pick(most + 1) as u32).collect();
+                    starts.extend([0, most as u32]);
+                    starts.sort_unstable();
+                    starts
+                };
+                let (q, k) = (starts(shape.seq_q), starts(shape.seq_k));
+                shape.batch = 1;
+                let options = options.layout(Layout::Thd);
+                Problem::with_lengths(shape, options, Lengths::Cumulative { q: &q, k: &k }).unwrap()
+            }
+        }
+    }
+
+    /// What the workgroups of a pass do, one by one, as the shaders number them.
+    struct Simulation<'a> {
+        pass: &'a Pass,
+        problem: &'a Problem,
+        views: &'a [View],
+        pieces: &'a Pieces,
+        /// Sequence, head and tile (or block) of the workgroups that have run.
+        done: BTreeSet<[u64; 4]>,
+    }
+
+    impl Simulation<'_> {
+        fn run(mut self) {
+            for piece in &self.pieces.list {
+                let numbered = u64::from(piece.grid[0]) * u64::from(piece.grid[1]) * u64::from(self.pass.variant.batch);
+                assert!(numbered >= u64::from(piece.workgroups));
+                (0..u64::from(piece.workgroups)).for_each(|index| self.workgroup(piece, index));
+            }
+            assert_eq!(self.done.len() as u64, self.pass.workgroups, "{} of {}", self.pass, self.problem);
+        }
+
+        /// Rows of an operand must lie within what is bound of it.
+        fn touch(&self, piece: &Piece, binding: Binding, entry: u64, head: u64, rows: Range<u64>) {
+            let Some(view) = self.views.iter().find(|view| view.binding == binding) else { return };
+            let (_, window) = piece.windows.iter().find(|(b, _)| *b == binding).expect("it is bound");
+            for row in [rows.start, rows.end.wrapping_sub(1)].into_iter().filter(|_| !rows.is_empty()) {
+                let index = [entry, head, row];
+                let at = view.offset + (0..3).map(|axis| view.strides[axis] * index[axis]).sum::<u64>();
+                let bytes = at * view.element..(at + view.extents[3]) * view.element;
+                assert!(
+                    window.start <= bytes.start && bytes.end <= window.start + window.len,
+                    "{binding:?} at {index:?}, {bytes:?} outside of {window:?}: {} of {}, {:?}",
+                    self.pass,
+                    self.problem,
+                    piece.region
+                );
+            }
+        }
+
+        fn workgroup(&mut self, piece: &Piece, index: u64) {
+            let (problem, s) = (self.problem, self.problem.shape());
+            let [entries, heads, tiles] = piece.region.axes.clone();
+            let len = |range: &Range<u64>| range.end - range.start;
+            let (group, kernel) = (problem.group() as u64, self.pass.variant.kernel);
+            let [tile_rows, columns] = self.pass.variant.tile().unwrap_or([1; 2]).map(u64::from);
+            let mut done = |work: [u64; 4]| assert!(self.done.insert(work), "{work:?} twice");
+            match kernel {
+                Kernel::Delta | Kernel::Merge => {
+                    let (tile, place) = (tiles.start + index % len(&tiles), index / len(&tiles));
+                    let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
+                    done([entry, head, tile, 0]);
+                    let rows = tile * 32..(tile * 32 + 32).min(s.seq_q as u64);
+                    for binding in [Binding::O, Binding::ORest, Binding::DO, Binding::Lse, Binding::DLse] {
+                        self.touch(piece, binding, entry, head, rows.clone());
+                    }
+                    for state in 0..s.seq_k as u64 {
+                        for binding in [Binding::States, Binding::StatesRest, Binding::StatesLse] {
+                            self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
+                        }
+                    }
+                    self.row_terms(piece, entry, head, rows);
+                    self.touch(piece, Binding::SinkPartials, entry, head, tile..tile + 1);
+                }
+                Kernel::KeyScales | Kernel::QueryScales => {
+                    let (tile, place) = (tiles.start + index % len(&tiles), index / len(&tiles));
+                    let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
+                    done([entry, head, tile, 0]);
+                    let (seq, bindings) = match kernel {
+                        Kernel::KeyScales => (s.seq_k, [Binding::K, Binding::V, Binding::KeyScales]),
+                        _ => (s.seq_q, [Binding::Q, Binding::DO, Binding::QueryScales]),
+                    };
+                    let rows = tile * 32..(tile * 32 + 32).min(seq as u64);
+                    bindings.into_iter().for_each(|binding| self.touch(piece, binding, entry, head, rows.clone()));
+                }
+                Kernel::DSinkLogits | Kernel::DAlibiSlopes => {
+                    let head = heads.start + index;
+                    done([0, head, 0, 0]);
+                    for entry in 0..s.batch as u64 {
+                        self.touch(piece, Binding::RowTerms, entry, head, 0..s.seq_q as u64);
+                        self.touch(piece, Binding::AlibiMoments, entry, head, 0..s.seq_q as u64);
+                        self.touch(piece, Binding::SinkPartials, entry, head, 0..s.seq_q.div_ceil(32) as u64);
+                    }
+                }
+                Kernel::MaskBits => {
+                    let [_, _, rows, keys] = problem.options().mask.unwrap().of(problem.pairs_shape());
+                    let groups = mask_blocks(rows, keys)[2] as u64;
+                    let (group, tile) = (index % groups, tiles.start + index / groups % len(&tiles));
+                    let place = index / groups / len(&tiles);
+                    let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
+                    done([entry, head, tile, group]);
+                    let rows = tile * 32..(tile * 32 + 32).min(rows as u64);
+                    self.touch(piece, Binding::Mask, entry, head, rows.clone());
+                    self.mask(piece, entry, head, rows);
+                }
+                Kernel::DBias => {
+                    let axes = problem.options().bias.unwrap();
+                    let [_, _, pair_rows, pair_keys] = problem.pairs_shape().map(|n| n as u64);
+                    let column_tiles = pair_keys.div_ceil(columns);
+                    let (tile, row_tile, place) = if axes.seq_q {
+                        let place = index / column_tiles;
+                        (index % column_tiles, Some(tiles.start + place % len(&tiles)), place / len(&tiles))
+                    } else {
+                        (tiles.start + index % len(&tiles), None, index / len(&tiles))
+                    };
+                    let (head, number) = (heads.start + place % len(&heads), entries.start + place / len(&heads));
+                    done([number, head, tile, row_tile.unwrap_or(0)]);
+                    let row_tiles = row_tile.map_or(0..pair_rows.div_ceil(tile_rows), |tile| tile..tile + 1);
+                    let written = row_tiles.start * tile_rows..(row_tiles.end * tile_rows).min(pair_rows);
+                    let written = if axes.seq_q { written } else { 0..1 };
+                    self.touch(piece, Binding::DBias, number, head, written);
+                    for number in if axes.batch { number..number + 1 } else { 0..problem.sequence_count() as u64 } {
+                        let sequence = problem.sequence(number as usize);
+                        let band = sequence.band;
+                        for head in if axes.heads { head..head + 1 } else { 0..s.heads as u64 } {
+                            for row_tile in row_tiles.clone() {
+                                let rows = row_tile * tile_rows..((row_tile + 1) * tile_rows).min(band.seq_q() as u64);
+                                let range = rows.start as usize..rows.end as usize;
+                                let seen = |tile| band.key_tiles(&range, columns as usize).iter().any(|t| t == tile);
+                                if range.is_empty() || !seen(tile as usize) {
+                                    continue;
+                                }
+                                let keys = tile * columns..((tile + 1) * columns).min(band.seq_k() as u64);
+                                self.queries(piece, number, &sequence, head, rows);
+                                self.keys(piece, &sequence, head / group, keys);
+                            }
+                        }
+                    }
+                }
+                Kernel::DKv => {
+                    let (kv_head, place) = (heads.start + index % len(&heads), index / len(&heads));
+                    let (number, tile) = match self.pass.is_listed() {
+                        true => {
+                            let [number, tile] = self.pieces.work[(tiles.start + place) as usize];
+                            (number.into(), tile.into())
+                        }
+                        false => (entries.start + place % len(&entries), tiles.start + place / len(&entries)),
+                    };
+                    done([number, kv_head, tile, 0]);
+                    let sequence = problem.sequence(number as usize);
+                    let keys = tile * tile_rows..((tile + 1) * tile_rows).min(sequence.k_rows as u64);
+                    self.keys(piece, &sequence, kv_head, keys.clone());
+                    let seen = keys.start as usize..(keys.end as usize).min(sequence.band.seq_k());
+                    let visited = match seen.is_empty() {
+                        true => 0..0,
+                        false => sequence.band.query_tiles(&seen, columns as usize),
+                    };
+                    let visited: Vec<u64> = visited.map(|tile| tile as u64).collect();
+                    for head in kv_head * group..(kv_head + 1) * group {
+                        for &tile in &visited {
+                            let queries = tile * columns..((tile + 1) * columns).min(sequence.band.seq_q() as u64);
+                            self.queries(piece, number, &sequence, head, queries);
+                        }
+                        for rows in self.fetched(&visited, None, sequence.band.seq_q()) {
+                            let start = if sequence.q_rows == 0 { 0 } else { sequence.q_start as u64 };
+                            let rows = rows.start + start..rows.end + start;
+                            for binding in [Binding::Q, Binding::DO, Binding::RowTerms] {
+                                self.touch(piece, binding, sequence.entry as u64, head, rows.clone());
+                            }
+                        }
+                    }
+                }
+                _ => {
+                    let kv_head = heads.start + index / group % len(&heads);
+                    let (place, head) = (index / (group * len(&heads)), kv_head * group + index % group);
+                    let (number, tile) = match self.pass.is_listed() {
+                        true => {
+                            let [number, tile] = self.pieces.work[(tiles.start + place) as usize];
+                            (number.into(), tile.into())
+                        }
+                        false => (entries.start + place % len(&entries), tiles.end - 1 - place / len(&entries)),
+                    };
+                    done([number, head, tile, 0]);
+                    let sequence = problem.sequence(number as usize);
+                    let rows = tile * tile_rows..((tile + 1) * tile_rows).min(sequence.q_rows as u64);
+                    self.queries(piece, number, &sequence, head, rows.clone());
+                    let used = rows.start as usize..(rows.end as usize).min(sequence.band.seq_q());
+                    let (visited, next) = match used.is_empty() {
+                        true => (Vec::new(), None),
+                        false => {
+                            let found = sequence.band.key_tiles(&used, columns as usize);
+                            let first = if found.sink.is_empty() { found.window.start } else { 0 } as u64;
+                            (found.iter().map(|tile| tile as u64).collect(), Some([first, found.window.start as u64]))
+                        }
+                    };
+                    for &tile in &visited {
+                        let keys = tile * columns..((tile + 1) * columns).min(sequence.band.seq_k() as u64);
+                        self.keys(piece, &sequence, kv_head, keys);
+                    }
+                    for keys in self.fetched(&visited, next, sequence.band.seq_k()) {
+                        self.keys(piece, &sequence, kv_head, keys);
+                    }
+                }
+            }
+        }
+
+        /// Columns that a cooperative kernel fetches: the first tile, and after each the next; the last column again where
+        /// there are none.
+        fn fetched(&self, visited: &[u64], first: Option<[u64; 2]>, columns: usize) -> Vec<Range<u64>> {
+            if self.pass.variant.fragments().is_none() {
+                return Vec::new();
+            }
+            let [_, width] = self.pass.variant.tile().unwrap().map(u64::from);
+            let mut tiles = vec![first.map_or(visited.first().copied().unwrap_or(0), |[first, _]| first)];
+            for (n, tile) in visited.iter().enumerate() {
+                // From the last tile of the sink tokens to the first one of the window, which may have none.
+                let next = visited.get(n + 1).copied().unwrap_or(tile + 1);
+                tiles.extend([next, first.map_or(next, |[_, window]| if window > *tile { window } else { next })]);
+            }
+            let last = columns.max(1) as u64 - 1;
+            tiles.into_iter().map(|tile| (tile * width).min(last)..((tile + 1) * width - 1).min(last) + 1).collect()
+        }
+
+        fn row_terms(&self, piece: &Piece, entry: u64, head: u64, rows: Range<u64>) {
+            self.touch(piece, Binding::RowTerms, entry, head, rows);
+            if self.problem.options().alibi {
+                let slope = self.problem.shape().seq_q as u64;
+                self.touch(piece, Binding::RowTerms, entry, head, slope..slope + 1);
+            }
+        }
+
+        fn mask(&self, piece: &Piece, number: u64, head: u64, rows: Range<u64>) {
+            let Some(view) = self.views.iter().find(|view| view.binding == Binding::MaskBits) else { return };
+            self.touch(piece, Binding::MaskBits, number, head, rows);
+            // The last class of the head, and what a tile may read beyond the last key.
+            let (_, window) = piece.windows.iter().find(|(b, _)| *b == Binding::MaskBits).unwrap();
+            let last =
+                view.strides[0] * number + view.strides[1] * head + view.extents[2] * view.extents[3] + view.tail;
+            assert!(4 * last <= window.start + window.len, "{last} words beyond {window:?}");
+        }
+
+        /// What is read and written of rows of queries, counted in their sequence.
+        fn queries(&self, piece: &Piece, number: u64, sequence: &Sequence, head: u64, rows: Range<u64>) {
+            let entry = sequence.entry as u64;
+            let all = shifted(&rows, sequence.q_start, sequence.q_rows);
+            use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, ORest, Q};
+            for binding in [Q, DQ, DO, O, ORest, Lse, DLse, AlibiMoments] {
+                self.touch(piece, binding, entry, head, all.clone());
+            }
+            if self.views.iter().any(|view| view.binding == Binding::RowTerms) {
+                self.row_terms(piece, entry, head, all);
+            }
+            let seen = rows.start..rows.end.min(sequence.band.seq_q() as u64);
+            self.touch(piece, Binding::Bias, number, head, seen.clone());
+            if !seen.is_empty() {
+                self.mask(piece, number, head, seen);
+            }
+        }
+
+        fn keys(&self, piece: &Piece, sequence: &Sequence, kv_head: u64, keys: Range<u64>) {
+            let keys = shifted(&keys, sequence.k_start, sequence.k_rows);
+            for binding in [Binding::K, Binding::V, Binding::DK, Binding::DV] {
+                self.touch(piece, binding, sequence.entry as u64, kv_head, keys.clone());
+            }
+        }
+    }
+
+    /// Pieces cover every workgroup exactly once, and bind what it reads and writes.
+    #[test]
+    fn pieces_are_whole_and_bind_what_they_touch() {
+        let rng = &mut StdRng::seed_from_u64(5);
+        let samples = Capabilities::samples();
+        let (mut refused, mut cut, mut cooperative) = (0, 0, 0);
+        for _ in 0..600 {
+            let problem = random_problem(rng);
+            let sample = &samples[rng.random_range(0..samples.len())];
+            let capabilities = Capabilities {
+                binding_bytes: 1 << rng.random_range(11..20),
+                grid_dimension: [65535, 40][rng.random_range(0..2)],
+                storage_buffers: 16,
+                ..sample.clone()
+            };
+            let budget = [Duration::MAX, DISPATCH_BUDGET, Duration::from_micros(100), Duration::ZERO];
+            let budget = budget[rng.random_range(0..4)];
+            let vec4 = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
+            let optional = OptionalOperands { o_rest: false, ..OptionalOperands::of_host(&problem) };
+            let micro_kernel = [MicroKernel::Portable, MicroKernel::Cooperative][rng.random_range(0..2)];
+            let preference = Preference { micro_kernel, ..Preference::default() };
+            let plans = [
+                Plan::forward_with(&problem, vec4, optional, &capabilities, &preference),
+                Plan::backward_with(&problem, vec4, optional, &capabilities, &preference),
+            ];
+            let merging = problem.merging(1 + problem.shape().seq_q % 5, problem.options().dtype, true).unwrap();
+            let rest = OptionalOperands { o_rest: problem.options().dtype != DType::F32, ..optional };
+            let merge = Plan::merging(&merging, vec4, rest, &capabilities).unwrap();
+            let plans = plans.into_iter().flatten().map(|plan| (&problem, plan));
+            for (problem, plan) in plans.chain([(&merging, merge)]) {
+                for pass in &plan.passes {
+                    let views = dense_views(problem, &plan.passes, pass);
+                    let pieces = match pass.pieces(problem, &views, &capabilities, budget) {
+                        Ok(pieces) => pieces,
+                        Err(Error::BindingTooLarge { bytes, limit, .. }) => {
+                            assert!(bytes > limit);
+                            refused += 1;
+                            continue;
+                        }
+                        Err(error) => panic!("{problem}: {error}"),
+                    };
+                    for (binding, window) in pieces.list.iter().flat_map(|piece| &piece.windows) {
+                        assert!(window.len <= capabilities.binding_bytes && window.len % 4 == 0, "{binding:?}");
+                        assert!(window.start.is_multiple_of(u64::from(capabilities.offset_alignment)));
+                    }
+                    cut += usize::from(pieces.list.len() > 1);
+                    cooperative += usize::from(pass.variant.fragments().is_some() && pieces.list.len() > 1);
+                    let done = BTreeSet::new();
+                    Simulation { pass, problem, views: &views, pieces: &pieces, done }.run();
+                }
+            }
+        }
+        // Neither is an exception.
+        assert!(
+            refused > 100 && cut > 300 && cooperative > 50,
+            "{refused} refused, {cut} cut, {cooperative} cooperative"
+        );
+    }
+
+    /// Masks whose row is for all queries, in bindings that do not hold those of all heads.
+    #[test]
+    fn masks_of_keys_in_pieces() {
+        let sample = Capabilities { binding_bytes: 1 << 13, ..Capabilities::samples()[0].clone() };
+        for axes in [Axes::KEYS.heads(), Axes::KEYS.heads().seq_q()] {
+            let shape = Shape { batch: 1, heads: 64, kv_heads: 2, seq_q: 100, seq_k: 300, head_dim: 4, value_dim: 4 };
+            let problem = Problem::new(shape, Options::new().layout(Layout::Bhsd).mask(axes)).unwrap();
+            let optional = OptionalOperands::of_host(&problem);
+            let plan = Plan::forward_with(&problem, true, optional, &sample, &Preference::default()).unwrap();
+            for pass in &plan.passes {
+                let views = dense_views(&problem, &plan.passes, pass);
+                let Ok(pieces) = pass.pieces(&problem, &views, &sample, Duration::ZERO) else { continue };
+                assert!(pieces.list.len() > 1);
+                Simulation { pass, problem: &problem, views: &views, pieces: &pieces, done: BTreeSet::new() }.run();
+            }
+        }
+    }
+
+    #[test]
+    fn the_most_that_fits() {
+        for end in 1..40 {
+            for limit in 0..45 {
+                assert_eq!(most(end, |n| n <= limit), limit.clamp(1, end), "{limit} of {end}");
+            }
+        }
+    }
+}

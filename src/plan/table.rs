@@ -1,0 +1,183 @@
+//! Measured tiles: the tables that tiles are chosen from.
+
+use crate::device::capabilities::{CooperativeMatrices, DeviceClass};
+use crate::kernel::Kernel;
+use crate::kernel::tile::cooperative::Fragments;
+use crate::kernel::tile::portable::Tiles;
+use crate::plan::tuning::MaskClass;
+use crate::problem::Problem;
+
+/// A row of the tuning table: tiles, and the problems they are good for.
+struct Candidate {
+    tiles: Tiles,
+    /// Widest accumulators, all of a row taken together, that stay in registers.
+    width: u32,
+    /// Fewest rows that fill a tile well enough.
+    seq: usize,
+}
+
+const fn candidate(threads: [u32; 2], thread: [u32; 2], chunk: u32, slab: u32, width: u32, seq: usize) -> Candidate {
+    let [threads_r, threads_c] = threads;
+    let [rows, quads] = thread;
+    Candidate { tiles: Tiles { threads_r, threads_c, rows, quads, chunk, slab }, width, seq }
+}
+
+/// Measured on an NVIDIA H200, see benches/results/; each row falls back to the next where it does not fit.
+const FORWARD: [Candidate; 9] = [
+    candidate([16, 8], [4, 1], 8, 16, 64, 33),
+    candidate([32, 8], [4, 2], 8, 16, 128, 65),
+    candidate([16, 8], [4, 1], 8, 16, 128, 33),
+    candidate([8, 8], [4, 1], 8, 16, 128, 1),
+    candidate([16, 16], [4, 1], 8, 16, 256, 33),
+    candidate([4, 16], [4, 1], 4, 8, 256, 1),
+    LESS,
+    WIDE,
+    LEAST,
+];
+
+const D_Q: [Candidate; 9] = [
+    candidate([16, 8], [8, 1], 8, 16, 64, 65),
+    candidate([16, 16], [8, 1], 8, 16, 128, 65),
+    candidate([16, 8], [4, 1], 8, 16, 128, 33),
+    candidate([8, 8], [4, 1], 8, 16, 128, 1),
+    candidate([16, 16], [4, 1], 8, 16, 256, 33),
+    candidate([4, 16], [4, 1], 4, 8, 256, 1),
+    LESS,
+    WIDE,
+    LEAST,
+];
+
+const D_KV: [Candidate; 9] = [
+    candidate([16, 16], [4, 2], 8, 16, 256, 33),
+    candidate([8, 16], [4, 1], 8, 16, 256, 1),
+    candidate([8, 16], [4, 1], 8, 8, 256, 1),
+    candidate([16, 16], [4, 1], 8, 16, 512, 33),
+    candidate([4, 16], [4, 1], 4, 8, 512, 1),
+    // For narrow windows.
+    candidate([8, 8], [4, 1], 8, 16, 128, 1),
+    LESS,
+    WIDE,
+    LEAST,
+];
+
+/// A software driver runs the threads of a workgroup one after the other, a vector at a time.
+const SOFTWARE: [Candidate; 5] =
+    [candidate([8, 8], [4, 1], 4, 16, 256, 1), candidate([4, 16], [4, 1], 4, 8, 512, 1), LESS, WIDE, LEAST];
+
+/// For the widest heads.
+const WIDE: Candidate = candidate([8, 16], [2, 1], 4, 4, u32::MAX, 1);
+/// Fits 16 KiB of workgroup memory and 64 threads for widths to 256 ...
+const LESS: Candidate = candidate([8, 8], [2, 1], 4, 8, 256, 1);
+/// ... and for every width.
+const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 4, u32::MAX, 1);
+
+/// Tiles to try for a kernel, the best first; one of them fits every WebGPU device.
+pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) -> Vec<Tiles> {
+    let shape = problem.shape();
+    let width: u32 = kernel.accumulator_widths(shape.head_dim as u32, shape.value_dim as u32).iter().sum();
+    let [seq_q, seq_k] = problem.longest();
+    let seq = if kernel == Kernel::DKv { seq_k } else { seq_q };
+    let table: &[Candidate] = match (class, kernel) {
+        (DeviceClass::Software, _) => &SOFTWARE,
+        (_, Kernel::DQ | Kernel::ExactDelta | Kernel::DBias) => &D_Q,
+        (_, Kernel::DKv) => &D_KV,
+        _ => &FORWARD,
+    };
+    let fitting = table.iter().filter(|c| width <= c.width && seq >= c.seq);
+    let mut candidates: Vec<Tiles> = fitting.map(|c| c.tiles).collect();
+    if MaskClass::of(problem) == Some(MaskClass::Window) {
+        let band = problem.reach() as u32;
+        candidates.sort_by(|a, b| window_cost(a, band).total_cmp(&window_cost(b, band)));
+    }
+    candidates
+}
+
+/// What a visible key costs under a band of keys: the area of the tiles visited, by that of the band, times what an
+/// element of a tile takes.
+fn window_cost(tiles: &Tiles, band: u32) -> f32 {
+    let [rows, columns, band] = [tiles.tile_rows(), tiles.tile_columns(), band.max(1)].map(|n| n as f32);
+    let [thread_rows, thread_columns] = [tiles.rows, 4 * tiles.quads].map(|n| n as f32);
+    // Of the inner loops, which are bound by reads from workgroup memory; thread tiles above 4x4 gain nothing.
+    let inner = (2.0 / thread_rows + 2.0 / thread_columns).max(1.0);
+    // Of reads from global memory, a seventh of the time at 64x32 (both in benches/results/).
+    let global = 3.5 / rows + 3.5 / columns;
+    (band + rows + columns) / band * (inner + global)
+}
+
+/// Fragments to try for a kernel, the best first.
+pub(crate) fn cooperative(
+    kernel: Kernel,
+    problem: &Problem,
+    matrices: CooperativeMatrices,
+    class: DeviceClass,
+) -> impl Iterator<Item = Fragments> {
+    let shape = problem.shape();
+    let width = shape.head_dim.max(shape.value_dim);
+    let narrow = MaskClass::of(problem) == Some(MaskClass::Window);
+    // Subgroups, rows, columns, stages; measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not.
+    // At 256 staged columns leave room for four subgroups in 48 KiB, of one row of fragments each: forward takes some 250
+    // registers, d_q and d_k/d_v, with up to two accumulators and two operands, some 310 and 440, of which drivers spill what is
+    // beyond 255. They are right all the same.
+    let options = problem.options();
+    let modified = options.softcap.is_some() || options.alibi || options.bias.is_some();
+    let changed = modified || options.mask.is_some();
+    let table: &[[u32; 4]] = match (class, kernel) {
+        (DeviceClass::Software, _) => &[[2, 1, 1, 2]],
+        (_, Kernel::Forward) if modified && !narrow && width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::Forward) if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DQ | Kernel::ExactDelta) if narrow && width <= 64 => &[[2, 2, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if narrow && width <= 64 => &[[2, 1, 1, 1]],
+        _ if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if changed && width <= 64 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::Forward | Kernel::DQ | Kernel::ExactDelta | Kernel::DKv) if width <= 64 => {
+            &[[4, 2, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]]
+        }
+        (_, Kernel::Forward) if options.mask.is_some() && width <= 128 => {
+            &[[8, 2, 1, 2], [4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]]
+        }
+        (_, Kernel::Forward) if width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if changed && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DQ | Kernel::ExactDelta) if options.mask.is_some() && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        _ => &[[8, 1, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]],
+    };
+    let smaller = match class {
+        // llvmpipe compiles a kernel for seconds, by the number of products in it.
+        DeviceClass::Software => 1,
+        _ => 16 / matrices.side,
+    };
+    table.iter().map(move |&[subgroups, rows, columns, stages]| Fragments {
+        matrices,
+        subgroups,
+        rows: rows * smaller,
+        columns: columns * smaller,
+        stages,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::capabilities::Capabilities;
+    use crate::problem::{Options, Shape, SinkLogits, Window};
+
+    fn problem(seq: usize, width: usize, options: Options) -> Problem {
+        let shape =
+            Shape { batch: 1, heads: 8, kv_heads: 2, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
+        Problem::new(shape, options.sink_logits(SinkLogits::PerHead)).unwrap()
+    }
+
+    /// Wide tiles visit much that a narrow window hides.
+    #[test]
+    fn narrow_windows_have_smaller_tiles() {
+        let causal = Options::new().causal(true);
+        let h200 = &Capabilities::samples()[0];
+        for (kernel, window, smaller) in [(Kernel::DKv, 128, true), (Kernel::DQ, 128, true), (Kernel::DKv, 2048, false)]
+        {
+            let first = |options| portable(kernel, &problem(8192, 64, options), h200.class)[0];
+            let area = |tiles: Tiles| tiles.tile_rows() * tiles.tile_columns();
+            let (long, narrow) = (first(causal), first(causal.window(Window::keys(window))));
+            assert_eq!(area(narrow) < area(long), smaller, "{kernel:?} {window}: {narrow} and {long}");
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! Tiles measured on the user's own device, as a table in a text file.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use crate::file;
+use crate::kernel::Kernel;
+use crate::kernel::tile::Tiling;
+use crate::problem::Problem;
+use crate::problem::element::DType;
+use crate::problem::error::{Error, Result};
+
+/// File with the [`Tuning`] of [`Attention::new`](crate::Attention::new) and [`Attention::open`](crate::Attention::open),
+/// where this environment variable names one.
+pub const TUNING_VARIABLE: &str = "SINK_ATTENTION_TUNING";
+
+const FIRST_LINE: &str = "sink-attention tuning 1";
+/// A file of every entry there can be has some 20 KiB; the rest is for remarks.
+const MOST_BYTES: u64 = 1 << 20;
+/// Widths up to each of these share tiles.
+const WIDTHS: [u32; 4] = [32, 64, 128, 256];
+/// Fewer queries than this are decoding, which no class stands for.
+const FEW: usize = 33;
+/// Up to so many queries and keys, workgroups are scarce.
+const SHORT: usize = 512;
+/// Up to so many visible keys a query, the edges of tiles weigh.
+const NARROW: usize = 512;
+
+/// Masks and lengths that want different tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MaskClass {
+    /// More than 512 queries and keys, and more than 512 of the keys in reach of a query.
+    Long,
+    /// More than 512 queries and keys, of which a query sees at most 512.
+    Window,
+    /// 33 to 512 queries, or as few keys.
+    Short,
+}
+
+impl MaskClass {
+    /// All classes.
+    pub const ALL: [MaskClass; 3] = [MaskClass::Long, MaskClass::Window, MaskClass::Short];
+
+    /// The class of a problem; `None` for up to 32 queries (decoding), which stay with the built-in table.
+    pub fn of(problem: &Problem) -> Option<Self> {
+        let [seq_q, seq_k] = problem.longest();
+        match (seq_q, seq_q.min(seq_k)) {
+            (..FEW, _) => None,
+            (_, ..=SHORT) => Some(MaskClass::Short),
+            _ if problem.reach() <= NARROW => Some(MaskClass::Window),
+            _ => Some(MaskClass::Long),
+        }
+    }
+}
+
+impl fmt::Display for MaskClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            MaskClass::Long => "long",
+            MaskClass::Window => "window",
+            MaskClass::Short => "short",
+        })
+    }
+}
+
+/// What tiles are measured for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TuningKey {
+    /// One of the kernels that have tiles.
+    pub kernel: Kernel,
+    /// Element type of the operands.
+    pub dtype: DType,
+    /// The larger of D and E, rounded up to 32, 64, 128 or 256.
+    pub width: u32,
+    /// Mask and length.
+    pub mask: MaskClass,
+}
+
+impl TuningKey {
+    /// What a kernel of a problem is looked up by; `None` where no class stands for the problem or the kernel has no
+    /// tiles.
+    pub fn of(kernel: Kernel, problem: &Problem) -> Option<Self> {
+        let width = problem.shape().head_dim.max(problem.shape().value_dim) as u32;
+        let width = WIDTHS.into_iter().find(|most| width <= *most)?;
+        let (dtype, mask) = (problem.options().dtype, MaskClass::of(problem)?);
+        kernel.has_tiles().then_some(TuningKey { kernel, dtype, width, mask })
+    }
+}
+
+impl fmt::Display for TuningKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let TuningKey { kernel, dtype, width, mask } = self;
+        write!(f, "{} {dtype} width {width} {mask}", kernel.name())
+    }
+}
+
+impl FromStr for TuningKey {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let [kernel, dtype, "width", width, mask] = words[..] else {
+            return Err(format!("{text:?} is not of the form \"forward f32 width 64 long\""));
+        };
+        Ok(TuningKey {
+            kernel: one_of("kernel", kernel, Kernel::TILED, |kernel| kernel.name())?,
+            dtype: one_of("dtype", dtype, [DType::F32, DType::F16, DType::Bf16], ToString::to_string)?,
+            width: one_of("width", width, WIDTHS, ToString::to_string)?,
+            mask: one_of("mask", mask, MaskClass::ALL, ToString::to_string)?,
+        })
+    }
+}
+
+fn one_of<T: Copy, S: AsRef<str> + fmt::Display, const N: usize>(
+    what: &str,
+    word: &str,
+    known: [T; N],
+    name: impl Fn(&T) -> S,
+) -> Result<T, String> {
+    let found = known.iter().find(|value| name(value).as_ref() == word);
+    found.copied().ok_or_else(|| unknown(what, word, known.each_ref().map(name)))
+}
+
+fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>) -> String {
+    let known: Vec<String> = known.into_iter().map(|name| name.to_string()).collect();
+    format!("unknown {what} {word:?}; known: {}", known.join(", "))
+}
+
+/// Tiles that were measured on one device, which [`Attention::with_tuning`](crate::Attention::with_tuning) prefers to
+/// the built-in table. They change the speed, and results by no more than the order of sums does.
+///
+/// As text ([`FromStr`] and [`Display`](fmt::Display)) it is what `sink-attention tune` writes: three lines that say what it
+/// is of, then a line for each entry, `kernel dtype width WIDTH mask: tiles`, where the tiles are a [`Tiling`], which names the micro-kernel that won. Empty lines and those that begin
+/// with `#` count for nothing.
+///
+/// ```
+/// let text = "sink-attention tuning 1
+/// device: NVIDIA H200
+/// driver: NVIDIA 580.159.04
+/// forward f32 width 64 long: portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16
+/// forward f16 width 64 long: cooperative 4x3x1x2
+/// ";
+/// let tuning: sink_attention::Tuning = text.parse()?;
+/// assert_eq!((tuning.device(), tuning.entries().len()), ("NVIDIA H200", 2));
+/// assert_eq!(tuning.to_string().parse(), Ok(tuning));
+/// # Ok::<(), sink_attention::TuningError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tuning {
+    device: String,
+    driver: String,
+    entries: Vec<(TuningKey, Tiling)>,
+}
+
+impl Tuning {
+    /// A table without entries, of a device by the name that its adapter reports and the driver for people to read.
+    pub fn new(device: &str, driver: &str) -> Self {
+        // A line each, so that the text can be read again.
+        let line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        Tuning { device: line(device), driver: line(driver), entries: Vec::new() }
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`Error::TuningFile`] with the path and, where the file can be read, the line.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let failed = |reason: String| Error::TuningFile { path: path.as_ref().into(), reason };
+        let bytes = file::read(&path, MOST_BYTES).map_err(|error| failed(format!("cannot read: {error}")))?;
+        let text = String::from_utf8(bytes).map_err(|_| failed("it is not text in UTF-8".into()))?;
+        text.parse().map_err(|error: TuningError| failed(error.to_string()))
+    }
+
+    /// The file that `SINK_ATTENTION_TUNING` names; `None` where it is unset or empty.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn from_env() -> Result<Option<Self>> {
+        let path = std::env::var_os(TUNING_VARIABLE).filter(|path| !path.is_empty());
+        path.map(Tuning::load).transpose()
+    }
+
+    /// Name of the device's adapter.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    /// Its driver at that time. With another driver the table still holds, though it may be worth measuring again.
+    pub fn driver(&self) -> &str {
+        &self.driver
+    }
+
+    /// The entries in their order.
+    pub fn entries(&self) -> &[(TuningKey, Tiling)] {
+        &self.entries
+    }
+
+    /// Adds an entry, or replaces the one of this key.
+    pub fn insert(&mut self, key: TuningKey, tiles: impl Into<Tiling>) {
+        let tiles = tiles.into();
+        match self.entries.iter_mut().find(|(other, _)| *other == key) {
+            Some((_, old)) => *old = tiles,
+            None => self.entries.push((key, tiles)),
+        }
+    }
+
+    /// The tiles for a key.
+    pub fn get(&self, key: &TuningKey) -> Option<Tiling> {
+        self.entries.iter().find(|(other, _)| other == key).map(|(_, tiles)| *tiles)
+    }
+
+    /// Refuses a device other than the measured one.
+    ///
+    /// # Errors
+    /// [`Error::TuningDevice`].
+    pub fn check_device(&self, name: &str) -> Result<()> {
+        if Tuning::new(name, "").device == self.device {
+            return Ok(());
+        }
+        Err(Error::TuningDevice { measured: self.device.clone(), actual: name.into() })
+    }
+}
+
+impl fmt::Display for Tuning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{FIRST_LINE}\ndevice: {}\ndriver: {}", self.device, self.driver)?;
+        writeln!(f, "# kernel, dtype, widths up to, mask: micro-kernel and tiles")?;
+        self.entries.iter().try_for_each(|(key, tiles)| writeln!(f, "{key}: {tiles}"))
+    }
+}
+
+/// Why a text is no [`Tuning`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {reason}")]
+pub struct TuningError {
+    /// Line, counted from 1.
+    pub line: usize,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl FromStr for Tuning {
+    type Err = TuningError;
+
+    fn from_str(text: &str) -> Result<Self, TuningError> {
+        let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
+        let mut lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+        let end = text.lines().count() + 1;
+        let mut header = |expected: String, read: &dyn Fn(&str) -> Option<String>| {
+            let (line, found) = lines.next().unwrap_or((end, "the end of the file"));
+            read(found).ok_or_else(|| TuningError { line, reason: format!("expected {expected}, found {found:?}") })
+        };
+        header(format!("{FIRST_LINE:?}"), &|line| (line == FIRST_LINE).then(String::new))?;
+        let field = |name: &str, line: &str| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim().to_string());
+        let device = header("\"device: NAME\"".into(), &|line| field("device", line).filter(|name| !name.is_empty()))?;
+        let driver = header("\"driver: NAME\"".into(), &|line| field("driver", line))?;
+        let mut tuning = Tuning::new(&device, &driver);
+        for (line, text) in lines {
+            let failed = |reason: String| TuningError { line, reason };
+            let (key, tiles) =
+                text.split_once(':').ok_or_else(|| failed(format!("no \":\" between key and tiles in {text:?}")))?;
+            let key = key.parse().map_err(failed)?;
+            if tuning.get(&key).is_some() {
+                return Err(failed(format!("a second entry for {key}")));
+            }
+            tuning.insert(key, tiles.parse::<Tiling>().map_err(failed)?);
+        }
+        Ok(tuning)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::tile::portable::Tiles;
+    use crate::problem::{Options, Shape, Window};
+
+    fn problem(seq: [usize; 2], width: usize, options: Options) -> Problem {
+        let [seq_q, seq_k] = seq;
+        let shape = Shape { batch: 1, heads: 2, kv_heads: 1, seq_q, seq_k, head_dim: width, value_dim: 8 };
+        Problem::new(shape, options).unwrap()
+    }
+
+    #[test]
+    fn classes() {
+        let causal = Options::new().causal(true);
+        let class = |seq, options| MaskClass::of(&problem(seq, 64, options));
+        assert_eq!(class([8192, 8192], causal), Some(MaskClass::Long));
+        assert_eq!(class([8192, 8192], Options::new()), Some(MaskClass::Long));
+        assert_eq!(class([8192, 8192], causal.window(Window::keys(128))), Some(MaskClass::Window));
+        assert_eq!(class([8192, 8192], causal.window(Window::keys(128)).sink_tokens(4)), Some(MaskClass::Window));
+        assert_eq!(class([8192, 8192], causal.window(Window::keys(512))), Some(MaskClass::Window));
+        assert_eq!(class([8192, 8192], causal.window(Window::keys(513))), Some(MaskClass::Long));
+        assert_eq!(class([8192, 8192], causal.window(Window::keys(512)).sink_tokens(1)), Some(MaskClass::Long));
+        assert_eq!(class([512, 512], causal.window(Window::keys(128))), Some(MaskClass::Short));
+        assert_eq!(class([1024, 64], causal), Some(MaskClass::Short));
+        assert_eq!(class([32, 8192], causal), None);
+        let key = |width| TuningKey::of(Kernel::DQ, &problem([99, 99], width, causal));
+        for (width, class) in [(1, 32), (32, 32), (33, 64), (80, 128), (256, 256)] {
+            assert_eq!(key(width).unwrap().width, class);
+        }
+        assert_eq!(TuningKey::of(Kernel::Delta, &problem([99, 99], 64, causal)), None);
+    }
+
+    fn sample() -> Tuning {
+        let mut tuning = Tuning::new(" Some\nGPU ", "1.2 (Mesa)");
+        let mut tiles = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+        for kernel in Kernel::TILED {
+            for dtype in [DType::F32, DType::F16, DType::Bf16] {
+                for mask in MaskClass::ALL {
+                    tuning.insert(TuningKey { kernel, dtype, width: 64, mask }, tiles);
+                    let cooperative = Tiling::Cooperative { subgroups: tiles.rows, rows: 2, columns: 1, stages: 2 };
+                    tuning.insert(TuningKey { kernel, dtype, width: 128, mask }, cooperative);
+                    tiles.rows = tiles.rows % 8 + 1;
+                }
+            }
+        }
+        tuning
+    }
+
+    #[test]
+    fn text_and_back() {
+        let tuning = sample();
+        assert_eq!(tuning.entries().len(), 90);
+        assert_eq!(tuning.to_string().parse(), Ok(tuning.clone()));
+        let with_windows_ends = tuning.to_string().replace('\n', "\r\n\r\n  # a remark\r\n");
+        assert_eq!(with_windows_ends.parse(), Ok(tuning.clone()));
+        let empty = Tuning::new("x", "");
+        assert_eq!(empty.to_string().parse(), Ok(empty));
+        tuning.check_device("Some GPU").unwrap();
+        tuning.check_device("Some GPU 2").unwrap_err();
+        tuning.check_device("").unwrap_err();
+    }
+
+    #[test]
+    fn what_is_malformed_is_told_with_its_line() {
+        let head = "sink-attention tuning 1\ndevice: x\ndriver: y\n";
+        let tiles = "64x32 (16x8 threads of 4x4), chunk 32, slab 16";
+        let good = format!("forward f32 width 64 long: portable {tiles}");
+        format!("{head}{good}").parse::<Tuning>().unwrap();
+        let entry = |text: &str| format!("{head}# remark\n{text}\n");
+        for (text, line, message) in [
+            (String::new(), 1, "expected \"sink-attention tuning 1\""),
+            ("sink-attention tuning 2".into(), 1, "tuning 2"),
+            ("sink-attention tuning 1\n".into(), 2, "device"),
+            ("sink-attention tuning 1\ndevice:\ndriver: y".into(), 2, "device"),
+            ("sink-attention tuning 1\ndevice: x\n\nforward".into(), 4, "driver"),
+            (entry("forward f32 width 64 long"), 5, "no \":\""),
+            (
+                entry(&good.replace("forward", "delta")),
+                5,
+                "unknown kernel \"delta\"; known: forward, exact_delta, d_q, d_kv",
+            ),
+            (entry(&good.replace("f32", "f64")), 5, "unknown dtype \"f64\"; known: f32, f16, bf16"),
+            (entry(&good.replace("portable", "magic")), 5, "unknown micro-kernel \"magic\""),
+            (entry(&good.replace("width 64", "width 65")), 5, "unknown width \"65\"; known: 32, 64, 128, 256"),
+            (entry(&good.replace("width 64", "64")), 5, "is not of the form"),
+            (entry(&good.replace("long", "wide")), 5, "unknown mask \"wide\"; known: long, window, short"),
+            (entry(&good.replace(tiles, "")), 5, "tiles \"\""),
+            (entry(&good.replace("slab 16", "slab 12")), 5, "slab (12)"),
+            (entry(&good.replace("64x32", "64x64")), 5, "64x64"),
+            (entry(&good.replace("chunk 32", "chunk 99999999999")), 5, "99999999999"),
+            (entry(&good.replace("16x8", "4294967295x4294967295")), 5, "threads_r (4294967295)"),
+            (format!("{head}{good}\n{good}"), 5, "a second entry"),
+        ] {
+            let error = text.parse::<Tuning>().unwrap_err();
+            assert_eq!(error.line, line, "{error}");
+            assert!(error.to_string().contains(message), "no {message:?} in {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_not_there() {
+        let error = Tuning::load("no such folder/tuning").unwrap_err();
+        assert!(matches!(error, Error::TuningFile { .. }) && error.to_string().contains("no such folder"), "{error}");
+    }
+}

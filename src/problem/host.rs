@@ -1,0 +1,288 @@
+//! Operands and results in host memory.
+
+use crate::problem::element::{DType, Element};
+use crate::problem::error::{Error, Result};
+use crate::problem::options::{MaskPacking, SinkLogits};
+use crate::problem::shape::{Problem, check_length};
+
+/// A bias on the host: f32, or of the operands' element type, see [`Options::bias_dtype`].
+#[derive(Debug, Clone, Copy)]
+pub enum Bias<'a, T = f32> {
+    /// f32, whatever the operands are.
+    F32(&'a [f32]),
+    /// Of the operands' element type.
+    Operand(&'a [T]),
+}
+
+impl<T: Element> Bias<'_, T> {
+    /// Elements.
+    #[expect(clippy::len_without_is_empty, reason = "no bias is empty")]
+    pub fn len(&self) -> usize {
+        match self {
+            Bias::F32(bias) => bias.len(),
+            Bias::Operand(bias) => bias.len(),
+        }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Bias::F32(_) => DType::F32,
+            Bias::Operand(_) => T::DTYPE,
+        }
+    }
+}
+
+/// A boolean mask on the host, see [`Options::mask_packing`].
+#[derive(Debug, Clone, Copy)]
+pub enum MaskData<'a> {
+    /// [`MaskPacking::Bytes`].
+    Bytes(&'a [u8]),
+    /// [`MaskPacking::Bits`].
+    Bits(&'a [u32]),
+}
+
+impl MaskData<'_> {
+    /// Bytes or words.
+    #[expect(clippy::len_without_is_empty, reason = "no mask is empty")]
+    pub fn len(&self) -> usize {
+        match self {
+            MaskData::Bytes(mask) => mask.len(),
+            MaskData::Bits(mask) => mask.len(),
+        }
+    }
+
+    /// How it lies in memory.
+    pub fn packing(&self) -> MaskPacking {
+        match self {
+            MaskData::Bytes(_) => MaskPacking::Bytes,
+            MaskData::Bits(_) => MaskPacking::Bits,
+        }
+    }
+}
+
+/// A mask of bytes, whose rows have `keys` of them, in [bits](MaskPacking::Bits). A last row that is shorter is packed as it is.
+pub fn pack_mask(mask: &[u8], keys: usize) -> Vec<u32> {
+    mask.chunks(keys.max(1)).flat_map(|row| row.chunks(32).map(mask_word)).collect()
+}
+
+/// The bits of up to 32 bytes, eight at a time: carries set the highest bit of each that is not 0, and a product gathers them.
+pub(crate) fn mask_word(bytes: &[u8]) -> u32 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    let gather = |bytes: [u8; 8]| {
+        let bytes = u64::from_le_bytes(bytes);
+        let set = (((bytes & LOW) + LOW) | bytes) & !LOW;
+        ((set >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u32
+    };
+    let (chunks, rest) = bytes.as_chunks();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let last = gather(last).unbounded_shl(8 * chunks.len() as u32);
+    chunks.iter().rev().fold(0, |word, &chunk| word << 8 | gather(chunk)) | last
+}
+
+/// Operands of a forward pass on the host, densely packed in the problem's layout; `T` is an [`Element`].
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a, T = f32> {
+    /// Queries, see [`Problem::q_shape`].
+    pub q: &'a [T],
+    /// Keys, see [`Problem::k_shape`].
+    pub k: &'a [T],
+    /// Values, see [`Problem::v_shape`].
+    pub v: &'a [T],
+    /// One logit per query head, where the options say [`SinkLogits::PerHead`].
+    pub sink_logits: Option<&'a [f32]>,
+    /// One slope per query head, where the options say [`Options::alibi`].
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// Added to the scores, see [`Problem::bias_shape`].
+    pub bias: Option<Bias<'a, T>>,
+    /// Which keys may be seen, see [`Problem::mask_shape`].
+    pub mask: Option<MaskData<'a>>,
+}
+
+impl<'a, T> Inputs<'a, T> {
+    /// q, k and v, and no operand that goes with an option.
+    pub fn new(q: &'a [T], k: &'a [T], v: &'a [T]) -> Self {
+        Inputs { q, k, v, sink_logits: None, alibi_slopes: None, bias: None, mask: None }
+    }
+
+    /// With sink logits.
+    pub fn sink_logits(self, sink_logits: impl Into<Option<&'a [f32]>>) -> Self {
+        Inputs { sink_logits: sink_logits.into(), ..self }
+    }
+
+    /// With slopes.
+    pub fn alibi_slopes(self, alibi_slopes: impl Into<Option<&'a [f32]>>) -> Self {
+        Inputs { alibi_slopes: alibi_slopes.into(), ..self }
+    }
+
+    /// With a bias.
+    pub fn bias(self, bias: impl Into<Option<Bias<'a, T>>>) -> Self {
+        Inputs { bias: bias.into(), ..self }
+    }
+
+    /// With a mask.
+    pub fn mask(self, mask: impl Into<Option<MaskData<'a>>>) -> Self {
+        Inputs { mask: mask.into(), ..self }
+    }
+
+    /// The same with other q, k and v, and another element type, for which a bias of the operands' type is widened beforehand.
+    pub(crate) fn with_operands<'b, U>(&self, [q, k, v]: [&'b [U]; 3], bias: Option<&'b [f32]>) -> Inputs<'b, U>
+    where
+        'a: 'b,
+    {
+        let Inputs { sink_logits, alibi_slopes, mask, .. } = *self;
+        Inputs { q, k, v, sink_logits, alibi_slopes, bias: bias.map(Bias::F32), mask }
+    }
+}
+
+/// Results of a forward pass on the host: `T` is the operands' type, `S` that of the softmax's state.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Output<T = f32, S = f32> {
+    /// Attention outputs, see [`Problem::o_shape`].
+    pub o: Vec<T>,
+    /// What rounding took from o, [`Element::rest`] of each element before it was rounded; `None` in f32. With it the
+    /// backward pass has o in f32; without it (`None` in half precision, too) that computes what it needs anew.
+    pub o_rest: Option<Vec<i16>>,
+    /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].
+    pub lse: Vec<S>,
+}
+
+/// Gradients that flow into a forward pass's results, on the host.
+#[derive(Debug, Clone, Copy)]
+pub struct Upstream<'a, T = f32> {
+    /// Gradient of the loss by o, see [`Problem::o_shape`].
+    pub d_o: &'a [T],
+    /// Gradient of the loss by lse, see [`Problem::lse_shape`]; `None` is zero. Ignored where lse is -inf.
+    pub d_lse: Option<&'a [f32]>,
+}
+
+/// Gradients of a forward pass's operands, on the host; `T` and `S` as in [`Output`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients<T = f32, S = f32> {
+    /// Gradient by q, see [`Problem::q_shape`].
+    pub d_q: Vec<T>,
+    /// Gradient by k, see [`Problem::k_shape`]; summed over the query heads of the group.
+    pub d_k: Vec<T>,
+    /// Gradient by v, see [`Problem::v_shape`]; summed over the query heads of the group.
+    pub d_v: Vec<T>,
+    /// Gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`].
+    pub d_sink_logits: Option<Vec<S>>,
+    /// Gradient by the ALiBi slopes, `[heads]`, where the options say [`Options::alibi`].
+    pub d_alibi_slopes: Option<Vec<S>>,
+    /// Gradient by the bias, see [`Problem::bias_shape`], where there is one: summed over the axes that it does not have of its
+    /// own.
+    pub d_bias: Option<Vec<S>>,
+}
+
+/// o and lse of some of the keys, without the sink logit: in f32 whatever the operands are.
+///
+/// States of disjoint shards [merge](Attention::merge) into the state of all their keys (Milakov and Gimelshein,
+/// [2018](https://arxiv.org/abs/1805.02867); as partial attention states in Ye et al.,
+/// [2025](https://arxiv.org/abs/2501.01005)):
+///
+/// ```text
+/// lse = log(exp(lse_a) + exp(lse_b)),  o = o_a exp(lse_a - lse) + o_b exp(lse_b - lse)
+/// ```
+///
+/// which is associative and commutative up to rounding. A row that sees nothing of its shard has o = 0 and lse =
+/// -infinity; a state of such rows ([`empty`](Self::empty)) changes nothing. Where lse is -infinity, o is not read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PartialState {
+    /// Attention outputs, see [`Problem::o_shape`].
+    pub o: Vec<f32>,
+    /// Log of the sum of exp(score), natural log, see [`Problem::lse_shape`].
+    pub lse: Vec<f32>,
+}
+
+impl PartialState {
+    /// The state of no keys: o = 0 and lse = -infinity.
+    pub fn empty(problem: &Problem) -> Self {
+        let [o, lse] = [&problem.o_shape()[..], &problem.lse_shape()].map(|shape| shape.iter().product());
+        PartialState { o: vec![0.0; o], lse: vec![f32::NEG_INFINITY; lse] }
+    }
+}
+
+/// Operands and results must fit the problem.
+impl Problem {
+    /// Checks host operands against the element type and the shapes.
+    ///
+    /// # Errors
+    /// [`Error::WrongElementType`], [`Error::OperandLength`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`],
+    /// [`Error::BiasElementType`], [`Error::MaskPacking`].
+    pub fn check_inputs<T: Element>(&self, inputs: &Inputs<'_, T>) -> Result<()> {
+        if T::DTYPE != self.options().dtype {
+            return Err(Error::WrongElementType { operands: T::DTYPE, options: self.options().dtype });
+        }
+        for (operand, slice, shape) in
+            [("q", inputs.q, self.q_shape()), ("k", inputs.k, self.k_shape()), ("v", inputs.v, self.v_shape())]
+        {
+            check_length(operand, slice.len(), &shape)?;
+        }
+        let heads = [self.shape().heads];
+        self.check_sink_logits(inputs.sink_logits)?;
+        let per_head = self.options().alibi.then_some(&heads[..]);
+        check_optional("alibi_slopes", inputs.alibi_slopes.map(<[f32]>::len), per_head, "set Options::alibi")?;
+        let (bias, mask) = (self.bias_shape(), self.mask_shape());
+        let shape = bias.as_ref().map(<[usize; 4]>::as_slice);
+        check_optional("bias", inputs.bias.map(|bias| bias.len()), shape, "set Options::bias")?;
+        if let Some(bias) = inputs.bias.filter(|bias| bias.dtype() != self.options().bias_dtype) {
+            return Err(Error::BiasElementType { bias: bias.dtype(), options: self.options().bias_dtype });
+        }
+        let shape = mask.as_ref().map(<[usize; 4]>::as_slice);
+        check_optional("mask", inputs.mask.map(|mask| mask.len()), shape, "set Options::mask")?;
+        match inputs.mask.filter(|mask| mask.packing() != self.options().mask_packing) {
+            Some(mask) => Err(Error::MaskPacking { mask: mask.packing(), options: self.options().mask_packing }),
+            None => Ok(()),
+        }
+    }
+
+    /// One sink logit per head, where the options ask for them.
+    pub(crate) fn check_sink_logits(&self, sink_logits: Option<&[f32]>) -> Result<()> {
+        let heads = [self.shape().heads];
+        let per_head = (self.options().sink_logits == SinkLogits::PerHead).then_some(&heads[..]);
+        let hint = "set Options::sink_logits to SinkLogits::PerHead";
+        check_optional("sink_logits", sink_logits.map(<[f32]>::len), per_head, hint)
+    }
+
+    /// Checks what a forward pass saved, and the gradients that flow into its results.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`]; [`Error::UnexpectedOperand`] for o_rest in f32.
+    pub fn check_upstream<T, S, U>(&self, saved: &Output<T, S>, upstream: &Upstream<'_, U>) -> Result<()> {
+        check_length("o", saved.o.len(), &self.o_shape())?;
+        if let Some(o_rest) = &saved.o_rest {
+            self.check_rest()?;
+            check_length("o_rest", o_rest.len(), &self.o_shape())?;
+        }
+        check_length("lse", saved.lse.len(), &self.lse_shape())?;
+        check_length("d_o", upstream.d_o.len(), &self.o_shape())?;
+        upstream.d_lse.map_or(Ok(()), |d_lse| check_length("d_lse", d_lse.len(), &self.lse_shape()))
+    }
+
+    /// Whether rounding takes anything from o.
+    pub(crate) fn check_rest(&self) -> Result<()> {
+        match self.options().dtype {
+            DType::F32 => Err(Error::UnexpectedOperand {
+                operand: "o_rest",
+                hint: "in f32 nothing is rounded off o; set Options::dtype to DType::F16 or DType::Bf16, or leave it out",
+            }),
+            DType::F16 | DType::Bf16 => Ok(()),
+        }
+    }
+}
+
+/// An operand that is there if, and only if, an option asks for it with a shape.
+fn check_optional(
+    operand: &'static str,
+    length: Option<usize>,
+    shape: Option<&[usize]>,
+    hint: &'static str,
+) -> Result<()> {
+    match (length, shape) {
+        (Some(length), Some(shape)) => check_length(operand, length, shape),
+        (None, Some(_)) => Err(Error::MissingOperand { operand }),
+        (Some(_), None) => Err(Error::UnexpectedOperand { operand, hint }),
+        (None, None) => Ok(()),
+    }
+}

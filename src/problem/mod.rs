@@ -1,0 +1,17 @@
+//! What is computed: options, sizes, operands in host memory, the visibility rule. Nothing here knows of devices.
+
+pub mod element;
+pub mod error;
+pub(crate) mod host;
+pub mod mask;
+pub(crate) mod options;
+pub(crate) mod shape;
+pub(crate) mod sizes;
+pub mod varlen;
+
+pub(crate) use host::mask_word;
+pub use host::{Bias, Gradients, Inputs, MaskData, Output, PartialState, Upstream, pack_mask};
+pub use options::{Alignment, Axes, Layout, MaskPacking, Options, SinkLogits, Window};
+pub use shape::Problem;
+pub(crate) use shape::{MAX_SEQ, MAX_WIDTH, check_length};
+pub use sizes::Shape;

@@ -1,0 +1,32 @@
+//! Sizes.
+
+use std::fmt;
+
+/// The sizes of a problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// B, sequences in the batch.
+    pub batch: usize,
+    /// H, query heads.
+    pub heads: usize,
+    /// G, key/value heads; H is a multiple of G, query head h reads key head h / (H / G).
+    pub kv_heads: usize,
+    /// M, queries in each sequence.
+    pub seq_q: usize,
+    /// N, keys in each sequence.
+    pub seq_k: usize,
+    /// D, width of q and k, 1 to 512.
+    pub head_dim: usize,
+    /// E, width of v and o, 1 to 512.
+    pub value_dim: usize,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "B={} H={} G={} M={} N={} D={} E={}",
+            self.batch, self.heads, self.kv_heads, self.seq_q, self.seq_k, self.head_dim, self.value_dim
+        )
+    }
+}
