@@ -125,13 +125,13 @@ impl KvCache {
     /// [`truncate`](Self::truncate) makes the one before it the last. It is for the lengths and pages of now.
     ///
     /// Gradients are those by keys and values as the cache holds them, and by q as the pass was given it: with a rotary
-    /// embedding, by what has been rotated. Allocates what [`Attention::prepare_backward`] does and, but for one sequence
+    /// embedding, by what has been rotated. Allocates what [`Attention::prepare_backward`](crate::Attention::prepare_backward) does and, but for one sequence
     /// of a contiguous cache, keys, values and their gradients one after the other, twice
     /// [`prefill_scratch_bytes`](Self::prefill_scratch_bytes).
     ///
     /// # Errors
     /// As [`prepare_prefill`](Self::prepare_prefill); [`Error::InvalidOption`], too, for rolling and for quantised caches, and for
-    /// more tokens than a sequence has; [`Error::ZeroDimension`] for no tokens at all; those of [`Attention::prepare_backward`].
+    /// more tokens than a sequence has; [`Error::ZeroDimension`] for no tokens at all; those of [`Attention::prepare_backward`](crate::Attention::prepare_backward).
     #[cfg(not(target_family = "wasm"))]
     pub fn prepare_backward(
         &self,

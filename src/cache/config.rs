@@ -13,7 +13,7 @@ pub enum CacheKind {
         /// Tokens of a sequence at most.
         capacity: usize,
     },
-    /// Sequences take pages as they grow, `[pages, G, page_size, width]`; [`KvCache::fork`] lets them share what they have in
+    /// Sequences take pages as they grow, `[pages, G, page_size, width]`; [`KvCache::fork`](crate::KvCache::fork) lets them share what they have in
     /// common.
     Paged {
         /// Tokens of a page, a power of two from 16 up.
@@ -31,7 +31,7 @@ pub enum CacheKind {
         /// Last tokens that a query sees, its own included.
         window: usize,
         /// Queries of a decoding step at most. The ring has `window + queries - 1` rows, so that the first of them finds its
-        /// window whole, and as many tokens as `queries - 1` can be taken back by [`KvCache::truncate`].
+        /// window whole, and as many tokens as `queries - 1` can be taken back by [`KvCache::truncate`](crate::KvCache::truncate).
         queries: usize,
     },
 }
@@ -66,7 +66,7 @@ pub enum RotaryPositions {
     Absolute,
     /// Its place in the cache, whenever it is read (StreamingLLM): a rolling cache keeps keys unrotated, and positions never grow
     /// beyond it. One query at a time: of several tokens that are appended together the query of the last one can be decoded,
-    /// see [`AppendBuffers::q`].
+    /// see [`AppendBuffers::q`](crate::AppendBuffers::q).
     CacheRelative,
 }
 

@@ -33,7 +33,7 @@ pub struct Decode {
     /// How the kernel divides its work; `None` leaves that to the planner.
     pub tiling: Option<DecodeTiling>,
     /// The caller has rotated q. Else, where the cache has a rotary embedding, the appends must have rotated the queries of the
-    /// last tokens, of as many heads ([`AppendBuffers::q`]), or decoding is an error.
+    /// last tokens, of as many heads ([`AppendBuffers::q`](crate::AppendBuffers::q)), or decoding is an error.
     pub q_rotated: bool,
 }
 
@@ -106,7 +106,7 @@ pub struct DecodeBuffers<'a> {
     pub lse: TensorView<'a>,
     /// One logit per query head, where the options say [`SinkLogits::PerHead`]; densely packed.
     pub sink_logits: Option<TensorView<'a>>,
-    /// The table of [`AppendBuffers::cos_sin`], where keys are rotated as they are read.
+    /// The table of [`AppendBuffers::cos_sin`](crate::AppendBuffers::cos_sin), where keys are rotated as they are read.
     pub cos_sin: Option<&'a wgpu::Buffer>,
 }
 
@@ -345,7 +345,7 @@ impl PreparedDecode {
     /// # Errors
     /// [`Error::OtherCache`], [`Error::CacheBusy`], [`Error::OtherDevice`]; [`Error::CacheEvicted`] for several queries of a rolling
     /// cache that has taken tokens back, where the first of them would not find its window whole;
-    /// [`Error::QueriesNotRotated`] where the cache has a rotary embedding and [`AppendBuffers::q`] was not given with the last
+    /// [`Error::QueriesNotRotated`] where the cache has a rotary embedding and [`AppendBuffers::q`](crate::AppendBuffers::q) was not given with the last
     /// tokens, or had another number of heads.
     pub fn encode(&self, cache: &KvCache, step: &mut Step) -> Result<()> {
         self.check(cache, step.ticket())?;

@@ -119,7 +119,7 @@ impl KvCache {
     /// options name the cache's element type; [`Error::CacheFull`], [`Error::RotaryPosition`]; [`Error::InvalidOption`] for options
     /// that a cache of its kind does not take, and for cache-relative rotary embeddings; [`Error::CacheTooLarge`] where what is
     /// gathered does not fit bindings; those of [`prepare_append`](Self::prepare_append),
-    /// [`Problem::new`](crate::Problem::new) and [`Attention::prepare_forward`].
+    /// [`Problem::new`](crate::Problem::new) and [`Attention::prepare_forward`](crate::Attention::prepare_forward).
     #[cfg(not(target_family = "wasm"))]
     pub fn prepare_prefill(&self, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<PreparedPrefill> {
         pollster::block_on(PreparedPrefill::new(self, prefill, buffers))

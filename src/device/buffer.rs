@@ -171,7 +171,7 @@ impl Device {
         Ok(buffer)
     }
 
-    /// A new buffer of zeros, for a result: of an element type, a [`DType`] or another [`BufferType`], and a shape, such as
+    /// A new buffer of zeros, for a result: of an element type, a [`DType`](crate::DType) or another [`BufferType`], and a shape, such as
     /// [`Problem::o_shape`](crate::Problem::o_shape).
     ///
     /// # Errors

@@ -253,7 +253,7 @@ impl Variant {
     /// The WGSL text of this variant.
     ///
     /// # Errors
-    /// [`Error::Gpu`] if the template does not render, which would be a mistake of this crate.
+    /// [`Error::Gpu`](crate::Error::Gpu) if the template does not render, which would be a mistake of this crate.
     pub fn wgsl(&self) -> Result<String> {
         let bindings = self.bindings();
         let half = self.dtype != DType::F32;

@@ -27,7 +27,7 @@ pub struct Pass {
 pub enum TilesOrigin {
     /// The table that the crate brings along.
     BuiltIn,
-    /// A [`Tuning`].
+    /// A [`Tuning`](crate::Tuning).
     Tuning,
     /// The caller.
     Caller,

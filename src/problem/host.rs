@@ -5,7 +5,7 @@ use crate::problem::error::{Error, Result};
 use crate::problem::options::{MaskPacking, SinkLogits};
 use crate::problem::shape::{Problem, check_length};
 
-/// A bias on the host: f32, or of the operands' element type, see [`Options::bias_dtype`].
+/// A bias on the host: f32, or of the operands' element type, see [`Options::bias_dtype`](crate::Options::bias_dtype).
 #[derive(Debug, Clone, Copy)]
 pub enum Bias<'a, T = f32> {
     /// f32, whatever the operands are.
@@ -33,7 +33,7 @@ impl<T: Element> Bias<'_, T> {
     }
 }
 
-/// A boolean mask on the host, see [`Options::mask_packing`].
+/// A boolean mask on the host, see [`Options::mask_packing`](crate::Options::mask_packing).
 #[derive(Debug, Clone, Copy)]
 pub enum MaskData<'a> {
     /// [`MaskPacking::Bytes`].
@@ -92,7 +92,7 @@ pub struct Inputs<'a, T = f32> {
     pub v: &'a [T],
     /// One logit per query head, where the options say [`SinkLogits::PerHead`].
     pub sink_logits: Option<&'a [f32]>,
-    /// One slope per query head, where the options say [`Options::alibi`].
+    /// One slope per query head, where the options say [`Options::alibi`](crate::Options::alibi).
     pub alibi_slopes: Option<&'a [f32]>,
     /// Added to the scores, see [`Problem::bias_shape`].
     pub bias: Option<Bias<'a, T>>,
@@ -168,7 +168,7 @@ pub struct Gradients<T = f32, S = f32> {
     pub d_v: Vec<T>,
     /// Gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`].
     pub d_sink_logits: Option<Vec<S>>,
-    /// Gradient by the ALiBi slopes, `[heads]`, where the options say [`Options::alibi`].
+    /// Gradient by the ALiBi slopes, `[heads]`, where the options say [`Options::alibi`](crate::Options::alibi).
     pub d_alibi_slopes: Option<Vec<S>>,
     /// Gradient by the bias, see [`Problem::bias_shape`], where there is one: summed over the axes that it does not have of its
     /// own.
@@ -177,7 +177,7 @@ pub struct Gradients<T = f32, S = f32> {
 
 /// o and lse of some of the keys, without the sink logit: in f32 whatever the operands are.
 ///
-/// States of disjoint shards [merge](Attention::merge) into the state of all their keys (Milakov and Gimelshein,
+/// States of disjoint shards [merge](crate::Attention::merge) into the state of all their keys (Milakov and Gimelshein,
 /// [2018](https://arxiv.org/abs/1805.02867); as partial attention states in Ye et al.,
 /// [2025](https://arxiv.org/abs/2501.01005)):
 ///

@@ -13,7 +13,7 @@ pub enum Layout {
     /// `[batch, heads, seq, width]`.
     Bhsd,
     /// `[tokens, heads, width]`: the sequences of a batch one after the other, whatever their lengths, see
-    /// [`Problem::with_lengths`]. `seq_q` and `seq_k` of the shape are the tokens of all sequences, and its batch is 1: that is
+    /// [`Problem::with_lengths`](crate::Problem::with_lengths). `seq_q` and `seq_k` of the shape are the tokens of all sequences, and its batch is 1: that is
     /// how shapes and strides are told, `[1, tokens, heads, width]`.
     Thd,
 }
