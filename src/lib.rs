@@ -327,12 +327,12 @@
 mod attention;
 mod cache;
 pub mod compare;
-#[cfg(feature = "cli")]
-pub mod conformance;
 pub mod cpu;
 mod device;
 mod exec;
 pub mod file;
+#[cfg(feature = "cli")]
+pub mod io;
 mod kernel;
 mod plan;
 mod problem;
@@ -346,8 +346,6 @@ pub use cache::{
     KvCache, Prefill, PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill,
     Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling, RotaryStyle, Step, StepPass, Yarn,
 };
-#[cfg(feature = "cli")]
-pub use conformance as io;
 pub use device::buffer::TensorView;
 pub use device::capabilities::{
     Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, device_descriptor, is_software,

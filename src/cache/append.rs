@@ -42,7 +42,7 @@ pub struct AppendBuffers<'a> {
 }
 
 impl<'a> AppendBuffers<'a> {
-    /// What every append has; what goes with a rotary embedding is `None`.
+    /// The operands of every append; those of a rotary embedding are `None`.
     pub fn new(k: impl Into<TensorView<'a>>, v: impl Into<TensorView<'a>>) -> Self {
         AppendBuffers { k: k.into(), v: v.into(), q: None, cos_sin: None }
     }
@@ -120,8 +120,8 @@ impl PreparedAppend {
         Ok(PreparedAppend { keys, counts, q_heads, positions, kernel })
     }
 
-    /// The kernel and its grid; none where there is nothing to append. The tokens go into the cache, or behind what was gathered
-    /// from it, of which the rows of the first new key of each sequence are told.
+    /// The kernel and its grid; none where there is nothing to append. The tokens go into the cache, or into the buffers
+    /// that were gathered from it: `behind` has these, and the row of each sequence's first new key.
     pub(super) async fn bind(
         cache: &KvCache,
         tokens: &[usize],

@@ -1,4 +1,4 @@
-//! What a cache is: where its rows lie, how keys are rotated, and its sizes.
+//! The configuration of a cache: where its rows lie, how keys are rotated, and its sizes.
 
 use super::format::{Addressing, Bounds, Quantisation, RowFormat, UNBOUNDED};
 use crate::problem::element::DType;
@@ -78,7 +78,7 @@ pub struct Rotary {
     pub dim: u32,
     /// Which of them are paired.
     pub style: RotaryStyle,
-    /// What positions are counted by.
+    /// How positions are counted.
     pub positions: RotaryPositions,
 }
 

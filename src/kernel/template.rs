@@ -66,7 +66,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("token_scales.wgsl", include_str!("../../shaders/token_scales.wgsl")),
 ];
 
-/// What a pipeline is made of: a kernel with all that its text depends on, which `Debug` writes.
+/// A kernel with everything that its text depends on. `Debug` writes all of it: pipelines are looked up by that.
 pub(crate) trait Compose: fmt::Debug {
     /// For labels and dumps.
     fn name(&self) -> String;

@@ -6,6 +6,7 @@ use crate::kernel::tile::cooperative::Fragments;
 use crate::kernel::tile::portable::Tiles;
 use crate::plan::tuning::MaskClass;
 use crate::problem::Problem;
+use crate::problem::element::DType;
 
 /// A row of the tuning table: tiles, and the problems they are good for.
 struct Candidate {
@@ -128,7 +129,9 @@ pub(crate) fn cooperative(
         (_, Kernel::DQ | Kernel::ExactDelta) if narrow && width <= 64 => &[[2, 2, 1, 1], [2, 1, 1, 1]],
         (_, Kernel::DKv) if narrow && width <= 64 => &[[2, 1, 1, 1]],
         _ if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DKv) if changed && width <= 64 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if width <= 64 && (changed || options.dtype == DType::F16) => {
+            &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]]
+        }
         (_, Kernel::Forward | Kernel::DQ | Kernel::ExactDelta | Kernel::DKv) if width <= 64 => {
             &[[4, 2, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]]
         }
@@ -138,7 +141,8 @@ pub(crate) fn cooperative(
         (_, Kernel::Forward) if width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         (_, Kernel::DKv) if changed && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
         (_, Kernel::DQ | Kernel::ExactDelta) if options.mask.is_some() && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if width <= 128 && options.dtype == DType::F16 => &[[8, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         _ => &[[8, 1, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]],
     };
     let smaller = match class {

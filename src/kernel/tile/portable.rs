@@ -159,7 +159,7 @@ impl FromStr for Tiles {
         };
         let tiles = Tiles { threads_r, threads_c, rows, quads: columns / 4, chunk: chunk / 4, slab };
         tiles.check().map_err(failed)?;
-        // The size of the tile is told twice, and multiples of four are told whole.
+        // The text states the tile's size twice, and counts of vectors as multiples of four.
         if tiles.to_string() == text {
             Ok(tiles)
         } else {
