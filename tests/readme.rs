@@ -1,5 +1,5 @@
-//! The README's table of features: every cell of ours names its tests, and those are there; and every file of tests is part of
-//! the program that runs.
+//! The table of features in docs/FEATURES.md: every cell of ours names its tests, and those are there; and every file of tests is
+//! part of the program that runs.
 
 use std::fs;
 use std::path::Path;
@@ -12,9 +12,9 @@ fn read(path: &str) -> Option<String> {
 }
 
 /// Our cells, as (feature, cell).
-fn cells(readme: &str) -> Vec<(&str, &str)> {
+fn cells(features: &str) -> Vec<(&str, &str)> {
     let section =
-        readme.split("\n## ").find(|section| section.starts_with("Features\n")).expect("a section of features");
+        features.split("\n## ").find(|section| section.starts_with("Features\n")).expect("a section of features");
     let rows = section.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| |"));
     let cells = rows.map(|row| row.split('|').map(str::trim).collect::<Vec<_>>());
     cells.map(|cells| (cells[1], cells[2])).collect()
@@ -83,8 +83,8 @@ fn check(cell: &str) -> Result<(), String> {
 
 #[test]
 fn every_cell_names_tests_that_are_there() {
-    let readme = read("README.md").unwrap();
-    let cells = cells(&readme);
+    let features = read("docs/FEATURES.md").unwrap();
+    let cells = cells(&features);
     assert!(cells.len() >= 25, "{cells:#?}");
     let errors: Vec<String> =
         cells.iter().filter_map(|(feature, cell)| Some(format!("{feature}: {}", check(cell).err()?))).collect();
