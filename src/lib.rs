@@ -109,50 +109,39 @@
 //! q, k, v, o, d_o and the gradients of q, k and v are f32, f16 or bf16, see [`Options::dtype`]; lse, the sink logits
 //! and the gradients of both are f32. Products, the softmax's running maximum and sum, and accumulators are f32 in
 //! every case, and results are rounded once: to nearest, ties to even, too large numbers to infinity.
-//! [`cpu::reference`] is the definition in f64; the tests hold every other path to ||x - exact|| / ||exact|| <= 1e-5
-//! (f32), 1.5e-3 (f16) and 6e-3 (bf16) for o and the gradients of q, k and v, and to 1e-5 for the sink logits' gradient
-//! and, absolute plus relative, for each element of lse; the ALiBi slopes' gradient, in which distances multiply what
-//! rounding leaves of terms that cancel, to 1e-4 in f32. There are no float atomics: equal inputs give equal bits on
-//! the same device, driver and version of this crate. Across devices the order of sums differs.
+//! [`cpu::reference`] is the definition in f64, and the tests hold every other path to these bounds:
 //!
-//! In half precision o, which has been rounded, is too coarse for delta. The forward pass gives what rounding took beside
-//! it, [`Output::o_rest`] or [`ForwardBuffers::o_rest`], two bytes an element; both together are o in f32, and delta is
-//! what it is there. Where the backward pass gets no o_rest, the saved o is not read: delta comes from the probabilities,
+//! | quantity | f32 | f16 | bf16 | error |
+//! |---|---|---|---|---|
+//! | o, d_q, d_k, d_v | 1e-5 | 1.5e-3 | 6e-3 | norm of x - exact over norm of exact |
+//! | gradient of sink logits | 1e-5 | 1e-5 | 1e-5 | the same |
+//! | lse | 1e-5 | 1e-5 | 1e-5 | of each element, absolute plus relative |
+//! | gradient of ALiBi slopes | 1e-4 | 1e-4 | 1e-4 | as o |
+//!
+//! On cooperative matrices ([`MicroKernel::Cooperative`]) P and d_s are rounded to f16 before they are multiplied. Results stay
+//! within the bounds above, but with o_rest the gradients of the sink logits and of a bias have the bound of o, and those of ALiBi
+//! slopes twice as much. Cases outside the bounds, rules of scales and their derivations: docs/precision.md in the repository.
+//!
+//! There are no float atomics: equal inputs give equal bits on the same device, driver and version of this crate. Across
+//! devices the order of sums differs.
+//!
+//! In half precision the forward pass also returns the rounding error of o, [`Output::o_rest`] or
+//! [`ForwardBuffers::o_rest`], two bytes an element: o with o_rest is o in f32, and delta is as precise as in f32. A
+//! backward pass without o_rest does not read the saved o: delta comes from the probabilities,
 //! sum_j p_ij (d_o_i . v_j) - d_lse_i, which takes two matrix products more.
 //!
-//! Half precision needs no extension of the device; kernels read it by WGSL's unpacking of words. WGSL lets devices take
-//! subnormal numbers for zero: an f16 operand's element may lose up to 6.1e-5 so, one of bf16 or f32 up to 1.2e-38. Sums in f32 overflow where bf16 or f32 operands come within a factor of
-//! their number of terms to the largest number, 3.4e38; for bf16 the CPU path computes such rows again in f64. It
-//! also keeps subnormal numbers. A product q.k that f32 does not hold, from f32
-//! or bf16 operands beyond 1e18, is infinite, as is a score that is more than a product times the scale (with softcap, ALiBi, a
-//! bias, or in a cache); those of f16 always fit. A row that sees a score of +infinity has lse = +infinity, as one whose lse is too
-//! large for f32 has, and o = NaN, for its weights are not known; o is right where the scale alone takes a score beyond f32. A sink
-//! logit of +infinity takes all the weight of finite scores. A state of lse = +infinity makes a merge NaN, with lse = +infinity.
-//! Gradients of rows with lse = +infinity mean nothing.
+//! The unseen changes no bit of a query's results, whatever it holds, NaN and infinity included: masked keys, keys
+//! outside the window, later ones, other sequences, everything beyond a length. Where a query sees nothing, its q and d_o count
+//! as unseen; its d_lse still reaches its sink logit.
 //!
-//! What a query does not see changes no bit of its results, whatever it holds, NaN and infinity among it: masked keys, keys
-//! outside the window, later ones, other sequences, what lies beyond a length. Where a query sees nothing, its q and d_o count as
-//! unseen; its d_lse still reaches its sink logit.
+//! A row that sees a score of +infinity has lse = +infinity and o = NaN, for its weights are not known; o is right where the
+//! scale alone takes a score beyond f32. A sink logit of +infinity takes all the weight of finite scores. A state of
+//! lse = +infinity makes a merge NaN, with lse = +infinity. Gradients of rows with lse = +infinity mean nothing. Sums in f32
+//! overflow where bf16 or f32 operands come within a factor of their number of terms to 3.4e38. Devices may take subnormal
+//! numbers for zero: an element of f16 loses up to 6.1e-5, of bf16 or f32 up to 1.2e-38.
 //!
-//! Where every key that a row sees has a bias of -1e9 or less, as left padding with the lowest finite number makes it, f32 keeps
-//! nothing of ordinary products beside it, and lse nothing of the logarithm of their number. Each of the n keys with the row's
-//! largest bias has the probability 1 / n then, in o as in the gradients, as an eager softmax in f32 has it. With shards of the
-//! keys n is not known: a merge weighs the shards of such a row alike, and each of their gradients counts its own keys. Between
-//! -1e7 and -1e9 lse loses a part of that logarithm, and the gradients of such a row are off by as much. Masks and -infinity hide
-//! without any of that.
-//!
-//! The cooperative micro-kernel ([`MicroKernel::Cooperative`]) multiplies halves: weights p and d_s are rounded to f16 before
-//! they meet v, d_o, k and q. Exact powers of two bring them to the range of f16: of bf16 operands one for each token, of d_s one for
-//! each row of a gradient, by the first d_s of the row that are not zero. In a token elements 2^16 times smaller than its largest lose
-//! bits, in a row d_s 2^8 times smaller than the first ones. Rows with a token of bf16 beyond 2^60 or below 2^-60 in sight are
-//! computed by the portable kernel, and so are rows that see NaN or infinity, or d_s that outgrow f16 even so.
-//! What it gives stays within the bounds above but for a few things. The gradients of the sink logits and of a bias with o_rest
-//! have the bound of o, which was summed from rounded weights, that of ALiBi's slopes twice as much; without o_rest the first
-//! is 1e-5 there, too. Where rows see one key alone, so that all terms cancel, d_q
-//! is 2.0e-6 and d_k 2.1e-5 instead of zero (root mean square; NVIDIA H200, `check --only "gradients that cancel"`). In f16,
-//! results are rounded as the device rounds. And where keys have a large part in common and
-//! a few of them dominate, so that d_q is what is left of much larger terms, rounding shows: in f16 d_q was 8.3e-3 off with
-//! o_rest and 3.3e-3 without (Mesa 26 llvmpipe, `cargo test --test suites cooperative::large_scores`).
+//! Where every key that a row sees has a bias of -1e9 or less, each of the n keys with the row's largest bias has the probability
+//! 1 / n, as an eager softmax in f32 has it.
 //!
 //! # Partial states and streams
 //!
@@ -167,6 +156,21 @@
 //!
 //! A [`PartialState`] is f32, whatever the operands are. Any cut of the keys, and any order, gives the whole within the bounds
 //! above. Which keys are visible is the whole's business: a shard knows where its keys lie ([`Problem::shard`]).
+//!
+//! ```
+//! use sink_attention::{Attention, Inputs, Output, Problem};
+//!
+//! type Shard<'a> = (std::ops::Range<usize>, &'a [f32], &'a [f32]); // its keys' numbers, k and v
+//!
+//! fn attend(on: &[Attention], whole: &Problem, q: &[f32], shards: &[Shard<'_>]) -> sink_attention::Result<Output> {
+//!     let mut states = Vec::new();
+//!     for (attention, (keys, k, v)) in on.iter().zip(shards) {
+//!         states.push(attention.attend_partial(whole, keys.clone(), &Inputs::new(q, k, v))?); // no sink logits here
+//!     }
+//!     let state = on[0].merge(whole, &states.iter().collect::<Vec<_>>())?;
+//!     on[0].finish(whole, &state, Some(&[0.0; 8])) // but here, once
+//! }
+//! ```
 //!
 //! The backward pass of a shard, with the final o, o_rest and lse of all keys, gives its share of the
 //! gradients ([`Attention::backward_partial`]). In half precision without o_rest it does not: delta is then a sum over the keys
@@ -278,24 +282,31 @@
 //! # }
 //! ```
 //!
-//! # Speed
+//! A prompt goes through a cache whole or in chunks, one of each sequence, with any number of tokens:
+//!
+//! ```
+//! use sink_attention::{DType, DeviceBuffer, KvCache, Options, Prefill, PrefillBuffers, Step};
+//!
+//! fn prompt(cache: &mut KvCache, step: &mut Step, [q, k, v, o, lse]: [&DeviceBuffer; 5]) -> sink_attention::Result<()> {
+//!     // 700 tokens of sequence 0, none of sequence 1, 300 of sequence 2, one after the other: [1000, heads, width].
+//!     let options = Options::new().causal(true).dtype(DType::F16);
+//!     let prefill = Prefill::new(64, [700, 0, 300], options);
+//!     cache.prepare_prefill(&prefill, &PrefillBuffers::new(q, k, v, o, lse))?.encode(cache, step)
+//! }
+//! ```
+//!
+//! # Speed and size
 //!
 //! Tiles come from a table, or from a [`Tuning`] that `sink-attention tune` has measured on the device
 //! ([`Attention::with_tuning`]). Kernels compile on first use or by [`Attention::precompile`], and on Vulkan are kept in a
 //! file on request ([`Attention::with_pipeline_cache`]). [`Timer`] times passes by the GPU's own clock.
 //!
-//! # Any size
-//!
-//! A pass is one dispatch where it can be. Where an operand exceeds a binding (128 MiB in browsers), or 2^32 elements, the
-//! pass is cut into several, along the batch, then key heads, then tiles of rows, and each binds what it needs of the operand;
-//! [`Error::BindingTooLarge`] is left for tiles that need more: with 128 MiB, of a head 256 wide in f32 that sees more than 130,000
-//! keys, or where a row of keys holds many heads ([`Layout::Bshd`]) fewer. A window bounds what a tile needs. Work that may
-//! take longer than 250 ms is cut, too, by an estimate ([`Attention::with_dispatch_budget`]): systems reset a GPU that does
-//! not answer for some two seconds. The results' bits do not depend on how a pass is cut. [`Prepared::dispatches`] and
-//! `sink-attention plan` tell.
-//!
-//! Pieces follow each other in the caller's encoder. A system that counts the time of a submission and not of a dispatch
-//! wants long passes in an encoder of their own ([`Prepared::encode_pass_in`]).
+//! A pass is one dispatch where it can be. It is cut into several where an operand exceeds a binding (128 MiB in browsers) or
+//! 2^32 elements, or where it may take longer than 250 ms by an estimate ([`Attention::with_dispatch_budget`]): systems reset a
+//! GPU that does not answer for some two seconds. The results' bits do not depend on how a pass is cut. [`Error::BindingTooLarge`]
+//! is left for tiles that need more than a binding. [`Prepared::dispatches`] and `sink-attention plan` show the number. Slices of
+//! a pass follow each other in the caller's encoder; a system that counts the time of a submission wants long passes in an
+//! encoder of their own ([`Prepared::encode_pass_in`]). Limits: docs/choosing.md in the repository.
 //!
 //! # Errors
 //!
