@@ -10,10 +10,17 @@ fn main(
 {% endif %}
 ) {
 {% if batch > 1 %}
-  // Few tiles, if any, are left to do: a workgroup looks at several.
+  // Few tiles, if any, are left to do: a workgroup looks at the reports of several at once.
+  let first_index = (workgroup.x + workgroup.y * grid.x) * {{ batch }}u;
+  if (thread < {{ batch }}u) { {{ flags }}[thread] = vec4<f32>(select(0.0, 1.0, has_report(first_index + thread))); }
+  var left = 0u;
   for (var n = 0u; n < {{ batch }}u; n += 1u) {
-  let index = (workgroup.x + workgroup.y * grid.x) * {{ batch }}u + n;
-  if (index >= params.workgroups) { break; }
+    if (workgroupUniformLoad(&{{ flags }}[n]).x != 0.0) { left |= 1u << n; }
+  }
+  for (var n = 0u; n < {{ batch }}u; n += 1u) {
+  let index = first_index + n;
+  if ((left & (1u << n)) == 0u) { continue; }
+  workgroupBarrier();
 {% else %}
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }

@@ -1,5 +1,24 @@
 {#- Opens `main` of a kernel that has tiles: the workgroup's tile of rows, where their operands lie, and the tiles of columns that
     it meets. Rows of one query head know where their lse and delta lie; a key head's columns are of several query heads. -#}
+{% set row_limit = ("here.k_rows" if rows_are_keys else "here.q_rows") if lengths else ("params.seq_k" if rows_are_keys else "params.seq_q") %}
+{% set flags = "strips" if cooperative else "memory" %}
+{% if sanitize or repairs %}
+// Whether the cooperative kernel has reported rows of a workgroup's tile.
+fn has_report(index: u32) -> bool {
+  if (index >= params.workgroups) { return false; }
+  let work = {{ "key_work" if rows_are_keys else "query_work" }}(index);
+{% if lengths %}
+  let here = load_sequence(work.sequence);
+{% endif %}
+{% if sanitize %}
+  return repairs[repair_slot({{ here_argument }}work, work.tile)] != 0u;
+{% else %}
+  let row0 = work.tile * TILE_ROWS;
+  return to_repair({{ here_argument }}work, row0, min(row0 + TILE_ROWS, {{ row_limit }}));
+{% endif %}
+}
+
+{% endif %}
 {% include "main.wgsl" %}
   let work = {{ "key_work" if rows_are_keys else "query_work" }}(index);
 {% if lengths %}
@@ -7,16 +26,12 @@
   sequence = here;
 {% endif %}
   let row0 = work.tile * TILE_ROWS;
-  let row_limit = {{ ("here.k_rows" if rows_are_keys else "here.q_rows") if lengths else ("params.seq_k" if rows_are_keys else "params.seq_q") }};
+  let row_limit = {{ row_limit }};
   let column_limit = {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }};
   let row_end = min(row0 + TILE_ROWS, row_limit);
-{% if sanitize %}
-  workgroupBarrier();
-  if (thread == 0u) { strips[0] = vec4<f32>(f32(repairs[repair_slot({{ here_argument }}work, work.tile)])); }
-  if (workgroupUniformLoad(&strips[0]).x == 0.0) { {{ leave }}; }
-{% endif %}
-{% if repairs %}
-  if (!to_repair({{ here_argument }}work, row0, row_end)) { {{ leave }}; }
+{% if batch == 1 and (sanitize or repairs) %}
+  if (thread == 0u) { {{ flags }}[0] = vec4<f32>(select(0.0, 1.0, has_report(index))); }
+  if (workgroupUniformLoad(&{{ flags }}[0]).x == 0.0) { return; }
 {% endif %}
 {% for operand in (loads + stores) if not (rows_are_keys and operand.name in ["q", "d_o"]) %}
 {% set of_keys = operand.name in ["k", "v", "d_k", "d_v"] %}

@@ -365,7 +365,6 @@ impl Variant {
             sanitize => self.sanitize,
             units => self.units().to_vec(),
             batch => self.batch,
-            leave => if self.batch > 1 { "continue" } else { "return" },
             of_tiles => self.kernel == Kernel::DSinkLogits && !self.sums_delta(),
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,

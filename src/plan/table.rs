@@ -141,8 +141,7 @@ pub(crate) fn cooperative(
         (_, Kernel::Forward) if width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         (_, Kernel::DKv) if changed && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
         (_, Kernel::DQ | Kernel::ExactDelta) if options.mask.is_some() && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DKv) if width <= 128 && options.dtype == DType::F16 => &[[8, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         _ => &[[8, 1, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]],
     };
     let smaller = match class {
