@@ -128,10 +128,6 @@ where
     if error <= bound { Ok(error) } else { Err(Mismatch::Norm { error, bound }) }
 }
 
-/// What a row may lose with probabilities below f32's normal numbers, of which devices make zeros: some orders of magnitude above these,
-/// as they are multiplied with operands.
-const LOST_WEIGHT: f64 = 1e-30;
-
 /// Compares row by row, each by itself: a norm over all would not show a row that is lost beside larger ones.
 ///
 /// The error of a row is `||actual - expected|| / ||magnitudes||`, where a magnitude is the sum of the absolute values of the
@@ -169,9 +165,9 @@ where
             return Err(Mismatch::NotFinite { index: start + n, actual: x, expected: y });
         }
         let difference = norm(&mut pairs().map(|(x, y)| x - y));
-        let smallest = (row.len() as f64).sqrt() * ulp(0.0, dtype).max(LOST_WEIGHT);
+        let smallest = (row.len() as f64).sqrt() * ulp(0.0, dtype);
         let size = norm(&mut magnitudes[row].iter().copied()).max(norm(&mut pairs().map(|(_, y)| y)));
-        // The smallest numbers have no relative precision, nor have sums of weights that are. Where zeros are expected, nothing but zeros will do.
+        // The smallest numbers have no relative precision. Where zeros are expected, nothing but zeros will do.
         let rest = if size == 0.0 { difference } else { (difference - smallest).max(0.0) };
         let error = if rest == 0.0 { 0.0 } else { rest / size };
         if error > worst.0 {

@@ -18,7 +18,7 @@ const LENGTHS: [usize; 3] = [61, 33, 5];
 const DECODED: [usize; 2] = [2, 0];
 
 /// Any bits; not a number in each format, infinities and the largest numbers among them.
-fn noise(rng: &mut StdRng) -> u32 {
+pub fn noise(rng: &mut StdRng) -> u32 {
     const SPECIAL: [u32; 9] = [
         0x7fc0_0000,
         0x7f80_0000,

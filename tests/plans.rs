@@ -36,6 +36,7 @@ fn problems() -> Vec<(&'static str, Problem)> {
         ("phi, D 80", problem([1, 32, 32], [2048, 2048], [80, 80], causal)),
         ("50 queries", problem([1, 8, 8], [50, 50], [64, 64], causal)),
         ("GPT-OSS prefill in bf16", problem([1, 64, 8], [4096, 4096], [64, 64], sinks.dtype(DType::Bf16))),
+        ("GPT-OSS prefill in f16", problem([1, 64, 8], [4096, 4096], [64, 64], sinks.dtype(DType::F16))),
         ("Llama 3 8B prefill in f16", problem([1, 32, 8], [8192, 8192], [128, 128], causal.dtype(DType::F16))),
         ("odd widths in f16", problem([2, 6, 3], [113, 203], [33, 77], sinks.dtype(DType::F16))),
         ("16 wide", problem([1, 4, 4], [1000, 1000], [16, 16], causal)),

@@ -11,6 +11,7 @@ mod cache_files;
 mod cache_hidden;
 mod cache_prefill;
 mod cache_steps;
+mod cache_unseen;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(feature = "cli")]

@@ -24,6 +24,9 @@ const SLOW: u32 = 3;
 const GAIN: f64 = 0.98;
 const RUNS: usize = 7;
 const WARM_UP: Duration = Duration::from_millis(60);
+/// What the first search has in any case: a loaded machine may need all of the budget to get ready, and a run that measures
+/// nothing is of no use.
+const FIRST: Duration = Duration::from_secs(1);
 
 /// Find the fastest tiles for this device and write them to a file
 ///
@@ -37,7 +40,7 @@ pub struct Tune {
     #[command(flatten, next_help_heading = "Device")]
     device: DeviceArgs,
 
-    /// Seconds to spend, about; shared between all that is to be measured
+    /// Seconds to spend, about; shared between all that is to be measured, the first of which is measured in any case
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     budget: u64,
 
@@ -284,6 +287,7 @@ impl Tune {
                         let problem = &bench.large().problem;
                         let key = TuningKey::of(kernel, problem).ok_or("a problem without a class")?;
                         progress.begin(key.to_string());
+                        let least = if summary.entries.is_empty() { FIRST } else { Duration::ZERO };
                         let left = deadline.saturating_duration_since(Instant::now());
                         let jobs = progress.left().max(1);
                         let micro_kernel = self.device.micro_kernel();
@@ -291,9 +295,9 @@ impl Tune {
                         match choice {
                             // Nothing of this type is computed by it.
                             None => {}
-                            Some(_) if left.is_zero() => summary.not_measured.push(key.to_string()),
+                            Some(_) if left.max(least).is_zero() => summary.not_measured.push(key.to_string()),
                             Some(choice) => {
-                                let until = Instant::now() + left.div_f64(jobs as f64);
+                                let until = Instant::now() + left.div_f64(jobs as f64).max(least);
                                 let dropped = &mut summary.dropped;
                                 let entry = search(&attention, &timer, &bench, choice, until, dropped, right)?;
                                 tuning.insert(key, entry.tiles);

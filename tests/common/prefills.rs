@@ -21,6 +21,11 @@ pub struct Extras {
 }
 
 impl Extras {
+    /// Sink logits, and nothing else.
+    pub fn sinks(sinks: Vec<f32>) -> Self {
+        Extras { sinks: Some(sinks), slopes: None, bias: None, mask: None }
+    }
+
     fn operands<'a, T>(&'a self, cos_sin: Option<&'a [f32]>) -> PrefillOperands<'a, T> {
         PrefillOperands {
             sink_logits: self.sinks.as_deref(),

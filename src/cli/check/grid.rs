@@ -55,7 +55,22 @@ pub struct Case {
     pub hidden: bool,
     /// Queries whose q, d_o or d_lse is NaN or infinite, in the query heads that read key head 0.
     pub poisoned_queries: Range<usize>,
+    /// Whether weights are larger than a kernel that keeps them as halves foresees.
+    pub unforeseen: Option<Unforeseen>,
 }
+
+/// What is much larger than a kernel can tell beforehand. Weights beyond what halves hold must become infinite, so that they are
+/// seen and their rows computed in another way: were they rounded toward zero, results would be wrong, and nothing would tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unforeseen {
+    /// The gradients that flow into later queries: those of the first ones set the unit of the weights in d_k.
+    LateGradients,
+    /// What flows into each probability: the values cancel, so that o is 0 and says nothing of d_o . v.
+    CancelledValues,
+}
+
+/// The first query with a large gradient: behind the first tiles of any size there is.
+const LATE: usize = 64;
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -77,6 +92,11 @@ impl fmt::Display for Case {
         }
         if self.integers {
             write!(f, " integers")?;
+        }
+        match self.unforeseen {
+            Some(Unforeseen::LateGradients) => write!(f, " late gradients")?,
+            Some(Unforeseen::CancelledValues) => write!(f, " cancelled values")?,
+            None => {}
         }
         for (what, poisoned) in [("keys", &self.poisoned_keys), ("queries", &self.poisoned_queries)] {
             if !poisoned.is_empty() {
@@ -142,8 +162,35 @@ impl Case {
         }
         operands.mask = mask_shape(problem).map(|shape| self.mask(shape, &mut random));
         operands.bias = problem.bias_shape().map(|shape| self.bias(shape, &mut random));
+        self.make_unforeseen(&mut operands);
         self.spread_poison(&mut operands);
         operands
+    }
+
+    fn make_unforeseen(&self, operands: &mut Operands) {
+        let Some(unforeseen) = self.unforeseen else { return };
+        let width = self.problem.shape().value_dim;
+        match unforeseen {
+            Unforeseen::LateGradients => {
+                // 2^25 times as large in f16, which keeps both, and 2^80 times in bf16, whose range is that of f32.
+                let [early, late] = if self.problem.options().dtype == DType::Bf16 { [-40, 40] } else { [-12, 13] };
+                for ([_, _, i], row) in self.query_rows(width) {
+                    let factor = 2f32.powi(if i < LATE { early } else { late });
+                    operands.d_o[row].iter_mut().for_each(|x| *x *= factor);
+                }
+            }
+            Unforeseen::CancelledValues => {
+                // All keys weigh the same, and values are those of the first key and their negatives by turns, of few bits: sums in
+                // whatever order are without rounding.
+                operands.q.fill(0.0);
+                let first = operands.v[..width].to_vec();
+                for ([_, _, j], row) in self.key_rows(width) {
+                    let sign = if j % 2 == 0 { 1.0 } else { -1.0 };
+                    let values = first.iter().map(|x| sign * (4.0 * x).round() / 4.0);
+                    operands.v[row].iter_mut().zip(values).for_each(|(to, x)| *to = x);
+                }
+            }
+        }
     }
 
     /// A byte for each pair. Of the blocks of 32 queries and keys, a third each is hidden, visible, and mixed.
@@ -639,6 +686,13 @@ pub fn grid(quick: bool) -> Vec<Case> {
             }
         }
     }
+    grid.group("beyond halves");
+    for keys in [64, 48] {
+        for unforeseen in [Unforeseen::LateGradients, Unforeseen::CancelledValues] {
+            let case = grid.add(shape([96, keys], WIDTH), full);
+            (case.unforeseen, case.d_lse) = (Some(unforeseen), false);
+        }
+    }
     grid.group("gradients that cancel");
     // The one key that a query sees has a probability of 1 whatever its score is, so that d_q and d_k are zero.
     for (size, options) in [([239, 1], full), ([113, 203], full.window(Window::new(0, 0))), ([1, 1], causal)] {
@@ -698,6 +752,7 @@ impl Grid {
             hidden: false,
             poisoned_keys: 0..0,
             poisoned_queries: 0..0,
+            unforeseen: None,
         });
         let last = self.cases.len() - 1;
         &mut self.cases[last]

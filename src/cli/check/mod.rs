@@ -489,6 +489,60 @@ mod tests {
         assert_eq!(failing, BTreeSet::from(["NaN in query rows", "hidden"]));
     }
 
+    /// What cooperative kernels make of weights in halves, were those beyond them the largest half instead of infinite: in d_q with
+    /// a unit by what is known of the row before, in d_k with one by the first query.
+    fn saturated(problem: &Problem, inputs: &Inputs<'_, f16>, upstream: &Upstream<'_, f16>) -> Result<Gradients<f16>> {
+        let (shape, scale) = (problem.shape(), f64::from(problem.scale()));
+        assert!(shape.batch == 1 && shape.kv_heads == 1 && shape.head_dim == shape.value_dim);
+        let width = shape.head_dim;
+        let row = |x: &[f16], n: usize| x[n * width..(n + 1) * width].iter().map(|x| x.to_f64()).collect::<Vec<_>>();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let exponent = |x: f64| x.abs().log2().floor();
+        let kept = |weight: f64, unit: f64| (weight * unit).clamp(-65504.0, 65504.0) / unit;
+        let output = reference::forward(problem, inputs)?;
+        let (mut d_q, mut d_k) = (vec![0.0; inputs.q.len()], vec![0.0; inputs.k.len()]);
+        let mut key_units = vec![0.0; shape.seq_k];
+        for (h, i) in (0..shape.heads).flat_map(|h| (0..shape.seq_q).map(move |i| (h, i))) {
+            let n = i * shape.heads + h;
+            let (q, d_o, o) = (row(inputs.q, n), row(upstream.d_o, n), &output.o[n * width..(n + 1) * width]);
+            let delta = dot(&d_o, o);
+            let d_o_sum: f64 = d_o.iter().map(|x| x.abs()).sum();
+            let o_most = o.iter().fold(2f64.powi(-24), |most, x| most.max(x.abs()));
+            let unit = (12.0 - (exponent(d_o_sum) + exponent(o_most) + 1.0).max(exponent(delta))).exp2();
+            for (j, key_unit) in key_units.iter_mut().enumerate() {
+                let (k, v) = (row(inputs.k, j), row(inputs.v, j));
+                let p = (scale * dot(&q, &k) - output.lse[h * shape.seq_q + i]).exp();
+                let d_s = p * (dot(&d_o, &v) - delta);
+                *key_unit = if (h, i) == (0, 0) { (-6.0 - exponent(d_s)).exp2() } else { *key_unit };
+                for d in 0..width {
+                    d_q[n * width + d] += scale * kept(d_s, unit) * k[d];
+                    d_k[j * width + d] += scale * kept(d_s, *key_unit) * q[d];
+                }
+            }
+        }
+        Ok(Gradients { d_q: round(d_q), d_k: round(d_k), ..right_backward(problem, inputs, upstream)? })
+    }
+
+    #[test]
+    fn weights_that_stop_at_the_largest_half_fail() {
+        let all = grid(false);
+        let [beyond, within]: [Vec<Case>; 2] = ["beyond halves", "sizes"].map(|group| {
+            let usual =
+                |case: &&Case| case.group == group && !case.d_lse && !case.integers && !case.problem.options().causal;
+            let cases = all.iter().filter(usual);
+            cases.map(|case| case.with_dtype(DType::F16)).collect()
+        });
+        let failed = |cases: &[Case]| {
+            let outcomes = run::<f16>(cases, 0, ForwardAndBackward, &Functions(right_forward, saturated));
+            outcomes.into_iter().filter(|outcome| outcome.failure.is_some()).count()
+        };
+        // The kinds of what is not foreseen, each by a gradient of its own.
+        assert_eq!(failed(&beyond), beyond.len());
+        assert!(beyond.len() == 4 && !within.is_empty());
+        // It is not the arithmetic of `saturated` that fails.
+        assert_eq!(failed(&within), 0);
+    }
+
     #[test]
     fn other_bits_the_second_time_fail() {
         let calls = Cell::new(0u32);
