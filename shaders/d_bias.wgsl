@@ -5,19 +5,17 @@
 {{ micro.declare() }}
 
 {% include "main.wgsl" %}
+  let work = decode_work(index);
 {% if axes.seq_q %}
-  let column_tiles = (params.pair_keys + TILE_COLUMNS - 1u) / TILE_COLUMNS;
-  let tile = index % column_tiles;
-  let own_row_tile = params.region_tile + index / column_tiles % params.region_tiles;
-  let place = index / column_tiles / params.region_tiles;
+  let tile = work.cell;
+  let own_row_tile = work.tile;
 {% else %}
-  let tile = params.region_tile + index % params.region_tiles;
-  let place = index / params.region_tiles;
+  let tile = work.tile;
 {% endif %}
   let column0 = tile * TILE_COLUMNS;
   // Both count from 0 to 0 where the bias has no such axis of its own.
-  let own_head = params.region_head + place % params.region_heads;
-  let own_number = params.region_batch + place / params.region_heads;
+  let own_head = work.head;
+  let own_number = work.batch;
 
   {{ micro.begin() }}
   for (var number = own_number; number < {{ "own_number + 1u" if axes.batch else "params.sequence_count" }}; number += 1u) {

@@ -46,11 +46,10 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 {% endfor %}
 
 {% include "main.wgsl" %}
-  let tile = params.region_tile + index % params.region_tiles;
-  let place = index / params.region_tiles;
-  let batch = params.region_batch + place / params.region_heads;
-  let head = params.region_head + place % params.region_heads;
-  let row0 = tile * ROWS;
+  let work = decode_work(index);
+  let batch = work.batch;
+  let head = work.head;
+  let row0 = work.tile * ROWS;
 {% if alibi %}
 
   // For the kernels that come after.
@@ -169,6 +168,6 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     if (thread < half) { partials[thread] += partials[thread + half]; }
     workgroupBarrier();
   }
-  if (thread == 0u) { sink_partials[operand_base(params.sink_partials, batch, head) + tile] = partials[0]; }
+  if (thread == 0u) { sink_partials[operand_base(params.sink_partials, batch, head) + work.tile] = partials[0]; }
 {% endif %}
 }

@@ -2,32 +2,32 @@
     kernel has summed tiles of rows, with a delta more exact than what it stores. The ALiBi slopes': -sum over rows of the
     moments that the d_q kernel has left. One workgroup sums a head over the batch and the rows, in a fixed order. -#}
 {% include "params.wgsl" %}
-{% if sums_delta %}
+{% if "row_terms" in names %}
 {% include "exp.wgsl" %}
 {% endif %}
 
 const THREADS: u32 = {{ threads }}u;
-{% if of_tiles %}
+{% if "sink_partials" in names %}
 const ROWS: u32 = {{ delta_rows }}u;
 {% endif %}
 var<workgroup> partials: array<f32, {{ threads }}>;
 
 {% include "main.wgsl" %}
-  let head = params.region_head + index;
-  let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if of_tiles else "params.seq_q" }};
-{% if sums_delta %}
+  let head = decode_work(index).head;
+  let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if "sink_partials" in names else "params.seq_q" }};
+{% if "row_terms" in names %}
   let sink = sink_logits[params.sink_offset + head];
 {% endif %}
   var sum = 0.0;
   // Kahan's compensation: what the last addition rounded away.
   var lost = 0.0;
   for (var n = thread; n < params.batch * terms; n += THREADS) {
-    let place = operand_base(params.{{ "row_terms" if sums_delta else ("alibi_moments" if kernel == "d_alibi_slopes" else "sink_partials") }}, n / terms, head) + n % terms;
-{% if sums_delta %}
+    let place = operand_base(params.{{ "row_terms" if "row_terms" in names else ("alibi_moments" if "alibi_moments" in names else "sink_partials") }}, n / terms, head) + n % terms;
+{% if "row_terms" in names %}
     let row = row_terms[place];
     // Equal terms give exp(0), even where both are infinite.
     let x = -select(exp1(sink - row.x), 1.0, sink == row.x) * row.y - lost;
-{% elif kernel == "d_alibi_slopes" %}
+{% elif "alibi_moments" in names %}
     let x = -alibi_moments[place] - lost;
 {% else %}
     let x = sink_partials[place] - lost;
@@ -42,5 +42,5 @@ var<workgroup> partials: array<f32, {{ threads }}>;
     if (thread < half) { partials[thread] += partials[thread + half]; }
     workgroupBarrier();
   }
-  if (thread == 0u) { {{ "d_alibi_slopes[params.d_slope_offset" if kernel == "d_alibi_slopes" else "d_sink_logits[params.d_sink_offset" }} + head] = partials[0]; }
+  if (thread == 0u) { {{ "d_alibi_slopes[params.d_slope_offset" if "alibi_moments" in names else "d_sink_logits[params.d_sink_offset" }} + head] = partials[0]; }
 }

@@ -21,12 +21,11 @@ fn nonzero_bytes(bytes: u32) -> u32 {
 
 {% include "main.wgsl" %}
   let row_words = (params.mask_keys + 31u) / 32u;
-  let groups = (row_words + GROUP_WORDS - 1u) / GROUP_WORDS;
-  let group = index % groups;
-  let block_row = params.region_tile + index / groups % params.region_tiles;
-  let place = index / groups / params.region_tiles;
-  let head = params.region_head + place % params.region_heads;
-  let batch = params.region_batch + place / params.region_heads;
+  let work = decode_work(index);
+  let group = work.cell;
+  let block_row = work.tile;
+  let head = work.head;
+  let batch = work.batch;
   let row = block_row * BLOCK_ROWS + thread / STEP_WORDS;
 
   if (thread == 0u) { atomicStore(&classes, 0u); }

@@ -23,11 +23,10 @@ fn exp_below(x: f32, top: f32) -> f32 {
 }
 
 {% include "main.wgsl" %}
-  let tile = params.region_tile + index % params.region_tiles;
-  let place = index / params.region_tiles;
-  let batch = params.region_batch + place / params.region_heads;
-  let head = params.region_head + place % params.region_heads;
-  let row = tile * ROWS + thread / LANES;
+  let work = decode_work(index);
+  let batch = work.batch;
+  let head = work.head;
+  let row = work.tile * ROWS + thread / LANES;
   if (row >= params.seq_q) { return; }
   let lane = thread % LANES;
   let states = params.seq_k;

@@ -51,6 +51,8 @@ struct Params {
   region_heads: u32,
   region_tile: u32,
   region_tiles: u32,
+  // Workgroups of each of these.
+  region_cells: u32,
   sink_offset: u32,
   d_sink_offset: u32,
   slope_offset: u32,
@@ -78,53 +80,4 @@ struct Params {
   negative_infinity: f32,
 }
 {% include "bindings.wgsl" %}
-{% if tile_rows is defined %}
-
-const TILE_ROWS: u32 = {{ tile_rows }}u;
-const TILE_COLUMNS: u32 = {{ tile_columns }}u;
-
-// `batch` is the place along the batch axis, `sequence` the number of the sequence: the same but where lengths differ.
-struct Work { tile: u32, batch: u32, sequence: u32, head: u32, kv_head: u32 }
-{% if lengths %}
-
-// The n-th tile of the list, which the host has made: longest first.
-fn listed(n: u32, head: u32, kv_head: u32) -> Work {
-  let number = sequences[params.work_at + 2u * n];
-  let tile = sequences[params.work_at + 2u * n + 1u];
-  return Work(tile, sequences[number * {{ sequence_words }}u], number, head, kv_head);
-}
-{% endif %}
-{% if rows_are_keys %}
-
-// The tile of keys of a workgroup; `head` is the first query head of the group. The first key tile of every head comes first:
-// under a causal mask the most queries see it.
-fn key_work(index: u32) -> Work {
-  let kv_head = params.region_head + index % params.region_heads;
-  let place = index / params.region_heads;
-  let head = kv_head * (params.heads / params.kv_heads);
-{% if lengths %}
-  return listed(params.region_tile + place, head, kv_head);
-{% else %}
-  let batch = params.region_batch + place % params.region_batches;
-  return Work(params.region_tile + place / params.region_batches, batch, batch, head, kv_head);
-{% endif %}
-}
-{% else %}
-
-// The tile of queries of a workgroup. The query heads of a group stand side by side (they share keys and values). The last
-// query tile of every head comes first: under a causal mask it is the longest.
-fn query_work(index: u32) -> Work {
-  let group = params.heads / params.kv_heads;
-  let kv_head = params.region_head + index / group % params.region_heads;
-  let place = index / (group * params.region_heads);
-  let head = kv_head * group + index % group;
-{% if lengths %}
-  return listed(params.region_tile + place, head, kv_head);
-{% else %}
-  let batch = params.region_batch + place % params.region_batches;
-  let tile = params.region_tile + params.region_tiles - 1u - place / params.region_batches;
-  return Work(tile, batch, batch, head, kv_head);
-{% endif %}
-}
-{% endif %}
-{% endif %}
+{% include "work.wgsl" %}

@@ -195,7 +195,7 @@ fn sees4(row: u32, column: u32) -> vec4<bool> {
   return visible4(row, column){% if mask %} & mask4(row, column){% endif %}{% if bias %} & (bitcast<vec4<u32>>(bias4(row, column)) != vec4<u32>(0xff800000u)){% endif %};
 }
 {% endif %}
-{% if bias and not cooperative and kernel != "forward" %}
+{% if bias and not cooperative and not softmax %}
 
 // The factor of a query's probabilities: each of the n keys with the row's largest bias has 1 / n, of which
 // exp(score - lse) makes 1 where the bias takes up the logarithm of n. Twin of Scores::shares.
@@ -300,7 +300,7 @@ fn distance4(row: u32, column: u32) -> vec4<f32> {
 // What of the above depends on the sequence, its place along the batch axis, and the query head.
 fn begin_pairs(number: u32, batch: u32, head: u32) {
 {% if alibi %}
-  slope = {{ "alibi_slopes[params.slope_offset + head]" if kernel == "forward" or kernel == "exact_delta" else "row_terms[operand_base(params.row_terms, batch, head) + params.slope_row].x" }};
+  slope = {{ "alibi_slopes[params.slope_offset + head]" if "alibi_slopes" in names else "row_terms[operand_base(params.row_terms, batch, head) + params.slope_row].x" }};
 {% endif %}
 {% if bias %}
   bias_base = operand_base(params.bias, number, head);

@@ -4,6 +4,7 @@ enable f16;
 enable wgpu_cooperative_matrix;
 {% endif %}
 {% include "params.wgsl" %}
+{% include "tile_work.wgsl" %}
 {% include "mask.wgsl" %}
 {% if repair_rows %}
 {% include "repairs.wgsl" %}

@@ -6,7 +6,7 @@
 // Whether the cooperative kernel has reported rows of a workgroup's tile.
 fn has_report(index: u32) -> bool {
   if (index >= params.workgroups) { return false; }
-  let work = {{ "key_work" if rows_are_keys else "query_work" }}(index);
+  let work = tile_work(index);
 {% if lengths %}
   let here = load_sequence(work.sequence);
 {% endif %}
@@ -20,7 +20,7 @@ fn has_report(index: u32) -> bool {
 
 {% endif %}
 {% include "main.wgsl" %}
-  let work = {{ "key_work" if rows_are_keys else "query_work" }}(index);
+  let work = tile_work(index);
 {% if lengths %}
   let here = load_sequence(work.sequence);
   sequence = here;

@@ -10,12 +10,11 @@ const LANES: u32 = {{ lanes }}u;
 var<workgroup> sizes: array<vec2<f32>, {{ threads }}>;
 
 {% include "main.wgsl" %}
-  let tile = params.region_tile + index % params.region_tiles;
-  let place = index / params.region_tiles;
-  let batch = params.region_batch + place / params.region_heads;
-  let head = params.region_head + place % params.region_heads;
-  let row = tile * ROWS + thread / LANES;
-  let is_row = row < params.{{ "seq_k" if kernel == "key_scales" else "seq_q" }};
+  let work = decode_work(index);
+  let batch = work.batch;
+  let head = work.head;
+  let row = work.tile * ROWS + thread / LANES;
+  let is_row = row < params.{{ "seq_k" if rows_are_keys else "seq_q" }};
   let lane = thread % LANES;
   var size = vec2<f32>();
   if (is_row) {

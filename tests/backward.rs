@@ -15,7 +15,7 @@ use sink_attention::{
 const INF: f32 = f32::INFINITY;
 
 /// The kernels that have tiles.
-const TILED: [Kernel; 2] = [Kernel::DQ, Kernel::DKv];
+const TILED: [Kernel; 2] = [Kernel::D_Q, Kernel::D_KV];
 
 #[test]
 fn sizes_and_options() {
@@ -390,7 +390,7 @@ fn random_tiles() {
             chunk: pick(1..=9),
             slab: 4 * pick(1..=8),
         };
-        let chosen = [(Kernel::DQ, tiles().into()), (Kernel::DKv, tiles().into())];
+        let chosen = [(Kernel::D_Q, tiles().into()), (Kernel::D_KV, tiles().into())];
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];
         let size = [pick(1..=100) as usize, pick(1..=150) as usize];
         let problem = problem([1, 2, 1], size, width, some_hidden());
@@ -463,7 +463,7 @@ fn sink_gradients_of_a_million_rows() {
     let forward = gpu.prepare_forward(&problem, &buffers.views().forward).unwrap();
     let prepared = gpu.prepare_backward(&problem, &buffers.views()).unwrap();
     let kernels = [0, 1].map(|index: usize| prepared.plan().passes[index].variant.kernel);
-    assert_eq!(kernels, [Kernel::Delta, Kernel::DSinkLogits]);
+    assert_eq!(kernels, [Kernel::DELTA, Kernel::D_SINK_LOGITS]);
     submit(device, |encoder| {
         forward.encode(encoder);
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());

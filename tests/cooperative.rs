@@ -63,14 +63,14 @@ fn with_matrices(test: fn(&Attention)) {
 /// portable one that repairs.
 fn is_cooperative(plan: &Plan) -> bool {
     let of = |kernel| plan.passes.iter().filter(move |pass| pass.variant.kernel == kernel);
-    [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv].into_iter().all(|kernel| {
+    [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV].into_iter().all(|kernel| {
         let passes: Vec<_> = of(kernel)
             .map(|pass| (pass.variant.micro_kernel, pass.variant.sanitize, pass.variant.repairs.is_some()))
             .collect();
         let (first, again) = ((MicroKernel::Cooperative, false, false), (MicroKernel::Cooperative, true, false));
         let repairs = (MicroKernel::Portable, false, true);
         passes.is_empty()
-            || passes == if kernel == Kernel::ExactDelta { vec![first, repairs] } else { vec![first, again, repairs] }
+            || passes == if kernel == Kernel::EXACT_DELTA { vec![first, repairs] } else { vec![first, again, repairs] }
     })
 }
 
@@ -202,7 +202,7 @@ fn fragments_of_every_shape<T: Element>(attention: &Attention) {
         let options = Options::new().window(Window::keys(30)).sink_tokens(3).sink_logits(SinkLogits::PerHead);
         let (problem, case) = random::<T>(&problem([1, 4, 2], [70, 90], [16, 20], options), seed);
         let tiling = Tiling::Cooperative { subgroups, rows, columns, stages };
-        let kernels = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv];
+        let kernels = [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV];
         run_at(attention, &problem, &case, [0, 0], &kernels.map(|kernel| (kernel, tiling)), false);
     }
 }

@@ -277,7 +277,7 @@ fn check_tiles(gpu: &Attention, problem: &Problem, tiles: impl Into<Tiling>, see
         operands.value(problem, 0, 0, hidden).fill(f32::NAN);
     }
     let buffers = Buffers::new(device, problem, &operands);
-    let chosen = [(Kernel::Forward, tiles)];
+    let chosen = [(Kernel::FORWARD, tiles)];
     let prepared = pollster::block_on(gpu.prepare_forward_with(problem, &buffers.views(), &chosen)).unwrap();
     assert_eq!(prepared.plan().passes[0].variant.tiling, Some(tiles));
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
@@ -303,7 +303,7 @@ fn tiles_of_every_device() {
                 let tiles = Plan::forward(&problem(seq_q), vec4, &device).unwrap().passes[0].variant.tiling.unwrap();
                 let problem = problem(90);
                 if !seen.contains(&(width, tiles))
-                    && Pass::with_tiles(Kernel::Forward, &problem, vec4, own, tiles).is_ok()
+                    && Pass::with_tiles(Kernel::FORWARD, &problem, vec4, own, tiles).is_ok()
                 {
                     seen.push((width, tiles));
                     check_tiles(gpu, &problem, tiles, 7);
@@ -373,7 +373,7 @@ fn random_tiles() {
         let size = [pick(1..=100) as usize, pick(1..=150) as usize];
         let problem = problem([1, 2, 1], size, width, some_hidden());
         let vec4 = width.iter().all(|w| w % 4 == 0);
-        if Pass::with_tiles(Kernel::Forward, &problem, vec4, capabilities, tiles).is_ok() {
+        if Pass::with_tiles(Kernel::FORWARD, &problem, vec4, capabilities, tiles).is_ok() {
             check_tiles(gpu, &problem, tiles, tried.into());
             tried += 1;
         }

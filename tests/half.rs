@@ -82,7 +82,7 @@ fn tiles_of_the_exact_delta() {
             let optional = OptionalOperands { d_lse: true, ..OptionalOperands::default() };
             let plan = Plan::backward_with(&problem, false, optional, &device, &portable);
             let planned = plan.unwrap().passes[0].variant;
-            assert_eq!(planned.kernel, Kernel::ExactDelta);
+            assert_eq!(planned.kernel, Kernel::EXACT_DELTA);
             all.extend(planned.tiling.filter(|tiles| !all.contains(tiles)));
         }
     }
@@ -91,11 +91,11 @@ fn tiles_of_the_exact_delta() {
         case.operands.key(&problem, 0, 0, j).fill(f16::NAN);
         case.operands.value(&problem, 0, 0, j).fill(f16::NAN);
     }
-    let fits = |tiles: &Tiling| Pass::with_tiles(Kernel::ExactDelta, &problem, false, own, *tiles).is_ok();
+    let fits = |tiles: &Tiling| Pass::with_tiles(Kernel::EXACT_DELTA, &problem, false, own, *tiles).is_ok();
     let fit: Vec<Tiling> = all.into_iter().filter(fits).collect();
     assert!(fit.len() >= 5, "{fit:?}");
     for tiles in every(2, fit) {
-        run_at(gpu, &problem, &case, [0, 0], &[(Kernel::ExactDelta, tiles)], false);
+        run_at(gpu, &problem, &case, [0, 0], &[(Kernel::EXACT_DELTA, tiles)], false);
     }
 }
 

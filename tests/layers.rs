@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
+use sink_attention::Kernel;
+
 /// The folders, each above those that may import it. Files of `src` itself stand below all of them.
 const FOLDERS: [&str; 10] =
     ["problem", "cpu", "file", "device", "kernel", "plan", "exec", "attention", "cache", "stream"];
@@ -30,7 +32,7 @@ fn sources() -> BTreeMap<String, String> {
 
 /// Code without comments and unit tests; of a `mod.rs` also without `pub use`, which hands on what stands in its folder.
 fn code(file: &str, text: &str) -> String {
-    let text = text.split("#[cfg(test)]").next().unwrap();
+    let text = text.split("#[cfg(test)]\nmod ").next().unwrap();
     let text: String =
         text.lines().filter(|line| !line.trim_start().starts_with("//")).flat_map(|l| [l, "\n"]).collect();
     if !file.ends_with("mod.rs") {
@@ -163,4 +165,55 @@ fn what_is_planted_is_found() {
     assert_eq!(upward(&planted("problem/mask.rs", "// crate::device::Device\n")), []);
     let circle = in_circles(&planted("problem/options.rs", "use super::shape::Problem;\n"));
     assert!(circle.contains(&"problem/options.rs".to_string()) && circle.contains(&"problem/shape.rs".to_string()));
+}
+
+/// The lines of a text that name a kernel, or ask which one it is.
+fn naming_a_kernel(text: &str) -> Vec<&str> {
+    let names = Kernel::TILED.map(Kernel::name).into_iter().chain([
+        "delta",
+        "d_sink_logits",
+        "key_scales",
+        "query_scales",
+        "mask_bits",
+        "d_alibi_slopes",
+        "merge",
+    ]);
+    let marks: Vec<String> = names.map(|name| format!("Kernel::{}", name.to_uppercase())).collect();
+    let asks = ["kernel ==", "kernel !=", "kernel in"];
+    let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    code.filter(|line| {
+        marks.iter().any(|mark| line.replace("MicroKernel::", "").contains(mark))
+            || line.contains("{%") && asks.iter().any(|ask| line.contains(ask))
+            || line.contains("{{") && asks.iter().any(|ask| line.contains(ask))
+    })
+    .collect()
+}
+
+/// A kernel is described in src/kernel and its entry shader; the plan, what runs it and the templates that kernels share take its
+/// description.
+#[test]
+fn plans_and_shared_templates_name_no_kernel() {
+    for (file, text) in sources() {
+        if file.starts_with("plan/") || file.starts_with("exec/") {
+            let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+            assert_eq!(naming_a_kernel(code), [""; 0], "{file}");
+        }
+    }
+    let shaders = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
+    let mut shared = 0;
+    for folder in [".", "portable", "cooperative"] {
+        for entry in fs::read_dir(shaders.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_none_or(|extension| extension != "wgsl") {
+                continue;
+            }
+            assert_eq!(naming_a_kernel(&fs::read_to_string(&path).unwrap()), [""; 0], "{}", path.display());
+            shared += 1;
+        }
+    }
+    assert!(shared > 30, "{shared}");
+    for planted in ["let k = Kernel::D_KV;", "{% if kernel == \"forward\" %}", "match Kernel::MASK_BITS {"] {
+        assert_eq!(naming_a_kernel(planted), [planted]);
+    }
+    assert_eq!(naming_a_kernel("// Kernel::D_Q\nMicroKernel::Portable"), [""; 0]);
 }

@@ -244,7 +244,7 @@ fn views_and_a_shared_mask_scratch() {
         let views = BackwardBuffers { forward, d_bias: Some((&d_bias).into()), ..buffers.views() };
         let forward = attention.prepare_forward(&problem, &forward)?;
         let backward = attention.prepare_backward(&problem, &views)?;
-        let packs = |pass: &Pass| pass.variant.kernel == Kernel::MaskBits;
+        let packs = |pass: &Pass| pass.variant.kernel == Kernel::MASK_BITS;
         assert!(forward.plan().passes.iter().any(packs));
         assert_eq!(backward.plan().passes.iter().any(packs), scratch.is_none());
         submit(device, |encoder| {

@@ -110,7 +110,7 @@ fn every_width_has_a_plan() {
                     assert!(pass.variant.workgroup_bytes() <= 16 << 10, "{problem}: {pass}");
                     assert!(pass.variant.threads() <= 256, "{problem}: {pass}");
                     if let Some([tile_rows, _]) = pass.variant.tile() {
-                        let rows = if pass.variant.kernel == Kernel::DKv { 1000 } else { seq_q as u64 };
+                        let rows = if pass.variant.kernel == Kernel::D_KV { 1000 } else { seq_q as u64 };
                         assert!(pass.workgroups * u64::from(tile_rows) >= rows, "{problem}: {pass}");
                     }
                 }
@@ -144,12 +144,12 @@ fn delta_is_never_from_rounded_o() {
                     let of = |passes: &[Pass], kernels: &[Kernel]| -> Vec<Variant> {
                         passes.iter().map(|pass| pass.variant).filter(|v| kernels.contains(&v.kernel)).collect()
                     };
-                    assert!(of(&forward, &[Kernel::Forward]).iter().all(|variant| variant.o_rest == o_rest));
+                    assert!(of(&forward, &[Kernel::FORWARD]).iter().all(|variant| variant.o_rest == o_rest));
                     let whole = dtype == DType::F32 || o_rest;
-                    let deltas = of(&backward, &[Kernel::Delta, Kernel::ExactDelta]);
+                    let deltas = of(&backward, &[Kernel::DELTA, Kernel::EXACT_DELTA]);
                     assert!(!deltas.is_empty());
                     for delta in deltas {
-                        assert_eq!(delta.kernel, if whole { Kernel::Delta } else { Kernel::ExactDelta });
+                        assert_eq!(delta.kernel, if whole { Kernel::DELTA } else { Kernel::EXACT_DELTA });
                         assert_eq!((delta.o_rest, delta.d_lse), (o_rest, d_lse));
                     }
                 }
@@ -189,7 +189,7 @@ fn micro_kernels_are_as_asked_for() {
                         for pass in all.iter().filter(|pass| pass.variant.sanitize) {
                             let first = Variant { sanitize: false, batch: 1, ..pass.variant };
                             assert!(all.iter().any(|pass| pass.variant == first), "{pass}");
-                            assert_ne!(pass.variant.kernel, Kernel::ExactDelta);
+                            assert_ne!(pass.variant.kernel, Kernel::EXACT_DELTA);
                         }
                         let tiled = |pass: &Pass| pass.variant.tiling.is_some() && !pass.variant.sanitize;
                         let passes: Vec<Pass> = plan.unwrap().passes.into_iter().filter(tiled).collect();
@@ -218,9 +218,9 @@ fn token_scales_are_found_before_they_are_read() {
     let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2 };
     for dtype in [DType::F16, DType::Bf16] {
         let problem = problem([1, 2, 1], [100, 100], [64, 64], Options::new().dtype(dtype));
-        for kernel in [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv] {
+        for kernel in [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV] {
             let preference = Preference { tiles: &[(kernel, cooperative)], ..Preference::default() };
-            let (optional, plan) = (OptionalOperands::default(), if kernel == Kernel::Forward { 0 } else { 1 });
+            let (optional, plan) = (OptionalOperands::default(), if kernel == Kernel::FORWARD { 0 } else { 1 });
             let plans = [
                 Plan::forward_with(&problem, true, optional, device, &preference),
                 Plan::backward_with(&problem, true, optional, device, &preference),
@@ -228,7 +228,7 @@ fn token_scales_are_found_before_they_are_read() {
             let kernels: Vec<_> = plans[plan].as_ref().unwrap().passes.iter().map(|pass| pass.variant.kernel).collect();
             let place = |kernel| kernels.iter().position(|other| *other == kernel);
             // f16 has all the range that its operands have.
-            let scales = if kernel == Kernel::DKv { Kernel::QueryScales } else { Kernel::KeyScales };
+            let scales = if kernel == Kernel::D_KV { Kernel::QUERY_SCALES } else { Kernel::KEY_SCALES };
             assert_eq!(place(scales).is_some(), dtype == DType::Bf16, "{kernel:?} in {dtype}");
             assert!(place(scales) < place(kernel), "{kernels:?}");
         }
@@ -283,7 +283,7 @@ fn strange_tiles_are_refused() {
     let device = &Capabilities::samples()[0];
     let good = Tiles { threads_r: 8, threads_c: 8, rows: 4, quads: 1, chunk: 4, slab: 32 };
     let huge = u32::MAX;
-    for kernel in [Kernel::Forward, Kernel::DQ, Kernel::DKv] {
+    for kernel in [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV] {
         Pass::with_tiles(kernel, &problem, true, device, good).unwrap();
         for (why, tiles) in [
             ("no threads", Tiles { threads_r: 0, ..good }),
@@ -349,10 +349,10 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
                         assert!(!gridless || dispatches.is_err(), "{}: {dispatches:?}", lacking.name);
                     }
                 }
-                for tiling in Tiling::candidates(Kernel::Forward, &problem, true, &device, MicroKernel::Auto) {
-                    let _ = Pass::with_tiles(Kernel::Forward, &problem, true, &lacking, tiling);
+                for tiling in Tiling::candidates(Kernel::FORWARD, &problem, true, &device, MicroKernel::Auto) {
+                    let _ = Pass::with_tiles(Kernel::FORWARD, &problem, true, &lacking, tiling);
                 }
-                let _ = Tiling::candidates(Kernel::Forward, &problem, true, &lacking, MicroKernel::Auto);
+                let _ = Tiling::candidates(Kernel::FORWARD, &problem, true, &lacking, MicroKernel::Auto);
                 let plan = Plan::forward(&problem, true, &device).unwrap();
                 let _ = plan.dispatches(&problem, &lacking, Some(std::time::Duration::ZERO));
                 let resident = plan.passes.iter().filter_map(|pass| pass.resident_workgroups(&lacking));
@@ -396,7 +396,7 @@ fn tiles_without_a_side_are_refused() {
         Tiling::Portable(tiles)
     }));
     for tiling in all {
-        for kernel in [Kernel::Forward, Kernel::DQ, Kernel::DKv] {
+        for kernel in [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV] {
             assert!(Pass::with_tiles(kernel, &problem, true, device, tiling).is_err(), "{tiling}");
         }
     }

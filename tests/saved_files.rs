@@ -85,9 +85,9 @@ fn tunings_of_earlier_versions_load() {
     let mut expected = Tuning::new("Some GPU", "1.2 (Mesa)");
     let tiles = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
     let key = |kernel, dtype, width, mask| TuningKey { kernel, dtype, width, mask };
-    expected.insert(key(Kernel::Forward, DType::F32, 64, MaskClass::Long), tiles);
+    expected.insert(key(Kernel::FORWARD, DType::F32, 64, MaskClass::Long), tiles);
     let cooperative = Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1, stages: 2 };
-    expected.insert(key(Kernel::DQ, DType::F16, 128, MaskClass::Window), cooperative);
+    expected.insert(key(Kernel::D_Q, DType::F16, 128, MaskClass::Window), cooperative);
     assert_eq!(tuning, expected);
 }
 

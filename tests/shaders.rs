@@ -230,23 +230,23 @@ fn the_list_reaches_every_class() {
         for sinks in SINKS {
             for vec4 in [false, true] {
                 // A logit of zero has no gradient, so delta knows it as little as none; the exact one knows no sinks.
-                let delta = Some(Kernel::Delta).filter(|_| sinks != SinkLogits::OffByOne);
-                for kernel in [Some(Kernel::Forward), Some(Kernel::Merge), delta].into_iter().flatten() {
+                let delta = Some(Kernel::DELTA).filter(|_| sinks != SinkLogits::OffByOne);
+                for kernel in [Some(Kernel::FORWARD), Some(Kernel::MERGE), delta].into_iter().flatten() {
                     assert!(variants.iter().any(|v| (v.kernel, v.sink_logits, v.vec4) == (kernel, sinks, vec4)));
                 }
             }
         }
-        let delta = if dtype == DType::F32 { Kernel::Delta } else { Kernel::ExactDelta };
+        let delta = if dtype == DType::F32 { Kernel::DELTA } else { Kernel::EXACT_DELTA };
         // The exact delta has no accumulators, whose width would choose among the rows of the table.
         let least = if dtype == DType::F32 { 1 } else { 4 };
-        for (kernel, least) in [(Kernel::Forward, 5), (delta, least), (Kernel::DQ, 5), (Kernel::DKv, 5)] {
+        for (kernel, least) in [(Kernel::FORWARD, 5), (delta, least), (Kernel::D_Q, 5), (Kernel::D_KV, 5)] {
             let tiles: HashSet<_> = variants.iter().filter(|v| v.kernel == kernel).map(|v| v.tiling).collect();
             assert!(tiles.len() >= least, "the tuning table of {kernel:?} has more rows than {tiles:?}");
         }
         for d_lse in [false, true] {
             assert!(variants.iter().any(|v| v.kernel == delta && v.d_lse == d_lse));
         }
-        assert!(variants.iter().any(|v| v.kernel == Kernel::DSinkLogits));
+        assert!(variants.iter().any(|v| v.kernel == Kernel::D_SINK_LOGITS));
     }
 }
 
@@ -361,7 +361,7 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
     let most = match variant.kernel {
         _ if is_cooperative(variant) || variant.repairs.is_some() => 10 + options,
         // With o_rest, sink logits and d_lse it has no room for slopes.
-        Kernel::Delta => 8 + options,
+        kernel if kernel == Kernel::DELTA => 8 + options,
         // One option goes with everything else on every WebGPU device.
         _ => 7 + options.max(1),
     };
@@ -369,21 +369,15 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
     assert_eq!(written.contains(&"repairs"), is_cooperative(variant), "{name}");
     written.retain(|operand| *operand != "repairs");
     written.sort_unstable();
-    let results: &[&str] = match variant.kernel {
-        Kernel::Forward | Kernel::Merge if variant.o_rest => &["lse", "o", "o_rest"],
-        Kernel::Forward | Kernel::Merge => &["lse", "o"],
-        Kernel::Delta if variant.sink_logits == SinkLogits::PerHead => &["row_terms", "sink_partials"],
-        Kernel::Delta | Kernel::ExactDelta => &["row_terms"],
-        Kernel::DSinkLogits => &["d_sink_logits"],
-        Kernel::DQ if variant.moments => &["alibi_moments", "d_q"],
-        Kernel::DQ => &["d_q"],
-        Kernel::DKv if variant.packed => &["d_k"],
-        Kernel::DKv => &["d_k", "d_v"],
-        Kernel::KeyScales => &["key_scales"],
-        Kernel::QueryScales => &["query_scales"],
-        Kernel::MaskBits => &["mask_bits"],
-        Kernel::DBias => &["d_bias"],
-        Kernel::DAlibiSlopes => &["d_alibi_slopes"],
+    let results: &[&str] = match variant.kernel.name() {
+        "forward" | "merge" if variant.o_rest => &["lse", "o", "o_rest"],
+        "forward" | "merge" => &["lse", "o"],
+        "delta" if variant.sink_logits == SinkLogits::PerHead => &["row_terms", "sink_partials"],
+        "delta" | "exact_delta" => &["row_terms"],
+        "d_q" if variant.moments => &["alibi_moments", "d_q"],
+        "d_kv" if variant.packed => &["d_k"],
+        "d_kv" => &["d_k", "d_v"],
+        own => &[own],
     };
     assert_eq!(written, results, "{name}");
 }

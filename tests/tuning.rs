@@ -11,7 +11,7 @@ use sink_attention::{
     Window, wgpu,
 };
 
-const KERNELS: [Kernel; 3] = [Kernel::Forward, Kernel::DQ, Kernel::DKv];
+const KERNELS: [Kernel; 3] = [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV];
 
 fn options() -> Options {
     Options::new().causal(true).sink_logits(SinkLogits::PerHead)
@@ -77,7 +77,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         }
         // The caller's own go before measured ones.
         let own = Tiles { rows: 2, ..OTHER };
-        let own_tiles = [(Kernel::Forward, own.into())];
+        let own_tiles = [(Kernel::FORWARD, own.into())];
         let tuning = tuning(&device.name, &problem, OTHER);
         let preference = Preference { tiles: &own_tiles, tuning: Some(&tuning), ..Preference::default() };
         let pass = Plan::forward_with(&problem, true, optional, &device, &preference).unwrap().passes[0];
@@ -107,7 +107,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let Tiling::Portable(tiles) = built_in_portable.0 else { panic!() };
     let slim = Tiling::Portable(Tiles { chunk: 4, slab: 8, ..tiles });
     let own = |tiles: &[Tiling], micro_kernel| {
-        let tiles: Vec<_> = tiles.iter().map(|tiling| (Kernel::Forward, *tiling)).collect();
+        let tiles: Vec<_> = tiles.iter().map(|tiling| (Kernel::FORWARD, *tiling)).collect();
         plan(device, &Preference { tiles: &tiles, micro_kernel, ..Preference::default() })
     };
     let (caller, repairs) = (TilesOrigin::Caller, Some(64));
@@ -126,7 +126,7 @@ fn tiles_decide_on_the_micro_kernel() {
 
     let measured = |tiling, micro_kernel| {
         let mut tuning = Tuning::new(&device.name, "");
-        tuning.insert(TuningKey::of(Kernel::Forward, &problem).unwrap(), tiling);
+        tuning.insert(TuningKey::of(Kernel::FORWARD, &problem).unwrap(), tiling);
         plan(device, &Preference { tuning: Some(&tuning), micro_kernel, ..Preference::default() }).unwrap()
     };
     let tuned = measured(cooperative, MicroKernel::Auto);
@@ -142,7 +142,7 @@ fn tiles_decide_on_the_micro_kernel() {
 
     // Without the matrices they are an error of the caller's, and nothing to a tuning.
     let least = samples.last().unwrap();
-    let tiles = [(Kernel::Forward, cooperative)];
+    let tiles = [(Kernel::FORWARD, cooperative)];
     let error = plan(least, &Preference { tiles: &tiles, ..Preference::default() }).unwrap_err().to_string();
     assert!(error.contains("WebGPU defaults has no cooperative matrices"), "{error}");
 }

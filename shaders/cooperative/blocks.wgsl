@@ -47,7 +47,7 @@ var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * side * w
 // What goes with each column: of queries what lse and delta add, in bf16 what takes the token scales out.
 var<workgroup> terms: array<vec4<f32>, {{ stages * column_terms * tile_columns // 4 }}>;
 {% endif %}
-{% if kernel in ["d_q", "d_kv"] %}
+{% if "row_terms" in names %}
 // What weights may reach before their unit follows in the second run, within f16.
 const MOST_WEIGHT: f32 = 32768.0;
 {% endif %}
@@ -290,7 +290,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
       let powers = select(token_scale_{{ n }}, vec2<f32>(1.0), token_scale_{{ n }} > vec2<f32>(1e30));
 {% set first = 2 if rows_are_keys else 0 %}
       terms[at + {{ first * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.x;
-{% if kernel == "forward" %}
+{% if softmax %}
       // Values' powers go with the scores, and out of the sum of probabilities.
       terms[at + {{ tile_columns // 4 }}u][item % 4u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
       terms[at + {{ 2 * tile_columns // 4 }}u][item % 4u] = powers.y;

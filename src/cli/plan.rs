@@ -439,7 +439,7 @@ impl Tiles {
     fn new(problem: &Problem, pass: &Pass, tile: [u32; 2]) -> Option<Self> {
         let variant = &pass.variant;
         let (shape, mask) = (problem.shape(), problem.sequences().next()?.band);
-        let rows_are_keys = variant.kernel == Kernel::DKv;
+        let rows_are_keys = variant.kernel == Kernel::D_KV;
         let [seq_rows, seq_columns] =
             if rows_are_keys { [shape.seq_k, shape.seq_q] } else { [shape.seq_q, shape.seq_k] };
         let [rows, columns] = tile.map(|n| n as usize);

@@ -91,10 +91,10 @@ enum Masks {
 impl Tunable {
     fn kernel(self) -> Kernel {
         match self {
-            Tunable::Forward => Kernel::Forward,
-            Tunable::ExactDelta => Kernel::ExactDelta,
-            Tunable::DQ => Kernel::DQ,
-            Tunable::DKv => Kernel::DKv,
+            Tunable::Forward => Kernel::FORWARD,
+            Tunable::ExactDelta => Kernel::EXACT_DELTA,
+            Tunable::DQ => Kernel::D_Q,
+            Tunable::DKv => Kernel::D_KV,
         }
     }
 }
@@ -153,13 +153,13 @@ impl Stand {
     ) -> sink_attention::Result<(Prepared, Vec<usize>)> {
         let tiles = [(kernel, tiles)];
         let forward = self.operands.buffers();
-        if kernel == Kernel::Forward {
+        if kernel == Kernel::FORWARD {
             let prepared = pollster::block_on(attention.prepare_forward_with(&self.problem, &forward, &tiles))?;
             let places = (0..prepared.plan().passes.len()).collect();
             return Ok((prepared, places));
         }
         let mut backward = self.gradients.buffers(&self.operands);
-        if kernel == Kernel::ExactDelta {
+        if kernel == Kernel::EXACT_DELTA {
             // With what rounding took from o there would be no such kernel.
             backward.forward.o_rest = None;
         }
@@ -168,7 +168,7 @@ impl Stand {
             let passes = prepared.plan().passes.iter().enumerate();
             passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect::<Vec<_>>()
         };
-        let scales = [places_of(Kernel::KeyScales), places_of(Kernel::QueryScales)].concat();
+        let scales = [places_of(Kernel::KEY_SCALES), places_of(Kernel::QUERY_SCALES)].concat();
         timer.time(1, |pass| scales.iter().for_each(|place| prepared.encode_pass_in(pass, *place)))?;
         let places = places_of(kernel);
         Ok((prepared, places))
@@ -240,7 +240,7 @@ impl Bench {
             let Some(tiles) = tiles else { break };
             let next = problem(size)?;
             let growth = next.forward_flops() / on.problem.forward_flops();
-            let time = on.glance(attention, timer, Kernel::Forward, tiles)?;
+            let time = on.glance(attention, timer, Kernel::FORWARD, tiles)?;
             if time.mul_f64(growth) > LARGEST || too_large(&next, device.capabilities()).is_some() {
                 break;
             }
@@ -355,9 +355,9 @@ impl Choice {
         micro_kernel: MicroKernel,
     ) -> Result<Option<Self>, Box<dyn Error>> {
         let capabilities = attention.device().ok_or("no GPU")?.capabilities();
-        let plan = match kernel {
-            Kernel::Forward => attention.plan_forward(problem),
-            _ => attention.plan_backward(problem),
+        let plan = match kernel == Kernel::FORWARD {
+            true => attention.plan_forward(problem),
+            false => attention.plan_backward(problem),
         }?;
         let Some(pass) = plan.passes.into_iter().find(|pass| pass.variant.kernel == kernel) else { return Ok(None) };
         let (built_in, vec4) = (pass.variant.tiling.ok_or("a kernel without tiles")?, pass.variant.vec4);
@@ -470,11 +470,11 @@ fn right_with<T: Element>(
     let inputs = operands.inputs();
     let compute = || -> sink_attention::Result<_> {
         let mut expected = portable.forward(problem, &inputs)?;
-        if kernel == Kernel::Forward {
+        if kernel == Kernel::FORWARD {
             let actual = tuned.forward(problem, &inputs)?;
             return Ok((Some([actual.lse, expected.lse]), vec![[actual.o, expected.o]]));
         }
-        if kernel == Kernel::ExactDelta {
+        if kernel == Kernel::EXACT_DELTA {
             expected.o_rest = None;
         }
         let upstream = Upstream { d_o: &expected.o, d_lse: None };

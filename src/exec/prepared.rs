@@ -9,8 +9,9 @@ use crate::device::Device;
 use crate::device::buffer::{TensorView, allocate, upload};
 use crate::exec::pipeline::{Pipeline, Pipelines};
 use crate::exec::placed::{Placed, check_element_type, resource};
+use crate::kernel::spec::mask_blocks;
 use crate::kernel::{Binding, SEQUENCE_WORDS};
-use crate::plan::operand::{View, Window, mask_blocks, operand_extents, scratch_view};
+use crate::plan::operand::{View, Window, operand_extents, scratch_view};
 use crate::plan::slice::{Piece, Pieces, Region};
 use crate::plan::{OptionalOperands, Pass, Plan, Preference};
 use crate::problem::error::{Error, Result};
@@ -81,6 +82,7 @@ struct Params {
     region_heads: u32,
     region_tile: u32,
     region_tiles: u32,
+    region_cells: u32,
     sink_offset: u32,
     d_sink_offset: u32,
     slope_offset: u32,
@@ -385,6 +387,7 @@ impl<'a> Operands<'a> {
             region_heads,
             region_tile,
             region_tiles,
+            region_cells: piece.cells,
             sink_offset: offset(Binding::SinkLogits),
             d_sink_offset: offset(Binding::DSinkLogits),
             slope_offset: offset(Binding::AlibiSlopes),
@@ -731,7 +734,7 @@ mod tests {
         let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
             sink_partials key_scales query_scales bias d_bias mask mask_bits
             mask_key_bits mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
-            workgroups region_batch region_batches region_head region_heads region_tile region_tiles sink_offset d_sink_offset
+            workgroups region_batch region_batches region_head region_heads region_tile region_tiles region_cells sink_offset d_sink_offset
             slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
             pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);
         assert_eq!(params, in_the_shader(&module, "Params"));

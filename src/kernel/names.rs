@@ -1,107 +1,93 @@
-//! Kernels, micro-kernels, and the sizes that host and shaders agree on.
+//! The kernels, in the order of the passes, and the micro-kernels.
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 
 use crate::device::capabilities::{Capabilities, DeviceClass};
+use crate::kernel::spec::{Body, KernelSpec, Tiled};
+use crate::kernel::{d_bias, d_kv, d_q, delta, forward, head_sums, mask_bits, merge, token_scales};
 
-/// Rows of a workgroup of the delta kernel, and the threads that load a row together.
-pub(crate) const DELTA_ROWS: u32 = 32;
-pub(crate) const DELTA_LANES: u32 = 8;
-/// Rows and words of 32 keys of a block of a boolean mask, which is classified as one.
-pub(crate) const MASK_BLOCK_ROWS: u32 = 32;
-pub(crate) const MASK_BLOCK_WORDS: u32 = 2;
-/// Blocks whose classes are one word.
-pub(crate) const MASK_GROUP: u32 = 16;
-/// Words of a row that are packed at a time.
-pub(crate) const MASK_STEP_WORDS: u32 = 8;
-/// Words that kernels may read behind the last row of a mask's bits, and the rows or columns of a tile that they stand for.
-pub(crate) const MASK_READ_BEYOND: u64 = 512;
-pub(crate) const MASK_TILE: u64 = 32 * MASK_READ_BEYOND;
-/// Words of a sequence in the table that kernels read.
-pub(crate) const SEQUENCE_WORDS: u32 = 11;
-
-/// The kernels of the crate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kernel {
-    /// o and lse.
-    Forward,
-    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient: in f32, and in half precision where
-    /// o_rest is there.
-    Delta,
-    /// delta as the sum of p (d_o . v), less d_lse; in half precision without o_rest, where o is rounded.
-    ExactDelta,
-    /// The sink logits' gradient: its second level, but after [`ExactDelta`](Self::ExactDelta) the whole of it.
-    DSinkLogits,
-    /// The gradient by q.
-    DQ,
-    /// The gradients by k and v.
-    DKv,
-    /// The powers of two that bring each token's keys and values to the range of halves.
-    KeyScales,
-    /// The same for queries and d_o.
-    QueryScales,
-    /// The boolean mask in bits, with the classes of its blocks: which hold nothing visible, and which nothing hidden.
-    MaskBits,
-    /// The gradient by the bias.
-    DBias,
-    /// The gradient by the ALiBi slopes, from what the d_q kernel has left for each row.
-    DAlibiSlopes,
-    /// One state of several partial ones, see [`Attention::prepare_merge`](crate::Attention::prepare_merge).
-    Merge,
-}
+/// A kernel of the crate: a handle of its description.
+#[derive(Clone, Copy)]
+pub struct Kernel(&'static KernelSpec);
 
 impl Kernel {
+    /// o and lse.
+    pub const FORWARD: Kernel = Kernel(&forward::FORWARD);
+    /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient: in f32, and in half precision where
+    /// o_rest is there.
+    pub const DELTA: Kernel = Kernel(&delta::DELTA);
+    /// delta as the sum of p (d_o . v), less d_lse; in half precision without o_rest, where o is rounded.
+    pub const EXACT_DELTA: Kernel = Kernel(&delta::EXACT_DELTA);
+    /// The sink logits' gradient: its second level, but after [`EXACT_DELTA`](Self::EXACT_DELTA) the whole of it.
+    pub const D_SINK_LOGITS: Kernel = Kernel(&head_sums::D_SINK_LOGITS);
+    /// The gradient by q.
+    pub const D_Q: Kernel = Kernel(&d_q::D_Q);
+    /// The gradients by k and v.
+    pub const D_KV: Kernel = Kernel(&d_kv::D_KV);
+    /// The powers of two that bring each token's keys and values to the range of halves.
+    pub const KEY_SCALES: Kernel = Kernel(&token_scales::KEY_SCALES);
+    /// The same for queries and d_o.
+    pub const QUERY_SCALES: Kernel = Kernel(&token_scales::QUERY_SCALES);
+    /// The boolean mask in bits, with the classes of its blocks: which hold nothing visible, and which nothing hidden.
+    pub const MASK_BITS: Kernel = Kernel(&mask_bits::MASK_BITS);
+    /// The gradient by the bias.
+    pub const D_BIAS: Kernel = Kernel(&d_bias::D_BIAS);
+    /// The gradient by the ALiBi slopes, from what the d_q kernel has left for each row.
+    pub const D_ALIBI_SLOPES: Kernel = Kernel(&head_sums::D_ALIBI_SLOPES);
+    /// One state of several partial ones, see [`Attention::prepare_merge`](crate::Attention::prepare_merge).
+    pub const MERGE: Kernel = Kernel(&merge::MERGE);
+
     /// The kernels that have tiles.
-    pub const TILED: [Kernel; 5] = [Kernel::Forward, Kernel::ExactDelta, Kernel::DQ, Kernel::DKv, Kernel::DBias];
+    pub const TILED: [Kernel; 5] = [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV, Kernel::D_BIAS];
+
+    /// A kernel of the tests' own.
+    #[cfg(test)]
+    pub(crate) const fn new(spec: &'static KernelSpec) -> Self {
+        Kernel(spec)
+    }
+
+    pub(crate) fn spec(self) -> &'static KernelSpec {
+        self.0
+    }
 
     /// Its short name, as in files and tables.
     pub fn name(self) -> &'static str {
-        match self {
-            Kernel::Forward => "forward",
-            Kernel::Delta => "delta",
-            Kernel::ExactDelta => "exact_delta",
-            Kernel::DSinkLogits => "d_sink_logits",
-            Kernel::DQ => "d_q",
-            Kernel::DKv => "d_kv",
-            Kernel::KeyScales => "key_scales",
-            Kernel::QueryScales => "query_scales",
-            Kernel::MaskBits => "mask_bits",
-            Kernel::DBias => "d_bias",
-            Kernel::DAlibiSlopes => "d_alibi_slopes",
-            Kernel::Merge => "merge",
-        }
+        self.0.name
     }
 
-    pub(crate) fn template(self) -> String {
-        match self {
-            Kernel::KeyScales | Kernel::QueryScales => "token_scales.wgsl".into(),
-            Kernel::DSinkLogits | Kernel::DAlibiSlopes => "head_sums.wgsl".into(),
-            kernel => format!("{}.wgsl", kernel.name()),
+    /// What a kernel that has tiles does with them.
+    pub(crate) fn tiled(self) -> Option<&'static Tiled> {
+        match &self.0.body {
+            Body::Tiled(tiled) => Some(tiled),
+            Body::Plain(_) => None,
         }
     }
+}
 
-    /// Whether it has tiles, or only sums along rows.
-    pub(crate) fn has_tiles(self) -> bool {
-        Kernel::TILED.contains(&self)
+/// By name.
+impl PartialEq for Kernel {
+    fn eq(&self, other: &Kernel) -> bool {
+        self.name() == other.name()
     }
+}
 
-    /// Widths of the accumulators that a row of a tile keeps in registers.
-    pub(crate) fn accumulator_widths(self, head_dim: u32, value_dim: u32) -> [u32; 2] {
-        match self {
-            Kernel::Forward => [value_dim, 0],
-            Kernel::DQ => [head_dim, 0],
-            Kernel::DKv => [head_dim, value_dim],
-            _ => [0, 0],
-        }
+impl Eq for Kernel {}
+
+impl Hash for Kernel {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name().hash(state);
     }
+}
 
-    /// Tiles of scores that a thread holds at once.
-    pub(crate) fn score_tiles(self) -> u32 {
-        match self {
-            Kernel::Forward => 1,
-            Kernel::DBias => 3,
-            _ => 2,
+/// The words of its name, as `ExactDelta`.
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for word in self.name().split('_') {
+            let (first, rest) = word.split_at(word.len().min(1));
+            write!(f, "{}{rest}", first.to_ascii_uppercase())?;
         }
+        Ok(())
     }
 }
 
@@ -147,3 +133,23 @@ impl fmt::Display for MicroKernel {
         })
     }
 }
+
+/// The kernels of a forward pass, in their order.
+pub(crate) const FORWARD_PASS: &[Kernel] = &[Kernel::MASK_BITS, Kernel::KEY_SCALES, Kernel::FORWARD];
+
+/// The kernels of a backward pass, in their order.
+pub(crate) const BACKWARD_PASS: &[Kernel] = &[
+    Kernel::MASK_BITS,
+    Kernel::KEY_SCALES,
+    Kernel::QUERY_SCALES,
+    Kernel::DELTA,
+    Kernel::EXACT_DELTA,
+    Kernel::D_SINK_LOGITS,
+    Kernel::D_Q,
+    Kernel::D_KV,
+    Kernel::D_ALIBI_SLOPES,
+    Kernel::D_BIAS,
+];
+
+/// The kernels of a merge of partial states.
+pub(crate) const MERGE_PASS: &[Kernel] = &[Kernel::MERGE];

@@ -8,7 +8,7 @@ use minijinja::{Environment, UndefinedBehavior, Value};
 
 use crate::problem::error::{Error, Result};
 
-/// The shader texts, each with the name that `include` and `import` know it by.
+/// The texts that kernels share, each with the name that `include` and `import` know it by.
 const SOURCES: &[(&str, &str)] = &[
     ("bf16.wgsl", include_str!("../../shaders/bf16.wgsl")),
     ("bindings.wgsl", include_str!("../../shaders/bindings.wgsl")),
@@ -27,24 +27,15 @@ const SOURCES: &[(&str, &str)] = &[
     ("cooperative/d_q.wgsl", include_str!("../../shaders/cooperative/d_q.wgsl")),
     ("cooperative/exact_delta.wgsl", include_str!("../../shaders/cooperative/exact_delta.wgsl")),
     ("cooperative/forward.wgsl", include_str!("../../shaders/cooperative/forward.wgsl")),
-    ("d_bias.wgsl", include_str!("../../shaders/d_bias.wgsl")),
-    ("d_kv.wgsl", include_str!("../../shaders/d_kv.wgsl")),
-    ("d_q.wgsl", include_str!("../../shaders/d_q.wgsl")),
-    ("delta.wgsl", include_str!("../../shaders/delta.wgsl")),
-    ("exact_delta.wgsl", include_str!("../../shaders/exact_delta.wgsl")),
     ("exp.wgsl", include_str!("../../shaders/exp.wgsl")),
     ("f16.wgsl", include_str!("../../shaders/f16.wgsl")),
     ("first_tile.wgsl", include_str!("../../shaders/first_tile.wgsl")),
-    ("forward.wgsl", include_str!("../../shaders/forward.wgsl")),
     ("halves.wgsl", include_str!("../../shaders/halves.wgsl")),
-    ("head_sums.wgsl", include_str!("../../shaders/head_sums.wgsl")),
     ("key_loop.wgsl", include_str!("../../shaders/key_loop.wgsl")),
     ("key_tile.wgsl", include_str!("../../shaders/key_tile.wgsl")),
     ("main.wgsl", include_str!("../../shaders/main.wgsl")),
     ("mask.wgsl", include_str!("../../shaders/mask.wgsl")),
     ("next_shown.wgsl", include_str!("../../shaders/next_shown.wgsl")),
-    ("mask_bits.wgsl", include_str!("../../shaders/mask_bits.wgsl")),
-    ("merge.wgsl", include_str!("../../shaders/merge.wgsl")),
     ("operands.wgsl", include_str!("../../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../../shaders/params.wgsl")),
     ("portable/blocks.wgsl", include_str!("../../shaders/portable/blocks.wgsl")),
@@ -62,8 +53,9 @@ const SOURCES: &[(&str, &str)] = &[
     ("softmax.wgsl", include_str!("../../shaders/softmax.wgsl")),
     ("unit.wgsl", include_str!("../../shaders/unit.wgsl")),
     ("tiled.wgsl", include_str!("../../shaders/tiled.wgsl")),
+    ("tile_work.wgsl", include_str!("../../shaders/tile_work.wgsl")),
     ("tiled_main.wgsl", include_str!("../../shaders/tiled_main.wgsl")),
-    ("token_scales.wgsl", include_str!("../../shaders/token_scales.wgsl")),
+    ("work.wgsl", include_str!("../../shaders/work.wgsl")),
 ];
 
 /// A kernel with everything that its text depends on. `Debug` writes all of it: pipelines are looked up by that.
@@ -82,7 +74,19 @@ pub(crate) fn render(template: &str, context: Value) -> Result<String> {
     environment()
         .and_then(|environment| environment.get_template(template))
         .and_then(|template| template.render(context))
-        .map_err(|error| Error::Gpu { during: "composing a shader", message: format!("{error:#}") })
+        .map_err(not_composed)
+}
+
+/// The text of a kernel's own template, which includes others.
+pub(crate) fn render_text(name: &str, template: &str, context: Value) -> Result<String> {
+    environment()
+        .and_then(|environment| environment.template_from_named_str(name, template))
+        .and_then(|template| template.render(context))
+        .map_err(not_composed)
+}
+
+fn not_composed(error: minijinja::Error) -> Error {
+    Error::Gpu { during: "composing a shader", message: format!("{error:#}") }
 }
 
 /// The templates, parsed once.

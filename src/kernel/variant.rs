@@ -6,17 +6,18 @@ use minijinja::{Value, context};
 
 use crate::device::capabilities::CooperativeMatrices;
 use crate::kernel::binding::Binding;
-use crate::kernel::names::{
-    DELTA_LANES, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_STEP_WORDS, MicroKernel,
-    SEQUENCE_WORDS,
+use crate::kernel::names::{Kernel, MicroKernel};
+use crate::kernel::sizes::{
+    DELTA_LANES, DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_STEP_WORDS, SEQUENCE_WORDS,
 };
-use crate::kernel::template::{Compose, render};
+use crate::kernel::spec::{Body, Digit, OptionalOperands, OwnOptions, Plain};
+use crate::kernel::template::{Compose, render_text};
 use crate::kernel::tile::Tiling;
 use crate::kernel::tile::cooperative::{Fragments, report_words};
 use crate::kernel::tile::portable::Tiles;
 use crate::problem::element::DType;
 use crate::problem::error::Result;
-use crate::problem::{Axes, MaskPacking, SinkLogits};
+use crate::problem::{Axes, MaskPacking, Problem, SinkLogits};
 
 /// What a pipeline fixes. Two problems of one variant share a pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -95,78 +96,113 @@ impl Variant {
         portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, d, e)))
     }
 
-    /// The operands this variant binds, with whether it writes them.
-    pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
-        use Binding::{
-            AlibiMoments, AlibiSlopes, Bias, DAlibiSlopes, DBias, DK, DLse, DO, DQ, DSinkLogits, DV, K, KeyScales, Lse,
-            Mask, MaskBits, O, ORest, Params, Q, QueryScales, Repairs, RowTerms, Sequences, SinkLogits as Sinks,
-            SinkPartials, States, StatesLse, StatesRest, V,
+    /// A kernel's variant for a problem, before tiles are chosen. What a kernel does not bind is not part of its variant, so that fewer
+    /// are compiled. `vec4` says whether the operands can be read four neighbours at a time.
+    pub(crate) fn new(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOperands) -> Self {
+        let (shape, options, spec) = (problem.shape(), problem.options(), kernel.spec());
+        let reads = |binding: Binding| spec.reads.contains(&binding);
+        let writes = |binding: Binding| spec.writes.contains(&binding);
+        let binds = |binding: Binding| reads(binding) || writes(binding);
+        let is_tiled = kernel.tiled().is_some();
+        let all = || spec.reads.iter().chain(spec.writes);
+        // A width of 1 and one of 2 tell the two apart.
+        let has_width = |width: u32| all().any(|binding| binding.width([1, 2]) == Some(width));
+        let [uses_q, uses_v] = [1, 2].map(has_width);
+        let mut own = OwnOptions {
+            // A row's terms have more in half precision.
+            dtype: if uses_q || uses_v || binds(Binding::RowTerms) { options.dtype } else { DType::F32 },
+            sink_logits: if reads(Binding::SinkLogits) { options.sink_logits } else { SinkLogits::None },
+            lengths: problem.has_lengths() && reads(Binding::Sequences),
+            o_rest: optional.o_rest && binds(Binding::ORest),
         };
-        let per_head = self.sink_logits == SinkLogits::PerHead;
-        let (reads, writes): (&[Binding], &[Binding]) = match self.kernel {
-            Kernel::Forward => (&[Params, Q, K, V, Sinks, AlibiSlopes, Bias, MaskBits, Sequences], &[O, ORest, Lse]),
-            Kernel::Delta => (&[Params, O, ORest, Lse, Sinks, AlibiSlopes, DO, DLse], &[RowTerms, SinkPartials]),
-            Kernel::ExactDelta => {
-                (&[Params, Q, K, V, Lse, AlibiSlopes, Bias, MaskBits, Sequences, DO, DLse], &[RowTerms])
-            }
-            Kernel::DSinkLogits if self.sums_delta() => (&[Params, Sinks, RowTerms], &[DSinkLogits]),
-            Kernel::DSinkLogits => (&[Params, SinkPartials], &[DSinkLogits]),
-            Kernel::DQ => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DQ, AlibiMoments]),
-            Kernel::DKv => (
-                &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms],
-                if self.packed { &[DK] } else { &[DK, DV] },
-            ),
-            Kernel::DBias => (&[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms], &[DBias]),
-            Kernel::DAlibiSlopes => (&[Params, AlibiMoments], &[DAlibiSlopes]),
-            Kernel::MaskBits => (&[Params, Mask], &[MaskBits]),
-            Kernel::KeyScales => (&[Params, K, V], &[KeyScales]),
-            Kernel::QueryScales => (&[Params, Q, DO], &[QueryScales]),
-            Kernel::Merge => (&[Params, States, StatesRest, StatesLse, Sinks, Sequences], &[O, ORest, Lse]),
-        };
-        let present = |binding: &Binding| match binding {
-            Sinks | SinkPartials => per_head,
-            DLse => self.d_lse,
-            AlibiSlopes => self.alibi,
-            AlibiMoments => self.moments || self.kernel == Kernel::DAlibiSlopes,
-            Bias => self.bias.is_some(),
-            MaskBits => self.mask || self.kernel == Kernel::MaskBits,
-            Sequences => self.lengths,
-            ORest | StatesRest => self.o_rest,
-            _ => true,
-        };
-        let all = reads.iter().map(|b| (*b, false)).chain(writes.iter().map(|b| (*b, true)));
-        let cooperative = self.fragments().is_some();
-        let repairs = (cooperative || self.repairs.is_some()).then_some((Repairs, cooperative));
-        let scales = self.column_scales().map(|binding| (binding, false));
-        all.filter(|(b, _)| present(b)).chain(scales).chain(repairs).collect()
+        (spec.adjust)(&mut own, problem, optional);
+        let OwnOptions { dtype, sink_logits, lengths, o_rest } = own;
+        Variant {
+            kernel,
+            micro_kernel: MicroKernel::Portable,
+            dtype,
+            head_dim: if uses_q { shape.head_dim as u32 } else { 0 },
+            value_dim: if uses_v { shape.value_dim as u32 } else { 0 },
+            vec4: vec4 && uses_v,
+            sink_logits,
+            softcap: is_tiled && options.softcap.is_some(),
+            alibi: options.alibi && (is_tiled || reads(Binding::AlibiSlopes)),
+            moments: options.alibi && optional.d_alibi_slopes && writes(Binding::AlibiMoments),
+            bias: options.bias.map(|_| options.bias_dtype).filter(|_| reads(Binding::Bias)),
+            mask: options.mask.is_some() && reads(Binding::MaskBits),
+            mask_packing: if reads(Binding::Mask) { options.mask_packing } else { MaskPacking::Bytes },
+            axes: options.bias.filter(|_| writes(Binding::DBias)),
+            lengths,
+            d_lse: optional.d_lse && reads(Binding::DLse),
+            packed: optional.packed && writes(Binding::DV),
+            o_rest,
+            tiling: None,
+            matrices: None,
+            repairs: None,
+            sanitize: false,
+            batch: 1,
+        }
     }
 
-    /// Accumulators of a cooperative kernel the units of whose rows it finds itself, in a walk. In f16 the unit of a query comes with
-    /// its delta; in bf16 it depends on the keys' token scales.
+    /// What its kernel may have decided itself.
+    pub(crate) fn own_options(&self) -> OwnOptions {
+        let Variant { dtype, sink_logits, lengths, o_rest, .. } = *self;
+        OwnOptions { dtype, sink_logits, lengths, o_rest }
+    }
+
+    /// The operands this variant binds, with whether it writes them.
+    pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
+        let spec = self.kernel.spec();
+        let present = |(binding, written): &(Binding, bool)| {
+            let by_options = match binding {
+                Binding::SinkLogits | Binding::SinkPartials => self.sink_logits == SinkLogits::PerHead,
+                Binding::DLse => self.d_lse,
+                Binding::AlibiSlopes => self.alibi,
+                Binding::AlibiMoments => self.moments || !written,
+                Binding::Bias => self.bias.is_some(),
+                Binding::MaskBits => self.mask || *written,
+                Binding::Sequences => self.lengths,
+                Binding::ORest | Binding::StatesRest => self.o_rest,
+                // In the buffer of d_k.
+                Binding::DV => !self.packed,
+                _ => true,
+            };
+            by_options && (spec.binds)(&self.own_options(), *binding)
+        };
+        let all = spec.reads.iter().map(|b| (*b, false)).chain(spec.writes.iter().map(|b| (*b, true)));
+        let cooperative = self.fragments().is_some();
+        let repairs = (cooperative || self.repairs.is_some()).then_some((Binding::Repairs, cooperative));
+        let scales = self.column_scales().map(|binding| (binding, false));
+        all.filter(present).chain(scales).chain(repairs).collect()
+    }
+
+    /// Whether rows of its tiles are keys.
+    pub(crate) fn rows_are_keys(&self) -> bool {
+        self.kernel.spec().work.rows_are_keys()
+    }
+
+    /// Accumulators of a cooperative kernel the units of whose rows it finds itself, in a walk.
     fn units(&self) -> &'static [&'static str] {
-        match (self.kernel, self.dtype) {
-            _ if self.fragments().is_none() => &[],
-            (Kernel::DQ, DType::Bf16) => &["d_q"],
-            (Kernel::DKv, DType::Bf16) => &["d_k", "d_v"],
-            (Kernel::DKv, _) => &["d_k"],
+        match self.kernel.tiled() {
+            Some(tiled) if self.fragments().is_some() => (tiled.units)(self.dtype),
             _ => &[],
         }
+    }
+
+    /// Whether it keeps an online softmax.
+    fn softmax(&self) -> bool {
+        self.kernel.tiled().is_some_and(|tiled| tiled.softmax)
     }
 
     /// The token scales of the columns that a cooperative kernel reads: in bf16, which has more range than f16.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
         let needs = self.fragments().is_some() && self.dtype == DType::Bf16;
-        needs.then_some(if self.kernel == Kernel::DKv { Binding::QueryScales } else { Binding::KeyScales })
+        needs.then_some(if self.rows_are_keys() { Binding::QueryScales } else { Binding::KeyScales })
     }
 
     /// Whether a hidden column that is not finite spoils rows that do not see it: where a product with zero weights sums columns.
     pub(crate) fn mixes_columns(&self) -> bool {
-        self.fragments().is_some() && self.kernel != Kernel::ExactDelta
-    }
-
-    /// Whether the sink logits' gradient is summed from delta: the kernel that computed it has left no sums of rows.
-    pub(crate) fn sums_delta(&self) -> bool {
-        self.kernel == Kernel::DSinkLogits && self.dtype != DType::F32 && !self.o_rest
+        self.fragments().is_some() && self.kernel.tiled().is_some_and(|tiled| !tiled.accumulators.is_empty())
     }
 
     /// Storage buffers this variant binds.
@@ -179,8 +215,7 @@ impl Variant {
         match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.threads(),
             (_, Some(tiles)) => tiles.threads(),
-            _ if self.kernel == Kernel::MaskBits => MASK_BLOCK_ROWS * MASK_STEP_WORDS,
-            _ => DELTA_ROWS * DELTA_LANES,
+            _ => self.plain().map_or(0, |plain| plain.threads),
         }
     }
 
@@ -190,14 +225,18 @@ impl Variant {
         match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, self.dtype, d, e),
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
-            _ if self.kernel == Kernel::MaskBits => 16 + 4 * MASK_BLOCK_ROWS * MASK_STEP_WORDS,
-            _ if self.kernel == Kernel::Merge => 16,
-            // The delta kernel stages two operands; both plain kernels sum with one number for each thread.
-            _ => 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * self.threads(),
+            _ => self.plain().map_or(0, |plain| plain.workgroup_bytes),
         }
     }
 
-    /// Numbers that the d_q kernel keeps for the ALiBi slopes' gradient, beside its tiles.
+    fn plain(&self) -> Option<&'static Plain> {
+        match &self.kernel.spec().body {
+            Body::Plain(plain) => Some(plain),
+            Body::Tiled(_) => None,
+        }
+    }
+
+    /// Numbers that a kernel keeps for the ALiBi slopes' gradient, beside its tiles.
     fn moments_len(&self) -> u32 {
         let tiles = self.tiles().filter(|_| self.moments);
         tiles.map_or(0, |tiles| tiles.tile_rows() * tiles.threads_c)
@@ -275,7 +314,8 @@ impl Variant {
         let widths = || named.iter().filter_map(|(b, ..)| Some((b.name(), b.width([self.head_dim, self.value_dim])?)));
         let operand_quads: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, quads(width))).collect();
         let cooperative = self.fragments().is_some();
-        let rows_are_keys = self.kernel == Kernel::DKv;
+        let rows_are_keys = self.rows_are_keys();
+        let work = self.kernel.spec().work;
         let here = if self.lengths { "here, " } else { "" };
         let classes = format!("{here}{}class_base", if cooperative { "&classes, " } else { "" });
         let repair_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
@@ -313,7 +353,6 @@ impl Variant {
             vec4 => self.vec4,
             d_lse => self.d_lse,
             o_rest => self.o_rest,
-            sums_delta => self.sums_delta(),
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",
@@ -333,7 +372,7 @@ impl Variant {
             modified => self.softcap || self.alibi || self.bias.is_some(),
             hides => self.mask || self.bias.is_some(),
             // The cooperative kernels cap scores on their way to the exponential: what remains is formed in full.
-            formed => self.alibi || self.bias.is_some() || (self.kernel == Kernel::Forward && self.column_scales().is_some()),
+            formed => self.alibi || self.bias.is_some() || (self.softmax() && self.column_scales().is_some()),
             lengths => self.lengths,
             // Where the numbers of a sequence stand: for what decides on pairs, and on tiles.
             sequence => if self.lengths { "sequence" } else { "params" },
@@ -342,7 +381,8 @@ impl Variant {
             here_argument => here,
             class_arguments => &classes,
             // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
-            mirrored => cooperative && self.kernel == Kernel::Forward && self.alibi,
+            mirrored => cooperative && self.softmax() && self.alibi,
+            softmax => self.softmax(),
             // A mask's words are kept in registers.
             mask_words => self.mask && self.fragments().is_some_and(|f| 32u32.is_multiple_of(f.tile_columns())),
             // Cooperative kernels know of spans of tiles what the mask makes of them.
@@ -365,10 +405,11 @@ impl Variant {
             sanitize => self.sanitize,
             units => self.units().to_vec(),
             batch => self.batch,
-            of_tiles => self.kernel == Kernel::DSinkLogits && !self.sums_delta(),
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,
             threads => self.threads(),
+            order => work.order(self.lengths).iter().map(digit).collect::<Vec<_>>(),
+            is_listed => work.is_listed(self.lengths),
         };
         if let Some(t) = self.tiles() {
             let accumulator_quads: BTreeMap<&str, u32> =
@@ -393,10 +434,7 @@ impl Variant {
         if let Some(f) = self.fragments() {
             let side = f.matrices.side;
             let fragments: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.across(width))).collect();
-            let staged: &[&str] = match self.kernel {
-                Kernel::DKv => &["q", "d_o"],
-                _ => &["k", "v"],
-            };
+            let staged: &[&str] = if rows_are_keys { &["q", "d_o"] } else { &["k", "v"] };
             let staged_rows: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.staged_row(width))).collect();
             let staged_quads: BTreeMap<&str, u32> = fragments.iter().map(|(name, n)| (*name, n * side / 4)).collect();
             let shares = |quads: u32| (f.tile_columns() * quads).div_ceil(f.threads());
@@ -419,13 +457,29 @@ impl Variant {
                 weight_row => f.weight_row(),
                 term_shares => f.tile_columns().div_ceil(f.threads()),
                 column_terms => f.column_terms(self.kernel, self.dtype),
-                signed => if self.kernel == Kernel::DKv { "k" } else { "q" },
+                signed => if rows_are_keys { "k" } else { "q" },
                 staged => staged.to_vec(),
                 fragments, staged_rows, staged_quads, staged_shares,
                 ..context
             };
         }
-        render(&self.kernel.template(), context)
+        render_text(self.kernel.name(), self.kernel.spec().template, context)
+    }
+}
+
+/// What shaders/work.wgsl makes a digit of a workgroup's index of.
+fn digit(digit: &Digit) -> Value {
+    match digit {
+        Digit::Cell => context! { name => "cell", first => "", count => "params.region_cells" },
+        Digit::Head => context! { name => "head", first => "params.region_head + ", count => "params.region_heads" },
+        Digit::Batch => {
+            context! { name => "batch", first => "params.region_batch + ", count => "params.region_batches" }
+        }
+        Digit::Tile => context! { name => "tile", first => "params.region_tile + ", count => "params.region_tiles" },
+        Digit::TileFromLast => {
+            let first = "params.region_tile + params.region_tiles - 1u - ";
+            context! { name => "tile", first, count => "params.region_tiles" }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The limit to loop iterations of one driver, llvmpipe, which ends longer loops and goes on with wrong results.
 
 use crate::device::capabilities::Capabilities;
+use crate::kernel::spec::Work;
 use crate::kernel::{Kernel, MASK_BLOCK_ROWS};
 use crate::problem::Problem;
 use crate::problem::error::{Error, Result};
@@ -45,7 +46,7 @@ pub(crate) fn loop_iterations(
     }
     match problem.options().bias {
         // One workgroup goes through all that share the bias.
-        Some(axes) if kernel == Kernel::DBias => {
+        Some(axes) if kernel.spec().work == Work::BiasTiles => {
             let shape = problem.shape();
             let sequences = match (axes.batch, problem.has_lengths()) {
                 (true, _) => longest,
@@ -76,15 +77,16 @@ pub(crate) fn sequence_loop_iterations(
     let masked = masked + lookup;
     let open = if options.bias.is_some() || options.mask.is_some() { masked } else { open };
     let of_tile = |is_open| if is_open { open } else { masked };
-    if let (Kernel::DBias, Some(axes)) = (kernel, options.bias) {
+    let work = kernel.spec().work;
+    if let (Work::BiasTiles, Some(axes)) = (work, options.bias) {
         let row_tiles = if axes.seq_q { 1 } else { band.seq_q().div_ceil(rows) };
         return 1 + row_tiles as u64 * (1 + masked);
     }
-    let visited = |range: &std::ops::Range<usize>| match kernel {
-        Kernel::DKv => band.query_tiles(range, columns).len(),
-        _ => band.key_tiles(range, columns).count(),
+    let rows_are_keys = work.rows_are_keys();
+    let visited = |range: &std::ops::Range<usize>| match rows_are_keys {
+        true => band.query_tiles(range, columns).len(),
+        false => band.key_tiles(range, columns).count(),
     };
-    let rows_are_keys = kernel == Kernel::DKv;
     let [seq, heads] = if rows_are_keys { [band.seq_k(), problem.group()] } else { [band.seq_q(), 1] };
     // Long sequences are not gone through where their ends tell, or where all that there is would be few enough; tiles may
     // be cut where sink tokens end.

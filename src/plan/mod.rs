@@ -11,19 +11,20 @@ pub mod tuning;
 use std::time::Duration;
 
 use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
+pub use crate::kernel::OptionalOperands;
+use crate::kernel::spec::{Body, Plain, Wanted};
 use crate::kernel::tile::Tiling;
 use crate::kernel::tile::cooperative::Fragments;
 use crate::kernel::tile::portable::Tiles;
-use crate::kernel::{Binding, DELTA_LANES, DELTA_ROWS, Kernel, MicroKernel, Variant};
+use crate::kernel::{BACKWARD_PASS, Binding, FORWARD_PASS, Kernel, MERGE_PASS, MicroKernel, Variant};
 use crate::plan::loop_limit::{check_loop_iterations, loop_iterations};
-use crate::plan::operand::{dense_views, mask_blocks};
-use crate::plan::pass::tile_count;
+use crate::plan::operand::dense_views;
 pub use crate::plan::pass::{Pass, TilesOrigin};
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::{Tuning, TuningKey};
+use crate::problem::Problem;
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
-use crate::problem::{Layout, MaskPacking, Problem, SinkLogits};
 
 /// A micro-kernel, and tiles that go before the built-in table.
 #[derive(Debug, Clone, Copy, Default)]
@@ -35,23 +36,6 @@ pub struct Preference<'a> {
     pub tiles: &'a [(Kernel, Tiling)],
     /// Measured ones, passed over where they do not fit. Under [`MicroKernel::Auto`] they decide on the micro-kernel, too.
     pub tuning: Option<&'a Tuning>,
-}
-
-/// Which operands are there that a call may go without.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub struct OptionalOperands {
-    /// A gradient flows into lse.
-    pub d_lse: bool,
-    /// The forward pass writes, the backward pass reads what rounding took from o; in half precision only.
-    pub o_rest: bool,
-    /// The gradient by the ALiBi slopes is wanted, where there are any.
-    pub d_alibi_slopes: bool,
-    /// The gradient by the bias is wanted, where there is one.
-    pub d_bias: bool,
-    /// The backward pass finds the mask's bits, which the forward pass has left.
-    pub mask_bits: bool,
-    /// The gradients by k and v lie in one buffer.
-    pub packed: bool,
 }
 
 /// How a problem will be computed on a device: passes that run one after the other.
@@ -84,12 +68,9 @@ impl Plan {
         preference: &Preference<'_>,
     ) -> Result<Self> {
         optional.check(problem)?;
-        let passes = Passes { problem, vec4, optional, capabilities, preference };
-        let tiled = passes.of(Kernel::Forward)?;
-        let mut all = passes.mask()?;
-        all.extend(passes.token_scales(&tiled)?);
-        all.extend(tiled);
-        Ok(Plan { passes: all })
+        // The bits are found in the backward pass alone.
+        let optional = OptionalOperands { mask_bits: false, ..optional };
+        Passes { problem, vec4, optional, capabilities, preference }.plan(FORWARD_PASS)
     }
 
     /// Plans the backward pass without o_rest: delta, the sink logits' gradient (where there is one), d_q, then d_k and
@@ -115,32 +96,7 @@ impl Plan {
         preference: &Preference<'_>,
     ) -> Result<Self> {
         optional.check(problem)?;
-        let all = Passes { problem, vec4, optional, capabilities, preference };
-        let (shape, options) = (problem.shape(), problem.options());
-        let row_tiles = shape.batch * shape.heads * shape.seq_q.div_ceil(DELTA_ROWS as usize);
-        // o that has been rounded is too coarse for delta.
-        let delta = if options.dtype == DType::F32 || optional.o_rest {
-            vec![Pass::plain(Kernel::Delta, problem, vec4, optional, row_tiles as u128, capabilities)?]
-        } else {
-            all.of(Kernel::ExactDelta)?
-        };
-        let gradients = [all.of(Kernel::DQ)?, all.of(Kernel::DKv)?].concat();
-        let mut passes = if optional.mask_bits { Vec::new() } else { all.mask()? };
-        passes.extend(all.token_scales(delta.iter().chain(&gradients))?);
-        passes.extend(delta);
-        if options.sink_logits == SinkLogits::PerHead {
-            let heads = shape.heads as u128;
-            passes.push(Pass::plain(Kernel::DSinkLogits, problem, vec4, optional, heads, capabilities)?);
-        }
-        passes.extend(gradients);
-        if options.alibi && optional.d_alibi_slopes {
-            let heads = shape.heads as u128;
-            passes.push(Pass::plain(Kernel::DAlibiSlopes, problem, vec4, optional, heads, capabilities)?);
-        }
-        if options.bias.is_some() && optional.d_bias {
-            passes.push(all.tiled(Kernel::DBias, MicroKernel::Portable, None)?);
-        }
-        Ok(Plan { passes })
+        Passes { problem, vec4, optional, capabilities, preference }.plan(BACKWARD_PASS)
     }
 
     /// Plans a merge of `states` partial states of the problem, without o_rest unless `optional` says so; `vec4` as in
@@ -167,9 +123,8 @@ impl Plan {
         capabilities: &Capabilities,
     ) -> Result<Self> {
         optional.check(problem)?;
-        let shape = problem.shape();
-        let row_tiles = (shape.batch * shape.heads) as u128 * shape.seq_q.div_ceil(DELTA_ROWS as usize) as u128;
-        Ok(Plan { passes: vec![Pass::plain(Kernel::Merge, problem, vec4, optional, row_tiles, capabilities)?] })
+        let preference = &Preference::default();
+        Passes { problem, vec4, optional, capabilities, preference }.plan(MERGE_PASS)
     }
 }
 
@@ -195,24 +150,6 @@ impl Plan {
     }
 }
 
-impl OptionalOperands {
-    /// What a call on host slices passes, but for d_lse.
-    pub(crate) fn of_host(problem: &Problem) -> Self {
-        OptionalOperands {
-            d_lse: false,
-            o_rest: problem.options().dtype != DType::F32,
-            d_alibi_slopes: true,
-            d_bias: true,
-            mask_bits: false,
-            packed: false,
-        }
-    }
-
-    fn check(self, problem: &Problem) -> Result<()> {
-        if self.o_rest { problem.check_rest() } else { Ok(()) }
-    }
-}
-
 /// Starting a workgroup takes as long as looking at some reports. On a device with a limit to loop iterations it is one.
 const REPAIR_BATCH: u32 = 8;
 
@@ -230,9 +167,34 @@ struct Passes<'a> {
 }
 
 impl Passes<'_> {
-    /// The passes of a kernel that has tiles: one of the portable micro-kernel, or one of the cooperative one, one that runs it
+    /// The passes of those kernels that are wanted.
+    fn plan(&self, kernels: &[Kernel]) -> Result<Plan> {
+        let wanted = |kernel: &Kernel| (kernel.spec().wanted)(self.problem, self.optional);
+        let mut groups = Vec::with_capacity(kernels.len());
+        for kernel in kernels {
+            groups.push(if wanted(kernel) == Wanted::Always { self.of(*kernel)? } else { Vec::new() });
+        }
+        let read: Vec<Binding> =
+            groups.iter().flatten().flat_map(|pass| pass.variant.bindings()).map(|(b, _)| b).collect();
+        for (group, kernel) in groups.iter_mut().zip(kernels) {
+            let is_read = || kernel.spec().writes.iter().any(|binding| read.contains(binding));
+            if wanted(kernel) == Wanted::WhereRead && is_read() {
+                *group = self.of(*kernel)?;
+            }
+        }
+        Ok(Plan { passes: groups.concat() })
+    }
+
+    /// The passes of a kernel; where it has tiles, one of the portable micro-kernel, or one of the cooperative one, one that runs it
     /// again where columns are not finite, and a portable one that computes rows that see such a column.
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
+        match &kernel.spec().body {
+            Body::Plain(plain) => return Ok(vec![self.plain(kernel, plain)?]),
+            Body::Tiled(tiled) if !tiled.cooperative => {
+                return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]);
+            }
+            Body::Tiled(_) => {}
+        }
         let own = self.own(kernel).next();
         // Measured tiles that do not fit are passed over.
         let fitting = || self.measured(kernel).filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
@@ -247,10 +209,7 @@ impl Passes<'_> {
         };
         let Some(pass) = pass else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
         let variant = Variant { sanitize: true, batch: self.batch(), ..pass.variant };
-        let again = pass
-            .variant
-            .mixes_columns()
-            .then(|| Pass::new(self.problem, variant, pass.workgroups.into(), self.capabilities));
+        let again = pass.variant.mixes_columns().then(|| Pass::new(self.problem, variant, self.capabilities));
         let again = again.transpose()?.map(|again| Pass { tiles_origin: pass.tiles_origin, ..again });
         let repairs = pass.variant.tile().map(|[rows, _]| rows);
         let portable = self.tiled(kernel, MicroKernel::Portable, repairs)?;
@@ -260,32 +219,6 @@ impl Passes<'_> {
     /// Tiles that a workgroup looks at in turn, where hardly any is to be computed again.
     fn batch(&self) -> u32 {
         if self.capabilities.loop_iterations.is_some() { 1 } else { REPAIR_BATCH }
-    }
-
-    /// What packs the boolean mask, where there is one.
-    fn mask(&self) -> Result<Vec<Pass>> {
-        let Passes { problem, vec4, optional, capabilities, .. } = *self;
-        let Some(axes) = problem.options().mask else { return Ok(Vec::new()) };
-        let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
-        let [_, block_rows, groups] = mask_blocks(rows, keys);
-        let workgroups = (batch * heads) as u128 * block_rows as u128 * groups as u128;
-        Ok(vec![Pass::plain(Kernel::MaskBits, problem, vec4, optional, workgroups, capabilities)?])
-    }
-
-    /// What finds the token scales that passes ask for.
-    fn token_scales<'p>(&self, passes: impl IntoIterator<Item = &'p Pass>) -> Result<Vec<Pass>> {
-        let Passes { problem, vec4, optional, capabilities, .. } = *self;
-        let s = problem.shape();
-        let asked: Vec<Binding> = passes.into_iter().filter_map(|pass| pass.variant.column_scales()).collect();
-        let kernels = [
-            (Binding::KeyScales, Kernel::KeyScales, s.kv_heads, s.seq_k),
-            (Binding::QueryScales, Kernel::QueryScales, s.heads, s.seq_q),
-        ];
-        let of = |(_, kernel, heads, rows): (Binding, Kernel, usize, usize)| {
-            let workgroups = (s.batch * heads) as u128 * rows.div_ceil(DELTA_ROWS as usize) as u128;
-            Pass::plain(kernel, problem, vec4, optional, workgroups, capabilities)
-        };
-        kernels.into_iter().filter(|(binding, ..)| asked.contains(binding)).map(of).collect()
     }
 
     /// The caller's tiles for a kernel.
@@ -342,8 +275,8 @@ impl Passes<'_> {
         let Passes { problem, capabilities, .. } = *self;
         let shape = problem.shape();
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
-        if kernel == Kernel::DBias {
-            return Err(none("the gradient by the bias has a portable kernel only".into()));
+        if !kernel.tiled().is_some_and(|tiled| tiled.cooperative) {
+            return Err(none(format!("{} has a portable kernel only", kernel.name())));
         }
         if problem.options().dtype == DType::F32 {
             return Err(none(
@@ -369,25 +302,25 @@ impl Passes<'_> {
     fn of_tiling(&self, kernel: Kernel, tiling: Tiling, repairs: Option<u32>) -> Result<Pass> {
         let Passes { problem, vec4, optional, capabilities, .. } = *self;
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
-        if !kernel.has_tiles() {
+        let Some(tiled) = kernel.tiled() else {
             return Err(none(format!("{kernel:?} has no tiles")));
-        }
+        };
         let [d, e] = [problem.shape().head_dim, problem.shape().value_dim].map(|width| width as u32);
         // Not the short form of the tiles: it multiplies numbers that have just failed the check.
         let unfit = |reason: String| none(format!("{tiling:?}: {reason}"));
         let (matrices, iterations) = match tiling {
             Tiling::Portable(tiles) => {
                 tiles.check().map_err(unfit)?;
-                (None, tiles.loop_iterations(kernel, d, e))
+                (None, tiles.loop_iterations(tiled, d, e))
             }
             Tiling::Cooperative { subgroups, rows, columns, stages } => {
                 let matrices = self.matrices(kernel)?;
                 let fragments = Fragments { matrices, subgroups, rows, columns, stages };
                 fragments.check().map_err(unfit)?;
-                (Some(matrices), fragments.loop_iterations(kernel, d, e))
+                (Some(matrices), fragments.loop_iterations(tiled, d, e))
             }
         };
-        let variant = variant(kernel, problem, vec4, optional);
+        let variant = Variant::new(kernel, problem, vec4, optional);
         let micro_kernel = tiling.micro_kernel();
         let batch = if repairs.is_some() { self.batch() } else { 1 };
         let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, repairs, batch, ..variant };
@@ -395,100 +328,20 @@ impl Passes<'_> {
         check_loop_iterations(kernel, problem, capabilities, |most| {
             loop_iterations(kernel, problem, tile, iterations, most)
         })?;
-        Pass::new(problem, variant, tile_count(kernel, problem, tile), capabilities)
+        Pass::new(problem, variant, capabilities)
     }
-}
 
-fn variant(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOperands) -> Variant {
-    let (shape, options) = (problem.shape(), problem.options());
-    // What a kernel does not look at is not part of its variant, so that fewer are compiled.
-    let [uses_q, uses_v] = match kernel {
-        Kernel::DSinkLogits | Kernel::DAlibiSlopes | Kernel::MaskBits => [false, false],
-        Kernel::Delta | Kernel::Merge => [false, true],
-        _ => [true, true],
-    };
-    let is_tiled = kernel.has_tiles();
-    // Which rows of a padded batch count.
-    let reads_used = kernel == Kernel::Merge && options.sink_logits != SinkLogits::None;
-    Variant {
-        kernel,
-        micro_kernel: MicroKernel::Portable,
-        dtype: match kernel {
-            // Of words and of f32 alone.
-            Kernel::MaskBits | Kernel::DAlibiSlopes => DType::F32,
-            _ => options.dtype,
-        },
-        head_dim: if uses_q { shape.head_dim as u32 } else { 0 },
-        value_dim: if uses_v { shape.value_dim as u32 } else { 0 },
-        vec4: vec4 && uses_v,
-        // The gradients by q, k and v see the sink through lse and delta alone.
-        sink_logits: match kernel {
-            Kernel::ExactDelta
-            | Kernel::DQ
-            | Kernel::DKv
-            | Kernel::DBias
-            | Kernel::DAlibiSlopes
-            | Kernel::MaskBits
-            | Kernel::KeyScales
-            | Kernel::QueryScales => SinkLogits::None,
-            // A logit of zero has no gradient.
-            Kernel::Delta if options.sink_logits == SinkLogits::OffByOne => SinkLogits::None,
-            _ => options.sink_logits,
-        },
-        softcap: is_tiled && options.softcap.is_some(),
-        // The delta kernels hand the slopes on.
-        alibi: options.alibi && (is_tiled || kernel == Kernel::Delta),
-        bias: options.bias.map(|_| options.bias_dtype).filter(|_| is_tiled),
-        mask: is_tiled && options.mask.is_some(),
-        mask_packing: if kernel == Kernel::MaskBits { options.mask_packing } else { MaskPacking::Bytes },
-        axes: options.bias.filter(|_| kernel == Kernel::DBias),
-        packed: optional.packed && kernel == Kernel::DKv,
-        moments: kernel == Kernel::DQ && options.alibi && optional.d_alibi_slopes,
-        lengths: problem.has_lengths() && (is_tiled || (reads_used && options.layout != Layout::Thd)),
-        // Enters with delta.
-        d_lse: optional.d_lse && matches!(kernel, Kernel::Delta | Kernel::ExactDelta),
-        o_rest: optional.o_rest
-            && matches!(kernel, Kernel::Forward | Kernel::Delta | Kernel::DSinkLogits | Kernel::Merge),
-        tiling: None,
-        matrices: None,
-        repairs: None,
-        sanitize: false,
-        batch: 1,
+    /// The pass of a kernel that has no tiles.
+    fn plain(&self, kernel: Kernel, plain: &Plain) -> Result<Pass> {
+        let Passes { problem, vec4, optional, capabilities, .. } = *self;
+        let variant = Variant::new(kernel, problem, vec4, optional);
+        let needed = |_| (plain.loop_iterations)(problem, &variant.own_options());
+        check_loop_iterations(kernel, problem, capabilities, needed)?;
+        Pass::new(problem, variant, capabilities)
     }
 }
 
 impl Pass {
-    /// A pass of a kernel that has no tiles.
-    fn plain(
-        kernel: Kernel,
-        problem: &Problem,
-        vec4: bool,
-        optional: OptionalOperands,
-        workgroups: u128,
-        capabilities: &Capabilities,
-    ) -> Result<Self> {
-        let shape = problem.shape();
-        let variant = variant(kernel, problem, vec4, optional);
-        check_loop_iterations(kernel, problem, capabilities, |_| match kernel {
-            Kernel::Delta => {
-                let lanes = shape.value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
-                (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
-            }
-            Kernel::Merge => (2 + shape.value_dim.div_ceil(4 * DELTA_LANES as usize)) as u64 * (shape.seq_k as u64 + 1),
-            // Steps of up to 32 keys, or queries, twice.
-            Kernel::MaskBits => 4 * (1 + 2 * 32),
-            Kernel::KeyScales | Kernel::QueryScales => {
-                2 * shape.head_dim.max(shape.value_dim).div_ceil(4 * DELTA_LANES as usize) as u64 + 8
-            }
-            _ => {
-                let sums_rows = variant.sums_delta() || kernel == Kernel::DAlibiSlopes;
-                let tile = if sums_rows { 1 } else { DELTA_ROWS as usize };
-                (shape.batch as u64 * shape.seq_q.div_ceil(tile) as u64).div_ceil(u64::from(variant.threads())) + 8
-            }
-        })?;
-        Pass::new(problem, variant, workgroups, capabilities)
-    }
-
     /// The pass of a kernel with given tiles, for measuring candidates; no gradient flows into lse. A cooperative kernel's
     /// is the one that comes before the repairs.
     ///
@@ -513,6 +366,7 @@ impl Pass {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::SinkLogits;
     use crate::device::capabilities::Multiprocessor;
     use crate::plan::pass::fold;
 
@@ -566,7 +420,7 @@ mod tests {
             crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
         let problem = Problem::new(shape, crate::Options::new()).unwrap();
         let tiles = crate::Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
-        let pass = Pass::with_tiles(Kernel::Forward, &problem, true, &samples[0], tiles).unwrap();
+        let pass = Pass::with_tiles(Kernel::FORWARD, &problem, true, &samples[0], tiles).unwrap();
         let variant = pass.variant;
         assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));
         let resident = |workgroup_bytes, registers| {
@@ -594,6 +448,65 @@ mod tests {
                     Err(_) => assert!(n > u128::from(most) * u128::from(most), "{n} in {most}"),
                 }
             }
+        }
+    }
+
+    /// A kernel that nothing else knows of: what it takes to add one.
+    mod negated {
+        use super::*;
+        use crate::kernel::sizes::DELTA_LANES;
+        use crate::kernel::spec::{KernelSpec, Side, Work, adjusts_nothing, always, binds_all};
+        use crate::kernel::{Binding, DELTA_ROWS};
+
+        pub(super) const NEGATED: Kernel = Kernel::new(&KernelSpec {
+            name: "negated",
+            template: r#"{% include "params.wgsl" %}
+{% include "operands.wgsl" %}
+{% include "main.wgsl" %}
+  let work = decode_work(index);
+  let row = work.tile * {{ delta_rows }}u + thread / {{ lanes }}u;
+  if (row >= params.seq_q) { return; }
+  let o_base = operand_base(params.o, work.batch, work.head) + row * params.o.seq;
+  let d_o_base = operand_base(params.d_o, work.batch, work.head) + row * params.d_o.seq;
+  for (var quad = thread % {{ lanes }}u; quad < {{ operand_quads.o }}u; quad += {{ lanes }}u) {
+    store_o(o_base, quad, -load_d_o(d_o_base, quad));
+  }
+}
+"#,
+            wanted: always,
+            reads: &[Binding::Params, Binding::DO],
+            writes: &[Binding::O],
+            binds: binds_all,
+            adjust: adjusts_nothing,
+            work: Work::Rows(Side::Queries),
+            body: Body::Plain(Plain {
+                threads: DELTA_ROWS * DELTA_LANES,
+                workgroup_bytes: 0,
+                flops: |problem| f64::from(DELTA_ROWS) * problem.shape().value_dim as f64,
+                loop_iterations: |problem, _| problem.shape().value_dim.div_ceil(4 * DELTA_LANES as usize) as u64,
+            }),
+        });
+    }
+
+    #[test]
+    fn a_kernel_is_one_description_and_one_shader() {
+        let shape = crate::Shape { batch: 2, heads: 3, kv_heads: 1, seq_q: 70, seq_k: 9, head_dim: 8, value_dim: 8 };
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            let problem = Problem::new(shape, crate::Options::new().dtype(dtype)).unwrap();
+            let (optional, preference) = (OptionalOperands::default(), &Preference::default());
+            let capabilities = &Capabilities::samples()[0];
+            let passes = Passes { problem: &problem, vec4: true, optional, capabilities, preference };
+            let plan = passes.plan(&[negated::NEGATED]).unwrap();
+            let [pass] = plan.passes[..] else { panic!("{plan:?}") };
+            assert_eq!((pass.workgroups, pass.variant.head_dim, pass.variant.value_dim), (2 * 3 * 3, 0, 8));
+            assert!(pass.to_string().starts_with("Negated, portable"), "{pass}");
+            assert_eq!(plan.dispatches(&problem, capabilities, None).unwrap(), [1]);
+            // Cut by a budget of no time, a tile of a head at a time.
+            let cut = plan.dispatches(&problem, capabilities, Some(std::time::Duration::ZERO)).unwrap();
+            assert_eq!(cut, [2 * 3 * 3]);
+            let module = naga::front::wgsl::parse_str(&pass.variant.wgsl().unwrap()).unwrap();
+            let flags = naga::valid::ValidationFlags::all();
+            naga::valid::Validator::new(flags, naga::valid::Capabilities::all()).validate(&module).unwrap();
         }
     }
 }

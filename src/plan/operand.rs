@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use crate::device::capabilities::Capabilities;
-use crate::kernel::{Binding, DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_READ_BEYOND};
+use crate::kernel::spec::mask_blocks;
+use crate::kernel::{Binding, DELTA_ROWS, MASK_READ_BEYOND};
 use crate::plan::pass::{Pass, repair_slots};
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
@@ -180,12 +181,6 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         Binding::QueryScales => scales(s.heads, s.seq_q),
         _ => return None,
     })
-}
-
-/// Words of a row of the mask's bits, its rows of blocks, and groups of blocks of such a row.
-pub(crate) fn mask_blocks(rows: usize, keys: usize) -> [usize; 3] {
-    let words = keys.div_ceil(32);
-    [words, rows.div_ceil(MASK_BLOCK_ROWS as usize), words.div_ceil((MASK_GROUP * MASK_BLOCK_WORDS) as usize)]
 }
 
 /// The boolean mask's bits by queries; behind those of each head are the same by keys, and the classes of its blocks.

@@ -3,11 +3,11 @@
 use std::fmt;
 
 use crate::device::capabilities::{Capabilities, Multiprocessor};
+use crate::kernel::spec::Grid;
 use crate::kernel::tile::Tiling;
-use crate::kernel::{Kernel, MASK_TILE, Variant};
+use crate::kernel::{MASK_TILE, Variant};
 use crate::problem::Problem;
 use crate::problem::error::{Error, Result};
-use crate::problem::varlen::Sequence;
 
 /// One kernel of a problem on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,12 +55,8 @@ impl Pass {
         Some(by_memory.min(by_registers).max(1))
     }
 
-    pub(crate) fn new(
-        problem: &Problem,
-        variant: Variant,
-        workgroups: u128,
-        capabilities: &Capabilities,
-    ) -> Result<Self> {
+    pub(crate) fn new(problem: &Problem, variant: Variant, capabilities: &Capabilities) -> Result<Self> {
+        let workgroups = grid(&variant, problem).workgroups();
         let needs = [
             ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
             ("threads in a workgroup", variant.threads(), capabilities.workgroup_threads),
@@ -86,40 +82,25 @@ impl Pass {
     }
 }
 
-/// Workgroups of a kernel that has tiles, of so many rows and columns.
-pub(crate) fn tile_count(kernel: Kernel, problem: &Problem, [rows, columns]: [u32; 2]) -> u128 {
-    let shape = problem.shape();
-    if let (Kernel::DBias, Some(axes)) = (kernel, problem.options().bias) {
-        let [batch, heads, seq_q, seq_k] = axes.of(problem.pairs_shape());
-        return seq_q.div_ceil(rows as usize) as u128
-            * seq_k.div_ceil(columns as usize) as u128
-            * (batch * heads) as u128;
-    }
-    let heads = if kernel == Kernel::DKv { shape.kv_heads } else { shape.heads };
-    let tiles: u128 = problem.distinct_sequences().map(|sequence| row_tiles(kernel, &sequence, rows) as u128).sum();
-    tiles * if problem.has_lengths() { heads } else { shape.batch * heads } as u128
-}
-
-/// Tiles of rows of a head of a sequence.
-pub(crate) fn row_tiles(kernel: Kernel, sequence: &Sequence, rows: u32) -> usize {
-    let length = if kernel == Kernel::DKv { sequence.k_rows } else { sequence.q_rows };
-    length.div_ceil(rows as usize)
+/// The work of a pass.
+pub(crate) fn grid(variant: &Variant, problem: &Problem) -> Grid {
+    variant.kernel.spec().work.grid(problem, variant.tile().unwrap_or([1; 2]), variant.lengths)
 }
 
 /// The tiles of all sequences of different lengths: how many tiles of the other side each visits, its sequence and itself.
 pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<(usize, [u32; 2])> {
-    let (kernel, [rows, columns]) = (pass.variant.kernel, pass.variant.tile().unwrap_or([1; 2]));
+    let (work_of, [rows, columns]) = (pass.variant.kernel.spec().work, pass.variant.tile().unwrap_or([1; 2]));
     let mut work = Vec::new();
     for (number, sequence) in problem.sequences().enumerate() {
         let band = sequence.band;
-        for tile in 0..row_tiles(kernel, &sequence, rows) {
+        for tile in 0..work_of.row_tiles(&sequence, rows as usize) {
             let start = tile * rows as usize;
-            let visited = match kernel {
-                Kernel::DKv => {
+            let visited = match work_of.rows_are_keys() {
+                true => {
                     let keys = start..(start + rows as usize).min(band.seq_k());
                     if keys.is_empty() { 0 } else { band.query_tiles(&keys, columns as usize).len() }
                 }
-                _ => {
+                false => {
                     let queries = start..(start + rows as usize).min(band.seq_q());
                     if queries.is_empty() { 0 } else { band.key_tiles(&queries, columns as usize).count() }
                 }
@@ -136,9 +117,9 @@ pub(crate) fn repair_slots(pass: &Pass, problem: &Problem) -> usize {
         return pass.workgroups as usize;
     }
     let (shape, [rows, _]) = (problem.shape(), pass.variant.tile().unwrap_or([1; 2]));
-    let (length, heads) = match pass.variant.kernel {
-        Kernel::DKv => (shape.seq_k, shape.kv_heads),
-        _ => (shape.seq_q, shape.heads),
+    let (length, heads) = match pass.variant.rows_are_keys() {
+        true => (shape.seq_k, shape.kv_heads),
+        false => (shape.seq_q, shape.heads),
     };
     (shape.batch * length / rows as usize + problem.sequence_count() + 1) * heads
 }

@@ -76,7 +76,7 @@ impl Tiles {
     /// neighbours of what it holds, the nearest first. All fit the device's limits; those of the kernels without tiles
     /// are none.
     pub(crate) fn candidates(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiles> {
-        if !kernel.has_tiles() {
+        if kernel.tiled().is_none() {
             return Vec::new();
         }
         let shape = problem.shape();
@@ -138,7 +138,7 @@ mod tests {
         Problem::new(shape, options.sink_logits(SinkLogits::PerHead)).unwrap()
     }
 
-    const KERNELS: [Kernel; 3] = [Kernel::Forward, Kernel::DQ, Kernel::DKv];
+    const KERNELS: [Kernel; 3] = [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV];
 
     #[test]
     fn portable_candidates_fit_and_differ() {
@@ -155,7 +155,7 @@ mod tests {
                     let problem = problem(seq, width, options);
                     let found = Tiles::candidates(kernel, &problem, true, &device);
                     let plan = crate::Plan::forward(&problem, true, &device).unwrap();
-                    assert!(kernel != Kernel::Forward || plan.passes[0].variant.tiling == Some(found[0].into()));
+                    assert!(kernel != Kernel::FORWARD || plan.passes[0].variant.tiling == Some(found[0].into()));
                     assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
                     for (index, tiles) in found.iter().enumerate() {
                         Pass::with_tiles(kernel, &problem, true, &device, *tiles).unwrap();
@@ -163,7 +163,7 @@ mod tests {
                         assert_eq!(tiles.to_string().parse(), Ok(*tiles));
                     }
                 }
-                assert_eq!(Tiles::candidates(Kernel::Delta, &problem(9, 4, causal), true, &device), []);
+                assert_eq!(Tiles::candidates(Kernel::DELTA, &problem(9, 4, causal), true, &device), []);
             }
         }
     }
@@ -176,7 +176,7 @@ mod tests {
             Problem::new(shape, Options::new().causal(true).dtype(dtype)).unwrap()
         };
         let of = |problem: &Problem, device: &Capabilities, micro_kernel| {
-            Tiling::candidates(Kernel::Forward, problem, true, device, micro_kernel)
+            Tiling::candidates(Kernel::FORWARD, problem, true, device, micro_kernel)
         };
         for device in Capabilities::samples() {
             for problem in [problem(DType::F16, 64), problem(DType::F16, 128), problem(DType::F32, 64)] {
@@ -192,19 +192,19 @@ mod tests {
                 assert_eq!(variant.tiling.as_ref(), first, "the built-in choice comes first");
                 for (index, tiling) in cooperative.iter().enumerate() {
                     assert_eq!(tiling.micro_kernel(), MicroKernel::Cooperative);
-                    Pass::with_tiles(Kernel::Forward, &problem, true, &device, *tiling).unwrap();
+                    Pass::with_tiles(Kernel::FORWARD, &problem, true, &device, *tiling).unwrap();
                     assert!(!cooperative[..index].contains(tiling));
                 }
             }
         }
         // Of what the table lacks, those come first that keep the most rows in flight.
         let (device, narrow) = (&Capabilities::samples()[0], problem(DType::F16, 64));
-        let table = table::cooperative(Kernel::Forward, &narrow, device.cooperative.unwrap(), device.class);
+        let table = table::cooperative(Kernel::FORWARD, &narrow, device.cooperative.unwrap(), device.class);
         let table: Vec<Tiling> = table.map(|fragments| fragments.tiling()).collect();
         let others = of(&narrow, device, MicroKernel::Cooperative).into_iter().filter(|t| !table.contains(t));
         let rows: Vec<u32> = others
             .map(|tiling| {
-                let pass = Pass::with_tiles(Kernel::Forward, &narrow, true, device, tiling).unwrap();
+                let pass = Pass::with_tiles(Kernel::FORWARD, &narrow, true, device, tiling).unwrap();
                 pass.variant.tile().unwrap()[0] * pass.resident_workgroups(device).unwrap()
             })
             .collect();

@@ -8,9 +8,10 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::device::capabilities::Capabilities;
-use crate::kernel::{Binding, DELTA_ROWS, Kernel, MASK_BLOCK_ROWS, SEQUENCE_WORDS};
-use crate::plan::operand::{View, Window, mask_blocks};
-use crate::plan::pass::{Pass, fold, work_list};
+use crate::kernel::spec::{Body, Grid, Side, Work};
+use crate::kernel::{Binding, DELTA_ROWS, MASK_BLOCK_ROWS, SEQUENCE_WORDS};
+use crate::plan::operand::{View, Window};
+use crate::plan::pass::{Pass, fold, grid, work_list};
 use crate::problem::Problem;
 use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Sequence;
@@ -31,6 +32,8 @@ pub(crate) struct Region {
 pub(crate) struct Piece {
     pub(crate) region: Region,
     pub(crate) workgroups: u32,
+    /// Workgroups of each sequence, head and tile.
+    pub(crate) cells: u32,
     pub(crate) grid: [u32; 2],
     pub(crate) windows: Vec<(Binding, Window)>,
 }
@@ -71,14 +74,15 @@ impl Pass {
                 cutter.work[places.start as usize..places.end as usize]
                     .sort_by_key(|(visited, _)| std::cmp::Reverse(*visited));
             }
-            list.push(Piece { region, workgroups, grid, windows });
+            let cells = cutter.cells as u32;
+            list.push(Piece { region, workgroups, cells, grid, windows });
         }
         Ok(Pieces { list, work: cutter.work.into_iter().map(|(_, work)| work).collect() })
     }
 
     /// Whether its tiles come from a list.
     fn is_listed(&self) -> bool {
-        self.variant.lengths && self.variant.tiling.is_some() && self.variant.kernel != Kernel::DBias
+        self.variant.kernel.spec().work.is_listed(self.variant.lengths)
     }
 }
 
@@ -122,9 +126,8 @@ struct Cutter<'a> {
     problem: &'a Problem,
     capabilities: &'a Capabilities,
     axes: [u64; 3],
-    /// Of a cell: one sequence, head and tile.
-    cell_workgroups: u64,
-    /// Whether a region's workgroups are that many, whatever its size.
+    /// Workgroups of a cell: of one sequence, head and tile.
+    cells: u64,
     /// Operands that do not fit a binding as a whole, and the windows of those that do.
     views: Vec<View>,
     whole: Vec<(Binding, Window)>,
@@ -144,7 +147,7 @@ impl<'a> Cutter<'a> {
         budget: Duration,
     ) -> Result<Self> {
         let work = if pass.is_listed() { work_list(pass, problem) } else { Vec::new() };
-        let (axes, cell_workgroups) = axes(pass, problem, work.len());
+        let Grid { axes, cells } = grid(&pass.variant, problem);
         let (mut large, mut whole) = (Vec::new(), Vec::new());
         for view in views {
             match view.window(view.whole(), capabilities) {
@@ -163,7 +166,7 @@ impl<'a> Cutter<'a> {
             problem,
             capabilities,
             axes,
-            cell_workgroups,
+            cells,
             views: large,
             whole,
             work,
@@ -254,7 +257,7 @@ impl<'a> Cutter<'a> {
 
     fn workgroups(&self, region: &Region) -> u128 {
         let cells = region.axes.iter().fold(1, |n, range| n * u128::from(range.end - range.start));
-        u128::from(self.cell_workgroups) * cells
+        u128::from(self.cells) * cells
     }
 
     /// What a dispatch binds of an operand; something, even where it needs nothing.
@@ -298,7 +301,6 @@ impl<'a> Cutter<'a> {
     /// What the workgroups of a region read and write.
     fn touches(&self, region: &Region) -> Vec<Touch> {
         let (problem, s) = (self.problem, self.problem.shape());
-        let kernel = self.pass.variant.kernel;
         let [entries, heads, tiles] = region.axes.clone();
         let group = problem.group() as u64;
         let all = |n: usize| 0..n as u64;
@@ -316,18 +318,15 @@ impl<'a> Cutter<'a> {
             heads: heads.clone(),
             kv_heads: heads.clone(),
         };
-        match kernel {
-            Kernel::Delta | Kernel::Merge => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
-            Kernel::DSinkLogits | Kernel::DAlibiSlopes => {
-                vec![Touch { batch: all(s.batch), ..touch(all(s.seq_q), 0..0) }]
-            }
-            Kernel::KeyScales => vec![touch(0..0, spans(DELTA_ROWS, s.seq_k))],
-            Kernel::QueryScales => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
-            Kernel::MaskBits => {
+        match self.pass.variant.kernel.spec().work {
+            Work::Rows(Side::Queries) => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
+            Work::Rows(Side::Keys) => vec![touch(0..0, spans(DELTA_ROWS, s.seq_k))],
+            Work::Heads => vec![Touch { batch: all(s.batch), ..touch(all(s.seq_q), 0..0) }],
+            Work::MaskBlocks => {
                 let [_, _, rows, _] = problem.options().mask.unwrap_or_default().of(problem.pairs_shape());
                 vec![touch(spans(MASK_BLOCK_ROWS, rows), 0..0)]
             }
-            Kernel::DBias => {
+            Work::BiasTiles => {
                 let axes = problem.options().bias.unwrap_or_default();
                 let heads = if axes.heads { heads } else { all(s.heads) };
                 let kv_heads = heads.start / group..heads.end.div_ceil(group);
@@ -352,7 +351,7 @@ impl<'a> Cutter<'a> {
                 };
                 numbers.map(touch).collect()
             }
-            Kernel::Forward | Kernel::ExactDelta | Kernel::DQ | Kernel::DKv => {
+            Work::Tiles(_) => {
                 let of = |sequence: &Sequence, tiles: &Range<u64>| {
                     let [rows, keys] = self.reach(sequence, tiles);
                     let queries = shifted(&rows, sequence.q_start, sequence.q_rows);
@@ -386,7 +385,7 @@ impl<'a> Cutter<'a> {
 
     /// Queries and keys of a sequence that tiles of a kernel reach, counted from its start.
     fn reach(&self, sequence: &Sequence, tiles: &Range<u64>) -> [Range<u64>; 2] {
-        let (kernel, band) = (self.pass.variant.kernel, sequence.band);
+        let band = sequence.band;
         let [tile_rows, columns] = self.tile();
         // The kernels have room for rows that do not count.
         let used = |range: &Range<u64>, most: usize| range.start as usize..(range.end as usize).min(most);
@@ -401,8 +400,8 @@ impl<'a> Cutter<'a> {
             let all = visited(tiles.start..tiles.end + 1, columns, most.max(1));
             all.start.min(most.max(1) as u64 - 1)..all.end
         };
-        match kernel {
-            Kernel::DKv => {
+        match self.pass.variant.kernel.spec().work {
+            Work::Tiles(Side::Keys) => {
                 let keys = self.tile_range(tiles, sequence.k_rows);
                 let used_keys = used(&keys, band.seq_k());
                 let seen = |keys: &Range<usize>| band.query_tiles(keys, columns as usize);
@@ -421,7 +420,7 @@ impl<'a> Cutter<'a> {
                 [fetched(queries, band.seq_q()), keys]
             }
             // Its tiles are of columns where all queries share a row.
-            Kernel::DBias if !self.problem.options().bias.unwrap_or_default().seq_q => {
+            Work::BiasTiles if !self.problem.options().bias.unwrap_or_default().seq_q => {
                 let of = |n: u64| n.saturating_mul(columns).min(band.seq_k() as u64);
                 let keys = of(tiles.start)..of(tiles.end);
                 let used_keys = used(&keys, band.seq_k());
@@ -454,42 +453,32 @@ impl<'a> Cutter<'a> {
     /// visited, hidden pairs included.
     fn tile_flops(&self) -> Vec<f64> {
         let (problem, s) = (self.problem, self.problem.shape());
-        let kernel = self.pass.variant.kernel;
-        let [d, e] = [s.head_dim, s.value_dim].map(|width| width as f64);
-        let [.., tiles] = self.axes;
-        let widths = match kernel {
-            Kernel::Forward | Kernel::ExactDelta | Kernel::DBias => d + e,
-            Kernel::DQ => 2.0 * d + e,
-            Kernel::DKv => 2.0 * (d + e),
-            // What follows goes by the memory that is read: some numbers of operations for each element.
-            Kernel::Delta => return vec![8.0 * f64::from(DELTA_ROWS) * e; tiles as usize],
-            Kernel::Merge => return vec![8.0 * f64::from(DELTA_ROWS) * e * (s.seq_k + 1) as f64; tiles as usize],
-            Kernel::MaskBits => return vec![65536.0 * self.cell_workgroups as f64; tiles as usize],
-            Kernel::KeyScales | Kernel::QueryScales => {
-                return vec![8.0 * f64::from(DELTA_ROWS) * (d + e); tiles as usize];
-            }
-            Kernel::DSinkLogits | Kernel::DAlibiSlopes => return vec![32.0 * (s.batch * s.seq_q) as f64],
+        let (kernel, [.., tiles]) = (self.pass.variant.kernel.spec(), self.axes);
+        let tiled = match &kernel.body {
+            Body::Tiled(tiled) => tiled,
+            Body::Plain(plain) => return vec![(plain.flops)(problem) * self.cells as f64; tiles as usize],
         };
         let [rows, columns] = self.tile();
-        let flops = 2.0 * (rows * columns) as f64 * widths * problem.group() as f64;
+        let pair_flops = tiled.pair_flops([s.head_dim, s.value_dim].map(|width| width as u32));
+        let flops = (rows * columns) as f64 * pair_flops * problem.group() as f64;
         if self.pass.is_listed() {
             return self.work.iter().map(|(visited, _)| *visited as f64 * flops).collect();
         }
         let of_sequence = |sequence: &Sequence, tile: u64| {
             let range = self.tile_range(&(tile..tile + 1), usize::MAX);
             let band = sequence.band;
-            let visited = match kernel {
-                Kernel::DKv => band
+            let visited = match kernel.work.rows_are_keys() {
+                true => band
                     .query_tiles(&(range.start as usize..(range.end as usize).min(band.seq_k())), columns as usize)
                     .len(),
-                _ if range.start < band.seq_q() as u64 => band
+                false if range.start < band.seq_q() as u64 => band
                     .key_tiles(&(range.start as usize..(range.end as usize).min(band.seq_q())), columns as usize)
                     .count(),
-                _ => 0,
+                false => 0,
             };
             visited as f64 * flops
         };
-        if kernel != Kernel::DBias {
+        if kernel.work != Work::BiasTiles {
             return (0..tiles).map(|tile| of_sequence(&problem.sequence(0), tile)).collect();
         }
         // One workgroup goes through all that share the bias.
@@ -509,38 +498,6 @@ impl<'a> Cutter<'a> {
         let all: f64 = (0..row_tiles).map(flops).sum();
         vec![all / tiles as f64; tiles as usize]
     }
-}
-
-/// Sequences, heads and tiles of a pass, and workgroups of each of these cells.
-fn axes(pass: &Pass, problem: &Problem, listed: usize) -> ([u64; 3], u64) {
-    let s = problem.shape();
-    let [rows, columns] = pass.variant.tile().unwrap_or([1; 2]).map(|n| n as usize);
-    let (axes, workgroups) = match pass.variant.kernel {
-        Kernel::Delta | Kernel::Merge => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
-        Kernel::DSinkLogits | Kernel::DAlibiSlopes => ([1, s.heads, 1], 1),
-        Kernel::KeyScales => ([s.batch, s.kv_heads, s.seq_k.div_ceil(DELTA_ROWS as usize)], 1),
-        Kernel::QueryScales => ([s.batch, s.heads, s.seq_q.div_ceil(DELTA_ROWS as usize)], 1),
-        Kernel::MaskBits => {
-            let axes = problem.options().mask.unwrap_or_default();
-            let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
-            let [_, block_rows, groups] = mask_blocks(rows, keys);
-            ([batch, heads, block_rows], groups)
-        }
-        Kernel::DBias => {
-            let axes = problem.options().bias.unwrap_or_default();
-            let [batch, heads, bias_rows, keys] = axes.of(problem.pairs_shape());
-            let column_tiles = keys.div_ceil(columns);
-            match axes.seq_q {
-                true => ([batch, heads, bias_rows.div_ceil(rows)], column_tiles),
-                false => ([batch, heads, column_tiles], 1),
-            }
-        }
-        Kernel::DKv if pass.is_listed() => ([1, s.kv_heads, listed], 1),
-        Kernel::DKv => ([s.batch, s.kv_heads, s.seq_k.div_ceil(rows)], 1),
-        _ if pass.is_listed() => ([1, s.kv_heads, listed], problem.group()),
-        _ => ([s.batch, s.kv_heads, s.seq_q.div_ceil(rows)], problem.group()),
-    };
-    (axes.map(|n| n as u64), workgroups as u64)
 }
 
 /// A range of a sequence among the rows of all; what is empty begins where there is something to read.
@@ -664,71 +621,54 @@ mod tests {
 
         fn workgroup(&mut self, piece: &Piece, index: u64) {
             let (problem, s) = (self.problem, self.problem.shape());
-            let [entries, heads, tiles] = piece.region.axes.clone();
-            let len = |range: &Range<u64>| range.end - range.start;
-            let (group, kernel) = (problem.group() as u64, self.pass.variant.kernel);
+            let group = problem.group() as u64;
             let [tile_rows, columns] = self.pass.variant.tile().unwrap_or([1; 2]).map(u64::from);
-            let mut done = |work: [u64; 4]| assert!(self.done.insert(work), "{work:?} twice");
-            match kernel {
-                Kernel::Delta | Kernel::Merge => {
-                    let (tile, place) = (tiles.start + index % len(&tiles), index / len(&tiles));
-                    let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
-                    done([entry, head, tile, 0]);
-                    let rows = tile * 32..(tile * 32 + 32).min(s.seq_q as u64);
-                    for binding in [Binding::O, Binding::ORest, Binding::DO, Binding::Lse, Binding::DLse] {
-                        self.touch(piece, binding, entry, head, rows.clone());
-                    }
-                    for state in 0..s.seq_k as u64 {
-                        for binding in [Binding::States, Binding::StatesRest, Binding::StatesLse] {
-                            self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
+            let (work, lengths) = (self.pass.variant.kernel.spec().work, self.pass.variant.lengths);
+            let at = work.decode(lengths, piece.cells.into(), &piece.region.axes, index);
+            let (mut number, mut tile) = (at.batch, at.tile);
+            if self.pass.is_listed() {
+                [number, tile] = self.pieces.work[at.tile as usize].map(u64::from);
+            }
+            let done = [number, at.head, tile, at.cell];
+            assert!(self.done.insert(done), "{done:?} twice");
+            let (entry, head) = (at.batch, at.head);
+            match work {
+                Work::Rows(side) => {
+                    let seq = if side == Side::Keys { s.seq_k } else { s.seq_q };
+                    let rows = tile * 32..(tile * 32 + 32).min(seq as u64);
+                    let states = [Binding::States, Binding::StatesRest, Binding::StatesLse];
+                    for (binding, _) in self.pass.variant.bindings() {
+                        match binding {
+                            Binding::SinkPartials => self.touch(piece, binding, entry, head, tile..tile + 1),
+                            Binding::RowTerms => self.row_terms(piece, entry, head, rows.clone()),
+                            binding if states.contains(&binding) => {
+                                for state in 0..s.seq_k as u64 {
+                                    self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
+                                }
+                            }
+                            // One run that every dispatch sees whole.
+                            Binding::SinkLogits | Binding::AlibiSlopes => {}
+                            binding => self.touch(piece, binding, entry, head, rows.clone()),
                         }
                     }
-                    self.row_terms(piece, entry, head, rows);
-                    self.touch(piece, Binding::SinkPartials, entry, head, tile..tile + 1);
                 }
-                Kernel::KeyScales | Kernel::QueryScales => {
-                    let (tile, place) = (tiles.start + index % len(&tiles), index / len(&tiles));
-                    let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
-                    done([entry, head, tile, 0]);
-                    let (seq, bindings) = match kernel {
-                        Kernel::KeyScales => (s.seq_k, [Binding::K, Binding::V, Binding::KeyScales]),
-                        _ => (s.seq_q, [Binding::Q, Binding::DO, Binding::QueryScales]),
-                    };
-                    let rows = tile * 32..(tile * 32 + 32).min(seq as u64);
-                    bindings.into_iter().for_each(|binding| self.touch(piece, binding, entry, head, rows.clone()));
-                }
-                Kernel::DSinkLogits | Kernel::DAlibiSlopes => {
-                    let head = heads.start + index;
-                    done([0, head, 0, 0]);
+                Work::Heads => {
                     for entry in 0..s.batch as u64 {
                         self.touch(piece, Binding::RowTerms, entry, head, 0..s.seq_q as u64);
                         self.touch(piece, Binding::AlibiMoments, entry, head, 0..s.seq_q as u64);
                         self.touch(piece, Binding::SinkPartials, entry, head, 0..s.seq_q.div_ceil(32) as u64);
                     }
                 }
-                Kernel::MaskBits => {
-                    let [_, _, rows, keys] = problem.options().mask.unwrap().of(problem.pairs_shape());
-                    let groups = mask_blocks(rows, keys)[2] as u64;
-                    let (group, tile) = (index % groups, tiles.start + index / groups % len(&tiles));
-                    let place = index / groups / len(&tiles);
-                    let (entry, head) = (entries.start + place / len(&heads), heads.start + place % len(&heads));
-                    done([entry, head, tile, group]);
+                Work::MaskBlocks => {
+                    let [_, _, rows, _] = problem.options().mask.unwrap().of(problem.pairs_shape());
                     let rows = tile * 32..(tile * 32 + 32).min(rows as u64);
                     self.touch(piece, Binding::Mask, entry, head, rows.clone());
                     self.mask(piece, entry, head, rows);
                 }
-                Kernel::DBias => {
+                Work::BiasTiles => {
                     let axes = problem.options().bias.unwrap();
-                    let [_, _, pair_rows, pair_keys] = problem.pairs_shape().map(|n| n as u64);
-                    let column_tiles = pair_keys.div_ceil(columns);
-                    let (tile, row_tile, place) = if axes.seq_q {
-                        let place = index / column_tiles;
-                        (index % column_tiles, Some(tiles.start + place % len(&tiles)), place / len(&tiles))
-                    } else {
-                        (tiles.start + index % len(&tiles), None, index / len(&tiles))
-                    };
-                    let (head, number) = (heads.start + place % len(&heads), entries.start + place / len(&heads));
-                    done([number, head, tile, row_tile.unwrap_or(0)]);
+                    let [_, _, pair_rows, _] = problem.pairs_shape().map(|n| n as u64);
+                    let (tile, row_tile) = if axes.seq_q { (at.cell, Some(at.tile)) } else { (at.tile, None) };
                     let row_tiles = row_tile.map_or(0..pair_rows.div_ceil(tile_rows), |tile| tile..tile + 1);
                     let written = row_tiles.start * tile_rows..(row_tiles.end * tile_rows).min(pair_rows);
                     let written = if axes.seq_q { written } else { 0..1 };
@@ -751,16 +691,8 @@ mod tests {
                         }
                     }
                 }
-                Kernel::DKv => {
-                    let (kv_head, place) = (heads.start + index % len(&heads), index / len(&heads));
-                    let (number, tile) = match self.pass.is_listed() {
-                        true => {
-                            let [number, tile] = self.pieces.work[(tiles.start + place) as usize];
-                            (number.into(), tile.into())
-                        }
-                        false => (entries.start + place % len(&entries), tiles.start + place / len(&entries)),
-                    };
-                    done([number, kv_head, tile, 0]);
+                Work::Tiles(Side::Keys) => {
+                    let kv_head = head;
                     let sequence = problem.sequence(number as usize);
                     let keys = tile * tile_rows..((tile + 1) * tile_rows).min(sequence.k_rows as u64);
                     self.keys(piece, &sequence, kv_head, keys.clone());
@@ -784,17 +716,8 @@ mod tests {
                         }
                     }
                 }
-                _ => {
-                    let kv_head = heads.start + index / group % len(&heads);
-                    let (place, head) = (index / (group * len(&heads)), kv_head * group + index % group);
-                    let (number, tile) = match self.pass.is_listed() {
-                        true => {
-                            let [number, tile] = self.pieces.work[(tiles.start + place) as usize];
-                            (number.into(), tile.into())
-                        }
-                        false => (entries.start + place % len(&entries), tiles.end - 1 - place / len(&entries)),
-                    };
-                    done([number, head, tile, 0]);
+                Work::Tiles(Side::Queries) => {
+                    let (kv_head, head) = (head, head * group + at.cell);
                     let sequence = problem.sequence(number as usize);
                     let rows = tile * tile_rows..((tile + 1) * tile_rows).min(sequence.q_rows as u64);
                     self.queries(piece, number, &sequence, head, rows.clone());

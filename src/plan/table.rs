@@ -72,17 +72,41 @@ const LESS: Candidate = candidate([8, 8], [2, 1], 4, 8, 256, 1);
 /// ... and for every width.
 const LEAST: Candidate = candidate([8, 8], [2, 1], 4, 4, u32::MAX, 1);
 
+/// The kernels that share a table.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Family {
+    /// Rows are queries, with an online softmax.
+    Softmax,
+    /// Rows are queries, or pairs.
+    Queries,
+    /// Rows are keys.
+    Keys,
+}
+
+impl Family {
+    fn of(kernel: Kernel) -> Self {
+        match kernel.tiled() {
+            Some(tiled) if tiled.softmax => Family::Softmax,
+            _ if kernel.spec().work.rows_are_keys() => Family::Keys,
+            _ => Family::Queries,
+        }
+    }
+}
+
 /// Tiles to try for a kernel, the best first; one of them fits every WebGPU device.
 pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) -> Vec<Tiles> {
     let shape = problem.shape();
-    let width: u32 = kernel.accumulator_widths(shape.head_dim as u32, shape.value_dim as u32).iter().sum();
+    let widths = [shape.head_dim as u32, shape.value_dim as u32];
+    let accumulators = kernel.tiled().map_or(&[][..], |tiled| tiled.accumulators);
+    let width: u32 = accumulators.iter().map(|width| width.of(widths)).sum();
     let [seq_q, seq_k] = problem.longest();
-    let seq = if kernel == Kernel::DKv { seq_k } else { seq_q };
-    let table: &[Candidate] = match (class, kernel) {
+    let family = Family::of(kernel);
+    let seq = if family == Family::Keys { seq_k } else { seq_q };
+    let table: &[Candidate] = match (class, family) {
         (DeviceClass::Software, _) => &SOFTWARE,
-        (_, Kernel::DQ | Kernel::ExactDelta | Kernel::DBias) => &D_Q,
-        (_, Kernel::DKv) => &D_KV,
-        _ => &FORWARD,
+        (_, Family::Softmax) => &FORWARD,
+        (_, Family::Queries) => &D_Q,
+        (_, Family::Keys) => &D_KV,
     };
     let fitting = table.iter().filter(|c| width <= c.width && seq >= c.seq);
     let mut candidates: Vec<Tiles> = fitting.map(|c| c.tiles).collect();
@@ -122,26 +146,24 @@ pub(crate) fn cooperative(
     let options = problem.options();
     let modified = options.softcap.is_some() || options.alibi || options.bias.is_some();
     let changed = modified || options.mask.is_some();
-    let table: &[[u32; 4]] = match (class, kernel) {
+    let table: &[[u32; 4]] = match (class, Family::of(kernel)) {
         (DeviceClass::Software, _) => &[[2, 1, 1, 2]],
-        (_, Kernel::Forward) if modified && !narrow && width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::Forward) if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DQ | Kernel::ExactDelta) if narrow && width <= 64 => &[[2, 2, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DKv) if narrow && width <= 64 => &[[2, 1, 1, 1]],
+        (_, Family::Softmax) if modified && !narrow && width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Family::Softmax) if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Family::Queries) if narrow && width <= 64 => &[[2, 2, 1, 1], [2, 1, 1, 1]],
+        (_, Family::Keys) if narrow && width <= 64 => &[[2, 1, 1, 1]],
         _ if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DKv) if width <= 64 && (changed || options.dtype == DType::F16) => {
+        (_, Family::Keys) if width <= 64 && (changed || options.dtype == DType::F16) => {
             &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]]
         }
-        (_, Kernel::Forward | Kernel::DQ | Kernel::ExactDelta | Kernel::DKv) if width <= 64 => {
-            &[[4, 2, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]]
-        }
-        (_, Kernel::Forward) if options.mask.is_some() && width <= 128 => {
+        _ if width <= 64 => &[[4, 2, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Family::Softmax) if options.mask.is_some() && width <= 128 => {
             &[[8, 2, 1, 2], [4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]]
         }
-        (_, Kernel::Forward) if width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DKv) if changed && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DQ | Kernel::ExactDelta) if options.mask.is_some() && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Kernel::DKv) if width <= 128 => &[[8, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Family::Softmax) if width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Family::Keys) if changed && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Family::Queries) if options.mask.is_some() && width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, Family::Keys) if width <= 128 => &[[8, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         _ => &[[8, 1, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]],
     };
     let smaller = match class {
@@ -175,7 +197,8 @@ mod tests {
     fn narrow_windows_have_smaller_tiles() {
         let causal = Options::new().causal(true);
         let h200 = &Capabilities::samples()[0];
-        for (kernel, window, smaller) in [(Kernel::DKv, 128, true), (Kernel::DQ, 128, true), (Kernel::DKv, 2048, false)]
+        for (kernel, window, smaller) in
+            [(Kernel::D_KV, 128, true), (Kernel::D_Q, 128, true), (Kernel::D_KV, 2048, false)]
         {
             let first = |options| portable(kernel, &problem(8192, 64, options), h200.class)[0];
             let area = |tiles: Tiles| tiles.tile_rows() * tiles.tile_columns();

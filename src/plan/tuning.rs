@@ -84,7 +84,7 @@ impl TuningKey {
         let width = problem.shape().head_dim.max(problem.shape().value_dim) as u32;
         let width = WIDTHS.into_iter().find(|most| width <= *most)?;
         let (dtype, mask) = (problem.options().dtype, MaskClass::of(problem)?);
-        kernel.has_tiles().then_some(TuningKey { kernel, dtype, width, mask })
+        kernel.tiled().map(|_| TuningKey { kernel, dtype, width, mask })
     }
 }
 
@@ -296,11 +296,11 @@ mod tests {
         assert_eq!(class([512, 512], causal.window(Window::keys(128))), Some(MaskClass::Short));
         assert_eq!(class([1024, 64], causal), Some(MaskClass::Short));
         assert_eq!(class([32, 8192], causal), None);
-        let key = |width| TuningKey::of(Kernel::DQ, &problem([99, 99], width, causal));
+        let key = |width| TuningKey::of(Kernel::D_Q, &problem([99, 99], width, causal));
         for (width, class) in [(1, 32), (32, 32), (33, 64), (80, 128), (256, 256)] {
             assert_eq!(key(width).unwrap().width, class);
         }
-        assert_eq!(TuningKey::of(Kernel::Delta, &problem([99, 99], 64, causal)), None);
+        assert_eq!(TuningKey::of(Kernel::DELTA, &problem([99, 99], 64, causal)), None);
     }
 
     fn sample() -> Tuning {

@@ -125,7 +125,7 @@ pub fn run_at<T: Element>(
     let backward = pollster::block_on(gpu.prepare_backward_with(problem, &backward, tiles)).unwrap();
     let vec4 = [offset, pad, s.head_dim, s.value_dim].iter().all(|n| n % 4 == 0);
     assert!(
-        forward.plan().passes.iter().any(|pass| pass.variant.kernel == Kernel::Forward && pass.variant.vec4 == vec4),
+        forward.plan().passes.iter().any(|pass| pass.variant.kernel == Kernel::FORWARD && pass.variant.vec4 == vec4),
         "{problem}, offset {offset}, pad {pad}"
     );
     submit(device, |encoder| {

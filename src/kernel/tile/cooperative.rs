@@ -4,6 +4,7 @@ use std::fmt;
 
 use crate::device::capabilities::CooperativeMatrices;
 use crate::kernel::Kernel;
+use crate::kernel::spec::{Tiled, Width};
 use crate::kernel::tile::Tiling;
 use crate::problem::element::DType;
 
@@ -88,10 +89,10 @@ impl Fragments {
 
     /// Numbers that are staged with each column: what lse and delta of a query add, and what token scales take out.
     pub(crate) fn column_terms(&self, kernel: Kernel, dtype: DType) -> u32 {
-        let row_terms = if kernel == Kernel::DKv { 2 } else { 0 };
-        let scales = match (dtype, kernel) {
-            (DType::Bf16, Kernel::Forward) => 3,
-            (DType::Bf16, _) => 2,
+        let row_terms = if kernel.spec().work.rows_are_keys() { 2 } else { 0 };
+        let scales = match (dtype, kernel.tiled().is_some_and(|tiled| tiled.softmax)) {
+            (DType::Bf16, true) => 3,
+            (DType::Bf16, false) => 2,
             _ => 0,
         };
         row_terms + scales
@@ -106,25 +107,17 @@ impl Fragments {
     pub(crate) fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
         let CooperativeMatrices { side, lanes, .. } = self.matrices;
         let (halves, floats) = (side * side / 2 / lanes, side * side / lanes);
-        let (d, e) = (self.across(head_dim), self.across(value_dim));
-        let (operands, accumulators) = match kernel {
-            Kernel::Forward => (d, e),
-            Kernel::DQ => (d + e, d),
-            Kernel::DKv => (d + e, d + e),
-            _ => (d + e, 0),
-        };
+        let across = |widths: &[Width]| widths.iter().map(|width| self.across(width.of([head_dim, value_dim]))).sum();
+        let [operands, accumulators]: [u32; 2] =
+            kernel.tiled().map_or([0; 2], |tiled| [across(tiled.products), across(tiled.accumulators)]);
         self.rows * (operands * halves + (accumulators + 2 * self.columns) * floats) + 40
     }
 
     /// Loop iterations of a thread for an open and a masked tile, at most: every tile may rescale.
-    pub(crate) fn loop_iterations(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u64; 2] {
+    pub(crate) fn loop_iterations(&self, tiled: &Tiled, head_dim: u32, value_dim: u32) -> [u64; 2] {
         let quads = (self.matrices.side / 4).div_ceil(self.matrices.lanes / self.matrices.side);
-        let fragments = match kernel {
-            Kernel::Forward => self.across(value_dim),
-            Kernel::DQ => self.across(head_dim),
-            Kernel::DKv => self.across(head_dim) + self.across(value_dim),
-            _ => 0,
-        };
+        let widths = tiled.accumulators.iter().map(|width| width.of([head_dim, value_dim]));
+        let fragments = widths.map(|width| self.across(width)).sum::<u32>();
         let rescale = 2 + self.rows * fragments * (1 + quads);
         // What comes before and after the tiles, by the tile, is less than this.
         let once = self.rows * (self.across(head_dim) + self.across(value_dim)) * (1 + quads);

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::kernel::Kernel;
+use crate::kernel::spec::Tiled;
 
 /// How a workgroup divides a tile of the score matrix among its threads.
 ///
@@ -51,12 +52,13 @@ impl Tiles {
     pub(crate) fn arrays(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u32; 2] {
         let [rows, columns] = [self.tile_rows(), self.tile_columns()];
         let product = (rows + columns) * (self.chunk + 1);
-        let widths = kernel.accumulator_widths(head_dim, value_dim);
+        let widths = kernel.tiled().map_or([0; 2], |tiled| tiled.accumulator_widths(head_dim, value_dim));
         let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
         let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
-        let partials = if matches!(kernel, Kernel::Forward | Kernel::ExactDelta) { rows * self.threads_c } else { 0 };
+        let has = |property: fn(&Tiled) -> bool| kernel.tiled().is_some_and(property);
+        let partials = if has(|tiled| tiled.sums_rows) { rows * self.threads_c } else { 0 };
         // Where the rows of a bias are summed.
-        let sums = if kernel == Kernel::DBias { self.threads() * self.quads } else { 0 };
+        let sums = if has(|tiled| tiled.sums_pairs) { self.threads() * self.quads } else { 0 };
         [product.max(accumulation).max(sums), partials]
     }
 
@@ -69,8 +71,8 @@ impl Tiles {
 
     /// 32-bit registers that the accumulators and the operands in flight take, roughly.
     pub fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
-        let scores = kernel.score_tiles() * self.rows * self.quads * 4;
-        let widths = kernel.accumulator_widths(head_dim, value_dim);
+        let scores = kernel.tiled().map_or(0, Tiled::score_tiles) * self.rows * self.quads * 4;
+        let widths = kernel.tiled().map_or([0; 2], |tiled| tiled.accumulator_widths(head_dim, value_dim));
         let accumulators: u32 = widths.iter().map(|&width| self.rows * self.accumulator_quads(width) * 4).sum();
         scores + accumulators + 6 * self.rows + 40
     }
@@ -82,17 +84,13 @@ impl Tiles {
 
     /// Loop iterations of a thread for one tile of columns that is wholly visible, and at most for one that is masked:
     /// the loops of shaders/portable/blocks.wgsl.
-    pub(crate) fn loop_iterations(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u64; 2] {
+    pub(crate) fn loop_iterations(&self, tiled: &Tiled, head_dim: u32, value_dim: u32) -> [u64; 2] {
         let product = |width: u32| width.div_ceil(4).div_ceil(self.chunk) * (1 + self.chunk / self.unroll());
         // Column by column where values that are hidden and not finite stand in the way, else four at once.
         [self.slab / 4, self.slab].map(|slab| {
             let accumulation = self.tile_columns() / self.slab * (1 + slab);
-            let tile = match kernel {
-                Kernel::Forward => product(head_dim) + accumulation,
-                Kernel::ExactDelta | Kernel::DBias => product(head_dim) + product(value_dim),
-                Kernel::DQ => product(head_dim) + product(value_dim) + accumulation,
-                _ => product(head_dim) + product(value_dim) + 2 * accumulation,
-            };
+            let products = tiled.products.iter().map(|width| product(width.of([head_dim, value_dim]))).sum::<u32>();
+            let tile = products + tiled.accumulators.len() as u32 * accumulation;
             u64::from(1 + tile)
         })
     }

@@ -1,0 +1,25 @@
+//! The gradients by k and v.
+
+use crate::kernel::binding::Binding::{Bias, DK, DO, DV, K, MaskBits, Params, Q, RowTerms, Sequences, V};
+use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
+use crate::problem::element::DType;
+
+pub(crate) const D_KV: KernelSpec = KernelSpec {
+    name: "d_kv",
+    template: include_str!("../../shaders/d_kv.wgsl"),
+    wanted: always,
+    reads: &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms],
+    writes: &[DK, DV],
+    binds: binds_all,
+    adjust: adjusts_nothing,
+    work: Work::Tiles(Side::Keys),
+    body: Body::Tiled(Tiled {
+        products: &[Width::HeadDim, Width::ValueDim],
+        accumulators: &[Width::HeadDim, Width::ValueDim],
+        softmax: false,
+        sums_rows: false,
+        sums_pairs: false,
+        cooperative: true,
+        units: |dtype| if dtype == DType::Bf16 { &["d_k", "d_v"] } else { &["d_k"] },
+    }),
+};

@@ -1,0 +1,26 @@
+//! The gradient by q.
+
+use crate::kernel::binding::Binding::{AlibiMoments, Bias, DO, DQ, K, MaskBits, Params, Q, RowTerms, Sequences, V};
+use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
+use crate::problem::element::DType;
+
+pub(crate) const D_Q: KernelSpec = KernelSpec {
+    name: "d_q",
+    template: include_str!("../../shaders/d_q.wgsl"),
+    wanted: always,
+    reads: &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms],
+    writes: &[DQ, AlibiMoments],
+    binds: binds_all,
+    adjust: adjusts_nothing,
+    work: Work::Tiles(Side::Queries),
+    body: Body::Tiled(Tiled {
+        products: &[Width::HeadDim, Width::ValueDim],
+        accumulators: &[Width::HeadDim],
+        softmax: false,
+        sums_rows: false,
+        sums_pairs: false,
+        cooperative: true,
+        // In f16 the unit of a query comes with its delta; in bf16 it depends on the keys' token scales.
+        units: |dtype| if dtype == DType::Bf16 { &["d_q"] } else { &[] },
+    }),
+};

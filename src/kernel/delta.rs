@@ -1,0 +1,64 @@
+//! What every d_s of a row has in common: delta = d_o . o - d_lse.
+
+use crate::kernel::binding::Binding::{
+    AlibiSlopes, Bias, DLse, DO, K, Lse, MaskBits, O, ORest, Params, Q, RowTerms, Sequences, SinkLogits as Sinks,
+    SinkPartials, V,
+};
+use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
+use crate::kernel::spec::{
+    Body, KernelSpec, OptionalOperands, Plain, Side, Tiled, Width, Work, adjusts_nothing, binds_all,
+};
+use crate::problem::element::DType;
+use crate::problem::{Problem, SinkLogits};
+
+/// Whether o is as precise as delta needs it: rounded to half precision it is not.
+fn reads_o(problem: &Problem, optional: OptionalOperands) -> bool {
+    problem.options().dtype == DType::F32 || optional.o_rest
+}
+
+pub(crate) const DELTA: KernelSpec = KernelSpec {
+    name: "delta",
+    template: include_str!("../../shaders/delta.wgsl"),
+    wanted: |problem, optional| reads_o(problem, optional).into(),
+    // The slopes are handed on.
+    reads: &[Params, O, ORest, Lse, Sinks, AlibiSlopes, DO, DLse],
+    writes: &[RowTerms, SinkPartials],
+    binds: binds_all,
+    adjust: |own, _, _| {
+        // A logit of zero has no gradient.
+        if own.sink_logits == SinkLogits::OffByOne {
+            own.sink_logits = SinkLogits::None;
+        }
+    },
+    work: Work::Rows(Side::Queries),
+    body: Body::Plain(Plain {
+        threads: DELTA_ROWS * DELTA_LANES,
+        // Two operands are staged.
+        workgroup_bytes: 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * DELTA_ROWS * DELTA_LANES,
+        flops: |problem| 8.0 * f64::from(DELTA_ROWS) * problem.shape().value_dim as f64,
+        loop_iterations: |problem, _| {
+            let lanes = problem.shape().value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
+            (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
+        },
+    }),
+};
+
+pub(crate) const EXACT_DELTA: KernelSpec = KernelSpec {
+    name: "exact_delta",
+    template: include_str!("../../shaders/exact_delta.wgsl"),
+    wanted: |problem, optional| (!reads_o(problem, optional)).into(),
+    reads: &[Params, Q, K, V, Lse, AlibiSlopes, Bias, MaskBits, Sequences, DO, DLse],
+    writes: &[RowTerms],
+    binds: binds_all,
+    adjust: adjusts_nothing,
+    work: Work::Tiles(Side::Queries),
+    body: Body::Tiled(Tiled {
+        products: &[Width::HeadDim, Width::ValueDim],
+        accumulators: &[],
+        softmax: false,
+        sums_rows: true,
+        sums_pairs: false,
+        cooperative: true,
+        units: |_| &[],
+    }),
+};

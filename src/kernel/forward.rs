@@ -1,0 +1,26 @@
+//! o and lse.
+
+use crate::kernel::binding::Binding::{
+    AlibiSlopes, Bias, K, Lse, MaskBits, O, ORest, Params, Q, Sequences, SinkLogits, V,
+};
+use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
+
+pub(crate) const FORWARD: KernelSpec = KernelSpec {
+    name: "forward",
+    template: include_str!("../../shaders/forward.wgsl"),
+    wanted: always,
+    reads: &[Params, Q, K, V, SinkLogits, AlibiSlopes, Bias, MaskBits, Sequences],
+    writes: &[O, ORest, Lse],
+    binds: binds_all,
+    adjust: adjusts_nothing,
+    work: Work::Tiles(Side::Queries),
+    body: Body::Tiled(Tiled {
+        products: &[Width::HeadDim],
+        accumulators: &[Width::ValueDim],
+        softmax: true,
+        sums_rows: true,
+        sums_pairs: false,
+        cooperative: true,
+        units: |_| &[],
+    }),
+};

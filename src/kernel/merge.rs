@@ -1,0 +1,35 @@
+//! One state of several partial ones.
+
+use crate::kernel::binding::Binding::{
+    Lse, O, ORest, Params, Sequences, SinkLogits as Sinks, States, StatesLse, StatesRest,
+};
+use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
+use crate::kernel::spec::{Body, KernelSpec, Plain, Side, Work, always, binds_all};
+use crate::problem::{Layout, SinkLogits};
+
+pub(crate) const MERGE: KernelSpec = KernelSpec {
+    name: "merge",
+    template: include_str!("../../shaders/merge.wgsl"),
+    wanted: always,
+    reads: &[Params, States, StatesRest, StatesLse, Sinks, Sequences],
+    writes: &[O, ORest, Lse],
+    binds: binds_all,
+    // Which rows of a padded batch count: the sink logit is theirs alone.
+    adjust: |own, problem, _| {
+        let options = problem.options();
+        own.lengths &= options.sink_logits != SinkLogits::None && options.layout != Layout::Thd;
+    },
+    work: Work::Rows(Side::Queries),
+    body: Body::Plain(Plain {
+        threads: DELTA_ROWS * DELTA_LANES,
+        workgroup_bytes: 16,
+        flops: |problem| {
+            let shape = problem.shape();
+            8.0 * f64::from(DELTA_ROWS) * shape.value_dim as f64 * (shape.seq_k + 1) as f64
+        },
+        loop_iterations: |problem, _| {
+            let shape = problem.shape();
+            (2 + shape.value_dim.div_ceil(4 * DELTA_LANES as usize)) as u64 * (shape.seq_k as u64 + 1)
+        },
+    }),
+};

@@ -1,0 +1,17 @@
+//! Sizes that host and shaders agree on.
+
+/// Rows of a workgroup of the delta kernel, and the threads that load a row together.
+pub(crate) const DELTA_ROWS: u32 = 32;
+pub(crate) const DELTA_LANES: u32 = 8;
+/// Rows and words of 32 keys of a block of a boolean mask, which is classified as one.
+pub(crate) const MASK_BLOCK_ROWS: u32 = 32;
+pub(crate) const MASK_BLOCK_WORDS: u32 = 2;
+/// Blocks whose classes are one word.
+pub(crate) const MASK_GROUP: u32 = 16;
+/// Words of a row that are packed at a time.
+pub(crate) const MASK_STEP_WORDS: u32 = 8;
+/// Words that kernels may read behind the last row of a mask's bits, and the rows or columns of a tile that they stand for.
+pub(crate) const MASK_READ_BEYOND: u64 = 512;
+pub(crate) const MASK_TILE: u64 = 32 * MASK_READ_BEYOND;
+/// Words of a sequence in the table that kernels read.
+pub(crate) const SEQUENCE_WORDS: u32 = 11;

@@ -1,0 +1,352 @@
+//! What one kernel is: a value of one struct, from which the plan, the host's grid, the bindings and the shader's text follow.
+
+#[cfg(test)]
+use std::ops::Range;
+
+use crate::kernel::binding::Binding;
+use crate::kernel::sizes::{DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP};
+use crate::problem::element::DType;
+use crate::problem::error::Result;
+use crate::problem::varlen::Sequence;
+use crate::problem::{Problem, SinkLogits};
+
+/// Which operands are there that a call may go without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct OptionalOperands {
+    /// A gradient flows into lse.
+    pub d_lse: bool,
+    /// The forward pass writes, the backward pass reads what rounding took from o; in half precision only.
+    pub o_rest: bool,
+    /// The gradient by the ALiBi slopes is wanted, where there are any.
+    pub d_alibi_slopes: bool,
+    /// The gradient by the bias is wanted, where there is one.
+    pub d_bias: bool,
+    /// The backward pass finds the mask's bits, which the forward pass has left.
+    pub mask_bits: bool,
+    /// The gradients by k and v lie in one buffer.
+    pub packed: bool,
+}
+
+impl OptionalOperands {
+    /// What a call on host slices passes, but for d_lse.
+    pub(crate) fn of_host(problem: &Problem) -> Self {
+        OptionalOperands {
+            d_lse: false,
+            o_rest: problem.options().dtype != DType::F32,
+            d_alibi_slopes: true,
+            d_bias: true,
+            mask_bits: false,
+            packed: false,
+        }
+    }
+
+    pub(crate) fn check(self, problem: &Problem) -> Result<()> {
+        if self.o_rest { problem.check_rest() } else { Ok(()) }
+    }
+}
+
+/// One kernel. A new one is one such value, and its entry shader.
+#[derive(Debug)]
+pub(crate) struct KernelSpec {
+    /// Its short name, as in files and tables. No two kernels share one.
+    pub(crate) name: &'static str,
+    /// The text of its entry shader.
+    pub(crate) template: &'static str,
+    /// Whether a pass of the kernel is part of a forward, backward or merging plan.
+    pub(crate) wanted: fn(&Problem, OptionalOperands) -> Wanted,
+    /// Operands that it may read. The options decide which of them a variant binds, see [`Variant::bindings`](crate::Variant); a pipeline depends on
+    /// the options of the operands, and on no others.
+    pub(crate) reads: &'static [Binding],
+    /// Operands that it may write.
+    pub(crate) writes: &'static [Binding],
+    /// Whether a variant binds one of these operands, where the options alone do not say so.
+    pub(crate) binds: fn(&OwnOptions, Binding) -> bool,
+    /// Changes options that the kernel depends on, where its operands alone do not say which.
+    pub(crate) adjust: fn(&mut OwnOptions, &Problem, OptionalOperands),
+    /// How its workgroups share the work.
+    pub(crate) work: Work,
+    /// What a workgroup does.
+    pub(crate) body: Body,
+}
+
+/// Options that a kernel may take in another way than its operands say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OwnOptions {
+    pub(crate) dtype: DType,
+    pub(crate) sink_logits: SinkLogits,
+    pub(crate) lengths: bool,
+    pub(crate) o_rest: bool,
+}
+
+/// When a kernel runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Never,
+    Always,
+    /// Where a kernel of the plan reads what it writes.
+    WhereRead,
+}
+
+impl From<bool> for Wanted {
+    fn from(is_wanted: bool) -> Self {
+        if is_wanted { Wanted::Always } else { Wanted::Never }
+    }
+}
+
+/// What a workgroup does.
+#[derive(Debug)]
+pub(crate) enum Body {
+    /// Sums along rows, or the like.
+    Plain(Plain),
+    /// Products of tiles.
+    Tiled(Tiled),
+}
+
+/// A kernel without tiles.
+#[derive(Debug)]
+pub(crate) struct Plain {
+    /// Threads of a workgroup.
+    pub(crate) threads: u32,
+    /// Bytes of workgroup memory.
+    pub(crate) workgroup_bytes: u32,
+    /// Floating-point operations of a workgroup, or what takes as long: such kernels go by the memory that they read.
+    pub(crate) flops: fn(&Problem) -> f64,
+    /// Loop iterations of a thread, at most.
+    pub(crate) loop_iterations: fn(&Problem, &OwnOptions) -> u64,
+}
+
+/// A kernel whose workgroups hold a tile of rows against tiles of columns.
+#[derive(Debug)]
+pub(crate) struct Tiled {
+    /// Widths of the operands whose products the scores, and the gradients by probabilities, are.
+    pub(crate) products: &'static [Width],
+    /// Widths of the accumulators that a row of a tile keeps in registers.
+    pub(crate) accumulators: &'static [Width],
+    /// Keeps row_max and row_sum of an online softmax.
+    pub(crate) softmax: bool,
+    /// Sums along rows, among the threads that share one.
+    pub(crate) sums_rows: bool,
+    /// Sums tiles of pairs, in a tile of its own.
+    pub(crate) sums_pairs: bool,
+    /// There is a cooperative kernel, too.
+    pub(crate) cooperative: bool,
+    /// Accumulators of its cooperative kernel the units of whose rows it finds itself, in a walk.
+    pub(crate) units: fn(DType) -> &'static [&'static str],
+}
+
+/// A width of operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Width {
+    /// D, of queries and keys.
+    HeadDim,
+    /// E, of values and outputs.
+    ValueDim,
+}
+
+impl Width {
+    pub(crate) fn of(self, [head_dim, value_dim]: [u32; 2]) -> u32 {
+        match self {
+            Width::HeadDim => head_dim,
+            Width::ValueDim => value_dim,
+        }
+    }
+}
+
+impl Tiled {
+    /// Widths of the accumulators; 0 for one that is not there.
+    pub(crate) fn accumulator_widths(&self, head_dim: u32, value_dim: u32) -> [u32; 2] {
+        [0, 1].map(|n| self.accumulators.get(n).map_or(0, |width| width.of([head_dim, value_dim])))
+    }
+
+    /// Tiles of scores that a thread holds at once.
+    pub(crate) fn score_tiles(&self) -> u32 {
+        self.products.len() as u32 + u32::from(self.sums_pairs)
+    }
+
+    /// Floating-point operations of a pair of a query and a key: two for each multiply-add.
+    pub(crate) fn pair_flops(&self, widths: [u32; 2]) -> f64 {
+        let all = self.products.iter().chain(self.accumulators);
+        2.0 * all.map(|width| f64::from(width.of(widths))).sum::<f64>()
+    }
+}
+
+/// Rows of queries, or of keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Queries,
+    Keys,
+}
+
+/// How the workgroups of a kernel share the work. The host's grid and the shader's decoding of a workgroup's index
+/// (shaders/work.wgsl) both come from here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// Some rows of a head of an entry of the batch.
+    Rows(Side),
+    /// A head, over the batch and all rows.
+    Heads,
+    /// A group of blocks of the boolean mask.
+    MaskBlocks,
+    /// A tile of rows of a head, against all tiles of the other side that it meets. Keys are those of a key head, with the query
+    /// heads of its group in turn.
+    Tiles(Side),
+    /// A tile of the bias, with all that share it in turn.
+    BiasTiles,
+}
+
+/// What a workgroup's index is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Digit {
+    /// Workgroups of one head and tile.
+    Cell,
+    /// Heads, or key heads where a group is kept together.
+    Head,
+    /// Entries of the batch, or numbers of sequences.
+    Batch,
+    /// Tiles of rows, or places in the list of tiles.
+    Tile,
+    /// Tiles of rows, the last first.
+    TileFromLast,
+}
+
+/// The work of a pass: entries of the batch, heads and tiles, and the workgroups of each of these cells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Grid {
+    pub(crate) axes: [u64; 3],
+    pub(crate) cells: u64,
+}
+
+/// The place of a workgroup in the work: the host's twin of `WorkIndex` in shaders/work.wgsl.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct WorkIndex {
+    pub(crate) batch: u64,
+    pub(crate) head: u64,
+    pub(crate) tile: u64,
+    pub(crate) cell: u64,
+}
+
+impl Work {
+    /// Whether rows are keys.
+    pub(crate) fn rows_are_keys(self) -> bool {
+        matches!(self, Work::Rows(Side::Keys) | Work::Tiles(Side::Keys))
+    }
+
+    /// Whether tiles come from a list where sequences differ in length.
+    pub(crate) fn is_listed(self, lengths: bool) -> bool {
+        lengths && matches!(self, Work::Tiles(_))
+    }
+
+    /// The digits of a workgroup's index, the fastest first.
+    pub(crate) fn order(self, lengths: bool) -> &'static [Digit] {
+        use Digit::{Batch, Cell, Head, Tile, TileFromLast};
+        match self {
+            Work::Rows(_) => &[Tile, Head, Batch],
+            Work::Heads => &[Head],
+            Work::MaskBlocks | Work::BiasTiles => &[Cell, Tile, Head, Batch],
+            // The first key tile of every head comes first: under a causal mask the most queries see it.
+            Work::Tiles(Side::Keys) => &[Head, Batch, Tile],
+            // The list has its own order.
+            Work::Tiles(Side::Queries) if lengths => &[Cell, Head, Batch, Tile],
+            // The query heads of a group stand side by side: they share keys and values. The last query tile of every head comes
+            // first: under a causal mask it is the longest.
+            Work::Tiles(Side::Queries) => &[Cell, Head, Batch, TileFromLast],
+        }
+    }
+
+    /// The place of a workgroup in a part of the work: the ranges of batch, heads and tiles.
+    #[cfg(test)]
+    pub(crate) fn decode(self, lengths: bool, cells: u64, axes: &[Range<u64>; 3], index: u64) -> WorkIndex {
+        let [batch, heads, tiles] = axes;
+        let len = |range: &Range<u64>| range.end - range.start;
+        let mut at = WorkIndex { batch: batch.start, head: heads.start, tile: tiles.start, cell: 0 };
+        let mut rest = index;
+        let mut digit = |count: u64| {
+            let digit = rest % count;
+            rest /= count;
+            digit
+        };
+        for place in self.order(lengths) {
+            match place {
+                Digit::Cell => at.cell = digit(cells),
+                Digit::Head => at.head = heads.start + digit(len(heads)),
+                Digit::Batch => at.batch = batch.start + digit(len(batch)),
+                Digit::Tile => at.tile = tiles.start + digit(len(tiles)),
+                Digit::TileFromLast => at.tile = tiles.end - 1 - digit(len(tiles)),
+            }
+        }
+        assert_eq!(rest, 0, "{index} of {axes:?}");
+        at
+    }
+
+    /// The work of a pass with tiles of some rows and columns.
+    pub(crate) fn grid(self, problem: &Problem, [rows, columns]: [u32; 2], lengths: bool) -> Grid {
+        let s = problem.shape();
+        let [rows, columns] = [rows, columns].map(|n| n as usize);
+        let listed = || problem.sequences().map(|sequence| self.row_tiles(&sequence, rows)).sum();
+        let delta_tiles = |seq: usize| seq.div_ceil(DELTA_ROWS as usize);
+        let (axes, cells) = match self {
+            Work::Rows(Side::Queries) => ([s.batch, s.heads, delta_tiles(s.seq_q)], 1),
+            Work::Rows(Side::Keys) => ([s.batch, s.kv_heads, delta_tiles(s.seq_k)], 1),
+            Work::Heads => ([1, s.heads, 1], 1),
+            Work::MaskBlocks => {
+                let [batch, heads, rows, keys] = problem.options().mask.unwrap_or_default().of(problem.pairs_shape());
+                let [_, block_rows, groups] = mask_blocks(rows, keys);
+                ([batch, heads, block_rows], groups)
+            }
+            Work::BiasTiles => {
+                let axes = problem.options().bias.unwrap_or_default();
+                let [batch, heads, bias_rows, keys] = axes.of(problem.pairs_shape());
+                let column_tiles = keys.div_ceil(columns);
+                match axes.seq_q {
+                    true => ([batch, heads, bias_rows.div_ceil(rows)], column_tiles),
+                    false => ([batch, heads, column_tiles], 1),
+                }
+            }
+            Work::Tiles(side) => {
+                let (seq, cells) = match side {
+                    Side::Queries => (s.seq_q, problem.group()),
+                    Side::Keys => (s.seq_k, 1),
+                };
+                let axes = match lengths {
+                    true => [1, s.kv_heads, listed()],
+                    false => [s.batch, s.kv_heads, seq.div_ceil(rows)],
+                };
+                (axes, cells)
+            }
+        };
+        Grid { axes: axes.map(|n| n as u64), cells: cells as u64 }
+    }
+
+    /// Tiles of so many rows of a head of a sequence.
+    pub(crate) fn row_tiles(self, sequence: &Sequence, rows: usize) -> usize {
+        let length = if self.rows_are_keys() { sequence.k_rows } else { sequence.q_rows };
+        length.div_ceil(rows)
+    }
+}
+
+impl Grid {
+    /// Workgroups in all.
+    pub(crate) fn workgroups(&self) -> u128 {
+        self.axes.iter().fold(u128::from(self.cells), |n, axis| n * u128::from(*axis))
+    }
+}
+
+/// Words of a row of the mask's bits, its rows of blocks, and groups of blocks of such a row.
+pub(crate) fn mask_blocks(rows: usize, keys: usize) -> [usize; 3] {
+    let words = keys.div_ceil(32);
+    [words, rows.div_ceil(MASK_BLOCK_ROWS as usize), words.div_ceil((MASK_GROUP * MASK_BLOCK_WORDS) as usize)]
+}
+
+/// Of a kernel that binds all that the options say.
+pub(crate) fn binds_all(_: &OwnOptions, _: Binding) -> bool {
+    true
+}
+
+/// Of a kernel whose operands say all that its pipeline depends on.
+pub(crate) fn adjusts_nothing(_: &mut OwnOptions, _: &Problem, _: OptionalOperands) {}
+
+/// Of a kernel that is part of every plan that lists it.
+pub(crate) fn always(_: &Problem, _: OptionalOperands) -> Wanted {
+    Wanted::Always
+}
