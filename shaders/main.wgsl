@@ -17,9 +17,8 @@ fn main(
   for (var n = 0u; n < {{ batch }}u; n += 1u) {
     if (workgroupUniformLoad(&{{ flags }}[n]).x != 0.0) { left |= 1u << n; }
   }
-  for (var n = 0u; n < {{ batch }}u; n += 1u) {
-  let index = first_index + n;
-  if ((left & (1u << n)) == 0u) { continue; }
+  for (; left != 0u; left &= left - 1u) {
+  let index = first_index + firstTrailingBit(left);
   workgroupBarrier();
 {% else %}
   let index = workgroup.x + workgroup.y * grid.x;

@@ -165,7 +165,8 @@ where
             return Err(Mismatch::NotFinite { index: start + n, actual: x, expected: y });
         }
         let difference = norm(&mut pairs().map(|(x, y)| x - y));
-        let smallest = (row.len() as f64).sqrt() * ulp(0.0, dtype);
+        // Devices may make zeros of results below f32's normal numbers.
+        let smallest = (row.len() as f64).sqrt() * ulp(0.0, dtype).max(f32::MIN_POSITIVE.into());
         let size = norm(&mut magnitudes[row].iter().copied()).max(norm(&mut pairs().map(|(_, y)| y)));
         // The smallest numbers have no relative precision. Where zeros are expected, nothing but zeros will do.
         let rest = if size == 0.0 { difference } else { (difference - smallest).max(0.0) };

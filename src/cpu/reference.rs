@@ -213,7 +213,8 @@ impl Operands {
                     let terms = d_o.iter().zip(self.v.row(key)).zip(o.row(query.place));
                     let d_p = terms.map(|((d_o, v), o)| d_o.abs() * (v.abs() + o)).sum::<f64>() + d_lse.abs();
                     let weight = p + LOST_WEIGHT;
-                    let d_x = (scale * slope).abs() * weight * d_p;
+                    // Gradients by scores below normal numbers may be lost, too.
+                    let d_x = (scale * slope).abs() * (weight * d_p + LOST_WEIGHT);
                     add_magnitude(d_q.row_mut(query.place), d_x, self.k.row(key));
                     add_magnitude(d_k.row_mut(key), d_x, self.q.row(query.place));
                     add_magnitude(d_v.row_mut(key), weight, d_o);
