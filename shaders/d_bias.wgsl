@@ -5,17 +5,17 @@
 {{ micro.declare() }}
 
 {% include "main.wgsl" %}
-  let work = decode_work(index);
+  let at = decode_work(index);
 {% if axes.seq_q %}
-  let tile = work.cell;
-  let own_row_tile = work.tile;
+  let tile = at.cell;
+  let own_row_tile = at.tile;
 {% else %}
-  let tile = work.tile;
+  let tile = at.tile;
 {% endif %}
   let column0 = tile * TILE_COLUMNS;
   // Both count from 0 to 0 where the bias has no such axis of its own.
-  let own_head = work.head;
-  let own_number = work.batch;
+  let own_head = at.head;
+  let own_number = at.batch;
 
   {{ micro.begin() }}
   for (var number = own_number; number < {{ "own_number + 1u" if axes.batch else "params.sequence_count" }}; number += 1u) {

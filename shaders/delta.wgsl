@@ -46,10 +46,10 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 {% endfor %}
 
 {% include "main.wgsl" %}
-  let work = decode_work(index);
-  let batch = work.batch;
-  let head = work.head;
-  let row0 = work.tile * ROWS;
+  let at = decode_work(index);
+  let batch = at.batch;
+  let head = at.head;
+  let row0 = at.tile * ROWS;
 {% if alibi %}
 
   // For the kernels that come after.
@@ -168,6 +168,6 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     if (thread < half) { partials[thread] += partials[thread + half]; }
     workgroupBarrier();
   }
-  if (thread == 0u) { sink_partials[operand_base(params.sink_partials, batch, head) + work.tile] = partials[0]; }
+  if (thread == 0u) { sink_partials[operand_base(params.sink_partials, batch, head) + at.tile] = partials[0]; }
 {% endif %}
 }

@@ -9,7 +9,7 @@
 {{ micro.declare() }}
 
 // What the row at `row` of a head needs of its `total`, the sum of p d_p, of which the largest is `most`.
-fn store_row(work: Work, row: u32, total: f32, most: f32) {
+fn store_row(work: TileWork, row: u32, total: f32, most: f32) {
   let row_lse = lse[operand_base(params.lse, work.batch, work.head) + row];
   // The row sees nothing, and lse is no function of anything.
   let sees = row_lse != params.negative_infinity;

@@ -21,11 +21,11 @@ fn nonzero_bytes(bytes: u32) -> u32 {
 
 {% include "main.wgsl" %}
   let row_words = (params.mask_keys + 31u) / 32u;
-  let work = decode_work(index);
-  let group = work.cell;
-  let block_row = work.tile;
-  let head = work.head;
-  let batch = work.batch;
+  let place = decode_work(index);
+  let group = place.cell;
+  let block_row = place.tile;
+  let head = place.head;
+  let batch = place.batch;
   let row = block_row * BLOCK_ROWS + thread / STEP_WORDS;
 
   if (thread == 0u) { atomicStore(&classes, 0u); }

@@ -23,10 +23,10 @@ fn exp_below(x: f32, top: f32) -> f32 {
 }
 
 {% include "main.wgsl" %}
-  let work = decode_work(index);
-  let batch = work.batch;
-  let head = work.head;
-  let row = work.tile * ROWS + thread / LANES;
+  let at = decode_work(index);
+  let batch = at.batch;
+  let head = at.head;
+  let row = at.tile * ROWS + thread / LANES;
   if (row >= params.seq_q) { return; }
   let lane = thread % LANES;
   let states = params.seq_k;

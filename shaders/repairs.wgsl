@@ -1,7 +1,7 @@
 {#- The rows that a cooperative kernel reports, and a portable one computes again. -#}
 // Where the report of a tile of so many rows begins: a word that is zero where there are none, then, where there
 // are some, a bit for each row.
-fn repair_slot({{ here_parameter }}work: Work, tile: u32) -> u32 {
+fn repair_slot({{ here_parameter }}work: TileWork, tile: u32) -> u32 {
 {% set heads = "kv_heads" if rows_are_keys else "heads" %}
 {% set head = "kv_head" if rows_are_keys else "head" %}
 {% if lengths %}
@@ -14,7 +14,7 @@ fn repair_slot({{ here_parameter }}work: Work, tile: u32) -> u32 {
 {% if repairs %}
 
 // Whether the cooperative kernel has reported rows of a tile that has some in row0..row_end.
-fn to_repair({{ here_parameter }}work: Work, row0: u32, row_end: u32) -> bool {
+fn to_repair({{ here_parameter }}work: TileWork, row0: u32, row_end: u32) -> bool {
   for (var tile = row0 / {{ repairs }}u; tile <= (row_end - 1u) / {{ repairs }}u; tile += 1u) {
     if (repairs[repair_slot({{ here_argument }}work, tile)] != 0u) { return true; }
   }
@@ -22,7 +22,7 @@ fn to_repair({{ here_parameter }}work: Work, row0: u32, row_end: u32) -> bool {
 }
 
 // Whether it has reported this row: the others keep what it wrote.
-fn is_repaired({{ here_parameter }}work: Work, row: u32) -> bool {
+fn is_repaired({{ here_parameter }}work: TileWork, row: u32) -> bool {
   let slot = repair_slot({{ here_argument }}work, row / {{ repairs }}u);
   let place = row % {{ repairs }}u;
   return repairs[slot] != 0u && ((repairs[slot + 1u + place / 32u] >> (place % 32u)) & 1u) != 0u;

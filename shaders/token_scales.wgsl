@@ -10,10 +10,10 @@ const LANES: u32 = {{ lanes }}u;
 var<workgroup> sizes: array<vec2<f32>, {{ threads }}>;
 
 {% include "main.wgsl" %}
-  let work = decode_work(index);
-  let batch = work.batch;
-  let head = work.head;
-  let row = work.tile * ROWS + thread / LANES;
+  let at = decode_work(index);
+  let batch = at.batch;
+  let head = at.head;
+  let row = at.tile * ROWS + thread / LANES;
   let is_row = row < params.{{ "seq_k" if rows_are_keys else "seq_q" }};
   let lane = thread % LANES;
   var size = vec2<f32>();

@@ -183,8 +183,7 @@ fn naming_a_kernel(text: &str) -> Vec<&str> {
     let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
     code.filter(|line| {
         marks.iter().any(|mark| line.replace("MicroKernel::", "").contains(mark))
-            || line.contains("{%") && asks.iter().any(|ask| line.contains(ask))
-            || line.contains("{{") && asks.iter().any(|ask| line.contains(ask))
+            || (line.contains("{%") || line.contains("{{")) && asks.iter().any(|ask| line.contains(ask))
     })
     .collect()
 }

@@ -258,7 +258,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
       let source = min({{ column }} + thread + {{ n * threads }}u, last_column);
 {% if rows_are_keys %}
 {% if column_fragments > 1 %}
-{#- One by one: NVIDIA's compiler does d_kv with tiles of 32 queries in 4.59 ms so, else in 5.06, but those of 16 in 5.35 instead of 5.13. -#}
+{#- One by one is faster with tiles of 32 queries and slower with those of 16, on an NVIDIA H200: benches/results/2026-11-28-h200-unseen.md. -#}
       row_term_{{ n }} = vec2<f32>(row_terms[terms_base + source].x, row_terms[terms_base + source].y);
 {% else %}
       row_term_{{ n }} = row_terms[terms_base + source].xy;

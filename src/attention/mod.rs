@@ -198,7 +198,7 @@ impl Attention {
     /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`].
     pub fn plan_forward(&self, problem: &Problem) -> Result<Plan> {
         let (device, preference) = self.planning("plan_forward", &[])?;
-        let optional = OptionalOperands::of_host(problem);
+        let optional = OptionalOperands::for_training(problem);
         Plan::forward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
     }
 
@@ -208,7 +208,7 @@ impl Attention {
     /// As [`plan_forward`](Self::plan_forward).
     pub fn plan_backward(&self, problem: &Problem) -> Result<Plan> {
         let (device, preference) = self.planning("plan_backward", &[])?;
-        let optional = OptionalOperands::of_host(problem);
+        let optional = OptionalOperands::for_training(problem);
         Plan::backward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
     }
 

@@ -24,7 +24,7 @@ const SLOW: u32 = 3;
 const GAIN: f64 = 0.98;
 const RUNS: usize = 7;
 const WARM_UP: Duration = Duration::from_millis(60);
-/// What the first search has in any case: a loaded machine may need all of the budget to get ready, and a run that measures
+/// Time of the first search, whatever the budget: a loaded machine may need all of the budget to get ready, and a run that measures
 /// nothing is of no use.
 const FIRST: Duration = Duration::from_secs(1);
 

@@ -14,7 +14,7 @@ use crate::problem::{Bias, Gradients, Inputs, Layout, MaskData, MaskPacking, Out
 /// Those of [`Problem::check_inputs`].
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<f64, f64>> {
     problem.check_inputs(inputs)?;
-    Ok(Operands::new(problem, inputs).forward(problem, None))
+    Ok(Operands::new(problem, inputs).forward(problem, &mut None))
 }
 
 /// Backward pass in f64, from a forward pass of its own:
@@ -42,7 +42,7 @@ pub fn backward<T: Element>(
 ) -> Result<Gradients<f64, f64>> {
     problem.check_inputs(inputs)?;
     let operands = Operands::new(problem, inputs);
-    let saved = operands.forward(problem, None);
+    let saved = operands.forward(problem, &mut None);
     problem.check_upstream(&saved, upstream)?;
     Ok(operands.backward(problem, &saved, upstream, &mut None))
 }
@@ -57,8 +57,8 @@ pub fn backward<T: Element>(
 /// ```
 ///
 /// Devices make zeros of weights below f32's normal numbers, so a whole term of such a weight may be lost. Here each p_ij of a
-/// visible pair is larger than it is by 2^24 times the least normal number: then what is lost is no more than one part in 2^24, as
-/// what rounding takes of other terms, and beside weights that are not small the difference is nothing.
+/// visible pair is raised by 2^24 times the least normal number. A lost term is then at most one part in 2^24 of its magnitude, as the
+/// rounding of any other term is. Weights that are not small do not notice the difference.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Magnitudes {
     /// Of o.
@@ -69,12 +69,6 @@ pub struct Magnitudes {
     pub d_k: Vec<f64>,
     /// Of the gradient by v.
     pub d_v: Vec<f64>,
-    /// By what share the rounding of scores in f32 changes a weight, at most about: `2^-24 (sqrt(D) + 2) max_ij |scale| sum_d
-    /// |q_id k_jd|` over the pairs that are visible and finite. Of D products each partial sum is rounded, by up to 2^-24 of the sum
-    /// of absolute values each time, and such errors add up like a random walk; the product with the scale is rounded, too, and
-    /// lse. All weights of a row may be small ones, and then no other term hides their errors: this is to be accepted beside what
-    /// is accepted of a row.
-    pub score_rounding: f64,
 }
 
 /// What [`Magnitudes`] add to a weight: 2^24 times the least normal number of f32.
@@ -94,12 +88,10 @@ pub fn with_magnitudes<T: Element>(
 ) -> Result<WithMagnitudes> {
     problem.check_inputs(inputs)?;
     let operands = Operands::new(problem, inputs);
-    let mut terms = Terms { o: Tensor::zeros(problem.options().layout, problem.o_shape()), product: 0.0 };
-    let output = operands.forward(problem, Some(&mut terms));
-    let roundings = (problem.shape().head_dim as f64).sqrt() + 2.0;
-    let score_rounding = f64::from(f32::EPSILON) / 2.0 * roundings * f64::from(problem.scale()).abs() * terms.product;
-    let mut magnitudes =
-        Some(Magnitudes { o: terms.o.data, d_q: Vec::new(), d_k: Vec::new(), d_v: Vec::new(), score_rounding });
+    let mut o = Some(Tensor::zeros(problem.options().layout, problem.o_shape()));
+    let output = operands.forward(problem, &mut o);
+    let o = o.map_or_else(Vec::new, |o| o.data);
+    let mut magnitudes = Some(Magnitudes { o, d_q: Vec::new(), d_k: Vec::new(), d_v: Vec::new() });
     let gradients = match upstream {
         Some(upstream) => {
             problem.check_upstream(&output, upstream)?;
@@ -107,7 +99,7 @@ pub fn with_magnitudes<T: Element>(
         }
         None => None,
     };
-    let none = || Magnitudes { o: Vec::new(), d_q: Vec::new(), d_k: Vec::new(), d_v: Vec::new(), score_rounding };
+    let none = || Magnitudes { o: Vec::new(), d_q: Vec::new(), d_k: Vec::new(), d_v: Vec::new() };
     Ok((output, gradients, magnitudes.unwrap_or_else(none)))
 }
 
@@ -152,18 +144,15 @@ impl Operands {
     }
 
     /// Results, and how large their terms are, where that is wanted.
-    fn forward(&self, problem: &Problem, mut terms: Option<&mut Terms>) -> Output<f64, f64> {
+    fn forward(&self, problem: &Problem, magnitudes: &mut Option<Tensor>) -> Output<f64, f64> {
         let mut o = Tensor::zeros(problem.options().layout, problem.o_shape());
         let mut lse = vec![f64::NEG_INFINITY; problem.lse_shape().iter().product()];
         for query in queries(problem) {
             let row = self.row(problem, &query);
             for pair in row.pairs {
                 add_scaled(o.row_mut(query.place), pair.p, self.v.row(query.key(pair.j)));
-                if let Some(Terms { o, product }) = terms.as_deref_mut() {
-                    add_magnitude(o.row_mut(query.place), pair.p + LOST_WEIGHT, self.v.row(query.key(pair.j)));
-                    let products = self.q.row(query.place).iter().zip(self.k.row(query.key(pair.j)));
-                    let this: f64 = products.map(|(q, k)| (q * k).abs()).sum();
-                    *product = if this.is_finite() { product.max(this) } else { *product };
+                if let Some(magnitudes) = magnitudes {
+                    add_magnitude(magnitudes.row_mut(query.place), pair.p + LOST_WEIGHT, self.v.row(query.key(pair.j)));
                 }
             }
             lse[query.index] = row.lse;
@@ -286,14 +275,7 @@ impl Operands {
     }
 }
 
-/// [`Magnitudes`] of a forward pass on the way.
-struct Terms {
-    o: Tensor,
-    /// The largest sum of `|q_d k_d|`.
-    product: f64,
-}
-
-/// [`Magnitudes`] of a backward pass on the way.
+/// [`Magnitudes`] on the way.
 struct Sizes {
     o: Tensor,
     d_q: Tensor,
@@ -544,16 +526,6 @@ mod tests {
         of(&output.o).unwrap_err();
     }
 
-    #[test]
-    fn rounding_of_scores_goes_by_what_is_visible() {
-        let problem = Problem::new(one_head(2, 3, 4), Options::new().causal(true).scale(-0.5)).unwrap();
-        // The first query sees two keys, one of which is no number; the third key is for the second query alone, and that is 0.
-        let (q, nan) = ([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], f32::NAN);
-        let k = [1.0, -1.0, 1.0, -1.0, nan, nan, nan, nan, 1e9, 1e9, 1e9, 1e9];
-        let (_, _, magnitudes) = with_magnitudes(&problem, &Inputs::new(&q, &k, &[1.0; 3]), None).unwrap();
-        assert_eq!(magnitudes.score_rounding, 2f64.powi(-24) * (2.0 + 2.0) * 0.5 * 4.0);
-    }
-
     /// A loss that every gradient flows from, and its gradients by central differences.
     fn finite_differences(problem: &Problem, operands: &Operands, upstream: &Upstream<'_>) -> Gradients<f64, f64> {
         let weighted = |x: &[f64], weights: &[f32]| -> f64 {
@@ -561,7 +533,7 @@ mod tests {
             x.iter().zip(weights).filter(|(x, _)| x.is_finite()).map(|(x, &w)| x * f64::from(w)).sum()
         };
         let loss = |operands: &Operands| {
-            let output = operands.forward(problem, None);
+            let output = operands.forward(problem, &mut None);
             weighted(&output.o, upstream.d_o) + upstream.d_lse.map_or(0.0, |d_lse| weighted(&output.lse, d_lse))
         };
         // The error of a step h is about h^2 + 1e-16 / h.

@@ -152,8 +152,8 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
     // as `sequence_table` and `repair_slots` make them for the same problem; a bias is read at positions clamped to the sequence,
     // and a mask's words up to a tile beyond a row's end, for which `mask_bits` leaves room. Every index into
     // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
-    // constants; every loop counts up to a bound that its body does not change, or runs
-    // until a limit has followed what exceeds it, once. Kernels of caches read and write rows below the
+    // constants; every loop counts up to a bound that its body does not change, clears a bit
+    // of a number in each turn, or runs until a limit has followed what exceeds it, once. Kernels of caches read and write rows below the
     // lengths and pages of the host's book (`Places`), which keeps lengths within the capacity and pages within the cache, and
     // clamp what a tile has beyond a sequence's end; what they gather and scatter are runs of such rows, which `Batch` makes from
     // the book, and which are recorded for a book with the same lengths and, where gradients are written, pages.

@@ -56,7 +56,7 @@ impl Kernel {
         self.0.name
     }
 
-    /// What a kernel that has tiles does with them.
+    /// The products, accumulators and sums of a kernel that has tiles; `None` for others.
     pub(crate) fn tiled(self) -> Option<&'static Tiled> {
         match &self.0.body {
             Body::Tiled(tiled) => Some(tiled),

@@ -1,4 +1,4 @@
-//! What one kernel is: a value of one struct, from which the plan, the host's grid, the bindings and the shader's text follow.
+//! `KernelSpec`, the description of one kernel. The plan, the host's grid, the bindings and the shader's text follow from it.
 
 #[cfg(test)]
 use std::ops::Range;
@@ -28,8 +28,8 @@ pub struct OptionalOperands {
 }
 
 impl OptionalOperands {
-    /// What a call on host slices passes, but for d_lse.
-    pub(crate) fn of_host(problem: &Problem) -> Self {
+    /// The optional operands of a training step without a gradient into lse: o_rest in half precision, and every gradient.
+    pub fn for_training(problem: &Problem) -> Self {
         OptionalOperands {
             d_lse: false,
             o_rest: problem.options().dtype != DType::F32,
@@ -65,7 +65,7 @@ pub(crate) struct KernelSpec {
     pub(crate) adjust: fn(&mut OwnOptions, &Problem, OptionalOperands),
     /// How its workgroups share the work.
     pub(crate) work: Work,
-    /// What a workgroup does.
+    /// The computation of a workgroup, with its cost.
     pub(crate) body: Body,
 }
 
@@ -93,7 +93,7 @@ impl From<bool> for Wanted {
     }
 }
 
-/// What a workgroup does.
+/// The computation of a workgroup, with its cost.
 #[derive(Debug)]
 pub(crate) enum Body {
     /// Sums along rows, or the like.
@@ -194,7 +194,7 @@ pub(crate) enum Work {
     BiasTiles,
 }
 
-/// What a workgroup's index is made of.
+/// A digit of a workgroup's index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Digit {
     /// Workgroups of one head and tile.

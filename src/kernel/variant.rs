@@ -96,8 +96,8 @@ impl Variant {
         portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, d, e)))
     }
 
-    /// A kernel's variant for a problem, before tiles are chosen. What a kernel does not bind is not part of its variant, so that fewer
-    /// are compiled. `vec4` says whether the operands can be read four neighbours at a time.
+    /// A kernel's variant for a problem, before tiles are chosen. Options of operands that the kernel does not bind are left out, so that
+    /// fewer variants are compiled. `vec4` says whether the operands can be read four neighbours at a time.
     pub(crate) fn new(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOperands) -> Self {
         let (shape, options, spec) = (problem.shape(), problem.options(), kernel.spec());
         let reads = |binding: Binding| spec.reads.contains(&binding);
@@ -144,7 +144,7 @@ impl Variant {
         }
     }
 
-    /// What its kernel may have decided itself.
+    /// The options that its kernel may have taken in its own way.
     pub(crate) fn own_options(&self) -> OwnOptions {
         let Variant { dtype, sink_logits, lengths, o_rest, .. } = *self;
         OwnOptions { dtype, sink_logits, lengths, o_rest }
@@ -467,7 +467,7 @@ impl Variant {
     }
 }
 
-/// What shaders/work.wgsl makes a digit of a workgroup's index of.
+/// The expressions from which shaders/work.wgsl decodes a digit of a workgroup's index.
 fn digit(digit: &Digit) -> Value {
     match digit {
         Digit::Cell => context! { name => "cell", first => "", count => "params.region_cells" },

@@ -463,11 +463,11 @@ mod tests {
             template: r#"{% include "params.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "main.wgsl" %}
-  let work = decode_work(index);
-  let row = work.tile * {{ delta_rows }}u + thread / {{ lanes }}u;
+  let at = decode_work(index);
+  let row = at.tile * {{ delta_rows }}u + thread / {{ lanes }}u;
   if (row >= params.seq_q) { return; }
-  let o_base = operand_base(params.o, work.batch, work.head) + row * params.o.seq;
-  let d_o_base = operand_base(params.d_o, work.batch, work.head) + row * params.d_o.seq;
+  let o_base = operand_base(params.o, at.batch, at.head) + row * params.o.seq;
+  let d_o_base = operand_base(params.d_o, at.batch, at.head) + row * params.d_o.seq;
   for (var quad = thread % {{ lanes }}u; quad < {{ operand_quads.o }}u; quad += {{ lanes }}u) {
     store_o(o_base, quad, -load_d_o(d_o_base, quad));
   }

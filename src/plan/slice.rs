@@ -820,7 +820,7 @@ mod tests {
             let budget = [Duration::MAX, DISPATCH_BUDGET, Duration::from_micros(100), Duration::ZERO];
             let budget = budget[rng.random_range(0..4)];
             let vec4 = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
-            let optional = OptionalOperands { o_rest: false, ..OptionalOperands::of_host(&problem) };
+            let optional = OptionalOperands { o_rest: false, ..OptionalOperands::for_training(&problem) };
             let micro_kernel = [MicroKernel::Portable, MicroKernel::Cooperative][rng.random_range(0..2)];
             let preference = Preference { micro_kernel, ..Preference::default() };
             let plans = [
@@ -868,7 +868,7 @@ mod tests {
         for axes in [Axes::KEYS.heads(), Axes::KEYS.heads().seq_q()] {
             let shape = Shape { batch: 1, heads: 64, kv_heads: 2, seq_q: 100, seq_k: 300, head_dim: 4, value_dim: 4 };
             let problem = Problem::new(shape, Options::new().layout(Layout::Bhsd).mask(axes)).unwrap();
-            let optional = OptionalOperands::of_host(&problem);
+            let optional = OptionalOperands::for_training(&problem);
             let plan = Plan::forward_with(&problem, true, optional, &sample, &Preference::default()).unwrap();
             for pass in &plan.passes {
                 let views = dense_views(&problem, &plan.passes, pass);

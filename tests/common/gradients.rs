@@ -6,7 +6,7 @@ use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::{Attention, Element, Gradients, Output, Problem, Upstream};
 
-use super::operands::{BOUND, Operands, rows_agree};
+use super::operands::{BOUND, Operands, rows_agree, score_rounding};
 
 /// Operands of the forward pass with the gradients that flow into its results.
 #[derive(Debug, Clone)]
@@ -82,7 +82,7 @@ impl<T: Element> Backward<T> {
         let (_, expected, magnitudes) = reference::with_magnitudes(problem, &inputs, Some(&self.upstream())).unwrap();
         let expected = expected.unwrap();
         let (d, e) = (problem.shape().head_dim, problem.shape().value_dim);
-        let bound = bound + magnitudes.score_rounding;
+        let bound = bound + score_rounding(problem, &self.operands);
         rows_agree(problem, "d_q", &actual.d_q, &expected.d_q, &magnitudes.d_q, d, bound);
         rows_agree(problem, "d_k", &actual.d_k, &expected.d_k, &magnitudes.d_k, d, bound);
         rows_agree(problem, "d_v", &actual.d_v, &expected.d_v, &magnitudes.d_v, e, bound);

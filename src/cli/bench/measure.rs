@@ -56,15 +56,7 @@ impl Direction {
     fn plan(self, device: &Device, problem: &Problem, preference: &Preference<'_>) -> Result<Plan> {
         let (shape, capabilities) = (problem.shape(), device.capabilities());
         let vec4 = [shape.head_dim, shape.value_dim].iter().all(|width| width.is_multiple_of(4));
-        // As a training step has it.
-        let optional = OptionalOperands {
-            d_lse: false,
-            o_rest: problem.options().dtype != DType::F32,
-            d_alibi_slopes: true,
-            d_bias: true,
-            mask_bits: false,
-            packed: false,
-        };
+        let optional = OptionalOperands::for_training(problem);
         match self {
             Direction::Forward => Plan::forward_with(problem, vec4, optional, capabilities, preference),
             Direction::Backward => Plan::backward_with(problem, vec4, optional, capabilities, preference),
