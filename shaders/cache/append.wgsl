@@ -1,7 +1,7 @@
 {#- New keys and values into their rows, and queries rotated where they lie: one dispatch for all tokens of all sequences. A
     few threads share a row, each with four numbers of it. Or not into the cache,
     but behind what was gathered from it, as they would be gathered. -#}
-{% include "cache/params.wgsl" %}
+{% include "params.wgsl" %}
 {% include "operands.wgsl" %}
 {% if quantised %}
 {% include "cache/scales.wgsl" %}

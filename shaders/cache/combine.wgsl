@@ -1,5 +1,5 @@
 {#- The splits of a row put together, in their order, and the sink logit with them. One workgroup a row. -#}
-{% include "cache/params.wgsl" %}
+{% include "params.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "exp.wgsl" %}
 {% include "softmax.wgsl" %}

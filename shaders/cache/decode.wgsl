@@ -6,7 +6,7 @@
     maximum and sum each for itself until the end. Threads of a slot meet through workgroup memory, EXCHANGED keys at a time: a
     product's parts go from all lanes to the one that owns the row, weights come back. Keys and values of the next tile are loaded
     where those of this one have been used, so that loads are always in flight. -#}
-{% include "cache/params.wgsl" %}
+{% include "params.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "exp.wgsl" %}
 {% include "cache/range.wgsl" %}

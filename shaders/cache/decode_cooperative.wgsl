@@ -6,7 +6,7 @@
     staged as zeros among the values. -#}
 enable f16;
 enable wgpu_cooperative_matrix;
-{% include "cache/params.wgsl" %}
+{% include "params.wgsl" %}
 {% include "operands.wgsl" %}
 {% include "exp.wgsl" %}
 {% include "cache/range.wgsl" %}

@@ -1,6 +1,6 @@
 {#- Rows of chosen sequences, wherever the cache has them, one after the other: what the ordinary passes take. A workgroup copies
     one run of rows of one key head; where they are quantised they become the element type's. -#}
-{% include "cache/params.wgsl" %}
+{% include "params.wgsl" %}
 {% if quantised %}
 {% if dtype != "f32" %}
 {% include dtype ~ ".wgsl" %}

@@ -1,6 +1,6 @@
 {#- Gradients by gathered keys and values into the cache's layout. A workgroup writes one run of rows of one key head, each the
     sum of the rows that stand for it in all sequences, in their order and in f32. -#}
-{% include "cache/params.wgsl" %}
+{% include "params.wgsl" %}
 {% if dtype != "f32" %}
 {% include dtype ~ ".wgsl" %}
 {% endif %}

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use bytemuck::Zeroable;
-
 use super::batch::check_total;
 use super::config::{Rotary, RotaryPositions};
 use super::gather::Gathered;
@@ -11,13 +9,13 @@ use super::gpu::KvCache;
 use super::shader::{CacheBinding, CacheKernel, CacheVariant, ROW_THREADS};
 use super::step::{Step, StepPass, Ticket};
 use crate::device::buffer::{TensorView, upload};
-use crate::exec::prepared::Operand;
 use crate::kernel::Binding;
+use crate::kernel::params::{Operand, Params};
 use crate::plan::pass::fold;
 use crate::problem::Layout;
 use crate::problem::error::{Error, Result};
 
-use super::bind::{Bound, Given, Params, check_result};
+use super::bind::{Bound, Given, check_result, params};
 
 /// New tokens in buffers of the caller's, of the cache's element type. The tokens of all sequences lie one after the other,
 /// `[tokens, heads, width]`, sequence by sequence; views may have any strides of head and token (those of batch do not count).
@@ -171,14 +169,14 @@ impl PreparedAppend {
             return Err(Error::TooManyWorkgroups { workgroups: rows, most: 1 << 31 });
         }
         let params = Params {
-            q: q.as_ref().map_or(Operand::zeroed(), |q| q.operand(width)),
+            q: q.as_ref().map_or(Operand::default(), |q| q.operand(width)),
             k: k.operand(width),
             v: v.operand(width),
             heads: heads as u32,
             tokens: total as u32,
             workgroups,
             gathered_rows: behind.as_ref().map_or(0, |(gathered, _)| gathered.rows as u32),
-            ..Params::new(config)
+            ..params(config)
         };
         // How many each sequence gets, or its first row, then of each token its sequence and its number there.
         let (gathered, mut list) = match behind {

@@ -2,94 +2,47 @@
 
 use std::sync::Arc;
 
-use bytemuck::{Pod, Zeroable};
-
 use super::config::{CacheConfig, CacheKind};
 use super::gpu::{KvCache, table_row};
 use super::shader::{CacheBinding, CacheVariant};
 use crate::device::buffer::TensorView;
 use crate::exec::pipeline::Pipeline;
 use crate::exec::placed::{Placed, check_element_type};
-use crate::exec::prepared::{Operand, params_of, upload_params};
+use crate::exec::prepared::{params_of, upload_params};
 use crate::kernel::Binding;
+use crate::kernel::params::{Operand, Params};
 use crate::plan::operand::{View, Window};
 use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, Options};
 
-/// What changes between calls; `Params` in shaders/cache/params.wgsl.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(super) struct Params {
-    pub(super) q: Operand,
-    pub(super) k: Operand,
-    pub(super) v: Operand,
-    pub(super) o: Operand,
-    pub(super) heads: u32,
-    pub(super) kv_heads: u32,
-    pub(super) queries: u32,
-    pub(super) workgroups: u32,
-    pub(super) sequences: u32,
-    pub(super) current: u32,
-    pub(super) next: u32,
-    pub(super) table: u32,
-    pub(super) table_row: u32,
-    pub(super) block_rows: u32,
-    pub(super) block_shift: u32,
-    pub(super) kept_rows: u32,
-    pub(super) ring_rows: u32,
-    pub(super) gathered_rows: u32,
-    pub(super) tokens: u32,
-    pub(super) left: i32,
-    pub(super) right: i32,
-    pub(super) sink_tokens: u32,
-    pub(super) groups: u32,
-    pub(super) row_tiles: u32,
-    pub(super) splits: u32,
-    pub(super) most_splits: u32,
-    pub(super) long_tiles: u32,
-    pub(super) least_tiles: u32,
-    pub(super) lse_offset: u32,
-    pub(super) sink_offset: u32,
-    pub(super) scale: f32,
-    pub(super) softcap: f32,
-    pub(super) scale_size: f32,
-    pub(super) negative_infinity: f32,
+/// The parameters that follow from a cache's configuration.
+pub(super) fn params(config: &CacheConfig) -> Params {
+    let rows = config.kind.rows();
+    let [kept, ring] = match config.kind {
+        CacheKind::Rolling { sink_tokens, .. } => [sink_tokens, rows - sink_tokens],
+        _ => [0, 0],
+    };
+    Params {
+        kv_heads: config.kv_heads as u32,
+        sequences: config.sequences as u32,
+        table: 2 * config.sequences as u32,
+        table_row: table_row(config) as u32,
+        block_rows: rows as u32,
+        block_shift: rows.trailing_zeros(),
+        kept_rows: kept as u32,
+        ring_rows: ring as u32,
+        scale_size: 1.0,
+        negative_infinity: f32::NEG_INFINITY,
+        ..Params::default()
+    }
 }
 
-impl Params {
-    pub(super) fn new(config: &CacheConfig) -> Self {
-        let rows = config.kind.rows();
-        let [kept, ring] = match config.kind {
-            CacheKind::Rolling { sink_tokens, .. } => [sink_tokens, rows - sink_tokens],
-            _ => [0, 0],
-        };
-        Params {
-            kv_heads: config.kv_heads as u32,
-            sequences: config.sequences as u32,
-            table: 2 * config.sequences as u32,
-            table_row: table_row(config) as u32,
-            block_rows: rows as u32,
-            block_shift: rows.trailing_zeros(),
-            kept_rows: kept as u32,
-            ring_rows: ring as u32,
-            scale_size: 1.0,
-            negative_infinity: f32::NEG_INFINITY,
-            ..Params::zeroed()
-        }
-    }
-
-    /// Of kernels between a cache and what is gathered from it.
-    pub(super) fn moving(config: &CacheConfig, workgroups: u32, gathered_rows: usize) -> Self {
-        Params { workgroups, gathered_rows: gathered_rows as u32, ..Params::new(config) }
-    }
-
-    /// For either list of lengths.
-    pub(super) fn of_lists(&self) -> [Params; 2] {
-        [0, 1].map(|current| {
-            let [current, next] = [current, 1 - current].map(|list| list * self.sequences);
-            Params { current, next, ..*self }
-        })
-    }
+/// The same parameters for either list of lengths.
+fn of_lists(params: &Params) -> [Params; 2] {
+    [0, 1].map(|current| {
+        let [current, next] = [current, 1 - current].map(|list| list * params.sequences);
+        Params { current, next, ..*params }
+    })
 }
 
 /// A kernel with what it binds, for either list of lengths.
@@ -111,12 +64,12 @@ impl Bound {
         let pipeline = cache.pipelines.get(device, variant).await?;
         let bind = || {
             let label = Some("sink-attention cache");
-            let buffer = upload_params(device, params.of_lists());
+            let buffer = upload_params(device, &pipeline.params, of_lists(params));
             [0, 1].map(|list| {
                 let given =
                     |binding| operands.iter().find(|(b, _)| *b == binding).map(|(_, resource)| resource.clone());
                 let find = |binding| match binding {
-                    CacheBinding::Params => Some(params_of::<Params>(&buffer, list)),
+                    CacheBinding::Params => Some(params_of(&buffer, &pipeline.params, list)),
                     _ if given(binding).is_some() => given(binding),
                     CacheBinding::Keys => Some(cache.keys.as_entire_binding()),
                     CacheBinding::Values => Some(cache.values.as_entire_binding()),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::append::table_positions;
-use super::bind::{Bound, Given, Params, check_result};
+use super::bind::{Bound, Given, check_result, params};
 use super::config::{CacheConfig, MOST_QUERIES};
 use super::format::Bounds;
 use super::gpu::KvCache;
@@ -12,6 +12,7 @@ use super::shader::{CacheBinding, CacheKernel, CacheVariant};
 use super::step::{Step, StepPass, Ticket};
 use crate::device::buffer::{TensorView, allocate, upload};
 use crate::device::capabilities::DeviceClass;
+use crate::kernel::params::Params;
 use crate::kernel::{Binding, MicroKernel};
 use crate::plan::pass::fold;
 use crate::problem::error::{Error, Result};
@@ -278,7 +279,7 @@ impl PreparedDecode {
             sink_offset: sinks.as_ref().map_or(0, |sinks| sinks.operand(1).offset),
             scale: problem.scale(),
             softcap: options.softcap.unwrap_or(0.0),
-            ..Params::new(config)
+            ..params(config)
         };
         let scratch = || -> Result<_> {
             let elements = (partial * total_rows * u128::from(split.most)) as usize;
@@ -385,43 +386,5 @@ impl PreparedDecode {
         }
         let [x, y] = self.combine_grid;
         self.combine.dispatch(pass, current, [x, y, 1]);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::mem::offset_of;
-
-    use naga::TypeInner;
-
-    use super::*;
-    use crate::cache::format::Addressing;
-    use crate::cache::format::RowFormat;
-    use crate::problem::element::DType;
-
-    #[test]
-    fn params_lie_as_in_the_shader() {
-        let variant = CacheVariant {
-            kernel: CacheKernel::Combine { tile: 16, sink_logits: SinkLogits::None },
-            addressing: Addressing::Contiguous,
-            format: RowFormat { dtype: DType::F32, quantisation: None },
-            head_dim: 0,
-            value_dim: 64,
-            vec4: true,
-            rotary: None,
-            indexed: false,
-        };
-        let module = naga::front::wgsl::parse_str(&variant.wgsl().unwrap()).unwrap();
-        let (_, found) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some("Params")).unwrap();
-        let TypeInner::Struct { members, span } = &found.inner else { panic!("Params is a struct") };
-        let there: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset as usize)).collect();
-        macro_rules! members {
-            ($($field:ident)*) => { vec![$((stringify!($field).to_string(), offset_of!(Params, $field))),*] };
-        }
-        let here = members!(q k v o heads kv_heads queries workgroups sequences current next table table_row block_rows
-            block_shift kept_rows ring_rows gathered_rows tokens left right sink_tokens groups row_tiles splits most_splits long_tiles least_tiles lse_offset
-            sink_offset scale softcap scale_size negative_infinity);
-        assert_eq!(here, there);
-        assert_eq!(size_of::<Params>().next_multiple_of(16), span.next_multiple_of(16) as usize);
     }
 }

@@ -1,7 +1,7 @@
 //! Keys and values out of a cache, one after the other, and gradients by them back into its layout.
 
 use super::batch::{Batch, Run, Sum};
-use super::bind::{Bound, Params};
+use super::bind::{Bound, params};
 use super::config::CacheConfig;
 use super::format::Addressing;
 use super::format::RowFormat;
@@ -10,6 +10,7 @@ use super::gpu::KvCache;
 use super::shader::{CacheBinding, CacheKernel, CacheVariant};
 use crate::device::buffer::{TensorView, allocate, upload};
 use crate::exec::placed::resource;
+use crate::kernel::params::Params;
 use crate::plan::operand::Window;
 use crate::plan::pass::fold;
 use crate::problem::error::{Error, Result};
@@ -155,7 +156,7 @@ impl Gathered {
         };
         let workgroups = runs as u128 * config.kv_heads as u128;
         let (workgroups, grid) = fold(workgroups, device.capabilities().grid_dimension)?;
-        let params = Params::moving(config, workgroups, self.rows);
+        let params = Params { workgroups, gathered_rows: self.rows as u32, ..params(config) };
         let list = device.scoped("uploading a list of rows", || upload(device, "rows", &list)).await??;
         operands.push((CacheBinding::Tokens, list.as_entire_binding()));
         operands.extend(self.bind([CacheBinding::GatheredKeys, CacheBinding::GatheredValues]));

@@ -343,6 +343,7 @@ impl CacheVariant {
             gathered,
             vec4 => self.vec4,
             o_rest => false,
+            order => Vec::<Value>::new(),
             cooperative => false,
             operand_quads => BTreeMap::from([("q", quads(d)), ("k", quads(d)), ("v", quads(e)), ("o", quads(e))]),
             padded_quads => BTreeMap::from([("k", d), ("v", e)].map(|(name, width)| {

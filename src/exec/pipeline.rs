@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::device::Device;
 use crate::exec::pipeline_cache::PipelineCache;
 use crate::kernel::Compose;
+use crate::kernel::params::ParamsLayout;
 #[cfg(not(target_family = "wasm"))]
 use crate::plan::Pass;
 use crate::plan::Plan;
@@ -20,6 +21,7 @@ pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";
 pub(crate) struct Pipeline {
     pub(crate) pipeline: wgpu::ComputePipeline,
     pub(crate) layout: wgpu::BindGroupLayout,
+    pub(crate) params: ParamsLayout,
 }
 
 /// The pipelines of one device.
@@ -108,6 +110,7 @@ async fn compile_text(
             count: None,
         })
         .collect();
+    let params = ParamsLayout::of(&text)?;
     device
         .scoped("compiling a kernel", || {
             let gpu = device.wgpu();
@@ -133,7 +136,7 @@ async fn compile_text(
                 },
                 cache: cache.map(PipelineCache::wgpu),
             });
-            Pipeline { pipeline, layout }
+            Pipeline { pipeline, layout, params }
         })
         .await
 }

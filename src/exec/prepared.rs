@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytemuck::{Pod, Zeroable};
-
 use crate::device::Device;
 use crate::device::buffer::{TensorView, allocate, upload};
 use crate::exec::pipeline::{Pipeline, Pipelines};
 use crate::exec::placed::{Placed, check_element_type, resource};
+use crate::kernel::params::{Operand, Params, ParamsLayout};
 use crate::kernel::spec::mask_blocks;
 use crate::kernel::{Binding, SEQUENCE_WORDS};
 use crate::plan::operand::{View, Window, operand_extents, scratch_view};
@@ -18,16 +17,6 @@ use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Sequence;
 use crate::problem::{Problem, SinkLogits};
 
-/// Place of an operand, in the shader's load width; `Operand` in shaders/params.wgsl.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(crate) struct Operand {
-    pub(crate) offset: u32,
-    batch: u32,
-    head: u32,
-    seq: u32,
-}
-
 impl Operand {
     /// Counted in `width` elements, from the start of the window. Shaders count in u32, which wraps around as often as is
     /// needed to come back to an index within the window.
@@ -36,71 +25,6 @@ impl Operand {
         let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
         Operand { offset, batch, head, seq }
     }
-}
-
-/// What changes between calls; `Params` in shaders/params.wgsl.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-struct Params {
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    o: Operand,
-    d_o: Operand,
-    d_q: Operand,
-    d_k: Operand,
-    d_v: Operand,
-    o_rest: Operand,
-    lse: Operand,
-    d_lse: Operand,
-    row_terms: Operand,
-    alibi_moments: Operand,
-    sink_partials: Operand,
-    key_scales: Operand,
-    query_scales: Operand,
-    bias: Operand,
-    d_bias: Operand,
-    mask: Operand,
-    mask_bits: Operand,
-    mask_key_bits: Operand,
-    mask_classes: Operand,
-    states: Operand,
-    states_rest: Operand,
-    states_lse: Operand,
-    heads: u32,
-    kv_heads: u32,
-    seq_q: u32,
-    seq_k: u32,
-    lower: i32,
-    upper: i32,
-    offset: i32,
-    sink_tokens: u32,
-    workgroups: u32,
-    region_batch: u32,
-    region_batches: u32,
-    region_head: u32,
-    region_heads: u32,
-    region_tile: u32,
-    region_tiles: u32,
-    region_cells: u32,
-    sink_offset: u32,
-    d_sink_offset: u32,
-    slope_offset: u32,
-    d_slope_offset: u32,
-    slope_row: u32,
-    work_at: u32,
-    batch: u32,
-    sequence_count: u32,
-    mask_rows: u32,
-    mask_keys: u32,
-    pair_rows: u32,
-    pair_keys: u32,
-    softcap: f32,
-    scale: f32,
-    score_scale: f32,
-    scale_sign: f32,
-    scale_size: f32,
-    negative_infinity: f32,
 }
 
 /// The operands of a forward pass in buffers of the caller's.
@@ -323,7 +247,7 @@ impl<'a> Operands<'a> {
             let window = piece.windows.iter().find(|(b, _)| *b == binding);
             let width = if vec4 && binding.has_width() { 4 } else { 1 };
             // What the pass does not bind, it does not look for.
-            view.zip(window).map_or(Operand::zeroed(), |(view, (_, window))| Operand::new(view, *window, width))
+            view.zip(window).map_or(Operand::default(), |(view, (_, window))| Operand::new(view, *window, width))
         };
         let offset = |binding| operand(binding).offset;
         let [_, _, pair_rows, pair_keys] = problem.pairs_shape().map(|n| n as u32);
@@ -337,26 +261,6 @@ impl<'a> Operands<'a> {
         // Scores that are formed beforehand come to the softmax as they are.
         let score_scale = if problem.modifies_scores() { 1.0 } else { problem.scale() };
         Params {
-            q: operand(Binding::Q),
-            k: operand(Binding::K),
-            v: operand(Binding::V),
-            o: operand(Binding::O),
-            d_o: operand(Binding::DO),
-            d_q: operand(Binding::DQ),
-            d_k: operand(Binding::DK),
-            d_v: operand(Binding::DV),
-            o_rest: operand(Binding::ORest),
-            lse: operand(Binding::Lse),
-            d_lse: operand(Binding::DLse),
-            row_terms: operand(Binding::RowTerms),
-            alibi_moments: operand(Binding::AlibiMoments),
-            sink_partials: operand(Binding::SinkPartials),
-            key_scales: operand(Binding::KeyScales),
-            query_scales: operand(Binding::QueryScales),
-            bias: operand(Binding::Bias),
-            d_bias: operand(Binding::DBias),
-            mask: operand(Binding::Mask),
-            mask_bits,
             // Behind the bits of each head.
             mask_key_bits: Operand {
                 offset: mask_bits.offset.wrapping_add((mask_rows * mask_words) as u32),
@@ -368,9 +272,6 @@ impl<'a> Operands<'a> {
                 seq: if mask_rows > 1 { mask_groups as u32 } else { 0 },
                 ..mask_bits
             },
-            states: operand(Binding::States),
-            states_rest: operand(Binding::StatesRest),
-            states_lse: operand(Binding::StatesLse),
             heads: s.heads as u32,
             kv_heads: s.kv_heads as u32,
             seq_q: s.seq_q as u32,
@@ -406,6 +307,7 @@ impl<'a> Operands<'a> {
             scale_sign: if score_scale < 0.0 { -1.0 } else { 1.0 },
             scale_size: score_scale.abs(),
             negative_infinity: f32::NEG_INFINITY,
+            ..Params::of_operands(operand)
         }
     }
 }
@@ -529,12 +431,12 @@ impl Prepared {
             let sequences = pass.variant.lengths.then(|| sequence_table(problem, work));
             let bind = || -> Result<_> {
                 let label = Some("sink-attention");
-                let buffer = upload_params(device, params);
+                let buffer = upload_params(device, &pipeline.params, params);
                 let sequences = sequences.map(|words| upload(device, Binding::Sequences.name(), &words)).transpose()?;
                 let bindings = pass.variant.bindings();
                 let groups = list.iter().enumerate().map(|(n, piece)| {
                     let find = |binding| match binding {
-                        Binding::Params => Some(params_of::<Params>(&buffer, n)),
+                        Binding::Params => Some(params_of(&buffer, &pipeline.params, n)),
                         Binding::Sequences => sequences.as_ref().map(|buffer| buffer.as_entire_binding()),
                         _ => {
                             let (_, window) = piece.windows.iter().find(|(b, _)| *b == binding)?;
@@ -597,17 +499,19 @@ impl Prepared {
     }
 }
 
-/// Bytes from one dispatch's params to those of the next: no device wants offsets at larger multiples.
-const fn params_stride<P>() -> usize {
-    size_of::<P>().next_multiple_of(256)
-}
+/// Bytes from the parameters of one dispatch to those of the next: no device wants offsets at larger multiples.
+const PARAMS_ALIGNMENT: usize = 256;
 
-/// A uniform buffer with the params of several dispatches.
-pub(crate) fn upload_params<P: Pod>(device: &Device, params: impl IntoIterator<Item = P>) -> wgpu::Buffer {
+/// A uniform buffer with the parameters of several dispatches of a kernel.
+pub(crate) fn upload_params(
+    device: &Device,
+    layout: &ParamsLayout,
+    params: impl IntoIterator<Item = Params>,
+) -> wgpu::Buffer {
     let mut bytes = Vec::new();
     for params in params {
-        bytes.extend_from_slice(bytemuck::bytes_of(&params));
-        bytes.resize(bytes.len().next_multiple_of(params_stride::<P>()), 0);
+        bytes.extend(layout.bytes(&params));
+        bytes.resize(bytes.len().next_multiple_of(PARAMS_ALIGNMENT), 0);
     }
     // Not create_buffer_init, which panics where the device is lost.
     let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
@@ -620,11 +524,10 @@ pub(crate) fn upload_params<P: Pod>(device: &Device, params: impl IntoIterator<I
     buffer
 }
 
-/// The n-th of them.
-pub(crate) fn params_of<P>(buffer: &wgpu::Buffer, n: usize) -> wgpu::BindingResource<'_> {
-    // What a device may want of a uniform binding.
-    let len = size_of::<P>().next_multiple_of(16) as u64;
-    resource(buffer, Window { start: (n * params_stride::<P>()) as u64, len })
+/// The parameters of the n-th dispatch.
+pub(crate) fn params_of<'a>(buffer: &'a wgpu::Buffer, layout: &ParamsLayout, n: usize) -> wgpu::BindingResource<'a> {
+    let stride = layout.len().next_multiple_of(PARAMS_ALIGNMENT);
+    resource(buffer, Window { start: (n * stride) as u64, len: layout.len() as u64 })
 }
 
 fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) -> Result<()> {
@@ -695,48 +598,4 @@ fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::B
         }
     }
     Ok(scratch)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::mem::offset_of;
-
-    use naga::TypeInner;
-
-    use super::*;
-    use crate::device::capabilities::Capabilities;
-    use crate::problem::{Options, Shape};
-
-    /// Name and offset of each member, and the size of the whole.
-    type Members = (Vec<(String, usize)>, usize);
-
-    macro_rules! members {
-        ($type:ty: $($field:ident)*) => {
-            (vec![$((stringify!($field).to_string(), offset_of!($type, $field))),*], size_of::<$type>().next_multiple_of(16))
-        };
-    }
-
-    fn in_the_shader(module: &naga::Module, name: &str) -> Members {
-        let (_, found) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name)).unwrap();
-        let TypeInner::Struct { members, span } = &found.inner else { panic!("{name} is a struct") };
-        let members = members.iter().map(|m| (m.name.clone().unwrap(), m.offset as usize)).collect();
-        // Uniform buffers are padded to 16 bytes.
-        (members, span.next_multiple_of(16) as usize)
-    }
-
-    #[test]
-    fn params_lie_as_in_the_shader() {
-        let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 1, head_dim: 4, value_dim: 4 };
-        let problem = Problem::new(shape, Options::new()).unwrap();
-        let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
-        let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
-        assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
-        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
-            sink_partials key_scales query_scales bias d_bias mask mask_bits
-            mask_key_bits mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
-            workgroups region_batch region_batches region_head region_heads region_tile region_tiles region_cells sink_offset d_sink_offset
-            slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
-            pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);
-        assert_eq!(params, in_the_shader(&module, "Params"));
-    }
 }

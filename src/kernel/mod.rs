@@ -10,6 +10,7 @@ mod head_sums;
 mod mask_bits;
 mod merge;
 pub(crate) mod names;
+pub(crate) mod params;
 pub(crate) mod sizes;
 pub(crate) mod spec;
 pub(crate) mod template;

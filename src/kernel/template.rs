@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value};
 
+use crate::kernel::params::declare;
 use crate::problem::error::{Error, Result};
 
 /// The texts that kernels share, each with the name that `include` and `import` know it by.
@@ -17,7 +18,6 @@ const SOURCES: &[(&str, &str)] = &[
     ("cache/decode_cooperative.wgsl", include_str!("../../shaders/cache/decode_cooperative.wgsl")),
     ("cache/decode.wgsl", include_str!("../../shaders/cache/decode.wgsl")),
     ("cache/gather.wgsl", include_str!("../../shaders/cache/gather.wgsl")),
-    ("cache/params.wgsl", include_str!("../../shaders/cache/params.wgsl")),
     ("cache/range.wgsl", include_str!("../../shaders/cache/range.wgsl")),
     ("cache/rotary.wgsl", include_str!("../../shaders/cache/rotary.wgsl")),
     ("cache/scales.wgsl", include_str!("../../shaders/cache/scales.wgsl")),
@@ -75,6 +75,7 @@ pub(crate) fn render(template: &str, context: Value) -> Result<String> {
         .and_then(|environment| environment.get_template(template))
         .and_then(|template| template.render(context))
         .map_err(not_composed)
+        .and_then(|text| Ok(declare(&text)?.into_owned()))
 }
 
 /// The text of a kernel's own template, which includes others.
@@ -83,6 +84,7 @@ pub(crate) fn render_text(name: &str, template: &str, context: Value) -> Result<
         .and_then(|environment| environment.template_from_named_str(name, template))
         .and_then(|template| template.render(context))
         .map_err(not_composed)
+        .and_then(|text| Ok(declare(&text)?.into_owned()))
 }
 
 fn not_composed(error: minijinja::Error) -> Error {
