@@ -412,7 +412,7 @@ fn folded_grid() {
     let plan = Plan::backward(&problem, true, true, small.device().unwrap().capabilities()).unwrap();
     assert_eq!(plan.passes.len(), 4);
     for pass in &plan.passes {
-        let [x, y] = pass.grid;
+        let [x, y, _] = pass.grid;
         assert!(x <= 9 && y > 1 && u64::from(x * y) > pass.workgroups, "{pass} is not folded with a rest");
     }
     Backward::random(&problem, 13).check(&small, &problem);

@@ -388,7 +388,7 @@ fn folded_grid() {
     let problem = problem([3, 3, 1], [130, 130], [64, 64], options);
     let plan = Plan::forward(&problem, true, small.device().unwrap().capabilities()).unwrap();
     let pass = plan.passes[0];
-    let [x, y] = pass.grid;
+    let [x, y, _] = pass.grid;
     assert!(x <= 7 && y > 1 && u64::from(x * y) > pass.workgroups, "{pass} is not folded with a rest");
     check(&small, &problem, &Operands::random(&problem, 10));
 }

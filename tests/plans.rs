@@ -8,8 +8,9 @@ use std::path::Path;
 
 use crate::common::operands::problem;
 use sink_attention::{
-    Capabilities, CooperativeMatrices, DType, DeviceClass, Error, Kernel, MicroKernel, Multiprocessor,
-    OptionalOperands, Options, Pass, Plan, Preference, Problem, SinkLogits, Tiles, Tiling, Variant, Window,
+    CacheConfig, CacheKind, Capabilities, CooperativeMatrices, DType, Decode, DeviceClass, Error, Kernel, MicroKernel,
+    Multiprocessor, OptionalOperands, Options, Pass, Plan, Preference, Problem, Quantisation, SinkLogits, Tiles,
+    Tiling, Variant, Window,
 };
 
 /// Problems that people have, and some that they should not.
@@ -48,6 +49,40 @@ fn problems() -> Vec<(&'static str, Problem)> {
     ]
 }
 
+/// Caches that people decode from, with the query heads, the queries of a step, and options.
+fn decodings() -> Vec<(&'static str, CacheConfig, Decode)> {
+    let sinks = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+    let contiguous = |capacity, sequences, kv_heads, head_dim| {
+        CacheConfig::new(CacheKind::Contiguous { capacity }, sequences, kv_heads, head_dim)
+    };
+    let paged = CacheKind::Paged { page_size: 16, pages: 1 << 14, sequence_pages: 512 };
+    let rolling = CacheKind::Rolling { sink_tokens: 4, window: 1024, queries: 1 };
+    let f16 = |options: Options| options.dtype(DType::F16);
+    vec![
+        ("GPT-OSS, one sequence", contiguous(8192, 1, 8, 64).dtype(DType::F16), Decode::new(64, f16(sinks))),
+        (
+            "GPT-OSS, 32 sequences in pages",
+            contiguous(1, 32, 8, 64).kind(paged).dtype(DType::F16),
+            Decode::new(64, f16(sinks)),
+        ),
+        ("GPT-OSS in f32", contiguous(8192, 1, 8, 64), Decode::new(64, sinks)),
+        (
+            "GPT-OSS in 8 bits",
+            contiguous(8192, 1, 8, 64).dtype(DType::F16).quantisation(Quantisation::Q8_0),
+            Decode::new(64, f16(sinks)),
+        ),
+        ("Llama 3 8B", contiguous(8192, 1, 8, 128).dtype(DType::F16), Decode::new(32, f16(sinks))),
+        (
+            "Llama 3 8B, 4 queries",
+            contiguous(8192, 1, 8, 128).dtype(DType::Bf16),
+            Decode::new(32, sinks.dtype(DType::Bf16)).queries(4),
+        ),
+        ("StreamingLLM", contiguous(1, 1, 32, 128).kind(rolling), Decode::new(32, sinks)),
+        ("wide heads of a query each", contiguous(4096, 4, 16, 192).value_dim(128), Decode::new(16, sinks)),
+        ("tiny", contiguous(1, 1, 1, 1), Decode::new(1, Options::new())),
+    ]
+}
+
 /// The planner's choices as text; devices with the same plan share a line.
 fn plans() -> String {
     let mut text = String::from("# Written and checked by tests/plans.rs.\n");
@@ -65,12 +100,34 @@ fn plans() -> String {
                 None => plans.push((passes, vec![device.name])),
             }
         }
-        for (passes, devices) in plans {
-            writeln!(text, "- {}", devices.join(", ")).unwrap();
-            passes.iter().for_each(|pass| writeln!(text, "  {pass}").unwrap());
+        write_plans(&mut text, plans);
+    }
+    for (name, config, decode) in decodings() {
+        let CacheConfig { kind, sequences, kv_heads, head_dim, value_dim, dtype, .. } = config;
+        let Decode { heads, queries, .. } = decode;
+        writeln!(
+            text,
+            "\nDecoding, {name}: B={sequences} H={heads} G={kv_heads} M={queries} D={head_dim} E={value_dim} {dtype}, {kind:?}"
+        )
+        .unwrap();
+        let mut plans: Vec<(Vec<Pass>, Vec<String>)> = Vec::new();
+        for device in Capabilities::samples() {
+            let passes = Plan::decode(&config, &decode, &device, MicroKernel::Auto).unwrap().passes;
+            match plans.iter_mut().find(|(other, _)| *other == passes) {
+                Some((_, devices)) => devices.push(device.name),
+                None => plans.push((passes, vec![device.name])),
+            }
         }
+        write_plans(&mut text, plans);
     }
     text
+}
+
+fn write_plans(text: &mut String, plans: Vec<(Vec<Pass>, Vec<String>)>) {
+    for (passes, devices) in plans {
+        writeln!(text, "- {}", devices.join(", ")).unwrap();
+        passes.iter().for_each(|pass| writeln!(text, "  {pass}").unwrap());
+    }
 }
 
 #[test]
@@ -187,7 +244,8 @@ fn micro_kernels_are_as_asked_for() {
                         // Each is followed by what computes again: itself, where a column could spoil others, and the portable one.
                         let all = &plan.as_ref().unwrap().passes;
                         for pass in all.iter().filter(|pass| pass.variant.sanitize) {
-                            let first = Variant { sanitize: false, batch: 1, ..pass.variant };
+                            let mut first = pass.variant;
+                            (first.sanitize, first.batch) = (false, 1);
                             assert!(all.iter().any(|pass| pass.variant == first), "{pass}");
                             assert_ne!(pass.variant.kernel, Kernel::EXACT_DELTA);
                         }

@@ -22,9 +22,10 @@ fn main(
 ) {
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
-  let query = index % params.queries;
-  let head = index / params.queries % params.heads;
-  let entry = index / (params.queries * params.heads);
+  let at = decode_work(index);
+  let query = at.tile;
+  let head = at.head;
+  let entry = at.batch;
   let range = key_range({{ "entries[entry]" if indexed else "entry" }});
   let first = index * params.most_splits;
   var most = LOWEST;

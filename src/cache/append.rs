@@ -3,16 +3,17 @@
 use std::sync::Arc;
 
 use super::batch::check_total;
-use super::config::{Rotary, RotaryPositions};
 use super::gather::Gathered;
 use super::gpu::KvCache;
-use super::shader::{CacheBinding, CacheKernel, CacheVariant, ROW_THREADS};
 use super::step::{Step, StepPass, Ticket};
 use crate::device::buffer::{TensorView, upload};
-use crate::kernel::Binding;
+use crate::kernel::cache::CacheOptions;
 use crate::kernel::params::{Operand, Params};
+use crate::kernel::sizes::ROW_THREADS;
+use crate::kernel::{Binding, Kernel, Variant};
 use crate::plan::pass::fold;
 use crate::problem::Layout;
+use crate::problem::cache::{Rotary, RotaryPositions};
 use crate::problem::error::{Error, Result};
 
 use super::bind::{Bound, Given, check_result, params};
@@ -150,20 +151,16 @@ impl PreparedAppend {
         let heads = given_q.map_or(0, |(_, heads)| heads);
         let vec4 = [Some(&k), Some(&v), q.as_ref()].into_iter().flatten().all(|given| given.view().vec4());
         let width = if vec4 { 4 } else { 1 };
-        let variant = CacheVariant {
-            kernel: CacheKernel::Append { rotates_q: q.is_some(), gathered: behind.is_some() },
-            addressing: config.addressing(),
-            format: config.format(),
-            head_dim: config.head_dim as u32,
-            value_dim: config.value_dim as u32,
-            vec4,
+        let options = CacheOptions {
+            rotates_q: q.is_some(),
+            gathered: behind.is_some(),
             // Keys that are rotated as they are read come as they are.
             rotary: config.rotary.filter(|_| q.is_some() || !config.is_relative()),
-            indexed: false,
+            ..CacheOptions::new(config, vec4)
         };
 
         let rows = total as u128 * (2 * config.kv_heads + heads) as u128;
-        let workgroups = rows.div_ceil((ROW_THREADS / variant.append_lanes()).into());
+        let workgroups = rows.div_ceil((ROW_THREADS / options.append_lanes()).into());
         let (workgroups, grid) = fold(workgroups, cache.device.capabilities().grid_dimension)?;
         if rows > 1 << 31 {
             return Err(Error::TooManyWorkgroups { workgroups: rows, most: 1 << 31 });
@@ -188,16 +185,14 @@ impl PreparedAppend {
         );
         let device = &cache.device;
         let list = device.scoped("uploading a list of tokens", || upload(device, "tokens", &list)).await??;
-        let mut operands = vec![
-            (CacheBinding::K, k.resource()),
-            (CacheBinding::V, v.resource()),
-            (CacheBinding::Tokens, list.as_entire_binding()),
-        ];
-        operands.extend(q.as_ref().map(|q| (CacheBinding::Q, q.resource())));
-        operands.extend(buffers.cos_sin.map(|table| (CacheBinding::CosSin, table.as_entire_binding())));
+        let mut operands =
+            vec![(Binding::K, k.resource()), (Binding::V, v.resource()), (Binding::Tokens, list.as_entire_binding())];
+        operands.extend(q.as_ref().map(|q| (Binding::Q, q.resource())));
+        operands.extend(buffers.cos_sin.map(|table| (Binding::CosSin, table.as_entire_binding())));
         operands.extend(
-            gathered.into_iter().flat_map(|gathered| gathered.bind([CacheBinding::Keys, CacheBinding::Values])),
+            gathered.into_iter().flat_map(|gathered| gathered.bind([Binding::CachedKeys, Binding::CachedValues])),
         );
+        let variant = Variant::of_cache(Kernel::APPEND, options);
         Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))
     }
 

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::config::{CacheConfig, CacheKind, check_absent};
 use super::places::Places;
+use crate::problem::cache::{CacheConfig, CacheKind, check_absent};
 use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Lengths;
 use crate::problem::{Layout, Options, Problem, Shape};

@@ -2,16 +2,15 @@
 
 use std::sync::Arc;
 
-use super::config::{CacheConfig, CacheKind};
 use super::gpu::{KvCache, table_row};
-use super::shader::{CacheBinding, CacheVariant};
 use crate::device::buffer::TensorView;
+use crate::exec::bind::bind_groups;
 use crate::exec::pipeline::Pipeline;
 use crate::exec::placed::{Placed, check_element_type};
-use crate::exec::prepared::{params_of, upload_params};
-use crate::kernel::Binding;
 use crate::kernel::params::{Operand, Params};
+use crate::kernel::{Binding, Variant};
 use crate::plan::operand::{View, Window};
+use crate::problem::cache::{CacheConfig, CacheKind};
 use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, Options};
 
@@ -49,42 +48,29 @@ fn of_lists(params: &Params) -> [Params; 2] {
 #[derive(Debug, Clone)]
 pub(super) struct Bound {
     pub(super) pipeline: Arc<Pipeline>,
-    pub(super) groups: [wgpu::BindGroup; 2],
+    pub(super) groups: Vec<wgpu::BindGroup>,
 }
 
 impl Bound {
     /// Operands that are not given are the cache's.
     pub(super) async fn new(
         cache: &KvCache,
-        variant: &CacheVariant,
+        variant: &Variant,
         params: &Params,
-        operands: &[(CacheBinding, wgpu::BindingResource<'_>)],
+        operands: &[(Binding, wgpu::BindingResource<'_>)],
     ) -> Result<Self> {
         let device = &cache.device;
         let pipeline = cache.pipelines.get(device, variant).await?;
-        let bind = || {
-            let label = Some("sink-attention cache");
-            let buffer = upload_params(device, &pipeline.params, of_lists(params));
-            [0, 1].map(|list| {
-                let given =
-                    |binding| operands.iter().find(|(b, _)| *b == binding).map(|(_, resource)| resource.clone());
-                let find = |binding| match binding {
-                    CacheBinding::Params => Some(params_of(&buffer, &pipeline.params, list)),
-                    _ if given(binding).is_some() => given(binding),
-                    CacheBinding::Keys => Some(cache.keys.as_entire_binding()),
-                    CacheBinding::Values => Some(cache.values.as_entire_binding()),
-                    CacheBinding::State => Some(cache.state.as_entire_binding()),
-                    _ => None,
-                };
-                let entries: Vec<_> = variant
-                    .bindings()
-                    .into_iter()
-                    .filter_map(|(b, _)| Some(wgpu::BindGroupEntry { binding: b.slot(), resource: find(b)? }))
-                    .collect();
-                let layout = &pipeline.layout;
-                device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor { label, layout, entries: &entries })
-            })
+        let find = |_, binding| match operands.iter().find(|(b, _)| *b == binding) {
+            Some((_, resource)) => Some(resource.clone()),
+            None => match binding {
+                Binding::CachedKeys => Some(cache.keys.as_entire_binding()),
+                Binding::CachedValues => Some(cache.values.as_entire_binding()),
+                Binding::CacheState => Some(cache.state.as_entire_binding()),
+                _ => None,
+            },
         };
+        let bind = || bind_groups(device, &pipeline, variant, of_lists(params), find);
         let groups = device.scoped("binding operands", bind).await?;
         Ok(Bound { pipeline, groups })
     }

@@ -1,11 +1,11 @@
 //! A cache on the CPU.
 
 use super::batch::{Batch, Prefill, Run, Sum, check_total};
-use super::config::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
-use super::decode::Decode;
-use super::format::Quantisation;
-use super::format::{BLOCK, UNBOUNDED};
 use super::places::Places;
+use crate::plan::decode::Decode;
+use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+use crate::problem::row_format::Quantisation;
+use crate::problem::row_format::{BLOCK, UNBOUNDED};
 use half::f16;
 
 use crate::cpu;

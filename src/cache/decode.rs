@@ -4,97 +4,15 @@ use std::sync::Arc;
 
 use super::append::table_positions;
 use super::bind::{Bound, Given, check_result, params};
-use super::config::{CacheConfig, MOST_QUERIES};
-use super::format::Bounds;
 use super::gpu::KvCache;
-use super::plan::{self, DecodeTiling, Split};
-use super::shader::{CacheBinding, CacheKernel, CacheVariant};
 use super::step::{Step, StepPass, Ticket};
 use crate::device::buffer::{TensorView, allocate, upload};
-use crate::device::capabilities::DeviceClass;
+use crate::kernel::Binding;
 use crate::kernel::params::Params;
-use crate::kernel::{Binding, MicroKernel};
-use crate::plan::pass::fold;
+use crate::plan::decode::{Decode, DecodePlan};
+use crate::plan::splits::DecodeTiling;
 use crate::problem::error::{Error, Result};
-use crate::problem::{Layout, Options, Problem, Shape, SinkLogits};
-
-/// What a decoding step computes.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Decode {
-    /// H, query heads.
-    pub heads: usize,
-    /// M, queries of each sequence, 1 to 16: those of its last tokens, which have been appended.
-    pub queries: usize,
-    /// The sequences, a batch in this order; `None` is all of the cache.
-    pub sequences: Option<Vec<usize>>,
-    /// Window, sink tokens, sink logits, scale and softcap as in a forward pass. Several queries see each other's keys unless they
-    /// are causal. `layout` and `dtype` are those of q and o, `dtype` the cache's. A rolling cache implies its window and sink
-    /// tokens.
-    pub options: Options,
-    /// How the kernel divides its work; `None` leaves that to the planner.
-    pub tiling: Option<DecodeTiling>,
-    /// The caller has rotated q. Else, where the cache has a rotary embedding, the appends must have rotated the queries of the
-    /// last tokens, of as many heads ([`AppendBuffers::q`](crate::AppendBuffers::q)), or decoding is an error.
-    pub q_rotated: bool,
-}
-
-impl Decode {
-    /// One query of each sequence.
-    pub fn new(heads: usize, options: Options) -> Self {
-        Decode { heads, queries: 1, sequences: None, options, tiling: None, q_rotated: false }
-    }
-
-    /// Sets [`Decode::queries`].
-    pub fn queries(self, queries: usize) -> Self {
-        Decode { queries, ..self }
-    }
-
-    /// Sets [`Decode::q_rotated`].
-    pub fn q_rotated(self, q_rotated: bool) -> Self {
-        Decode { q_rotated, ..self }
-    }
-
-    /// Sets [`Decode::sequences`].
-    pub fn sequences(self, sequences: impl Into<Vec<usize>>) -> Self {
-        Decode { sequences: Some(sequences.into()), ..self }
-    }
-
-    /// The heads whose queries appends must have rotated, if any.
-    pub(super) fn rotated_heads(&self, config: &CacheConfig) -> Option<usize> {
-        config.rotary.filter(|_| !self.q_rotated).map(|_| self.heads)
-    }
-
-    /// The sequences of the batch; checked.
-    pub(super) fn entries(&self, config: &CacheConfig) -> Result<Vec<usize>> {
-        let Some(entries) = &self.sequences else { return Ok((0..config.sequences).collect()) };
-        match entries.iter().find(|sequence| **sequence >= config.sequences) {
-            Some(&sequence) => Err(Error::SequenceOutOfRange { sequence, sequences: config.sequences }),
-            None => Ok(entries.clone()),
-        }
-    }
-
-    /// The same as a forward pass over as many keys as there can be, which checks options and sizes.
-    pub(super) fn problem(&self, config: &CacheConfig) -> Result<(Problem, Bounds)> {
-        if self.options.dtype != config.dtype {
-            return Err(Error::CacheElementType { operands: self.options.dtype, cache: config.dtype });
-        }
-        if self.queries > MOST_QUERIES {
-            let (value, most) = (self.queries as u64, MOST_QUERIES as u64);
-            return Err(Error::DimensionTooLarge { dimension: "queries", value, most });
-        }
-        let bounds = config.bounds(self.queries, &self.options)?;
-        let shape = Shape {
-            batch: self.sequences.as_ref().map_or(config.sequences, Vec::len),
-            heads: self.heads,
-            kv_heads: config.kv_heads,
-            seq_q: self.queries,
-            seq_k: config.most_keys(),
-            head_dim: config.head_dim,
-            value_dim: config.value_dim,
-        };
-        Ok((Problem::new(shape, self.options)?, bounds))
-    }
-}
+use crate::problem::{Layout, SinkLogits};
 
 /// The operands of a decoding step in buffers of the caller's.
 #[derive(Debug, Clone, Copy)]
@@ -146,20 +64,11 @@ impl KvCache {
 pub struct PreparedDecode {
     keys: wgpu::Buffer,
     entries: Vec<usize>,
-    queries: usize,
     /// Whose queries appends must have rotated.
     rotated_heads: Option<usize>,
-    /// Workgroups along y and z: a key head of a sequence each.
-    groups: [u32; 2],
-    bounds: Bounds,
-    tiling: DecodeTiling,
-    /// Keys of a tile.
-    tile: u32,
-    split: Split,
-    row_tiles: u32,
-    kernel: Bound,
-    combine: Bound,
-    combine_grid: [u32; 2],
+    plan: DecodePlan,
+    /// One for each pass of the plan.
+    kernels: Vec<Bound>,
 }
 
 impl PreparedDecode {
@@ -208,73 +117,28 @@ impl PreparedDecode {
             (None, None) => {}
         }
 
-        let rows = problem.group() * s.seq_q;
-        let group_count = entries.len() * config.kv_heads;
-        let cooperative = || DecodeTiling::cooperative(config, rows, group_count, s.seq_q > 1, capabilities);
-        let portable = || DecodeTiling::portable(config, rows, group_count, capabilities);
-        let tiling = match (decode.tiling, cache.attention.micro_kernel()) {
-            (Some(tiling), _) => tiling,
-            // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
-            (None, MicroKernel::Auto)
-                if capabilities.class == DeviceClass::Nvidia && (rows > 1 || s.head_dim.max(s.value_dim) <= 64) =>
-            {
-                cooperative().unwrap_or_else(|_| portable())
-            }
-            (None, MicroKernel::Auto | MicroKernel::Portable) => portable(),
-            (None, MicroKernel::Cooperative) => cooperative()
-                .map_err(|reason| Error::NoKernel { problem: "decoding on cooperative matrices".into(), reason })?,
-        };
-        let variant = CacheVariant {
-            kernel: CacheKernel::Decode {
-                tiles: tiling.tiles,
-                matrices: capabilities.cooperative,
-                several: s.seq_q > 1,
-                softcap: options.softcap.is_some(),
-            },
-            addressing: config.addressing(),
-            format: config.format(),
-            head_dim: s.head_dim as u32,
-            value_dim: s.value_dim as u32,
-            vec4: q.view().vec4(),
-            rotary: config.rotary.filter(|_| config.is_relative()),
-            indexed: decode.sequences.is_some(),
-        };
-        tiling.check(config, &variant, capabilities)?;
-        let tile = variant.tile();
-        let row_tiles = rows.div_ceil(tiling.tiles.rows() as usize);
-        let total_rows = s.batch as u128 * s.heads as u128 * s.seq_q as u128;
-        // Vectors of what a split leaves for a row.
-        let partial = s.value_dim.div_ceil(4) as u128 + 1;
-        let fitting =
-            u128::from(capabilities.binding_bytes.min(capabilities.buffer_bytes)) / (16 * partial * total_rows);
-        let by_grid = u128::from(capabilities.grid_dimension.min(65535));
-        if row_tiles as u128 > by_grid {
-            return Err(Error::TooManyWorkgroups { workgroups: row_tiles as u128, most: by_grid as u64 });
-        }
-        let fitting = fitting.min(by_grid / row_tiles as u128) as u32;
-        if fitting == 0 {
-            let (operand, bytes) = ("partial results", (16 * partial * total_rows).min(u64::MAX.into()) as u64);
-            return Err(Error::BindingTooLarge { operand, bytes, limit: capabilities.binding_bytes });
-        }
-        let split = tiling.split(config, tile, capabilities, fitting);
-        let (_, groups) = fold(entries.len() as u128 * config.kv_heads as u128, capabilities.grid_dimension)?;
-        let (workgroups, combine_grid) = fold(total_rows, capabilities.grid_dimension)?;
+        let vec4 = |binding| [&q, &o].into_iter().all(|given| given.view().binding != binding || given.view().vec4());
+        let plan = DecodePlan::new(config, decode, cache.attention.micro_kernel(), vec4, capabilities)?;
         let width = |given: &Given<'_>| if given.view().vec4() { 4 } else { 1 };
         let params = Params {
             q: q.operand(width(&q)),
             o: o.operand(width(&o)),
             heads: s.heads as u32,
             queries: s.seq_q as u32,
-            workgroups,
+            region_batches: s.batch as u32,
+            region_heads: s.heads as u32,
+            region_tiles: s.seq_q as u32,
+            region_cells: 1,
+            workgroups: (s.batch * s.heads * s.seq_q) as u32,
             left: bounds.left,
             right: bounds.right,
             sink_tokens: bounds.sink_tokens,
-            groups: group_count as u32,
-            row_tiles: row_tiles as u32,
-            splits: split.splits,
-            most_splits: split.most,
-            long_tiles: split.long_tiles,
-            least_tiles: split.least_tiles,
+            groups: (entries.len() * config.kv_heads) as u32,
+            row_tiles: plan.row_tiles,
+            splits: plan.split.splits,
+            most_splits: plan.split.most,
+            long_tiles: plan.split.long_tiles,
+            least_tiles: plan.split.least_tiles,
             lse_offset: lse.operand(1).offset,
             sink_offset: sinks.as_ref().map_or(0, |sinks| sinks.operand(1).offset),
             scale: problem.scale(),
@@ -282,48 +146,31 @@ impl PreparedDecode {
             ..params(config)
         };
         let scratch = || -> Result<_> {
-            let elements = (partial * total_rows * u128::from(split.most)) as usize;
             let list: Vec<u32> = entries.iter().map(|sequence| *sequence as u32).collect();
-            let partials = allocate::<[f32; 4]>(device, "partials", elements, wgpu::BufferUsages::STORAGE)?;
+            let partials = allocate::<[f32; 4]>(device, "partials", plan.partials(), wgpu::BufferUsages::STORAGE)?;
             Ok((partials, upload(device, "entries", &list)?))
         };
         let (partials, list) = device.scoped("allocating scratch", scratch).await??;
         let mut operands = vec![
-            (CacheBinding::Q, q.resource()),
-            (CacheBinding::O, o.resource()),
-            (CacheBinding::Lse, lse.resource()),
-            (CacheBinding::Partials, partials.as_entire_binding()),
-            (CacheBinding::Entries, list.as_entire_binding()),
+            (Binding::Q, q.resource()),
+            (Binding::O, o.resource()),
+            (Binding::Lse, lse.resource()),
+            (Binding::Partials, partials.as_entire_binding()),
+            (Binding::Entries, list.as_entire_binding()),
         ];
-        operands.extend(sinks.as_ref().map(|sinks| (CacheBinding::SinkLogits, sinks.resource())));
-        operands.extend(buffers.cos_sin.map(|table| (CacheBinding::CosSin, table.as_entire_binding())));
-        let combine = CacheVariant {
-            kernel: CacheKernel::Combine { tile, sink_logits: options.sink_logits },
-            head_dim: 0,
-            vec4: o.view().vec4(),
-            rotary: None,
-            ..variant
-        };
-        Ok(PreparedDecode {
-            keys: cache.keys.clone(),
-            entries,
-            queries: s.seq_q,
-            rotated_heads: decode.rotated_heads(config),
-            groups,
-            bounds,
-            tiling,
-            tile,
-            split,
-            row_tiles: row_tiles as u32,
-            kernel: Bound::new(cache, &variant, &params, &operands).await?,
-            combine: Bound::new(cache, &combine, &params, &operands).await?,
-            combine_grid,
-        })
+        operands.extend(sinks.as_ref().map(|sinks| (Binding::SinkLogits, sinks.resource())));
+        operands.extend(buffers.cos_sin.map(|table| (Binding::CosSin, table.as_entire_binding())));
+        let mut kernels = Vec::with_capacity(plan.passes.len());
+        for pass in &plan.passes {
+            kernels.push(Bound::new(cache, &pass.variant, &params, &operands).await?);
+        }
+        let rotated_heads = decode.rotated_heads(config);
+        Ok(PreparedDecode { keys: cache.keys.clone(), entries, rotated_heads, plan, kernels })
     }
 
     /// How the kernel divides its work.
     pub fn tiling(&self) -> DecodeTiling {
-        self.tiling
+        self.plan.tiling
     }
 
     /// Workgroups of the kernel that reads the cache, for the lengths of now.
@@ -332,13 +179,12 @@ impl PreparedDecode {
         u64::from(x) * u64::from(y) * u64::from(z)
     }
 
+    /// The grid of the kernel that reads the cache.
     fn grid(&self, cache: &KvCache) -> [u32; 3] {
-        let of = |sequence: &usize| {
-            plan::splits(cache.places().keys(*sequence), self.queries, &self.bounds, self.tile, &self.split)
-        };
+        let of = |sequence: &usize| self.plan.splits(cache.places().keys(*sequence));
         let splits = self.entries.iter().map(of).max().unwrap_or(0);
-        let [y, z] = self.groups;
-        [splits * self.row_tiles, y, z]
+        let [y, z] = self.plan.groups;
+        [splits * self.plan.row_tiles, y, z]
     }
 
     /// Records it for the sequences as they are by then in the step.
@@ -370,21 +216,24 @@ impl PreparedDecode {
             return Err(Error::OtherCache);
         }
         cache.read_in(step)?;
+        let queries = self.plan.problem.shape().seq_q;
         for &sequence in &self.entries {
-            cache.places().check_queries(sequence, self.queries, self.bounds.left as usize)?;
+            cache.places().check_queries(sequence, queries, self.plan.bounds.left as usize)?;
             if let Some(heads) = self.rotated_heads {
-                cache.places().check_rotated(sequence, self.queries, heads)?;
+                cache.places().check_rotated(sequence, queries, heads)?;
             }
         }
         Ok(())
     }
 
     fn dispatch(&self, cache: &KvCache, pass: &mut wgpu::ComputePass<'_>) {
-        let (grid, current) = (self.grid(cache), cache.book().current);
-        if grid[0] > 0 {
-            self.kernel.dispatch(pass, current, grid);
+        let current = cache.book().current;
+        for (bound, planned) in self.kernels.iter().zip(&self.plan.passes) {
+            // The plan is made for sequences that are full.
+            let grid = if planned.variant.decode_tiles().is_some() { self.grid(cache) } else { planned.grid };
+            if grid[0] > 0 {
+                bound.dispatch(pass, current, grid);
+            }
         }
-        let [x, y] = self.combine_grid;
-        self.combine.dispatch(pass, current, [x, y, 1]);
     }
 }

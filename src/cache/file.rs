@@ -8,16 +8,16 @@ use std::path::Path;
 use half::f16;
 use safetensors::Dtype;
 
-use super::config::{CacheConfig, CacheKind, RotaryPositions, RotaryStyle};
 use super::cpu;
-use super::format::BLOCK;
-use super::format::Quantisation;
 use super::gpu::KvCache;
 use super::places::Places;
 use crate::device::buffer::download;
 use crate::file::saved::{self, Reader, Tensor};
+use crate::problem::cache::{CacheConfig, CacheKind, RotaryPositions, RotaryStyle};
 use crate::problem::element::Element;
 use crate::problem::error::Result;
+use crate::problem::row_format::BLOCK;
+use crate::problem::row_format::Quantisation;
 
 /// Version of the format.
 const VERSION: u32 = 1;

@@ -2,18 +2,19 @@
 
 use super::batch::{Batch, Run, Sum};
 use super::bind::{Bound, params};
-use super::config::CacheConfig;
-use super::format::Addressing;
-use super::format::RowFormat;
 use super::gpu::GivenBuffer;
 use super::gpu::KvCache;
-use super::shader::{CacheBinding, CacheKernel, CacheVariant};
 use crate::device::buffer::{TensorView, allocate, upload};
 use crate::exec::placed::resource;
+use crate::kernel::cache::CacheOptions;
 use crate::kernel::params::Params;
+use crate::kernel::{Binding, Kernel, Variant};
 use crate::plan::operand::Window;
 use crate::plan::pass::fold;
+use crate::problem::cache::CacheConfig;
 use crate::problem::error::{Error, Result};
+use crate::problem::row_format::Addressing;
+use crate::problem::row_format::RowFormat;
 
 /// A kernel with its grid.
 pub(super) type Dispatch = (Bound, [u32; 2]);
@@ -95,7 +96,7 @@ impl Gathered {
         })
     }
 
-    pub(super) fn bind(&self, bindings: [CacheBinding; 2]) -> [(CacheBinding, wgpu::BindingResource<'_>); 2] {
+    pub(super) fn bind(&self, bindings: [Binding; 2]) -> [(Binding, wgpu::BindingResource<'_>); 2] {
         [0, 1].map(|n| (bindings[n], resource(&self.parts[n].0, self.parts[n].1)))
     }
 
@@ -107,7 +108,7 @@ impl Gathered {
             let block = if paged { cache.table_at(run.sequence) + run.number } else { run.sequence };
             [block, run.row, run.to, run.rows].map(|n| n as u32)
         });
-        self.moving(cache, CacheKernel::Gather, runs.len(), list.collect(), Vec::new()).await
+        self.moving(cache, Kernel::GATHER, runs.len(), list.collect(), Vec::new()).await
     }
 
     /// What sums gradients from here into buffers of the cache's layout.
@@ -128,38 +129,29 @@ impl Gathered {
         list.extend(terms);
         let [keys, values] = cache.config.bytes().map(|len| Window { start: 0, len });
         let into =
-            vec![(CacheBinding::Keys, resource(into[0], keys)), (CacheBinding::Values, resource(into[1], values))];
-        self.moving(cache, CacheKernel::Scatter, sums.len(), list, into).await
+            vec![(Binding::CachedKeys, resource(into[0], keys)), (Binding::CachedValues, resource(into[1], values))];
+        self.moving(cache, Kernel::SCATTER, sums.len(), list, into).await
     }
 
     async fn moving(
         &self,
         cache: &KvCache,
-        kernel: CacheKernel,
+        kernel: Kernel,
         runs: usize,
         list: Vec<u32>,
-        mut operands: Vec<(CacheBinding, wgpu::BindingResource<'_>)>,
+        mut operands: Vec<(Binding, wgpu::BindingResource<'_>)>,
     ) -> Result<Option<Dispatch>> {
         if runs == 0 {
             return Ok(None);
         }
         let (config, device) = (&cache.config, &cache.device);
-        let variant = CacheVariant {
-            kernel,
-            addressing: config.addressing(),
-            format: config.format(),
-            head_dim: config.head_dim as u32,
-            value_dim: config.value_dim as u32,
-            vec4: true,
-            rotary: None,
-            indexed: false,
-        };
+        let variant = Variant::of_cache(kernel, CacheOptions::new(config, true));
         let workgroups = runs as u128 * config.kv_heads as u128;
         let (workgroups, grid) = fold(workgroups, device.capabilities().grid_dimension)?;
         let params = Params { workgroups, gathered_rows: self.rows as u32, ..params(config) };
         let list = device.scoped("uploading a list of rows", || upload(device, "rows", &list)).await??;
-        operands.push((CacheBinding::Tokens, list.as_entire_binding()));
-        operands.extend(self.bind([CacheBinding::GatheredKeys, CacheBinding::GatheredValues]));
+        operands.push((Binding::Tokens, list.as_entire_binding()));
+        operands.extend(self.bind([Binding::GatheredKeys, Binding::GatheredValues]));
         Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))
     }
 }

@@ -3,13 +3,13 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batch::{Batch, Entry, check_counts};
-use super::config::{CacheConfig, CacheKind};
 use super::places::{Changes, Places};
 use super::step::{Step, Ticket};
 use crate::attention::Attention;
 use crate::device::Device;
 use crate::device::buffer::{TensorView, allocate};
 use crate::exec::pipeline::Pipelines;
+use crate::problem::cache::{CacheConfig, CacheKind};
 use crate::problem::error::{Error, Result};
 
 impl Attention {

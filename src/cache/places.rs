@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::config::{CacheConfig, CacheKind};
+use crate::problem::cache::{CacheConfig, CacheKind};
 use crate::problem::error::{Error, Result};
 
 /// Longest sequence, so that shaders can count positions in 32 bits with a sign.

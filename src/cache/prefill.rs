@@ -2,12 +2,12 @@
 
 use super::append::{AppendBuffers, PreparedAppend};
 use super::batch::{Batch, Entry, Prefill};
-use super::config::CacheKind;
 use super::gather::{Dispatch, Gathered, Source, given, record};
 use super::gpu::{GivenBuffer, KvCache};
 use super::step::{Step, StepPass};
 use crate::device::buffer::TensorView;
 use crate::exec::prepared::{ForwardBuffers, Prepared};
+use crate::problem::cache::CacheKind;
 use crate::problem::error::{Error, Result};
 
 /// The operands of a prefill in buffers of the caller's, of the cache's element type where nothing else is said. The tokens of

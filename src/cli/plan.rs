@@ -6,8 +6,9 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::{
-    Alignment, Capabilities, DType, DeviceChoice, Kernel, Layout, MicroKernel, OptionalOperands, Options, Pass, Plan,
-    Preference, Problem, Selection, Shape, SinkLogits, Tuning, Window, adapters, describe,
+    Alignment, CacheConfig, CacheKind, Capabilities, DType, Decode, DeviceChoice, Kernel, Layout, MicroKernel,
+    OptionalOperands, Options, Pass, Plan, Preference, Problem, Quantisation, Selection, Shape, SinkLogits, Tuning,
+    Window, adapters, describe,
 };
 
 use super::{DeviceArgs, ElementType, bytes, print_summary};
@@ -24,6 +25,18 @@ pub struct PlanArgs {
     /// Plan f16 and bf16 without o_rest, what rounding takes from o, which the backward pass then makes up for
     #[arg(long, requires = "backward")]
     without_rest: bool,
+
+    /// Explain a decoding step from a cache of --seq-k keys instead; --seq-q is then 1, unless it is given
+    #[arg(long, conflicts_with_all = ["backward", "align", "q_offset"])]
+    decode: bool,
+
+    /// Tokens of a page of the cache [default: a contiguous cache]
+    #[arg(long, value_name = "TOKENS", requires = "decode")]
+    page_size: Option<usize>,
+
+    /// Keep the cache in 8 bits, blocks of 32 numbers with a scale each
+    #[arg(long, requires = "decode")]
+    quantised: bool,
 
     /// Print the plan as a JSON object
     #[arg(long)]
@@ -76,12 +89,12 @@ struct ShapeArgs {
 }
 
 impl ShapeArgs {
-    fn shape(&self) -> Shape {
+    fn shape(&self, decode: bool) -> Shape {
         Shape {
             batch: self.batch,
             heads: self.heads,
             kv_heads: self.kv_heads.unwrap_or(if self.heads == 32 { 8 } else { self.heads }),
-            seq_q: self.seq_q.unwrap_or(self.seq_k),
+            seq_q: self.seq_q.unwrap_or(if decode { 1 } else { self.seq_k }),
             seq_k: self.seq_k,
             head_dim: self.head_dim,
             value_dim: self.value_dim.unwrap_or(self.head_dim),
@@ -209,7 +222,10 @@ impl PlanArgs {
     /// Plans, and says how.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.target.check()?;
-        let problem = Problem::new(self.shape.shape(), self.options.options())?;
+        let problem = Problem::new(self.shape.shape(self.decode), self.options.options())?;
+        if self.decode {
+            return self.explain_decoding(&problem);
+        }
         let o_rest = self.backward && !self.without_rest && problem.options().dtype != DType::F32;
         let operands = operands(&problem, self.backward, o_rest);
         let (device, capabilities) = self.capabilities()?;
@@ -242,6 +258,44 @@ impl PlanArgs {
             None => Explanation::new(&problem, device, self.backward, operands, Vec::new()),
         };
         print_summary(&explanation, self.json)
+    }
+
+    /// Explains a decoding step of a cache whose sequences are full.
+    fn explain_decoding(&self, problem: &Problem) -> Result<(), Box<dyn Error>> {
+        let (s, options) = (problem.shape(), problem.options());
+        let kind = match self.page_size {
+            None => CacheKind::Contiguous { capacity: s.seq_k },
+            Some(page_size) => {
+                let sequence_pages = s.seq_k.div_ceil(page_size.max(1));
+                CacheKind::Paged { page_size, pages: sequence_pages.saturating_mul(s.batch), sequence_pages }
+            }
+        };
+        let config = CacheConfig::new(kind, s.batch, s.kv_heads, s.head_dim)
+            .value_dim(s.value_dim)
+            .dtype(options.dtype)
+            .quantisation(self.quantised.then_some(Quantisation::Q8_0));
+        config.check()?;
+        let decode = Decode::new(s.heads, *options).queries(s.seq_q);
+        let words = |bytes: u64| (bytes / 4, DType::F32);
+        let mut operands = operands(problem, false, false);
+        for ((name, elements, dtype), bytes) in operands.iter_mut().skip(1).zip(config.bytes()) {
+            *name = if *name == "k" { "cached keys" } else { "cached values" };
+            (*elements, *dtype) = words(bytes);
+        }
+        let (device, capabilities) = self.capabilities()?;
+        let mut launches = Vec::new();
+        match capabilities {
+            Some(capabilities) => {
+                check_limits(&operands, &capabilities)?;
+                let plan = Plan::decode(&config, &decode, &capabilities, self.target.micro_kernel())?;
+                launches.extend(plan.passes.iter().map(|pass| Launch::new(problem, pass, &capabilities, 1)));
+            }
+            None if self.target.micro_kernel() != MicroKernel::Auto => {
+                return Err(sink_attention::Error::NeedsGpu { call: "--kernel" }.into());
+            }
+            None => {}
+        }
+        print_summary(&Explanation::new(problem, device, false, operands, launches), self.json)
     }
 
     /// The measured tiles to plan with. A device that need not be here takes none from the environment.
@@ -389,13 +443,15 @@ struct Launch {
     vec4: Option<bool>,
     /// Absent for the kernels that only sum along rows.
     tiles: Option<Tiles>,
+    /// The share of a workgroup, of a kernel that decodes.
+    decode_tiles: Option<String>,
     workgroup_bytes: u32,
     workgroup_bytes_offered: u32,
     threads: u32,
     /// At a time on a multiprocessor, by the memory and the registers they share, where those are known.
     resident_workgroups: Option<u32>,
     workgroups: u64,
-    grid: [u32; 2],
+    grid: [u32; 3],
     /// Several where operands exceed a binding, or the time a budget.
     dispatches: usize,
 }
@@ -424,6 +480,7 @@ impl Launch {
             kernel: variant.name(),
             vec4: (variant.value_dim > 0).then_some(variant.vec4),
             tiles: variant.tile().and_then(|tile| Tiles::new(problem, pass, tile)),
+            decode_tiles: variant.decode_tiles().map(|tiles| tiles.to_string()),
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
             threads: variant.threads(),
@@ -490,13 +547,16 @@ impl fmt::Display for Explanation {
 
 impl fmt::Display for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [x, y] = self.grid;
+        let [x, y, z] = self.grid;
         let loads = self
             .vec4
             .map(|vec4| if vec4 { "four at a time" } else { "one by one, as the widths are no multiples of 4" });
         writeln!(f, "kernel     {}", self.kernel)?;
         if let Some(loads) = loads {
             writeln!(f, "loads      {loads}")?;
+        }
+        if let Some(tiles) = &self.decode_tiles {
+            writeln!(f, "tiles      {tiles}")?;
         }
         if let Some(tiles) = &self.tiles {
             writeln!(
@@ -523,6 +583,7 @@ impl fmt::Display for Launch {
             None => writeln!(f)?,
         }
         match self.dispatches {
+            1 if z > 1 => write!(f, "grid       {} workgroups as {x} x {y} x {z}", self.workgroups),
             1 => write!(f, "grid       {} workgroups as {x} x {y}", self.workgroups),
             n => write!(f, "grid       {} workgroups in {n} dispatches", self.workgroups),
         }

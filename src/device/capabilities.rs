@@ -72,6 +72,8 @@ impl fmt::Display for CooperativeMatrices {
 /// What the workgroups that run on one multiprocessor at a time share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Multiprocessor {
+    /// Multiprocessors of the device. No interface tells; this is the number of an H100 or H200.
+    pub count: u32,
     /// Bytes of workgroup memory.
     pub workgroup_bytes: u32,
     /// 32-bit registers.
@@ -81,7 +83,7 @@ pub struct Multiprocessor {
 impl Multiprocessor {
     /// Of NVIDIA's through Vulkan; measured on an H200, where two workgroups of at most 24 KiB run at a time, and never
     /// more than 48 KiB of them, although CUDA may use 227 KiB.
-    const NVIDIA_VULKAN: Multiprocessor = Multiprocessor { workgroup_bytes: 48 << 10, registers: 65536 };
+    const NVIDIA_VULKAN: Multiprocessor = Multiprocessor { count: 132, workgroup_bytes: 48 << 10, registers: 65536 };
 
     fn of(class: DeviceClass, backend: wgpu::Backend) -> Option<Self> {
         match (class, backend) {
@@ -156,6 +158,32 @@ impl Capabilities {
             cooperative: None,
             multiprocessor: Multiprocessor::of(class(info), info.backend),
             loop_iterations: is_llvmpipe(info).then_some(LLVMPIPE_LOOP_ITERATIONS),
+        }
+    }
+
+    /// Floating-point operations that the slowest device like this one worth the name does in a second, with cooperative
+    /// matrices or without, by which the time of a dispatch is estimated. Low on purpose: a dispatch whose time is estimated too
+    /// short may lose the device. Not lower than that: where it is estimated too long, the work is cut in vain, into dispatches that
+    /// do not fill a fast device (on an H200, eight of 64 workgroups each took five times as long as one of 512).
+    pub(crate) fn flops(&self, with_matrices: bool) -> f64 {
+        match (self.class, with_matrices) {
+            (DeviceClass::Nvidia, true) => 1e13,
+            (DeviceClass::Nvidia, _) if self.cooperative.is_some() => 5e12,
+            (DeviceClass::Amd, true) => 4e12,
+            (DeviceClass::Nvidia | DeviceClass::Amd, _) => 1e12,
+            (DeviceClass::Apple, _) => 5e11,
+            (DeviceClass::Intel, _) => 1e11,
+            (DeviceClass::Other, _) => 5e10,
+            (DeviceClass::Software, _) => 2e9,
+        }
+    }
+
+    /// Twice as many small workgroups as run at a time on the largest devices like this one.
+    pub(crate) fn small_workgroups(&self) -> u64 {
+        match self.class {
+            DeviceClass::Nvidia => 2640,
+            DeviceClass::Software => 8,
+            _ => 1024,
         }
     }
 

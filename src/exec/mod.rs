@@ -1,5 +1,6 @@
 //! What wgpu runs: pipelines, operands that are checked and bound, recorded passes.
 
+pub(crate) mod bind;
 pub(crate) mod pipeline;
 pub(crate) mod pipeline_cache;
 pub(crate) mod placed;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::Device;
 use crate::exec::pipeline_cache::PipelineCache;
-use crate::kernel::Compose;
 use crate::kernel::params::ParamsLayout;
+use crate::kernel::{Binding, Variant};
 #[cfg(not(target_family = "wasm"))]
 use crate::plan::Pass;
 use crate::plan::Plan;
@@ -27,8 +27,7 @@ pub(crate) struct Pipeline {
 /// The pipelines of one device.
 #[derive(Debug, Default)]
 pub(crate) struct Pipelines {
-    /// By all that their text depends on, as `Debug` writes it.
-    compiled: Mutex<HashMap<String, Arc<Pipeline>>>,
+    compiled: Mutex<HashMap<Variant, Arc<Pipeline>>>,
     cache: Option<PipelineCache>,
 }
 
@@ -63,46 +62,40 @@ impl Pipelines {
         Ok(pipelines)
     }
 
-    pub(crate) async fn get(&self, device: &Device, kernel: &impl Compose) -> Result<Arc<Pipeline>> {
-        if let Some(pipeline) = self.find(kernel) {
+    pub(crate) async fn get(&self, device: &Device, variant: &Variant) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) = self.find(variant) {
             return Ok(pipeline);
         }
         // Compiled outside the lock: two threads may compile the same kernel, the first one stays.
-        let pipeline =
-            Arc::new(compile_text(device, kernel.name(), kernel.wgsl()?, kernel.slots(), self.cache.as_ref()).await?);
+        let pipeline = Arc::new(compile(device, variant, self.cache.as_ref()).await?);
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(compiled.entry(format!("{kernel:?}")).or_insert(pipeline).clone())
+        Ok(compiled.entry(*variant).or_insert(pipeline).clone())
     }
 
-    fn find(&self, kernel: &impl Compose) -> Option<Arc<Pipeline>> {
+    fn find(&self, variant: &Variant) -> Option<Arc<Pipeline>> {
         // A thread that panicked elsewhere leaves a map that is still whole.
-        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).get(&format!("{kernel:?}")).cloned()
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).get(variant).cloned()
     }
 }
 
-/// Compiles a text; of each binding its slot, whether it is uniform, and whether it is written.
-async fn compile_text(
-    device: &Device,
-    name: String,
-    text: String,
-    bindings: Vec<(u32, bool, bool)>,
-    cache: Option<&PipelineCache>,
-) -> Result<Pipeline> {
+async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCache>) -> Result<Pipeline> {
+    let (name, text) = (variant.name(), variant.wgsl()?);
     if let Some(folder) = std::env::var_os(DUMP_VARIABLE) {
         // A dump is for reading; failing to write one must not stop the computation.
         if let Err(error) = std::fs::write(std::path::Path::new(&folder).join(format!("{name}.wgsl")), &text) {
             eprintln!("sink-attention: {DUMP_VARIABLE}: {}: {error}", folder.display());
         }
     }
-    let entries: Vec<wgpu::BindGroupLayoutEntry> = bindings
+    let entries: Vec<wgpu::BindGroupLayoutEntry> = variant
+        .bindings()
         .into_iter()
-        .map(|(binding, uniform, written)| wgpu::BindGroupLayoutEntry {
-            binding,
+        .map(|(binding, written)| wgpu::BindGroupLayoutEntry {
+            binding: binding.slot(),
             visibility: wgpu::ShaderStages::COMPUTE,
             ty: wgpu::BindingType::Buffer {
-                ty: match uniform {
-                    true => wgpu::BufferBindingType::Uniform,
-                    false => wgpu::BufferBindingType::Storage { read_only: !written },
+                ty: match binding {
+                    Binding::Params => wgpu::BufferBindingType::Uniform,
+                    _ => wgpu::BufferBindingType::Storage { read_only: !written },
                 },
                 has_dynamic_offset: false,
                 min_binding_size: None,

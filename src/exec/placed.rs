@@ -3,10 +3,9 @@
 pub use crate::device::buffer::TensorView;
 use crate::kernel::Binding;
 use crate::plan::operand::{View, WORD, Window};
-use crate::problem::element::BufferType;
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
-use crate::problem::{Layout, MaskPacking, Options};
+use crate::problem::{Layout, Options};
 
 /// A view that has been checked against its buffer.
 #[derive(Debug, Clone, Copy)]
@@ -70,21 +69,6 @@ pub(crate) fn resource(buffer: &wgpu::Buffer, window: Window) -> wgpu::BindingRe
     wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
 }
 
-/// The element type of an operand's buffer, by the options and, for q, k, v and what has their type, `dtype`.
-fn element_type(binding: Binding, dtype: DType, options: &Options) -> BufferType {
-    match binding {
-        Binding::Q | Binding::K | Binding::V | Binding::O | Binding::States => dtype.into(),
-        Binding::DO | Binding::DQ | Binding::DK | Binding::DV => dtype.into(),
-        Binding::ORest | Binding::StatesRest => BufferType::I16,
-        Binding::Bias => options.bias_dtype.into(),
-        Binding::Mask => match options.mask_packing {
-            MaskPacking::Bytes => BufferType::U8,
-            MaskPacking::Bits => BufferType::U32,
-        },
-        _ => BufferType::F32,
-    }
-}
-
 /// A buffer that knows its element type has that of the operand.
 pub(crate) fn check_element_type(
     binding: Binding,
@@ -92,7 +76,7 @@ pub(crate) fn check_element_type(
     dtype: DType,
     options: &Options,
 ) -> Result<()> {
-    let needed = element_type(binding, dtype, options);
+    let needed = binding.element_type(dtype, options);
     match view.element {
         Some(actual) if actual != needed => Err(Error::BufferType { operand: binding.name(), needed, actual }),
         _ => Ok(()),

@@ -5,27 +5,18 @@ use std::time::Duration;
 
 use crate::device::Device;
 use crate::device::buffer::{TensorView, allocate, upload};
+use crate::exec::bind::bind_groups;
 use crate::exec::pipeline::{Pipeline, Pipelines};
 use crate::exec::placed::{Placed, check_element_type, resource};
-use crate::kernel::params::{Operand, Params, ParamsLayout};
+use crate::kernel::params::{Operand, Params};
 use crate::kernel::spec::mask_blocks;
 use crate::kernel::{Binding, SEQUENCE_WORDS};
-use crate::plan::operand::{View, Window, operand_extents, scratch_view};
+use crate::plan::operand::{View, scratch_view};
 use crate::plan::slice::{Piece, Pieces, Region};
 use crate::plan::{OptionalOperands, Pass, Plan, Preference};
 use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Sequence;
 use crate::problem::{Problem, SinkLogits};
-
-impl Operand {
-    /// Counted in `width` elements, from the start of the window. Shaders count in u32, which wraps around as often as is
-    /// needed to come back to an index within the window.
-    pub(crate) fn new(view: &View, window: Window, width: u64) -> Self {
-        let [batch, head, seq] = view.strides.map(|stride| (stride / width) as u32);
-        let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
-        Operand { offset, batch, head, seq }
-    }
-}
 
 /// The operands of a forward pass in buffers of the caller's.
 #[derive(Debug, Clone, Copy)]
@@ -172,7 +163,7 @@ impl<'a> Operands<'a> {
             return Err(Error::InvalidOption { option: binding.name(), reason });
         }
         check_element_type(binding, view, self.problem.options().dtype, self.problem.options())?;
-        let (extents, layout, element) = operand_extents(binding, self.problem);
+        let (extents, layout, element) = binding.extents(self.problem);
         self.placed.push((*view, Placed::new(binding, view, extents, layout, element)?));
         Ok(())
     }
@@ -430,32 +421,18 @@ impl Prepared {
             let params = list.iter().map(|piece| operands.params(&views, piece));
             let sequences = pass.variant.lengths.then(|| sequence_table(problem, work));
             let bind = || -> Result<_> {
-                let label = Some("sink-attention");
-                let buffer = upload_params(device, &pipeline.params, params);
                 let sequences = sequences.map(|words| upload(device, Binding::Sequences.name(), &words)).transpose()?;
-                let bindings = pass.variant.bindings();
-                let groups = list.iter().enumerate().map(|(n, piece)| {
-                    let find = |binding| match binding {
-                        Binding::Params => Some(params_of(&buffer, &pipeline.params, n)),
-                        Binding::Sequences => sequences.as_ref().map(|buffer| buffer.as_entire_binding()),
-                        _ => {
-                            let (_, window) = piece.windows.iter().find(|(b, _)| *b == binding)?;
-                            let own = scratch.iter().find(|(b, _)| *b == binding);
-                            own.map(|(_, buffer)| resource(buffer, *window))
-                                .or_else(|| operands.find(binding).map(|placed| placed.binding(*window)))
-                        }
-                    };
-                    let entries = bindings
-                        .iter()
-                        .filter_map(|&(b, _)| Some(wgpu::BindGroupEntry { binding: b.slot(), resource: find(b)? }));
-                    let group = device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor {
-                        label,
-                        layout: &pipeline.layout,
-                        entries: &entries.collect::<Vec<_>>(),
-                    });
-                    (group, piece.grid)
-                });
-                Ok(groups.collect::<Vec<_>>())
+                let find = |n: usize, binding| {
+                    if binding == Binding::Sequences {
+                        return sequences.as_ref().map(|buffer| buffer.as_entire_binding());
+                    }
+                    let (_, window) = list[n].windows.iter().find(|(b, _)| *b == binding)?;
+                    let own = scratch.iter().find(|(b, _)| *b == binding);
+                    own.map(|(_, buffer)| resource(buffer, *window))
+                        .or_else(|| operands.find(binding).map(|placed| placed.binding(*window)))
+                };
+                let groups = bind_groups(device, &pipeline, &pass.variant, params, find);
+                Ok(groups.into_iter().zip(list.iter().map(|piece| piece.grid)).collect::<Vec<_>>())
             };
             let groups = device.scoped("binding operands", bind).await??;
             dispatches.push((pipeline, groups));
@@ -497,37 +474,6 @@ impl Prepared {
     pub fn dispatches(&self) -> impl ExactSizeIterator<Item = usize> {
         self.dispatches.iter().map(|(_, groups)| groups.len())
     }
-}
-
-/// Bytes from the parameters of one dispatch to those of the next: no device wants offsets at larger multiples.
-const PARAMS_ALIGNMENT: usize = 256;
-
-/// A uniform buffer with the parameters of several dispatches of a kernel.
-pub(crate) fn upload_params(
-    device: &Device,
-    layout: &ParamsLayout,
-    params: impl IntoIterator<Item = Params>,
-) -> wgpu::Buffer {
-    let mut bytes = Vec::new();
-    for params in params {
-        bytes.extend(layout.bytes(&params));
-        bytes.resize(bytes.len().next_multiple_of(PARAMS_ALIGNMENT), 0);
-    }
-    // Not create_buffer_init, which panics where the device is lost.
-    let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
-        label: Some("sink-attention params"),
-        size: bytes.len() as u64,
-        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
-        mapped_at_creation: false,
-    });
-    device.queue().write_buffer(&buffer, 0, &bytes);
-    buffer
-}
-
-/// The parameters of the n-th dispatch.
-pub(crate) fn params_of<'a>(buffer: &'a wgpu::Buffer, layout: &ParamsLayout, n: usize) -> wgpu::BindingResource<'a> {
-    let stride = layout.len().next_multiple_of(PARAMS_ALIGNMENT);
-    resource(buffer, Window { start: (n * stride) as u64, len: layout.len() as u64 })
 }
 
 fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) -> Result<()> {

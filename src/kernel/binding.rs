@@ -1,38 +1,131 @@
-//! What kernels bind.
+//! What kernels bind: one table of operands, which bindings, extents, element types and checks follow.
 
-/// Everything a kernel may bind. The slot is the discriminant; slots are never renumbered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Binding {
-    Params = 0,
-    Q = 1,
-    K = 2,
-    V = 3,
-    O = 4,
-    Lse = 5,
-    SinkLogits = 6,
-    DO = 7,
-    DLse = 8,
-    DQ = 9,
-    DK = 10,
-    DV = 11,
-    DSinkLogits = 12,
-    RowTerms = 13,
-    SinkPartials = 14,
-    Repairs = 15,
-    KeyScales = 16,
-    QueryScales = 17,
-    ORest = 18,
-    Bias = 19,
-    Mask = 20,
-    MaskBits = 21,
-    AlibiSlopes = 22,
-    AlibiMoments = 23,
-    DBias = 24,
-    DAlibiSlopes = 25,
-    Sequences = 26,
-    States = 27,
-    StatesRest = 28,
-    StatesLse = 29,
+use crate::problem::element::{BufferType, DType};
+use crate::problem::{Layout, MaskPacking, Options, Problem};
+
+/// A width of operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Width {
+    /// D, of queries and keys.
+    HeadDim,
+    /// E, of values and outputs.
+    ValueDim,
+}
+
+impl Width {
+    pub(crate) fn of(self, [head_dim, value_dim]: [u32; 2]) -> u32 {
+        match self {
+            Width::HeadDim => head_dim,
+            Width::ValueDim => value_dim,
+        }
+    }
+}
+
+/// The axes of an operand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Axes {
+    /// `[batch, heads, seq_q, width]` in the options' layout.
+    Queries(Width),
+    /// `[batch, kv_heads, seq_k, width]` in the options' layout.
+    Keys(Width),
+    /// `[states * batch, heads, seq_q, E]` in the options' layout. The keys of the problem of a merge count the states.
+    States,
+    /// `[states * batch, heads, seq_q]`.
+    StateRows,
+    /// `[batch, heads, seq_q]`.
+    Rows,
+    /// `[heads]`.
+    Heads,
+    /// [`Problem::bias_shape`].
+    Bias,
+    /// [`Problem::mask_shape`].
+    Mask,
+    /// A buffer of the crate's own, or of a cache.
+    Own,
+}
+
+/// The element type of an operand's buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ElementOf {
+    /// The problem's.
+    Problem,
+    /// i16: the rounding error of the problem's.
+    Rounding,
+    /// f32.
+    F32,
+    /// That of the bias.
+    Bias,
+    /// Bytes, or words of 32 bits.
+    Mask,
+    /// Words that only kernels read.
+    Words,
+}
+
+/// A line of the table of operands.
+struct Row {
+    name: &'static str,
+    axes: Axes,
+    element: ElementOf,
+}
+
+macro_rules! operands {
+    ($($binding:ident = $slot:literal: $name:literal, $axes:expr, $element:ident;)*) => {
+        /// Everything a kernel may bind. The slot is the discriminant; slots are never renumbered.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub(crate) enum Binding { $($binding = $slot,)* }
+
+        impl Binding {
+            fn row(self) -> Row {
+                use Axes::*;
+                use Width::*;
+                match self {
+                    $(Binding::$binding => Row { name: $name, axes: $axes, element: ElementOf::$element },)*
+                }
+            }
+        }
+    };
+}
+
+operands! {
+    Params = 0: "params", Own, Words;
+    Q = 1: "q", Queries(HeadDim), Problem;
+    K = 2: "k", Keys(HeadDim), Problem;
+    V = 3: "v", Keys(ValueDim), Problem;
+    O = 4: "o", Queries(ValueDim), Problem;
+    Lse = 5: "lse", Rows, F32;
+    SinkLogits = 6: "sink_logits", Heads, F32;
+    DO = 7: "d_o", Queries(ValueDim), Problem;
+    DLse = 8: "d_lse", Rows, F32;
+    DQ = 9: "d_q", Queries(HeadDim), Problem;
+    DK = 10: "d_k", Keys(HeadDim), Problem;
+    DV = 11: "d_v", Keys(ValueDim), Problem;
+    DSinkLogits = 12: "d_sink_logits", Heads, F32;
+    RowTerms = 13: "row_terms", Own, Words;
+    SinkPartials = 14: "sink_partials", Own, Words;
+    Repairs = 15: "repairs", Own, Words;
+    KeyScales = 16: "key_scales", Own, Words;
+    QueryScales = 17: "query_scales", Own, Words;
+    ORest = 18: "o_rest", Queries(ValueDim), Rounding;
+    Bias = 19: "bias", Bias, Bias;
+    Mask = 20: "mask", Mask, Mask;
+    MaskBits = 21: "mask_bits", Own, Words;
+    AlibiSlopes = 22: "alibi_slopes", Heads, F32;
+    AlibiMoments = 23: "alibi_moments", Own, Words;
+    DBias = 24: "d_bias", Bias, F32;
+    DAlibiSlopes = 25: "d_alibi_slopes", Heads, F32;
+    Sequences = 26: "sequences", Own, Words;
+    States = 27: "states", States, Problem;
+    StatesRest = 28: "states_rest", States, Rounding;
+    StatesLse = 29: "states_lse", StateRows, F32;
+    CachedKeys = 30: "keys", Own, Words;
+    CachedValues = 31: "values", Own, Words;
+    CacheState = 32: "state", Own, Words;
+    Tokens = 33: "tokens", Own, Words;
+    Entries = 34: "entries", Own, Words;
+    CosSin = 35: "cos_sin", Own, F32;
+    Partials = 36: "partials", Own, Words;
+    GatheredKeys = 37: "gathered_keys", Own, Words;
+    GatheredValues = 38: "gathered_values", Own, Words;
 }
 
 impl Binding {
@@ -40,45 +133,14 @@ impl Binding {
         self as u32
     }
 
+    /// Its name in shaders and errors.
     pub(crate) fn name(self) -> &'static str {
-        match self {
-            Binding::Params => "params",
-            Binding::Q => "q",
-            Binding::K => "k",
-            Binding::V => "v",
-            Binding::O => "o",
-            Binding::Lse => "lse",
-            Binding::SinkLogits => "sink_logits",
-            Binding::DO => "d_o",
-            Binding::DLse => "d_lse",
-            Binding::DQ => "d_q",
-            Binding::DK => "d_k",
-            Binding::DV => "d_v",
-            Binding::DSinkLogits => "d_sink_logits",
-            Binding::RowTerms => "row_terms",
-            Binding::SinkPartials => "sink_partials",
-            Binding::Repairs => "repairs",
-            Binding::KeyScales => "key_scales",
-            Binding::QueryScales => "query_scales",
-            Binding::ORest => "o_rest",
-            Binding::Bias => "bias",
-            Binding::Mask => "mask",
-            Binding::MaskBits => "mask_bits",
-            Binding::AlibiSlopes => "alibi_slopes",
-            Binding::AlibiMoments => "alibi_moments",
-            Binding::DBias => "d_bias",
-            Binding::DAlibiSlopes => "d_alibi_slopes",
-            Binding::Sequences => "sequences",
-            Binding::States => "states",
-            Binding::StatesRest => "states_rest",
-            Binding::StatesLse => "states_lse",
-        }
+        self.row().name
     }
 
-    /// Whether it is of the problem's element type, its rows as wide as those of q or v.
+    /// Whether its rows are as wide as those of q or v, and are read in vectors.
     pub(crate) fn has_width(self) -> bool {
-        use Binding::{DK, DO, DQ, DV, K, O, ORest, Q, States, StatesRest, V};
-        matches!(self, Q | K | V | O | ORest | DO | DQ | DK | DV | States | StatesRest)
+        matches!(self.row().axes, Axes::Queries(_) | Axes::Keys(_) | Axes::States)
     }
 
     /// Whether its rows may have gaps between them.
@@ -86,13 +148,51 @@ impl Binding {
         self.has_width() || matches!(self, Binding::Bias | Binding::Mask)
     }
 
-    /// Width of an operand of the problem's element type, whose rows are read or written in vectors.
-    pub(crate) fn width(self, [head_dim, value_dim]: [u32; 2]) -> Option<u32> {
-        match self {
-            Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(head_dim),
-            Binding::V | Binding::O | Binding::ORest | Binding::DO | Binding::DV => Some(value_dim),
-            Binding::States | Binding::StatesRest => Some(value_dim),
+    /// The width of its rows, where they are read or written in vectors.
+    pub(crate) fn width(self, widths: [u32; 2]) -> Option<u32> {
+        match self.row().axes {
+            Axes::Queries(width) | Axes::Keys(width) => Some(width.of(widths)),
+            Axes::States => Some(Width::ValueDim.of(widths)),
             _ => None,
         }
+    }
+
+    /// The element type of its buffer, by the options and, where it is the problem's, `dtype`.
+    pub(crate) fn element_type(self, dtype: DType, options: &Options) -> BufferType {
+        match self.row().element {
+            ElementOf::Problem => dtype.into(),
+            ElementOf::Rounding => BufferType::I16,
+            ElementOf::Bias => options.bias_dtype.into(),
+            ElementOf::Mask => match options.mask_packing {
+                MaskPacking::Bytes => BufferType::U8,
+                MaskPacking::Bits => BufferType::U32,
+            },
+            ElementOf::F32 | ElementOf::Words => BufferType::F32,
+        }
+    }
+
+    /// Extents of a caller's operand along batch, heads, sequence and width, its layout, and the bytes of an element.
+    pub(crate) fn extents(self, problem: &Problem) -> ([usize; 4], Layout, usize) {
+        let (s, options) = (problem.shape(), problem.options());
+        let row = self.row();
+        let element = match row.element {
+            ElementOf::Problem | ElementOf::Rounding => options.dtype.bytes(),
+            ElementOf::Bias => options.bias_dtype.bytes(),
+            ElementOf::Mask if options.mask_packing == MaskPacking::Bytes => 1,
+            _ => 4,
+        };
+        let width = |width: Width| width.of([s.head_dim, s.value_dim].map(|n| n as u32)) as usize;
+        let states = s.seq_k * s.batch;
+        let (extents, layout) = match row.axes {
+            Axes::Queries(of) => ([s.batch, s.heads, s.seq_q, width(of)], options.layout),
+            Axes::Keys(of) => ([s.batch, s.kv_heads, s.seq_k, width(of)], options.layout),
+            Axes::States => ([states, s.heads, s.seq_q, s.value_dim], options.layout),
+            Axes::StateRows => ([states, s.heads, s.seq_q, 1], Layout::Bhsd),
+            Axes::Heads => ([1, 1, 1, s.heads], Layout::Bhsd),
+            Axes::Bias => (problem.bias_shape().unwrap_or([1; 4]), Layout::Bhsd),
+            Axes::Mask => (problem.mask_shape().unwrap_or([1; 4]), Layout::Bhsd),
+            Axes::Rows | Axes::Own => ([s.batch, s.heads, s.seq_q, 1], Layout::Bhsd),
+        };
+        (extents, layout, element)
     }
 }

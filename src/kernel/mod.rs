@@ -1,14 +1,19 @@
 //! How one kernel looks: its name, what it binds, what its pipeline fixes, its tiles, its text.
 
+mod append;
 pub(crate) mod binding;
+pub(crate) mod cache;
 mod d_bias;
 mod d_kv;
 mod d_q;
+mod decode;
 mod delta;
 mod forward;
 mod head_sums;
 mod mask_bits;
 mod merge;
+pub(crate) mod micro_kernel;
+mod moves;
 pub(crate) mod names;
 pub(crate) mod params;
 pub(crate) mod sizes;
@@ -19,9 +24,9 @@ mod token_scales;
 pub(crate) mod variant;
 
 pub(crate) use binding::Binding;
-pub(crate) use names::{BACKWARD_PASS, FORWARD_PASS, MERGE_PASS};
-pub use names::{Kernel, MicroKernel};
+pub use micro_kernel::MicroKernel;
+pub use names::Kernel;
+pub(crate) use names::{BACKWARD_PASS, DECODE_PASS, FORWARD_PASS, MERGE_PASS};
 pub(crate) use sizes::{DELTA_ROWS, MASK_BLOCK_ROWS, MASK_READ_BEYOND, MASK_TILE, SEQUENCE_WORDS};
 pub use spec::OptionalOperands;
-pub(crate) use template::{Compose, render};
 pub use variant::Variant;

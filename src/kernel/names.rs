@@ -1,11 +1,12 @@
-//! The kernels, in the order of the passes, and the micro-kernels.
+//! The kernels, in the order of the passes.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
 
-use crate::device::capabilities::{Capabilities, DeviceClass};
-use crate::kernel::spec::{Body, KernelSpec, Tiled};
-use crate::kernel::{d_bias, d_kv, d_q, delta, forward, head_sums, mask_bits, merge, token_scales};
+use crate::kernel::spec::{Body, Cached, KernelSpec, Tiled};
+use crate::kernel::{
+    append, d_bias, d_kv, d_q, decode, delta, forward, head_sums, mask_bits, merge, moves, token_scales,
+};
 
 /// A kernel of the crate: a handle of its description.
 #[derive(Clone, Copy)]
@@ -38,6 +39,17 @@ impl Kernel {
     /// One state of several partial ones, see [`Attention::prepare_merge`](crate::Attention::prepare_merge).
     pub const MERGE: Kernel = Kernel(&merge::MERGE);
 
+    /// New keys and values into a cache, and queries rotated where they lie.
+    pub const APPEND: Kernel = Kernel(&append::APPEND);
+    /// A few queries against splits of the keys of a cache.
+    pub const DECODE: Kernel = Kernel(&decode::DECODE);
+    /// o and lse from the splits of each row.
+    pub const COMBINE: Kernel = Kernel(&decode::COMBINE);
+    /// Keys and values of some sequences of a cache one after the other.
+    pub const GATHER: Kernel = Kernel(&moves::GATHER);
+    /// Gradients by gathered keys and values into the layout of the cache.
+    pub const SCATTER: Kernel = Kernel(&moves::SCATTER);
+
     /// The kernels that have tiles.
     pub const TILED: [Kernel; 5] = [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV, Kernel::D_BIAS];
 
@@ -56,11 +68,19 @@ impl Kernel {
         self.0.name
     }
 
+    /// The description of a kernel of caches; `None` for others.
+    pub(crate) fn cached(self) -> Option<&'static Cached> {
+        match &self.0.body {
+            Body::Cached(cached) => Some(cached),
+            Body::Plain(_) | Body::Tiled(_) => None,
+        }
+    }
+
     /// The products, accumulators and sums of a kernel that has tiles; `None` for others.
     pub(crate) fn tiled(self) -> Option<&'static Tiled> {
         match &self.0.body {
             Body::Tiled(tiled) => Some(tiled),
-            Body::Plain(_) => None,
+            Body::Plain(_) | Body::Cached(_) => None,
         }
     }
 }
@@ -91,49 +111,6 @@ impl fmt::Debug for Kernel {
     }
 }
 
-/// How a kernel forms matrix products.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum MicroKernel {
-    /// The one that a [`Tuning`](crate::Tuning) has found faster, else cooperative matrices where they have been measured (NVIDIA
-    /// through Vulkan, f16 and bf16), else the portable one.
-    #[default]
-    Auto,
-    /// Multiply-adds in f32, on every device.
-    Portable,
-    /// Cooperative matrices (tensor cores).
-    Cooperative,
-}
-
-impl MicroKernel {
-    /// Floating-point operations that the slowest device like this one worth the name does in a second, by which the time of a
-    /// dispatch is estimated. Low on purpose: what is estimated too short may lose the device. Not lower than that: what is
-    /// estimated too long is cut in vain, into dispatches that do not fill a fast device (on an H200, eight of 64 workgroups
-    /// each took five times as long as one of 512).
-    pub(crate) fn flops(self, capabilities: &Capabilities) -> f64 {
-        let has_matrices = capabilities.cooperative.is_some();
-        match (capabilities.class, self) {
-            (DeviceClass::Nvidia, MicroKernel::Cooperative) => 1e13,
-            (DeviceClass::Nvidia, _) if has_matrices => 5e12,
-            (DeviceClass::Amd, MicroKernel::Cooperative) => 4e12,
-            (DeviceClass::Nvidia | DeviceClass::Amd, _) => 1e12,
-            (DeviceClass::Apple, _) => 5e11,
-            (DeviceClass::Intel, _) => 1e11,
-            (DeviceClass::Other, _) => 5e10,
-            (DeviceClass::Software, _) => 2e9,
-        }
-    }
-}
-
-impl fmt::Display for MicroKernel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            MicroKernel::Auto => "auto",
-            MicroKernel::Portable => "portable",
-            MicroKernel::Cooperative => "cooperative",
-        })
-    }
-}
-
 /// The kernels of a forward pass, in their order.
 pub(crate) const FORWARD_PASS: &[Kernel] = &[Kernel::MASK_BITS, Kernel::KEY_SCALES, Kernel::FORWARD];
 
@@ -153,3 +130,6 @@ pub(crate) const BACKWARD_PASS: &[Kernel] = &[
 
 /// The kernels of a merge of partial states.
 pub(crate) const MERGE_PASS: &[Kernel] = &[Kernel::MERGE];
+
+/// The kernels of a decoding step, in their order.
+pub(crate) const DECODE_PASS: &[Kernel] = &[Kernel::DECODE, Kernel::COMBINE];

@@ -3,6 +3,8 @@
 /// Rows of a workgroup of the delta kernel, and the threads that load a row together.
 pub(crate) const DELTA_ROWS: u32 = 32;
 pub(crate) const DELTA_LANES: u32 = 8;
+/// Threads of a workgroup of a kernel that moves rows of a cache: as many as the widest row has quads.
+pub(crate) const ROW_THREADS: u32 = 128;
 /// Rows and words of 32 keys of a block of a boolean mask, which is classified as one.
 pub(crate) const MASK_BLOCK_ROWS: u32 = 32;
 pub(crate) const MASK_BLOCK_WORDS: u32 = 2;

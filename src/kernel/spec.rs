@@ -3,7 +3,11 @@
 #[cfg(test)]
 use std::ops::Range;
 
+use minijinja::Value;
+
 use crate::kernel::binding::Binding;
+pub(crate) use crate::kernel::binding::Width;
+use crate::kernel::cache::{Access, CacheOptions};
 use crate::kernel::sizes::{DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP};
 use crate::problem::element::DType;
 use crate::problem::error::Result;
@@ -100,6 +104,25 @@ pub(crate) enum Body {
     Plain(Plain),
     /// Products of tiles.
     Tiled(Tiled),
+    /// Rows of a cache.
+    Cached(Cached),
+}
+
+/// A kernel that reads or writes a cache. What its pipeline fixes are [`CacheOptions`]; no dispatch budget applies to it.
+#[derive(Debug)]
+pub(crate) struct Cached {
+    /// Threads of a workgroup.
+    pub(crate) threads: fn(&CacheOptions) -> u32,
+    /// Bytes of workgroup memory.
+    pub(crate) workgroup_bytes: fn(&CacheOptions) -> u32,
+    /// How it reads or writes the rows of the cache.
+    pub(crate) access: fn(&CacheOptions) -> Access,
+    /// Leaves out options that its pipeline does not depend on.
+    pub(crate) depends: fn(CacheOptions) -> CacheOptions,
+    /// Whether it binds one of its operands.
+    pub(crate) binds: fn(&CacheOptions, Binding) -> bool,
+    /// What its template reads besides what every template may.
+    pub(crate) context: fn(&CacheOptions) -> Value,
 }
 
 /// A kernel without tiles.
@@ -132,24 +155,6 @@ pub(crate) struct Tiled {
     pub(crate) cooperative: bool,
     /// Accumulators of its cooperative kernel the units of whose rows it finds itself, in a walk.
     pub(crate) units: fn(DType) -> &'static [&'static str],
-}
-
-/// A width of operands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Width {
-    /// D, of queries and keys.
-    HeadDim,
-    /// E, of values and outputs.
-    ValueDim,
-}
-
-impl Width {
-    pub(crate) fn of(self, [head_dim, value_dim]: [u32; 2]) -> u32 {
-        match self {
-            Width::HeadDim => head_dim,
-            Width::ValueDim => value_dim,
-        }
-    }
 }
 
 impl Tiled {
@@ -192,6 +197,10 @@ pub(crate) enum Work {
     Tiles(Side),
     /// A tile of the bias, with all that share it in turn.
     BiasTiles,
+    /// A row of a result of decoding.
+    DecodedRows,
+    /// What the host lists or counts for each call: tokens, runs of rows, splits of the keys of a cache. It is one dispatch.
+    Listed,
 }
 
 /// A digit of a workgroup's index.
@@ -241,8 +250,9 @@ impl Work {
     pub(crate) fn order(self, lengths: bool) -> &'static [Digit] {
         use Digit::{Batch, Cell, Head, Tile, TileFromLast};
         match self {
-            Work::Rows(_) => &[Tile, Head, Batch],
+            Work::Rows(_) | Work::DecodedRows => &[Tile, Head, Batch],
             Work::Heads => &[Head],
+            Work::Listed => &[],
             Work::MaskBlocks | Work::BiasTiles => &[Cell, Tile, Head, Batch],
             // The first key tile of every head comes first: under a causal mask the most queries see it.
             Work::Tiles(Side::Keys) => &[Head, Batch, Tile],
@@ -289,6 +299,9 @@ impl Work {
             Work::Rows(Side::Queries) => ([s.batch, s.heads, delta_tiles(s.seq_q)], 1),
             Work::Rows(Side::Keys) => ([s.batch, s.kv_heads, delta_tiles(s.seq_k)], 1),
             Work::Heads => ([1, s.heads, 1], 1),
+            Work::DecodedRows => ([s.batch, s.heads, s.seq_q], 1),
+            // A problem does not say how much there is.
+            Work::Listed => ([0; 3], 0),
             Work::MaskBlocks => {
                 let [batch, heads, rows, keys] = problem.options().mask.unwrap_or_default().of(problem.pairs_shape());
                 let [_, block_rows, groups] = mask_blocks(rows, keys);

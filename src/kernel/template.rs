@@ -1,6 +1,5 @@
 //! Templates: WGSL with Jinja marks.
 
-use std::fmt;
 use std::sync::OnceLock;
 
 use minijinja::syntax::SyntaxConfig;
@@ -13,15 +12,11 @@ use crate::problem::error::{Error, Result};
 const SOURCES: &[(&str, &str)] = &[
     ("bf16.wgsl", include_str!("../../shaders/bf16.wgsl")),
     ("bindings.wgsl", include_str!("../../shaders/bindings.wgsl")),
-    ("cache/append.wgsl", include_str!("../../shaders/cache/append.wgsl")),
-    ("cache/combine.wgsl", include_str!("../../shaders/cache/combine.wgsl")),
     ("cache/decode_cooperative.wgsl", include_str!("../../shaders/cache/decode_cooperative.wgsl")),
     ("cache/decode.wgsl", include_str!("../../shaders/cache/decode.wgsl")),
-    ("cache/gather.wgsl", include_str!("../../shaders/cache/gather.wgsl")),
     ("cache/range.wgsl", include_str!("../../shaders/cache/range.wgsl")),
     ("cache/rotary.wgsl", include_str!("../../shaders/cache/rotary.wgsl")),
     ("cache/scales.wgsl", include_str!("../../shaders/cache/scales.wgsl")),
-    ("cache/scatter.wgsl", include_str!("../../shaders/cache/scatter.wgsl")),
     ("cooperative/blocks.wgsl", include_str!("../../shaders/cooperative/blocks.wgsl")),
     ("cooperative/d_kv.wgsl", include_str!("../../shaders/cooperative/d_kv.wgsl")),
     ("cooperative/d_q.wgsl", include_str!("../../shaders/cooperative/d_q.wgsl")),
@@ -58,28 +53,8 @@ const SOURCES: &[(&str, &str)] = &[
     ("work.wgsl", include_str!("../../shaders/work.wgsl")),
 ];
 
-/// A kernel with everything that its text depends on. `Debug` writes all of it: pipelines are looked up by that.
-pub(crate) trait Compose: fmt::Debug {
-    /// For labels and dumps.
-    fn name(&self) -> String;
-
-    /// Of each binding its slot, whether it is uniform, and whether it is written.
-    fn slots(&self) -> Vec<(u32, bool, bool)>;
-
-    fn wgsl(&self) -> Result<String>;
-}
-
-/// The text of a template.
-pub(crate) fn render(template: &str, context: Value) -> Result<String> {
-    environment()
-        .and_then(|environment| environment.get_template(template))
-        .and_then(|template| template.render(context))
-        .map_err(not_composed)
-        .and_then(|text| Ok(declare(&text)?.into_owned()))
-}
-
 /// The text of a kernel's own template, which includes others.
-pub(crate) fn render_text(name: &str, template: &str, context: Value) -> Result<String> {
+pub(crate) fn render(name: &str, template: &str, context: Value) -> Result<String> {
     environment()
         .and_then(|environment| environment.template_from_named_str(name, template))
         .and_then(|template| template.render(context))

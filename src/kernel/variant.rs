@@ -6,14 +6,17 @@ use minijinja::{Value, context};
 
 use crate::device::capabilities::CooperativeMatrices;
 use crate::kernel::binding::Binding;
-use crate::kernel::names::{Kernel, MicroKernel};
+use crate::kernel::cache::CacheOptions;
+use crate::kernel::micro_kernel::MicroKernel;
+use crate::kernel::names::Kernel;
 use crate::kernel::sizes::{
     DELTA_LANES, DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_STEP_WORDS, SEQUENCE_WORDS,
 };
-use crate::kernel::spec::{Body, Digit, OptionalOperands, OwnOptions, Plain};
-use crate::kernel::template::{Compose, render_text};
+use crate::kernel::spec::{Body, Cached, Digit, OptionalOperands, OwnOptions, Plain};
+use crate::kernel::template::render;
 use crate::kernel::tile::Tiling;
 use crate::kernel::tile::cooperative::{Fragments, report_words};
+use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::tile::portable::Tiles;
 use crate::problem::element::DType;
 use crate::problem::error::Result;
@@ -69,6 +72,8 @@ pub struct Variant {
     pub sanitize: bool,
     /// Tiles of a workgroup, one after the other: of what computes again, which finds most of them right as they are.
     pub batch: u32,
+    /// What a kernel of caches fixes.
+    pub(crate) cache: Option<CacheOptions>,
 }
 
 impl Variant {
@@ -141,7 +146,49 @@ impl Variant {
             repairs: None,
             sanitize: false,
             batch: 1,
+            cache: None,
         }
+    }
+
+    /// The variant of a kernel of caches.
+    pub(crate) fn of_cache(kernel: Kernel, options: CacheOptions) -> Self {
+        let options = kernel.cached().map_or(options, |cached| (cached.depends)(options));
+        Variant {
+            kernel,
+            micro_kernel: options.tiles.map_or(MicroKernel::Portable, |tiles| tiles.micro_kernel()),
+            dtype: options.format.dtype,
+            head_dim: options.head_dim,
+            value_dim: options.value_dim,
+            vec4: options.vec4,
+            sink_logits: options.sink_logits,
+            softcap: options.softcap,
+            alibi: false,
+            moments: false,
+            bias: None,
+            mask: false,
+            mask_packing: MaskPacking::Bytes,
+            axes: None,
+            lengths: false,
+            d_lse: false,
+            packed: false,
+            o_rest: false,
+            tiling: None,
+            matrices: None,
+            repairs: None,
+            sanitize: false,
+            batch: 1,
+            cache: Some(options),
+        }
+    }
+
+    /// The share of a workgroup of a kernel that decodes.
+    pub fn decode_tiles(&self) -> Option<DecodeTiles> {
+        self.cache?.tiles
+    }
+
+    /// The description of a kernel of caches, with what its pipeline fixes.
+    fn cached(&self) -> Option<(&'static Cached, &CacheOptions)> {
+        self.kernel.cached().zip(self.cache.as_ref())
     }
 
     /// The options that its kernel may have taken in its own way.
@@ -167,7 +214,8 @@ impl Variant {
                 Binding::DV => !self.packed,
                 _ => true,
             };
-            by_options && (spec.binds)(&self.own_options(), *binding)
+            let by_cache = || self.cached().is_none_or(|(cached, options)| (cached.binds)(options, *binding));
+            by_options && (spec.binds)(&self.own_options(), *binding) && by_cache()
         };
         let all = spec.reads.iter().map(|b| (*b, false)).chain(spec.writes.iter().map(|b| (*b, true)));
         let cooperative = self.fragments().is_some();
@@ -215,7 +263,10 @@ impl Variant {
         match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.threads(),
             (_, Some(tiles)) => tiles.threads(),
-            _ => self.plain().map_or(0, |plain| plain.threads),
+            _ => match self.cached() {
+                Some((cached, options)) => (cached.threads)(options),
+                None => self.plain().map_or(0, |plain| plain.threads),
+            },
         }
     }
 
@@ -225,14 +276,17 @@ impl Variant {
         match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, self.dtype, d, e),
             (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
-            _ => self.plain().map_or(0, |plain| plain.workgroup_bytes),
+            _ => match self.cached() {
+                Some((cached, options)) => (cached.workgroup_bytes)(options),
+                None => self.plain().map_or(0, |plain| plain.workgroup_bytes),
+            },
         }
     }
 
     fn plain(&self) -> Option<&'static Plain> {
         match &self.kernel.spec().body {
             Body::Plain(plain) => Some(plain),
-            Body::Tiled(_) => None,
+            Body::Tiled(_) | Body::Cached(_) => None,
         }
     }
 
@@ -245,6 +299,9 @@ impl Variant {
     /// Name for labels and dumps.
     pub fn name(&self) -> String {
         use std::fmt::Write as _;
+        if let Some(options) = &self.cache {
+            return options.name(self.kernel.name());
+        }
         let mut name = format!("{}_{}_{}", self.kernel.name(), self.micro_kernel, self.dtype);
         for (letter, width) in [('d', self.head_dim), ('e', self.value_dim)] {
             if width > 0 {
@@ -336,7 +393,12 @@ impl Variant {
                     (Binding::RowTerms | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
                     (Binding::Repairs | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
                     (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
-                    (_, None, _) => "array<f32>",
+                    (_, None, _) => {
+                        let of_cache = |(cached, options): (&Cached, &CacheOptions)| {
+                            options.buffer_type(*b, (cached.access)(options))
+                        };
+                        self.cached().and_then(of_cache).unwrap_or("array<f32>")
+                    }
                     (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
                         if vec4 { "array<vec2<u32>>" } else { "array<f16>" }
                     }
@@ -463,7 +525,11 @@ impl Variant {
                 ..context
             };
         }
-        render_text(self.kernel.name(), self.kernel.spec().template, context)
+        if let Some((cached, options)) = self.cached() {
+            let own = (cached.context)(options);
+            context = context! { ..own, ..context };
+        }
+        render(self.kernel.name(), self.kernel.spec().template, context)
     }
 }
 
@@ -480,19 +546,5 @@ fn digit(digit: &Digit) -> Value {
             let first = "params.region_tile + params.region_tiles - 1u - ";
             context! { name => "tile", first, count => "params.region_tiles" }
         }
-    }
-}
-
-impl Compose for Variant {
-    fn name(&self) -> String {
-        Variant::name(self)
-    }
-
-    fn slots(&self) -> Vec<(u32, bool, bool)> {
-        self.bindings().into_iter().map(|(b, written)| (b.slot(), b == Binding::Params, written)).collect()
-    }
-
-    fn wgsl(&self) -> Result<String> {
-        Variant::wgsl(self)
     }
 }

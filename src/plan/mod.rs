@@ -1,16 +1,19 @@
 //! Decisions: which kernel, which tiles, how many workgroups. Pure functions of numbers.
 
+pub(crate) mod decode;
 mod loop_limit;
 pub(crate) mod operand;
 pub(crate) mod pass;
 mod search;
+mod select;
 pub(crate) mod slice;
+pub(crate) mod splits;
 mod table;
 pub mod tuning;
 
 use std::time::Duration;
 
-use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
+use crate::device::capabilities::{Capabilities, CooperativeMatrices};
 pub use crate::kernel::OptionalOperands;
 use crate::kernel::spec::{Body, Plain, Wanted};
 use crate::kernel::tile::Tiling;
@@ -20,6 +23,7 @@ use crate::kernel::{BACKWARD_PASS, Binding, FORWARD_PASS, Kernel, MERGE_PASS, Mi
 use crate::plan::loop_limit::{check_loop_iterations, loop_iterations};
 use crate::plan::operand::dense_views;
 pub use crate::plan::pass::{Pass, TilesOrigin};
+use crate::plan::select::Choice;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::{Tuning, TuningKey};
 use crate::problem::Problem;
@@ -129,7 +133,7 @@ impl Plan {
 }
 
 impl Plan {
-    /// Dispatches of each pass where the caller's operands are densely packed, as [`Prepared`](crate::Prepared) would have
+    /// Dispatches of each pass where the caller's operands are densely packed (1 for a pass of a decoding step), as [`Prepared`](crate::Prepared) would have
     /// them with a [budget](crate::Attention::with_dispatch_budget) for the time; `None` is the default one.
     ///
     /// # Errors
@@ -142,6 +146,9 @@ impl Plan {
         budget: Option<Duration>,
     ) -> Result<Vec<usize>> {
         let of = |pass: &Pass| {
+            if pass.variant.kernel.cached().is_some() {
+                return Ok(1);
+            }
             let views = dense_views(problem, &self.passes, pass);
             let pieces = pass.pieces(problem, &views, capabilities, budget.unwrap_or(DISPATCH_BUDGET))?;
             Ok(pieces.list.len())
@@ -194,18 +201,18 @@ impl Passes<'_> {
                 return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]);
             }
             Body::Tiled(_) => {}
+            // A problem has no cache.
+            Body::Cached(_) => return Ok(Vec::new()),
         }
         let own = self.own(kernel).next();
         // Measured tiles that do not fit are passed over.
         let fitting = || self.measured(kernel).filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
         let cooperative = || self.tiled(kernel, MicroKernel::Cooperative, None);
-        let pass = match (self.preference.micro_kernel, own.or_else(fitting)) {
-            (MicroKernel::Cooperative, _) | (MicroKernel::Auto, Some(Tiling::Cooperative { .. })) => {
-                Some(cooperative()?)
-            }
-            // Elsewhere not before the kernels have been checked and measured there: `tune` does.
-            (MicroKernel::Auto, None) if self.capabilities.class == DeviceClass::Nvidia => cooperative().ok(),
-            _ => None,
+        let given = own.or_else(fitting).map(|tiling| tiling.micro_kernel());
+        let pass = match select::micro_kernel(self.preference.micro_kernel, given, true, self.capabilities) {
+            Choice::Cooperative => Some(cooperative()?),
+            Choice::CooperativeWherePossible => cooperative().ok(),
+            Choice::Portable => None,
         };
         let Some(pass) = pass else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
         let variant = Variant { sanitize: true, batch: self.batch(), ..pass.variant };
@@ -424,7 +431,7 @@ mod tests {
         let variant = pass.variant;
         assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));
         let resident = |workgroup_bytes, registers| {
-            let multiprocessor = Some(Multiprocessor { workgroup_bytes, registers });
+            let multiprocessor = Some(Multiprocessor { count: 1, workgroup_bytes, registers });
             pass.resident_workgroups(&Capabilities { multiprocessor, ..samples[0].clone() })
         };
         assert_eq!(pass.resident_workgroups(&samples[0]), Some(3));

@@ -8,7 +8,7 @@ use crate::kernel::{Binding, DELTA_ROWS, MASK_READ_BEYOND};
 use crate::plan::pass::{Pass, repair_slots};
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
-use crate::problem::{Layout, MaskPacking, Problem};
+use crate::problem::{Layout, Problem};
 
 /// Bytes of what bindings are counted in.
 pub(crate) const WORD: u64 = 4;
@@ -198,36 +198,13 @@ fn mask_bits(problem: &Problem) -> View {
     View { tail: tail as u64 + MASK_READ_BEYOND, ..view }
 }
 
-/// Extents of an operand of the caller's, its layout, and the bytes of an element.
-pub(crate) fn operand_extents(binding: Binding, problem: &Problem) -> ([usize; 4], Layout, usize) {
-    let (s, options) = (problem.shape(), problem.options());
-    let (layout, element) = (options.layout, options.dtype.bytes());
-    let pairs = |shape: Option<[usize; 4]>, bytes| (shape.unwrap_or([1; 4]), Layout::Bhsd, bytes);
-    match binding {
-        Binding::Q | Binding::DQ => ([s.batch, s.heads, s.seq_q, s.head_dim], layout, element),
-        Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], layout, element),
-        Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], layout, element),
-        Binding::O | Binding::ORest | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
-        // One behind the other, and the keys count them.
-        Binding::States | Binding::StatesRest => ([s.seq_k * s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
-        Binding::StatesLse => ([s.seq_k * s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4),
-        Binding::SinkLogits | Binding::DSinkLogits | Binding::AlibiSlopes | Binding::DAlibiSlopes => {
-            ([1, 1, 1, s.heads], Layout::Bhsd, 4)
-        }
-        Binding::Bias => pairs(problem.bias_shape(), options.bias_dtype.bytes()),
-        Binding::DBias => pairs(problem.bias_shape(), 4),
-        Binding::Mask => pairs(problem.mask_shape(), if options.mask_packing == MaskPacking::Bits { 4 } else { 1 }),
-        _ => ([s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4),
-    }
-}
-
 /// The operands of a pass as they lie where the caller's are densely packed.
 pub(crate) fn dense_views(problem: &Problem, passes: &[Pass], pass: &Pass) -> Vec<View> {
     let bindings = pass.variant.bindings().into_iter().map(|(binding, _)| binding);
     let own = bindings.filter(|binding| ![Binding::Params, Binding::Sequences].contains(binding));
     own.map(|binding| {
         scratch_view(binding, problem, passes).unwrap_or_else(|| {
-            let (extents, layout, element) = operand_extents(binding, problem);
+            let (extents, layout, element) = binding.extents(problem);
             View::dense(binding, extents, layout, element)
         })
     })

@@ -16,8 +16,8 @@ pub struct Pass {
     pub variant: Variant,
     /// Workgroups in all.
     pub workgroups: u64,
-    /// The same, folded into two dimensions; the most that a dispatch numbers where it takes several.
-    pub grid: [u32; 2],
+    /// The same, folded into two or three dimensions; the most that a dispatch numbers where it takes several.
+    pub grid: [u32; 3],
     /// Where the tiles come from, for the kernels that have tiles.
     pub tiles_origin: TilesOrigin,
 }
@@ -47,7 +47,7 @@ impl Pass {
     /// Workgroups that run on a multiprocessor at a time, by the memory and the registers they share; `None` where these
     /// are not known of the device.
     pub fn resident_workgroups(&self, capabilities: &Capabilities) -> Option<u32> {
-        let Multiprocessor { workgroup_bytes, registers } = capabilities.multiprocessor?;
+        let Multiprocessor { workgroup_bytes, registers, .. } = capabilities.multiprocessor?;
         let variant = &self.variant;
         let by_memory = workgroup_bytes / variant.workgroup_bytes().max(1);
         let by_registers = variant.registers().map_or(u32::MAX, |each| registers / (each * variant.threads()).max(1));
@@ -57,17 +57,8 @@ impl Pass {
 
     pub(crate) fn new(problem: &Problem, variant: Variant, capabilities: &Capabilities) -> Result<Self> {
         let workgroups = grid(&variant, problem).workgroups();
-        let needs = [
-            ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
-            ("threads in a workgroup", variant.threads(), capabilities.workgroup_threads),
-            ("storage buffers", variant.storage_buffers(), capabilities.storage_buffers),
-        ];
-        for (what, needed, offered) in needs {
-            if needed > offered {
-                let reason = format!("{} needs {needed} {what}, the device offers {offered}", variant.name());
-                return Err(Error::NoKernel { problem: problem.to_string(), reason });
-            }
-        }
+        check_limits(&variant, capabilities)
+            .map_err(|reason| Error::NoKernel { problem: problem.to_string(), reason })?;
         let side = variant.tile().map_or(0, |[rows, columns]| rows.max(columns));
         if variant.mask && u64::from(side) > MASK_TILE {
             let reason = format!("{} has tiles of {side}, under a mask the most is {MASK_TILE}", variant.name());
@@ -75,10 +66,25 @@ impl Pass {
         }
         let most = u64::from(capabilities.grid_dimension.min(MOST_GRID)).pow(2);
         // Without a grid there is none; otherwise the work is cut where it has too many.
-        let (_, grid) =
+        let (_, [x, y]) =
             fold(workgroups.div_ceil(variant.batch.into()).min(most.max(1).into()), capabilities.grid_dimension)?;
-        let workgroups = workgroups as u64;
+        let (workgroups, grid) = (workgroups as u64, [x, y, 1]);
         Ok(Pass { variant, workgroups, grid, tiles_origin: TilesOrigin::Caller })
+    }
+}
+
+/// The reason why a device cannot run a variant, if it cannot.
+pub(crate) fn check_limits(variant: &Variant, capabilities: &Capabilities) -> Result<(), String> {
+    let needs = [
+        ("bytes of workgroup memory", variant.workgroup_bytes(), capabilities.workgroup_bytes),
+        ("threads in a workgroup", variant.threads(), capabilities.workgroup_threads),
+        ("storage buffers", variant.storage_buffers(), capabilities.storage_buffers),
+    ];
+    match needs.into_iter().find(|(_, needed, offered)| needed > offered) {
+        Some((what, needed, offered)) => {
+            Err(format!("{} needs {needed} {what}, the device offers {offered}", variant.name()))
+        }
+        None => Ok(()),
     }
 }
 
@@ -157,7 +163,11 @@ impl fmt::Display for Pass {
         if let Some(rows) = v.repairs {
             write!(f, ", repairs tiles of {rows} rows")?;
         }
-        let [x, y] = self.grid;
-        write!(f, ", {} B workgroup memory, {} workgroups as {x}x{y}", v.workgroup_bytes(), self.workgroups)
+        if let Some(tiles) = v.decode_tiles() {
+            write!(f, ", tiles {tiles}")?;
+        }
+        let [x, y, z] = self.grid;
+        write!(f, ", {} B workgroup memory, {} workgroups as {x}x{y}", v.workgroup_bytes(), self.workgroups)?;
+        if z > 1 { write!(f, "x{z}") } else { Ok(()) }
     }
 }

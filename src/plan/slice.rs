@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::device::capabilities::Capabilities;
 use crate::kernel::spec::{Body, Grid, Side, Work};
-use crate::kernel::{Binding, DELTA_ROWS, MASK_BLOCK_ROWS, SEQUENCE_WORDS};
+use crate::kernel::{Binding, DELTA_ROWS, MASK_BLOCK_ROWS, MicroKernel, SEQUENCE_WORDS};
 use crate::plan::operand::{View, Window};
 use crate::plan::pass::{Pass, fold, grid, work_list};
 use crate::problem::Problem;
@@ -160,7 +160,8 @@ impl<'a> Cutter<'a> {
             let table = View::run(Binding::Sequences, words, 4);
             table.window(table.whole(), capabilities)?;
         }
-        let most_work = budget.as_secs_f64() * pass.variant.micro_kernel.flops(capabilities);
+        let most_work =
+            budget.as_secs_f64() * capabilities.flops(pass.variant.micro_kernel == MicroKernel::Cooperative);
         let mut cutter = Cutter {
             pass,
             problem,
@@ -321,6 +322,8 @@ impl<'a> Cutter<'a> {
         match self.pass.variant.kernel.spec().work {
             Work::Rows(Side::Queries) => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
             Work::Rows(Side::Keys) => vec![touch(0..0, spans(DELTA_ROWS, s.seq_k))],
+            // The kernels of caches are one dispatch.
+            Work::DecodedRows | Work::Listed => Vec::new(),
             Work::Heads => vec![Touch { batch: all(s.batch), ..touch(all(s.seq_q), 0..0) }],
             Work::MaskBlocks => {
                 let [_, _, rows, _] = problem.options().mask.unwrap_or_default().of(problem.pairs_shape());
@@ -456,6 +459,7 @@ impl<'a> Cutter<'a> {
         let (kernel, [.., tiles]) = (self.pass.variant.kernel.spec(), self.axes);
         let tiled = match &kernel.body {
             Body::Tiled(tiled) => tiled,
+            Body::Cached(_) => return vec![0.0; tiles as usize],
             Body::Plain(plain) => return vec![(plain.flops)(problem) * self.cells as f64; tiles as usize],
         };
         let [rows, columns] = self.tile();
@@ -633,6 +637,7 @@ mod tests {
             assert!(self.done.insert(done), "{done:?} twice");
             let (entry, head) = (at.batch, at.head);
             match work {
+                Work::DecodedRows | Work::Listed => unreachable!("the kernels of caches are not sliced"),
                 Work::Rows(side) => {
                     let seq = if side == Side::Keys { s.seq_k } else { s.seq_q };
                     let rows = tile * 32..(tile * 32 + 32).min(seq as u64);

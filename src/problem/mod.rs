@@ -1,10 +1,12 @@
 //! What is computed: options, sizes, operands in host memory, the visibility rule. Nothing here knows of devices.
 
+pub(crate) mod cache;
 pub mod element;
 pub mod error;
 pub(crate) mod host;
 pub mod mask;
 pub(crate) mod options;
+pub(crate) mod row_format;
 pub(crate) mod shape;
 pub(crate) mod sizes;
 pub mod varlen;

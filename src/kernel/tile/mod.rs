@@ -1,12 +1,13 @@
 //! Tile shapes of any micro-kernel, by one name.
 
 pub(crate) mod cooperative;
+pub(crate) mod decode;
 pub mod portable;
 
 use std::fmt;
 use std::str::FromStr;
 
-use crate::kernel::MicroKernel;
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::tile::portable::Tiles;
 
 /// How a kernel divides the score matrix: the micro-kernel with its tile shape.

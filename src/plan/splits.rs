@@ -1,13 +1,12 @@
-//! Decisions of decoding: how a group's rows and keys are shared out among threads and workgroups.
+//! Decisions of decoding: how the rows and keys of a group are shared out among threads and workgroups.
 
 use std::fmt;
 use std::str::FromStr;
 
-use super::config::{CacheConfig, CacheKind};
-use super::format::Bounds;
 use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
-use crate::problem::element::DType;
-use crate::problem::error::Result;
+use crate::kernel::tile::decode::{DecodeTiles, cooperative_bytes};
+use crate::problem::cache::CacheConfig;
+use crate::problem::row_format::Bounds;
 
 /// How the decode kernel divides its work. As text `32x8 rows 8, steps 4 by 2, splits 330` or `cooperative rows 8, columns 1, ahead
 /// 2, splits 330`.
@@ -20,41 +19,10 @@ pub struct DecodeTiling {
     pub splits: u32,
 }
 
-/// What a workgroup of the decode kernel does at a time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum DecodeTiles {
-    /// Plain WGSL.
-    Portable {
-        /// Threads of a workgroup.
-        threads: u32,
-        /// Threads that share a key, a power of two from 4 to 32.
-        lanes: u32,
-        /// Rows (queries of the query heads of a group) of a workgroup.
-        rows: u32,
-        /// Keys whose loads a thread has under way.
-        steps: u32,
-        /// Keys between two barriers; divides `steps`, at most 4.
-        exchanged: u32,
-    },
-    /// Cooperative matrices, of f16: one query of the query heads of a group.
-    Cooperative {
-        /// Query heads of a workgroup, one subgroup: 8 or 16, at most the side of a fragment.
-        rows: u32,
-        /// Fragments of keys of a tile, 1, 2 or 4.
-        columns: u32,
-        /// Tiles whose loads are under way, 1 to 4.
-        ahead: u32,
-    },
-}
-
 /// Numbers of q, and of the result, that a thread holds.
 const HELD: u32 = 64;
 /// Words of the tiles that a lane of the cooperative kernel has under way.
 const UNDER_WAY: u32 = 96;
-/// Wider rows would not stay in registers as fragments.
-const MOST_COOPERATIVE_WIDTH: usize = 128;
-/// Of an H100 or H200: no interface tells.
-const MULTIPROCESSORS: usize = 132;
 /// Fewer keys than this are not worth a workgroup of their own.
 const LEAST_KEYS: u32 = 64;
 /// With more keys than this the start and the end of a workgroup do not count, and more workgroups share the work more evenly.
@@ -62,65 +30,6 @@ const LONG_KEYS: u32 = 512;
 const MORE_SPLITS: u32 = 4;
 /// Iterations of a thread's loops at most, for drivers that end long ones.
 const MOST_ITERATIONS: u64 = 50_000;
-
-impl DecodeTiles {
-    /// Rows of a workgroup.
-    pub(crate) fn rows(&self) -> u32 {
-        match *self {
-            DecodeTiles::Portable { rows, .. } | DecodeTiles::Cooperative { rows, .. } => rows,
-        }
-    }
-
-    /// Keys of a tile, with the fragments of the device.
-    pub(crate) fn keys(&self, matrices: Option<CooperativeMatrices>) -> u32 {
-        match *self {
-            DecodeTiles::Portable { threads, lanes, steps, .. } => threads / lanes * steps,
-            DecodeTiles::Cooperative { columns, .. } => columns * matrices.map_or(16, |matrices| matrices.side),
-        }
-    }
-
-    /// Why the cooperative kernel cannot serve a cache, if it cannot.
-    pub(super) fn lacks(
-        &self,
-        config: &CacheConfig,
-        several: bool,
-        matrices: Option<CooperativeMatrices>,
-    ) -> Option<String> {
-        let Some(CooperativeMatrices { side, lanes, .. }) = matrices else {
-            return Some("the device has no cooperative matrices".into());
-        };
-        let &DecodeTiles::Cooperative { rows, columns, ahead } = self else { return None };
-        if ![8, 16].contains(&rows) || rows > side || ![1, 2, 4].contains(&columns) || !(1..=4).contains(&ahead) {
-            return Some(format!(
-                "rows are 8 or 16 and at most {side}, columns 1, 2 or 4, tiles ahead 1 to 4, not {rows}, {columns}, {ahead}"
-            ));
-        }
-        let (keys, block) = (columns * side, config.kind.rows());
-        let widths = [config.head_dim, config.value_dim];
-        if several {
-            return Some("it takes one query at a time".into());
-        }
-        if config.dtype != DType::F16 || config.quantisation.is_some() {
-            return Some("it reads f16".into());
-        }
-        if widths.iter().any(|width| !width.is_multiple_of(16) || *width > MOST_COOPERATIVE_WIDTH) {
-            let [d, e] = widths;
-            return Some(format!("widths are multiples of 16 up to {MOST_COOPERATIVE_WIDTH}, not {d} and {e}"));
-        }
-        let shared = |width: usize| (width as u32 / 8 * keys).is_multiple_of(lanes);
-        if lanes < rows || !(keys / 4).is_multiple_of(lanes / rows) || !widths.into_iter().all(shared) {
-            let [d, e] = widths;
-            return Some(format!("{lanes} lanes cannot share {rows} rows of {keys} keys of widths {d} and {e}"));
-        }
-        match config.kind {
-            CacheKind::Rolling { .. } => Some("a ring's tiles are not rows that follow each other".into()),
-            CacheKind::Contiguous { .. } if block < keys as usize => {
-                Some(format!("a tile of {keys} keys is more than the cache's capacity, {block}"))
-            }
-            _ => None,
-        }
-    }
-}
 
 impl DecodeTiling {
     /// On cooperative matrices, for the rows of a group and so many groups in all; the reason where they cannot serve.
@@ -148,11 +57,12 @@ impl DecodeTiling {
         let groups = groups.max(1) * total_rows.div_ceil(rows as usize);
         let splits = match capabilities.multiprocessor {
             Some(multiprocessor) => {
-                let bytes = cooperative_bytes([config.head_dim, config.value_dim], tiles.keys(matrices), side);
-                let at_a_time = MULTIPROCESSORS * (multiprocessor.workgroup_bytes / bytes).max(1) as usize;
-                even_splits(groups, at_a_time)
+                let widths = [config.head_dim, config.value_dim].map(|width| width as u32);
+                let bytes = cooperative_bytes(widths, tiles.keys(matrices), side);
+                let at_a_time = multiprocessor.count * (multiprocessor.workgroup_bytes / bytes).max(1);
+                even_splits(groups, at_a_time as usize)
             }
-            None => (workgroups(capabilities) / groups as u64).max(1) as u32,
+            None => (capabilities.small_workgroups() / groups as u64).max(1) as u32,
         };
         Ok(DecodeTiling { tiles, splits })
     }
@@ -182,7 +92,7 @@ impl DecodeTiling {
         // Scales of quantised rows take registers.
         let steps = if slots > 4 || config.quantisation.is_some() { 2 } else { 4 };
         let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
-        let splits = (workgroups(capabilities) / groups).max(1) as u32;
+        let splits = (capabilities.small_workgroups() / groups).max(1) as u32;
         DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: 2 }, splits }
     }
 
@@ -212,14 +122,7 @@ impl DecodeTiling {
 
 impl fmt::Display for DecodeTiling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.tiles {
-            DecodeTiles::Portable { threads, lanes, rows, steps, exchanged } => {
-                write!(f, "{threads}x{lanes} rows {rows}, steps {steps} by {exchanged}, splits {}", self.splits)
-            }
-            DecodeTiles::Cooperative { rows, columns, ahead } => {
-                write!(f, "cooperative rows {rows}, columns {columns}, ahead {ahead}, splits {}", self.splits)
-            }
-        }
+        write!(f, "{}, splits {}", self.tiles, self.splits)
     }
 }
 
@@ -249,27 +152,6 @@ impl FromStr for DecodeTiling {
         };
         if tiling.to_string() == text { Ok(tiling) } else { Err(want()) }
     }
-}
-
-/// Twice as many workgroups as run at a time on the largest devices.
-fn workgroups(capabilities: &Capabilities) -> u64 {
-    match capabilities.class {
-        DeviceClass::Nvidia => 2640,
-        DeviceClass::Software => 8,
-        _ => 1024,
-    }
-}
-
-/// Bytes of workgroup memory of the cooperative kernel: keys and values staged, rows padded by two vectors of four halves so that
-/// neighbours start in different banks, and a strip of scores and one of weights.
-pub(crate) fn cooperative_bytes(widths: [usize; 2], tile: u32, side: u32) -> u32 {
-    let staged: u32 = widths.map(|width| 8 * (width as u32 / 4 + 2)).iter().sum();
-    tile * staged + side * strip_row(tile) * (16 + 8)
-}
-
-/// Vectors of four from row to row of a strip of scores or weights.
-pub(crate) fn strip_row(tile: u32) -> u32 {
-    tile.max(16) / 4 + 2
 }
 
 /// The fewest splits with which groups keep a device busy to the end, of which so many workgroups run at a time.
@@ -312,7 +194,9 @@ pub(crate) struct Split {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::format::{Quantisation, UNBOUNDED};
+    use crate::problem::cache::CacheKind;
+    use crate::problem::element::DType;
+    use crate::problem::row_format::{Quantisation, UNBOUNDED};
 
     #[test]
     fn a_tiling_reads_what_it_writes() {

@@ -1,8 +1,8 @@
 //! The configuration of a cache: where its rows lie, how keys are rotated, and its sizes.
 
-use super::format::{Addressing, Bounds, Quantisation, RowFormat, UNBOUNDED};
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
+use crate::problem::row_format::{Addressing, Bounds, Quantisation, RowFormat, UNBOUNDED};
 use crate::problem::{Alignment, MAX_WIDTH, Options, Window};
 
 /// Where the keys and values of a cache lie, and when it gives them up.
@@ -181,7 +181,7 @@ impl CacheConfig {
     }
 
     /// Blocks of rows.
-    pub(super) fn blocks(&self) -> usize {
+    pub(crate) fn blocks(&self) -> usize {
         match self.kind {
             CacheKind::Paged { pages, .. } => pages,
             _ => self.sequences,
@@ -342,7 +342,7 @@ impl CacheConfig {
 }
 
 /// Refuses what counts keys by places that a cache does not tell.
-pub(super) fn check_absent(options: &Options, reason: &str) -> Result<()> {
+pub(crate) fn check_absent(options: &Options, reason: &str) -> Result<()> {
     let given = [("alibi", options.alibi), ("bias", options.bias.is_some()), ("mask", options.mask.is_some())];
     match given.into_iter().find(|(_, given)| *given) {
         Some((option, _)) => Err(Error::InvalidOption { option, reason: reason.into() }),
@@ -351,4 +351,4 @@ pub(super) fn check_absent(options: &Options, reason: &str) -> Result<()> {
 }
 
 /// Queries of a decoding step at most.
-pub(super) const MOST_QUERIES: usize = 16;
+pub(crate) const MOST_QUERIES: usize = 16;

@@ -1,0 +1,79 @@
+//! What a dispatch binds: parameters, and windows of buffers.
+
+use crate::device::Device;
+use crate::exec::pipeline::Pipeline;
+use crate::exec::placed::resource;
+use crate::kernel::params::{Operand, Params, ParamsLayout};
+use crate::kernel::{Binding, Variant};
+use crate::plan::operand::{View, Window};
+
+impl Operand {
+    /// Counted in `width` elements, from the start of the window. Shaders count in u32, which wraps around as often as is
+    /// needed to come back to an index within the window.
+    pub(crate) fn new(view: &View, window: Window, width: u64) -> Self {
+        let [batch, head, seq] = view.strides.map(|stride| (stride / width) as u32);
+        let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
+        Operand { offset, batch, head, seq }
+    }
+}
+
+/// The bind groups of some dispatches of a kernel, which differ in their parameters. `find` gives the resource of an operand of
+/// the n-th.
+pub(crate) fn bind_groups<'a>(
+    device: &Device,
+    pipeline: &Pipeline,
+    variant: &Variant,
+    params: impl IntoIterator<Item = Params>,
+    find: impl Fn(usize, Binding) -> Option<wgpu::BindingResource<'a>>,
+) -> Vec<wgpu::BindGroup> {
+    let (buffer, count) = upload_params(device, &pipeline.params, params);
+    let bindings = variant.bindings();
+    let group = |n: usize| {
+        let resource = |binding| match binding {
+            Binding::Params => Some(params_of(&buffer, &pipeline.params, n)),
+            _ => find(n, binding),
+        };
+        let entries: Vec<_> = bindings
+            .iter()
+            .filter_map(|(b, _)| Some(wgpu::BindGroupEntry { binding: b.slot(), resource: resource(*b)? }))
+            .collect();
+        device.wgpu().create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some("sink-attention"),
+            layout: &pipeline.layout,
+            entries: &entries,
+        })
+    };
+    (0..count).map(group).collect()
+}
+
+/// Bytes from the parameters of one dispatch to those of the next: no device wants offsets at larger multiples.
+const PARAMS_ALIGNMENT: usize = 256;
+
+/// A uniform buffer with the parameters of several dispatches of a kernel, and how many these are.
+fn upload_params(
+    device: &Device,
+    layout: &ParamsLayout,
+    params: impl IntoIterator<Item = Params>,
+) -> (wgpu::Buffer, usize) {
+    let (mut bytes, mut count) = (Vec::new(), 0);
+    for params in params {
+        count += 1;
+        bytes.extend(layout.bytes(&params));
+        bytes.resize(bytes.len().next_multiple_of(PARAMS_ALIGNMENT), 0);
+    }
+    // Not create_buffer_init, which panics where the device is lost.
+    let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
+        label: Some("sink-attention params"),
+        size: bytes.len() as u64,
+        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    device.queue().write_buffer(&buffer, 0, &bytes);
+    (buffer, count)
+}
+
+/// The parameters of the n-th dispatch.
+fn params_of<'a>(buffer: &'a wgpu::Buffer, layout: &ParamsLayout, n: usize) -> wgpu::BindingResource<'a> {
+    let stride = layout.len().next_multiple_of(PARAMS_ALIGNMENT);
+    resource(buffer, Window { start: (n * stride) as u64, len: layout.len() as u64 })
+}

@@ -1,0 +1,143 @@
+//! Decoding: a few queries against the keys of a cache, in splits, and the splits of a row put together.
+
+use minijinja::{Value, context};
+
+use crate::kernel::binding::Binding::{
+    CacheState, CachedKeys, CachedValues, CosSin, Entries, Lse, O, Params, Partials, Q, SinkLogits as Sinks,
+};
+use crate::kernel::cache::{Access, CacheOptions, named};
+use crate::kernel::spec::{Body, Cached, KernelSpec, Work, adjusts_nothing, always, binds_all};
+use crate::kernel::tile::decode::{DecodeTiles, cooperative_bytes, exchange, lane_vectors, strip_row};
+use crate::problem::SinkLogits;
+
+/// Threads of a workgroup of the combine kernel.
+const COMBINE_THREADS: u32 = 256;
+
+/// Splits whose loads a thread of the combine kernel has under way.
+const COMBINE_AHEAD: u32 = 8;
+
+pub(crate) const DECODE: KernelSpec = KernelSpec {
+    name: "decode",
+    template: include_str!("../../shaders/cache/decode_main.wgsl"),
+    wanted: always,
+    reads: &[Params, Q, CachedKeys, CachedValues, CacheState, Entries, CosSin],
+    writes: &[Partials],
+    binds: binds_all,
+    adjust: adjusts_nothing,
+    work: Work::Listed,
+    body: Body::Cached(Cached {
+        threads: |options| match (options.tiles, options.matrices) {
+            (Some(DecodeTiles::Portable { threads, .. }), _) => threads,
+            (_, Some(matrices)) => matrices.lanes,
+            _ => 0,
+        },
+        workgroup_bytes: |options| match options.tiles {
+            Some(DecodeTiles::Portable { threads, lanes, rows, exchanged, .. }) => {
+                let [_, _, len, _] = exchange(threads, lanes, rows, exchanged, value_quads(options, lanes));
+                let weights = [0, 8, 16, 0, 16 + 4][exchanged as usize];
+                16 * len + threads / lanes * rows * (weights + 8)
+            }
+            Some(DecodeTiles::Cooperative { .. }) => {
+                let side = options.matrices.map_or(16, |matrices| matrices.side);
+                cooperative_bytes([options.head_dim, options.value_dim], options.tile, side)
+            }
+            None => 0,
+        },
+        access: |_| Access::Vectors,
+        depends: |options| CacheOptions { sink_logits: SinkLogits::None, ..options },
+        binds: |options, binding| match binding {
+            CosSin => options.is_relative(),
+            Entries => options.indexed,
+            _ => true,
+        },
+        context: decode_context,
+    }),
+};
+
+/// Quads of a row of values that a thread of the portable kernel holds.
+fn value_quads(options: &CacheOptions, lanes: u32) -> u32 {
+    lane_vectors(options.data_vectors(), lanes)[1] * options.vector_quads()
+}
+
+fn decode_context(options: &CacheOptions) -> Value {
+    let common = options.context(options.is_relative());
+    let (CacheOptions { tile, softcap, .. }, vectors) = (*options, options.data_vectors());
+    match (options.tiles, options.matrices) {
+        (Some(DecodeTiles::Portable { threads, lanes, rows, steps, exchanged }), _) => {
+            let lane_vectors = lane_vectors(vectors, lanes);
+            let [row_pitch, slot_pitch, exchange_len, merged_rows] =
+                exchange(threads, lanes, rows, exchanged, value_quads(options, lanes));
+            context! {
+                decode_cooperative => false,
+                lanes, rows, steps, exchanged, row_pitch, slot_pitch, exchange_len, merged_rows, softcap,
+                slots => threads / lanes,
+                queries => if options.several { "several" } else { "one" },
+                relative => options.is_relative(),
+                vector_quads => options.vector_quads(),
+                lane_vectors => named(lane_vectors),
+                lane_quads => named(lane_vectors.map(|n| n * options.vector_quads())),
+                data_vectors => named(vectors),
+                ..common
+            }
+        }
+        (Some(DecodeTiles::Cooperative { rows, columns, ahead }), Some(matrices)) => {
+            let (side, lanes) = (matrices.side, matrices.lanes);
+            let widths = [options.head_dim, options.value_dim];
+            context! {
+                decode_cooperative => true,
+                rows, columns, ahead, softcap, side, lanes,
+                in_step => matrices.in_step,
+                relative => false,
+                strip_row => strip_row(tile),
+                pitches => named(widths.map(|width| width / 4 + 2)),
+                data_vectors => named(vectors),
+                tile_vectors => named(vectors.map(|n| n * tile / lanes)),
+                features => named(widths.map(|width| width / side)),
+                lane_quads => tile / 4 / (lanes / rows),
+                ..common
+            }
+        }
+        _ => common,
+    }
+}
+
+pub(crate) const COMBINE: KernelSpec = KernelSpec {
+    name: "combine",
+    template: include_str!("../../shaders/cache/combine.wgsl"),
+    wanted: always,
+    reads: &[Params, Sinks, CacheState, Entries, Partials],
+    writes: &[O, Lse],
+    binds: binds_all,
+    adjust: adjusts_nothing,
+    work: Work::DecodedRows,
+    body: Body::Cached(Cached {
+        threads: |_| COMBINE_THREADS,
+        workgroup_bytes: |options| {
+            let splits = COMBINE_THREADS / options.value_dim.div_ceil(4).next_power_of_two();
+            COMBINE_THREADS * (4 + 16) + 4 * splits
+        },
+        access: |_| Access::Vectors,
+        // The splits are the same whoever has left them.
+        depends: |options| CacheOptions {
+            head_dim: 0,
+            rotary: None,
+            several: false,
+            softcap: false,
+            tiles: None,
+            matrices: None,
+            ..options
+        },
+        binds: |options, binding| match binding {
+            Sinks => options.sink_logits == SinkLogits::PerHead,
+            Entries => options.indexed,
+            _ => true,
+        },
+        context: |options| {
+            context! {
+                lanes => options.value_dim.div_ceil(4).next_power_of_two(),
+                ahead => COMBINE_AHEAD,
+                ..options.context(false)
+            }
+        },
+    }),
+};
