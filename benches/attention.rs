@@ -12,17 +12,13 @@
 //! - `window forward`, `window backward`: a window of 128 keys over ever longer sequences. The cost grows linearly with N where the
 //!   throughput stays the same.
 
-#[allow(dead_code, reason = "the command uses the rest")]
-#[path = "../src/cli/operands.rs"]
-mod operands;
-
 use std::error::Error;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
-use operands::{GpuGradients, GpuOperands, HostOperands, too_large};
+use sink_attention::testing::timed::{GpuGradients, GpuOperands, HostOperands, too_large};
 use sink_attention::{
     Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Timer, Upstream, Window, wgpu,
 };

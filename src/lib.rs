@@ -320,9 +320,10 @@
 //!
 //! # Features
 //!
-//! - `cli`: the command `sink-attention` and the module `io`, which reads and writes conformance files.
-//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them, and `Values`, the typed numbers of a tensor
-//!   of such a file; part of `cli`.
+//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them; `Values`, the typed numbers of a tensor of
+//!   such a file; and `file::case`, which reads and writes conformance files.
+//! - `testing`: the module `testing`, with problems, operands and comparisons for tests. Unstable: not part of semantic
+//!   versioning.
 //! - `checked-shaders`: compile shaders with run-time bounds checks. Without it they run unchecked, since the
 //!   host has checked every size.
 //!
@@ -337,17 +338,16 @@
 // Each imports only from those above it; docs/architecture.md.
 mod attention;
 mod cache;
-pub mod compare;
 pub mod cpu;
 mod device;
 mod exec;
 pub mod file;
-#[cfg(feature = "cli")]
-pub mod io;
 mod kernel;
 mod plan;
 mod problem;
 mod stream;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(not(target_family = "wasm"))]
 mod timing;
 

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use crate::common::{compare, compare_lse};
 use safetensors::{Dtype, SafeTensors};
-use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
+use sink_attention::file::case::Case;
 use sink_attention::half::{bf16, f16};
-use sink_attention::io::Case;
+use sink_attention::testing::compare::accepted;
 use sink_attention::{Attention, DType, Element, Gradients, Output};
 
 /// All files, as (name without extension, content).

@@ -9,9 +9,9 @@ use crate::common::operands::{SIZES, agree, options, problem, rows_agree};
 use crate::common::prefills::causal;
 use crate::common::views::run_at;
 use crate::common::{all_cases, compare, compare_low_precision, cooperative, gpu, low_precision, with_others};
-use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::compare::accepted;
 use sink_attention::{
     Attention, CacheKind, Capabilities, DType, Decode, DecodeBuffers, DecodeTiles, Device, Element, Error, Gradients,
     Kernel, Layout, MicroKernel, OptionalOperands, Options, Output, Plan, Preference, Prefill, PrefillBuffers, Problem,

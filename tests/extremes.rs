@@ -3,8 +3,8 @@
 use crate::common;
 use crate::common::gradients::Backward;
 use crate::common::operands::{RandomBias, problem};
-use sink_attention::compare::accepted;
 use sink_attention::half::f16;
+use sink_attention::testing::compare::accepted;
 use sink_attention::{
     Attention, Axes, Bias, DType, Element, Inputs, Options, Output, PartialState, Problem, Shape, SinkLogits, Upstream,
 };

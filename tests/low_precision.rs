@@ -5,9 +5,9 @@ use crate::common;
 use crate::common::gradients::Backward;
 use crate::common::operands::{Operands, options, problem};
 use crate::common::{all_cases, compare, compare_low_precision, compare_lse, gpu, low_precision, with_others};
-use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::compare::accepted;
 use sink_attention::{
     Attention, DType, Element, Error, Gradients, Inputs, Layout, Options, Output, Problem, SinkLogits, Upstream,
     Window, cpu,

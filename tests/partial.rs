@@ -431,7 +431,7 @@ fn states_in_halves() {
         compare(&whole, &expected.o, BOUND).unwrap();
         compare_lse(&read(device, &lse), &expected.lse, BOUND).unwrap();
         let wide = |x: &[T]| x.iter().map(|&x| x.into()).collect::<Vec<f64>>();
-        let bound = sink_attention::compare::accepted(T::DTYPE);
+        let bound = sink_attention::testing::compare::accepted(T::DTYPE);
         compare(&wide(&rounded), &expected.o, bound).unwrap();
         compare(&wide(&run(&plain).0), &expected.o, bound).unwrap();
         drop(operands);

@@ -15,9 +15,9 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseResult, TestRunner};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::compare::accepted;
 use sink_attention::{
     Alignment, Attention, Axes, Bias, DType, Element, Gradients, Inputs, Layout, Lengths, MaskData, MaskPacking,
     MicroKernel, Options, Output, Problem, Shape, SinkLogits, Upstream, Window, pack_mask,
@@ -315,7 +315,7 @@ fn agrees<T: Element>(attention: &Attention, plain: &Plain) -> Result<(), String
     let holds = |output: &Output<T>, actual: &Gradients<T>| -> Result<(), String> {
         close("o", &output.o, &expected.o, own, 0.0)?;
         zero("o", &output.o, &expected.o)?;
-        sink_attention::compare::lse(&output.lse, &expected.lse, accepted(DType::F32))
+        sink_attention::testing::compare::lse(&output.lse, &expected.lse, accepted(DType::F32))
             .map_err(|error| format!("lse: {error}"))?;
         close("d_q", &actual.d_q, &gradients.d_q, own, inflow)?;
         close("d_k", &actual.d_k, &gradients.d_k, own, inflow)?;
@@ -500,7 +500,9 @@ fn split_merges(attention: &Attention, plain: &Plain) -> Result<(), String> {
         }
     }
     close("o", &all.o, &merged.o, 1e-5, norm(&all.o))?;
-    sink_attention::compare::lse(&all.lse, &merged.lse, 1e-5).map(|_| ()).map_err(|error| format!("lse: {error}"))
+    sink_attention::testing::compare::lse(&all.lse, &merged.lse, 1e-5)
+        .map(|_| ())
+        .map_err(|error| format!("lse: {error}"))
 }
 
 #[test]

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::common::caches::config;
-use crate::common::files::Folder;
 use crate::common::gpu;
 use crate::common::saved::{STREAM_SHAPE, filled_cache, filled_stream, stream_options};
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::folder::Folder;
 use sink_attention::{
     Attention, CacheConfig, CacheKind, DType, Element, Error, Kernel, Layout, MaskClass, Options, Quantisation, Rotary,
     RotaryPositions, RotaryStyle, Stream, Tiles, Tiling, Tuning, TuningKey, cpu, file,
@@ -20,6 +20,10 @@ const ROLLING: CacheKind = CacheKind::Rolling { sink_tokens: 2, window: 7, queri
 
 fn of<T: Element>(kind: CacheKind, head_dim: usize) -> CacheConfig {
     config::<T>(kind, 2, [head_dim, 4]).sequences(2)
+}
+
+fn folder(test: &str) -> Folder {
+    Folder::new(env!("CARGO_TARGET_TMPDIR"), test)
 }
 
 /// A file in tests/saved.
@@ -113,7 +117,7 @@ fn loads_one_of(path: &Path, caches: &[cpu::KvCache<f32>; 2]) {
 #[cfg(unix)]
 #[test]
 fn threads_save_to_one_path_while_another_loads_it() {
-    let folder = Folder::new("saved-threads");
+    let folder = folder("saved-threads");
     let (path, caches, done) = (folder.path("cache"), two_caches(), AtomicBool::new(false));
     caches[0].save(&path).unwrap();
     std::thread::scope(|scope| {
@@ -177,7 +181,7 @@ mod processes {
     /// Two hundred of them, eight at a time, which save to one path.
     #[test]
     fn a_killed_process_leaves_a_whole_file() {
-        let folder = Folder::new("saved-kills");
+        let folder = folder("saved-kills");
         let (path, caches) = (folder.path("cache"), two_caches());
         caches[0].save(&path).unwrap();
         let mut rng = StdRng::seed_from_u64(13);
@@ -207,7 +211,7 @@ mod processes {
 #[test]
 fn modes_and_links_are_kept() {
     use std::os::unix::fs::{PermissionsExt as _, symlink};
-    let folder = Folder::new("saved-modes");
+    let folder = folder("saved-modes");
     let mode = |name: &str| fs::metadata(folder.path(name)).unwrap().permissions().mode() & 0o7777;
     let [plain, new, link, dangling] = ["plain", "new", "link", "dangling"].map(|name| folder.path(name));
     fs::write(&plain, "plain").unwrap();
@@ -237,7 +241,7 @@ fn modes_and_links_are_kept() {
 
 #[test]
 fn what_cannot_be_written_is_told_before_and_leaves_nothing() {
-    let folder = Folder::new("saved-refused");
+    let folder = folder("saved-refused");
     let there = folder.write("there", b"earlier");
     file::check_writable(&there).unwrap();
     file::check_writable(folder.path("new")).unwrap();
@@ -258,7 +262,7 @@ fn what_cannot_be_written_is_told_before_and_leaves_nothing() {
 #[cfg(unix)]
 #[test]
 fn endless_files_are_refused() {
-    let folder = Folder::new("saved-endless");
+    let folder = folder("saved-endless");
     let (huge, pipe) = (folder.path("huge"), folder.path("pipe"));
     fs::File::create(&huge).unwrap().set_len(1 << 40).unwrap();
     assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -287,79 +291,5 @@ fn endless_files_are_refused() {
         if let Some(error) = error(&huge) {
             assert!(error.to_string().contains("PIPELINE_CACHE"), "{error}");
         }
-    }
-}
-
-#[cfg(unix)]
-mod command {
-    use std::io::{BufRead as _, BufReader, Read as _};
-    use std::process::Stdio;
-
-    use super::*;
-    use crate::common::binary::{command, fails};
-    use crate::common::files::TestFile;
-
-    const SMALL: [&str; 9] = ["bench", "--backend", "cpu", "--heads", "2", "--seq-k", "64", "--dtype", "f32,f16"];
-
-    #[test]
-    fn paths_are_asked_about_before_anything_is_computed() {
-        let folder = Folder::new("saved-command");
-        let input = folder.write("in", &TestFile::good().bytes());
-        for path in ["/dev/zero", "/dev/full", &folder.path("no/file")] {
-            for arguments in [
-                vec!["run", &input, path, "--backend", "cpu"],
-                vec!["tune", "--out", path],
-                [&SMALL[..], &["--json", path]].concat(),
-                [&SMALL[..], &["--svg", path]].concat(),
-            ] {
-                let error = fails(&arguments);
-                assert!(error.contains(&format!("cannot write {path}: ")), "{arguments:?}: {error}");
-            }
-        }
-        let error = fails(&["run", "/dev/zero", &folder.path("out"), "--backend", "cpu"]);
-        assert!(error.contains("cannot read /dev/zero: it is not a regular file"), "{error}");
-        let error = fails(&["plan", "--device", "H200", "--tuning", "/dev/zero"]);
-        assert!(error.contains("/dev/zero") && error.contains("not a regular file"), "{error}");
-        let huge = folder.path("huge");
-        fs::File::create(&huge).unwrap().set_len(1 << 40).unwrap();
-        let error = fails(&["run", &huge, &folder.path("out"), "--backend", "cpu"]);
-        assert!(error.contains("huge: malformed header"), "{error}");
-        assert_eq!(folder.names(), ["huge", "in"]);
-    }
-
-    /// The folder of the figures disappears while they are measured.
-    #[test]
-    fn nothing_measured_is_lost() {
-        let folder = Folder::new("saved-figures");
-        fs::create_dir(folder.path("gone")).unwrap();
-        let (json, svg) = (folder.path("gone/figures.json"), folder.path("figures.svg"));
-        let mut bench = command(&[&SMALL[..], &["--runs", "30", "--json", &json, "--svg", &svg]].concat());
-        let mut child = bench.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        stderr.read_line(&mut line).unwrap();
-        assert!(line.starts_with("1 of 2 custom: "), "{line}");
-        fs::remove_dir(folder.path("gone")).unwrap();
-        stderr.read_to_string(&mut line).unwrap();
-        let output = child.wait_with_output().unwrap();
-        let table = String::from_utf8(output.stdout).unwrap();
-        assert!(line.contains("\n2 of 2 custom: ") && line.contains("error: cannot write"), "{line}");
-        assert_eq!(output.status.code(), Some(1));
-        assert!(table.contains("| custom | f32   | forward") && table.contains("TFLOP/s"), "{table}");
-        assert!(fs::read_to_string(svg).unwrap().contains("<svg"));
-    }
-
-    #[test]
-    fn lengths_of_keys_are_blamed_for_themselves() {
-        for (arguments, message) in [
-            (["plan", "--seq-k", "99999999999"], "seq_k is 99999999999"),
-            (["plan", "--seq-k", "0"], "seq_k is 0"),
-            (["plan", "--seq-q", "0"], "seq_q is 0"),
-        ] {
-            let error = fails(&[&arguments[..], &["--device", "H200"]].concat());
-            assert!(error.contains(message), "{error}");
-        }
-        let error = fails(&["bench", "--backend", "cpu", "--seq-k", "0"]);
-        assert!(error.contains("seq_k is 0"), "{error}");
     }
 }

@@ -1,5 +1,5 @@
 //! Every integration test, in one program: each links wgpu and all that belongs to it, which takes longer than the tests
-//! of most files. A file by itself: `cargo test --features cli --test suites forward::`.
+//! of most files. A file by itself: `cargo test -p sink-attention --test suites forward::`.
 
 mod common;
 
@@ -12,16 +12,7 @@ mod cache_hidden;
 mod cache_prefill;
 mod cache_steps;
 mod cache_unseen;
-#[cfg(feature = "cli")]
-mod cli;
-#[cfg(feature = "cli")]
-mod cli_bench;
-#[cfg(feature = "cli")]
-mod cli_device;
-#[cfg(feature = "cli")]
-mod cli_options;
 mod concurrency;
-#[cfg(feature = "cli")]
 mod conformance;
 mod cooperative;
 #[path = "cpu/main.rs"]
@@ -39,7 +30,6 @@ mod partial;
 mod plans;
 mod properties;
 mod readme;
-#[cfg(feature = "cli")]
 mod saved_files;
 mod shaders;
 mod size;

@@ -115,7 +115,7 @@ fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Option<Args>, Box<d
             _ => folder = Some(arg.into()),
         }
     }
-    parsed.folder = folder.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/gpt_oss_tiny").into());
+    parsed.folder = folder.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/gpt_oss_tiny").into());
     Ok(Some(parsed))
 }
 

@@ -174,7 +174,7 @@ fn other_states_are_errors() {
         fails(&state[..end], "");
     }
     fails(
-        &fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpt_oss_tiny/model.safetensors")).unwrap(),
+        &fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/gpt_oss_tiny/model.safetensors")).unwrap(),
         "not the state",
     );
     // A file of the first version, which had no checksum.

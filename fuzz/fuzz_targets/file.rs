@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use sink_attention::half::{bf16, f16};
-use sink_attention::io::Case;
+use sink_attention::file::case::Case;
 use sink_attention::{DType, Element};
 
 fuzz_target!(|bytes: &[u8]| {

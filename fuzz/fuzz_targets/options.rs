@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use sink_attention::cpu::reference;
-use sink_attention::io::Case;
+use sink_attention::file::case::Case;
 
 fuzz_target!(|text: &str| {
     let metadata: HashMap<String, String> =

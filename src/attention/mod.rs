@@ -1,5 +1,7 @@
 //! The operator.
 
+#[cfg(feature = "safetensors")]
+mod case;
 pub mod partial;
 
 use std::path::Path;

@@ -477,10 +477,10 @@ mod tests {
     use rand::{RngExt, SeedableRng};
 
     use super::*;
-    use crate::compare;
     use crate::problem::element::DType;
     use crate::problem::varlen::Lengths;
     use crate::problem::{Alignment, Axes, Options, Shape, Window};
+    use crate::testing::compare;
 
     fn one_head(m: usize, n: usize, d: usize) -> Shape {
         Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: m, seq_k: n, head_dim: d, value_dim: 1 }

@@ -4,6 +4,8 @@
 //! what has no header that tells its length.
 
 #[cfg(feature = "safetensors")]
+pub mod case;
+#[cfg(feature = "safetensors")]
 pub(crate) mod saved;
 #[cfg(feature = "safetensors")]
 pub mod values;
@@ -151,10 +153,8 @@ pub(crate) fn checksum(data: &[u8]) -> u64 {
     data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-#[cfg(feature = "cli")]
-pub(crate) use container::Malformed;
 #[cfg(feature = "safetensors")]
-pub(crate) use container::{Container, read_container};
+pub(crate) use container::{Container, Malformed, read_container};
 
 #[cfg(feature = "safetensors")]
 mod container {

@@ -2,8 +2,8 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
+use sink_attention::testing::compare::accepted;
 use sink_attention::{Attention, Element, Gradients, Output, Problem, Upstream};
 
 use super::operands::{BOUND, Operands, rows_agree, score_rounding};

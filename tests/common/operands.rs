@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use sink_attention::compare::accepted;
 use sink_attention::cpu::reference;
+use sink_attention::testing::compare::accepted;
 use sink_attention::{
     Alignment, Attention, Bias, DType, Element, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem,
     Sequence, Shape, SinkLogits, Window, pack_mask,
@@ -248,7 +248,7 @@ pub fn rows_agree<T: Element>(
 ) {
     let rows = (0..expected.len() / width).map(|n| n * width..(n + 1) * width);
     let finite = rows.filter(|row| expected[row.clone()].iter().chain(&magnitudes[row.clone()]).all(|x| x.is_finite()));
-    sink_attention::compare::rows(actual, expected, magnitudes, finite, T::DTYPE, bound)
+    sink_attention::testing::compare::rows(actual, expected, magnitudes, finite, T::DTYPE, bound)
         .unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
 }
 

@@ -1,7 +1,7 @@
 //! Prefills of the caches under test, and their gradients, against the dense reference.
 
-use sink_attention::compare::accepted;
 use sink_attention::cpu::{PrefillOperands, reference};
+use sink_attention::testing::compare::accepted;
 use sink_attention::{
     Axes, Bias, CacheBackwardBuffers, CacheConfig, CacheKind, DType, Decode, Element, Gradients, Inputs, KvCache,
     Layout, Lengths, MaskData, Options, Output, Prefill, PrefillBuffers, Problem, Shape, SinkLogits, TensorView,

@@ -2,7 +2,7 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use sink_attention::compare::accepted;
+use sink_attention::testing::compare::accepted;
 use sink_attention::{Element, Gradients, Layout, Options, Output, Shape, SinkLogits, Upstream, Window, cpu};
 
 use super::{Case, HEADS, SIZES, WIDTHS, masks, shape};

@@ -5,7 +5,7 @@ mod options;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use sink_attention::compare::accepted;
+use sink_attention::testing::compare::accepted;
 use sink_attention::{
     Alignment, Bias, DType, Element, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem, Shape,
     SinkLogits, Window, cpu, pack_mask,

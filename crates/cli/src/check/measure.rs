@@ -1,0 +1,479 @@
+//! One case: computed by the operator and by the definition, and compared.
+
+use std::ops::Range;
+
+use sink_attention::cpu::reference::{self, Magnitudes};
+use sink_attention::testing::compare;
+use sink_attention::{
+    Attention, DType, Element, Gradients, Inputs, MicroKernel, Output, Pass, Problem, Result, Upstream,
+};
+
+use super::grid::{Case, Operands, place};
+use sink_attention::testing::hidden;
+
+/// What is checked, in an element type: a device, or in tests an operator with a mistake.
+pub trait Operator<T: Element> {
+    fn forward(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>>;
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>>;
+
+    /// Whether the forward pass rounds probabilities to the operands' element type, as kernels on cooperative matrices do: then
+    /// delta, and what is made of it, is no more precise.
+    fn rounds_p(&self, _problem: &Problem) -> bool {
+        false
+    }
+}
+
+impl<T: Element> Operator<T> for Attention {
+    fn forward(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
+        Attention::forward(self, problem, inputs)
+    }
+
+    fn backward(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_, T>,
+        saved: &Output<T>,
+        upstream: &Upstream<'_, T>,
+    ) -> Result<Gradients<T>> {
+        Attention::backward(self, problem, inputs, saved, upstream)
+    }
+
+    fn rounds_p(&self, problem: &Problem) -> bool {
+        let cooperative = |pass: &Pass| pass.variant.micro_kernel == MicroKernel::Cooperative;
+        self.plan_forward(problem).is_ok_and(|plan| plan.passes.iter().any(cooperative))
+    }
+}
+
+/// How much of the operator is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Passes {
+    Forward,
+    ForwardAndBackward,
+}
+
+impl Passes {
+    pub fn name(self) -> &'static str {
+        match self {
+            Passes::Forward => "forward",
+            Passes::ForwardAndBackward => "forward and backward",
+        }
+    }
+
+    /// What these passes compute.
+    pub fn columns(self) -> &'static [Column] {
+        match self {
+            Passes::Forward => &Column::ALL[..2],
+            Passes::ForwardAndBackward => &Column::ALL,
+        }
+    }
+}
+
+/// A result that is compared: a column of the report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Column {
+    O,
+    Lse,
+    DQ,
+    DK,
+    DV,
+    DSink,
+    DAlibi,
+    DBias,
+}
+
+impl Column {
+    const ALL: [Column; 8] =
+        [Column::O, Column::Lse, Column::DQ, Column::DK, Column::DV, Column::DSink, Column::DAlibi, Column::DBias];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Column::O => "o",
+            Column::Lse => "lse",
+            Column::DQ => "d_q",
+            Column::DK => "d_k",
+            Column::DV => "d_v",
+            Column::DSink => "d_sink",
+            Column::DAlibi => "d_alibi",
+            Column::DBias => "d_bias",
+        }
+    }
+
+    /// The largest error accepted with operands of an element type.
+    fn bound(self, dtype: DType, rounds_p: bool) -> f64 {
+        match self {
+            Column::O | Column::DQ | Column::DK | Column::DV => compare::accepted(dtype),
+            Column::DSink | Column::DBias if rounds_p => compare::accepted(dtype),
+            // Distances multiply what is left of sums that cancel.
+            Column::DAlibi if rounds_p => 2.0 * compare::accepted(dtype),
+            // f32 whatever the operands are.
+            Column::Lse | Column::DSink | Column::DAlibi | Column::DBias => compare::accepted(DType::F32),
+        }
+    }
+
+    /// This result out of all of them, if the problem has it.
+    fn of(self, results: &mut Results) -> Option<&mut Vec<f64>> {
+        let Results { output, gradients } = results;
+        match self {
+            Column::O => Some(&mut output.o),
+            Column::Lse => Some(&mut output.lse),
+            Column::DQ => gradients.as_mut().map(|g| &mut g.d_q),
+            Column::DK => gradients.as_mut().map(|g| &mut g.d_k),
+            Column::DV => gradients.as_mut().map(|g| &mut g.d_v),
+            Column::DSink => gradients.as_mut().and_then(|g| g.d_sink_logits.as_mut()),
+            Column::DAlibi => gradients.as_mut().and_then(|g| g.d_alibi_slopes.as_mut()),
+            Column::DBias => gradients.as_mut().and_then(|g| g.d_bias.as_mut()),
+        }
+    }
+
+    /// How large the terms of its elements are, of what is compared row by row.
+    fn magnitudes(self, magnitudes: &Magnitudes) -> Option<&[f64]> {
+        match self {
+            Column::O => Some(&magnitudes.o),
+            Column::DQ => Some(&magnitudes.d_q),
+            Column::DK => Some(&magnitudes.d_k),
+            Column::DV => Some(&magnitudes.d_v),
+            Column::Lse | Column::DSink | Column::DAlibi | Column::DBias => None,
+        }
+    }
+
+    /// The rows of this result, and what is known of them.
+    fn rows(self, case: &Case, known: &Knowledge) -> Vec<(Range<usize>, Row)> {
+        let shape = case.problem.shape();
+        // Knowledge is in the order of batch, head and position, and so are rows.
+        let all = |rows: Vec<([usize; 3], Range<usize>)>, known: &[Row]| -> Vec<(Range<usize>, Row)> {
+            rows.into_iter().map(|(_, row)| row).zip(known.iter().copied()).collect()
+        };
+        let single = |known: &[Row]| known.iter().enumerate().map(|(n, &kind)| (n..n + 1, kind)).collect();
+        match self {
+            Column::O => all(case.query_rows(shape.value_dim), &known.queries),
+            Column::DQ => all(case.query_rows(shape.head_dim), &known.queries),
+            Column::DK => all(case.key_rows(shape.head_dim), &known.keys),
+            Column::DV => all(case.key_rows(shape.value_dim), &known.keys),
+            // The lse of a row that sees nothing is no zero, but the sink logit or -inf.
+            Column::Lse => {
+                let rows = all(case.lse_rows(), &known.queries).into_iter();
+                rows.map(|(row, kind)| (row, if kind == Row::Zero { Row::Compared } else { kind })).collect()
+            }
+            Column::DSink | Column::DAlibi => single(&known.heads),
+            Column::DBias => single(&known.bias),
+        }
+    }
+}
+
+/// What is known of a row of a result before it is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Row {
+    Compared,
+    /// No query sees this key, or this query sees no key: not nearly zero, but zero.
+    Zero,
+    /// NaN or infinite operands reach it by right, so that there is nothing to compare.
+    Poisoned,
+}
+
+impl Row {
+    /// Of a sum, with one more term.
+    fn plus(&mut self, term: Row) {
+        if *self != Row::Poisoned && term != Row::Zero {
+            *self = term;
+        }
+    }
+}
+
+/// Which rows can be compared.
+struct Knowledge {
+    /// In the order of batch, head and position.
+    queries: Vec<Row>,
+    /// In the order of batch, key head and position.
+    keys: Vec<Row>,
+    /// Of gradients that sum over all queries of a head.
+    heads: Vec<Row>,
+    /// Element by element.
+    bias: Vec<Row>,
+}
+
+impl Knowledge {
+    fn of(case: &Case, operands: &Operands) -> Self {
+        let (problem, shape) = (&case.problem, case.problem.shape());
+        let bias_shape = problem.bias_shape();
+        let mut known = Knowledge {
+            queries: vec![Row::Zero; shape.batch * shape.heads * shape.seq_q],
+            keys: vec![Row::Zero; shape.batch * shape.kv_heads * shape.seq_k],
+            heads: vec![Row::Compared; shape.heads],
+            bias: vec![Row::Zero; bias_shape.iter().flatten().product::<usize>() * usize::from(bias_shape.is_some())],
+        };
+        for view in case.views(operands) {
+            let sequence = &view.sequence;
+            // Poison in one head must not reach another.
+            let poisoned = |rows: &Range<usize>, row| case.reads_poison(view.head) && rows.contains(&row);
+            let query = sequence.q_start + view.i;
+            let is_poisoned = poisoned(&case.poisoned_queries, query);
+            let reaches = |&j: &usize| poisoned(&case.poisoned_keys, sequence.k_start + j);
+            let row = match &view.keys[..] {
+                [] => Row::Zero,
+                keys if is_poisoned || keys.iter().any(reaches) => Row::Poisoned,
+                _ => Row::Compared,
+            };
+            known.queries[(sequence.entry * shape.heads + view.head) * shape.seq_q + query] = row;
+            // Of queries that see nothing the sink has the gradient of lse, but not of those beyond their sequence.
+            let reaches_sink = case.reads_poison(view.head) && case.poisons_d_lse(query);
+            if row == Row::Poisoned || (reaches_sink && view.i < sequence.band.seq_q()) {
+                known.heads[view.head] = Row::Poisoned;
+            }
+            let keys = sequence.entry * shape.kv_heads + view.head / problem.group();
+            for &j in &view.keys {
+                known.keys[keys * shape.seq_k + sequence.k_start + j].plus(row);
+                if let Some(shape) = bias_shape {
+                    known.bias[place(shape, view.pair(j))].plus(row);
+                }
+            }
+        }
+        known
+    }
+}
+
+/// What both ways compute, in f64 whatever the element type, which is exact.
+struct Results {
+    output: Output<f64, f64>,
+    gradients: Option<Gradients<f64, f64>>,
+}
+
+/// What is expected, and how large its terms are.
+struct Expected {
+    results: Results,
+    magnitudes: Magnitudes,
+}
+
+impl Results {
+    fn widen<T: Element>(output: &Output<T>, gradients: Option<Gradients<T>>) -> Self {
+        Results {
+            output: Output { o: wide(&output.o), o_rest: None, lse: wide(&output.lse) },
+            gradients: gradients.map(|g| Gradients {
+                d_q: wide(&g.d_q),
+                d_k: wide(&g.d_k),
+                d_v: wide(&g.d_v),
+                d_sink_logits: g.d_sink_logits.as_deref().map(wide),
+                d_alibi_slopes: g.d_alibi_slopes.as_deref().map(wide),
+                d_bias: g.d_bias.as_deref().map(wide),
+            }),
+        }
+    }
+}
+
+fn wide<T: Element>(x: &[T]) -> Vec<f64> {
+    x.iter().map(|&x| x.into()).collect()
+}
+
+/// How a result compares with what is expected.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    pub column: Column,
+    /// The largest error accepted.
+    pub bound: f64,
+    /// The error, where there is a number to give.
+    pub error: Option<f64>,
+    /// Why the case fails by this result, if it does.
+    pub failure: Option<String>,
+}
+
+/// What came of a case: a comparison for each result that the problem has.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    pub comparisons: Vec<Comparison>,
+    /// Why the case fails, if it does.
+    pub failure: Option<String>,
+}
+
+/// Computes a case, whose problem is in this element type, both ways and compares.
+pub fn measure<T: Element>(case: &Case, seed: u64, passes: Passes, operator: &dyn Operator<T>) -> Outcome {
+    let operands = case.operands(seed);
+    let known = Knowledge::of(case, &operands);
+    let operands = operands.cast::<T>();
+    let (problem, upstream) = (&case.problem, operands.upstream());
+    let backward = passes == Passes::ForwardAndBackward;
+    let compute = |inputs: &Inputs<'_, T>| -> Result<_> {
+        let output = operator.forward(problem, inputs)?;
+        let twice = || -> Result<_> {
+            let backward = || operator.backward(problem, inputs, &output, &upstream);
+            Ok([backward()?, backward()?])
+        };
+        let computed = if backward { twice()?.map(Some) } else { [None, None] };
+        Ok(computed.map(|gradients| Results::widen(&output, gradients)))
+    };
+    let expect = |inputs: &Inputs<'_, T>| -> Result<_> {
+        let (output, gradients, magnitudes) =
+            reference::with_magnitudes(problem, inputs, backward.then_some(&upstream))?;
+        Ok(Expected { results: Results { output, gradients }, magnitudes })
+    };
+    let rounds_p = operator.rounds_p(problem);
+    let bound = |column: Column| column.bound(T::DTYPE, rounds_p);
+    let both = operands.with_inputs(problem, |inputs| Ok((compute(inputs)?, expect(inputs)?)));
+    match both {
+        Ok((actual, expected)) => {
+            let mut outcome = compare_all(case, &known, passes, rounds_p, bound, actual, expected);
+            if case.hidden && outcome.failure.is_none() {
+                outcome.failure = hidden_changes_nothing(case, seed, passes, operator).err();
+            }
+            outcome
+        }
+        Err::<_, sink_attention::Error>(error) => {
+            // No numbers, which must not look like nothing to compare.
+            let none = |&column| Comparison { column, bound: bound(column), error: None, failure: None };
+            let comparisons = passes.columns().iter().map(none).collect();
+            Outcome { comparisons, failure: Some(error.to_string()) }
+        }
+    }
+}
+
+/// Holds the operator to the law of non-interference.
+fn hidden_changes_nothing<T: Element>(
+    case: &Case,
+    seed: u64,
+    passes: Passes,
+    operator: &dyn Operator<T>,
+) -> std::result::Result<(), String> {
+    let case = hidden::Case::<T>::random(case.problem.clone(), seed);
+    let compute = |case: &hidden::Case<T>| {
+        let (problem, inputs) = (&case.problem, &case.inputs());
+        let output = operator.forward(problem, inputs)?;
+        let backward = || operator.backward(problem, inputs, &output, &case.upstream());
+        let gradients = (passes == Passes::ForwardAndBackward).then(backward).transpose()?;
+        Ok((output, gradients))
+    };
+    hidden::law(&case, seed, compute).map(drop)
+}
+
+fn compare_all(
+    case: &Case,
+    known: &Knowledge,
+    passes: Passes,
+    rounds_p: bool,
+    bound: impl Fn(Column) -> f64,
+    actual: [Results; 2],
+    Expected { results: mut expected, magnitudes }: Expected,
+) -> Outcome {
+    let [mut actual, mut again] = actual;
+    let compared = passes.columns().iter().filter_map(|&column| {
+        let expected = column.of(&mut expected)?;
+        let bound = bound(column);
+        let (Some(actual), Some(again)) = (column.of(&mut actual), column.of(&mut again)) else {
+            return Some(Comparison { column, bound, error: None, failure: Some("missing".into()) });
+        };
+        let rows = column.rows(case, known);
+        let same = actual.iter().map(|x| x.to_bits()).eq(again.iter().map(|x| x.to_bits()));
+        clear_poisoned(actual, &rows);
+        clear_poisoned(expected, &rows);
+        let failure = not_zero(actual, &rows);
+        if case.integers && rounds_p && [Column::DQ, Column::DK].contains(&column) {
+            // All terms cancel, but for the rounding of p: there is no norm. They are integers, so they count against ones.
+            actual.iter_mut().chain(expected.iter_mut()).for_each(|x| *x += 1.0);
+        }
+        let compared = match column {
+            Column::Lse => compare::lse(actual, expected, bound),
+            _ => compare::tensor(actual, expected, bound),
+        };
+        let failure = failure.or_else(|| {
+            let rows = rows.iter().filter(|(_, kind)| *kind == Row::Compared).map(|(row, _)| row.clone());
+            let dtype = case.problem.options().dtype;
+            // All weights of a row may be small ones, each as uncertain as its score, the sum of products and lse are rounded: by some
+            // four half units of five standard deviations.
+            let bound = bound + 20.0 * f64::from(case.logits) * f64::from(f32::EPSILON / 2.0);
+            compare::rows(actual, expected, column.magnitudes(&magnitudes)?, rows, dtype, bound)
+                .err()
+                .map(|mismatch| mismatch.to_string())
+        });
+        let (error, mismatch) = match compared {
+            Ok(error) => (Some(error), None),
+            Err(mismatch) => (mismatch.error(), Some(mismatch.to_string())),
+        };
+        let failure = mismatch
+            .or(failure)
+            .or_else(|| (!same).then(|| "other bits when computed again from the same inputs".into()));
+        Some(Comparison { column, bound, error, failure })
+    });
+    let comparisons: Vec<Comparison> = compared.collect();
+    let named = |c: &Comparison| Some(format!("{}: {}", c.column.name(), c.failure.as_ref()?));
+    let failure = comparisons.iter().filter_map(named).reduce(|a, b| format!("{a}; {b}"));
+    Outcome { comparisons, failure }
+}
+
+/// Sets the rows that cannot be compared to zero.
+fn clear_poisoned(tensor: &mut [f64], rows: &[(Range<usize>, Row)]) {
+    for (row, _) in rows.iter().filter(|(_, kind)| *kind == Row::Poisoned) {
+        // Results of a wrong length are for the comparison to refuse.
+        tensor.get_mut(row.clone()).into_iter().for_each(|row| row.fill(0.0));
+    }
+}
+
+/// The first element that must be zero and is not; a norm would accept it among larger ones.
+fn not_zero(tensor: &[f64], rows: &[(Range<usize>, Row)]) -> Option<String> {
+    let mut zeros = rows.iter().filter(|(_, kind)| *kind == Row::Zero).flat_map(|(row, _)| row.clone());
+    let index = zeros.find(|&index| tensor.get(index).is_some_and(|&x| x != 0.0))?;
+    Some(format!("element {index} is {}, but nothing visible reaches it, so it must be 0", tensor[index]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::grid::grid;
+    use super::*;
+
+    #[test]
+    fn every_case_compares_something_of_every_result() {
+        for case in grid(false) {
+            let known = Knowledge::of(&case, &case.operands(0));
+            for column in Column::ALL {
+                let rows = column.rows(&case, &known);
+                assert!(
+                    rows.is_empty() == (column == Column::DBias && case.problem.options().bias.is_none()),
+                    "{case}"
+                );
+                assert!(rows.is_empty() || rows.iter().any(|(_, kind)| *kind != Row::Poisoned), "{case}");
+            }
+        }
+    }
+
+    #[test]
+    fn poison_reaches_what_depends_on_it() {
+        let cases = grid(false);
+        // Of the first query head, which reads key head 0.
+        let known = |group, text: &str| {
+            let case = cases.iter().find(|case| case.group == group && case.to_string().contains(text)).unwrap();
+            let mut known = Knowledge::of(case, &case.operands(0));
+            known.queries.truncate(case.problem.shape().seq_q);
+            known.keys.truncate(case.problem.shape().seq_k);
+            (known, case.problem.group())
+        };
+        // Key 100 alone, in windows of 17: queries at 100 to 116 see it, and keys from 84 on with it.
+        let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in hidden keys", "NaN in keys 100..101");
+        let poisoned = |rows: &[Row]| (0..rows.len()).filter(|&n| rows[n] == Row::Poisoned).collect::<Vec<_>>();
+        assert_eq!(poisoned(&queries), (10..27).collect::<Vec<_>>());
+        assert_eq!(poisoned(&keys), (84..117).collect::<Vec<_>>());
+        // Not in the other heads.
+        assert_eq!(poisoned(&heads), (0..group).collect::<Vec<_>>());
+        // Nobody sees keys before the first window.
+        assert!((0..74).all(|j| keys[j] == Row::Zero) && keys[74] == Row::Compared);
+        // Hidden from all, by the window, by a mask and by a bias.
+        for keys in ["NaN in keys 0..74", "mask=2x2x113x203", "bias=2x1x1x65"] {
+            let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in hidden keys", keys);
+            assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
+        }
+        // Queries that see nothing have gradients of zero whatever they hold, but the sink's sum has their d_lse.
+        let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in query rows", "NaN in queries 0..82");
+        assert!(poisoned(&queries).is_empty() && poisoned(&keys).is_empty() && queries[81] == Row::Zero);
+        assert_eq!(poisoned(&heads), (0..group).collect::<Vec<_>>());
+        // Without that nothing has theirs.
+        let without =
+            |case: &&Case| case.group == "NaN in query rows" && case.poisoned_queries == (0..82) && !case.d_lse;
+        let case = cases.iter().find(without).unwrap();
+        assert!(poisoned(&Knowledge::of(case, &case.operands(0)).heads).is_empty());
+        // Beyond the end of their sequence nothing has it.
+        let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in query rows", "NaN in queries 80..113");
+        assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
+    }
+}

@@ -1,0 +1,27 @@
+//! How many cases a test takes.
+
+/// Whether all cases are wanted: `SINK_ATTENTION_TESTS=all`. Otherwise every option, element type, kernel and error has its
+/// cases, but fewer, for a software driver compiles each kernel for a second or more: widths and tiles are fewer, and element
+/// types take turns with options.
+pub fn all_cases() -> bool {
+    match std::env::var_os("SINK_ATTENTION_TESTS") {
+        None => false,
+        Some(value) if value == "all" => true,
+        Some(value) => panic!("SINK_ATTENTION_TESTS is {value:?}, which is not \"all\""),
+    }
+}
+
+/// The usual cases, and the others where all are wanted.
+pub fn with_others<T>(usual: impl IntoIterator<Item = T>, others: impl IntoIterator<Item = T>) -> Vec<T> {
+    usual.into_iter().chain(others.into_iter().filter(|_| all_cases())).collect()
+}
+
+/// The first of so many cases and each that comes as many later; every one where all are wanted.
+pub fn every<T>(nth: usize, cases: impl IntoIterator<Item = T>) -> Vec<T> {
+    cases.into_iter().step_by(if all_cases() { 1 } else { nth }).collect()
+}
+
+/// A number of random cases, or the larger one where all are wanted.
+pub fn this_many(usual: u32, all: u32) -> u32 {
+    if all_cases() { all } else { usual }
+}

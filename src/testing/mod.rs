@@ -1,0 +1,20 @@
+//! Random problems, operands and comparisons, which tests, the command's `check` and `bench`, and the benchmarks share.
+//!
+//! **Unstable.** This module is there for the tests of this crate and of those built on it. It is no part of semantic versioning:
+//! any release may change or remove what is in it.
+
+#![allow(
+    missing_debug_implementations,
+    missing_docs,
+    reason = "fields of operands have the names of the crate's documentation, and nobody prints them"
+)]
+
+pub mod cases;
+pub mod compare;
+#[cfg(not(target_family = "wasm"))]
+pub mod devices;
+pub mod folder;
+pub mod hidden;
+pub mod random;
+#[cfg(not(target_family = "wasm"))]
+pub mod timed;
