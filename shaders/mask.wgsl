@@ -1,5 +1,5 @@
 // Twins of src/problem/mask.rs, under the same names.
-{% if lengths %}
+# if lengths
 
 // A sequence; twin of src/problem/varlen.rs, with the numbers of its band.
 struct Sequence {
@@ -28,9 +28,9 @@ fn load_sequence(index: u32) -> Sequence {
     i32(sequences[at + 8u]), i32(sequences[at + 9u]), i32(sequences[at + 10u]),
   );
 }
-{% endif %}
+# endif
 
-{% if rows_are_keys %}
+# if rows_are_keys
 // The four queries from i on see key j: they are among those in a row that do.
 fn visible4(j: u32, i: u32) -> vec4<bool> {
   let seq_q = i32({{ sequence }}.seq_q);
@@ -51,7 +51,7 @@ fn query_tiles({{ here_parameter }}key0: u32, key_end: u32) -> QueryTiles {
   if (start >= end{% if lengths %} || key0 >= key_end{% endif %}) { return QueryTiles(0u, 0u); }
   return QueryTiles(u32(start) / TILE_COLUMNS, (u32(end) + TILE_COLUMNS - 1u) / TILE_COLUMNS);
 }
-{% else %}
+# else
 // Query i sees the four keys from j on: they are among those in a row that it does, or sink tokens.
 fn visible4(i: u32, j: u32) -> vec4<bool> {
   let end = clamp(i32(i) + 1 + {{ sequence }}.upper, 0, i32({{ sequence }}.seq_k));
@@ -62,16 +62,16 @@ fn visible4(i: u32, j: u32) -> vec4<bool> {
 }
 
 // Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
-{% if mirrored %}
+# if mirrored
 // They are counted from the last one, tile 0, back to the first, whose number is `mirror`.
-{% endif %}
+# endif
 struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32{{ ", mirror: u32" if mirrored }} }
 
 fn key_tiles({{ here_parameter }}row0: u32, row_end: u32) -> KeyTiles {
-{% if lengths %}
+# if lengths
   // The rows of a padded batch's end.
   if (row0 >= row_end) { return KeyTiles(0u, 0u, 0u, 0u{{ ", 0u" if mirrored }}); }
-{% endif %}
+# endif
   let end = u32(clamp(i32(row_end) + {{ bounds }}.upper, 0, i32({{ bounds }}.seq_k)));
   let start = u32(clamp(i32(row0) + {{ bounds }}.lower, 0, i32(end)));
   let sink_tiles = (min({{ bounds }}.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
@@ -79,11 +79,11 @@ fn key_tiles({{ here_parameter }}row0: u32, row_end: u32) -> KeyTiles {
   let window = max(select(end_tile, start / TILE_COLUMNS, start < end), sink_tiles);
   let first = select(0u, window, sink_tiles == 0u);
   let tiles_end = max(end_tile, window);
-{% if mirrored %}
+# if mirrored
   return KeyTiles(0u, tiles_end - window, tiles_end - sink_tiles, tiles_end - first, tiles_end - 1u);
-{% else %}
+# else
   return KeyTiles(first, sink_tiles, window, tiles_end);
-{% endif %}
+# endif
 }
 
 fn first_column(tiles: KeyTiles, tile: u32) -> u32 {
@@ -93,9 +93,9 @@ fn first_column(tiles: KeyTiles, tile: u32) -> u32 {
 fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
   return select(tile + 1u, tiles.window, tile + 1u == tiles.sink_end);
 }
-{% endif %}
+# endif
 
-{% if rows_are_keys %}
+# if rows_are_keys
 // The tiles within start..end of queries hold nothing that does not see all of key0..key_end.
 struct OpenTiles { start: u32, end: u32 }
 
@@ -110,7 +110,7 @@ fn open_tiles({{ here_parameter }}key0: u32, key_end: u32) -> OpenTiles {
 fn is_open(open: OpenTiles, column0: u32) -> bool {
   return column0 >= open.start && column0 + TILE_COLUMNS <= open.end;
 }
-{% else %}
+# else
 // The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
 struct OpenTiles { start: u32, end: u32 }
 
@@ -125,4 +125,4 @@ fn is_open({{ here_parameter }}open: OpenTiles, column0: u32) -> bool {
   let column_end = column0 + TILE_COLUMNS;
   return column_end <= open.end && (column0 >= open.start || column_end <= {{ bounds }}.sink_tokens);
 }
-{% endif %}
+# endif

@@ -1,5 +1,5 @@
 {#- What the mask makes of a tile, and the next one that it shows something of, whose span `span` is then. -#}
-{% import "cooperative/blocks.wgsl" as blocks %}
+# import "cooperative/blocks.wgsl" as blocks
     let mixed = span.kind != 1u;
 {{ blocks.take_mask() }}
     next_shown = tile + 1u;

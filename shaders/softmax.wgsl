@@ -12,10 +12,10 @@ fn natural_log(x: f32) -> f32 {
 fn finish_row(most: f32, sum: f32, head: u32) -> RowEnd {
   let infinity = -params.negative_infinity;
   let score = most * {{ score_size }};
-{% if sinks == "none" %}
+# if sinks == "none"
   if (sum == 0.0) { return RowEnd(0.0, params.negative_infinity); }
   return RowEnd(1.0 / sum, select(fma(most, {{ score_size }}, natural_log(sum)), infinity, score == infinity));
-{% else %}
+# else
   let sink = {{ "sink_logits[params.sink_offset + head]" if sinks == "per_head" else "0.0" }};
   if (sum == 0.0) { return RowEnd(0.0, sink); }
   // What rounding took from the score, so that lse fits the unrounded scores of the backward pass.
@@ -25,5 +25,5 @@ fn finish_row(most: f32, sum: f32, head: u32) -> RowEnd {
   let keys = select(select(exp1(score - top), 1.0, score == top), 0.0, sink == infinity);
   let total = fma(sum, keys, select(exp1(sink - top), 1.0, sink == top && (sink == infinity || score < infinity)));
   return RowEnd(keys / total, select(top + (natural_log(total) + rest), infinity, score == infinity));
-{% endif %}
+# endif
 }

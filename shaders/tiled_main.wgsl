@@ -1,67 +1,67 @@
 {#- Opens `main` of a kernel that has tiles: the workgroup's tile of rows, where their operands lie, and the tiles of columns that
     it meets. Rows of one query head know where their lse and delta lie; a key head's columns are of several query heads. -#}
-{% set row_limit = ("here.k_rows" if rows_are_keys else "here.q_rows") if lengths else ("params.seq_k" if rows_are_keys else "params.seq_q") %}
-{% set flags = "strips" if cooperative else "memory" %}
-{% if sanitize or repairs %}
+# set row_limit = ("here.k_rows" if rows_are_keys else "here.q_rows") if lengths else ("params.seq_k" if rows_are_keys else "params.seq_q")
+# set flags = "strips" if cooperative else "memory"
+# if sanitize or repairs
 // Whether the cooperative kernel has reported rows of a workgroup's tile.
 fn has_report(index: u32) -> bool {
   if (index >= params.workgroups) { return false; }
   let work = tile_work(index);
-{% if lengths %}
+# if lengths
   let here = load_sequence(work.sequence);
-{% endif %}
-{% if sanitize %}
+# endif
+# if sanitize
   return repairs[repair_slot({{ here_argument }}work, work.tile)] != 0u;
-{% else %}
+# else
   let row0 = work.tile * TILE_ROWS;
   return to_repair({{ here_argument }}work, row0, min(row0 + TILE_ROWS, {{ row_limit }}));
-{% endif %}
+# endif
 }
 
-{% endif %}
-{% include "main.wgsl" %}
+# endif
+# include "main.wgsl"
   let work = tile_work(index);
-{% if lengths %}
+# if lengths
   let here = load_sequence(work.sequence);
   sequence = here;
-{% endif %}
+# endif
   let row0 = work.tile * TILE_ROWS;
   let row_limit = {{ row_limit }};
   let column_limit = {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }};
   let row_end = min(row0 + TILE_ROWS, row_limit);
-{% if batch == 1 and (sanitize or repairs) %}
+# if batch == 1 and (sanitize or repairs)
   if (thread == 0u) { {{ flags }}[0] = vec4<f32>(select(0.0, 1.0, has_report(index))); }
   if (workgroupUniformLoad(&{{ flags }}[0]).x == 0.0) { return; }
-{% endif %}
-{% for operand in (loads + stores) if not (rows_are_keys and operand.name in ["q", "d_o"]) %}
-{% set of_keys = operand.name in ["k", "v", "d_k", "d_v"] %}
+# endif
+# for operand in (loads + stores) if not (rows_are_keys and operand.name in ["q", "d_o"])
+# set of_keys = operand.name in ["k", "v", "d_k", "d_v"]
   let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, work.batch, work.{{ "kv_head" if of_keys else "head" }}){% if lengths %} + here.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq{% endif %};
-{% endfor %}
-{% set used_end = "min(row_end, here." ~ ("seq_k" if rows_are_keys else "seq_q") ~ ")" if lengths else "row_end" %}
-{% if rows_are_keys %}
+# endfor
+# set used_end = "min(row_end, here." ~ ("seq_k" if rows_are_keys else "seq_q") ~ ")" if lengths else "row_end"
+# if rows_are_keys
   let tiles = query_tiles({{ here_argument }}row0, {{ used_end }});
-{% else %}
-{% if "lse" in names %}
+# else
+# if "lse" in names
   let lse_base = operand_base(params.lse, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
-{% endif %}
-{% if "row_terms" in names %}
+# endif
+# if "row_terms" in names
   let terms_base = operand_base(params.row_terms, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
-{% endif %}
-{% if "key_scales" in names %}
+# endif
+# if "key_scales" in names
   let scales_base = operand_base(params.key_scales, work.batch, work.kv_head){% if lengths %} + here.k_start{% endif %};
-{% endif %}
-{% if "alibi_moments" in names %}
+# endif
+# if "alibi_moments" in names
   let moments_base = operand_base(params.alibi_moments, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
-{% endif %}
+# endif
   let tiles = key_tiles({{ here_argument }}row0, {{ used_end }});
-{% if modified or hides %}
+# if modified or hides
   begin_pairs(work.sequence, work.batch, work.head);
-{% endif %}
-{% if mask %}
+# endif
+# if mask
   let class_base = operand_base(params.mask_classes, work.sequence, work.head);
-{% include "first_tile.wgsl" %}
-{% endif %}
-{% endif %}
-{% if cooperative or not bias %}
+# include "first_tile.wgsl"
+# endif
+# endif
+# if cooperative or not bias
   let open = open_tiles({{ here_argument }}row0, row_end);
-{% endif %}
+# endif

@@ -31,32 +31,32 @@
     reach such a barrier together. -#}
 {%- macro sync() %}{% if not in_step %}subgroupBarrier();{% endif %}{% endmacro -%}
 
-{%- macro declare() %}
+# macro declare()
 const LANES_A_ROW: u32 = {{ lanes // side }}u;
 // Rows are padded so that neighbours start in different banks; fragment loads want multiples of 16 bytes.
 const STRIP_ROW: u32 = {{ strip_row }}u;
 const WEIGHT_ROW: u32 = {{ weight_row }}u;
-{% for b in staged %}
+# for b in staged
 const {{ b | upper }}_ROW: u32 = {{ staged_rows[b] }}u;
 const {{ b | upper }}_TILE: u32 = {{ staged_rows[b] * tile_columns }}u;
 var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ stages * staged_rows[b] * tile_columns }}>;
-{% endfor %}
+# endfor
 var<workgroup> strips: array<vec4<f32>, {{ subgroups * side * strip_row }}>;
 var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * side * weight_row }}>;
-{% if column_terms > 0 %}
+# if column_terms > 0
 // What goes with each column: of queries what lse and delta add, in bf16 what takes the token scales out.
 var<workgroup> terms: array<vec4<f32>, {{ stages * column_terms * tile_columns // 4 }}>;
-{% endif %}
-{% if "row_terms" in names %}
+# endif
+# if "row_terms" in names
 // What weights may reach before their unit follows in the second run, within f16.
 const MOST_WEIGHT: f32 = 32768.0;
-{% endif %}
+# endif
 
 // By the bits: compilers may take for granted that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
-{% endmacro -%}
+# endmacro
 
 {#- What an lse takes from scores, in powers of two. -#}
 {%- macro shift(lse) %}{{ "(" ~ lse ~ " - params.softcap)" if softcap and not formed else lse }} * LOG2_E{% endmacro -%}
@@ -68,7 +68,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro product_scale(r) %}{{ "cap_scale" if softcap else "scale" }}{{ "_" ~ r if column_scales }}{% endmacro -%}
 {%- macro score_scale(r) %}{{ "scale" if softcap else product_scale(r) }}{% endmacro -%}
 
-{%- macro begin() %}
+# macro begin()
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
   let last_column = {{ "max(column_limit, 1u)" if lengths else "column_limit" }} - 1u;
   let strip = subgroup * {{ side * strip_row }}u;
@@ -78,79 +78,83 @@ fn is_finite4(x: vec4<f32>) -> bool {
   let strip_at = strip + lane_row * STRIP_ROW + part;
   let subgroup_weights = subgroup * {{ row_fragments * side * weight_row }}u;
   let weight_at = subgroup_weights + lane_row * WEIGHT_ROW + part;
-{% for r in range(row_fragments) %}
+# for r in range(row_fragments)
   var broken_{{ r }} = false;
   let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- Begins the n-th part of what a lane does for its quads of a fragment's row; a fragment may have fewer quads than lanes. -#}
 {%- macro each_quad(n) %}{
     let quad = part + {{ n * lanes // side }}u;
     {% if lanes // side > side // 4 %}if (quad < {{ side // 4 }}u) {% endif %}
-{%- endmacro -%}
+# endmacro
 
 {#- The subgroup's rows of an operand as fragments; zeros beyond its end. In bf16 times their token scales. The sign of the scale
     goes with the rows of scores. All is on its way before the first is waited for. -#}
-{%- macro resident(a) %}
-{% set sign = "params.scale_sign" if a == signed else "1.0" %}
-{% for r in range(row_fragments) %}{% for f in range(fragments[a]) %}{% for n in range(fragment_quads) %}
+# macro resident(a)
+# set sign = "params.scale_sign" if a == signed else "1.0"
+# for r in range(row_fragments)
+# for f in range(fragments[a])
+# for n in range(fragment_quads)
   var {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = Raw();
   {{ each_quad(n) }} {
     if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
       {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = raw_{{ a }}({{ a }}_base, row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad);
     }
   } }
-{% endfor %}{% endfor %}{% endfor %}
-{% if column_scales %}
-{% for r in range(row_fragments) %}
+# endfor
+# endfor
+# endfor
+# if column_scales
+# for r in range(row_fragments)
   var {{ a }}_size_{{ r }} = 0.0;
-{% for f in range(fragments[a]) %}{% for n in range(fragment_quads) %}
+# for f, n in pairs(fragments[a], fragment_quads)
   {{ a }}_size_{{ r }} = max({{ a }}_size_{{ r }}, finite_size(widened4({{ a }}_raw_{{ r }}_{{ f }}_{{ n }})));
-{% endfor %}{% endfor %}
+# endfor
 {{ reduce_row(a ~ "_size_" ~ r, "max") }}
   let {{ a }}_scale_{{ r }} = token_scale({{ a }}_size_{{ r }});
   let {{ a }}_inverse_{{ r }} = 1.0 / {{ a }}_scale_{{ r }};
-{% endfor %}
-{% endif %}
-{% for f in range(fragments[a]) %}
-{% for r in range(row_fragments) %}{% for n in range(fragment_quads) %}
+# endfor
+# endif
+# for f in range(fragments[a])
+# for r, n in pairs(row_fragments, fragment_quads)
   {{ each_quad(n) }} {
     let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
     weights[weight_at - part + {{ r * side * weight_row }}u + quad] = {{ halves("raw", a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign) }};
   } }
-{% endfor %}{% endfor %}
+# endfor
   {{ sync() }}
-{% for r in range(row_fragments) %}
+# for r in range(row_fragments)
   let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[subgroup_weights + {{ r * side * weight_row }}u], WEIGHT_ROW);
-{% endfor %}
+# endfor
   {{ sync() }}
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
-{%- macro accumulator(x, operand) %}
-{% for r in range(row_fragments) %}{% for f in range(fragments[operand]) %}
+# macro accumulator(x, operand)
+# for r, f in pairs(row_fragments, fragments[operand])
   var {{ x }}_{{ r }}_{{ f }} = coop_mat{{ side }}x{{ side }}<f32, C>();
-{% endfor %}{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- What was loaded as halves, times `factor`. -#}
 {%- macro halves(x, factor) %}{% if dtype == "f16" and factor == "1.0" %}halves4({{ x }}){% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
 
 {#- A thread's share of a staged tile, as it was loaded; `put` makes halves of it, and leaves them in workgroup memory, when
     it has arrived. -#}
-{%- macro shares(b) %}
-{% if threads % staged_quads[b] == 0 %}
+# macro shares(b)
+# if threads % staged_quads[b] == 0
   let {{ b }}_row = thread / {{ staged_quads[b] }}u;
   let {{ b }}_quad = thread % {{ staged_quads[b] }}u;
-{% endif %}
-{% for n in range(staged_shares[b]) %}
+# endif
+# for n in range(staged_shares[b])
   var {{ b }}_share_{{ n }} = Raw();
-{% if column_scales %}
+# if column_scales
   var {{ b }}_scale_{{ n }} = 1.0;
-{% endif %}
-{% endfor %}
-{% endmacro -%}
+# endif
+# endfor
+# endmacro
 
 {#- Row and quad of a thread's n-th share within the tile. -#}
 {%- macro share_row(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_row + {{ n * threads // staged_quads[b] }}u{% else %}(thread + {{ n * threads }}u) / {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
@@ -161,174 +165,174 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- Reads a thread's share of the tile of columns from `column` on. Columns beyond the end are the last one again: they are
     hidden, but must be finite where the others are. -#}
-{%- macro fetch(b, column) %}
-{% for n in range(staged_shares[b]) %}
+# macro fetch(b, column)
+# for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
       let quad = {{ share_quad(b, n) }};
       let source = min({{ column }} + {{ share_row(b, n) }}, last_column);
       {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
-{% if column_scales %}
+# if column_scales
       {{ b }}_scale_{{ n }} = {{ column_scales }}[scales_base + source].{{ "x" if b == staged[0] else "y" }};
-{% endif %}
+# endif
     }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
-{%- macro put(b, stage) %}
-{% for n in range(staged_shares[b]) %}
+# macro put(b, stage)
+# for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
       {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }}] = {{ halves(b ~ "_share_" ~ n, b ~ "_scale_" ~ n if column_scales else "1.0") }};
     }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- Before the first tile: the scale of scores in powers of two, and what `fetch` keeps. -#}
-{%- macro begin_columns() %}
-{% if softcap %}
+# macro begin_columns()
+# if softcap
   // cap tanh(x) = cap - 2 cap / (1 + e^(2 x)): what e is raised to, in powers of two and without its sign; and what `capped4`
   // gives is multiplied with. Never zero, so that hidden scores stay hidden.
   let cap = params.softcap * LOG2_E;
   let cap_scale = 2.0 * params.scale / params.softcap * LOG2_E;
   let scale = max(1.7347234759768071e-18 * cap, 1e-33);
-{% elif formed %}
+# elif formed
   let scale = params.scale * params.scale_sign * LOG2_E;
-{% else %}
+# else
   // Never zero, so that hidden scores stay hidden.
   let scale = max(params.scale_size * LOG2_E, 1e-25);
-{% endif %}
+# endif
   var stage = 0u;
-{% for b in staged %}
+# for b in staged
 {{ shares(b) }}
-{% endfor %}
-{% if mask_words %}
-{% for r in range(row_fragments) %}
+# endfor
+# if mask_words
+# for r in range(row_fragments)
   var mask_words_{{ r }} = vec2<u32>();
-{% endfor %}
-{% endif %}
-{% for n in range(term_shares) %}
-{% if rows_are_keys %}
+# endfor
+# endif
+# for n in range(term_shares)
+# if rows_are_keys
   var row_term_{{ n }} = vec2<f32>();
-{% endif %}
-{% if column_scales %}
+# endif
+# if column_scales
   var token_scale_{{ n }} = vec2<f32>();
-{% endif %}
-{% endfor %}
-{% endmacro -%}
+# endif
+# endfor
+# endmacro
 
 {#- The scales of rows' products, once their operand is resident. -#}
-{%- macro row_scales(a) %}
-{% if column_scales %}
-{% for r in range(row_fragments) %}
+# macro row_scales(a)
+# if column_scales
+# for r in range(row_fragments)
   let {{ product_scale(r) }} = {{ "cap_scale" if softcap else "scale" }}{{ inverse(a, r) }};
-{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# endmacro
 
 {#- Where a thread has an n-th column. -#}
 {%- macro if_term(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
 
 {#- Reads what the mask says of each of a lane's rows and the 64 columns around a tile, where the tile's span is mixed. -#}
-{%- macro fetch_mask(tile) %}
-{% if mask_words %}
+# macro fetch_mask(tile)
+# if mask_words
   if (span.kind != 1u) {
     let first_word = {{ "(" ~ tile ~ " * TILE_COLUMNS)" if rows_are_keys else "first_column(tiles, " ~ tile ~ ")" }} / 64u * 2u;
-{% for r in range(row_fragments) %}
+# for r in range(row_fragments)
     mask_words_{{ r }} = vec2<u32>(mask_word(row_{{ r }}, first_word), mask_word(row_{{ r }}, first_word + 1u));
-{% endfor %}
+# endfor
   }
-{% endif %}
-{% endmacro -%}
+# endif
+# endmacro
 
 {#- The 32 columns around a tile, before those of the next span come. -#}
-{%- macro take_mask() %}
-{% if mask_words %}
-{% for r in range(row_fragments) %}
+# macro take_mask()
+# if mask_words
+# for r in range(row_fragments)
     let mask_{{ r }} = select(mask_words_{{ r }}.x, mask_words_{{ r }}.y, (column0 & 32u) != 0u) >> (column0 % 32u);
-{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# endmacro
 
-{%- macro fetch_columns(column) %}
-{% for b in staged %}
+# macro fetch_columns(column)
+# for b in staged
 {{ fetch(b, column) }}
-{% endfor %}
-{% if column_terms > 0 %}
-{% for n in range(term_shares) %}
+# endfor
+# if column_terms > 0
+# for n in range(term_shares)
     {{ if_term(n) }}{
       let source = min({{ column }} + thread + {{ n * threads }}u, last_column);
-{% if rows_are_keys %}
-{% if column_fragments > 1 %}
+# if rows_are_keys
+# if column_fragments > 1
 {#- One by one is faster with tiles of 32 queries and slower with those of 16, on an NVIDIA H200: benches/results/2026-11-28-h200-unseen.md. -#}
       row_term_{{ n }} = vec2<f32>(row_terms[terms_base + source].x, row_terms[terms_base + source].y);
-{% else %}
+# else
       row_term_{{ n }} = row_terms[terms_base + source].xy;
-{% endif %}
-{% endif %}
-{% if column_scales %}
+# endif
+# endif
+# if column_scales
       token_scale_{{ n }} = {{ column_scales }}[scales_base + source];
-{% endif %}
+# endif
     }
-{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# endmacro
 
-{%- macro put_columns() %}
-{% for b in staged %}
+# macro put_columns()
+# for b in staged
 {{ put(b, "stage") }}
-{% endfor %}
-{% if column_terms > 0 %}
-{% for n in range(term_shares) %}
+# endfor
+# if column_terms > 0
+# for n in range(term_shares)
     {{ if_term(n) }}{
       let item = thread + {{ n * threads }}u;
       let at = stage * {{ column_terms * tile_columns // 4 }}u + item / 4u;
-{% if rows_are_keys %}
+# if rows_are_keys
       terms[at][item % 4u] = {% if bias %}select(15.0 - {{ shift("row_term_" ~ n ~ ".x") }}, -params.negative_infinity, row_term_{{ n }}.x <= ABSORBING){% else %}15.0 - {{ shift("row_term_" ~ n ~ ".x") }}{% endif %};
       terms[at + {{ tile_columns // 4 }}u][item % 4u] = -row_term_{{ n }}.y;
-{% endif %}
-{% if column_scales %}
+# endif
+# if column_scales
       // A token that is not finite has no scale to take out.
       let powers = select(token_scale_{{ n }}, vec2<f32>(1.0), token_scale_{{ n }} > vec2<f32>(1e30));
-{% set first = 2 if rows_are_keys else 0 %}
+# set first = 2 if rows_are_keys else 0
       terms[at + {{ first * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.x;
-{% if softmax %}
+# if softmax
       // Values' powers go with the scores, and out of the sum of probabilities.
       terms[at + {{ tile_columns // 4 }}u][item % 4u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
       terms[at + {{ 2 * tile_columns // 4 }}u][item % 4u] = powers.y;
-{% else %}
+# else
       terms[at + {{ (first + 1) * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.y;
-{% endif %}
-{% endif %}
+# endif
+# endif
     }
-{% endfor %}
-{% endif %}
+# endfor
+# endif
     workgroupBarrier();
-{% endmacro -%}
+# endmacro
 
 {#- The first column of a tile. -#}
 {%- macro column_of(tile) %}{% if rows_are_keys %}({{ tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ tile }}){% endif %}{% endmacro -%}
 
 {#- Sets a range's first tile on its way: `put_columns` follows when other operands are, too. -#}
-{%- macro fetch_first(tile="tiles.first") %}
+# macro fetch_first(tile="tiles.first")
   {
 {{ fetch_columns(column_of("first_tile" if mask else tile)) }}
   }
 {{ fetch_mask("first_tile") }}
-{% endmacro -%}
+# endmacro
 
 {#- The next tile has until the end of this one. -#}
-{%- macro fetch_next() %}
+# macro fetch_next()
     let next = {{ column_of("next_shown" if mask else following) }};
 {{ fetch_columns("next") }}
-{% endmacro -%}
+# endmacro
 
-{%- macro next_stage() %}
-{% if stages == 2 %}
+# macro next_stage()
+# if stages == 2
     stage = 1u - stage;
-{% else %}
+# else
     workgroupBarrier();
-{% endif %}
+# endif
 {{ put_columns() }}
-{% endmacro -%}
+# endmacro
 
 {#- A term of the columns of a lane's n-th quad: of queries what lse (0) and delta (1) add; then what takes the scales of the first
     and of the second staged operand out. -#}
@@ -336,90 +340,90 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro column_inverse(n, which) %}{{ term(n, which + (2 if rows_are_keys else 0)) }}{% endmacro -%}
 
 {#- What lse and delta add in the subgroup's rows. -#}
-{%- macro row_terms() %}
-{% for r in range(row_fragments) %}
+# macro row_terms()
+# for r in range(row_fragments)
   var shift_{{ r }} = 0.0;
   var delta_{{ r }} = 0.0;
-{% if not units %}
+# if not units
   var d_q_unit_{{ r }} = 1.0;
-{% endif %}
+# endif
   if (row_{{ r }} < row_limit) {
     let own = row_terms[terms_base + row_{{ r }}];
     shift_{{ r }} = {{ shift("own.x") }};
     delta_{{ r }} = own.y;
-{% if not units %}
+# if not units
     d_q_unit_{{ r }} = own.z;
-{% endif %}
-{% if bias %}
+# endif
+# if bias
     // Its probabilities take counting its keys.
     broken_{{ r }} = own.x <= ABSORBING;
-{% endif %}
+# endif
   }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- s[row, column] = a[row] . b[column]. -#}
-{%- macro product(s, a, b, stage) %}
-{% for c in range(column_fragments) %}
-{% for r in range(row_fragments) %}
+# macro product(s, a, b, stage)
+# for c in range(column_fragments)
+# for r in range(row_fragments)
     var {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
-{% endfor %}
-{% for f in range(fragments[a]) %}
+# endfor
+# for f in range(fragments[a])
     {
       let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
-{% for r in range(row_fragments) %}
+# for r in range(row_fragments)
       {{ s }}_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column, {{ s }}_{{ r }}_{{ c }});
-{% endfor %}
+# endfor
     }
-{% endfor %}
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endfor
+# endmacro
 
 {#- Leaves a row of fragments in the strip, and waits for it. -#}
-{%- macro park(s, r) %}
-{% for c in range(column_fragments) %}
+# macro park(s, r)
+# for c in range(column_fragments)
     coopStoreT({{ s }}_{{ r }}_{{ c }}, &strips[strip + {{ c * side // 4 }}u], STRIP_ROW);
-{% endfor %}
+# endfor
     {{ sync() }}
-{% endmacro -%}
+# endmacro
 
 {#- First column of a lane's n-th quad of a strip. -#}
 {%- macro quad_column(n) %}column0 + 4u * ({{ n * lanes // side }}u + part){% endmacro -%}
 
 {#- Reads a row of fragments back by rows, without the scales of the columns' first (0) or second (1) operand. -#}
-{%- macro take(x, r, which) %}
-{% for n in range(lane_quads) %}
+# macro take(x, r, which)
+# for n in range(lane_quads)
     var {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u]{% if column_scales %} * {{ column_inverse(n, which) }}{% endif %};
-{% endfor %}
+# endfor
     {{ sync() }}
-{% endmacro -%}
+# endmacro
 
 {#- Which of the columns of a lane's n-th quad its r-th row sees. -#}
 {%- macro visible(r, n) %}visible4(row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
 
 {#- `value` instead of what is hidden, whatever was computed there, and zeros in what `also` names. What happens rarely is a loop that runs once, not an if:
     NVIDIA's compiler leaves the registers of fragments where they are. -#}
-{%- macro hide(x, value, also="", before="") %}
+# macro hide(x, value, also="", before="")
     var hides_{{ before ~ x }} = masked{{ " || mixed" if mask }};
     loop {
       if (!hides_{{ before ~ x }}) { break; }
       hides_{{ before ~ x }} = false;
-{% for r in range(row_fragments) %}
-{% if mask_words %}
+# for r in range(row_fragments)
+# if mask_words
       // A bit for each column.
       var seen_{{ r }} = select(0xffffffffu, mask_{{ r }}, mixed);
       if (masked) { seen_{{ r }} &= visible_bits(row_{{ r }}, column0); }
       seen_{{ r }} >>= 4u * part;
-{% endif %}
-{% for n in range(lane_quads) %}
+# endif
+# for n in range(lane_quads)
       {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {% if mask_words %}(vec4<u32>(seen_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>(){% else %}{{ visible(r, n) }}{% if mask %} & mask4(row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endif %});
-{% if also %}
+# if also
       {{ also }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ also }}_{{ r }}_{{ n }}, {{ x }}_{{ r }}_{{ n }} != vec4<f32>());
-{% endif %}
-{% endfor %}
-{% endfor %}
+# endif
+# endfor
+# endfor
     }
-{% endmacro -%}
+# endmacro
 
 {#- Bits of a lane's n-th quad, but for its place among the lanes of its row. -#}
 {%- macro quad_bits(n) %}vec4<u32>({% for e in [1, 2, 4, 8] %}{{ ", " if e > 1 }}{{ e * 2 ** (4 * n * lanes // side) }}u{% endfor %}){% endmacro -%}
@@ -429,223 +433,227 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- Where ALiBi's distances of a tile have one sign, and what they are multiplied with. Elsewhere, and where the band leaves both
     signs visible, `make_scores` mends those of the other. -#}
-{%- macro begin_scores() %}
-{% if alibi %}
+# macro begin_scores()
+# if alibi
     let slope2 = slope * LOG2_E;
-{% if rows_are_keys %}
+# if rows_are_keys
     let before = i32(min(column0 + TILE_COLUMNS, column_limit)) - 1 + {{ bounds }}.offset <= i32(row0);
     let crosses = !before && i32(column0) + {{ bounds }}.offset < i32(row_end) - 1 && {{ bounds }}.upper > {{ bounds }}.offset;
-{% else %}
+# else
     let before = i32(column0) >= i32(row_end) - 1 + {{ bounds }}.offset;
     let crosses = !before && i32(column0 + TILE_COLUMNS) - 1 > i32(row0) + {{ bounds }}.offset && {{ bounds }}.upper > {{ bounds }}.offset;
-{% endif %}
+# endif
     // The query comes before the key: p - j is negative.
     let lean = select(slope2, -slope2, before);
     let leans = vec4<f32>(0.0, 1.0, 2.0, 3.0) * {{ "-lean" if rows_are_keys else "lean" }};
-{% endif %}
-{% endmacro -%}
+# endif
+# endmacro
 
 {#- j - p of the first column of a lane's n-th quad. -#}
 {%- macro ahead(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - {{ bounds }}.offset){% endmacro -%}
 
 {#- Makes scores of products that were taken, in powers of two where they are `formed`; else they lack the scale, and capped ones
     the cap. Of softcap also the derivative, where `derivative` names it. -#}
-{%- macro make_scores(x, derivative) %}
-{% if softcap and not bias %}
+# macro make_scores(x, derivative)
+# if softcap and not bias
 {#- Two share a reciprocal: none with what is hidden. -#}
 {{ hide(x, "0.0", before="capped_") }}
-{% endif %}
-{% if softcap or formed %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-{% set name = x ~ "_" ~ r ~ "_" ~ n %}
-{% if softcap %}
+# endif
+# if softcap or formed
+# for r, n in pairs(row_fragments, lane_quads)
+# set name = x ~ "_" ~ r ~ "_" ~ n
+# if softcap
     let e_{{ name }} = exp2(fma({{ name }}, vec4<f32>({{ product_scale(r) }}), vec4<f32>(-60.0)));
     {{ name }} = capped4(e_{{ name }});
-{% if derivative %}
+# if derivative
     var {{ derivative }}_{{ r }}_{{ n }} = cap_derivative4({{ name }}, e_{{ name }});
-{% endif %}
-{% if alibi %}
+# endif
+# if alibi
     {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(fma(lean, {{ ahead(r, n) }}, cap)) + leans);
-{% elif formed %}
+# elif formed
     {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(cap));
-{% endif %}
-{% elif alibi %}
+# endif
+# elif alibi
     {{ name }} = fma({{ name }}, vec4<f32>({{ product_scale(r) }}), vec4<f32>(lean * {{ ahead(r, n) }}) + leans);
-{% else %}
+# else
     {{ name }} *= {{ product_scale(r) }};
-{% endif %}
-{% if bias %}
+# endif
+# if bias
     {{ name }} = biased4({{ name }}, bias4(row_{{ r }}, {{ quad_column(n) }}));
-{% endif %}
-{% endfor %}{% endfor %}
-{% if alibi %}
+# endif
+# endfor
+# if alibi
     var mend_{{ x }} = crosses;
     loop {
       if (!mend_{{ x }}) { break; }
       mend_{{ x }} = false;
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+# for r, n in pairs(row_fragments, lane_quads)
       {{ x }}_{{ r }}_{{ n }} -= 2.0 * slope2 * max(vec4<f32>({{ ahead(r, n) }}) {{ "-" if rows_are_keys else "+" }} vec4<f32>(0.0, 1.0, 2.0, 3.0), vec4<f32>());
-{% endfor %}{% endfor %}
+# endfor
     }
-{% endif %}
-{% endif %}
-{% endmacro -%}
+# endif
+# endif
+# endmacro
 
 {#- Leaves what was taken and changed as weights for `accumulate`, and waits for it. -#}
-{%- macro keep_weights(x) %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+# macro keep_weights(x)
+# for r, n in pairs(row_fragments, lane_quads)
     weights[weight_at + {{ r * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
-{% endfor %}{% endfor %}
+# endfor
     {{ sync() }}
-{% endmacro -%}
+# endmacro
 
 {#- Combines what the lanes of a row hold. -#}
-{%- macro reduce_row(x, op) %}
-{% for n in [1, 2] %}{% if n < lanes // side %}
+# macro reduce_row(x, op)
+# for n in [1, 2]
+# if n < lanes // side
   {{ x }} = {{ "max(%s, subgroupShuffleXor(%s, %su))" | format(x, x, n) if op == "max" else "%s + subgroupShuffleXor(%s, %su)" | format(x, x, n) }};
-{% endif %}{% endfor %}
-{% endmacro -%}
+# endif
+# endfor
+# endmacro
 
 {#- x[row] += sum over columns of weights[row, column] * b[column]. -#}
-{%- macro accumulate(x, b, stage) %}
-{% for c in range(column_fragments) %}
+# macro accumulate(x, b, stage)
+# for c in range(column_fragments)
     {
-{% for r in range(row_fragments) %}
+# for r in range(row_fragments)
       let weight_{{ r }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[subgroup_weights + {{ r * side * weight_row + c * side // 4 }}u], WEIGHT_ROW);
-{% endfor %}
-{% for f in range(fragments[b]) %}
+# endfor
+# for f in range(fragments[b])
       {
         let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
-{% for r in range(row_fragments) %}
+# for r in range(row_fragments)
         {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd(weight_{{ r }}, column, {{ x }}_{{ r }}_{{ f }});
-{% endfor %}
+# endfor
       }
-{% endfor %}
+# endfor
     }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- Multiplies the rows of an accumulator, which few tiles do: through the strip. -#}
-{%- macro rescale(x, operand, factor) %}
-{% for r in range(row_fragments) %}{% for f in range(fragments[operand]) %}
+# macro rescale(x, operand, factor)
+# for r, f in pairs(row_fragments, fragments[operand])
 {{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
-{% for n in range(fragment_quads) %}
+# for n in range(fragment_quads)
       {{ each_quad(n) }} { strips[strip_at - part + quad] *= {{ factor ~ r }}; } }
-{% endfor %}
+# endfor
       {{ sync() }}
       {{ x }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&strips[strip], STRIP_ROW);
-{% endfor %}{% endfor %}
+# endfor
       {{ sync() }}
-{% endmacro -%}
+# endmacro
 
 {#- Before the walk: no row has a unit. -#}
-{%- macro begin_units() %}
-{% if units %}
-{% for x in units %}{% for r in range(row_fragments) %}
+# macro begin_units()
+# if units
+# for x in units
+# for r in range(row_fragments)
   var {{ x }}_unit_{{ r }} = 1.0;
   var {{ x }}_waits_{{ r }} = row_{{ r }} < {{ ("min(row_limit, here." ~ ("seq_k" if rows_are_keys else "seq_q") ~ ")") if lengths else "row_limit" }};
-{% endfor %}{% endfor %}
+# endfor
+# endfor
   var waits = true;
-{% endif %}
-{% endmacro -%}
+# endif
+# endmacro
 
 {#- The largest weight of each row sets its unit, where that waits for the first weights, or where they go beyond halves: it comes to
     2^-6 .. 2^-5, so that weights down to 2^-8 of it are as precise as halves are, what is lost below is little beside it, and later ones
     may be 2^20 times as large. -#}
-{%- macro follow(w, x, condition, then="") %}
-{% for r in range(row_fragments) %}
+# macro follow(w, x, condition, then="")
+# for r in range(row_fragments)
       var factor_{{ r }} = 1.0;
       {
         var most4 = abs({{ w }}_{{ r }}_0);
-{% for n in range(1, lane_quads) %}
+# for n in range(1, lane_quads)
         most4 = max(most4, abs({{ w }}_{{ r }}_{{ n }}));
-{% endfor %}
+# endfor
         var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
 {{ reduce_row("most", "max") }}
         let exponent = i32(bitcast<u32>(most) >> 23u) - 127;
         // No unit takes infinity or NaN: the row is reported.
         if (exponent < 128 && {{ condition | replace("ROW", r) }}) {
           factor_{{ r }} = bitcast<f32>(u32(127 + clamp(-6 - exponent, -100, 100)) << 23u);
-{% if then %}
+# if then
           {{ then | replace("ROW", r) }}
-{% endif %}
+# endif
         }
       }
       {{ x }}_unit_{{ r }} *= factor_{{ r }};
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- Sets units of rows that have none. -#}
-{%- macro set_units(w, x) %}
+# macro set_units(w, x)
     {
 {{ follow(w, x, x ~ "_waits_ROW && most > 0.0", x ~ "_waits_ROW = false;") }}
     }
-{% endmacro -%}
+# endmacro
 
 {#- Leaves changed weights w, in the unit of the accumulator x, for `accumulate`. The unit is known before: setting it here costs the
     loop over tiles its registers, even where that hardly ever happens (8 to 25 % on an NVIDIA H200), and so does comparing weights
     with what halves hold (16 to 25 % of d_kv). A weight beyond that becomes infinite as a half, and so does its row, which is
     reported. In the second run the unit follows such weights. -#}
-{%- macro keep_in_unit(w, x, operand, also=[]) %}
-{% if sanitize %}
+# macro keep_in_unit(w, x, operand, also=[])
+# if sanitize
     var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(MOST_WEIGHT)){% endfor %}{% endfor %}));
     loop {
       if (!grows_{{ x }}) { break; }
       grows_{{ x }} = false;
 {{ follow(w, x, "most > MOST_WEIGHT") }}
-{% for r in range(row_fragments) %}
-{% for n in range(lane_quads) %}
+# for r in range(row_fragments)
+# for n in range(lane_quads)
       {{ w }}_{{ r }}_{{ n }} *= factor_{{ r }};
-{% endfor %}
-{% for stem in also %}
+# endfor
+# for stem in also
       {{ stem }}_{{ r }} *= factor_{{ r }};
-{% endfor %}
-{% endfor %}
+# endfor
+# endfor
 {{ rescale(x, operand, "factor_") }}
     }
-{% endif %}
+# endif
 {{ keep_weights(w) }}
-{% endmacro -%}
+# endmacro
 
 {#- The walk begins at a tile of which all rows see something, if there is one, goes on from the first one, and ends when all rows
     have a unit. A row without weights has none to the end. -#}
-{%- macro begin_walk() %}
-{% if not mask %}
+# macro begin_walk()
+# if not mask
   let walk_tile = clamp({{ "open.start" if rows_are_keys else "(max(open.end, 1u) - 1u)" }} / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
   var next_of_walk = tiles.first;
   var is_first = true;
-{% endif %}
+# endif
 {{ fetch_first("walk_tile") }}
-{% endmacro -%}
+# endmacro
 
 {#- Ends a tile: goes on where rows wait for their units. -#}
-{%- macro next_units() %}
+# macro next_units()
     let subgroup_waits = subgroupAny({% for x in units %}{% set first = loop.first %}{% for r in range(row_fragments) %}{{ " || " if r > 0 or not first }}{{ x }}_waits_{{ r }}{% endfor %}{% endfor %});
 {{ any_subgroup("waits", "subgroup_waits") }}
     if (!waits) { break; }
-{% if not mask %}
+# if not mask
     next_of_walk = select({{ following }}, tiles.first, is_first);
     is_first = false;
-{% endif %}
+# endif
     let next = {{ column_of("next_shown" if mask else "next_of_walk") }};
 {{ fetch_columns("next") }}
-{% endmacro -%}
+# endmacro
 
 {#- After the walk: the first tile again. -#}
-{%- macro restart() %}
-{% if mask %}
+# macro restart()
+# if mask
   classes = Classes(0u, 0xffffffffu);
   span = seen_span({{ class_arguments }}, tiles, row0, row_end, tiles.first);
   next_shown = first_tile;
-{% endif %}
+# endif
 {{ fetch_first() }}
-{% endmacro -%}
+# endmacro
 
 {#- In the second run: replaces staged columns that are not finite by zeros, and marks them behind their features. -#}
-{%- macro clean_columns() %}
-{% if sanitize %}
+# macro clean_columns()
+# if sanitize
       for (var column = thread; column < {{ tile_columns }}u; column += {{ threads }}u) {
-{% for b in staged %}
+# for b in staged
         {
           let at = stage * {{ b | upper }}_TILE + column * {{ b | upper }}_ROW;
           var is_bad = false;
@@ -658,80 +666,82 @@ fn is_finite4(x: vec4<f32>) -> bool {
           }
           {{ b }}_stage[at + {{ staged_quads[b] }}u] = vec4<f16>(select(0.0h, 1.0h, is_bad));
         }
-{% endfor %}
+# endfor
       }
       workgroupBarrier();
-{% endif %}
-{% endmacro -%}
+# endif
+# endmacro
 
 {#- In the second run: finds the rows that see such a column. -#}
-{%- macro find_broken() %}
-{% if sanitize %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+# macro find_broken()
+# if sanitize
+# for r, n in pairs(row_fragments, lane_quads)
       var bad_{{ r }}_{{ n }} = vec4<f32>();
       {
         let column = 4u * ({{ n * lanes // side }}u + part);
-{% for e in range(4) %}{% for b in staged %}
+# for e in range(4)
+# for b in staged
         bad_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (column + {{ e }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
-{% endfor %}{% endfor %}
-{% if bias %}
+# endfor
+# endfor
+# if bias
         bad_{{ r }}_{{ n }} = select(bad_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(row_{{ r }}, column0 + column)) == vec4<u32>(0xff800000u));
-{% endif %}
+# endif
       }
-{% endfor %}{% endfor %}
+# endfor
 {{ hide("bad", "0.0") }}
-{% for r in range(row_fragments) %}
+# for r in range(row_fragments)
       broken_{{ r }} = broken_{{ r }}{% for n in range(lane_quads) %} || any(bad_{{ r }}_{{ n }} != vec4<f32>()){% endfor %};
-{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# endmacro
 
 {#- Leaves one fragment of an accumulator in the strip. -#}
-{%- macro park_fragment(x) %}
+# macro park_fragment(x)
     {{ sync() }}
     coopStoreT({{ x }}, &strips[strip], STRIP_ROW);
     {{ sync() }}
-{% endmacro -%}
+# endmacro
 
 {#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_"; of o also what rounding
     takes, where that is wanted. -#}
-{%- macro store(x, operand, factor) %}
-{% for r in range(row_fragments) %}
+# macro store(x, operand, factor)
+# for r in range(row_fragments)
   {
     let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
-{% if o_rest %}
+# if o_rest
     let rest_base = o_rest_base + row_{{ r }} * params.o_rest.seq;
-{% endif %}
-{% for f in range(fragments[operand]) %}
+# endif
+# for f in range(fragments[operand])
 {{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
-{% for n in range(fragment_quads) %}
+# for n in range(fragment_quads)
     {{ each_quad(n) }} {
       if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
         let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
         broken_{{ r }} = broken_{{ r }} || !is_finite4(result);
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
-{% if o_rest %}
+# if o_rest
         store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
-{% endif %}
+# endif
       } }
     }
-{% endfor %}
-{% endfor %}
+# endfor
+# endfor
   }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- Whether `flag`, the same in a subgroup, holds in any of them. All have read their columns then, and strips are free. -#}
-{%- macro any_subgroup(name, flag) %}
+# macro any_subgroup(name, flag)
     workgroupBarrier();
     if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, {{ flag }})); }
     workgroupBarrier();
     {{ name }} = false;
     for (var n = 0u; n < {{ subgroups }}u; n += 1u) { {{ name }} = {{ name }} || strips[n].x > 0.0; }
-{% endmacro -%}
+# endmacro
 
 {#- Reports whether rows of the tile are to be computed again, and, where there are any, which. -#}
-{%- macro report() %}
+# macro report()
   let subgroup_broken = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(broken_{{ r }} && row_{{ r }} < row_limit){% endfor %});
   var any_broken = false;
 {{ any_subgroup("any_broken", "subgroup_broken") }}
@@ -742,11 +752,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
     if (!reports) { break; }
     reports = false;
     workgroupBarrier();
-{% for r in range(row_fragments) %}
+# for r in range(row_fragments)
     var report_{{ r }} = select(0.0, 1.0, broken_{{ r }});
 {{ reduce_row("report_" ~ r, "max") }}
     if (part == 0u) { strips[row_{{ r }} - row0] = vec4<f32>(report_{{ r }}); }
-{% endfor %}
+# endfor
     workgroupBarrier();
     if (thread < {{ (tile_rows + 31) // 32 }}u) {
       var bits = 0u;
@@ -754,4 +764,4 @@ fn is_finite4(x: vec4<f32>) -> bool {
       repairs[slot + 1u + thread] = bits;
     }
   }
-{% endmacro -%}
+# endmacro

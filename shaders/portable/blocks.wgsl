@@ -15,7 +15,7 @@
     rows start in different banks. The four columns of quad tx are staged THREADS_C rows apart, so that
     neighbouring threads read neighbouring rows. -#}
 
-{%- macro declare() %}
+# macro declare()
 const THREADS_C: u32 = {{ threads_c }}u;
 const THREADS_R: u32 = {{ threads_r }}u;
 const THREADS: u32 = {{ threads }}u;
@@ -28,10 +28,10 @@ const WEIGHT_ROW: u32 = {{ tile_columns // 4 + 1 }}u;
 const ROW_STAGE: u32 = {{ tile_columns * (chunk + 1) }}u;
 const SLAB_STAGE: u32 = {{ tile_rows * (tile_columns // 4 + 1) }}u;
 var<workgroup> memory: array<vec4<f32>, {{ memory_len }}>;
-{% if partials_len > 0 %}
+# if partials_len > 0
 // One partial result per row and tx. Scalars: threads that write components of one vector may race.
 var<workgroup> partials: array<f32, {{ partials_len }}>;
-{% endif %}
+# endif
 // 1 + the last masked step in which some staged column was NaN or infinite.
 var<workgroup> poisoned: atomic<u32>;
 
@@ -45,27 +45,27 @@ fn staged_column(row: u32) -> u32 {
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
-{% endmacro -%}
+# endmacro
 
 {#- Place in workgroup memory of a thread's i-th row of weights. -#}
 {%- macro weight_row(i) %}(ty + {{ i }}u * THREADS_R) * WEIGHT_ROW{% endmacro -%}
 
 {#- A thread's place. -#}
-{%- macro begin_threads() %}
+# macro begin_threads()
   // Eight neighbours form a block of four by two threads, so that they share rows of both sides.
   let block = thread / 8u;
   let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));
   let ty = thread / 4u % 2u + 2u * (block / (THREADS_C / 4u));
   var step = 0u;
   if (thread == 0u) { atomicStore(&poisoned, 0u); }
-{% endmacro -%}
+# endmacro
 
-{%- macro begin() %}
+# macro begin()
 {{ begin_threads() }}
-{% for i in range(rows) %}
+# for i in range(rows)
   let row_{{ i }} = row0 + ty + {{ i }}u * THREADS_R;
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- First column of a thread's c-th quad. -#}
 {%- macro quad_column(c) %}column0 + 4u * (tx + {{ c }}u * THREADS_C){% endmacro -%}
@@ -74,55 +74,55 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro visible(i, c) %}{% if hides %}seen_{{ i }}_{{ c }}{% else %}visible4(row_{{ i }}, {{ quad_column(c) }}){% endif %}{% endmacro -%}
 
 {#- Makes scores of products, and finds out which pairs are visible, where that is more than the scale and the band. -#}
-{%- macro make_scores(s) %}
-{% for i in range(rows) %}{% for c in range(quads) %}
-{% if softcap %}
+# macro make_scores(s)
+# for i, c in pairs(rows, quads)
+# if softcap
     let capped_{{ i }}_{{ c }} = tanh4({{ s }}_{{ i }}_{{ c }} * params.scale / params.softcap);
     {{ s }}_{{ i }}_{{ c }} = capped_{{ i }}_{{ c }}.value * params.softcap;
-{% elif modified %}
+# elif modified
     {{ s }}_{{ i }}_{{ c }} *= params.scale;
-{% endif %}
-{% if alibi or bias %}
+# endif
+# if alibi or bias
     {{ s }}_{{ i }}_{{ c }} = score4({{ s }}_{{ i }}_{{ c }}, row_{{ i }}, {{ quad_column(c) }});
-{% endif %}
-{% if hides %}
+# endif
+# if hides
     var seen_{{ i }}_{{ c }} = vec4<bool>(true);
     if (masked) { seen_{{ i }}_{{ c }} = sees4(row_{{ i }}, {{ quad_column(c) }}); }
-{% endif %}
-{% endfor %}{% endfor %}
-{% endmacro -%}
+# endif
+# endfor
+# endmacro
 
 {#- From the gradients by scores to those by products times the scale. What is 0 stays so: the derivative of a hidden pair may be
     NaN. -#}
-{%- macro uncap(d_s) %}
-{% if softcap %}
-{% for i in range(rows) %}{% for c in range(quads) %}
+# macro uncap(d_s)
+# if softcap
+# for i, c in pairs(rows, quads)
     {{ d_s }}_{{ i }}_{{ c }} = select({{ d_s }}_{{ i }}_{{ c }} * capped_{{ i }}_{{ c }}.derivative, vec4<f32>(), {{ d_s }}_{{ i }}_{{ c }} == vec4<f32>());
-{% endfor %}{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# endmacro
 
 {#- Zero where hidden, whatever was computed there. -#}
-{%- macro hide(s) %}
+# macro hide(s)
     if (masked) {
-{% for i in range(rows) %}{% for c in range(quads) %}
+# for i, c in pairs(rows, quads)
       {{ s }}_{{ i }}_{{ c }} = select(vec4<f32>(), {{ s }}_{{ i }}_{{ c }}, {{ visible(i, c) }});
-{% endfor %}{% endfor %}
+# endfor
     }
-{% endmacro -%}
+# endmacro
 
 {#- An accumulator of the width of an operand, zero. -#}
-{%- macro accumulator(x, operand) %}
-{% for i in range(rows) %}{% for c in range(accumulator_quads[operand]) %}
+# macro accumulator(x, operand)
+# for i, c in pairs(rows, accumulator_quads[operand])
   var {{ x }}_{{ i }}_{{ c }} = vec4<f32>();
-{% endfor %}{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- Reads `count` rows of `quads` vec4 of an operand into registers, zeros beyond its end: a thread's share.
     Reads are under way while the threads wait for each other; `put` leaves them in workgroup memory. -#}
-{%- macro fetch(share, operand, count, quads, quad0, row, limit, slab) %}
-{% set total = count * quads %}
-{% for pass in range((total + threads - 1) // threads) %}
+# macro fetch(share, operand, count, quads, quad0, row, limit, slab)
+# set total = count * quads
+# for pass in range((total + threads - 1) // threads)
   var {{ share }}_{{ pass }} = vec4<f32>();
   {
     let item = thread + {{ pass * threads }}u;
@@ -131,31 +131,31 @@ fn is_finite4(x: vec4<f32>) -> bool {
     let source = {{ row }};
     if (source < {{ limit }}{% if (pass + 1) * threads > total %} && item < {{ total }}u{% endif %}{% if operand_quads[operand] % quads != 0 %} && quad < {{ operand_quads[operand] }}u{% endif %}) {
       {{ share }}_{{ pass }} = load_{{ operand }}({{ operand }}_base + source * params.{{ operand }}.seq, quad);
-{% if slab %}
+# if slab
       if (masked && !is_finite4({{ share }}_{{ pass }})) { atomicStore(&poisoned, step + 1u); }
-{% endif %}
+# endif
     }
   }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
-{%- macro put(share, at, stride, count, quads) %}
-{% set total = count * quads %}
-{% for pass in range((total + threads - 1) // threads) %}
+# macro put(share, at, stride, count, quads)
+# set total = count * quads
+# for pass in range((total + threads - 1) // threads)
   {
     let item = thread + {{ pass * threads }}u;
     {% if (pass + 1) * threads > total %}if (item < {{ total }}u) {% endif %}{ memory[{{ at }} + item / {{ quads }}u * {{ stride }} + item % {{ quads }}u] = {{ share }}_{{ pass }}; }
   }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- s[row, column] = a[row] . b[column], as a sum of sums of four: the shorter chain halves the rounding error of large
     scores. Every kernel must come to the same bits, whichever of the two is q, or lse and o belong to other scores than
     the backward pass sees. -#}
-{%- macro product(s, a, b) %}
-{% for i in range(rows) %}{% for c in range(quads) %}
+# macro product(s, a, b)
+# for i, c in pairs(rows, quads)
     var {{ s }}_{{ i }}_{{ c }} = vec4<f32>();
-{% endfor %}{% endfor %}
+# endfor
     for (var quad0 = 0u; quad0 < {{ operand_quads[a] }}u; quad0 += CHUNK) {
 {{ fetch("column_share", b, tile_columns, chunk, "quad0", "column0 + staged_column(staged)", "column_limit", false) }}
 {{ fetch("row_share", a, tile_rows, chunk, "quad0", "row0 + staged", "row_limit", false) }}
@@ -164,121 +164,121 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {{ put("row_share", "ROW_STAGE", "CHUNK_ROW", tile_rows, chunk) }}
       workgroupBarrier();
       for (var quad = 0u; quad < CHUNK; quad += {{ unroll }}u) {
-{% for u in range(unroll) %}
+# for u in range(unroll)
         {
-{% for i in range(rows) %}
+# for i in range(rows)
           let a_{{ i }} = memory[ROW_STAGE + (ty + {{ i }}u * THREADS_R) * CHUNK_ROW + quad + {{ u }}u];
-{% endfor %}
-{% for c in range(quads) %}
+# endfor
+# for c in range(quads)
           {
-{% for e in range(4) %}
+# for e in range(4)
             let b_{{ e }} = memory[(tx + {{ c * 4 + e }}u * THREADS_C) * CHUNK_ROW + quad + {{ u }}u];
-{% endfor %}
-{% for e in xyzw %}
+# endfor
+# for e in xyzw
             let b_{{ e }} = vec4<f32>(b_0.{{ e }}, b_1.{{ e }}, b_2.{{ e }}, b_3.{{ e }});
-{% endfor %}
-{% for i in range(rows) %}
+# endfor
+# for i in range(rows)
             {{ s }}_{{ i }}_{{ c }} += fma(vec4<f32>(a_{{ i }}.w), b_w, fma(vec4<f32>(a_{{ i }}.z), b_z, fma(vec4<f32>(a_{{ i }}.y), b_y, a_{{ i }}.x * b_x)));
-{% endfor %}
+# endfor
           }
-{% endfor %}
+# endfor
         }
-{% endfor %}
+# endfor
       }
     }
-{% endmacro -%}
+# endmacro
 
 {#- Leaves a score tile in workgroup memory as weights for `accumulate`. Whoever calls this has passed a
     barrier since the last product or accumulation read that memory. -#}
-{%- macro keep_weights(s) %}
-{% for i in range(rows) %}{% for c in range(quads) %}
+# macro keep_weights(s)
+# for i, c in pairs(rows, quads)
     memory[{{ weight_row(i) }} + tx + {{ c }}u * THREADS_C] = {{ s }}_{{ i }}_{{ c }};
-{% endfor %}{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- x[row] += sum over columns of weights[row, column] * b[column]. -#}
-{%- macro accumulate(x, b) %}
-{% set x_quads = accumulator_quads[b] %}
-{% set slab_row = x_quads * threads_c %}
+# macro accumulate(x, b)
+# set x_quads = accumulator_quads[b]
+# set slab_row = x_quads * threads_c
     for (var first = 0u; first < {{ tile_columns }}u; first += SLAB) {
 {{ fetch("share", b, slab, operand_quads[b], "0u", "column0 + first + staged", "column_limit", true) }}
-{% if slab < tile_columns %}
+# if slab < tile_columns
       if (first != 0u) { workgroupBarrier(); }
-{% endif %}
+# endif
 {{ put("share", "SLAB_STAGE", slab_row ~ "u", slab, operand_quads[b]) }}
       workgroupBarrier();
       if (masked && atomicLoad(&poisoned) == step + 1u) {
         // A hidden column that is NaN or infinite must not meet its zero weight.
         for (var j = 0u; j < SLAB; j += 1u) {
           let column = column0 + first + j;
-{% for i in range(rows) %}
+# for i in range(rows)
           if ({{ "sees4" if hides else "visible4" }}(row_{{ i }}, column).x) {
             let w = memory[{{ weight_row(i) }} + (first + j) / 4u][(first + j) % 4u];
-{% for c in range(x_quads) %}
+# for c in range(x_quads)
             {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w), memory[SLAB_STAGE + j * {{ slab_row }}u + tx + {{ c }}u * THREADS_C], {{ x }}_{{ i }}_{{ c }});
-{% endfor %}
+# endfor
           }
-{% endfor %}
+# endfor
         }
       } else {
         for (var quad = 0u; quad < SLAB / 4u; quad += 1u) {
-{% for i in range(rows) %}
+# for i in range(rows)
           let w_{{ i }} = memory[{{ weight_row(i) }} + first / 4u + quad];
-{% endfor %}
-{% for e in range(4) %}
+# endfor
+# for e in range(4)
           {
             let at = SLAB_STAGE + (quad * 4u + {{ e }}u) * {{ slab_row }}u + tx;
-{% for c in range(x_quads) %}
+# for c in range(x_quads)
             let b_{{ c }} = memory[at + {{ c }}u * THREADS_C];
-{% endfor %}
-{% for i in range(rows) %}{% for c in range(x_quads) %}
+# endfor
+# for i, c in pairs(rows, x_quads)
             {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w_{{ i }}.{{ xyzw[e] }}), b_{{ c }}, {{ x }}_{{ i }}_{{ c }});
-{% endfor %}{% endfor %}
+# endfor
           }
-{% endfor %}
+# endfor
         }
       }
     }
     step += 1u;
-{% endmacro -%}
+# endmacro
 
 {#- Combines a value that each thread of a row holds, by "max" or "sum", in a fixed order. Two uses are
     kept apart by any barrier between them. -#}
-{%- macro reduce_rows(result, value, op) %}
-{% for i in range(rows) %}
+# macro reduce_rows(result, value, op)
+# for i in range(rows)
     partials[(ty + {{ i }}u * THREADS_R) * THREADS_C + tx] = {{ value }}_{{ i }};
-{% endfor %}
+# endfor
     workgroupBarrier();
-{% for i in range(rows) %}
+# for i in range(rows)
     var {{ result }}_{{ i }} = 0.0;
     {
       let at = (ty + {{ i }}u * THREADS_R) * THREADS_C;
       var x = partials[at];
-{% for t in range(1, threads_c) %}
-{% if op == "max" %}
+# for t in range(1, threads_c)
+# if op == "max"
       x = max(x, partials[at + {{ t }}u]);
-{% else %}
+# else
       x += partials[at + {{ t }}u];
-{% endif %}
-{% endfor %}
+# endif
+# endfor
       {{ result }}_{{ i }} = x;
     }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
 {#- Whether a thread's i-th row is written: where a cooperative kernel came before, only rows that it has reported. -#}
 {%- macro writes(i) %}row_{{ i }} < row_limit{% if repairs %} && is_repaired({{ here_argument }}work, row_{{ i }}){% endif %}{% endmacro -%}
 
 {#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
-{%- macro store(x, operand, factor) %}
-{% for i in range(rows) %}
+# macro store(x, operand, factor)
+# for i in range(rows)
   if ({{ writes(i) }}) {
     let base = {{ operand }}_base + row_{{ i }} * params.{{ operand }}.seq;
-{% for c in range(accumulator_quads[operand]) %}
+# for c in range(accumulator_quads[operand])
     if (tx + {{ c }}u * THREADS_C < {{ operand_quads[operand] }}u) {
       store_{{ operand }}(base, tx + {{ c }}u * THREADS_C, {{ x }}_{{ i }}_{{ c }} * {{ factor ~ i if factor is endingwith("_") else factor }});
     }
-{% endfor %}
+# endfor
   }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro

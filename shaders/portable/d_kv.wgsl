@@ -1,69 +1,70 @@
 {#- The gradients by k and v in portable blocks: rows are keys, columns are queries. -#}
-{% import "portable/blocks.wgsl" as blocks %}
+# import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
 
-{%- macro begin() %}
+# macro begin()
 {{ blocks.begin() }}
 {{ blocks.accumulator("d_k", "q") }}
 {{ blocks.accumulator("d_v", "d_o") }}
-{% endmacro -%}
+# endmacro
 
-{%- macro begin_head() %}{% endmacro -%}
+# macro begin_head()
+# endmacro
 
-{%- macro scores() %}
+# macro scores()
 {{ blocks.product("s", "k", "q") }}
 {{ blocks.make_scores("s") }}
-{% endmacro -%}
+# endmacro
 
 {#- Leaves p as weights, and keeps it. -#}
-{%- macro probabilities() %}
-{% for c in range(quads) %}
+# macro probabilities()
+# for c in range(quads)
     var delta_{{ c }} = vec4<f32>();
     {
       let query = column0 + 4u * (tx + {{ c }}u * THREADS_C);
       var row_lse = vec4<f32>();
-{% if bias %}
+# if bias
       var row_share = vec4<f32>(1.0);
-{% endif %}
-{% for e in range(4) %}
+# endif
+# for e in range(4)
       if (query + {{ e }}u < column_limit) {
         let terms = row_terms[terms_base + query + {{ e }}u];
         row_lse.{{ xyzw[e] }} = terms.x;
         delta_{{ c }}.{{ xyzw[e] }} = terms.y;
-{% if bias %}
+# if bias
         row_share.{{ xyzw[e] }} = share(query + {{ e }}u, terms.x);
-{% endif %}
+# endif
       }
-{% endfor %}
-{% for i in range(rows) %}
+# endfor
+# for i in range(rows)
       s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), -row_lse)){{ " * row_share" if bias }};
-{% endfor %}
+# endfor
     }
-{% endfor %}
+# endfor
 {{ blocks.hide("s") }}
     workgroupBarrier();
 {{ blocks.keep_weights("s") }}
-{% endmacro -%}
+# endmacro
 
 {%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o") }}{% endmacro -%}
 
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "v", "d_o") }}{% endmacro -%}
 
 {#- Leaves d_s = p (d_p - delta) as weights. -#}
-{%- macro score_gradients() %}
-{% for c in range(quads) %}{% for i in range(rows) %}
+# macro score_gradients()
+# for c, i in pairs(quads, rows)
     d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});
-{% endfor %}{% endfor %}
+# endfor
 {{ blocks.hide("d_p") }}
 {{ blocks.uncap("d_p") }}
     workgroupBarrier();
 {{ blocks.keep_weights("d_p") }}
-{% endmacro -%}
+# endmacro
 
 {%- macro accumulate_d_k() %}{{ blocks.accumulate("d_k", "q") }}{% endmacro -%}
 
-{%- macro finish() %}
+# macro finish()
 {{ blocks.store("d_k", "d_k", "params.scale") }}
 {{ blocks.store("d_v", "d_v", "1.0") }}
-{% endmacro -%}
+# endmacro

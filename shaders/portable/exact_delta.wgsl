@@ -1,54 +1,54 @@
 {#- delta in portable blocks: rows are queries, columns are keys. -#}
-{% import "portable/blocks.wgsl" as blocks %}
+# import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
 
-{%- macro begin() %}
+# macro begin()
 {{ blocks.begin() }}
-{% for i in range(rows) %}
+# for i in range(rows)
   var sum_{{ i }} = 0.0;
   var most_{{ i }} = 0.0;
   var lse_{{ i }} = 0.0;
   if (row_{{ i }} < row_limit) { lse_{{ i }} = probability_lse(lse[lse_base + row_{{ i }}]); }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
-{%- macro scores() %}
+# macro scores()
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
-{% endmacro -%}
+# endmacro
 
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
 
 {#- Sums p d_p. -#}
-{%- macro accumulate() %}
-{% for i in range(rows) %}{% for c in range(quads) %}
+# macro accumulate()
+# for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * d_p_{{ i }}_{{ c }};
-{% endfor %}{% endfor %}
+# endfor
 {{ blocks.hide("s") }}
-{% for i in range(rows) %}
+# for i in range(rows)
     {
       var total = s_{{ i }}_0;
-{% for c in range(1, quads) %}
+# for c in range(1, quads)
       total += s_{{ i }}_{{ c }};
-{% endfor %}
+# endfor
       sum_{{ i }} += (total.x + total.y) + (total.z + total.w);
       var sizes = abs(s_{{ i }}_0);
-{% for c in range(1, quads) %}
+# for c in range(1, quads)
       sizes = max(sizes, abs(s_{{ i }}_{{ c }}));
-{% endfor %}
+# endfor
       most_{{ i }} = max(most_{{ i }}, max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)));
     }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
-{%- macro finish() %}
+# macro finish()
 {{ blocks.reduce_rows("total", "sum", "sum") }}
     workgroupBarrier();
 {{ blocks.reduce_rows("size", "most", "max") }}
-{% for i in range(rows) %}
+# for i in range(rows)
   if (tx == 0u && {{ blocks.writes(i) }}) {
     store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }}{% if bias %} * share(row_{{ i }}, lse_{{ i }}){% endif %}, size_{{ i }});
   }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
