@@ -34,7 +34,7 @@
 # set of_keys = operand.name in ["k", "v"]
       let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, batch, {{ "kv_head" if of_keys else "head" }}){% if lengths %} + here.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq{% endif %};
 # endfor
-      let terms_base = operand_base(params.row_terms, batch, head){% if lengths %} + here.q_start{% endif %};
+      let stats_base = operand_base(params.row_terms, batch, head){% if lengths %} + here.q_start{% endif %};
       begin_pairs(number, batch, head);
 # if mask
       let class_base = operand_base(params.mask_classes, number, head);
@@ -54,7 +54,7 @@
         if ((tile_class({{ here_argument }}class_base, row0, row_end, column0, column0 + TILE_COLUMNS) & 1u) == 0u) { continue; }
 # endif
         // Any number of the bias may be -infinity.
-        let masked = true;
+        let is_partial = true;
         {{ micro.add() }}
       }
     }

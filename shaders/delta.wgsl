@@ -71,7 +71,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 # if dtype != "f32"
   // What bounds d_o . v, roughly: the sum of |d_o| times the largest |o|.
   var d_o_sum = 0.0;
-  var o_most = 0.0;
+  var o_max = 0.0;
 # endif
   for (var quad0 = 0u; quad0 < {{ operand_quads.o }}u; quad0 += LANES) {
     let quad = quad0 + thread % LANES;
@@ -87,7 +87,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
       let sizes = abs(d_o_stage[stage]);
       d_o_sum += (sizes.x + sizes.y) + (sizes.z + sizes.w);
       let o_sizes = abs(o_stage[stage]);
-      o_most = max(o_most, max(max(o_sizes.x, o_sizes.y), max(o_sizes.z, o_sizes.w)));
+      o_max = max(o_max, max(max(o_sizes.x, o_sizes.y), max(o_sizes.z, o_sizes.w)));
 # endif
     } else {
       o_stage[stage] = vec4<f32>();
@@ -110,7 +110,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 
 # if dtype != "f32"
   workgroupBarrier();
-  o_stage[stage] = vec4<f32>(d_o_sum, o_most, 0.0, 0.0);
+  o_stage[stage] = vec4<f32>(d_o_sum, o_max, 0.0, 0.0);
   workgroupBarrier();
 # endif
 

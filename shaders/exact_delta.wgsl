@@ -8,8 +8,8 @@
 # import micro_kernel ~ "/exact_delta.wgsl" as micro
 {{ micro.declare() }}
 
-// What the row at `row` of a head needs of its `total`, the sum of p d_p, of which the largest is `most`.
-fn store_row(work: TileWork, row: u32, total: f32, most: f32) {
+// What the row at `row` of a head needs of its `total`, the sum of p d_p, of which the largest is `largest`.
+fn store_row(work: TileWork, row: u32, total: f32, largest: f32) {
   let row_lse = lse[operand_base(params.lse, work.batch, work.head) + row];
   // The row sees nothing, and lse is no function of anything.
   let sees = row_lse != params.negative_infinity;
@@ -18,7 +18,7 @@ fn store_row(work: TileWork, row: u32, total: f32, most: f32) {
 # else
   let delta = total;
 # endif
-  let unit = query_unit(max(exponent_of(most), exponent_of(delta)) + 1);
+  let unit = query_unit(max(exponent_of(largest), exponent_of(delta)) + 1);
   row_terms[operand_base(params.row_terms, work.batch, work.head) + row] = vec4<f32>(probability_lse(row_lse), select(0.0, delta, sees), unit, 0.0);
 }
 

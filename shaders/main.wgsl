@@ -12,7 +12,7 @@ fn main(
 # if batch > 1
   // Few tiles, if any, are left to do: a workgroup looks at the reports of several at once.
   let first_index = (workgroup.x + workgroup.y * grid.x) * {{ batch }}u;
-  if (thread < {{ batch }}u) { {{ flags }}[thread] = vec4<f32>(select(0.0, 1.0, has_report(first_index + thread))); }
+  if (thread < {{ batch }}u) { {{ flags }}[thread] = vec4<f32>(select(0.0, 1.0, has_fallback(first_index + thread))); }
   var left = 0u;
   for (var n = 0u; n < {{ batch }}u; n += 1u) {
     if (workgroupUniformLoad(&{{ flags }}[n]).x != 0.0) { left |= 1u << n; }

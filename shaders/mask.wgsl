@@ -97,32 +97,32 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
 
 # if rows_are_keys
 // The tiles within start..end of queries hold nothing that does not see all of key0..key_end.
-struct OpenTiles { start: u32, end: u32 }
+struct FullTiles { start: u32, end: u32 }
 
-fn open_tiles({{ here_parameter }}key0: u32, key_end: u32) -> OpenTiles {
+fn full_tiles({{ here_parameter }}key0: u32, key_end: u32) -> FullTiles {
   let seq_q = i32({{ bounds }}.seq_q);
   let start = clamp(i32(key_end) - 1 - {{ bounds }}.upper, 0, seq_q);
   let end = clamp(i32(max(key0, {{ bounds }}.sink_tokens)) + 1 - {{ bounds }}.lower, 0, seq_q);
   let limit = select(seq_q, 0, key_end > {{ bounds }}.seq_k);
-  return OpenTiles(u32(start), u32(min(select(end, seq_q, {{ bounds }}.sink_tokens >= key_end), limit)));
+  return FullTiles(u32(start), u32(min(select(end, seq_q, {{ bounds }}.sink_tokens >= key_end), limit)));
 }
 
-fn is_open(open: OpenTiles, column0: u32) -> bool {
-  return column0 >= open.start && column0 + TILE_COLUMNS <= open.end;
+fn is_full(full: FullTiles, column0: u32) -> bool {
+  return column0 >= full.start && column0 + TILE_COLUMNS <= full.end;
 }
 # else
 // The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
-struct OpenTiles { start: u32, end: u32 }
+struct FullTiles { start: u32, end: u32 }
 
-fn open_tiles({{ here_parameter }}row0: u32, row_end: u32) -> OpenTiles {
+fn full_tiles({{ here_parameter }}row0: u32, row_end: u32) -> FullTiles {
   let limit = select(i32({{ bounds }}.seq_k), 0, row_end > {{ bounds }}.seq_q);
   let end = clamp(i32(row0) + 1 + {{ bounds }}.upper, 0, limit);
   let start = u32(clamp(i32(row_end) - 1 + {{ bounds }}.lower, 0, end));
-  return OpenTiles(select(start, 0u, {{ bounds }}.sink_tokens >= start), u32(end));
+  return FullTiles(select(start, 0u, {{ bounds }}.sink_tokens >= start), u32(end));
 }
 
-fn is_open({{ here_parameter }}open: OpenTiles, column0: u32) -> bool {
+fn is_full({{ here_parameter }}full: FullTiles, column0: u32) -> bool {
   let column_end = column0 + TILE_COLUMNS;
-  return column_end <= open.end && (column0 >= open.start || column_end <= {{ bounds }}.sink_tokens);
+  return column_end <= full.end && (column0 >= full.start || column_end <= {{ bounds }}.sink_tokens);
 }
 # endif

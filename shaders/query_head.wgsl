@@ -2,7 +2,7 @@
 # for operand in ["q", "d_o"]
     let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head){% if lengths %} + here.q_start * params.{{ operand }}.seq{% endif %};
 # endfor
-    let terms_base = operand_base(params.row_terms, work.batch, head){% if lengths %} + here.q_start{% endif %};
+    let stats_base = operand_base(params.row_terms, work.batch, head){% if lengths %} + here.q_start{% endif %};
 # if column_scales
     let scales_base = operand_base(params.query_scales, work.batch, head){% if lengths %} + here.q_start{% endif %};
 # endif

@@ -112,7 +112,7 @@ fn load_classes({{ here_parameter }}base: u32, row0: u32, row_end: u32, group: u
 struct Span { first: u32, end: u32, kind: u32 }
 
 // The first tiles from `from_tile` on of which the mask shows something, as far as one class and one group of blocks reaches.
-fn seen_span({{ here_parameter }}classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> Span {
+fn visible_span({{ here_parameter }}classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> Span {
   var tile = from_tile;
   loop {
     if (tile >= tiles.end) { break; }
@@ -170,7 +170,7 @@ fn tile_class({{ here_parameter }}base: u32, query0: u32, query_end: u32, key0: 
 
 // The first tile from `tile` on of which the mask shows something.
 # if rows_are_keys
-fn seen_tile({{ here_parameter }}base: u32, tiles: QueryTiles, key0: u32, key_end: u32, from_tile: u32) -> u32 {
+fn visible_tile({{ here_parameter }}base: u32, tiles: QueryTiles, key0: u32, key_end: u32, from_tile: u32) -> u32 {
   var tile = from_tile;
   while (tile < tiles.end && (tile_class({{ here_argument }}base, tile * TILE_COLUMNS, (tile + 1u) * TILE_COLUMNS, key0, key_end) & 1u) == 0u) {
     tile += 1u;
@@ -178,7 +178,7 @@ fn seen_tile({{ here_parameter }}base: u32, tiles: QueryTiles, key0: u32, key_en
   return tile;
 }
 # else
-fn seen_tile({{ here_parameter }}base: u32, tiles: KeyTiles, query0: u32, query_end: u32, from_tile: u32) -> u32 {
+fn visible_tile({{ here_parameter }}base: u32, tiles: KeyTiles, query0: u32, query_end: u32, from_tile: u32) -> u32 {
   var tile = from_tile;
   while (tile < tiles.end && (tile_class({{ here_argument }}base, query0, query_end, tile * TILE_COLUMNS, (tile + 1u) * TILE_COLUMNS) & 1u) == 0u) {
     tile = next_tile(tiles, tile);
@@ -191,7 +191,7 @@ fn seen_tile({{ here_parameter }}base: u32, tiles: KeyTiles, query0: u32, query_
 # if hides and not cooperative
 
 // Which of a row's four columns the band, the mask and the bias leave visible.
-fn sees4(row: u32, column: u32) -> vec4<bool> {
+fn pair_visible4(row: u32, column: u32) -> vec4<bool> {
   return visible4(row, column){% if mask %} & mask4(row, column){% endif %}{% if bias %} & (bitcast<vec4<u32>>(bias4(row, column)) != vec4<u32>(0xff800000u)){% endif %};
 }
 # endif
@@ -204,11 +204,11 @@ fn share(query: u32, row_lse: f32) -> f32 {
   var count = 0.0;
 # if rows_are_keys
   for (var key = 0u; key < {{ sequence }}.seq_k; key += 1u) {
-    count += select(0.0, 1.0, sees4(key, query).x && bias_at(query, key) == row_lse);
+    count += select(0.0, 1.0, pair_visible4(key, query).x && bias_at(query, key) == row_lse);
   }
 # else
   for (var key = 0u; key < {{ sequence }}.seq_k; key += 4u) {
-    count += dot(vec4<f32>(1.0), select(vec4<f32>(), vec4<f32>(1.0), sees4(query, key) & (bias4(query, key) == vec4<f32>(row_lse))));
+    count += dot(vec4<f32>(1.0), select(vec4<f32>(), vec4<f32>(1.0), pair_visible4(query, key) & (bias4(query, key) == vec4<f32>(row_lse))));
   }
 # endif
   return 1.0 / max(count, 1.0);

@@ -6,8 +6,8 @@ enable wgpu_cooperative_matrix;
 # include "params.wgsl"
 # include "tile_work.wgsl"
 # include "mask.wgsl"
-# if repair_rows
-# include "repairs.wgsl"
+# if fallback_rows
+# include "fallback.wgsl"
 # endif
 # include "operands.wgsl"
 # if column_scales

@@ -1,20 +1,20 @@
 {#- Opens `main` of a kernel that has tiles: the workgroup's tile of rows, where their operands lie, and the tiles of columns that
     it meets. Rows of one query head know where their lse and delta lie; a key head's columns are of several query heads. -#}
 # set row_limit = ("here.k_rows" if rows_are_keys else "here.q_rows") if lengths else ("params.seq_k" if rows_are_keys else "params.seq_q")
-# set flags = "strips" if cooperative else "memory"
+# set flags = "score_rows" if cooperative else "memory"
 # if sanitize or repairs
 // Whether the cooperative kernel has reported rows of a workgroup's tile.
-fn has_report(index: u32) -> bool {
+fn has_fallback(index: u32) -> bool {
   if (index >= params.workgroups) { return false; }
   let work = tile_work(index);
 # if lengths
   let here = load_sequence(work.sequence);
 # endif
 # if sanitize
-  return repairs[repair_slot({{ here_argument }}work, work.tile)] != 0u;
+  return repairs[fallback_slot({{ here_argument }}work, work.tile)] != 0u;
 # else
   let row0 = work.tile * TILE_ROWS;
-  return to_repair({{ here_argument }}work, row0, min(row0 + TILE_ROWS, {{ row_limit }}));
+  return has_fallback_rows({{ here_argument }}work, row0, min(row0 + TILE_ROWS, {{ row_limit }}));
 # endif
 }
 
@@ -30,7 +30,7 @@ fn has_report(index: u32) -> bool {
   let column_limit = {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }};
   let row_end = min(row0 + TILE_ROWS, row_limit);
 # if batch == 1 and (sanitize or repairs)
-  if (thread == 0u) { {{ flags }}[0] = vec4<f32>(select(0.0, 1.0, has_report(index))); }
+  if (thread == 0u) { {{ flags }}[0] = vec4<f32>(select(0.0, 1.0, has_fallback(index))); }
   if (workgroupUniformLoad(&{{ flags }}[0]).x == 0.0) { return; }
 # endif
 # for operand in (loads + stores) if not (rows_are_keys and operand.name in ["q", "d_o"])
@@ -45,7 +45,7 @@ fn has_report(index: u32) -> bool {
   let lse_base = operand_base(params.lse, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
 # endif
 # if "row_terms" in names
-  let terms_base = operand_base(params.row_terms, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
+  let stats_base = operand_base(params.row_terms, work.batch, work.head){% if lengths %} + here.q_start{% endif %};
 # endif
 # if "key_scales" in names
   let scales_base = operand_base(params.key_scales, work.batch, work.kv_head){% if lengths %} + here.k_start{% endif %};
@@ -63,5 +63,5 @@ fn has_report(index: u32) -> bool {
 # endif
 # endif
 # if cooperative or not bias
-  let open = open_tiles({{ here_argument }}row0, row_end);
+  let full = full_tiles({{ here_argument }}row0, row_end);
 # endif

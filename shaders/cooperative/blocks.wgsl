@@ -5,11 +5,11 @@
     each with a name of its own: drivers do not keep indexed arrays there. Two kinds of product:
 
       product(s, a, b)        s[row, column] = sum over features of a[row] * b[column]
-      accumulate(x, b)        x[row] += sum over columns of weights[row, column] * b[column]
+      accumulate(x, b)        x[row] += sum over columns of p_tile[row, column] * b[column]
 
     Columns are staged in workgroup memory for all subgroups; twice, so that one tile is in use while the next one is written,
     and one barrier a tile is enough, or once, where the memory is better spent on more workgroups. WGSL has no arithmetic on a fragment's elements, so scores go through workgroup memory to
-    become weights: `park` leaves a row of fragments in the subgroup's strip, `take` reads them back by rows, LANES_A_ROW
+    become weights: `store_rows` leaves a row of fragments in the subgroup's strip, `load_rows` reads them back by rows, LANES_A_ROW
     lanes to a row. Only the subgroup's own lanes stand between; a strip's second use waits for all of them.
 
     Fragments have no hidden elements: where a hidden column is NaN or infinite, its zero weight makes a NaN of the results.
@@ -23,7 +23,7 @@
     what a row does not see.
 
     Workgroup memory is what decides how many workgroups run at a time, and what the driver has left for registers that it
-    cannot keep: rows of fragments take turns in one strip, p and d_s in one place for weights, and flags use the strips. Every
+    cannot keep: rows of fragments take turns in one strip, p and d_s in one place for weights, and flags use the score_rows. Every
     array's size is a multiple of 16 bytes, in whatever order a driver lays them out: NVIDIA's loads a fragment from an address
     that is none as if it were rounded down. -#}
 
@@ -34,22 +34,22 @@
 # macro declare()
 const LANES_A_ROW: u32 = {{ lanes // side }}u;
 // Rows are padded so that neighbours start in different banks; fragment loads want multiples of 16 bytes.
-const STRIP_ROW: u32 = {{ strip_row }}u;
-const WEIGHT_ROW: u32 = {{ weight_row }}u;
+const SCORE_ROW: u32 = {{ score_row }}u;
+const P_ROW: u32 = {{ p_row }}u;
 # for b in staged
 const {{ b | upper }}_ROW: u32 = {{ staged_rows[b] }}u;
 const {{ b | upper }}_TILE: u32 = {{ staged_rows[b] * tile_columns }}u;
 var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ stages * staged_rows[b] * tile_columns }}>;
 # endfor
-var<workgroup> strips: array<vec4<f32>, {{ subgroups * side * strip_row }}>;
-var<workgroup> weights: array<vec4<f16>, {{ subgroups * row_fragments * side * weight_row }}>;
-# if column_terms > 0
+var<workgroup> score_rows: array<vec4<f32>, {{ subgroups * side * score_row }}>;
+var<workgroup> p_tile: array<vec4<f16>, {{ subgroups * row_fragments * side * p_row }}>;
+# if stats_per_column > 0
 // What goes with each column: of queries what lse and delta add, in bf16 what takes the token scales out.
-var<workgroup> terms: array<vec4<f32>, {{ stages * column_terms * tile_columns // 4 }}>;
+var<workgroup> column_stats: array<vec4<f32>, {{ stages * stats_per_column * tile_columns // 4 }}>;
 # endif
 # if "row_terms" in names
 // What weights may reach before their unit follows in the second run, within f16.
-const MOST_WEIGHT: f32 = 32768.0;
+const UNIT_LIMIT: f32 = 32768.0;
 # endif
 
 // By the bits: compilers may take for granted that a float comparison meets no NaN.
@@ -71,15 +71,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # macro begin()
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
   let last_column = {{ "max(column_limit, 1u)" if lengths else "column_limit" }} - 1u;
-  let strip = subgroup * {{ side * strip_row }}u;
+  let subgroup_scores = subgroup * {{ side * score_row }}u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
-  let strip_at = strip + lane_row * STRIP_ROW + part;
-  let subgroup_weights = subgroup * {{ row_fragments * side * weight_row }}u;
-  let weight_at = subgroup_weights + lane_row * WEIGHT_ROW + part;
+  let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
+  let subgroup_p = subgroup * {{ row_fragments * side * p_row }}u;
+  let p_at = subgroup_p + lane_row * P_ROW + part;
 # for r in range(row_fragments)
-  var broken_{{ r }} = false;
+  var fallback_{{ r }} = false;
   let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
 # endfor
 # endmacro
@@ -121,12 +121,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for r, n in pairs(row_fragments, fragment_quads)
   {{ each_quad(n) }} {
     let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
-    weights[weight_at - part + {{ r * side * weight_row }}u + quad] = {{ halves("raw", a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign) }};
+    p_tile[p_at - part + {{ r * side * p_row }}u + quad] = {{ halves("raw", a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign) }};
   } }
 # endfor
   {{ sync() }}
 # for r in range(row_fragments)
-  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[subgroup_weights + {{ r * side * weight_row }}u], WEIGHT_ROW);
+  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&p_tile[subgroup_p + {{ r * side * p_row }}u], P_ROW);
 # endfor
   {{ sync() }}
 # endfor
@@ -209,9 +209,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var mask_words_{{ r }} = vec2<u32>();
 # endfor
 # endif
-# for n in range(term_shares)
+# for n in range(column_shares)
 # if rows_are_keys
-  var row_term_{{ n }} = vec2<f32>();
+  var lse_delta_{{ n }} = vec2<f32>();
 # endif
 # if column_scales
   var token_scale_{{ n }} = vec2<f32>();
@@ -229,9 +229,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Where a thread has an n-th column. -#}
-{%- macro if_term(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
+{%- macro if_column(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
 
-{#- Reads what the mask says of each of a lane's rows and the 64 columns around a tile, where the tile's span is mixed. -#}
+{#- Reads what the mask says of each of a lane's rows and the 64 columns around a tile, where the tile's span is mask_partial. -#}
 # macro fetch_mask(tile)
 # if mask_words
   if (span.kind != 1u) {
@@ -244,7 +244,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- The 32 columns around a tile, before those of the next span come. -#}
-# macro take_mask()
+# macro mask_of_tile()
 # if mask_words
 # for r in range(row_fragments)
     let mask_{{ r }} = select(mask_words_{{ r }}.x, mask_words_{{ r }}.y, (column0 & 32u) != 0u) >> (column0 % 32u);
@@ -256,16 +256,16 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for b in staged
 {{ fetch(b, column) }}
 # endfor
-# if column_terms > 0
-# for n in range(term_shares)
-    {{ if_term(n) }}{
+# if stats_per_column > 0
+# for n in range(column_shares)
+    {{ if_column(n) }}{
       let source = min({{ column }} + thread + {{ n * threads }}u, last_column);
 # if rows_are_keys
 # if column_fragments > 1
 {#- One by one is faster with tiles of 32 queries and slower with those of 16, on an NVIDIA H200: benches/results/2026-11-28-h200-unseen.md. -#}
-      row_term_{{ n }} = vec2<f32>(row_terms[terms_base + source].x, row_terms[terms_base + source].y);
+      lse_delta_{{ n }} = vec2<f32>(row_terms[stats_base + source].x, row_terms[stats_base + source].y);
 # else
-      row_term_{{ n }} = row_terms[terms_base + source].xy;
+      lse_delta_{{ n }} = row_terms[stats_base + source].xy;
 # endif
 # endif
 # if column_scales
@@ -280,26 +280,26 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for b in staged
 {{ put(b, "stage") }}
 # endfor
-# if column_terms > 0
-# for n in range(term_shares)
-    {{ if_term(n) }}{
+# if stats_per_column > 0
+# for n in range(column_shares)
+    {{ if_column(n) }}{
       let item = thread + {{ n * threads }}u;
-      let at = stage * {{ column_terms * tile_columns // 4 }}u + item / 4u;
+      let at = stage * {{ stats_per_column * tile_columns // 4 }}u + item / 4u;
 # if rows_are_keys
-      terms[at][item % 4u] = {% if bias %}select(15.0 - {{ shift("row_term_" ~ n ~ ".x") }}, -params.negative_infinity, row_term_{{ n }}.x <= ABSORBING){% else %}15.0 - {{ shift("row_term_" ~ n ~ ".x") }}{% endif %};
-      terms[at + {{ tile_columns // 4 }}u][item % 4u] = -row_term_{{ n }}.y;
+      column_stats[at][item % 4u] = {% if bias %}select(15.0 - {{ shift("lse_delta_" ~ n ~ ".x") }}, -params.negative_infinity, lse_delta_{{ n }}.x <= ABSORBING){% else %}15.0 - {{ shift("lse_delta_" ~ n ~ ".x") }}{% endif %};
+      column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = -lse_delta_{{ n }}.y;
 # endif
 # if column_scales
       // A token that is not finite has no scale to take out.
       let powers = select(token_scale_{{ n }}, vec2<f32>(1.0), token_scale_{{ n }} > vec2<f32>(1e30));
 # set first = 2 if rows_are_keys else 0
-      terms[at + {{ first * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.x;
+      column_stats[at + {{ first * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.x;
 # if softmax
       // Values' powers go with the scores, and out of the sum of probabilities.
-      terms[at + {{ tile_columns // 4 }}u][item % 4u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
-      terms[at + {{ 2 * tile_columns // 4 }}u][item % 4u] = powers.y;
+      column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
+      column_stats[at + {{ 2 * tile_columns // 4 }}u][item % 4u] = powers.y;
 # else
-      terms[at + {{ (first + 1) * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.y;
+      column_stats[at + {{ (first + 1) * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.y;
 # endif
 # endif
     }
@@ -336,11 +336,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- A term of the columns of a lane's n-th quad: of queries what lse (0) and delta (1) add; then what takes the scales of the first
     and of the second staged operand out. -#}
-{%- macro term(n, which) %}terms[stage * {{ column_terms * tile_columns // 4 }}u + part + {{ n * lanes // side + which * tile_columns // 4 }}u]{% endmacro -%}
-{%- macro column_inverse(n, which) %}{{ term(n, which + (2 if rows_are_keys else 0)) }}{% endmacro -%}
+{%- macro column_stat(n, which) %}column_stats[stage * {{ stats_per_column * tile_columns // 4 }}u + part + {{ n * lanes // side + which * tile_columns // 4 }}u]{% endmacro -%}
+{%- macro column_inverse(n, which) %}{{ column_stat(n, which + (2 if rows_are_keys else 0)) }}{% endmacro -%}
 
 {#- What lse and delta add in the subgroup's rows. -#}
-# macro row_terms()
+# macro row_stats()
 # for r in range(row_fragments)
   var shift_{{ r }} = 0.0;
   var delta_{{ r }} = 0.0;
@@ -348,7 +348,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
   var d_q_unit_{{ r }} = 1.0;
 # endif
   if (row_{{ r }} < row_limit) {
-    let own = row_terms[terms_base + row_{{ r }}];
+    let own = row_terms[stats_base + row_{{ r }}];
     shift_{{ r }} = {{ shift("own.x") }};
     delta_{{ r }} = own.y;
 # if not units
@@ -356,7 +356,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endif
 # if bias
     // Its probabilities take counting its keys.
-    broken_{{ r }} = own.x <= ABSORBING;
+    fallback_{{ r }} = own.x <= ABSORBING;
 # endif
   }
 # endfor
@@ -380,9 +380,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Leaves a row of fragments in the strip, and waits for it. -#}
-# macro park(s, r)
+# macro store_rows(s, r)
 # for c in range(column_fragments)
-    coopStoreT({{ s }}_{{ r }}_{{ c }}, &strips[strip + {{ c * side // 4 }}u], STRIP_ROW);
+    coopStoreT({{ s }}_{{ r }}_{{ c }}, &score_rows[subgroup_scores + {{ c * side // 4 }}u], SCORE_ROW);
 # endfor
     {{ sync() }}
 # endmacro
@@ -391,9 +391,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro quad_column(n) %}column0 + 4u * ({{ n * lanes // side }}u + part){% endmacro -%}
 
 {#- Reads a row of fragments back by rows, without the scales of the columns' first (0) or second (1) operand. -#}
-# macro take(x, r, which)
+# macro load_rows(x, r, which)
 # for n in range(lane_quads)
-    var {{ x }}_{{ r }}_{{ n }} = strips[strip_at + {{ n * lanes // side }}u]{% if column_scales %} * {{ column_inverse(n, which) }}{% endif %};
+    var {{ x }}_{{ r }}_{{ n }} = score_rows[score_at + {{ n * lanes // side }}u]{% if column_scales %} * {{ column_inverse(n, which) }}{% endif %};
 # endfor
     {{ sync() }}
 # endmacro
@@ -404,19 +404,19 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- `value` instead of what is hidden, whatever was computed there, and zeros in what `also` names. What happens rarely is a loop that runs once, not an if:
     NVIDIA's compiler leaves the registers of fragments where they are. -#}
 # macro hide(x, value, also="", before="")
-    var hides_{{ before ~ x }} = masked{{ " || mixed" if mask }};
+    var hides_{{ before ~ x }} = is_partial{{ " || mask_partial" if mask }};
     loop {
       if (!hides_{{ before ~ x }}) { break; }
       hides_{{ before ~ x }} = false;
 # for r in range(row_fragments)
 # if mask_words
       // A bit for each column.
-      var seen_{{ r }} = select(0xffffffffu, mask_{{ r }}, mixed);
-      if (masked) { seen_{{ r }} &= visible_bits(row_{{ r }}, column0); }
-      seen_{{ r }} >>= 4u * part;
+      var visible_{{ r }} = select(0xffffffffu, mask_{{ r }}, mask_partial);
+      if (is_partial) { visible_{{ r }} &= visible_bits(row_{{ r }}, column0); }
+      visible_{{ r }} >>= 4u * part;
 # endif
 # for n in range(lane_quads)
-      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {% if mask_words %}(vec4<u32>(seen_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>(){% else %}{{ visible(r, n) }}{% if mask %} & mask4(row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endif %});
+      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {% if mask_words %}(vec4<u32>(visible_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>(){% else %}{{ visible(r, n) }}{% if mask %} & mask4(row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endif %});
 # if also
       {{ also }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ also }}_{{ r }}_{{ n }}, {{ x }}_{{ r }}_{{ n }} != vec4<f32>());
 # endif
@@ -496,9 +496,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Leaves what was taken and changed as weights for `accumulate`, and waits for it. -#}
-# macro keep_weights(x)
+# macro store_p(x)
 # for r, n in pairs(row_fragments, lane_quads)
-    weights[weight_at + {{ r * side * weight_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
+    p_tile[p_at + {{ r * side * p_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
 # endfor
     {{ sync() }}
 # endmacro
@@ -512,18 +512,18 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # endmacro
 
-{#- x[row] += sum over columns of weights[row, column] * b[column]. -#}
+{#- x[row] += sum over columns of p_tile[row, column] * b[column]. -#}
 # macro accumulate(x, b, stage)
 # for c in range(column_fragments)
     {
 # for r in range(row_fragments)
-      let weight_{{ r }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&weights[subgroup_weights + {{ r * side * weight_row + c * side // 4 }}u], WEIGHT_ROW);
+      let left_{{ r }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&p_tile[subgroup_p + {{ r * side * p_row + c * side // 4 }}u], P_ROW);
 # endfor
 # for f in range(fragments[b])
       {
         let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
 # for r in range(row_fragments)
-        {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd(weight_{{ r }}, column, {{ x }}_{{ r }}_{{ f }});
+        {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd(left_{{ r }}, column, {{ x }}_{{ r }}_{{ f }});
 # endfor
       }
 # endfor
@@ -534,12 +534,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- Multiplies the rows of an accumulator, which few tiles do: through the strip. -#}
 # macro rescale(x, operand, factor)
 # for r, f in pairs(row_fragments, fragments[operand])
-{{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+{{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
 # for n in range(fragment_quads)
-      {{ each_quad(n) }} { strips[strip_at - part + quad] *= {{ factor ~ r }}; } }
+      {{ each_quad(n) }} { score_rows[score_at - part + quad] *= {{ factor ~ r }}; } }
 # endfor
       {{ sync() }}
-      {{ x }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&strips[strip], STRIP_ROW);
+      {{ x }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
 # endfor
       {{ sync() }}
 # endmacro
@@ -564,13 +564,13 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for r in range(row_fragments)
       var factor_{{ r }} = 1.0;
       {
-        var most4 = abs({{ w }}_{{ r }}_0);
+        var largest4 = abs({{ w }}_{{ r }}_0);
 # for n in range(1, lane_quads)
-        most4 = max(most4, abs({{ w }}_{{ r }}_{{ n }}));
+        largest4 = max(largest4, abs({{ w }}_{{ r }}_{{ n }}));
 # endfor
-        var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
-{{ reduce_row("most", "max") }}
-        let exponent = i32(bitcast<u32>(most) >> 23u) - 127;
+        var largest = max(max(largest4.x, largest4.y), max(largest4.z, largest4.w));
+{{ reduce_row("largest", "max") }}
+        let exponent = i32(bitcast<u32>(largest) >> 23u) - 127;
         // No unit takes infinity or NaN: the row is reported.
         if (exponent < 128 && {{ condition | replace("ROW", r) }}) {
           factor_{{ r }} = bitcast<f32>(u32(127 + clamp(-6 - exponent, -100, 100)) << 23u);
@@ -586,7 +586,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- Sets units of rows that have none. -#}
 # macro set_units(w, x)
     {
-{{ follow(w, x, x ~ "_waits_ROW && most > 0.0", x ~ "_waits_ROW = false;") }}
+{{ follow(w, x, x ~ "_waits_ROW && largest > 0.0", x ~ "_waits_ROW = false;") }}
     }
 # endmacro
 
@@ -596,11 +596,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
     reported. In the second run the unit follows such weights. -#}
 # macro keep_in_unit(w, x, operand, also=[])
 # if sanitize
-    var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(MOST_WEIGHT)){% endfor %}{% endfor %}));
+    var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(UNIT_LIMIT)){% endfor %}{% endfor %}));
     loop {
       if (!grows_{{ x }}) { break; }
       grows_{{ x }} = false;
-{{ follow(w, x, "most > MOST_WEIGHT") }}
+{{ follow(w, x, "largest > UNIT_LIMIT") }}
 # for r in range(row_fragments)
 # for n in range(lane_quads)
       {{ w }}_{{ r }}_{{ n }} *= factor_{{ r }};
@@ -612,14 +612,14 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {{ rescale(x, operand, "factor_") }}
     }
 # endif
-{{ keep_weights(w) }}
+{{ store_p(w) }}
 # endmacro
 
 {#- The walk begins at a tile of which all rows see something, if there is one, goes on from the first one, and ends when all rows
     have a unit. A row without weights has none to the end. -#}
 # macro begin_walk()
 # if not mask
-  let walk_tile = clamp({{ "open.start" if rows_are_keys else "(max(open.end, 1u) - 1u)" }} / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
+  let walk_tile = clamp({{ "full.start" if rows_are_keys else "(max(full.end, 1u) - 1u)" }} / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
   var next_of_walk = tiles.first;
   var is_first = true;
 # endif
@@ -643,7 +643,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # macro restart()
 # if mask
   classes = Classes(0u, 0xffffffffu);
-  span = seen_span({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+  span = visible_span({{ class_arguments }}, tiles, row0, row_end, tiles.first);
   next_shown = first_tile;
 # endif
 {{ fetch_first() }}
@@ -656,15 +656,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for b in staged
         {
           let at = stage * {{ b | upper }}_TILE + column * {{ b | upper }}_ROW;
-          var is_bad = false;
+          var is_nonfinite = false;
           for (var quad = 0u; quad < {{ staged_quads[b] }}u; quad += 1u) {
             let x = vec4<f32>({{ b }}_stage[at + quad]);
             if (!is_finite4(x)) {
               {{ b }}_stage[at + quad] = vec4<f16>();
-              is_bad = true;
+              is_nonfinite = true;
             }
           }
-          {{ b }}_stage[at + {{ staged_quads[b] }}u] = vec4<f16>(select(0.0h, 1.0h, is_bad));
+          {{ b }}_stage[at + {{ staged_quads[b] }}u] = vec4<f16>(select(0.0h, 1.0h, is_nonfinite));
         }
 # endfor
       }
@@ -673,33 +673,33 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- In the second run: finds the rows that see such a column. -#}
-# macro find_broken()
+# macro find_fallback()
 # if sanitize
 # for r, n in pairs(row_fragments, lane_quads)
-      var bad_{{ r }}_{{ n }} = vec4<f32>();
+      var nonfinite_{{ r }}_{{ n }} = vec4<f32>();
       {
         let column = 4u * ({{ n * lanes // side }}u + part);
 # for e in range(4)
 # for b in staged
-        bad_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (column + {{ e }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
+        nonfinite_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (column + {{ e }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
 # endfor
 # endfor
 # if bias
-        bad_{{ r }}_{{ n }} = select(bad_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(row_{{ r }}, column0 + column)) == vec4<u32>(0xff800000u));
+        nonfinite_{{ r }}_{{ n }} = select(nonfinite_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(row_{{ r }}, column0 + column)) == vec4<u32>(0xff800000u));
 # endif
       }
 # endfor
-{{ hide("bad", "0.0") }}
+{{ hide("nonfinite", "0.0") }}
 # for r in range(row_fragments)
-      broken_{{ r }} = broken_{{ r }}{% for n in range(lane_quads) %} || any(bad_{{ r }}_{{ n }} != vec4<f32>()){% endfor %};
+      fallback_{{ r }} = fallback_{{ r }}{% for n in range(lane_quads) %} || any(nonfinite_{{ r }}_{{ n }} != vec4<f32>()){% endfor %};
 # endfor
 # endif
 # endmacro
 
 {#- Leaves one fragment of an accumulator in the strip. -#}
-# macro park_fragment(x)
+# macro store_fragment(x)
     {{ sync() }}
-    coopStoreT({{ x }}, &strips[strip], STRIP_ROW);
+    coopStoreT({{ x }}, &score_rows[subgroup_scores], SCORE_ROW);
     {{ sync() }}
 # endmacro
 
@@ -713,12 +713,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
     let rest_base = o_rest_base + row_{{ r }} * params.o_rest.seq;
 # endif
 # for f in range(fragments[operand])
-{{ park_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+{{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
 # for n in range(fragment_quads)
     {{ each_quad(n) }} {
       if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
-        let result = strips[strip_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
-        broken_{{ r }} = broken_{{ r }} || !is_finite4(result);
+        let result = score_rows[score_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
+        fallback_{{ r }} = fallback_{{ r }} || !is_finite4(result);
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
 # if o_rest
         store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
@@ -731,36 +731,36 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # endmacro
 
-{#- Whether `flag`, the same in a subgroup, holds in any of them. All have read their columns then, and strips are free. -#}
+{#- Whether `flag`, the same in a subgroup, holds in any of them. All have read their columns then, and score_rows are free. -#}
 # macro any_subgroup(name, flag)
     workgroupBarrier();
-    if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, {{ flag }})); }
+    if (lane == 0u) { score_rows[subgroup] = vec4<f32>(select(0.0, 1.0, {{ flag }})); }
     workgroupBarrier();
     {{ name }} = false;
-    for (var n = 0u; n < {{ subgroups }}u; n += 1u) { {{ name }} = {{ name }} || strips[n].x > 0.0; }
+    for (var n = 0u; n < {{ subgroups }}u; n += 1u) { {{ name }} = {{ name }} || score_rows[n].x > 0.0; }
 # endmacro
 
 {#- Reports whether rows of the tile are to be computed again, and, where there are any, which. -#}
-# macro report()
-  let subgroup_broken = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(broken_{{ r }} && row_{{ r }} < row_limit){% endfor %});
-  var any_broken = false;
-{{ any_subgroup("any_broken", "subgroup_broken") }}
-  let slot = repair_slot({{ here_argument }}work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(any_broken); }
-  var reports = any_broken;
+# macro report_fallback()
+  let subgroup_fallback = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(fallback_{{ r }} && row_{{ r }} < row_limit){% endfor %});
+  var any_fallback = false;
+{{ any_subgroup("any_fallback", "subgroup_fallback") }}
+  let slot = fallback_slot({{ here_argument }}work, work.tile);
+  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  var has_any = any_fallback;
   loop {
-    if (!reports) { break; }
-    reports = false;
+    if (!has_any) { break; }
+    has_any = false;
     workgroupBarrier();
 # for r in range(row_fragments)
-    var report_{{ r }} = select(0.0, 1.0, broken_{{ r }});
-{{ reduce_row("report_" ~ r, "max") }}
-    if (part == 0u) { strips[row_{{ r }} - row0] = vec4<f32>(report_{{ r }}); }
+    var reported_{{ r }} = select(0.0, 1.0, fallback_{{ r }});
+{{ reduce_row("reported_" ~ r, "max") }}
+    if (part == 0u) { score_rows[row_{{ r }} - row0] = vec4<f32>(reported_{{ r }}); }
 # endfor
     workgroupBarrier();
     if (thread < {{ (tile_rows + 31) // 32 }}u) {
       var bits = 0u;
-      for (var n = 0u; n < min({{ tile_rows }}u - thread * 32u, 32u); n += 1u) { bits |= u32(strips[thread * 32u + n].x) << n; }
+      for (var n = 0u; n < min({{ tile_rows }}u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
       repairs[slot + 1u + thread] = bits;
     }
   }

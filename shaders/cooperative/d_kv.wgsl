@@ -50,12 +50,12 @@
 # macro weigh_values()
 {{ blocks.begin_scores() }}
 # for r in range(row_fragments)
-{{ blocks.park("s", r) }}
-{{ blocks.take("x", r, 0) }}
+{{ blocks.store_rows("s", r) }}
+{{ blocks.load_rows("x", r, 0) }}
 # endfor
 {{ blocks.make_scores("x", "derivative") }}
 # for r, n in pairs(row_fragments, lane_quads)
-    var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ blocks.term(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ blocks.score_scale(r) }}), {{ blocks.term(n, 0) }}){% endif %});
+    var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ blocks.column_stat(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ blocks.score_scale(r) }}), {{ blocks.column_stat(n, 0) }}){% endif %});
 # endfor
 # if bias
     // A key that the bias hides keeps weight 0, where the lse of a reported query makes its score a NaN.
@@ -78,7 +78,7 @@
 # if column_scales
 {{ blocks.keep_in_unit("w", "d_v", "d_o") }}
 # else
-{{ blocks.keep_weights("p") }}
+{{ blocks.store_p("p") }}
 # endif
 {{ cap_probabilities() }}
 # endmacro
@@ -101,13 +101,13 @@
 {#- d_s = p (d_p - delta), in the unit of d_k. -#}
 # macro weigh()
 # for r in range(row_fragments)
-{{ blocks.park("d_p", r) }}
-{{ blocks.take("y", r, 1) }}
+{{ blocks.store_rows("d_p", r) }}
+{{ blocks.load_rows("y", r, 1) }}
 # for n in range(lane_quads)
 # if column_scales
-    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(v_inverse_{{ r }}), {{ blocks.term(n, 1) }});
+    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(v_inverse_{{ r }}), {{ blocks.column_stat(n, 1) }});
 # else
-    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * (y_{{ r }}_{{ n }} + {{ blocks.term(n, 1) }});
+    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * (y_{{ r }}_{{ n }} + {{ blocks.column_stat(n, 1) }});
 # endif
 # endfor
 # endfor
@@ -128,7 +128,7 @@
 # macro score_gradients()
 {{ weigh() }}
 {{ blocks.keep_in_unit("d_s", "d_k", "q") }}
-{{ blocks.find_broken() }}
+{{ blocks.find_fallback() }}
 # endmacro
 
 # macro accumulate_d_k()
@@ -143,5 +143,5 @@
 # endfor
 {{ blocks.store("d_k", "d_k", "d_k_factor_") }}
 {{ blocks.store("d_v", "d_v", "d_v_factor_") }}
-{{ blocks.report() }}
+{{ blocks.report_fallback() }}
 # endmacro

@@ -15,7 +15,7 @@
 {{ blocks.resident("d_o") }}
 {{ blocks.row_scales("q") }}
 {{ blocks.begin_units() }}
-{{ blocks.row_terms() }}
+{{ blocks.row_stats() }}
 # endmacro
 
 # macro find_units()
@@ -54,13 +54,13 @@
 # macro weigh(counts)
 {{ blocks.begin_scores() }}
 # for r in range(row_fragments)
-{{ blocks.park("s", r) }}
-{{ blocks.take("x", r, 0) }}
+{{ blocks.store_rows("s", r) }}
+{{ blocks.load_rows("x", r, 0) }}
 # endfor
 {{ blocks.make_scores("x", "derivative") }}
 # for r in range(row_fragments)
-{{ blocks.park("d_p", r) }}
-{{ blocks.take("y", r, 1) }}
+{{ blocks.store_rows("d_p", r) }}
+{{ blocks.load_rows("y", r, 1) }}
 # endfor
 # for r in range(row_fragments)
 # for n in range(lane_quads)
@@ -97,7 +97,7 @@
 # macro score_gradients()
 {{ weigh(true) }}
 {{ blocks.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
-{{ blocks.find_broken() }}
+{{ blocks.find_fallback() }}
 # endmacro
 
 # macro accumulate()
@@ -115,10 +115,10 @@
 {{ blocks.reduce_row("moment_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = moment_{{ r }} / d_q_unit_{{ r }};
-    broken_{{ r }} = broken_{{ r }} || !is_finite4(vec4<f32>(total));
+    fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
     alibi_moments[moments_base + row_{{ r }}] = total;
   }
 # endfor
 # endif
-{{ blocks.report() }}
+{{ blocks.report_fallback() }}
 # endmacro

@@ -12,14 +12,14 @@
 {{ blocks.row_scales("q") }}
 # for r in range(row_fragments)
   var sum_{{ r }} = 0.0;
-  var most_{{ r }} = 0.0;
+  var largest_{{ r }} = 0.0;
   var shift_{{ r }} = 0.0;
   if (row_{{ r }} < row_limit) {
     let own = lse[lse_base + row_{{ r }}];
     shift_{{ r }} = {{ blocks.shift("probability_lse(own)") }};
 # if bias
     // Its probabilities take counting its keys; of none there is nothing to count.
-    broken_{{ r }} = own <= ABSORBING && own != params.negative_infinity;
+    fallback_{{ r }} = own <= ABSORBING && own != params.negative_infinity;
 # endif
   }
 # endfor
@@ -39,13 +39,13 @@
 # macro accumulate()
 {{ blocks.begin_scores() }}
 # for r in range(row_fragments)
-{{ blocks.park("s", r) }}
-{{ blocks.take("x", r, 0) }}
+{{ blocks.store_rows("s", r) }}
+{{ blocks.load_rows("x", r, 0) }}
 # endfor
 {{ blocks.make_scores("x", "") }}
 # for r in range(row_fragments)
-{{ blocks.park("d_p", r) }}
-{{ blocks.take("y", r, 1) }}
+{{ blocks.store_rows("d_p", r) }}
+{{ blocks.load_rows("y", r, 1) }}
 # for n in range(lane_quads)
     var p_d_p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * y_{{ r }}_{{ n }};
 # endfor
@@ -68,7 +68,7 @@
 # for n in range(1, lane_quads)
       sizes = max(sizes, abs(p_d_p_{{ r }}_{{ n }}));
 # endfor
-      most_{{ r }} = max(most_{{ r }}, max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)));
+      largest_{{ r }} = max(largest_{{ r }}, max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)));
     }
 # endfor
 {{ blocks.next_stage() }}
@@ -77,12 +77,12 @@
 # macro finish()
 # for r in range(row_fragments)
 {{ blocks.reduce_row("sum_" ~ r, "sum") }}
-{{ blocks.reduce_row("most_" ~ r, "max") }}
+{{ blocks.reduce_row("largest_" ~ r, "max") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = sum_{{ r }}{{ blocks.inverse("d_o", r) }};
-    broken_{{ r }} = broken_{{ r }} || !is_finite4(vec4<f32>(total));
-    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ r }}, total, most_{{ r }});
+    fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
+    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ r }}, total, largest_{{ r }});
   }
 # endfor
-{{ blocks.report() }}
+{{ blocks.report_fallback() }}
 # endmacro

@@ -20,20 +20,20 @@ const THREADS_C: u32 = {{ threads_c }}u;
 const THREADS_R: u32 = {{ threads_r }}u;
 const THREADS: u32 = {{ threads }}u;
 // Feature quads staged at once for a product, and columns staged at once for an accumulation.
-const CHUNK: u32 = {{ chunk }}u;
-const SLAB: u32 = {{ slab }}u;
-const CHUNK_ROW: u32 = {{ chunk + 1 }}u;
-const WEIGHT_ROW: u32 = {{ tile_columns // 4 + 1 }}u;
-// A product stages columns, then rows; an accumulation keeps weights, then a slab of columns.
-const ROW_STAGE: u32 = {{ tile_columns * (chunk + 1) }}u;
-const SLAB_STAGE: u32 = {{ tile_rows * (tile_columns // 4 + 1) }}u;
+const K_STEP: u32 = {{ k_step }}u;
+const N_STEP: u32 = {{ n_step }}u;
+const K_STEP_ROW: u32 = {{ k_step + 1 }}u;
+const P_ROW: u32 = {{ tile_columns // 4 + 1 }}u;
+// A product stages columns, then rows; an accumulation keeps weights, then a n_step of columns.
+const ROW_STAGE: u32 = {{ tile_columns * (k_step + 1) }}u;
+const N_STAGE: u32 = {{ tile_rows * (tile_columns // 4 + 1) }}u;
 var<workgroup> memory: array<vec4<f32>, {{ memory_len }}>;
 # if partials_len > 0
 // One partial result per row and tx. Scalars: threads that write components of one vector may race.
 var<workgroup> partials: array<f32, {{ partials_len }}>;
 # endif
-// 1 + the last masked step in which some staged column was NaN or infinite.
-var<workgroup> poisoned: atomic<u32>;
+// 1 + the last is_partial step in which some staged column was NaN or infinite.
+var<workgroup> nonfinite_step: atomic<u32>;
 
 // The column of a tile that lies in a staged row.
 fn staged_column(row: u32) -> u32 {
@@ -48,7 +48,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Place in workgroup memory of a thread's i-th row of weights. -#}
-{%- macro weight_row(i) %}(ty + {{ i }}u * THREADS_R) * WEIGHT_ROW{% endmacro -%}
+{%- macro p_row(i) %}(ty + {{ i }}u * THREADS_R) * P_ROW{% endmacro -%}
 
 {#- A thread's place. -#}
 # macro begin_threads()
@@ -57,7 +57,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
   let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));
   let ty = thread / 4u % 2u + 2u * (block / (THREADS_C / 4u));
   var step = 0u;
-  if (thread == 0u) { atomicStore(&poisoned, 0u); }
+  if (thread == 0u) { atomicStore(&nonfinite_step, 0u); }
 # endmacro
 
 # macro begin()
@@ -71,7 +71,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro quad_column(c) %}column0 + 4u * (tx + {{ c }}u * THREADS_C){% endmacro -%}
 
 {#- Which of the four columns of a thread's c-th quad its i-th row sees. -#}
-{%- macro visible(i, c) %}{% if hides %}seen_{{ i }}_{{ c }}{% else %}visible4(row_{{ i }}, {{ quad_column(c) }}){% endif %}{% endmacro -%}
+{%- macro visible(i, c) %}{% if hides %}visible_{{ i }}_{{ c }}{% else %}visible4(row_{{ i }}, {{ quad_column(c) }}){% endif %}{% endmacro -%}
 
 {#- Makes scores of products, and finds out which pairs are visible, where that is more than the scale and the band. -#}
 # macro make_scores(s)
@@ -86,8 +86,8 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ s }}_{{ i }}_{{ c }} = score4({{ s }}_{{ i }}_{{ c }}, row_{{ i }}, {{ quad_column(c) }});
 # endif
 # if hides
-    var seen_{{ i }}_{{ c }} = vec4<bool>(true);
-    if (masked) { seen_{{ i }}_{{ c }} = sees4(row_{{ i }}, {{ quad_column(c) }}); }
+    var visible_{{ i }}_{{ c }} = vec4<bool>(true);
+    if (is_partial) { visible_{{ i }}_{{ c }} = pair_visible4(row_{{ i }}, {{ quad_column(c) }}); }
 # endif
 # endfor
 # endmacro
@@ -104,7 +104,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- Zero where hidden, whatever was computed there. -#}
 # macro hide(s)
-    if (masked) {
+    if (is_partial) {
 # for i, c in pairs(rows, quads)
       {{ s }}_{{ i }}_{{ c }} = select(vec4<f32>(), {{ s }}_{{ i }}_{{ c }}, {{ visible(i, c) }});
 # endfor
@@ -120,7 +120,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- Reads `count` rows of `quads` vec4 of an operand into registers, zeros beyond its end: a thread's share.
     Reads are under way while the threads wait for each other; `put` leaves them in workgroup memory. -#}
-# macro fetch(share, operand, count, quads, quad0, row, limit, slab)
+# macro fetch(share, operand, count, quads, quad0, row, limit, flags_nonfinite)
 # set total = count * quads
 # for pass in range((total + threads - 1) // threads)
   var {{ share }}_{{ pass }} = vec4<f32>();
@@ -131,8 +131,8 @@ fn is_finite4(x: vec4<f32>) -> bool {
     let source = {{ row }};
     if (source < {{ limit }}{% if (pass + 1) * threads > total %} && item < {{ total }}u{% endif %}{% if operand_quads[operand] % quads != 0 %} && quad < {{ operand_quads[operand] }}u{% endif %}) {
       {{ share }}_{{ pass }} = load_{{ operand }}({{ operand }}_base + source * params.{{ operand }}.seq, quad);
-# if slab
-      if (masked && !is_finite4({{ share }}_{{ pass }})) { atomicStore(&poisoned, step + 1u); }
+# if flags_nonfinite
+      if (is_partial && !is_finite4({{ share }}_{{ pass }})) { atomicStore(&nonfinite_step, step + 1u); }
 # endif
     }
   }
@@ -156,23 +156,23 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for i, c in pairs(rows, quads)
     var {{ s }}_{{ i }}_{{ c }} = vec4<f32>();
 # endfor
-    for (var quad0 = 0u; quad0 < {{ operand_quads[a] }}u; quad0 += CHUNK) {
-{{ fetch("column_share", b, tile_columns, chunk, "quad0", "column0 + staged_column(staged)", "column_limit", false) }}
-{{ fetch("row_share", a, tile_rows, chunk, "quad0", "row0 + staged", "row_limit", false) }}
+    for (var quad0 = 0u; quad0 < {{ operand_quads[a] }}u; quad0 += K_STEP) {
+{{ fetch("column_share", b, tile_columns, k_step, "quad0", "column0 + staged_column(staged)", "column_limit", false) }}
+{{ fetch("row_share", a, tile_rows, k_step, "quad0", "row0 + staged", "row_limit", false) }}
       workgroupBarrier();
-{{ put("column_share", "0u", "CHUNK_ROW", tile_columns, chunk) }}
-{{ put("row_share", "ROW_STAGE", "CHUNK_ROW", tile_rows, chunk) }}
+{{ put("column_share", "0u", "K_STEP_ROW", tile_columns, k_step) }}
+{{ put("row_share", "ROW_STAGE", "K_STEP_ROW", tile_rows, k_step) }}
       workgroupBarrier();
-      for (var quad = 0u; quad < CHUNK; quad += {{ unroll }}u) {
+      for (var quad = 0u; quad < K_STEP; quad += {{ unroll }}u) {
 # for u in range(unroll)
         {
 # for i in range(rows)
-          let a_{{ i }} = memory[ROW_STAGE + (ty + {{ i }}u * THREADS_R) * CHUNK_ROW + quad + {{ u }}u];
+          let a_{{ i }} = memory[ROW_STAGE + (ty + {{ i }}u * THREADS_R) * K_STEP_ROW + quad + {{ u }}u];
 # endfor
 # for c in range(quads)
           {
 # for e in range(4)
-            let b_{{ e }} = memory[(tx + {{ c * 4 + e }}u * THREADS_C) * CHUNK_ROW + quad + {{ u }}u];
+            let b_{{ e }} = memory[(tx + {{ c * 4 + e }}u * THREADS_C) * K_STEP_ROW + quad + {{ u }}u];
 # endfor
 # for e in xyzw
             let b_{{ e }} = vec4<f32>(b_0.{{ e }}, b_1.{{ e }}, b_2.{{ e }}, b_3.{{ e }});
@@ -190,44 +190,44 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- Leaves a score tile in workgroup memory as weights for `accumulate`. Whoever calls this has passed a
     barrier since the last product or accumulation read that memory. -#}
-# macro keep_weights(s)
+# macro store_p(s)
 # for i, c in pairs(rows, quads)
-    memory[{{ weight_row(i) }} + tx + {{ c }}u * THREADS_C] = {{ s }}_{{ i }}_{{ c }};
+    memory[{{ p_row(i) }} + tx + {{ c }}u * THREADS_C] = {{ s }}_{{ i }}_{{ c }};
 # endfor
 # endmacro
 
 {#- x[row] += sum over columns of weights[row, column] * b[column]. -#}
 # macro accumulate(x, b)
 # set x_quads = accumulator_quads[b]
-# set slab_row = x_quads * threads_c
-    for (var first = 0u; first < {{ tile_columns }}u; first += SLAB) {
-{{ fetch("share", b, slab, operand_quads[b], "0u", "column0 + first + staged", "column_limit", true) }}
-# if slab < tile_columns
+# set n_step_row = x_quads * threads_c
+    for (var first = 0u; first < {{ tile_columns }}u; first += N_STEP) {
+{{ fetch("share", b, n_step, operand_quads[b], "0u", "column0 + first + staged", "column_limit", true) }}
+# if n_step < tile_columns
       if (first != 0u) { workgroupBarrier(); }
 # endif
-{{ put("share", "SLAB_STAGE", slab_row ~ "u", slab, operand_quads[b]) }}
+{{ put("share", "N_STAGE", n_step_row ~ "u", n_step, operand_quads[b]) }}
       workgroupBarrier();
-      if (masked && atomicLoad(&poisoned) == step + 1u) {
+      if (is_partial && atomicLoad(&nonfinite_step) == step + 1u) {
         // A hidden column that is NaN or infinite must not meet its zero weight.
-        for (var j = 0u; j < SLAB; j += 1u) {
+        for (var j = 0u; j < N_STEP; j += 1u) {
           let column = column0 + first + j;
 # for i in range(rows)
-          if ({{ "sees4" if hides else "visible4" }}(row_{{ i }}, column).x) {
-            let w = memory[{{ weight_row(i) }} + (first + j) / 4u][(first + j) % 4u];
+          if ({{ "pair_visible4" if hides else "visible4" }}(row_{{ i }}, column).x) {
+            let w = memory[{{ p_row(i) }} + (first + j) / 4u][(first + j) % 4u];
 # for c in range(x_quads)
-            {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w), memory[SLAB_STAGE + j * {{ slab_row }}u + tx + {{ c }}u * THREADS_C], {{ x }}_{{ i }}_{{ c }});
+            {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w), memory[N_STAGE + j * {{ n_step_row }}u + tx + {{ c }}u * THREADS_C], {{ x }}_{{ i }}_{{ c }});
 # endfor
           }
 # endfor
         }
       } else {
-        for (var quad = 0u; quad < SLAB / 4u; quad += 1u) {
+        for (var quad = 0u; quad < N_STEP / 4u; quad += 1u) {
 # for i in range(rows)
-          let w_{{ i }} = memory[{{ weight_row(i) }} + first / 4u + quad];
+          let w_{{ i }} = memory[{{ p_row(i) }} + first / 4u + quad];
 # endfor
 # for e in range(4)
           {
-            let at = SLAB_STAGE + (quad * 4u + {{ e }}u) * {{ slab_row }}u + tx;
+            let at = N_STAGE + (quad * 4u + {{ e }}u) * {{ n_step_row }}u + tx;
 # for c in range(x_quads)
             let b_{{ c }} = memory[at + {{ c }}u * THREADS_C];
 # endfor
@@ -267,7 +267,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Whether a thread's i-th row is written: where a cooperative kernel came before, only rows that it has reported. -#}
-{%- macro writes(i) %}row_{{ i }} < row_limit{% if repairs %} && is_repaired({{ here_argument }}work, row_{{ i }}){% endif %}{% endmacro -%}
+{%- macro writes(i) %}row_{{ i }} < row_limit{% if repairs %} && is_fallback_row({{ here_argument }}work, row_{{ i }}){% endif %}{% endmacro -%}
 
 {#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
 # macro store(x, operand, factor)

@@ -18,10 +18,10 @@
     var delta_{{ i }} = 0.0;
     var portion_{{ i }} = 1.0;
     if (row_{{ i }} < row_limit) {
-      let terms = row_terms[terms_base + row_{{ i }}];
-      lse_{{ i }} = terms.x;
-      delta_{{ i }} = terms.y;
-      portion_{{ i }} = share(row_{{ i }}, terms.x);
+      let stats = row_terms[stats_base + row_{{ i }}];
+      lse_{{ i }} = stats.x;
+      delta_{{ i }} = stats.y;
+      portion_{{ i }} = share(row_{{ i }}, stats.x);
     }
 # endfor
 {{ blocks.product("s", "q", "k") }}

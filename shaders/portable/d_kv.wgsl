@@ -29,11 +29,11 @@
 # endif
 # for e in range(4)
       if (query + {{ e }}u < column_limit) {
-        let terms = row_terms[terms_base + query + {{ e }}u];
-        row_lse.{{ xyzw[e] }} = terms.x;
-        delta_{{ c }}.{{ xyzw[e] }} = terms.y;
+        let stats = row_terms[stats_base + query + {{ e }}u];
+        row_lse.{{ xyzw[e] }} = stats.x;
+        delta_{{ c }}.{{ xyzw[e] }} = stats.y;
 # if bias
-        row_share.{{ xyzw[e] }} = share(query + {{ e }}u, terms.x);
+        row_share.{{ xyzw[e] }} = share(query + {{ e }}u, stats.x);
 # endif
       }
 # endfor
@@ -44,7 +44,7 @@
 # endfor
 {{ blocks.hide("s") }}
     workgroupBarrier();
-{{ blocks.keep_weights("s") }}
+{{ blocks.store_p("s") }}
 # endmacro
 
 {%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o") }}{% endmacro -%}
@@ -59,7 +59,7 @@
 {{ blocks.hide("d_p") }}
 {{ blocks.uncap("d_p") }}
     workgroupBarrier();
-{{ blocks.keep_weights("d_p") }}
+{{ blocks.store_p("d_p") }}
 # endmacro
 
 {%- macro accumulate_d_k() %}{{ blocks.accumulate("d_k", "q") }}{% endmacro -%}

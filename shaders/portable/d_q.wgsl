@@ -12,11 +12,11 @@
   var portion_{{ i }} = 1.0;
 # endif
   if (row_{{ i }} < row_limit) {
-    let terms = row_terms[terms_base + row_{{ i }}];
-    lse_{{ i }} = terms.x;
-    delta_{{ i }} = terms.y;
+    let stats = row_terms[stats_base + row_{{ i }}];
+    lse_{{ i }} = stats.x;
+    delta_{{ i }} = stats.y;
 # if bias
-    portion_{{ i }} = share(row_{{ i }}, terms.x);
+    portion_{{ i }} = share(row_{{ i }}, stats.x);
 # endif
   }
 # endfor
@@ -51,7 +51,7 @@
 # endif
 {{ blocks.uncap("s") }}
     workgroupBarrier();
-{{ blocks.keep_weights("s") }}
+{{ blocks.store_p("s") }}
 # endmacro
 
 {%- macro accumulate() %}{{ blocks.accumulate("d_q", "k") }}{% endmacro -%}

@@ -7,7 +7,7 @@
 {{ blocks.begin() }}
 # for i in range(rows)
   var sum_{{ i }} = 0.0;
-  var most_{{ i }} = 0.0;
+  var largest_{{ i }} = 0.0;
   var lse_{{ i }} = 0.0;
   if (row_{{ i }} < row_limit) { lse_{{ i }} = probability_lse(lse[lse_base + row_{{ i }}]); }
 # endfor
@@ -37,7 +37,7 @@
 # for c in range(1, quads)
       sizes = max(sizes, abs(s_{{ i }}_{{ c }}));
 # endfor
-      most_{{ i }} = max(most_{{ i }}, max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)));
+      largest_{{ i }} = max(largest_{{ i }}, max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)));
     }
 # endfor
 # endmacro
@@ -45,7 +45,7 @@
 # macro finish()
 {{ blocks.reduce_rows("total", "sum", "sum") }}
     workgroupBarrier();
-{{ blocks.reduce_rows("size", "most", "max") }}
+{{ blocks.reduce_rows("size", "largest", "max") }}
 # for i in range(rows)
   if (tx == 0u && {{ blocks.writes(i) }}) {
     store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }}{% if bias %} * share(row_{{ i }}, lse_{{ i }}){% endif %}, size_{{ i }});

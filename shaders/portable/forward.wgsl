@@ -6,8 +6,8 @@
 # macro begin()
 {{ blocks.begin() }}
 # for i in range(rows)
-  var max_{{ i }} = LOWEST;
-  var sum_{{ i }} = 0.0;
+  var row_max_{{ i }} = LOWEST;
+  var row_sum_{{ i }} = 0.0;
 # endfor
 {{ blocks.accumulator("o", "v") }}
 # endmacro
@@ -18,18 +18,18 @@
 # endmacro
 
 {#- The largest visible score of each row that this thread holds. -#}
-# macro most(masked)
+# macro visible_max(is_partial)
 # for i in range(rows)
       {
-        var most = vec4<f32>(LOWEST);
+        var largest = vec4<f32>(LOWEST);
 # for c in range(quads)
-# if masked
-        most = max(most, select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }} * params.scale_sign, {{ blocks.visible(i, c) }}));
+# if is_partial
+        largest = max(largest, select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }} * params.scale_sign, {{ blocks.visible(i, c) }}));
 # else
-        most = max(most, s_{{ i }}_{{ c }} * params.scale_sign);
+        largest = max(largest, s_{{ i }}_{{ c }} * params.scale_sign);
 # endif
 # endfor
-        most_{{ i }} = max(max(most.x, most.y), max(most.z, most.w));
+        thread_max_{{ i }} = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
 # endfor
 # endmacro
@@ -38,25 +38,25 @@
     as weights. The maximum is of products without the scale's size: the largest one less itself is 0, however large. -#}
 # macro softmax()
 # for i in range(rows)
-    var most_{{ i }} = 0.0;
+    var thread_max_{{ i }} = 0.0;
 # endfor
-    if (masked) {
-{{ most(true) }}
+    if (is_partial) {
+{{ visible_max(true) }}
     } else {
-{{ most(false) }}
+{{ visible_max(false) }}
     }
-{{ blocks.reduce_rows("row_most", "most", "max") }}
+{{ blocks.reduce_rows("tile_max", "thread_max", "max") }}
 # for i in range(rows)
-    let before_{{ i }} = max_{{ i }};
-    max_{{ i }} = max(before_{{ i }}, row_most_{{ i }});
+    let old_max_{{ i }} = row_max_{{ i }};
+    row_max_{{ i }} = max(old_max_{{ i }}, tile_max_{{ i }});
 # for c in range(quads)
-    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale_sign), vec4<f32>(-max_{{ i }})) * params.scale_size);
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_{{ i }})) * params.scale_size);
 # endfor
 # endfor
 {{ blocks.hide("s") }}
 # for i in range(rows)
     {
-      let rescale = exp1((before_{{ i }} - max_{{ i }}) * params.scale_size);
+      let rescale = exp1((old_max_{{ i }} - row_max_{{ i }}) * params.scale_size);
 # for c in range(accumulator_quads.v)
       o_{{ i }}_{{ c }} *= rescale;
 # endfor
@@ -64,10 +64,10 @@
 # for c in range(1, quads)
       total += s_{{ i }}_{{ c }};
 # endfor
-      sum_{{ i }} = fma(sum_{{ i }}, rescale, (total.x + total.y) + (total.z + total.w));
+      row_sum_{{ i }} = fma(row_sum_{{ i }}, rescale, (total.x + total.y) + (total.z + total.w));
     }
 # endfor
-{{ blocks.keep_weights("s") }}
+{{ blocks.store_p("s") }}
 # endmacro
 
 {%- macro accumulate() %}{{ blocks.accumulate("o", "v") }}{% endmacro -%}
@@ -75,9 +75,9 @@
 {#- Sums the rows' denominators, adds the sink logit once, and writes o and lse. -#}
 # macro finish()
   workgroupBarrier();
-{{ blocks.reduce_rows("total", "sum", "sum") }}
+{{ blocks.reduce_rows("total", "row_sum", "sum") }}
 # for i in range(rows)
-  let end_{{ i }} = finish_row(max_{{ i }}, total_{{ i }}, work.head);
+  let end_{{ i }} = finish_row(row_max_{{ i }}, total_{{ i }}, work.head);
   let factor_{{ i }} = end_{{ i }}.factor;
   if (tx == 0u && {{ blocks.writes(i) }}) { lse[lse_base + row_{{ i }}] = {% if lengths %}select(params.negative_infinity, end_{{ i }}.lse, row_{{ i }} < here.seq_q){% else %}end_{{ i }}.lse{% endif %}; }
 # endfor

@@ -47,7 +47,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("probability.wgsl", include_str!("../../shaders/probability.wgsl")),
     ("query_head.wgsl", include_str!("../../shaders/query_head.wgsl")),
     ("query_tile.wgsl", include_str!("../../shaders/query_tile.wgsl")),
-    ("repairs.wgsl", include_str!("../../shaders/repairs.wgsl")),
+    ("fallback.wgsl", include_str!("../../shaders/fallback.wgsl")),
     ("scale.wgsl", include_str!("../../shaders/scale.wgsl")),
     ("scores.wgsl", include_str!("../../shaders/scores.wgsl")),
     ("softmax.wgsl", include_str!("../../shaders/softmax.wgsl")),

@@ -153,23 +153,23 @@ fn query_tiles(key0: u32, key_end: u32) -> QueryTiles {
 }
 
 // The tiles within start..end of queries hold nothing that does not see all of key0..key_end.
-struct OpenTiles { start: u32, end: u32 }
+struct FullTiles { start: u32, end: u32 }
 
-fn open_tiles(key0: u32, key_end: u32) -> OpenTiles {
+fn full_tiles(key0: u32, key_end: u32) -> FullTiles {
   let seq_q = i32(params.seq_q);
   let start = clamp(i32(key_end) - 1 - params.upper, 0, seq_q);
   let end = clamp(i32(max(key0, params.sink_tokens)) + 1 - params.lower, 0, seq_q);
   let limit = select(seq_q, 0, key_end > params.seq_k);
-  return OpenTiles(u32(start), u32(min(select(end, seq_q, params.sink_tokens >= key_end), limit)));
+  return FullTiles(u32(start), u32(min(select(end, seq_q, params.sink_tokens >= key_end), limit)));
 }
 
-fn is_open(open: OpenTiles, column0: u32) -> bool {
-  return column0 >= open.start && column0 + TILE_COLUMNS <= open.end;
+fn is_full(full: FullTiles, column0: u32) -> bool {
+  return column0 >= full.start && column0 + TILE_COLUMNS <= full.end;
 }
 
 // Where the report of a tile of so many rows begins: a word that is zero where there are none, then, where there
 // are some, a bit for each row.
-fn repair_slot(work: TileWork, tile: u32) -> u32 {
+fn fallback_slot(work: TileWork, tile: u32) -> u32 {
   return ((tile * params.batch + work.batch) * params.kv_heads + work.kv_head) * 2u;
 }
 
@@ -281,22 +281,22 @@ const ABSORBING: f32 = -1e9;
 const LANES_A_ROW: u32 = 2u;
 
 // Rows are padded so that neighbours start in different banks; fragment loads want multiples of 16 bytes.
-const STRIP_ROW: u32 = 6u;
-const WEIGHT_ROW: u32 = 6u;
+const SCORE_ROW: u32 = 6u;
+const P_ROW: u32 = 6u;
 const Q_ROW: u32 = 18u;
 const Q_TILE: u32 = 288u;
 var<workgroup> q_stage: array<vec4<f16>, 288>;
 const D_O_ROW: u32 = 18u;
 const D_O_TILE: u32 = 288u;
 var<workgroup> d_o_stage: array<vec4<f16>, 288>;
-var<workgroup> strips: array<vec4<f32>, 192>;
-var<workgroup> weights: array<vec4<f16>, 192>;
+var<workgroup> score_rows: array<vec4<f32>, 192>;
+var<workgroup> p_tile: array<vec4<f16>, 192>;
 
 // What goes with each column: of queries what lse and delta add, in bf16 what takes the token scales out.
-var<workgroup> terms: array<vec4<f32>, 8>;
+var<workgroup> column_stats: array<vec4<f32>, 8>;
 
 // What weights may reach before their unit follows in the second run, within f16.
-const MOST_WEIGHT: f32 = 32768.0;
+const UNIT_LIMIT: f32 = 32768.0;
 
 // By the bits: compilers may take for granted that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
@@ -323,18 +323,18 @@ fn main(
   let d_k_base = operand_base(params.d_k, work.batch, work.kv_head);
   let d_v_base = operand_base(params.d_v, work.batch, work.kv_head);
   let tiles = query_tiles(row0, row_end);
-  let open = open_tiles(row0, row_end);
+  let full = full_tiles(row0, row_end);
 
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
   let last_column = column_limit - 1u;
-  let strip = subgroup * 96u;
+  let subgroup_scores = subgroup * 96u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
-  let strip_at = strip + lane_row * STRIP_ROW + part;
-  let subgroup_weights = subgroup * 96u;
-  let weight_at = subgroup_weights + lane_row * WEIGHT_ROW + part;
-  var broken_0 = false;
+  let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
+  let subgroup_p = subgroup * 96u;
+  let p_at = subgroup_p + lane_row * P_ROW + part;
+  var fallback_0 = false;
   let row_0 = row0 + subgroup * 16u + 0u + lane_row;
   var k_raw_0_0_0 = Raw();
   {
@@ -404,61 +404,61 @@ fn main(
     let quad = part + 0u;
     {
       let raw = k_raw_0_0_0;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   {
     let quad = part + 2u;
     {
       let raw = k_raw_0_0_1;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   subgroupBarrier();
-  let k_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let k_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = k_raw_0_1_0;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   {
     let quad = part + 2u;
     {
       let raw = k_raw_0_1_1;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   subgroupBarrier();
-  let k_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let k_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = k_raw_0_2_0;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   {
     let quad = part + 2u;
     {
       let raw = k_raw_0_2_1;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   subgroupBarrier();
-  let k_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let k_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = k_raw_0_3_0;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   {
     let quad = part + 2u;
     {
       let raw = k_raw_0_3_1;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   subgroupBarrier();
-  let k_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let k_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   var v_raw_0_0_0 = Raw();
   {
@@ -528,61 +528,61 @@ fn main(
     let quad = part + 0u;
     {
       let raw = v_raw_0_0_0;
-      weights[weight_at - part + 0u + quad] = halves4(raw);
+      p_tile[p_at - part + 0u + quad] = halves4(raw);
     } }
   {
     let quad = part + 2u;
     {
       let raw = v_raw_0_0_1;
-      weights[weight_at - part + 0u + quad] = halves4(raw);
+      p_tile[p_at - part + 0u + quad] = halves4(raw);
     } }
   subgroupBarrier();
-  let v_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let v_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = v_raw_0_1_0;
-      weights[weight_at - part + 0u + quad] = halves4(raw);
+      p_tile[p_at - part + 0u + quad] = halves4(raw);
     } }
   {
     let quad = part + 2u;
     {
       let raw = v_raw_0_1_1;
-      weights[weight_at - part + 0u + quad] = halves4(raw);
+      p_tile[p_at - part + 0u + quad] = halves4(raw);
     } }
   subgroupBarrier();
-  let v_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let v_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = v_raw_0_2_0;
-      weights[weight_at - part + 0u + quad] = halves4(raw);
+      p_tile[p_at - part + 0u + quad] = halves4(raw);
     } }
   {
     let quad = part + 2u;
     {
       let raw = v_raw_0_2_1;
-      weights[weight_at - part + 0u + quad] = halves4(raw);
+      p_tile[p_at - part + 0u + quad] = halves4(raw);
     } }
   subgroupBarrier();
-  let v_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let v_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = v_raw_0_3_0;
-      weights[weight_at - part + 0u + quad] = halves4(raw);
+      p_tile[p_at - part + 0u + quad] = halves4(raw);
     } }
   {
     let quad = part + 2u;
     {
       let raw = v_raw_0_3_1;
-      weights[weight_at - part + 0u + quad] = halves4(raw);
+      p_tile[p_at - part + 0u + quad] = halves4(raw);
     } }
   subgroupBarrier();
-  let v_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let v_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   var d_k_unit_0 = 1.0;
   var d_k_waits_0 = row_0 < row_limit;
@@ -603,13 +603,13 @@ fn main(
   var d_o_share_1 = Raw();
   var d_o_share_2 = Raw();
   var d_o_share_3 = Raw();
-  var row_term_0 = vec2<f32>();
+  var lse_delta_0 = vec2<f32>();
   for (var head = work.head; waits && head < work.head + params.heads / params.kv_heads; head += 1u) {
     let q_base = operand_base(params.q, work.batch, head);
     let d_o_base = operand_base(params.d_o, work.batch, head);
-    let terms_base = operand_base(params.row_terms, work.batch, head);
+    let stats_base = operand_base(params.row_terms, work.batch, head);
     let first_tile = tiles.first;
-    let walk_tile = clamp(open.start / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
+    let walk_tile = clamp(full.start / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
     var next_of_walk = tiles.first;
     var is_first = true;
     {
@@ -655,12 +655,12 @@ fn main(
       }
       if (thread < 16u) {
         let source = min((walk_tile) * TILE_COLUMNS + thread + 0u, last_column);
-        row_term_0 = row_terms[terms_base + source].xy;
+        lse_delta_0 = row_terms[stats_base + source].xy;
       }
     }
     for (var tile = walk_tile; tile < tiles.end; tile = next_of_walk) {
       let column0 = tile * TILE_COLUMNS;
-      let masked = !is_open(open, column0);
+      let is_partial = !is_full(full, column0);
       {
         q_stage[stage * Q_TILE + (q_row + 0u) * Q_ROW + q_quad] = halves4(q_share_0);
       }
@@ -688,8 +688,8 @@ fn main(
       if (thread < 16u) {
         let item = thread + 0u;
         let at = stage * 8u + item / 4u;
-        terms[at][item % 4u] = 15.0 - row_term_0.x * LOG2_E;
-        terms[at + 4u][item % 4u] = -row_term_0.y;
+        column_stats[at][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
+        column_stats[at + 4u][item % 4u] = -lse_delta_0.y;
       }
       workgroupBarrier();
       var s_0_0 = coop_mat16x16<f32, C>();
@@ -709,14 +709,14 @@ fn main(
         let column = coopLoad<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 12u], Q_ROW);
         s_0_0 = coopMultiplyAdd(k_0_3, column, s_0_0);
       }
-      coopStoreT(s_0_0, &strips[strip + 0u], STRIP_ROW);
+      coopStoreT(s_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
       subgroupBarrier();
-      var x_0_0 = strips[strip_at + 0u];
-      var x_0_1 = strips[strip_at + 2u];
+      var x_0_0 = score_rows[score_at + 0u];
+      var x_0_1 = score_rows[score_at + 2u];
       subgroupBarrier();
-      var p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), terms[stage * 8u + part + 0u]));
-      var p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), terms[stage * 8u + part + 2u]));
-      var hides_p = masked;
+      var p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), column_stats[stage * 8u + part + 0u]));
+      var p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), column_stats[stage * 8u + part + 2u]));
+      var hides_p = is_partial;
       loop {
         if (!hides_p) { break; }
         hides_p = false;
@@ -740,23 +740,23 @@ fn main(
         let column = coopLoad<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 12u], D_O_ROW);
         d_p_0_0 = coopMultiplyAdd(v_0_3, column, d_p_0_0);
       }
-      coopStoreT(d_p_0_0, &strips[strip + 0u], STRIP_ROW);
+      coopStoreT(d_p_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
       subgroupBarrier();
-      var y_0_0 = strips[strip_at + 0u];
-      var y_0_1 = strips[strip_at + 2u];
+      var y_0_0 = score_rows[score_at + 0u];
+      var y_0_1 = score_rows[score_at + 2u];
       subgroupBarrier();
-      var d_s_0_0 = p_0_0 * d_k_unit_0 * (y_0_0 + terms[stage * 8u + part + 4u]);
-      var d_s_0_1 = p_0_1 * d_k_unit_0 * (y_0_1 + terms[stage * 8u + part + 6u]);
+      var d_s_0_0 = p_0_0 * d_k_unit_0 * (y_0_0 + column_stats[stage * 8u + part + 4u]);
+      var d_s_0_1 = p_0_1 * d_k_unit_0 * (y_0_1 + column_stats[stage * 8u + part + 6u]);
       {
         var factor_0 = 1.0;
         {
-          var most4 = abs(d_s_0_0);
-          most4 = max(most4, abs(d_s_0_1));
-          var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
-          most = max(most, subgroupShuffleXor(most, 1u));
-          let exponent = i32(bitcast<u32>(most) >> 23u) - 127;
+          var largest4 = abs(d_s_0_0);
+          largest4 = max(largest4, abs(d_s_0_1));
+          var largest = max(max(largest4.x, largest4.y), max(largest4.z, largest4.w));
+          largest = max(largest, subgroupShuffleXor(largest, 1u));
+          let exponent = i32(bitcast<u32>(largest) >> 23u) - 127;
           // No unit takes infinity or NaN: the row is reported.
-          if (exponent < 128 && d_k_waits_0 && most > 0.0) {
+          if (exponent < 128 && d_k_waits_0 && largest > 0.0) {
             factor_0 = bitcast<f32>(u32(127 + clamp(-6 - exponent, -100, 100)) << 23u);
             d_k_waits_0 = false;
           }
@@ -765,10 +765,10 @@ fn main(
       }
       let subgroup_waits = subgroupAny(d_k_waits_0);
       workgroupBarrier();
-      if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_waits)); }
+      if (lane == 0u) { score_rows[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_waits)); }
       workgroupBarrier();
       waits = false;
-      for (var n = 0u; n < 2u; n += 1u) { waits = waits || strips[n].x > 0.0; }
+      for (var n = 0u; n < 2u; n += 1u) { waits = waits || score_rows[n].x > 0.0; }
       if (!waits) { break; }
       next_of_walk = select(tile + 1u, tiles.first, is_first);
       is_first = false;
@@ -815,7 +815,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min(next + thread + 0u, last_column);
-        row_term_0 = row_terms[terms_base + source].xy;
+        lse_delta_0 = row_terms[stats_base + source].xy;
       }
     }
   }
@@ -830,7 +830,7 @@ fn main(
   for (var head = work.head; head < work.head + params.heads / params.kv_heads; head += 1u) {
     let q_base = operand_base(params.q, work.batch, head);
     let d_o_base = operand_base(params.d_o, work.batch, head);
-    let terms_base = operand_base(params.row_terms, work.batch, head);
+    let stats_base = operand_base(params.row_terms, work.batch, head);
     let first_tile = tiles.first;
     {
       {
@@ -875,7 +875,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min((tiles.first) * TILE_COLUMNS + thread + 0u, last_column);
-        row_term_0 = row_terms[terms_base + source].xy;
+        lse_delta_0 = row_terms[stats_base + source].xy;
       }
     }
     {
@@ -905,13 +905,13 @@ fn main(
     if (thread < 16u) {
       let item = thread + 0u;
       let at = stage * 8u + item / 4u;
-      terms[at][item % 4u] = 15.0 - row_term_0.x * LOG2_E;
-      terms[at + 4u][item % 4u] = -row_term_0.y;
+      column_stats[at][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
+      column_stats[at + 4u][item % 4u] = -lse_delta_0.y;
     }
     workgroupBarrier();
     for (var tile = first_tile; tile < tiles.end; tile = tile + 1u) {
       let column0 = tile * TILE_COLUMNS;
-      let masked = !is_open(open, column0);
+      let is_partial = !is_full(full, column0);
       let next = (tile + 1u) * TILE_COLUMNS;
       {
         let quad = q_quad;
@@ -955,7 +955,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min(next + thread + 0u, last_column);
-        row_term_0 = row_terms[terms_base + source].xy;
+        lse_delta_0 = row_terms[stats_base + source].xy;
       }
       var s_0_0 = coop_mat16x16<f32, C>();
       {
@@ -974,40 +974,40 @@ fn main(
         let column = coopLoad<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 12u], Q_ROW);
         s_0_0 = coopMultiplyAdd(k_0_3, column, s_0_0);
       }
-      coopStoreT(s_0_0, &strips[strip + 0u], STRIP_ROW);
+      coopStoreT(s_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
       subgroupBarrier();
-      var x_0_0 = strips[strip_at + 0u];
-      var x_0_1 = strips[strip_at + 2u];
+      var x_0_0 = score_rows[score_at + 0u];
+      var x_0_1 = score_rows[score_at + 2u];
       subgroupBarrier();
-      var p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), terms[stage * 8u + part + 0u]));
-      var p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), terms[stage * 8u + part + 2u]));
-      var hides_p = masked;
+      var p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), column_stats[stage * 8u + part + 0u]));
+      var p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), column_stats[stage * 8u + part + 2u]));
+      var hides_p = is_partial;
       loop {
         if (!hides_p) { break; }
         hides_p = false;
         p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(row_0, column0 + 4u * (0u + part)));
         p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(row_0, column0 + 4u * (2u + part)));
       }
-      weights[weight_at + 0u] = vec4<f16>(p_0_0);
-      weights[weight_at + 2u] = vec4<f16>(p_0_1);
+      p_tile[p_at + 0u] = vec4<f16>(p_0_0);
+      p_tile[p_at + 2u] = vec4<f16>(p_0_1);
       subgroupBarrier();
       {
-        let weight_0 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+        let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 0u], D_O_ROW);
-          d_v_0_0 = coopMultiplyAdd(weight_0, column, d_v_0_0);
+          d_v_0_0 = coopMultiplyAdd(left_0, column, d_v_0_0);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 4u], D_O_ROW);
-          d_v_0_1 = coopMultiplyAdd(weight_0, column, d_v_0_1);
+          d_v_0_1 = coopMultiplyAdd(left_0, column, d_v_0_1);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 8u], D_O_ROW);
-          d_v_0_2 = coopMultiplyAdd(weight_0, column, d_v_0_2);
+          d_v_0_2 = coopMultiplyAdd(left_0, column, d_v_0_2);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 12u], D_O_ROW);
-          d_v_0_3 = coopMultiplyAdd(weight_0, column, d_v_0_3);
+          d_v_0_3 = coopMultiplyAdd(left_0, column, d_v_0_3);
         }
       }
       var d_p_0_0 = coop_mat16x16<f32, C>();
@@ -1027,33 +1027,33 @@ fn main(
         let column = coopLoad<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 12u], D_O_ROW);
         d_p_0_0 = coopMultiplyAdd(v_0_3, column, d_p_0_0);
       }
-      coopStoreT(d_p_0_0, &strips[strip + 0u], STRIP_ROW);
+      coopStoreT(d_p_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
       subgroupBarrier();
-      var y_0_0 = strips[strip_at + 0u];
-      var y_0_1 = strips[strip_at + 2u];
+      var y_0_0 = score_rows[score_at + 0u];
+      var y_0_1 = score_rows[score_at + 2u];
       subgroupBarrier();
-      var d_s_0_0 = p_0_0 * d_k_unit_0 * (y_0_0 + terms[stage * 8u + part + 4u]);
-      var d_s_0_1 = p_0_1 * d_k_unit_0 * (y_0_1 + terms[stage * 8u + part + 6u]);
-      weights[weight_at + 0u] = vec4<f16>(d_s_0_0);
-      weights[weight_at + 2u] = vec4<f16>(d_s_0_1);
+      var d_s_0_0 = p_0_0 * d_k_unit_0 * (y_0_0 + column_stats[stage * 8u + part + 4u]);
+      var d_s_0_1 = p_0_1 * d_k_unit_0 * (y_0_1 + column_stats[stage * 8u + part + 6u]);
+      p_tile[p_at + 0u] = vec4<f16>(d_s_0_0);
+      p_tile[p_at + 2u] = vec4<f16>(d_s_0_1);
       subgroupBarrier();
       {
-        let weight_0 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+        let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 0u], Q_ROW);
-          d_k_0_0 = coopMultiplyAdd(weight_0, column, d_k_0_0);
+          d_k_0_0 = coopMultiplyAdd(left_0, column, d_k_0_0);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 4u], Q_ROW);
-          d_k_0_1 = coopMultiplyAdd(weight_0, column, d_k_0_1);
+          d_k_0_1 = coopMultiplyAdd(left_0, column, d_k_0_1);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 8u], Q_ROW);
-          d_k_0_2 = coopMultiplyAdd(weight_0, column, d_k_0_2);
+          d_k_0_2 = coopMultiplyAdd(left_0, column, d_k_0_2);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 12u], Q_ROW);
-          d_k_0_3 = coopMultiplyAdd(weight_0, column, d_k_0_3);
+          d_k_0_3 = coopMultiplyAdd(left_0, column, d_k_0_3);
         }
       }
       workgroupBarrier();
@@ -1084,8 +1084,8 @@ fn main(
       if (thread < 16u) {
         let item = thread + 0u;
         let at = stage * 8u + item / 4u;
-        terms[at][item % 4u] = 15.0 - row_term_0.x * LOG2_E;
-        terms[at + 4u][item % 4u] = -row_term_0.y;
+        column_stats[at][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
+        column_stats[at + 4u][item % 4u] = -lse_delta_0.y;
       }
       workgroupBarrier();
     }
@@ -1095,14 +1095,14 @@ fn main(
   {
     let base = d_k_base + row_0 * params.d_k.seq;
     subgroupBarrier();
-    coopStoreT(d_k_0_0, &strips[strip], STRIP_ROW);
+    coopStoreT(d_k_0_0, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_k_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_k_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 0u + quad, result);
         } }
     }
@@ -1110,20 +1110,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_k_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_k_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 0u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(d_k_0_1, &strips[strip], STRIP_ROW);
+    coopStoreT(d_k_0_1, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_k_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_k_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 4u + quad, result);
         } }
     }
@@ -1131,20 +1131,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_k_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_k_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 4u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(d_k_0_2, &strips[strip], STRIP_ROW);
+    coopStoreT(d_k_0_2, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_k_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_k_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 8u + quad, result);
         } }
     }
@@ -1152,20 +1152,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_k_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_k_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 8u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(d_k_0_3, &strips[strip], STRIP_ROW);
+    coopStoreT(d_k_0_3, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_k_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_k_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 12u + quad, result);
         } }
     }
@@ -1173,8 +1173,8 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_k_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_k_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 12u + quad, result);
         } }
     }
@@ -1182,14 +1182,14 @@ fn main(
   {
     let base = d_v_base + row_0 * params.d_v.seq;
     subgroupBarrier();
-    coopStoreT(d_v_0_0, &strips[strip], STRIP_ROW);
+    coopStoreT(d_v_0_0, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_v_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_v_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 0u + quad, result);
         } }
     }
@@ -1197,20 +1197,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_v_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_v_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 0u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(d_v_0_1, &strips[strip], STRIP_ROW);
+    coopStoreT(d_v_0_1, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_v_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_v_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 4u + quad, result);
         } }
     }
@@ -1218,20 +1218,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_v_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_v_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 4u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(d_v_0_2, &strips[strip], STRIP_ROW);
+    coopStoreT(d_v_0_2, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_v_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_v_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 8u + quad, result);
         } }
     }
@@ -1239,20 +1239,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_v_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_v_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 8u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(d_v_0_3, &strips[strip], STRIP_ROW);
+    coopStoreT(d_v_0_3, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_v_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_v_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 12u + quad, result);
         } }
     }
@@ -1260,33 +1260,33 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * d_v_factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * d_v_factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 12u + quad, result);
         } }
     }
   }
-  let subgroup_broken = subgroupAny((broken_0 && row_0 < row_limit));
-  var any_broken = false;
+  let subgroup_fallback = subgroupAny((fallback_0 && row_0 < row_limit));
+  var any_fallback = false;
   workgroupBarrier();
-  if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_broken)); }
+  if (lane == 0u) { score_rows[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_fallback)); }
   workgroupBarrier();
-  any_broken = false;
-  for (var n = 0u; n < 2u; n += 1u) { any_broken = any_broken || strips[n].x > 0.0; }
-  let slot = repair_slot(work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(any_broken); }
-  var reports = any_broken;
+  any_fallback = false;
+  for (var n = 0u; n < 2u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
+  let slot = fallback_slot(work, work.tile);
+  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  var has_any = any_fallback;
   loop {
-    if (!reports) { break; }
-    reports = false;
+    if (!has_any) { break; }
+    has_any = false;
     workgroupBarrier();
-    var report_0 = select(0.0, 1.0, broken_0);
-    report_0 = max(report_0, subgroupShuffleXor(report_0, 1u));
-    if (part == 0u) { strips[row_0 - row0] = vec4<f32>(report_0); }
+    var reported_0 = select(0.0, 1.0, fallback_0);
+    reported_0 = max(reported_0, subgroupShuffleXor(reported_0, 1u));
+    if (part == 0u) { score_rows[row_0 - row0] = vec4<f32>(reported_0); }
     workgroupBarrier();
     if (thread < 1u) {
       var bits = 0u;
-      for (var n = 0u; n < min(32u - thread * 32u, 32u); n += 1u) { bits |= u32(strips[thread * 32u + n].x) << n; }
+      for (var n = 0u; n < min(32u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
       repairs[slot + 1u + thread] = bits;
     }
   }

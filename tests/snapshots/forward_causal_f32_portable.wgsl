@@ -159,18 +159,18 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
 }
 
 // The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
-struct OpenTiles { start: u32, end: u32 }
+struct FullTiles { start: u32, end: u32 }
 
-fn open_tiles(row0: u32, row_end: u32) -> OpenTiles {
+fn full_tiles(row0: u32, row_end: u32) -> FullTiles {
   let limit = select(i32(params.seq_k), 0, row_end > params.seq_q);
   let end = clamp(i32(row0) + 1 + params.upper, 0, limit);
   let start = u32(clamp(i32(row_end) - 1 + params.lower, 0, end));
-  return OpenTiles(select(start, 0u, params.sink_tokens >= start), u32(end));
+  return FullTiles(select(start, 0u, params.sink_tokens >= start), u32(end));
 }
 
-fn is_open(open: OpenTiles, column0: u32) -> bool {
+fn is_full(full: FullTiles, column0: u32) -> bool {
   let column_end = column0 + TILE_COLUMNS;
-  return column_end <= open.end && (column0 >= open.start || column_end <= params.sink_tokens);
+  return column_end <= full.end && (column0 >= full.start || column_end <= params.sink_tokens);
 }
 
 // Four neighbours of a row, zero beyond the width. With vec4 loads the width is a multiple of four.
@@ -238,13 +238,13 @@ fn natural_log(x: f32) -> f32 {
   return y + fma(x, exp1(-y), -1.0);
 }
 
-// `most` times the scale's size is the row's maximum score, `sum` is the sum of exp(score - maximum score). Where that score is
-// beyond f32, so is lse; where `most` is, `sum` is NaN, and so is the factor. The limit of ever larger sink logits takes all.
-fn finish_row(most: f32, sum: f32, head: u32) -> RowEnd {
+// `row_max` times the scale's size is the row's maximum score, `row_sum` is the sum of exp(score - maximum score). Where that score is
+// beyond f32, so is lse; where `row_max` is, `row_sum` is NaN, and so is the factor. The limit of ever larger sink logits takes all.
+fn finish_row(row_max: f32, row_sum: f32, head: u32) -> RowEnd {
   let infinity = -params.negative_infinity;
-  let score = most * params.scale_size;
-  if (sum == 0.0) { return RowEnd(0.0, params.negative_infinity); }
-  return RowEnd(1.0 / sum, select(fma(most, params.scale_size, natural_log(sum)), infinity, score == infinity));
+  let score = row_max * params.scale_size;
+  if (row_sum == 0.0) { return RowEnd(0.0, params.negative_infinity); }
+  return RowEnd(1.0 / row_sum, select(fma(row_max, params.scale_size, natural_log(row_sum)), infinity, score == infinity));
 }
 
 const THREADS_C: u32 = 8u;
@@ -252,21 +252,21 @@ const THREADS_R: u32 = 16u;
 const THREADS: u32 = 128u;
 
 // Feature quads staged at once for a product, and columns staged at once for an accumulation.
-const CHUNK: u32 = 8u;
-const SLAB: u32 = 16u;
-const CHUNK_ROW: u32 = 9u;
-const WEIGHT_ROW: u32 = 9u;
+const K_STEP: u32 = 8u;
+const N_STEP: u32 = 16u;
+const K_STEP_ROW: u32 = 9u;
+const P_ROW: u32 = 9u;
 
-// A product stages columns, then rows; an accumulation keeps weights, then a slab of columns.
+// A product stages columns, then rows; an accumulation keeps weights, then a n_step of columns.
 const ROW_STAGE: u32 = 288u;
-const SLAB_STAGE: u32 = 576u;
+const N_STAGE: u32 = 576u;
 var<workgroup> memory: array<vec4<f32>, 864>;
 
 // One partial result per row and tx. Scalars: threads that write components of one vector may race.
 var<workgroup> partials: array<f32, 512>;
 
-// 1 + the last masked step in which some staged column was NaN or infinite.
-var<workgroup> poisoned: atomic<u32>;
+// 1 + the last is_partial step in which some staged column was NaN or infinite.
+var<workgroup> nonfinite_step: atomic<u32>;
 
 // The column of a tile that lies in a staged row.
 fn staged_column(row: u32) -> u32 {
@@ -298,26 +298,26 @@ fn main(
   let o_base = operand_base(params.o, work.batch, work.head);
   let lse_base = operand_base(params.lse, work.batch, work.head);
   let tiles = key_tiles(row0, row_end);
-  let open = open_tiles(row0, row_end);
+  let full = full_tiles(row0, row_end);
 
   // Eight neighbours form a block of four by two threads, so that they share rows of both sides.
   let block = thread / 8u;
   let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));
   let ty = thread / 4u % 2u + 2u * (block / (THREADS_C / 4u));
   var step = 0u;
-  if (thread == 0u) { atomicStore(&poisoned, 0u); }
+  if (thread == 0u) { atomicStore(&nonfinite_step, 0u); }
   let row_0 = row0 + ty + 0u * THREADS_R;
   let row_1 = row0 + ty + 1u * THREADS_R;
   let row_2 = row0 + ty + 2u * THREADS_R;
   let row_3 = row0 + ty + 3u * THREADS_R;
-  var max_0 = LOWEST;
-  var sum_0 = 0.0;
-  var max_1 = LOWEST;
-  var sum_1 = 0.0;
-  var max_2 = LOWEST;
-  var sum_2 = 0.0;
-  var max_3 = LOWEST;
-  var sum_3 = 0.0;
+  var row_max_0 = LOWEST;
+  var row_sum_0 = 0.0;
+  var row_max_1 = LOWEST;
+  var row_sum_1 = 0.0;
+  var row_max_2 = LOWEST;
+  var row_sum_2 = 0.0;
+  var row_max_3 = LOWEST;
+  var row_sum_3 = 0.0;
   var o_0_0 = vec4<f32>();
   var o_0_1 = vec4<f32>();
   var o_1_0 = vec4<f32>();
@@ -328,12 +328,12 @@ fn main(
   var o_3_1 = vec4<f32>();
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
-    let masked = !is_open(open, column0);
+    let is_partial = !is_full(full, column0);
     var s_0_0 = vec4<f32>();
     var s_1_0 = vec4<f32>();
     var s_2_0 = vec4<f32>();
     var s_3_0 = vec4<f32>();
-    for (var quad0 = 0u; quad0 < 16u; quad0 += CHUNK) {
+    for (var quad0 = 0u; quad0 < 16u; quad0 += K_STEP) {
       var column_share_0 = vec4<f32>();
       {
         let item = thread + 0u;
@@ -397,40 +397,40 @@ fn main(
       workgroupBarrier();
       {
         let item = thread + 0u;
-        { memory[0u + item / 8u * CHUNK_ROW + item % 8u] = column_share_0; }
+        { memory[0u + item / 8u * K_STEP_ROW + item % 8u] = column_share_0; }
       }
       {
         let item = thread + 128u;
-        { memory[0u + item / 8u * CHUNK_ROW + item % 8u] = column_share_1; }
+        { memory[0u + item / 8u * K_STEP_ROW + item % 8u] = column_share_1; }
       }
       {
         let item = thread + 0u;
-        { memory[ROW_STAGE + item / 8u * CHUNK_ROW + item % 8u] = row_share_0; }
+        { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_0; }
       }
       {
         let item = thread + 128u;
-        { memory[ROW_STAGE + item / 8u * CHUNK_ROW + item % 8u] = row_share_1; }
+        { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_1; }
       }
       {
         let item = thread + 256u;
-        { memory[ROW_STAGE + item / 8u * CHUNK_ROW + item % 8u] = row_share_2; }
+        { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_2; }
       }
       {
         let item = thread + 384u;
-        { memory[ROW_STAGE + item / 8u * CHUNK_ROW + item % 8u] = row_share_3; }
+        { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_3; }
       }
       workgroupBarrier();
-      for (var quad = 0u; quad < CHUNK; quad += 2u) {
+      for (var quad = 0u; quad < K_STEP; quad += 2u) {
         {
-          let a_0 = memory[ROW_STAGE + (ty + 0u * THREADS_R) * CHUNK_ROW + quad + 0u];
-          let a_1 = memory[ROW_STAGE + (ty + 1u * THREADS_R) * CHUNK_ROW + quad + 0u];
-          let a_2 = memory[ROW_STAGE + (ty + 2u * THREADS_R) * CHUNK_ROW + quad + 0u];
-          let a_3 = memory[ROW_STAGE + (ty + 3u * THREADS_R) * CHUNK_ROW + quad + 0u];
+          let a_0 = memory[ROW_STAGE + (ty + 0u * THREADS_R) * K_STEP_ROW + quad + 0u];
+          let a_1 = memory[ROW_STAGE + (ty + 1u * THREADS_R) * K_STEP_ROW + quad + 0u];
+          let a_2 = memory[ROW_STAGE + (ty + 2u * THREADS_R) * K_STEP_ROW + quad + 0u];
+          let a_3 = memory[ROW_STAGE + (ty + 3u * THREADS_R) * K_STEP_ROW + quad + 0u];
           {
-            let b_0 = memory[(tx + 0u * THREADS_C) * CHUNK_ROW + quad + 0u];
-            let b_1 = memory[(tx + 1u * THREADS_C) * CHUNK_ROW + quad + 0u];
-            let b_2 = memory[(tx + 2u * THREADS_C) * CHUNK_ROW + quad + 0u];
-            let b_3 = memory[(tx + 3u * THREADS_C) * CHUNK_ROW + quad + 0u];
+            let b_0 = memory[(tx + 0u * THREADS_C) * K_STEP_ROW + quad + 0u];
+            let b_1 = memory[(tx + 1u * THREADS_C) * K_STEP_ROW + quad + 0u];
+            let b_2 = memory[(tx + 2u * THREADS_C) * K_STEP_ROW + quad + 0u];
+            let b_3 = memory[(tx + 3u * THREADS_C) * K_STEP_ROW + quad + 0u];
             let b_x = vec4<f32>(b_0.x, b_1.x, b_2.x, b_3.x);
             let b_y = vec4<f32>(b_0.y, b_1.y, b_2.y, b_3.y);
             let b_z = vec4<f32>(b_0.z, b_1.z, b_2.z, b_3.z);
@@ -442,15 +442,15 @@ fn main(
           }
         }
         {
-          let a_0 = memory[ROW_STAGE + (ty + 0u * THREADS_R) * CHUNK_ROW + quad + 1u];
-          let a_1 = memory[ROW_STAGE + (ty + 1u * THREADS_R) * CHUNK_ROW + quad + 1u];
-          let a_2 = memory[ROW_STAGE + (ty + 2u * THREADS_R) * CHUNK_ROW + quad + 1u];
-          let a_3 = memory[ROW_STAGE + (ty + 3u * THREADS_R) * CHUNK_ROW + quad + 1u];
+          let a_0 = memory[ROW_STAGE + (ty + 0u * THREADS_R) * K_STEP_ROW + quad + 1u];
+          let a_1 = memory[ROW_STAGE + (ty + 1u * THREADS_R) * K_STEP_ROW + quad + 1u];
+          let a_2 = memory[ROW_STAGE + (ty + 2u * THREADS_R) * K_STEP_ROW + quad + 1u];
+          let a_3 = memory[ROW_STAGE + (ty + 3u * THREADS_R) * K_STEP_ROW + quad + 1u];
           {
-            let b_0 = memory[(tx + 0u * THREADS_C) * CHUNK_ROW + quad + 1u];
-            let b_1 = memory[(tx + 1u * THREADS_C) * CHUNK_ROW + quad + 1u];
-            let b_2 = memory[(tx + 2u * THREADS_C) * CHUNK_ROW + quad + 1u];
-            let b_3 = memory[(tx + 3u * THREADS_C) * CHUNK_ROW + quad + 1u];
+            let b_0 = memory[(tx + 0u * THREADS_C) * K_STEP_ROW + quad + 1u];
+            let b_1 = memory[(tx + 1u * THREADS_C) * K_STEP_ROW + quad + 1u];
+            let b_2 = memory[(tx + 2u * THREADS_C) * K_STEP_ROW + quad + 1u];
+            let b_3 = memory[(tx + 3u * THREADS_C) * K_STEP_ROW + quad + 1u];
             let b_x = vec4<f32>(b_0.x, b_1.x, b_2.x, b_3.x);
             let b_y = vec4<f32>(b_0.y, b_1.y, b_2.y, b_3.y);
             let b_z = vec4<f32>(b_0.z, b_1.z, b_2.z, b_3.z);
@@ -463,59 +463,59 @@ fn main(
         }
       }
     }
-    var most_0 = 0.0;
-    var most_1 = 0.0;
-    var most_2 = 0.0;
-    var most_3 = 0.0;
-    if (masked) {
+    var thread_max_0 = 0.0;
+    var thread_max_1 = 0.0;
+    var thread_max_2 = 0.0;
+    var thread_max_3 = 0.0;
+    if (is_partial) {
       {
-        var most = vec4<f32>(LOWEST);
-        most = max(most, select(vec4<f32>(LOWEST), s_0_0 * params.scale_sign, visible4(row_0, column0 + 4u * (tx + 0u * THREADS_C))));
-        most_0 = max(max(most.x, most.y), max(most.z, most.w));
+        var largest = vec4<f32>(LOWEST);
+        largest = max(largest, select(vec4<f32>(LOWEST), s_0_0 * params.scale_sign, visible4(row_0, column0 + 4u * (tx + 0u * THREADS_C))));
+        thread_max_0 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
-        var most = vec4<f32>(LOWEST);
-        most = max(most, select(vec4<f32>(LOWEST), s_1_0 * params.scale_sign, visible4(row_1, column0 + 4u * (tx + 0u * THREADS_C))));
-        most_1 = max(max(most.x, most.y), max(most.z, most.w));
+        var largest = vec4<f32>(LOWEST);
+        largest = max(largest, select(vec4<f32>(LOWEST), s_1_0 * params.scale_sign, visible4(row_1, column0 + 4u * (tx + 0u * THREADS_C))));
+        thread_max_1 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
-        var most = vec4<f32>(LOWEST);
-        most = max(most, select(vec4<f32>(LOWEST), s_2_0 * params.scale_sign, visible4(row_2, column0 + 4u * (tx + 0u * THREADS_C))));
-        most_2 = max(max(most.x, most.y), max(most.z, most.w));
+        var largest = vec4<f32>(LOWEST);
+        largest = max(largest, select(vec4<f32>(LOWEST), s_2_0 * params.scale_sign, visible4(row_2, column0 + 4u * (tx + 0u * THREADS_C))));
+        thread_max_2 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
-        var most = vec4<f32>(LOWEST);
-        most = max(most, select(vec4<f32>(LOWEST), s_3_0 * params.scale_sign, visible4(row_3, column0 + 4u * (tx + 0u * THREADS_C))));
-        most_3 = max(max(most.x, most.y), max(most.z, most.w));
+        var largest = vec4<f32>(LOWEST);
+        largest = max(largest, select(vec4<f32>(LOWEST), s_3_0 * params.scale_sign, visible4(row_3, column0 + 4u * (tx + 0u * THREADS_C))));
+        thread_max_3 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
     } else {
       {
-        var most = vec4<f32>(LOWEST);
-        most = max(most, s_0_0 * params.scale_sign);
-        most_0 = max(max(most.x, most.y), max(most.z, most.w));
+        var largest = vec4<f32>(LOWEST);
+        largest = max(largest, s_0_0 * params.scale_sign);
+        thread_max_0 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
-        var most = vec4<f32>(LOWEST);
-        most = max(most, s_1_0 * params.scale_sign);
-        most_1 = max(max(most.x, most.y), max(most.z, most.w));
+        var largest = vec4<f32>(LOWEST);
+        largest = max(largest, s_1_0 * params.scale_sign);
+        thread_max_1 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
-        var most = vec4<f32>(LOWEST);
-        most = max(most, s_2_0 * params.scale_sign);
-        most_2 = max(max(most.x, most.y), max(most.z, most.w));
+        var largest = vec4<f32>(LOWEST);
+        largest = max(largest, s_2_0 * params.scale_sign);
+        thread_max_2 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
-        var most = vec4<f32>(LOWEST);
-        most = max(most, s_3_0 * params.scale_sign);
-        most_3 = max(max(most.x, most.y), max(most.z, most.w));
+        var largest = vec4<f32>(LOWEST);
+        largest = max(largest, s_3_0 * params.scale_sign);
+        thread_max_3 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
     }
-    partials[(ty + 0u * THREADS_R) * THREADS_C + tx] = most_0;
-    partials[(ty + 1u * THREADS_R) * THREADS_C + tx] = most_1;
-    partials[(ty + 2u * THREADS_R) * THREADS_C + tx] = most_2;
-    partials[(ty + 3u * THREADS_R) * THREADS_C + tx] = most_3;
+    partials[(ty + 0u * THREADS_R) * THREADS_C + tx] = thread_max_0;
+    partials[(ty + 1u * THREADS_R) * THREADS_C + tx] = thread_max_1;
+    partials[(ty + 2u * THREADS_R) * THREADS_C + tx] = thread_max_2;
+    partials[(ty + 3u * THREADS_R) * THREADS_C + tx] = thread_max_3;
     workgroupBarrier();
-    var row_most_0 = 0.0;
+    var tile_max_0 = 0.0;
     {
       let at = (ty + 0u * THREADS_R) * THREADS_C;
       var x = partials[at];
@@ -526,9 +526,9 @@ fn main(
       x = max(x, partials[at + 5u]);
       x = max(x, partials[at + 6u]);
       x = max(x, partials[at + 7u]);
-      row_most_0 = x;
+      tile_max_0 = x;
     }
-    var row_most_1 = 0.0;
+    var tile_max_1 = 0.0;
     {
       let at = (ty + 1u * THREADS_R) * THREADS_C;
       var x = partials[at];
@@ -539,9 +539,9 @@ fn main(
       x = max(x, partials[at + 5u]);
       x = max(x, partials[at + 6u]);
       x = max(x, partials[at + 7u]);
-      row_most_1 = x;
+      tile_max_1 = x;
     }
-    var row_most_2 = 0.0;
+    var tile_max_2 = 0.0;
     {
       let at = (ty + 2u * THREADS_R) * THREADS_C;
       var x = partials[at];
@@ -552,9 +552,9 @@ fn main(
       x = max(x, partials[at + 5u]);
       x = max(x, partials[at + 6u]);
       x = max(x, partials[at + 7u]);
-      row_most_2 = x;
+      tile_max_2 = x;
     }
-    var row_most_3 = 0.0;
+    var tile_max_3 = 0.0;
     {
       let at = (ty + 3u * THREADS_R) * THREADS_C;
       var x = partials[at];
@@ -565,59 +565,59 @@ fn main(
       x = max(x, partials[at + 5u]);
       x = max(x, partials[at + 6u]);
       x = max(x, partials[at + 7u]);
-      row_most_3 = x;
+      tile_max_3 = x;
     }
-    let before_0 = max_0;
-    max_0 = max(before_0, row_most_0);
-    s_0_0 = exp4(fma(s_0_0, vec4<f32>(params.scale_sign), vec4<f32>(-max_0)) * params.scale_size);
-    let before_1 = max_1;
-    max_1 = max(before_1, row_most_1);
-    s_1_0 = exp4(fma(s_1_0, vec4<f32>(params.scale_sign), vec4<f32>(-max_1)) * params.scale_size);
-    let before_2 = max_2;
-    max_2 = max(before_2, row_most_2);
-    s_2_0 = exp4(fma(s_2_0, vec4<f32>(params.scale_sign), vec4<f32>(-max_2)) * params.scale_size);
-    let before_3 = max_3;
-    max_3 = max(before_3, row_most_3);
-    s_3_0 = exp4(fma(s_3_0, vec4<f32>(params.scale_sign), vec4<f32>(-max_3)) * params.scale_size);
-    if (masked) {
+    let old_max_0 = row_max_0;
+    row_max_0 = max(old_max_0, tile_max_0);
+    s_0_0 = exp4(fma(s_0_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_0)) * params.scale_size);
+    let old_max_1 = row_max_1;
+    row_max_1 = max(old_max_1, tile_max_1);
+    s_1_0 = exp4(fma(s_1_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_1)) * params.scale_size);
+    let old_max_2 = row_max_2;
+    row_max_2 = max(old_max_2, tile_max_2);
+    s_2_0 = exp4(fma(s_2_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_2)) * params.scale_size);
+    let old_max_3 = row_max_3;
+    row_max_3 = max(old_max_3, tile_max_3);
+    s_3_0 = exp4(fma(s_3_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_3)) * params.scale_size);
+    if (is_partial) {
       s_0_0 = select(vec4<f32>(), s_0_0, visible4(row_0, column0 + 4u * (tx + 0u * THREADS_C)));
       s_1_0 = select(vec4<f32>(), s_1_0, visible4(row_1, column0 + 4u * (tx + 0u * THREADS_C)));
       s_2_0 = select(vec4<f32>(), s_2_0, visible4(row_2, column0 + 4u * (tx + 0u * THREADS_C)));
       s_3_0 = select(vec4<f32>(), s_3_0, visible4(row_3, column0 + 4u * (tx + 0u * THREADS_C)));
     }
     {
-      let rescale = exp1((before_0 - max_0) * params.scale_size);
+      let rescale = exp1((old_max_0 - row_max_0) * params.scale_size);
       o_0_0 *= rescale;
       o_0_1 *= rescale;
       var total = s_0_0;
-      sum_0 = fma(sum_0, rescale, (total.x + total.y) + (total.z + total.w));
+      row_sum_0 = fma(row_sum_0, rescale, (total.x + total.y) + (total.z + total.w));
     }
     {
-      let rescale = exp1((before_1 - max_1) * params.scale_size);
+      let rescale = exp1((old_max_1 - row_max_1) * params.scale_size);
       o_1_0 *= rescale;
       o_1_1 *= rescale;
       var total = s_1_0;
-      sum_1 = fma(sum_1, rescale, (total.x + total.y) + (total.z + total.w));
+      row_sum_1 = fma(row_sum_1, rescale, (total.x + total.y) + (total.z + total.w));
     }
     {
-      let rescale = exp1((before_2 - max_2) * params.scale_size);
+      let rescale = exp1((old_max_2 - row_max_2) * params.scale_size);
       o_2_0 *= rescale;
       o_2_1 *= rescale;
       var total = s_2_0;
-      sum_2 = fma(sum_2, rescale, (total.x + total.y) + (total.z + total.w));
+      row_sum_2 = fma(row_sum_2, rescale, (total.x + total.y) + (total.z + total.w));
     }
     {
-      let rescale = exp1((before_3 - max_3) * params.scale_size);
+      let rescale = exp1((old_max_3 - row_max_3) * params.scale_size);
       o_3_0 *= rescale;
       o_3_1 *= rescale;
       var total = s_3_0;
-      sum_3 = fma(sum_3, rescale, (total.x + total.y) + (total.z + total.w));
+      row_sum_3 = fma(row_sum_3, rescale, (total.x + total.y) + (total.z + total.w));
     }
-    memory[(ty + 0u * THREADS_R) * WEIGHT_ROW + tx + 0u * THREADS_C] = s_0_0;
-    memory[(ty + 1u * THREADS_R) * WEIGHT_ROW + tx + 0u * THREADS_C] = s_1_0;
-    memory[(ty + 2u * THREADS_R) * WEIGHT_ROW + tx + 0u * THREADS_C] = s_2_0;
-    memory[(ty + 3u * THREADS_R) * WEIGHT_ROW + tx + 0u * THREADS_C] = s_3_0;
-    for (var first = 0u; first < 32u; first += SLAB) {
+    memory[(ty + 0u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_0_0;
+    memory[(ty + 1u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_1_0;
+    memory[(ty + 2u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_2_0;
+    memory[(ty + 3u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_3_0;
+    for (var first = 0u; first < 32u; first += N_STEP) {
       var share_0 = vec4<f32>();
       {
         let item = thread + 0u;
@@ -626,7 +626,7 @@ fn main(
         let source = column0 + first + staged;
         if (source < column_limit) {
           share_0 = load_v(v_base + source * params.v.seq, quad);
-          if (masked && !is_finite4(share_0)) { atomicStore(&poisoned, step + 1u); }
+          if (is_partial && !is_finite4(share_0)) { atomicStore(&nonfinite_step, step + 1u); }
         }
       }
       var share_1 = vec4<f32>();
@@ -637,52 +637,52 @@ fn main(
         let source = column0 + first + staged;
         if (source < column_limit) {
           share_1 = load_v(v_base + source * params.v.seq, quad);
-          if (masked && !is_finite4(share_1)) { atomicStore(&poisoned, step + 1u); }
+          if (is_partial && !is_finite4(share_1)) { atomicStore(&nonfinite_step, step + 1u); }
         }
       }
       if (first != 0u) { workgroupBarrier(); }
       {
         let item = thread + 0u;
-        { memory[SLAB_STAGE + item / 16u * 16u + item % 16u] = share_0; }
+        { memory[N_STAGE + item / 16u * 16u + item % 16u] = share_0; }
       }
       {
         let item = thread + 128u;
-        { memory[SLAB_STAGE + item / 16u * 16u + item % 16u] = share_1; }
+        { memory[N_STAGE + item / 16u * 16u + item % 16u] = share_1; }
       }
       workgroupBarrier();
-      if (masked && atomicLoad(&poisoned) == step + 1u) {
+      if (is_partial && atomicLoad(&nonfinite_step) == step + 1u) {
         // A hidden column that is NaN or infinite must not meet its zero weight.
-        for (var j = 0u; j < SLAB; j += 1u) {
+        for (var j = 0u; j < N_STEP; j += 1u) {
           let column = column0 + first + j;
           if (visible4(row_0, column).x) {
-            let w = memory[(ty + 0u * THREADS_R) * WEIGHT_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_0_0 = fma(vec4<f32>(w), memory[SLAB_STAGE + j * 16u + tx + 0u * THREADS_C], o_0_0);
-            o_0_1 = fma(vec4<f32>(w), memory[SLAB_STAGE + j * 16u + tx + 1u * THREADS_C], o_0_1);
+            let w = memory[(ty + 0u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
+            o_0_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_0_0);
+            o_0_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_0_1);
           }
           if (visible4(row_1, column).x) {
-            let w = memory[(ty + 1u * THREADS_R) * WEIGHT_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_1_0 = fma(vec4<f32>(w), memory[SLAB_STAGE + j * 16u + tx + 0u * THREADS_C], o_1_0);
-            o_1_1 = fma(vec4<f32>(w), memory[SLAB_STAGE + j * 16u + tx + 1u * THREADS_C], o_1_1);
+            let w = memory[(ty + 1u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
+            o_1_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_1_0);
+            o_1_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_1_1);
           }
           if (visible4(row_2, column).x) {
-            let w = memory[(ty + 2u * THREADS_R) * WEIGHT_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_2_0 = fma(vec4<f32>(w), memory[SLAB_STAGE + j * 16u + tx + 0u * THREADS_C], o_2_0);
-            o_2_1 = fma(vec4<f32>(w), memory[SLAB_STAGE + j * 16u + tx + 1u * THREADS_C], o_2_1);
+            let w = memory[(ty + 2u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
+            o_2_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_2_0);
+            o_2_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_2_1);
           }
           if (visible4(row_3, column).x) {
-            let w = memory[(ty + 3u * THREADS_R) * WEIGHT_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_3_0 = fma(vec4<f32>(w), memory[SLAB_STAGE + j * 16u + tx + 0u * THREADS_C], o_3_0);
-            o_3_1 = fma(vec4<f32>(w), memory[SLAB_STAGE + j * 16u + tx + 1u * THREADS_C], o_3_1);
+            let w = memory[(ty + 3u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
+            o_3_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_3_0);
+            o_3_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_3_1);
           }
         }
       } else {
-        for (var quad = 0u; quad < SLAB / 4u; quad += 1u) {
-          let w_0 = memory[(ty + 0u * THREADS_R) * WEIGHT_ROW + first / 4u + quad];
-          let w_1 = memory[(ty + 1u * THREADS_R) * WEIGHT_ROW + first / 4u + quad];
-          let w_2 = memory[(ty + 2u * THREADS_R) * WEIGHT_ROW + first / 4u + quad];
-          let w_3 = memory[(ty + 3u * THREADS_R) * WEIGHT_ROW + first / 4u + quad];
+        for (var quad = 0u; quad < N_STEP / 4u; quad += 1u) {
+          let w_0 = memory[(ty + 0u * THREADS_R) * P_ROW + first / 4u + quad];
+          let w_1 = memory[(ty + 1u * THREADS_R) * P_ROW + first / 4u + quad];
+          let w_2 = memory[(ty + 2u * THREADS_R) * P_ROW + first / 4u + quad];
+          let w_3 = memory[(ty + 3u * THREADS_R) * P_ROW + first / 4u + quad];
           {
-            let at = SLAB_STAGE + (quad * 4u + 0u) * 16u + tx;
+            let at = N_STAGE + (quad * 4u + 0u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
             let b_1 = memory[at + 1u * THREADS_C];
             o_0_0 = fma(vec4<f32>(w_0.x), b_0, o_0_0);
@@ -695,7 +695,7 @@ fn main(
             o_3_1 = fma(vec4<f32>(w_3.x), b_1, o_3_1);
           }
           {
-            let at = SLAB_STAGE + (quad * 4u + 1u) * 16u + tx;
+            let at = N_STAGE + (quad * 4u + 1u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
             let b_1 = memory[at + 1u * THREADS_C];
             o_0_0 = fma(vec4<f32>(w_0.y), b_0, o_0_0);
@@ -708,7 +708,7 @@ fn main(
             o_3_1 = fma(vec4<f32>(w_3.y), b_1, o_3_1);
           }
           {
-            let at = SLAB_STAGE + (quad * 4u + 2u) * 16u + tx;
+            let at = N_STAGE + (quad * 4u + 2u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
             let b_1 = memory[at + 1u * THREADS_C];
             o_0_0 = fma(vec4<f32>(w_0.z), b_0, o_0_0);
@@ -721,7 +721,7 @@ fn main(
             o_3_1 = fma(vec4<f32>(w_3.z), b_1, o_3_1);
           }
           {
-            let at = SLAB_STAGE + (quad * 4u + 3u) * 16u + tx;
+            let at = N_STAGE + (quad * 4u + 3u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
             let b_1 = memory[at + 1u * THREADS_C];
             o_0_0 = fma(vec4<f32>(w_0.w), b_0, o_0_0);
@@ -739,10 +739,10 @@ fn main(
     step += 1u;
   }
   workgroupBarrier();
-  partials[(ty + 0u * THREADS_R) * THREADS_C + tx] = sum_0;
-  partials[(ty + 1u * THREADS_R) * THREADS_C + tx] = sum_1;
-  partials[(ty + 2u * THREADS_R) * THREADS_C + tx] = sum_2;
-  partials[(ty + 3u * THREADS_R) * THREADS_C + tx] = sum_3;
+  partials[(ty + 0u * THREADS_R) * THREADS_C + tx] = row_sum_0;
+  partials[(ty + 1u * THREADS_R) * THREADS_C + tx] = row_sum_1;
+  partials[(ty + 2u * THREADS_R) * THREADS_C + tx] = row_sum_2;
+  partials[(ty + 3u * THREADS_R) * THREADS_C + tx] = row_sum_3;
   workgroupBarrier();
   var total_0 = 0.0;
   {
@@ -796,16 +796,16 @@ fn main(
     x += partials[at + 7u];
     total_3 = x;
   }
-  let end_0 = finish_row(max_0, total_0, work.head);
+  let end_0 = finish_row(row_max_0, total_0, work.head);
   let factor_0 = end_0.factor;
   if (tx == 0u && row_0 < row_limit) { lse[lse_base + row_0] = end_0.lse; }
-  let end_1 = finish_row(max_1, total_1, work.head);
+  let end_1 = finish_row(row_max_1, total_1, work.head);
   let factor_1 = end_1.factor;
   if (tx == 0u && row_1 < row_limit) { lse[lse_base + row_1] = end_1.lse; }
-  let end_2 = finish_row(max_2, total_2, work.head);
+  let end_2 = finish_row(row_max_2, total_2, work.head);
   let factor_2 = end_2.factor;
   if (tx == 0u && row_2 < row_limit) { lse[lse_base + row_2] = end_2.lse; }
-  let end_3 = finish_row(max_3, total_3, work.head);
+  let end_3 = finish_row(row_max_3, total_3, work.head);
   let factor_3 = end_3.factor;
   if (tx == 0u && row_3 < row_limit) { lse[lse_base + row_3] = end_3.lse; }
   if (row_0 < row_limit) {

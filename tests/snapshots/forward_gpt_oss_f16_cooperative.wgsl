@@ -164,23 +164,23 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
 }
 
 // The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
-struct OpenTiles { start: u32, end: u32 }
+struct FullTiles { start: u32, end: u32 }
 
-fn open_tiles(row0: u32, row_end: u32) -> OpenTiles {
+fn full_tiles(row0: u32, row_end: u32) -> FullTiles {
   let limit = select(i32(params.seq_k), 0, row_end > params.seq_q);
   let end = clamp(i32(row0) + 1 + params.upper, 0, limit);
   let start = u32(clamp(i32(row_end) - 1 + params.lower, 0, end));
-  return OpenTiles(select(start, 0u, params.sink_tokens >= start), u32(end));
+  return FullTiles(select(start, 0u, params.sink_tokens >= start), u32(end));
 }
 
-fn is_open(open: OpenTiles, column0: u32) -> bool {
+fn is_full(full: FullTiles, column0: u32) -> bool {
   let column_end = column0 + TILE_COLUMNS;
-  return column_end <= open.end && (column0 >= open.start || column_end <= params.sink_tokens);
+  return column_end <= full.end && (column0 >= full.start || column_end <= params.sink_tokens);
 }
 
 // Where the report of a tile of so many rows begins: a word that is zero where there are none, then, where there
 // are some, a bit for each row.
-fn repair_slot(work: TileWork, tile: u32) -> u32 {
+fn fallback_slot(work: TileWork, tile: u32) -> u32 {
   return ((tile * params.batch + work.batch) * params.heads + work.head) * 3u;
 }
 
@@ -278,35 +278,35 @@ fn natural_log(x: f32) -> f32 {
   return y + fma(x, exp1(-y), -1.0);
 }
 
-// `most` times the scale's size is the row's maximum score, `sum` is the sum of exp(score - maximum score). Where that score is
-// beyond f32, so is lse; where `most` is, `sum` is NaN, and so is the factor. The limit of ever larger sink logits takes all.
-fn finish_row(most: f32, sum: f32, head: u32) -> RowEnd {
+// `row_max` times the scale's size is the row's maximum score, `row_sum` is the sum of exp(score - maximum score). Where that score is
+// beyond f32, so is lse; where `row_max` is, `row_sum` is NaN, and so is the factor. The limit of ever larger sink logits takes all.
+fn finish_row(row_max: f32, row_sum: f32, head: u32) -> RowEnd {
   let infinity = -params.negative_infinity;
-  let score = most * params.scale_size;
+  let score = row_max * params.scale_size;
   let sink = sink_logits[params.sink_offset + head];
-  if (sum == 0.0) { return RowEnd(0.0, sink); }
+  if (row_sum == 0.0) { return RowEnd(0.0, sink); }
   // What rounding took from the score, so that lse fits the unrounded scores of the backward pass.
-  let rest = select(0.0, fma(most, params.scale_size, -score), score > sink && score < infinity);
+  let rest = select(0.0, fma(row_max, params.scale_size, -score), score > sink && score < infinity);
   let top = max(score, sink);
   // Equal terms give exp(0), even where they are beyond f32.
   let keys = select(select(exp1(score - top), 1.0, score == top), 0.0, sink == infinity);
-  let total = fma(sum, keys, select(exp1(sink - top), 1.0, sink == top && (sink == infinity || score < infinity)));
+  let total = fma(row_sum, keys, select(exp1(sink - top), 1.0, sink == top && (sink == infinity || score < infinity)));
   return RowEnd(keys / total, select(top + (natural_log(total) + rest), infinity, score == infinity));
 }
 
 const LANES_A_ROW: u32 = 2u;
 
 // Rows are padded so that neighbours start in different banks; fragment loads want multiples of 16 bytes.
-const STRIP_ROW: u32 = 6u;
-const WEIGHT_ROW: u32 = 6u;
+const SCORE_ROW: u32 = 6u;
+const P_ROW: u32 = 6u;
 const K_ROW: u32 = 18u;
 const K_TILE: u32 = 288u;
 var<workgroup> k_stage: array<vec4<f16>, 288>;
 const V_ROW: u32 = 18u;
 const V_TILE: u32 = 288u;
 var<workgroup> v_stage: array<vec4<f16>, 288>;
-var<workgroup> strips: array<vec4<f32>, 384>;
-var<workgroup> weights: array<vec4<f16>, 384>;
+var<workgroup> score_rows: array<vec4<f32>, 384>;
+var<workgroup> p_tile: array<vec4<f16>, 384>;
 
 // By the bits: compilers may take for granted that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
@@ -340,18 +340,18 @@ fn main(
   let o_base = operand_base(params.o, work.batch, work.head);
   let lse_base = operand_base(params.lse, work.batch, work.head);
   let tiles = key_tiles(row0, row_end);
-  let open = open_tiles(row0, row_end);
+  let full = full_tiles(row0, row_end);
 
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
   let last_column = column_limit - 1u;
-  let strip = subgroup * 96u;
+  let subgroup_scores = subgroup * 96u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
-  let strip_at = strip + lane_row * STRIP_ROW + part;
-  let subgroup_weights = subgroup * 96u;
-  let weight_at = subgroup_weights + lane_row * WEIGHT_ROW + part;
-  var broken_0 = false;
+  let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
+  let subgroup_p = subgroup * 96u;
+  let p_at = subgroup_p + lane_row * P_ROW + part;
+  var fallback_0 = false;
   let row_0 = row0 + subgroup * 16u + 0u + lane_row;
   let hidden = HIDDEN;
   // Never zero, so that hidden scores stay hidden.
@@ -455,61 +455,61 @@ fn main(
     let quad = part + 0u;
     {
       let raw = q_raw_0_0_0;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_0_1;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   subgroupBarrier();
-  let q_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let q_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = q_raw_0_1_0;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_1_1;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   subgroupBarrier();
-  let q_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let q_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = q_raw_0_2_0;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_2_1;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   subgroupBarrier();
-  let q_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let q_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = q_raw_0_3_0;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_3_1;
-      weights[weight_at - part + 0u + quad] = half4(raw, params.scale_sign);
+      p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     } }
   subgroupBarrier();
-  let q_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+  let q_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   var o_0_0 = coop_mat16x16<f32, C>();
   var o_0_1 = coop_mat16x16<f32, C>();
@@ -532,13 +532,13 @@ fn main(
   // Where nothing has been seen the maximum is finite, and so far above hidden scores that their weights are zero.
   let floor = max(0.5 * HIDDEN * scale, LOWEST);
   let slack = SLACK / scale;
-  var most_0 = floor;
+  var row_max_0 = floor;
   // What scores may reach before that.
   var limit_0 = 0.5 * HIDDEN;
-  var sum_0 = 0.0;
+  var row_sum_0 = 0.0;
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
-    let masked = !is_open(open, column0);
+    let is_partial = !is_full(full, column0);
     let next = first_column(tiles, next_tile(tiles, tile));
     {
       let quad = k_quad;
@@ -577,12 +577,12 @@ fn main(
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 12u], K_ROW);
       s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
     }
-    coopStoreT(s_0_0, &strips[strip + 0u], STRIP_ROW);
+    coopStoreT(s_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
     subgroupBarrier();
-    var x_0_0 = strips[strip_at + 0u];
-    var x_0_1 = strips[strip_at + 2u];
+    var x_0_0 = score_rows[score_at + 0u];
+    var x_0_1 = score_rows[score_at + 2u];
     subgroupBarrier();
-    var hides_x = masked;
+    var hides_x = is_partial;
     loop {
       if (!hides_x) { break; }
       hides_x = false;
@@ -591,96 +591,96 @@ fn main(
     }
     loop {
       if (!subgroupAny(any((x_0_0 > vec4<f32>(limit_0)) | (x_0_1 > vec4<f32>(limit_0))))) { break; }
-      let before_0 = most_0;
+      let old_max_0 = row_max_0;
       {
-        var most4 = x_0_0;
-        most4 = max(most4, x_0_1);
-        var most = max(max(most4.x, most4.y), max(most4.z, most4.w));
-        most = max(most, subgroupShuffleXor(most, 1u));
+        var tile_max4 = x_0_0;
+        tile_max4 = max(tile_max4, x_0_1);
+        var tile_max = max(max(tile_max4.x, tile_max4.y), max(tile_max4.z, tile_max4.w));
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
 
         // A NaN, which a maximum may keep, becomes the limit: else the loop would not end.
-        if (most > limit_0 || (bitcast<u32>(most) & 0x7fffffffu) > 0x7f800000u) {
-          most_0 = most * scale;
-          limit_0 = most + slack;
+        if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          row_max_0 = tile_max * scale;
+          limit_0 = tile_max + slack;
         }
       }
       // A row that keeps its maximum keeps its bits.
-      let rescale_0 = select(exp2(before_0 - most_0), 1.0, before_0 == most_0);
-      sum_0 *= rescale_0;
+      let rescale_0 = select(exp2(old_max_0 - row_max_0), 1.0, old_max_0 == row_max_0);
+      row_sum_0 *= rescale_0;
       // Nothing to rescale yet.
       if (tile == tiles.first) { continue; }
       subgroupBarrier();
-      coopStoreT(o_0_0, &strips[strip], STRIP_ROW);
+      coopStoreT(o_0_0, &score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
       {
         let quad = part + 0u;
-        { strips[strip_at - part + quad] *= rescale_0; } }
+        { score_rows[score_at - part + quad] *= rescale_0; } }
       {
         let quad = part + 2u;
-        { strips[strip_at - part + quad] *= rescale_0; } }
+        { score_rows[score_at - part + quad] *= rescale_0; } }
       subgroupBarrier();
-      o_0_0 = coopLoadT<coop_mat16x16<f32, C>>(&strips[strip], STRIP_ROW);
+      o_0_0 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
-      coopStoreT(o_0_1, &strips[strip], STRIP_ROW);
+      coopStoreT(o_0_1, &score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
       {
         let quad = part + 0u;
-        { strips[strip_at - part + quad] *= rescale_0; } }
+        { score_rows[score_at - part + quad] *= rescale_0; } }
       {
         let quad = part + 2u;
-        { strips[strip_at - part + quad] *= rescale_0; } }
+        { score_rows[score_at - part + quad] *= rescale_0; } }
       subgroupBarrier();
-      o_0_1 = coopLoadT<coop_mat16x16<f32, C>>(&strips[strip], STRIP_ROW);
+      o_0_1 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
-      coopStoreT(o_0_2, &strips[strip], STRIP_ROW);
+      coopStoreT(o_0_2, &score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
       {
         let quad = part + 0u;
-        { strips[strip_at - part + quad] *= rescale_0; } }
+        { score_rows[score_at - part + quad] *= rescale_0; } }
       {
         let quad = part + 2u;
-        { strips[strip_at - part + quad] *= rescale_0; } }
+        { score_rows[score_at - part + quad] *= rescale_0; } }
       subgroupBarrier();
-      o_0_2 = coopLoadT<coop_mat16x16<f32, C>>(&strips[strip], STRIP_ROW);
+      o_0_2 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
-      coopStoreT(o_0_3, &strips[strip], STRIP_ROW);
+      coopStoreT(o_0_3, &score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
       {
         let quad = part + 0u;
-        { strips[strip_at - part + quad] *= rescale_0; } }
+        { score_rows[score_at - part + quad] *= rescale_0; } }
       {
         let quad = part + 2u;
-        { strips[strip_at - part + quad] *= rescale_0; } }
+        { score_rows[score_at - part + quad] *= rescale_0; } }
       subgroupBarrier();
-      o_0_3 = coopLoadT<coop_mat16x16<f32, C>>(&strips[strip], STRIP_ROW);
+      o_0_3 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
     }
     var total_0 = vec4<f32>();
-    let p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), vec4<f32>(-most_0)));
+    let p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), vec4<f32>(-row_max_0)));
     total_0 += p_0_0;
-    let p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), vec4<f32>(-most_0)));
+    let p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), vec4<f32>(-row_max_0)));
     total_0 += p_0_1;
-    sum_0 += (total_0.x + total_0.y) + (total_0.z + total_0.w);
-    weights[weight_at + 0u] = vec4<f16>(p_0_0);
-    weights[weight_at + 2u] = vec4<f16>(p_0_1);
+    row_sum_0 += (total_0.x + total_0.y) + (total_0.z + total_0.w);
+    p_tile[p_at + 0u] = vec4<f16>(p_0_0);
+    p_tile[p_at + 2u] = vec4<f16>(p_0_1);
     subgroupBarrier();
     {
-      let weight_0 = coopLoadT<coop_mat16x16<f16, A>>(&weights[subgroup_weights + 0u], WEIGHT_ROW);
+      let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 0u], V_ROW);
-        o_0_0 = coopMultiplyAdd(weight_0, column, o_0_0);
+        o_0_0 = coopMultiplyAdd(left_0, column, o_0_0);
       }
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 4u], V_ROW);
-        o_0_1 = coopMultiplyAdd(weight_0, column, o_0_1);
+        o_0_1 = coopMultiplyAdd(left_0, column, o_0_1);
       }
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 8u], V_ROW);
-        o_0_2 = coopMultiplyAdd(weight_0, column, o_0_2);
+        o_0_2 = coopMultiplyAdd(left_0, column, o_0_2);
       }
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 12u], V_ROW);
-        o_0_3 = coopMultiplyAdd(weight_0, column, o_0_3);
+        o_0_3 = coopMultiplyAdd(left_0, column, o_0_3);
       }
     }
     workgroupBarrier();
@@ -698,21 +698,21 @@ fn main(
     }
     workgroupBarrier();
   }
-  sum_0 = sum_0 + subgroupShuffleXor(sum_0, 1u);
-  let end_0 = finish_row(most_0 / scale, sum_0, work.head);
+  row_sum_0 = row_sum_0 + subgroupShuffleXor(row_sum_0, 1u);
+  let end_0 = finish_row(row_max_0 / scale, row_sum_0, work.head);
   let factor_0 = end_0.factor;
   if (row_0 < row_limit && part == 0u) { lse[lse_base + row_0] = end_0.lse; }
   {
     let base = o_base + row_0 * params.o.seq;
     subgroupBarrier();
-    coopStoreT(o_0_0, &strips[strip], STRIP_ROW);
+    coopStoreT(o_0_0, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 0u + quad, result);
         } }
     }
@@ -720,20 +720,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 0u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(o_0_1, &strips[strip], STRIP_ROW);
+    coopStoreT(o_0_1, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 4u + quad, result);
         } }
     }
@@ -741,20 +741,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 4u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(o_0_2, &strips[strip], STRIP_ROW);
+    coopStoreT(o_0_2, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 8u + quad, result);
         } }
     }
@@ -762,20 +762,20 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 8u + quad, result);
         } }
     }
     subgroupBarrier();
-    coopStoreT(o_0_3, &strips[strip], STRIP_ROW);
+    coopStoreT(o_0_3, &score_rows[subgroup_scores], SCORE_ROW);
     subgroupBarrier();
     {
       let quad = part + 0u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 12u + quad, result);
         } }
     }
@@ -783,33 +783,33 @@ fn main(
       let quad = part + 2u;
       {
         if (row_0 < row_limit) {
-          let result = strips[strip_at - part + quad] * factor_0;
-          broken_0 = broken_0 || !is_finite4(result);
+          let result = score_rows[score_at - part + quad] * factor_0;
+          fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 12u + quad, result);
         } }
     }
   }
-  let subgroup_broken = subgroupAny((broken_0 && row_0 < row_limit));
-  var any_broken = false;
+  let subgroup_fallback = subgroupAny((fallback_0 && row_0 < row_limit));
+  var any_fallback = false;
   workgroupBarrier();
-  if (lane == 0u) { strips[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_broken)); }
+  if (lane == 0u) { score_rows[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_fallback)); }
   workgroupBarrier();
-  any_broken = false;
-  for (var n = 0u; n < 4u; n += 1u) { any_broken = any_broken || strips[n].x > 0.0; }
-  let slot = repair_slot(work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(any_broken); }
-  var reports = any_broken;
+  any_fallback = false;
+  for (var n = 0u; n < 4u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
+  let slot = fallback_slot(work, work.tile);
+  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  var has_any = any_fallback;
   loop {
-    if (!reports) { break; }
-    reports = false;
+    if (!has_any) { break; }
+    has_any = false;
     workgroupBarrier();
-    var report_0 = select(0.0, 1.0, broken_0);
-    report_0 = max(report_0, subgroupShuffleXor(report_0, 1u));
-    if (part == 0u) { strips[row_0 - row0] = vec4<f32>(report_0); }
+    var reported_0 = select(0.0, 1.0, fallback_0);
+    reported_0 = max(reported_0, subgroupShuffleXor(reported_0, 1u));
+    if (part == 0u) { score_rows[row_0 - row0] = vec4<f32>(reported_0); }
     workgroupBarrier();
     if (thread < 2u) {
       var bits = 0u;
-      for (var n = 0u; n < min(64u - thread * 32u, 32u); n += 1u) { bits |= u32(strips[thread * 32u + n].x) << n; }
+      for (var n = 0u; n < min(64u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
       repairs[slot + 1u + thread] = bits;
     }
   }
