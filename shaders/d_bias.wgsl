@@ -2,9 +2,10 @@
     computes a tile of the bias; where all queries share a row of it, the tile has one row. -#}
 # include "tiled.wgsl"
 # import micro_kernel ~ "/d_bias.wgsl" as micro
+# from "entry.wgsl" import main
 {{ micro.declare() }}
 
-# include "main.wgsl"
+# call main()
   let at = decode_work(index);
 # if axes.seq_q
   let tile = at.cell;
@@ -60,4 +61,4 @@
     }
   }
   {{ micro.finish() }}
-}
+# endcall

@@ -11,6 +11,7 @@
 # if dtype != "f32"
 # include "unit.wgsl"
 # endif
+# from "entry.wgsl" import main
 
 const ROWS: u32 = {{ delta_rows }}u;
 // Feature quads staged at once, one by each of the threads that share a row.
@@ -45,7 +46,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 }
 # endfor
 
-# include "main.wgsl"
+# call main()
   let at = decode_work(index);
   let batch = at.batch;
   let head = at.head;
@@ -170,4 +171,4 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   }
   if (thread == 0u) { sink_partials[operand_base(params.sink_partials, batch, head) + at.tile] = partials[0]; }
 # endif
-}
+# endcall

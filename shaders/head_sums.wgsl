@@ -5,6 +5,7 @@
 # if "row_terms" in names
 # include "exp.wgsl"
 # endif
+# from "entry.wgsl" import main
 
 const THREADS: u32 = {{ threads }}u;
 # if "sink_partials" in names
@@ -12,7 +13,7 @@ const ROWS: u32 = {{ delta_rows }}u;
 # endif
 var<workgroup> partials: array<f32, {{ threads }}>;
 
-# include "main.wgsl"
+# call main()
   let head = decode_work(index).head;
   let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if "sink_partials" in names else "params.seq_q" }};
 # if "row_terms" in names
@@ -43,4 +44,4 @@ var<workgroup> partials: array<f32, {{ threads }}>;
     workgroupBarrier();
   }
   if (thread == 0u) { {{ "d_alibi_slopes[params.d_slope_offset" if "alibi_moments" in names else "d_sink_logits[params.d_sink_offset" }} + head] = partials[0]; }
-}
+# endcall

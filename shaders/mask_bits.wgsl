@@ -2,6 +2,7 @@
     something, 2 where it hides something, 3 where it does both. What lies beyond the last key is neither. One workgroup a group of
     blocks, whose classes are one word. -#}
 # include "params.wgsl"
+# from "entry.wgsl" import main
 
 const BLOCK_ROWS: u32 = {{ mask_block_rows }}u;
 const BLOCK_WORDS: u32 = {{ mask_block_words }}u;
@@ -19,7 +20,7 @@ fn nonzero_bytes(bytes: u32) -> u32 {
 }
 # endif
 
-# include "main.wgsl"
+# call main()
   let row_words = (params.mask_keys + 31u) / 32u;
   let place = decode_work(index);
   let group = place.cell;
@@ -72,4 +73,4 @@ fn nonzero_bytes(bytes: u32) -> u32 {
   if (thread == 0u) {
     mask_bits[operand_base(params.mask_classes, batch, head) + block_row * params.mask_classes.seq + group] = atomicLoad(&classes);
   }
-}
+# endcall

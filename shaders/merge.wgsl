@@ -7,6 +7,7 @@
 # include "operands.wgsl"
 # include "exp.wgsl"
 # include "softmax.wgsl"
+# from "entry.wgsl" import main
 
 const ROWS: u32 = {{ delta_rows }}u;
 // Threads that share a row.
@@ -22,7 +23,7 @@ fn exp_below(x: f32, top: f32) -> f32 {
   return select(exp1(x - top), 1.0, x == top);
 }
 
-# include "main.wgsl"
+# call main()
   let at = decode_work(index);
   let batch = at.batch;
   let head = at.head;
@@ -90,4 +91,4 @@ fn exp_below(x: f32, top: f32) -> f32 {
     let whole = select(top + natural_log(total), params.negative_infinity, total == 0.0);
     lse[operand_base(params.lse, batch, head) + row] = whole;
   }
-}
+# endcall

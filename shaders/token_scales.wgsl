@@ -3,13 +3,14 @@
 # include "params.wgsl"
 # include "operands.wgsl"
 # include "scale.wgsl"
+# from "entry.wgsl" import main
 
 const ROWS: u32 = {{ delta_rows }}u;
 // Threads that share a row.
 const LANES: u32 = {{ lanes }}u;
 var<workgroup> sizes: array<vec2<f32>, {{ threads }}>;
 
-# include "main.wgsl"
+# call main()
   let at = decode_work(index);
   let batch = at.batch;
   let head = at.head;
@@ -33,4 +34,4 @@ var<workgroup> sizes: array<vec2<f32>, {{ threads }}>;
     for (var other = 1u; other < LANES; other += 1u) { size = max(size, sizes[thread + other]); }
     {{ kernel }}[operand_base(params.{{ kernel }}, batch, head) + row] = vec2<f32>(token_scale(size.x), token_scale(size.y));
   }
-}
+# endcall

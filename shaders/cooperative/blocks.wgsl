@@ -321,7 +321,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- The next tile has until the end of this one. -#}
 # macro fetch_next()
-    let next = {{ column_of("next_shown" if mask else following) }};
+    let next = {{ column_of("next_visible" if mask else following) }};
 {{ fetch_columns("next") }}
 # endmacro
 
@@ -635,7 +635,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
     next_of_walk = select({{ following }}, tiles.first, is_first);
     is_first = false;
 # endif
-    let next = {{ column_of("next_shown" if mask else "next_of_walk") }};
+    let next = {{ column_of("next_visible" if mask else "next_of_walk") }};
 {{ fetch_columns("next") }}
 # endmacro
 
@@ -644,7 +644,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # if mask
   classes = Classes(0u, 0xffffffffu);
   span = visible_span({{ class_arguments }}, tiles, row0, row_end, tiles.first);
-  next_shown = first_tile;
+  next_visible = first_tile;
 # endif
 {{ fetch_first() }}
 # endmacro

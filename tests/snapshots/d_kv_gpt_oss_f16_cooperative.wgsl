@@ -324,7 +324,6 @@ fn main(
   let d_v_base = operand_base(params.d_v, work.batch, work.kv_head);
   let tiles = query_tiles(row0, row_end);
   let full = full_tiles(row0, row_end);
-
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
   let last_column = column_limit - 1u;
   let subgroup_scores = subgroup * 96u;

@@ -299,7 +299,6 @@ fn main(
   let lse_base = operand_base(params.lse, work.batch, work.head);
   let tiles = key_tiles(row0, row_end);
   let full = full_tiles(row0, row_end);
-
   // Eight neighbours form a block of four by two threads, so that they share rows of both sides.
   let block = thread / 8u;
   let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));

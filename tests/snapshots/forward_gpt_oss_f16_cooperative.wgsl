@@ -341,7 +341,6 @@ fn main(
   let lse_base = operand_base(params.lse, work.batch, work.head);
   let tiles = key_tiles(row0, row_end);
   let full = full_tiles(row0, row_end);
-
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
   let last_column = column_limit - 1u;
   let subgroup_scores = subgroup * 96u;

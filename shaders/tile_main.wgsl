@@ -1,5 +1,12 @@
-{#- Opens `main` of a kernel that has tiles: the workgroup's tile of rows, where their operands lie, and the tiles of columns that
-    it meets. Rows of one query head know where their lse and delta lie; a key head's columns are of several query heads. -#}
+{#- The entry point of a kernel with tiles.
+    Needs: tiled.wgsl, entry.wgsl; `loads`, `stores` and the options.
+    Declares: `main`, around what the caller writes, with the workgroup's tile (`work`, `row0`, `row_end`, `row_limit`), the base of each
+    operand of its rows, and the tiles of columns that its rows see (`tiles`, `full`, `column_limit`). A tile of keys has columns of
+    several query heads: head_loop of tile_loops.wgsl declares their bases. -#}
+# from "entry.wgsl" import main
+# from "tile_loops.wgsl" import first_tile
+# macro tile_main()
+# set body = caller
 # set row_limit = ("here.k_rows" if rows_are_keys else "here.q_rows") if lengths else ("params.seq_k" if rows_are_keys else "params.seq_q")
 # set flags = "score_rows" if cooperative else "memory"
 # if sanitize or repairs
@@ -19,7 +26,7 @@ fn has_fallback(index: u32) -> bool {
 }
 
 # endif
-# include "main.wgsl"
+# call main()
   let work = tile_work(index);
 # if lengths
   let here = load_sequence(work.sequence);
@@ -59,9 +66,12 @@ fn has_fallback(index: u32) -> bool {
 # endif
 # if mask
   let class_base = operand_base(params.mask_classes, work.sequence, work.head);
-# include "first_tile.wgsl"
+{{ first_tile() }}
 # endif
 # endif
 # if cooperative or not bias
   let full = full_tiles({{ here_argument }}row0, row_end);
 # endif
+{{ body() }}
+# endcall
+# endmacro
