@@ -3,7 +3,7 @@
     Declares: loops around what the caller writes, with `tile`, `column0` and `is_partial`. Cooperative kernels with a mask keep the span of
     tiles of one class (`span`), `mask_partial`, the mask's bits of a tile, and `next_visible`, the next tile that the mask leaves
     visible. -#}
-# import "cooperative/blocks.wgsl" as blocks
+# import "cooperative/mask.wgsl" as masking
 
 {#- The first tile of which the mask shows something, as `first_tile`. -#}
 # macro first_tile()
@@ -20,7 +20,7 @@
 {#- The mask's bits of a tile, and the next tile that the mask leaves visible: where a span ends, the one after it. -#}
 # macro next_span()
     let mask_partial = span.kind != 1u;
-{{ blocks.mask_of_tile() }}
+{{ masking.mask_of_tile() }}
     next_visible = tile + 1u;
     var span_ends = next_visible >= span.end;
     // A loop that runs at most once, as in `hide`.
@@ -29,7 +29,7 @@
       span_ends = false;
       span = visible_span({{ class_arguments }}, tiles, row0, row_end, {{ "next_visible" if rows_are_keys else "next_tile(tiles, tile)" }});
       next_visible = span.first;
-{{ blocks.fetch_mask("next_visible") }}
+{{ masking.fetch_mask("next_visible") }}
     }
 # endmacro
 

@@ -1,70 +1,75 @@
 {#- The gradient by q on fragments: rows are queries, columns are keys. -#}
-# import "cooperative/blocks.wgsl" as blocks
+# import "cooperative/fragments.wgsl" as matrix
+# import "cooperative/mask.wgsl" as masking
+# import "cooperative/columns.wgsl" as columns
+# import "cooperative/scores.wgsl" as score
+# import "cooperative/units.wgsl" as unit
+# import "cooperative/fallback.wgsl" as fallback
 
-{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+{%- macro declare() %}{{ matrix.declare() }}{% endmacro -%}
 
 # macro begin()
-{{ blocks.begin() }}
-{{ blocks.begin_columns() }}
+{{ matrix.begin() }}
+{{ columns.begin_columns() }}
 # if units
-{{ blocks.begin_walk() }}
+{{ unit.begin_walk() }}
 # else
-{{ blocks.fetch_first() }}
+{{ columns.fetch_first() }}
 # endif
-{{ blocks.resident("q") }}
-{{ blocks.resident("d_o") }}
-{{ blocks.row_scales("q") }}
-{{ blocks.begin_units() }}
-{{ blocks.row_stats() }}
+{{ matrix.resident("q") }}
+{{ matrix.resident("d_o") }}
+{{ matrix.row_scales("q") }}
+{{ unit.begin_units() }}
+{{ columns.row_stats() }}
 # endmacro
 
 # macro find_units()
-{{ blocks.put_columns() }}
-{{ blocks.product("s", "q", "k", "stage") }}
-{{ blocks.product("d_p", "d_o", "v", "stage") }}
+{{ columns.put_columns() }}
+{{ matrix.product("s", "q", "k", "stage") }}
+{{ matrix.product("d_p", "d_o", "v", "stage") }}
 {{ weigh(false) }}
-{{ blocks.set_units("d_s", "d_q") }}
-{{ blocks.next_units() }}
+{{ unit.set_units("d_s", "d_q") }}
+{{ unit.next_units() }}
 # endmacro
 
 # macro begin_tiles()
-{{ blocks.accumulator("d_q", "k") }}
+{{ matrix.accumulator("d_q", "k") }}
 # if moments
 # for r in range(row_fragments)
   var moment_{{ r }} = 0.0;
 # endfor
 # endif
 # if units
-{{ blocks.restart() }}
+{{ unit.restart() }}
 # endif
-{{ blocks.put_columns() }}
+{{ columns.put_columns() }}
 # endmacro
 
 # macro scores()
-{{ blocks.clean_columns() }}
-{{ blocks.fetch_next() }}
-{{ blocks.product("s", "q", "k", "stage") }}
+{{ fallback.clean_columns() }}
+{{ columns.fetch_next() }}
+{{ matrix.product("s", "q", "k", "stage") }}
 # endmacro
 
 # macro probability_gradients()
-{{ blocks.product("d_p", "d_o", "v", "stage") }}
+{{ matrix.product("d_p", "d_o", "v", "stage") }}
 # endmacro
 
 {#- d_s = p (d_p - delta), in the unit of d_q; the moments, too, where this `counts`. -#}
 # macro weigh(counts)
-{{ blocks.begin_scores() }}
+{{ score.begin_scores() }}
 # for r in range(row_fragments)
-{{ blocks.store_rows("s", r) }}
-{{ blocks.load_rows("x", r, 0) }}
+{{ matrix.store_rows("s", r) }}
+{{ matrix.load_rows("x", r, 0) }}
 # endfor
-{{ blocks.make_scores("x", "derivative") }}
+{{ score.make_scores("x", "derivative") }}
 # for r in range(row_fragments)
-{{ blocks.store_rows("d_p", r) }}
-{{ blocks.load_rows("y", r, 1) }}
+{{ matrix.store_rows("d_p", r) }}
+{{ matrix.load_rows("y", r, 1) }}
 # endfor
 # for r in range(row_fragments)
 # for n in range(lane_quads)
-    var d_s_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ blocks.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
+    var d_s_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ matrix.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
 # endfor
 # endfor
 # if softcap and not (moments and counts)
@@ -72,11 +77,11 @@
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 # endfor
 # endif
-{{ blocks.hide("d_s", "0.0") }}
+{{ masking.hide("d_s", "0.0") }}
 # if moments and counts
 # for r, n in pairs(row_fragments, lane_quads)
     {
-      let moment = d_s_{{ r }}_{{ n }} * distance4(row_{{ r }}, {{ blocks.quad_column(n) }});
+      let moment = d_s_{{ r }}_{{ n }} * distance4(row_{{ r }}, {{ matrix.quad_column(n) }});
       moment_{{ r }} += (moment.x + moment.y) + (moment.z + moment.w);
     }
 # endfor
@@ -88,7 +93,7 @@
 # endif
 # if column_scales
 # for r, n in pairs(row_fragments, lane_quads)
-    d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
+    d_s_{{ r }}_{{ n }} *= {{ matrix.column_inverse(n, 0) }};
 # endfor
 # endif
 # endmacro
@@ -96,23 +101,23 @@
 {#- Leaves d_s as weights. -#}
 # macro score_gradients()
 {{ weigh(true) }}
-{{ blocks.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
-{{ blocks.find_fallback() }}
+{{ unit.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
+{{ fallback.find_fallback() }}
 # endmacro
 
 # macro accumulate()
-{{ blocks.accumulate("d_q", "k", "stage") }}
-{{ blocks.next_stage() }}
+{{ matrix.accumulate("d_q", "k", "stage") }}
+{{ columns.next_stage() }}
 # endmacro
 
 # macro finish()
 # for r in range(row_fragments)
   let factor_{{ r }} = params.scale / d_q_unit_{{ r }};
 # endfor
-{{ blocks.store("d_q", "d_q", "factor_") }}
+{{ matrix.store("d_q", "d_q", "factor_") }}
 # if moments
 # for r in range(row_fragments)
-{{ blocks.reduce_row("moment_" ~ r, "sum") }}
+{{ matrix.reduce_row("moment_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = moment_{{ r }} / d_q_unit_{{ r }};
     fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
@@ -120,5 +125,5 @@
   }
 # endfor
 # endif
-{{ blocks.report_fallback() }}
+{{ fallback.report_fallback() }}
 # endmacro

@@ -1,8 +1,12 @@
 {#- The forward pass on fragments: rows are queries, columns are keys. -#}
-# import "cooperative/blocks.wgsl" as blocks
+# import "cooperative/fragments.wgsl" as matrix
+# import "cooperative/mask.wgsl" as masking
+# import "cooperative/columns.wgsl" as columns
+# import "cooperative/scores.wgsl" as score
+# import "cooperative/fallback.wgsl" as fallback
 
 # macro declare()
-{{ blocks.declare() }}
+{{ matrix.declare() }}
 // Below every product of halves{{ ", and every capped one" if softcap else ", and far from where f32 ends" }}.
 const HIDDEN: f32 = {{ "-3e38" if softcap else "-1e30" }};
 // The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
@@ -10,14 +14,14 @@ const SLACK: f32 = 8.0;
 # endmacro
 
 # macro begin()
-{{ blocks.begin() }}
+{{ matrix.begin() }}
   let hidden = {{ "params.negative_infinity" if formed else "HIDDEN" }};
-{{ blocks.begin_columns() }}
-{{ blocks.fetch_first() }}
-{{ blocks.resident("q") }}
-{{ blocks.row_scales("q") }}
-{{ blocks.accumulator("o", "v") }}
-{{ blocks.put_columns() }}
+{{ columns.begin_columns() }}
+{{ columns.fetch_first() }}
+{{ matrix.resident("q") }}
+{{ matrix.row_scales("q") }}
+{{ matrix.accumulator("o", "v") }}
+{{ columns.put_columns() }}
   // Where nothing has been seen the maximum is finite, and so far above hidden scores that their weights are zero.
 # if formed
   let floor = LOWEST;
@@ -35,38 +39,38 @@ const SLACK: f32 = 8.0;
 # endmacro
 
 # macro scores()
-{{ blocks.clean_columns() }}
-{{ blocks.fetch_next() }}
-{{ blocks.product("s", "q", "k", "stage") }}
+{{ fallback.clean_columns() }}
+{{ columns.fetch_next() }}
+{{ matrix.product("s", "q", "k", "stage") }}
 # endmacro
 
 {#- Online softmax. The maximum of a row follows only when it has grown by more than SLACK: then, rarely, the output is
     rescaled, through the strip. Where nearly all registers are taken, scores are better hidden while they are in the strip. -#}
 # macro softmax()
 # set in_strips = registers > 200 and not (modified or mask or column_scales)
-{{ blocks.begin_scores() }}
+{{ score.begin_scores() }}
 # for r in range(row_fragments)
-{{ blocks.store_rows("s", r) }}
+{{ matrix.store_rows("s", r) }}
 # if in_strips
     if (is_partial) {
 # for n in range(lane_quads)
       {
         let at = score_at + {{ n * lanes // side }}u;
-        score_rows[at] = select(vec4<f32>(hidden), score_rows[at], {{ blocks.visible(r, n) }});
+        score_rows[at] = select(vec4<f32>(hidden), score_rows[at], {{ masking.visible(r, n) }});
       }
 # endfor
     }
 # endif
-{{ blocks.load_rows("x", r, 0) }}
+{{ matrix.load_rows("x", r, 0) }}
 # endfor
-{{ blocks.make_scores("x", "") }}
+{{ score.make_scores("x", "") }}
 # if column_scales
 # for r, n in pairs(row_fragments, lane_quads)
-    x_{{ r }}_{{ n }} += {{ blocks.column_stat(n, 1) }};
+    x_{{ r }}_{{ n }} += {{ matrix.column_stat(n, 1) }};
 # endfor
 # endif
 # if not in_strips
-{{ blocks.hide("x", "hidden") }}
+{{ masking.hide("x", "hidden") }}
 # endif
     loop {
       if (!subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}))) { break; }
@@ -78,7 +82,7 @@ const SLACK: f32 = 8.0;
         tile_max4 = max(tile_max4, x_{{ r }}_{{ n }});
 # endfor
         var tile_max = max(max(tile_max4.x, tile_max4.y), max(tile_max4.z, tile_max4.w));
-{{ blocks.reduce_row("tile_max", "max") }}
+{{ matrix.reduce_row("tile_max", "max") }}
         // A NaN, which a maximum may keep, becomes the limit: else the loop would not end.
         if (tile_max > limit_{{ r }} || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
           row_max_{{ r }} = tile_max{{ " * scale" if not formed }};
@@ -91,33 +95,33 @@ const SLACK: f32 = 8.0;
 # endfor
       // Nothing to rescale yet.
       if (tile == {{ "first_tile" if mask else "tiles.first" }}) { continue; }
-{{ blocks.rescale("o", "v", "rescale_") }}
+{{ matrix.rescale("o", "v", "rescale_") }}
     }
 # for r in range(row_fragments)
     var total_{{ r }} = vec4<f32>();
 # for n in range(lane_quads)
-    let p_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "row_max_" ~ r, r) }};
+    let p_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "row_max_" ~ r, r) }};
 # if column_scales
-    total_{{ r }} = fma(p_{{ r }}_{{ n }}, {{ blocks.column_stat(n, 2) }}, total_{{ r }});
+    total_{{ r }} = fma(p_{{ r }}_{{ n }}, {{ matrix.column_stat(n, 2) }}, total_{{ r }});
 # else
     total_{{ r }} += p_{{ r }}_{{ n }};
 # endif
 # endfor
     row_sum_{{ r }} += (total_{{ r }}.x + total_{{ r }}.y) + (total_{{ r }}.z + total_{{ r }}.w);
 # endfor
-{{ blocks.store_p("p") }}
-{{ blocks.find_fallback() }}
+{{ matrix.store_p("p") }}
+{{ fallback.find_fallback() }}
 # endmacro
 
 # macro accumulate()
-{{ blocks.accumulate("o", "v", "stage") }}
-{{ blocks.next_stage() }}
+{{ matrix.accumulate("o", "v", "stage") }}
+{{ columns.next_stage() }}
 # endmacro
 
 {#- Sums the rows' denominators, adds the sink logit once, and writes o and lse. -#}
 # macro finish()
 # for r in range(row_fragments)
-{{ blocks.reduce_row("row_sum_" ~ r, "sum") }}
+{{ matrix.reduce_row("row_sum_" ~ r, "sum") }}
 # if bias
   fallback_{{ r }} = fallback_{{ r }} || (row_sum_{{ r }} > 0.0 && row_max_{{ r }} <= LOWEST);
 # endif
@@ -132,6 +136,6 @@ const SLACK: f32 = 8.0;
   let factor_{{ r }} = end_{{ r }}.factor{{ " * lift_" ~ r if column_scales }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = {% if lengths %}select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < here.seq_q){% else %}end_{{ r }}.lse{% endif %}; }
 # endfor
-{{ blocks.store("o", "o", "factor_") }}
-{{ blocks.report_fallback() }}
+{{ matrix.store("o", "o", "factor_") }}
+{{ fallback.report_fallback() }}
 # endmacro
