@@ -10,7 +10,9 @@ use crate::problem::error::{Error, Result};
 
 /// The texts that kernels share, each with the name that `include` and `import` know it by.
 const SOURCES: &[(&str, &str)] = &[
+    ("alibi.wgsl", include_str!("../../shaders/alibi.wgsl")),
     ("bf16.wgsl", include_str!("../../shaders/bf16.wgsl")),
+    ("bias.wgsl", include_str!("../../shaders/bias.wgsl")),
     ("bindings.wgsl", include_str!("../../shaders/bindings.wgsl")),
     ("cache/append.wgsl", include_str!("../../shaders/cache/append.wgsl")),
     ("cache/combine.wgsl", include_str!("../../shaders/cache/combine.wgsl")),
@@ -38,6 +40,8 @@ const SOURCES: &[(&str, &str)] = &[
     ("halves.wgsl", include_str!("../../shaders/halves.wgsl")),
     ("main.wgsl", include_str!("../../shaders/main.wgsl")),
     ("mask.wgsl", include_str!("../../shaders/mask.wgsl")),
+    ("mask_tiles.wgsl", include_str!("../../shaders/mask_tiles.wgsl")),
+    ("mask_words.wgsl", include_str!("../../shaders/mask_words.wgsl")),
     ("operands.wgsl", include_str!("../../shaders/operands.wgsl")),
     ("params.wgsl", include_str!("../../shaders/params.wgsl")),
     ("portable/blocks.wgsl", include_str!("../../shaders/portable/blocks.wgsl")),
@@ -50,6 +54,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("fallback.wgsl", include_str!("../../shaders/fallback.wgsl")),
     ("scale.wgsl", include_str!("../../shaders/scale.wgsl")),
     ("scores.wgsl", include_str!("../../shaders/scores.wgsl")),
+    ("softcap.wgsl", include_str!("../../shaders/softcap.wgsl")),
     ("softmax.wgsl", include_str!("../../shaders/softmax.wgsl")),
     ("unit.wgsl", include_str!("../../shaders/unit.wgsl")),
     ("tiled.wgsl", include_str!("../../shaders/tiled.wgsl")),
