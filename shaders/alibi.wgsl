@@ -3,11 +3,11 @@
 var<private> slope: f32;
 
 // |p - j| of the four columns from `column` on, exact below 2^24.
-fn distance4(row: u32, column: u32) -> vec4<f32> {
+fn distance4(seq: Sequence, row: u32, column: u32) -> vec4<f32> {
   let columns = vec4<i32>(i32(column)) + vec4<i32>(0, 1, 2, 3);
 # if rows_are_keys
-  return vec4<f32>(abs(columns + vec4<i32>({{ sequence }}.offset - i32(row))));
+  return vec4<f32>(abs(columns + vec4<i32>(seq.offset - i32(row))));
 # else
-  return vec4<f32>(abs(vec4<i32>(i32(row) + {{ sequence }}.offset) - columns));
+  return vec4<f32>(abs(vec4<i32>(i32(row) + seq.offset) - columns));
 # endif
 }

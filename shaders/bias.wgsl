@@ -4,8 +4,8 @@
 // Element of the bias of query 0 and key 0.
 var<private> bias_base: u32;
 
-fn bias_at(i: u32, j: u32) -> f32 {
-  let at = bias_base + min(i, {{ sequence }}.seq_q - 1u) * params.bias.seq + min(j, {{ sequence }}.seq_k - 1u);
+fn bias_at(seq: Sequence, i: u32, j: u32) -> f32 {
+  let at = bias_base + min(i, seq.seq_q - 1u) * params.bias.seq + min(j, seq.seq_k - 1u);
 # if bias == "f32"
   return bias[at];
 # else
@@ -13,11 +13,11 @@ fn bias_at(i: u32, j: u32) -> f32 {
 # endif
 }
 
-fn bias4(row: u32, column: u32) -> vec4<f32> {
+fn bias4(seq: Sequence, row: u32, column: u32) -> vec4<f32> {
 # if rows_are_keys
-  return vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}bias_at(column + {{ e }}u, row){% endfor %});
+  return vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}bias_at(seq, column + {{ e }}u, row){% endfor %});
 # else
-  return vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}bias_at(row, column + {{ e }}u){% endfor %});
+  return vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}bias_at(seq, row, column + {{ e }}u){% endfor %});
 # endif
 }
 # if cooperative

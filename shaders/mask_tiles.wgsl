@@ -11,12 +11,12 @@
 // one that differs between lanes.
 struct Classes { word: u32, group: u32 }
 
-fn load_classes({{ here_parameter }}base: u32, row0: u32, row_end: u32, group: u32) -> Classes {
+fn load_classes(seq: Sequence, base: u32, row0: u32, row_end: u32, group: u32) -> Classes {
   let first_row = row0 / {{ row_block }};
-  let last_row = (min(row_end, {{ bounds }}.{{ "seq_k" if rows_are_keys else "seq_q" }}) - 1u) / {{ row_block }};
+  let last_row = (min(row_end, seq.{{ "seq_k" if rows_are_keys else "seq_q" }}) - 1u) / {{ row_block }};
   var word = 0u;
 # if rows_are_keys
-  let last_column = ({{ bounds }}.seq_q - 1u) / {{ column_block }};
+  let last_column = (seq.seq_q - 1u) / {{ column_block }};
   for (var n = 0u; n < 16u; n += 1u) {
     let at = base + min(group * 16u + n, last_column) * params.mask_classes.seq;
 # if mask_group * mask_block_words * 32 % tile_rows == 0
@@ -38,13 +38,13 @@ fn load_classes({{ here_parameter }}base: u32, row0: u32, row_end: u32, group: u
 struct Span { first: u32, end: u32, kind: u32 }
 
 // The first tiles from `from_tile` on that the mask leaves visible, as far as one class and one group of blocks reaches.
-fn visible_span({{ here_parameter }}classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> Span {
+fn visible_span(seq: Sequence, classes: ptr<function, Classes>, base: u32, tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, row0: u32, row_end: u32, from_tile: u32) -> Span {
   var tile = from_tile;
   loop {
     if (tile >= tiles.end) { break; }
     let column0 = {{ "tile * TILE_COLUMNS" if rows_are_keys else "first_column(tiles, tile)" }};
     let block = column0 / {{ column_block }};
-    if (block / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}base, row0, row_end, block / 16u); }
+    if (block / 16u != (*classes).group) { *classes = load_classes(seq, base, row0, row_end, block / 16u); }
     let place = block % 16u;
 # if mask_words
     let word = (*classes).word;
@@ -68,10 +68,10 @@ fn visible_span({{ here_parameter }}classes: ptr<function, Classes>, base: u32, 
     end = min(end, {{ "tiles.end" if rows_are_keys else "select(tiles.end, tiles.sink_end, tile < tiles.sink_end)" }});
 # else
     // A tile that crosses blocks is a span of its own, of the class of all of its blocks.
-    let last = min(column0 + TILE_COLUMNS, {{ bounds }}.{{ "seq_q" if rows_are_keys else "seq_k" }}) - 1u;
+    let last = min(column0 + TILE_COLUMNS, seq.{{ "seq_q" if rows_are_keys else "seq_k" }}) - 1u;
     var kind = ((*classes).word >> (place * 2u)) & 3u;
     for (var next = block + 1u; next <= last / {{ column_block }}; next += 1u) {
-      if (next / 16u != (*classes).group) { *classes = load_classes({{ here_argument }}base, row0, row_end, next / 16u); }
+      if (next / 16u != (*classes).group) { *classes = load_classes(seq, base, row0, row_end, next / 16u); }
       kind |= ((*classes).word >> (next % 16u * 2u)) & 3u;
     }
     let end = tile + 1u;
@@ -82,9 +82,9 @@ fn visible_span({{ here_parameter }}classes: ptr<function, Classes>, base: u32, 
   return Span(tile, tile, 1u);
 }
 # else
-fn tile_class({{ here_parameter }}base: u32, query0: u32, query_end: u32, key0: u32, key_end: u32) -> u32 {
-  let last_query = min(query_end, {{ bounds }}.seq_q) - 1u;
-  let last_key = min(key_end, {{ bounds }}.seq_k) - 1u;
+fn tile_class(seq: Sequence, base: u32, query0: u32, query_end: u32, key0: u32, key_end: u32) -> u32 {
+  let last_query = min(query_end, seq.seq_q) - 1u;
+  let last_key = min(key_end, seq.seq_k) - 1u;
   var kind = 0u;
   for (var row = query0 / BLOCK_ROWS; row <= last_query / BLOCK_ROWS; row += 1u) {
     for (var block = key0 / BLOCK_KEYS; block <= last_key / BLOCK_KEYS; block += 1u) {
@@ -96,17 +96,17 @@ fn tile_class({{ here_parameter }}base: u32, query0: u32, query_end: u32, key0: 
 
 // The first tile from `from_tile` on that the mask leaves visible.
 # if rows_are_keys
-fn visible_tile({{ here_parameter }}base: u32, tiles: QueryTiles, key0: u32, key_end: u32, from_tile: u32) -> u32 {
+fn visible_tile(seq: Sequence, base: u32, tiles: QueryTiles, key0: u32, key_end: u32, from_tile: u32) -> u32 {
   var tile = from_tile;
-  while (tile < tiles.end && (tile_class({{ here_argument }}base, tile * TILE_COLUMNS, (tile + 1u) * TILE_COLUMNS, key0, key_end) & 1u) == 0u) {
+  while (tile < tiles.end && (tile_class(seq, base, tile * TILE_COLUMNS, (tile + 1u) * TILE_COLUMNS, key0, key_end) & 1u) == 0u) {
     tile += 1u;
   }
   return tile;
 }
 # else
-fn visible_tile({{ here_parameter }}base: u32, tiles: KeyTiles, query0: u32, query_end: u32, from_tile: u32) -> u32 {
+fn visible_tile(seq: Sequence, base: u32, tiles: KeyTiles, query0: u32, query_end: u32, from_tile: u32) -> u32 {
   var tile = from_tile;
-  while (tile < tiles.end && (tile_class({{ here_argument }}base, query0, query_end, tile * TILE_COLUMNS, (tile + 1u) * TILE_COLUMNS) & 1u) == 0u) {
+  while (tile < tiles.end && (tile_class(seq, base, query0, query_end, tile * TILE_COLUMNS, (tile + 1u) * TILE_COLUMNS) & 1u) == 0u) {
     tile = next_tile(tiles, tile);
   }
   return tile;

@@ -18,24 +18,24 @@
 # if hides and not cooperative
 
 // The columns of a row, four from `column` on, that the band, the mask and the bias all leave visible.
-fn pair_visible4(row: u32, column: u32) -> vec4<bool> {
-  return visible4(row, column){% if mask %} & mask4(row, column){% endif %}{% if bias %} & (bitcast<vec4<u32>>(bias4(row, column)) != vec4<u32>(0xff800000u)){% endif %};
+fn pair_visible4(seq: Sequence, row: u32, column: u32) -> vec4<bool> {
+  return visible4(seq, row, column){% if mask %} & mask4(seq, row, column){% endif %}{% if bias %} & (bitcast<vec4<u32>>(bias4(seq, row, column)) != vec4<u32>(0xff800000u)){% endif %};
 }
 # endif
 # if bias and not cooperative and not softmax
 
 // The factor of a query's probabilities. A bias of -1e9 or less absorbs log(n) of its row's lse, so exp(score - lse) is 1 for each of
 // the n keys that share the largest bias, where 1 / n is right. Twin of Scores::shares.
-fn share(query: u32, row_lse: f32) -> f32 {
+fn share(seq: Sequence, query: u32, row_lse: f32) -> f32 {
   if (!(row_lse <= -1e9)) { return 1.0; }
   var count = 0.0;
 # if rows_are_keys
-  for (var key = 0u; key < {{ sequence }}.seq_k; key += 1u) {
-    count += select(0.0, 1.0, pair_visible4(key, query).x && bias_at(query, key) == row_lse);
+  for (var key = 0u; key < seq.seq_k; key += 1u) {
+    count += select(0.0, 1.0, pair_visible4(seq, key, query).x && bias_at(seq, query, key) == row_lse);
   }
 # else
-  for (var key = 0u; key < {{ sequence }}.seq_k; key += 4u) {
-    count += dot(vec4<f32>(1.0), select(vec4<f32>(), vec4<f32>(1.0), pair_visible4(query, key) & (bias4(query, key) == vec4<f32>(row_lse))));
+  for (var key = 0u; key < seq.seq_k; key += 4u) {
+    count += dot(vec4<f32>(1.0), select(vec4<f32>(), vec4<f32>(1.0), pair_visible4(seq, query, key) & (bias4(seq, query, key) == vec4<f32>(row_lse))));
   }
 # endif
   return 1.0 / max(count, 1.0);
@@ -44,13 +44,13 @@ fn share(query: u32, row_lse: f32) -> f32 {
 # if modified and not cooperative
 
 // The score of a product times the scale{{ ", capped" if softcap }}.
-fn score4(capped: vec4<f32>, row: u32, column: u32) -> vec4<f32> {
+fn score4(seq: Sequence, capped: vec4<f32>, row: u32, column: u32) -> vec4<f32> {
   var score = capped;
 # if alibi
-  score = fma(-vec4<f32>(slope), distance4(row, column), score);
+  score = fma(-vec4<f32>(slope), distance4(seq, row, column), score);
 # endif
 # if bias
-  score += bias4(row, column);
+  score += bias4(seq, row, column);
 # endif
   return score;
 }

@@ -52,7 +52,7 @@
 {#- Over the tiles of keys that a tile of queries sees; `walk` is the first loop of a kernel that finds units. -#}
 # macro key_loop(walk=false)
   for (var tile = {{ "first_tile" if mask else ("walk_tile" if walk else "tiles.first") }}; tile < tiles.end; tile = {{ "next_visible" if cooperative and mask else ("next_of_walk" if walk else following) }}) {
-{{ begin_tile("first_column(tiles, tile)", here_argument ~ "full, column0", "row0, row_end, column0, column0 + TILE_COLUMNS") }}
+{{ begin_tile("first_column(tiles, tile)", "seq, full, column0", "row0, row_end, column0, column0 + TILE_COLUMNS") }}
 {{ caller() }}
   }
 # endmacro
@@ -69,11 +69,11 @@
 # macro head_loop(condition="")
   for (var head = work.head; {{ condition ~ " && " if condition }}head < work.head + params.heads / params.kv_heads; head += 1u) {
 # for operand in ["q", "d_o"]
-    let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head){% if lengths %} + here.q_start * params.{{ operand }}.seq{% endif %};
+    let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head) + seq.q_start * params.{{ operand }}.seq;
 # endfor
-    let stats_base = operand_base(params.row_terms, work.batch, head){% if lengths %} + here.q_start{% endif %};
+    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
 # if column_scales
-    let scales_base = operand_base(params.query_scales, work.batch, head){% if lengths %} + here.q_start{% endif %};
+    let scales_base = operand_base(params.query_scales, work.batch, head) + seq.q_start;
 # endif
 # if modified or hides
     begin_pairs(work.sequence, work.batch, head);

@@ -81,7 +81,7 @@
 # if moments and counts
 # for r, n in pairs(row_fragments, lane_quads)
     {
-      let moment = d_s_{{ r }}_{{ n }} * distance4(row_{{ r }}, {{ matrix.quad_column(n) }});
+      let moment = d_s_{{ r }}_{{ n }} * distance4(seq, row_{{ r }}, {{ matrix.quad_column(n) }});
       moment_{{ r }} += (moment.x + moment.y) + (moment.z + moment.w);
     }
 # endfor

@@ -57,7 +57,7 @@
 # if bias
     // A key that the bias hides may hold a NaN, which no zero weight takes out.
 # for r, n in pairs(row_fragments, lane_quads)
-    p_d_p_{{ r }}_{{ n }} = select(p_d_p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(row_{{ r }}, {{ matrix.quad_column(n) }})) == vec4<u32>(0xff800000u));
+    p_d_p_{{ r }}_{{ n }} = select(p_d_p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(seq, row_{{ r }}, {{ matrix.quad_column(n) }})) == vec4<u32>(0xff800000u));
 # endfor
 # endif
 {{ masking.hide("p_d_p", "0.0") }}
@@ -85,7 +85,7 @@
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = sum_{{ r }}{{ matrix.inverse("d_o", r) }};
     fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
-    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ r }}, total, largest_{{ r }});
+    store_row(work, seq.q_start + row_{{ r }}, total, largest_{{ r }});
   }
 # endfor
 {{ fallback.report_fallback() }}

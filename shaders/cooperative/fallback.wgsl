@@ -37,7 +37,7 @@
 # endfor
 # endfor
 # if bias
-        nonfinite_{{ r }}_{{ n }} = select(nonfinite_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(row_{{ r }}, column0 + column)) == vec4<u32>(0xff800000u));
+        nonfinite_{{ r }}_{{ n }} = select(nonfinite_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(seq, row_{{ r }}, column0 + column)) == vec4<u32>(0xff800000u));
 # endif
       }
 # endfor
@@ -53,7 +53,7 @@
   let subgroup_fallback = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(fallback_{{ r }} && row_{{ r }} < row_limit){% endfor %});
   var any_fallback = false;
 {{ any_subgroup("any_fallback", "subgroup_fallback") }}
-  let slot = fallback_slot({{ here_argument }}work, work.tile);
+  let slot = fallback_slot(seq, work, work.tile);
   if (thread == 0u) { repairs[slot] = u32(any_fallback); }
   var has_any = any_fallback;
   loop {

@@ -134,7 +134,7 @@ const SLACK: f32 = 8.0;
 # endif
   let end_{{ r }} = finish_row(row_max_{{ r }} / {% if formed %}LOG2_E{% elif softcap %}LOG2_E + params.softcap{% else %}scale{% endif %}, row_sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor{{ " * lift_" ~ r if column_scales }};
-  if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = {% if lengths %}select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < here.seq_q){% else %}end_{{ r }}.lse{% endif %}; }
+  if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < seq.seq_q); }
 # endfor
 {{ matrix.store("o", "o", "factor_") }}
 {{ fallback.report_fallback() }}

@@ -71,7 +71,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 # macro begin()
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
-  let last_column = {{ "max(column_limit, 1u)" if lengths else "column_limit" }} - 1u;
+  let last_column = max(column_limit, 1u) - 1u;
   let subgroup_scores = subgroup * {{ side * score_row }}u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;

@@ -6,7 +6,7 @@
   if (span.kind != 1u) {
     let first_word = {{ "(" ~ tile ~ " * TILE_COLUMNS)" if rows_are_keys else "first_column(tiles, " ~ tile ~ ")" }} / 64u * 2u;
 # for r in range(row_fragments)
-    mask_words_{{ r }} = vec2<u32>(mask_word(row_{{ r }}, first_word), mask_word(row_{{ r }}, first_word + 1u));
+    mask_words_{{ r }} = vec2<u32>(mask_word(seq, row_{{ r }}, first_word), mask_word(seq, row_{{ r }}, first_word + 1u));
 # endfor
   }
 # endif
@@ -22,7 +22,7 @@
 # endmacro
 
 {#- Which of the columns of a lane's n-th quad its r-th row sees. -#}
-{%- macro visible(r, n) %}visible4(row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
+{%- macro visible(r, n) %}visible4(seq, row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
 
 {#- `value` instead of what is hidden, whatever was computed there, and zeros in what `also` names. What happens rarely is a loop that runs once, not an if:
     NVIDIA's compiler leaves the registers of fragments where they are. -#}
@@ -35,11 +35,11 @@
 # if mask_words
       // A bit for each column.
       var visible_{{ r }} = select(0xffffffffu, mask_{{ r }}, mask_partial);
-      if (is_partial) { visible_{{ r }} &= visible_bits(row_{{ r }}, column0); }
+      if (is_partial) { visible_{{ r }} &= visible_bits(seq, row_{{ r }}, column0); }
       visible_{{ r }} >>= 4u * part;
 # endif
 # for n in range(lane_quads)
-      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {% if mask_words %}(vec4<u32>(visible_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>(){% else %}{{ visible(r, n) }}{% if mask %} & mask4(row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endif %});
+      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {% if mask_words %}(vec4<u32>(visible_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>(){% else %}{{ visible(r, n) }}{% if mask %} & mask4(seq, row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endif %});
 # if also
       {{ also }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ also }}_{{ r }}_{{ n }}, {{ x }}_{{ r }}_{{ n }} != vec4<f32>());
 # endif

@@ -10,11 +10,11 @@
 # if alibi
     let slope2 = slope * LOG2_E;
 # if rows_are_keys
-    let before = i32(min(column0 + TILE_COLUMNS, column_limit)) - 1 + {{ bounds }}.offset <= i32(row0);
-    let crosses = !before && i32(column0) + {{ bounds }}.offset < i32(row_end) - 1 && {{ bounds }}.upper > {{ bounds }}.offset;
+    let before = i32(min(column0 + TILE_COLUMNS, column_limit)) - 1 + seq.offset <= i32(row0);
+    let crosses = !before && i32(column0) + seq.offset < i32(row_end) - 1 && seq.upper > seq.offset;
 # else
-    let before = i32(column0) >= i32(row_end) - 1 + {{ bounds }}.offset;
-    let crosses = !before && i32(column0 + TILE_COLUMNS) - 1 > i32(row0) + {{ bounds }}.offset && {{ bounds }}.upper > {{ bounds }}.offset;
+    let before = i32(column0) >= i32(row_end) - 1 + seq.offset;
+    let crosses = !before && i32(column0 + TILE_COLUMNS) - 1 > i32(row0) + seq.offset && seq.upper > seq.offset;
 # endif
     // The query comes before the key: p - j is negative.
     let lean = select(slope2, -slope2, before);
@@ -23,7 +23,7 @@
 # endmacro
 
 {#- j - p of the first column of a lane's n-th quad. -#}
-{%- macro ahead(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - {{ bounds }}.offset){% endmacro -%}
+{%- macro ahead(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - seq.offset){% endmacro -%}
 
 {#- Makes scores of products that were taken, in powers of two where they are `formed`; else they lack the scale, and capped ones
     the cap. Of softcap also the derivative, where `derivative` names it. -#}
@@ -52,7 +52,7 @@
     {{ name }} *= {{ product_scale(r) }};
 # endif
 # if bias
-    {{ name }} = biased4({{ name }}, bias4(row_{{ r }}, {{ quad_column(n) }}));
+    {{ name }} = biased4({{ name }}, bias4(seq, row_{{ r }}, {{ quad_column(n) }}));
 # endif
 # endfor
 # if alibi

@@ -7,7 +7,7 @@
 # for x in units
 # for r in range(row_fragments)
   var {{ x }}_unit_{{ r }} = 1.0;
-  var {{ x }}_waits_{{ r }} = row_{{ r }} < {{ ("min(row_limit, here." ~ ("seq_k" if rows_are_keys else "seq_q") ~ ")") if lengths else "row_limit" }};
+  var {{ x }}_waits_{{ r }} = row_{{ r }} < min(row_limit, seq.{{ "seq_k" if rows_are_keys else "seq_q" }});
 # endfor
 # endfor
   var waits = true;

@@ -71,7 +71,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {%- macro quad_column(c) %}column0 + 4u * (tx + {{ c }}u * THREADS_C){% endmacro -%}
 
 {#- Which of the four columns of a thread's c-th quad its i-th row sees. -#}
-{%- macro visible(i, c) %}{% if hides %}visible_{{ i }}_{{ c }}{% else %}visible4(row_{{ i }}, {{ quad_column(c) }}){% endif %}{% endmacro -%}
+{%- macro visible(i, c) %}{% if hides %}visible_{{ i }}_{{ c }}{% else %}visible4(seq, row_{{ i }}, {{ quad_column(c) }}){% endif %}{% endmacro -%}
 
 {#- Makes scores of products, and finds out which pairs are visible, where that is more than the scale and the band. -#}
 # macro make_scores(s)
@@ -83,11 +83,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ s }}_{{ i }}_{{ c }} *= params.scale;
 # endif
 # if alibi or bias
-    {{ s }}_{{ i }}_{{ c }} = score4({{ s }}_{{ i }}_{{ c }}, row_{{ i }}, {{ quad_column(c) }});
+    {{ s }}_{{ i }}_{{ c }} = score4(seq, {{ s }}_{{ i }}_{{ c }}, row_{{ i }}, {{ quad_column(c) }});
 # endif
 # if hides
     var visible_{{ i }}_{{ c }} = vec4<bool>(true);
-    if (is_partial) { visible_{{ i }}_{{ c }} = pair_visible4(row_{{ i }}, {{ quad_column(c) }}); }
+    if (is_partial) { visible_{{ i }}_{{ c }} = pair_visible4(seq, row_{{ i }}, {{ quad_column(c) }}); }
 # endif
 # endfor
 # endmacro
@@ -212,7 +212,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
         for (var j = 0u; j < N_STEP; j += 1u) {
           let column = column0 + first + j;
 # for i in range(rows)
-          if ({{ "pair_visible4" if hides else "visible4" }}(row_{{ i }}, column).x) {
+          if ({{ "pair_visible4" if hides else "visible4" }}(seq, row_{{ i }}, column).x) {
             let w = memory[{{ p_row(i) }} + (first + j) / 4u][(first + j) % 4u];
 # for c in range(x_quads)
             {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w), memory[N_STAGE + j * {{ n_step_row }}u + tx + {{ c }}u * THREADS_C], {{ x }}_{{ i }}_{{ c }});
@@ -267,7 +267,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Whether a thread's i-th row is written: where a cooperative kernel came before, only rows that it has reported. -#}
-{%- macro writes(i) %}row_{{ i }} < row_limit{% if repairs %} && is_fallback_row({{ here_argument }}work, row_{{ i }}){% endif %}{% endmacro -%}
+{%- macro writes(i) %}row_{{ i }} < row_limit{% if repairs %} && is_fallback_row(seq, work, row_{{ i }}){% endif %}{% endmacro -%}
 
 {#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
 # macro store(x, operand, factor)

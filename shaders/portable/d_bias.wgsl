@@ -21,7 +21,7 @@
       let stats = row_terms[stats_base + row_{{ i }}];
       lse_{{ i }} = stats.x;
       delta_{{ i }} = stats.y;
-      portion_{{ i }} = share(row_{{ i }}, stats.x);
+      portion_{{ i }} = share(seq, row_{{ i }}, stats.x);
     }
 # endfor
 {{ blocks.product("s", "q", "k") }}

@@ -33,7 +33,7 @@
         row_lse.{{ xyzw[e] }} = stats.x;
         delta_{{ c }}.{{ xyzw[e] }} = stats.y;
 # if bias
-        row_share.{{ xyzw[e] }} = share(query + {{ e }}u, stats.x);
+        row_share.{{ xyzw[e] }} = share(seq, query + {{ e }}u, stats.x);
 # endif
       }
 # endfor

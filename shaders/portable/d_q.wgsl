@@ -16,7 +16,7 @@
     lse_{{ i }} = stats.x;
     delta_{{ i }} = stats.y;
 # if bias
-    portion_{{ i }} = share(row_{{ i }}, stats.x);
+    portion_{{ i }} = share(seq, row_{{ i }}, stats.x);
 # endif
   }
 # endfor
@@ -44,7 +44,7 @@
 # if moments
 # for i, c in pairs(rows, quads)
     {
-      let moment = s_{{ i }}_{{ c }} * distance4(row_{{ i }}, {{ blocks.quad_column(c) }});
+      let moment = s_{{ i }}_{{ c }} * distance4(seq, row_{{ i }}, {{ blocks.quad_column(c) }});
       moment_{{ i }} += (moment.x + moment.y) + (moment.z + moment.w);
     }
 # endfor

@@ -48,7 +48,7 @@
 {{ blocks.reduce_rows("size", "largest", "max") }}
 # for i in range(rows)
   if (tx == 0u && {{ blocks.writes(i) }}) {
-    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }}{% if bias %} * share(row_{{ i }}, lse_{{ i }}){% endif %}, size_{{ i }});
+    store_row(work, seq.q_start + row_{{ i }}, total_{{ i }}{% if bias %} * share(seq, row_{{ i }}, lse_{{ i }}){% endif %}, size_{{ i }});
   }
 # endfor
 # endmacro

@@ -79,7 +79,7 @@
 # for i in range(rows)
   let end_{{ i }} = finish_row(row_max_{{ i }}, total_{{ i }}, work.head);
   let factor_{{ i }} = end_{{ i }}.factor;
-  if (tx == 0u && {{ blocks.writes(i) }}) { lse[lse_base + row_{{ i }}] = {% if lengths %}select(params.negative_infinity, end_{{ i }}.lse, row_{{ i }} < here.seq_q){% else %}end_{{ i }}.lse{% endif %}; }
+  if (tx == 0u && {{ blocks.writes(i) }}) { lse[lse_base + row_{{ i }}] = select(params.negative_infinity, end_{{ i }}.lse, row_{{ i }} < seq.seq_q); }
 # endfor
 {{ blocks.store("o", "o", "factor_") }}
 # if o_rest

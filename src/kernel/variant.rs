@@ -316,8 +316,7 @@ impl Variant {
         let cooperative = self.fragments().is_some();
         let rows_are_keys = self.rows_are_keys();
         let work = self.kernel.spec().work;
-        let here = if self.lengths { "here, " } else { "" };
-        let classes = format!("{here}{}class_base", if cooperative { "&classes, " } else { "" });
+        let classes = if cooperative { "seq, &classes, class_base" } else { "seq, class_base" };
         let fallback_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
         let mut context = context! {
             cooperative,
@@ -374,12 +373,7 @@ impl Variant {
             // The cooperative kernels cap scores on their way to the exponential: what remains is formed in full.
             formed => self.alibi || self.bias.is_some() || (self.softmax() && self.column_scales().is_some()),
             lengths => self.lengths,
-            // Where the numbers of a sequence stand: for what decides on pairs, and on tiles.
-            sequence => if self.lengths { "sequence" } else { "params" },
-            bounds => if self.lengths { "here" } else { "params" },
-            here_parameter => if self.lengths { "here: Sequence, " } else { "" },
-            here_argument => here,
-            class_arguments => &classes,
+            class_arguments => classes,
             // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
             mirrored => cooperative && self.softmax() && self.alibi,
             softmax => self.softmax(),

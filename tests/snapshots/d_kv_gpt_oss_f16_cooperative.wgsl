@@ -129,13 +129,34 @@ fn tile_work(index: u32) -> TileWork {
   return TileWork(at.tile, at.batch, at.batch, head, at.head);
 }
 
-// Twins of src/problem/mask.rs, under the same names.
+// A sequence: its place along the batch axis, its rows and keys in memory, and the numbers of the band.
+struct Sequence {
+  entry: u32,
+  q_start: u32,
+  q_rows: u32,
+  seq_q: u32,
+  k_start: u32,
+  k_rows: u32,
+  seq_k: u32,
+  sink_tokens: u32,
+  lower: i32,
+  upper: i32,
+  offset: i32,
+}
+
+// Functions get the sequence as an argument: a private variable would not be known to be the same for all threads of a workgroup.
+fn load_sequence(index: u32) -> Sequence {
+  return Sequence(
+    index, 0u, params.seq_q, params.seq_q, 0u, params.seq_k, params.seq_k,
+    params.sink_tokens, params.lower, params.upper, params.offset,
+  );
+}
 
 // The four queries from i on see key j: they are among those in a row that do.
-fn visible4(j: u32, i: u32) -> vec4<bool> {
-  let seq_q = i32(params.seq_q);
-  let start = clamp(i32(j) - params.upper, 0, seq_q);
-  let end = select(clamp(i32(j) + 1 - params.lower, start, seq_q), seq_q, j < params.sink_tokens);
+fn visible4(seq: Sequence, j: u32, i: u32) -> vec4<bool> {
+  let seq_q = i32(seq.seq_q);
+  let start = clamp(i32(j) - seq.upper, 0, seq_q);
+  let end = select(clamp(i32(j) + 1 - seq.lower, start, seq_q), seq_q, j < seq.sink_tokens);
   let queries = vec4<u32>(i - u32(start)) + vec4<u32>(0u, 1u, 2u, 3u);
   return (queries < vec4<u32>(u32(end - start)));
 }
@@ -144,23 +165,23 @@ fn visible4(j: u32, i: u32) -> vec4<bool> {
 // a key lie in a row, up to the last query where the key is a sink token.
 struct QueryTiles { first: u32, end: u32 }
 
-fn query_tiles(key0: u32, key_end: u32) -> QueryTiles {
-  let seq_q = i32(params.seq_q);
-  let start = clamp(i32(key0) - params.upper, 0, seq_q);
-  let end = select(clamp(i32(key_end) - params.lower, 0, seq_q), seq_q, key0 < params.sink_tokens);
-  if (start >= end) { return QueryTiles(0u, 0u); }
+fn query_tiles(seq: Sequence, key0: u32, key_end: u32) -> QueryTiles {
+  let seq_q = i32(seq.seq_q);
+  let start = clamp(i32(key0) - seq.upper, 0, seq_q);
+  let end = select(clamp(i32(key_end) - seq.lower, 0, seq_q), seq_q, key0 < seq.sink_tokens);
+  if (start >= end || key0 >= key_end) { return QueryTiles(0u, 0u); }
   return QueryTiles(u32(start) / TILE_COLUMNS, (u32(end) + TILE_COLUMNS - 1u) / TILE_COLUMNS);
 }
 
 // The tiles within start..end of queries hold nothing that does not see all of key0..key_end.
 struct FullTiles { start: u32, end: u32 }
 
-fn full_tiles(key0: u32, key_end: u32) -> FullTiles {
-  let seq_q = i32(params.seq_q);
-  let start = clamp(i32(key_end) - 1 - params.upper, 0, seq_q);
-  let end = clamp(i32(max(key0, params.sink_tokens)) + 1 - params.lower, 0, seq_q);
-  let limit = select(seq_q, 0, key_end > params.seq_k);
-  return FullTiles(u32(start), u32(min(select(end, seq_q, params.sink_tokens >= key_end), limit)));
+fn full_tiles(seq: Sequence, key0: u32, key_end: u32) -> FullTiles {
+  let seq_q = i32(seq.seq_q);
+  let start = clamp(i32(key_end) - 1 - seq.upper, 0, seq_q);
+  let end = clamp(i32(max(key0, seq.sink_tokens)) + 1 - seq.lower, 0, seq_q);
+  let limit = select(seq_q, 0, key_end > seq.seq_k);
+  return FullTiles(u32(start), u32(min(select(end, seq_q, seq.sink_tokens >= key_end), limit)));
 }
 
 fn is_full(full: FullTiles, column0: u32) -> bool {
@@ -169,7 +190,7 @@ fn is_full(full: FullTiles, column0: u32) -> bool {
 
 // Where the report of a tile of so many rows begins: a word that is zero where there are none, then, where there
 // are some, a bit for each row.
-fn fallback_slot(work: TileWork, tile: u32) -> u32 {
+fn fallback_slot(seq: Sequence, work: TileWork, tile: u32) -> u32 {
   return ((tile * params.batch + work.batch) * params.kv_heads + work.kv_head) * 2u;
 }
 
@@ -314,18 +335,21 @@ fn main(
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
   let work = tile_work(index);
+  let seq = load_sequence(work.sequence);
   let row0 = work.tile * TILE_ROWS;
-  let row_limit = params.seq_k;
-  let column_limit = params.seq_q;
+  let row_limit = seq.k_rows;
+  let column_limit = seq.seq_q;
   let row_end = min(row0 + TILE_ROWS, row_limit);
-  let k_base = operand_base(params.k, work.batch, work.kv_head);
-  let v_base = operand_base(params.v, work.batch, work.kv_head);
-  let d_k_base = operand_base(params.d_k, work.batch, work.kv_head);
-  let d_v_base = operand_base(params.d_v, work.batch, work.kv_head);
-  let tiles = query_tiles(row0, row_end);
-  let full = full_tiles(row0, row_end);
+  // Rows beyond the end of a padded sequence see nothing.
+  let used_end = min(row_end, seq.seq_k);
+  let k_base = operand_base(params.k, work.batch, work.kv_head) + seq.k_start * params.k.seq;
+  let v_base = operand_base(params.v, work.batch, work.kv_head) + seq.k_start * params.v.seq;
+  let d_k_base = operand_base(params.d_k, work.batch, work.kv_head) + seq.k_start * params.d_k.seq;
+  let d_v_base = operand_base(params.d_v, work.batch, work.kv_head) + seq.k_start * params.d_v.seq;
+  let tiles = query_tiles(seq, row0, used_end);
+  let full = full_tiles(seq, row0, row_end);
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
-  let last_column = column_limit - 1u;
+  let last_column = max(column_limit, 1u) - 1u;
   let subgroup_scores = subgroup * 96u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
@@ -584,7 +608,7 @@ fn main(
   let v_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   var d_k_unit_0 = 1.0;
-  var d_k_waits_0 = row_0 < row_limit;
+  var d_k_waits_0 = row_0 < min(row_limit, seq.seq_k);
   var waits = true;
 
   // Never zero, so that hidden scores stay hidden.
@@ -604,9 +628,9 @@ fn main(
   var d_o_share_3 = Raw();
   var lse_delta_0 = vec2<f32>();
   for (var head = work.head; waits && head < work.head + params.heads / params.kv_heads; head += 1u) {
-    let q_base = operand_base(params.q, work.batch, head);
-    let d_o_base = operand_base(params.d_o, work.batch, head);
-    let stats_base = operand_base(params.row_terms, work.batch, head);
+    let q_base = operand_base(params.q, work.batch, head) + seq.q_start * params.q.seq;
+    let d_o_base = operand_base(params.d_o, work.batch, head) + seq.q_start * params.d_o.seq;
+    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
     let first_tile = tiles.first;
     let walk_tile = clamp(full.start / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
     var next_of_walk = tiles.first;
@@ -719,8 +743,8 @@ fn main(
       loop {
         if (!hides_p) { break; }
         hides_p = false;
-        p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(row_0, column0 + 4u * (0u + part)));
-        p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(row_0, column0 + 4u * (2u + part)));
+        p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(seq, row_0, column0 + 4u * (0u + part)));
+        p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
       }
       var d_p_0_0 = coop_mat16x16<f32, C>();
       {
@@ -827,9 +851,9 @@ fn main(
   var d_v_0_2 = coop_mat16x16<f32, C>();
   var d_v_0_3 = coop_mat16x16<f32, C>();
   for (var head = work.head; head < work.head + params.heads / params.kv_heads; head += 1u) {
-    let q_base = operand_base(params.q, work.batch, head);
-    let d_o_base = operand_base(params.d_o, work.batch, head);
-    let stats_base = operand_base(params.row_terms, work.batch, head);
+    let q_base = operand_base(params.q, work.batch, head) + seq.q_start * params.q.seq;
+    let d_o_base = operand_base(params.d_o, work.batch, head) + seq.q_start * params.d_o.seq;
+    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
     let first_tile = tiles.first;
     {
       {
@@ -984,8 +1008,8 @@ fn main(
       loop {
         if (!hides_p) { break; }
         hides_p = false;
-        p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(row_0, column0 + 4u * (0u + part)));
-        p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(row_0, column0 + 4u * (2u + part)));
+        p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(seq, row_0, column0 + 4u * (0u + part)));
+        p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
       }
       p_tile[p_at + 0u] = vec4<f16>(p_0_0);
       p_tile[p_at + 2u] = vec4<f16>(p_0_1);
@@ -1272,7 +1296,7 @@ fn main(
   workgroupBarrier();
   any_fallback = false;
   for (var n = 0u; n < 2u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
-  let slot = fallback_slot(work, work.tile);
+  let slot = fallback_slot(seq, work, work.tile);
   if (thread == 0u) { repairs[slot] = u32(any_fallback); }
   var has_any = any_fallback;
   loop {

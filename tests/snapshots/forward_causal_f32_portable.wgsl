@@ -125,13 +125,34 @@ fn tile_work(index: u32) -> TileWork {
   return TileWork(at.tile, at.batch, at.batch, head, at.head);
 }
 
-// Twins of src/problem/mask.rs, under the same names.
+// A sequence: its place along the batch axis, its rows and keys in memory, and the numbers of the band.
+struct Sequence {
+  entry: u32,
+  q_start: u32,
+  q_rows: u32,
+  seq_q: u32,
+  k_start: u32,
+  k_rows: u32,
+  seq_k: u32,
+  sink_tokens: u32,
+  lower: i32,
+  upper: i32,
+  offset: i32,
+}
+
+// Functions get the sequence as an argument: a private variable would not be known to be the same for all threads of a workgroup.
+fn load_sequence(index: u32) -> Sequence {
+  return Sequence(
+    index, 0u, params.seq_q, params.seq_q, 0u, params.seq_k, params.seq_k,
+    params.sink_tokens, params.lower, params.upper, params.offset,
+  );
+}
 
 // Query i sees the four keys from j on: they are among those in a row that it does, or sink tokens.
-fn visible4(i: u32, j: u32) -> vec4<bool> {
-  let end = clamp(i32(i) + 1 + params.upper, 0, i32(params.seq_k));
-  let start = clamp(i32(i) + params.lower, 0, end);
-  let sinks = min(params.sink_tokens, u32(end));
+fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
+  let end = clamp(i32(i) + 1 + seq.upper, 0, i32(seq.seq_k));
+  let start = clamp(i32(i) + seq.lower, 0, end);
+  let sinks = min(seq.sink_tokens, u32(end));
   let keys = vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u);
   return ((keys - vec4<u32>(u32(start)) < vec4<u32>(u32(end - start))) | (keys < vec4<u32>(sinks)));
 }
@@ -139,10 +160,12 @@ fn visible4(i: u32, j: u32) -> vec4<bool> {
 // Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
 struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32 }
 
-fn key_tiles(row0: u32, row_end: u32) -> KeyTiles {
-  let end = u32(clamp(i32(row_end) + params.upper, 0, i32(params.seq_k)));
-  let start = u32(clamp(i32(row0) + params.lower, 0, i32(end)));
-  let sink_tiles = (min(params.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
+fn key_tiles(seq: Sequence, row0: u32, row_end: u32) -> KeyTiles {
+  // The tile lies beyond the end of a padded sequence.
+  if (row0 >= row_end) { return KeyTiles(0u, 0u, 0u, 0u); }
+  let end = u32(clamp(i32(row_end) + seq.upper, 0, i32(seq.seq_k)));
+  let start = u32(clamp(i32(row0) + seq.lower, 0, i32(end)));
+  let sink_tiles = (min(seq.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let end_tile = (end + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let window = max(select(end_tile, start / TILE_COLUMNS, start < end), sink_tiles);
   let first = select(0u, window, sink_tiles == 0u);
@@ -161,16 +184,16 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
 // The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
 struct FullTiles { start: u32, end: u32 }
 
-fn full_tiles(row0: u32, row_end: u32) -> FullTiles {
-  let limit = select(i32(params.seq_k), 0, row_end > params.seq_q);
-  let end = clamp(i32(row0) + 1 + params.upper, 0, limit);
-  let start = u32(clamp(i32(row_end) - 1 + params.lower, 0, end));
-  return FullTiles(select(start, 0u, params.sink_tokens >= start), u32(end));
+fn full_tiles(seq: Sequence, row0: u32, row_end: u32) -> FullTiles {
+  let limit = select(i32(seq.seq_k), 0, row_end > seq.seq_q);
+  let end = clamp(i32(row0) + 1 + seq.upper, 0, limit);
+  let start = u32(clamp(i32(row_end) - 1 + seq.lower, 0, end));
+  return FullTiles(select(start, 0u, seq.sink_tokens >= start), u32(end));
 }
 
-fn is_full(full: FullTiles, column0: u32) -> bool {
+fn is_full(seq: Sequence, full: FullTiles, column0: u32) -> bool {
   let column_end = column0 + TILE_COLUMNS;
-  return column_end <= full.end && (column0 >= full.start || column_end <= params.sink_tokens);
+  return column_end <= full.end && (column0 >= full.start || column_end <= seq.sink_tokens);
 }
 
 // Four neighbours of a row, zero beyond the width. With vec4 loads the width is a multiple of four.
@@ -288,17 +311,20 @@ fn main(
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
   let work = tile_work(index);
+  let seq = load_sequence(work.sequence);
   let row0 = work.tile * TILE_ROWS;
-  let row_limit = params.seq_q;
-  let column_limit = params.seq_k;
+  let row_limit = seq.q_rows;
+  let column_limit = seq.seq_k;
   let row_end = min(row0 + TILE_ROWS, row_limit);
-  let q_base = operand_base(params.q, work.batch, work.head);
-  let k_base = operand_base(params.k, work.batch, work.kv_head);
-  let v_base = operand_base(params.v, work.batch, work.kv_head);
-  let o_base = operand_base(params.o, work.batch, work.head);
-  let lse_base = operand_base(params.lse, work.batch, work.head);
-  let tiles = key_tiles(row0, row_end);
-  let full = full_tiles(row0, row_end);
+  // Rows beyond the end of a padded sequence see nothing.
+  let used_end = min(row_end, seq.seq_q);
+  let q_base = operand_base(params.q, work.batch, work.head) + seq.q_start * params.q.seq;
+  let k_base = operand_base(params.k, work.batch, work.kv_head) + seq.k_start * params.k.seq;
+  let v_base = operand_base(params.v, work.batch, work.kv_head) + seq.k_start * params.v.seq;
+  let o_base = operand_base(params.o, work.batch, work.head) + seq.q_start * params.o.seq;
+  let lse_base = operand_base(params.lse, work.batch, work.head) + seq.q_start;
+  let tiles = key_tiles(seq, row0, used_end);
+  let full = full_tiles(seq, row0, row_end);
   // Eight neighbours form a block of four by two threads, so that they share rows of both sides.
   let block = thread / 8u;
   let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));
@@ -327,7 +353,7 @@ fn main(
   var o_3_1 = vec4<f32>();
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
-    let is_partial = !is_full(full, column0);
+    let is_partial = !is_full(seq, full, column0);
     var s_0_0 = vec4<f32>();
     var s_1_0 = vec4<f32>();
     var s_2_0 = vec4<f32>();
@@ -469,22 +495,22 @@ fn main(
     if (is_partial) {
       {
         var largest = vec4<f32>(LOWEST);
-        largest = max(largest, select(vec4<f32>(LOWEST), s_0_0 * params.scale_sign, visible4(row_0, column0 + 4u * (tx + 0u * THREADS_C))));
+        largest = max(largest, select(vec4<f32>(LOWEST), s_0_0 * params.scale_sign, visible4(seq, row_0, column0 + 4u * (tx + 0u * THREADS_C))));
         thread_max_0 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
         var largest = vec4<f32>(LOWEST);
-        largest = max(largest, select(vec4<f32>(LOWEST), s_1_0 * params.scale_sign, visible4(row_1, column0 + 4u * (tx + 0u * THREADS_C))));
+        largest = max(largest, select(vec4<f32>(LOWEST), s_1_0 * params.scale_sign, visible4(seq, row_1, column0 + 4u * (tx + 0u * THREADS_C))));
         thread_max_1 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
         var largest = vec4<f32>(LOWEST);
-        largest = max(largest, select(vec4<f32>(LOWEST), s_2_0 * params.scale_sign, visible4(row_2, column0 + 4u * (tx + 0u * THREADS_C))));
+        largest = max(largest, select(vec4<f32>(LOWEST), s_2_0 * params.scale_sign, visible4(seq, row_2, column0 + 4u * (tx + 0u * THREADS_C))));
         thread_max_2 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
         var largest = vec4<f32>(LOWEST);
-        largest = max(largest, select(vec4<f32>(LOWEST), s_3_0 * params.scale_sign, visible4(row_3, column0 + 4u * (tx + 0u * THREADS_C))));
+        largest = max(largest, select(vec4<f32>(LOWEST), s_3_0 * params.scale_sign, visible4(seq, row_3, column0 + 4u * (tx + 0u * THREADS_C))));
         thread_max_3 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
     } else {
@@ -579,10 +605,10 @@ fn main(
     row_max_3 = max(old_max_3, tile_max_3);
     s_3_0 = exp4(fma(s_3_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_3)) * params.scale_size);
     if (is_partial) {
-      s_0_0 = select(vec4<f32>(), s_0_0, visible4(row_0, column0 + 4u * (tx + 0u * THREADS_C)));
-      s_1_0 = select(vec4<f32>(), s_1_0, visible4(row_1, column0 + 4u * (tx + 0u * THREADS_C)));
-      s_2_0 = select(vec4<f32>(), s_2_0, visible4(row_2, column0 + 4u * (tx + 0u * THREADS_C)));
-      s_3_0 = select(vec4<f32>(), s_3_0, visible4(row_3, column0 + 4u * (tx + 0u * THREADS_C)));
+      s_0_0 = select(vec4<f32>(), s_0_0, visible4(seq, row_0, column0 + 4u * (tx + 0u * THREADS_C)));
+      s_1_0 = select(vec4<f32>(), s_1_0, visible4(seq, row_1, column0 + 4u * (tx + 0u * THREADS_C)));
+      s_2_0 = select(vec4<f32>(), s_2_0, visible4(seq, row_2, column0 + 4u * (tx + 0u * THREADS_C)));
+      s_3_0 = select(vec4<f32>(), s_3_0, visible4(seq, row_3, column0 + 4u * (tx + 0u * THREADS_C)));
     }
     {
       let rescale = exp1((old_max_0 - row_max_0) * params.scale_size);
@@ -653,22 +679,22 @@ fn main(
         // A hidden column that is NaN or infinite must not meet its zero weight.
         for (var j = 0u; j < N_STEP; j += 1u) {
           let column = column0 + first + j;
-          if (visible4(row_0, column).x) {
+          if (visible4(seq, row_0, column).x) {
             let w = memory[(ty + 0u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
             o_0_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_0_0);
             o_0_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_0_1);
           }
-          if (visible4(row_1, column).x) {
+          if (visible4(seq, row_1, column).x) {
             let w = memory[(ty + 1u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
             o_1_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_1_0);
             o_1_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_1_1);
           }
-          if (visible4(row_2, column).x) {
+          if (visible4(seq, row_2, column).x) {
             let w = memory[(ty + 2u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
             o_2_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_2_0);
             o_2_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_2_1);
           }
-          if (visible4(row_3, column).x) {
+          if (visible4(seq, row_3, column).x) {
             let w = memory[(ty + 3u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
             o_3_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_3_0);
             o_3_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_3_1);
@@ -797,16 +823,16 @@ fn main(
   }
   let end_0 = finish_row(row_max_0, total_0, work.head);
   let factor_0 = end_0.factor;
-  if (tx == 0u && row_0 < row_limit) { lse[lse_base + row_0] = end_0.lse; }
+  if (tx == 0u && row_0 < row_limit) { lse[lse_base + row_0] = select(params.negative_infinity, end_0.lse, row_0 < seq.seq_q); }
   let end_1 = finish_row(row_max_1, total_1, work.head);
   let factor_1 = end_1.factor;
-  if (tx == 0u && row_1 < row_limit) { lse[lse_base + row_1] = end_1.lse; }
+  if (tx == 0u && row_1 < row_limit) { lse[lse_base + row_1] = select(params.negative_infinity, end_1.lse, row_1 < seq.seq_q); }
   let end_2 = finish_row(row_max_2, total_2, work.head);
   let factor_2 = end_2.factor;
-  if (tx == 0u && row_2 < row_limit) { lse[lse_base + row_2] = end_2.lse; }
+  if (tx == 0u && row_2 < row_limit) { lse[lse_base + row_2] = select(params.negative_infinity, end_2.lse, row_2 < seq.seq_q); }
   let end_3 = finish_row(row_max_3, total_3, work.head);
   let factor_3 = end_3.factor;
-  if (tx == 0u && row_3 < row_limit) { lse[lse_base + row_3] = end_3.lse; }
+  if (tx == 0u && row_3 < row_limit) { lse[lse_base + row_3] = select(params.negative_infinity, end_3.lse, row_3 < seq.seq_q); }
   if (row_0 < row_limit) {
     let base = o_base + row_0 * params.o.seq;
     if (tx + 0u * THREADS_C < 16u) {

@@ -130,13 +130,34 @@ fn tile_work(index: u32) -> TileWork {
   return TileWork(at.tile, at.batch, at.batch, head, at.head);
 }
 
-// Twins of src/problem/mask.rs, under the same names.
+// A sequence: its place along the batch axis, its rows and keys in memory, and the numbers of the band.
+struct Sequence {
+  entry: u32,
+  q_start: u32,
+  q_rows: u32,
+  seq_q: u32,
+  k_start: u32,
+  k_rows: u32,
+  seq_k: u32,
+  sink_tokens: u32,
+  lower: i32,
+  upper: i32,
+  offset: i32,
+}
+
+// Functions get the sequence as an argument: a private variable would not be known to be the same for all threads of a workgroup.
+fn load_sequence(index: u32) -> Sequence {
+  return Sequence(
+    index, 0u, params.seq_q, params.seq_q, 0u, params.seq_k, params.seq_k,
+    params.sink_tokens, params.lower, params.upper, params.offset,
+  );
+}
 
 // Query i sees the four keys from j on: they are among those in a row that it does, or sink tokens.
-fn visible4(i: u32, j: u32) -> vec4<bool> {
-  let end = clamp(i32(i) + 1 + params.upper, 0, i32(params.seq_k));
-  let start = clamp(i32(i) + params.lower, 0, end);
-  let sinks = min(params.sink_tokens, u32(end));
+fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
+  let end = clamp(i32(i) + 1 + seq.upper, 0, i32(seq.seq_k));
+  let start = clamp(i32(i) + seq.lower, 0, end);
+  let sinks = min(seq.sink_tokens, u32(end));
   let keys = vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u);
   return ((keys - vec4<u32>(u32(start)) < vec4<u32>(u32(end - start))) | (keys < vec4<u32>(sinks)));
 }
@@ -144,10 +165,12 @@ fn visible4(i: u32, j: u32) -> vec4<bool> {
 // Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
 struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32 }
 
-fn key_tiles(row0: u32, row_end: u32) -> KeyTiles {
-  let end = u32(clamp(i32(row_end) + params.upper, 0, i32(params.seq_k)));
-  let start = u32(clamp(i32(row0) + params.lower, 0, i32(end)));
-  let sink_tiles = (min(params.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
+fn key_tiles(seq: Sequence, row0: u32, row_end: u32) -> KeyTiles {
+  // The tile lies beyond the end of a padded sequence.
+  if (row0 >= row_end) { return KeyTiles(0u, 0u, 0u, 0u); }
+  let end = u32(clamp(i32(row_end) + seq.upper, 0, i32(seq.seq_k)));
+  let start = u32(clamp(i32(row0) + seq.lower, 0, i32(end)));
+  let sink_tiles = (min(seq.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let end_tile = (end + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let window = max(select(end_tile, start / TILE_COLUMNS, start < end), sink_tiles);
   let first = select(0u, window, sink_tiles == 0u);
@@ -166,21 +189,21 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
 // The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
 struct FullTiles { start: u32, end: u32 }
 
-fn full_tiles(row0: u32, row_end: u32) -> FullTiles {
-  let limit = select(i32(params.seq_k), 0, row_end > params.seq_q);
-  let end = clamp(i32(row0) + 1 + params.upper, 0, limit);
-  let start = u32(clamp(i32(row_end) - 1 + params.lower, 0, end));
-  return FullTiles(select(start, 0u, params.sink_tokens >= start), u32(end));
+fn full_tiles(seq: Sequence, row0: u32, row_end: u32) -> FullTiles {
+  let limit = select(i32(seq.seq_k), 0, row_end > seq.seq_q);
+  let end = clamp(i32(row0) + 1 + seq.upper, 0, limit);
+  let start = u32(clamp(i32(row_end) - 1 + seq.lower, 0, end));
+  return FullTiles(select(start, 0u, seq.sink_tokens >= start), u32(end));
 }
 
-fn is_full(full: FullTiles, column0: u32) -> bool {
+fn is_full(seq: Sequence, full: FullTiles, column0: u32) -> bool {
   let column_end = column0 + TILE_COLUMNS;
-  return column_end <= full.end && (column0 >= full.start || column_end <= params.sink_tokens);
+  return column_end <= full.end && (column0 >= full.start || column_end <= seq.sink_tokens);
 }
 
 // Where the report of a tile of so many rows begins: a word that is zero where there are none, then, where there
 // are some, a bit for each row.
-fn fallback_slot(work: TileWork, tile: u32) -> u32 {
+fn fallback_slot(seq: Sequence, work: TileWork, tile: u32) -> u32 {
   return ((tile * params.batch + work.batch) * params.heads + work.head) * 3u;
 }
 
@@ -330,19 +353,22 @@ fn main(
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
   let work = tile_work(index);
+  let seq = load_sequence(work.sequence);
   let row0 = work.tile * TILE_ROWS;
-  let row_limit = params.seq_q;
-  let column_limit = params.seq_k;
+  let row_limit = seq.q_rows;
+  let column_limit = seq.seq_k;
   let row_end = min(row0 + TILE_ROWS, row_limit);
-  let q_base = operand_base(params.q, work.batch, work.head);
-  let k_base = operand_base(params.k, work.batch, work.kv_head);
-  let v_base = operand_base(params.v, work.batch, work.kv_head);
-  let o_base = operand_base(params.o, work.batch, work.head);
-  let lse_base = operand_base(params.lse, work.batch, work.head);
-  let tiles = key_tiles(row0, row_end);
-  let full = full_tiles(row0, row_end);
+  // Rows beyond the end of a padded sequence see nothing.
+  let used_end = min(row_end, seq.seq_q);
+  let q_base = operand_base(params.q, work.batch, work.head) + seq.q_start * params.q.seq;
+  let k_base = operand_base(params.k, work.batch, work.kv_head) + seq.k_start * params.k.seq;
+  let v_base = operand_base(params.v, work.batch, work.kv_head) + seq.k_start * params.v.seq;
+  let o_base = operand_base(params.o, work.batch, work.head) + seq.q_start * params.o.seq;
+  let lse_base = operand_base(params.lse, work.batch, work.head) + seq.q_start;
+  let tiles = key_tiles(seq, row0, used_end);
+  let full = full_tiles(seq, row0, row_end);
   // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
-  let last_column = column_limit - 1u;
+  let last_column = max(column_limit, 1u) - 1u;
   let subgroup_scores = subgroup * 96u;
   // A lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
@@ -537,7 +563,7 @@ fn main(
   var row_sum_0 = 0.0;
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
-    let is_partial = !is_full(full, column0);
+    let is_partial = !is_full(seq, full, column0);
     let next = first_column(tiles, next_tile(tiles, tile));
     {
       let quad = k_quad;
@@ -585,8 +611,8 @@ fn main(
     loop {
       if (!hides_x) { break; }
       hides_x = false;
-      x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(row_0, column0 + 4u * (0u + part)));
-      x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(row_0, column0 + 4u * (2u + part)));
+      x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 4u * (0u + part)));
+      x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
     }
     loop {
       if (!subgroupAny(any((x_0_0 > vec4<f32>(limit_0)) | (x_0_1 > vec4<f32>(limit_0))))) { break; }
@@ -700,7 +726,7 @@ fn main(
   row_sum_0 = row_sum_0 + subgroupShuffleXor(row_sum_0, 1u);
   let end_0 = finish_row(row_max_0 / scale, row_sum_0, work.head);
   let factor_0 = end_0.factor;
-  if (row_0 < row_limit && part == 0u) { lse[lse_base + row_0] = end_0.lse; }
+  if (row_0 < row_limit && part == 0u) { lse[lse_base + row_0] = select(params.negative_infinity, end_0.lse, row_0 < seq.seq_q); }
   {
     let base = o_base + row_0 * params.o.seq;
     subgroupBarrier();
@@ -795,7 +821,7 @@ fn main(
   workgroupBarrier();
   any_fallback = false;
   for (var n = 0u; n < 4u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
-  let slot = fallback_slot(work, work.tile);
+  let slot = fallback_slot(seq, work, work.tile);
   if (thread == 0u) { repairs[slot] = u32(any_fallback); }
   var has_any = any_fallback;
   loop {
