@@ -1,8 +1,11 @@
+{#- Tiles of columns in workgroup memory, staged for all subgroups. With two stages one tile is in use while the next is written, and one
+    barrier a tile is enough. With one stage more workgroups fit.
+    Needs: cooperative/fragments.wgsl, `main` of tile_main.wgsl, in d_kv head_loop of tile_loops.wgsl for the bases of its columns.
+    Declares: the macros below; `stage`, a thread's shares of a tile, `scale`; in d_q `shift_R`, `delta_R` and d_q's units. -#}
 # from "cooperative/fragments.wgsl" import shift, halves
 # from "cooperative/mask.wgsl" import fetch_mask
 
-{#- A thread's share of a staged tile, as it was loaded; `put` makes halves of it, and leaves them in workgroup memory, when
-    it has arrived. -#}
+{#- A thread's share of a staged tile, as it was loaded. `put` waits for it, rounds it to halves and stores them. -#}
 # macro shares(b)
 # if threads % staged_quads[b] == 0
   let {{ b }}_row = thread / {{ staged_quads[b] }}u;
@@ -16,16 +19,16 @@
 # endfor
 # endmacro
 
-{#- Row and quad of a thread's n-th share within the tile. -#}
+{#- The row and the quad of a thread's n-th share within the tile. -#}
 {%- macro share_row(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_row + {{ n * threads // staged_quads[b] }}u{% else %}(thread + {{ n * threads }}u) / {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
 
 {%- macro share_quad(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_quad{% else %}(thread + {{ n * threads }}u) % {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
 
-{#- Where a thread has an n-th share. -#}
+{#- The condition under which a thread has an n-th share. -#}
 {%- macro if_share(b, n) %}{% set total = tile_columns * staged_quads[b] %}{% if (n + 1) * threads > total %}if (thread < {{ total - n * threads }}u) {% endif %}{% endmacro -%}
 
-{#- Reads a thread's share of the tile of columns from `column` on. Columns beyond the end are the last one again: they are
-    hidden, but must be finite where the others are. -#}
+{#- Loads a thread's share of the tile of columns from `column` on. Columns beyond the end repeat the last one: they are hidden, but have
+    to be finite where the others are. -#}
 # macro fetch(b, column)
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
@@ -39,6 +42,7 @@
 # endfor
 # endmacro
 
+{#- Stores a thread's share of a tile as halves. -#}
 # macro put(b, stage)
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
@@ -47,18 +51,18 @@
 # endfor
 # endmacro
 
-{#- Before the first tile: the scale of scores in powers of two, and what `fetch` keeps. -#}
+{#- Before the first tile: the scale of scores in powers of two, and the variables that `fetch_columns` fills. -#}
 # macro begin_columns()
 # if softcap
-  // cap tanh(x) = cap - 2 cap / (1 + e^(2 x)): what e is raised to, in powers of two and without its sign; and what `capped4`
-  // gives is multiplied with. Never zero, so that hidden scores stay hidden.
+  // cap tanh(x) = cap - 2 cap / (1 + e^(2 x)). `cap_scale` makes the power of two from a product, and `scale` multiplies the result of
+  // `capped4`. It is never zero, so hidden scores stay hidden.
   let cap = params.softcap * LOG2_E;
   let cap_scale = 2.0 * params.scale / params.softcap * LOG2_E;
   let scale = max(1.7347234759768071e-18 * cap, 1e-33);
 # elif formed
   let scale = params.scale * params.scale_sign * LOG2_E;
 # else
-  // Never zero, so that hidden scores stay hidden.
+  // The scale is never zero, so hidden scores stay hidden.
   let scale = max(params.scale_size * LOG2_E, 1e-25);
 # endif
   var stage = 0u;
@@ -80,9 +84,10 @@
 # endfor
 # endmacro
 
-{#- Where a thread has an n-th column. -#}
+{#- The condition under which a thread has an n-th column. -#}
 {%- macro if_column(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
 
+{#- Loads a thread's shares of all staged operands, and the statistics of its columns. -#}
 # macro fetch_columns(column)
 # for b in staged
 {{ fetch(b, column) }}
@@ -107,6 +112,7 @@
 # endif
 # endmacro
 
+{#- Stores all of these in the stage. -#}
 # macro put_columns()
 # for b in staged
 {{ put(b, "stage") }}
@@ -121,12 +127,12 @@
       column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = -lse_delta_{{ n }}.y;
 # endif
 # if column_scales
-      // A token that is not finite has no scale to take out.
+      // A token without finite numbers has no scale to take out.
       let powers = select(token_scale_{{ n }}, vec2<f32>(1.0), token_scale_{{ n }} > vec2<f32>(1e30));
 # set first = 2 if rows_are_keys else 0
       column_stats[at + {{ first * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.x;
 # if softmax
-      // Values' powers go with the scores, and out of the sum of probabilities.
+      // The powers of values are added to the scores, and taken out of the sum of probabilities.
       column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
       column_stats[at + {{ 2 * tile_columns // 4 }}u][item % 4u] = powers.y;
 # else
@@ -142,7 +148,7 @@
 {#- The first column of a tile. -#}
 {%- macro column_of(tile) %}{% if rows_are_keys %}({{ tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ tile }}){% endif %}{% endmacro -%}
 
-{#- Sets a range's first tile on its way: `put_columns` follows when other operands are, too. -#}
+{#- Starts to load the first tile. `put_columns` follows once the other operands are under way, too. -#}
 # macro fetch_first(tile="tiles.first")
   {
 {{ fetch_columns(column_of("first_tile" if mask else tile)) }}
@@ -150,12 +156,13 @@
 {{ fetch_mask("first_tile") }}
 # endmacro
 
-{#- The next tile has until the end of this one. -#}
+{#- Starts to load the next tile, which is needed at the end of this one. -#}
 # macro fetch_next()
     let next = {{ column_of("next_visible" if mask else following) }};
 {{ fetch_columns("next") }}
 # endmacro
 
+{#- The next tile takes the other stage, or the only one when all subgroups have used it. -#}
 # macro next_stage()
 # if stages == 2
     stage = 1u - stage;
@@ -165,7 +172,7 @@
 {{ put_columns() }}
 # endmacro
 
-{#- What lse and delta add in the subgroup's rows. -#}
+{#- The statistics of the subgroup's rows: the shift by lse, delta, and in f16 the unit of d_q. -#}
 # macro row_stats()
 # for r in range(row_fragments)
   var shift_{{ r }} = 0.0;
@@ -181,7 +188,7 @@
     d_q_unit_{{ r }} = own.z;
 # endif
 # if bias
-    // Its probabilities take counting its keys.
+    // The probabilities of this row need a count of its keys.
     fallback_{{ r }} = own.x <= ABSORBING;
 # endif
   }

@@ -1,4 +1,5 @@
-{#- The gradients by k and v on fragments: rows are keys, columns are queries. -#}
+{#- The gradients by k and v on fragments: rows are keys, columns are queries.
+    Needs: the cooperative macros, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that d_kv.wgsl calls. -#}
 # import "cooperative/fragments.wgsl" as matrix
 # import "cooperative/mask.wgsl" as masking
 # import "cooperative/columns.wgsl" as columns
@@ -19,16 +20,17 @@
 
 {%- macro begin_walk() %}{{ unit.begin_walk() }}{% endmacro -%}
 
+{#- A tile of the walk: P and dS set the units of rows that wait for one. -#}
 # macro find_units()
 {{ columns.put_columns() }}
 {{ matrix.product("s", "k", "q", "stage") }}
-{{ weigh_values() }}
+{{ make_p() }}
 # if column_scales
 {{ unit.set_units("w", "d_v") }}
 # endif
 {{ cap_probabilities() }}
 {{ matrix.product("d_p", "v", "d_o", "stage") }}
-{{ weigh() }}
+{{ make_d_s() }}
 {{ unit.set_units("d_s", "d_k") }}
 {{ unit.next_units() }}
 # endmacro
@@ -44,15 +46,16 @@
 {{ columns.put_columns() }}
 # endmacro
 
+{#- S = K Q^T. -#}
 # macro scores()
 {{ fallback.clean_columns() }}
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "k", "q", "stage") }}
 # endmacro
 
-{#- p times 2^15: that is within the range of halves, and a small p is not rounded away. In bf16 also w, which takes the scale of d_o
-    out, in the unit of d_v. -#}
-# macro weigh_values()
+{#- P = exp(S - lse) times 2^15, which is within the range of halves and keeps small probabilities. In bf16 also w: P without the token
+    scales of d_o, in the unit of d_v. -#}
+# macro make_p()
 {{ score.begin_scores() }}
 # for r in range(row_fragments)
 {{ matrix.store_rows("s", r) }}
@@ -63,12 +66,12 @@
     var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ matrix.score_scale(r) }}), {{ matrix.column_stat(n, 0) }}){% endif %});
 # endfor
 # if bias
-    // A key that the bias hides keeps weight 0, where the lse of a reported query makes its score a NaN.
+    // A key that the bias hides keeps probability 0, although the lse of a reported query makes its score NaN.
 # for r, n in pairs(row_fragments, lane_quads)
     p_{{ r }}_{{ n }} = select(p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(x_{{ r }}_{{ n }}) == vec4<u32>(0xff800000u));
 # endfor
 # endif
-{#- Hidden by name, too, the derivative is computed before: what it is made of would take more registers. -#}
+{#- The derivative is hidden together with P. It is computed before, because its ingredients would take more registers. -#}
 {{ masking.hide("p", "0.0", "derivative" if softcap else "") }}
 # if column_scales
 # for r, n in pairs(row_fragments, lane_quads)
@@ -77,9 +80,9 @@
 # endif
 # endmacro
 
-{#- Leaves p as weights. -#}
+{#- P, stored as the P tile and kept in registers. -#}
 # macro probabilities()
-{{ weigh_values() }}
+{{ make_p() }}
 # if column_scales
 {{ unit.keep_in_unit("w", "d_v", "d_o") }}
 # else
@@ -90,21 +93,23 @@
 
 # macro cap_probabilities()
 # if softcap
-    // What d_s needs of p.
+    // dS needs P times the derivative of softcap.
 # for r, n in pairs(row_fragments, lane_quads)
     p_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 # endfor
 # endif
 # endmacro
 
+{#- dV += P dO. -#}
 {%- macro accumulate_d_v() %}{{ matrix.accumulate("d_v", "d_o", "stage") }}{% endmacro -%}
 
+{#- dP = V dO^T. -#}
 # macro probability_gradients()
 {{ matrix.product("d_p", "v", "d_o", "stage") }}
 # endmacro
 
-{#- d_s = p (d_p - delta), in the unit of d_k. -#}
-# macro weigh()
+{#- dS = P (dP - delta), in the unit of d_k. -#}
+# macro make_d_s()
 # for r in range(row_fragments)
 {{ matrix.store_rows("d_p", r) }}
 {{ matrix.load_rows("y", r, 1) }}
@@ -117,7 +122,7 @@
 # endfor
 # endfor
 # if sanitize
-    // A query's delta may not be finite, where what it sees is not.
+    // The delta of a query that sees a nonfinite key may not be finite.
 # for r, n in pairs(row_fragments, lane_quads)
     d_s_{{ r }}_{{ n }} = select(d_s_{{ r }}_{{ n }}, vec4<f32>(), p_{{ r }}_{{ n }} == vec4<f32>());
 # endfor
@@ -129,13 +134,14 @@
 # endif
 # endmacro
 
-{#- Leaves d_s as weights. -#}
+{#- dS, stored as the P tile. -#}
 # macro score_gradients()
-{{ weigh() }}
+{{ make_d_s() }}
 {{ unit.keep_in_unit("d_s", "d_k", "q") }}
 {{ fallback.find_fallback() }}
 # endmacro
 
+{#- dK += dS Q. -#}
 # macro accumulate_d_k()
 {{ matrix.accumulate("d_k", "q", "stage") }}
 {{ columns.next_stage() }}

@@ -1,4 +1,5 @@
-{#- The gradient by q on fragments: rows are queries, columns are keys. -#}
+{#- The gradient by q on fragments: rows are queries, columns are keys.
+    Needs: the cooperative macros, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that d_q.wgsl calls. -#}
 # import "cooperative/fragments.wgsl" as matrix
 # import "cooperative/mask.wgsl" as masking
 # import "cooperative/columns.wgsl" as columns
@@ -23,11 +24,12 @@
 {{ columns.row_stats() }}
 # endmacro
 
+{#- A tile of the walk: dS sets the units of rows that wait for one. -#}
 # macro find_units()
 {{ columns.put_columns() }}
 {{ matrix.product("s", "q", "k", "stage") }}
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
-{{ weigh(false) }}
+{{ make_d_s(false) }}
 {{ unit.set_units("d_s", "d_q") }}
 {{ unit.next_units() }}
 # endmacro
@@ -45,18 +47,20 @@
 {{ columns.put_columns() }}
 # endmacro
 
+{#- S = Q K^T. -#}
 # macro scores()
 {{ fallback.clean_columns() }}
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "q", "k", "stage") }}
 # endmacro
 
+{#- dP = dO V^T. -#}
 # macro probability_gradients()
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
 # endmacro
 
-{#- d_s = p (d_p - delta), in the unit of d_q; the moments, too, where this `counts`. -#}
-# macro weigh(counts)
+{#- dS = exp(S - lse) (dP - delta), in the unit of d_q. Unless the tile belongs to the walk, it `counts` for the moments of ALiBi slopes. -#}
+# macro make_d_s(counts)
 {{ score.begin_scores() }}
 # for r in range(row_fragments)
 {{ matrix.store_rows("s", r) }}
@@ -98,13 +102,14 @@
 # endif
 # endmacro
 
-{#- Leaves d_s as weights. -#}
+{#- dS, stored as the P tile. -#}
 # macro score_gradients()
-{{ weigh(true) }}
+{{ make_d_s(true) }}
 {{ unit.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
 {{ fallback.find_fallback() }}
 # endmacro
 
+{#- dQ += dS K. -#}
 # macro accumulate()
 {{ matrix.accumulate("d_q", "k", "stage") }}
 {{ columns.next_stage() }}

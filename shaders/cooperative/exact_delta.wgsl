@@ -1,4 +1,5 @@
-{#- delta on fragments: rows are queries, columns are keys. -#}
+{#- delta on fragments: rows are queries, columns are keys.
+    Needs: the cooperative macros, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that exact_delta.wgsl calls. -#}
 # import "cooperative/fragments.wgsl" as matrix
 # import "cooperative/mask.wgsl" as masking
 # import "cooperative/columns.wgsl" as columns
@@ -22,7 +23,7 @@
     let own = lse[lse_base + row_{{ r }}];
     shift_{{ r }} = {{ matrix.shift("probability_lse(own)") }};
 # if bias
-    // Its probabilities take counting its keys; of none there is nothing to count.
+    // The probabilities of this row need a count of its keys. A row without keys has none to count.
     fallback_{{ r }} = own <= ABSORBING && own != params.negative_infinity;
 # endif
   }
@@ -30,16 +31,18 @@
 {{ columns.put_columns() }}
 # endmacro
 
+{#- S = Q K^T. -#}
 # macro scores()
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "q", "k", "stage") }}
 # endmacro
 
+{#- dP = dO V^T. -#}
 # macro probability_gradients()
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
 # endmacro
 
-{#- Sums p d_p. -#}
+{#- sum += P dP. The largest |P dP| of each row leads to the unit of d_q. -#}
 # macro accumulate()
 {{ score.begin_scores() }}
 # for r in range(row_fragments)
@@ -55,7 +58,7 @@
 # endfor
 # endfor
 # if bias
-    // A key that the bias hides may hold a NaN, which no zero weight takes out.
+    // A key that the bias hides may hold a NaN, and 0 times it is NaN.
 # for r, n in pairs(row_fragments, lane_quads)
     p_d_p_{{ r }}_{{ n }} = select(p_d_p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(seq, row_{{ r }}, {{ matrix.quad_column(n) }})) == vec4<u32>(0xff800000u));
 # endfor

@@ -1,7 +1,12 @@
+{#- Rows that need a second computation. Fragments have no hidden elements, so a hidden column that is NaN or infinite spoils the rows of
+    its tile. The first run reports rows that are not finite. The second run (`sanitize`) computes reported tiles with zeros in place of
+    such columns: rows that do not see them get the bits that they have with any other hidden column. It reports the rows that see one,
+    and the portable kernel computes these.
+    Needs: cooperative/fragments.wgsl, cooperative/mask.wgsl, fallback.wgsl. Declares: the macros below. -#}
 # from "cooperative/mask.wgsl" import hide
 # from "cooperative/fragments.wgsl" import reduce_row, any_subgroup
 
-{#- In the second run: replaces staged columns that are not finite by zeros, and marks them behind their features. -#}
+{#- In the second run: sets staged quads that are not finite to zeros, and marks their columns behind the features. -#}
 # macro clean_columns()
 # if sanitize
       for (var column = thread; column < {{ tile_columns }}u; column += {{ threads }}u) {
@@ -24,7 +29,7 @@
 # endif
 # endmacro
 
-{#- In the second run: finds the rows that see such a column. -#}
+{#- In the second run: finds the rows that see a marked column. -#}
 # macro find_fallback()
 # if sanitize
 # for r, n in pairs(row_fragments, lane_quads)
@@ -48,7 +53,7 @@
 # endif
 # endmacro
 
-{#- Reports whether rows of the tile are to be computed again, and, where there are any, which. -#}
+{#- Reports whether rows of the tile need another computation, and then which. -#}
 # macro report_fallback()
   let subgroup_fallback = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(fallback_{{ r }} && row_{{ r }} < row_limit){% endfor %});
   var any_fallback = false;

@@ -1,6 +1,9 @@
+{#- Hidden pairs of a score tile.
+    Needs: cooperative/fragments.wgsl, mask.wgsl; with a mask mask_words.wgsl and the span of tile_loops.wgsl.
+    Declares: the macros below; `mask_words_R` and `mask_R`, the mask's bits of the lane's rows. -#}
 # from "cooperative/fragments.wgsl" import quad_column
 
-{#- Reads what the mask says of each of a lane's rows and the 64 columns around a tile, where the tile's span is mask_partial. -#}
+{#- Loads the mask's bits of each of a lane's rows and the 64 columns around a tile, where the mask hides pairs of the tile's span. -#}
 # macro fetch_mask(tile)
 # if mask_words
   if (span.kind != 1u) {
@@ -12,7 +15,7 @@
 # endif
 # endmacro
 
-{#- The 32 columns around a tile, before those of the next span come. -#}
+{#- The bits of the 32 columns around a tile. The next span's bits come after. -#}
 # macro mask_of_tile()
 # if mask_words
 # for r in range(row_fragments)
@@ -21,11 +24,11 @@
 # endif
 # endmacro
 
-{#- Which of the columns of a lane's n-th quad its r-th row sees. -#}
+{#- The columns of a lane's n-th quad that its r-th row sees by the band. -#}
 {%- macro visible(r, n) %}visible4(seq, row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
 
-{#- `value` instead of what is hidden, whatever was computed there, and zeros in what `also` names. What happens rarely is a loop that runs once, not an if:
-    NVIDIA's compiler leaves the registers of fragments where they are. -#}
+{#- Sets hidden pairs to `value`, whatever was computed for them, and their numbers in `also` to 0. Written as a loop that runs at most
+    once: with an `if`, NVIDIA's compiler moves the registers of fragments. -#}
 # macro hide(x, value, also="", before="")
     var hides_{{ before ~ x }} = is_partial{{ " || mask_partial" if mask }};
     loop {
@@ -48,5 +51,5 @@
     }
 # endmacro
 
-{#- Bits of a lane's n-th quad, but for its place among the lanes of its row. -#}
+{#- The bits of a lane's n-th quad. The caller has shifted them by the lane's place in its row. -#}
 {%- macro quad_bits(n) %}vec4<u32>({% for e in [1, 2, 4, 8] %}{{ ", " if e > 1 }}{{ e * 2 ** (4 * n * lanes // side) }}u{% endfor %}){% endmacro -%}

@@ -1,35 +1,38 @@
+{#- Scores of a tile in powers of two, and their exponentials.
+    Needs: cooperative/fragments.wgsl, cooperative/mask.wgsl; with options alibi.wgsl, bias.wgsl, softcap.wgsl.
+    Declares: the macros below; with ALiBi `slope2`, `signed_slope`, `column_slopes` and `both_signs`. -#}
 # from "cooperative/fragments.wgsl" import product_scale, score_scale, quad_column
 # from "cooperative/mask.wgsl" import hide
 
-{#- exp of scores less a row's shift, in powers of two both. -#}
+{#- exp(S - shift of the row), both in powers of two. -#}
 {%- macro exponential(x, shift, r) %}{% if formed %}exp2({{ x }} - vec4<f32>({{ shift }})){% else %}exp2(fma({{ x }}, vec4<f32>({{ score_scale(r) }}), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
 
-{#- Where ALiBi's distances of a tile have one sign, and what they are multiplied with. Elsewhere, and where the band leaves both
-    signs visible, `make_scores` mends those of the other. -#}
+{#- The slope of ALiBi times the sign of p - j. Most tiles have one sign. In a tile with both, `make_scores` corrects the pairs of the
+    other sign, where the band leaves them visible. -#}
 # macro begin_scores()
 # if alibi
     let slope2 = slope * LOG2_E;
 # if rows_are_keys
-    let before = i32(min(column0 + TILE_COLUMNS, column_limit)) - 1 + seq.offset <= i32(row0);
-    let crosses = !before && i32(column0) + seq.offset < i32(row_end) - 1 && seq.upper > seq.offset;
+    let before_keys = i32(min(column0 + TILE_COLUMNS, column_limit)) - 1 + seq.offset <= i32(row0);
+    let both_signs = !before_keys && i32(column0) + seq.offset < i32(row_end) - 1 && seq.upper > seq.offset;
 # else
-    let before = i32(column0) >= i32(row_end) - 1 + seq.offset;
-    let crosses = !before && i32(column0 + TILE_COLUMNS) - 1 > i32(row0) + seq.offset && seq.upper > seq.offset;
+    let before_keys = i32(column0) >= i32(row_end) - 1 + seq.offset;
+    let both_signs = !before_keys && i32(column0 + TILE_COLUMNS) - 1 > i32(row0) + seq.offset && seq.upper > seq.offset;
 # endif
-    // The query comes before the key: p - j is negative.
-    let lean = select(slope2, -slope2, before);
-    let leans = vec4<f32>(0.0, 1.0, 2.0, 3.0) * {{ "-lean" if rows_are_keys else "lean" }};
+    // A query before its key has a negative p - j.
+    let signed_slope = select(slope2, -slope2, before_keys);
+    let column_slopes = vec4<f32>(0.0, 1.0, 2.0, 3.0) * {{ "-signed_slope" if rows_are_keys else "signed_slope" }};
 # endif
 # endmacro
 
 {#- j - p of the first column of a lane's n-th quad. -#}
-{%- macro ahead(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - seq.offset){% endmacro -%}
+{%- macro distance(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - seq.offset){% endmacro -%}
 
-{#- Makes scores of products that were taken, in powers of two where they are `formed`; else they lack the scale, and capped ones
-    the cap. Of softcap also the derivative, where `derivative` names it. -#}
+{#- Turns products into scores. With ALiBi, bias or token scales they are `formed`, in powers of two. Otherwise the exponential applies
+    the scale, or the cap of capped scores. `derivative` names the derivative of softcap, where it is needed. -#}
 # macro make_scores(x, derivative)
 # if softcap and not bias
-{#- Two share a reciprocal: none with what is hidden. -#}
+{#- Two scores share a reciprocal, so hidden ones are replaced before. -#}
 {{ hide(x, "0.0", before="capped_") }}
 # endif
 # if softcap or formed
@@ -42,12 +45,12 @@
     var {{ derivative }}_{{ r }}_{{ n }} = cap_derivative4({{ name }}, e_{{ name }});
 # endif
 # if alibi
-    {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(fma(lean, {{ ahead(r, n) }}, cap)) + leans);
+    {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(fma(signed_slope, {{ distance(r, n) }}, cap)) + column_slopes);
 # elif formed
     {{ name }} = fma({{ name }}, vec4<f32>(scale), vec4<f32>(cap));
 # endif
 # elif alibi
-    {{ name }} = fma({{ name }}, vec4<f32>({{ product_scale(r) }}), vec4<f32>(lean * {{ ahead(r, n) }}) + leans);
+    {{ name }} = fma({{ name }}, vec4<f32>({{ product_scale(r) }}), vec4<f32>(signed_slope * {{ distance(r, n) }}) + column_slopes);
 # else
     {{ name }} *= {{ product_scale(r) }};
 # endif
@@ -56,12 +59,12 @@
 # endif
 # endfor
 # if alibi
-    var mend_{{ x }} = crosses;
+    var correct_{{ x }} = both_signs;
     loop {
-      if (!mend_{{ x }}) { break; }
-      mend_{{ x }} = false;
+      if (!correct_{{ x }}) { break; }
+      correct_{{ x }} = false;
 # for r, n in pairs(row_fragments, lane_quads)
-      {{ x }}_{{ r }}_{{ n }} -= 2.0 * slope2 * max(vec4<f32>({{ ahead(r, n) }}) {{ "-" if rows_are_keys else "+" }} vec4<f32>(0.0, 1.0, 2.0, 3.0), vec4<f32>());
+      {{ x }}_{{ r }}_{{ n }} -= 2.0 * slope2 * max(vec4<f32>({{ distance(r, n) }}) {{ "-" if rows_are_keys else "+" }} vec4<f32>(0.0, 1.0, 2.0, 3.0), vec4<f32>());
 # endfor
     }
 # endif

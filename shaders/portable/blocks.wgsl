@@ -1,19 +1,20 @@
-{#- The portable micro-kernel: f32 multiply-adds on register tiles, no subgroups, no f16.
+{#- The portable micro-kernel: f32 multiply-adds on register tiles, without subgroups and without f16.
 
-    Every kernel of this crate keeps a tile of rows (queries, or keys in the d_k/d_v kernel) and walks over
-    tiles of columns (keys, or queries). Two kinds of matrix product occur:
+    A kernel keeps a tile of rows (queries, or keys in d_kv) and walks over tiles of columns (keys, or queries). Two kinds of matrix
+    product occur:
 
       product(s, a, b)        s[row, column] = sum over features of a[row] * b[column]
-      accumulate(x, b)        x[row] += sum over columns of weights[row, column] * b[column]
+      accumulate(x, b)        x[row] += sum over columns of P[row, column] * b[column]
 
-    Thread (tx, ty) of THREADS_C x THREADS_R holds rows ty + THREADS_R * i (i < rows) and, for each of
-    them, column quads tx + THREADS_C * c of a score tile (c < quads) or feature quads tx + THREADS_C * c
-    of an accumulator. Everything is unrolled in the text: drivers do not unroll naga's loops, and
-    indexed arrays fall out of registers.
+    Thread (tx, ty) of THREADS_C x THREADS_R holds the rows ty + THREADS_R * i, i < rows. Of each it holds the column quads
+    tx + THREADS_C * c of a score tile, c < quads, and the feature quads tx + THREADS_C * c of an accumulator. All is unrolled in the text:
+    drivers do not unroll naga's loops, and indexed arrays fall out of registers.
 
-    Tiles lie in workgroup memory as rows of vec4, one vec4 longer than needed so that neighbouring
-    rows start in different banks. The four columns of quad tx are staged THREADS_C rows apart, so that
-    neighbouring threads read neighbouring rows. -#}
+    Tiles lie in workgroup memory as rows of vec4. A row is one vec4 longer than its data, so neighbouring rows start in different banks.
+    The four columns of quad tx are staged THREADS_C rows apart, so neighbouring threads read neighbouring rows.
+
+    Needs: `main` of tile_main.wgsl, operands.wgsl, mask.wgsl; with options scores.wgsl.
+    Declares: the macros below; `memory` for the tiles, `partials` for sums along rows. -#}
 
 # macro declare()
 const THREADS_C: u32 = {{ threads_c }}u;
@@ -24,15 +25,15 @@ const K_STEP: u32 = {{ k_step }}u;
 const N_STEP: u32 = {{ n_step }}u;
 const K_STEP_ROW: u32 = {{ k_step + 1 }}u;
 const P_ROW: u32 = {{ tile_columns // 4 + 1 }}u;
-// A product stages columns, then rows; an accumulation keeps weights, then a n_step of columns.
+// A product stages columns, then rows. An accumulation has the P tile, then a step of columns.
 const ROW_STAGE: u32 = {{ tile_columns * (k_step + 1) }}u;
 const N_STAGE: u32 = {{ tile_rows * (tile_columns // 4 + 1) }}u;
 var<workgroup> memory: array<vec4<f32>, {{ memory_len }}>;
 # if partials_len > 0
-// One partial result per row and tx. Scalars: threads that write components of one vector may race.
+// One number for each row and tx. Scalars, because threads that write components of one vector may race.
 var<workgroup> partials: array<f32, {{ partials_len }}>;
 # endif
-// 1 + the last is_partial step in which some staged column was NaN or infinite.
+// 1 + the last step of a partial tile in which a staged column was NaN or infinite.
 var<workgroup> nonfinite_step: atomic<u32>;
 
 // The column of a tile that lies in a staged row.
@@ -41,18 +42,18 @@ fn staged_column(row: u32) -> u32 {
   return row - within + (within % THREADS_C) * 4u + within / THREADS_C;
 }
 
-// By the bits: compilers may take for granted that a float comparison meets no NaN.
+// Bits are compared: compilers may assume that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
 # endmacro
 
-{#- Place in workgroup memory of a thread's i-th row of weights. -#}
+{#- Where a thread's i-th row of the P tile lies in `memory`. -#}
 {%- macro p_row(i) %}(ty + {{ i }}u * THREADS_R) * P_ROW{% endmacro -%}
 
-{#- A thread's place. -#}
+{#- The thread's place in the grid of threads. -#}
 # macro begin_threads()
-  // Eight neighbours form a block of four by two threads, so that they share rows of both sides.
+  // Eight neighbours form a block of four by two threads, which share rows of both sides.
   let block = thread / 8u;
   let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));
   let ty = thread / 4u % 2u + 2u * (block / (THREADS_C / 4u));
@@ -67,13 +68,14 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # endmacro
 
-{#- First column of a thread's c-th quad. -#}
+{#- The first column of a thread's c-th quad. -#}
 {%- macro quad_column(c) %}column0 + 4u * (tx + {{ c }}u * THREADS_C){% endmacro -%}
 
-{#- Which of the four columns of a thread's c-th quad its i-th row sees. -#}
+{#- The columns of a thread's c-th quad that its i-th row sees. -#}
 {%- macro visible(i, c) %}{% if hides %}visible_{{ i }}_{{ c }}{% else %}visible4(seq, row_{{ i }}, {{ quad_column(c) }}){% endif %}{% endmacro -%}
 
-{#- Makes scores of products, and finds out which pairs are visible, where that is more than the scale and the band. -#}
+{#- Turns products into scores with softcap, ALiBi and bias, and finds the pairs that mask and bias leave visible. Without options the
+    scale is applied in the exponential, and the band hides pairs. -#}
 # macro make_scores(s)
 # for i, c in pairs(rows, quads)
 # if softcap
@@ -92,8 +94,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # endmacro
 
-{#- From the gradients by scores to those by products times the scale. What is 0 stays so: the derivative of a hidden pair may be
-    NaN. -#}
+{#- Turns gradients by scores into gradients by products times the scale. A 0 stays 0: the derivative of a hidden pair may be NaN. -#}
 # macro uncap(d_s)
 # if softcap
 # for i, c in pairs(rows, quads)
@@ -102,8 +103,8 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endif
 # endmacro
 
-{#- Zero where hidden, whatever was computed there. -#}
-# macro hide(s)
+{#- Sets hidden pairs to 0, whatever was computed for them. -#}
+# macro mask(s)
     if (is_partial) {
 # for i, c in pairs(rows, quads)
       {{ s }}_{{ i }}_{{ c }} = select(vec4<f32>(), {{ s }}_{{ i }}_{{ c }}, {{ visible(i, c) }});
@@ -111,15 +112,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
     }
 # endmacro
 
-{#- An accumulator of the width of an operand, zero. -#}
+{#- A zero accumulator as wide as an operand. -#}
 # macro accumulator(x, operand)
 # for i, c in pairs(rows, accumulator_quads[operand])
   var {{ x }}_{{ i }}_{{ c }} = vec4<f32>();
 # endfor
 # endmacro
 
-{#- Reads `count` rows of `quads` vec4 of an operand into registers, zeros beyond its end: a thread's share.
-    Reads are under way while the threads wait for each other; `put` leaves them in workgroup memory. -#}
+{#- Reads a thread's share of `count` rows of `quads` vec4 of an operand into registers, with zeros beyond its end. Reads are under way
+    while the threads wait for each other. `put` stores them in workgroup memory. -#}
 # macro fetch(share, operand, count, quads, quad0, row, limit, flags_nonfinite)
 # set total = count * quads
 # for pass in range((total + threads - 1) // threads)
@@ -149,9 +150,9 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # endmacro
 
-{#- s[row, column] = a[row] . b[column], as a sum of sums of four: the shorter chain halves the rounding error of large
-    scores. Every kernel must come to the same bits, whichever of the two is q, or lse and o belong to other scores than
-    the backward pass sees. -#}
+{#- s[row, column] = a[row] . b[column], as a sum of sums of four features: the shorter chain halves the rounding error of large scores.
+    All kernels come to the same bits, whichever operand is q. Otherwise lse and o would belong to other scores than those of the
+    backward pass. -#}
 # macro product(s, a, b)
 # for i, c in pairs(rows, quads)
     var {{ s }}_{{ i }}_{{ c }} = vec4<f32>();
@@ -188,15 +189,15 @@ fn is_finite4(x: vec4<f32>) -> bool {
     }
 # endmacro
 
-{#- Leaves a score tile in workgroup memory as weights for `accumulate`. Whoever calls this has passed a
-    barrier since the last product or accumulation read that memory. -#}
+{#- Stores a tile of P, or of dS, as the P tile for `accumulate`. The caller has passed a barrier since the last product or accumulation
+    read that memory. -#}
 # macro store_p(s)
 # for i, c in pairs(rows, quads)
     memory[{{ p_row(i) }} + tx + {{ c }}u * THREADS_C] = {{ s }}_{{ i }}_{{ c }};
 # endfor
 # endmacro
 
-{#- x[row] += sum over columns of weights[row, column] * b[column]. -#}
+{#- x[row] += sum over columns of P[row, column] * b[column]. -#}
 # macro accumulate(x, b)
 # set x_quads = accumulator_quads[b]
 # set n_step_row = x_quads * threads_c
@@ -208,14 +209,14 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {{ put("share", "N_STAGE", n_step_row ~ "u", n_step, operand_quads[b]) }}
       workgroupBarrier();
       if (is_partial && atomicLoad(&nonfinite_step) == step + 1u) {
-        // A hidden column that is NaN or infinite must not meet its zero weight.
+        // A hidden column may be NaN or infinite, and 0 times it is NaN: hidden pairs are skipped.
         for (var j = 0u; j < N_STEP; j += 1u) {
           let column = column0 + first + j;
 # for i in range(rows)
           if ({{ "pair_visible4" if hides else "visible4" }}(seq, row_{{ i }}, column).x) {
-            let w = memory[{{ p_row(i) }} + (first + j) / 4u][(first + j) % 4u];
+            let p = memory[{{ p_row(i) }} + (first + j) / 4u][(first + j) % 4u];
 # for c in range(x_quads)
-            {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w), memory[N_STAGE + j * {{ n_step_row }}u + tx + {{ c }}u * THREADS_C], {{ x }}_{{ i }}_{{ c }});
+            {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(p), memory[N_STAGE + j * {{ n_step_row }}u + tx + {{ c }}u * THREADS_C], {{ x }}_{{ i }}_{{ c }});
 # endfor
           }
 # endfor
@@ -223,7 +224,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
       } else {
         for (var quad = 0u; quad < N_STEP / 4u; quad += 1u) {
 # for i in range(rows)
-          let w_{{ i }} = memory[{{ p_row(i) }} + first / 4u + quad];
+          let p_{{ i }} = memory[{{ p_row(i) }} + first / 4u + quad];
 # endfor
 # for e in range(4)
           {
@@ -232,7 +233,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
             let b_{{ c }} = memory[at + {{ c }}u * THREADS_C];
 # endfor
 # for i, c in pairs(rows, x_quads)
-            {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(w_{{ i }}.{{ xyzw[e] }}), b_{{ c }}, {{ x }}_{{ i }}_{{ c }});
+            {{ x }}_{{ i }}_{{ c }} = fma(vec4<f32>(p_{{ i }}.{{ xyzw[e] }}), b_{{ c }}, {{ x }}_{{ i }}_{{ c }});
 # endfor
           }
 # endfor
@@ -242,8 +243,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
     step += 1u;
 # endmacro
 
-{#- Combines a value that each thread of a row holds, by "max" or "sum", in a fixed order. Two uses are
-    kept apart by any barrier between them. -#}
+{#- Combines a number of each thread of a row, by "max" or "sum", in a fixed order. A barrier has to stand between two uses. -#}
 # macro reduce_rows(result, value, op)
 # for i in range(rows)
     partials[(ty + {{ i }}u * THREADS_R) * THREADS_C + tx] = {{ value }}_{{ i }};
@@ -266,10 +266,10 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # endmacro
 
-{#- Whether a thread's i-th row is written: where a cooperative kernel came before, only rows that it has reported. -#}
+{#- Whether a thread writes its i-th row. After a cooperative kernel only the rows that it has reported are written. -#}
 {%- macro writes(i) %}row_{{ i }} < row_limit{% if repairs %} && is_fallback_row(seq, work, row_{{ i }}){% endif %}{% endmacro -%}
 
-{#- Writes an accumulator times `factor`, which may name a value of each row by its stem and "_". -#}
+{#- Writes an accumulator times `factor`. A factor that ends with "_" is the stem of a name, which each row completes with its number. -#}
 # macro store(x, operand, factor)
 # for i in range(rows)
   if ({{ writes(i) }}) {

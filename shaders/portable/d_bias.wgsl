@@ -1,4 +1,5 @@
-{#- The gradient by the bias in portable blocks: rows are queries, columns are keys. -#}
+{#- The gradient by the bias in portable blocks: rows are queries, columns are keys.
+    Needs: portable/blocks.wgsl, scores.wgsl, the loops of d_bias.wgsl. Declares: the macros that d_bias.wgsl calls. -#}
 # import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
@@ -10,7 +11,7 @@
 # endfor
 # endmacro
 
-{#- Adds d_s = p (d_p - delta) of a tile. -#}
+{#- d_bias += dS = P (dP - delta) of a tile. -#}
 # macro add()
 # for i in range(rows)
     let row_{{ i }} = row0 + ty + {{ i }}u * THREADS_R;
@@ -30,9 +31,9 @@
 # for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * portion_{{ i }} * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 # endfor
-{{ blocks.hide("s") }}
+{{ blocks.mask("s") }}
 # for i, c in pairs(rows, quads)
-    // A row beyond the last is none, whatever its keys hold.
+    // Rows beyond the last add nothing, whatever the keys hold.
     d_bias_{{ i }}_{{ c }} += select(vec4<f32>(), s_{{ i }}_{{ c }}, row_{{ i }} < row_limit);
 # endfor
 # endmacro
@@ -56,7 +57,7 @@
   }
 # endfor
 # else
-  // The threads of a column: first a thread's rows, then the rows of threads one after the other.
+  // The sum of a column: first the rows of each thread, then the threads in order.
   workgroupBarrier();
 # for c in range(quads)
   memory[ty * {{ threads_c * quads }}u + tx + {{ c }}u * THREADS_C] = d_bias_0_{{ c }}{% for i in range(1, rows) %} + d_bias_{{ i }}_{{ c }}{% endfor %};

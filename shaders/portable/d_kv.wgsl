@@ -1,4 +1,5 @@
-{#- The gradients by k and v in portable blocks: rows are keys, columns are queries. -#}
+{#- The gradients by k and v in portable blocks: rows are keys, columns are queries.
+    Needs: portable/blocks.wgsl, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that d_kv.wgsl calls. -#}
 # import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
@@ -12,12 +13,13 @@
 # macro begin_head()
 # endmacro
 
+{#- S = K Q^T, with softcap, ALiBi and bias. -#}
 # macro scores()
 {{ blocks.product("s", "k", "q") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
-{#- Leaves p as weights, and keeps it. -#}
+{#- P = exp(S - lse), stored as the P tile and kept in registers. -#}
 # macro probabilities()
 # for c in range(quads)
     var delta_{{ c }} = vec4<f32>();
@@ -25,7 +27,7 @@
       let query = column0 + 4u * (tx + {{ c }}u * THREADS_C);
       var row_lse = vec4<f32>();
 # if bias
-      var row_share = vec4<f32>(1.0);
+      var portion = vec4<f32>(1.0);
 # endif
 # for e in range(4)
       if (query + {{ e }}u < column_limit) {
@@ -33,35 +35,38 @@
         row_lse.{{ xyzw[e] }} = stats.x;
         delta_{{ c }}.{{ xyzw[e] }} = stats.y;
 # if bias
-        row_share.{{ xyzw[e] }} = share(seq, query + {{ e }}u, stats.x);
+        portion.{{ xyzw[e] }} = share(seq, query + {{ e }}u, stats.x);
 # endif
       }
 # endfor
 # for i in range(rows)
-      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), -row_lse)){{ " * row_share" if bias }};
+      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), -row_lse)){{ " * portion" if bias }};
 # endfor
     }
 # endfor
-{{ blocks.hide("s") }}
+{{ blocks.mask("s") }}
     workgroupBarrier();
 {{ blocks.store_p("s") }}
 # endmacro
 
+{#- dV += P dO. -#}
 {%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o") }}{% endmacro -%}
 
+{#- dP = V dO^T. -#}
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "v", "d_o") }}{% endmacro -%}
 
-{#- Leaves d_s = p (d_p - delta) as weights. -#}
+{#- dS = P (dP - delta), stored as the P tile. -#}
 # macro score_gradients()
 # for c, i in pairs(quads, rows)
     d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});
 # endfor
-{{ blocks.hide("d_p") }}
+{{ blocks.mask("d_p") }}
 {{ blocks.uncap("d_p") }}
     workgroupBarrier();
 {{ blocks.store_p("d_p") }}
 # endmacro
 
+{#- dK += dS Q. -#}
 {%- macro accumulate_d_k() %}{{ blocks.accumulate("d_k", "q") }}{% endmacro -%}
 
 # macro finish()

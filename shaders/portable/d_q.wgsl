@@ -1,4 +1,5 @@
-{#- The gradient by q in portable blocks: rows are queries, columns are keys. -#}
+{#- The gradient by q in portable blocks: rows are queries, columns are keys.
+    Needs: portable/blocks.wgsl, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that d_q.wgsl calls. -#}
 # import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
@@ -28,19 +29,21 @@
 # endif
 # endmacro
 
+{#- S = Q K^T, with softcap, ALiBi and bias. -#}
 # macro scores()
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
+{#- dP = dO V^T. -#}
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
 
-{#- Leaves d_s = p (d_p - delta) as weights. -#}
+{#- dS = exp(S - lse) (dP - delta), stored as the P tile. With ALiBi the moment |p - j| dS of each row is summed, too. -#}
 # macro score_gradients()
 # for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 # endfor
-{{ blocks.hide("s") }}
+{{ blocks.mask("s") }}
 # if moments
 # for i, c in pairs(rows, quads)
     {
@@ -54,9 +57,10 @@
 {{ blocks.store_p("s") }}
 # endmacro
 
+{#- dQ += dS K. -#}
 {%- macro accumulate() %}{{ blocks.accumulate("d_q", "k") }}{% endmacro -%}
 
-{#- d_q is linear in the probabilities, so that a row's share of them comes last. -#}
+{#- d_q is linear in the probabilities, so the factor that shares them among keys with the largest bias comes last. -#}
 # macro finish()
 # if bias
 # for i in range(rows)

@@ -1,4 +1,5 @@
-{#- delta in portable blocks: rows are queries, columns are keys. -#}
+{#- delta in portable blocks: rows are queries, columns are keys.
+    Needs: portable/blocks.wgsl, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that exact_delta.wgsl calls. -#}
 # import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
@@ -13,19 +14,21 @@
 # endfor
 # endmacro
 
+{#- S = Q K^T, with softcap, ALiBi and bias. -#}
 # macro scores()
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
+{#- dP = dO V^T. -#}
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
 
-{#- Sums p d_p. -#}
+{#- sum += P dP. The largest |P dP| of each row leads to the unit of d_q. -#}
 # macro accumulate()
 # for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * d_p_{{ i }}_{{ c }};
 # endfor
-{{ blocks.hide("s") }}
+{{ blocks.mask("s") }}
 # for i in range(rows)
     {
       var total = s_{{ i }}_0;

@@ -301,7 +301,7 @@ fn probability_lse(lse: f32) -> f32 {
 const ABSORBING: f32 = -1e9;
 const LANES_A_ROW: u32 = 2u;
 
-// Rows are padded so that neighbours start in different banks; fragment loads want multiples of 16 bytes.
+// Padding lets neighbouring rows start in different banks. Fragments are loaded from multiples of 16 bytes.
 const SCORE_ROW: u32 = 6u;
 const P_ROW: u32 = 6u;
 const Q_ROW: u32 = 18u;
@@ -313,13 +313,13 @@ var<workgroup> d_o_stage: array<vec4<f16>, 288>;
 var<workgroup> score_rows: array<vec4<f32>, 192>;
 var<workgroup> p_tile: array<vec4<f16>, 192>;
 
-// What goes with each column: of queries what lse and delta add, in bf16 what takes the token scales out.
+// Numbers of each column: the shifts by lse and delta of a query, and in bf16 the inverse token scales.
 var<workgroup> column_stats: array<vec4<f32>, 8>;
 
-// What weights may reach before their unit follows in the second run, within f16.
+// In the second run the unit follows dS beyond this size, which is within f16.
 const UNIT_LIMIT: f32 = 32768.0;
 
-// By the bits: compilers may take for granted that a float comparison meets no NaN.
+// Bits are compared: compilers may assume that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
@@ -348,10 +348,10 @@ fn main(
   let d_v_base = operand_base(params.d_v, work.batch, work.kv_head) + seq.k_start * params.d_v.seq;
   let tiles = query_tiles(seq, row0, used_end);
   let full = full_tiles(seq, row0, row_end);
-  // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
+  // An empty sequence has a first row that is loaded and never used.
   let last_column = max(column_limit, 1u) - 1u;
   let subgroup_scores = subgroup * 96u;
-  // A lane's row within a fragment, and its place among the lanes of that row.
+  // The lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
   let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
@@ -366,7 +366,8 @@ fn main(
       if (row_0 < row_limit) {
         k_raw_0_0_0 = raw_k(k_base, row_0 * params.k.seq, 0u + quad);
       }
-    } }
+    }
+  }
   var k_raw_0_0_1 = Raw();
   {
     let quad = part + 2u;
@@ -374,7 +375,8 @@ fn main(
       if (row_0 < row_limit) {
         k_raw_0_0_1 = raw_k(k_base, row_0 * params.k.seq, 0u + quad);
       }
-    } }
+    }
+  }
   var k_raw_0_1_0 = Raw();
   {
     let quad = part + 0u;
@@ -382,7 +384,8 @@ fn main(
       if (row_0 < row_limit) {
         k_raw_0_1_0 = raw_k(k_base, row_0 * params.k.seq, 4u + quad);
       }
-    } }
+    }
+  }
   var k_raw_0_1_1 = Raw();
   {
     let quad = part + 2u;
@@ -390,7 +393,8 @@ fn main(
       if (row_0 < row_limit) {
         k_raw_0_1_1 = raw_k(k_base, row_0 * params.k.seq, 4u + quad);
       }
-    } }
+    }
+  }
   var k_raw_0_2_0 = Raw();
   {
     let quad = part + 0u;
@@ -398,7 +402,8 @@ fn main(
       if (row_0 < row_limit) {
         k_raw_0_2_0 = raw_k(k_base, row_0 * params.k.seq, 8u + quad);
       }
-    } }
+    }
+  }
   var k_raw_0_2_1 = Raw();
   {
     let quad = part + 2u;
@@ -406,7 +411,8 @@ fn main(
       if (row_0 < row_limit) {
         k_raw_0_2_1 = raw_k(k_base, row_0 * params.k.seq, 8u + quad);
       }
-    } }
+    }
+  }
   var k_raw_0_3_0 = Raw();
   {
     let quad = part + 0u;
@@ -414,7 +420,8 @@ fn main(
       if (row_0 < row_limit) {
         k_raw_0_3_0 = raw_k(k_base, row_0 * params.k.seq, 12u + quad);
       }
-    } }
+    }
+  }
   var k_raw_0_3_1 = Raw();
   {
     let quad = part + 2u;
@@ -422,19 +429,22 @@ fn main(
       if (row_0 < row_limit) {
         k_raw_0_3_1 = raw_k(k_base, row_0 * params.k.seq, 12u + quad);
       }
-    } }
+    }
+  }
   {
     let quad = part + 0u;
     {
       let raw = k_raw_0_0_0;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = k_raw_0_0_1;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   subgroupBarrier();
   let k_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -443,13 +453,15 @@ fn main(
     {
       let raw = k_raw_0_1_0;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = k_raw_0_1_1;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   subgroupBarrier();
   let k_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -458,13 +470,15 @@ fn main(
     {
       let raw = k_raw_0_2_0;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = k_raw_0_2_1;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   subgroupBarrier();
   let k_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -473,13 +487,15 @@ fn main(
     {
       let raw = k_raw_0_3_0;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = k_raw_0_3_1;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   subgroupBarrier();
   let k_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -490,7 +506,8 @@ fn main(
       if (row_0 < row_limit) {
         v_raw_0_0_0 = raw_v(v_base, row_0 * params.v.seq, 0u + quad);
       }
-    } }
+    }
+  }
   var v_raw_0_0_1 = Raw();
   {
     let quad = part + 2u;
@@ -498,7 +515,8 @@ fn main(
       if (row_0 < row_limit) {
         v_raw_0_0_1 = raw_v(v_base, row_0 * params.v.seq, 0u + quad);
       }
-    } }
+    }
+  }
   var v_raw_0_1_0 = Raw();
   {
     let quad = part + 0u;
@@ -506,7 +524,8 @@ fn main(
       if (row_0 < row_limit) {
         v_raw_0_1_0 = raw_v(v_base, row_0 * params.v.seq, 4u + quad);
       }
-    } }
+    }
+  }
   var v_raw_0_1_1 = Raw();
   {
     let quad = part + 2u;
@@ -514,7 +533,8 @@ fn main(
       if (row_0 < row_limit) {
         v_raw_0_1_1 = raw_v(v_base, row_0 * params.v.seq, 4u + quad);
       }
-    } }
+    }
+  }
   var v_raw_0_2_0 = Raw();
   {
     let quad = part + 0u;
@@ -522,7 +542,8 @@ fn main(
       if (row_0 < row_limit) {
         v_raw_0_2_0 = raw_v(v_base, row_0 * params.v.seq, 8u + quad);
       }
-    } }
+    }
+  }
   var v_raw_0_2_1 = Raw();
   {
     let quad = part + 2u;
@@ -530,7 +551,8 @@ fn main(
       if (row_0 < row_limit) {
         v_raw_0_2_1 = raw_v(v_base, row_0 * params.v.seq, 8u + quad);
       }
-    } }
+    }
+  }
   var v_raw_0_3_0 = Raw();
   {
     let quad = part + 0u;
@@ -538,7 +560,8 @@ fn main(
       if (row_0 < row_limit) {
         v_raw_0_3_0 = raw_v(v_base, row_0 * params.v.seq, 12u + quad);
       }
-    } }
+    }
+  }
   var v_raw_0_3_1 = Raw();
   {
     let quad = part + 2u;
@@ -546,19 +569,22 @@ fn main(
       if (row_0 < row_limit) {
         v_raw_0_3_1 = raw_v(v_base, row_0 * params.v.seq, 12u + quad);
       }
-    } }
+    }
+  }
   {
     let quad = part + 0u;
     {
       let raw = v_raw_0_0_0;
       p_tile[p_at - part + 0u + quad] = halves4(raw);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = v_raw_0_0_1;
       p_tile[p_at - part + 0u + quad] = halves4(raw);
-    } }
+    }
+  }
   subgroupBarrier();
   let v_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -567,13 +593,15 @@ fn main(
     {
       let raw = v_raw_0_1_0;
       p_tile[p_at - part + 0u + quad] = halves4(raw);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = v_raw_0_1_1;
       p_tile[p_at - part + 0u + quad] = halves4(raw);
-    } }
+    }
+  }
   subgroupBarrier();
   let v_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -582,13 +610,15 @@ fn main(
     {
       let raw = v_raw_0_2_0;
       p_tile[p_at - part + 0u + quad] = halves4(raw);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = v_raw_0_2_1;
       p_tile[p_at - part + 0u + quad] = halves4(raw);
-    } }
+    }
+  }
   subgroupBarrier();
   let v_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -597,13 +627,15 @@ fn main(
     {
       let raw = v_raw_0_3_0;
       p_tile[p_at - part + 0u + quad] = halves4(raw);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = v_raw_0_3_1;
       p_tile[p_at - part + 0u + quad] = halves4(raw);
-    } }
+    }
+  }
   subgroupBarrier();
   let v_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -611,7 +643,7 @@ fn main(
   var d_k_waits_0 = row_0 < min(row_limit, seq.seq_k);
   var waits = true;
 
-  // Never zero, so that hidden scores stay hidden.
+  // The scale is never zero, so hidden scores stay hidden.
   let scale = max(params.scale_size * LOG2_E, 1e-25);
   var stage = 0u;
   let q_row = thread / 16u;
@@ -778,7 +810,7 @@ fn main(
           var largest = max(max(largest4.x, largest4.y), max(largest4.z, largest4.w));
           largest = max(largest, subgroupShuffleXor(largest, 1u));
           let exponent = i32(bitcast<u32>(largest) >> 23u) - 127;
-          // No unit takes infinity or NaN: the row is reported.
+          // No unit brings infinity or NaN within range. The row is reported.
           if (exponent < 128 && d_k_waits_0 && largest > 0.0) {
             factor_0 = bitcast<f32>(u32(127 + clamp(-6 - exponent, -100, 100)) << 23u);
             d_k_waits_0 = false;
@@ -1127,7 +1159,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_k_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 0u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -1136,7 +1169,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_k_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 0u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(d_k_0_1, &score_rows[subgroup_scores], SCORE_ROW);
@@ -1148,7 +1182,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_k_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 4u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -1157,7 +1192,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_k_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 4u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(d_k_0_2, &score_rows[subgroup_scores], SCORE_ROW);
@@ -1169,7 +1205,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_k_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 8u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -1178,7 +1215,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_k_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 8u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(d_k_0_3, &score_rows[subgroup_scores], SCORE_ROW);
@@ -1190,7 +1228,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_k_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 12u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -1199,7 +1238,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_k_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_k(base, 12u + quad, result);
-        } }
+        }
+      }
     }
   }
   {
@@ -1214,7 +1254,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_v_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 0u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -1223,7 +1264,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_v_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 0u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(d_v_0_1, &score_rows[subgroup_scores], SCORE_ROW);
@@ -1235,7 +1277,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_v_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 4u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -1244,7 +1287,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_v_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 4u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(d_v_0_2, &score_rows[subgroup_scores], SCORE_ROW);
@@ -1256,7 +1300,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_v_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 8u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -1265,7 +1310,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_v_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 8u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(d_v_0_3, &score_rows[subgroup_scores], SCORE_ROW);
@@ -1277,7 +1323,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_v_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 12u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -1286,7 +1333,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * d_v_factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_d_v(base, 12u + quad, result);
-        } }
+        }
+      }
     }
   }
   let subgroup_fallback = subgroupAny((fallback_0 && row_0 < row_limit));

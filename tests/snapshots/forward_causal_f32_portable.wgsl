@@ -280,15 +280,15 @@ const N_STEP: u32 = 16u;
 const K_STEP_ROW: u32 = 9u;
 const P_ROW: u32 = 9u;
 
-// A product stages columns, then rows; an accumulation keeps weights, then a n_step of columns.
+// A product stages columns, then rows. An accumulation has the P tile, then a step of columns.
 const ROW_STAGE: u32 = 288u;
 const N_STAGE: u32 = 576u;
 var<workgroup> memory: array<vec4<f32>, 864>;
 
-// One partial result per row and tx. Scalars: threads that write components of one vector may race.
+// One number for each row and tx. Scalars, because threads that write components of one vector may race.
 var<workgroup> partials: array<f32, 512>;
 
-// 1 + the last is_partial step in which some staged column was NaN or infinite.
+// 1 + the last step of a partial tile in which a staged column was NaN or infinite.
 var<workgroup> nonfinite_step: atomic<u32>;
 
 // The column of a tile that lies in a staged row.
@@ -297,7 +297,7 @@ fn staged_column(row: u32) -> u32 {
   return row - within + (within % THREADS_C) * 4u + within / THREADS_C;
 }
 
-// By the bits: compilers may take for granted that a float comparison meets no NaN.
+// Bits are compared: compilers may assume that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
@@ -325,7 +325,7 @@ fn main(
   let lse_base = operand_base(params.lse, work.batch, work.head) + seq.q_start;
   let tiles = key_tiles(seq, row0, used_end);
   let full = full_tiles(seq, row0, row_end);
-  // Eight neighbours form a block of four by two threads, so that they share rows of both sides.
+  // Eight neighbours form a block of four by two threads, which share rows of both sides.
   let block = thread / 8u;
   let tx = thread % 4u + 4u * (block % (THREADS_C / 4u));
   let ty = thread / 4u % 2u + 2u * (block / (THREADS_C / 4u));
@@ -676,87 +676,87 @@ fn main(
       }
       workgroupBarrier();
       if (is_partial && atomicLoad(&nonfinite_step) == step + 1u) {
-        // A hidden column that is NaN or infinite must not meet its zero weight.
+        // A hidden column may be NaN or infinite, and 0 times it is NaN: hidden pairs are skipped.
         for (var j = 0u; j < N_STEP; j += 1u) {
           let column = column0 + first + j;
           if (visible4(seq, row_0, column).x) {
-            let w = memory[(ty + 0u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_0_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_0_0);
-            o_0_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_0_1);
+            let p = memory[(ty + 0u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
+            o_0_0 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_0_0);
+            o_0_1 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_0_1);
           }
           if (visible4(seq, row_1, column).x) {
-            let w = memory[(ty + 1u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_1_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_1_0);
-            o_1_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_1_1);
+            let p = memory[(ty + 1u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
+            o_1_0 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_1_0);
+            o_1_1 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_1_1);
           }
           if (visible4(seq, row_2, column).x) {
-            let w = memory[(ty + 2u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_2_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_2_0);
-            o_2_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_2_1);
+            let p = memory[(ty + 2u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
+            o_2_0 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_2_0);
+            o_2_1 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_2_1);
           }
           if (visible4(seq, row_3, column).x) {
-            let w = memory[(ty + 3u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_3_0 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_3_0);
-            o_3_1 = fma(vec4<f32>(w), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_3_1);
+            let p = memory[(ty + 3u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
+            o_3_0 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_3_0);
+            o_3_1 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_3_1);
           }
         }
       } else {
         for (var quad = 0u; quad < N_STEP / 4u; quad += 1u) {
-          let w_0 = memory[(ty + 0u * THREADS_R) * P_ROW + first / 4u + quad];
-          let w_1 = memory[(ty + 1u * THREADS_R) * P_ROW + first / 4u + quad];
-          let w_2 = memory[(ty + 2u * THREADS_R) * P_ROW + first / 4u + quad];
-          let w_3 = memory[(ty + 3u * THREADS_R) * P_ROW + first / 4u + quad];
+          let p_0 = memory[(ty + 0u * THREADS_R) * P_ROW + first / 4u + quad];
+          let p_1 = memory[(ty + 1u * THREADS_R) * P_ROW + first / 4u + quad];
+          let p_2 = memory[(ty + 2u * THREADS_R) * P_ROW + first / 4u + quad];
+          let p_3 = memory[(ty + 3u * THREADS_R) * P_ROW + first / 4u + quad];
           {
             let at = N_STAGE + (quad * 4u + 0u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
             let b_1 = memory[at + 1u * THREADS_C];
-            o_0_0 = fma(vec4<f32>(w_0.x), b_0, o_0_0);
-            o_0_1 = fma(vec4<f32>(w_0.x), b_1, o_0_1);
-            o_1_0 = fma(vec4<f32>(w_1.x), b_0, o_1_0);
-            o_1_1 = fma(vec4<f32>(w_1.x), b_1, o_1_1);
-            o_2_0 = fma(vec4<f32>(w_2.x), b_0, o_2_0);
-            o_2_1 = fma(vec4<f32>(w_2.x), b_1, o_2_1);
-            o_3_0 = fma(vec4<f32>(w_3.x), b_0, o_3_0);
-            o_3_1 = fma(vec4<f32>(w_3.x), b_1, o_3_1);
+            o_0_0 = fma(vec4<f32>(p_0.x), b_0, o_0_0);
+            o_0_1 = fma(vec4<f32>(p_0.x), b_1, o_0_1);
+            o_1_0 = fma(vec4<f32>(p_1.x), b_0, o_1_0);
+            o_1_1 = fma(vec4<f32>(p_1.x), b_1, o_1_1);
+            o_2_0 = fma(vec4<f32>(p_2.x), b_0, o_2_0);
+            o_2_1 = fma(vec4<f32>(p_2.x), b_1, o_2_1);
+            o_3_0 = fma(vec4<f32>(p_3.x), b_0, o_3_0);
+            o_3_1 = fma(vec4<f32>(p_3.x), b_1, o_3_1);
           }
           {
             let at = N_STAGE + (quad * 4u + 1u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
             let b_1 = memory[at + 1u * THREADS_C];
-            o_0_0 = fma(vec4<f32>(w_0.y), b_0, o_0_0);
-            o_0_1 = fma(vec4<f32>(w_0.y), b_1, o_0_1);
-            o_1_0 = fma(vec4<f32>(w_1.y), b_0, o_1_0);
-            o_1_1 = fma(vec4<f32>(w_1.y), b_1, o_1_1);
-            o_2_0 = fma(vec4<f32>(w_2.y), b_0, o_2_0);
-            o_2_1 = fma(vec4<f32>(w_2.y), b_1, o_2_1);
-            o_3_0 = fma(vec4<f32>(w_3.y), b_0, o_3_0);
-            o_3_1 = fma(vec4<f32>(w_3.y), b_1, o_3_1);
+            o_0_0 = fma(vec4<f32>(p_0.y), b_0, o_0_0);
+            o_0_1 = fma(vec4<f32>(p_0.y), b_1, o_0_1);
+            o_1_0 = fma(vec4<f32>(p_1.y), b_0, o_1_0);
+            o_1_1 = fma(vec4<f32>(p_1.y), b_1, o_1_1);
+            o_2_0 = fma(vec4<f32>(p_2.y), b_0, o_2_0);
+            o_2_1 = fma(vec4<f32>(p_2.y), b_1, o_2_1);
+            o_3_0 = fma(vec4<f32>(p_3.y), b_0, o_3_0);
+            o_3_1 = fma(vec4<f32>(p_3.y), b_1, o_3_1);
           }
           {
             let at = N_STAGE + (quad * 4u + 2u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
             let b_1 = memory[at + 1u * THREADS_C];
-            o_0_0 = fma(vec4<f32>(w_0.z), b_0, o_0_0);
-            o_0_1 = fma(vec4<f32>(w_0.z), b_1, o_0_1);
-            o_1_0 = fma(vec4<f32>(w_1.z), b_0, o_1_0);
-            o_1_1 = fma(vec4<f32>(w_1.z), b_1, o_1_1);
-            o_2_0 = fma(vec4<f32>(w_2.z), b_0, o_2_0);
-            o_2_1 = fma(vec4<f32>(w_2.z), b_1, o_2_1);
-            o_3_0 = fma(vec4<f32>(w_3.z), b_0, o_3_0);
-            o_3_1 = fma(vec4<f32>(w_3.z), b_1, o_3_1);
+            o_0_0 = fma(vec4<f32>(p_0.z), b_0, o_0_0);
+            o_0_1 = fma(vec4<f32>(p_0.z), b_1, o_0_1);
+            o_1_0 = fma(vec4<f32>(p_1.z), b_0, o_1_0);
+            o_1_1 = fma(vec4<f32>(p_1.z), b_1, o_1_1);
+            o_2_0 = fma(vec4<f32>(p_2.z), b_0, o_2_0);
+            o_2_1 = fma(vec4<f32>(p_2.z), b_1, o_2_1);
+            o_3_0 = fma(vec4<f32>(p_3.z), b_0, o_3_0);
+            o_3_1 = fma(vec4<f32>(p_3.z), b_1, o_3_1);
           }
           {
             let at = N_STAGE + (quad * 4u + 3u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
             let b_1 = memory[at + 1u * THREADS_C];
-            o_0_0 = fma(vec4<f32>(w_0.w), b_0, o_0_0);
-            o_0_1 = fma(vec4<f32>(w_0.w), b_1, o_0_1);
-            o_1_0 = fma(vec4<f32>(w_1.w), b_0, o_1_0);
-            o_1_1 = fma(vec4<f32>(w_1.w), b_1, o_1_1);
-            o_2_0 = fma(vec4<f32>(w_2.w), b_0, o_2_0);
-            o_2_1 = fma(vec4<f32>(w_2.w), b_1, o_2_1);
-            o_3_0 = fma(vec4<f32>(w_3.w), b_0, o_3_0);
-            o_3_1 = fma(vec4<f32>(w_3.w), b_1, o_3_1);
+            o_0_0 = fma(vec4<f32>(p_0.w), b_0, o_0_0);
+            o_0_1 = fma(vec4<f32>(p_0.w), b_1, o_0_1);
+            o_1_0 = fma(vec4<f32>(p_1.w), b_0, o_1_0);
+            o_1_1 = fma(vec4<f32>(p_1.w), b_1, o_1_1);
+            o_2_0 = fma(vec4<f32>(p_2.w), b_0, o_2_0);
+            o_2_1 = fma(vec4<f32>(p_2.w), b_1, o_2_1);
+            o_3_0 = fma(vec4<f32>(p_3.w), b_0, o_3_0);
+            o_3_1 = fma(vec4<f32>(p_3.w), b_1, o_3_1);
           }
         }
       }

@@ -319,7 +319,7 @@ fn finish_row(row_max: f32, row_sum: f32, head: u32) -> RowEnd {
 
 const LANES_A_ROW: u32 = 2u;
 
-// Rows are padded so that neighbours start in different banks; fragment loads want multiples of 16 bytes.
+// Padding lets neighbouring rows start in different banks. Fragments are loaded from multiples of 16 bytes.
 const SCORE_ROW: u32 = 6u;
 const P_ROW: u32 = 6u;
 const K_ROW: u32 = 18u;
@@ -331,15 +331,15 @@ var<workgroup> v_stage: array<vec4<f16>, 288>;
 var<workgroup> score_rows: array<vec4<f32>, 384>;
 var<workgroup> p_tile: array<vec4<f16>, 384>;
 
-// By the bits: compilers may take for granted that a float comparison meets no NaN.
+// Bits are compared: compilers may assume that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
 
-// Below every product of halves, and far from where f32 ends.
+// Below every product of halves, and far from the end of f32.
 const HIDDEN: f32 = -1e30;
 
-// The maximum of a row may stay behind by so many powers of two, within f16, before its output is rescaled.
+// row_max may lag behind by this power of two, within the range of f16, before O is rescaled.
 const SLACK: f32 = 8.0;
 
 @compute @workgroup_size(128)
@@ -367,10 +367,10 @@ fn main(
   let lse_base = operand_base(params.lse, work.batch, work.head) + seq.q_start;
   let tiles = key_tiles(seq, row0, used_end);
   let full = full_tiles(seq, row0, row_end);
-  // Of an empty sequence, whose rows lie at the start, there is nothing but a first row that is never used.
+  // An empty sequence has a first row that is loaded and never used.
   let last_column = max(column_limit, 1u) - 1u;
   let subgroup_scores = subgroup * 96u;
-  // A lane's row within a fragment, and its place among the lanes of that row.
+  // The lane's row within a fragment, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
   let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
@@ -379,7 +379,7 @@ fn main(
   var fallback_0 = false;
   let row_0 = row0 + subgroup * 16u + 0u + lane_row;
   let hidden = HIDDEN;
-  // Never zero, so that hidden scores stay hidden.
+  // The scale is never zero, so hidden scores stay hidden.
   let scale = max(params.scale_size * LOG2_E, 1e-25);
   var stage = 0u;
   let k_row = thread / 16u;
@@ -419,7 +419,8 @@ fn main(
       if (row_0 < row_limit) {
         q_raw_0_0_0 = raw_q(q_base, row_0 * params.q.seq, 0u + quad);
       }
-    } }
+    }
+  }
   var q_raw_0_0_1 = Raw();
   {
     let quad = part + 2u;
@@ -427,7 +428,8 @@ fn main(
       if (row_0 < row_limit) {
         q_raw_0_0_1 = raw_q(q_base, row_0 * params.q.seq, 0u + quad);
       }
-    } }
+    }
+  }
   var q_raw_0_1_0 = Raw();
   {
     let quad = part + 0u;
@@ -435,7 +437,8 @@ fn main(
       if (row_0 < row_limit) {
         q_raw_0_1_0 = raw_q(q_base, row_0 * params.q.seq, 4u + quad);
       }
-    } }
+    }
+  }
   var q_raw_0_1_1 = Raw();
   {
     let quad = part + 2u;
@@ -443,7 +446,8 @@ fn main(
       if (row_0 < row_limit) {
         q_raw_0_1_1 = raw_q(q_base, row_0 * params.q.seq, 4u + quad);
       }
-    } }
+    }
+  }
   var q_raw_0_2_0 = Raw();
   {
     let quad = part + 0u;
@@ -451,7 +455,8 @@ fn main(
       if (row_0 < row_limit) {
         q_raw_0_2_0 = raw_q(q_base, row_0 * params.q.seq, 8u + quad);
       }
-    } }
+    }
+  }
   var q_raw_0_2_1 = Raw();
   {
     let quad = part + 2u;
@@ -459,7 +464,8 @@ fn main(
       if (row_0 < row_limit) {
         q_raw_0_2_1 = raw_q(q_base, row_0 * params.q.seq, 8u + quad);
       }
-    } }
+    }
+  }
   var q_raw_0_3_0 = Raw();
   {
     let quad = part + 0u;
@@ -467,7 +473,8 @@ fn main(
       if (row_0 < row_limit) {
         q_raw_0_3_0 = raw_q(q_base, row_0 * params.q.seq, 12u + quad);
       }
-    } }
+    }
+  }
   var q_raw_0_3_1 = Raw();
   {
     let quad = part + 2u;
@@ -475,19 +482,22 @@ fn main(
       if (row_0 < row_limit) {
         q_raw_0_3_1 = raw_q(q_base, row_0 * params.q.seq, 12u + quad);
       }
-    } }
+    }
+  }
   {
     let quad = part + 0u;
     {
       let raw = q_raw_0_0_0;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_0_1;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   subgroupBarrier();
   let q_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -496,13 +506,15 @@ fn main(
     {
       let raw = q_raw_0_1_0;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_1_1;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   subgroupBarrier();
   let q_0_1 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -511,13 +523,15 @@ fn main(
     {
       let raw = q_raw_0_2_0;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_2_1;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   subgroupBarrier();
   let q_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -526,13 +540,15 @@ fn main(
     {
       let raw = q_raw_0_3_0;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_3_1;
       p_tile[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    } }
+    }
+  }
   subgroupBarrier();
   let q_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
@@ -554,11 +570,11 @@ fn main(
   }
   workgroupBarrier();
 
-  // Where nothing has been seen the maximum is finite, and so far above hidden scores that their weights are zero.
+  // The first maximum is finite, and so far above hidden scores that their probabilities are zero.
   let floor = max(0.5 * HIDDEN * scale, LOWEST);
   let slack = SLACK / scale;
   var row_max_0 = floor;
-  // What scores may reach before that.
+  // Scores above the limit raise the maximum.
   var limit_0 = 0.5 * HIDDEN;
   var row_sum_0 = 0.0;
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
@@ -614,6 +630,8 @@ fn main(
       x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 4u * (0u + part)));
       x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
     }
+
+    // Runs at most once; a loop for the reason that `hide` has.
     loop {
       if (!subgroupAny(any((x_0_0 > vec4<f32>(limit_0)) | (x_0_1 > vec4<f32>(limit_0))))) { break; }
       let old_max_0 = row_max_0;
@@ -623,26 +641,34 @@ fn main(
         var tile_max = max(max(tile_max4.x, tile_max4.y), max(tile_max4.z, tile_max4.w));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
 
-        // A NaN, which a maximum may keep, becomes the limit: else the loop would not end.
+        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
         if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
           row_max_0 = tile_max * scale;
           limit_0 = tile_max + slack;
         }
       }
+
       // A row that keeps its maximum keeps its bits.
       let rescale_0 = select(exp2(old_max_0 - row_max_0), 1.0, old_max_0 == row_max_0);
       row_sum_0 *= rescale_0;
-      // Nothing to rescale yet.
+
+      // The first tile finds O = 0.
       if (tile == tiles.first) { continue; }
       subgroupBarrier();
       coopStoreT(o_0_0, &score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
       {
         let quad = part + 0u;
-        { score_rows[score_at - part + quad] *= rescale_0; } }
+        {
+          score_rows[score_at - part + quad] *= rescale_0;
+        }
+      }
       {
         let quad = part + 2u;
-        { score_rows[score_at - part + quad] *= rescale_0; } }
+        {
+          score_rows[score_at - part + quad] *= rescale_0;
+        }
+      }
       subgroupBarrier();
       o_0_0 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
@@ -650,10 +676,16 @@ fn main(
       subgroupBarrier();
       {
         let quad = part + 0u;
-        { score_rows[score_at - part + quad] *= rescale_0; } }
+        {
+          score_rows[score_at - part + quad] *= rescale_0;
+        }
+      }
       {
         let quad = part + 2u;
-        { score_rows[score_at - part + quad] *= rescale_0; } }
+        {
+          score_rows[score_at - part + quad] *= rescale_0;
+        }
+      }
       subgroupBarrier();
       o_0_1 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
@@ -661,10 +693,16 @@ fn main(
       subgroupBarrier();
       {
         let quad = part + 0u;
-        { score_rows[score_at - part + quad] *= rescale_0; } }
+        {
+          score_rows[score_at - part + quad] *= rescale_0;
+        }
+      }
       {
         let quad = part + 2u;
-        { score_rows[score_at - part + quad] *= rescale_0; } }
+        {
+          score_rows[score_at - part + quad] *= rescale_0;
+        }
+      }
       subgroupBarrier();
       o_0_2 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
@@ -672,10 +710,16 @@ fn main(
       subgroupBarrier();
       {
         let quad = part + 0u;
-        { score_rows[score_at - part + quad] *= rescale_0; } }
+        {
+          score_rows[score_at - part + quad] *= rescale_0;
+        }
+      }
       {
         let quad = part + 2u;
-        { score_rows[score_at - part + quad] *= rescale_0; } }
+        {
+          score_rows[score_at - part + quad] *= rescale_0;
+        }
+      }
       subgroupBarrier();
       o_0_3 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
@@ -739,7 +783,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 0u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -748,7 +793,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 0u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(o_0_1, &score_rows[subgroup_scores], SCORE_ROW);
@@ -760,7 +806,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 4u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -769,7 +816,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 4u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(o_0_2, &score_rows[subgroup_scores], SCORE_ROW);
@@ -781,7 +829,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 8u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -790,7 +839,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 8u + quad, result);
-        } }
+        }
+      }
     }
     subgroupBarrier();
     coopStoreT(o_0_3, &score_rows[subgroup_scores], SCORE_ROW);
@@ -802,7 +852,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 12u + quad, result);
-        } }
+        }
+      }
     }
     {
       let quad = part + 2u;
@@ -811,7 +862,8 @@ fn main(
           let result = score_rows[score_at - part + quad] * factor_0;
           fallback_0 = fallback_0 || !is_finite4(result);
           store_o(base, 12u + quad, result);
-        } }
+        }
+      }
     }
   }
   let subgroup_fallback = subgroupAny((fallback_0 && row_0 < row_limit));
