@@ -12,7 +12,7 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let nan = (bits >> vec4<u32>(16u)) | vec4<u32>(0x40u);
   return select(number, nan, (bits & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u));
 }
-{% if o_rest %}
+# if o_rest
 
 // What narrow4 takes from x, in i16: the difference of the bits. Twin of Element::rest.
 fn rest4(x: vec4<f32>) -> vec4<u32> {
@@ -27,4 +27,4 @@ fn rest4(x: vec4<f32>) -> vec4<u32> {
 fn whole4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
   return bitcast<vec4<f32>>(bitcast<vec4<u32>>(x) + bitcast<vec4<u32>>(rest));
 }
-{% endif %}
+# endif

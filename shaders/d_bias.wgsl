@@ -1,17 +1,18 @@
 {#- The gradient by the bias: d_s, summed over the axes that the bias does not have of its own, in a fixed order. One workgroup
     computes a tile of the bias; where all queries share a row of it, the tile has one row. -#}
-{% include "tiled.wgsl" %}
-{% import micro_kernel ~ "/d_bias.wgsl" as micro %}
+# include "tiled.wgsl"
+# import micro_kernel ~ "/d_bias.wgsl" as micro
+# from "entry.wgsl" import main
 {{ micro.declare() }}
 
-{% include "main.wgsl" %}
+# call main()
   let at = decode_work(index);
-{% if axes.seq_q %}
+# if axes.seq_q
   let tile = at.cell;
   let own_row_tile = at.tile;
-{% else %}
+# else
   let tile = at.tile;
-{% endif %}
+# endif
   let column0 = tile * TILE_COLUMNS;
   // Both count from 0 to 0 where the bias has no such axis of its own.
   let own_head = at.head;
@@ -19,45 +20,40 @@
 
   {{ micro.begin() }}
   for (var number = own_number; number < {{ "own_number + 1u" if axes.batch else "params.sequence_count" }}; number += 1u) {
-{% if lengths %}
-    let here = load_sequence(number);
-    sequence = here;
-    let batch = here.entry;
-{% else %}
-    let batch = number;
-{% endif %}
-    let row_limit = {{ bounds }}.seq_q;
-    let column_limit = {{ bounds }}.seq_k;
+    let seq = load_sequence(number);
+    let batch = seq.entry;
+    let row_limit = seq.seq_q;
+    let column_limit = seq.seq_k;
     for (var head = own_head; head < {{ "own_head + 1u" if axes.heads else "params.heads" }}; head += 1u) {
       let kv_head = head / (params.heads / params.kv_heads);
-{% for operand in loads %}
-{% set of_keys = operand.name in ["k", "v"] %}
-      let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, batch, {{ "kv_head" if of_keys else "head" }}){% if lengths %} + here.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq{% endif %};
-{% endfor %}
-      let terms_base = operand_base(params.row_terms, batch, head){% if lengths %} + here.q_start{% endif %};
+# for operand in loads
+# set of_keys = operand.name in ["k", "v"]
+      let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, batch, {{ "kv_head" if of_keys else "head" }}) + seq.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq;
+# endfor
+      let stats_base = operand_base(params.row_terms, batch, head) + seq.q_start;
       begin_pairs(number, batch, head);
-{% if mask %}
+# if mask
       let class_base = operand_base(params.mask_classes, number, head);
-{% endif %}
-{% if axes.seq_q %}
+# endif
+# if axes.seq_q
       for (var row_tile = own_row_tile; row_tile < own_row_tile + 1u; row_tile += 1u) {
-{% else %}
+# else
       for (var row_tile = 0u; row_tile * TILE_ROWS < row_limit; row_tile += 1u) {
-{% endif %}
+# endif
         let row0 = row_tile * TILE_ROWS;
         let row_end = min(row0 + TILE_ROWS, row_limit);
         // Nothing of it is visible, or there is nothing of it.
         if (row0 >= row_limit) { continue; }
-        let tiles = key_tiles({{ here_argument }}row0, row_end);
+        let tiles = key_tiles(seq, row0, row_end);
         if (!((tile >= tiles.first && tile < tiles.sink_end) || (tile >= tiles.window && tile < tiles.end))) { continue; }
-{% if mask %}
-        if ((tile_class({{ here_argument }}class_base, row0, row_end, column0, column0 + TILE_COLUMNS) & 1u) == 0u) { continue; }
-{% endif %}
+# if mask
+        if ((tile_class(seq, class_base, row0, row_end, column0, column0 + TILE_COLUMNS) & 1u) == 0u) { continue; }
+# endif
         // Any number of the bias may be -infinity.
-        let masked = true;
+        let is_partial = true;
         {{ micro.add() }}
       }
     }
   }
   {{ micro.finish() }}
-}
+# endcall

@@ -1,42 +1,48 @@
-{#- Gradients by k and v: one workgroup computes a tile of keys of one key head against all query tiles that
-    see them, of every query head of the group in turn, so that GQA needs no second pass.
-    d_v = sum over queries of p d_o;  d_k = scale * sum over queries of d_s q. -#}
-{% include "tiled.wgsl" %}
-{% include "probability.wgsl" %}
-{% import micro_kernel ~ "/d_kv.wgsl" as micro %}
+{#- The gradients by k and v. One workgroup computes a tile of keys of one key head:
+
+      dK = 0;  dV = 0
+      for each query head of the group:
+        for each tile of queries that see some of the keys:
+          S = K Q^T * scale                              scores
+          P = exp(S - lse)                               probabilities
+          dV += P dO                                     accumulate_d_v
+          dP = V dO^T                                    probability_gradients
+          dS = P * (dP - delta)                          score_gradients: times softcap's derivative
+          dK += dS Q                                     accumulate_d_k
+      d_k = scale * dK;  d_v = dV                        finish
+
+    The query heads of a group take turns, so grouped heads need neither a second pass nor atomics. Cooperative kernels hold dS in f16,
+    in a unit for each row. A walk over the first tiles finds the units before the loop. -#}
+# include "tiled.wgsl"
+# include "probability.wgsl"
+# import micro_kernel ~ "/d_kv.wgsl" as micro
+# from "tile_main.wgsl" import tile_main
+# from "tile_loops.wgsl" import head_loop, query_loop
 {{ micro.declare() }}
 
-{% include "tiled_main.wgsl" %}
-
+# call tile_main()
   {{ micro.begin() }}
-{% if units %}
-  for (var head = work.head; waits && head < work.head + params.heads / params.kv_heads; head += 1u) {
-{% include "query_head.wgsl" %}
+# if units
+# call head_loop(condition="waits")
     {{ micro.begin_walk() }}
-    for (var tile = {{ "first_tile" if mask else "walk_tile" }}; tile < tiles.end; tile = {{ "next_shown" if mask else "next_of_walk" }}) {
-{% include "query_tile.wgsl" %}
+# call query_loop(walk=true)
       {{ micro.find_units() }}
-    }
-  }
-{% endif %}
-{% if cooperative %}
+# endcall
+# endcall
+# endif
+# if cooperative
   {{ micro.begin_tiles() }}
-{% endif %}
-  for (var head = work.head; head < work.head + params.heads / params.kv_heads; head += 1u) {
-{% include "query_head.wgsl" %}
+# endif
+# call head_loop()
     {{ micro.begin_head() }}
-    for (var tile = first_tile; tile < tiles.end; tile = {{ "next_shown" if cooperative and mask else following }}) {
-{% include "query_tile.wgsl" %}
+# call query_loop()
       {{ micro.scores() }}
       {{ micro.probabilities() }}
       {{ micro.accumulate_d_v() }}
       {{ micro.probability_gradients() }}
       {{ micro.score_gradients() }}
       {{ micro.accumulate_d_k() }}
-    }
-  }
+# endcall
+# endcall
   {{ micro.finish() }}
-{% if batch > 1 %}
-  }
-{% endif %}
-}
+# endcall

@@ -1,30 +1,36 @@
-{#- Gradient by q: one workgroup computes a tile of queries of one head against all key tiles that they see.
-    d_q = scale * sum over keys of d_s k, with d_s = p (d_o . v - delta), p = exp(s - lse). -#}
-{% include "tiled.wgsl" %}
-{% include "probability.wgsl" %}
-{% import micro_kernel ~ "/d_q.wgsl" as micro %}
+{#- The gradient by q. One workgroup computes a tile of queries of one head:
+
+      dQ = 0
+      for each tile of keys that the queries see:
+        S = Q K^T * scale                                scores
+        dP = dO V^T                                      probability_gradients
+        dS = exp(S - lse) * (dP - delta)                 score_gradients: times softcap's derivative
+        dQ += dS K                                       accumulate
+      d_q = scale * dQ                                   finish
+
+    Cooperative kernels hold dS in f16, in a unit for each row. In bf16 a walk over the first tiles finds the units before the loop. -#}
+# include "tiled.wgsl"
+# include "probability.wgsl"
+# import micro_kernel ~ "/d_q.wgsl" as micro
+# from "tile_main.wgsl" import tile_main
+# from "tile_loops.wgsl" import key_loop
 {{ micro.declare() }}
 
-{% include "tiled_main.wgsl" %}
-
+# call tile_main()
   {{ micro.begin() }}
-{% if units %}
-  for (var tile = {{ "first_tile" if mask else "walk_tile" }}; tile < tiles.end; tile = {{ "next_shown" if mask else "next_of_walk" }}) {
-{% include "key_tile.wgsl" %}
+# if units
+# call key_loop(walk=true)
     {{ micro.find_units() }}
-  }
-{% endif %}
-{% if cooperative %}
+# endcall
+# endif
+# if cooperative
   {{ micro.begin_tiles() }}
-{% endif %}
-{% include "key_loop.wgsl" %}
+# endif
+# call key_loop()
     {{ micro.scores() }}
     {{ micro.probability_gradients() }}
     {{ micro.score_gradients() }}
     {{ micro.accumulate() }}
-  }
+# endcall
   {{ micro.finish() }}
-{% if batch > 1 %}
-  }
-{% endif %}
-}
+# endcall

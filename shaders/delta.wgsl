@@ -4,13 +4,14 @@
 
     The product is summed in the order in which the other kernels sum d_o . v: in a row that one key
     dominates the two cancel, and then they cancel exactly. -#}
-{% include "params.wgsl" %}
-{% include "operands.wgsl" %}
-{% include "exp.wgsl" %}
-{% include "probability.wgsl" %}
-{% if dtype != "f32" %}
-{% include "unit.wgsl" %}
-{% endif %}
+# include "params.wgsl"
+# include "operands.wgsl"
+# include "exp.wgsl"
+# include "probability.wgsl"
+# if dtype != "f32"
+# include "unit.wgsl"
+# endif
+# from "entry.wgsl" import main
 
 const ROWS: u32 = {{ delta_rows }}u;
 // Feature quads staged at once, one by each of the threads that share a row.
@@ -20,7 +21,7 @@ var<workgroup> o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
 var<workgroup> d_o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
 var<workgroup> partials: array<f32, {{ delta_rows }}>;
 
-{% if sinks == "per_head" %}
+# if sinks == "per_head"
 // sum + a b, with what rounding loses of the product and of the sum kept in the second number (Ogita, Rump and Oishi's
 // Dot2): the sink logits' gradient sums delta over all rows, where the rounding of a plain product would show.
 fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
@@ -29,66 +30,66 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
   let kept = next - sum.x;
   return vec2<f32>(next, sum.y + (fma(a, b, -product) + ((sum.x - (next - kept)) + (product - kept))));
 }
-{% endif %}
+# endif
 
 // Whether a row holds nothing but zeros. Few rows are asked.
-{% for operand in ["o", "d_o"] if operand == "d_o" or sinks == "per_head" %}
+# for operand in ["o", "d_o"] if operand == "d_o" or sinks == "per_head"
 fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   var bits = vec4<u32>();
   for (var quad = 0u; quad < {{ operand_quads[operand] }}u; quad += 1u) {
     bits |= bitcast<vec4<u32>>(load_{{ operand }}(operand_base(params.{{ operand }}, batch, head) + row * params.{{ operand }}.seq, quad));
-{% if o_rest and operand == "o" %}
+# if o_rest and operand == "o"
     bits |= bitcast<vec4<u32>>(load_o_rest(operand_base(params.o_rest, batch, head) + row * params.o_rest.seq, quad));
-{% endif %}
+# endif
   }
   return all((bits & vec4<u32>(0x7fffffffu)) == vec4<u32>());
 }
-{% endfor %}
+# endfor
 
-{% include "main.wgsl" %}
+# call main()
   let at = decode_work(index);
   let batch = at.batch;
   let head = at.head;
   let row0 = at.tile * ROWS;
-{% if alibi %}
+# if alibi
 
   // For the kernels that come after.
   if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, batch, head) + params.slope_row] = {{ "vec2" if dtype == "f32" else "vec4" }}<f32>(alibi_slopes[params.slope_offset + head]); }
-{% endif %}
+# endif
 
   // Loads are shared by neighbouring threads; then thread r sums row r.
   let loaded = row0 + thread / LANES;
   let o_base = operand_base(params.o, batch, head) + loaded * params.o.seq;
   let d_o_base = operand_base(params.d_o, batch, head) + loaded * params.d_o.seq;
-{% if o_rest %}
+# if o_rest
   let o_rest_base = operand_base(params.o_rest, batch, head) + loaded * params.o_rest.seq;
-{% endif %}
+# endif
   let stage = thread / LANES * LANE_ROW + thread % LANES;
   var row_delta = 0.0;
-{% if sinks == "per_head" %}
+# if sinks == "per_head"
   var exact = vec2<f32>();
-{% endif %}
-{% if dtype != "f32" %}
+# endif
+# if dtype != "f32"
   // What bounds d_o . v, roughly: the sum of |d_o| times the largest |o|.
   var d_o_sum = 0.0;
-  var o_most = 0.0;
-{% endif %}
+  var o_max = 0.0;
+# endif
   for (var quad0 = 0u; quad0 < {{ operand_quads.o }}u; quad0 += LANES) {
     let quad = quad0 + thread % LANES;
     workgroupBarrier();
     if (loaded < params.seq_q && quad < {{ operand_quads.o }}u) {
-{% if o_rest %}
+# if o_rest
       o_stage[stage] = whole4(load_o(o_base, quad), load_o_rest(o_rest_base, quad));
-{% else %}
+# else
       o_stage[stage] = load_o(o_base, quad);
-{% endif %}
+# endif
       d_o_stage[stage] = load_d_o(d_o_base, quad);
-{% if dtype != "f32" %}
+# if dtype != "f32"
       let sizes = abs(d_o_stage[stage]);
       d_o_sum += (sizes.x + sizes.y) + (sizes.z + sizes.w);
       let o_sizes = abs(o_stage[stage]);
-      o_most = max(o_most, max(max(o_sizes.x, o_sizes.y), max(o_sizes.z, o_sizes.w)));
-{% endif %}
+      o_max = max(o_max, max(max(o_sizes.x, o_sizes.y), max(o_sizes.z, o_sizes.w)));
+# endif
     } else {
       o_stage[stage] = vec4<f32>();
       d_o_stage[stage] = vec4<f32>();
@@ -99,20 +100,20 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
         let a = d_o_stage[thread * LANE_ROW + lane];
         let b = o_stage[thread * LANE_ROW + lane];
         row_delta += fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, a.x * b.x)));
-{% if sinks == "per_head" %}
-{% for e in xyzw %}
+# if sinks == "per_head"
+# for e in xyzw
         exact = add_product(exact, a.{{ e }}, b.{{ e }});
-{% endfor %}
-{% endif %}
+# endfor
+# endif
       }
     }
   }
 
-{% if dtype != "f32" %}
+# if dtype != "f32"
   workgroupBarrier();
-  o_stage[stage] = vec4<f32>(d_o_sum, o_most, 0.0, 0.0);
+  o_stage[stage] = vec4<f32>(d_o_sum, o_max, 0.0, 0.0);
   workgroupBarrier();
-{% endif %}
+# endif
 
   let row = row0 + thread;
   var sink_share = 0.0;
@@ -122,11 +123,11 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
       // The row sees nothing, and lse is no function of anything.
       row_delta = 0.0;
     } else {
-{% if d_lse %}
+# if d_lse
       let row_d_lse = d_lse[operand_base(params.d_lse, batch, head) + row];
       row_delta -= row_d_lse;
-{% endif %}
-{% if sinks == "per_head" %}
+# endif
+# if sinks == "per_head"
       let sink = sink_logits[params.sink_offset + head];
       if (sink == row_lse && is_zero_o(batch, head, row)) {
         // The row saw nothing: its d_o, even NaN, reaches nothing. By its results, as the keys here may be a shard of those that it
@@ -137,18 +138,18 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
       // Equal terms give exp(0), even where both are infinite.
       let p_sink = select(exp1(sink - row_lse), 1.0, sink == row_lse);
       var sink_delta = exact.x + exact.y;
-{% if d_lse %}
+# if d_lse
       sink_delta -= row_d_lse;
-{% endif %}
+# endif
       sink_share = -p_sink * sink_delta;
-{% endif %}
+# endif
     }
     // Where nothing flows into a row of the lowest biases, its probabilities, which take counting its keys, may as well be 0.
     let idle = row_lse <= ABSORBING && row_delta == 0.0 && is_zero_d_o(batch, head, row);
     let term = select(probability_lse(row_lse), -params.negative_infinity, idle);
-{% if dtype == "f32" %}
+# if dtype == "f32"
     let terms = vec2<f32>(term, row_delta);
-{% else %}
+# else
     var sizes = vec2<f32>();
     for (var lane = 0u; lane < LANES; lane += 1u) {
       let part = o_stage[thread * LANE_ROW + lane];
@@ -157,10 +158,10 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     // What rounds to 0 in o may still be so large.
     let exponent = exponent_of(sizes.x) + exponent_of(max(sizes.y, {{ 2 ** -24 }})) + 1;
     let terms = vec4<f32>(term, row_delta, query_unit(max(exponent, exponent_of(row_delta))), 0.0);
-{% endif %}
+# endif
     row_terms[operand_base(params.row_terms, batch, head) + row] = terms;
   }
-{% if sinks == "per_head" %}
+# if sinks == "per_head"
   if (thread < ROWS) { partials[thread] = sink_share; }
   workgroupBarrier();
   // Pairwise: the error grows with the logarithm of the rows.
@@ -169,5 +170,5 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     workgroupBarrier();
   }
   if (thread == 0u) { sink_partials[operand_base(params.sink_partials, batch, head) + at.tile] = partials[0]; }
-{% endif %}
-}
+# endif
+# endcall

@@ -1,42 +1,46 @@
-{#- delta_i = sum over keys of p d_p - d_lse_i, with d_p = d_o . v, p = exp(s - lse): what d_o . o would be had o not
-    been rounded to half precision. That rounding is too coarse wherever delta meets what it cancels with: in a row
-    that few keys dominate, and in the sum over rows of the sink logits' gradient. One workgroup computes a tile of
-    queries of one head. -#}
-{% include "tiled.wgsl" %}
-{% include "probability.wgsl" %}
-{% include "unit.wgsl" %}
-{% import micro_kernel ~ "/exact_delta.wgsl" as micro %}
+{#- delta of half precision, from the products. One workgroup computes a tile of queries of one head:
+
+      sum = 0
+      for each tile of keys that the queries see:
+        S = Q K^T * scale                                scores
+        dP = dO V^T                                      probability_gradients
+        sum += P * dP, with P = exp(S - lse)             accumulate
+      delta = sum - d_lse                                finish
+
+    In exact arithmetic sum is d_o . o. The rounding of o to half precision is too coarse wherever delta cancels: in a row that few
+    keys dominate, and in the sum over rows of the sink logits' gradient. -#}
+# include "tiled.wgsl"
+# include "probability.wgsl"
+# include "unit.wgsl"
+# import micro_kernel ~ "/exact_delta.wgsl" as micro
+# from "tile_main.wgsl" import tile_main
+# from "tile_loops.wgsl" import key_loop
 {{ micro.declare() }}
 
-// What the row at `row` of a head needs of its `total`, the sum of p d_p, of which the largest is `most`.
-fn store_row(work: TileWork, row: u32, total: f32, most: f32) {
+// Writes the statistics of the row at `row` of a head from `total`, the sum of p d_p, and from `largest`, the largest |p d_p|.
+fn store_row(work: TileWork, row: u32, total: f32, largest: f32) {
   let row_lse = lse[operand_base(params.lse, work.batch, work.head) + row];
-  // The row sees nothing, and lse is no function of anything.
+  // A row that sees nothing has an lse that depends on nothing.
   let sees = row_lse != params.negative_infinity;
-{% if d_lse %}
+# if d_lse
   let delta = total - d_lse[operand_base(params.d_lse, work.batch, work.head) + row];
-{% else %}
+# else
   let delta = total;
-{% endif %}
-  let unit = query_unit(max(exponent_of(most), exponent_of(delta)) + 1);
+# endif
+  let unit = query_unit(max(exponent_of(largest), exponent_of(delta)) + 1);
   row_terms[operand_base(params.row_terms, work.batch, work.head) + row] = vec4<f32>(probability_lse(row_lse), select(0.0, delta, sees), unit, 0.0);
 }
 
-{% include "tiled_main.wgsl" %}
-{% if alibi %}
-
-  // For the kernels that come after.
+# call tile_main()
+# if alibi
+  // Later kernels read the slope here and need no binding for it.
   if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, work.batch, work.head) + params.slope_row] = vec4<f32>(slope); }
-{% endif %}
-
+# endif
   {{ micro.begin() }}
-{% include "key_loop.wgsl" %}
+# call key_loop()
     {{ micro.scores() }}
     {{ micro.probability_gradients() }}
     {{ micro.accumulate() }}
-  }
+# endcall
   {{ micro.finish() }}
-{% if batch > 1 %}
-  }
-{% endif %}
-}
+# endcall

@@ -5,13 +5,13 @@ fn widen2(word: u32) -> vec2<f32> {
   return unpack2x16float(word);
 }
 
-{% if cooperative %}
+# if cooperative
 // As the driver rounds the halves that these kernels compute with: by the bits it takes longer than a window of keys.
 fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let words = vec2<u32>(pack2x16float(x.xy), pack2x16float(x.zw)).xxyy;
   return (words >> vec4<u32>(0u, 16u, 0u, 16u)) & vec4<u32>(0xffffu);
 }
-{% else %}
+# else
 // Rounded to nearest, ties to even, by the bits: pack2x16float may round otherwise, and makes anything of what is too
 // large.
 fn narrow4(x: vec4<f32>) -> vec4<u32> {
@@ -30,8 +30,8 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let nan = vec4<u32>(0x7e00u) | ((size >> vec4<u32>(13u)) & vec4<u32>(0x3ffu));
   return select(number, nan, size > vec4<u32>(0x7f800000u)) | ((bits >> vec4<u32>(16u)) & vec4<u32>(0x8000u));
 }
-{% endif %}
-{% if o_rest %}
+# endif
+# if o_rest
 
 // What narrow4 takes from x, in i16: the difference of the bits as singles; below 2^-14, where these lie too far apart, that
 // of the sizes in units of 2^-39. Twin of Element::rest.
@@ -52,4 +52,4 @@ fn whole4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
   let normal = bits + bitcast<vec4<u32>>(rest);
   return bitcast<vec4<f32>>(select(normal, signed, (bits & vec4<u32>(0x7fffffffu)) < vec4<u32>(0x38800000u)));
 }
-{% endif %}
+# endif

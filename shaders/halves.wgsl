@@ -1,44 +1,44 @@
 {#- Four neighbours of a row for fragments: loaded as they are in memory, and later made halves. f16 operands are bound as what they
     are. -#}
 alias Raw = {{ "vec2<u32>" if vec4 else ("vec4<f16>" if dtype == "f16" else "vec4<f32>") }};
-{% if dtype == "f16" %}
+# if dtype == "f16"
 
 fn halves4(raw: Raw) -> vec4<f16> {
   return {{ "vec4<f16>(vec4<f32>(unpack2x16float(raw.x), unpack2x16float(raw.y)))" if vec4 else "raw" }};
 }
-{% endif %}
+# endif
 
-{% if column_scales %}
+# if column_scales
 fn widened4(raw: Raw) -> vec4<f32> {
   return {{ "vec4<f32>(widen2(raw.x), widen2(raw.y))" if vec4 else "raw" }};
 }
 
-{% endif %}
+# endif
 fn half4(raw: Raw, factor: f32) -> vec4<f16> {
-{% if dtype == "f16" %}
+# if dtype == "f16"
   return halves4(raw) * f16(factor);
-{% elif vec4 %}
+# elif vec4
   return vec4<f16>(vec4<f32>(widen2(raw.x), widen2(raw.y)) * factor);
-{% else %}
+# else
   return vec4<f16>(raw * factor);
-{% endif %}
+# endif
 }
-{% for operand in loads %}
+# for operand in loads
 
 // Zero beyond the width.
 fn raw_{{ operand.name }}(base: u32, row: u32, quad: u32) -> Raw {
-{% if vec4 %}
+# if vec4
   // The row is what changes from tile to tile.
   return {{ operand.name }}[base + quad + row];
-{% elif dtype == "f16" %}
+# elif dtype == "f16"
   let at = base + row + quad * 4u;
   var x = vec4<f16>({{ operand.name }}[at], 0.0h, 0.0h, 0.0h);
-{% for e in range(1, 4) %}
+# for e in range(1, 4)
   if (quad * 4u + {{ e }}u < {{ operand.width }}u) { x.{{ xyzw[e] }} = {{ operand.name }}[at + {{ e }}u]; }
-{% endfor %}
+# endfor
   return x;
-{% else %}
+# else
   return load_{{ operand.name }}(base + row, quad);
-{% endif %}
+# endif
 }
-{% endfor %}
+# endfor

@@ -1,37 +1,38 @@
 {#- The gradients by what a head has one number of. The sink logits': -sum over rows of exp(sink - lse) delta; in f32 the delta
     kernel has summed tiles of rows, with a delta more exact than what it stores. The ALiBi slopes': -sum over rows of the
     moments that the d_q kernel has left. One workgroup sums a head over the batch and the rows, in a fixed order. -#}
-{% include "params.wgsl" %}
-{% if "row_terms" in names %}
-{% include "exp.wgsl" %}
-{% endif %}
+# include "params.wgsl"
+# if "row_terms" in names
+# include "exp.wgsl"
+# endif
+# from "entry.wgsl" import main
 
 const THREADS: u32 = {{ threads }}u;
-{% if "sink_partials" in names %}
+# if "sink_partials" in names
 const ROWS: u32 = {{ delta_rows }}u;
-{% endif %}
+# endif
 var<workgroup> partials: array<f32, {{ threads }}>;
 
-{% include "main.wgsl" %}
+# call main()
   let head = decode_work(index).head;
   let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if "sink_partials" in names else "params.seq_q" }};
-{% if "row_terms" in names %}
+# if "row_terms" in names
   let sink = sink_logits[params.sink_offset + head];
-{% endif %}
+# endif
   var sum = 0.0;
   // Kahan's compensation: what the last addition rounded away.
   var lost = 0.0;
   for (var n = thread; n < params.batch * terms; n += THREADS) {
     let place = operand_base(params.{{ "row_terms" if "row_terms" in names else ("alibi_moments" if "alibi_moments" in names else "sink_partials") }}, n / terms, head) + n % terms;
-{% if "row_terms" in names %}
+# if "row_terms" in names
     let row = row_terms[place];
     // Equal terms give exp(0), even where both are infinite.
     let x = -select(exp1(sink - row.x), 1.0, sink == row.x) * row.y - lost;
-{% elif "alibi_moments" in names %}
+# elif "alibi_moments" in names
     let x = -alibi_moments[place] - lost;
-{% else %}
+# else
     let x = sink_partials[place] - lost;
-{% endif %}
+# endif
     let next = sum + x;
     lost = (next - sum) - x;
     sum = next;
@@ -43,4 +44,4 @@ var<workgroup> partials: array<f32, {{ threads }}>;
     workgroupBarrier();
   }
   if (thread == 0u) { {{ "d_alibi_slopes[params.d_slope_offset" if "alibi_moments" in names else "d_sink_logits[params.d_sink_offset" }} + head] = partials[0]; }
-}
+# endcall

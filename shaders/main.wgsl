@@ -4,15 +4,15 @@ fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
   @builtin(num_workgroups) grid: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
-{% if cooperative %}
+# if cooperative
   @builtin(subgroup_id) subgroup: u32,
   @builtin(subgroup_invocation_id) lane: u32,
-{% endif %}
+# endif
 ) {
-{% if batch > 1 %}
+# if batch > 1
   // Few tiles, if any, are left to do: a workgroup looks at the reports of several at once.
   let first_index = (workgroup.x + workgroup.y * grid.x) * {{ batch }}u;
-  if (thread < {{ batch }}u) { {{ flags }}[thread] = vec4<f32>(select(0.0, 1.0, has_report(first_index + thread))); }
+  if (thread < {{ batch }}u) { {{ flags }}[thread] = vec4<f32>(select(0.0, 1.0, has_fallback(first_index + thread))); }
   var left = 0u;
   for (var n = 0u; n < {{ batch }}u; n += 1u) {
     if (workgroupUniformLoad(&{{ flags }}[n]).x != 0.0) { left |= 1u << n; }
@@ -20,7 +20,7 @@ fn main(
   for (; left != 0u; left &= left - 1u) {
   let index = first_index + firstTrailingBit(left);
   workgroupBarrier();
-{% else %}
+# else
   let index = workgroup.x + workgroup.y * grid.x;
   if (index >= params.workgroups) { return; }
-{% endif %}
+# endif

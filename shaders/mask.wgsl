@@ -1,7 +1,8 @@
-// Twins of src/problem/mask.rs, under the same names.
-{% if lengths %}
-
-// A sequence; twin of src/problem/varlen.rs, with the numbers of its band.
+{#- The visibility rule, for pairs and for tiles. Twins of src/problem/mask.rs, under the same names; `Sequence` of
+    src/problem/varlen.rs.
+    Needs: params.wgsl, tile_work.wgsl. Declares: Sequence, load_sequence, visible4; KeyTiles and its functions, or QueryTiles where the
+    tile's rows are keys; FullTiles. -#}
+// A sequence: its place along the batch axis, its rows and keys in memory, and the numbers of the band.
 struct Sequence {
   entry: u32,
   q_start: u32,
@@ -16,74 +17,75 @@ struct Sequence {
   offset: i32,
 }
 
-// For what decides on single pairs. What decides on tiles gets it as an argument: only so is it known to be the same for all
-// threads of a workgroup.
-var<private> sequence: Sequence;
-
+// Functions get the sequence as an argument: a private variable would not be known to be the same for all threads of a workgroup.
 fn load_sequence(index: u32) -> Sequence {
+# if lengths
   let at = index * {{ sequence_words }}u;
   return Sequence(
     sequences[at], sequences[at + 1u], sequences[at + 2u], sequences[at + 3u],
     sequences[at + 4u], sequences[at + 5u], sequences[at + 6u], sequences[at + 7u],
     i32(sequences[at + 8u]), i32(sequences[at + 9u]), i32(sequences[at + 10u]),
   );
+# else
+  return Sequence(
+    index, 0u, params.seq_q, params.seq_q, 0u, params.seq_k, params.seq_k,
+    params.sink_tokens, params.lower, params.upper, params.offset,
+  );
+# endif
 }
-{% endif %}
 
-{% if rows_are_keys %}
+# if rows_are_keys
 // The four queries from i on see key j: they are among those in a row that do.
-fn visible4(j: u32, i: u32) -> vec4<bool> {
-  let seq_q = i32({{ sequence }}.seq_q);
-  let start = clamp(i32(j) - {{ sequence }}.upper, 0, seq_q);
-  let end = select(clamp(i32(j) + 1 - {{ sequence }}.lower, start, seq_q), seq_q, j < {{ sequence }}.sink_tokens);
+fn visible4(seq: Sequence, j: u32, i: u32) -> vec4<bool> {
+  let seq_q = i32(seq.seq_q);
+  let start = clamp(i32(j) - seq.upper, 0, seq_q);
+  let end = select(clamp(i32(j) + 1 - seq.lower, start, seq_q), seq_q, j < seq.sink_tokens);
   let queries = vec4<u32>(i - u32(start)) + vec4<u32>(0u, 1u, 2u, 3u);
-  return (queries < vec4<u32>(u32(end - start))){% if lengths %} & vec4<bool>(j < sequence.seq_k){% endif %};
+  return (queries < vec4<u32>(u32(end - start))){% if lengths %} & vec4<bool>(j < seq.seq_k){% endif %};
 }
 
 // Tiles first..end of queries hold one that sees something of key0..key_end. One range: the queries that see
 // a key lie in a row, up to the last query where the key is a sink token.
 struct QueryTiles { first: u32, end: u32 }
 
-fn query_tiles({{ here_parameter }}key0: u32, key_end: u32) -> QueryTiles {
-  let seq_q = i32({{ bounds }}.seq_q);
-  let start = clamp(i32(key0) - {{ bounds }}.upper, 0, seq_q);
-  let end = select(clamp(i32(key_end) - {{ bounds }}.lower, 0, seq_q), seq_q, key0 < {{ bounds }}.sink_tokens);
-  if (start >= end{% if lengths %} || key0 >= key_end{% endif %}) { return QueryTiles(0u, 0u); }
+fn query_tiles(seq: Sequence, key0: u32, key_end: u32) -> QueryTiles {
+  let seq_q = i32(seq.seq_q);
+  let start = clamp(i32(key0) - seq.upper, 0, seq_q);
+  let end = select(clamp(i32(key_end) - seq.lower, 0, seq_q), seq_q, key0 < seq.sink_tokens);
+  if (start >= end || key0 >= key_end) { return QueryTiles(0u, 0u); }
   return QueryTiles(u32(start) / TILE_COLUMNS, (u32(end) + TILE_COLUMNS - 1u) / TILE_COLUMNS);
 }
-{% else %}
+# else
 // Query i sees the four keys from j on: they are among those in a row that it does, or sink tokens.
-fn visible4(i: u32, j: u32) -> vec4<bool> {
-  let end = clamp(i32(i) + 1 + {{ sequence }}.upper, 0, i32({{ sequence }}.seq_k));
-  let start = clamp(i32(i) + {{ sequence }}.lower, 0, end);
-  let sinks = min({{ sequence }}.sink_tokens, u32(end));
+fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
+  let end = clamp(i32(i) + 1 + seq.upper, 0, i32(seq.seq_k));
+  let start = clamp(i32(i) + seq.lower, 0, end);
+  let sinks = min(seq.sink_tokens, u32(end));
   let keys = vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u);
-  return ((keys - vec4<u32>(u32(start)) < vec4<u32>(u32(end - start))) | (keys < vec4<u32>(sinks))){% if lengths %} & vec4<bool>(i < sequence.seq_q){% endif %};
+  return ((keys - vec4<u32>(u32(start)) < vec4<u32>(u32(end - start))) | (keys < vec4<u32>(sinks))){% if lengths %} & vec4<bool>(i < seq.seq_q){% endif %};
 }
 
 // Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
-{% if mirrored %}
+# if mirrored
 // They are counted from the last one, tile 0, back to the first, whose number is `mirror`.
-{% endif %}
+# endif
 struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32{{ ", mirror: u32" if mirrored }} }
 
-fn key_tiles({{ here_parameter }}row0: u32, row_end: u32) -> KeyTiles {
-{% if lengths %}
-  // The rows of a padded batch's end.
+fn key_tiles(seq: Sequence, row0: u32, row_end: u32) -> KeyTiles {
+  // The tile lies beyond the end of a padded sequence.
   if (row0 >= row_end) { return KeyTiles(0u, 0u, 0u, 0u{{ ", 0u" if mirrored }}); }
-{% endif %}
-  let end = u32(clamp(i32(row_end) + {{ bounds }}.upper, 0, i32({{ bounds }}.seq_k)));
-  let start = u32(clamp(i32(row0) + {{ bounds }}.lower, 0, i32(end)));
-  let sink_tiles = (min({{ bounds }}.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
+  let end = u32(clamp(i32(row_end) + seq.upper, 0, i32(seq.seq_k)));
+  let start = u32(clamp(i32(row0) + seq.lower, 0, i32(end)));
+  let sink_tiles = (min(seq.sink_tokens, end) + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let end_tile = (end + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let window = max(select(end_tile, start / TILE_COLUMNS, start < end), sink_tiles);
   let first = select(0u, window, sink_tiles == 0u);
   let tiles_end = max(end_tile, window);
-{% if mirrored %}
+# if mirrored
   return KeyTiles(0u, tiles_end - window, tiles_end - sink_tiles, tiles_end - first, tiles_end - 1u);
-{% else %}
+# else
   return KeyTiles(first, sink_tiles, window, tiles_end);
-{% endif %}
+# endif
 }
 
 fn first_column(tiles: KeyTiles, tile: u32) -> u32 {
@@ -93,36 +95,36 @@ fn first_column(tiles: KeyTiles, tile: u32) -> u32 {
 fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
   return select(tile + 1u, tiles.window, tile + 1u == tiles.sink_end);
 }
-{% endif %}
+# endif
 
-{% if rows_are_keys %}
+# if rows_are_keys
 // The tiles within start..end of queries hold nothing that does not see all of key0..key_end.
-struct OpenTiles { start: u32, end: u32 }
+struct FullTiles { start: u32, end: u32 }
 
-fn open_tiles({{ here_parameter }}key0: u32, key_end: u32) -> OpenTiles {
-  let seq_q = i32({{ bounds }}.seq_q);
-  let start = clamp(i32(key_end) - 1 - {{ bounds }}.upper, 0, seq_q);
-  let end = clamp(i32(max(key0, {{ bounds }}.sink_tokens)) + 1 - {{ bounds }}.lower, 0, seq_q);
-  let limit = select(seq_q, 0, key_end > {{ bounds }}.seq_k);
-  return OpenTiles(u32(start), u32(min(select(end, seq_q, {{ bounds }}.sink_tokens >= key_end), limit)));
+fn full_tiles(seq: Sequence, key0: u32, key_end: u32) -> FullTiles {
+  let seq_q = i32(seq.seq_q);
+  let start = clamp(i32(key_end) - 1 - seq.upper, 0, seq_q);
+  let end = clamp(i32(max(key0, seq.sink_tokens)) + 1 - seq.lower, 0, seq_q);
+  let limit = select(seq_q, 0, key_end > seq.seq_k);
+  return FullTiles(u32(start), u32(min(select(end, seq_q, seq.sink_tokens >= key_end), limit)));
 }
 
-fn is_open(open: OpenTiles, column0: u32) -> bool {
-  return column0 >= open.start && column0 + TILE_COLUMNS <= open.end;
+fn is_full(full: FullTiles, column0: u32) -> bool {
+  return column0 >= full.start && column0 + TILE_COLUMNS <= full.end;
 }
-{% else %}
+# else
 // The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
-struct OpenTiles { start: u32, end: u32 }
+struct FullTiles { start: u32, end: u32 }
 
-fn open_tiles({{ here_parameter }}row0: u32, row_end: u32) -> OpenTiles {
-  let limit = select(i32({{ bounds }}.seq_k), 0, row_end > {{ bounds }}.seq_q);
-  let end = clamp(i32(row0) + 1 + {{ bounds }}.upper, 0, limit);
-  let start = u32(clamp(i32(row_end) - 1 + {{ bounds }}.lower, 0, end));
-  return OpenTiles(select(start, 0u, {{ bounds }}.sink_tokens >= start), u32(end));
+fn full_tiles(seq: Sequence, row0: u32, row_end: u32) -> FullTiles {
+  let limit = select(i32(seq.seq_k), 0, row_end > seq.seq_q);
+  let end = clamp(i32(row0) + 1 + seq.upper, 0, limit);
+  let start = u32(clamp(i32(row_end) - 1 + seq.lower, 0, end));
+  return FullTiles(select(start, 0u, seq.sink_tokens >= start), u32(end));
 }
 
-fn is_open({{ here_parameter }}open: OpenTiles, column0: u32) -> bool {
+fn is_full(seq: Sequence, full: FullTiles, column0: u32) -> bool {
   let column_end = column0 + TILE_COLUMNS;
-  return column_end <= open.end && (column0 >= open.start || column_end <= {{ bounds }}.sink_tokens);
+  return column_end <= full.end && (column0 >= full.start || column_end <= seq.sink_tokens);
 }
-{% endif %}
+# endif

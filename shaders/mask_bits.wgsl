@@ -1,7 +1,8 @@
 {#- Packs a boolean mask into bits, by rows of queries and by rows of keys, and classifies its blocks: 1 where a block shows
     something, 2 where it hides something, 3 where it does both. What lies beyond the last key is neither. One workgroup a group of
     blocks, whose classes are one word. -#}
-{% include "params.wgsl" %}
+# include "params.wgsl"
+# from "entry.wgsl" import main
 
 const BLOCK_ROWS: u32 = {{ mask_block_rows }}u;
 const BLOCK_WORDS: u32 = {{ mask_block_words }}u;
@@ -9,7 +10,7 @@ const GROUP_WORDS: u32 = {{ mask_group * mask_block_words }}u;
 const STEP_WORDS: u32 = {{ mask_step_words }}u;
 var<workgroup> classes: atomic<u32>;
 var<workgroup> words: array<u32, {{ mask_block_rows * mask_step_words }}>;
-{% if not packed %}
+# if not packed
 
 // A bit for each byte.
 fn nonzero_bytes(bytes: u32) -> u32 {
@@ -17,9 +18,9 @@ fn nonzero_bytes(bytes: u32) -> u32 {
   // Each has a product of its own that ends in the top four bits.
   return (tops * 0x10204080u) >> 28u;
 }
-{% endif %}
+# endif
 
-{% include "main.wgsl" %}
+# call main()
   let row_words = (params.mask_keys + 31u) / 32u;
   let place = decode_work(index);
   let group = place.cell;
@@ -36,22 +37,22 @@ fn nonzero_bytes(bytes: u32) -> u32 {
       let keys = min(params.mask_keys - word * 32u, 32u);
       let base = operand_base(params.mask, batch, head) + row * params.mask.seq;
       let all = 0xffffffffu >> (32u - keys);
-{% if packed %}
+# if packed
       let bits = mask[base + word] & all;
-{% else %}
+# else
       var bits = 0u;
       let first = base + word * 32u;
       if (keys == 32u && first % 4u == 0u) {
-{% for n in range(8) %}
+# for n in range(8)
         bits |= nonzero_bytes(mask[first / 4u + {{ n }}u]) << {{ 4 * n }}u;
-{% endfor %}
+# endfor
       } else {
         for (var j = 0u; j < keys; j += 1u) {
           let at = first + j;
           bits |= select(0u, 1u << j, ((mask[at / 4u] >> (at % 4u * 8u)) & 0xffu) != 0u);
         }
       }
-{% endif %}
+# endif
       mask_bits[operand_base(params.mask_bits, batch, head) + row * params.mask_bits.seq + word] = bits;
       words[thread] = bits;
       let kind = select(0u, 1u, bits != 0u) | select(0u, 2u, bits != all);
@@ -72,4 +73,4 @@ fn nonzero_bytes(bytes: u32) -> u32 {
   if (thread == 0u) {
     mask_bits[operand_base(params.mask_classes, batch, head) + block_row * params.mask_classes.seq + group] = atomicLoad(&classes);
   }
-}
+# endcall

@@ -3,10 +3,11 @@
       lse = log(sum_n exp(lse_n) + exp(sink)),   o = sum_n exp(lse_n - lse) o_n
 
     The states are told apart along the batch axis, and the keys of the problem count them. -#}
-{% include "params.wgsl" %}
-{% include "operands.wgsl" %}
-{% include "exp.wgsl" %}
-{% include "softmax.wgsl" %}
+# include "params.wgsl"
+# include "operands.wgsl"
+# include "exp.wgsl"
+# include "softmax.wgsl"
+# from "entry.wgsl" import main
 
 const ROWS: u32 = {{ delta_rows }}u;
 // Threads that share a row.
@@ -22,7 +23,7 @@ fn exp_below(x: f32, top: f32) -> f32 {
   return select(exp1(x - top), 1.0, x == top);
 }
 
-{% include "main.wgsl" %}
+# call main()
   let at = decode_work(index);
   let batch = at.batch;
   let head = at.head;
@@ -33,16 +34,16 @@ fn exp_below(x: f32, top: f32) -> f32 {
 
   let lse_base = operand_base(params.states_lse, batch, head) + row;
   let lse_step = params.batch * params.states_lse.batch;
-{% if sinks == "none" %}
+# if sinks == "none"
   var top = params.negative_infinity;
-{% else %}
+# else
   var sink = {{ "sink_logits[params.sink_offset + head]" if sinks == "per_head" else "0.0" }};
-{% if lengths %}
+# if lengths
   // A row beyond the end of a padded sequence is none.
   if (row >= sequences[batch * {{ sequence_words }}u + 3u]) { sink = params.negative_infinity; }
-{% endif %}
+# endif
   var top = sink;
-{% endif %}
+# endif
   for (var n = 0u; n < states; n += 1u) { top = max(top, states_lse[lse_base + n * lse_step]); }
   var total = 0.0;
   for (var n = 0u; n < states; n += 1u) {
@@ -52,18 +53,18 @@ fn exp_below(x: f32, top: f32) -> f32 {
     if (state_lse == params.negative_infinity) { continue; }
     total += exp_below(state_lse, top);
   }
-{% if sinks != "none" %}
+# if sinks != "none"
   total += select(exp_below(sink, top), 0.0, sink == params.negative_infinity);
-{% endif %}
+# endif
 
   let states_base = operand_base(params.states, batch, head) + row * params.states.seq;
   let states_step = params.batch * params.states.batch;
   let o_base = operand_base(params.o, batch, head) + row * params.o.seq;
-{% if o_rest %}
+# if o_rest
   let rest_base = operand_base(params.states_rest, batch, head) + row * params.states_rest.seq;
   let rest_step = params.batch * params.states_rest.batch;
   let o_rest_base = operand_base(params.o_rest, batch, head) + row * params.o_rest.seq;
-{% endif %}
+# endif
   for (var quad = lane; quad < {{ operand_quads.o }}u; quad += LANES) {
     var sum = vec4<f32>();
     for (var n = 0u; n < states; n += 1u) {
@@ -72,22 +73,22 @@ fn exp_below(x: f32, top: f32) -> f32 {
       // By the whole before it is multiplied: weights add up to 1, and nothing overflows. A state of exp(infinity) may be any
       // part of the whole.
       let weight = select(exp_below(state_lse, top) / total, not_a_number(), state_lse == -params.negative_infinity);
-{% if o_rest %}
+# if o_rest
       let rest = load_states_rest(rest_base + n * rest_step, quad);
       let x = whole4(load_states(states_base + n * states_step, quad), rest);
-{% else %}
+# else
       let x = load_states(states_base + n * states_step, quad);
-{% endif %}
+# endif
       sum = fma(vec4<f32>(weight), x, sum);
     }
     store_o(o_base, quad, sum);
-{% if o_rest %}
+# if o_rest
     store_o_rest(o_rest_base, quad, sum);
-{% endif %}
+# endif
   }
   if (lane == 0u) {
     // Nothing, or the sum of terms of which the largest is 1.
     let whole = select(top + natural_log(total), params.negative_infinity, total == 0.0);
     lse[operand_base(params.lse, batch, head) + row] = whole;
   }
-}
+# endcall

@@ -7,23 +7,23 @@ fn natural_log(x: f32) -> f32 {
   return y + fma(x, exp1(-y), -1.0);
 }
 
-// `most` times the scale's size is the row's maximum score, `sum` is the sum of exp(score - maximum score). Where that score is
-// beyond f32, so is lse; where `most` is, `sum` is NaN, and so is the factor. The limit of ever larger sink logits takes all.
-fn finish_row(most: f32, sum: f32, head: u32) -> RowEnd {
+// `row_max` times the scale's size is the row's maximum score, `row_sum` is the sum of exp(score - maximum score). Where that score is
+// beyond f32, so is lse; where `row_max` is, `row_sum` is NaN, and so is the factor. The limit of ever larger sink logits takes all.
+fn finish_row(row_max: f32, row_sum: f32, head: u32) -> RowEnd {
   let infinity = -params.negative_infinity;
-  let score = most * {{ score_size }};
-{% if sinks == "none" %}
-  if (sum == 0.0) { return RowEnd(0.0, params.negative_infinity); }
-  return RowEnd(1.0 / sum, select(fma(most, {{ score_size }}, natural_log(sum)), infinity, score == infinity));
-{% else %}
+  let score = row_max * {{ score_size }};
+# if sinks == "none"
+  if (row_sum == 0.0) { return RowEnd(0.0, params.negative_infinity); }
+  return RowEnd(1.0 / row_sum, select(fma(row_max, {{ score_size }}, natural_log(row_sum)), infinity, score == infinity));
+# else
   let sink = {{ "sink_logits[params.sink_offset + head]" if sinks == "per_head" else "0.0" }};
-  if (sum == 0.0) { return RowEnd(0.0, sink); }
+  if (row_sum == 0.0) { return RowEnd(0.0, sink); }
   // What rounding took from the score, so that lse fits the unrounded scores of the backward pass.
-  let rest = select(0.0, fma(most, {{ score_size }}, -score), score > sink && score < infinity);
+  let rest = select(0.0, fma(row_max, {{ score_size }}, -score), score > sink && score < infinity);
   let top = max(score, sink);
   // Equal terms give exp(0), even where they are beyond f32.
   let keys = select(select(exp1(score - top), 1.0, score == top), 0.0, sink == infinity);
-  let total = fma(sum, keys, select(exp1(sink - top), 1.0, sink == top && (sink == infinity || score < infinity)));
+  let total = fma(row_sum, keys, select(exp1(sink - top), 1.0, sink == top && (sink == infinity || score < infinity)));
   return RowEnd(keys / total, select(top + (natural_log(total) + rest), infinity, score == infinity));
-{% endif %}
+# endif
 }

@@ -9,12 +9,12 @@ struct TileWork { tile: u32, batch: u32, sequence: u32, head: u32, kv_head: u32 
 fn tile_work(index: u32) -> TileWork {
   let at = decode_work(index);
   let head = at.head * (params.heads / params.kv_heads) + at.cell;
-{% if is_listed %}
+# if is_listed
   // The host has listed sequences and their tiles, the longest first.
   let number = sequences[params.work_at + 2u * at.tile];
   let tile = sequences[params.work_at + 2u * at.tile + 1u];
   return TileWork(tile, sequences[number * {{ sequence_words }}u], number, head, at.head);
-{% else %}
+# else
   return TileWork(at.tile, at.batch, at.batch, head, at.head);
-{% endif %}
+# endif
 }

@@ -2,6 +2,7 @@
 //! the memory that it was promised, and builds on devices with real limits, all without a GPU.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use crate::common::buffers::empty;
@@ -15,7 +16,7 @@ use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, Axes, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, Layout, Lengths,
     MaskPacking, MergeBuffers, MicroKernel, OptionalOperands, Options, Pass, Plan, Preference, Problem, SinkLogits,
-    TensorView, TilesOrigin, Variant,
+    TensorView, TilesOrigin, Variant, Window,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.
@@ -391,6 +392,41 @@ fn variants_validate_and_translate() {
         bindings_stay_where_they_are(variant, &module);
         translates(variant, &module, &info);
     });
+}
+
+/// Three composed texts as files, so that a change of a template shows in a review as what it does to WGSL. After a change that is
+/// meant, `UPDATE_SNAPSHOTS=1 cargo test --test suites shaders::` rewrites tests/snapshots.
+#[test]
+fn composed_texts_are_the_reviewed_ones() {
+    let causal = Options::new().causal(true);
+    let gpt_oss = causal.sink_logits(SinkLogits::PerHead).window(Window::keys(128)).dtype(DType::F16);
+    let gpt_oss = problem([1, 64, 8], [4096, 4096], [64, 64], gpt_oss);
+    let plain = problem([1, 32, 8], [4096, 4096], [64, 64], causal);
+    let device = |name: &str| Capabilities::samples().into_iter().find(|device| device.name == name).unwrap();
+    let forward = |problem: &Problem, device| Plan::forward(problem, true, device).unwrap();
+    let (h200, least) = (device("NVIDIA H200"), device("WebGPU defaults"));
+    let snapshots = [
+        ("forward_gpt_oss_f16_cooperative", Kernel::FORWARD, forward(&gpt_oss, &h200)),
+        ("forward_causal_f32_portable", Kernel::FORWARD, forward(&plain, &least)),
+        ("d_kv_gpt_oss_f16_cooperative", Kernel::D_KV, Plan::backward(&gpt_oss, true, false, &h200).unwrap()),
+    ];
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots");
+    for (name, kernel, plan) in snapshots {
+        // The first pass of a cooperative kernel: neither its second run nor the portable one for the rows that remain.
+        let pass = plan.passes.iter().find(|pass| pass.variant.kernel == kernel).unwrap();
+        assert_eq!(is_cooperative(&pass.variant), name.ends_with("cooperative"), "{name}: {pass}");
+        let composed = pass.variant.wgsl().unwrap();
+        let path = folder.join(name).with_extension("wgsl");
+        if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+            std::fs::write(&path, &composed).unwrap();
+        }
+        let reviewed = std::fs::read_to_string(&path).unwrap().replace("\r\n", "\n");
+        let changed = reviewed.lines().zip(composed.lines()).find(|(reviewed, composed)| reviewed != composed);
+        assert!(
+            reviewed == composed,
+            "{name} has changed, first at {changed:#?}; if that is meant: UPDATE_SNAPSHOTS=1"
+        );
+    }
 }
 
 /// A device without a driver that validates as one with these capabilities does.

@@ -1,147 +1,158 @@
-{#- The gradients by k and v on fragments: rows are keys, columns are queries. -#}
-{% import "cooperative/blocks.wgsl" as blocks %}
+{#- The gradients by k and v on fragments: rows are keys, columns are queries.
+    Needs: the cooperative macros, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that d_kv.wgsl calls. -#}
+# import "cooperative/fragments.wgsl" as matrix
+# import "cooperative/mask.wgsl" as masking
+# import "cooperative/columns.wgsl" as columns
+# import "cooperative/scores.wgsl" as score
+# import "cooperative/units.wgsl" as unit
+# import "cooperative/fallback.wgsl" as fallback
 
-{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+{%- macro declare() %}{{ matrix.declare() }}{% endmacro -%}
 
-{%- macro begin() %}
-{{ blocks.begin() }}
-{{ blocks.resident("k") }}
-{{ blocks.resident("v") }}
-{{ blocks.begin_units() }}
-{{ blocks.begin_columns() }}
-{{ blocks.row_scales("k") }}
-{% endmacro -%}
+# macro begin()
+{{ matrix.begin() }}
+{{ matrix.resident("k") }}
+{{ matrix.resident("v") }}
+{{ unit.begin_units() }}
+{{ columns.begin_columns() }}
+{{ matrix.row_scales("k") }}
+# endmacro
 
-{%- macro begin_walk() %}{{ blocks.begin_walk() }}{% endmacro -%}
+{%- macro begin_walk() %}{{ unit.begin_walk() }}{% endmacro -%}
 
-{%- macro find_units() %}
-{{ blocks.put_columns() }}
-{{ blocks.product("s", "k", "q", "stage") }}
-{{ weigh_values() }}
-{% if column_scales %}
-{{ blocks.set_units("w", "d_v") }}
-{% endif %}
+{#- A tile of the walk: P and dS set the units of rows that wait for one. -#}
+# macro find_units()
+{{ columns.put_columns() }}
+{{ matrix.product("s", "k", "q", "stage") }}
+{{ make_p() }}
+# if column_scales
+{{ unit.set_units("w", "d_v") }}
+# endif
 {{ cap_probabilities() }}
-{{ blocks.product("d_p", "v", "d_o", "stage") }}
-{{ weigh() }}
-{{ blocks.set_units("d_s", "d_k") }}
-{{ blocks.next_units() }}
-{% endmacro -%}
+{{ matrix.product("d_p", "v", "d_o", "stage") }}
+{{ make_d_s() }}
+{{ unit.set_units("d_s", "d_k") }}
+{{ unit.next_units() }}
+# endmacro
 
-{%- macro begin_tiles() %}
-{{ blocks.accumulator("d_k", "q") }}
-{{ blocks.accumulator("d_v", "d_o") }}
-{% endmacro -%}
+# macro begin_tiles()
+{{ matrix.accumulator("d_k", "q") }}
+{{ matrix.accumulator("d_v", "d_o") }}
+# endmacro
 
 {#- The first tile of a head. -#}
-{%- macro begin_head() %}
-{{ blocks.fetch_first() }}
-{{ blocks.put_columns() }}
-{% endmacro -%}
+# macro begin_head()
+{{ columns.fetch_first() }}
+{{ columns.put_columns() }}
+# endmacro
 
-{%- macro scores() %}
-{{ blocks.clean_columns() }}
-{{ blocks.fetch_next() }}
-{{ blocks.product("s", "k", "q", "stage") }}
-{% endmacro -%}
+{#- S = K Q^T. -#}
+# macro scores()
+{{ fallback.clean_columns() }}
+{{ columns.fetch_next() }}
+{{ matrix.product("s", "k", "q", "stage") }}
+# endmacro
 
-{#- p times 2^15: that is within the range of halves, and a small p is not rounded away. In bf16 also w, which takes the scale of d_o
-    out, in the unit of d_v. -#}
-{%- macro weigh_values() %}
-{{ blocks.begin_scores() }}
-{% for r in range(row_fragments) %}
-{{ blocks.park("s", r) }}
-{{ blocks.take("x", r, 0) }}
-{% endfor %}
-{{ blocks.make_scores("x", "derivative") }}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ blocks.term(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ blocks.score_scale(r) }}), {{ blocks.term(n, 0) }}){% endif %});
-{% endfor %}{% endfor %}
-{% if bias %}
-    // A key that the bias hides keeps weight 0, where the lse of a reported query makes its score a NaN.
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+{#- P = exp(S - lse) times 2^15, which is within the range of halves and keeps small probabilities. In bf16 also w: P without the token
+    scales of d_o, in the unit of d_v. -#}
+# macro make_p()
+{{ score.begin_scores() }}
+# for r in range(row_fragments)
+{{ matrix.store_rows("s", r) }}
+{{ matrix.load_rows("x", r, 0) }}
+# endfor
+{{ score.make_scores("x", "derivative") }}
+# for r, n in pairs(row_fragments, lane_quads)
+    var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ matrix.score_scale(r) }}), {{ matrix.column_stat(n, 0) }}){% endif %});
+# endfor
+# if bias
+    // A key that the bias hides keeps probability 0, although the lse of a reported query makes its score NaN.
+# for r, n in pairs(row_fragments, lane_quads)
     p_{{ r }}_{{ n }} = select(p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(x_{{ r }}_{{ n }}) == vec4<u32>(0xff800000u));
-{% endfor %}{% endfor %}
-{% endif %}
-{#- Hidden by name, too, the derivative is computed before: what it is made of would take more registers. -#}
-{{ blocks.hide("p", "0.0", "derivative" if softcap else "") }}
-{% if column_scales %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    var w_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * {{ blocks.column_inverse(n, 1) }} * d_v_unit_{{ r }};
-{% endfor %}{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+{#- The derivative is hidden together with P. It is computed before, because its ingredients would take more registers. -#}
+{{ masking.hide("p", "0.0", "derivative" if softcap else "") }}
+# if column_scales
+# for r, n in pairs(row_fragments, lane_quads)
+    var w_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * {{ matrix.column_inverse(n, 1) }} * d_v_unit_{{ r }};
+# endfor
+# endif
+# endmacro
 
-{#- Leaves p as weights. -#}
-{%- macro probabilities() %}
-{{ weigh_values() }}
-{% if column_scales %}
-{{ blocks.keep_in_unit("w", "d_v", "d_o") }}
-{% else %}
-{{ blocks.keep_weights("p") }}
-{% endif %}
+{#- P, stored as the P tile and kept in registers. -#}
+# macro probabilities()
+{{ make_p() }}
+# if column_scales
+{{ unit.keep_in_unit("w", "d_v", "d_o") }}
+# else
+{{ matrix.store_p("p") }}
+# endif
 {{ cap_probabilities() }}
-{% endmacro -%}
+# endmacro
 
-{%- macro cap_probabilities() %}
-{% if softcap %}
-    // What d_s needs of p.
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+# macro cap_probabilities()
+# if softcap
+    // dS needs P times the derivative of softcap.
+# for r, n in pairs(row_fragments, lane_quads)
     p_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
-{% endfor %}{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# endmacro
 
-{%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o", "stage") }}{% endmacro -%}
+{#- dV += P dO. -#}
+{%- macro accumulate_d_v() %}{{ matrix.accumulate("d_v", "d_o", "stage") }}{% endmacro -%}
 
-{%- macro probability_gradients() %}
-{{ blocks.product("d_p", "v", "d_o", "stage") }}
-{% endmacro -%}
+{#- dP = V dO^T. -#}
+# macro probability_gradients()
+{{ matrix.product("d_p", "v", "d_o", "stage") }}
+# endmacro
 
-{#- d_s = p (d_p - delta), in the unit of d_k. -#}
-{%- macro weigh() %}
-{% for r in range(row_fragments) %}
-{{ blocks.park("d_p", r) }}
-{{ blocks.take("y", r, 1) }}
-{% for n in range(lane_quads) %}
-{% if column_scales %}
-    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(v_inverse_{{ r }}), {{ blocks.term(n, 1) }});
-{% else %}
-    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * (y_{{ r }}_{{ n }} + {{ blocks.term(n, 1) }});
-{% endif %}
-{% endfor %}
-{% endfor %}
-{% if sanitize %}
-    // A query's delta may not be finite, where what it sees is not.
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+{#- dS = P (dP - delta), in the unit of d_k. -#}
+# macro make_d_s()
+# for r in range(row_fragments)
+{{ matrix.store_rows("d_p", r) }}
+{{ matrix.load_rows("y", r, 1) }}
+# for n in range(lane_quads)
+# if column_scales
+    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(v_inverse_{{ r }}), {{ matrix.column_stat(n, 1) }});
+# else
+    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * (y_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 1) }});
+# endif
+# endfor
+# endfor
+# if sanitize
+    // The delta of a query that sees a nonfinite key may not be finite.
+# for r, n in pairs(row_fragments, lane_quads)
     d_s_{{ r }}_{{ n }} = select(d_s_{{ r }}_{{ n }}, vec4<f32>(), p_{{ r }}_{{ n }} == vec4<f32>());
-{% endfor %}{% endfor %}
-{% endif %}
-{% if column_scales %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
-{% endfor %}{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# if column_scales
+# for r, n in pairs(row_fragments, lane_quads)
+    d_s_{{ r }}_{{ n }} *= {{ matrix.column_inverse(n, 0) }};
+# endfor
+# endif
+# endmacro
 
-{#- Leaves d_s as weights. -#}
-{%- macro score_gradients() %}
-{{ weigh() }}
-{{ blocks.keep_in_unit("d_s", "d_k", "q") }}
-{{ blocks.find_broken() }}
-{% endmacro -%}
+{#- dS, stored as the P tile. -#}
+# macro score_gradients()
+{{ make_d_s() }}
+{{ unit.keep_in_unit("d_s", "d_k", "q") }}
+{{ fallback.find_fallback() }}
+# endmacro
 
-{%- macro accumulate_d_k() %}
-{{ blocks.accumulate("d_k", "q", "stage") }}
-{{ blocks.next_stage() }}
-{% endmacro -%}
+{#- dK += dS Q. -#}
+# macro accumulate_d_k()
+{{ matrix.accumulate("d_k", "q", "stage") }}
+{{ columns.next_stage() }}
+# endmacro
 
-{%- macro finish() %}
-{% for r in range(row_fragments) %}
+# macro finish()
+# for r in range(row_fragments)
   let d_k_factor_{{ r }} = params.scale * {{ 1 / 32768 }} / d_k_unit_{{ r }};
   let d_v_factor_{{ r }} = {{ 1 / 32768 }}{{ " / d_v_unit_" ~ r if column_scales }};
-{% endfor %}
-{{ blocks.store("d_k", "d_k", "d_k_factor_") }}
-{{ blocks.store("d_v", "d_v", "d_v_factor_") }}
-{{ blocks.report() }}
-{% endmacro -%}
+# endfor
+{{ matrix.store("d_k", "d_k", "d_k_factor_") }}
+{{ matrix.store("d_v", "d_v", "d_v_factor_") }}
+{{ fallback.report_fallback() }}
+# endmacro

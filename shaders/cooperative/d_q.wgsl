@@ -1,124 +1,134 @@
-{#- The gradient by q on fragments: rows are queries, columns are keys. -#}
-{% import "cooperative/blocks.wgsl" as blocks %}
+{#- The gradient by q on fragments: rows are queries, columns are keys.
+    Needs: the cooperative macros, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that d_q.wgsl calls. -#}
+# import "cooperative/fragments.wgsl" as matrix
+# import "cooperative/mask.wgsl" as masking
+# import "cooperative/columns.wgsl" as columns
+# import "cooperative/scores.wgsl" as score
+# import "cooperative/units.wgsl" as unit
+# import "cooperative/fallback.wgsl" as fallback
 
-{%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
+{%- macro declare() %}{{ matrix.declare() }}{% endmacro -%}
 
-{%- macro begin() %}
-{{ blocks.begin() }}
-{{ blocks.begin_columns() }}
-{% if units %}
-{{ blocks.begin_walk() }}
-{% else %}
-{{ blocks.fetch_first() }}
-{% endif %}
-{{ blocks.resident("q") }}
-{{ blocks.resident("d_o") }}
-{{ blocks.row_scales("q") }}
-{{ blocks.begin_units() }}
-{{ blocks.row_terms() }}
-{% endmacro -%}
+# macro begin()
+{{ matrix.begin() }}
+{{ columns.begin_columns() }}
+# if units
+{{ unit.begin_walk() }}
+# else
+{{ columns.fetch_first() }}
+# endif
+{{ matrix.resident("q") }}
+{{ matrix.resident("d_o") }}
+{{ matrix.row_scales("q") }}
+{{ unit.begin_units() }}
+{{ columns.row_stats() }}
+# endmacro
 
-{%- macro find_units() %}
-{{ blocks.put_columns() }}
-{{ blocks.product("s", "q", "k", "stage") }}
-{{ blocks.product("d_p", "d_o", "v", "stage") }}
-{{ weigh(false) }}
-{{ blocks.set_units("d_s", "d_q") }}
-{{ blocks.next_units() }}
-{% endmacro -%}
+{#- A tile of the walk: dS sets the units of rows that wait for one. -#}
+# macro find_units()
+{{ columns.put_columns() }}
+{{ matrix.product("s", "q", "k", "stage") }}
+{{ matrix.product("d_p", "d_o", "v", "stage") }}
+{{ make_d_s(false) }}
+{{ unit.set_units("d_s", "d_q") }}
+{{ unit.next_units() }}
+# endmacro
 
-{%- macro begin_tiles() %}
-{{ blocks.accumulator("d_q", "k") }}
-{% if moments %}
-{% for r in range(row_fragments) %}
+# macro begin_tiles()
+{{ matrix.accumulator("d_q", "k") }}
+# if moments
+# for r in range(row_fragments)
   var moment_{{ r }} = 0.0;
-{% endfor %}
-{% endif %}
-{% if units %}
-{{ blocks.restart() }}
-{% endif %}
-{{ blocks.put_columns() }}
-{% endmacro -%}
+# endfor
+# endif
+# if units
+{{ unit.restart() }}
+# endif
+{{ columns.put_columns() }}
+# endmacro
 
-{%- macro scores() %}
-{{ blocks.clean_columns() }}
-{{ blocks.fetch_next() }}
-{{ blocks.product("s", "q", "k", "stage") }}
-{% endmacro -%}
+{#- S = Q K^T. -#}
+# macro scores()
+{{ fallback.clean_columns() }}
+{{ columns.fetch_next() }}
+{{ matrix.product("s", "q", "k", "stage") }}
+# endmacro
 
-{%- macro probability_gradients() %}
-{{ blocks.product("d_p", "d_o", "v", "stage") }}
-{% endmacro -%}
+{#- dP = dO V^T. -#}
+# macro probability_gradients()
+{{ matrix.product("d_p", "d_o", "v", "stage") }}
+# endmacro
 
-{#- d_s = p (d_p - delta), in the unit of d_q; the moments, too, where this `counts`. -#}
-{%- macro weigh(counts) %}
-{{ blocks.begin_scores() }}
-{% for r in range(row_fragments) %}
-{{ blocks.park("s", r) }}
-{{ blocks.take("x", r, 0) }}
-{% endfor %}
-{{ blocks.make_scores("x", "derivative") }}
-{% for r in range(row_fragments) %}
-{{ blocks.park("d_p", r) }}
-{{ blocks.take("y", r, 1) }}
-{% endfor %}
-{% for r in range(row_fragments) %}
-{% for n in range(lane_quads) %}
-    var d_s_{{ r }}_{{ n }} = {{ blocks.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ blocks.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
-{% endfor %}
-{% endfor %}
-{% if softcap and not (moments and counts) %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+{#- dS = exp(S - lse) (dP - delta), in the unit of d_q. Unless the tile belongs to the walk, it `counts` for the moments of ALiBi slopes. -#}
+# macro make_d_s(counts)
+{{ score.begin_scores() }}
+# for r in range(row_fragments)
+{{ matrix.store_rows("s", r) }}
+{{ matrix.load_rows("x", r, 0) }}
+# endfor
+{{ score.make_scores("x", "derivative") }}
+# for r in range(row_fragments)
+{{ matrix.store_rows("d_p", r) }}
+{{ matrix.load_rows("y", r, 1) }}
+# endfor
+# for r in range(row_fragments)
+# for n in range(lane_quads)
+    var d_s_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ matrix.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
+# endfor
+# endfor
+# if softcap and not (moments and counts)
+# for r, n in pairs(row_fragments, lane_quads)
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
-{% endfor %}{% endfor %}
-{% endif %}
-{{ blocks.hide("d_s", "0.0") }}
-{% if moments and counts %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+# endfor
+# endif
+{{ masking.hide("d_s", "0.0") }}
+# if moments and counts
+# for r, n in pairs(row_fragments, lane_quads)
     {
-      let moment = d_s_{{ r }}_{{ n }} * distance4(row_{{ r }}, {{ blocks.quad_column(n) }});
+      let moment = d_s_{{ r }}_{{ n }} * distance4(seq, row_{{ r }}, {{ matrix.quad_column(n) }});
       moment_{{ r }} += (moment.x + moment.y) + (moment.z + moment.w);
     }
-{% endfor %}{% endfor %}
-{% endif %}
-{% if softcap and moments and counts %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
+# endfor
+# endif
+# if softcap and moments and counts
+# for r, n in pairs(row_fragments, lane_quads)
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
-{% endfor %}{% endfor %}
-{% endif %}
-{% if column_scales %}
-{% for r in range(row_fragments) %}{% for n in range(lane_quads) %}
-    d_s_{{ r }}_{{ n }} *= {{ blocks.column_inverse(n, 0) }};
-{% endfor %}{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# if column_scales
+# for r, n in pairs(row_fragments, lane_quads)
+    d_s_{{ r }}_{{ n }} *= {{ matrix.column_inverse(n, 0) }};
+# endfor
+# endif
+# endmacro
 
-{#- Leaves d_s as weights. -#}
-{%- macro score_gradients() %}
-{{ weigh(true) }}
-{{ blocks.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
-{{ blocks.find_broken() }}
-{% endmacro -%}
+{#- dS, stored as the P tile. -#}
+# macro score_gradients()
+{{ make_d_s(true) }}
+{{ unit.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
+{{ fallback.find_fallback() }}
+# endmacro
 
-{%- macro accumulate() %}
-{{ blocks.accumulate("d_q", "k", "stage") }}
-{{ blocks.next_stage() }}
-{% endmacro -%}
+{#- dQ += dS K. -#}
+# macro accumulate()
+{{ matrix.accumulate("d_q", "k", "stage") }}
+{{ columns.next_stage() }}
+# endmacro
 
-{%- macro finish() %}
-{% for r in range(row_fragments) %}
+# macro finish()
+# for r in range(row_fragments)
   let factor_{{ r }} = params.scale / d_q_unit_{{ r }};
-{% endfor %}
-{{ blocks.store("d_q", "d_q", "factor_") }}
-{% if moments %}
-{% for r in range(row_fragments) %}
-{{ blocks.reduce_row("moment_" ~ r, "sum") }}
+# endfor
+{{ matrix.store("d_q", "d_q", "factor_") }}
+# if moments
+# for r in range(row_fragments)
+{{ matrix.reduce_row("moment_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let total = moment_{{ r }} / d_q_unit_{{ r }};
-    broken_{{ r }} = broken_{{ r }} || !is_finite4(vec4<f32>(total));
+    fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
     alibi_moments[moments_base + row_{{ r }}] = total;
   }
-{% endfor %}
-{% endif %}
-{{ blocks.report() }}
-{% endmacro -%}
+# endfor
+# endif
+{{ fallback.report_fallback() }}
+# endmacro

@@ -1,69 +1,75 @@
-{#- The gradients by k and v in portable blocks: rows are keys, columns are queries. -#}
-{% import "portable/blocks.wgsl" as blocks %}
+{#- The gradients by k and v in portable blocks: rows are keys, columns are queries.
+    Needs: portable/blocks.wgsl, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that d_kv.wgsl calls. -#}
+# import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
 
-{%- macro begin() %}
+# macro begin()
 {{ blocks.begin() }}
 {{ blocks.accumulator("d_k", "q") }}
 {{ blocks.accumulator("d_v", "d_o") }}
-{% endmacro -%}
+# endmacro
 
-{%- macro begin_head() %}{% endmacro -%}
+# macro begin_head()
+# endmacro
 
-{%- macro scores() %}
+{#- S = K Q^T, with softcap, ALiBi and bias. -#}
+# macro scores()
 {{ blocks.product("s", "k", "q") }}
 {{ blocks.make_scores("s") }}
-{% endmacro -%}
+# endmacro
 
-{#- Leaves p as weights, and keeps it. -#}
-{%- macro probabilities() %}
-{% for c in range(quads) %}
+{#- P = exp(S - lse), stored as the P tile and kept in registers. -#}
+# macro probabilities()
+# for c in range(quads)
     var delta_{{ c }} = vec4<f32>();
     {
       let query = column0 + 4u * (tx + {{ c }}u * THREADS_C);
       var row_lse = vec4<f32>();
-{% if bias %}
-      var row_share = vec4<f32>(1.0);
-{% endif %}
-{% for e in range(4) %}
+# if bias
+      var portion = vec4<f32>(1.0);
+# endif
+# for e in range(4)
       if (query + {{ e }}u < column_limit) {
-        let terms = row_terms[terms_base + query + {{ e }}u];
-        row_lse.{{ xyzw[e] }} = terms.x;
-        delta_{{ c }}.{{ xyzw[e] }} = terms.y;
-{% if bias %}
-        row_share.{{ xyzw[e] }} = share(query + {{ e }}u, terms.x);
-{% endif %}
+        let stats = row_terms[stats_base + query + {{ e }}u];
+        row_lse.{{ xyzw[e] }} = stats.x;
+        delta_{{ c }}.{{ xyzw[e] }} = stats.y;
+# if bias
+        portion.{{ xyzw[e] }} = share(seq, query + {{ e }}u, stats.x);
+# endif
       }
-{% endfor %}
-{% for i in range(rows) %}
-      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), -row_lse)){{ " * row_share" if bias }};
-{% endfor %}
+# endfor
+# for i in range(rows)
+      s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), -row_lse)){{ " * portion" if bias }};
+# endfor
     }
-{% endfor %}
-{{ blocks.hide("s") }}
+# endfor
+{{ blocks.mask("s") }}
     workgroupBarrier();
-{{ blocks.keep_weights("s") }}
-{% endmacro -%}
+{{ blocks.store_p("s") }}
+# endmacro
 
+{#- dV += P dO. -#}
 {%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o") }}{% endmacro -%}
 
+{#- dP = V dO^T. -#}
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "v", "d_o") }}{% endmacro -%}
 
-{#- Leaves d_s = p (d_p - delta) as weights. -#}
-{%- macro score_gradients() %}
-{% for c in range(quads) %}{% for i in range(rows) %}
+{#- dS = P (dP - delta), stored as the P tile. -#}
+# macro score_gradients()
+# for c, i in pairs(quads, rows)
     d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});
-{% endfor %}{% endfor %}
-{{ blocks.hide("d_p") }}
+# endfor
+{{ blocks.mask("d_p") }}
 {{ blocks.uncap("d_p") }}
     workgroupBarrier();
-{{ blocks.keep_weights("d_p") }}
-{% endmacro -%}
+{{ blocks.store_p("d_p") }}
+# endmacro
 
+{#- dK += dS Q. -#}
 {%- macro accumulate_d_k() %}{{ blocks.accumulate("d_k", "q") }}{% endmacro -%}
 
-{%- macro finish() %}
+# macro finish()
 {{ blocks.store("d_k", "d_k", "params.scale") }}
 {{ blocks.store("d_v", "d_v", "1.0") }}
-{% endmacro -%}
+# endmacro

@@ -1,73 +1,77 @@
-{#- The gradient by q in portable blocks: rows are queries, columns are keys. -#}
-{% import "portable/blocks.wgsl" as blocks %}
+{#- The gradient by q in portable blocks: rows are queries, columns are keys.
+    Needs: portable/blocks.wgsl, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that d_q.wgsl calls. -#}
+# import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
 
-{%- macro begin() %}
+# macro begin()
 {{ blocks.begin() }}
-{% for i in range(rows) %}
+# for i in range(rows)
   var lse_{{ i }} = 0.0;
   var delta_{{ i }} = 0.0;
-{% if bias %}
+# if bias
   var portion_{{ i }} = 1.0;
-{% endif %}
+# endif
   if (row_{{ i }} < row_limit) {
-    let terms = row_terms[terms_base + row_{{ i }}];
-    lse_{{ i }} = terms.x;
-    delta_{{ i }} = terms.y;
-{% if bias %}
-    portion_{{ i }} = share(row_{{ i }}, terms.x);
-{% endif %}
+    let stats = row_terms[stats_base + row_{{ i }}];
+    lse_{{ i }} = stats.x;
+    delta_{{ i }} = stats.y;
+# if bias
+    portion_{{ i }} = share(seq, row_{{ i }}, stats.x);
+# endif
   }
-{% endfor %}
+# endfor
 {{ blocks.accumulator("d_q", "k") }}
-{% if moments %}
-{% for i in range(rows) %}
+# if moments
+# for i in range(rows)
   var moment_{{ i }} = 0.0;
-{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# endmacro
 
-{%- macro scores() %}
+{#- S = Q K^T, with softcap, ALiBi and bias. -#}
+# macro scores()
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
-{% endmacro -%}
+# endmacro
 
+{#- dP = dO V^T. -#}
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
 
-{#- Leaves d_s = p (d_p - delta) as weights. -#}
-{%- macro score_gradients() %}
-{% for i in range(rows) %}{% for c in range(quads) %}
+{#- dS = exp(S - lse) (dP - delta), stored as the P tile. With ALiBi the moment |p - j| dS of each row is summed, too. -#}
+# macro score_gradients()
+# for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
-{% endfor %}{% endfor %}
-{{ blocks.hide("s") }}
-{% if moments %}
-{% for i in range(rows) %}{% for c in range(quads) %}
+# endfor
+{{ blocks.mask("s") }}
+# if moments
+# for i, c in pairs(rows, quads)
     {
-      let moment = s_{{ i }}_{{ c }} * distance4(row_{{ i }}, {{ blocks.quad_column(c) }});
+      let moment = s_{{ i }}_{{ c }} * distance4(seq, row_{{ i }}, {{ blocks.quad_column(c) }});
       moment_{{ i }} += (moment.x + moment.y) + (moment.z + moment.w);
     }
-{% endfor %}{% endfor %}
-{% endif %}
+# endfor
+# endif
 {{ blocks.uncap("s") }}
     workgroupBarrier();
-{{ blocks.keep_weights("s") }}
-{% endmacro -%}
+{{ blocks.store_p("s") }}
+# endmacro
 
+{#- dQ += dS K. -#}
 {%- macro accumulate() %}{{ blocks.accumulate("d_q", "k") }}{% endmacro -%}
 
-{#- d_q is linear in the probabilities, so that a row's share of them comes last. -#}
-{%- macro finish() %}
-{% if bias %}
-{% for i in range(rows) %}
+{#- d_q is linear in the probabilities, so the factor that shares them among keys with the largest bias comes last. -#}
+# macro finish()
+# if bias
+# for i in range(rows)
   let factor_{{ i }} = params.scale * portion_{{ i }};
-{% endfor %}
-{% endif %}
+# endfor
+# endif
 {{ blocks.store("d_q", "d_q", "factor_" if bias else "params.scale") }}
-{% if moments %}
+# if moments
 {{ blocks.reduce_rows("total", "moment", "sum") }}
-{% for i in range(rows) %}
+# for i in range(rows)
   if (tx == 0u && {{ blocks.writes(i) }}) { alibi_moments[moments_base + row_{{ i }}] = total_{{ i }}{{ " * portion_" ~ i if bias }}; }
-{% endfor %}
-{% endif %}
-{% endmacro -%}
+# endfor
+# endif
+# endmacro

@@ -1,54 +1,57 @@
-{#- delta in portable blocks: rows are queries, columns are keys. -#}
-{% import "portable/blocks.wgsl" as blocks %}
+{#- delta in portable blocks: rows are queries, columns are keys.
+    Needs: portable/blocks.wgsl, probability.wgsl, `main` of tile_main.wgsl. Declares: the macros that exact_delta.wgsl calls. -#}
+# import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
 
-{%- macro begin() %}
+# macro begin()
 {{ blocks.begin() }}
-{% for i in range(rows) %}
+# for i in range(rows)
   var sum_{{ i }} = 0.0;
-  var most_{{ i }} = 0.0;
+  var largest_{{ i }} = 0.0;
   var lse_{{ i }} = 0.0;
   if (row_{{ i }} < row_limit) { lse_{{ i }} = probability_lse(lse[lse_base + row_{{ i }}]); }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
-{%- macro scores() %}
+{#- S = Q K^T, with softcap, ALiBi and bias. -#}
+# macro scores()
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
-{% endmacro -%}
+# endmacro
 
+{#- dP = dO V^T. -#}
 {%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
 
-{#- Sums p d_p. -#}
-{%- macro accumulate() %}
-{% for i in range(rows) %}{% for c in range(quads) %}
+{#- sum += P dP. The largest |P dP| of each row leads to the unit of d_q. -#}
+# macro accumulate()
+# for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * d_p_{{ i }}_{{ c }};
-{% endfor %}{% endfor %}
-{{ blocks.hide("s") }}
-{% for i in range(rows) %}
+# endfor
+{{ blocks.mask("s") }}
+# for i in range(rows)
     {
       var total = s_{{ i }}_0;
-{% for c in range(1, quads) %}
+# for c in range(1, quads)
       total += s_{{ i }}_{{ c }};
-{% endfor %}
+# endfor
       sum_{{ i }} += (total.x + total.y) + (total.z + total.w);
       var sizes = abs(s_{{ i }}_0);
-{% for c in range(1, quads) %}
+# for c in range(1, quads)
       sizes = max(sizes, abs(s_{{ i }}_{{ c }}));
-{% endfor %}
-      most_{{ i }} = max(most_{{ i }}, max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)));
+# endfor
+      largest_{{ i }} = max(largest_{{ i }}, max(max(sizes.x, sizes.y), max(sizes.z, sizes.w)));
     }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro
 
-{%- macro finish() %}
+# macro finish()
 {{ blocks.reduce_rows("total", "sum", "sum") }}
     workgroupBarrier();
-{{ blocks.reduce_rows("size", "most", "max") }}
-{% for i in range(rows) %}
+{{ blocks.reduce_rows("size", "largest", "max") }}
+# for i in range(rows)
   if (tx == 0u && {{ blocks.writes(i) }}) {
-    store_row(work, {% if lengths %}here.q_start + {% endif %}row_{{ i }}, total_{{ i }}{% if bias %} * share(row_{{ i }}, lse_{{ i }}){% endif %}, size_{{ i }});
+    store_row(work, seq.q_start + row_{{ i }}, total_{{ i }}{% if bias %} * share(seq, row_{{ i }}, lse_{{ i }}){% endif %}, size_{{ i }});
   }
-{% endfor %}
-{% endmacro -%}
+# endfor
+# endmacro

@@ -1,88 +1,119 @@
-{#- The forward pass in portable blocks: rows are queries, columns are keys. -#}
-{% import "portable/blocks.wgsl" as blocks %}
+{#- The forward pass in portable blocks: rows are queries, columns are keys.
+    Needs: portable/blocks.wgsl, softmax.wgsl, `main` of tile_main.wgsl. Declares: the macros that forward.wgsl calls. -#}
+# import "portable/blocks.wgsl" as blocks
 
 {%- macro declare() %}{{ blocks.declare() }}{% endmacro -%}
 
-{%- macro begin() %}
+# macro begin()
 {{ blocks.begin() }}
-{% for i in range(rows) %}
-  var max_{{ i }} = LOWEST;
-  var sum_{{ i }} = 0.0;
-{% endfor %}
+# for i in range(rows)
+  var row_max_{{ i }} = LOWEST;
+  var row_sum_{{ i }} = 0.0;
+# endfor
 {{ blocks.accumulator("o", "v") }}
-{% endmacro -%}
+# endmacro
 
-{%- macro scores() %}
+{#- S = Q K^T, with softcap, ALiBi and bias. -#}
+# macro scores()
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
-{% endmacro -%}
+# endmacro
 
-{#- The largest visible score of each row that this thread holds. -#}
-{%- macro most(masked) %}
-{% for i in range(rows) %}
-      {
-        var most = vec4<f32>(LOWEST);
-{% for c in range(quads) %}
-{% if masked %}
-        most = max(most, select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }} * params.scale_sign, {{ blocks.visible(i, c) }}));
-{% else %}
-        most = max(most, s_{{ i }}_{{ c }} * params.scale_sign);
-{% endif %}
-{% endfor %}
-        most_{{ i }} = max(max(most.x, most.y), max(most.z, most.w));
-      }
-{% endfor %}
-{% endmacro -%}
-
-{#- Online softmax: updates each row's maximum and sum, rescales the output, leaves the probabilities
-    as weights. The maximum is of products without the scale's size: the largest one less itself is 0, however large. -#}
-{%- macro softmax() %}
-{% for i in range(rows) %}
-    var most_{{ i }} = 0.0;
-{% endfor %}
-    if (masked) {
-{{ most(true) }}
-    } else {
-{{ most(false) }}
-    }
-{{ blocks.reduce_rows("row_most", "most", "max") }}
-{% for i in range(rows) %}
-    let before_{{ i }} = max_{{ i }};
-    max_{{ i }} = max(before_{{ i }}, row_most_{{ i }});
-{% for c in range(quads) %}
-    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale_sign), vec4<f32>(-max_{{ i }})) * params.scale_size);
-{% endfor %}
-{% endfor %}
-{{ blocks.hide("s") }}
-{% for i in range(rows) %}
+{#- The online softmax. It leaves P as the P tile. -#}
+# macro softmax()
+{{ tile_max() }}
+# for i in range(rows)
+{{ row_max(i) }}
+{{ exponentiate(i) }}
+# endfor
+{{ mask() }}
+# for i in range(rows)
     {
-      let rescale = exp1((before_{{ i }} - max_{{ i }}) * params.scale_size);
-{% for c in range(accumulator_quads.v) %}
-      o_{{ i }}_{{ c }} *= rescale;
-{% endfor %}
-      var total = s_{{ i }}_0;
-{% for c in range(1, quads) %}
-      total += s_{{ i }}_{{ c }};
-{% endfor %}
-      sum_{{ i }} = fma(sum_{{ i }}, rescale, (total.x + total.y) + (total.z + total.w));
+{{ rescale(i) }}
+{{ row_sum(i) }}
     }
-{% endfor %}
-{{ blocks.keep_weights("s") }}
-{% endmacro -%}
+# endfor
+{{ blocks.store_p("s") }}
+# endmacro
 
+{#- The largest visible score of each row in the tile. -#}
+# macro tile_max()
+# for i in range(rows)
+    var thread_max_{{ i }} = 0.0;
+# endfor
+    if (is_partial) {
+{{ thread_max(true) }}
+    } else {
+{{ thread_max(false) }}
+    }
+{{ blocks.reduce_rows("tile_max", "thread_max", "max") }}
+# endmacro
+
+{#- The largest visible score of each row among the columns of this thread. -#}
+# macro thread_max(partial)
+# for i in range(rows)
+      {
+        var largest = vec4<f32>(LOWEST);
+# for c in range(quads)
+# if partial
+        largest = max(largest, select(vec4<f32>(LOWEST), s_{{ i }}_{{ c }} * params.scale_sign, {{ blocks.visible(i, c) }}));
+# else
+        largest = max(largest, s_{{ i }}_{{ c }} * params.scale_sign);
+# endif
+# endfor
+        thread_max_{{ i }} = max(max(largest.x, largest.y), max(largest.z, largest.w));
+      }
+# endfor
+# endmacro
+
+{#- m = max(row_max, max of S by rows). The maximum is that of products, without the size of the scale: the largest product less itself is
+    0, however large it is. -#}
+# macro row_max(i)
+    let old_max_{{ i }} = row_max_{{ i }};
+    row_max_{{ i }} = max(old_max_{{ i }}, tile_max_{{ i }});
+# endmacro
+
+{#- P = exp(S - m). -#}
+# macro exponentiate(i)
+# for c in range(quads)
+    s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_{{ i }})) * params.scale_size);
+# endfor
+# endmacro
+
+{#- Hidden pairs have no probability. They are hidden after the exponential, which may make any number of them. -#}
+{%- macro mask() %}{{ blocks.mask("s") }}{% endmacro -%}
+
+{#- O *= exp(row_max - m). -#}
+# macro rescale(i)
+      let rescale = exp1((old_max_{{ i }} - row_max_{{ i }}) * params.scale_size);
+# for c in range(accumulator_quads.v)
+      o_{{ i }}_{{ c }} *= rescale;
+# endfor
+# endmacro
+
+{#- row_sum = exp(row_max - m) row_sum + sum of P, of the columns of this thread: `finish` adds up the threads of a row. -#}
+# macro row_sum(i)
+      var total = s_{{ i }}_0;
+# for c in range(1, quads)
+      total += s_{{ i }}_{{ c }};
+# endfor
+      row_sum_{{ i }} = fma(row_sum_{{ i }}, rescale, (total.x + total.y) + (total.z + total.w));
+# endmacro
+
+{#- O += P V. -#}
 {%- macro accumulate() %}{{ blocks.accumulate("o", "v") }}{% endmacro -%}
 
-{#- Sums the rows' denominators, adds the sink logit once, and writes o and lse. -#}
-{%- macro finish() %}
+{#- The denominator of each row takes in the sink logit. Then o = O / row_sum and lse are written. -#}
+# macro finish()
   workgroupBarrier();
-{{ blocks.reduce_rows("total", "sum", "sum") }}
-{% for i in range(rows) %}
-  let end_{{ i }} = finish_row(max_{{ i }}, total_{{ i }}, work.head);
+{{ blocks.reduce_rows("total", "row_sum", "sum") }}
+# for i in range(rows)
+  let end_{{ i }} = finish_row(row_max_{{ i }}, total_{{ i }}, work.head);
   let factor_{{ i }} = end_{{ i }}.factor;
-  if (tx == 0u && {{ blocks.writes(i) }}) { lse[lse_base + row_{{ i }}] = {% if lengths %}select(params.negative_infinity, end_{{ i }}.lse, row_{{ i }} < here.seq_q){% else %}end_{{ i }}.lse{% endif %}; }
-{% endfor %}
+  if (tx == 0u && {{ blocks.writes(i) }}) { lse[lse_base + row_{{ i }}] = select(params.negative_infinity, end_{{ i }}.lse, row_{{ i }} < seq.seq_q); }
+# endfor
 {{ blocks.store("o", "o", "factor_") }}
-{% if o_rest %}
+# if o_rest
 {{ blocks.store("o", "o_rest", "factor_") }}
-{% endif %}
-{% endmacro -%}
+# endif
+# endmacro

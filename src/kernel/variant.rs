@@ -373,9 +373,8 @@ impl Variant {
         let cooperative = self.fragments().is_some();
         let rows_are_keys = self.rows_are_keys();
         let work = self.kernel.spec().work;
-        let here = if self.lengths { "here, " } else { "" };
-        let classes = format!("{here}{}class_base", if cooperative { "&classes, " } else { "" });
-        let repair_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
+        let classes = if cooperative { "seq, &classes, class_base" } else { "seq, class_base" };
+        let fallback_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
         let mut context = context! {
             cooperative,
             repairs => self.repairs,
@@ -436,12 +435,7 @@ impl Variant {
             // The cooperative kernels cap scores on their way to the exponential: what remains is formed in full.
             formed => self.alibi || self.bias.is_some() || (self.softmax() && self.column_scales().is_some()),
             lengths => self.lengths,
-            // Where the numbers of a sequence stand: for what decides on pairs, and on tiles.
-            sequence => if self.lengths { "sequence" } else { "params" },
-            bounds => if self.lengths { "here" } else { "params" },
-            here_parameter => if self.lengths { "here: Sequence, " } else { "" },
-            here_argument => here,
-            class_arguments => &classes,
+            class_arguments => classes,
             // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
             mirrored => cooperative && self.softmax() && self.alibi,
             softmax => self.softmax(),
@@ -451,16 +445,16 @@ impl Variant {
             following => match (rows_are_keys, self.mask && !cooperative) {
                 (false, false) => "next_tile(tiles, tile)".into(),
                 (true, false) => "tile + 1u".into(),
-                (false, true) => format!("seen_tile({classes}, tiles, row0, row_end, next_tile(tiles, tile))"),
-                (true, true) => format!("seen_tile({classes}, tiles, row0, row_end, tile + 1u)"),
+                (false, true) => format!("visible_tile({classes}, tiles, row0, row_end, next_tile(tiles, tile))"),
+                (true, true) => format!("visible_tile({classes}, tiles, row0, row_end, tile + 1u)"),
             },
             sequence_words => SEQUENCE_WORDS,
             mask_block_rows => MASK_BLOCK_ROWS,
             mask_block_words => MASK_BLOCK_WORDS,
             mask_group => MASK_GROUP,
             mask_step_words => MASK_STEP_WORDS,
-            repair_rows,
-            report_words => repair_rows.map(report_words),
+            fallback_rows,
+            report_words => fallback_rows.map(report_words),
             // What the maximum of the softmax is multiplied with: in bf16 token scales have made scores of products.
             score_size => if self.column_scales().is_some() { "1.0" } else { "params.scale_size" },
             column_scales => self.column_scales().map(Binding::name),
@@ -486,9 +480,9 @@ impl Variant {
                 threads_c => t.threads_c,
                 rows => t.rows,
                 quads => t.quads,
-                chunk => t.chunk,
+                k_step => t.chunk,
                 unroll => t.unroll(),
-                slab => t.slab,
+                n_step => t.slab,
                 accumulator_quads, memory_len, partials_len,
                 ..context
             };
@@ -515,10 +509,10 @@ impl Variant {
                 tile_columns => f.tile_columns(),
                 lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
                 fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
-                strip_row => f.strip_row(),
-                weight_row => f.weight_row(),
-                term_shares => f.tile_columns().div_ceil(f.threads()),
-                column_terms => f.column_terms(self.kernel, self.dtype),
+                score_row => f.score_row(),
+                p_row => f.p_row(),
+                column_shares => f.tile_columns().div_ceil(f.threads()),
+                stats_per_column => f.stats_per_column(self.kernel, self.dtype),
                 signed => if rows_are_keys { "k" } else { "q" },
                 staged => staged.to_vec(),
                 fragments, staged_rows, staged_quads, staged_shares,

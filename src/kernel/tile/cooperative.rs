@@ -69,33 +69,33 @@ impl Fragments {
     }
 
     /// Vectors of four floats in a row of a strip, which holds scores or a fragment of an accumulator.
-    pub(crate) fn strip_row(&self) -> u32 {
+    pub(crate) fn score_row(&self) -> u32 {
         self.tile_columns() / 4 + 2
     }
 
     /// Vectors of four halves in a row of weights.
-    pub(crate) fn weight_row(&self) -> u32 {
+    pub(crate) fn p_row(&self) -> u32 {
         self.tile_columns() / 4 + 2
     }
 
     /// Bytes of workgroup memory; the arrays of shaders/cooperative/blocks.wgsl.
     pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
         let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
-        let strips = self.subgroups * self.matrices.side * self.strip_row() * 16;
-        let weights = self.tile_rows() * self.weight_row() * 8;
-        let terms = self.column_terms(kernel, dtype) * self.stages * self.tile_columns() * 4;
-        staged + strips + weights + terms
+        let score_rows = self.subgroups * self.matrices.side * self.score_row() * 16;
+        let p_tile = self.tile_rows() * self.p_row() * 8;
+        let column_stats = self.stats_per_column(kernel, dtype) * self.stages * self.tile_columns() * 4;
+        staged + score_rows + p_tile + column_stats
     }
 
     /// Numbers that are staged with each column: what lse and delta of a query add, and what token scales take out.
-    pub(crate) fn column_terms(&self, kernel: Kernel, dtype: DType) -> u32 {
-        let row_terms = if kernel.spec().work.rows_are_keys() { 2 } else { 0 };
+    pub(crate) fn stats_per_column(&self, kernel: Kernel, dtype: DType) -> u32 {
+        let row_stats = if kernel.spec().work.rows_are_keys() { 2 } else { 0 };
         let scales = match (dtype, kernel.tiled().is_some_and(|tiled| tiled.softmax)) {
             (DType::Bf16, true) => 3,
             (DType::Bf16, false) => 2,
             _ => 0,
         };
-        row_terms + scales
+        row_stats + scales
     }
 
     /// Words of a tile's report: whether it has rows to compute again, and a bit for each row.

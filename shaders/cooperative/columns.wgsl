@@ -1,0 +1,196 @@
+{#- Tiles of columns in workgroup memory, staged for all subgroups. With two stages one tile is in use while the next is written, and one
+    barrier a tile is enough. With one stage more workgroups fit.
+    Needs: cooperative/fragments.wgsl, `main` of tile_main.wgsl, in d_kv head_loop of tile_loops.wgsl for the bases of its columns.
+    Declares: the macros below; `stage`, a thread's shares of a tile, `scale`; in d_q `shift_R`, `delta_R` and d_q's units. -#}
+# from "cooperative/fragments.wgsl" import shift, halves
+# from "cooperative/mask.wgsl" import fetch_mask
+
+{#- A thread's share of a staged tile, as it was loaded. `put` waits for it, rounds it to halves and stores them. -#}
+# macro shares(b)
+# if threads % staged_quads[b] == 0
+  let {{ b }}_row = thread / {{ staged_quads[b] }}u;
+  let {{ b }}_quad = thread % {{ staged_quads[b] }}u;
+# endif
+# for n in range(staged_shares[b])
+  var {{ b }}_share_{{ n }} = Raw();
+# if column_scales
+  var {{ b }}_scale_{{ n }} = 1.0;
+# endif
+# endfor
+# endmacro
+
+{#- The row and the quad of a thread's n-th share within the tile. -#}
+{%- macro share_row(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_row + {{ n * threads // staged_quads[b] }}u{% else %}(thread + {{ n * threads }}u) / {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
+
+{%- macro share_quad(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_quad{% else %}(thread + {{ n * threads }}u) % {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
+
+{#- The condition under which a thread has an n-th share. -#}
+{%- macro if_share(b, n) %}{% set total = tile_columns * staged_quads[b] %}{% if (n + 1) * threads > total %}if (thread < {{ total - n * threads }}u) {% endif %}{% endmacro -%}
+
+{#- Loads a thread's share of the tile of columns from `column` on. Columns beyond the end repeat the last one: they are hidden, but have
+    to be finite where the others are. -#}
+# macro fetch(b, column)
+# for n in range(staged_shares[b])
+    {{ if_share(b, n) }}{
+      let quad = {{ share_quad(b, n) }};
+      let source = min({{ column }} + {{ share_row(b, n) }}, last_column);
+      {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
+# if column_scales
+      {{ b }}_scale_{{ n }} = {{ column_scales }}[scales_base + source].{{ "x" if b == staged[0] else "y" }};
+# endif
+    }
+# endfor
+# endmacro
+
+{#- Stores a thread's share of a tile as halves. -#}
+# macro put(b, stage)
+# for n in range(staged_shares[b])
+    {{ if_share(b, n) }}{
+      {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }}] = {{ halves(b ~ "_share_" ~ n, b ~ "_scale_" ~ n if column_scales else "1.0") }};
+    }
+# endfor
+# endmacro
+
+{#- Before the first tile: the scale of scores in powers of two, and the variables that `fetch_columns` fills. -#}
+# macro begin_columns()
+# if softcap
+  // cap tanh(x) = cap - 2 cap / (1 + e^(2 x)). `cap_scale` makes the power of two from a product, and `scale` multiplies the result of
+  // `capped4`. It is never zero, so hidden scores stay hidden.
+  let cap = params.softcap * LOG2_E;
+  let cap_scale = 2.0 * params.scale / params.softcap * LOG2_E;
+  let scale = max(1.7347234759768071e-18 * cap, 1e-33);
+# elif formed
+  let scale = params.scale * params.scale_sign * LOG2_E;
+# else
+  // The scale is never zero, so hidden scores stay hidden.
+  let scale = max(params.scale_size * LOG2_E, 1e-25);
+# endif
+  var stage = 0u;
+# for b in staged
+{{ shares(b) }}
+# endfor
+# if mask_words
+# for r in range(row_fragments)
+  var mask_words_{{ r }} = vec2<u32>();
+# endfor
+# endif
+# for n in range(column_shares)
+# if rows_are_keys
+  var lse_delta_{{ n }} = vec2<f32>();
+# endif
+# if column_scales
+  var token_scale_{{ n }} = vec2<f32>();
+# endif
+# endfor
+# endmacro
+
+{#- The condition under which a thread has an n-th column. -#}
+{%- macro if_column(n) %}{% if (n + 1) * threads > tile_columns %}if (thread < {{ tile_columns - n * threads }}u) {% endif %}{% endmacro -%}
+
+{#- Loads a thread's shares of all staged operands, and the statistics of its columns. -#}
+# macro fetch_columns(column)
+# for b in staged
+{{ fetch(b, column) }}
+# endfor
+# if stats_per_column > 0
+# for n in range(column_shares)
+    {{ if_column(n) }}{
+      let source = min({{ column }} + thread + {{ n * threads }}u, last_column);
+# if rows_are_keys
+# if column_fragments > 1
+{#- One by one is faster with tiles of 32 queries and slower with those of 16, on an NVIDIA H200: benches/results/2026-11-28-h200-unseen.md. -#}
+      lse_delta_{{ n }} = vec2<f32>(row_terms[stats_base + source].x, row_terms[stats_base + source].y);
+# else
+      lse_delta_{{ n }} = row_terms[stats_base + source].xy;
+# endif
+# endif
+# if column_scales
+      token_scale_{{ n }} = {{ column_scales }}[scales_base + source];
+# endif
+    }
+# endfor
+# endif
+# endmacro
+
+{#- Stores all of these in the stage. -#}
+# macro put_columns()
+# for b in staged
+{{ put(b, "stage") }}
+# endfor
+# if stats_per_column > 0
+# for n in range(column_shares)
+    {{ if_column(n) }}{
+      let item = thread + {{ n * threads }}u;
+      let at = stage * {{ stats_per_column * tile_columns // 4 }}u + item / 4u;
+# if rows_are_keys
+      column_stats[at][item % 4u] = {% if bias %}select(15.0 - {{ shift("lse_delta_" ~ n ~ ".x") }}, -params.negative_infinity, lse_delta_{{ n }}.x <= ABSORBING){% else %}15.0 - {{ shift("lse_delta_" ~ n ~ ".x") }}{% endif %};
+      column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = -lse_delta_{{ n }}.y;
+# endif
+# if column_scales
+      // A token without finite numbers has no scale to take out.
+      let powers = select(token_scale_{{ n }}, vec2<f32>(1.0), token_scale_{{ n }} > vec2<f32>(1e30));
+# set first = 2 if rows_are_keys else 0
+      column_stats[at + {{ first * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.x;
+# if softmax
+      // The powers of values are added to the scores, and taken out of the sum of probabilities.
+      column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
+      column_stats[at + {{ 2 * tile_columns // 4 }}u][item % 4u] = powers.y;
+# else
+      column_stats[at + {{ (first + 1) * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.y;
+# endif
+# endif
+    }
+# endfor
+# endif
+    workgroupBarrier();
+# endmacro
+
+{#- The first column of a tile. -#}
+{%- macro column_of(tile) %}{% if rows_are_keys %}({{ tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ tile }}){% endif %}{% endmacro -%}
+
+{#- Starts to load the first tile. `put_columns` follows once the other operands are under way, too. -#}
+# macro fetch_first(tile="tiles.first")
+  {
+{{ fetch_columns(column_of("first_tile" if mask else tile)) }}
+  }
+{{ fetch_mask("first_tile") }}
+# endmacro
+
+{#- Starts to load the next tile, which is needed at the end of this one. -#}
+# macro fetch_next()
+    let next = {{ column_of("next_visible" if mask else following) }};
+{{ fetch_columns("next") }}
+# endmacro
+
+{#- The next tile takes the other stage, or the only one when all subgroups have used it. -#}
+# macro next_stage()
+# if stages == 2
+    stage = 1u - stage;
+# else
+    workgroupBarrier();
+# endif
+{{ put_columns() }}
+# endmacro
+
+{#- The statistics of the subgroup's rows: the shift by lse, delta, and in f16 the unit of d_q. -#}
+# macro row_stats()
+# for r in range(row_fragments)
+  var shift_{{ r }} = 0.0;
+  var delta_{{ r }} = 0.0;
+# if not units
+  var d_q_unit_{{ r }} = 1.0;
+# endif
+  if (row_{{ r }} < row_limit) {
+    let own = row_terms[stats_base + row_{{ r }}];
+    shift_{{ r }} = {{ shift("own.x") }};
+    delta_{{ r }} = own.y;
+# if not units
+    d_q_unit_{{ r }} = own.z;
+# endif
+# if bias
+    // The probabilities of this row need a count of its keys.
+    fallback_{{ r }} = own.x <= ABSORBING;
+# endif
+  }
+# endfor
+# endmacro

@@ -1,0 +1,80 @@
+{#- Rows that need a second computation. Fragments have no hidden elements, so a hidden column that is NaN or infinite spoils the rows of
+    its tile. The first run reports rows that are not finite. The second run (`sanitize`) computes reported tiles with zeros in place of
+    such columns: rows that do not see them get the bits that they have with any other hidden column. It reports the rows that see one,
+    and the portable kernel computes these.
+    Needs: cooperative/fragments.wgsl, cooperative/mask.wgsl, fallback.wgsl. Declares: the macros below. -#}
+# from "cooperative/mask.wgsl" import hide
+# from "cooperative/fragments.wgsl" import reduce_row, any_subgroup
+
+{#- In the second run: sets staged quads that are not finite to zeros, and marks their columns behind the features. -#}
+# macro clean_columns()
+# if sanitize
+      for (var column = thread; column < {{ tile_columns }}u; column += {{ threads }}u) {
+# for b in staged
+        {
+          let at = stage * {{ b | upper }}_TILE + column * {{ b | upper }}_ROW;
+          var is_nonfinite = false;
+          for (var quad = 0u; quad < {{ staged_quads[b] }}u; quad += 1u) {
+            let x = vec4<f32>({{ b }}_stage[at + quad]);
+            if (!is_finite4(x)) {
+              {{ b }}_stage[at + quad] = vec4<f16>();
+              is_nonfinite = true;
+            }
+          }
+          {{ b }}_stage[at + {{ staged_quads[b] }}u] = vec4<f16>(select(0.0h, 1.0h, is_nonfinite));
+        }
+# endfor
+      }
+      workgroupBarrier();
+# endif
+# endmacro
+
+{#- In the second run: finds the rows that see a marked column. -#}
+# macro find_fallback()
+# if sanitize
+# for r, n in pairs(row_fragments, lane_quads)
+      var nonfinite_{{ r }}_{{ n }} = vec4<f32>();
+      {
+        let column = 4u * ({{ n * lanes // side }}u + part);
+# for e in range(4)
+# for b in staged
+        nonfinite_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (column + {{ e }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
+# endfor
+# endfor
+# if bias
+        nonfinite_{{ r }}_{{ n }} = select(nonfinite_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(seq, row_{{ r }}, column0 + column)) == vec4<u32>(0xff800000u));
+# endif
+      }
+# endfor
+{{ hide("nonfinite", "0.0") }}
+# for r in range(row_fragments)
+      fallback_{{ r }} = fallback_{{ r }}{% for n in range(lane_quads) %} || any(nonfinite_{{ r }}_{{ n }} != vec4<f32>()){% endfor %};
+# endfor
+# endif
+# endmacro
+
+{#- Reports whether rows of the tile need another computation, and then which. -#}
+# macro report_fallback()
+  let subgroup_fallback = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(fallback_{{ r }} && row_{{ r }} < row_limit){% endfor %});
+  var any_fallback = false;
+{{ any_subgroup("any_fallback", "subgroup_fallback") }}
+  let slot = fallback_slot(seq, work, work.tile);
+  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  var has_any = any_fallback;
+  loop {
+    if (!has_any) { break; }
+    has_any = false;
+    workgroupBarrier();
+# for r in range(row_fragments)
+    var reported_{{ r }} = select(0.0, 1.0, fallback_{{ r }});
+{{ reduce_row("reported_" ~ r, "max") }}
+    if (part == 0u) { score_rows[row_{{ r }} - row0] = vec4<f32>(reported_{{ r }}); }
+# endfor
+    workgroupBarrier();
+    if (thread < {{ (tile_rows + 31) // 32 }}u) {
+      var bits = 0u;
+      for (var n = 0u; n < min({{ tile_rows }}u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
+      repairs[slot + 1u + thread] = bits;
+    }
+  }
+# endmacro

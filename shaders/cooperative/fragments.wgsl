@@ -1,0 +1,289 @@
+{#- The cooperative micro-kernel: matrix products by subgroups on square fragments (tensor cores), f16 in and f32 out.
+
+    A kernel keeps a tile of rows (queries, or keys in d_kv) and walks over tiles of columns. A subgroup has row_fragments x side rows to
+    itself. Their operands and accumulators are fragments in its registers, each with a name of its own: drivers do not keep indexed
+    arrays there. Two kinds of product occur:
+
+      product(s, a, b)        s[row, column] = sum over features of a[row] * b[column]
+      accumulate(x, b)        x[row] += sum over columns of P[row, column] * b[column]
+
+    WGSL has no arithmetic on a fragment's elements. A score tile therefore goes through workgroup memory: `store_rows` stores a row of
+    fragments, `load_rows` loads it by rows, LANES_A_ROW lanes a row, and `store_p` stores the probabilities in f16 as the P tile. The rows
+    belong to one subgroup, so a subgroup barrier is enough.
+
+    Fragments have no hidden elements. A hidden column that is NaN or infinite makes the results NaN, since 0 times it is NaN
+    (cooperative/fallback.wgsl). Halves have less range than the numbers that are multiplied (cooperative/units.wgsl, token_scales.wgsl).
+
+    Workgroup memory decides how many workgroups run at a time, and how much the driver has for registers that spill. So rows of fragments
+    share one place for scores, P and dS share the P tile, and flags and results on their way out use the place of the scores. The size
+    of every array is a multiple of 16 bytes, in whatever order a driver places them: NVIDIA's driver loads a fragment from an unaligned
+    address as if it were rounded down.
+
+    Needs: `main` of tile_main.wgsl, halves.wgsl, cooperative/columns.wgsl for staged columns.
+    Declares: the macros below; the arrays of workgroup memory, is_finite4; `row_R`, `fallback_R` and the place of a lane. -#}
+
+{#- Waits for the other lanes of the subgroup, where lanes do not run in step. A barrier of the workgroup would not do: subgroups rescale
+    at different tiles. -#}
+{%- macro sync() %}{% if not in_step %}subgroupBarrier();{% endif %}{% endmacro -%}
+
+# macro declare()
+const LANES_A_ROW: u32 = {{ lanes // side }}u;
+// Padding lets neighbouring rows start in different banks. Fragments are loaded from multiples of 16 bytes.
+const SCORE_ROW: u32 = {{ score_row }}u;
+const P_ROW: u32 = {{ p_row }}u;
+# for b in staged
+const {{ b | upper }}_ROW: u32 = {{ staged_rows[b] }}u;
+const {{ b | upper }}_TILE: u32 = {{ staged_rows[b] * tile_columns }}u;
+var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ stages * staged_rows[b] * tile_columns }}>;
+# endfor
+var<workgroup> score_rows: array<vec4<f32>, {{ subgroups * side * score_row }}>;
+var<workgroup> p_tile: array<vec4<f16>, {{ subgroups * row_fragments * side * p_row }}>;
+# if stats_per_column > 0
+// Numbers of each column: the shifts by lse and delta of a query, and in bf16 the inverse token scales.
+var<workgroup> column_stats: array<vec4<f32>, {{ stages * stats_per_column * tile_columns // 4 }}>;
+# endif
+# if "row_terms" in names
+// In the second run the unit follows dS beyond this size, which is within f16.
+const UNIT_LIMIT: f32 = 32768.0;
+# endif
+
+// Bits are compared: compilers may assume that a float comparison meets no NaN.
+fn is_finite4(x: vec4<f32>) -> bool {
+  return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
+}
+# endmacro
+
+{#- The shift of scores by an lse, in powers of two. -#}
+{%- macro shift(lse) %}{{ "(" ~ lse ~ " - params.softcap)" if softcap and not formed else lse }} * LOG2_E{% endmacro -%}
+
+{#- The factor that takes the token scale of an operand's r-th row out of a result, where there are token scales. -#}
+{%- macro inverse(a, r) %}{% if column_scales %} * {{ a }}_inverse_{{ r }}{% endif %}{% endmacro -%}
+
+{#- The scale of a row's products, and that of its scores: capped scores are scaled before. -#}
+{%- macro product_scale(r) %}{{ "cap_scale" if softcap else "scale" }}{{ "_" ~ r if column_scales }}{% endmacro -%}
+
+{%- macro score_scale(r) %}{{ "scale" if softcap else product_scale(r) }}{% endmacro -%}
+
+# macro begin()
+  // An empty sequence has a first row that is loaded and never used.
+  let last_column = max(column_limit, 1u) - 1u;
+  let subgroup_scores = subgroup * {{ side * score_row }}u;
+  // The lane's row within a fragment, and its place among the lanes of that row.
+  let lane_row = lane / LANES_A_ROW;
+  let part = lane % LANES_A_ROW;
+  let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
+  let subgroup_p = subgroup * {{ row_fragments * side * p_row }}u;
+  let p_at = subgroup_p + lane_row * P_ROW + part;
+# for r in range(row_fragments)
+  var fallback_{{ r }} = false;
+  let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
+# endfor
+# endmacro
+
+{#- The n-th part of what a lane does for its quads of a fragment's row, around what the caller writes. A fragment may have fewer quads
+    than lanes. -#}
+# macro each_quad(n)
+  {
+    let quad = part + {{ n * lanes // side }}u;
+    {% if lanes // side > side // 4 %}if (quad < {{ side // 4 }}u) {% endif %}{
+{{ caller() }}
+    }
+  }
+# endmacro
+
+{#- Loaded numbers as halves, times `factor`. -#}
+{%- macro halves(x, factor) %}{% if dtype == "f16" and factor == "1.0" %}halves4({{ x }}){% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
+
+{#- Loads the subgroup's rows of an operand as fragments, with zeros beyond its end. In bf16 rows are multiplied with their token scales.
+    The sign of the scale goes to the rows of scores. All loads are under way before the first is needed. -#}
+# macro resident(a)
+# set sign = "params.scale_sign" if a == signed else "1.0"
+# for r in range(row_fragments)
+# for f in range(fragments[a])
+# for n in range(fragment_quads)
+  var {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = Raw();
+# call each_quad(n)
+    if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
+      {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = raw_{{ a }}({{ a }}_base, row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad);
+    }
+# endcall
+# endfor
+# endfor
+# endfor
+# if column_scales
+# for r in range(row_fragments)
+  var {{ a }}_size_{{ r }} = 0.0;
+# for f, n in pairs(fragments[a], fragment_quads)
+  {{ a }}_size_{{ r }} = max({{ a }}_size_{{ r }}, finite_size(widened4({{ a }}_raw_{{ r }}_{{ f }}_{{ n }})));
+# endfor
+{{ reduce_row(a ~ "_size_" ~ r, "max") }}
+  let {{ a }}_scale_{{ r }} = token_scale({{ a }}_size_{{ r }});
+  let {{ a }}_inverse_{{ r }} = 1.0 / {{ a }}_scale_{{ r }};
+# endfor
+# endif
+# for f in range(fragments[a])
+# for r, n in pairs(row_fragments, fragment_quads)
+# call each_quad(n)
+    let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
+    p_tile[p_at - part + {{ r * side * p_row }}u + quad] = {{ halves("raw", a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign) }};
+# endcall
+# endfor
+  {{ sync() }}
+# for r in range(row_fragments)
+  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&p_tile[subgroup_p + {{ r * side * p_row }}u], P_ROW);
+# endfor
+  {{ sync() }}
+# endfor
+# endmacro
+
+# macro accumulator(x, operand)
+# for r, f in pairs(row_fragments, fragments[operand])
+  var {{ x }}_{{ r }}_{{ f }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+# endfor
+# endmacro
+
+{#- The scales of the rows' products, after `resident` has found the rows' token scales. -#}
+# macro row_scales(a)
+# if column_scales
+# for r in range(row_fragments)
+  let {{ product_scale(r) }} = {{ "cap_scale" if softcap else "scale" }}{{ inverse(a, r) }};
+# endfor
+# endif
+# endmacro
+
+{#- A number of each column of a lane's n-th quad. Of queries: the shift by lse (0) and delta (1). Then, in bf16, the inverse token scales
+    of the first and of the second staged operand. -#}
+{%- macro column_stat(n, which) %}column_stats[stage * {{ stats_per_column * tile_columns // 4 }}u + part + {{ n * lanes // side + which * tile_columns // 4 }}u]{% endmacro -%}
+
+{%- macro column_inverse(n, which) %}{{ column_stat(n, which + (2 if rows_are_keys else 0)) }}{% endmacro -%}
+
+{#- The first column of a lane's n-th quad. -#}
+{%- macro quad_column(n) %}column0 + 4u * ({{ n * lanes // side }}u + part){% endmacro -%}
+
+{#- s[row, column] = a[row] . b[column]. -#}
+# macro product(s, a, b, stage)
+# for c in range(column_fragments)
+# for r in range(row_fragments)
+    var {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+# endfor
+# for f in range(fragments[a])
+    {
+      let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
+# for r in range(row_fragments)
+      {{ s }}_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column, {{ s }}_{{ r }}_{{ c }});
+# endfor
+    }
+# endfor
+# endfor
+# endmacro
+
+{#- Stores a row of score fragments, and waits for it. -#}
+# macro store_rows(s, r)
+# for c in range(column_fragments)
+    coopStoreT({{ s }}_{{ r }}_{{ c }}, &score_rows[subgroup_scores + {{ c * side // 4 }}u], SCORE_ROW);
+# endfor
+    {{ sync() }}
+# endmacro
+
+{#- Loads a row of score fragments by rows. In bf16 the token scales of the columns' first (0) or second (1) operand are taken out. -#}
+# macro load_rows(x, r, which)
+# for n in range(lane_quads)
+    var {{ x }}_{{ r }}_{{ n }} = score_rows[score_at + {{ n * lanes // side }}u]{% if column_scales %} * {{ column_inverse(n, which) }}{% endif %};
+# endfor
+    {{ sync() }}
+# endmacro
+
+{#- Stores P, or dS, in f16 as the P tile for `accumulate`, and waits for it. -#}
+# macro store_p(x)
+# for r, n in pairs(row_fragments, lane_quads)
+    p_tile[p_at + {{ r * side * p_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
+# endfor
+    {{ sync() }}
+# endmacro
+
+{#- Combines a number of each lane of a row, by "max" or "sum". -#}
+# macro reduce_row(x, op)
+# for n in [1, 2]
+# if n < lanes // side
+  {{ x }} = {{ "max(%s, subgroupShuffleXor(%s, %su))" | format(x, x, n) if op == "max" else "%s + subgroupShuffleXor(%s, %su)" | format(x, x, n) }};
+# endif
+# endfor
+# endmacro
+
+{#- x[row] += sum over columns of P[row, column] * b[column]. -#}
+# macro accumulate(x, b, stage)
+# for c in range(column_fragments)
+    {
+# for r in range(row_fragments)
+      let left_{{ r }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&p_tile[subgroup_p + {{ r * side * p_row + c * side // 4 }}u], P_ROW);
+# endfor
+# for f in range(fragments[b])
+      {
+        let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
+# for r in range(row_fragments)
+        {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd(left_{{ r }}, column, {{ x }}_{{ r }}_{{ f }});
+# endfor
+      }
+# endfor
+    }
+# endfor
+# endmacro
+
+{#- Stores one fragment of an accumulator. -#}
+# macro store_fragment(x)
+    {{ sync() }}
+    coopStoreT({{ x }}, &score_rows[subgroup_scores], SCORE_ROW);
+    {{ sync() }}
+# endmacro
+
+{#- Multiplies the rows of an accumulator, through workgroup memory. Few tiles do. -#}
+# macro rescale(x, operand, factor)
+# for r, f in pairs(row_fragments, fragments[operand])
+{{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+# for n in range(fragment_quads)
+# call each_quad(n)
+      score_rows[score_at - part + quad] *= {{ factor ~ r }};
+# endcall
+# endfor
+      {{ sync() }}
+      {{ x }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
+# endfor
+      {{ sync() }}
+# endmacro
+
+{#- Writes an accumulator times `factor`. A factor that ends with "_" is the stem of a name, which each row completes with its number. With
+    `o_rest` the rounding error of o is written, too. -#}
+# macro store(x, operand, factor)
+# for r in range(row_fragments)
+  {
+    let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
+# if o_rest
+    let rest_base = o_rest_base + row_{{ r }} * params.o_rest.seq;
+# endif
+# for f in range(fragments[operand])
+{{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+# for n in range(fragment_quads)
+# call each_quad(n)
+      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
+        let result = score_rows[score_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
+        fallback_{{ r }} = fallback_{{ r }} || !is_finite4(result);
+        store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
+# if o_rest
+        store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
+# endif
+      }
+# endcall
+# endfor
+# endfor
+  }
+# endfor
+# endmacro
+
+{#- Whether `flag`, which is the same in all lanes of a subgroup, holds in any subgroup. All subgroups have read their columns then. -#}
+# macro any_subgroup(name, flag)
+    workgroupBarrier();
+    if (lane == 0u) { score_rows[subgroup] = vec4<f32>(select(0.0, 1.0, {{ flag }})); }
+    workgroupBarrier();
+    {{ name }} = false;
+    for (var n = 0u; n < {{ subgroups }}u; n += 1u) { {{ name }} = {{ name }} || score_rows[n].x > 0.0; }
+# endmacro

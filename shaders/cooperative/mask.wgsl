@@ -1,0 +1,55 @@
+{#- Hidden pairs of a score tile.
+    Needs: cooperative/fragments.wgsl, mask.wgsl; with a mask mask_words.wgsl and the span of tile_loops.wgsl.
+    Declares: the macros below; `mask_words_R` and `mask_R`, the mask's bits of the lane's rows. -#}
+# from "cooperative/fragments.wgsl" import quad_column
+
+{#- Loads the mask's bits of each of a lane's rows and the 64 columns around a tile, where the mask hides pairs of the tile's span. -#}
+# macro fetch_mask(tile)
+# if mask_words
+  if (span.kind != 1u) {
+    let first_word = {{ "(" ~ tile ~ " * TILE_COLUMNS)" if rows_are_keys else "first_column(tiles, " ~ tile ~ ")" }} / 64u * 2u;
+# for r in range(row_fragments)
+    mask_words_{{ r }} = vec2<u32>(mask_word(seq, row_{{ r }}, first_word), mask_word(seq, row_{{ r }}, first_word + 1u));
+# endfor
+  }
+# endif
+# endmacro
+
+{#- The bits of the 32 columns around a tile. The next span's bits come after. -#}
+# macro mask_of_tile()
+# if mask_words
+# for r in range(row_fragments)
+    let mask_{{ r }} = select(mask_words_{{ r }}.x, mask_words_{{ r }}.y, (column0 & 32u) != 0u) >> (column0 % 32u);
+# endfor
+# endif
+# endmacro
+
+{#- The columns of a lane's n-th quad that its r-th row sees by the band. -#}
+{%- macro visible(r, n) %}visible4(seq, row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
+
+{#- Sets hidden pairs to `value`, whatever was computed for them, and their numbers in `also` to 0. Written as a loop that runs at most
+    once: with an `if`, NVIDIA's compiler moves the registers of fragments. -#}
+# macro hide(x, value, also="", before="")
+    var hides_{{ before ~ x }} = is_partial{{ " || mask_partial" if mask }};
+    loop {
+      if (!hides_{{ before ~ x }}) { break; }
+      hides_{{ before ~ x }} = false;
+# for r in range(row_fragments)
+# if mask_words
+      // A bit for each column.
+      var visible_{{ r }} = select(0xffffffffu, mask_{{ r }}, mask_partial);
+      if (is_partial) { visible_{{ r }} &= visible_bits(seq, row_{{ r }}, column0); }
+      visible_{{ r }} >>= 4u * part;
+# endif
+# for n in range(lane_quads)
+      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {% if mask_words %}(vec4<u32>(visible_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>(){% else %}{{ visible(r, n) }}{% if mask %} & mask4(seq, row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endif %});
+# if also
+      {{ also }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ also }}_{{ r }}_{{ n }}, {{ x }}_{{ r }}_{{ n }} != vec4<f32>());
+# endif
+# endfor
+# endfor
+    }
+# endmacro
+
+{#- The bits of a lane's n-th quad. The caller has shifted them by the lane's place in its row. -#}
+{%- macro quad_bits(n) %}vec4<u32>({% for e in [1, 2, 4, 8] %}{{ ", " if e > 1 }}{{ e * 2 ** (4 * n * lanes // side) }}u{% endfor %}){% endmacro -%}

@@ -1,0 +1,89 @@
+{#- The loops over tiles of columns.
+    Needs: `main` of tile_main.wgsl around them, mask.wgsl; with a mask mask_tiles.wgsl.
+    Declares: loops around what the caller writes, with `tile`, `column0` and `is_partial`. Cooperative kernels with a mask keep the span of
+    tiles of one class (`span`), `mask_partial`, the mask's bits of a tile, and `next_visible`, the next tile that the mask leaves
+    visible. -#}
+# import "cooperative/mask.wgsl" as masking
+
+{#- The first tile of which the mask shows something, as `first_tile`. -#}
+# macro first_tile()
+# if cooperative
+  var classes = Classes(0u, 0xffffffffu);
+  var span = visible_span({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+  let first_tile = span.first;
+  var next_visible = first_tile;
+# else
+  let first_tile = visible_tile({{ class_arguments }}, tiles, row0, row_end, tiles.first);
+# endif
+# endmacro
+
+{#- The mask's bits of a tile, and the next tile that the mask leaves visible: where a span ends, the one after it. -#}
+# macro next_span()
+    let mask_partial = span.kind != 1u;
+{{ masking.mask_of_tile() }}
+    next_visible = tile + 1u;
+    var span_ends = next_visible >= span.end;
+    // A loop that runs at most once, as in `hide`.
+    loop {
+      if (!span_ends) { break; }
+      span_ends = false;
+      span = visible_span({{ class_arguments }}, tiles, row0, row_end, {{ "next_visible" if rows_are_keys else "next_tile(tiles, tile)" }});
+      next_visible = span.first;
+{{ masking.fetch_mask("next_visible") }}
+    }
+# endmacro
+
+{#- Whether pairs of the tile are hidden one by one. -#}
+# macro begin_tile(column0, full_arguments, class_ranges)
+    let column0 = {{ column0 }};
+# if cooperative
+    let is_partial = !is_full({{ full_arguments }});
+# if mask
+{{ next_span() }}
+# endif
+# elif bias
+    // Any number of the bias may be -infinity.
+    let is_partial = true;
+# else
+    let is_partial = !is_full({{ full_arguments }}){% if mask %} || tile_class({{ class_arguments }}, {{ class_ranges }}) != 1u{% endif %};
+# endif
+# endmacro
+
+{#- Over the tiles of keys that a tile of queries sees; `walk` is the first loop of a kernel that finds units. -#}
+# macro key_loop(walk=false)
+  for (var tile = {{ "first_tile" if mask else ("walk_tile" if walk else "tiles.first") }}; tile < tiles.end; tile = {{ "next_visible" if cooperative and mask else ("next_of_walk" if walk else following) }}) {
+{{ begin_tile("first_column(tiles, tile)", "seq, full, column0", "row0, row_end, column0, column0 + TILE_COLUMNS") }}
+{{ caller() }}
+  }
+# endmacro
+
+{#- Over the tiles of queries of one head that see a tile of keys. -#}
+# macro query_loop(walk=false)
+    for (var tile = {{ ("first_tile" if mask else "walk_tile") if walk else "first_tile" }}; tile < tiles.end; tile = {{ "next_visible" if cooperative and mask else ("next_of_walk" if walk else following) }}) {
+{{ begin_tile("tile * TILE_COLUMNS", "full, column0", "column0, column0 + TILE_COLUMNS, row0, row_end") }}
+{{ caller() }}
+    }
+# endmacro
+
+{#- Over the query heads of a group, as long as `condition` holds: where the operands of queries lie, and the first tile. -#}
+# macro head_loop(condition="")
+  for (var head = work.head; {{ condition ~ " && " if condition }}head < work.head + params.heads / params.kv_heads; head += 1u) {
+# for operand in ["q", "d_o"]
+    let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head) + seq.q_start * params.{{ operand }}.seq;
+# endfor
+    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
+# if column_scales
+    let scales_base = operand_base(params.query_scales, work.batch, head) + seq.q_start;
+# endif
+# if modified or hides
+    begin_pairs(work.sequence, work.batch, head);
+# endif
+# if mask
+    let class_base = operand_base(params.mask_classes, work.sequence, head);
+{{ first_tile() }}
+# else
+    let first_tile = tiles.first;
+# endif
+{{ caller() }}
+  }
+# endmacro
