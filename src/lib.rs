@@ -335,56 +335,79 @@
 //!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
+#![cfg_attr(
+    not(feature = "gpu"),
+    allow(dead_code, unused_imports, reason = "the operator uses what problems and plans alone do not")
+)]
+
 // Each imports only from those above it; docs/architecture.md.
+#[cfg(feature = "gpu")]
 mod attention;
+#[cfg(feature = "cpu")]
 mod cache;
+#[cfg(feature = "cpu")]
 pub mod cpu;
 mod device;
+#[cfg(feature = "gpu")]
 mod exec;
 pub mod file;
 mod kernel;
 mod plan;
 mod problem;
+#[cfg(feature = "gpu")]
 mod stream;
-#[cfg(any(test, feature = "testing"))]
+#[cfg(feature = "testing")]
 pub mod testing;
-#[cfg(not(target_family = "wasm"))]
+#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 mod timing;
 
+#[cfg(feature = "gpu")]
 pub use attention::Attention;
+#[cfg(feature = "gpu")]
 pub use cache::{
-    AppendBuffers, CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiles, DecodeTiling,
-    KvCache, Prefill, PrefillBuffers, PreparedAppend, PreparedCacheBackward, PreparedDecode, PreparedPrefill,
-    Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling, RotaryStyle, Step, StepPass, Yarn,
+    AppendBuffers, CacheBackwardBuffers, DecodeBuffers, KvCache, PrefillBuffers, PreparedAppend, PreparedCacheBackward,
+    PreparedDecode, PreparedPrefill, Step, StepPass,
 };
+#[cfg(feature = "cpu")]
+pub use cache::{Prefill, RotaryFrequencies, RotaryScaling, Yarn};
+#[cfg(feature = "gpu")]
 pub use device::buffer::TensorView;
-pub use device::capabilities::{
-    Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, device_descriptor, is_software,
-};
+pub use device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
+#[cfg(feature = "gpu")]
 pub use device::{
     ADAPTER_VARIABLE, BufferElement, Device, DeviceBuffer, DeviceChoice, DeviceReason, Selection, adapters, describe,
+    device_descriptor, is_software,
 };
+#[cfg(feature = "gpu")]
 pub use exec::pipeline::DUMP_VARIABLE;
+#[cfg(feature = "gpu")]
 pub use exec::prepared::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 #[cfg(feature = "safetensors")]
 pub use file::values::Values;
 pub use half;
 pub use kernel::tile::Tiling;
+pub use kernel::tile::decode::DecodeTiles;
 pub use kernel::tile::portable::Tiles;
 pub use kernel::{Kernel, MicroKernel, Variant};
+pub use plan::decode::Decode;
+pub use plan::splits::DecodeTiling;
 pub use plan::tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
 pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
+pub use problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
 pub use problem::element::{BufferType, DType, Element};
 pub use problem::error::{Error, Result};
 pub use problem::mask::{Band, KeyTiles};
+pub use problem::row_format::Quantisation;
 pub use problem::varlen::{Lengths, Sequence};
 pub use problem::{
     Alignment, Axes, Bias, Gradients, Inputs, Layout, MaskData, MaskPacking, Options, Output, PartialState, Problem,
     Shape, SinkLogits, Upstream, Window, pack_mask,
 };
+#[cfg(feature = "gpu")]
 pub use stream::{Stream, StreamShape};
-#[cfg(not(target_family = "wasm"))]
+#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 pub use timing::{Clock, Series, Timer};
+#[cfg(feature = "gpu")]
 pub use wgpu;
 
 /// The code in the README compiles.

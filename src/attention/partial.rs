@@ -10,7 +10,7 @@ use crate::device::buffer::{TensorView, allocate, download, upload};
 use crate::exec::prepared::{ForwardBuffers, MergeBuffers, Prepared};
 use crate::problem::element::{DType, Element};
 use crate::problem::error::{Error, Result};
-use crate::problem::{Gradients, Inputs, Output, PartialState, Problem, SinkLogits, Upstream, check_length};
+use crate::problem::{Gradients, Inputs, Output, PartialState, Problem, Upstream};
 
 impl PartialState {
     /// The results of a forward pass, unrounded.
@@ -20,12 +20,6 @@ impl PartialState {
             None => T::widen(&output.o).into_owned(),
         };
         PartialState { o, lse: output.lse }
-    }
-
-    /// As the results of a forward pass.
-    pub(crate) fn narrow<T: Element>(self) -> Output<T> {
-        let o_rest = (T::DTYPE != DType::F32).then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
-        Output { o: T::narrow(self.o), o_rest, lse: self.lse }
     }
 }
 
@@ -341,43 +335,4 @@ impl Attention {
 fn check_without_sinks(given: bool) -> Result<()> {
     let hint = "a partial state has none; finish applies them once";
     if given { Err(Error::UnexpectedOperand { operand: "sink_logits", hint }) } else { Ok(()) }
-}
-
-impl Problem {
-    /// Checks a partial state against the problem.
-    ///
-    /// # Errors
-    /// [`Error::OperandLength`].
-    pub fn check_state(&self, state: &PartialState) -> Result<()> {
-        check_length("o of a partial state", state.o.len(), &self.o_shape())?;
-        check_length("lse of a partial state", state.lse.len(), &self.lse_shape())
-    }
-
-    /// Checks what the last step of partial states takes.
-    ///
-    /// # Errors
-    /// Those of [`check_state`](Self::check_state); [`Error::WrongElementType`]; [`Error::MissingOperand`],
-    /// [`Error::UnexpectedOperand`] and [`Error::OperandLength`] of the sink logits.
-    pub fn check_finish<T: Element>(&self, state: &PartialState, sink_logits: Option<&[f32]>) -> Result<()> {
-        if T::DTYPE != self.options().dtype {
-            return Err(Error::WrongElementType { operands: T::DTYPE, options: self.options().dtype });
-        }
-        self.check_state(state)?;
-        self.check_sink_logits(sink_logits)
-    }
-
-    /// Checks the operands of a shard without keys.
-    fn check_no_keys<T: Element>(&self, inputs: &Inputs<'_, T>) -> Result<()> {
-        if T::DTYPE != self.options().dtype {
-            return Err(Error::WrongElementType { operands: T::DTYPE, options: self.options().dtype });
-        }
-        check_length("q", inputs.q.len(), &self.q_shape())?;
-        for (operand, slice) in [("k", inputs.k), ("v", inputs.v)] {
-            check_length(operand, slice.len(), &[0])?;
-        }
-        match self.options().sink_logits {
-            SinkLogits::PerHead if inputs.sink_logits.is_none() => Ok(()),
-            _ => self.check_sink_logits(inputs.sink_logits),
-        }
-    }
 }

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::reference::Denominator;
 use super::rows::rows;
-use crate::problem::element::Element;
+use crate::problem::element::{DType, Element};
 use crate::problem::error::Result;
 use crate::problem::host::PartialState;
 use crate::problem::{Layout, Output, Problem, SinkLogits};
@@ -31,6 +31,14 @@ pub fn finish<T: Element>(problem: &Problem, state: &PartialState, sink_logits: 
         SinkLogits::PerHead => sink_logits.map(|sink_logits| sink_logits[head].into()),
     };
     Ok(merge_with(problem, &[state], sink).narrow())
+}
+
+impl PartialState {
+    /// As the results of a forward pass.
+    pub(crate) fn narrow<T: Element>(self) -> Output<T> {
+        let o_rest = (T::DTYPE != DType::F32).then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
+        Output { o: T::narrow(self.o), o_rest, lse: self.lse }
+    }
 }
 
 fn merge_with(problem: &Problem, states: &[&PartialState], sink: impl Fn(usize) -> Option<f64> + Sync) -> PartialState {

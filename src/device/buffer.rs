@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 
-use super::{Device, note_buffer};
+use crate::device::open::{Device, note_buffer};
 use crate::problem::element::{BufferType, sealed};
 use crate::problem::error::{Error, Result};
 

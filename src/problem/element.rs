@@ -5,6 +5,7 @@ use std::fmt;
 
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
+#[cfg(feature = "cpu")]
 use rayon::prelude::*;
 
 /// Element type of q, k, v, o and their gradients. lse, the sink logits and their gradients are f32 in every case.
@@ -113,6 +114,17 @@ impl Element for f32 {
 /// Elements that a thread converts at a time.
 const CHUNK: usize = 1 << 14;
 
+/// Converts chunk by chunk, on all cores where the CPU path is there.
+#[cfg(feature = "cpu")]
+fn in_chunks<A: Send, B: Sync>(into: &mut [A], from: &[B], convert: impl Fn(&mut [A], &[B]) + Sync) {
+    into.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(into, from)| convert(into, from));
+}
+
+#[cfg(not(feature = "cpu"))]
+fn in_chunks<A, B>(into: &mut [A], from: &[B], convert: impl Fn(&mut [A], &[B])) {
+    convert(into, from);
+}
+
 macro_rules! half_element {
     ($type:ty, $dtype:expr, $rest:expr, $whole:expr) => {
         impl Element for $type {
@@ -136,15 +148,13 @@ macro_rules! half_element {
 
             fn widen(x: &[Self]) -> Cow<'_, [f32]> {
                 let mut wide = vec![0.0; x.len()];
-                let chunks = wide.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-                chunks.for_each(|(wide, x)| x.convert_to_f32_slice(wide));
+                in_chunks(&mut wide, x, |wide, x| x.convert_to_f32_slice(wide));
                 Cow::Owned(wide)
             }
 
             fn narrow(x: Vec<f32>) -> Vec<Self> {
                 let mut narrow = vec![<$type>::ZERO; x.len()];
-                let chunks = narrow.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-                chunks.for_each(|(narrow, x)| narrow.convert_from_f32_slice(x));
+                in_chunks(&mut narrow, &x, |narrow, x| narrow.convert_from_f32_slice(x));
                 narrow
             }
         }

@@ -203,6 +203,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// A buffer of the caller's was created without a usage that is needed.
+    #[cfg(feature = "gpu")]
     #[error("buffer of {operand} lacks usage {needed:?}, it has {actual:?}")]
     BufferUsage {
         /// Name of the operand.

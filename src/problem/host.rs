@@ -286,3 +286,42 @@ fn check_optional(
         (None, None) => Ok(()),
     }
 }
+
+impl Problem {
+    /// Checks a partial state against the problem.
+    ///
+    /// # Errors
+    /// [`Error::OperandLength`].
+    pub fn check_state(&self, state: &PartialState) -> Result<()> {
+        check_length("o of a partial state", state.o.len(), &self.o_shape())?;
+        check_length("lse of a partial state", state.lse.len(), &self.lse_shape())
+    }
+
+    /// Checks what the last step of partial states takes.
+    ///
+    /// # Errors
+    /// Those of [`check_state`](Self::check_state); [`Error::WrongElementType`]; [`Error::MissingOperand`],
+    /// [`Error::UnexpectedOperand`] and [`Error::OperandLength`] of the sink logits.
+    pub fn check_finish<T: Element>(&self, state: &PartialState, sink_logits: Option<&[f32]>) -> Result<()> {
+        if T::DTYPE != self.options().dtype {
+            return Err(Error::WrongElementType { operands: T::DTYPE, options: self.options().dtype });
+        }
+        self.check_state(state)?;
+        self.check_sink_logits(sink_logits)
+    }
+
+    /// Checks the operands of a shard without keys.
+    pub(crate) fn check_no_keys<T: Element>(&self, inputs: &Inputs<'_, T>) -> Result<()> {
+        if T::DTYPE != self.options().dtype {
+            return Err(Error::WrongElementType { operands: T::DTYPE, options: self.options().dtype });
+        }
+        check_length("q", inputs.q.len(), &self.q_shape())?;
+        for (operand, slice) in [("k", inputs.k), ("v", inputs.v)] {
+            check_length(operand, slice.len(), &[0])?;
+        }
+        match self.options().sink_logits {
+            SinkLogits::PerHead if inputs.sink_logits.is_none() => Ok(()),
+            _ => self.check_sink_logits(inputs.sink_logits),
+        }
+    }
+}

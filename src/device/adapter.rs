@@ -1,0 +1,194 @@
+//! What an adapter or a device of wgpu offers, and what to request of it.
+
+use crate::device::capabilities::{
+    Capabilities, CooperativeMatrices, DeviceClass, LLVMPIPE_LOOP_ITERATIONS, Multiprocessor,
+};
+
+impl CooperativeMatrices {
+    /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
+    ///
+    /// # Errors
+    /// The reason, in words, where kernels cannot use cooperative matrices on it.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Result<Self, String> {
+        let features = device_descriptor(adapter).required_features;
+        cooperative(&adapter.get_info(), features, &adapter.cooperative_matrix_properties())
+    }
+}
+
+/// What bounds the workgroups that run at a time, where that is known.
+fn multiprocessor(class: DeviceClass, backend: wgpu::Backend) -> Option<Multiprocessor> {
+    match (class, backend) {
+        (DeviceClass::Nvidia, wgpu::Backend::Vulkan) => Some(Multiprocessor::NVIDIA_VULKAN),
+        _ => None,
+    }
+}
+
+impl Capabilities {
+    /// Reads what a device was created with. Only its adapter knows of cooperative matrices: without it there are none.
+    pub fn of(device: &wgpu::Device, adapter: Option<&wgpu::Adapter>) -> Self {
+        let (info, features) = (device.adapter_info(), device.features());
+        let matrices =
+            |adapter: &wgpu::Adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()).ok();
+        let cooperative = adapter.and_then(matrices);
+        Capabilities { cooperative, ..Capabilities::new(&info, &device.limits(), features) }
+    }
+
+    /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
+        let descriptor = device_descriptor(adapter);
+        let cooperative = CooperativeMatrices::of_adapter(adapter).ok();
+        let capabilities =
+            Capabilities::new(&adapter.get_info(), &descriptor.required_limits, descriptor.required_features);
+        Capabilities { cooperative, ..capabilities }
+    }
+
+    pub(crate) fn new(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Self {
+        Capabilities {
+            name: info.name.clone(),
+            class: class(info),
+            workgroup_bytes: limits.max_compute_workgroup_storage_size,
+            workgroup_threads: limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
+            grid_dimension: limits.max_compute_workgroups_per_dimension,
+            storage_buffers: limits.max_storage_buffers_per_shader_stage,
+            binding_bytes: limits.max_storage_buffer_binding_size,
+            buffer_bytes: limits.max_buffer_size,
+            offset_alignment: limits.min_storage_buffer_offset_alignment,
+            timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            cooperative: None,
+            multiprocessor: multiprocessor(class(info), info.backend),
+            loop_iterations: is_llvmpipe(info).then_some(LLVMPIPE_LOOP_ITERATIONS),
+        }
+    }
+}
+
+/// Whether an adapter computes on the CPU. Drivers say so, and browsers of their fallback adapter; a browser that was started
+/// with such a driver as its only one may not, but for the driver's name.
+pub fn is_software(info: &wgpu::AdapterInfo) -> bool {
+    const NAMES: [&str; 5] = ["swiftshader", "llvmpipe", "lavapipe", "softpipe", "basic render"];
+    let named = |text: &str| NAMES.iter().any(|name| text.to_lowercase().contains(name));
+    info.device_type == wgpu::DeviceType::Cpu
+        || [&info.name, &info.driver, &info.driver_info].into_iter().any(|t| named(t))
+}
+
+/// What a host application should request of its adapter for this crate's kernels to run at their best:
+/// all the workgroup memory, threads and buffer sizes there are, and timestamps and pipeline caches where they exist.
+///
+/// Every WebGPU adapter will do. With smaller limits the kernels still run, with smaller tiles.
+pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {
+    let offered = adapter.limits();
+    let required_limits = wgpu::Limits {
+        max_compute_workgroup_storage_size: offered.max_compute_workgroup_storage_size,
+        max_compute_invocations_per_workgroup: offered.max_compute_invocations_per_workgroup,
+        max_compute_workgroup_size_x: offered.max_compute_workgroup_size_x,
+        max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
+        max_storage_buffers_per_shader_stage: offered.max_storage_buffers_per_shader_stage.min(16),
+        max_buffer_size: offered.max_buffer_size,
+        min_storage_buffer_offset_alignment: offered.min_storage_buffer_offset_alignment,
+        ..wgpu::Limits::defaults().or_worse_values_from(&offered)
+    };
+    wgpu::DeviceDescriptor {
+        label: Some("sink-attention"),
+        required_features: adapter.features()
+            & (wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE | cooperative_features()),
+        required_limits,
+        // SAFETY: experimental features may be unsound; cooperative matrices are the only one asked for, and are used by this
+        // crate's own kernels alone, which keep to what their operations require.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+        ..Default::default()
+    }
+}
+
+/// Features that the cooperative kernels need.
+pub(crate) fn cooperative_features() -> wgpu::Features {
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+        | wgpu::Features::SHADER_F16
+        | wgpu::Features::SUBGROUP
+        | wgpu::Features::SUBGROUP_BARRIER
+}
+
+/// The largest fragments of f16 with sums in f32, where subgroups have one size only: a kernel cannot ask for one. The
+/// reason where there are none.
+fn cooperative(
+    info: &wgpu::AdapterInfo,
+    features: wgpu::Features,
+    offered: &[wgpu::CooperativeMatrixProperties],
+) -> Result<CooperativeMatrices, String> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let missing = cooperative_features() - features;
+    if !missing.is_empty() {
+        let names: Vec<&str> = missing.iter_names().map(|(name, _)| name).collect();
+        return Err(format!("the driver or wgpu lacks {}", names.join(", ")));
+    }
+    let [least, lanes] = [info.subgroup_min_size, info.subgroup_max_size];
+    if least != lanes {
+        return Err(format!("subgroups have {least} to {lanes} lanes, and a kernel cannot ask for one size"));
+    }
+    let is_usable = |p: &&wgpu::CooperativeMatrixProperties| {
+        let side = p.m_size;
+        // A row of a fragment is shared by 1 to 4 lanes.
+        let fits = [8, 16].contains(&side) && [1, 2, 4].iter().any(|n| n * side == lanes);
+        fits && [p.n_size, p.k_size] == [side; 2] && (p.ab_type, p.cr_type) == (F16, F32)
+    };
+    let side = offered.iter().filter(is_usable).map(|p| p.m_size).max();
+    let in_step = is_llvmpipe(info);
+    side.map(|side| CooperativeMatrices { side, lanes, in_step }).ok_or_else(|| {
+        let name = |p: &wgpu::CooperativeMatrixProperties| {
+            format!("{}x{}x{} of {:?} in {:?}", p.m_size, p.n_size, p.k_size, p.ab_type, p.cr_type)
+        };
+        let offered: Vec<String> = offered.iter().map(name).collect();
+        let offered = if offered.is_empty() { "none".into() } else { offered.join(", ") };
+        format!("of f16 with sums in f32, 8x8x8 or 16x16x16 by 1 to 4 lanes a row are needed; for {lanes} lanes there are {offered}")
+    })
+}
+
+fn is_llvmpipe(info: &wgpu::AdapterInfo) -> bool {
+    info.name.starts_with("llvmpipe")
+}
+
+fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
+    const PCI_VENDORS: [(u32, DeviceClass); 4] = [
+        (0x10de, DeviceClass::Nvidia),
+        (0x1002, DeviceClass::Amd),
+        (0x8086, DeviceClass::Intel),
+        (0x106b, DeviceClass::Apple),
+    ];
+    if is_software(info) {
+        return DeviceClass::Software;
+    }
+    let by_vendor = PCI_VENDORS.iter().find(|(vendor, _)| *vendor == info.vendor).map(|(_, class)| *class);
+    // Metal reports no PCI vendor.
+    by_vendor.unwrap_or(if info.name.starts_with("Apple") { DeviceClass::Apple } else { DeviceClass::Other })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_or_the_reason() {
+        use wgpu::CooperativeScalarType::{F16, F32};
+        let mut info = wgpu::AdapterInfo::new(wgpu::DeviceType::DiscreteGpu, wgpu::Backend::Vulkan);
+        (info.subgroup_min_size, info.subgroup_max_size) = (32, 32);
+        let of = |size: u32, sums| wgpu::CooperativeMatrixProperties {
+            m_size: size,
+            n_size: size,
+            k_size: size,
+            ab_type: F16,
+            cr_type: sums,
+            saturating_accumulation: false,
+        };
+        let all = cooperative_features();
+        let matrices = |side| Ok(CooperativeMatrices { side, lanes: 32, in_step: false });
+        assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F32), of(16, F16)]), matrices(16));
+        assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F16), of(32, F32)]), matrices(8));
+        let told = |info: &_, features, offered: &[_], message: &str| {
+            let reason = cooperative(info, features, offered).unwrap_err();
+            assert!(reason.contains(message), "no {message:?} in {reason}");
+        };
+        told(&info, all, &[], "32 lanes there are none");
+        told(&info, all, &[of(16, F16)], "16x16x16 of F16 in F16");
+        told(&info, all - wgpu::Features::SHADER_F16, &[of(16, F32)], "lacks SHADER_F16");
+        info.subgroup_max_size = 64;
+        told(&info, all, &[of(16, F32)], "32 to 64 lanes");
+    }
+}

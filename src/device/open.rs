@@ -1,0 +1,349 @@
+//! Finding a device, and what to ask of it.
+
+use std::cell::RefCell;
+use std::fmt;
+#[cfg(not(target_family = "wasm"))]
+use std::sync::OnceLock;
+
+use crate::device::adapter::{device_descriptor, is_software};
+use crate::device::capabilities::Capabilities;
+use crate::problem::error::{Error, Result};
+
+/// Environment variable that names the device of [`DeviceChoice::from_env`].
+pub const ADAPTER_VARIABLE: &str = "SINK_ATTENTION_ADAPTER";
+
+/// Where to compute.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The best GPU, or the CPU path where there is none: a software adapter (Mesa's llvmpipe, SwiftShader in browsers) is no
+    /// GPU here, for it is 10 to 25 times slower than the CPU path.
+    #[default]
+    Auto,
+    /// The best GPU adapter, a software one where there is no other; an error where there is none. For calls that need a
+    /// GPU device: those on buffers, and caches on the GPU.
+    Gpu,
+    /// The GPU adapter with this index in [`adapters`], or the best one whose name contains this text,
+    /// upper and lower case alike.
+    Adapter(String),
+    /// The CPU path.
+    Cpu,
+}
+
+impl DeviceChoice {
+    /// What `SINK_ATTENTION_ADAPTER` says: an index or a part of a name, `cpu` for the CPU path, `gpu` for
+    /// [`DeviceChoice::Gpu`]; [`DeviceChoice::Auto`] where it is unset or empty.
+    pub fn from_env() -> Self {
+        match std::env::var(ADAPTER_VARIABLE) {
+            Ok(name) if name.eq_ignore_ascii_case("cpu") => DeviceChoice::Cpu,
+            Ok(name) if name.eq_ignore_ascii_case("gpu") => DeviceChoice::Gpu,
+            Ok(name) if !name.is_empty() => DeviceChoice::Adapter(name),
+            _ => DeviceChoice::Auto,
+        }
+    }
+
+    /// Which of the [`adapters`], given by what they say of themselves and in their order, this choice calls for, and why.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`].
+    pub fn select(&self, adapters: &[wgpu::AdapterInfo]) -> Result<Selection> {
+        let asked = |adapter| Ok(Selection { adapter, reason: DeviceReason::Asked });
+        match self {
+            DeviceChoice::Cpu => asked(None),
+            DeviceChoice::Auto => Ok(match (adapters.iter().position(|info| !is_software(info)), adapters.first()) {
+                (Some(index), _) => Selection { adapter: Some(index), reason: DeviceReason::BestGpu },
+                (None, Some(info)) => Selection { adapter: None, reason: DeviceReason::OnlySoftware(describe(info)) },
+                (None, None) => Selection { adapter: None, reason: DeviceReason::NoAdapter },
+            }),
+            DeviceChoice::Gpu if adapters.is_empty() => Err(Error::NoAdapter),
+            DeviceChoice::Gpu => asked(Some(0)),
+            DeviceChoice::Adapter(wanted) => {
+                let names: Vec<String> = adapters.iter().map(describe).collect();
+                let by_index = wanted.parse().ok().filter(|&index: &usize| index < names.len());
+                let needle = wanted.to_lowercase();
+                let index = by_index.or_else(|| names.iter().position(|n| n.to_lowercase().contains(&needle)));
+                let index = index.ok_or(Error::AdapterNotFound { wanted: wanted.clone(), available: names })?;
+                asked(Some(index))
+            }
+        }
+    }
+}
+
+/// What a [`DeviceChoice`] comes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Selection {
+    /// Index of the adapter; `None` is the CPU path.
+    pub adapter: Option<usize>,
+    /// Why it is this one.
+    pub reason: DeviceReason,
+}
+
+/// Why an operator computes where it does, see [`Attention::device_reason`](crate::Attention::device_reason).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceReason {
+    /// The caller, or the environment variable, asked for this device.
+    Asked,
+    /// [`DeviceChoice::Auto`] found this GPU.
+    BestGpu,
+    /// [`DeviceChoice::Auto`] found no adapter, so that the CPU path computes.
+    NoAdapter,
+    /// [`DeviceChoice::Auto`] found software adapters alone, of which this is the best. They are slower than the CPU path,
+    /// which computes.
+    OnlySoftware(String),
+}
+
+impl fmt::Display for DeviceReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceReason::Asked => write!(f, "as asked for"),
+            DeviceReason::BestGpu => write!(f, "the best GPU there is"),
+            DeviceReason::NoAdapter => write!(f, "no GPU was found"),
+            DeviceReason::OnlySoftware(name) => write!(
+                f,
+                "no GPU was found; {name} is slower than this, and is taken where a GPU is asked for \
+                 ({ADAPTER_VARIABLE}=gpu)"
+            ),
+        }
+    }
+}
+
+/// One instance for all devices that this crate opens: wgpu tells buffers of other devices apart within an instance only.
+#[cfg(not(target_family = "wasm"))]
+fn instance() -> wgpu::Instance {
+    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
+    INSTANCE.get_or_init(|| wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle())).clone()
+}
+
+/// Browsers have one anyway, which no thread may hand to another.
+#[cfg(target_family = "wasm")]
+fn instance() -> wgpu::Instance {
+    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle())
+}
+
+/// All adapters that can compute, the best first: discrete, integrated, virtual, then software. They are of one
+/// [`wgpu::Instance`], the same in every call.
+pub async fn adapters() -> Vec<wgpu::Adapter> {
+    let instance = instance();
+    let mut adapters = instance.enumerate_adapters(wgpu::Backends::all()).await;
+    if adapters.is_empty() {
+        // Browsers do not enumerate; they hand out one adapter on request.
+        adapters.extend(instance.request_adapter(&wgpu::RequestAdapterOptions::default()).await);
+    }
+    adapters.retain(|a| a.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
+    adapters.sort_by_key(|adapter| {
+        let info = adapter.get_info();
+        let kind = match info.device_type {
+            _ if is_software(&info) => 4,
+            wgpu::DeviceType::DiscreteGpu => 0,
+            wgpu::DeviceType::IntegratedGpu => 1,
+            wgpu::DeviceType::VirtualGpu => 2,
+            wgpu::DeviceType::Other => 3,
+            wgpu::DeviceType::Cpu => 4,
+        };
+        // One GPU can appear under several backends.
+        let backend = match info.backend {
+            wgpu::Backend::Vulkan | wgpu::Backend::Metal => 0,
+            _ => 1,
+        };
+        (kind, backend)
+    });
+    adapters
+}
+
+/// Name, kind and backend of an adapter, for people.
+pub fn describe(info: &wgpu::AdapterInfo) -> String {
+    let software = if is_software(info) { "software, " } else { "" };
+    // Browsers may keep the name to themselves.
+    let name = if info.name.is_empty() { "an adapter without a name" } else { &info.name };
+    format!("{name} ({software}{})", info.backend)
+}
+
+thread_local! {
+    /// Labels and bytes of the buffers that a scope has created: wgpu does not say for how many bytes there was no memory.
+    static CREATED: RefCell<Vec<(&'static str, u64)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Tells the scope on this thread of a buffer that is to be created in it.
+pub(crate) fn note_buffer(label: &'static str, bytes: u64) {
+    CREATED.with_borrow_mut(|created| created.push((label, bytes)));
+}
+
+/// A wgpu device with what it offers.
+#[derive(Debug, Clone)]
+pub struct Device {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    capabilities: Capabilities,
+}
+
+impl Device {
+    /// Wraps a device of the host application; see [`device_descriptor`] for what to request.
+    pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let capabilities = Capabilities::of(&device, None);
+        Device { device, queue, capabilities }
+    }
+
+    /// As [`from_wgpu`](Self::from_wgpu) with the adapter that the device is of: it tells whether the device has cooperative
+    /// matrices (tensor cores).
+    pub fn from_wgpu_on(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let capabilities = Capabilities::of(&device, Some(adapter));
+        Device { device, queue, capabilities }
+    }
+
+    /// Opens an adapter.
+    ///
+    /// # Errors
+    /// [`Error::DeviceRequest`].
+    pub async fn open(adapter: &wgpu::Adapter) -> Result<Self> {
+        let (device, queue) = adapter
+            .request_device(&device_descriptor(adapter))
+            .await
+            .map_err(|e| Error::DeviceRequest { adapter: adapter.get_info().name, reason: e.to_string() })?;
+        Ok(Device::from_wgpu_on(adapter, device, queue))
+    }
+
+    /// Opens what a choice calls for, and says why it is that; `None` is the CPU path.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
+    pub async fn choose(choice: &DeviceChoice) -> Result<(Option<Self>, DeviceReason)> {
+        if *choice == DeviceChoice::Cpu {
+            return Ok((None, DeviceReason::Asked));
+        }
+        let adapters = adapters().await;
+        let infos: Vec<wgpu::AdapterInfo> = adapters.iter().map(wgpu::Adapter::get_info).collect();
+        let Selection { adapter, reason } = choice.select(&infos)?;
+        match adapter {
+            Some(index) => Ok((Some(Device::open(&adapters[index]).await?), reason)),
+            None => Ok((None, reason)),
+        }
+    }
+
+    /// The wgpu device.
+    pub fn wgpu(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// Its queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    /// What it offers.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    /// Runs `work` and turns what wgpu reports of it into an error, where by default it would panic. `during` goes into
+    /// the message.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
+    pub async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        CREATED.take();
+        let result = work();
+        let created = CREATED.take();
+        // All scopes are closed before the first await: they belong to this thread.
+        let errors = [validation.pop(), internal.pop()];
+        let memory = memory.pop();
+        let lost = self.is_lost();
+        // Memory first: what was not allocated is invalid, which is reported too, and its lack may have cost the device.
+        if let Some(error) = memory.await {
+            // The source names the call and the buffer.
+            let source = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            let named = created.iter().find(|(label, _)| source.contains(&format!("'{label}'")));
+            let size = named.map_or(String::new(), |(label, bytes)| format!(" ({label} takes {bytes} bytes)"));
+            return Err(Error::OutOfMemory(format!("{during}: {source}{size}")));
+        }
+        // Of a lost device wgpu reports nothing, or what follows from it.
+        if lost.await {
+            return Err(Error::DeviceLost { during });
+        }
+        for error in errors {
+            if let Some(error) = error.await {
+                return Err(Error::Gpu { during, message: error.to_string() });
+            }
+        }
+        Ok(result)
+    }
+
+    /// Whether the device is lost; its one callback for that belongs to the host application. A mistake is reported on
+    /// every other device, and on a lost one nothing is.
+    fn is_lost(&self) -> impl Future<Output = bool> + use<> {
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let usage = wgpu::BufferUsages::empty();
+        let label = Some("sink-attention asks whether the device is there: this error is expected");
+        drop(self.device.create_buffer(&wgpu::BufferDescriptor { label, size: 4, usage, mapped_at_creation: false }));
+        // Closed before the first await, as all scopes.
+        let reported = validation.pop();
+        async move { reported.await.is_none() }
+    }
+
+    /// What a failed call comes to that reports by its result rather than to an error scope.
+    pub(crate) async fn failure(&self, during: &'static str, message: String) -> Error {
+        if self.is_lost().await { Error::DeviceLost { during } } else { Error::Gpu { during, message } }
+    }
+
+    /// Waits for the queue.
+    #[cfg(not(target_family = "wasm"))]
+    pub(crate) fn wait(&self) -> Result<(), String> {
+        // wgpu panics where the driver has lost the device meanwhile.
+        let poll = || self.device.poll(wgpu::PollType::wait_indefinitely());
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(poll)) {
+            Ok(polled) => polled.map(|_| ()).map_err(|error| error.to_string()),
+            Err(_) => Err("the driver gave up".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(name: &str, device_type: wgpu::DeviceType) -> wgpu::AdapterInfo {
+        wgpu::AdapterInfo { name: name.into(), ..wgpu::AdapterInfo::new(device_type, wgpu::Backend::Vulkan) }
+    }
+
+    #[test]
+    fn auto_takes_no_software_adapter() {
+        let llvmpipe = info("llvmpipe (LLVM 15.0.6, 256 bits)", wgpu::DeviceType::Cpu);
+        // As a browser may describe it.
+        let swiftshader = info("Google SwiftShader", wgpu::DeviceType::Other);
+        let gpu = info("Some GPU", wgpu::DeviceType::IntegratedGpu);
+        let select = |choice: &DeviceChoice, adapters: &[wgpu::AdapterInfo]| {
+            let Selection { adapter, reason } = choice.select(adapters).unwrap();
+            (adapter, reason)
+        };
+        let software = |name: &str| DeviceReason::OnlySoftware(name.into());
+        for (adapters, expected) in [
+            (vec![], (None, DeviceReason::NoAdapter)),
+            (vec![llvmpipe.clone()], (None, software("llvmpipe (LLVM 15.0.6, 256 bits) (software, vulkan)"))),
+            (vec![swiftshader.clone()], (None, software("Google SwiftShader (software, vulkan)"))),
+            (vec![gpu.clone(), llvmpipe.clone()], (Some(0), DeviceReason::BestGpu)),
+            // Whatever the order is.
+            (vec![swiftshader.clone(), gpu.clone()], (Some(1), DeviceReason::BestGpu)),
+        ] {
+            assert_eq!(select(&DeviceChoice::Auto, &adapters), expected, "{adapters:?}");
+            assert_eq!(select(&DeviceChoice::Cpu, &adapters), (None, DeviceReason::Asked));
+        }
+
+        for choice in [DeviceChoice::Gpu, DeviceChoice::Adapter("LLVMpipe".into()), DeviceChoice::Adapter("0".into())] {
+            assert_eq!(select(&choice, std::slice::from_ref(&llvmpipe)), (Some(0), DeviceReason::Asked), "{choice:?}");
+            assert!(matches!(
+                (choice.select(&[]), &choice),
+                (Err(Error::NoAdapter), DeviceChoice::Gpu)
+                    | (Err(Error::AdapterNotFound { .. }), DeviceChoice::Adapter(_))
+            ));
+        }
+    }
+
+    #[test]
+    fn a_reason_tells_how_to_get_the_software_adapter() {
+        let text = DeviceReason::OnlySoftware("llvmpipe (software, vulkan)".into()).to_string();
+        assert!(text.contains("llvmpipe (software, vulkan)") && text.contains("SINK_ATTENTION_ADAPTER=gpu"), "{text}");
+    }
+}
