@@ -1,5 +1,10 @@
-{#- The gradient by the bias: d_s, summed over the axes that the bias does not have of its own, in a fixed order. One workgroup
-    computes a tile of the bias; where all queries share a row of it, the tile has one row. -#}
+{#- The gradient by the bias. One workgroup computes a tile of the bias, in f32 and in a fixed order:
+
+      for each sequence, head and tile of queries that share this tile of the bias:
+        S, dP, dS as in d_q;  d_bias += dS               add
+
+    Where all queries share a row of the bias, the tile has one row. Softcap's derivative is no factor here, since the bias is added
+    after it. -#}
 # include "tiled.wgsl"
 # import micro_kernel ~ "/d_bias.wgsl" as micro
 # from "entry.wgsl" import main
@@ -14,7 +19,7 @@
   let tile = at.tile;
 # endif
   let column0 = tile * TILE_COLUMNS;
-  // Both count from 0 to 0 where the bias has no such axis of its own.
+  // Head and sequence are 0 where the bias does not have that axis.
   let own_head = at.head;
   let own_number = at.batch;
 
@@ -35,14 +40,12 @@
 # if mask
       let class_base = operand_base(params.mask_classes, number, head);
 # endif
-# if axes.seq_q
-      for (var row_tile = own_row_tile; row_tile < own_row_tile + 1u; row_tile += 1u) {
-# else
-      for (var row_tile = 0u; row_tile * TILE_ROWS < row_limit; row_tile += 1u) {
-# endif
+# set first_row_tile = "own_row_tile" if axes.seq_q else "0u"
+# set is_row_tile = "row_tile < own_row_tile + 1u" if axes.seq_q else "row_tile * TILE_ROWS < row_limit"
+      for (var row_tile = {{ first_row_tile }}; {{ is_row_tile }}; row_tile += 1u) {
         let row0 = row_tile * TILE_ROWS;
         let row_end = min(row0 + TILE_ROWS, row_limit);
-        // Nothing of it is visible, or there is nothing of it.
+        // The sequence ends before the tile, or no query of the tile sees a key of the tile of the bias.
         if (row0 >= row_limit) { continue; }
         let tiles = key_tiles(seq, row0, row_end);
         if (!((tile >= tiles.first && tile < tiles.sink_end) || (tile >= tiles.window && tile < tiles.end))) { continue; }

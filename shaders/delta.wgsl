@@ -1,9 +1,11 @@
-{#- delta_i = d_o_i . o_i - d_lse_i, what every d_s of a row has in common, and the row's share of the sink
-    logit's gradient, -exp(sink - lse_i) delta_i, summed over the workgroup's rows in a fixed order. In half precision
-    o comes with what its rounding took.
+{#- delta, which all dS of a row have in common. One workgroup computes 32 rows of a head, 8 threads a row:
 
-    The product is summed in the order in which the other kernels sum d_o . v: in a row that one key
-    dominates the two cancel, and then they cancel exactly. -#}
+      delta = d_o . o - d_lse                            half precision: o with its rounding error
+      row statistics = (lse, delta)                      half precision: also the unit of d_q
+      partial sum = sum over the rows of -exp(sink - lse) delta
+
+    The product is summed in the order in which the other kernels sum d_o . v. In a row that one key dominates the two cancel, and then
+    they cancel exactly. -#}
 # include "params.wgsl"
 # include "operands.wgsl"
 # include "exp.wgsl"
@@ -14,7 +16,7 @@
 # from "entry.wgsl" import main
 
 const ROWS: u32 = {{ delta_rows }}u;
-// Feature quads staged at once, one by each of the threads that share a row.
+// Feature quads staged at once, one for each thread of a row.
 const LANES: u32 = {{ lanes }}u;
 const LANE_ROW: u32 = LANES + 1u;
 var<workgroup> o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
@@ -22,8 +24,8 @@ var<workgroup> d_o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
 var<workgroup> partials: array<f32, {{ delta_rows }}>;
 
 # if sinks == "per_head"
-// sum + a b, with what rounding loses of the product and of the sum kept in the second number (Ogita, Rump and Oishi's
-// Dot2): the sink logits' gradient sums delta over all rows, where the rounding of a plain product would show.
+// sum + a b. The second number keeps the rounding errors of the product and of the sum (Dot2 of Ogita, Rump and Oishi). The gradient of
+// sink logits sums delta over all rows, where the rounding of a plain product would show.
 fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
   let product = a * b;
   let next = sum.x + product;
@@ -32,7 +34,7 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
 }
 # endif
 
-// Whether a row holds nothing but zeros. Few rows are asked.
+// Whether a row holds zeros only. Few rows are checked.
 # for operand in ["o", "d_o"] if operand == "d_o" or sinks == "per_head"
 fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   var bits = vec4<u32>();
@@ -53,11 +55,11 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   let row0 = at.tile * ROWS;
 # if alibi
 
-  // For the kernels that come after.
+  // Later kernels read the slope here and need no binding for it.
   if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, batch, head) + params.slope_row] = {{ "vec2" if dtype == "f32" else "vec4" }}<f32>(alibi_slopes[params.slope_offset + head]); }
 # endif
 
-  // Loads are shared by neighbouring threads; then thread r sums row r.
+  // Neighbouring threads load a row together. Then thread r sums row r.
   let loaded = row0 + thread / LANES;
   let o_base = operand_base(params.o, batch, head) + loaded * params.o.seq;
   let d_o_base = operand_base(params.d_o, batch, head) + loaded * params.d_o.seq;
@@ -70,7 +72,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   var exact = vec2<f32>();
 # endif
 # if dtype != "f32"
-  // What bounds d_o . v, roughly: the sum of |d_o| times the largest |o|.
+  // A rough bound of d_o . v is the sum of |d_o| times the largest |o|.
   var d_o_sum = 0.0;
   var o_max = 0.0;
 # endif
@@ -120,7 +122,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   if (thread < ROWS && row < params.seq_q) {
     let row_lse = lse[operand_base(params.lse, batch, head) + row];
     if (row_lse == params.negative_infinity) {
-      // The row sees nothing, and lse is no function of anything.
+      // The row sees nothing, and its lse depends on nothing.
       row_delta = 0.0;
     } else {
 # if d_lse
@@ -130,8 +132,8 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 # if sinks == "per_head"
       let sink = sink_logits[params.sink_offset + head];
       if (sink == row_lse && is_zero_o(batch, head, row)) {
-        // The row saw nothing: its d_o, even NaN, reaches nothing. By its results, as the keys here may be a shard of those that it
-        // saw.
+        // The row saw nothing, so its d_o, even NaN, reaches nothing. The results tell, because the keys may be a shard of those that
+        // the row saw.
         exact = vec2<f32>();
         row_delta = {{ "-d_lse[operand_base(params.d_lse, batch, head) + row]" if d_lse else "0.0" }};
       }
@@ -144,7 +146,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
       sink_share = -p_sink * sink_delta;
 # endif
     }
-    // Where nothing flows into a row of the lowest biases, its probabilities, which take counting its keys, may as well be 0.
+    // Probabilities of a row of the lowest biases need a count of its keys. Where no gradient flows into the row, 0 serves as well.
     let idle = row_lse <= ABSORBING && row_delta == 0.0 && is_zero_d_o(batch, head, row);
     let term = select(probability_lse(row_lse), -params.negative_infinity, idle);
 # if dtype == "f32"
@@ -155,7 +157,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
       let part = o_stage[thread * LANE_ROW + lane];
       sizes = vec2<f32>(sizes.x + part.x, max(sizes.y, part.y));
     }
-    // What rounds to 0 in o may still be so large.
+    // A number that rounds to 0 in o may still be as large as 2^-24.
     let exponent = exponent_of(sizes.x) + exponent_of(max(sizes.y, {{ 2 ** -24 }})) + 1;
     let terms = vec4<f32>(term, row_delta, query_unit(max(exponent, exponent_of(row_delta))), 0.0);
 # endif

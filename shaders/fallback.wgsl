@@ -1,6 +1,8 @@
-{#- The rows that a cooperative kernel reports, and a portable one computes again. -#}
-// Where the report of a tile of so many rows begins: a word that is zero where there are none, then, where there
-// are some, a bit for each row.
+{#- The rows that a cooperative kernel reports, and that its second run or the portable kernel computes again.
+    Needs: mask.wgsl, tile_work.wgsl, the binding of the reports. Declares: fallback_slot; in the portable kernel has_fallback_rows and
+    is_fallback_row. -#}
+// The first word of the report of a tile of {{ fallback_rows }} rows. The word is zero where no row is reported. Otherwise a bit for each
+// row follows.
 fn fallback_slot(seq: Sequence, work: TileWork, tile: u32) -> u32 {
 # set heads = "kv_heads" if rows_are_keys else "heads"
 # set head = "kv_head" if rows_are_keys else "head"
@@ -13,7 +15,7 @@ fn fallback_slot(seq: Sequence, work: TileWork, tile: u32) -> u32 {
 }
 # if repairs
 
-// Whether the cooperative kernel has reported rows of a tile that has some in row0..row_end.
+// Whether the cooperative kernel has reported rows of a tile that overlaps row0..row_end.
 fn has_fallback_rows(seq: Sequence, work: TileWork, row0: u32, row_end: u32) -> bool {
   for (var tile = row0 / {{ repairs }}u; tile <= (row_end - 1u) / {{ repairs }}u; tile += 1u) {
     if (repairs[fallback_slot(seq, work, tile)] != 0u) { return true; }
@@ -21,7 +23,7 @@ fn has_fallback_rows(seq: Sequence, work: TileWork, row0: u32, row_end: u32) -> 
   return false;
 }
 
-// Whether it has reported this row: the others keep what it wrote.
+// Whether the cooperative kernel has reported this row. Other rows keep its results.
 fn is_fallback_row(seq: Sequence, work: TileWork, row: u32) -> bool {
   let slot = fallback_slot(seq, work, row / {{ repairs }}u);
   let place = row % {{ repairs }}u;

@@ -1,5 +1,5 @@
-{#- Four neighbours of a row for fragments: loaded as they are in memory, and later made halves. f16 operands are bound as what they
-    are. -#}
+{#- Four neighbours of a row for fragments: loaded as they lie in memory, and rounded to halves later.
+    Needs: operands.wgsl, `loads`. Declares: Raw, raw_X of each operand that is loaded, half4; in f16 halves4, in bf16 widened4. -#}
 alias Raw = {{ "vec2<u32>" if vec4 else ("vec4<f16>" if dtype == "f16" else "vec4<f32>") }};
 # if dtype == "f16"
 
@@ -28,7 +28,7 @@ fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 // Zero beyond the width.
 fn raw_{{ operand.name }}(base: u32, row: u32, quad: u32) -> Raw {
 # if vec4
-  // The row is what changes from tile to tile.
+  // The row is added last, because only it changes from tile to tile.
   return {{ operand.name }}[base + quad + row];
 # elif dtype == "f16"
   let at = base + row + quad * 4u;

@@ -1,6 +1,11 @@
-{#- The gradients by what a head has one number of. The sink logits': -sum over rows of exp(sink - lse) delta; in f32 the delta
-    kernel has summed tiles of rows, with a delta more exact than what it stores. The ALiBi slopes': -sum over rows of the
-    moments that the d_q kernel has left. One workgroup sums a head over the batch and the rows, in a fixed order. -#}
+{#- Gradients by numbers of which a head has one. One workgroup sums a head over the batch and the rows, in a fixed order:
+
+      d_sink_logit = -sum over rows of exp(sink - lse) delta
+      d_alibi_slope = -sum over rows of the moments that d_q has left
+      each thread: its rows, with Kahan's compensation
+      then the threads, pairwise
+
+    After `delta` the kernel sums the partial sums of 32 rows, which have a more exact delta than the row statistics. -#}
 # include "params.wgsl"
 # if "row_terms" in names
 # include "exp.wgsl"
@@ -20,7 +25,7 @@ var<workgroup> partials: array<f32, {{ threads }}>;
   let sink = sink_logits[params.sink_offset + head];
 # endif
   var sum = 0.0;
-  // Kahan's compensation: what the last addition rounded away.
+  // Kahan's compensation: the rounding error of the last addition.
   var lost = 0.0;
   for (var n = thread; n < params.batch * terms; n += THREADS) {
     let place = operand_base(params.{{ "row_terms" if "row_terms" in names else ("alibi_moments" if "alibi_moments" in names else "sink_partials") }}, n / terms, head) + n % terms;

@@ -35,7 +35,7 @@ fn load_sequence(index: u32) -> Sequence {
 }
 
 # if rows_are_keys
-// The four queries from i on see key j: they are among those in a row that do.
+// Whether each of the four queries from i on sees key j. The queries that see a key are consecutive.
 fn visible4(seq: Sequence, j: u32, i: u32) -> vec4<bool> {
   let seq_q = i32(seq.seq_q);
   let start = clamp(i32(j) - seq.upper, 0, seq_q);
@@ -44,8 +44,8 @@ fn visible4(seq: Sequence, j: u32, i: u32) -> vec4<bool> {
   return (queries < vec4<u32>(u32(end - start))){% if lengths %} & vec4<bool>(j < seq.seq_k){% endif %};
 }
 
-// Tiles first..end of queries hold one that sees something of key0..key_end. One range: the queries that see
-// a key lie in a row, up to the last query where the key is a sink token.
+// The tiles first..end of queries see keys of key0..key_end. They are one range: the queries that see a key are consecutive, and a sink
+// token is seen up to the last query.
 struct QueryTiles { first: u32, end: u32 }
 
 fn query_tiles(seq: Sequence, key0: u32, key_end: u32) -> QueryTiles {
@@ -56,7 +56,7 @@ fn query_tiles(seq: Sequence, key0: u32, key_end: u32) -> QueryTiles {
   return QueryTiles(u32(start) / TILE_COLUMNS, (u32(end) + TILE_COLUMNS - 1u) / TILE_COLUMNS);
 }
 # else
-// Query i sees the four keys from j on: they are among those in a row that it does, or sink tokens.
+// Whether query i sees each of the four keys from j on: keys of its window, which are consecutive, and sink tokens.
 fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
   let end = clamp(i32(i) + 1 + seq.upper, 0, i32(seq.seq_k));
   let start = clamp(i32(i) + seq.lower, 0, end);
@@ -65,9 +65,9 @@ fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
   return ((keys - vec4<u32>(u32(start)) < vec4<u32>(u32(end - start))) | (keys < vec4<u32>(sinks))){% if lengths %} & vec4<bool>(i < seq.seq_q){% endif %};
 }
 
-// Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
+// Queries of row0..row_end see keys of the tiles first..sink_end and window..end.
 # if mirrored
-// They are counted from the last one, tile 0, back to the first, whose number is `mirror`.
+// Tiles are counted from the last one, tile 0, back to the first, whose number is `mirror`.
 # endif
 struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32{{ ", mirror: u32" if mirrored }} }
 
@@ -98,7 +98,7 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
 # endif
 
 # if rows_are_keys
-// The tiles within start..end of queries hold nothing that does not see all of key0..key_end.
+// Tiles of queries within start..end are full: every query sees all of key0..key_end.
 struct FullTiles { start: u32, end: u32 }
 
 fn full_tiles(seq: Sequence, key0: u32, key_end: u32) -> FullTiles {
@@ -113,7 +113,7 @@ fn is_full(full: FullTiles, column0: u32) -> bool {
   return column0 >= full.start && column0 + TILE_COLUMNS <= full.end;
 }
 # else
-// The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
+// Tiles of keys within start..end, and within the sink tokens, are full: all of row0..row_end see every key.
 struct FullTiles { start: u32, end: u32 }
 
 fn full_tiles(seq: Sequence, row0: u32, row_end: u32) -> FullTiles {

@@ -1,6 +1,11 @@
-{#- Packs a boolean mask into bits, by rows of queries and by rows of keys, and classifies its blocks: 1 where a block shows
-    something, 2 where it hides something, 3 where it does both. What lies beyond the last key is neither. One workgroup a group of
-    blocks, whose classes are one word. -#}
+{#- Packs a boolean mask into bits. One workgroup packs 32 rows by 16 blocks of 64 keys:
+
+      for each step of words:
+        a bit for each pair, by rows of queries
+        the class of each block of 32 x 64: 1 shows pairs, 2 hides pairs, 3 both
+        a bit for each pair, by rows of keys, for d_kv
+
+    Pairs beyond the last key count as neither shown nor hidden. The classes of 16 blocks are one word. -#}
 # include "params.wgsl"
 # from "entry.wgsl" import main
 
@@ -15,7 +20,7 @@ var<workgroup> words: array<u32, {{ mask_block_rows * mask_step_words }}>;
 // A bit for each byte.
 fn nonzero_bytes(bytes: u32) -> u32 {
   let tops = ((((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u) >> 7u;
-  // Each has a product of its own that ends in the top four bits.
+  // Each of the four bits meets the factor that moves it into the top four bits.
   return (tops * 0x10204080u) >> 28u;
 }
 # endif
@@ -59,7 +64,7 @@ fn nonzero_bytes(bytes: u32) -> u32 {
       atomicOr(&classes, kind << ((step + thread % STEP_WORDS) / BLOCK_WORDS * 2u));
     }
     workgroupBarrier();
-    // By keys: a bit for each query of the block.
+    // A row of keys has a bit for each query of the block.
     let key = (group * GROUP_WORDS + step) * 32u + thread;
     if (key < params.mask_keys && params.mask_rows > 1u) {
       var bits = 0u;

@@ -55,12 +55,12 @@ fn visible_span(seq: Sequence, classes: ptr<function, Classes>, base: u32, tiles
     // A span of class 3 ends with the words that `fetch_mask` reads.
 # set read_blocks = 2 if rows_are_keys else 1
 # if mirrored
-    // Without such a block the span begins with the group.
+    // If no block differs, the span begins with the group.
     var first_block = u32(i32(block - place) + (i32(firstLeadingBit(differ & ((1u << (place * 2u)) - 1u))) >> 1u) + 1);
     if (kind == 3u) { first_block = block; }
     var end = tiles.mirror - first_block * ({{ column_block }} / TILE_COLUMNS) + 1u;
 # else
-    // Without such a block the span ends with the group.
+    // If no block differs, the span ends with the group.
     var end_block = block - place + min(firstTrailingBit(differ & ~((1u << (place * 2u)) - 1u)) >> 1u, 16u);
     if (kind == 3u) { end_block = min(end_block, (block / {{ read_blocks }}u + 1u) * {{ read_blocks }}u); }
     var end = end_block * ({{ column_block }} / TILE_COLUMNS);

@@ -1,8 +1,10 @@
-{#- Merges the partial states of rows, in their order, with the sink logit where this is the last merge:
+{#- Merges the partial states of rows, in their order, and in the last merge the sink logit:
 
-      lse = log(sum_n exp(lse_n) + exp(sink)),   o = sum_n exp(lse_n - lse) o_n
+      lse = log(sum over states of exp(lse_n) + exp(sink))
+      o = sum over states of exp(lse_n - lse) o_n
 
-    The states are told apart along the batch axis, and the keys of the problem count them. -#}
+    One workgroup merges 32 rows, 8 threads a row. The states follow one another along the batch axis, and the key axis of the problem
+    counts them. Twin of src/cpu/merge.rs. -#}
 # include "params.wgsl"
 # include "operands.wgsl"
 # include "exp.wgsl"
@@ -13,7 +15,7 @@ const ROWS: u32 = {{ delta_rows }}u;
 // Threads that share a row.
 const LANES: u32 = {{ lanes }}u;
 
-// Of bits: a constant that is NaN is an error, and compilers may take arithmetic on infinities for something else.
+// Made of bits: a NaN constant is an error in WGSL, and compilers may assume that arithmetic meets no infinity.
 fn not_a_number() -> f32 {
   return bitcast<f32>(bitcast<u32>(params.negative_infinity) | 0x400000u);
 }
@@ -39,7 +41,7 @@ fn exp_below(x: f32, top: f32) -> f32 {
 # else
   var sink = {{ "sink_logits[params.sink_offset + head]" if sinks == "per_head" else "0.0" }};
 # if lengths
-  // A row beyond the end of a padded sequence is none.
+  // Rows beyond the end of a padded sequence have no sink logit.
   if (row >= sequences[batch * {{ sequence_words }}u + 3u]) { sink = params.negative_infinity; }
 # endif
   var top = sink;
@@ -48,8 +50,7 @@ fn exp_below(x: f32, top: f32) -> f32 {
   var total = 0.0;
   for (var n = 0u; n < states; n += 1u) {
     let state_lse = states_lse[lse_base + n * lse_step];
-    // What has seen nothing has no part in it, whatever its o holds. NaN has: it equals nothing, and differs from nothing
-    // either.
+    // A state that has seen nothing has no share, whatever its o holds. A NaN is not equal to -infinity and has a share.
     if (state_lse == params.negative_infinity) { continue; }
     total += exp_below(state_lse, top);
   }
@@ -70,16 +71,15 @@ fn exp_below(x: f32, top: f32) -> f32 {
     for (var n = 0u; n < states; n += 1u) {
       let state_lse = states_lse[lse_base + n * lse_step];
       if (state_lse == params.negative_infinity) { continue; }
-      // By the whole before it is multiplied: weights add up to 1, and nothing overflows. A state of exp(infinity) may be any
-      // part of the whole.
-      let weight = select(exp_below(state_lse, top) / total, not_a_number(), state_lse == -params.negative_infinity);
+      // The division comes first: shares add up to 1, and nothing overflows. The share of a state with an infinite lse is not known.
+      let share = select(exp_below(state_lse, top) / total, not_a_number(), state_lse == -params.negative_infinity);
 # if o_rest
       let rest = load_states_rest(rest_base + n * rest_step, quad);
       let x = whole4(load_states(states_base + n * states_step, quad), rest);
 # else
       let x = load_states(states_base + n * states_step, quad);
 # endif
-      sum = fma(vec4<f32>(weight), x, sum);
+      sum = fma(vec4<f32>(share), x, sum);
     }
     store_o(o_base, quad, sum);
 # if o_rest
@@ -87,7 +87,7 @@ fn exp_below(x: f32, top: f32) -> f32 {
 # endif
   }
   if (lane == 0u) {
-    // Nothing, or the sum of terms of which the largest is 1.
+    // The total is 0, or a sum of terms of which the largest is 1.
     let whole = select(top + natural_log(total), params.negative_infinity, total == 0.0);
     lse[operand_base(params.lse, batch, head) + row] = whole;
   }

@@ -1,9 +1,10 @@
-// The lse by which a row's probabilities are formed: where it is -inf every probability is 0, even of keys that are visible
-// but whose scores overflowed.
+{#- Probabilities from lse. Needs: params.wgsl. Declares: probability_lse, ABSORBING. -#}
+// The lse for a row's probabilities. An lse of -infinity becomes infinity, so that every probability is 0, even that of a visible key
+// whose score overflowed.
 fn probability_lse(lse: f32) -> f32 {
   return select(lse, -params.negative_infinity, lse == params.negative_infinity);
 }
 
-// Numbers from here down to the lowest finite one keep nothing of the logarithm of a count, or of a product below 32. Only a bias
-// makes an lse so low.
+// An lse from here down to the lowest finite number has absorbed the logarithm of a count, and products below 32. Only a bias makes an
+// lse so low.
 const ABSORBING: f32 = -1e9;

@@ -1,13 +1,14 @@
-// The largest finite size of four numbers. By the bits: compilers may take for granted that a float comparison meets no NaN.
+{#- Token scales: powers of two that bring bf16 numbers to the range of halves. Needs: nothing. Declares: finite_size, token_scale. -#}
+// The largest finite size of four numbers. Bits are compared: compilers may assume that a float comparison meets no NaN.
 fn finite_size(x: vec4<f32>) -> f32 {
   let bits = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
   let size = bitcast<vec4<f32>>(select(vec4<u32>(), bits, bits < vec4<u32>(0x7f800000u)));
   return max(max(size.x, size.y), max(size.z, size.w));
 }
 
-// The power of two that brings a token's largest number to 1 .. 2; of zeros it is 1. Beyond 2^60 and below 2^-60, where powers
-// of several operands would leave the range of f32, it is infinite: the token comes to be not finite, and the portable kernel
-// computes what sees it.
+// The power of two that brings a token's largest number to 1 .. 2, or 1 for a token of zeros. Beyond 2^60 and below 2^-60, where the
+// product of several powers would leave the range of f32, it is infinite. Such a token is no longer finite, and the portable kernel
+// computes the rows that see it.
 fn token_scale(size: f32) -> f32 {
   let exponent = i32(bitcast<u32>(size) >> 23u) - 127;
   if (size == 0.0) { return 1.0; }

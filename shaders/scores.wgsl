@@ -65,7 +65,7 @@ fn begin_pairs(number: u32, batch: u32, head: u32) {
   bias_base = operand_base(params.bias, number, head);
 # endif
 # if mask
-  # if rows_are_keys
+# if rows_are_keys
   mask_base = operand_base(params.mask_bits, number, head) + select(0u, params.mask_key_bits.offset - params.mask_bits.offset, params.mask_rows > 1u);
 # else
   mask_base = operand_base(params.mask_bits, number, head);

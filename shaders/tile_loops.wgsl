@@ -67,7 +67,8 @@
 
 {#- Over the query heads of a group, as long as `condition` holds: where the operands of queries lie, and the first tile. -#}
 # macro head_loop(condition="")
-  for (var head = work.head; {{ condition ~ " && " if condition }}head < work.head + params.heads / params.kv_heads; head += 1u) {
+# set heads_per_kv = "params.heads / params.kv_heads"
+  for (var head = work.head; {{ condition ~ " && " if condition }}head < work.head + {{ heads_per_kv }}; head += 1u) {
 # for operand in ["q", "d_o"]
     let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head) + seq.q_start * params.{{ operand }}.seq;
 # endfor

@@ -1,4 +1,5 @@
-{#- What every kernel that has tiles begins with: extensions first, then what is declared for all of them. -#}
+{#- The beginning of every kernel with tiles: extensions first, then the declarations that all of these kernels share.
+    Needs: the context of a variant. Declares: what the included fragments declare. -#}
 # if cooperative
 enable f16;
 enable wgpu_cooperative_matrix;

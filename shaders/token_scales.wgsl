@@ -1,5 +1,10 @@
-{#- For each token (a row of a head) the powers of two that bring the largest numbers of two operands to 1 .. 2, within the range of
-    halves: of k and v, or of q and d_o. A token's own numbers decide, so that no other one has a say in its results. -#}
+{#- Token scales of two operands, k and v or q and d_o, for bf16 on cooperative matrices:
+
+      for each token (a row of a head):
+        size = largest finite number of the row, by several threads
+        scale = 2^-exponent(size)
+
+    A token's scale depends on its own numbers alone, so no other token changes its results. -#}
 # include "params.wgsl"
 # include "operands.wgsl"
 # include "scale.wgsl"

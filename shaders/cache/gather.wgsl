@@ -1,6 +1,7 @@
 {#- Rows of chosen sequences, wherever the cache has them, one after the other: what the ordinary passes take. A workgroup copies
     one run of rows of one key head; where they are quantised they become the element type's. -#}
 {% include "params.wgsl" %}
+# from "entry.wgsl" import main
 {% if quantised %}
 {% if dtype != "f32" %}
 {% include dtype ~ ".wgsl" %}
@@ -21,7 +22,7 @@ fn quad_{{ name }}(row: u32, quad: u32) -> vec4<f32> {
 
 const THREADS: u32 = {{ threads }}u;
 
-{% include "main.wgsl" %}
+# call main()
   // A run: its block (where pages are, the place of its number in the table), first row there, first row here, and rows.
   let run = index / params.kv_heads * 4u;
   let head = index % params.kv_heads;
@@ -48,4 +49,4 @@ const THREADS: u32 = {{ threads }}u;
     gathered_{{ cache }}[destination * {{ vectors }}u + n] = x;
   }
 {% endfor %}
-}
+# endcall

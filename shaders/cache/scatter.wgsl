@@ -1,13 +1,14 @@
 {#- Gradients by gathered keys and values into the cache's layout. A workgroup writes one run of rows of one key head, each the
     sum of the rows that stand for it in all sequences, in their order and in f32. -#}
 {% include "params.wgsl" %}
+# from "entry.wgsl" import main
 {% if dtype != "f32" %}
 {% include dtype ~ ".wgsl" %}
 {% endif %}
 
 const THREADS: u32 = {{ threads }}u;
 
-{% include "main.wgsl" %}
+# call main()
   // A run: its block, first row there, rows, and where its terms begin and end; a term is the first row that adds to it.
   let run = index / params.kv_heads * 5u;
   let head = index % params.kv_heads;
@@ -40,4 +41,4 @@ const THREADS: u32 = {{ threads }}u;
     {{ cache }}[destination * {{ vectors }}u + n] = x;
   }
 {% endfor %}
-}
+# endcall

@@ -1,6 +1,6 @@
 {#- Rows that need a second computation. Fragments have no hidden elements, so a hidden column that is NaN or infinite spoils the rows of
     its tile. The first run reports rows that are not finite. The second run (`sanitize`) computes reported tiles with zeros in place of
-    such columns: rows that do not see them get the bits that they have with any other hidden column. It reports the rows that see one,
+    these columns: rows that do not see them get the bits that they have with any other hidden column. It reports the rows that see one,
     and the portable kernel computes these.
     Needs: cooperative/fragments.wgsl, cooperative/mask.wgsl, fallback.wgsl. Declares: the macros below. -#}
 # from "cooperative/mask.wgsl" import hide

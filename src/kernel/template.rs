@@ -33,7 +33,6 @@ const SOURCES: &[(&str, &str)] = &[
     ("exp.wgsl", include_str!("../../shaders/exp.wgsl")),
     ("f16.wgsl", include_str!("../../shaders/f16.wgsl")),
     ("halves.wgsl", include_str!("../../shaders/halves.wgsl")),
-    ("main.wgsl", include_str!("../../shaders/main.wgsl")),
     ("mask.wgsl", include_str!("../../shaders/mask.wgsl")),
     ("mask_tiles.wgsl", include_str!("../../shaders/mask_tiles.wgsl")),
     ("mask_words.wgsl", include_str!("../../shaders/mask_words.wgsl")),
@@ -166,5 +165,74 @@ fn begins_after(previous: &mut Option<Line>, line: &str, was_blank: bool) -> boo
         (Some(Line::Block), _) => !line.starts_with("fn main"),
         (Some(Line::Declaration), Line::Declaration) => was_blank,
         (Some(Line::Declaration), _) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn composed_text_is_tidy() {
+        let text = "
+enable f16;
+// Of B.
+const B: u32 = 1u;
+
+
+const C: u32 = 2u;
+fn f(
+x: u32,
+      ) -> u32 {
+
+let y = g(x, vec2<u32>(
+1u, // not {
+2u));
+
+
+      // A comment.
+if (y > 0u) {
+return 1u;
+}
+
+return y;
+}
+@compute @workgroup_size(1)
+fn main() {}
+";
+        let tidied = "\
+enable f16;
+
+// Of B.
+const B: u32 = 1u;
+
+const C: u32 = 2u;
+
+fn f(
+  x: u32,
+) -> u32 {
+  let y = g(x, vec2<u32>(
+    1u, // not {
+    2u));
+
+  // A comment.
+  if (y > 0u) {
+    return 1u;
+  }
+  return y;
+}
+
+@compute @workgroup_size(1)
+fn main() {}
+";
+        assert_eq!(tidy(text), tidied);
+        assert_eq!(tidy(tidied), tidied);
+    }
+
+    #[test]
+    fn pairs_go_row_by_row() {
+        let text = "# for r, n in pairs(2, 3)\n{{ r }}{{ n }};\n# endfor\n";
+        let rendered = render_text("pairs", text, Value::UNDEFINED).unwrap();
+        assert_eq!(rendered.split_whitespace().collect::<String>(), "00;01;02;10;11;12;");
     }
 }

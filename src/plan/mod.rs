@@ -467,9 +467,10 @@ mod tests {
 
         pub(super) const NEGATED: Kernel = Kernel::new(&KernelSpec {
             name: "negated",
-            template: r#"{% include "params.wgsl" %}
-{% include "operands.wgsl" %}
-{% include "main.wgsl" %}
+            template: r##"# include "params.wgsl"
+# include "operands.wgsl"
+# from "entry.wgsl" import main
+# call main()
   let at = decode_work(index);
   let row = at.tile * {{ delta_rows }}u + thread / {{ lanes }}u;
   if (row >= params.seq_q) { return; }
@@ -478,8 +479,8 @@ mod tests {
   for (var quad = thread % {{ lanes }}u; quad < {{ operand_quads.o }}u; quad += {{ lanes }}u) {
     store_o(o_base, quad, -load_d_o(d_o_base, quad));
   }
-}
-"#,
+# endcall
+"##,
             wanted: always,
             reads: &[Binding::Params, Binding::DO],
             writes: &[Binding::O],

@@ -119,8 +119,8 @@ fn decode_work(index: u32) -> WorkIndex {
 const TILE_ROWS: u32 = 32u;
 const TILE_COLUMNS: u32 = 16u;
 
-// `batch` is the place along the batch axis, `sequence` the number of the sequence: the same but where lengths differ. Where rows are
-// keys, `head` is the first query head of the group.
+// `batch` is the place along the batch axis, `sequence` the number of the sequence. They differ only in batches of sequences of
+// different lengths. In a kernel whose rows are keys, `head` is the first query head of the group.
 struct TileWork { tile: u32, batch: u32, sequence: u32, head: u32, kv_head: u32 }
 
 fn tile_work(index: u32) -> TileWork {
@@ -152,7 +152,7 @@ fn load_sequence(index: u32) -> Sequence {
   );
 }
 
-// The four queries from i on see key j: they are among those in a row that do.
+// Whether each of the four queries from i on sees key j. The queries that see a key are consecutive.
 fn visible4(seq: Sequence, j: u32, i: u32) -> vec4<bool> {
   let seq_q = i32(seq.seq_q);
   let start = clamp(i32(j) - seq.upper, 0, seq_q);
@@ -161,8 +161,8 @@ fn visible4(seq: Sequence, j: u32, i: u32) -> vec4<bool> {
   return (queries < vec4<u32>(u32(end - start)));
 }
 
-// Tiles first..end of queries hold one that sees something of key0..key_end. One range: the queries that see
-// a key lie in a row, up to the last query where the key is a sink token.
+// The tiles first..end of queries see keys of key0..key_end. They are one range: the queries that see a key are consecutive, and a sink
+// token is seen up to the last query.
 struct QueryTiles { first: u32, end: u32 }
 
 fn query_tiles(seq: Sequence, key0: u32, key_end: u32) -> QueryTiles {
@@ -173,7 +173,7 @@ fn query_tiles(seq: Sequence, key0: u32, key_end: u32) -> QueryTiles {
   return QueryTiles(u32(start) / TILE_COLUMNS, (u32(end) + TILE_COLUMNS - 1u) / TILE_COLUMNS);
 }
 
-// The tiles within start..end of queries hold nothing that does not see all of key0..key_end.
+// Tiles of queries within start..end are full: every query sees all of key0..key_end.
 struct FullTiles { start: u32, end: u32 }
 
 fn full_tiles(seq: Sequence, key0: u32, key_end: u32) -> FullTiles {
@@ -188,20 +188,20 @@ fn is_full(full: FullTiles, column0: u32) -> bool {
   return column0 >= full.start && column0 + TILE_COLUMNS <= full.end;
 }
 
-// Where the report of a tile of so many rows begins: a word that is zero where there are none, then, where there
-// are some, a bit for each row.
+// The first word of the report of a tile of 32 rows. The word is zero where no row is reported. Otherwise a bit for each
+// row follows.
 fn fallback_slot(seq: Sequence, work: TileWork, tile: u32) -> u32 {
   return ((tile * params.batch + work.batch) * params.kv_heads + work.kv_head) * 2u;
 }
 
-// IEEE 754 half precision, two numbers in a word, without the extension that would give WGSL a type for it.
+// IEEE 754 half precision, two numbers a word, without the extension that has a type for it.
 
-// Drivers may take numbers below 2^-14 for zero.
+// Drivers may flush numbers below 2^-14 to zero.
 fn widen2(word: u32) -> vec2<f32> {
   return unpack2x16float(word);
 }
 
-// As the driver rounds the halves that these kernels compute with: by the bits it takes longer than a window of keys.
+// Rounds like the driver, as the products of these kernels do. Rounding by bits would take longer than the attention of a narrow window.
 fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let words = vec2<u32>(pack2x16float(x.xy), pack2x16float(x.zw)).xxyy;
   return (words >> vec4<u32>(0u, 16u, 0u, 16u)) & vec4<u32>(0xffffu);
@@ -230,74 +230,74 @@ fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 
 // Zero beyond the width.
 fn raw_q(base: u32, row: u32, quad: u32) -> Raw {
-  // The row is what changes from tile to tile.
+  // The row is added last, because only it changes from tile to tile.
   return q[base + quad + row];
 }
 
 // Zero beyond the width.
 fn raw_k(base: u32, row: u32, quad: u32) -> Raw {
-  // The row is what changes from tile to tile.
+  // The row is added last, because only it changes from tile to tile.
   return k[base + quad + row];
 }
 
 // Zero beyond the width.
 fn raw_v(base: u32, row: u32, quad: u32) -> Raw {
-  // The row is what changes from tile to tile.
+  // The row is added last, because only it changes from tile to tile.
   return v[base + quad + row];
 }
 
 // Zero beyond the width.
 fn raw_d_o(base: u32, row: u32, quad: u32) -> Raw {
-  // The row is what changes from tile to tile.
+  // The row is added last, because only it changes from tile to tile.
   return d_o[base + quad + row];
 }
 
-// exp(x) for x <= 1, within 1 ulp wherever multiply-adds are fused: drivers' exp2 is only good to 2 or 3 ulp, and a sum
-// over many rows (the sink logits' gradient) may cancel a thousandfold. Twin of src/cpu/simd.rs.
+// exp(x) for x <= 1, within 1 ulp on devices that fuse multiply-adds. The exp2 of drivers is good to 2 or 3 ulp only, and a sum over many
+// rows (the gradient of sink logits) may cancel a thousandfold. Twin of src/cpu/simd.rs.
 fn exp1(x: f32) -> f32 {
-  // x = n ln 2 + r with |r| <= ln(2) / 2; ln 2 in two parts, the first so short that n times it is exact. A NaN must come
-  // through, and drivers make a minimum or maximum, which lose it, even of a select: so only n is bounded.
+  // x = n ln 2 + r with |r| <= ln(2) / 2. ln 2 has two parts, and the first is short enough for an exact n times it. A NaN has to
+  // come through. Drivers turn even a select into a minimum or maximum, which lose it, so only n is bounded.
   let n = floor(fma(clamp(x, f32(-90.0), f32(2.0)), f32(LOG2_E), f32(0.5)));
   let r = fma(n, f32(2.1219444e-4), fma(n, f32(-0.693359375), x));
-  // Minimax for e^r, relative error 3e-9, with 1 + r exact.
+  // The minimax polynomial of e^r, with a relative error of 3e-9 and an exact 1 + r.
   var p = fma(f32(0.0013814599), r, f32(0.008368717));
   p = fma(p, r, f32(0.04166839));
   p = fma(p, r, f32(0.16666521));
   p = fma(p, r, f32(0.49999994));
   p = fma(p, r, f32(1.0));
   p = fma(p, r, f32(1.0));
-  // 2^n through its exponent field; a product, which keeps a NaN.
+  // 2^n through its exponent field. The product keeps a NaN.
   let power = bitcast<f32>(u32(i32(n) + i32(127)) << u32(23u));
-  // Where x > 1 it is of a hidden pair, or rounded by more than it is worth: e is as good as any.
+  // x > 1 happens only for hidden pairs, or by rounding of a large score: it is clamped to e.
   return select(select(p * power, f32(), x < f32(-87.0)), f32(2.7182817), x > f32(1.0));
 }
 
 fn exp4(x: vec4<f32>) -> vec4<f32> {
-  // x = n ln 2 + r with |r| <= ln(2) / 2; ln 2 in two parts, the first so short that n times it is exact. A NaN must come
-  // through, and drivers make a minimum or maximum, which lose it, even of a select: so only n is bounded.
+  // x = n ln 2 + r with |r| <= ln(2) / 2. ln 2 has two parts, and the first is short enough for an exact n times it. A NaN has to
+  // come through. Drivers turn even a select into a minimum or maximum, which lose it, so only n is bounded.
   let n = floor(fma(clamp(x, vec4<f32>(-90.0), vec4<f32>(2.0)), vec4<f32>(LOG2_E), vec4<f32>(0.5)));
   let r = fma(n, vec4<f32>(2.1219444e-4), fma(n, vec4<f32>(-0.693359375), x));
-  // Minimax for e^r, relative error 3e-9, with 1 + r exact.
+  // The minimax polynomial of e^r, with a relative error of 3e-9 and an exact 1 + r.
   var p = fma(vec4<f32>(0.0013814599), r, vec4<f32>(0.008368717));
   p = fma(p, r, vec4<f32>(0.04166839));
   p = fma(p, r, vec4<f32>(0.16666521));
   p = fma(p, r, vec4<f32>(0.49999994));
   p = fma(p, r, vec4<f32>(1.0));
   p = fma(p, r, vec4<f32>(1.0));
-  // 2^n through its exponent field; a product, which keeps a NaN.
+  // 2^n through its exponent field. The product keeps a NaN.
   let power = bitcast<vec4<f32>>(vec4<u32>(vec4<i32>(n) + vec4<i32>(127)) << vec4<u32>(23u));
-  // Where x > 1 it is of a hidden pair, or rounded by more than it is worth: e is as good as any.
+  // x > 1 happens only for hidden pairs, or by rounding of a large score: it is clamped to e.
   return select(select(p * power, vec4<f32>(), x < vec4<f32>(-87.0)), vec4<f32>(2.7182817), x > vec4<f32>(1.0));
 }
 
-// The lse by which a row's probabilities are formed: where it is -inf every probability is 0, even of keys that are visible
-// but whose scores overflowed.
+// The lse for a row's probabilities. An lse of -infinity becomes infinity, so that every probability is 0, even that of a visible key
+// whose score overflowed.
 fn probability_lse(lse: f32) -> f32 {
   return select(lse, -params.negative_infinity, lse == params.negative_infinity);
 }
 
-// Numbers from here down to the lowest finite one keep nothing of the logarithm of a count, or of a product below 32. Only a bias
-// makes an lse so low.
+// An lse from here down to the lowest finite number has absorbed the logarithm of a count, and products below 32. Only a bias makes an
+// lse so low.
 const ABSORBING: f32 = -1e9;
 const LANES_A_ROW: u32 = 2u;
 

@@ -120,8 +120,8 @@ fn decode_work(index: u32) -> WorkIndex {
 const TILE_ROWS: u32 = 64u;
 const TILE_COLUMNS: u32 = 16u;
 
-// `batch` is the place along the batch axis, `sequence` the number of the sequence: the same but where lengths differ. Where rows are
-// keys, `head` is the first query head of the group.
+// `batch` is the place along the batch axis, `sequence` the number of the sequence. They differ only in batches of sequences of
+// different lengths. In a kernel whose rows are keys, `head` is the first query head of the group.
 struct TileWork { tile: u32, batch: u32, sequence: u32, head: u32, kv_head: u32 }
 
 fn tile_work(index: u32) -> TileWork {
@@ -153,7 +153,7 @@ fn load_sequence(index: u32) -> Sequence {
   );
 }
 
-// Query i sees the four keys from j on: they are among those in a row that it does, or sink tokens.
+// Whether query i sees each of the four keys from j on: keys of its window, which are consecutive, and sink tokens.
 fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
   let end = clamp(i32(i) + 1 + seq.upper, 0, i32(seq.seq_k));
   let start = clamp(i32(i) + seq.lower, 0, end);
@@ -162,7 +162,7 @@ fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
   return ((keys - vec4<u32>(u32(start)) < vec4<u32>(u32(end - start))) | (keys < vec4<u32>(sinks)));
 }
 
-// Tiles first..sink_end and window..end of keys hold something that a query of row0..row_end sees.
+// Queries of row0..row_end see keys of the tiles first..sink_end and window..end.
 struct KeyTiles { first: u32, sink_end: u32, window: u32, end: u32 }
 
 fn key_tiles(seq: Sequence, row0: u32, row_end: u32) -> KeyTiles {
@@ -186,7 +186,7 @@ fn next_tile(tiles: KeyTiles, tile: u32) -> u32 {
   return select(tile + 1u, tiles.window, tile + 1u == tiles.sink_end);
 }
 
-// The tiles within start..end of keys hold nothing that not all of row0..row_end see, nor do those within the first sink_tokens.
+// Tiles of keys within start..end, and within the sink tokens, are full: all of row0..row_end see every key.
 struct FullTiles { start: u32, end: u32 }
 
 fn full_tiles(seq: Sequence, row0: u32, row_end: u32) -> FullTiles {
@@ -201,20 +201,20 @@ fn is_full(seq: Sequence, full: FullTiles, column0: u32) -> bool {
   return column_end <= full.end && (column0 >= full.start || column_end <= seq.sink_tokens);
 }
 
-// Where the report of a tile of so many rows begins: a word that is zero where there are none, then, where there
-// are some, a bit for each row.
+// The first word of the report of a tile of 64 rows. The word is zero where no row is reported. Otherwise a bit for each
+// row follows.
 fn fallback_slot(seq: Sequence, work: TileWork, tile: u32) -> u32 {
   return ((tile * params.batch + work.batch) * params.heads + work.head) * 3u;
 }
 
-// IEEE 754 half precision, two numbers in a word, without the extension that would give WGSL a type for it.
+// IEEE 754 half precision, two numbers a word, without the extension that has a type for it.
 
-// Drivers may take numbers below 2^-14 for zero.
+// Drivers may flush numbers below 2^-14 to zero.
 fn widen2(word: u32) -> vec2<f32> {
   return unpack2x16float(word);
 }
 
-// As the driver rounds the halves that these kernels compute with: by the bits it takes longer than a window of keys.
+// Rounds like the driver, as the products of these kernels do. Rounding by bits would take longer than the attention of a narrow window.
 fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let words = vec2<u32>(pack2x16float(x.xy), pack2x16float(x.zw)).xxyy;
   return (words >> vec4<u32>(0u, 16u, 0u, 16u)) & vec4<u32>(0xffffu);
@@ -238,80 +238,80 @@ fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 
 // Zero beyond the width.
 fn raw_q(base: u32, row: u32, quad: u32) -> Raw {
-  // The row is what changes from tile to tile.
+  // The row is added last, because only it changes from tile to tile.
   return q[base + quad + row];
 }
 
 // Zero beyond the width.
 fn raw_k(base: u32, row: u32, quad: u32) -> Raw {
-  // The row is what changes from tile to tile.
+  // The row is added last, because only it changes from tile to tile.
   return k[base + quad + row];
 }
 
 // Zero beyond the width.
 fn raw_v(base: u32, row: u32, quad: u32) -> Raw {
-  // The row is what changes from tile to tile.
+  // The row is added last, because only it changes from tile to tile.
   return v[base + quad + row];
 }
 
-// exp(x) for x <= 1, within 1 ulp wherever multiply-adds are fused: drivers' exp2 is only good to 2 or 3 ulp, and a sum
-// over many rows (the sink logits' gradient) may cancel a thousandfold. Twin of src/cpu/simd.rs.
+// exp(x) for x <= 1, within 1 ulp on devices that fuse multiply-adds. The exp2 of drivers is good to 2 or 3 ulp only, and a sum over many
+// rows (the gradient of sink logits) may cancel a thousandfold. Twin of src/cpu/simd.rs.
 fn exp1(x: f32) -> f32 {
-  // x = n ln 2 + r with |r| <= ln(2) / 2; ln 2 in two parts, the first so short that n times it is exact. A NaN must come
-  // through, and drivers make a minimum or maximum, which lose it, even of a select: so only n is bounded.
+  // x = n ln 2 + r with |r| <= ln(2) / 2. ln 2 has two parts, and the first is short enough for an exact n times it. A NaN has to
+  // come through. Drivers turn even a select into a minimum or maximum, which lose it, so only n is bounded.
   let n = floor(fma(clamp(x, f32(-90.0), f32(2.0)), f32(LOG2_E), f32(0.5)));
   let r = fma(n, f32(2.1219444e-4), fma(n, f32(-0.693359375), x));
-  // Minimax for e^r, relative error 3e-9, with 1 + r exact.
+  // The minimax polynomial of e^r, with a relative error of 3e-9 and an exact 1 + r.
   var p = fma(f32(0.0013814599), r, f32(0.008368717));
   p = fma(p, r, f32(0.04166839));
   p = fma(p, r, f32(0.16666521));
   p = fma(p, r, f32(0.49999994));
   p = fma(p, r, f32(1.0));
   p = fma(p, r, f32(1.0));
-  // 2^n through its exponent field; a product, which keeps a NaN.
+  // 2^n through its exponent field. The product keeps a NaN.
   let power = bitcast<f32>(u32(i32(n) + i32(127)) << u32(23u));
-  // Where x > 1 it is of a hidden pair, or rounded by more than it is worth: e is as good as any.
+  // x > 1 happens only for hidden pairs, or by rounding of a large score: it is clamped to e.
   return select(select(p * power, f32(), x < f32(-87.0)), f32(2.7182817), x > f32(1.0));
 }
 
 fn exp4(x: vec4<f32>) -> vec4<f32> {
-  // x = n ln 2 + r with |r| <= ln(2) / 2; ln 2 in two parts, the first so short that n times it is exact. A NaN must come
-  // through, and drivers make a minimum or maximum, which lose it, even of a select: so only n is bounded.
+  // x = n ln 2 + r with |r| <= ln(2) / 2. ln 2 has two parts, and the first is short enough for an exact n times it. A NaN has to
+  // come through. Drivers turn even a select into a minimum or maximum, which lose it, so only n is bounded.
   let n = floor(fma(clamp(x, vec4<f32>(-90.0), vec4<f32>(2.0)), vec4<f32>(LOG2_E), vec4<f32>(0.5)));
   let r = fma(n, vec4<f32>(2.1219444e-4), fma(n, vec4<f32>(-0.693359375), x));
-  // Minimax for e^r, relative error 3e-9, with 1 + r exact.
+  // The minimax polynomial of e^r, with a relative error of 3e-9 and an exact 1 + r.
   var p = fma(vec4<f32>(0.0013814599), r, vec4<f32>(0.008368717));
   p = fma(p, r, vec4<f32>(0.04166839));
   p = fma(p, r, vec4<f32>(0.16666521));
   p = fma(p, r, vec4<f32>(0.49999994));
   p = fma(p, r, vec4<f32>(1.0));
   p = fma(p, r, vec4<f32>(1.0));
-  // 2^n through its exponent field; a product, which keeps a NaN.
+  // 2^n through its exponent field. The product keeps a NaN.
   let power = bitcast<vec4<f32>>(vec4<u32>(vec4<i32>(n) + vec4<i32>(127)) << vec4<u32>(23u));
-  // Where x > 1 it is of a hidden pair, or rounded by more than it is worth: e is as good as any.
+  // x > 1 happens only for hidden pairs, or by rounding of a large score: it is clamped to e.
   return select(select(p * power, vec4<f32>(), x < vec4<f32>(-87.0)), vec4<f32>(2.7182817), x > vec4<f32>(1.0));
 }
 
-// The end of a row: the sink logit enters the denominator here, exactly once.
+// 1 / row_sum, and lse. The sink logit enters the denominator here, exactly once.
 struct RowEnd { factor: f32, lse: f32 }
 
-// log(x) for x >= 1, one Newton step beyond the driver's log, which may be coarse near 1.
+// log(x) for x >= 1: one Newton step after the driver's log, which may be coarse near 1.
 fn natural_log(x: f32) -> f32 {
   let y = log(x);
   return y + fma(x, exp1(-y), -1.0);
 }
 
-// `row_max` times the scale's size is the row's maximum score, `row_sum` is the sum of exp(score - maximum score). Where that score is
-// beyond f32, so is lse; where `row_max` is, `row_sum` is NaN, and so is the factor. The limit of ever larger sink logits takes all.
+// `row_max` times the size of the scale is the row's maximum score, and `row_sum` is the sum of exp(score - maximum score). If the score
+// exceeds f32, lse is infinite. If `row_max` exceeds f32, `row_sum` and the factor are NaN. An infinite sink logit takes all.
 fn finish_row(row_max: f32, row_sum: f32, head: u32) -> RowEnd {
   let infinity = -params.negative_infinity;
   let score = row_max * params.scale_size;
   let sink = sink_logits[params.sink_offset + head];
   if (row_sum == 0.0) { return RowEnd(0.0, sink); }
-  // What rounding took from the score, so that lse fits the unrounded scores of the backward pass.
+  // The rounding error of the score. With it lse fits the unrounded scores of the backward pass.
   let rest = select(0.0, fma(row_max, params.scale_size, -score), score > sink && score < infinity);
   let top = max(score, sink);
-  // Equal terms give exp(0), even where they are beyond f32.
+  // Equal terms give exp(0), even where they exceed f32.
   let keys = select(select(exp1(score - top), 1.0, score == top), 0.0, sink == infinity);
   let total = fma(row_sum, keys, select(exp1(sink - top), 1.0, sink == top && (sink == infinity || score < infinity)));
   return RowEnd(keys / total, select(top + (natural_log(total) + rest), infinity, score == infinity));

@@ -68,17 +68,17 @@ impl Fragments {
         self.across(width) * self.matrices.side / 4 + 2
     }
 
-    /// Vectors of four floats in a row of a strip, which holds scores or a fragment of an accumulator.
+    /// Vectors of four floats in a row of scores, or of a fragment of an accumulator, in workgroup memory.
     pub(crate) fn score_row(&self) -> u32 {
         self.tile_columns() / 4 + 2
     }
 
-    /// Vectors of four halves in a row of weights.
+    /// Vectors of four halves in a row of the P tile.
     pub(crate) fn p_row(&self) -> u32 {
         self.tile_columns() / 4 + 2
     }
 
-    /// Bytes of workgroup memory; the arrays of shaders/cooperative/blocks.wgsl.
+    /// Bytes of workgroup memory; the arrays of shaders/cooperative/fragments.wgsl.
     pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
         let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
         let score_rows = self.subgroups * self.matrices.side * self.score_row() * 16;
@@ -87,7 +87,7 @@ impl Fragments {
         staged + score_rows + p_tile + column_stats
     }
 
-    /// Numbers that are staged with each column: what lse and delta of a query add, and what token scales take out.
+    /// Numbers that are staged with each column: the shifts by lse and delta of a query, and the inverse token scales.
     pub(crate) fn stats_per_column(&self, kernel: Kernel, dtype: DType) -> u32 {
         let row_stats = if kernel.spec().work.rows_are_keys() { 2 } else { 0 };
         let scales = match (dtype, kernel.tiled().is_some_and(|tiled| tiled.softmax)) {
