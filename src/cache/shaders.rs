@@ -5,13 +5,16 @@ use naga::back::{hlsl, msl, spv};
 use naga::valid::{Capabilities as Wgsl, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use rayon::prelude::*;
 
-use super::{CacheConfig, CacheKind, DecodeTiles, DecodeTiling, Quantisation, Rotary, RotaryPositions, RotaryStyle};
 use crate::device::capabilities::Capabilities;
 use crate::kernel::cache::CacheOptions;
+use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::{Kernel, Variant};
 use crate::plan::pass::check_limits;
+use crate::plan::splits::DecodeTiling;
 use crate::problem::SinkLogits;
+use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
 use crate::problem::element::DType;
+use crate::problem::row_format::Quantisation;
 
 #[path = "../../tests/common/tint.rs"]
 mod tint;
@@ -58,7 +61,7 @@ fn variants() -> Vec<(Variant, Capabilities)> {
                     let sink_logits = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead][turn % 3];
                     let softcap = turn.is_multiple_of(5);
                     let rotates_q = rotary.is_some() && !turn.is_multiple_of(5);
-                    let vec4 = [head_dim, value_dim].iter().all(|n| n.is_multiple_of(4)) && turn % 7 > 0;
+                    let vec4 = [head_dim, value_dim].iter().all(|n: &usize| n.is_multiple_of(4)) && turn % 7 > 0;
                     let moved = CacheOptions { rotary, ..CacheOptions::new(&config, vec4) };
                     let decoded = CacheOptions {
                         tiles: Some(tiling.tiles),

@@ -232,7 +232,7 @@ fn main() {}
     #[test]
     fn pairs_go_row_by_row() {
         let text = "# for r, n in pairs(2, 3)\n{{ r }}{{ n }};\n# endfor\n";
-        let rendered = render_text("pairs", text, Value::UNDEFINED).unwrap();
+        let rendered = render("pairs", text, Value::UNDEFINED).unwrap();
         assert_eq!(rendered.split_whitespace().collect::<String>(), "00;01;02;10;11;12;");
     }
 }
