@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::rows::Side;
 use super::simd::{Panel, tanh};
-use crate::problem::{Bias, Inputs, MaskData, Problem, mask_word};
+use crate::problem::{Bias, Inputs, MaskData, Options, Problem, mask_word};
 
 /// Most rows of a tile on either side, so that a row of visible pairs fits a word.
 pub(super) const TILE: usize = u64::BITS as usize;
@@ -85,6 +85,25 @@ pub(super) struct Scores<'a> {
 
 impl<'a> Scores<'a> {
     pub(super) fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
+        // Options of scores come by the problem and the inputs, those of the rule by the bands of its sequences; `sink_logits` meets the
+        // finished row, and the callers see to layout and element types.
+        let Options {
+            causal: _,
+            window: _,
+            sink_tokens: _,
+            sink_logits: _,
+            scale: _,
+            softcap: _,
+            alibi: _,
+            bias: _,
+            bias_dtype: _,
+            mask: _,
+            mask_packing: _,
+            alignment: _,
+            query_offset: _,
+            layout: _,
+            dtype: _,
+        } = *problem.options();
         let scale = problem.scale();
         let (magnitude, sign) = if scale == 0.0 { (1.0, 0.0) } else { (scale.abs(), scale.signum()) };
         let bias = inputs.bias.map(|bias| match bias {

@@ -20,7 +20,7 @@ use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::tile::portable::Tiles;
 use crate::problem::element::DType;
 use crate::problem::error::Result;
-use crate::problem::{Axes, MaskPacking, Problem, SinkLogits};
+use crate::problem::{Axes, MaskPacking, Options, Problem, SinkLogits};
 
 /// What a pipeline fixes. Two problems of one variant share a pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -104,7 +104,25 @@ impl Variant {
     /// A kernel's variant for a problem, before tiles are chosen. Options of operands that the kernel does not bind are left out, so that
     /// fewer variants are compiled. `vec4` says whether the operands can be read four neighbours at a time.
     pub(crate) fn new(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOperands) -> Self {
-        let (shape, options, spec) = (problem.shape(), problem.options(), kernel.spec());
+        let (shape, spec) = (problem.shape(), kernel.spec());
+        // Parameters carry the scale and, as the bands of sequences, the rule; operands carry their own layout.
+        let Options {
+            causal: _,
+            window: _,
+            sink_tokens: _,
+            sink_logits,
+            scale: _,
+            softcap,
+            alibi,
+            bias,
+            bias_dtype,
+            mask,
+            mask_packing,
+            alignment: _,
+            query_offset: _,
+            layout: _,
+            dtype,
+        } = *problem.options();
         let reads = |binding: Binding| spec.reads.contains(&binding);
         let writes = |binding: Binding| spec.writes.contains(&binding);
         let binds = |binding: Binding| reads(binding) || writes(binding);
@@ -115,8 +133,8 @@ impl Variant {
         let [uses_q, uses_v] = [1, 2].map(has_width);
         let mut own = OwnOptions {
             // A row's terms have more in half precision.
-            dtype: if uses_q || uses_v || binds(Binding::RowTerms) { options.dtype } else { DType::F32 },
-            sink_logits: if reads(Binding::SinkLogits) { options.sink_logits } else { SinkLogits::None },
+            dtype: if uses_q || uses_v || binds(Binding::RowTerms) { dtype } else { DType::F32 },
+            sink_logits: if reads(Binding::SinkLogits) { sink_logits } else { SinkLogits::None },
             lengths: problem.has_lengths() && reads(Binding::Sequences),
             o_rest: optional.o_rest && binds(Binding::ORest),
         };
@@ -130,13 +148,13 @@ impl Variant {
             value_dim: if uses_v { shape.value_dim as u32 } else { 0 },
             vec4: vec4 && uses_v,
             sink_logits,
-            softcap: is_tiled && options.softcap.is_some(),
-            alibi: options.alibi && (is_tiled || reads(Binding::AlibiSlopes)),
-            moments: options.alibi && optional.d_alibi_slopes && writes(Binding::AlibiMoments),
-            bias: options.bias.map(|_| options.bias_dtype).filter(|_| reads(Binding::Bias)),
-            mask: options.mask.is_some() && reads(Binding::MaskBits),
-            mask_packing: if reads(Binding::Mask) { options.mask_packing } else { MaskPacking::Bytes },
-            axes: options.bias.filter(|_| writes(Binding::DBias)),
+            softcap: is_tiled && softcap.is_some(),
+            alibi: alibi && (is_tiled || reads(Binding::AlibiSlopes)),
+            moments: alibi && optional.d_alibi_slopes && writes(Binding::AlibiMoments),
+            bias: bias.map(|_| bias_dtype).filter(|_| reads(Binding::Bias)),
+            mask: mask.is_some() && reads(Binding::MaskBits),
+            mask_packing: if reads(Binding::Mask) { mask_packing } else { MaskPacking::Bytes },
+            axes: bias.filter(|_| writes(Binding::DBias)),
             lengths,
             d_lse: optional.d_lse && reads(Binding::DLse),
             packed: optional.packed && writes(Binding::DV),

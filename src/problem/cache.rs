@@ -311,7 +311,24 @@ impl CacheConfig {
             let reason = format!("{queries}; the rolling cache was made for {most} at most");
             return Err(Error::InvalidOption { option: "queries", reason });
         }
-        let Options { causal, window, sink_tokens, .. } = self.seen(options)?;
+        // `check_absent` refuses ALiBi, bias and mask; the plan and the parameters of a step take the others.
+        let Options {
+            causal,
+            window,
+            sink_tokens,
+            sink_logits: _,
+            scale: _,
+            softcap: _,
+            alibi: _,
+            bias: _,
+            bias_dtype: _,
+            mask: _,
+            mask_packing: _,
+            alignment: _,
+            query_offset: _,
+            layout: _,
+            dtype: _,
+        } = self.seen(options)?;
         let right = if causal { Some(0) } else { window.right };
         let bound = |bound: Option<usize>| bound.map_or(UNBOUNDED, |bound| bound.min(UNBOUNDED as usize) as i32);
         let sink_tokens = sink_tokens.min(UNBOUNDED as usize) as u32;
@@ -343,7 +360,25 @@ impl CacheConfig {
 
 /// Refuses what counts keys by places that a cache does not tell.
 pub(crate) fn check_absent(options: &Options, reason: &str) -> Result<()> {
-    let given = [("alibi", options.alibi), ("bias", options.bias.is_some()), ("mask", options.mask.is_some())];
+    // A new option is refused here, or every cache honours it.
+    let Options {
+        causal: _,
+        window: _,
+        sink_tokens: _,
+        sink_logits: _,
+        scale: _,
+        softcap: _,
+        alibi,
+        bias,
+        bias_dtype: _,
+        mask,
+        mask_packing: _,
+        alignment: _,
+        query_offset: _,
+        layout: _,
+        dtype: _,
+    } = *options;
+    let given = [("alibi", alibi), ("bias", bias.is_some()), ("mask", mask.is_some())];
     match given.into_iter().find(|(_, given)| *given) {
         Some((option, _)) => Err(Error::InvalidOption { option, reason: reason.into() }),
         None => Ok(()),

@@ -104,17 +104,35 @@ impl<T: Element> Stream<T> {
 
     /// What two streams must have in common for one to go on where the other ended.
     fn properties(&self) -> [(&'static str, String); 15] {
-        let (shape, options) = (&self.shape, &self.options);
-        let sink_logits = match options.sink_logits {
+        let shape = &self.shape;
+        // A stream has no bias, no mask and no offset, and one way to say its window.
+        let Options {
+            causal: _,
+            window: _,
+            sink_tokens,
+            sink_logits,
+            scale,
+            softcap,
+            alibi,
+            bias: _,
+            bias_dtype: _,
+            mask: _,
+            mask_packing: _,
+            alignment: _,
+            query_offset: _,
+            layout,
+            dtype: _,
+        } = self.options;
+        let sink_logits = match sink_logits {
             SinkLogits::None => "none",
             SinkLogits::OffByOne => "off-by-one",
             SinkLogits::PerHead => "per-head",
         };
-        let scale = options.scale.unwrap_or(1.0 / (shape.head_dim as f32).sqrt());
+        let scale = scale.unwrap_or(1.0 / (shape.head_dim as f32).sqrt());
         [
             ("version", VERSION.to_string()),
             ("dtype", T::DTYPE.to_string()),
-            ("layout", options.layout.to_string()),
+            ("layout", layout.to_string()),
             ("batch", shape.batch.to_string()),
             ("heads", shape.heads.to_string()),
             ("kv_heads", shape.kv_heads.to_string()),
@@ -122,11 +140,11 @@ impl<T: Element> Stream<T> {
             ("value_dim", shape.value_dim.to_string()),
             ("window_left", self.left().to_string()),
             ("window_right", "0".into()),
-            ("sink_tokens", options.sink_tokens.to_string()),
+            ("sink_tokens", sink_tokens.to_string()),
             ("sink_logits", sink_logits.into()),
             ("scale", scale.to_string()),
-            ("softcap", options.softcap.map_or("none".into(), |softcap| softcap.to_string())),
-            ("alibi", options.alibi.to_string()),
+            ("softcap", softcap.map_or("none".into(), |softcap| softcap.to_string())),
+            ("alibi", alibi.to_string()),
         ]
     }
 }

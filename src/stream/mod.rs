@@ -93,27 +93,45 @@ impl<T: Element> Stream<T> {
     /// [`Error::DimensionTooLarge`] for a window and sink tokens that together exceed 2^29 keys.
     pub fn new(shape: StreamShape, options: Options) -> Result<Self> {
         let invalid = |option, reason: &str| Err(Error::InvalidOption { option, reason: reason.into() });
-        if T::DTYPE != options.dtype {
-            return Err(Error::WrongElementType { operands: T::DTYPE, options: options.dtype });
+        // Sink logits, scale, softcap and ALiBi are those of every pass of the stream. A stream aligns its queries by itself.
+        let Options {
+            causal,
+            window,
+            sink_tokens,
+            sink_logits: _,
+            scale: _,
+            softcap: _,
+            alibi: _,
+            bias,
+            bias_dtype: _,
+            mask,
+            mask_packing: _,
+            alignment: _,
+            query_offset,
+            layout,
+            dtype,
+        } = options;
+        if T::DTYPE != dtype {
+            return Err(Error::WrongElementType { operands: T::DTYPE, options: dtype });
         }
-        let Some(left) = options.window.left else {
+        let Some(left) = window.left else {
             return invalid("window", "a stream needs a left bound: without one it would have to keep every key");
         };
-        if !options.causal && options.window.right != Some(0) {
+        if !causal && window.right != Some(0) {
             return invalid("causal", "false, with no right bound of 0; a stream's queries come before later keys do");
         }
-        if options.layout == Layout::Thd {
+        if layout == Layout::Thd {
             return invalid("layout", "a stream is in bshd or bhsd, thd has no batch of streams side by side");
         }
-        if options.query_offset.is_some() {
+        if query_offset.is_some() {
             return invalid("query_offset", "a stream counts positions by itself");
         }
-        for (option, axes) in [("bias", options.bias), ("mask", options.mask)] {
+        for (option, axes) in [("bias", bias), ("mask", mask)] {
             if axes.is_some() {
                 return invalid(option, "a stream has none; it would belong to pairs of tokens without end");
             }
         }
-        let kept = (left as u64).saturating_add(options.sink_tokens as u64);
+        let kept = (left as u64).saturating_add(sink_tokens as u64);
         if kept > MAX_SEQ as u64 {
             let dimension = "window and sink tokens of a stream";
             return Err(Error::DimensionTooLarge { dimension, value: kept, most: MAX_SEQ as u64 });

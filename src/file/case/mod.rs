@@ -359,6 +359,24 @@ fn parse_options(metadata: &BTreeMap<String, String>) -> Result<Options, FormatE
             _ => return Err(FormatError::UnknownKey { key: key.clone() }),
         }
     }
+    // A file says each of these by a key above, or by its tensors (sink logits, ALiBi, bias, mask and element types).
+    let Options {
+        causal: _,
+        window: _,
+        sink_tokens: _,
+        sink_logits: _,
+        scale: _,
+        softcap: _,
+        alibi: _,
+        bias: _,
+        bias_dtype: _,
+        mask: _,
+        mask_packing: _,
+        alignment: _,
+        query_offset: _,
+        layout: _,
+        dtype: _,
+    } = options;
     Ok(options)
 }
 
