@@ -365,8 +365,8 @@ mod timing;
 pub use attention::Attention;
 #[cfg(feature = "gpu")]
 pub use cache::{
-    AppendBuffers, CacheBackwardBuffers, DecodeBuffers, KvCache, PrefillBuffers, PreparedAppend, PreparedCacheBackward,
-    PreparedDecode, PreparedPrefill, Step, StepPass,
+    AppendBuffers, CacheBackwardBuffers, DecodeBuffers, HostCache, KvCache, PrefillBuffers, PreparedAppend,
+    PreparedCacheBackward, PreparedDecode, PreparedPrefill, Step, StepPass,
 };
 #[cfg(feature = "cpu")]
 pub use cache::{Prefill, RotaryFrequencies, RotaryScaling, Yarn};

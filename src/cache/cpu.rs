@@ -463,7 +463,7 @@ impl<T> Default for PrefillOperands<'_, T> {
 }
 
 impl<T> PrefillOperands<'_, T> {
-    fn inputs<'b>(&'b self, q: &'b [T], [k, v]: &'b [Vec<T>; 2]) -> Inputs<'b, T>
+    pub(super) fn inputs<'b>(&'b self, q: &'b [T], [k, v]: &'b [Vec<T>; 2]) -> Inputs<'b, T>
     where
         T: Copy,
     {

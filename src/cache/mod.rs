@@ -16,6 +16,8 @@ mod file;
 mod gather;
 #[cfg(feature = "gpu")]
 mod gpu;
+#[cfg(feature = "gpu")]
+mod host;
 mod places;
 #[cfg(feature = "gpu")]
 mod prefill;
@@ -34,6 +36,8 @@ pub use self::batch::Prefill;
 pub use self::decode::{DecodeBuffers, PreparedDecode};
 #[cfg(feature = "gpu")]
 pub use self::gpu::KvCache;
+#[cfg(feature = "gpu")]
+pub use self::host::HostCache;
 #[cfg(feature = "gpu")]
 pub use self::prefill::{PrefillBuffers, PreparedPrefill};
 pub use self::rotary::{RotaryFrequencies, RotaryScaling, Yarn};

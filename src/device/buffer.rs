@@ -297,7 +297,16 @@ impl<'a> From<&'a DeviceBuffer> for TensorView<'a> {
 
 /// A new buffer that holds a host slice.
 pub(crate) fn upload<T: Pod>(device: &Device, operand: &'static str, data: &[T]) -> Result<wgpu::Buffer> {
-    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+    upload_with(device, operand, data, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST)
+}
+
+/// As [`upload`], in a buffer with these usages.
+pub(crate) fn upload_with<T: Pod>(
+    device: &Device,
+    operand: &'static str,
+    data: &[T],
+    usage: wgpu::BufferUsages,
+) -> Result<wgpu::Buffer> {
     let buffer = allocate::<T>(device, operand, data.len(), usage)?;
     write(device, &buffer, 0, bytemuck::cast_slice(data));
     Ok(buffer)

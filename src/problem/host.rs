@@ -219,6 +219,11 @@ impl Problem {
         {
             check_length(operand, slice.len(), &shape)?;
         }
+        self.check_optional_inputs(inputs)
+    }
+
+    /// Checks the operands that go with options.
+    pub(crate) fn check_optional_inputs<T: Element>(&self, inputs: &Inputs<'_, T>) -> Result<()> {
         let heads = [self.shape().heads];
         self.check_sink_logits(inputs.sink_logits)?;
         let per_head = self.options().alibi.then_some(&heads[..]);

@@ -401,7 +401,7 @@ fn check_countable(operand: &'static str, factors: [usize; 4]) -> Result<()> {
 }
 
 pub(crate) fn check_length(operand: &'static str, actual: usize, shape: &[usize]) -> Result<()> {
-    let expected = shape.iter().product();
+    let expected = shape.iter().fold(1usize, |product, axis| product.saturating_mul(*axis));
     if actual == expected {
         return Ok(());
     }
