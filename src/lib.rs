@@ -335,6 +335,8 @@
 //!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 // Each imports only from those above it; docs/architecture.md.
 mod attention;
 mod cache;

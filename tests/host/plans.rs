@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::common::operands::problem;
+use sink_attention::testing::operands::problem;
 use sink_attention::{
     Capabilities, CooperativeMatrices, DType, DeviceClass, Error, Kernel, MicroKernel, Multiprocessor,
     OptionalOperands, Options, Pass, Plan, Preference, Problem, SinkLogits, Tiles, Tiling, Variant, Window,
