@@ -18,7 +18,8 @@ use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
-use sink_attention::testing::timed::{GpuGradients, GpuOperands, HostOperands, too_large};
+use sink_attention::testing::buffers::{GpuGradients, GpuOperands, too_large};
+use sink_attention::testing::operands::Operands;
 use sink_attention::{
     Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Timer, Upstream, Window, wgpu,
 };
@@ -223,7 +224,7 @@ fn measure_on_the_host(
     let mut made = None;
     group.bench_function(id, |b| {
         let (operands, saved) = made.get_or_insert_with(|| {
-            let operands = HostOperands::<f32>::new(problem);
+            let operands = Operands::timed(problem);
             let saved = attention.forward(problem, &operands.inputs()).expect("operands that fit the problem");
             (operands, saved)
         });

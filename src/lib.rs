@@ -335,6 +335,7 @@
 //!   load.
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(
     not(feature = "gpu"),
     allow(dead_code, unused_imports, reason = "the operator uses what problems and plans alone do not")

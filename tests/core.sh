@@ -12,10 +12,12 @@ if [[ $lint ]]; then
 fi
 
 need_vulkan
+# Not each eighth, as while writing.
+export SINK_ATTENTION_SHADERS=all
 
 # Unit, integration and documentation tests, and the README's code. Without the feature `checked-shaders`: these are the shaders
 # that users get.
-tests "${core[@]}" --lib --test suites
+tests "${core[@]}" --lib --test host --test gpu
 tests -p sink-attention --doc --features safetensors,testing
 # The tests inside the examples.
 tests "${core[@]}" --examples
@@ -49,7 +51,7 @@ case $? in
         # Of other suites what takes long is left out.
         few=(--skip size:: --skip properties::)
         [[ ${SINK_ATTENTION_TESTS:-} == all ]] && few=()
-        tests "${core[@]}" --test suites -- cooperative ${few[@]+"${few[@]}"}
+        tests "${core[@]}" --test gpu -- cooperative ${few[@]+"${few[@]}"}
         ;;
     3) skip "the kernels on cooperative matrices: $(tail -n 1 "$temp/software-vulkan")" ;;
     *)

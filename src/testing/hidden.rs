@@ -12,12 +12,12 @@
 
 use std::ops::Range;
 
-use crate::{
-    Alignment, Axes, Bias, DType, Element, Gradients, Inputs, Layout, Lengths, MaskData, MaskPacking, Options, Output,
-    Problem, Result, Shape, SinkLogits, Upstream, Window, pack_mask,
-};
-
+use super::operands::{BiasValues, MaskValues, Operands};
 use super::random::Random;
+use crate::{
+    Alignment, Axes, DType, Element, Gradients, Inputs, Layout, Lengths, MaskPacking, Options, Output, Problem, Result,
+    Shape, SinkLogits, Upstream, Window, pack_mask,
+};
 
 /// The options that a kernel is compiled for. The rest of a problem is random, so that few kernels see many problems.
 #[derive(Debug, Clone, Copy)]
@@ -142,28 +142,15 @@ impl Family {
     }
 }
 
-/// A problem with its operands.
+/// A problem with its operands and what flows into its results.
 #[derive(Debug, Clone)]
 pub struct Case<T> {
     pub problem: Problem,
-    pub q: Vec<T>,
-    pub k: Vec<T>,
-    pub v: Vec<T>,
-    pub sink_logits: Option<Vec<f32>>,
-    pub alibi_slopes: Option<Vec<f32>>,
-    pub bias: Option<BiasData<T>>,
-    /// In bytes; `packed` in bits.
-    pub mask: Option<Vec<u8>>,
-    packed: Vec<u32>,
+    pub operands: Operands<T>,
     pub d_o: Vec<T>,
     pub d_lse: Option<Vec<f32>>,
-}
-
-/// A bias of either element type.
-#[derive(Debug, Clone)]
-pub enum BiasData<T> {
-    F32(Vec<f32>),
-    Operand(Vec<T>),
+    /// The mask in bytes, however the operands have it.
+    mask: Option<Vec<u8>>,
 }
 
 /// What a path computes.
@@ -184,7 +171,10 @@ impl<T: Element> Case<T> {
         let d_lse = (seed % 4 != 3).then(|| tensor(&problem.lse_shape()));
         let bias = bias.map(|mut bias| {
             bias.iter_mut().filter(|_| random.below(12) == 0).for_each(|x| *x = f32::NEG_INFINITY);
-            if options.bias_dtype == DType::F32 { BiasData::F32(bias) } else { BiasData::Operand(T::narrow(bias)) }
+            match options.bias_dtype {
+                DType::F32 => BiasValues::F32(bias),
+                _ => BiasValues::Operand(T::narrow(bias)),
+            }
         });
         let mask = mask_shape(&problem).map(|shape| {
             let blocks: Vec<usize> = (0..64).map(|_| random.below(4)).collect();
@@ -195,21 +185,16 @@ impl<T: Element> Case<T> {
             };
             places(shape).map(pair).collect::<Vec<u8>>()
         });
-        let packed = mask.iter().flat_map(|mask| pack_mask(mask, keys(&problem))).collect();
-        Case { problem, q, k, v, sink_logits, alibi_slopes, bias, mask, packed, d_o, d_lse }
+        let packed = mask.clone().map(|mask| match options.mask_packing {
+            MaskPacking::Bytes => MaskValues::Bytes(mask),
+            MaskPacking::Bits => MaskValues::Bits(pack_mask(&mask, keys(&problem))),
+        });
+        let operands = Operands { q, k, v, sink_logits, alibi_slopes, bias, mask: packed };
+        Case { problem, operands, d_o, d_lse, mask }
     }
 
     pub fn inputs(&self) -> Inputs<'_, T> {
-        let bias = self.bias.as_ref().map(|bias| match bias {
-            BiasData::F32(bias) => Bias::F32(bias),
-            BiasData::Operand(bias) => Bias::Operand(bias),
-        });
-        let mask = self.mask.as_ref().map(|mask| match self.problem.options().mask_packing {
-            MaskPacking::Bytes => MaskData::Bytes(mask),
-            MaskPacking::Bits => MaskData::Bits(&self.packed),
-        });
-        let inputs = Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref());
-        inputs.alibi_slopes(self.alibi_slopes.as_deref()).bias(bias).mask(mask)
+        self.operands.inputs()
     }
 
     pub fn upstream(&self) -> Upstream<'_, T> {
@@ -227,7 +212,7 @@ impl<T: Element> Case<T> {
                 let sees = |&j: &usize| {
                     let pair = [number, head, i, j];
                     let mask = self.mask.as_ref().zip(mask_shape(problem));
-                    let bias = self.bias.as_ref().zip(problem.bias_shape());
+                    let bias = self.operands.bias.as_ref().zip(problem.bias_shape());
                     mask.is_none_or(|(mask, shape)| mask[place(shape, pair)] != 0)
                         && bias.is_none_or(|(bias, shape)| bias.at(place(shape, pair)) != f32::NEG_INFINITY)
                 };
@@ -277,35 +262,36 @@ impl<T: Element> Case<T> {
             heads[query.head] = true;
             let sees = !query.keys.is_empty();
             rows[query.index] |= sees;
-            lse[query.index] |= sees || self.sink_logits.is_some();
+            lse[query.index] |= sees || self.operands.sink_logits.is_some();
             for key in &query.keys {
                 seen[key.index] = true;
                 bias.get_mut(key.bias).into_iter().for_each(|seen| *seen = true);
             }
         }
         hiding.iter_mut().enumerate().for_each(|(n, hides)| {
-            *hides = self.bias.as_ref().is_some_and(|bias| bias.at(n) == f32::NEG_INFINITY);
+            *hides = self.operands.bias.as_ref().is_some_and(|bias| bias.at(n) == f32::NEG_INFINITY);
         });
         for index in (0..queries_of_lse).filter(|&index| !rows[index]) {
-            fill.bits(&mut filled.q[self.query_row(shape.head_dim, index)], random);
+            fill.bits(&mut filled.operands.q[self.query_row(shape.head_dim, index)], random);
             fill.bits(&mut filled.d_o[self.query_row(shape.value_dim, index)], random);
         }
         for index in (0..queries_of_lse).filter(|&index| !lse[index]) {
             fill.bits(filled.d_lse.iter_mut().flat_map(|d_lse| &mut d_lse[index..index + 1]), random);
         }
         for index in (0..keys).filter(|&index| !seen[index]) {
-            fill.bits(&mut filled.k[self.key_row(shape.head_dim, index)], random);
-            fill.bits(&mut filled.v[self.key_row(shape.value_dim, index)], random);
+            fill.bits(&mut filled.operands.k[self.key_row(shape.head_dim, index)], random);
+            fill.bits(&mut filled.operands.v[self.key_row(shape.value_dim, index)], random);
         }
         for head in (0..shape.heads).filter(|&head| !heads[head]) {
-            for of_heads in [&mut filled.sink_logits, &mut filled.alibi_slopes].into_iter().flatten() {
+            for of_heads in [&mut filled.operands.sink_logits, &mut filled.operands.alibi_slopes].into_iter().flatten()
+            {
                 fill.bits(&mut of_heads[head..head + 1], random);
             }
         }
         for n in (0..bias.len()).filter(|&n| !bias[n] && !hiding[n]) {
-            match &mut filled.bias {
-                Some(BiasData::F32(bias)) => fill.bits(&mut bias[n..n + 1], random),
-                Some(BiasData::Operand(bias)) => fill.bits(&mut bias[n..n + 1], random),
+            match &mut filled.operands.bias {
+                Some(BiasValues::F32(bias)) => fill.bits(&mut bias[n..n + 1], random),
+                Some(BiasValues::Operand(bias)) => fill.bits(&mut bias[n..n + 1], random),
                 None => {}
             }
         }
@@ -408,7 +394,7 @@ pub fn law<T: Element>(
     let value_dim = case.problem.shape().value_dim;
     add(&mut changed.d_o, case.query_row(value_dim, query.index));
     for key in &query.keys {
-        add(&mut changed.v, case.key_row(value_dim, key.index));
+        add(&mut changed.operands.v, case.key_row(value_dim, key.index));
     }
     case.control(query, &before, &run(&changed)?).map_or(Ok(1), Err)
 }
@@ -497,15 +483,6 @@ impl Fill {
                 },
                 Fill::NotFinite => one_of([f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN]),
             };
-        }
-    }
-}
-
-impl<T: Element> BiasData<T> {
-    fn at(&self, n: usize) -> f32 {
-        match self {
-            BiasData::F32(bias) => bias[n],
-            BiasData::Operand(bias) => bias[n].to_f32(),
         }
     }
 }

@@ -9,12 +9,17 @@
     reason = "fields of operands have the names of the crate's documentation, and nobody prints them"
 )]
 
+#[cfg(not(target_family = "wasm"))]
+pub mod buffers;
 pub mod cases;
 pub mod compare;
 #[cfg(not(target_family = "wasm"))]
 pub mod devices;
 pub mod folder;
-pub mod hidden;
-pub mod random;
 #[cfg(not(target_family = "wasm"))]
-pub mod timed;
+pub mod gradients;
+#[cfg(not(target_family = "wasm"))]
+pub mod hidden;
+#[cfg(not(target_family = "wasm"))]
+pub mod operands;
+pub mod random;

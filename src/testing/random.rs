@@ -23,6 +23,16 @@ impl Random {
         (2.0 * self.bits() as f32 / (1u64 << 24) as f32 - 1.0) * 3f32.sqrt()
     }
 
+    /// So many of them.
+    pub fn units(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.unit()).collect()
+    }
+
+    /// So many numbers in [-1, 1).
+    pub fn numbers(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| 2.0 * self.bits() as f32 / (1u64 << 24) as f32 - 1.0).collect()
+    }
+
     /// One of so many, few, numbers from 0.
     pub fn below(&mut self, count: u64) -> usize {
         (self.bits() % count) as usize

@@ -6,8 +6,8 @@ use sink_attention::{
 };
 
 use super::gpu;
-use super::gradients::Backward;
-use super::operands::Operands;
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::Operands;
 
 /// A second device on the adapter of [`gpu`](super::gpu), requested with other limits.
 pub fn gpu_with(edit: impl FnOnce(&mut wgpu::Limits)) -> Option<Attention> {

@@ -4,7 +4,7 @@
 
 use sink_attention::{Element, Gradients, Inputs, Output, Problem, SinkLogits, Upstream};
 
-use super::operands::row;
+use sink_attention::testing::operands::row;
 
 /// The rows that a query works with, in f32, and its softmax.
 struct Query {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use sink_attention::{Attention, Element, Inputs, Layout, PartialState, Problem, pack_mask};
 
-use super::operands::{Operands, RandomBias, RandomMask};
+use sink_attention::testing::operands::{BiasValues, MaskValues, Operands};
 
 /// Rows `keys` of an operand of `[batch, kv_heads, seq_k, width]` in the problem's layout.
 pub fn rows<T: Copy>(problem: &Problem, x: &[T], width: usize, keys: &Range<usize>) -> Vec<T> {
@@ -27,16 +27,16 @@ pub fn shard<T: Element>(problem: &Problem, whole: &Operands<T>, keys: &Range<us
         sink_logits: None,
         alibi_slopes: whole.alibi_slopes.clone(),
         bias: whole.bias.as_ref().map(|bias| match bias {
-            RandomBias::F32(bias) => RandomBias::F32(columns(bias, s.seq_k, keys)),
-            RandomBias::Operand(bias) => RandomBias::Operand(columns(bias, s.seq_k, keys)),
+            BiasValues::F32(bias) => BiasValues::F32(columns(bias, s.seq_k, keys)),
+            BiasValues::Operand(bias) => BiasValues::Operand(columns(bias, s.seq_k, keys)),
         }),
         mask: whole.mask.as_ref().map(|mask| match mask {
-            RandomMask::Bytes(mask) => RandomMask::Bytes(columns(mask, s.seq_k, keys)),
-            RandomMask::Bits(mask) => {
+            MaskValues::Bytes(mask) => MaskValues::Bytes(columns(mask, s.seq_k, keys)),
+            MaskValues::Bits(mask) => {
                 let bytes = mask
                     .chunks(s.seq_k.div_ceil(32))
                     .flat_map(|row| keys.clone().map(|j| (row[j / 32] >> (j % 32) & 1) as u8));
-                RandomMask::Bits(pack_mask(&bytes.collect::<Vec<_>>(), keys.len()))
+                MaskValues::Bits(pack_mask(&bytes.collect::<Vec<_>>(), keys.len()))
             }
         }),
     }

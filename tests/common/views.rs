@@ -8,8 +8,8 @@ use sink_attention::{
 };
 
 use super::buffers::{empty, submit};
-use super::gradients::Backward;
-use super::operands::agree;
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::agree;
 
 /// A buffer of halves, whole words of them.
 fn buffer<T: Element>(device: &Device, data: &[T]) -> wgpu::Buffer {

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::buffers::{GpuGradients, GpuOperands, too_large};
 use sink_attention::testing::compare;
-use sink_attention::testing::timed::{GpuGradients, GpuOperands, HostOperands, too_large};
+use sink_attention::testing::operands::Operands;
 use sink_attention::{
     Attention, DType, Device, Element, Kernel, MaskClass, MicroKernel, Options, Pass, Plan, Prepared, Problem, Series,
     Shape, SinkLogits, Tiling, Timer, Tuning, TuningKey, Upstream, Window,
@@ -467,7 +468,7 @@ fn right_with<T: Element>(
     tuning.insert(key, tiles);
     let tuned = attention.clone().with_tuning(tuning).map_err(|error| error.to_string())?;
     let portable = attention.clone().with_micro_kernel(MicroKernel::Portable);
-    let operands = HostOperands::<T>::new(problem);
+    let operands = Operands::timed(problem).cast::<T>();
     let inputs = operands.inputs();
     let compute = || -> sink_attention::Result<_> {
         let mut expected = portable.forward(problem, &inputs)?;

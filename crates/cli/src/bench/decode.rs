@@ -13,7 +13,7 @@ use sink_attention::{
 
 use super::{Bench, MOST, QUICK};
 use crate::shared::Progress;
-use sink_attention::testing::timed::filled;
+use sink_attention::testing::buffers::filled;
 
 /// Tokens that are appended at a time while a cache is filled.
 const CHUNK: usize = 4096;

@@ -8,7 +8,8 @@ use sink_attention::{
     Series, SinkLogits, Timer, Upstream, wgpu,
 };
 
-use sink_attention::testing::timed::{GpuGradients, GpuOperands, HostOperands, too_large};
+use sink_attention::testing::buffers::{GpuGradients, GpuOperands, too_large};
+use sink_attention::testing::operands::Operands;
 
 /// Forward or backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -223,7 +224,7 @@ fn on_cpu_with<T: Element>(
     direction: Direction,
     effort: Effort,
 ) -> Result<Result<Timing, String>> {
-    let operands = HostOperands::<T>::new(problem);
+    let operands = Operands::timed(problem).cast::<T>();
     let inputs = operands.inputs();
     // Warms up, too.
     let saved = attention.forward(problem, &inputs)?;

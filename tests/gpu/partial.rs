@@ -4,14 +4,14 @@ use crate::common;
 use std::ops::Range;
 
 use crate::common::buffers::{buffer, empty, read, submit};
-use crate::common::gradients::Backward;
-use crate::common::operands::{BOUND, Operands, agree, problem};
 use crate::common::shards::{ranges, shard, states, with_sinks};
 use crate::common::{another_gpu, compare, compare_lse, gpu};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{BOUND, Operands, agree, problem};
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
     Alignment, Attention, Axes, DType, Element, Error, ForwardBuffers, Gradients, Inputs, Layout, Lengths, MaskPacking,

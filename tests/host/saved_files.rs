@@ -4,65 +4,42 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::common::caches::config;
-use crate::common::gpu;
-use crate::common::saved::{STREAM_SHAPE, filled_cache, filled_stream, stream_options};
-use sink_attention::half::{bf16, f16};
+use crate::common::saved::{
+    CONTIGUOUS, EarlierCache, STREAM_SHAPE, each_earlier_cache, filled_cache, filled_stream, of, saved, stream_options,
+};
+use sink_attention::half::f16;
 use sink_attention::testing::folder::Folder;
 use sink_attention::{
-    Attention, CacheConfig, CacheKind, DType, Element, Error, Kernel, Layout, MaskClass, Options, Quantisation, Rotary,
-    RotaryPositions, RotaryStyle, Stream, Tiles, Tiling, Tuning, TuningKey, cpu, file,
+    CacheKind, DType, Element, Error, Kernel, Layout, MaskClass, Options, Stream, Tiles, Tiling, Tuning, TuningKey,
+    cpu, file,
 };
-
-const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 24 };
-const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 6, sequence_pages: 2 };
-const ROLLING: CacheKind = CacheKind::Rolling { sink_tokens: 2, window: 7, queries: 1 };
-
-fn of<T: Element>(kind: CacheKind, head_dim: usize) -> CacheConfig {
-    config::<T>(kind, 2, [head_dim, 4]).sequences(2)
-}
 
 fn folder(test: &str) -> Folder {
     Folder::new(env!("CARGO_TARGET_TMPDIR"), test)
 }
 
-/// A file in tests/saved.
-fn saved(name: &str) -> String {
-    format!("{}/tests/saved/{name}", env!("CARGO_MANIFEST_DIR"))
-}
+struct OnTheCpu;
 
-/// The file loads, into caches on both devices, and is what they save again.
-#[track_caller]
-fn cache_loads<T: Element>(name: &str, expected: &cpu::KvCache<T>) {
-    let (path, bytes) = (saved(name), fs::read(saved(name)).unwrap());
-    let mut cache = cpu::KvCache::<T>::new(expected.config()).unwrap();
-    cache.load(&path).unwrap();
-    assert_eq!(cache.lengths(), expected.lengths());
-    assert!(cache.to_safetensors().unwrap() == bytes && expected.to_safetensors().unwrap() == bytes, "{name}");
-    if let Some(attention) = gpu() {
-        let mut cache = attention.create_cache(expected.config()).unwrap();
+impl EarlierCache for OnTheCpu {
+    /// The file loads, and is what the cache saves again.
+    fn check<T: Element>(&self, name: &str, expected: &cpu::KvCache<T>) {
+        let (path, bytes) = (saved(name), fs::read(saved(name)).unwrap());
+        let mut cache = cpu::KvCache::<T>::new(expected.config()).unwrap();
         cache.load(&path).unwrap();
-        assert!(cache.to_safetensors().unwrap() == bytes, "{name} on the GPU");
+        assert_eq!(cache.lengths(), expected.lengths());
+        assert!(cache.to_safetensors().unwrap() == bytes && expected.to_safetensors().unwrap() == bytes, "{name}");
+        // One of a version to come is told by it.
+        let mut later = bytes;
+        let at = later.windows(10).position(|bytes| bytes == b"version=1 ").unwrap();
+        later[at + 8] = b'2';
+        let error = cache.restore(&later).unwrap_err();
+        assert_eq!(error.to_string(), "the saved cache has version 2, wanted is 1");
     }
-    // One of a version to come is told by it.
-    let mut later = bytes;
-    let at = later.windows(10).position(|bytes| bytes == b"version=1 ").unwrap();
-    later[at + 8] = b'2';
-    let error = cache.restore(&later).unwrap_err();
-    assert_eq!(error.to_string(), "the saved cache has version 2, wanted is 1");
 }
 
 #[test]
 fn caches_of_earlier_versions_load() {
-    cache_loads("contiguous_f32.cache", &filled_cache::<f32>(&of::<f32>(CONTIGUOUS, 8)));
-    let quantised = of::<f32>(CONTIGUOUS, 40).quantisation(Quantisation::Q8_0);
-    cache_loads("contiguous_q8_0.cache", &filled_cache::<f32>(&quantised));
-    let mut paged = filled_cache::<f16>(&of::<f16>(PAGED, 8));
-    paged.fork(0, 1).unwrap();
-    cache_loads("paged_f16.cache", &paged);
-    let rotary = Rotary { dim: 16, style: RotaryStyle::HalfSplit, positions: RotaryPositions::CacheRelative };
-    let rolling = of::<bf16>(ROLLING, 16).rotary(rotary);
-    cache_loads("rolling_bf16.cache", &filled_cache::<bf16>(&rolling));
+    each_earlier_cache(&OnTheCpu);
 }
 
 #[track_caller]
@@ -281,15 +258,4 @@ fn endless_files_are_refused() {
     assert!(error.contains("it has 1099511627776 bytes, the most is 1048576"), "{error}");
     let error = cache().load(&huge).unwrap_err();
     assert!(matches!(&error, Error::SavedFile { .. }) && error.to_string().contains("the header: "), "{error}");
-    if let Some(attention) = gpu().filter(|attention| {
-        attention.device().is_some_and(|device| device.capabilities().class != sink_attention::DeviceClass::Nvidia)
-    }) {
-        // Where there is no pipeline cache at all, the reason is another one; in any case it ends.
-        let error = |path: &str| Attention::on(attention.device().unwrap().clone()).with_pipeline_cache(path).err();
-        assert!(error("/dev/zero").is_some() && error(&pipe).is_some());
-        // Not one of ours, and as good as absent.
-        if let Some(error) = error(&huge) {
-            assert!(error.to_string().contains("PIPELINE_CACHE"), "{error}");
-        }
-    }
 }

@@ -6,12 +6,13 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use crate::common::buffers::empty;
-use crate::common::operands::problem;
 use crate::common::tint::mixed_operators;
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
+use sink_attention::testing::cases::texts;
+use sink_attention::testing::operands::problem;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, Axes, BackwardBuffers, Capabilities, DType, Device, ForwardBuffers, Kernel, Layout, Lengths,
@@ -386,7 +387,7 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
 /// Each is parsed once, which takes longer than all that follows.
 #[test]
 fn variants_validate_and_translate() {
-    variants().par_iter().for_each(|variant| {
+    texts(variants()).par_iter().for_each(|variant| {
         let (module, info) = validated(variant);
         keeps_the_planners_promises(variant, &module);
         bindings_stay_where_they_are(variant, &module);
@@ -536,7 +537,7 @@ fn variants_build_on_every_device() {
         assert!(!own.is_empty());
         // It has no matrices.
         let portable = |planned: &&Planned| !planned.passes().any(|pass| is_cooperative(&pass.variant));
-        own.into_iter().filter(portable).for_each(|planned| build(&attention, planned));
+        texts(own.into_iter().filter(portable)).into_iter().for_each(|planned| build(&attention, planned));
     });
 }
 

@@ -2,11 +2,11 @@
 //! operands that are out to break it.
 
 use crate::common::buffers::{Buffers, gpu_with};
-use crate::common::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
 use crate::common::{every, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
+use sink_attention::testing::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
 use sink_attention::{
     Alignment, Attention, Error, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Tiling,
     Window,

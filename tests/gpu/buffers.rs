@@ -1,11 +1,10 @@
 //! The caller's own buffers: any offsets and strides, prepared once and run often, errors instead of
 //! panics, and an operator that many threads share.
 
-use crate::common;
 use crate::common::buffers::{Buffers, GradientBuffers, buffer, empty, gpu_with, read, submit};
 use crate::common::gpu;
-use crate::common::gradients::Backward;
-use crate::common::operands::{Operands, agree, check, problem};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{Operands, agree, check, problem};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, BackwardBuffers, Device, DeviceChoice, Error, ForwardBuffers, Gradients, Inputs, Layout, Options,
@@ -418,7 +417,7 @@ fn small_bindings() {
     assert!(prepared.dispatches().eq([2]));
     agree(&buffers.run(device, &prepared), &check(&small, &problem, &operands)).unwrap();
 
-    let longer = common::operands::problem([2, 4, 2], [51, 50], [16, 16], *problem.options());
+    let longer = sink_attention::testing::operands::problem([2, 4, 2], [51, 50], [16, 16], *problem.options());
     check(&small, &longer, &Operands::random(&longer, 11));
 }
 
@@ -448,12 +447,12 @@ fn small_buffers() {
     };
     let problem = typical();
     check(&small, &problem, &Operands::random(&problem, 12));
-    let longer = common::operands::problem([2, 4, 4], [50, 51], [16, 16], *problem.options());
+    let longer = sink_attention::testing::operands::problem([2, 4, 4], [50, 51], [16, 16], *problem.options());
     expect_error!(
         small.forward(&longer, &Operands::random(&longer, 13).inputs()),
         Error::BufferTooLarge { operand: "k", bytes: 26_112, limit: 25_600 }
     );
-    let wide = common::operands::problem([2, 4, 2], [50, 50], [16, 20], *problem.options());
+    let wide = sink_attention::testing::operands::problem([2, 4, 2], [50, 50], [16, 20], *problem.options());
     expect_error!(
         small.forward(&wide, &Operands::random(&wide, 14).inputs()),
         Error::BufferTooLarge { operand: "o", bytes: 32_000, limit: 25_600 }

@@ -1,12 +1,10 @@
-//! Every conformance file against every path: the expected results come from an independent dense
-//! float64 computation.
+//! Conformance files against a path: the expected results come from an independent dense float64 computation.
 
-use crate::common;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::{compare, compare_lse};
+use super::{compare, compare_lse};
 use safetensors::{Dtype, SafeTensors};
 use sink_attention::cpu::reference;
 use sink_attention::file::case::Case;
@@ -15,7 +13,7 @@ use sink_attention::testing::compare::accepted;
 use sink_attention::{Attention, DType, Element, Gradients, Output};
 
 /// All files, as (name without extension, content).
-fn files() -> Vec<(String, Vec<u8>)> {
+pub fn files() -> Vec<(String, Vec<u8>)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance");
     let mut paths: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
@@ -24,13 +22,13 @@ fn files() -> Vec<(String, Vec<u8>)> {
 }
 
 /// The results that a file expects, beside out and lse.
-fn expected_gradients(bytes: &[u8]) -> BTreeSet<String> {
+pub fn expected_gradients(bytes: &[u8]) -> BTreeSet<String> {
     let file = SafeTensors::deserialize(bytes).unwrap();
     let names = file.names().into_iter().filter_map(|name| name.strip_prefix("expected."));
     names.filter(|name| !["out", "lse"].contains(name)).map(String::from).collect()
 }
 
-fn expected(bytes: &[u8], name: &str) -> Vec<f32> {
+pub fn expected(bytes: &[u8], name: &str) -> Vec<f32> {
     let file = SafeTensors::deserialize(bytes).unwrap();
     let tensor = file.tensor(&format!("expected.{name}")).unwrap();
     assert_eq!(tensor.dtype(), Dtype::F32);
@@ -38,11 +36,11 @@ fn expected(bytes: &[u8], name: &str) -> Vec<f32> {
 }
 
 /// Results in f64 whatever a path computes in, which is exact.
-struct Results {
-    out: Vec<f64>,
-    lse: Vec<f64>,
+pub struct Results {
+    pub out: Vec<f64>,
+    pub lse: Vec<f64>,
     /// Under the names of the files.
-    gradients: Vec<(&'static str, Vec<f64>)>,
+    pub gradients: Vec<(&'static str, Vec<f64>)>,
 }
 
 impl Results {
@@ -58,16 +56,16 @@ impl Results {
     }
 }
 
-fn wide<T: Into<f64>>(x: Vec<T>) -> Vec<f64> {
+pub fn wide<T: Into<f64>>(x: Vec<T>) -> Vec<f64> {
     x.into_iter().map(Into::into).collect()
 }
 
 /// A way to compute a file's results.
-trait Compute {
+pub trait Compute {
     fn compute<T: Element>(&self, case: &Case) -> sink_attention::Result<Results>;
 }
 
-struct Reference;
+pub struct Reference;
 
 impl Compute for Reference {
     fn compute<T: Element>(&self, case: &Case) -> sink_attention::Result<Results> {
@@ -90,7 +88,7 @@ impl Compute for Attention {
 }
 
 /// Holds a path to every file, and reports all that fail, not just the first.
-fn check_all(path: &impl Compute) {
+pub fn check_all(path: &impl Compute) {
     let mut failures = Vec::new();
     for (name, bytes) in files() {
         if let Err(error) = check(path, &bytes) {
@@ -100,13 +98,13 @@ fn check_all(path: &impl Compute) {
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }
 
-fn check(path: &impl Compute, bytes: &[u8]) -> Result<(), String> {
+pub fn check(path: &impl Compute, bytes: &[u8]) -> Result<(), String> {
     // The gradients of the sinks and of the bias are f32 and made from an f32 delta, whatever the operands are.
     check_with(path, bytes, |_| accepted(DType::F32))
 }
 
 /// With the bound of the gradients that are f32 in every element type of the operands.
-fn check_with(path: &impl Compute, bytes: &[u8], singles: fn(DType) -> f64) -> Result<(), String> {
+pub fn check_with(path: &impl Compute, bytes: &[u8], singles: fn(DType) -> f64) -> Result<(), String> {
     let case = Case::parse(bytes).map_err(|error| error.to_string())?;
     let dtype = case.problem.options().dtype;
     let results = match dtype {
@@ -129,34 +127,4 @@ fn check_with(path: &impl Compute, bytes: &[u8], singles: fn(DType) -> f64) -> R
     let failures: Vec<String> =
         errors.iter().filter_map(|(name, error)| Some(format!("{name}: {}", error.as_ref().err()?))).collect();
     if failures.is_empty() { Ok(()) } else { Err(failures.join(", ")) }
-}
-
-#[test]
-fn by_the_reference() {
-    check_all(&Reference);
-}
-
-#[test]
-fn on_the_cpu() {
-    check_all(&Attention::cpu());
-}
-
-#[test]
-fn on_the_gpu() {
-    if let Some(gpu) = common::gpu() {
-        check_all(gpu);
-    }
-}
-
-/// The files in half precision, on the cooperative micro-kernel: o is a sum of rounded p there, and delta with it.
-#[test]
-fn on_cooperative_matrices() {
-    let Some(attention) = common::cooperative() else { return };
-    let halves: Vec<_> = files().into_iter().filter(|(name, _)| name.contains("f16")).collect();
-    assert!(halves.len() >= 3, "{halves:?}");
-    let failures: Vec<String> = halves
-        .into_iter()
-        .filter_map(|(name, bytes)| Some(format!("{name}: {}", check_with(&attention, &bytes, accepted).err()?)))
-        .collect();
-    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }

@@ -2,11 +2,11 @@
 //! operands that are out to break it. tests/cpu/backward.rs is its twin.
 
 use crate::common::buffers::{GradientBuffers, gpu_with, read, submit};
-use crate::common::gradients::Backward;
-use crate::common::operands::{BOUND, SIZES, options, problem, row};
 use crate::common::{all_cases, compare, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{BOUND, SIZES, options, problem, row};
 use sink_attention::{
     Attention, Capabilities, Gradients, Kernel, Layout, Options, Pass, Plan, Problem, SinkLogits, Tiles, Tiling,
     Window, wgpu,

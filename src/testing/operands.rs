@@ -1,17 +1,14 @@
-//! Problems in a line, random operands, and the check against the definition.
+//! Problems in a line, operands, random or made by hand, and the check against the definition.
 
 use std::ops::Range;
 
-use rand::rngs::StdRng;
-use rand::{RngExt as _, SeedableRng as _};
-use sink_attention::cpu::reference;
-use sink_attention::testing::compare::accepted;
-use sink_attention::{
+use super::compare::{accepted, lse as compare_lse, rows as compare_rows, tensor as compare};
+use super::random::Random;
+use crate::cpu::reference;
+use crate::{
     Alignment, Attention, Bias, DType, Element, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem,
     Sequence, Shape, SinkLogits, Window, pack_mask,
 };
-
-use super::{compare, compare_lse};
 
 /// Accepted error of an f32 path, relative to the norm for o, absolute + relative for lse.
 pub const BOUND: f64 = 1e-5;
@@ -67,27 +64,37 @@ pub struct Operands<T = f32> {
     pub v: Vec<T>,
     pub sink_logits: Option<Vec<f32>>,
     pub alibi_slopes: Option<Vec<f32>>,
-    pub bias: Option<RandomBias<T>>,
-    pub mask: Option<RandomMask>,
+    pub bias: Option<BiasValues<T>>,
+    pub mask: Option<MaskValues>,
 }
 
 /// A bias of either element type.
 #[derive(Debug, Clone)]
-pub enum RandomBias<T> {
+pub enum BiasValues<T> {
     F32(Vec<f32>),
     Operand(Vec<T>),
 }
 
+impl<T: Element> BiasValues<T> {
+    /// An element, in f32.
+    pub fn at(&self, n: usize) -> f32 {
+        match self {
+            BiasValues::F32(bias) => bias[n],
+            BiasValues::Operand(bias) => bias[n].to_f32(),
+        }
+    }
+}
+
 /// A mask of either packing.
 #[derive(Debug, Clone)]
-pub enum RandomMask {
+pub enum MaskValues {
     Bytes(Vec<u8>),
     Bits(Vec<u32>),
 }
 
-impl RandomMask {
+impl MaskValues {
     /// A tenth of the pairs is hidden one by one, and whole blocks of 48 keys by 40 queries are, or are visible.
-    fn new(problem: &Problem, rng: &mut StdRng) -> Option<Self> {
+    fn new(problem: &Problem, random: &mut Random) -> Option<Self> {
         let options = problem.options().mask_packing(MaskPacking::Bytes);
         let axes = options.mask?;
         let [batch, heads, seq_q, seq_k] = {
@@ -97,23 +104,46 @@ impl RandomMask {
         };
         let mut bytes = Vec::with_capacity(batch * heads * seq_q * seq_k);
         for _ in 0..batch * heads {
-            let blocks: Vec<u8> =
-                (0..seq_q.div_ceil(40) * seq_k.div_ceil(48)).map(|_| rng.random_range(0..3)).collect();
+            let blocks: Vec<u8> = (0..seq_q.div_ceil(40) * seq_k.div_ceil(48)).map(|_| random.below(3) as u8).collect();
             for i in 0..seq_q {
                 for j in 0..seq_k {
                     bytes.push(match blocks[i / 40 * seq_k.div_ceil(48) + j / 48] {
                         0 => 0,
                         1 => 7,
-                        _ => u8::from(rng.random_range(0..10) > 0),
+                        _ => u8::from(random.below(10) > 0),
                     });
                 }
             }
         }
-        Some(match problem.options().mask_packing {
-            MaskPacking::Bytes => RandomMask::Bytes(bytes),
-            MaskPacking::Bits => RandomMask::Bits(pack_mask(&bytes, seq_k)),
-        })
+        Some(MaskValues::packed(bytes, problem.options().mask_packing, seq_k))
     }
+
+    /// A mask in bytes, of rows of `keys`, as a packing has it.
+    fn packed(bytes: Vec<u8>, packing: MaskPacking, keys: usize) -> Self {
+        match packing {
+            MaskPacking::Bytes => MaskValues::Bytes(bytes),
+            MaskPacking::Bits => MaskValues::Bits(pack_mask(&bytes, keys)),
+        }
+    }
+}
+
+/// The slopes of ALiBi's authors for so many heads: 2^(-8 h / H), h from 1 (Press et al., arXiv:2108.12409).
+pub fn slopes(problem: &Problem) -> Vec<f32> {
+    let heads = problem.shape().heads;
+    (1..=heads).map(|h| (-8.0 * h as f32 / heads as f32).exp2()).collect()
+}
+
+/// A mask for timing: causal where the problem is not, else one that hides one pair in 256.
+pub fn timed_mask(problem: &Problem) -> Option<MaskValues> {
+    let (options, mut random) = (problem.options(), Random::new(0, "timed mask"));
+    let [batch, heads, rows, _] = problem.mask_shape()?;
+    let keys = full_pairs(problem)[3];
+    let mut shows = |at: usize| match options.causal {
+        true => random.below(256) > 0,
+        false => at % keys <= at / keys % rows + keys.saturating_sub(rows),
+    };
+    let bytes = (0..batch * heads * rows * keys).map(|at| u8::from(shows(at))).collect();
+    Some(MaskValues::packed(bytes, options.mask_packing, keys))
 }
 
 /// `[B, H, M, N]`, of the longest sequence.
@@ -125,9 +155,8 @@ fn full_pairs(problem: &Problem) -> [usize; 4] {
 impl Operands {
     /// Numbers of unit variance, the same for a seed everywhere.
     pub fn random(problem: &Problem, seed: u64) -> Self {
-        let mut rng = StdRng::seed_from_u64(seed);
-        let half_width = 3f32.sqrt();
-        let mut vector = |len: usize| (0..len).map(|_| rng.random_range(-half_width..half_width)).collect::<Vec<_>>();
+        let mut random = Random::new(seed, "operands");
+        let mut vector = |len: usize| random.units(len);
         Operands {
             q: vector(problem.q_shape().iter().product()),
             k: vector(problem.k_shape().iter().product()),
@@ -143,11 +172,67 @@ impl Operands {
                 // Every 29th is hidden.
                 bias.iter_mut().step_by(29).skip(1).for_each(|x| *x = f32::NEG_INFINITY);
                 match problem.options().bias_dtype {
-                    DType::F32 => RandomBias::F32(bias),
-                    _ => RandomBias::Operand(bias),
+                    DType::F32 => BiasValues::F32(bias),
+                    _ => BiasValues::Operand(bias),
                 }
             }),
-            mask: RandomMask::new(problem, &mut StdRng::seed_from_u64(seed ^ 0xa5)),
+            mask: MaskValues::new(problem, &mut Random::new(seed, "mask")),
+        }
+    }
+
+    /// As [`random`](Self::random), but a bias and a mask hide pairs one by one, so that sequences of any length have some of
+    /// both.
+    pub fn scattered(problem: &Problem, seed: u64) -> Self {
+        let (options, mut random) = (*problem.options(), Random::new(seed, "scattered"));
+        let heads = problem.shape().heads;
+        let mut vector = |shape: &[usize]| random.units(shape.iter().product());
+        let bias = problem.bias_shape().map(|shape| {
+            let mut bias = vector(&shape);
+            bias.iter_mut().filter(|x| **x < -1.4).for_each(|x| *x = f32::NEG_INFINITY);
+            match options.bias_dtype {
+                DType::F32 => BiasValues::F32(bias),
+                _ => BiasValues::Operand(bias),
+            }
+        });
+        let mask = options.mask.map(|axes| {
+            let [batch, heads, seq_q, seq_k] = full_pairs(problem);
+            let own = |own: bool, size| if own { size } else { 1 };
+            let shape = [own(axes.batch, batch), own(axes.heads, heads), own(axes.seq_q, seq_q), seq_k];
+            let bytes: Vec<u8> = vector(&shape).into_iter().map(|x| u8::from(x > -0.6)).collect();
+            MaskValues::packed(bytes, options.mask_packing, seq_k)
+        });
+        Operands {
+            sink_logits: (options.sink_logits == SinkLogits::PerHead).then(|| vector(&[heads])),
+            // Steeper ones leave nothing to far keys, or nothing to near ones.
+            alibi_slopes: options.alibi.then(|| vector(&[heads]).into_iter().map(|x| 0.1 * x).collect()),
+            bias,
+            mask,
+            q: vector(&problem.q_shape()),
+            k: vector(&problem.k_shape()),
+            v: vector(&problem.v_shape()),
+        }
+    }
+
+    /// Operands for timing, the same for every problem of a shape: the slopes of ALiBi's authors, and a mask that hides as little
+    /// as causal attention does.
+    pub fn timed(problem: &Problem) -> Self {
+        let mut random = Random::new(0, "timed");
+        let mut vector = |shape: [usize; 4]| random.numbers(shape.iter().product());
+        let [q, k, v] = [problem.q_shape(), problem.k_shape(), problem.v_shape()].map(&mut vector);
+        let per_head = problem.options().sink_logits == SinkLogits::PerHead;
+        let sink_logits = per_head.then(|| vector([1, 1, 1, problem.shape().heads]));
+        let bias = problem.bias_shape().map(|shape| match problem.options().bias_dtype {
+            DType::F32 => BiasValues::F32(vector(shape)),
+            _ => BiasValues::Operand(vector(shape)),
+        });
+        Operands {
+            q,
+            k,
+            v,
+            sink_logits,
+            alibi_slopes: problem.options().alibi.then(|| slopes(problem)),
+            bias,
+            mask: timed_mask(problem),
         }
     }
 
@@ -155,8 +240,8 @@ impl Operands {
     pub fn cast<T: Element>(self) -> Operands<T> {
         let Operands { q, k, v, sink_logits, alibi_slopes, bias, mask } = self;
         let bias = bias.map(|bias| match bias {
-            RandomBias::F32(bias) => RandomBias::F32(bias),
-            RandomBias::Operand(bias) => RandomBias::Operand(T::narrow(bias)),
+            BiasValues::F32(bias) => BiasValues::F32(bias),
+            BiasValues::Operand(bias) => BiasValues::Operand(T::narrow(bias)),
         });
         let [q, k, v] = [q, k, v].map(T::narrow);
         Operands { q, k, v, sink_logits, alibi_slopes, bias, mask }
@@ -171,12 +256,12 @@ impl<T: Element> Operands<T> {
 
     pub fn inputs(&self) -> Inputs<'_, T> {
         let bias = self.bias.as_ref().map(|bias| match bias {
-            RandomBias::F32(bias) => Bias::F32(bias),
-            RandomBias::Operand(bias) => Bias::Operand(bias),
+            BiasValues::F32(bias) => Bias::F32(bias),
+            BiasValues::Operand(bias) => Bias::Operand(bias),
         });
         let mask = self.mask.as_ref().map(|mask| match mask {
-            RandomMask::Bytes(mask) => MaskData::Bytes(mask),
-            RandomMask::Bits(mask) => MaskData::Bits(mask),
+            MaskValues::Bytes(mask) => MaskData::Bytes(mask),
+            MaskValues::Bits(mask) => MaskData::Bits(mask),
         });
         let inputs = Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref());
         inputs.alibi_slopes(self.alibi_slopes.as_deref()).bias(bias).mask(mask)
@@ -248,7 +333,7 @@ pub fn rows_agree<T: Element>(
 ) {
     let rows = (0..expected.len() / width).map(|n| n * width..(n + 1) * width);
     let finite = rows.filter(|row| expected[row.clone()].iter().chain(&magnitudes[row.clone()]).all(|x| x.is_finite()));
-    sink_attention::testing::compare::rows(actual, expected, magnitudes, finite, T::DTYPE, bound)
+    compare_rows(actual, expected, magnitudes, finite, T::DTYPE, bound)
         .unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
 }
 

@@ -3,10 +3,10 @@
 
 use std::sync::{Barrier, OnceLock};
 
-use crate::common::gradients::Backward;
-use crate::common::operands::problem;
 use crate::common::{another_gpu, gpu};
 use sink_attention::half::f16;
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::problem;
 use sink_attention::{
     Attention, Axes, DType, Element, Gradients, Layout, MicroKernel, Options, Output, Problem, SinkLogits, Window,
 };

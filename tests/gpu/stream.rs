@@ -1,12 +1,12 @@
 //! Streams in chunks of any size against the definition of the whole sequence in f64, saved and resumed.
 
 use crate::common::gpu;
-use crate::common::operands::{Operands, agree, problem};
 use crate::common::shards::rows;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::operands::{Operands, agree, problem};
 use sink_attention::{
     Attention, Axes, DType, Element, Error, Inputs, Layout, Options, Output, Problem, SinkLogits, Stream, StreamShape,
     Window,

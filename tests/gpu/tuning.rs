@@ -4,7 +4,7 @@ use crate::common;
 use std::fs;
 use std::path::PathBuf;
 
-use crate::common::operands::{Operands, agree, problem};
+use sink_attention::testing::operands::{Operands, agree, problem};
 use sink_attention::{
     Attention, Capabilities, Clock, DType, Device, Error, Kernel, MaskClass, MicroKernel, OptionalOperands, Options,
     Pass, Plan, Preference, Problem, SinkLogits, Tiles, TilesOrigin, Tiling, Timer, Tuning, TuningKey, Upstream,
@@ -50,7 +50,7 @@ fn tiled(passes: &[Pass]) -> impl Iterator<Item = &Pass> {
 #[test]
 fn a_tuning_changes_the_plan_where_it_fits() {
     let problem = problem([1, 4, 2], [300, 300], [64, 64], options());
-    let other_class = common::operands::problem([1, 4, 2], [3000, 3000], [64, 64], options());
+    let other_class = sink_attention::testing::operands::problem([1, 4, 2], [3000, 3000], [64, 64], options());
     for device in Capabilities::samples() {
         let optional = OptionalOperands::default();
         let passes = |problem: &Problem, tuning: &Tuning| {
@@ -200,7 +200,7 @@ fn precompiled_kernels_compute() {
         attention.precompile(plan.as_ref().unwrap()).unwrap();
         attention.precompile(&plan.unwrap()).unwrap();
     }
-    common::operands::check(attention, &problem, &Operands::random(&problem, 0));
+    sink_attention::testing::operands::check(attention, &problem, &Operands::random(&problem, 0));
 }
 
 /// An operator of its own device, so that nothing is compiled yet.
@@ -222,7 +222,7 @@ fn pipelines_are_kept_in_a_file() {
     let file = File::new("kept.cache");
     let problem = problem([1, 2, 1], [50, 50], [28, 28], options());
     let operands = Operands::random(&problem, 0);
-    let compute = |attention: &Attention| common::operands::check(attention, &problem, &operands);
+    let compute = |attention: &Attention| sink_attention::testing::operands::check(attention, &problem, &operands);
 
     let absent = with_cache(&file).unwrap().unwrap();
     let output = compute(&absent);
@@ -277,6 +277,28 @@ fn a_cache_that_cannot_be_kept_is_told() {
     let error = with_cache(&folder).unwrap().unwrap_err();
     std::mem::forget(folder);
     assert!(matches!(error, Error::PipelineCache { .. }), "{error}");
+}
+
+/// Neither the zeros of a device, nor a pipe, nor a file with a hole as large as the disk is read.
+#[cfg(unix)]
+#[test]
+fn endless_files_are_refused() {
+    let Some(attention) = common::gpu().filter(|attention| {
+        attention.device().is_some_and(|device| device.capabilities().class != sink_attention::DeviceClass::Nvidia)
+    }) else {
+        return;
+    };
+    let folder = sink_attention::testing::folder::Folder::new(env!("CARGO_TARGET_TMPDIR"), "tuning-endless");
+    let (huge, pipe) = (folder.path("huge"), folder.path("pipe"));
+    fs::File::create(&huge).unwrap().set_len(1 << 40).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    // Where there is no pipeline cache at all, the reason is another one; in any case it ends.
+    let error = |path: &str| Attention::on(attention.device().unwrap().clone()).with_pipeline_cache(path).err();
+    assert!(error("/dev/zero").is_some() && error(&pipe).is_some());
+    // Not one of ours, and as good as absent.
+    if let Some(error) = error(&huge) {
+        assert!(error.to_string().contains("PIPELINE_CACHE"), "{error}");
+    }
 }
 
 /// A device of the caller's that lacks the feature.

@@ -4,14 +4,14 @@
 //! `SINK_ATTENTION_REQUIRE_COOPERATIVE=1` makes these tests fail where there is none.
 
 use crate::common::caches::{Both, config, filled};
-use crate::common::gradients::Backward;
-use crate::common::operands::{SIZES, agree, options, problem, rows_agree};
 use crate::common::prefills::causal;
 use crate::common::views::run_at;
 use crate::common::{all_cases, compare, compare_low_precision, cooperative, gpu, low_precision, with_others};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::testing::compare::accepted;
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{SIZES, agree, options, problem, rows_agree};
 use sink_attention::{
     Attention, CacheKind, Capabilities, DType, Decode, DecodeBuffers, DecodeTiles, Device, Element, Error, Gradients,
     Kernel, Layout, MicroKernel, OptionalOperands, Options, Output, Plan, Preference, Prefill, PrefillBuffers, Problem,

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::common::operands::problem;
+use sink_attention::testing::operands::problem;
 use sink_attention::{
     CacheConfig, CacheKind, Capabilities, CooperativeMatrices, DType, Decode, DeviceClass, Error, Kernel, MicroKernel,
     Multiprocessor, OptionalOperands, Options, Pass, Plan, Preference, Problem, Quantisation, SinkLogits, Tiles,

@@ -1,12 +1,10 @@
 //! The backward pass: what flows in, and the check of the gradients against the definition.
 
-use rand::rngs::StdRng;
-use rand::{RngExt as _, SeedableRng as _};
-use sink_attention::cpu::reference;
-use sink_attention::testing::compare::accepted;
-use sink_attention::{Attention, Element, Gradients, Output, Problem, Upstream};
-
+use super::compare::accepted;
 use super::operands::{BOUND, Operands, rows_agree, score_rounding};
+use super::random::Random;
+use crate::cpu::reference;
+use crate::{Attention, Element, Gradients, Output, Problem, Upstream};
 
 /// Operands of the forward pass with the gradients that flow into its results.
 #[derive(Debug, Clone)]
@@ -19,13 +17,23 @@ pub struct Backward<T = f32> {
 impl Backward {
     /// Numbers of unit variance; every third seed has no d_lse.
     pub fn random(problem: &Problem, seed: u64) -> Self {
-        let mut rng = StdRng::seed_from_u64(seed ^ 0xd0);
-        let half_width = 3f32.sqrt();
-        let mut vector = |len: usize| (0..len).map(|_| rng.random_range(-half_width..half_width)).collect::<Vec<_>>();
+        let mut random = Random::new(seed, "gradients");
+        let mut vector = |len: usize| random.units(len);
         Backward {
             operands: Operands::random(problem, seed),
             d_o: vector(problem.o_shape().iter().product()),
             d_lse: (!seed.is_multiple_of(3)).then(|| vector(problem.lse_shape().iter().product())),
+        }
+    }
+
+    /// With [`Operands::scattered`].
+    pub fn scattered(problem: &Problem, seed: u64, d_lse: bool) -> Self {
+        let mut random = Random::new(seed, "scattered gradients");
+        let mut vector = |shape: &[usize]| random.units(shape.iter().product());
+        Backward {
+            operands: Operands::scattered(problem, seed),
+            d_o: vector(&problem.o_shape()),
+            d_lse: d_lse.then(|| vector(&problem.lse_shape())),
         }
     }
 

@@ -2,11 +2,11 @@
 //! against the definition in tests/low_precision.rs.
 
 use crate::common::buffers::empty;
-use crate::common::gradients::Backward;
-use crate::common::operands::problem;
 use crate::common::views::run_at;
 use crate::common::{every, gpu};
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::problem;
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
     Capabilities, DType, Element, Error, ForwardBuffers, Inputs, Kernel, Layout, MicroKernel, OptionalOperands,

@@ -1,13 +1,12 @@
 //! f16 and bf16 on every path: no worse than a plain dense computation in f32 whose results are rounded once, against
 //! the f64 definition of the same rounded operands; and numbers at the ends of their ranges.
 
-use crate::common;
-use crate::common::gradients::Backward;
-use crate::common::operands::{Operands, options, problem};
 use crate::common::{all_cases, compare, compare_low_precision, compare_lse, gpu, low_precision, with_others};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::testing::compare::accepted;
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{Operands, options, problem};
 use sink_attention::{
     Attention, DType, Element, Error, Gradients, Inputs, Layout, Options, Output, Problem, SinkLogits, Upstream,
     Window, cpu,
@@ -69,7 +68,7 @@ fn check<T: Element>(path: &Attention, problem: &Problem, backward: &Backward<T>
     let output = path.forward(problem, &inputs).unwrap();
     let gradients = both_ways(&output).map(|saved| backward.run_with(path, problem, &saved));
     let expected = (reference::forward(problem, &inputs).unwrap(), backward.expected(problem));
-    common::operands::agree(&output, &expected.0).unwrap_or_else(|error| panic!("{name}: {error}"));
+    sink_attention::testing::operands::agree(&output, &expected.0).unwrap_or_else(|error| panic!("{name}: {error}"));
     for gradients in &gradients {
         backward.agree(gradients, &expected.1).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
@@ -100,7 +99,7 @@ fn the_yardstick_is_straight() {
         let backward = Backward::random(&problem, seed);
         let (inputs, upstream) = (backward.operands.inputs(), backward.upstream());
         let expected = reference::forward(&problem, &inputs).unwrap();
-        common::operands::agree(&low_precision::forward(&problem, &inputs), &expected).unwrap();
+        sink_attention::testing::operands::agree(&low_precision::forward(&problem, &inputs), &expected).unwrap();
         let gradients = low_precision::backward(&problem, &inputs, &upstream);
         backward.agree(&gradients, &backward.expected(&problem)).unwrap();
     }

@@ -1,17 +1,12 @@
-//! Finite operands whose scores are beyond what f32 holds well, on the CPU and on the GPU.
+//! Finite operands whose scores are beyond what f32 holds well, on the CPU in one program and on the GPU in the other.
 
-use crate::common;
-use crate::common::gradients::Backward;
-use crate::common::operands::{RandomBias, problem};
 use sink_attention::half::f16;
 use sink_attention::testing::compare::accepted;
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{BiasValues, problem};
 use sink_attention::{
     Attention, Axes, Bias, DType, Element, Inputs, Options, Output, PartialState, Problem, Shape, SinkLogits, Upstream,
 };
-
-fn operators() -> Vec<Attention> {
-    [Some(Attention::cpu()), common::gpu().cloned()].into_iter().flatten().collect()
-}
 
 fn shape(seq: usize, width: usize) -> Shape {
     Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: seq, seq_k: seq, head_dim: width, value_dim: 1 }
@@ -20,7 +15,7 @@ fn shape(seq: usize, width: usize) -> Shape {
 /// The lowest number as a bias hides nothing: where all keys have it, as with masks that are made of it, they weigh the same.
 #[test]
 fn the_lowest_scores_weigh_the_same() {
-    for attention in operators().into_iter().chain(common::cooperative()) {
+    for attention in crate::paths().into_iter().chain(crate::cooperative()) {
         for lowest in [f32::MIN, -3e38, -1e35] {
             let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 3, head_dim: 16, value_dim: 16 };
             let problem = Problem::new(shape, Options::new().bias(Axes::KEYS).dtype(DType::F16)).unwrap();
@@ -42,7 +37,7 @@ fn rows_of_the_lowest_biases<T: Element>(attention: &Attention, lowest: f32) {
     let options = Options::new().bias(axes).mask(Axes::KEYS.batch()).dtype(T::DTYPE);
     let problem = problem([2, 2, 1], [9, 150], [16, 16], options);
     let mut backward = Backward::random(&problem, 4);
-    let Some(RandomBias::F32(bias)) = &mut backward.operands.bias else { panic!("a bias in f32") };
+    let Some(BiasValues::F32(bias)) = &mut backward.operands.bias else { panic!("a bias in f32") };
     for (n, bias) in bias.iter_mut().enumerate().filter(|(_, bias)| **bias != f32::NEG_INFINITY) {
         match n / 150 % 9 {
             0..3 => *bias = lowest,
@@ -65,7 +60,7 @@ fn rows_of_the_lowest_biases<T: Element>(attention: &Attention, lowest: f32) {
 
 #[test]
 fn gradients_of_rows_of_the_lowest_biases() {
-    for attention in operators() {
+    for attention in crate::paths() {
         for lowest in [f32::MIN, -1e35, -1e9] {
             rows_of_the_lowest_biases::<f32>(&attention, lowest);
             rows_of_the_lowest_biases::<f16>(&attention, lowest);
@@ -76,7 +71,7 @@ fn gradients_of_rows_of_the_lowest_biases() {
 /// The largest score less itself is 0, however large it is and however it was rounded.
 #[test]
 fn a_row_with_huge_scores_is_not_empty() {
-    for attention in operators() {
+    for attention in crate::paths() {
         for q in [6e4f32, 3e5, 1e9, 1e15, 1e18] {
             for (scale, k) in [(None, q), (Some(-0.7), -q), (Some(1.3), q)] {
                 for sinks in [SinkLogits::None, SinkLogits::OffByOne] {
@@ -107,7 +102,7 @@ fn a_row_with_huge_scores_is_not_empty() {
 /// A visible score that overflowed to -inf takes no probability, and has no gradient.
 #[test]
 fn a_visible_score_of_minus_infinity() {
-    for attention in operators() {
+    for attention in crate::paths() {
         let problem = Problem::new(shape(2, 1), Options::new().causal(true)).unwrap();
         let inputs = Inputs::new(&[1e30, 1.0], &[-1e30, 1.0], &[2.0, 3.0]);
         let output = attention.forward(&problem, &inputs).unwrap();
@@ -122,7 +117,7 @@ fn a_visible_score_of_minus_infinity() {
 /// A score of two keys times a scale beyond f32: lse is too large for its type, o is that of the larger score.
 #[test]
 fn a_score_beyond_f32_makes_lse_infinite() {
-    for attention in operators() {
+    for attention in crate::paths() {
         for scale in [f32::MAX, -f32::MAX] {
             for (sinks, logits) in [
                 (SinkLogits::None, None),
@@ -152,7 +147,7 @@ fn a_score_beyond_f32_makes_lse_infinite() {
 #[test]
 fn an_infinite_score_makes_o_nan_and_lse_infinite() {
     let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 2, seq_k: 3, head_dim: 1, value_dim: 1 };
-    for attention in operators() {
+    for attention in crate::paths() {
         // As operands, as a product beyond f32, and as a score that is formed beforehand.
         for (q, scale, bias) in [(f32::INFINITY, None, false), (3e38, None, false), (3e38, Some(2.0), true)] {
             for sinks in [SinkLogits::None, SinkLogits::OffByOne] {
@@ -188,7 +183,7 @@ fn a_state_of_infinite_lse_makes_a_merge_nan() {
     // Rows of [head, query]; o is [query, head, width].
     let (a, b) = (state([0.5, inf, inf, -inf]), state([0.25, 1.0, inf, -inf]));
     let of_row = |o: &[f32], row: usize| o[(row % 2 * 2 + row / 2) * 4..][..4].to_vec();
-    for attention in operators() {
+    for attention in crate::paths() {
         let name = attention.device_name();
         for states in [[&a, &b], [&b, &a]] {
             let merged = attention.merge(&problem, &states).unwrap();
@@ -208,7 +203,7 @@ fn a_state_of_infinite_lse_makes_a_merge_nan() {
 /// A scale of zero weighs all visible keys the same, and no hidden one.
 #[test]
 fn a_scale_of_zero() {
-    for attention in operators() {
+    for attention in crate::paths() {
         let problem = Problem::new(shape(2, 1), Options::new().causal(true).scale(0.0)).unwrap();
         let output = attention.forward(&problem, &Inputs::new(&[2.0, 3.0], &[5.0, -1.0], &[2.0, 4.0])).unwrap();
         let name = attention.device_name();

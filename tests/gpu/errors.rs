@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crate::common::another_gpu;
 use crate::common::buffers::{Buffers, empty, submit};
-use crate::common::gradients::Backward;
-use crate::common::operands::{Operands, check, problem};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{Operands, check, problem};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, Axes, Capabilities, Device, Error, ForwardBuffers, Inputs, Lengths, Options, Plan, Problem, Shape,
@@ -122,7 +122,7 @@ fn a_device_that_another_thread_loses() {
             let until_lost = || -> Result<(), Error> {
                 loop {
                     let output = gpu.forward(&problem, &inputs)?;
-                    common::operands::agree(&output, &expected).unwrap();
+                    sink_attention::testing::operands::agree(&output, &expected).unwrap();
                     gpu.backward(&problem, &inputs, &output, &backward.upstream())?;
                 }
             };

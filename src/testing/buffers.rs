@@ -1,11 +1,12 @@
-//! Random operands for timing, on the GPU and on the host.
+//! Operands and results in buffers of a GPU, for timing.
 
 use half::{bf16, f16};
 
+use super::operands::{MaskValues, slopes, timed_mask};
 use super::random::Random;
 use crate::{
-    BackwardBuffers, Bias, BufferType, Capabilities, DType, Device, DeviceBuffer, Element, Error, ForwardBuffers,
-    Inputs, MaskData, Problem, Result, SinkLogits,
+    BackwardBuffers, BufferType, Capabilities, DType, Device, DeviceBuffer, Element, Error, ForwardBuffers, Problem,
+    Result, SinkLogits,
 };
 
 /// What stands in the way of a problem's buffers, if anything.
@@ -49,7 +50,14 @@ impl GpuOperands {
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
         let one = |dtype, shape| filled(device, dtype, [shape]).map(|[buffer]| buffer);
         let each_head = || one(DType::F32, [1, 1, 1, problem.shape().heads]);
-        let mask = |_| device.upload("mask", &mask_of(problem, &mut Random::new(0, "timed")));
+        let mask = |mask: MaskValues| match mask {
+            // In whole words.
+            MaskValues::Bytes(mut bytes) => {
+                bytes.resize(bytes.len().next_multiple_of(4), 1);
+                device.upload("mask", &bytes)
+            }
+            MaskValues::Bits(words) => device.upload("mask", &words),
+        };
         Ok(GpuOperands {
             q,
             k,
@@ -61,7 +69,7 @@ impl GpuOperands {
                 .then(|| device.upload("alibi_slopes", &slopes(problem)))
                 .transpose()?,
             bias: problem.bias_shape().map(|shape| one(problem.options().bias_dtype, shape)).transpose()?,
-            mask: problem.mask_shape().map(mask).transpose()?,
+            mask: timed_mask(problem).map(mask).transpose()?,
             o: device.zeros("o", dtype, &problem.o_shape())?,
             o_rest: (dtype != DType::F32)
                 .then(|| device.zeros("o_rest", BufferType::I16, &problem.o_shape()))
@@ -123,7 +131,7 @@ impl GpuGradients {
 /// Buffers of random numbers. Large ones repeat one block of numbers, each from another place in it; the odd
 /// length keeps rows from repeating.
 pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]; N]) -> Result<[DeviceBuffer; N]> {
-    let noise = numbers(&mut Random::new(0, "timed"), (1 << 20) + 14);
+    let noise = Random::new(0, "timed").numbers((1 << 20) + 14);
     let source = match dtype {
         DType::F16 => device.upload("noise", &f16::narrow(noise))?,
         DType::Bf16 => device.upload("noise", &bf16::narrow(noise))?,
@@ -152,70 +160,4 @@ pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]
     pollster::block_on(device.scoped("creating operands", copy))?;
     let none = || Error::Gpu { during: "creating operands", message: "one is missing".into() };
     buffers.try_into().map_err(|_| none())
-}
-
-/// The operands of a forward pass on the host.
-pub struct HostOperands<T> {
-    q: Vec<T>,
-    k: Vec<T>,
-    v: Vec<T>,
-    sink_logits: Option<Vec<f32>>,
-    alibi_slopes: Option<Vec<f32>>,
-    bias: Option<Vec<T>>,
-    mask: Option<Vec<u8>>,
-}
-
-impl<T: Element> HostOperands<T> {
-    pub fn new(problem: &Problem) -> Self {
-        let mut random = Random::new(0, "timed");
-        let per_head = problem.options().sink_logits == SinkLogits::PerHead;
-        let sink_logits = per_head.then(|| numbers(&mut random, problem.shape().heads));
-        let alibi_slopes = problem.options().alibi.then(|| slopes(problem));
-        let bias = problem.bias_shape().map(|shape| T::narrow(numbers(&mut random, shape.iter().product())));
-        let mask = problem.mask_shape().map(|shape| {
-            let mut mask = mask_of(problem, &mut random);
-            mask.truncate(shape.iter().product());
-            mask
-        });
-        let mut filled = |shape: [usize; 4]| T::narrow(numbers(&mut random, shape.iter().product()));
-        HostOperands {
-            q: filled(problem.q_shape()),
-            k: filled(problem.k_shape()),
-            v: filled(problem.v_shape()),
-            sink_logits,
-            alibi_slopes,
-            bias,
-            mask,
-        }
-    }
-
-    pub fn inputs(&self) -> Inputs<'_, T> {
-        let inputs = Inputs::new(&self.q, &self.k, &self.v).sink_logits(self.sink_logits.as_deref());
-        let inputs = inputs.alibi_slopes(self.alibi_slopes.as_deref()).bias(self.bias.as_deref().map(Bias::Operand));
-        inputs.mask(self.mask.as_deref().map(MaskData::Bytes))
-    }
-}
-
-/// The slopes of ALiBi's authors for so many heads: 2^(-8 h / H), h from 1 (Press et al., arXiv:2108.12409).
-fn slopes(problem: &Problem) -> Vec<f32> {
-    let heads = problem.shape().heads;
-    (1..=heads).map(|h| (-8.0 * h as f32 / heads as f32).exp2()).collect()
-}
-
-/// A boolean mask in bytes, in whole words: causal where the problem is not, else one that hides one pair in 256.
-fn mask_of(problem: &Problem, random: &mut Random) -> Vec<u8> {
-    let Some(shape @ [.., keys]) = problem.mask_shape() else { return Vec::new() };
-    let (rows, total) = (shape[2], shape.iter().product::<usize>());
-    let causal = problem.options().causal;
-    let shows = |at: usize, random: &mut Random| match causal {
-        true => random.below(256) > 0,
-        false => at % keys <= at / keys % rows + keys.saturating_sub(rows),
-    };
-    let mut mask: Vec<u8> = (0..total).map(|at| u8::from(shows(at, random))).collect();
-    mask.resize(total.next_multiple_of(4), 1);
-    mask
-}
-
-fn numbers(random: &mut Random, elements: usize) -> Vec<f32> {
-    (0..elements).map(|_| random.unit() / 3f32.sqrt()).collect()
 }

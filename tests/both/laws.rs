@@ -1,19 +1,16 @@
-//! Laws that any correct attention obeys, on every path: they need no reference to compare with, so they
+//! Laws that any correct attention obeys, on the CPU in one program and on the GPU in the other: they need no reference to compare with, so they
 //! hold the reference to account as well.
 
-use crate::common::gradients::Backward;
-use crate::common::hidden::{self, FAMILIES, Family};
-use crate::common::operands::{BOUND, Operands, RandomBias, RandomMask, agree, problem, row};
-use crate::common::{compare, compare_lse, cooperative, gpu, shards};
+use crate::common::{compare, compare_lse, shards};
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::hidden::{self, Family};
+use sink_attention::testing::operands::{BOUND, Operands, agree, problem, row};
 use sink_attention::{Attention, Element, Gradients, Layout, Options, Output, Problem, SinkLogits, Window};
 
-/// Runs a law on the CPU and on the GPU.
+/// Runs a law on the program's paths.
 fn on_every_path(law: impl Fn(&Attention)) {
-    law(&Attention::cpu());
-    if let Some(gpu) = gpu() {
-        law(gpu);
-    }
+    crate::paths().iter().for_each(law);
 }
 
 fn forward(attention: &Attention, problem: &Problem, operands: &Operands) -> Output {
@@ -347,7 +344,7 @@ fn shards_of_the_keys_add_up() {
 }
 
 /// Holds a path to the law of non-interference on random problems of some families; the seeds count on from `first`.
-fn nothing_unseen_matters<T: Element>(
+pub fn nothing_unseen_matters<T: Element>(
     families: &[Family],
     seeds: std::ops::Range<u64>,
     name: &str,
@@ -367,7 +364,7 @@ fn nothing_unseen_matters<T: Element>(
 }
 
 /// Both passes; o_rest reaches the backward pass or does not.
-fn both_passes<T: Element>(
+pub fn both_passes<T: Element>(
     attention: &Attention,
     rest: bool,
 ) -> impl Fn(&hidden::Case<T>) -> sink_attention::Result<hidden::Results<T>> + '_ {
@@ -379,71 +376,30 @@ fn both_passes<T: Element>(
     }
 }
 
-#[test]
-fn nothing_unseen_matters_on_the_cpu() {
-    fn holds<T: Element>() {
-        for rest in [true, false] {
-            nothing_unseen_matters::<T>(&FAMILIES, 0..8, "the CPU", both_passes(&Attention::cpu(), rest));
-        }
-    }
-    holds::<f32>();
-    holds::<f16>();
-    holds::<bf16>();
-}
-
-/// A family for each element type, whose kernels are compiled once.
-#[test]
-fn nothing_unseen_matters_on_the_gpu() {
-    let Some(gpu) = gpu() else { return };
-    nothing_unseen_matters::<f32>(&FAMILIES[..1], 0..12, "the GPU", both_passes(gpu, true));
-    nothing_unseen_matters::<f16>(&FAMILIES[3..4], 0..12, "the GPU", both_passes(gpu, true));
-    nothing_unseen_matters::<bf16>(&FAMILIES[2..3], 0..12, "the GPU", both_passes(gpu, false));
-}
-
-#[test]
-fn nothing_unseen_matters_on_cooperative_matrices() {
-    let Some(gpu) = cooperative() else { return };
-    for rest in [true, false] {
-        nothing_unseen_matters::<f16>(&FAMILIES[..2], 0..6, "cooperative matrices", both_passes(&gpu, rest));
-        nothing_unseen_matters::<bf16>(&FAMILIES[2..4], 0..6, "cooperative matrices", both_passes(&gpu, rest));
-    }
-}
-
 /// Both passes by shards of the keys, whose states are merged.
-fn by_shards<T: Element>(
+pub fn by_shards<T: Element>(
     attention: &Attention,
 ) -> impl Fn(&hidden::Case<T>) -> sink_attention::Result<hidden::Results<T>> + '_ {
     move |case| {
         let (problem, s) = (&case.problem, *case.problem.shape());
-        let whole = Operands {
-            q: case.q.clone(),
-            k: case.k.clone(),
-            v: case.v.clone(),
-            sink_logits: case.sink_logits.clone(),
-            alibi_slopes: case.alibi_slopes.clone(),
-            bias: case.bias.clone().map(|bias| match bias {
-                hidden::BiasData::F32(bias) => RandomBias::F32(bias),
-                hidden::BiasData::Operand(bias) => RandomBias::Operand(bias),
-            }),
-            mask: case.mask.clone().map(RandomMask::Bytes),
-        };
+        let whole = &case.operands;
         let shards = shards::ranges(&[s.seq_k / 3], s.seq_k);
-        let states = shards::states(attention, problem, &whole, &shards);
+        let states = shards::states(attention, problem, whole, &shards);
         let state = attention.merge(problem, &states.iter().collect::<Vec<_>>())?;
-        let output = attention.finish::<T>(problem, &state, case.sink_logits.as_deref())?;
+        let output = attention.finish::<T>(problem, &state, whole.sink_logits.as_deref())?;
 
         let zeros = |x: &[T]| vec![T::default(); x.len()];
         let mut all = Gradients {
-            d_q: zeros(&case.q),
-            d_k: zeros(&case.k),
-            d_v: zeros(&case.v),
+            d_q: zeros(&whole.q),
+            d_k: zeros(&whole.k),
+            d_v: zeros(&whole.v),
             d_sink_logits: None,
             d_alibi_slopes: None,
             d_bias: problem.bias_shape().map(|shape| vec![0.0; shape.iter().product()]),
         };
         for (n, keys) in shards.into_iter().enumerate() {
-            let shard = shards::shard(problem, &whole, &keys);
-            let inputs = if n == 0 { shards::with_sinks(&shard, &whole) } else { shard.inputs() };
+            let shard = shards::shard(problem, whole, &keys);
+            let inputs = if n == 0 { shards::with_sinks(&shard, whole) } else { shard.inputs() };
             let part = attention.backward_partial(problem, keys.clone(), &inputs, &output, &case.upstream())?;
             all.d_q.iter_mut().zip(part.d_q).for_each(|(x, y)| *x = T::from_f32(x.to_f32() + y.to_f32()));
             let inner = |width| if problem.options().layout == Layout::Bhsd { width } else { s.kv_heads * width };
@@ -462,17 +418,5 @@ fn put<T: Copy>(whole: &mut [T], part: &[T], count: usize, width: usize, keys: &
         for (whole, part) in whole.chunks_mut(count * width).zip(part.chunks(keys.len() * width)) {
             whole[keys.start * width..keys.end * width].copy_from_slice(part);
         }
-    }
-}
-
-#[test]
-fn nothing_unseen_matters_to_partial_states() {
-    for families in [&FAMILIES[..2], &FAMILIES[5..]] {
-        nothing_unseen_matters::<f32>(families, 0..6, "shards on the CPU", by_shards(&Attention::cpu()));
-        nothing_unseen_matters::<f16>(families, 6..9, "shards on the CPU", by_shards(&Attention::cpu()));
-        nothing_unseen_matters::<bf16>(families, 9..15, "shards on the CPU", by_shards(&Attention::cpu()));
-    }
-    if let Some(gpu) = gpu() {
-        nothing_unseen_matters::<f32>(&FAMILIES[..1], 0..6, "shards on the GPU", by_shards(gpu));
     }
 }

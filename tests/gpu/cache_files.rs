@@ -2,6 +2,7 @@
 
 use crate::common::caches::{Both, config, decode_on, is_relative, rotary_table};
 use crate::common::gpu;
+use crate::common::saved::{EarlierCache, each_earlier_cache, saved};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use sink_attention::half::{bf16, f16};
@@ -325,4 +326,21 @@ fn files_are_whole_or_untouched() {
     let error = loaded.load(&path).unwrap_err().to_string();
     assert!(error.contains("cache.safetensors: 7 bytes"), "{error}");
     std::fs::remove_dir_all(&folder).unwrap();
+}
+
+struct OnTheGpu<'a>(&'a sink_attention::Attention);
+
+impl EarlierCache for OnTheGpu<'_> {
+    fn check<T: Element>(&self, name: &str, expected: &cpu::KvCache<T>) {
+        let mut cache = self.0.create_cache(expected.config()).unwrap();
+        cache.load(saved(name)).unwrap();
+        assert!(cache.to_safetensors().unwrap() == std::fs::read(saved(name)).unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn caches_of_earlier_versions_load() {
+    if let Some(attention) = gpu() {
+        each_earlier_cache(&OnTheGpu(attention));
+    }
 }

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use crate::common::buffers::gpu_with;
-use crate::common::gradients::Backward;
-use crate::common::operands::{Operands, agree, problem};
 use crate::common::{cooperative, gpu};
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{Operands, agree, problem};
 use sink_attention::{
     Attention, Axes, DeviceClass, Element, Gradients, Layout, Lengths, MicroKernel, Options, Output, Problem, Shape,
     SinkLogits, Window,

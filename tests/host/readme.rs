@@ -20,7 +20,7 @@ fn cells(features: &str) -> Vec<(&str, &str)> {
     cells.map(|cells| (cells[1], cells[2])).collect()
 }
 
-/// The tests that a cell names: `tests/FILE.rs::NAME`, in a module `tests/FILE.rs::MODULE::NAME`.
+/// The tests that a cell names: `tests/PROGRAM/FILE.rs::NAME`, in a module `tests/PROGRAM/FILE.rs::MODULE::NAME`.
 fn named(cell: &str) -> impl Iterator<Item = &str> {
     cell.split('`').skip(1).step_by(2)
 }
@@ -91,29 +91,37 @@ fn every_cell_names_tests_that_are_there() {
     assert!(errors.is_empty(), "{errors:#?}");
 }
 
-/// The files and folders of tests that `tests/suites.rs` has not as modules.
-fn left_out<'a>(suites: &str, entries: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
-    let lines: Vec<&str> = suites.lines().collect();
-    let runs = |entry: &&str| match entry.strip_suffix(".rs") {
-        Some(name) => lines.contains(&format!("mod {name};").as_str()),
-        None => lines.contains(&format!("#[path = \"{entry}/main.rs\"]").as_str()),
-    };
+/// The files and folders of a program of tests that its `main.rs` has not as modules.
+fn left_out<'a>(main: &str, entries: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    let lines: Vec<&str> = main.lines().collect();
+    let runs = |entry: &&str| lines.contains(&format!("mod {};", entry.trim_end_matches(".rs")).as_str());
     entries.into_iter().filter(|entry| !runs(entry)).collect()
 }
 
 #[test]
 fn every_file_of_tests_is_run() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
-    let entries = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let tests = |entry: &String| {
-        let is_file = entry.ends_with(".rs") && entry != "suites.rs";
-        is_file || folder.join(entry).join("main.rs").exists()
-    };
-    let entries: Vec<String> = entries.filter(tests).collect();
-    assert!(entries.iter().any(|entry| entry == "readme.rs") && entries.iter().any(|entry| entry == "cpu"));
-    let suites = read("tests/suites.rs").unwrap();
-    assert_eq!(left_out(&suites, entries.iter().map(String::as_str)), [""; 0]);
-    assert_eq!(left_out(&suites, ["forward.rs", "cpu", "new.rs", "gpu"]), ["new.rs", "gpu"]);
+    for (program, known) in
+        [("tests/host", "readme.rs"), ("tests/gpu", "forward.rs"), ("crates/cli/tests/cli", "run.rs")]
+    {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(program);
+        let entries = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let entries: Vec<String> = entries.filter(|entry| entry != "main.rs").collect();
+        assert!(entries.iter().any(|entry| entry == known), "{entries:?}");
+        let main = read(&format!("{program}/main.rs")).unwrap();
+        assert_eq!(left_out(&main, entries.iter().map(String::as_str)), [""; 0], "{program}");
+    }
+    assert_eq!(left_out("mod forward;\nmod cpu;\n", ["forward.rs", "cpu", "new.rs", "gpu"]), ["new.rs", "gpu"]);
+    for program in ["host", "gpu"] {
+        let main = read(&format!("tests/{program}/main.rs")).unwrap();
+        for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/both")).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            assert!(main.contains(&format!("#[path = \"../both/{name}\"]\nmod ")), "{program}: {name}");
+        }
+    }
+    // Files beside the programs would be run by none.
+    let tests = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")).unwrap();
+    let files = tests.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert_eq!(files.filter(|name| name.ends_with(".rs")).collect::<Vec<_>>(), [""; 0]);
 }
 
 /// A test that is renamed, no longer marked, ignored or moved must be noticed.
@@ -137,8 +145,10 @@ fn tests_that_are_not_there_are_noticed() {
     ] {
         assert!(!has_test(source, missing), "{missing:?}");
     }
-    for wrong in ["yes", "yes: `tests/gone.rs::top`", "yes: `tests/readme.rs`", "yes: `tests/readme.rs::gone`"] {
+    for wrong in
+        ["yes", "yes: `tests/gone.rs::top`", "yes: `tests/host/readme.rs`", "yes: `tests/host/readme.rs::gone`"]
+    {
         check(wrong).unwrap_err();
     }
-    check("yes: `tests/readme.rs::tests_that_are_not_there_are_noticed`").unwrap();
+    check("yes: `tests/host/readme.rs::tests_that_are_not_there_are_noticed`").unwrap();
 }

@@ -2,11 +2,11 @@
 //! different lengths, on the GPU against the definition: both passes, every element type, every micro-kernel.
 
 use crate::common::buffers::{GradientBuffers, buffer, empty, read, submit};
-use crate::common::gradients::Backward;
-use crate::common::operands::{RandomBias, RandomMask, agree, row};
 use crate::common::{all_cases, compare, cooperative, every, gpu};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{BiasValues, MaskValues, agree, row};
 use sink_attention::{
     Attention, Axes, BackwardBuffers, DType, Element, Error, ForwardBuffers, Gradients, Kernel, Layout, Lengths,
     MaskPacking, Options, Output, Pass, Problem, Shape, SinkLogits, TensorView, Window, wgpu,
@@ -117,7 +117,7 @@ fn hidden_nan<T: Element>(attention: &Attention) {
         let mut case: Backward<T> = Backward::random(&problem, 3).cast();
         let nan = T::from_f32(f32::NAN);
         let mask = match &case.operands.mask {
-            Some(RandomMask::Bytes(mask)) => mask.clone(),
+            Some(MaskValues::Bytes(mask)) => mask.clone(),
             _ => vec![1; 200],
         };
         for (b, sequence) in problem.sequences().enumerate() {
@@ -179,7 +179,7 @@ fn long_masks<T: Element>(attention: &Attention) {
     {
         let problem = Problem::new(shape, options).unwrap();
         let mut case: Backward<T> = Backward::random(&problem, seed as u64).cast();
-        let Some(RandomMask::Bytes(mask)) = &mut case.operands.mask else { panic!("a mask in bytes") };
+        let Some(MaskValues::Bytes(mask)) = &mut case.operands.mask else { panic!("a mask in bytes") };
         for (i, row) in mask.chunks_mut(2300).enumerate() {
             // Runs end within blocks and at their edges, and one hides all that a tile of queries would see.
             match i / 256 {
@@ -220,7 +220,7 @@ fn views_and_a_shared_mask_scratch() {
     let problem = Problem::new(shape([113, 203], [32, 48]), options.sink_logits(SinkLogits::PerHead)).unwrap();
     let case = Backward::random(&problem, 9);
     let buffers = GradientBuffers::new(device, &problem, &case);
-    let (Some(RandomMask::Bytes(mask)), Some(RandomBias::F32(bias))) = (&case.operands.mask, &case.operands.bias)
+    let (Some(MaskValues::Bytes(mask)), Some(BiasValues::F32(bias))) = (&case.operands.mask, &case.operands.bias)
     else {
         unreachable!("the options above")
     };
