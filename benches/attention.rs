@@ -20,8 +20,9 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
 use sink_attention::testing::buffers::{GpuGradients, GpuOperands, too_large};
 use sink_attention::testing::operands::Operands;
+use sink_attention::timing::Timer;
 use sink_attention::{
-    Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Timer, Upstream, Window, wgpu,
+    Attention, Device, DeviceChoice, Options, Prepared, Problem, Shape, SinkLogits, Upstream, Window, wgpu,
 };
 
 const SHAPES_VARIABLE: &str = "SINK_ATTENTION_BENCH_SHAPES";

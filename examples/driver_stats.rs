@@ -14,10 +14,8 @@ use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 
 use ash::{khr, vk};
-use sink_attention::{
-    Attention, Axes, Capabilities, DType, DeviceChoice, Kernel, OptionalOperands, Options, Plan, Preference, Problem,
-    Shape, SinkLogits, Tiling, Variant,
-};
+use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Plan, Preference, Tiling, Variant};
+use sink_attention::{Attention, Axes, DType, DeviceChoice, Options, Problem, Shape, SinkLogits};
 
 /// B=1, N=8192: query heads, key heads, width.
 const SHAPES: [[usize; 3]; 2] = [[64, 8, 64], [32, 8, 128]];

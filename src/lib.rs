@@ -189,8 +189,8 @@
 //! use sink_attention::{Attention, DType, Device, ForwardBuffers, Options, Problem, Shape, wgpu};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let Some(adapter) = pollster::block_on(sink_attention::adapters()).into_iter().next() else { return Ok(()) };
-//! # let descriptor = sink_attention::device_descriptor(&adapter);
+//! # let Some(adapter) = pollster::block_on(sink_attention::device::adapters()).into_iter().next() else { return Ok(()) };
+//! # let descriptor = sink_attention::device::device_descriptor(&adapter);
 //! # let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
 //! let shape = Shape { batch: 1, heads: 4, kv_heads: 4, seq_q: 64, seq_k: 64, head_dim: 32, value_dim: 32 };
 //! let problem = Problem::new(shape, Options::new().causal(true))?;
@@ -244,9 +244,8 @@
 //! pass of the last chunk through a contiguous or paged cache; gradients by keys and values have the cache's layout.
 //!
 //! ```
-//! use sink_attention::{
-//!     AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, DeviceChoice, Error, Options,
-//! };
+//! use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers};
+//! use sink_attention::{Attention, DType, DeviceChoice, Error, Options};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let attention = match Attention::open(&DeviceChoice::Gpu) {
@@ -285,7 +284,8 @@
 //! A prompt goes through a cache whole or in chunks, one of each sequence, with any number of tokens:
 //!
 //! ```
-//! use sink_attention::{DType, DeviceBuffer, KvCache, Options, Prefill, PrefillBuffers, Step};
+//! use sink_attention::cache::{KvCache, Prefill, PrefillBuffers, Step};
+//! use sink_attention::{DType, DeviceBuffer, Options};
 //!
 //! fn prompt(cache: &mut KvCache, step: &mut Step, [q, k, v, o, lse]: [&DeviceBuffer; 5]) -> sink_attention::Result<()> {
 //!     // 700 tokens of sequence 0, none of sequence 1, 300 of sequence 2, one after the other: [1000, heads, width].
@@ -344,70 +344,43 @@
 // Each imports only from those above it; docs/architecture.md.
 #[cfg(feature = "gpu")]
 mod attention;
-#[cfg(feature = "cpu")]
-mod cache;
+pub mod cache;
 #[cfg(feature = "cpu")]
 pub mod cpu;
-mod device;
+pub mod device;
 #[cfg(feature = "gpu")]
 mod exec;
 pub mod file;
 mod kernel;
-mod plan;
+pub mod plan;
 mod problem;
 #[cfg(feature = "gpu")]
-mod stream;
+pub mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
-mod timing;
+pub mod timing;
+
+/// Tiles that were measured on a device, and the file that keeps them.
+pub mod tuning {
+    pub use crate::plan::tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
+}
 
 #[cfg(feature = "gpu")]
 pub use attention::Attention;
 #[cfg(feature = "gpu")]
-pub use cache::{
-    AppendBuffers, CacheBackwardBuffers, DecodeBuffers, HostCache, KvCache, PrefillBuffers, PreparedAppend,
-    PreparedCacheBackward, PreparedDecode, PreparedPrefill, Step, StepPass,
-};
-#[cfg(feature = "cpu")]
-pub use cache::{Prefill, RotaryFrequencies, RotaryScaling, Yarn};
-#[cfg(feature = "gpu")]
-pub use device::buffer::TensorView;
-pub use device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
-#[cfg(feature = "gpu")]
-pub use device::{
-    ADAPTER_VARIABLE, BufferElement, Device, DeviceBuffer, DeviceChoice, DeviceReason, Selection, adapters, describe,
-    device_descriptor, is_software,
-};
-#[cfg(feature = "gpu")]
-pub use exec::pipeline::DUMP_VARIABLE;
+pub use device::{Device, DeviceBuffer, DeviceChoice, TensorView};
 #[cfg(feature = "gpu")]
 pub use exec::prepared::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
-#[cfg(feature = "safetensors")]
-pub use file::values::Values;
 pub use half;
-pub use kernel::tile::Tiling;
-pub use kernel::tile::decode::DecodeTiles;
-pub use kernel::tile::portable::Tiles;
-pub use kernel::{Kernel, MicroKernel, Variant};
-pub use plan::decode::Decode;
-pub use plan::splits::DecodeTiling;
-pub use plan::tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
-pub use plan::{OptionalOperands, Pass, Plan, Preference, TilesOrigin};
-pub use problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
-pub use problem::element::{BufferType, DType, Element};
+pub use kernel::MicroKernel;
+pub use problem::element::{DType, Element};
 pub use problem::error::{Error, Result};
-pub use problem::mask::{Band, KeyTiles};
-pub use problem::row_format::Quantisation;
-pub use problem::varlen::{Lengths, Sequence};
+pub use problem::varlen::Lengths;
 pub use problem::{
     Alignment, Axes, Bias, Gradients, Inputs, Layout, MaskData, MaskPacking, Options, Output, PartialState, Problem,
-    Shape, SinkLogits, Upstream, Window, pack_mask,
+    Shape, SinkLogits, Upstream, Window,
 };
-#[cfg(feature = "gpu")]
-pub use stream::{Stream, StreamShape};
-#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
-pub use timing::{Clock, Series, Timer};
 #[cfg(feature = "gpu")]
 pub use wgpu;
 

@@ -2,10 +2,10 @@
 
 use std::error::Error;
 
-use sink_attention::{
-    AppendBuffers, Attention, CacheConfig, DType, Decode, DecodeBuffers, Device, DeviceBuffer, KvCache, Options,
-    PreparedAppend, PreparedDecode, RotaryPositions, SinkLogits, TensorView, cpu,
+use sink_attention::cache::{
+    AppendBuffers, CacheConfig, Decode, DecodeBuffers, KvCache, PreparedAppend, PreparedDecode, RotaryPositions,
 };
+use sink_attention::{Attention, DType, Device, DeviceBuffer, Options, SinkLogits, TensorView, cpu};
 
 /// What is fixed for all steps. Everything is f32.
 #[derive(Debug, Clone, Copy)]

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use serde_json::Value;
-use sink_attention::{RotaryFrequencies, RotaryScaling, Yarn, file};
+use sink_attention::cache::{RotaryFrequencies, RotaryScaling, Yarn};
+use sink_attention::file;
 
 /// What a layer attends to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

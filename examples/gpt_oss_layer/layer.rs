@@ -3,10 +3,8 @@
 use std::error::Error;
 
 use rayon::prelude::*;
-use sink_attention::{
-    Attention, CacheConfig, CacheKind, Inputs, Options, Problem, Rotary, RotaryPositions, RotaryStyle, Shape,
-    SinkLogits, Window,
-};
+use sink_attention::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+use sink_attention::{Attention, Inputs, Options, Problem, Shape, SinkLogits, Window};
 
 use crate::config::{Config, LayerType};
 use crate::decoder::{Decoder, Setup};

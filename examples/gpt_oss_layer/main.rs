@@ -32,7 +32,8 @@ use std::process::ExitCode;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use sink_attention::{Attention, CacheKind, DeviceChoice};
+use sink_attention::cache::CacheKind;
+use sink_attention::{Attention, DeviceChoice};
 
 use config::{Config, LayerType};
 use layer::Layer;

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::TensorView;
 use serde_json::Value;
-use sink_attention::{Values, file};
+use sink_attention::file;
+use sink_attention::file::Values;
 
 use crate::shard::Shard;
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use sink_attention::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+use sink_attention::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
 
 use crate::model::{HEAD_DIM, KV_HEADS, KV_ROW, ROTARY_DIM};
 

@@ -5,18 +5,18 @@ use super::gather::{Dispatch, Gathered, Source, given, record};
 use super::gpu::{GivenBuffer, KvCache};
 use super::step::Step;
 use crate::device::buffer::TensorView;
-use crate::exec::prepared::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::exec::prepared::{BackwardBuffers as PassBuffers, ForwardBuffers, Prepared};
 use crate::problem::error::{Error, Result};
 
 /// The operands of the backward pass of a prefill in buffers of the caller's; tokens lie as in
-/// [`PrefillBuffers`](crate::PrefillBuffers).
+/// [`PrefillBuffers`](crate::cache::PrefillBuffers).
 #[derive(Debug, Clone, Copy)]
-pub struct CacheBackwardBuffers<'a> {
+pub struct BackwardBuffers<'a> {
     /// Queries as the forward pass had them, rotated where there is a rotary embedding, `[tokens, H, D]`.
     pub q: TensorView<'a>,
     /// What the forward pass gave, `[tokens, H, E]`.
     pub o: TensorView<'a>,
-    /// See [`BackwardBuffers::forward`].
+    /// See [`BackwardBuffers::forward`](crate::BackwardBuffers::forward).
     pub o_rest: Option<TensorView<'a>>,
     /// What the forward pass gave, `[H, tokens]`, f32, densely packed.
     pub lse: TensorView<'a>,
@@ -30,7 +30,7 @@ pub struct CacheBackwardBuffers<'a> {
     pub mask: Option<TensorView<'a>>,
     /// Gradient by o.
     pub d_o: TensorView<'a>,
-    /// See [`BackwardBuffers::d_lse`].
+    /// See [`BackwardBuffers::d_lse`](crate::BackwardBuffers::d_lse).
     pub d_lse: Option<TensorView<'a>>,
     /// Result: gradient by q, `[tokens, H, D]`.
     pub d_q: TensorView<'a>,
@@ -40,15 +40,15 @@ pub struct CacheBackwardBuffers<'a> {
     pub d_keys: &'a wgpu::Buffer,
     /// Result: gradient by the values, like [`KvCache::values`], as that by the keys.
     pub d_values: &'a wgpu::Buffer,
-    /// Result: see [`BackwardBuffers::d_sink_logits`].
+    /// Result: see [`BackwardBuffers::d_sink_logits`](crate::BackwardBuffers::d_sink_logits).
     pub d_sink_logits: Option<TensorView<'a>>,
-    /// Result: see [`BackwardBuffers::d_alibi_slopes`].
+    /// Result: see [`BackwardBuffers::d_alibi_slopes`](crate::BackwardBuffers::d_alibi_slopes).
     pub d_alibi_slopes: Option<TensorView<'a>>,
-    /// Result: see [`BackwardBuffers::d_bias`].
+    /// Result: see [`BackwardBuffers::d_bias`](crate::BackwardBuffers::d_bias).
     pub d_bias: Option<TensorView<'a>>,
 }
 
-impl<'a> CacheBackwardBuffers<'a> {
+impl<'a> BackwardBuffers<'a> {
     /// What every backward pass has: q, o and lse; d_o; d_q; and the gradients by keys and values. What goes with options is
     /// `None`.
     pub fn new(
@@ -57,7 +57,7 @@ impl<'a> CacheBackwardBuffers<'a> {
         d_q: impl Into<TensorView<'a>>,
         [d_keys, d_values]: [&'a wgpu::Buffer; 2],
     ) -> Self {
-        CacheBackwardBuffers {
+        BackwardBuffers {
             q,
             o,
             o_rest: None,
@@ -106,7 +106,7 @@ impl<'a> CacheBackwardBuffers<'a> {
 /// The backward pass of a prefill that is ready to be recorded, as often as wanted: for the lengths and pages that the
 /// sequences had as it was prepared.
 #[derive(Debug, Clone)]
-pub struct PreparedCacheBackward {
+pub struct PreparedBackward {
     /// Tells the cache it was made for.
     keys: wgpu::Buffer,
     gradients: [wgpu::Buffer; 2],
@@ -133,12 +133,8 @@ impl KvCache {
     /// As [`prepare_prefill`](Self::prepare_prefill); [`Error::InvalidOption`], too, for rolling and for quantised caches, and for
     /// more tokens than a sequence has; [`Error::ZeroDimension`] for no tokens at all; those of [`Attention::prepare_backward`](crate::Attention::prepare_backward).
     #[cfg(not(target_family = "wasm"))]
-    pub fn prepare_backward(
-        &self,
-        prefill: &Prefill,
-        buffers: &CacheBackwardBuffers<'_>,
-    ) -> Result<PreparedCacheBackward> {
-        pollster::block_on(PreparedCacheBackward::new(self, prefill, buffers))
+    pub fn prepare_backward(&self, prefill: &Prefill, buffers: &BackwardBuffers<'_>) -> Result<PreparedBackward> {
+        pollster::block_on(PreparedBackward::new(self, prefill, buffers))
     }
 
     /// As [`prepare_backward`](Self::prepare_backward), for browsers and async hosts.
@@ -148,14 +144,14 @@ impl KvCache {
     pub async fn prepare_backward_async(
         &self,
         prefill: &Prefill,
-        buffers: &CacheBackwardBuffers<'_>,
-    ) -> Result<PreparedCacheBackward> {
-        PreparedCacheBackward::new(self, prefill, buffers).await
+        buffers: &BackwardBuffers<'_>,
+    ) -> Result<PreparedBackward> {
+        PreparedBackward::new(self, prefill, buffers).await
     }
 }
 
-impl PreparedCacheBackward {
-    pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &CacheBackwardBuffers<'_>) -> Result<Self> {
+impl PreparedBackward {
+    pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &BackwardBuffers<'_>) -> Result<Self> {
         let config = &cache.config;
         let batch = Batch::held(config, prefill, cache.places())?;
         let (keys, bytes) = (cache.keys.clone(), config.bytes());
@@ -197,16 +193,16 @@ impl PreparedCacheBackward {
             o_rest: buffers.o_rest,
             ..ForwardBuffers::new(buffers.q, k, v, buffers.o, buffers.lse)
         };
-        let backward = BackwardBuffers {
+        let backward = PassBuffers {
             d_lse: buffers.d_lse,
             d_sink_logits: buffers.d_sink_logits,
             d_alibi_slopes: buffers.d_alibi_slopes,
             d_bias: buffers.d_bias,
-            ..BackwardBuffers::new(forward, buffers.d_o, buffers.d_q, d_k, d_v)
+            ..PassBuffers::new(forward, buffers.d_o, buffers.d_q, d_k, d_v)
         };
         let backward = cache.attention.prepare_backward_async(&batch.problem, &backward).await?;
         let pages = batch.entries.iter().map(|entry| used_pages(cache, entry).to_vec()).collect();
-        Ok(PreparedCacheBackward { keys, gradients, bytes, entries: batch.entries, pages, gather, backward, scatter })
+        Ok(PreparedBackward { keys, gradients, bytes, entries: batch.entries, pages, gather, backward, scatter })
     }
 
     /// The backward pass: which kernels, which tiles.

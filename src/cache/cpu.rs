@@ -15,12 +15,13 @@ use crate::problem::{
     Bias, Gradients, Inputs, MaskData, Options, Output, Problem, Shape, SinkLogits, Upstream, check_length,
 };
 
-/// Keys and values of a number of sequences in host memory: the twin of [`KvCache`](crate::KvCache). Quantised ones are held as what
+/// Keys and values of a number of sequences in host memory: the twin of [`KvCache`](crate::cache::KvCache). Quantised ones are held as what
 /// they stand for, rounded to the element type.
 ///
 /// ```
 /// use sink_attention::cpu::KvCache;
-/// use sink_attention::{CacheConfig, CacheKind, Decode, Options};
+/// use sink_attention::cache::{CacheConfig, CacheKind, Decode};
+/// use sink_attention::Options;
 ///
 /// // Two sequences of one key/value head, with the first token and the last two.
 /// let kind = CacheKind::Rolling { sink_tokens: 1, window: 2, queries: 1 };
@@ -87,7 +88,7 @@ impl<T: Element> KvCache<T> {
 
     /// Appends so many tokens to each sequence: keys `[tokens, G, D]` and values `[tokens, G, E]`, sequence by sequence. `q`,
     /// `[tokens, H, D]`, is rotated where it lies. `cos_sin` is the table of
-    /// [`AppendBuffers::cos_sin`](crate::AppendBuffers::cos_sin).
+    /// [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin).
     ///
     /// # Errors
     /// [`Error::OperandLength`]; [`Error::MissingOperand`], [`Error::UnexpectedOperand`] for operands that do not go with the
@@ -181,7 +182,7 @@ impl<T: Element> KvCache<T> {
         Ok(turning)
     }
 
-    /// As [`KvCache::prepare_prefill`](crate::KvCache::prepare_prefill), recorded: appends `k`, `[tokens, G, D]`, and `v`,
+    /// As [`KvCache::prepare_prefill`](crate::cache::KvCache::prepare_prefill), recorded: appends `k`, `[tokens, G, D]`, and `v`,
     /// `[tokens, G, E]`, and attends with `q`, `[tokens, H, D]`, which is rotated where it lies if the cache has a rotary embedding.
     /// o of the result is `[tokens, H, E]`, lse `[H, tokens]`. Without tokens there is nothing in either.
     ///
@@ -235,7 +236,7 @@ impl<T: Element> KvCache<T> {
         cpu::forward(problem, &operands.inputs(q, &gathered))
     }
 
-    /// As [`KvCache::prepare_backward`](crate::KvCache::prepare_backward), recorded; q and the result's d_q as q of
+    /// As [`KvCache::prepare_backward`](crate::cache::KvCache::prepare_backward), recorded; q and the result's d_q as q of
     /// [`prefill`](Self::prefill). The gradients by keys and values are `[blocks, G, rows, width]` without padding, of all of the
     /// cache's blocks: sequences or pages.
     ///
@@ -304,8 +305,8 @@ impl<T: Element> KvCache<T> {
     /// are rotated as they are read.
     ///
     /// # Errors
-    /// As [`KvCache::prepare_decode`](crate::KvCache::prepare_decode) and
-    /// [`PreparedDecode::encode`](crate::PreparedDecode::encode); [`Error::OperandLength`].
+    /// As [`KvCache::prepare_decode`](crate::cache::KvCache::prepare_decode) and
+    /// [`PreparedDecode::encode`](crate::cache::PreparedDecode::encode); [`Error::OperandLength`].
     pub fn decode(
         &self,
         decode: &Decode,
@@ -399,7 +400,7 @@ impl<T: Element> KvCache<T> {
         gathered
     }
 
-    /// As [`KvCache::truncate`](crate::KvCache::truncate).
+    /// As [`KvCache::truncate`](crate::cache::KvCache::truncate).
     ///
     /// # Errors
     /// As there.
@@ -407,7 +408,7 @@ impl<T: Element> KvCache<T> {
         self.places.truncate(sequence, length)
     }
 
-    /// As [`KvCache::fork`](crate::KvCache::fork).
+    /// As [`KvCache::fork`](crate::cache::KvCache::fork).
     ///
     /// # Errors
     /// As there.
@@ -419,7 +420,7 @@ impl<T: Element> KvCache<T> {
         Ok(())
     }
 
-    /// As [`KvCache::assign`](crate::KvCache::assign).
+    /// As [`KvCache::assign`](crate::cache::KvCache::assign).
     ///
     /// # Errors
     /// As there.
@@ -440,7 +441,7 @@ impl<T: Element> KvCache<T> {
     }
 }
 
-/// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::PrefillBuffers) tells more.
+/// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::cache::PrefillBuffers) tells more.
 #[derive(Debug, Clone, Copy)]
 pub struct PrefillOperands<'a, T = f32> {
     /// One logit per query head.
@@ -451,7 +452,7 @@ pub struct PrefillOperands<'a, T = f32> {
     pub bias: Option<Bias<'a, T>>,
     /// Which keys may be seen.
     pub mask: Option<MaskData<'a>>,
-    /// The table of [`AppendBuffers::cos_sin`](crate::AppendBuffers::cos_sin); not in the backward pass.
+    /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin); not in the backward pass.
     pub cos_sin: Option<&'a [f32]>,
 }
 

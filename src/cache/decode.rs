@@ -25,7 +25,7 @@ pub struct DecodeBuffers<'a> {
     pub lse: TensorView<'a>,
     /// One logit per query head, where the options say [`SinkLogits::PerHead`]; densely packed.
     pub sink_logits: Option<TensorView<'a>>,
-    /// The table of [`AppendBuffers::cos_sin`](crate::AppendBuffers::cos_sin), where keys are rotated as they are read.
+    /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin), where keys are rotated as they are read.
     pub cos_sin: Option<&'a wgpu::Buffer>,
 }
 
@@ -192,7 +192,7 @@ impl PreparedDecode {
     /// # Errors
     /// [`Error::OtherCache`], [`Error::CacheBusy`], [`Error::OtherDevice`]; [`Error::CacheEvicted`] for several queries of a rolling
     /// cache that has taken tokens back, where the first of them would not find its window whole;
-    /// [`Error::QueriesNotRotated`] where the cache has a rotary embedding and [`AppendBuffers::q`](crate::AppendBuffers::q) was not given with the last
+    /// [`Error::QueriesNotRotated`] where the cache has a rotary embedding and [`AppendBuffers::q`](crate::cache::AppendBuffers::q) was not given with the last
     /// tokens, or had another number of heads.
     pub fn encode(&self, cache: &KvCache, step: &mut Step) -> Result<()> {
         self.check(cache, step.ticket())?;

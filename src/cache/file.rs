@@ -300,7 +300,7 @@ impl KvCache {
 }
 
 impl<T: Element> cpu::KvCache<T> {
-    /// As [`KvCache::to_safetensors`](crate::KvCache::to_safetensors): one format for both.
+    /// As [`KvCache::to_safetensors`](crate::cache::KvCache::to_safetensors): one format for both.
     ///
     /// # Errors
     /// [`Error::SavedDamaged`](crate::Error::SavedDamaged) where safetensors refuses to write it, as it does for nothing of
@@ -311,7 +311,7 @@ impl<T: Element> cpu::KvCache<T> {
         serialize(&self.config, &self.places, [&images[0], &images[1]])
     }
 
-    /// As [`KvCache::restore`](crate::KvCache::restore).
+    /// As [`KvCache::restore`](crate::cache::KvCache::restore).
     ///
     /// # Errors
     /// [`Error::SavedDamaged`](crate::Error::SavedDamaged), [`Error::SavedMismatch`](crate::Error::SavedMismatch): nothing
@@ -325,7 +325,7 @@ impl<T: Element> cpu::KvCache<T> {
         Ok(())
     }
 
-    /// As [`KvCache::save`](crate::KvCache::save).
+    /// As [`KvCache::save`](crate::cache::KvCache::save).
     ///
     /// # Errors
     /// [`Error::SavedFile`](crate::Error::SavedFile).
@@ -333,7 +333,7 @@ impl<T: Element> cpu::KvCache<T> {
         saved::save(CACHE, path.as_ref(), &self.to_safetensors()?)
     }
 
-    /// As [`KvCache::load`](crate::KvCache::load).
+    /// As [`KvCache::load`](crate::cache::KvCache::load).
     ///
     /// # Errors
     /// [`Error::SavedFile`](crate::Error::SavedFile) where it cannot be read or is damaged; else those of

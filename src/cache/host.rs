@@ -1,7 +1,7 @@
 //! A cache that is used with host slices: the same calls on a GPU and on the CPU.
 
 use super::append::AppendBuffers;
-use super::backward::CacheBackwardBuffers;
+use super::backward::BackwardBuffers;
 use super::batch::{Batch, Prefill, check_total};
 use super::cpu::{self, PrefillOperands};
 use super::decode::DecodeBuffers;
@@ -325,7 +325,7 @@ impl<T: Element> HostCache<T> {
             device.scoped("uploading operands", create).await??;
         let [d_q, d_keys, d_values, d_sink_logits, d_alibi_slopes, d_bias] = &results;
         let wanted = |given: bool, buffer| given.then(|| TensorView::new(buffer));
-        let buffers = CacheBackwardBuffers {
+        let buffers = BackwardBuffers {
             o_rest: o_rest.as_ref().map(TensorView::new),
             sink_logits: uploaded.sink_logits.as_ref().map(TensorView::new),
             alibi_slopes: uploaded.alibi_slopes.as_ref().map(TensorView::new),
@@ -335,7 +335,7 @@ impl<T: Element> HostCache<T> {
             d_sink_logits: wanted(operands.sink_logits.is_some(), d_sink_logits),
             d_alibi_slopes: wanted(operands.alibi_slopes.is_some(), d_alibi_slopes),
             d_bias: wanted(bias_len.is_some(), d_bias),
-            ..CacheBackwardBuffers::new([&q_buffer, &o, &lse].map(TensorView::new), &d_o, d_q, [d_keys, d_values])
+            ..BackwardBuffers::new([&q_buffer, &o, &lse].map(TensorView::new), &d_o, d_q, [d_keys, d_values])
         };
         let prepared = cache.prepare_backward_async(prefill, &buffers).await?;
         let mut step = step(cache, "backward")?;

@@ -4,9 +4,11 @@
 mod append;
 #[cfg(feature = "gpu")]
 mod backward;
+#[cfg(feature = "cpu")]
 mod batch;
 #[cfg(feature = "gpu")]
 mod bind;
+#[cfg(feature = "cpu")]
 pub(crate) mod cpu;
 #[cfg(feature = "gpu")]
 mod decode;
@@ -18,9 +20,11 @@ mod gather;
 mod gpu;
 #[cfg(feature = "gpu")]
 mod host;
+#[cfg(feature = "cpu")]
 mod places;
 #[cfg(feature = "gpu")]
 mod prefill;
+#[cfg(feature = "cpu")]
 mod rotary;
 #[cfg(all(test, feature = "gpu"))]
 mod shaders;
@@ -30,8 +34,11 @@ mod step;
 #[cfg(feature = "gpu")]
 pub use self::append::{AppendBuffers, PreparedAppend};
 #[cfg(feature = "gpu")]
-pub use self::backward::{CacheBackwardBuffers, PreparedCacheBackward};
+pub use self::backward::{BackwardBuffers, PreparedBackward};
+#[cfg(feature = "cpu")]
 pub use self::batch::Prefill;
+#[cfg(feature = "cpu")]
+pub use self::cpu::PrefillOperands;
 #[cfg(feature = "gpu")]
 pub use self::decode::{DecodeBuffers, PreparedDecode};
 #[cfg(feature = "gpu")]
@@ -40,6 +47,12 @@ pub use self::gpu::KvCache;
 pub use self::host::HostCache;
 #[cfg(feature = "gpu")]
 pub use self::prefill::{PrefillBuffers, PreparedPrefill};
+#[cfg(feature = "cpu")]
 pub use self::rotary::{RotaryFrequencies, RotaryScaling, Yarn};
 #[cfg(feature = "gpu")]
 pub use self::step::{Step, StepPass};
+pub use crate::kernel::tile::decode::DecodeTiles;
+pub use crate::plan::decode::Decode;
+pub use crate::plan::splits::DecodeTiling;
+pub use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+pub use crate::problem::row_format::Quantisation;

@@ -5,13 +5,13 @@ use std::f64::consts::TAU;
 use crate::problem::error::{Error, Result};
 
 /// How fast the pairs of features of a rotary embedding turn, and the table that says so, as a cache takes it
-/// ([`AppendBuffers::cos_sin`](crate::AppendBuffers::cos_sin)).
+/// ([`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin)).
 ///
 /// Pair i of dim / 2 turns by `theta^(-2 i / dim)` radians from position to position (Su et al., "RoFormer", arXiv 2104.09864), as
 /// [`scaling`](Self::scaling) changes it. Numbers are f64 until the table is rounded to f32: angles grow with the position.
 ///
 /// ```
-/// use sink_attention::RotaryFrequencies;
+/// use sink_attention::cache::RotaryFrequencies;
 ///
 /// let table = RotaryFrequencies::new(10_000.0).table(64, 4096)?; // [4096, 64]
 /// assert_eq!(table[64 + 0], 1f32.cos()); // position 1, pair 0

@@ -74,7 +74,7 @@ impl Step {
 
     /// As [`submit`](Self::submit), for browsers and async hosts. It submits when it is first polled. Where it is then dropped
     /// before it is done, nobody knows whether the submission was refused: the caches that it touched stay busy, until
-    /// [`KvCache::restore`](crate::KvCache::restore).
+    /// [`KvCache::restore`](crate::cache::KvCache::restore).
     ///
     /// # Errors
     /// As [`submit`](Self::submit).

@@ -11,6 +11,8 @@ mod open;
 #[cfg(feature = "gpu")]
 pub use self::adapter::{device_descriptor, is_software};
 #[cfg(feature = "gpu")]
-pub use self::buffer::{BufferElement, DeviceBuffer};
+pub use self::buffer::{BufferElement, DeviceBuffer, TensorView};
+pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 #[cfg(feature = "gpu")]
 pub use self::open::{ADAPTER_VARIABLE, Device, DeviceChoice, DeviceReason, Selection, adapters, describe};
+pub use crate::problem::element::BufferType;

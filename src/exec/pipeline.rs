@@ -7,14 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::device::Device;
 use crate::exec::pipeline_cache::PipelineCache;
 use crate::kernel::params::ParamsLayout;
+use crate::kernel::template::DUMP_VARIABLE;
 use crate::kernel::{Binding, Variant};
 #[cfg(not(target_family = "wasm"))]
 use crate::plan::Pass;
 use crate::plan::Plan;
 use crate::problem::error::Result;
-
-/// Folder that composed shaders are written to, where this environment variable names one.
-pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";
 
 /// A compiled kernel with the layout of its bindings.
 #[derive(Debug)]

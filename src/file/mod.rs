@@ -8,7 +8,10 @@ pub mod case;
 #[cfg(feature = "safetensors")]
 pub(crate) mod saved;
 #[cfg(feature = "safetensors")]
-pub mod values;
+mod values;
+
+#[cfg(feature = "safetensors")]
+pub use self::values::Values;
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read as _};

@@ -11,7 +11,8 @@ use crate::problem::error::{Error, Result};
 ///
 /// ```
 /// use safetensors::SafeTensors;
-/// use sink_attention::{Error, Inputs, Problem, Values};
+/// use sink_attention::file::Values;
+/// use sink_attention::{Error, Inputs, Problem};
 ///
 /// fn sinks(file: &SafeTensors<'_>, problem: &Problem) -> Result<Vec<f32>, Box<dyn std::error::Error>> {
 ///     let tensor = file.tensor("model.layers.0.self_attn.sinks")?;

@@ -5,7 +5,7 @@ use std::fmt;
 /// How a kernel forms matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MicroKernel {
-    /// The one that a [`Tuning`](crate::Tuning) has found faster, else cooperative matrices where they have been measured (NVIDIA
+    /// The one that a [`Tuning`](crate::tuning::Tuning) has found faster, else cooperative matrices where they have been measured (NVIDIA
     /// through Vulkan, f16 and bf16), else the portable one.
     #[default]
     Auto,

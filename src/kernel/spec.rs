@@ -58,7 +58,7 @@ pub(crate) struct KernelSpec {
     pub(crate) template: &'static str,
     /// Whether a pass of the kernel is part of a forward, backward or merging plan.
     pub(crate) wanted: fn(&Problem, OptionalOperands) -> Wanted,
-    /// Operands that it may read. The options decide which of them a variant binds, see [`Variant::bindings`](crate::Variant); a pipeline depends on
+    /// Operands that it may read. The options decide which of them a variant binds, see [`Variant::bindings`](crate::plan::Variant); a pipeline depends on
     /// the options of the operands, and on no others.
     pub(crate) reads: &'static [Binding],
     /// Operands that it may write.

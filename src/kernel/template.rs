@@ -8,6 +8,9 @@ use minijinja::{Environment, UndefinedBehavior, Value};
 use crate::kernel::params::declare;
 use crate::problem::error::{Error, Result};
 
+/// Folder that composed shaders are written to, where this environment variable names one.
+pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";
+
 /// The texts that kernels share, each with the name that `include` and `import` know it by.
 const SOURCES: &[(&str, &str)] = &[
     ("alibi.wgsl", include_str!("../../shaders/alibi.wgsl")),

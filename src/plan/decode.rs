@@ -29,7 +29,7 @@ pub struct Decode {
     /// How the kernel divides its work; `None` leaves that to the planner.
     pub tiling: Option<DecodeTiling>,
     /// The caller has rotated q. Else, where the cache has a rotary embedding, the appends must have rotated the queries of the
-    /// last tokens, of as many heads ([`AppendBuffers::q`](crate::AppendBuffers::q)), or decoding is an error.
+    /// last tokens, of as many heads ([`AppendBuffers::q`](crate::cache::AppendBuffers::q)), or decoding is an error.
     pub q_rotated: bool,
 }
 
@@ -201,7 +201,7 @@ impl Plan {
     /// Plans a decoding step of a cache whose sequences are full, with operands that are densely packed.
     ///
     /// # Errors
-    /// Those of [`KvCache::prepare_decode`](crate::KvCache::prepare_decode) that do not depend on buffers.
+    /// Those of [`KvCache::prepare_decode`](crate::cache::KvCache::prepare_decode) that do not depend on buffers.
     pub fn decode(
         config: &CacheConfig,
         decode: &Decode,

@@ -1,4 +1,4 @@
-//! Decisions: which kernel, which tiles, how many workgroups. Pure functions of numbers.
+//! Decisions: which kernel, which tiles, how many workgroups. Pure functions of numbers, for a device that need not be there.
 
 pub(crate) mod decode;
 mod loop_limit;
@@ -9,17 +9,20 @@ mod select;
 pub(crate) mod slice;
 pub(crate) mod splits;
 mod table;
-pub mod tuning;
+pub(crate) mod tuning;
 
 use std::time::Duration;
 
-use crate::device::capabilities::{Capabilities, CooperativeMatrices};
+pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
 pub use crate::kernel::OptionalOperands;
 use crate::kernel::spec::{Body, Plain, Wanted};
-use crate::kernel::tile::Tiling;
+#[cfg(feature = "gpu")]
+pub use crate::kernel::template::DUMP_VARIABLE;
+pub use crate::kernel::tile::Tiling;
 use crate::kernel::tile::cooperative::Fragments;
-use crate::kernel::tile::portable::Tiles;
-use crate::kernel::{BACKWARD_PASS, Binding, FORWARD_PASS, Kernel, MERGE_PASS, MicroKernel, Variant};
+pub use crate::kernel::tile::portable::Tiles;
+use crate::kernel::{BACKWARD_PASS, Binding, FORWARD_PASS, MERGE_PASS};
+pub use crate::kernel::{Kernel, MicroKernel, Variant};
 use crate::plan::loop_limit::{check_loop_iterations, loop_iterations};
 use crate::plan::operand::dense_views;
 pub use crate::plan::pass::{Pass, TilesOrigin};
@@ -29,6 +32,8 @@ use crate::plan::tuning::{Tuning, TuningKey};
 use crate::problem::Problem;
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
+pub use crate::problem::mask::{Band, KeyTiles};
+pub use crate::problem::varlen::Sequence;
 
 /// A micro-kernel, and tiles that go before the built-in table.
 #[derive(Debug, Clone, Copy, Default)]
@@ -426,7 +431,7 @@ mod tests {
         let shape =
             crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
         let problem = Problem::new(shape, crate::Options::new()).unwrap();
-        let tiles = crate::Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+        let tiles = crate::plan::Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
         let pass = Pass::with_tiles(Kernel::FORWARD, &problem, true, &samples[0], tiles).unwrap();
         let variant = pass.variant;
         assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));

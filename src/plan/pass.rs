@@ -27,7 +27,7 @@ pub struct Pass {
 pub enum TilesOrigin {
     /// The table that the crate brings along.
     BuiltIn,
-    /// A [`Tuning`](crate::Tuning).
+    /// A [`Tuning`](crate::tuning::Tuning).
     Tuning,
     /// The caller.
     Caller,

@@ -141,10 +141,10 @@ fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>)
 /// forward f32 width 64 long: portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16
 /// forward f16 width 64 long: cooperative 4x3x1x2
 /// ";
-/// let tuning: sink_attention::Tuning = text.parse()?;
+/// let tuning: sink_attention::tuning::Tuning = text.parse()?;
 /// assert_eq!((tuning.device(), tuning.entries().len()), ("NVIDIA H200", 2));
 /// assert_eq!(tuning.to_string().parse(), Ok(tuning));
-/// # Ok::<(), sink_attention::TuningError>(())
+/// # Ok::<(), sink_attention::tuning::TuningError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tuning {

@@ -13,7 +13,7 @@ pub enum CacheKind {
         /// Tokens of a sequence at most.
         capacity: usize,
     },
-    /// Sequences take pages as they grow, `[pages, G, page_size, width]`; [`KvCache::fork`](crate::KvCache::fork) lets them share what they have in
+    /// Sequences take pages as they grow, `[pages, G, page_size, width]`; [`KvCache::fork`](crate::cache::KvCache::fork) lets them share what they have in
     /// common.
     Paged {
         /// Tokens of a page, a power of two from 16 up.
@@ -31,7 +31,7 @@ pub enum CacheKind {
         /// Last tokens that a query sees, its own included.
         window: usize,
         /// Queries of a decoding step at most. The ring has `window + queries - 1` rows, so that the first of them finds its
-        /// window whole, and as many tokens as `queries - 1` can be taken back by [`KvCache::truncate`](crate::KvCache::truncate).
+        /// window whole, and as many tokens as `queries - 1` can be taken back by [`KvCache::truncate`](crate::cache::KvCache::truncate).
         queries: usize,
     },
 }
@@ -66,7 +66,7 @@ pub enum RotaryPositions {
     Absolute,
     /// Its place in the cache, whenever it is read (StreamingLLM): a rolling cache keeps keys unrotated, and positions never grow
     /// beyond it. One query at a time: of several tokens that are appended together the query of the last one can be decoded,
-    /// see [`AppendBuffers::q`](crate::AppendBuffers::q).
+    /// see [`AppendBuffers::q`](crate::cache::AppendBuffers::q).
     CacheRelative,
 }
 
@@ -85,7 +85,8 @@ pub struct Rotary {
 /// A cache: its kind and its sizes.
 ///
 /// ```
-/// use sink_attention::{CacheConfig, CacheKind, DType};
+/// use sink_attention::cache::{CacheConfig, CacheKind};
+/// use sink_attention::DType;
 ///
 /// // 8 sequences, 4 key/value heads, keys and values 64 wide.
 /// let kind = CacheKind::Rolling { sink_tokens: 4, window: 1024, queries: 1 };

@@ -346,7 +346,7 @@ pub enum Error {
     /// An operation was prepared for another cache.
     #[error("the operation was prepared for another cache")]
     OtherCache,
-    /// Another [`Step`](crate::Step) has touched the cache, and has not come to its end.
+    /// Another [`Step`](crate::cache::Step) has touched the cache, and has not come to its end.
     #[error("the cache is in use by {step}, {reason}")]
     CacheBusy {
         /// The other step, by its number and its label.
@@ -354,7 +354,7 @@ pub enum Error {
         /// How it stands, and what to do.
         reason: &'static str,
     },
-    /// A [`Step`](crate::Step) is of another device than a cache.
+    /// A [`Step`](crate::cache::Step) is of another device than a cache.
     #[error("{step} and the cache are of different devices")]
     OtherDevice {
         /// The step, by its number and its label.

@@ -59,11 +59,11 @@ impl MaskData<'_> {
             MaskData::Bits(_) => MaskPacking::Bits,
         }
     }
-}
 
-/// A mask of bytes, whose rows have `keys` of them, in [bits](MaskPacking::Bits). A last row that is shorter is packed as it is.
-pub fn pack_mask(mask: &[u8], keys: usize) -> Vec<u32> {
-    mask.chunks(keys.max(1)).flat_map(|row| row.chunks(32).map(mask_word)).collect()
+    /// A mask of bytes, whose rows have `keys` of them, in [bits](MaskPacking::Bits). A last row that is shorter is packed as it is.
+    pub fn pack(mask: &[u8], keys: usize) -> Vec<u32> {
+        mask.chunks(keys.max(1)).flat_map(|row| row.chunks(32).map(mask_word)).collect()
+    }
 }
 
 /// The bits of up to 32 bytes, eight at a time: carries set the highest bit of each that is not 0, and a product gathers them.

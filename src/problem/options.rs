@@ -160,7 +160,7 @@ pub enum MaskPacking {
     #[default]
     Bytes,
     /// A bit for each pair: rows of `ceil(N / 32)` words, key j is bit j % 32 of word j / 32, see
-    /// [`pack_mask`](crate::pack_mask).
+    /// [`MaskData::pack`](crate::MaskData::pack).
     Bits,
 }
 

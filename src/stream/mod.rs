@@ -42,7 +42,8 @@ impl StreamShape {
 /// continues it.
 ///
 /// ```
-/// use sink_attention::{Attention, Inputs, Options, SinkLogits, Stream, StreamShape, Window};
+/// use sink_attention::stream::{Stream, StreamShape};
+/// use sink_attention::{Attention, Inputs, Options, SinkLogits, Window};
 ///
 /// let shape = StreamShape { batch: 1, heads: 2, kv_heads: 1, head_dim: 4, value_dim: 4 };
 /// let options = Options::new().window(Window::keys(16)).sink_tokens(4).sink_logits(SinkLogits::PerHead);

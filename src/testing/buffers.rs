@@ -4,9 +4,10 @@ use half::{bf16, f16};
 
 use super::operands::{MaskValues, slopes, timed_mask};
 use super::random::Random;
+use crate::device::BufferType;
+use crate::plan::Capabilities;
 use crate::{
-    BackwardBuffers, BufferType, Capabilities, DType, Device, DeviceBuffer, Element, Error, ForwardBuffers, Problem,
-    Result, SinkLogits,
+    BackwardBuffers, DType, Device, DeviceBuffer, Element, Error, ForwardBuffers, Problem, Result, SinkLogits,
 };
 
 /// What stands in the way of a problem's buffers, if anything.

@@ -4,7 +4,8 @@ use std::cell::OnceCell;
 use std::io::Write as _;
 use std::sync::{Mutex, OnceLock};
 
-use crate::{Attention, DeviceChoice, DeviceClass, Error, MicroKernel};
+use crate::plan::DeviceClass;
+use crate::{Attention, DeviceChoice, Error, MicroKernel};
 
 /// A device of its own on the adapter of [`gpu`].
 pub fn another_gpu() -> Option<Attention> {

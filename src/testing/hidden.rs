@@ -15,8 +15,8 @@ use std::ops::Range;
 use super::operands::{BiasValues, MaskValues, Operands};
 use super::random::Random;
 use crate::{
-    Alignment, Axes, DType, Element, Gradients, Inputs, Layout, Lengths, MaskPacking, Options, Output, Problem, Result,
-    Shape, SinkLogits, Upstream, Window, pack_mask,
+    Alignment, Axes, DType, Element, Gradients, Inputs, Layout, Lengths, MaskData, MaskPacking, Options, Output,
+    Problem, Result, Shape, SinkLogits, Upstream, Window,
 };
 
 /// The options that a kernel is compiled for. The rest of a problem is random, so that few kernels see many problems.
@@ -187,7 +187,7 @@ impl<T: Element> Case<T> {
         });
         let packed = mask.clone().map(|mask| match options.mask_packing {
             MaskPacking::Bytes => MaskValues::Bytes(mask),
-            MaskPacking::Bits => MaskValues::Bits(pack_mask(&mask, keys(&problem))),
+            MaskPacking::Bits => MaskValues::Bits(MaskData::pack(&mask, keys(&problem))),
         });
         let operands = Operands { q, k, v, sink_logits, alibi_slopes, bias, mask: packed };
         Case { problem, operands, d_o, d_lse, mask }

@@ -5,9 +5,10 @@ use std::ops::Range;
 use super::compare::{accepted, lse as compare_lse, rows as compare_rows, tensor as compare};
 use super::random::Random;
 use crate::cpu::reference;
+use crate::plan::Sequence;
 use crate::{
-    Alignment, Attention, Bias, DType, Element, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem,
-    Sequence, Shape, SinkLogits, Window, pack_mask,
+    Alignment, Attention, Bias, DType, Element, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem, Shape,
+    SinkLogits, Window,
 };
 
 /// Accepted error of an f32 path, relative to the norm for o, absolute + relative for lse.
@@ -122,7 +123,7 @@ impl MaskValues {
     fn packed(bytes: Vec<u8>, packing: MaskPacking, keys: usize) -> Self {
         match packing {
             MaskPacking::Bytes => MaskValues::Bytes(bytes),
-            MaskPacking::Bits => MaskValues::Bits(pack_mask(&bytes, keys)),
+            MaskPacking::Bits => MaskValues::Bits(MaskData::pack(&bytes, keys)),
         }
     }
 }

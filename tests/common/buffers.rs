@@ -12,13 +12,13 @@ use sink_attention::testing::operands::Operands;
 /// A second device on the adapter of [`gpu`](super::gpu), requested with other limits.
 pub fn gpu_with(edit: impl FnOnce(&mut wgpu::Limits)) -> Option<Attention> {
     let wanted = gpu()?.device()?.wgpu().adapter_info();
-    let adapters = pollster::block_on(sink_attention::adapters());
+    let adapters = pollster::block_on(sink_attention::device::adapters());
     let same = |adapter: &wgpu::Adapter| {
         let info = adapter.get_info();
         (info.name, info.backend) == (wanted.name.clone(), wanted.backend)
     };
     let adapter = adapters.into_iter().find(same).expect("the adapter is still there");
-    let mut descriptor = sink_attention::device_descriptor(&adapter);
+    let mut descriptor = sink_attention::device::device_descriptor(&adapter);
     edit(&mut descriptor.required_limits);
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
     Some(Attention::on(Device::from_wgpu_on(&adapter, device, queue)).with_micro_kernel(MicroKernel::Portable))

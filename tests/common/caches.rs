@@ -2,11 +2,13 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use sink_attention::cache::{
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, KvCache, Rotary, RotaryPositions, RotaryStyle, Step,
+};
 use sink_attention::cpu::{self, reference};
 use sink_attention::half::f16;
 use sink_attention::{
-    AppendBuffers, Attention, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Device, Element, Error, Inputs,
-    KvCache, Output, Problem, Rotary, RotaryPositions, RotaryStyle, Shape, SinkLogits, Step, TensorView, Window, wgpu,
+    Attention, DType, Device, Element, Error, Inputs, Output, Problem, Shape, SinkLogits, TensorView, Window, wgpu,
 };
 
 use super::{compare, compare_lse, gpu};

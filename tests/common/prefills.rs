@@ -1,11 +1,13 @@
 //! Prefills of the caches under test, and their gradients, against the dense reference.
 
+use sink_attention::cache::{
+    BackwardBuffers as CacheBackwardBuffers, CacheConfig, CacheKind, Decode, KvCache, Prefill, PrefillBuffers,
+};
 use sink_attention::cpu::{PrefillOperands, reference};
 use sink_attention::testing::compare::accepted;
 use sink_attention::{
-    Axes, Bias, CacheBackwardBuffers, CacheConfig, CacheKind, DType, Decode, Element, Gradients, Inputs, KvCache,
-    Layout, Lengths, MaskData, Options, Output, Prefill, PrefillBuffers, Problem, Shape, SinkLogits, TensorView,
-    Upstream, wgpu,
+    Axes, Bias, DType, Element, Gradients, Inputs, Layout, Lengths, MaskData, Options, Output, Problem, Shape,
+    SinkLogits, TensorView, Upstream, wgpu,
 };
 
 use super::caches::{Both, Token, filled, numbers, quantised, read, step_on, turned, wide};

@@ -230,7 +230,7 @@ pub fn zero<T: Copy + Into<f64>>(name: &str, actual: &[T], expected: &[f64]) -> 
 
 /// Whether the forward pass of a path rounds probabilities, and with them delta.
 pub fn rounds_p(attention: &Attention, problem: &Problem) -> bool {
-    let cooperative = |plan: sink_attention::Plan| {
+    let cooperative = |plan: sink_attention::plan::Plan| {
         plan.passes.iter().any(|pass| pass.variant.micro_kernel == MicroKernel::Cooperative)
     };
     attention.plan_forward(problem).is_ok_and(cooperative)

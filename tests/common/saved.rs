@@ -1,11 +1,10 @@
 //! What the files in tests/saved hold: small caches and streams, filled with numbers of a simple rule.
 
 use super::caches::config;
+use sink_attention::cache::{CacheConfig, CacheKind, Quantisation, Rotary, RotaryPositions, RotaryStyle};
 use sink_attention::half::{bf16, f16};
-use sink_attention::{
-    Attention, CacheConfig, CacheKind, Element, Inputs, Options, Quantisation, Rotary, RotaryPositions, RotaryStyle,
-    SinkLogits, Stream, StreamShape, Window, cpu,
-};
+use sink_attention::stream::{Stream, StreamShape};
+use sink_attention::{Attention, Element, Inputs, Options, SinkLogits, Window, cpu};
 
 pub const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 24 };
 pub const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 6, sequence_pages: 2 };

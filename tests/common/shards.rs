@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use sink_attention::{Attention, Element, Inputs, Layout, PartialState, Problem, pack_mask};
+use sink_attention::{Attention, Element, Inputs, Layout, MaskData, PartialState, Problem};
 
 use sink_attention::testing::operands::{BiasValues, MaskValues, Operands};
 
@@ -36,7 +36,7 @@ pub fn shard<T: Element>(problem: &Problem, whole: &Operands<T>, keys: &Range<us
                 let bytes = mask
                     .chunks(s.seq_k.div_ceil(32))
                     .flat_map(|row| keys.clone().map(|j| (row[j / 32] >> (j % 32) & 1) as u8));
-                MaskValues::Bits(pack_mask(&bytes.collect::<Vec<_>>(), keys.len()))
+                MaskValues::Bits(MaskData::pack(&bytes.collect::<Vec<_>>(), keys.len()))
             }
         }),
     }

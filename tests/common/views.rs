@@ -1,10 +1,10 @@
 //! Operands in half precision wherever they may lie in a buffer.
 
 use sink_attention::cpu::reference;
+use sink_attention::plan::{Kernel, Tiling};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Device, Element, ForwardBuffers, Gradients, Kernel, Layout, Output, Problem,
-    TensorView, Tiling,
+    Attention, BackwardBuffers, Device, Element, ForwardBuffers, Gradients, Layout, Output, Problem, TensorView,
 };
 
 use super::buffers::{empty, submit};

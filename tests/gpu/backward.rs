@@ -5,12 +5,10 @@ use crate::common::buffers::{GradientBuffers, gpu_with, read, submit};
 use crate::common::{all_cases, compare, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use sink_attention::plan::{Capabilities, Kernel, Pass, Plan, Tiles, Tiling};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{BOUND, SIZES, options, problem, row};
-use sink_attention::{
-    Attention, Capabilities, Gradients, Kernel, Layout, Options, Pass, Plan, Problem, SinkLogits, Tiles, Tiling,
-    Window, wgpu,
-};
+use sink_attention::{Attention, Gradients, Layout, Options, Problem, SinkLogits, Window, wgpu};
 
 const INF: f32 = f32::INFINITY;
 

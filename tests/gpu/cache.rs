@@ -4,11 +4,13 @@ use crate::common::caches::{Both, append_on, config, decode_on, filled, read, ro
 use crate::common::{compare, gpu, with_others};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+use sink_attention::cache::{
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, Prefill, Quantisation, Rotary, RotaryFrequencies,
+    RotaryPositions, RotaryScaling, RotaryStyle, Yarn,
+};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
-    AppendBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Element, Error, ForwardBuffers, Layout,
-    Lengths, Options, Prefill, Problem, Quantisation, Rotary, RotaryFrequencies, RotaryPositions, RotaryScaling,
-    RotaryStyle, Shape, SinkLogits, Window, Yarn, cpu,
+    DType, Element, Error, ForwardBuffers, Layout, Lengths, Options, Problem, Shape, SinkLogits, Window, cpu,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 300 };
@@ -164,7 +166,7 @@ fn any_tiling_gives_the_same() {
         "32x4 rows 1, steps 2 by 1, splits x",
         "99999999999999x1 rows 1, steps 2 by 1, splits 1",
     ] {
-        assert!(text.parse::<sink_attention::DecodeTiling>().is_err(), "{text}");
+        assert!(text.parse::<sink_attention::cache::DecodeTiling>().is_err(), "{text}");
     }
     let (Some(cache), Some(device)) = (&both.gpu, gpu().and_then(|gpu| gpu.device())) else { return };
     for unfit in [

@@ -4,13 +4,15 @@ use crate::common;
 use crate::common::buffers::gpu_with;
 use crate::common::caches::{Both, append_on, config, decode_on, filled, step_on};
 use crate::common::gpu;
+use sink_attention::cache::{
+    AppendBuffers, BackwardBuffers as CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, KvCache,
+    Prefill, PrefillBuffers, Quantisation, Rotary, RotaryPositions, RotaryStyle,
+};
 use sink_attention::cpu::PrefillOperands;
 use sink_attention::half::f16;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    AppendBuffers, Attention, Axes, CacheBackwardBuffers, CacheConfig, CacheKind, DType, Decode, DecodeBuffers, Error,
-    KvCache, Layout, Options, Output, Prefill, PrefillBuffers, Quantisation, Result, Rotary, RotaryPositions,
-    RotaryStyle, SinkLogits, TensorView, Upstream, Window, cpu,
+    Attention, Axes, DType, Error, Layout, Options, Output, Result, SinkLogits, TensorView, Upstream, Window, cpu,
 };
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 10 };
@@ -59,7 +61,9 @@ fn configs() {
         (good.rotary(rotary(8, CacheRelative)).kind(rolling(5, 2)), "one query at a time, not 2"),
         (good.rotary(rotary(8, CacheRelative)).kind(rolling(5, 1)).dtype(DType::F16), "a multiple of 8 in f16"),
         (
-            good.rotary(rotary(8, CacheRelative)).kind(rolling(5, 1)).quantisation(sink_attention::Quantisation::Q8_0),
+            good.rotary(rotary(8, CacheRelative))
+                .kind(rolling(5, 1))
+                .quantisation(sink_attention::cache::Quantisation::Q8_0),
             "quantised keys are rotated as they are appended",
         ),
     ] {

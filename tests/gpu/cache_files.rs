@@ -5,11 +5,9 @@ use crate::common::gpu;
 use crate::common::saved::{EarlierCache, each_earlier_cache, saved};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
+use sink_attention::cache::{CacheConfig, CacheKind, Decode, Quantisation, Rotary, RotaryPositions, RotaryStyle};
 use sink_attention::half::{bf16, f16};
-use sink_attention::{
-    CacheConfig, CacheKind, DType, Decode, Element, Error, Options, Output, Quantisation, Rotary, RotaryPositions,
-    RotaryStyle, SinkLogits, cpu,
-};
+use sink_attention::{DType, Element, Error, Options, Output, SinkLogits, cpu};
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 90 };
 const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 30, sequence_pages: 6 };
@@ -30,7 +28,7 @@ fn on_cpu<T: Element>(cache: &cpu::KvCache<T>) -> Output<T> {
     cache.decode(&decode, &q, Some(&[0.5; 4][..2 * cache.config().kv_heads]), table.as_deref()).unwrap()
 }
 
-fn on_gpu<T: Element>(cache: &sink_attention::KvCache) -> Output<T> {
+fn on_gpu<T: Element>(cache: &sink_attention::cache::KvCache) -> Output<T> {
     let (decode, q, table) = step::<T>(cache.config());
     let config = cache.config();
     let lens = [decode.heads * config.sequences * config.value_dim, decode.heads * config.sequences];

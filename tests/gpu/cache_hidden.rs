@@ -4,11 +4,9 @@ use crate::common::caches::{append_on, config, filled, numbers, read};
 use crate::common::gpu;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, Quantisation};
 use sink_attention::half::{bf16, f16};
-use sink_attention::{
-    Attention, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, Element, KvCache, Options, Quantisation,
-    SinkLogits, TensorView, Window,
-};
+use sink_attention::{Attention, Element, Options, SinkLogits, TensorView, Window};
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 75 };
 const PAGED: CacheKind = CacheKind::Paged { page_size: 32, pages: 12, sequence_pages: 3 };

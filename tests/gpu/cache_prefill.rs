@@ -6,12 +6,12 @@ use std::ops::Range;
 use crate::common::caches::{Both, config, filled, read, step_on};
 use crate::common::prefills::causal;
 use crate::common::{gpu, with_others};
+use sink_attention::cache::{
+    CacheConfig, CacheKind, Decode, Prefill, PrefillBuffers, Quantisation, Rotary, RotaryPositions, RotaryStyle,
+};
 use sink_attention::cpu::{self, PrefillOperands};
 use sink_attention::half::{bf16, f16};
-use sink_attention::{
-    Axes, CacheConfig, CacheKind, Decode, Element, Options, Prefill, PrefillBuffers, Quantisation, Rotary,
-    RotaryPositions, RotaryStyle, SinkLogits, TensorView, Window,
-};
+use sink_attention::{Axes, Element, Options, SinkLogits, TensorView, Window};
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 150 };
 const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 40, sequence_pages: 10 };

@@ -2,11 +2,12 @@
 
 use crate::common::caches::{config, decode_on, filled, read, step_on, submit};
 use crate::common::gpu;
-use sink_attention::wgpu;
-use sink_attention::{
-    AppendBuffers, Attention, CacheConfig, CacheKind, Decode, DecodeBuffers, Device, Error, KvCache, Options, Prefill,
-    PrefillBuffers, PreparedAppend, PreparedDecode, Result, Rotary, RotaryPositions, RotaryStyle, Step, cpu,
+use sink_attention::cache::{
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, KvCache, Prefill, PrefillBuffers, PreparedAppend,
+    PreparedDecode, Rotary, RotaryPositions, RotaryStyle, Step,
 };
+use sink_attention::wgpu;
+use sink_attention::{Attention, Device, Error, Options, Result, cpu};
 
 const SEQUENCES: usize = 2;
 const WIDTH: usize = 16;

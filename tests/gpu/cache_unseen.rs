@@ -8,11 +8,10 @@ use crate::common::gpu;
 use crate::common::prefills::{Extras, prefill_on};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
+use sink_attention::cache::{CacheConfig, CacheKind, Decode, Prefill, Quantisation};
 use sink_attention::cpu::{self, PrefillOperands};
 use sink_attention::half::{bf16, f16};
-use sink_attention::{
-    CacheConfig, CacheKind, Decode, Element, Options, Output, Prefill, Quantisation, SinkLogits, Window,
-};
+use sink_attention::{Element, Options, Output, SinkLogits, Window};
 
 const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 75 };
 const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 15, sequence_pages: 5 };

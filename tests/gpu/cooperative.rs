@@ -7,15 +7,16 @@ use crate::common::caches::{Both, config, filled};
 use crate::common::prefills::causal;
 use crate::common::views::run_at;
 use crate::common::{all_cases, compare, compare_low_precision, cooperative, gpu, low_precision, with_others};
+use sink_attention::cache::{CacheKind, Decode, DecodeBuffers, DecodeTiles, Prefill, PrefillBuffers};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Plan, Preference, Tiling};
 use sink_attention::testing::compare::accepted;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{SIZES, agree, options, problem, rows_agree};
 use sink_attention::{
-    Attention, CacheKind, Capabilities, DType, Decode, DecodeBuffers, DecodeTiles, Device, Element, Error, Gradients,
-    Kernel, Layout, MicroKernel, OptionalOperands, Options, Output, Plan, Preference, Prefill, PrefillBuffers, Problem,
-    SinkLogits, Tiling, Window,
+    Attention, DType, Device, Element, Error, Gradients, Layout, MicroKernel, Options, Output, Problem, SinkLogits,
+    Window,
 };
 
 /// A test for both types.

@@ -1,12 +1,11 @@
 //! The way between the host and the GPU.
 
 use crate::common;
+use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind};
+use sink_attention::device::{BufferElement, BufferType};
 use sink_attention::half::{bf16, f16};
 use sink_attention::wgpu::BufferUsages;
-use sink_attention::{
-    AppendBuffers, BufferElement, BufferType, CacheConfig, CacheKind, DType, Device, Error, ForwardBuffers, Options,
-    Problem, Shape,
-};
+use sink_attention::{DType, Device, Error, ForwardBuffers, Options, Problem, Shape};
 
 fn device() -> Option<&'static Device> {
     common::gpu().and_then(|gpu| gpu.device())

@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use crate::common::another_gpu;
 use crate::common::buffers::{Buffers, empty, submit};
+use sink_attention::plan::{Capabilities, Plan};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{Operands, check, problem};
+use sink_attention::timing::Timer;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, Axes, Capabilities, Device, Error, ForwardBuffers, Inputs, Lengths, Options, Plan, Problem, Shape,
-    SinkLogits, TensorView, Timer, Window,
+    Attention, Axes, Device, Error, ForwardBuffers, Inputs, Lengths, Options, Problem, Shape, SinkLogits, TensorView,
+    Window,
 };
 
 fn typical() -> Problem {

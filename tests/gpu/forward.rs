@@ -6,11 +6,9 @@ use crate::common::{every, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
+use sink_attention::plan::{Kernel, Pass, Plan, Tiles, Tiling};
 use sink_attention::testing::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
-use sink_attention::{
-    Alignment, Attention, Error, Kernel, Layout, MicroKernel, Options, Pass, Plan, Problem, SinkLogits, Tiles, Tiling,
-    Window,
-};
+use sink_attention::{Alignment, Attention, Error, Layout, MicroKernel, Options, Problem, SinkLogits, Window};
 
 const INF: f32 = f32::INFINITY;
 
@@ -297,7 +295,7 @@ fn tiles_of_every_device() {
     let mut seen = Vec::new();
     for width in with_others([[64, 64], [256, 256], [20, 33]], [[128, 128]]) {
         let vec4 = width.iter().all(|w| w % 4 == 0);
-        for device in sink_attention::Capabilities::samples() {
+        for device in sink_attention::plan::Capabilities::samples() {
             for seq_q in [1, 33, 65] {
                 let problem = |seq_q| problem([1, 2, 1], [seq_q, 140], width, some_hidden());
                 let tiles = Plan::forward(&problem(seq_q), vec4, &device).unwrap().passes[0].variant.tiling.unwrap();

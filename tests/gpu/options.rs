@@ -5,11 +5,12 @@ use crate::common::buffers::{GradientBuffers, buffer, empty, read, submit};
 use crate::common::{all_cases, compare, cooperative, every, gpu};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::plan::{Kernel, Pass};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{BiasValues, MaskValues, agree, row};
 use sink_attention::{
-    Attention, Axes, BackwardBuffers, DType, Element, Error, ForwardBuffers, Gradients, Kernel, Layout, Lengths,
-    MaskPacking, Options, Output, Pass, Problem, Shape, SinkLogits, TensorView, Window, wgpu,
+    Attention, Axes, BackwardBuffers, DType, Element, Error, ForwardBuffers, Gradients, Layout, Lengths, MaskPacking,
+    Options, Output, Problem, Shape, SinkLogits, TensorView, Window, wgpu,
 };
 
 /// Every option with every other one, and each kind of broadcasting.

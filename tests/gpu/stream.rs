@@ -6,10 +6,10 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::stream::{Stream, StreamShape};
 use sink_attention::testing::operands::{Operands, agree, problem};
 use sink_attention::{
-    Attention, Axes, DType, Element, Error, Inputs, Layout, Options, Output, Problem, SinkLogits, Stream, StreamShape,
-    Window,
+    Attention, Axes, DType, Element, Error, Inputs, Layout, Options, Output, Problem, SinkLogits, Window,
 };
 
 const TOKENS: usize = 61;

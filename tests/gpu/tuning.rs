@@ -4,11 +4,14 @@ use crate::common;
 use std::fs;
 use std::path::PathBuf;
 
+use sink_attention::plan::{
+    Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, Tiles, TilesOrigin, Tiling,
+};
 use sink_attention::testing::operands::{Operands, agree, problem};
+use sink_attention::timing::{Clock, Timer};
+use sink_attention::tuning::{MaskClass, Tuning, TuningKey};
 use sink_attention::{
-    Attention, Capabilities, Clock, DType, Device, Error, Kernel, MaskClass, MicroKernel, OptionalOperands, Options,
-    Pass, Plan, Preference, Problem, SinkLogits, Tiles, TilesOrigin, Tiling, Timer, Tuning, TuningKey, Upstream,
-    Window, wgpu,
+    Attention, DType, Device, Error, MicroKernel, Options, Problem, SinkLogits, Upstream, Window, wgpu,
 };
 
 const KERNELS: [Kernel; 3] = [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV];
@@ -284,7 +287,9 @@ fn a_cache_that_cannot_be_kept_is_told() {
 #[test]
 fn endless_files_are_refused() {
     let Some(attention) = common::gpu().filter(|attention| {
-        attention.device().is_some_and(|device| device.capabilities().class != sink_attention::DeviceClass::Nvidia)
+        attention
+            .device()
+            .is_some_and(|device| device.capabilities().class != sink_attention::plan::DeviceClass::Nvidia)
     }) else {
         return;
     };

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use sink_attention::Kernel;
+use sink_attention::plan::Kernel;
 
 /// The folders, each above those that may import it. Files of `src` itself stand below all of them.
 const FOLDERS: [&str; 11] =

@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::common::saved::{
     CONTIGUOUS, EarlierCache, STREAM_SHAPE, each_earlier_cache, filled_cache, filled_stream, of, saved, stream_options,
 };
+use sink_attention::cache::CacheKind;
 use sink_attention::half::f16;
+use sink_attention::plan::{Kernel, Tiles, Tiling};
+use sink_attention::stream::Stream;
 use sink_attention::testing::folder::Folder;
-use sink_attention::{
-    CacheKind, DType, Element, Error, Kernel, Layout, MaskClass, Options, Stream, Tiles, Tiling, Tuning, TuningKey,
-    cpu, file,
-};
+use sink_attention::tuning::{MaskClass, Tuning, TuningKey};
+use sink_attention::{DType, Element, Error, Layout, Options, cpu, file};
 
 fn folder(test: &str) -> Folder {
     Folder::new(env!("CARGO_TARGET_TMPDIR"), test)

@@ -5,11 +5,10 @@ use std::fmt;
 
 use clap::Args;
 use serde::Serialize;
+use sink_attention::device::{ADAPTER_VARIABLE, adapters, describe, is_software};
+use sink_attention::plan::{Capabilities, CooperativeMatrices, Plan};
 use sink_attention::wgpu::{self, Adapter};
-use sink_attention::{
-    ADAPTER_VARIABLE, Capabilities, CooperativeMatrices, DeviceChoice, Options, Plan, Problem, Shape, adapters,
-    describe, is_software,
-};
+use sink_attention::{DeviceChoice, Options, Problem, Shape};
 
 use crate::shared::{bytes, print_summary};
 
@@ -45,7 +44,7 @@ struct List {
     default: DefaultDevice,
 }
 
-/// An adapter; the limits are those of a device opened with `sink_attention::device_descriptor`.
+/// An adapter; the limits are those of a device opened with `sink_attention::device::device_descriptor`.
 #[derive(Debug, Serialize)]
 struct Entry {
     index: usize,

@@ -5,10 +5,12 @@ use std::fmt;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use sink_attention::cache::{CacheConfig, CacheKind, Decode, Quantisation};
+use sink_attention::device::{Selection, adapters, describe};
+use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference};
+use sink_attention::tuning::Tuning;
 use sink_attention::{
-    Alignment, CacheConfig, CacheKind, Capabilities, DType, Decode, DeviceChoice, Kernel, Layout, MicroKernel,
-    OptionalOperands, Options, Pass, Plan, Preference, Problem, Quantisation, Selection, Shape, SinkLogits, Tuning,
-    Window, adapters, describe,
+    Alignment, DType, DeviceChoice, Layout, MicroKernel, Options, Problem, Shape, SinkLogits, Window,
 };
 
 use crate::shared::{DeviceArgs, ElementType, bytes, print_summary};

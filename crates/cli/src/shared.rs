@@ -9,7 +9,8 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sink_attention::{Attention, DType, DeviceChoice, MicroKernel, Tuning, file};
+use sink_attention::tuning::Tuning;
+use sink_attention::{Attention, DType, DeviceChoice, MicroKernel, file};
 
 /// Where to compute.
 #[derive(Debug, Args)]

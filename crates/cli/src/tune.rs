@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::half::{bf16, f16};
+use sink_attention::plan::{Kernel, Pass, Plan, Tiling};
 use sink_attention::testing::buffers::{GpuGradients, GpuOperands, too_large};
 use sink_attention::testing::compare;
 use sink_attention::testing::operands::Operands;
+use sink_attention::timing::{Series, Timer};
+use sink_attention::tuning::{MaskClass, Tuning, TuningKey};
 use sink_attention::{
-    Attention, DType, Device, Element, Kernel, MaskClass, MicroKernel, Options, Pass, Plan, Prepared, Problem, Series,
-    Shape, SinkLogits, Tiling, Timer, Tuning, TuningKey, Upstream, Window,
+    Attention, DType, Device, Element, MicroKernel, Options, Prepared, Problem, Shape, SinkLogits, Upstream, Window,
 };
 
 use crate::shared::{DeviceArgs, ElementType, Progress, check_writable, print_summary, write_file};

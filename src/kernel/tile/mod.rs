@@ -16,7 +16,7 @@ use crate::kernel::tile::portable::Tiles;
 /// `cooperative 4x3x1x2` for subgroups, row fragments, column fragments and stages.
 ///
 /// ```
-/// use sink_attention::Tiling;
+/// use sink_attention::plan::Tiling;
 /// let tiling: Tiling = "cooperative 4x3x1x2".parse()?;
 /// assert_eq!(tiling, Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1, stages: 2 });
 /// assert_eq!(tiling.to_string(), "cooperative 4x3x1x2");

@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng};
 use sink_attention::testing::compare::accepted;
 use sink_attention::{
     Alignment, Bias, DType, Element, Inputs, Layout, MaskData, MaskPacking, Options, Output, Problem, Shape,
-    SinkLogits, Window, cpu, pack_mask,
+    SinkLogits, Window, cpu,
 };
 
 const SIZES: [(usize, usize); 8] = [(1, 1), (1, 257), (3, 3), (64, 1), (63, 65), (113, 203), (239, 1), (300, 300)];
@@ -91,7 +91,7 @@ impl Case {
 }
 
 fn with_bits(mask: Vec<u8>, keys: usize) -> (Vec<u8>, Vec<u32>) {
-    let bits = pack_mask(&mask, keys);
+    let bits = MaskData::pack(&mask, keys);
     (mask, bits)
 }
 

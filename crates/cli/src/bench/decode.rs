@@ -5,11 +5,13 @@ use std::error::Error;
 use std::fmt;
 
 use serde::Serialize;
-use sink_attention::{
-    AppendBuffers, Attention, CacheConfig, CacheKind, Clock, DType, Decode, DecodeBuffers, DecodeTiling, Device,
-    KvCache, Options, PreparedAppend, PreparedDecode, Problem, Quantisation, Rotary, RotaryPositions, RotaryStyle,
-    Series, Shape, SinkLogits, Timer, Window, is_software,
+use sink_attention::cache::{
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, PreparedAppend,
+    PreparedDecode, Quantisation, Rotary, RotaryPositions, RotaryStyle,
 };
+use sink_attention::device::is_software;
+use sink_attention::timing::{Clock, Series, Timer};
+use sink_attention::{Attention, DType, Device, Options, Problem, Shape, SinkLogits, Window};
 
 use super::{Bench, MOST, QUICK};
 use crate::shared::Progress;

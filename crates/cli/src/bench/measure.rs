@@ -3,10 +3,9 @@
 use std::time::{Duration, Instant};
 
 use sink_attention::half::{bf16, f16};
-use sink_attention::{
-    Attention, DType, Device, Element, Error, OptionalOperands, Pass, Plan, Preference, Prepared, Problem, Result,
-    Series, SinkLogits, Timer, Upstream, wgpu,
-};
+use sink_attention::plan::{OptionalOperands, Pass, Plan, Preference};
+use sink_attention::timing::{Series, Timer};
+use sink_attention::{Attention, DType, Device, Element, Error, Prepared, Problem, Result, SinkLogits, Upstream, wgpu};
 
 use sink_attention::testing::buffers::{GpuGradients, GpuOperands, too_large};
 use sink_attention::testing::operands::Operands;

@@ -14,9 +14,12 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use sink_attention::cache::DecodeTiling;
+use sink_attention::device::is_software;
+use sink_attention::plan::{Kernel, Preference, Tiling};
+use sink_attention::timing::Timer;
 use sink_attention::{
-    Attention, Axes as PairAxes, DType, DecodeTiling, Kernel, Layout, Lengths, Options, Preference, Problem, Shape,
-    SinkLogits, Tiling, Timer, Window, is_software,
+    Attention, Axes as PairAxes, DType, Layout, Lengths, Options, Problem, Shape, SinkLogits, Window,
 };
 
 use self::measure::{Direction, Effort, on_cpu, on_gpu};

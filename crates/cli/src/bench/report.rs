@@ -4,7 +4,9 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
-use sink_attention::{Attention, Clock, Pass, Problem, Series, SinkLogits};
+use sink_attention::plan::Pass;
+use sink_attention::timing::{Clock, Series};
+use sink_attention::{Attention, Problem, SinkLogits};
 
 use super::measure::{Direction, Timing};
 use super::peaks::Peaks;

@@ -3,9 +3,10 @@
 use std::fmt;
 use std::ops::Range;
 
+use sink_attention::plan::Sequence;
 use sink_attention::{
     Alignment, Axes, Bias, DType, Element, Inputs, Layout, Lengths, MaskData, MaskPacking, Options, Problem, Result,
-    Sequence, Shape, SinkLogits, Upstream, Window, pack_mask,
+    Shape, SinkLogits, Upstream, Window,
 };
 
 use sink_attention::testing::hidden::{BiasType, FAMILIES};
@@ -402,7 +403,7 @@ impl<T: Element> Operands<T> {
         let narrow = self.bias.clone().filter(|_| options.bias_dtype != DType::F32).map(T::narrow);
         let bias = narrow.as_deref().map(Bias::Operand).or(self.bias.as_deref().map(Bias::F32));
         let row = mask_shape(problem).map_or(1, |shape| shape[3]);
-        let words = self.mask.as_ref().map(|mask| pack_mask(mask, row));
+        let words = self.mask.as_ref().map(|mask| MaskData::pack(mask, row));
         let mask = match options.mask_packing {
             MaskPacking::Bytes => self.mask.as_deref().map(MaskData::Bytes),
             MaskPacking::Bits => words.as_deref().map(MaskData::Bits),

@@ -6,8 +6,9 @@ use std::process::Command;
 
 use crate::binary::{command, fails, sink_attention, succeeds, wrong_usage};
 use serde_json::{Value, json};
+use sink_attention::plan::Capabilities;
 use sink_attention::testing::devices::gpu;
-use sink_attention::{Capabilities, TUNING_VARIABLE, Tuning};
+use sink_attention::tuning::{TUNING_VARIABLE, Tuning};
 
 /// A shape that takes no time.
 const SMALL: [&str; 10] = ["--heads", "2", "--kv-heads", "1", "--seq-k", "48", "--head-dim", "16", "--runs", "3"];

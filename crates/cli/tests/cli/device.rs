@@ -5,9 +5,11 @@ use std::process::Output;
 use crate::binary::{command, fails, sink_attention, succeeds, wrong_usage};
 use pollster::block_on;
 use serde_json::{Value, json};
+use sink_attention::Device;
+use sink_attention::device::{ADAPTER_VARIABLE, adapters};
+use sink_attention::plan::Capabilities;
 use sink_attention::testing::cases::all_cases;
 use sink_attention::testing::devices::gpu;
-use sink_attention::{ADAPTER_VARIABLE, Capabilities, Device, adapters};
 
 fn json_of(arguments: &[&str]) -> Value {
     serde_json::from_str(&succeeds(&[arguments, &["--json"]].concat()).0).unwrap()
