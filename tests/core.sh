@@ -12,7 +12,7 @@ if [[ $lint ]]; then
 fi
 
 need_vulkan
-# Not each eighth, as while writing.
+# Not each sixteenth, as while writing.
 export SINK_ATTENTION_SHADERS=all
 
 # Unit, integration and documentation tests, and the README's code. Without the feature `checked-shaders`: these are the shaders

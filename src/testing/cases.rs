@@ -26,7 +26,7 @@ pub fn this_many(usual: u32, all: u32) -> u32 {
     if all_cases() { all } else { usual }
 }
 
-/// Every text of a shader where all cases are wanted, or `SINK_ATTENTION_SHADERS=all`, as tests/run.sh has it; each eighth
+/// Every text of a shader where all cases are wanted, or `SINK_ATTENTION_SHADERS=all`, as tests/run.sh has it; each sixteenth
 /// while writing, for all of them take minutes.
 pub fn texts<T>(all: impl IntoIterator<Item = T>) -> Vec<T> {
     let every = match std::env::var_os("SINK_ATTENTION_SHADERS") {
@@ -34,5 +34,5 @@ pub fn texts<T>(all: impl IntoIterator<Item = T>) -> Vec<T> {
         Some(value) if value == "all" => true,
         Some(value) => panic!("SINK_ATTENTION_SHADERS is {value:?}, which is not \"all\""),
     };
-    all.into_iter().step_by(if every { 1 } else { 8 }).collect()
+    all.into_iter().step_by(if every { 1 } else { 16 }).collect()
 }
