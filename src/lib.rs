@@ -285,7 +285,8 @@
 //!
 //! ```
 //! use sink_attention::cache::{KvCache, Prefill, PrefillBuffers, Step};
-//! use sink_attention::{DType, DeviceBuffer, Options};
+//! use sink_attention::device::DeviceBuffer;
+//! use sink_attention::{DType, Options};
 //!
 //! fn prompt(cache: &mut KvCache, step: &mut Step, [q, k, v, o, lse]: [&DeviceBuffer; 5]) -> sink_attention::Result<()> {
 //!     // 700 tokens of sequence 0, none of sequence 1, 300 of sequence 2, one after the other: [1000, heads, width].
@@ -369,11 +370,10 @@ pub mod tuning {
 #[cfg(feature = "gpu")]
 pub use attention::Attention;
 #[cfg(feature = "gpu")]
-pub use device::{Device, DeviceBuffer, DeviceChoice, TensorView};
+pub use device::{Device, DeviceChoice, TensorView};
 #[cfg(feature = "gpu")]
 pub use exec::prepared::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
 pub use half;
-pub use kernel::MicroKernel;
 pub use problem::element::{DType, Element};
 pub use problem::error::{Error, Result};
 pub use problem::varlen::Lengths;

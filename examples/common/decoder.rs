@@ -5,7 +5,8 @@ use std::error::Error;
 use sink_attention::cache::{
     AppendBuffers, CacheConfig, Decode, DecodeBuffers, KvCache, PreparedAppend, PreparedDecode, RotaryPositions,
 };
-use sink_attention::{Attention, DType, Device, DeviceBuffer, Options, SinkLogits, TensorView, cpu};
+use sink_attention::device::DeviceBuffer;
+use sink_attention::{Attention, DType, Device, Options, SinkLogits, TensorView, cpu};
 
 /// What is fixed for all steps. Everything is f32.
 #[derive(Debug, Clone, Copy)]

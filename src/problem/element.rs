@@ -201,7 +201,7 @@ fn bf16_whole(x: bf16, rest: i16) -> f32 {
     f32::from_bits(x.to_f32().to_bits().wrapping_add_signed(rest.into()))
 }
 
-/// The element type of a [`DeviceBuffer`](crate::DeviceBuffer).
+/// The element type of a [`DeviceBuffer`](crate::device::DeviceBuffer).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BufferType {

@@ -178,7 +178,7 @@ pub enum Error {
         /// Bytes the buffer has.
         actual: u64,
     },
-    /// A [`DeviceBuffer`](crate::DeviceBuffer) is of another element type than the operand, or the host's slice.
+    /// A [`DeviceBuffer`](crate::device::DeviceBuffer) is of another element type than the operand, or the host's slice.
     #[error("{operand} lies in a buffer of {actual}, {needed} is needed")]
     BufferType {
         /// Name of the operand.
@@ -188,7 +188,7 @@ pub enum Error {
         /// Element type of the buffer.
         actual: BufferType,
     },
-    /// Elements of a [`DeviceBuffer`](crate::DeviceBuffer) that cannot be read or written.
+    /// Elements of a [`DeviceBuffer`](crate::device::DeviceBuffer) that cannot be read or written.
     #[error("elements {start} to {end} of {operand}, a buffer of {len} elements: {reason}")]
     BufferRange {
         /// Name of the operand.

@@ -5,10 +5,9 @@ use half::{bf16, f16};
 use super::operands::{MaskValues, slopes, timed_mask};
 use super::random::Random;
 use crate::device::BufferType;
+use crate::device::DeviceBuffer;
 use crate::plan::Capabilities;
-use crate::{
-    BackwardBuffers, DType, Device, DeviceBuffer, Element, Error, ForwardBuffers, Problem, Result, SinkLogits,
-};
+use crate::{BackwardBuffers, DType, Device, Element, Error, ForwardBuffers, Problem, Result, SinkLogits};
 
 /// What stands in the way of a problem's buffers, if anything.
 pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<String> {

@@ -5,7 +5,8 @@ use std::io::Write as _;
 use std::sync::{Mutex, OnceLock};
 
 use crate::plan::DeviceClass;
-use crate::{Attention, DeviceChoice, Error, MicroKernel};
+use crate::plan::MicroKernel;
+use crate::{Attention, DeviceChoice, Error};
 
 /// A device of its own on the adapter of [`gpu`].
 pub fn another_gpu() -> Option<Attention> {

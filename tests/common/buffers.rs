@@ -1,8 +1,9 @@
 //! GPU buffers of the caller's, and devices with other limits.
 
+use sink_attention::plan::MicroKernel;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Device, ForwardBuffers, Gradients, MicroKernel, Output, Prepared, Problem, TensorView,
+    Attention, BackwardBuffers, Device, ForwardBuffers, Gradients, Output, Prepared, Problem, TensorView,
 };
 
 use super::gpu;

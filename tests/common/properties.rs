@@ -14,12 +14,13 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseResult, TestRunner};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::plan::MicroKernel;
 use sink_attention::testing::compare::{accepted, lse as compare_lse};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{MaskValues, Operands};
 use sink_attention::{
-    Alignment, Attention, Axes, DType, Element, Gradients, Layout, Lengths, MaskPacking, MicroKernel, Options, Output,
-    Problem, Shape, SinkLogits, Window,
+    Alignment, Attention, Axes, DType, Element, Gradients, Layout, Lengths, MaskPacking, Options, Output, Problem,
+    Shape, SinkLogits, Window,
 };
 
 /// A problem in plain numbers, which shrink: to fewer and shorter sequences, narrower heads, and options that are off.

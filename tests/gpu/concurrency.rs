@@ -5,10 +5,11 @@ use std::sync::{Barrier, OnceLock};
 
 use crate::common::{another_gpu, gpu};
 use sink_attention::half::f16;
+use sink_attention::plan::MicroKernel;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::problem;
 use sink_attention::{
-    Attention, Axes, DType, Element, Gradients, Layout, MicroKernel, Options, Output, Problem, SinkLogits, Window,
+    Attention, Axes, DType, Element, Gradients, Layout, Options, Output, Problem, SinkLogits, Window,
 };
 
 const THREADS: usize = 4;

@@ -10,13 +10,13 @@ use crate::common::{all_cases, compare, compare_low_precision, cooperative, gpu,
 use sink_attention::cache::{CacheKind, Decode, DecodeBuffers, DecodeTiles, Prefill, PrefillBuffers};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Plan, Preference, Tiling};
 use sink_attention::testing::compare::accepted;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{SIZES, agree, options, problem, rows_agree};
 use sink_attention::{
-    Attention, DType, Device, Element, Error, Gradients, Layout, MicroKernel, Options, Output, Problem, SinkLogits,
-    Window,
+    Attention, DType, Device, Element, Error, Gradients, Layout, Options, Output, Problem, SinkLogits, Window,
 };
 
 /// A test for both types.

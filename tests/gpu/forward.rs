@@ -6,9 +6,10 @@ use crate::common::{every, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{Kernel, Pass, Plan, Tiles, Tiling};
 use sink_attention::testing::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
-use sink_attention::{Alignment, Attention, Error, Layout, MicroKernel, Options, Problem, SinkLogits, Window};
+use sink_attention::{Alignment, Attention, Error, Layout, Options, Problem, SinkLogits, Window};
 
 const INF: f32 = f32::INFINITY;
 

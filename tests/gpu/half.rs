@@ -5,13 +5,14 @@ use crate::common::buffers::empty;
 use crate::common::views::run_at;
 use crate::common::{every, gpu};
 use sink_attention::half::{bf16, f16};
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, Tiles, Tiling};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::problem;
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
-    DType, Element, Error, ForwardBuffers, Inputs, Layout, MicroKernel, Options, Output, Problem, SinkLogits,
-    TensorView, Upstream, Window,
+    DType, Element, Error, ForwardBuffers, Inputs, Layout, Options, Output, Problem, SinkLogits, TensorView, Upstream,
+    Window,
 };
 
 /// A test for both types.

@@ -148,7 +148,7 @@ fn a_state_is_the_shard_without_the_sink_logit() {
         compare(&cpu.o, &expected.o, BOUND).unwrap();
         compare_lse(&cpu.lse, &expected.lse, BOUND).unwrap();
         let Some(gpu) = gpu() else { return };
-        let gpu = gpu.clone().with_micro_kernel(sink_attention::MicroKernel::Portable);
+        let gpu = gpu.clone().with_micro_kernel(sink_attention::plan::MicroKernel::Portable);
         let state = gpu.attend_partial(&problem, keys, &part.inputs()).unwrap();
         compare(&state.o, &expected.o, BOUND).unwrap();
         compare_lse(&state.lse, &expected.lse, BOUND).unwrap();

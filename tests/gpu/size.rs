@@ -6,11 +6,11 @@ use crate::common::buffers::gpu_with;
 use crate::common::{cooperative, gpu};
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::DeviceClass;
+use sink_attention::plan::MicroKernel;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{Operands, agree, problem};
 use sink_attention::{
-    Attention, Axes, Element, Gradients, Layout, Lengths, MicroKernel, Options, Output, Problem, Shape, SinkLogits,
-    Window,
+    Attention, Axes, Element, Gradients, Layout, Lengths, Options, Output, Problem, Shape, SinkLogits, Window,
 };
 
 type Results<T> = (Output<T>, [Gradients<T>; 2]);

@@ -156,7 +156,7 @@ fn a_failed_update_loses_nothing() {
         ("sink_logits", Inputs { sink_logits: Some(&[0.0]), ..chunk.inputs() }),
         ("alibi_slopes", Inputs { alibi_slopes: Some(&[0.0; 4]), ..chunk.inputs() }),
     ];
-    let no_kernel = Attention::cpu().with_micro_kernel(sink_attention::MicroKernel::Portable);
+    let no_kernel = Attention::cpu().with_micro_kernel(sink_attention::plan::MicroKernel::Portable);
     for attention in [Attention::cpu(), no_kernel.clone()].iter().chain(gpu()) {
         for (operand, inputs) in &attempts {
             let error = stream.update(attention, inputs).unwrap_err().to_string();

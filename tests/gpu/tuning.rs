@@ -4,15 +4,14 @@ use crate::common;
 use std::fs;
 use std::path::PathBuf;
 
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
     Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, Tiles, TilesOrigin, Tiling,
 };
 use sink_attention::testing::operands::{Operands, agree, problem};
 use sink_attention::timing::{Clock, Timer};
 use sink_attention::tuning::{MaskClass, Tuning, TuningKey};
-use sink_attention::{
-    Attention, DType, Device, Error, MicroKernel, Options, Problem, SinkLogits, Upstream, Window, wgpu,
-};
+use sink_attention::{Attention, DType, Device, Error, Options, Problem, SinkLogits, Upstream, Window, wgpu};
 
 const KERNELS: [Kernel; 3] = [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV];
 

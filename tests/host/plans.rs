@@ -7,12 +7,13 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use sink_attention::cache::{CacheConfig, CacheKind, Decode, Quantisation};
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
     Capabilities, CooperativeMatrices, DeviceClass, Kernel, Multiprocessor, OptionalOperands, Pass, Plan, Preference,
     Tiles, Tiling, Variant,
 };
 use sink_attention::testing::operands::problem;
-use sink_attention::{DType, Error, MicroKernel, Options, Problem, SinkLogits, Window};
+use sink_attention::{DType, Error, Options, Problem, SinkLogits, Window};
 
 /// Problems that people have, and some that they should not.
 fn problems() -> Vec<(&'static str, Problem)> {

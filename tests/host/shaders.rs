@@ -11,13 +11,14 @@ use naga::back::{hlsl, msl, spv};
 use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, TilesOrigin, Variant};
 use sink_attention::testing::cases::texts;
 use sink_attention::testing::operands::problem;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
     Attention, Axes, BackwardBuffers, DType, Device, ForwardBuffers, Layout, Lengths, MaskPacking, MergeBuffers,
-    MicroKernel, Options, Problem, SinkLogits, TensorView, Window,
+    Options, Problem, SinkLogits, TensorView, Window,
 };
 
 /// D and E: equal ones of every class (below, at and between multiples of four; narrow, wide), and unequal ones.

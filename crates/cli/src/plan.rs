@@ -7,11 +7,10 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::cache::{CacheConfig, CacheKind, Decode, Quantisation};
 use sink_attention::device::{Selection, adapters, describe};
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference};
 use sink_attention::tuning::Tuning;
-use sink_attention::{
-    Alignment, DType, DeviceChoice, Layout, MicroKernel, Options, Problem, Shape, SinkLogits, Window,
-};
+use sink_attention::{Alignment, DType, DeviceChoice, Layout, Options, Problem, Shape, SinkLogits, Window};
 
 use crate::shared::{DeviceArgs, ElementType, bytes, print_summary};
 

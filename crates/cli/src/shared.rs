@@ -9,8 +9,9 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use sink_attention::plan::MicroKernel;
 use sink_attention::tuning::Tuning;
-use sink_attention::{Attention, DType, DeviceChoice, MicroKernel, file};
+use sink_attention::{Attention, DType, DeviceChoice, file};
 
 /// Where to compute.
 #[derive(Debug, Args)]

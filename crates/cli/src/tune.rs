@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::half::{bf16, f16};
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{Kernel, Pass, Plan, Tiling};
 use sink_attention::testing::buffers::{GpuGradients, GpuOperands, too_large};
 use sink_attention::testing::compare;
@@ -15,7 +16,7 @@ use sink_attention::testing::operands::Operands;
 use sink_attention::timing::{Series, Timer};
 use sink_attention::tuning::{MaskClass, Tuning, TuningKey};
 use sink_attention::{
-    Attention, DType, Device, Element, MicroKernel, Options, Prepared, Problem, Shape, SinkLogits, Upstream, Window,
+    Attention, DType, Device, Element, Options, Prepared, Problem, Shape, SinkLogits, Upstream, Window,
 };
 
 use crate::shared::{DeviceArgs, ElementType, Progress, check_writable, print_summary, write_file};

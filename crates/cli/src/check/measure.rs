@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use sink_attention::cpu::reference::{self, Magnitudes};
+use sink_attention::plan::MicroKernel;
 use sink_attention::plan::Pass;
 use sink_attention::testing::compare;
-use sink_attention::{Attention, DType, Element, Gradients, Inputs, MicroKernel, Output, Problem, Result, Upstream};
+use sink_attention::{Attention, DType, Element, Gradients, Inputs, Output, Problem, Result, Upstream};
 
 use super::grid::{Case, Operands, place};
 use sink_attention::testing::hidden;

@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use sink_attention::half::{bf16, f16};
-use sink_attention::{Attention, DType, Element, MicroKernel};
+use sink_attention::plan::MicroKernel;
+use sink_attention::{Attention, DType, Element};
 
 use self::grid::{Case, grid};
 use self::measure::{Operator, Outcome, Passes, measure};
