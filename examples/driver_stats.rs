@@ -82,8 +82,8 @@ fn variants(
     let preference = Preference { tiles, ..Preference::default() };
     let optional = OptionalOperands { o_rest: options.dtype != DType::F32, ..OptionalOperands::default() };
     let plans = [
-        Plan::forward_with(&problem, true, optional, capabilities, &preference)?,
-        Plan::backward_with(&problem, true, optional, capabilities, &preference)?,
+        Plan::forward_with(&problem, optional, capabilities, &preference)?,
+        Plan::backward_with(&problem, optional, capabilities, &preference)?,
     ];
     Ok(plans.into_iter().flat_map(|plan| plan.passes).map(|pass| pass.variant).collect())
 }

@@ -201,7 +201,7 @@ impl Attention {
     pub fn plan_forward(&self, problem: &Problem) -> Result<Plan> {
         let (device, preference) = self.planning("plan_forward", &[])?;
         let optional = OptionalOperands::for_training(problem);
-        Plan::forward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
+        Plan::forward_with(problem, optional, device.capabilities(), &preference)
     }
 
     /// How [`backward`](Self::backward) will compute without d_lse: in half precision with o_rest.
@@ -211,7 +211,7 @@ impl Attention {
     pub fn plan_backward(&self, problem: &Problem) -> Result<Plan> {
         let (device, preference) = self.planning("plan_backward", &[])?;
         let optional = OptionalOperands::for_training(problem);
-        Plan::backward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
+        Plan::backward_with(problem, optional, device.capabilities(), &preference)
     }
 
     /// Compiles a plan's kernels ahead of their first use, natively side by side: `attention.precompile(
@@ -544,9 +544,4 @@ impl Uploaded {
             ..ForwardBuffers::new(&self.q, &self.k, &self.v, o, lse)
         }
     }
-}
-
-/// Whether densely packed operands can be read four neighbours at a time.
-fn dense_vec4(problem: &Problem) -> bool {
-    [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width.is_multiple_of(4))
 }

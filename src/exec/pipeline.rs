@@ -81,7 +81,7 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
     if let Some(folder) = std::env::var_os(DUMP_VARIABLE) {
         // A dump is for reading; failing to write one must not stop the computation.
         if let Err(error) = std::fs::write(std::path::Path::new(&folder).join(format!("{name}.wgsl")), &text) {
-            eprintln!("sink-attention: {DUMP_VARIABLE}: {}: {error}", folder.display());
+            log::warn!("{DUMP_VARIABLE}: {}: {error}", folder.display());
         }
     }
     let entries: Vec<wgpu::BindGroupLayoutEntry> = variant

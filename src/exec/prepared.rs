@@ -327,8 +327,12 @@ impl Prepared {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
         operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
-        let optional = OptionalOperands { o_rest: buffers.o_rest.is_some(), ..OptionalOperands::default() };
-        let plan = Plan::forward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
+        let optional = OptionalOperands {
+            o_rest: buffers.o_rest.is_some(),
+            scalar: !operands.vec4(),
+            ..OptionalOperands::default()
+        };
+        let plan = Plan::forward_with(problem, optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan, budget).await
     }
 
@@ -374,8 +378,9 @@ impl Prepared {
             d_bias: buffers.d_bias.is_some(),
             mask_bits: buffers.forward.mask_scratch.is_some(),
             packed: buffers.d_k.buffer == buffers.d_v.buffer,
+            scalar: !operands.vec4(),
         };
-        let plan = Plan::backward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
+        let plan = Plan::backward_with(problem, optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan, budget).await
     }
 
@@ -401,8 +406,12 @@ impl Prepared {
             }
         }
         operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
-        let optional = OptionalOperands { o_rest: buffers.o_rest.is_some(), ..OptionalOperands::default() };
-        let plan = Plan::merging(problem, operands.vec4(), optional, device.capabilities())?;
+        let optional = OptionalOperands {
+            o_rest: buffers.o_rest.is_some(),
+            scalar: !operands.vec4(),
+            ..OptionalOperands::default()
+        };
+        let plan = Plan::merging(problem, optional, device.capabilities())?;
         Prepared::new(pipelines, operands, plan, budget).await
     }
 

@@ -29,6 +29,9 @@ pub struct OptionalOperands {
     pub mask_bits: bool,
     /// The gradients by k and v lie in one buffer.
     pub packed: bool,
+    /// Rows of the operands cannot be read four neighbours at a time, since an offset or a stride is no multiple of 4. Widths that are
+    /// none say so by themselves.
+    pub scalar: bool,
 }
 
 impl OptionalOperands {
@@ -41,6 +44,7 @@ impl OptionalOperands {
             d_bias: true,
             mask_bits: false,
             packed: false,
+            scalar: false,
         }
     }
 

@@ -55,12 +55,12 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the forward pass without o_rest; `vec4` says whether the operands can be read four neighbours at a time.
+    /// Plans the forward pass without o_rest, for operands that are densely packed.
     ///
     /// # Errors
     /// [`Error::NoKernel`].
-    pub fn forward(problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Result<Self> {
-        Plan::forward_with(problem, vec4, OptionalOperands::default(), capabilities, &Preference::default())
+    pub fn forward(problem: &Problem, capabilities: &Capabilities) -> Result<Self> {
+        Plan::forward_with(problem, OptionalOperands::default(), capabilities, &Preference::default())
     }
 
     /// As [`forward`](Self::forward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
@@ -71,25 +71,22 @@ impl Plan {
     /// [`Error::UnexpectedOperand`] for o_rest in f32.
     pub fn forward_with(
         problem: &Problem,
-        vec4: bool,
         optional: OptionalOperands,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        optional.check(problem)?;
         // The bits are found in the backward pass alone.
         let optional = OptionalOperands { mask_bits: false, ..optional };
-        Passes { problem, vec4, optional, capabilities, preference }.plan(FORWARD_PASS)
+        Passes::new(problem, optional, capabilities, preference)?.plan(FORWARD_PASS)
     }
 
-    /// Plans the backward pass without o_rest: delta, the sink logits' gradient (where there is one), d_q, then d_k and
-    /// d_v. `d_lse` says whether a gradient flows into lse.
+    /// Plans the backward pass without o_rest and without a gradient into lse, for operands that are densely packed: delta, the sink
+    /// logits' gradient (where there is one), d_q, then d_k and d_v.
     ///
     /// # Errors
     /// [`Error::NoKernel`].
-    pub fn backward(problem: &Problem, vec4: bool, d_lse: bool, capabilities: &Capabilities) -> Result<Self> {
-        let optional = OptionalOperands { d_lse, ..OptionalOperands::default() };
-        Plan::backward_with(problem, vec4, optional, capabilities, &Preference::default())
+    pub fn backward(problem: &Problem, capabilities: &Capabilities) -> Result<Self> {
+        Plan::backward_with(problem, OptionalOperands::default(), capabilities, &Preference::default())
     }
 
     /// As [`backward`](Self::backward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
@@ -99,17 +96,15 @@ impl Plan {
     /// As [`forward_with`](Self::forward_with).
     pub fn backward_with(
         problem: &Problem,
-        vec4: bool,
         optional: OptionalOperands,
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        optional.check(problem)?;
-        Passes { problem, vec4, optional, capabilities, preference }.plan(BACKWARD_PASS)
+        Passes::new(problem, optional, capabilities, preference)?.plan(BACKWARD_PASS)
     }
 
-    /// Plans a merge of `states` partial states of the problem, without o_rest unless `optional` says so; `vec4` as in
-    /// [`forward`](Self::forward). The last merge applies the sink logits.
+    /// Plans a merge of `states` partial states of the problem, without o_rest unless `optional` says so. The last merge applies
+    /// the sink logits.
     ///
     /// # Errors
     /// [`Error::ZeroDimension`] for no states; as [`forward_with`](Self::forward_with).
@@ -117,23 +112,15 @@ impl Plan {
         problem: &Problem,
         states: usize,
         is_last: bool,
-        vec4: bool,
         optional: OptionalOperands,
         capabilities: &Capabilities,
     ) -> Result<Self> {
-        Plan::merging(&problem.merging(states, problem.options().dtype, is_last)?, vec4, optional, capabilities)
+        Plan::merging(&problem.merging(states, problem.options().dtype, is_last)?, optional, capabilities)
     }
 
     /// Plans a merge, of a problem whose keys are the states.
-    pub(crate) fn merging(
-        problem: &Problem,
-        vec4: bool,
-        optional: OptionalOperands,
-        capabilities: &Capabilities,
-    ) -> Result<Self> {
-        optional.check(problem)?;
-        let preference = &Preference::default();
-        Passes { problem, vec4, optional, capabilities, preference }.plan(MERGE_PASS)
+    pub(crate) fn merging(problem: &Problem, optional: OptionalOperands, capabilities: &Capabilities) -> Result<Self> {
+        Passes::new(problem, optional, capabilities, &Preference::default())?.plan(MERGE_PASS)
     }
 }
 
@@ -178,7 +165,19 @@ struct Passes<'a> {
     preference: &'a Preference<'a>,
 }
 
-impl Passes<'_> {
+impl<'a> Passes<'a> {
+    fn new(
+        problem: &'a Problem,
+        optional: OptionalOperands,
+        capabilities: &'a Capabilities,
+        preference: &'a Preference<'a>,
+    ) -> Result<Self> {
+        optional.check(problem)?;
+        let widths = [problem.shape().head_dim, problem.shape().value_dim];
+        let vec4 = !optional.scalar && widths.iter().all(|width| width.is_multiple_of(4));
+        Ok(Passes { problem, vec4, optional, capabilities, preference })
+    }
+
     /// The passes of those kernels that are wanted.
     fn plan(&self, kernels: &[Kernel]) -> Result<Plan> {
         let wanted = |kernel: &Kernel| (kernel.spec().wanted)(self.problem, self.optional);
@@ -395,16 +394,16 @@ mod tests {
         };
         let causal = crate::Options::new().causal(true);
         let long = problem(300_000, causal);
-        for error in [Plan::forward(&long, true, software), Plan::backward(&long, true, false, software)] {
+        for error in [Plan::forward(&long, software), Plan::backward(&long, software)] {
             assert!(error.unwrap_err().to_string().contains("65535"));
         }
-        Plan::forward(&long, true, hardware).unwrap();
-        Plan::backward(&long, true, false, hardware).unwrap();
+        Plan::forward(&long, hardware).unwrap();
+        Plan::backward(&long, hardware).unwrap();
         // The tiles that are visited count, not the length.
         let window = problem(300_000, causal.window(crate::Window::keys(128)));
-        Plan::forward(&window, true, software).unwrap();
-        Plan::backward(&window, true, false, software).unwrap();
-        Plan::forward(&problem(8192, causal), true, software).unwrap();
+        Plan::forward(&window, software).unwrap();
+        Plan::backward(&window, software).unwrap();
+        Plan::forward(&problem(8192, causal), software).unwrap();
 
         // In half precision without o_rest the sinks' gradient goes by rows, of which a thread gets one in 256.
         let narrow = |dtype| {
@@ -412,15 +411,39 @@ mod tests {
             let shape = crate::Shape { batch, heads: 1, kv_heads: 1, seq_q: 32, seq_k: 1, head_dim: 1, value_dim: 1 };
             Problem::new(shape, crate::Options::new().sink_logits(SinkLogits::PerHead).dtype(dtype)).unwrap()
         };
-        Plan::backward(&narrow(DType::F32), false, false, software).unwrap();
-        Plan::backward(&narrow(DType::F16), false, false, hardware).unwrap();
-        let error = Plan::backward(&narrow(DType::F16), false, false, software).unwrap_err().to_string();
+        Plan::backward_with(
+            &narrow(DType::F32),
+            OptionalOperands { scalar: true, ..OptionalOperands::default() },
+            software,
+            &Preference::default(),
+        )
+        .unwrap();
+        Plan::backward_with(
+            &narrow(DType::F16),
+            OptionalOperands { scalar: true, ..OptionalOperands::default() },
+            hardware,
+            &Preference::default(),
+        )
+        .unwrap();
+        let error = Plan::backward_with(
+            &narrow(DType::F16),
+            OptionalOperands { scalar: true, ..OptionalOperands::default() },
+            software,
+            &Preference::default(),
+        )
+        .unwrap_err()
+        .to_string();
         assert!(error.contains("DSinkLogits needs 131080 or more"), "{error}");
         // The slopes' gradient goes by rows in every type.
         let options = narrow(DType::F32).options().sink_logits(SinkLogits::None).alibi(true);
         let alibi = Problem::new(*narrow(DType::F32).shape(), options).unwrap();
         let optional = OptionalOperands { d_alibi_slopes: true, ..OptionalOperands::default() };
-        let plan = Plan::backward_with(&alibi, false, optional, software, &Preference::default());
+        let plan = Plan::backward_with(
+            &alibi,
+            OptionalOperands { scalar: true, ..optional },
+            software,
+            &Preference::default(),
+        );
         assert!(plan.unwrap_err().to_string().contains("DAlibiSlopes needs 131080 or more"));
     }
 

@@ -154,7 +154,7 @@ mod tests {
                 ] {
                     let problem = problem(seq, width, options);
                     let found = Tiles::candidates(kernel, &problem, true, &device);
-                    let plan = crate::plan::Plan::forward(&problem, true, &device).unwrap();
+                    let plan = crate::plan::Plan::forward(&problem, &device).unwrap();
                     assert!(kernel != Kernel::FORWARD || plan.passes[0].variant.tiling == Some(found[0].into()));
                     assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
                     for (index, tiles) in found.iter().enumerate() {
@@ -186,7 +186,7 @@ mod tests {
                 assert_eq!(both, [&cooperative[..], &portable[..]].concat());
                 let halves = problem.options().dtype != DType::F32;
                 assert_eq!(cooperative.len() > 8, halves && device.cooperative.is_some(), "{}: {problem}", device.name);
-                let plan = crate::plan::Plan::forward(&problem, true, &device).unwrap();
+                let plan = crate::plan::Plan::forward(&problem, &device).unwrap();
                 let variant = plan.passes[0].variant;
                 let first = both.iter().find(|tiling| tiling.micro_kernel() == variant.micro_kernel);
                 assert_eq!(variant.tiling.as_ref(), first, "the built-in choice comes first");

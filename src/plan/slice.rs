@@ -829,12 +829,22 @@ mod tests {
             let micro_kernel = [MicroKernel::Portable, MicroKernel::Cooperative][rng.random_range(0..2)];
             let preference = Preference { micro_kernel, ..Preference::default() };
             let plans = [
-                Plan::forward_with(&problem, vec4, optional, &capabilities, &preference),
-                Plan::backward_with(&problem, vec4, optional, &capabilities, &preference),
+                Plan::forward_with(
+                    &problem,
+                    OptionalOperands { scalar: !vec4, ..optional },
+                    &capabilities,
+                    &preference,
+                ),
+                Plan::backward_with(
+                    &problem,
+                    OptionalOperands { scalar: !vec4, ..optional },
+                    &capabilities,
+                    &preference,
+                ),
             ];
             let merging = problem.merging(1 + problem.shape().seq_q % 5, problem.options().dtype, true).unwrap();
             let rest = OptionalOperands { o_rest: problem.options().dtype != DType::F32, ..optional };
-            let merge = Plan::merging(&merging, vec4, rest, &capabilities).unwrap();
+            let merge = Plan::merging(&merging, OptionalOperands { scalar: !vec4, ..rest }, &capabilities).unwrap();
             let plans = plans.into_iter().flatten().map(|plan| (&problem, plan));
             for (problem, plan) in plans.chain([(&merging, merge)]) {
                 for pass in &plan.passes {
@@ -874,7 +884,7 @@ mod tests {
             let shape = Shape { batch: 1, heads: 64, kv_heads: 2, seq_q: 100, seq_k: 300, head_dim: 4, value_dim: 4 };
             let problem = Problem::new(shape, Options::new().layout(Layout::Bhsd).mask(axes)).unwrap();
             let optional = OptionalOperands::for_training(&problem);
-            let plan = Plan::forward_with(&problem, true, optional, &sample, &Preference::default()).unwrap();
+            let plan = Plan::forward_with(&problem, optional, &sample, &Preference::default()).unwrap();
             for pass in &plan.passes {
                 let views = dense_views(&problem, &plan.passes, pass);
                 let Ok(pieces) = pass.pieces(&problem, &views, &sample, Duration::ZERO) else { continue };

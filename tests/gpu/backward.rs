@@ -5,7 +5,7 @@ use crate::common::buffers::{GradientBuffers, gpu_with, read, submit};
 use crate::common::{all_cases, compare, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use sink_attention::plan::{Capabilities, Kernel, Pass, Plan, Tiles, Tiling};
+use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, Tiles, Tiling};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{BOUND, SIZES, options, problem, row};
 use sink_attention::{Attention, Gradients, Layout, Options, Problem, SinkLogits, Window, wgpu};
@@ -347,7 +347,13 @@ fn tiles_of_every_device() {
                 let mut sample = sample.clone();
                 sample.workgroup_bytes = bytes.min(sample.workgroup_bytes);
                 let planned = problem([1, 2, 1], [seq, seq], width, some_hidden());
-                let plan = Plan::backward(&planned, vec4, true, &sample).unwrap();
+                let plan = Plan::backward_with(
+                    &planned,
+                    OptionalOperands { scalar: !vec4, d_lse: true, ..OptionalOperands::default() },
+                    &sample,
+                    &Preference::default(),
+                )
+                .unwrap();
                 for (kernel, chosen) in TILED.into_iter().zip(&mut chosen) {
                     let pass = plan.passes.iter().find(|pass| pass.variant.kernel == kernel).unwrap();
                     let tiles = pass.variant.tiling.unwrap();
@@ -407,7 +413,13 @@ fn folded_grid() {
     let Some(small) = gpu_with(|limits| limits.max_compute_workgroups_per_dimension = 9) else { return };
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     let problem = problem([1, 11, 11], [130, 130], [16, 16], options);
-    let plan = Plan::backward(&problem, true, true, small.device().unwrap().capabilities()).unwrap();
+    let plan = Plan::backward_with(
+        &problem,
+        OptionalOperands { d_lse: true, ..OptionalOperands::default() },
+        small.device().unwrap().capabilities(),
+        &Preference::default(),
+    )
+    .unwrap();
     assert_eq!(plan.passes.len(), 4);
     for pass in &plan.passes {
         let [x, y, _] = pass.grid;

@@ -451,8 +451,21 @@ fn what_has_no_kernel_says_why() {
     let preference = Preference { micro_kernel: MicroKernel::Cooperative, ..Preference::default() };
     let forward = |dtype, width, device: &Capabilities| {
         let problem = problem([1, 2, 1], [64, 64], width, Options::new().dtype(dtype));
-        let backward = Plan::backward_with(&problem, false, OptionalOperands::default(), device, &preference);
-        (Plan::forward_with(&problem, false, OptionalOperands::default(), device, &preference), backward)
+        let backward = Plan::backward_with(
+            &problem,
+            OptionalOperands { scalar: true, ..OptionalOperands::default() },
+            device,
+            &preference,
+        );
+        (
+            Plan::forward_with(
+                &problem,
+                OptionalOperands { scalar: true, ..OptionalOperands::default() },
+                device,
+                &preference,
+            ),
+            backward,
+        )
     };
     let refused = |plan: sink_attention::Result<Plan>, reason: &str| match plan {
         Err(error @ Error::NoKernel { .. }) => assert!(error.to_string().contains(reason), "{error}"),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::common::another_gpu;
 use crate::common::buffers::{Buffers, empty, submit};
-use sink_attention::plan::{Capabilities, Plan};
+use sink_attention::plan::{Capabilities, OptionalOperands, Plan, Preference};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{Operands, check, problem};
 use sink_attention::timing::Timer;
@@ -266,8 +266,13 @@ fn problems_of_every_size_have_a_plan_or_an_error() {
                             Err(error) => count(Err(error)),
                             Ok(problem) => {
                                 for device in &devices {
-                                    count(Plan::forward(&problem, true, device));
-                                    count(Plan::backward(&problem, true, true, device));
+                                    count(Plan::forward(&problem, device));
+                                    count(Plan::backward_with(
+                                        &problem,
+                                        OptionalOperands { d_lse: true, ..OptionalOperands::default() },
+                                        device,
+                                        &Preference::default(),
+                                    ));
                                 }
                                 // The slices are checked by their lengths.
                                 let inputs = Inputs::new(&[0.0f32; 0], &[], &[]);

@@ -6,8 +6,8 @@ use crate::common::{every, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
-use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{Kernel, Pass, Plan, Tiles, Tiling};
+use sink_attention::plan::{MicroKernel, OptionalOperands, Preference};
 use sink_attention::testing::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
 use sink_attention::{Alignment, Attention, Error, Layout, Options, Problem, SinkLogits, Window};
 
@@ -299,7 +299,17 @@ fn tiles_of_every_device() {
         for device in sink_attention::plan::Capabilities::samples() {
             for seq_q in [1, 33, 65] {
                 let problem = |seq_q| problem([1, 2, 1], [seq_q, 140], width, some_hidden());
-                let tiles = Plan::forward(&problem(seq_q), vec4, &device).unwrap().passes[0].variant.tiling.unwrap();
+                let tiles = Plan::forward_with(
+                    &problem(seq_q),
+                    OptionalOperands { scalar: !vec4, ..OptionalOperands::default() },
+                    &device,
+                    &Preference::default(),
+                )
+                .unwrap()
+                .passes[0]
+                    .variant
+                    .tiling
+                    .unwrap();
                 let problem = problem(90);
                 if !seen.contains(&(width, tiles))
                     && Pass::with_tiles(Kernel::FORWARD, &problem, vec4, own, tiles).is_ok()
@@ -385,7 +395,7 @@ fn folded_grid() {
     let Some(small) = gpu_with(|limits| limits.max_compute_workgroups_per_dimension = 7) else { return };
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     let problem = problem([3, 3, 1], [130, 130], [64, 64], options);
-    let plan = Plan::forward(&problem, true, small.device().unwrap().capabilities()).unwrap();
+    let plan = Plan::forward(&problem, small.device().unwrap().capabilities()).unwrap();
     let pass = plan.passes[0];
     let [x, y, _] = pass.grid;
     assert!(x <= 7 && y > 1 && u64::from(x * y) > pass.workgroups, "{pass} is not folded with a rest");

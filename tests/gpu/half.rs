@@ -82,7 +82,7 @@ fn tiles_of_the_exact_delta() {
             let problem = problem([1, 2, 1], [seq, seq], [20, 33], options);
             let portable = Preference { micro_kernel: MicroKernel::Portable, ..Preference::default() };
             let optional = OptionalOperands { d_lse: true, ..OptionalOperands::default() };
-            let plan = Plan::backward_with(&problem, false, optional, &device, &portable);
+            let plan = Plan::backward_with(&problem, OptionalOperands { scalar: true, ..optional }, &device, &portable);
             let planned = plan.unwrap().passes[0].variant;
             assert_eq!(planned.kernel, Kernel::EXACT_DELTA);
             all.extend(planned.tiling.filter(|tiles| !all.contains(tiles)));

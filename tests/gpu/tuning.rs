@@ -57,8 +57,8 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         let optional = OptionalOperands::default();
         let passes = |problem: &Problem, tuning: &Tuning| {
             let preference = Preference { tuning: Some(tuning), ..Preference::default() };
-            let mut passes = Plan::forward_with(problem, true, optional, &device, &preference).unwrap().passes;
-            passes.extend(Plan::backward_with(problem, true, optional, &device, &preference).unwrap().passes);
+            let mut passes = Plan::forward_with(problem, optional, &device, &preference).unwrap().passes;
+            passes.extend(Plan::backward_with(problem, optional, &device, &preference).unwrap().passes);
             passes
         };
         let fitting = tuning(&device.name, &problem, OTHER);
@@ -70,10 +70,8 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         // Another class, and tiles that do not fit the device, are left to the built-in table.
         let huge = Tiles { rows: 64, threads_r: 64, ..OTHER };
         for (problem, tuning) in [(&other_class, fitting), (&problem, tuning(&device.name, &problem, huge))] {
-            let built_in = [
-                Plan::forward(problem, true, &device).unwrap().passes,
-                Plan::backward(problem, true, false, &device).unwrap().passes,
-            ];
+            let built_in =
+                [Plan::forward(problem, &device).unwrap().passes, Plan::backward(problem, &device).unwrap().passes];
             assert_eq!(passes(problem, &tuning), built_in.concat());
             assert!(tiled(&built_in.concat()).all(|pass| pass.tiles_origin == TilesOrigin::BuiltIn));
         }
@@ -82,7 +80,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         let own_tiles = [(Kernel::FORWARD, own.into())];
         let tuning = tuning(&device.name, &problem, OTHER);
         let preference = Preference { tiles: &own_tiles, tuning: Some(&tuning), ..Preference::default() };
-        let pass = Plan::forward_with(&problem, true, optional, &device, &preference).unwrap().passes[0];
+        let pass = Plan::forward_with(&problem, optional, &device, &preference).unwrap().passes[0];
         assert_eq!((pass.variant.tiling, pass.tiles_origin), (Some(own.into()), TilesOrigin::Caller));
     }
 }
@@ -95,7 +93,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let samples = Capabilities::samples();
     let device = samples.iter().find(|device| device.name.contains("H200")).unwrap();
     let plan = |device, preference: &Preference<'_>| {
-        Plan::forward_with(&problem, true, OptionalOperands::default(), device, preference).map(|plan| {
+        Plan::forward_with(&problem, OptionalOperands::default(), device, preference).map(|plan| {
             let of = |pass: &Pass| (pass.variant.tiling.unwrap(), pass.tiles_origin, pass.variant.repairs);
             plan.passes.iter().filter(|pass| !pass.variant.sanitize).map(of).collect::<Vec<_>>()
         })

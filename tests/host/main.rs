@@ -7,6 +7,7 @@ mod extremes;
 #[path = "../both/laws.rs"]
 mod laws;
 
+mod api;
 mod conformance;
 mod cpu;
 mod layers;

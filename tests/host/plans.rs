@@ -94,8 +94,20 @@ fn plans() -> String {
         let vec4 = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
         let mut plans: Vec<(Vec<Pass>, Vec<String>)> = Vec::new();
         for device in Capabilities::samples() {
-            let forward = Plan::forward(&problem, vec4, &device).unwrap();
-            let backward = Plan::backward(&problem, vec4, false, &device).unwrap();
+            let forward = Plan::forward_with(
+                &problem,
+                OptionalOperands { scalar: !vec4, ..OptionalOperands::default() },
+                &device,
+                &Preference::default(),
+            )
+            .unwrap();
+            let backward = Plan::backward_with(
+                &problem,
+                OptionalOperands { scalar: !vec4, ..OptionalOperands::default() },
+                &device,
+                &Preference::default(),
+            )
+            .unwrap();
             let passes = [forward.passes, backward.passes].concat();
             match plans.iter_mut().find(|(other, _)| *other == passes) {
                 Some((_, devices)) => devices.push(device.name),
@@ -155,15 +167,45 @@ fn every_width_has_a_plan() {
                 let dtype = [DType::F32, DType::F16, DType::Bf16][(head_dim + value_dim) % 3];
                 let options = Options::new().sink_logits(SinkLogits::PerHead).dtype(dtype);
                 let problem = problem([1, 1, 1], [seq_q, 1000], [head_dim, value_dim], options);
-                let forward = Plan::forward(&problem, false, &least).unwrap();
-                let backward = Plan::backward(&problem, false, true, &least).unwrap();
+                let forward = Plan::forward_with(
+                    &problem,
+                    OptionalOperands { scalar: true, ..OptionalOperands::default() },
+                    &least,
+                    &Preference::default(),
+                )
+                .unwrap();
+                let backward = Plan::backward_with(
+                    &problem,
+                    OptionalOperands { scalar: true, d_lse: true, ..OptionalOperands::default() },
+                    &least,
+                    &Preference::default(),
+                )
+                .unwrap();
                 assert_eq!((forward.passes.len(), backward.passes.len()), (1, 4));
                 let mut passes = [forward.passes, backward.passes].concat();
                 if dtype != DType::F32 {
                     let optional = OptionalOperands { d_lse: true, o_rest: true, ..OptionalOperands::default() };
                     let preference = Preference::default();
-                    passes.extend(Plan::forward_with(&problem, false, optional, &least, &preference).unwrap().passes);
-                    passes.extend(Plan::backward_with(&problem, false, optional, &least, &preference).unwrap().passes);
+                    passes.extend(
+                        Plan::forward_with(
+                            &problem,
+                            OptionalOperands { scalar: true, ..optional },
+                            &least,
+                            &preference,
+                        )
+                        .unwrap()
+                        .passes,
+                    );
+                    passes.extend(
+                        Plan::backward_with(
+                            &problem,
+                            OptionalOperands { scalar: true, ..optional },
+                            &least,
+                            &preference,
+                        )
+                        .unwrap()
+                        .passes,
+                    );
                 }
                 for pass in passes {
                     assert!(pass.variant.workgroup_bytes() <= 16 << 10, "{problem}: {pass}");
@@ -190,8 +232,8 @@ fn delta_is_never_from_rounded_o() {
                     let (optional, preference) =
                         (OptionalOperands { d_lse, o_rest, ..OptionalOperands::default() }, Preference::default());
                     let plans = [
-                        Plan::forward_with(&problem, true, optional, &device, &preference),
-                        Plan::backward_with(&problem, true, optional, &device, &preference),
+                        Plan::forward_with(&problem, optional, &device, &preference),
+                        Plan::backward_with(&problem, optional, &device, &preference),
                     ];
                     if o_rest && dtype == DType::F32 {
                         for error in plans.map(|plan| plan.unwrap_err()) {
@@ -226,8 +268,8 @@ fn micro_kernels_are_as_asked_for() {
             let plans = |micro_kernel| {
                 let preference = Preference { micro_kernel, ..Preference::default() };
                 [
-                    Plan::forward_with(&problem, true, OptionalOperands::default(), &device, &preference),
-                    Plan::backward_with(&problem, true, OptionalOperands::default(), &device, &preference),
+                    Plan::forward_with(&problem, OptionalOperands::default(), &device, &preference),
+                    Plan::backward_with(&problem, OptionalOperands::default(), &device, &preference),
                 ]
             };
             for pass in plans(MicroKernel::Portable).into_iter().flat_map(|plan| plan.unwrap().passes) {
@@ -282,8 +324,8 @@ fn token_scales_are_found_before_they_are_read() {
             let preference = Preference { tiles: &[(kernel, cooperative)], ..Preference::default() };
             let (optional, plan) = (OptionalOperands::default(), if kernel == Kernel::FORWARD { 0 } else { 1 });
             let plans = [
-                Plan::forward_with(&problem, true, optional, device, &preference),
-                Plan::backward_with(&problem, true, optional, device, &preference),
+                Plan::forward_with(&problem, optional, device, &preference),
+                Plan::backward_with(&problem, optional, device, &preference),
             ];
             let kernels: Vec<_> = plans[plan].as_ref().unwrap().passes.iter().map(|pass| pass.variant.kernel).collect();
             let place = |kernel| kernels.iter().position(|other| *other == kernel);
@@ -309,7 +351,7 @@ fn auto_is_cooperative_where_that_is_known_to_be_faster() {
         (&other, DType::F16, 64, false),
     ] {
         let problem = problem([1, 2, 1], [100, 100], [width, width], Options::new().dtype(dtype));
-        let plans = [Plan::forward(&problem, true, device), Plan::backward(&problem, true, false, device)];
+        let plans = [Plan::forward(&problem, device), Plan::backward(&problem, device)];
         for plan in plans {
             let passes = plan.unwrap().passes;
             let found = passes.iter().any(|pass| pass.variant.micro_kernel == MicroKernel::Cooperative);
@@ -326,13 +368,13 @@ fn less_memory_means_smaller_tiles() {
     let mut last = u32::MAX;
     for kib in [48, 32, 16, 12] {
         device.workgroup_bytes = kib << 10;
-        let pass = Plan::forward(&problem, true, &device).unwrap().passes[0];
+        let pass = Plan::forward(&problem, &device).unwrap().passes[0];
         let bytes = pass.variant.workgroup_bytes();
         assert!(bytes <= kib << 10 && bytes <= last, "{pass}");
         last = bytes;
     }
     device.workgroup_bytes = 1 << 10;
-    let error = Plan::forward(&problem, true, &device).unwrap_err();
+    let error = Plan::forward(&problem, &device).unwrap_err();
     assert!(matches!(error, Error::NoKernel { .. }) && error.to_string().contains("1024"), "{error}");
 }
 
@@ -398,9 +440,9 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
                     let preference = Preference { micro_kernel, ..Preference::default() };
                     let optional = OptionalOperands::default();
                     let plans = [
-                        Plan::forward_with(&problem, true, optional, &lacking, &preference),
-                        Plan::backward_with(&problem, true, optional, &lacking, &preference),
-                        Plan::merge(&problem, 3, true, true, optional, &lacking),
+                        Plan::forward_with(&problem, optional, &lacking, &preference),
+                        Plan::backward_with(&problem, optional, &lacking, &preference),
+                        Plan::merge(&problem, 3, true, optional, &lacking),
                     ];
                     for plan in plans {
                         let dispatches = plan.and_then(|plan| plan.dispatches(&problem, &lacking, None));
@@ -413,7 +455,7 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
                     let _ = Pass::with_tiles(Kernel::FORWARD, &problem, true, &lacking, tiling);
                 }
                 let _ = Tiling::candidates(Kernel::FORWARD, &problem, true, &lacking, MicroKernel::Auto);
-                let plan = Plan::forward(&problem, true, &device).unwrap();
+                let plan = Plan::forward(&problem, &device).unwrap();
                 let _ = plan.dispatches(&problem, &lacking, Some(std::time::Duration::ZERO));
                 let resident = plan.passes.iter().filter_map(|pass| pass.resident_workgroups(&lacking));
                 assert!(resident.min() != Some(0));
@@ -423,7 +465,7 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
     assert!(refused > 100, "{refused}");
     let none = Capabilities { grid_dimension: 0, ..Capabilities::samples()[0].clone() };
     let problem = problem([1, 4, 2], [300, 300], [64, 64], options);
-    let error = Plan::forward(&problem, true, &none).unwrap_err();
+    let error = Plan::forward(&problem, &none).unwrap_err();
     assert!(matches!(error, Error::TooManyWorkgroups { most: 0, .. }), "{error}");
 }
 

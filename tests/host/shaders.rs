@@ -66,7 +66,7 @@ struct Planned {
 const STATES: usize = 3;
 
 fn plan_merge(problem: &Problem, vec4: bool, optional: OptionalOperands, device: &Capabilities) -> Plan {
-    Plan::merge(problem, STATES, true, vec4, optional, device).unwrap()
+    Plan::merge(problem, STATES, true, OptionalOperands { scalar: !vec4, ..optional }, device).unwrap()
 }
 
 impl Planned {
@@ -99,8 +99,18 @@ fn reachable() -> &'static [Planned] {
                             for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
                                 let preference = Preference { micro_kernel, ..Preference::default() };
                                 let (Ok(forward), Ok(backward)) = (
-                                    Plan::forward_with(&problem, vec4, optional, &device, &preference),
-                                    Plan::backward_with(&problem, vec4, optional, &device, &preference),
+                                    Plan::forward_with(
+                                        &problem,
+                                        OptionalOperands { scalar: !vec4, ..optional },
+                                        &device,
+                                        &preference,
+                                    ),
+                                    Plan::backward_with(
+                                        &problem,
+                                        OptionalOperands { scalar: !vec4, ..optional },
+                                        &device,
+                                        &preference,
+                                    ),
                                 ) else {
                                     assert_eq!(micro_kernel, MicroKernel::Cooperative, "{problem}");
                                     continue;
@@ -164,8 +174,18 @@ fn with_options() -> Vec<Planned> {
                         OptionalOperands { o_rest, d_alibi_slopes, d_bias, packed, ..OptionalOperands::default() };
                     let preference = Preference { micro_kernel, ..Preference::default() };
                     let plans = [
-                        Plan::forward_with(&problem, vec4, optional, device, &preference),
-                        Plan::backward_with(&problem, vec4, optional, device, &preference),
+                        Plan::forward_with(
+                            &problem,
+                            OptionalOperands { scalar: !vec4, ..optional },
+                            device,
+                            &preference,
+                        ),
+                        Plan::backward_with(
+                            &problem,
+                            OptionalOperands { scalar: !vec4, ..optional },
+                            device,
+                            &preference,
+                        ),
                     ];
                     match plans {
                         [Ok(forward), Ok(backward)] => {
@@ -405,12 +425,12 @@ fn composed_texts_are_the_reviewed_ones() {
     let gpt_oss = problem([1, 64, 8], [4096, 4096], [64, 64], gpt_oss);
     let plain = problem([1, 32, 8], [4096, 4096], [64, 64], causal);
     let device = |name: &str| Capabilities::samples().into_iter().find(|device| device.name == name).unwrap();
-    let forward = |problem: &Problem, device| Plan::forward(problem, true, device).unwrap();
+    let forward = |problem: &Problem, device| Plan::forward(problem, device).unwrap();
     let (h200, least) = (device("NVIDIA H200"), device("WebGPU defaults"));
     let snapshots = [
         ("forward_gpt_oss_f16_cooperative", Kernel::FORWARD, forward(&gpt_oss, &h200)),
         ("forward_causal_f32_portable", Kernel::FORWARD, forward(&plain, &least)),
-        ("d_kv_gpt_oss_f16_cooperative", Kernel::D_KV, Plan::backward(&gpt_oss, true, false, &h200).unwrap()),
+        ("d_kv_gpt_oss_f16_cooperative", Kernel::D_KV, Plan::backward(&gpt_oss, &h200).unwrap()),
     ];
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots");
     for (name, kernel, plan) in snapshots {

@@ -126,8 +126,8 @@ impl Kernel {
         let shape = Shape { batch: 1, heads: 32, kv_heads: 8, seq_q: 8192, seq_k: 8192, head_dim, value_dim: head_dim };
         let problem = Problem::new(shape, Options::new().causal(true));
         let plan = problem.and_then(|problem| {
-            let mut plan = Plan::forward(&problem, true, capabilities)?;
-            plan.passes.extend(Plan::backward(&problem, true, false, capabilities)?.passes);
+            let mut plan = Plan::forward(&problem, capabilities)?;
+            plan.passes.extend(Plan::backward(&problem, capabilities)?.passes);
             Ok(plan)
         });
         match plan {

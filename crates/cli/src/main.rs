@@ -49,6 +49,12 @@ impl Command {
 
 /// Exit codes: 0 done, 1 failed (with a message on stderr), 2 wrong usage.
 fn main() -> ExitCode {
+    // The library's warnings, and others where RUST_LOG asks for them: drivers are talkative.
+    env_logger::Builder::new()
+        .filter_module("sink_attention", log::LevelFilter::Warn)
+        .parse_default_env()
+        .format_timestamp(None)
+        .init();
     let Err(error) = Cli::parse().command.execute() else { return ExitCode::SUCCESS };
     match error.downcast::<clap::Error>() {
         // Arguments that only exclude each other by value; clap cannot see that by itself.

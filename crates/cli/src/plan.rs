@@ -233,7 +233,6 @@ impl PlanArgs {
         let explanation = match capabilities {
             Some(capabilities) => {
                 check_limits(&operands, &capabilities)?;
-                let vec4 = problem.shape().head_dim.is_multiple_of(4) && problem.shape().value_dim.is_multiple_of(4);
                 let tuning = self.tuning(&capabilities)?;
                 let preference = Preference {
                     micro_kernel: self.target.micro_kernel(),
@@ -241,9 +240,9 @@ impl PlanArgs {
                     ..Preference::default()
                 };
                 let optional = OptionalOperands { o_rest, ..OptionalOperands::default() };
-                let mut plans = vec![Plan::forward_with(&problem, vec4, optional, &capabilities, &preference)?];
+                let mut plans = vec![Plan::forward_with(&problem, optional, &capabilities, &preference)?];
                 if self.backward {
-                    plans.push(Plan::backward_with(&problem, vec4, optional, &capabilities, &preference)?);
+                    plans.push(Plan::backward_with(&problem, optional, &capabilities, &preference)?);
                 }
                 let mut launches = Vec::new();
                 for plan in plans {

@@ -54,12 +54,11 @@ impl Direction {
     }
 
     fn plan(self, device: &Device, problem: &Problem, preference: &Preference<'_>) -> Result<Plan> {
-        let (shape, capabilities) = (problem.shape(), device.capabilities());
-        let vec4 = [shape.head_dim, shape.value_dim].iter().all(|width| width.is_multiple_of(4));
+        let capabilities = device.capabilities();
         let optional = OptionalOperands::for_training(problem);
         match self {
-            Direction::Forward => Plan::forward_with(problem, vec4, optional, capabilities, preference),
-            Direction::Backward => Plan::backward_with(problem, vec4, optional, capabilities, preference),
+            Direction::Forward => Plan::forward_with(problem, optional, capabilities, preference),
+            Direction::Backward => Plan::backward_with(problem, optional, capabilities, preference),
         }
     }
 }
