@@ -24,6 +24,7 @@ mod device_buffers;
 mod errors;
 mod forward;
 mod half;
+mod host_cache;
 mod low_precision;
 mod options;
 mod partial;
