@@ -24,7 +24,7 @@ fn choice() -> DeviceChoice {
 /// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one. With the portable micro-kernel, whatever the
 /// adapter has: the other one, whose gradients of sink logits have wider bounds, is [`cooperative`]'s.
 ///
-/// The same device for all of a test; two that run at the same time may have two, see [`Lanes`].
+/// The same device for all of a test; two that run at the same time may have two, see `Lanes`.
 ///
 /// Without one, says so where it is seen, and fails where `SINK_ATTENTION_REQUIRE_GPU=1`: a machine
 /// that lost its driver must not look like one whose tests pass.
