@@ -119,15 +119,15 @@
 //! | gradient of ALiBi slopes | 1e-4 | 1e-4 | 1e-4 | as o |
 //!
 //! On cooperative matrices ([`MicroKernel::Cooperative`]) P and d_s are rounded to f16 before they are multiplied. Results stay
-//! within the bounds above, but with o_rest the gradients of the sink logits and of a bias have the bound of o, and those of ALiBi
+//! within the bounds above, but with o_lo the gradients of the sink logits and of a bias have the bound of o, and those of ALiBi
 //! slopes twice as much. Cases outside the bounds, rules of scales and their derivations: docs/precision.md in the repository.
 //!
 //! There are no float atomics: equal inputs give equal bits on the same device, driver and version of this crate. Across
 //! devices the order of sums differs.
 //!
-//! In half precision the forward pass also returns the rounding error of o, [`Output::o_rest`] or
-//! [`ForwardBuffers::o_rest`], two bytes an element: o with o_rest is o in f32, and delta is as precise as in f32. A
-//! backward pass without o_rest does not read the saved o: delta comes from the probabilities,
+//! In half precision the forward pass also returns the rounding error of o, [`Output::o_lo`] or
+//! [`ForwardBuffers::o_lo`], two bytes an element: o with o_lo is o in f32, and delta is as precise as in f32. A
+//! backward pass without o_lo does not read the saved o: delta comes from the probabilities,
 //! sum_j p_ij (d_o_i . v_j) - d_lse_i, which takes two matrix products more.
 //!
 //! The unseen changes no bit of a query's results, whatever it holds, NaN and infinity included: masked keys, keys
@@ -172,8 +172,8 @@
 //! }
 //! ```
 //!
-//! The backward pass of a shard, with the final o, o_rest and lse of all keys, gives its share of the
-//! gradients ([`Attention::backward_partial`]). In half precision without o_rest it does not: delta is then a sum over the keys
+//! The backward pass of a shard, with the final o, o_lo and lse of all keys, gives its share of the
+//! gradients ([`Attention::backward_partial`]). In half precision without o_lo it does not: delta is then a sum over the keys
 //! at hand.
 //!
 //! A [`Stream`] is a sequence without an end, in chunks, with a window: what later queries can see is all it keeps.

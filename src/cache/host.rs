@@ -216,7 +216,7 @@ impl<T: Element> HostCache<T> {
         let total = check_tokens(&config, &prefill.tokens, kv)?;
         let batch = Batch::appended(&config, prefill, cache.places())?;
         check_length("q", q.len(), &[total, prefill.heads, config.head_dim])?;
-        let Some(batch) = batch else { return Ok(Output { o: vec![], o_rest: None, lse: vec![] }) };
+        let Some(batch) = batch else { return Ok(Output { o: vec![], o_lo: None, lse: vec![] }) };
         batch.problem.check_optional_inputs(&operands.inputs(q, &Default::default()))?;
         let device = cache.device.clone();
         let [o_len, lse_len] = [total * prefill.heads * config.value_dim, total * prefill.heads];
@@ -229,10 +229,10 @@ impl<T: Element> HostCache<T> {
                 table(&device, operands.cos_sin)?,
                 [result::<T>(&device, "o", o_len)?, result::<f32>(&device, "lse", lse_len)?],
                 // One element in f32, so that there is a buffer to read.
-                result::<i16>(&device, "o_rest", if rounds { o_len } else { 1 })?,
+                result::<i16>(&device, "o_lo", if rounds { o_len } else { 1 })?,
             ))
         };
-        let (qkv, uploaded, cos_sin, [o, lse], o_rest) = device.scoped("uploading operands", create).await??;
+        let (qkv, uploaded, cos_sin, [o, lse], o_lo) = device.scoped("uploading operands", create).await??;
         let [q_buffer, k, v] = &qkv;
         let buffers = PrefillBuffers {
             cos_sin: cos_sin.as_ref(),
@@ -240,19 +240,19 @@ impl<T: Element> HostCache<T> {
             alibi_slopes: uploaded.alibi_slopes.as_ref().map(TensorView::new),
             bias: uploaded.bias.as_ref().map(TensorView::new),
             mask: uploaded.mask.as_ref().map(TensorView::new),
-            o_rest: rounds.then(|| TensorView::new(&o_rest)),
+            o_lo: rounds.then(|| TensorView::new(&o_lo)),
             ..PrefillBuffers::new(q_buffer, k, v, &o, &lse)
         };
         let prepared = cache.prepare_prefill_async(prefill, &buffers).await?;
         let mut step = step(cache, "prefill")?;
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;
-        let [turned, o, o_rest, lse] = download(&device, [q_buffer, &o, &o_rest, &lse], |_| ()).await?;
+        let [turned, o, o_lo, lse] = download(&device, [q_buffer, &o, &o_lo, &lse], |_| ()).await?;
         if config.rotary.is_some() {
             q.copy_from_slice(&turned.read::<T>(q.len()).await?);
         }
-        let o_rest = if rounds { Some(o_rest.read(o_len).await?) } else { None };
-        Ok(Output { o: o.read(o_len).await?, o_rest, lse: lse.read(lse_len).await? })
+        let o_lo = if rounds { Some(o_lo.read(o_len).await?) } else { None };
+        Ok(Output { o: o.read(o_len).await?, o_lo, lse: lse.read(lse_len).await? })
     }
 
     /// The backward pass of a prefill: of the queries of the last tokens of each sequence. q and d_q of the result are as q of
@@ -308,7 +308,7 @@ impl<T: Element> HostCache<T> {
             Ok((
                 [upload(&device, "q", q)?, upload(&device, "o", &saved.o)?, upload(&device, "d_o", upstream.d_o)?],
                 upload(&device, "lse", &saved.lse)?,
-                saved.o_rest.as_ref().map(|o_rest| upload(&device, "o_rest", o_rest)).transpose()?,
+                saved.o_lo.as_ref().map(|o_lo| upload(&device, "o_lo", o_lo)).transpose()?,
                 upstream.d_lse.map(|d_lse| upload(&device, "d_lse", d_lse)).transpose()?,
                 Uploaded::new(&device, operands)?,
                 [
@@ -321,12 +321,12 @@ impl<T: Element> HostCache<T> {
                 ],
             ))
         };
-        let ([q_buffer, o, d_o], lse, o_rest, d_lse, uploaded, results) =
+        let ([q_buffer, o, d_o], lse, o_lo, d_lse, uploaded, results) =
             device.scoped("uploading operands", create).await??;
         let [d_q, d_keys, d_values, d_sink_logits, d_alibi_slopes, d_bias] = &results;
         let wanted = |given: bool, buffer| given.then(|| TensorView::new(buffer));
         let buffers = BackwardBuffers {
-            o_rest: o_rest.as_ref().map(TensorView::new),
+            o_lo: o_lo.as_ref().map(TensorView::new),
             sink_logits: uploaded.sink_logits.as_ref().map(TensorView::new),
             alibi_slopes: uploaded.alibi_slopes.as_ref().map(TensorView::new),
             bias: uploaded.bias.as_ref().map(TensorView::new),
@@ -415,7 +415,7 @@ impl<T: Element> HostCache<T> {
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;
         let [o, lse] = download(&device, [&o, &lse], |_| ()).await?;
-        Ok(Output { o: o.read(o_len).await?, o_rest: None, lse: lse.read(lse_len).await? })
+        Ok(Output { o: o.read(o_len).await?, o_lo: None, lse: lse.read(lse_len).await? })
     }
 
     /// Forgets the tokens of a sequence from `length` on; with 0 it is empty, and its pages are free.

@@ -42,11 +42,11 @@ const BIAS_STEPS: usize = 16;
 /// d_q, d_k and d_v rounded once.
 ///
 /// `delta_i = d_o_i . o_i` is summed from the saved o in f32. In half precision o has been rounded, and delta would
-/// inherit that error, which outweighs what cancels in d_sink_logits: what rounding took, the saved o_rest, is added.
+/// inherit that error, which outweighs what cancels in d_sink_logits: what rounding took, the saved o_lo, is added.
 /// Where there is none, o is computed anew by its definition, `o_i = sum_j p_ij v_j`, and delta so amounts to
 /// `sum_j p_ij (d_o_i . v_j)`, at the price of another forward pass; the saved o is then checked for its length only.
 ///
-/// The result has the same bits in every run, for any number of threads. In f32 and with o_rest, `saved` may also be the
+/// The result has the same bits in every run, for any number of threads. In f32 and with o_lo, `saved` may also be the
 /// final o and lse of an attention over more keys than these: the gradients are then this shard's share, but that by the
 /// sink logits, which is whole in every shard.
 ///
@@ -65,9 +65,9 @@ pub fn backward<T: Element>(
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
     let d_o = T::widen(upstream.d_o);
     let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
-    let o = match (T::DTYPE, &saved.o_rest) {
+    let o = match (T::DTYPE, &saved.o_lo) {
         (DType::F32, _) => T::widen(&saved.o),
-        (_, Some(o_rest)) => saved.o.par_iter().zip(o_rest).map(|(o, &rest)| o.whole(rest)).collect(),
+        (_, Some(o_lo)) => saved.o.par_iter().zip(o_lo).map(|(o, &rest)| o.whole(rest)).collect(),
         (_, None) => forward_widened(problem, &inputs).o.into(),
     };
     let Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias } =
@@ -106,7 +106,7 @@ fn backward_on(
     let queries = |data, width| Rows::new(data, layout, s.heads, s.seq_q, width);
     let keys = |data, width| Rows::new(data, layout, s.kv_heads, s.seq_k, width);
 
-    let (lse, delta) = row_terms(problem, inputs, o, lse, upstream);
+    let (lse, delta) = row_stats(problem, inputs, o, lse, upstream);
     let scores = Scores::new(problem, inputs);
     let shares = scores.shares(&lse);
     let sweep = Sweep {
@@ -137,7 +137,7 @@ fn backward_on(
 ///
 /// Rows without any weight, whose lse is -inf, get +inf, with which every probability becomes 0. So do those beyond the
 /// lengths in use.
-fn row_terms(
+fn row_stats(
     problem: &Problem,
     inputs: &Inputs<'_>,
     o: &[f32],
@@ -439,7 +439,7 @@ impl<'a> Sweep<'a> {
     }
 
     /// lse and delta of a tile of queries.
-    fn row_terms(&self, sequence: &Sequence, queries: &Tile) -> (&'a [f32], &'a [f32]) {
+    fn row_stats(&self, sequence: &Sequence, queries: &Tile) -> (&'a [f32], &'a [f32]) {
         let range = self.in_lse(sequence, queries);
         (&self.lse[range.clone()], &self.delta[range])
     }
@@ -651,7 +651,7 @@ impl Attend<'_> {
             }
         }
         if self.side == Side::Queries {
-            let (lse, delta) = self.sweep.row_terms(self.sequence, self.tile);
+            let (lse, delta) = self.sweep.row_stats(self.sequence, self.tile);
             state.lse[..lse.len()].copy_from_slice(lse);
             state.delta[..delta.len()].copy_from_slice(delta);
         }
@@ -671,7 +671,7 @@ impl Attend<'_> {
                 }
             }
             Side::Keys => {
-                let (lse, delta) = self.sweep.row_terms(self.sequence, passing);
+                let (lse, delta) = self.sweep.row_stats(self.sequence, passing);
                 for ((p, d_s), (&lse, &delta)) in rows.zip(lse.iter().zip(delta)) {
                     let (lse, delta) = ([simd.splat_f32s(lse); NV], [simd.splat_f32s(delta); NV]);
                     score_gradient(simd, p, d_s, factor, lse, delta);

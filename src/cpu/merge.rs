@@ -36,8 +36,8 @@ pub fn finish<T: Element>(problem: &Problem, state: &PartialState, sink_logits: 
 impl PartialState {
     /// As the results of a forward pass.
     pub(crate) fn narrow<T: Element>(self) -> Output<T> {
-        let o_rest = (T::DTYPE != DType::F32).then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
-        Output { o: T::narrow(self.o), o_rest, lse: self.lse }
+        let o_lo = (T::DTYPE != DType::F32).then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
+        Output { o: T::narrow(self.o), o_lo, lse: self.lse }
     }
 }
 

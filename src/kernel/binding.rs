@@ -100,12 +100,12 @@ operands! {
     DK = 10: "d_k", Keys(HeadDim), Problem;
     DV = 11: "d_v", Keys(ValueDim), Problem;
     DSinkLogits = 12: "d_sink_logits", Heads, F32;
-    RowTerms = 13: "row_terms", Own, Words;
+    RowStats = 13: "row_stats", Own, Words;
     SinkPartials = 14: "sink_partials", Own, Words;
-    Repairs = 15: "repairs", Own, Words;
+    Fallback = 15: "fallback", Own, Words;
     KeyScales = 16: "key_scales", Own, Words;
     QueryScales = 17: "query_scales", Own, Words;
-    ORest = 18: "o_rest", Queries(ValueDim), Rounding;
+    OLo = 18: "o_lo", Queries(ValueDim), Rounding;
     Bias = 19: "bias", Bias, Bias;
     Mask = 20: "mask", Mask, Mask;
     MaskBits = 21: "mask_bits", Own, Words;
@@ -115,7 +115,7 @@ operands! {
     DAlibiSlopes = 25: "d_alibi_slopes", Heads, F32;
     Sequences = 26: "sequences", Own, Words;
     States = 27: "states", States, Problem;
-    StatesRest = 28: "states_rest", States, Rounding;
+    StatesLo = 28: "states_lo", States, Rounding;
     StatesLse = 29: "states_lse", StateRows, F32;
     CachedKeys = 30: "keys", Own, Words;
     CachedValues = 31: "values", Own, Words;

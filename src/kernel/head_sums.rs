@@ -1,7 +1,7 @@
 //! Gradients of what a head has one number of: sums over the batch and the rows.
 
 use crate::kernel::binding::Binding::{
-    AlibiMoments, DAlibiSlopes, DSinkLogits, Params, RowTerms, SinkLogits as Sinks, SinkPartials,
+    AlibiMoments, DAlibiSlopes, DSinkLogits, Params, RowStats, SinkLogits as Sinks, SinkPartials,
 };
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{Body, KernelSpec, OwnOptions, Plain, Work, adjusts_nothing, binds_all};
@@ -27,21 +27,21 @@ fn sums_of(problem: &Problem, rows: usize) -> u64 {
 
 /// Whether rows are summed one by one: the kernel that computed delta has left no sums of tiles.
 fn sums_delta(own: &OwnOptions) -> bool {
-    own.dtype != DType::F32 && !own.o_rest
+    own.dtype != DType::F32 && !own.o_lo
 }
 
 pub(crate) const D_SINK_LOGITS: KernelSpec = KernelSpec {
     name: "d_sink_logits",
     template: include_str!("../../shaders/head_sums.wgsl"),
     wanted: |problem, _| (problem.options().sink_logits == SinkLogits::PerHead).into(),
-    reads: &[Params, Sinks, RowTerms, SinkPartials],
+    reads: &[Params, Sinks, RowStats, SinkPartials],
     writes: &[DSinkLogits],
     binds: |own, binding| match binding {
-        Sinks | RowTerms => sums_delta(own),
+        Sinks | RowStats => sums_delta(own),
         SinkPartials => !sums_delta(own),
         _ => true,
     },
-    adjust: |own, _, optional| own.o_rest = optional.o_rest,
+    adjust: |own, _, optional| own.o_lo = optional.o_lo,
     work: Work::Heads,
     body: body(|problem, own| sums_of(problem, if sums_delta(own) { 1 } else { DELTA_ROWS as usize })),
 };

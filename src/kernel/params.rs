@@ -86,11 +86,11 @@ params! {
         d_q: DQ,
         d_k: DK,
         d_v: DV,
-        o_rest: ORest,
+        o_lo: OLo,
         lse: Lse,
         d_lse: DLse,
         /// What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
-        row_terms: RowTerms,
+        row_stats: RowStats,
         alibi_moments: AlibiMoments,
         sink_partials: SinkPartials,
         key_scales: KeyScales,
@@ -107,7 +107,7 @@ params! {
         mask_classes: MaskBits,
         /// Partial states, one behind the other along the batch axis.
         states: States,
-        states_rest: StatesRest,
+        states_lo: StatesLo,
         states_lse: StatesLse,
     }
     numbers {

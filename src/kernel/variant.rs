@@ -60,7 +60,7 @@ pub struct Variant {
     /// d_k and d_v lie in one buffer, which is bound once.
     pub packed: bool,
     /// o is bound with what its rounding to half precision takes.
-    pub o_rest: bool,
+    pub o_lo: bool,
     /// The tile shape, for the kernels that have tiles.
     pub tiling: Option<Tiling>,
     /// The device's cooperative matrices, for a cooperative kernel.
@@ -133,13 +133,13 @@ impl Variant {
         let [uses_q, uses_v] = [1, 2].map(has_width);
         let mut own = OwnOptions {
             // A row's terms have more in half precision.
-            dtype: if uses_q || uses_v || binds(Binding::RowTerms) { dtype } else { DType::F32 },
+            dtype: if uses_q || uses_v || binds(Binding::RowStats) { dtype } else { DType::F32 },
             sink_logits: if reads(Binding::SinkLogits) { sink_logits } else { SinkLogits::None },
             lengths: problem.has_lengths() && reads(Binding::Sequences),
-            o_rest: optional.o_rest && binds(Binding::ORest),
+            o_lo: optional.o_lo && binds(Binding::OLo),
         };
         (spec.adjust)(&mut own, problem, optional);
-        let OwnOptions { dtype, sink_logits, lengths, o_rest } = own;
+        let OwnOptions { dtype, sink_logits, lengths, o_lo } = own;
         Variant {
             kernel,
             micro_kernel: MicroKernel::Portable,
@@ -158,7 +158,7 @@ impl Variant {
             lengths,
             d_lse: optional.d_lse && reads(Binding::DLse),
             packed: optional.packed && writes(Binding::DV),
-            o_rest,
+            o_lo,
             tiling: None,
             matrices: None,
             repairs: None,
@@ -189,7 +189,7 @@ impl Variant {
             lengths: false,
             d_lse: false,
             packed: false,
-            o_rest: false,
+            o_lo: false,
             tiling: None,
             matrices: None,
             repairs: None,
@@ -211,8 +211,8 @@ impl Variant {
 
     /// The options that its kernel may have taken in its own way.
     pub(crate) fn own_options(&self) -> OwnOptions {
-        let Variant { dtype, sink_logits, lengths, o_rest, .. } = *self;
-        OwnOptions { dtype, sink_logits, lengths, o_rest }
+        let Variant { dtype, sink_logits, lengths, o_lo, .. } = *self;
+        OwnOptions { dtype, sink_logits, lengths, o_lo }
     }
 
     /// The operands this variant binds, with whether it writes them.
@@ -227,7 +227,7 @@ impl Variant {
                 Binding::Bias => self.bias.is_some(),
                 Binding::MaskBits => self.mask || *written,
                 Binding::Sequences => self.lengths,
-                Binding::ORest | Binding::StatesRest => self.o_rest,
+                Binding::OLo | Binding::StatesLo => self.o_lo,
                 // In the buffer of d_k.
                 Binding::DV => !self.packed,
                 _ => true,
@@ -237,7 +237,7 @@ impl Variant {
         };
         let all = spec.reads.iter().map(|b| (*b, false)).chain(spec.writes.iter().map(|b| (*b, true)));
         let cooperative = self.fragments().is_some();
-        let repairs = (cooperative || self.repairs.is_some()).then_some((Binding::Repairs, cooperative));
+        let repairs = (cooperative || self.repairs.is_some()).then_some((Binding::Fallback, cooperative));
         let scales = self.column_scales().map(|binding| (binding, false));
         all.filter(present).chain(scales).chain(repairs).collect()
     }
@@ -360,7 +360,7 @@ impl Variant {
             write!(name, "_own{}{}{}", u8::from(batch), u8::from(heads), u8::from(seq_q))
         });
         name.push_str(if self.d_lse { "_dlse" } else { "" });
-        name.push_str(if self.o_rest { "_rest" } else { "" });
+        name.push_str(if self.o_lo { "_rest" } else { "" });
         name
     }
 
@@ -395,7 +395,7 @@ impl Variant {
         let fallback_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
         let mut context = context! {
             cooperative,
-            repairs => self.repairs,
+            fallback_tile => self.repairs,
             bindings => bindings.iter().map(|(b, written)| context! {
                 name => b.name(),
                 slot => b.slot(),
@@ -406,9 +406,9 @@ impl Variant {
                 },
                 type => match (b, b.width([self.head_dim, self.value_dim]), self.vec4) {
                     (Binding::Params, ..) => "Params",
-                    (Binding::RowTerms, ..) if half => "array<vec4<f32>>",
-                    (Binding::RowTerms | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
-                    (Binding::Repairs | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
+                    (Binding::RowStats, ..) if half => "array<vec4<f32>>",
+                    (Binding::RowStats | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
+                    (Binding::Fallback | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
                     (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
                     (_, None, _) => {
                         let of_cache = |(cached, options): (&Cached, &CacheOptions)| {
@@ -431,7 +431,7 @@ impl Variant {
             dtype => self.dtype.to_string(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
-            o_rest => self.o_rest,
+            o_lo => self.o_lo,
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",

@@ -55,7 +55,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the forward pass without o_rest, for operands that are densely packed.
+    /// Plans the forward pass without o_lo, for operands that are densely packed.
     ///
     /// # Errors
     /// [`Error::NoKernel`].
@@ -68,7 +68,7 @@ impl Plan {
     ///
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem;
-    /// [`Error::UnexpectedOperand`] for o_rest in f32.
+    /// [`Error::UnexpectedOperand`] for o_lo in f32.
     pub fn forward_with(
         problem: &Problem,
         optional: OptionalOperands,
@@ -80,7 +80,7 @@ impl Plan {
         Passes::new(problem, optional, capabilities, preference)?.plan(FORWARD_PASS)
     }
 
-    /// Plans the backward pass without o_rest and without a gradient into lse, for operands that are densely packed: delta, the sink
+    /// Plans the backward pass without o_lo and without a gradient into lse, for operands that are densely packed: delta, the sink
     /// logits' gradient (where there is one), d_q, then d_k and d_v.
     ///
     /// # Errors
@@ -103,7 +103,7 @@ impl Plan {
         Passes::new(problem, optional, capabilities, preference)?.plan(BACKWARD_PASS)
     }
 
-    /// Plans a merge of `states` partial states of the problem, without o_rest unless `optional` says so. The last merge applies
+    /// Plans a merge of `states` partial states of the problem, without o_lo unless `optional` says so. The last merge applies
     /// the sink logits.
     ///
     /// # Errors
@@ -405,7 +405,7 @@ mod tests {
         Plan::backward(&window, software).unwrap();
         Plan::forward(&problem(8192, causal), software).unwrap();
 
-        // In half precision without o_rest the sinks' gradient goes by rows, of which a thread gets one in 256.
+        // In half precision without o_lo the sinks' gradient goes by rows, of which a thread gets one in 256.
         let narrow = |dtype| {
             let batch = 1 << 20;
             let shape = crate::Shape { batch, heads: 1, kv_heads: 1, seq_q: 32, seq_k: 1, head_dim: 1, value_dim: 1 };

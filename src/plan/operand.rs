@@ -163,14 +163,14 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
     };
     Some(match binding {
         // lse and delta; in half precision also what brings the row's weights within its range.
-        Binding::RowTerms => {
+        Binding::RowStats => {
             let bytes = if problem.options().dtype == DType::F32 { 8 } else { 16 };
             rows(s.seq_q + usize::from(problem.options().alibi), bytes)
         }
         Binding::AlibiMoments => rows(s.seq_q, 4),
         Binding::SinkPartials => rows(s.seq_q.div_ceil(DELTA_ROWS as usize), 4),
         Binding::MaskBits => mask_bits(problem),
-        Binding::Repairs => {
+        Binding::Fallback => {
             let words = |pass: &Pass| {
                 let words = pass.variant.fragments()?.report_words() as usize;
                 Some(repair_slots(pass, problem).saturating_mul(words))

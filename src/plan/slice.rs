@@ -276,10 +276,10 @@ impl<'a> Cutter<'a> {
                     (&touch.batch, touch.keys.clone())
                 }
                 // To the last row of the head, which has the slope, or is followed by the classes.
-                Binding::RowTerms if self.problem.options().alibi => {
+                Binding::RowStats if self.problem.options().alibi => {
                     (&touch.batch, touch.queries.start..view.extents[2])
                 }
-                Binding::States | Binding::StatesRest | Binding::StatesLse => (&states, touch.queries.clone()),
+                Binding::States | Binding::StatesLo | Binding::StatesLse => (&states, touch.queries.clone()),
                 // A row may be for all queries.
                 Binding::MaskBits => (&touch.numbers, touch.rows.start.min(view.extents[2] - 1)..view.extents[2]),
                 Binding::Mask | Binding::Bias | Binding::DBias => (&touch.numbers, touch.rows.clone()),
@@ -641,11 +641,11 @@ mod tests {
                 Work::Rows(side) => {
                     let seq = if side == Side::Keys { s.seq_k } else { s.seq_q };
                     let rows = tile * 32..(tile * 32 + 32).min(seq as u64);
-                    let states = [Binding::States, Binding::StatesRest, Binding::StatesLse];
+                    let states = [Binding::States, Binding::StatesLo, Binding::StatesLse];
                     for (binding, _) in self.pass.variant.bindings() {
                         match binding {
                             Binding::SinkPartials => self.touch(piece, binding, entry, head, tile..tile + 1),
-                            Binding::RowTerms => self.row_terms(piece, entry, head, rows.clone()),
+                            Binding::RowStats => self.row_stats(piece, entry, head, rows.clone()),
                             binding if states.contains(&binding) => {
                                 for state in 0..s.seq_k as u64 {
                                     self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
@@ -659,7 +659,7 @@ mod tests {
                 }
                 Work::Heads => {
                     for entry in 0..s.batch as u64 {
-                        self.touch(piece, Binding::RowTerms, entry, head, 0..s.seq_q as u64);
+                        self.touch(piece, Binding::RowStats, entry, head, 0..s.seq_q as u64);
                         self.touch(piece, Binding::AlibiMoments, entry, head, 0..s.seq_q as u64);
                         self.touch(piece, Binding::SinkPartials, entry, head, 0..s.seq_q.div_ceil(32) as u64);
                     }
@@ -715,7 +715,7 @@ mod tests {
                         for rows in self.fetched(&visited, None, sequence.band.seq_q()) {
                             let start = if sequence.q_rows == 0 { 0 } else { sequence.q_start as u64 };
                             let rows = rows.start + start..rows.end + start;
-                            for binding in [Binding::Q, Binding::DO, Binding::RowTerms] {
+                            for binding in [Binding::Q, Binding::DO, Binding::RowStats] {
                                 self.touch(piece, binding, sequence.entry as u64, head, rows.clone());
                             }
                         }
@@ -763,11 +763,11 @@ mod tests {
             tiles.into_iter().map(|tile| (tile * width).min(last)..((tile + 1) * width - 1).min(last) + 1).collect()
         }
 
-        fn row_terms(&self, piece: &Piece, entry: u64, head: u64, rows: Range<u64>) {
-            self.touch(piece, Binding::RowTerms, entry, head, rows);
+        fn row_stats(&self, piece: &Piece, entry: u64, head: u64, rows: Range<u64>) {
+            self.touch(piece, Binding::RowStats, entry, head, rows);
             if self.problem.options().alibi {
                 let slope = self.problem.shape().seq_q as u64;
-                self.touch(piece, Binding::RowTerms, entry, head, slope..slope + 1);
+                self.touch(piece, Binding::RowStats, entry, head, slope..slope + 1);
             }
         }
 
@@ -785,12 +785,12 @@ mod tests {
         fn queries(&self, piece: &Piece, number: u64, sequence: &Sequence, head: u64, rows: Range<u64>) {
             let entry = sequence.entry as u64;
             let all = shifted(&rows, sequence.q_start, sequence.q_rows);
-            use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, ORest, Q};
-            for binding in [Q, DQ, DO, O, ORest, Lse, DLse, AlibiMoments] {
+            use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, OLo, Q};
+            for binding in [Q, DQ, DO, O, OLo, Lse, DLse, AlibiMoments] {
                 self.touch(piece, binding, entry, head, all.clone());
             }
-            if self.views.iter().any(|view| view.binding == Binding::RowTerms) {
-                self.row_terms(piece, entry, head, all);
+            if self.views.iter().any(|view| view.binding == Binding::RowStats) {
+                self.row_stats(piece, entry, head, all);
             }
             let seen = rows.start..rows.end.min(sequence.band.seq_q() as u64);
             self.touch(piece, Binding::Bias, number, head, seen.clone());
@@ -825,7 +825,7 @@ mod tests {
             let budget = [Duration::MAX, DISPATCH_BUDGET, Duration::from_micros(100), Duration::ZERO];
             let budget = budget[rng.random_range(0..4)];
             let vec4 = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
-            let optional = OptionalOperands { o_rest: false, ..OptionalOperands::for_training(&problem) };
+            let optional = OptionalOperands { o_lo: false, ..OptionalOperands::for_training(&problem) };
             let micro_kernel = [MicroKernel::Portable, MicroKernel::Cooperative][rng.random_range(0..2)];
             let preference = Preference { micro_kernel, ..Preference::default() };
             let plans = [
@@ -843,7 +843,7 @@ mod tests {
                 ),
             ];
             let merging = problem.merging(1 + problem.shape().seq_q % 5, problem.options().dtype, true).unwrap();
-            let rest = OptionalOperands { o_rest: problem.options().dtype != DType::F32, ..optional };
+            let rest = OptionalOperands { o_lo: problem.options().dtype != DType::F32, ..optional };
             let merge = Plan::merging(&merging, OptionalOperands { scalar: !vec4, ..rest }, &capabilities).unwrap();
             let plans = plans.into_iter().flatten().map(|plan| (&problem, plan));
             for (problem, plan) in plans.chain([(&merging, merge)]) {
