@@ -56,7 +56,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 # if alibi
 
   // Later kernels read the slope here and need no binding for it.
-  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, batch, head) + params.slope_row] = {{ "vec2" if dtype == "f32" else "vec4" }}<f32>(alibi_slopes[params.slope_offset + head]); }
+  if (thread == 0u && row0 == 0u) { row_stats[operand_base(params.row_stats, batch, head) + params.slope_row] = {{ "vec2" if dtype == "f32" else "vec4" }}<f32>(alibi_slopes[params.slope_offset + head]); }
 # endif
 
   // Neighbouring threads load a row together. Then thread r sums row r.
@@ -161,7 +161,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     let exponent = exponent_of(sizes.x) + exponent_of(max(sizes.y, {{ 2 ** -24 }})) + 1;
     let terms = vec4<f32>(term, row_delta, query_unit(max(exponent, exponent_of(row_delta))), 0.0);
 # endif
-    row_terms[operand_base(params.row_terms, batch, head) + row] = terms;
+    row_stats[operand_base(params.row_stats, batch, head) + row] = terms;
   }
 # if sinks == "per_head"
   if (thread < ROWS) { partials[thread] = sink_share; }

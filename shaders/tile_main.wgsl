@@ -47,8 +47,8 @@ fn has_fallback(index: u32) -> bool {
 # if "lse" in names
   let lse_base = operand_base(params.lse, work.batch, work.head) + seq.q_start;
 # endif
-# if "row_terms" in names
-  let stats_base = operand_base(params.row_terms, work.batch, work.head) + seq.q_start;
+# if "row_stats" in names
+  let stats_base = operand_base(params.row_stats, work.batch, work.head) + seq.q_start;
 # endif
 # if "key_scales" in names
   let scales_base = operand_base(params.key_scales, work.batch, work.kv_head) + seq.k_start;

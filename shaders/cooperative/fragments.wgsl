@@ -42,7 +42,7 @@ var<workgroup> p_tile: array<vec4<f16>, {{ subgroups * row_fragments * side * p_
 // Numbers of each column: the shifts by lse and delta of a query, and in bf16 the inverse token scales.
 var<workgroup> column_stats: array<vec4<f32>, {{ stages * stats_per_column * tile_columns // 4 }}>;
 # endif
-# if "row_terms" in names
+# if "row_stats" in names
 // In the second run the unit follows dS beyond this size, which is within f16.
 const UNIT_LIMIT: f32 = 32768.0;
 # endif

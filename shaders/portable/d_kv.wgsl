@@ -31,7 +31,7 @@
 # endif
 # for e in range(4)
       if (query + {{ e }}u < column_limit) {
-        let stats = row_terms[stats_base + query + {{ e }}u];
+        let stats = row_stats[stats_base + query + {{ e }}u];
         row_lse.{{ xyzw[e] }} = stats.x;
         delta_{{ c }}.{{ xyzw[e] }} = stats.y;
 # if bias

@@ -13,7 +13,7 @@
   var portion_{{ i }} = 1.0;
 # endif
   if (row_{{ i }} < row_limit) {
-    let stats = row_terms[stats_base + row_{{ i }}];
+    let stats = row_stats[stats_base + row_{{ i }}];
     lse_{{ i }} = stats.x;
     delta_{{ i }} = stats.y;
 # if bias

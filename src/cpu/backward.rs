@@ -106,7 +106,7 @@ fn backward_on(
     let queries = |data, width| Rows::new(data, layout, s.heads, s.seq_q, width);
     let keys = |data, width| Rows::new(data, layout, s.kv_heads, s.seq_k, width);
 
-    let (lse, delta) = row_terms(problem, inputs, o, lse, upstream);
+    let (lse, delta) = row_stats(problem, inputs, o, lse, upstream);
     let scores = Scores::new(problem, inputs);
     let shares = scores.shares(&lse);
     let sweep = Sweep {
@@ -137,7 +137,7 @@ fn backward_on(
 ///
 /// Rows without any weight, whose lse is -inf, get +inf, with which every probability becomes 0. So do those beyond the
 /// lengths in use.
-fn row_terms(
+fn row_stats(
     problem: &Problem,
     inputs: &Inputs<'_>,
     o: &[f32],
@@ -439,7 +439,7 @@ impl<'a> Sweep<'a> {
     }
 
     /// lse and delta of a tile of queries.
-    fn row_terms(&self, sequence: &Sequence, queries: &Tile) -> (&'a [f32], &'a [f32]) {
+    fn row_stats(&self, sequence: &Sequence, queries: &Tile) -> (&'a [f32], &'a [f32]) {
         let range = self.in_lse(sequence, queries);
         (&self.lse[range.clone()], &self.delta[range])
     }
@@ -651,7 +651,7 @@ impl Attend<'_> {
             }
         }
         if self.side == Side::Queries {
-            let (lse, delta) = self.sweep.row_terms(self.sequence, self.tile);
+            let (lse, delta) = self.sweep.row_stats(self.sequence, self.tile);
             state.lse[..lse.len()].copy_from_slice(lse);
             state.delta[..delta.len()].copy_from_slice(delta);
         }
@@ -671,7 +671,7 @@ impl Attend<'_> {
                 }
             }
             Side::Keys => {
-                let (lse, delta) = self.sweep.row_terms(self.sequence, passing);
+                let (lse, delta) = self.sweep.row_stats(self.sequence, passing);
                 for ((p, d_s), (&lse, &delta)) in rows.zip(lse.iter().zip(delta)) {
                     let (lse, delta) = ([simd.splat_f32s(lse); NV], [simd.splat_f32s(delta); NV]);
                     score_gradient(simd, p, d_s, factor, lse, delta);

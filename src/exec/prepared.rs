@@ -53,7 +53,7 @@ struct Params {
     o_rest: Operand,
     lse: Operand,
     d_lse: Operand,
-    row_terms: Operand,
+    row_stats: Operand,
     alibi_moments: Operand,
     sink_partials: Operand,
     key_scales: Operand,
@@ -348,7 +348,7 @@ impl<'a> Operands<'a> {
             o_rest: operand(Binding::ORest),
             lse: operand(Binding::Lse),
             d_lse: operand(Binding::DLse),
-            row_terms: operand(Binding::RowTerms),
+            row_stats: operand(Binding::RowStats),
             alibi_moments: operand(Binding::AlibiMoments),
             sink_partials: operand(Binding::SinkPartials),
             key_scales: operand(Binding::KeyScales),
@@ -731,7 +731,7 @@ mod tests {
         let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
         let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
-        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_terms alibi_moments
+        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_stats alibi_moments
             sink_partials key_scales query_scales bias d_bias mask mask_bits
             mask_key_bits mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
             workgroups region_batch region_batches region_head region_heads region_tile region_tiles region_cells sink_offset d_sink_offset

@@ -1,6 +1,6 @@
 //! The gradients by k and v.
 
-use crate::kernel::binding::Binding::{Bias, DK, DO, DV, K, MaskBits, Params, Q, RowTerms, Sequences, V};
+use crate::kernel::binding::Binding::{Bias, DK, DO, DV, K, MaskBits, Params, Q, RowStats, Sequences, V};
 use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
 use crate::problem::element::DType;
 
@@ -8,7 +8,7 @@ pub(crate) const D_KV: KernelSpec = KernelSpec {
     name: "d_kv",
     template: include_str!("../../shaders/d_kv.wgsl"),
     wanted: always,
-    reads: &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms],
+    reads: &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowStats],
     writes: &[DK, DV],
     binds: binds_all,
     adjust: adjusts_nothing,

@@ -1,6 +1,6 @@
 //! The gradient by q.
 
-use crate::kernel::binding::Binding::{AlibiMoments, Bias, DO, DQ, K, MaskBits, Params, Q, RowTerms, Sequences, V};
+use crate::kernel::binding::Binding::{AlibiMoments, Bias, DO, DQ, K, MaskBits, Params, Q, RowStats, Sequences, V};
 use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
 use crate::problem::element::DType;
 
@@ -8,7 +8,7 @@ pub(crate) const D_Q: KernelSpec = KernelSpec {
     name: "d_q",
     template: include_str!("../../shaders/d_q.wgsl"),
     wanted: always,
-    reads: &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowTerms],
+    reads: &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowStats],
     writes: &[DQ, AlibiMoments],
     binds: binds_all,
     adjust: adjusts_nothing,

@@ -1,7 +1,7 @@
 //! What every d_s of a row has in common: delta = d_o . o - d_lse.
 
 use crate::kernel::binding::Binding::{
-    AlibiSlopes, Bias, DLse, DO, K, Lse, MaskBits, O, ORest, Params, Q, RowTerms, Sequences, SinkLogits as Sinks,
+    AlibiSlopes, Bias, DLse, DO, K, Lse, MaskBits, O, ORest, Params, Q, RowStats, Sequences, SinkLogits as Sinks,
     SinkPartials, V,
 };
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
@@ -22,7 +22,7 @@ pub(crate) const DELTA: KernelSpec = KernelSpec {
     wanted: |problem, optional| reads_o(problem, optional).into(),
     // The slopes are handed on.
     reads: &[Params, O, ORest, Lse, Sinks, AlibiSlopes, DO, DLse],
-    writes: &[RowTerms, SinkPartials],
+    writes: &[RowStats, SinkPartials],
     binds: binds_all,
     adjust: |own, _, _| {
         // A logit of zero has no gradient.
@@ -48,7 +48,7 @@ pub(crate) const EXACT_DELTA: KernelSpec = KernelSpec {
     template: include_str!("../../shaders/exact_delta.wgsl"),
     wanted: |problem, optional| (!reads_o(problem, optional)).into(),
     reads: &[Params, Q, K, V, Lse, AlibiSlopes, Bias, MaskBits, Sequences, DO, DLse],
-    writes: &[RowTerms],
+    writes: &[RowStats],
     binds: binds_all,
     adjust: adjusts_nothing,
     work: Work::Tiles(Side::Queries),

@@ -1,7 +1,7 @@
 //! Gradients of what a head has one number of: sums over the batch and the rows.
 
 use crate::kernel::binding::Binding::{
-    AlibiMoments, DAlibiSlopes, DSinkLogits, Params, RowTerms, SinkLogits as Sinks, SinkPartials,
+    AlibiMoments, DAlibiSlopes, DSinkLogits, Params, RowStats, SinkLogits as Sinks, SinkPartials,
 };
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{Body, KernelSpec, OwnOptions, Plain, Work, adjusts_nothing, binds_all};
@@ -34,10 +34,10 @@ pub(crate) const D_SINK_LOGITS: KernelSpec = KernelSpec {
     name: "d_sink_logits",
     template: include_str!("../../shaders/head_sums.wgsl"),
     wanted: |problem, _| (problem.options().sink_logits == SinkLogits::PerHead).into(),
-    reads: &[Params, Sinks, RowTerms, SinkPartials],
+    reads: &[Params, Sinks, RowStats, SinkPartials],
     writes: &[DSinkLogits],
     binds: |own, binding| match binding {
-        Sinks | RowTerms => sums_delta(own),
+        Sinks | RowStats => sums_delta(own),
         SinkPartials => !sums_delta(own),
         _ => true,
     },

@@ -109,8 +109,8 @@ impl Variant {
         let has_width = |width: u32| all().any(|binding| binding.width([1, 2]) == Some(width));
         let [uses_q, uses_v] = [1, 2].map(has_width);
         let mut own = OwnOptions {
-            // A row's terms have more in half precision.
-            dtype: if uses_q || uses_v || binds(Binding::RowTerms) { options.dtype } else { DType::F32 },
+            // The statistics of a row are more in half precision.
+            dtype: if uses_q || uses_v || binds(Binding::RowStats) { options.dtype } else { DType::F32 },
             sink_logits: if reads(Binding::SinkLogits) { options.sink_logits } else { SinkLogits::None },
             lengths: problem.has_lengths() && reads(Binding::Sequences),
             o_rest: optional.o_rest && binds(Binding::ORest),
@@ -331,8 +331,8 @@ impl Variant {
                 },
                 type => match (b, b.width([self.head_dim, self.value_dim]), self.vec4) {
                     (Binding::Params, ..) => "Params",
-                    (Binding::RowTerms, ..) if half => "array<vec4<f32>>",
-                    (Binding::RowTerms | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
+                    (Binding::RowStats, ..) if half => "array<vec4<f32>>",
+                    (Binding::RowStats | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
                     (Binding::Repairs | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
                     (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
                     (_, None, _) => "array<f32>",

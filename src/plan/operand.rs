@@ -163,7 +163,7 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
     };
     Some(match binding {
         // lse and delta; in half precision also what brings the row's weights within its range.
-        Binding::RowTerms => {
+        Binding::RowStats => {
             let bytes = if problem.options().dtype == DType::F32 { 8 } else { 16 };
             rows(s.seq_q + usize::from(problem.options().alibi), bytes)
         }

@@ -275,7 +275,7 @@ impl<'a> Cutter<'a> {
                     (&touch.batch, touch.keys.clone())
                 }
                 // To the last row of the head, which has the slope, or is followed by the classes.
-                Binding::RowTerms if self.problem.options().alibi => {
+                Binding::RowStats if self.problem.options().alibi => {
                     (&touch.batch, touch.queries.start..view.extents[2])
                 }
                 Binding::States | Binding::StatesRest | Binding::StatesLse => (&states, touch.queries.clone()),
@@ -640,7 +640,7 @@ mod tests {
                     for (binding, _) in self.pass.variant.bindings() {
                         match binding {
                             Binding::SinkPartials => self.touch(piece, binding, entry, head, tile..tile + 1),
-                            Binding::RowTerms => self.row_terms(piece, entry, head, rows.clone()),
+                            Binding::RowStats => self.row_stats(piece, entry, head, rows.clone()),
                             binding if states.contains(&binding) => {
                                 for state in 0..s.seq_k as u64 {
                                     self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
@@ -654,7 +654,7 @@ mod tests {
                 }
                 Work::Heads => {
                     for entry in 0..s.batch as u64 {
-                        self.touch(piece, Binding::RowTerms, entry, head, 0..s.seq_q as u64);
+                        self.touch(piece, Binding::RowStats, entry, head, 0..s.seq_q as u64);
                         self.touch(piece, Binding::AlibiMoments, entry, head, 0..s.seq_q as u64);
                         self.touch(piece, Binding::SinkPartials, entry, head, 0..s.seq_q.div_ceil(32) as u64);
                     }
@@ -710,7 +710,7 @@ mod tests {
                         for rows in self.fetched(&visited, None, sequence.band.seq_q()) {
                             let start = if sequence.q_rows == 0 { 0 } else { sequence.q_start as u64 };
                             let rows = rows.start + start..rows.end + start;
-                            for binding in [Binding::Q, Binding::DO, Binding::RowTerms] {
+                            for binding in [Binding::Q, Binding::DO, Binding::RowStats] {
                                 self.touch(piece, binding, sequence.entry as u64, head, rows.clone());
                             }
                         }
@@ -758,11 +758,11 @@ mod tests {
             tiles.into_iter().map(|tile| (tile * width).min(last)..((tile + 1) * width - 1).min(last) + 1).collect()
         }
 
-        fn row_terms(&self, piece: &Piece, entry: u64, head: u64, rows: Range<u64>) {
-            self.touch(piece, Binding::RowTerms, entry, head, rows);
+        fn row_stats(&self, piece: &Piece, entry: u64, head: u64, rows: Range<u64>) {
+            self.touch(piece, Binding::RowStats, entry, head, rows);
             if self.problem.options().alibi {
                 let slope = self.problem.shape().seq_q as u64;
-                self.touch(piece, Binding::RowTerms, entry, head, slope..slope + 1);
+                self.touch(piece, Binding::RowStats, entry, head, slope..slope + 1);
             }
         }
 
@@ -784,8 +784,8 @@ mod tests {
             for binding in [Q, DQ, DO, O, ORest, Lse, DLse, AlibiMoments] {
                 self.touch(piece, binding, entry, head, all.clone());
             }
-            if self.views.iter().any(|view| view.binding == Binding::RowTerms) {
-                self.row_terms(piece, entry, head, all);
+            if self.views.iter().any(|view| view.binding == Binding::RowStats) {
+                self.row_stats(piece, entry, head, all);
             }
             let seen = rows.start..rows.end.min(sequence.band.seq_q() as u64);
             self.touch(piece, Binding::Bias, number, head, seen.clone());

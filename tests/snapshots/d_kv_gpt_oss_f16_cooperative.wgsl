@@ -18,7 +18,7 @@ struct Params {
   lse: Operand,
   d_lse: Operand,
   // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
-  row_terms: Operand,
+  row_stats: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,
   key_scales: Operand,
@@ -88,7 +88,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read> k: array<vec2<u32>>;
 @group(0) @binding(3) var<storage, read> v: array<vec2<u32>>;
 @group(0) @binding(7) var<storage, read> d_o: array<vec2<u32>>;
-@group(0) @binding(13) var<storage, read> row_terms: array<vec4<f32>>;
+@group(0) @binding(13) var<storage, read> row_stats: array<vec4<f32>>;
 @group(0) @binding(10) var<storage, read_write> d_k: array<vec2<u32>>;
 @group(0) @binding(11) var<storage, read_write> d_v: array<vec2<u32>>;
 @group(0) @binding(15) var<storage, read_write> repairs: array<u32>;
@@ -662,7 +662,7 @@ fn main(
   for (var head = work.head; waits && head < work.head + params.heads / params.kv_heads; head += 1u) {
     let q_base = operand_base(params.q, work.batch, head) + seq.q_start * params.q.seq;
     let d_o_base = operand_base(params.d_o, work.batch, head) + seq.q_start * params.d_o.seq;
-    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
+    let stats_base = operand_base(params.row_stats, work.batch, head) + seq.q_start;
     let first_tile = tiles.first;
     let walk_tile = clamp(full.start / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
     var next_of_walk = tiles.first;
@@ -710,7 +710,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min((walk_tile) * TILE_COLUMNS + thread + 0u, last_column);
-        lse_delta_0 = row_terms[stats_base + source].xy;
+        lse_delta_0 = row_stats[stats_base + source].xy;
       }
     }
     for (var tile = walk_tile; tile < tiles.end; tile = next_of_walk) {
@@ -870,7 +870,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min(next + thread + 0u, last_column);
-        lse_delta_0 = row_terms[stats_base + source].xy;
+        lse_delta_0 = row_stats[stats_base + source].xy;
       }
     }
   }
@@ -885,7 +885,7 @@ fn main(
   for (var head = work.head; head < work.head + params.heads / params.kv_heads; head += 1u) {
     let q_base = operand_base(params.q, work.batch, head) + seq.q_start * params.q.seq;
     let d_o_base = operand_base(params.d_o, work.batch, head) + seq.q_start * params.d_o.seq;
-    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
+    let stats_base = operand_base(params.row_stats, work.batch, head) + seq.q_start;
     let first_tile = tiles.first;
     {
       {
@@ -930,7 +930,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min((tiles.first) * TILE_COLUMNS + thread + 0u, last_column);
-        lse_delta_0 = row_terms[stats_base + source].xy;
+        lse_delta_0 = row_stats[stats_base + source].xy;
       }
     }
     {
@@ -1010,7 +1010,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min(next + thread + 0u, last_column);
-        lse_delta_0 = row_terms[stats_base + source].xy;
+        lse_delta_0 = row_stats[stats_base + source].xy;
       }
       var s_0_0 = coop_mat16x16<f32, C>();
       {

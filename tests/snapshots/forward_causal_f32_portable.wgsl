@@ -15,7 +15,7 @@ struct Params {
   lse: Operand,
   d_lse: Operand,
   // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
-  row_terms: Operand,
+  row_stats: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,
   key_scales: Operand,
