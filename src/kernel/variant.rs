@@ -171,7 +171,7 @@ impl Variant {
         };
         let all = spec.reads.iter().map(|b| (*b, false)).chain(spec.writes.iter().map(|b| (*b, true)));
         let cooperative = self.fragments().is_some();
-        let repairs = (cooperative || self.repairs.is_some()).then_some((Binding::Repairs, cooperative));
+        let repairs = (cooperative || self.repairs.is_some()).then_some((Binding::Fallback, cooperative));
         let scales = self.column_scales().map(|binding| (binding, false));
         all.filter(present).chain(scales).chain(repairs).collect()
     }
@@ -320,7 +320,7 @@ impl Variant {
         let fallback_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
         let mut context = context! {
             cooperative,
-            repairs => self.repairs,
+            fallback_tile => self.repairs,
             bindings => bindings.iter().map(|(b, written)| context! {
                 name => b.name(),
                 slot => b.slot(),
@@ -333,7 +333,7 @@ impl Variant {
                     (Binding::Params, ..) => "Params",
                     (Binding::RowStats, ..) if half => "array<vec4<f32>>",
                     (Binding::RowStats | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
-                    (Binding::Repairs | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
+                    (Binding::Fallback | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
                     (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
                     (_, None, _) => "array<f32>",
                     (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {

@@ -170,7 +170,7 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         Binding::AlibiMoments => rows(s.seq_q, 4),
         Binding::SinkPartials => rows(s.seq_q.div_ceil(DELTA_ROWS as usize), 4),
         Binding::MaskBits => mask_bits(problem),
-        Binding::Repairs => {
+        Binding::Fallback => {
             let words = |pass: &Pass| {
                 let words = pass.variant.fragments()?.report_words() as usize;
                 Some(repair_slots(pass, problem).saturating_mul(words))

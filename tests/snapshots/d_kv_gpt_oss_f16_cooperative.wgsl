@@ -17,7 +17,8 @@ struct Params {
   o_rest: Operand,
   lse: Operand,
   d_lse: Operand,
-  // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
+  // Statistics of each row for the backward pass: lse, delta, and in half precision the unit of d_q. Behind the last row of a head
+  // stands its ALiBi slope.
   row_stats: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,
@@ -91,7 +92,7 @@ struct Params {
 @group(0) @binding(13) var<storage, read> row_stats: array<vec4<f32>>;
 @group(0) @binding(10) var<storage, read_write> d_k: array<vec2<u32>>;
 @group(0) @binding(11) var<storage, read_write> d_v: array<vec2<u32>>;
-@group(0) @binding(15) var<storage, read_write> repairs: array<u32>;
+@group(0) @binding(15) var<storage, read_write> fallback: array<u32>;
 
 const LOG2_E: f32 = 1.4426950408889634;
 
@@ -1345,7 +1346,7 @@ fn main(
   any_fallback = false;
   for (var n = 0u; n < 2u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
   let slot = fallback_slot(seq, work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  if (thread == 0u) { fallback[slot] = u32(any_fallback); }
   var has_any = any_fallback;
   loop {
     if (!has_any) { break; }
@@ -1358,7 +1359,7 @@ fn main(
     if (thread < 1u) {
       var bits = 0u;
       for (var n = 0u; n < min(32u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
-      repairs[slot + 1u + thread] = bits;
+      fallback[slot + 1u + thread] = bits;
     }
   }
 }

@@ -14,7 +14,8 @@ struct Params {
   o_rest: Operand,
   lse: Operand,
   d_lse: Operand,
-  // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
+  // Statistics of each row for the backward pass: lse, delta, and in half precision the unit of d_q. Behind the last row of a head
+  // stands its ALiBi slope.
   row_stats: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,

@@ -17,7 +17,8 @@ struct Params {
   o_rest: Operand,
   lse: Operand,
   d_lse: Operand,
-  // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
+  // Statistics of each row for the backward pass: lse, delta, and in half precision the unit of d_q. Behind the last row of a head
+  // stands its ALiBi slope.
   row_stats: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,
@@ -90,7 +91,7 @@ struct Params {
 @group(0) @binding(6) var<storage, read> sink_logits: array<f32>;
 @group(0) @binding(4) var<storage, read_write> o: array<vec2<u32>>;
 @group(0) @binding(5) var<storage, read_write> lse: array<f32>;
-@group(0) @binding(15) var<storage, read_write> repairs: array<u32>;
+@group(0) @binding(15) var<storage, read_write> fallback: array<u32>;
 
 const LOG2_E: f32 = 1.4426950408889634;
 
@@ -874,7 +875,7 @@ fn main(
   any_fallback = false;
   for (var n = 0u; n < 4u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
   let slot = fallback_slot(seq, work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  if (thread == 0u) { fallback[slot] = u32(any_fallback); }
   var has_any = any_fallback;
   loop {
     if (!has_any) { break; }
@@ -887,7 +888,7 @@ fn main(
     if (thread < 2u) {
       var bits = 0u;
       for (var n = 0u; n < min(64u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
-      repairs[slot + 1u + thread] = bits;
+      fallback[slot + 1u + thread] = bits;
     }
   }
 }
