@@ -40,8 +40,8 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   var bits = vec4<u32>();
   for (var quad = 0u; quad < {{ operand_quads[operand] }}u; quad += 1u) {
     bits |= bitcast<vec4<u32>>(load_{{ operand }}(operand_base(params.{{ operand }}, batch, head) + row * params.{{ operand }}.seq, quad));
-# if o_rest and operand == "o"
-    bits |= bitcast<vec4<u32>>(load_o_rest(operand_base(params.o_rest, batch, head) + row * params.o_rest.seq, quad));
+# if o_lo and operand == "o"
+    bits |= bitcast<vec4<u32>>(load_o_lo(operand_base(params.o_lo, batch, head) + row * params.o_lo.seq, quad));
 # endif
   }
   return all((bits & vec4<u32>(0x7fffffffu)) == vec4<u32>());
@@ -63,8 +63,8 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   let loaded = row0 + thread / LANES;
   let o_base = operand_base(params.o, batch, head) + loaded * params.o.seq;
   let d_o_base = operand_base(params.d_o, batch, head) + loaded * params.d_o.seq;
-# if o_rest
-  let o_rest_base = operand_base(params.o_rest, batch, head) + loaded * params.o_rest.seq;
+# if o_lo
+  let o_lo_base = operand_base(params.o_lo, batch, head) + loaded * params.o_lo.seq;
 # endif
   let stage = thread / LANES * LANE_ROW + thread % LANES;
   var row_delta = 0.0;
@@ -80,8 +80,8 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     let quad = quad0 + thread % LANES;
     workgroupBarrier();
     if (loaded < params.seq_q && quad < {{ operand_quads.o }}u) {
-# if o_rest
-      o_stage[stage] = whole4(load_o(o_base, quad), load_o_rest(o_rest_base, quad));
+# if o_lo
+      o_stage[stage] = whole4(load_o(o_base, quad), load_o_lo(o_lo_base, quad));
 # else
       o_stage[stage] = load_o(o_base, quad);
 # endif

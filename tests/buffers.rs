@@ -321,10 +321,10 @@ fn nothing_is_rounded_off_f32() {
     let buffers = GradientBuffers::new(device, &problem, &Backward::random(&problem, 7));
     let rest = empty(device, 1 << 16, BufferUsages::STORAGE);
     let views = buffers.views();
-    let forward = ForwardBuffers { o_rest: Some(TensorView::new(&rest)), ..views.forward };
-    expect_error!(gpu.prepare_forward(&problem, &forward), Error::UnexpectedOperand { operand: "o_rest", .. });
+    let forward = ForwardBuffers { o_lo: Some(TensorView::new(&rest)), ..views.forward };
+    expect_error!(gpu.prepare_forward(&problem, &forward), Error::UnexpectedOperand { operand: "o_lo", .. });
     let backward = BackwardBuffers { forward, ..views };
-    expect_error!(gpu.prepare_backward(&problem, &backward), Error::UnexpectedOperand { operand: "o_rest", .. });
+    expect_error!(gpu.prepare_backward(&problem, &backward), Error::UnexpectedOperand { operand: "o_lo", .. });
 }
 
 #[test]

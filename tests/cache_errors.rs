@@ -422,7 +422,7 @@ fn gradients() {
     let options = Options::new();
     let contiguous = config::<f32>(CONTIGUOUS, 1, [4, 4]);
     let quantised = contiguous.quantisation(Quantisation::Q8_0);
-    let saved = Output { o: vec![0.0; 4], o_rest: None, lse: vec![0.0] };
+    let saved = Output { o: vec![0.0; 4], o_lo: None, lse: vec![0.0] };
     let upstream = Upstream { d_o: &[0.0; 4], d_lse: None };
     let one = Prefill::new(1, [1, 0, 0], options);
     for (config, text) in [

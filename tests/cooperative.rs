@@ -127,7 +127,7 @@ fn explained<T: Element>(problem: &Problem, case: &Backward<T>, output: &Output<
 
 /// Without what rounding took from o, so that delta is summed anew, as precise as f32.
 fn exact<T: Element>(output: &Output<T>) -> Output<T> {
-    Output { o_rest: None, ..output.clone() }
+    Output { o_lo: None, ..output.clone() }
 }
 
 /// With what rounding took from o, delta is as precise as o was in f32: p has been rounded on its way there, which the
@@ -258,7 +258,7 @@ fn weights_beyond_halves<T: Element>(attention: &Attention) {
     let scaled = |x: &mut [T], factor: f32| x.iter_mut().for_each(|x| *x = T::from_f32(x.to_f32() * factor));
     let both = |problem: &Problem, case: &Backward<T>| {
         check(attention, problem, case, false);
-        // With o_rest delta, and the unit of d_q with it, is another kernel's.
+        // With o_lo delta, and the unit of d_q with it, is another kernel's.
         case.rows_agree(accepted(T::DTYPE), problem, &case.run(attention, problem));
     };
     let [low, high] = if T::DTYPE == DType::F16 { [-12, 13] } else { [-40, 40] };

@@ -79,10 +79,10 @@ fn wrong_types_and_ranges_are_errors_with_numbers() {
     let wide = device.zeros("lse", DType::F16, &[64]).unwrap();
     let error = gpu.prepare_forward(&problem, &ForwardBuffers::new(&q, &k, &v, &o, &wide)).unwrap_err();
     assert_eq!(error.to_string(), "lse lies in a buffer of f16, f32 is needed");
-    let rest = ForwardBuffers { o_rest: Some(other.view()), ..ForwardBuffers::new(&q, &k, &v, &o, &lse) };
+    let rest = ForwardBuffers { o_lo: Some(other.view()), ..ForwardBuffers::new(&q, &k, &v, &o, &lse) };
     assert!(matches!(
         gpu.prepare_forward(&problem, &rest),
-        Err(Error::BufferType { operand: "o_rest", needed: BufferType::I16, actual: BufferType::Bf16 })
+        Err(Error::BufferType { operand: "o_lo", needed: BufferType::I16, actual: BufferType::Bf16 })
     ));
     // One row short: a whole word of four bytes.
     let short = device.zeros("v", DType::F16, &[1, 1, 1, 4]).unwrap();

@@ -56,7 +56,7 @@ fn rows_of_the_lowest_biases<T: Element>(attention: &Attention, lowest: f32) {
         (0..4).for_each(|i| backward.operands.q.chunks_mut(9 * 32).for_each(|q| q[i * 32..][..32].fill(0.0)));
     }
     let backward = backward.cast::<T>();
-    let saved = Output { o_rest: None, ..attention.forward(&problem, &backward.operands.inputs()).unwrap() };
+    let saved = Output { o_lo: None, ..attention.forward(&problem, &backward.operands.inputs()).unwrap() };
     let gradients = backward.run_with(attention, &problem, &saved);
     let expected = backward.rows_agree(accepted(T::DTYPE), &problem, &gradients);
     let name = attention.device_name();

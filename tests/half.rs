@@ -125,7 +125,7 @@ fn every_number_passes_through<T: Element>() {
             let flushed = flushes && v.to_f32().abs() < least_normal && o.to_f32() == 0.0;
             assert!(same(o, v) || flushed, "{:#06x} came back as {:#06x}", n, bytemuck::cast::<T, u16>(o));
         }
-        let taken = output.o_rest.unwrap().iter().position(|&rest| rest != 0);
+        let taken = output.o_lo.unwrap().iter().position(|&rest| rest != 0);
         assert_eq!(taken, None, "nothing was rounded");
     }
 }
@@ -190,8 +190,8 @@ fn same_bits_every_time<T: Element>() {
         let bits = || {
             let output = gpu.forward(&problem, &case.operands.inputs()).unwrap();
             let gradients = case.run_with(gpu, &problem, &output);
-            let without = case.run_with(gpu, &problem, &Output { o_rest: None, ..output.clone() });
-            let rest = output.o_rest.unwrap();
+            let without = case.run_with(gpu, &problem, &Output { o_lo: None, ..output.clone() });
+            let rest = output.o_lo.unwrap();
             let halves = [output.o, gradients.d_q, gradients.d_k, gradients.d_v, without.d_q, without.d_k].concat();
             let singles = [output.lse, gradients.d_sink_logits.unwrap(), without.d_sink_logits.unwrap()].concat();
             (
@@ -233,15 +233,15 @@ fn buffers_that_are_too_small<T: Element>() {
     too_small(ForwardBuffers { o: views.o.offset(2), ..views }, "o", 36, 32);
     too_small(ForwardBuffers { lse: views.lse.offset(1), ..views }, "lse", 16, 12);
     let rest = storage(32);
-    let with = |o_rest| ForwardBuffers { o_rest: Some(o_rest), ..views };
+    let with = |o_lo| ForwardBuffers { o_lo: Some(o_lo), ..views };
     prepare(with(TensorView::new(&rest))).unwrap();
-    too_small(with(TensorView::new(&short)), "o_rest", 32, 30);
+    too_small(with(TensorView::new(&short)), "o_lo", 32, 30);
     let large = storage(64);
     let shared = TensorView::new(&large);
     for (aliased, named) in [
-        (with(views.o), ["o", "o_rest"]),
-        (with(views.q), ["o_rest", "q"]),
-        (ForwardBuffers { lse: shared, ..with(shared) }, ["o_rest", "lse"]),
+        (with(views.o), ["o", "o_lo"]),
+        (with(views.q), ["o_lo", "q"]),
+        (ForwardBuffers { lse: shared, ..with(shared) }, ["o_lo", "lse"]),
     ] {
         match prepare(aliased) {
             Err(Error::Aliasing { output, other }) => assert_eq!([output, other], named),
@@ -249,7 +249,7 @@ fn buffers_that_are_too_small<T: Element>() {
         }
     }
     match prepare(with(TensorView::new(&rest).strides([15, 15, 4]))) {
-        Err(Error::OverlappingStrides { operand: "o_rest", .. }) => {}
+        Err(Error::OverlappingStrides { operand: "o_lo", .. }) => {}
         other => panic!("{other:?}"),
     }
     match prepare(ForwardBuffers { k: views.k.offset(u64::from(u32::MAX) - 13), ..views }) {

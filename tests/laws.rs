@@ -366,14 +366,14 @@ fn nothing_unseen_matters<T: Element>(
     assert!(controls > 0, "no query sees a key in any of the problems");
 }
 
-/// Both passes; o_rest reaches the backward pass or does not.
+/// Both passes; o_lo reaches the backward pass or does not.
 fn both_passes<T: Element>(
     attention: &Attention,
     rest: bool,
 ) -> impl Fn(&hidden::Case<T>) -> sink_attention::Result<hidden::Results<T>> + '_ {
     move |case| {
         let output = attention.forward(&case.problem, &case.inputs())?;
-        let saved = Output { o_rest: output.o_rest.clone().filter(|_| rest), ..output.clone() };
+        let saved = Output { o_lo: output.o_lo.clone().filter(|_| rest), ..output.clone() };
         let gradients = attention.backward(&case.problem, &case.inputs(), &saved, &case.upstream())?;
         Ok((output, Some(gradients)))
     }

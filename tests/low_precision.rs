@@ -51,8 +51,8 @@ fn paths() -> Vec<Attention> {
 
 /// What a backward pass may be given: all that the forward pass returned, and without what rounding took from o.
 fn both_ways<T: Element>(output: &Output<T>) -> [Output<T>; 2] {
-    assert!(output.o_rest.is_some());
-    [output.clone(), Output { o_rest: None, ..output.clone() }]
+    assert!(output.o_lo.is_some());
+    [output.clone(), Output { o_lo: None, ..output.clone() }]
 }
 
 /// Operands in an element type, and the problem in it.
@@ -80,9 +80,9 @@ fn check<T: Element>(path: &Attention, problem: &Problem, backward: &Backward<T>
         ("d_q", &gradients[0].d_q, &low.1.d_q, &expected.1.d_q),
         ("d_k", &gradients[0].d_k, &low.1.d_k, &expected.1.d_k),
         ("d_v", &gradients[0].d_v, &low.1.d_v, &expected.1.d_v),
-        ("d_q without o_rest", &gradients[1].d_q, &low.1.d_q, &expected.1.d_q),
-        ("d_k without o_rest", &gradients[1].d_k, &low.1.d_k, &expected.1.d_k),
-        ("d_v without o_rest", &gradients[1].d_v, &low.1.d_v, &expected.1.d_v),
+        ("d_q without o_lo", &gradients[1].d_q, &low.1.d_q, &expected.1.d_q),
+        ("d_k without o_lo", &gradients[1].d_k, &low.1.d_k, &expected.1.d_k),
+        ("d_v without o_lo", &gradients[1].d_v, &low.1.d_v, &expected.1.d_v),
     ] {
         // Where terms cancel to nothing, two orders of f32 sums may be a few roundings apart.
         let noise = expected.iter().all(|x| x.abs() < 1e-6);
@@ -149,8 +149,8 @@ fn the_cpu_computes_in_f32<T: Element>() {
         let expected = path.forward(&single_problem, &single.operands.inputs()).unwrap();
         let gradients = single.run_with(&path, &single_problem, &expected);
         let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
-        let o_rest = Some(expected.o.iter().map(|&o| T::rest(o)).collect());
-        assert_eq!(output, Output { o: T::narrow(expected.o), o_rest, lse: expected.lse }, "{problem}");
+        let o_lo = Some(expected.o.iter().map(|&o| T::rest(o)).collect());
+        assert_eq!(output, Output { o: T::narrow(expected.o), o_lo, lse: expected.lse }, "{problem}");
         let expected = Gradients {
             d_q: T::narrow(gradients.d_q),
             d_k: T::narrow(gradients.d_k),
@@ -160,8 +160,8 @@ fn the_cpu_computes_in_f32<T: Element>() {
             d_bias: None,
         };
         assert_eq!(backward.run_with(&path, &problem, &output), expected, "{problem}");
-        let without = Output { o_rest: None, ..output };
-        assert_eq!(backward.run_with(&path, &problem, &without), expected, "{problem} without o_rest");
+        let without = Output { o_lo: None, ..output };
+        assert_eq!(backward.run_with(&path, &problem, &without), expected, "{problem} without o_lo");
     }
 }
 
@@ -190,7 +190,7 @@ fn values_far_from_zero<T: Element>() {
     }
 }
 
-/// o and o_rest are o in f32, subnormal numbers of the type among them, and delta comes from both.
+/// o and o_lo are o in f32, subnormal numbers of the type among them, and delta comes from both.
 fn the_rest_makes_it_f32<T: Element>() {
     for path in paths() {
         let keeps_subnormals = !path.is_gpu() || path.device_name().contains("llvmpipe");
@@ -205,7 +205,7 @@ fn the_rest_makes_it_f32<T: Element>() {
                 backward.d_lse = None;
                 let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
                 let expected = reference::forward(&problem, &backward.operands.inputs()).unwrap();
-                let rest = output.o_rest.as_ref().unwrap();
+                let rest = output.o_lo.as_ref().unwrap();
                 let whole: Vec<f32> = output.o.iter().zip(rest).map(|(o, &rest)| o.whole(rest)).collect();
                 let name = format!("{problem}, values of {size}, on {}", path.device_name());
                 compare(&whole, &expected.o, accepted(DType::F32)).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -215,7 +215,7 @@ fn the_rest_makes_it_f32<T: Element>() {
                 let d_sink = |saved| backward.run_with(&path, &problem, saved).d_sink_logits.unwrap();
                 compare(&d_sink(&output), &expected, 3e-5).unwrap_or_else(|error| panic!("{name}: {error}"));
                 // It is read: without it, but with o as it is, the result is another.
-                let none = Output { o_rest: Some(vec![0; rest.len()]), ..output.clone() };
+                let none = Output { o_lo: Some(vec![0; rest.len()]), ..output.clone() };
                 compare(&d_sink(&none), &expected, 3e-5).unwrap_err();
             }
         }
@@ -231,7 +231,7 @@ fn the_saved_output_is_not_precise_enough<T: Element>() {
     let (q, k, v, d_o) = (widened(&operands.q), widened(&operands.k), widened(&operands.v), widened(&backward.d_o));
     let inputs = Inputs::new(&q, &k, &v).sink_logits(operands.sink_logits.as_deref());
     let single = Problem::new(*problem.shape(), problem.options().dtype(DType::F32)).unwrap();
-    let saved = Output { o: widened(&saved.o), o_rest: None, lse: saved.lse };
+    let saved = Output { o: widened(&saved.o), o_lo: None, lse: saved.lse };
     let rough = cpu::backward(&single, &inputs, &saved, &Upstream { d_o: &d_o, d_lse: None }).unwrap();
     let expected = backward.expected(&problem);
     compare(&rough.d_sink_logits.unwrap(), &expected.d_sink_logits.unwrap(), accepted(T::DTYPE)).unwrap_err();
@@ -406,26 +406,26 @@ fn the_largest_scores_of_f16() {
     }
 }
 
-/// What does not fit: a length, and o_rest where nothing is rounded.
+/// What does not fit: a length, and o_lo where nothing is rounded.
 #[test]
 fn a_rest_that_does_not_fit_is_an_error() {
     for path in paths() {
         let shape = problem([1, 1, 1], [2, 2], [4, 4], Options::new());
         let backward = Backward::random(&shape, 1);
         let mut output = path.forward(&shape, &backward.operands.inputs()).unwrap();
-        assert_eq!(output.o_rest, None);
-        output.o_rest = Some(vec![0; 8]);
+        assert_eq!(output.o_lo, None);
+        output.o_lo = Some(vec![0; 8]);
         match path.backward(&shape, &backward.operands.inputs(), &output, &backward.upstream()) {
-            Err(error @ Error::UnexpectedOperand { operand: "o_rest", .. }) => {
+            Err(error @ Error::UnexpectedOperand { operand: "o_lo", .. }) => {
                 assert!(error.to_string().contains("f32"), "{error}");
             }
             other => panic!("{other:?}"),
         }
         let (problem, backward) = random::<f16>(&shape, 1);
         let mut output = path.forward(&problem, &backward.operands.inputs()).unwrap();
-        output.o_rest = Some(vec![0; 7]);
+        output.o_lo = Some(vec![0; 7]);
         match path.backward(&problem, &backward.operands.inputs(), &output, &backward.upstream()) {
-            Err(Error::OperandLength { operand: "o_rest", expected: 8, actual: 7, .. }) => {}
+            Err(Error::OperandLength { operand: "o_lo", expected: 8, actual: 7, .. }) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -438,7 +438,7 @@ fn a_mixed_up_element_type_is_an_error() {
         let problem = problem([1, 1, 1], [1, 1], [1, 1], Options::new().dtype(DType::Bf16));
         let x = [f16::ONE];
         let inputs = Inputs::new(&x, &x, &x);
-        let saved = Output { o: x.to_vec(), o_rest: None, lse: vec![0.0] };
+        let saved = Output { o: x.to_vec(), o_lo: None, lse: vec![0.0] };
         let forward = path.forward(&problem, &inputs).map(drop);
         let backward = path.backward(&problem, &inputs, &saved, &Upstream { d_o: &x, d_lse: None }).map(drop);
         for error in [forward, backward, reference::forward(&problem, &inputs).map(drop)] {

@@ -95,7 +95,7 @@ fn check<T: Element>(attention: &Attention, problem: &Problem, seed: u64, with_r
     let output = attention.forward(problem, &inputs).unwrap_or_else(|error| panic!("{problem}: {error}"));
     agree(&output, &reference::forward(problem, &inputs).unwrap()).unwrap_or_else(|error| panic!("{problem}: {error}"));
     let expected = case.expected(problem);
-    let exact = Output { o_rest: None, ..output.clone() };
+    let exact = Output { o_lo: None, ..output.clone() };
     for saved in [&exact, &output].into_iter().take(if with_rest { 2 } else { 1 }) {
         let gradients = case.run_with(attention, problem, saved);
         case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
@@ -134,7 +134,7 @@ fn hidden_nan<T: Element>(attention: &Attention) {
         let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
         let expected = reference::forward(&problem, &case.operands.inputs()).unwrap();
         agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
-        let exact = Output { o_rest: None, ..output };
+        let exact = Output { o_lo: None, ..output };
         let gradients = case.run_with(attention, &problem, &exact);
         case.agree(&gradients, &case.expected(&problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
     }
@@ -192,7 +192,7 @@ fn long_masks<T: Element>(attention: &Attention) {
         let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
         let expected = reference::forward(&problem, &case.operands.inputs()).unwrap();
         agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
-        let gradients = case.run_with(attention, &problem, &Output { o_rest: None, ..output });
+        let gradients = case.run_with(attention, &problem, &Output { o_lo: None, ..output });
         case.agree(&gradients, &case.expected(&problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
     }
 }

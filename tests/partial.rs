@@ -53,7 +53,7 @@ fn check_finished<T: Element>(
 ) -> Result<(), String> {
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     let output = attention.finish::<T>(problem, state, operands.sink_logits.as_deref()).unwrap();
-    assert_eq!(output.o_rest.is_some(), T::DTYPE != DType::F32);
+    assert_eq!(output.o_lo.is_some(), T::DTYPE != DType::F32);
     agree(&output, &expected)
 }
 
@@ -416,15 +416,14 @@ fn states_in_halves() {
         let states_lse = buffer(device, &lse);
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
         let size = ((2 * o_len) as u64).next_multiple_of(4);
-        let (o, o_rest, lse) = (empty(device, size, usage), empty(device, size, usage), empty(device, 72, usage));
+        let (o, o_lo, lse) = (empty(device, size, usage), empty(device, size, usage), empty(device, 72, usage));
         let plain = MergeBuffers::new(&states_buffer, &states_lse, &o, &lse);
-        let with_rest =
-            MergeBuffers { states_rest: Some((&rest_buffer).into()), o_rest: Some((&o_rest).into()), ..plain };
+        let with_rest = MergeBuffers { states_lo: Some((&rest_buffer).into()), o_lo: Some((&o_lo).into()), ..plain };
         let run = |buffers: &MergeBuffers<'_>| {
             let prepared = attention.prepare_merge(&problem, 3, buffers).unwrap();
             submit(device, |encoder| prepared.encode(encoder));
             let o: Vec<T> = bytemuck::pod_collect_to_vec(&read(device, &o))[..o_len].to_vec();
-            (o, bytemuck::pod_collect_to_vec::<f32, i16>(&read(device, &o_rest))[..o_len].to_vec())
+            (o, bytemuck::pod_collect_to_vec::<f32, i16>(&read(device, &o_lo))[..o_len].to_vec())
         };
         let (rounded, rest) = run(&with_rest);
         let whole: Vec<f32> = rounded.iter().zip(&rest).map(|(o, &rest)| o.whole(rest)).collect();
@@ -575,10 +574,10 @@ fn mistakes_are_errors() {
 
         let backward = Backward::random(&problem, 1).cast::<f16>();
         let mut saved = attention.finish::<f16>(&problem, &state, operands.sink_logits.as_deref()).unwrap();
-        saved.o_rest = None;
+        saved.o_lo = None;
         let error =
             attention.backward_partial(&problem, 2..6, &part.inputs(), &saved, &backward.upstream()).unwrap_err();
-        assert!(matches!(error, Error::MissingOperand { operand: "o_rest" }), "{error}");
+        assert!(matches!(error, Error::MissingOperand { operand: "o_lo" }), "{error}");
     }
 }
 
@@ -626,12 +625,12 @@ fn mistakes_with_buffers_are_errors() {
     assert!(matches!(error, Error::UnexpectedOperand { operand: "sink_logits", .. }), "{error}");
     let error = attention.prepare_merge(&problem, 1, &MergeBuffers { o: (&states).into(), ..plain }).unwrap_err();
     assert!(matches!(error, Error::Aliasing { output: "o", other: "states" }), "{error}");
-    let error = attention.prepare_merge(&problem, 2, &MergeBuffers { o_rest: Some((&o).into()), ..plain }).unwrap_err();
-    assert!(matches!(error, Error::UnexpectedOperand { operand: "o_rest", .. }), "{error}");
+    let error = attention.prepare_merge(&problem, 2, &MergeBuffers { o_lo: Some((&o).into()), ..plain }).unwrap_err();
+    assert!(matches!(error, Error::UnexpectedOperand { operand: "o_lo", .. }), "{error}");
     let half = Problem::new(*problem.shape(), options.dtype(DType::F16)).unwrap();
     let rest = new(24);
-    let error = attention.prepare_merge(&half, 2, &MergeBuffers { o_rest: Some((&rest).into()), ..plain }).unwrap_err();
-    assert!(matches!(error, Error::MissingOperand { operand: "states_rest" }), "{error}");
+    let error = attention.prepare_merge(&half, 2, &MergeBuffers { o_lo: Some((&rest).into()), ..plain }).unwrap_err();
+    assert!(matches!(error, Error::MissingOperand { operand: "states_lo" }), "{error}");
 
     let (q, k) = (new(24), new(36));
     let buffers = ForwardBuffers::new(&q, &k, &k, &o, &lse);

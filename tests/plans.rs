@@ -101,7 +101,7 @@ fn every_width_has_a_plan() {
                 assert_eq!((forward.passes.len(), backward.passes.len()), (1, 4));
                 let mut passes = [forward.passes, backward.passes].concat();
                 if dtype != DType::F32 {
-                    let optional = OptionalOperands { d_lse: true, o_rest: true, ..OptionalOperands::default() };
+                    let optional = OptionalOperands { d_lse: true, o_lo: true, ..OptionalOperands::default() };
                     let preference = Preference::default();
                     passes.extend(Plan::forward_with(&problem, false, optional, &least, &preference).unwrap().passes);
                     passes.extend(Plan::backward_with(&problem, false, optional, &least, &preference).unwrap().passes);
@@ -127,16 +127,16 @@ fn delta_is_never_from_rounded_o() {
             let options = Options::new().dtype(dtype).sink_logits(sink_logits);
             let problem = problem([1, 2, 1], [100, 100], [64, 64], options);
             for device in Capabilities::samples() {
-                for [d_lse, o_rest] in [[false, false], [true, false], [false, true], [true, true]] {
+                for [d_lse, o_lo] in [[false, false], [true, false], [false, true], [true, true]] {
                     let (optional, preference) =
-                        (OptionalOperands { d_lse, o_rest, ..OptionalOperands::default() }, Preference::default());
+                        (OptionalOperands { d_lse, o_lo, ..OptionalOperands::default() }, Preference::default());
                     let plans = [
                         Plan::forward_with(&problem, true, optional, &device, &preference),
                         Plan::backward_with(&problem, true, optional, &device, &preference),
                     ];
-                    if o_rest && dtype == DType::F32 {
+                    if o_lo && dtype == DType::F32 {
                         for error in plans.map(|plan| plan.unwrap_err()) {
-                            assert!(matches!(error, Error::UnexpectedOperand { operand: "o_rest", .. }), "{error}");
+                            assert!(matches!(error, Error::UnexpectedOperand { operand: "o_lo", .. }), "{error}");
                         }
                         continue;
                     }
@@ -144,13 +144,13 @@ fn delta_is_never_from_rounded_o() {
                     let of = |passes: &[Pass], kernels: &[Kernel]| -> Vec<Variant> {
                         passes.iter().map(|pass| pass.variant).filter(|v| kernels.contains(&v.kernel)).collect()
                     };
-                    assert!(of(&forward, &[Kernel::FORWARD]).iter().all(|variant| variant.o_rest == o_rest));
-                    let whole = dtype == DType::F32 || o_rest;
+                    assert!(of(&forward, &[Kernel::FORWARD]).iter().all(|variant| variant.o_lo == o_lo));
+                    let whole = dtype == DType::F32 || o_lo;
                     let deltas = of(&backward, &[Kernel::DELTA, Kernel::EXACT_DELTA]);
                     assert!(!deltas.is_empty());
                     for delta in deltas {
                         assert_eq!(delta.kernel, if whole { Kernel::DELTA } else { Kernel::EXACT_DELTA });
-                        assert_eq!((delta.o_rest, delta.d_lse), (o_rest, d_lse));
+                        assert_eq!((delta.o_lo, delta.d_lse), (o_lo, d_lse));
                     }
                 }
             }

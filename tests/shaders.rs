@@ -88,10 +88,10 @@ fn reachable() -> &'static [Planned] {
                             problem([1, 2, 1], [seq, seq], width, Options::new().sink_logits(sinks).dtype(dtype));
                         // Packed operands of such widths can be read by fours; strides may still forbid it.
                         let by_fours = width.iter().all(|w| w % 4 == 0);
-                        for [vec4, o_rest] in [[false, false], [by_fours, false], [false, true], [by_fours, true]] {
+                        for [vec4, o_lo] in [[false, false], [by_fours, false], [false, true], [by_fours, true]] {
                             let optional = OptionalOperands {
                                 d_lse: seq % 2 == 0,
-                                o_rest: o_rest && dtype != DType::F32,
+                                o_lo: o_lo && dtype != DType::F32,
                                 ..OptionalOperands::default()
                             };
                             for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
@@ -152,14 +152,14 @@ fn with_options() -> Vec<Planned> {
                 };
                 let problem = problem.unwrap();
                 let vec4 = width == [64, 64];
-                for (micro_kernel, o_rest) in [
+                for (micro_kernel, o_lo) in [
                     (MicroKernel::Portable, false),
                     (MicroKernel::Portable, dtype != DType::F32),
                     (MicroKernel::Cooperative, false),
                 ] {
                     let (d_alibi_slopes, d_bias, packed) = (true, true, n % 2 == 0);
                     let optional =
-                        OptionalOperands { o_rest, d_alibi_slopes, d_bias, packed, ..OptionalOperands::default() };
+                        OptionalOperands { o_lo, d_alibi_slopes, d_bias, packed, ..OptionalOperands::default() };
                     let preference = Preference { micro_kernel, ..Preference::default() };
                     let plans = [
                         Plan::forward_with(&problem, vec4, optional, device, &preference),
@@ -176,7 +176,7 @@ fn with_options() -> Vec<Planned> {
                             // One option beside the sink logits has a plan on every WebGPU device.
                             let (few, buffers) =
                                 (device.storage_buffers == 8, error.to_string().contains("storage buffers"));
-                            let more = n >= 6 || has_lengths || o_rest;
+                            let more = n >= 6 || has_lengths || o_lo;
                             assert!(few && buffers && more, "{}: {problem}: {error}", device.name);
                         }
                     }
@@ -327,7 +327,7 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
         "fallback",
         "key_scales",
         "query_scales",
-        "o_rest",
+        "o_lo",
         "bias",
         "mask",
         "mask_bits",
@@ -337,7 +337,7 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
         "d_alibi_slopes",
         "sequences",
         "states",
-        "states_rest",
+        "states_lo",
         "states_lse",
     ];
     let name = variant.name();
@@ -361,7 +361,7 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
     let options = options.iter().filter(|there| **there).count();
     let most = match variant.kernel {
         _ if is_cooperative(variant) || variant.repairs.is_some() => 10 + options,
-        // With o_rest, sink logits and d_lse it has no room for slopes.
+        // With o_lo, sink logits and d_lse it has no room for slopes.
         kernel if kernel == Kernel::DELTA => 8 + options,
         // One option goes with everything else on every WebGPU device.
         _ => 7 + options.max(1),
@@ -371,7 +371,7 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
     written.retain(|operand| *operand != "fallback");
     written.sort_unstable();
     let results: &[&str] = match variant.kernel.name() {
-        "forward" | "merge" if variant.o_rest => &["lse", "o", "o_rest"],
+        "forward" | "merge" if variant.o_lo => &["lse", "o", "o_lo"],
         "forward" | "merge" => &["lse", "o"],
         "delta" if variant.sink_logits == SinkLogits::PerHead => &["row_stats", "sink_partials"],
         "delta" | "exact_delta" => &["row_stats"],
@@ -462,7 +462,7 @@ fn build(attention: &Attention, planned: &Planned) {
         shapes.map(|shape| buffer(shape.iter().product(), problem.options().dtype.bytes()))
     };
     let ([q, k, v, o], [d_q, d_k, d_v, d_o]) = (operands(), operands());
-    let [.., o_rest] = operands();
+    let [.., o_lo] = operands();
     let rows = || buffer(problem.lse_shape().iter().product(), 4);
     let (lse, flows_into_lse) = (rows(), rows());
     let heads = || buffer(problem.shape().heads, 4);
@@ -482,7 +482,7 @@ fn build(attention: &Attention, planned: &Planned) {
         bias: options.bias.map(|_| at(&bias)),
         mask: options.mask.map(|_| at(&mask)),
         sink_logits: per_head.then(|| at(&sinks)),
-        o_rest: optional.o_rest.then(|| at(&o_rest)),
+        o_lo: optional.o_lo.then(|| at(&o_lo)),
         ..ForwardBuffers::new(at(&q), at(&k), at(&v), at(&o), at(&lse))
     };
     // The gradients by k and v one after the other in one buffer.
@@ -514,12 +514,12 @@ fn build(attention: &Attention, planned: &Planned) {
     assert_eq!(passes(pollster::block_on(prepared).unwrap().plan()), passes(backward), "{problem}");
 
     let states = || buffer(STATES * problem.o_shape().iter().product::<usize>(), problem.options().dtype.bytes());
-    let (states, states_rest) = (states(), states());
+    let (states, states_lo) = (states(), states());
     let states_lse = buffer(STATES * problem.lse_shape().iter().product::<usize>(), 4);
     let buffers = MergeBuffers {
-        states_rest: optional.o_rest.then(|| at(&states_rest)),
+        states_lo: optional.o_lo.then(|| at(&states_lo)),
         sink_logits: per_head.then(|| at(&sinks)),
-        o_rest: optional.o_rest.then(|| at(&o_rest)),
+        o_lo: optional.o_lo.then(|| at(&o_lo)),
         ..MergeBuffers::new(at(&states), at(&states_lse), at(&o), at(&lse))
     };
     let prepared = attention.prepare_finish(problem, STATES, &buffers).unwrap();

@@ -62,11 +62,11 @@ impl<T: Element> Whole<T> {
         let groups = if self.options().layout == Layout::Bhsd { 1 } else { self.problem.group() };
         let o = rows(&self.problem, &whole.o, groups * SHAPE.value_dim, &tokens);
         let lse = whole.lse.chunks(TOKENS).flat_map(|row| row[tokens.clone()].to_vec()).collect();
-        Output { o, o_rest: None, lse }
+        Output { o, o_lo: None, lse }
     }
 
     fn check(&self, tokens: std::ops::Range<usize>, output: &Output<T>) {
-        assert_eq!(output.o_rest.is_some(), T::DTYPE != DType::F32);
+        assert_eq!(output.o_lo.is_some(), T::DTYPE != DType::F32);
         agree(output, &self.expected(tokens.clone())).unwrap_or_else(|error| panic!("{tokens:?}: {error}"));
     }
 }

@@ -252,13 +252,13 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Writes an accumulator times `factor`. A factor that ends with "_" is the stem of a name, which each row completes with its number. With
-    `o_rest` the rounding error of o is written, too. -#}
+    `o_lo` the rounding error of o is written, too. -#}
 # macro store(x, operand, factor)
 # for r in range(row_fragments)
   {
     let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
-# if o_rest
-    let rest_base = o_rest_base + row_{{ r }} * params.o_rest.seq;
+# if o_lo
+    let rest_base = o_lo_base + row_{{ r }} * params.o_lo.seq;
 # endif
 # for f in range(fragments[operand])
 {{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
@@ -268,8 +268,8 @@ fn is_finite4(x: vec4<f32>) -> bool {
         let result = score_rows[score_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
         fallback_{{ r }} = fallback_{{ r }} || !is_finite4(result);
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
-# if o_rest
-        store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
+# if o_lo
+        store_o_lo(rest_base, {{ f * side // 4 }}u + quad, result);
 # endif
       }
 # endcall

@@ -113,7 +113,7 @@
   if (tx == 0u && {{ blocks.writes(i) }}) { lse[lse_base + row_{{ i }}] = select(params.negative_infinity, end_{{ i }}.lse, row_{{ i }} < seq.seq_q); }
 # endfor
 {{ blocks.store("o", "o", "factor_") }}
-# if o_rest
-{{ blocks.store("o", "o_rest", "factor_") }}
+# if o_lo
+{{ blocks.store("o", "o_lo", "factor_") }}
 # endif
 # endmacro

@@ -192,7 +192,7 @@ impl Attention {
         }
     }
 
-    /// How [`forward`](Self::forward), whose operands are densely packed, will compute: in half precision with o_rest.
+    /// How [`forward`](Self::forward), whose operands are densely packed, will compute: in half precision with o_lo.
     ///
     /// # Errors
     /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`].
@@ -202,7 +202,7 @@ impl Attention {
         Plan::forward_with(problem, dense_vec4(problem), optional, device.capabilities(), &preference)
     }
 
-    /// How [`backward`](Self::backward) will compute without d_lse: in half precision with o_rest.
+    /// How [`backward`](Self::backward) will compute without d_lse: in half precision with o_lo.
     ///
     /// # Errors
     /// As [`plan_forward`](Self::plan_forward).
@@ -311,15 +311,15 @@ impl Attention {
                 Uploaded::new(device, inputs)?,
                 [allocate::<T>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
                 // One element in f32, so that there is a buffer to read.
-                allocate::<i16>(device, "o_rest", if rounded { o_len } else { 1 }, usage)?,
+                allocate::<i16>(device, "o_lo", if rounded { o_len } else { 1 }, usage)?,
             ))
         });
-        let (inputs, [o, lse], o_rest) = operands.await??;
-        let buffers = inputs.buffers(&o, rounded.then_some(&o_rest), &lse);
+        let (inputs, [o, lse], o_lo) = operands.await??;
+        let buffers = inputs.buffers(&o, rounded.then_some(&o_lo), &lse);
         let prepared = self.prepare_forward_async(problem, &buffers).await?;
-        let [o, o_rest, lse] = download(device, [&o, &o_rest, &lse], |encoder| prepared.encode(encoder)).await?;
-        let o_rest = if rounded { Some(o_rest.read(o_len).await?) } else { None };
-        Ok(Output { o: o.read(o_len).await?, o_rest, lse: lse.read(lse_len).await? })
+        let [o, o_lo, lse] = download(device, [&o, &o_lo, &lse], |encoder| prepared.encode(encoder)).await?;
+        let o_lo = if rounded { Some(o_lo.read(o_len).await?) } else { None };
+        Ok(Output { o: o.read(o_len).await?, o_lo, lse: lse.read(lse_len).await? })
     }
 
     /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
@@ -367,7 +367,7 @@ impl Attention {
             Ok((
                 Uploaded::new(device, inputs)?,
                 [upload(device, "o", &saved.o)?, upload(device, "lse", &saved.lse)?],
-                saved.o_rest.as_ref().map(|o_rest| upload(device, "o_rest", o_rest)).transpose()?,
+                saved.o_lo.as_ref().map(|o_lo| upload(device, "o_lo", o_lo)).transpose()?,
                 upload(device, "d_o", upstream.d_o)?,
                 upstream.d_lse.map(|d_lse| upload(device, "d_lse", d_lse)).transpose()?,
                 [
@@ -380,7 +380,7 @@ impl Attention {
                 ],
             ))
         });
-        let (uploaded, [o, lse], o_rest, d_o, d_lse, results) = operands.await??;
+        let (uploaded, [o, lse], o_lo, d_o, d_lse, results) = operands.await??;
         let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] = &results;
         let wanted = |buffer, len: Option<usize>| len.map(|_| TensorView::new(buffer));
         let buffers = BackwardBuffers {
@@ -388,7 +388,7 @@ impl Attention {
             d_sink_logits: wanted(d_sink_logits, sink_logits_len),
             d_alibi_slopes: wanted(d_alibi_slopes, slopes_len),
             d_bias: wanted(d_bias, bias_len),
-            ..BackwardBuffers::new(uploaded.buffers(&o, o_rest.as_ref(), &lse), &d_o, d_q, d_k, d_v)
+            ..BackwardBuffers::new(uploaded.buffers(&o, o_lo.as_ref(), &lse), &d_o, d_q, d_k, d_v)
         };
         let prepared = self.prepare_backward_async(problem, &buffers).await?;
         let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] =
@@ -455,7 +455,7 @@ impl Attention {
     }
 
     /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
-    /// eight bytes for each query of each head; with sink logits, but for half precision without o_rest, four for each 32 queries
+    /// eight bytes for each query of each head; with sink logits, but for half precision without o_lo, four for each 32 queries
     /// or part of them; where the ALiBi slopes' gradient is wanted four for each query of each head; a mask's bits.
     ///
     /// # Errors
@@ -530,7 +530,7 @@ impl Uploaded {
     fn buffers<'a>(
         &'a self,
         o: &'a wgpu::Buffer,
-        o_rest: Option<&'a wgpu::Buffer>,
+        o_lo: Option<&'a wgpu::Buffer>,
         lse: &'a wgpu::Buffer,
     ) -> ForwardBuffers<'a> {
         ForwardBuffers {
@@ -538,7 +538,7 @@ impl Uploaded {
             alibi_slopes: self.alibi_slopes.as_ref().map(TensorView::new),
             bias: self.bias.as_ref().map(TensorView::new),
             mask: self.mask.as_ref().map(TensorView::new),
-            o_rest: o_rest.map(TensorView::new),
+            o_lo: o_lo.map(TensorView::new),
             ..ForwardBuffers::new(&self.q, &self.k, &self.v, o, lse)
         }
     }

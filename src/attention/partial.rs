@@ -15,8 +15,8 @@ use crate::problem::{Gradients, Inputs, Output, PartialState, Problem, SinkLogit
 impl PartialState {
     /// The results of a forward pass, unrounded.
     fn of<T: Element>(output: Output<T>) -> Self {
-        let o = match &output.o_rest {
-            Some(o_rest) => output.o.par_iter().zip(o_rest).map(|(o, &rest)| o.whole(rest)).collect(),
+        let o = match &output.o_lo {
+            Some(o_lo) => output.o.par_iter().zip(o_lo).map(|(o, &rest)| o.whole(rest)).collect(),
             None => T::widen(&output.o).into_owned(),
         };
         PartialState { o, lse: output.lse }
@@ -24,8 +24,8 @@ impl PartialState {
 
     /// As the results of a forward pass.
     pub(crate) fn narrow<T: Element>(self) -> Output<T> {
-        let o_rest = (T::DTYPE != DType::F32).then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
-        Output { o: T::narrow(self.o), o_rest, lse: self.lse }
+        let o_lo = (T::DTYPE != DType::F32).then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
+        Output { o: T::narrow(self.o), o_lo, lse: self.lse }
     }
 }
 
@@ -158,11 +158,11 @@ impl Attention {
     /// until the result is there.
     ///
     /// The gradient by the sink logits has no shards: give them with one shard, whichever, and its gradients hold it;
-    /// with the others leave them out. In half precision each part of d_q is rounded, and `saved` must hold o_rest,
+    /// with the others leave them out. In half precision each part of d_q is rounded, and `saved` must hold o_lo,
     /// without which delta, the same for all shards, is not known.
     ///
     /// # Errors
-    /// [`Error::InvalidShard`]; [`Error::MissingOperand`] for o_rest; those of [`backward`](Self::backward).
+    /// [`Error::InvalidShard`]; [`Error::MissingOperand`] for o_lo; those of [`backward`](Self::backward).
     #[cfg(not(target_family = "wasm"))]
     pub fn backward_partial<T: Element>(
         &self,
@@ -188,8 +188,8 @@ impl Attention {
         upstream: &Upstream<'_, T>,
     ) -> Result<Gradients<T>> {
         problem.check_shard(&keys)?;
-        if T::DTYPE != DType::F32 && saved.o_rest.is_none() {
-            return Err(Error::MissingOperand { operand: "o_rest" });
+        if T::DTYPE != DType::F32 && saved.o_lo.is_none() {
+            return Err(Error::MissingOperand { operand: "o_lo" });
         }
         let sinks = |shard: Problem| if inputs.sink_logits.is_some() { shard } else { shard.without_sink_logits() };
         if !keys.is_empty() {
@@ -211,9 +211,9 @@ impl Attention {
     }
 
     /// Prepares the forward pass of a shard of the keys on buffers of the caller's, without the sink logit. In f16
-    /// and bf16 the state's o is rounded; together with o_rest it is that in f32. That is the forward pass of
+    /// and bf16 the state's o is rounded; together with o_lo it is that in f32. That is the forward pass of
     /// [`Problem::shard`] [`without_sink_logits`](Problem::without_sink_logits), as the backward pass of a shard is
-    /// [`prepare_backward`](Self::prepare_backward) of it, with the final o, o_rest and lse; with the sink logits for
+    /// [`prepare_backward`](Self::prepare_backward) of it, with the final o, o_lo and lse; with the sink logits for
     /// one of the shards.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ pub struct CacheBackwardBuffers<'a> {
     /// What the forward pass gave, `[tokens, H, E]`.
     pub o: TensorView<'a>,
     /// See [`BackwardBuffers::forward`].
-    pub o_rest: Option<TensorView<'a>>,
+    pub o_lo: Option<TensorView<'a>>,
     /// What the forward pass gave, `[H, tokens]`, f32, densely packed.
     pub lse: TensorView<'a>,
     /// See [`ForwardBuffers::sink_logits`].
@@ -60,7 +60,7 @@ impl<'a> CacheBackwardBuffers<'a> {
         CacheBackwardBuffers {
             q,
             o,
-            o_rest: None,
+            o_lo: None,
             lse,
             sink_logits: None,
             alibi_slopes: None,
@@ -81,7 +81,7 @@ impl<'a> CacheBackwardBuffers<'a> {
         [
             given("q", self.q),
             given("o", self.o),
-            given("o_rest", self.o_rest),
+            given("o_lo", self.o_lo),
             given("lse", self.lse),
             given("sink_logits", self.sink_logits),
             given("alibi_slopes", self.alibi_slopes),
@@ -194,7 +194,7 @@ impl PreparedCacheBackward {
             alibi_slopes: buffers.alibi_slopes,
             bias: buffers.bias,
             mask: buffers.mask,
-            o_rest: buffers.o_rest,
+            o_lo: buffers.o_lo,
             ..ForwardBuffers::new(buffers.q, k, v, buffers.o, buffers.lse)
         };
         let backward = BackwardBuffers {

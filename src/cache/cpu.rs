@@ -201,7 +201,7 @@ impl<T: Element> KvCache<T> {
         let turning = self.check_tokens(&prefill.tokens, k, v, turned_q, operands.cos_sin)?;
         let Some(Batch { problem, entries, rows }) = &batch else {
             check_length("q", q.len(), &[0, prefill.heads, head_dim])?;
-            return Ok(Output { o: vec![], o_rest: None, lse: vec![] });
+            return Ok(Output { o: vec![], o_lo: None, lse: vec![] });
         };
         // What is given up, and behind it what has come, as the cache will hold it.
         let mut gathered = self.gather_rows(batch.iter().flat_map(|batch| batch.runs(&self.places)), *rows);
@@ -344,7 +344,7 @@ impl<T: Element> KvCache<T> {
         let options = Options { sink_tokens: bounds.sink_tokens as usize, ..options };
         let options = options.window(crate::problem::Window { left: bound(bounds.left), right: bound(bounds.right) });
         let mut output =
-            Output { o: Vec::with_capacity(s.batch * s.heads * s.seq_q * s.value_dim), o_rest: None, lse: vec![] };
+            Output { o: Vec::with_capacity(s.batch * s.heads * s.seq_q * s.value_dim), o_lo: None, lse: vec![] };
         for (entry, &sequence) in entries.iter().enumerate() {
             let keys = self.places.keys(sequence);
             let shape = Shape { batch: 1, seq_k: keys.max(1), ..s };

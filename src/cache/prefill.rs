@@ -33,8 +33,8 @@ pub struct PrefillBuffers<'a> {
     pub mask: Option<TensorView<'a>>,
     /// Result: attention outputs, `[tokens, H, E]`.
     pub o: TensorView<'a>,
-    /// Result: see [`ForwardBuffers::o_rest`].
-    pub o_rest: Option<TensorView<'a>>,
+    /// Result: see [`ForwardBuffers::o_lo`].
+    pub o_lo: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[H, tokens]`, f32, densely packed.
     pub lse: TensorView<'a>,
     /// What is gathered from the cache goes here, [`KvCache::prefill_scratch_bytes`] of it: one buffer does for all chunks.
@@ -62,7 +62,7 @@ impl<'a> PrefillBuffers<'a> {
             bias: None,
             mask: None,
             o,
-            o_rest: None,
+            o_lo: None,
             lse,
             scratch: None,
         }
@@ -82,7 +82,7 @@ impl<'a> PrefillBuffers<'a> {
     }
 
     fn results(&self) -> [GivenBuffer<'a>; 3] {
-        [given("o", self.o), given("o_rest", self.o_rest), given("lse", self.lse)]
+        [given("o", self.o), given("o_lo", self.o_lo), given("lse", self.lse)]
     }
 }
 
@@ -195,7 +195,7 @@ impl PreparedPrefill {
             alibi_slopes: buffers.alibi_slopes,
             bias: buffers.bias,
             mask: buffers.mask,
-            o_rest: buffers.o_rest,
+            o_lo: buffers.o_lo,
             ..ForwardBuffers::new(buffers.q, k, v, buffers.o, buffers.lse)
         };
         let forward = cache.attention.prepare_forward_async(&batch.problem, &forward).await?;

@@ -27,7 +27,7 @@ pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<Strin
     })
 }
 
-/// Operands and results of a forward pass in GPU buffers, o_rest among them, as training wants it; the operands with random
+/// Operands and results of a forward pass in GPU buffers, o_lo among them, as training wants it; the operands with random
 /// numbers in [-1, 1).
 pub struct GpuOperands {
     q: DeviceBuffer,
@@ -38,7 +38,7 @@ pub struct GpuOperands {
     bias: Option<DeviceBuffer>,
     mask: Option<DeviceBuffer>,
     o: DeviceBuffer,
-    o_rest: Option<DeviceBuffer>,
+    o_lo: Option<DeviceBuffer>,
     lse: DeviceBuffer,
 }
 
@@ -63,8 +63,8 @@ impl GpuOperands {
             bias: problem.bias_shape().map(|shape| one(problem.options().bias_dtype, shape)).transpose()?,
             mask: problem.mask_shape().map(mask).transpose()?,
             o: device.zeros("o", dtype, &problem.o_shape())?,
-            o_rest: (dtype != DType::F32)
-                .then(|| device.zeros("o_rest", BufferType::I16, &problem.o_shape()))
+            o_lo: (dtype != DType::F32)
+                .then(|| device.zeros("o_lo", BufferType::I16, &problem.o_shape()))
                 .transpose()?,
             lse: device.zeros("lse", DType::F32, &problem.lse_shape())?,
         })
@@ -76,7 +76,7 @@ impl GpuOperands {
             alibi_slopes: self.alibi_slopes.as_ref().map(DeviceBuffer::view),
             bias: self.bias.as_ref().map(DeviceBuffer::view),
             mask: self.mask.as_ref().map(DeviceBuffer::view),
-            o_rest: self.o_rest.as_ref().map(DeviceBuffer::view),
+            o_lo: self.o_lo.as_ref().map(DeviceBuffer::view),
             ..ForwardBuffers::new(&self.q, &self.k, &self.v, &self.o, &self.lse)
         }
     }

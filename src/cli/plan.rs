@@ -21,7 +21,7 @@ pub struct PlanArgs {
     #[arg(long)]
     backward: bool,
 
-    /// Plan f16 and bf16 without o_rest, what rounding takes from o, which the backward pass then makes up for
+    /// Plan f16 and bf16 without o_lo, what rounding takes from o, which the backward pass then makes up for
     #[arg(long, requires = "backward")]
     without_rest: bool,
 
@@ -210,8 +210,8 @@ impl PlanArgs {
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.target.check()?;
         let problem = Problem::new(self.shape.shape(), self.options.options())?;
-        let o_rest = self.backward && !self.without_rest && problem.options().dtype != DType::F32;
-        let operands = operands(&problem, self.backward, o_rest);
+        let o_lo = self.backward && !self.without_rest && problem.options().dtype != DType::F32;
+        let operands = operands(&problem, self.backward, o_lo);
         let (device, capabilities) = self.capabilities()?;
         let explanation = match capabilities {
             Some(capabilities) => {
@@ -223,7 +223,7 @@ impl PlanArgs {
                     tuning: tuning.as_ref(),
                     ..Preference::default()
                 };
-                let optional = OptionalOperands { o_rest, ..OptionalOperands::default() };
+                let optional = OptionalOperands { o_lo, ..OptionalOperands::default() };
                 let mut plans = vec![Plan::forward_with(&problem, vec4, optional, &capabilities, &preference)?];
                 if self.backward {
                     plans.push(Plan::backward_with(&problem, vec4, optional, &capabilities, &preference)?);
@@ -279,7 +279,7 @@ impl PlanArgs {
 }
 
 /// What a call binds, with the number of elements and their type.
-fn operands(problem: &Problem, backward: bool, o_rest: bool) -> Vec<(&'static str, u64, DType)> {
+fn operands(problem: &Problem, backward: bool, o_lo: bool) -> Vec<(&'static str, u64, DType)> {
     let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let dtype = problem.options().dtype;
     let mut operands = vec![
@@ -303,11 +303,11 @@ fn operands(problem: &Problem, backward: bool, o_rest: bool) -> Vec<(&'static st
         });
         let gradients: Vec<_> = gradients.collect();
         operands.extend(gradients);
-        if o_rest {
-            operands.push(("o_rest", elements(&problem.o_shape()), dtype));
+        if o_lo {
+            operands.push(("o_lo", elements(&problem.o_shape()), dtype));
         }
         operands.push(("delta", elements(&problem.lse_shape()), DType::F32));
-        if problem.options().sink_logits == SinkLogits::PerHead && (dtype == DType::F32 || o_rest) {
+        if problem.options().sink_logits == SinkLogits::PerHead && (dtype == DType::F32 || o_lo) {
             let shape = problem.shape();
             let partials = (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64;
             operands.push(("sink_partials", partials, DType::F32));

@@ -161,7 +161,7 @@ impl Stand {
         let mut backward = self.gradients.buffers(&self.operands);
         if kernel == Kernel::EXACT_DELTA {
             // With what rounding took from o there would be no such kernel.
-            backward.forward.o_rest = None;
+            backward.forward.o_lo = None;
         }
         let prepared = pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))?;
         let places_of = |kernel| {
@@ -475,7 +475,7 @@ fn right_with<T: Element>(
             return Ok((Some([actual.lse, expected.lse]), vec![[actual.o, expected.o]]));
         }
         if kernel == Kernel::EXACT_DELTA {
-            expected.o_rest = None;
+            expected.o_lo = None;
         }
         let upstream = Upstream { d_o: &expected.o, d_lse: None };
         let of = |attention: &Attention| attention.backward(problem, &inputs, &expected, &upstream);

@@ -42,11 +42,11 @@ const BIAS_STEPS: usize = 16;
 /// d_q, d_k and d_v rounded once.
 ///
 /// `delta_i = d_o_i . o_i` is summed from the saved o in f32. In half precision o has been rounded, and delta would
-/// inherit that error, which outweighs what cancels in d_sink_logits: what rounding took, the saved o_rest, is added.
+/// inherit that error, which outweighs what cancels in d_sink_logits: what rounding took, the saved o_lo, is added.
 /// Where there is none, o is computed anew by its definition, `o_i = sum_j p_ij v_j`, and delta so amounts to
 /// `sum_j p_ij (d_o_i . v_j)`, at the price of another forward pass; the saved o is then checked for its length only.
 ///
-/// The result has the same bits in every run, for any number of threads. In f32 and with o_rest, `saved` may also be the
+/// The result has the same bits in every run, for any number of threads. In f32 and with o_lo, `saved` may also be the
 /// final o and lse of an attention over more keys than these: the gradients are then this shard's share, but that by the
 /// sink logits, which is whole in every shard.
 ///
@@ -65,9 +65,9 @@ pub fn backward<T: Element>(
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
     let d_o = T::widen(upstream.d_o);
     let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
-    let o = match (T::DTYPE, &saved.o_rest) {
+    let o = match (T::DTYPE, &saved.o_lo) {
         (DType::F32, _) => T::widen(&saved.o),
-        (_, Some(o_rest)) => saved.o.par_iter().zip(o_rest).map(|(o, &rest)| o.whole(rest)).collect(),
+        (_, Some(o_lo)) => saved.o.par_iter().zip(o_lo).map(|(o, &rest)| o.whole(rest)).collect(),
         (_, None) => forward_widened(problem, &inputs).o.into(),
     };
     let Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias } =

@@ -157,7 +157,7 @@ impl Operands {
             }
             lse[query.index] = row.lse;
         }
-        Output { o: o.data, o_rest: None, lse }
+        Output { o: o.data, o_lo: None, lse }
     }
 
     fn backward<T: Element>(

@@ -50,8 +50,8 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
     let bias = inputs.bias.map(widen_bias);
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
     let Output { o, lse, .. } = forward_widened(problem, &inputs);
-    let o_rest = (T::DTYPE != DType::F32).then(|| o.par_iter().map(|&o| T::rest(o)).collect());
-    Ok(Output { o: T::narrow(o), o_rest, lse })
+    let o_lo = (T::DTYPE != DType::F32).then(|| o.par_iter().map(|&o| T::rest(o)).collect());
+    Ok(Output { o: T::narrow(o), o_lo, lse })
 }
 
 /// A bias in f32.
@@ -86,7 +86,7 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
     };
     let rows = s.batch * s.heads * s.seq_q;
     // Rows beyond the lengths in use stay so.
-    let mut output = Output { o: vec![0.0; rows * s.value_dim], o_rest: None, lse: vec![f32::NEG_INFINITY; rows] };
+    let mut output = Output { o: vec![0.0; rows * s.value_dim], o_lo: None, lse: vec![f32::NEG_INFINITY; rows] };
 
     let mut items = items(problem, &mut output);
     let splits = FEW_ITEMS / items.len().max(1);

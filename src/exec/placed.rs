@@ -75,7 +75,7 @@ fn element_type(binding: Binding, dtype: DType, options: &Options) -> BufferType
     match binding {
         Binding::Q | Binding::K | Binding::V | Binding::O | Binding::States => dtype.into(),
         Binding::DO | Binding::DQ | Binding::DK | Binding::DV => dtype.into(),
-        Binding::ORest | Binding::StatesRest => BufferType::I16,
+        Binding::OLo | Binding::StatesLo => BufferType::I16,
         Binding::Bias => options.bias_dtype.into(),
         Binding::Mask => match options.mask_packing {
             MaskPacking::Bytes => BufferType::U8,

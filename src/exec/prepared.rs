@@ -50,7 +50,7 @@ struct Params {
     d_q: Operand,
     d_k: Operand,
     d_v: Operand,
-    o_rest: Operand,
+    o_lo: Operand,
     lse: Operand,
     d_lse: Operand,
     row_stats: Operand,
@@ -65,7 +65,7 @@ struct Params {
     mask_key_bits: Operand,
     mask_classes: Operand,
     states: Operand,
-    states_rest: Operand,
+    states_lo: Operand,
     states_lse: Operand,
     heads: u32,
     kv_heads: u32,
@@ -130,7 +130,7 @@ pub struct ForwardBuffers<'a> {
     pub o: TensorView<'a>,
     /// Result, in f16 and bf16 only, where the backward pass is to have it: what rounding took from o, an i16 in the place
     /// of each of its elements, see [`Element::rest`](crate::Element::rest). Views are as those of o, two bytes an element.
-    pub o_rest: Option<TensorView<'a>>,
+    pub o_lo: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[batch, heads, seq_q]`, densely packed.
     pub lse: TensorView<'a>,
 }
@@ -145,8 +145,8 @@ impl<'a> ForwardBuffers<'a> {
         lse: impl Into<TensorView<'a>>,
     ) -> Self {
         let (q, k, v, o, lse) = (q.into(), k.into(), v.into(), o.into(), lse.into());
-        let (sink_logits, alibi_slopes, bias, mask, mask_scratch, o_rest) = (None, None, None, None, None, None);
-        ForwardBuffers { q, k, v, sink_logits, alibi_slopes, bias, mask, mask_scratch, o, o_rest, lse }
+        let (sink_logits, alibi_slopes, bias, mask, mask_scratch, o_lo) = (None, None, None, None, None, None);
+        ForwardBuffers { q, k, v, sink_logits, alibi_slopes, bias, mask, mask_scratch, o, o_lo, lse }
     }
 }
 
@@ -155,7 +155,7 @@ impl<'a> ForwardBuffers<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct BackwardBuffers<'a> {
     /// The forward pass's operands and results. o rounded to half precision would be too coarse: there it is read together
-    /// with o_rest, which makes it f32 again, or not at all. Without o_rest two more matrix products are computed.
+    /// with o_lo, which makes it f32 again, or not at all. Without o_lo two more matrix products are computed.
     pub forward: ForwardBuffers<'a>,
     /// Gradient by o.
     pub d_o: TensorView<'a>,
@@ -200,9 +200,9 @@ impl<'a> BackwardBuffers<'a> {
 pub struct MergeBuffers<'a> {
     /// o of the states, of the problem's element type. Strides are those of batch, head and sequence.
     pub states: TensorView<'a>,
-    /// In f16 and bf16: what rounding took from o of the states, an i16 for each element. Goes with `o_rest`; both or
+    /// In f16 and bf16: what rounding took from o of the states, an i16 for each element. Goes with `o_lo`; both or
     /// neither.
-    pub states_rest: Option<TensorView<'a>>,
+    pub states_lo: Option<TensorView<'a>>,
     /// lse of the states, f32, `[S * B, H, M]`, in `thd` `[S, H, queries]`; densely packed.
     pub states_lse: TensorView<'a>,
     /// One logit per query head, f32, densely packed: of the last merge, where the options say [`SinkLogits::PerHead`].
@@ -210,7 +210,7 @@ pub struct MergeBuffers<'a> {
     /// Result: o of the whole, see [`Problem::o_shape`].
     pub o: TensorView<'a>,
     /// Result: what rounding took from it.
-    pub o_rest: Option<TensorView<'a>>,
+    pub o_lo: Option<TensorView<'a>>,
     /// Result: lse of the whole, see [`Problem::lse_shape`]; densely packed.
     pub lse: TensorView<'a>,
 }
@@ -224,7 +224,7 @@ impl<'a> MergeBuffers<'a> {
         lse: impl Into<TensorView<'a>>,
     ) -> Self {
         let (states, states_lse, o, lse) = (states.into(), states_lse.into(), o.into(), lse.into());
-        MergeBuffers { states, states_rest: None, states_lse, sink_logits: None, o, o_rest: None, lse }
+        MergeBuffers { states, states_lo: None, states_lse, sink_logits: None, o, o_lo: None, lse }
     }
 }
 
@@ -345,7 +345,7 @@ impl<'a> Operands<'a> {
             d_q: operand(Binding::DQ),
             d_k: operand(Binding::DK),
             d_v: operand(Binding::DV),
-            o_rest: operand(Binding::ORest),
+            o_lo: operand(Binding::OLo),
             lse: operand(Binding::Lse),
             d_lse: operand(Binding::DLse),
             row_stats: operand(Binding::RowStats),
@@ -369,7 +369,7 @@ impl<'a> Operands<'a> {
                 ..mask_bits
             },
             states: operand(Binding::States),
-            states_rest: operand(Binding::StatesRest),
+            states_lo: operand(Binding::StatesLo),
             states_lse: operand(Binding::StatesLse),
             heads: s.heads as u32,
             kv_heads: s.kv_heads as u32,
@@ -433,8 +433,8 @@ impl Prepared {
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
-        operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
-        let optional = OptionalOperands { o_rest: buffers.o_rest.is_some(), ..OptionalOperands::default() };
+        operands.check_results(&[Binding::O, Binding::OLo, Binding::Lse])?;
+        let optional = OptionalOperands { o_lo: buffers.o_lo.is_some(), ..OptionalOperands::default() };
         let plan = Plan::forward_with(problem, operands.vec4(), optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan, budget).await
     }
@@ -476,7 +476,7 @@ impl Prepared {
         ])?;
         let optional = OptionalOperands {
             d_lse: buffers.d_lse.is_some(),
-            o_rest: buffers.forward.o_rest.is_some(),
+            o_lo: buffers.forward.o_lo.is_some(),
             d_alibi_slopes: buffers.d_alibi_slopes.is_some(),
             d_bias: buffers.d_bias.is_some(),
             mask_bits: buffers.forward.mask_scratch.is_some(),
@@ -500,15 +500,15 @@ impl Prepared {
         operands.add_per_head(Binding::SinkLogits, buffers.sink_logits.as_ref())?;
         operands.add(Binding::O, &buffers.o)?;
         operands.add(Binding::Lse, &buffers.lse)?;
-        if buffers.states_rest.is_some() || buffers.o_rest.is_some() {
+        if buffers.states_lo.is_some() || buffers.o_lo.is_some() {
             problem.check_rest()?;
-            for (binding, view) in [(Binding::StatesRest, buffers.states_rest), (Binding::ORest, buffers.o_rest)] {
+            for (binding, view) in [(Binding::StatesLo, buffers.states_lo), (Binding::OLo, buffers.o_lo)] {
                 let view = view.ok_or(Error::MissingOperand { operand: binding.name() })?;
                 operands.add(binding, &view)?;
             }
         }
-        operands.check_results(&[Binding::O, Binding::ORest, Binding::Lse])?;
-        let optional = OptionalOperands { o_rest: buffers.o_rest.is_some(), ..OptionalOperands::default() };
+        operands.check_results(&[Binding::O, Binding::OLo, Binding::Lse])?;
+        let optional = OptionalOperands { o_lo: buffers.o_lo.is_some(), ..OptionalOperands::default() };
         let plan = Plan::merging(problem, operands.vec4(), optional, device.capabilities())?;
         Prepared::new(pipelines, operands, plan, budget).await
     }
@@ -638,9 +638,9 @@ fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) ->
     operands.add_with(Binding::Mask, o.mask.is_some(), "set Options::mask", buffers.mask.as_ref())?;
     operands.mask_scratch = buffers.mask_scratch;
     operands.add(Binding::O, &buffers.o)?;
-    if let Some(o_rest) = &buffers.o_rest {
+    if let Some(o_lo) = &buffers.o_lo {
         operands.problem.check_rest()?;
-        operands.add(Binding::ORest, o_rest)?;
+        operands.add(Binding::OLo, o_lo)?;
     }
     operands.add(Binding::Lse, &buffers.lse)
 }
@@ -731,9 +731,9 @@ mod tests {
         let plan = Plan::forward(&problem, true, &Capabilities::webgpu_defaults()).unwrap();
         let module = naga::front::wgsl::parse_str(&plan.passes[0].variant.wgsl().unwrap()).unwrap();
         assert_eq!(members!(Operand: offset batch head seq), in_the_shader(&module, "Operand"));
-        let params = members!(Params: q k v o d_o d_q d_k d_v o_rest lse d_lse row_stats alibi_moments
+        let params = members!(Params: q k v o d_o d_q d_k d_v o_lo lse d_lse row_stats alibi_moments
             sink_partials key_scales query_scales bias d_bias mask mask_bits
-            mask_key_bits mask_classes states states_rest states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
+            mask_key_bits mask_classes states states_lo states_lse heads kv_heads seq_q seq_k lower upper offset sink_tokens
             workgroups region_batch region_batches region_head region_heads region_tile region_tiles region_cells sink_offset d_sink_offset
             slope_offset d_slope_offset slope_row work_at batch sequence_count mask_rows mask_keys pair_rows
             pair_keys softcap scale score_scale scale_sign scale_size negative_infinity);

@@ -21,7 +21,7 @@ pub(crate) enum Binding {
     Fallback = 15,
     KeyScales = 16,
     QueryScales = 17,
-    ORest = 18,
+    OLo = 18,
     Bias = 19,
     Mask = 20,
     MaskBits = 21,
@@ -31,7 +31,7 @@ pub(crate) enum Binding {
     DAlibiSlopes = 25,
     Sequences = 26,
     States = 27,
-    StatesRest = 28,
+    StatesLo = 28,
     StatesLse = 29,
 }
 
@@ -60,7 +60,7 @@ impl Binding {
             Binding::Fallback => "fallback",
             Binding::KeyScales => "key_scales",
             Binding::QueryScales => "query_scales",
-            Binding::ORest => "o_rest",
+            Binding::OLo => "o_lo",
             Binding::Bias => "bias",
             Binding::Mask => "mask",
             Binding::MaskBits => "mask_bits",
@@ -70,15 +70,15 @@ impl Binding {
             Binding::DAlibiSlopes => "d_alibi_slopes",
             Binding::Sequences => "sequences",
             Binding::States => "states",
-            Binding::StatesRest => "states_rest",
+            Binding::StatesLo => "states_lo",
             Binding::StatesLse => "states_lse",
         }
     }
 
     /// Whether it is of the problem's element type, its rows as wide as those of q or v.
     pub(crate) fn has_width(self) -> bool {
-        use Binding::{DK, DO, DQ, DV, K, O, ORest, Q, States, StatesRest, V};
-        matches!(self, Q | K | V | O | ORest | DO | DQ | DK | DV | States | StatesRest)
+        use Binding::{DK, DO, DQ, DV, K, O, OLo, Q, States, StatesLo, V};
+        matches!(self, Q | K | V | O | OLo | DO | DQ | DK | DV | States | StatesLo)
     }
 
     /// Whether its rows may have gaps between them.
@@ -90,8 +90,8 @@ impl Binding {
     pub(crate) fn width(self, [head_dim, value_dim]: [u32; 2]) -> Option<u32> {
         match self {
             Binding::Q | Binding::K | Binding::DQ | Binding::DK => Some(head_dim),
-            Binding::V | Binding::O | Binding::ORest | Binding::DO | Binding::DV => Some(value_dim),
-            Binding::States | Binding::StatesRest => Some(value_dim),
+            Binding::V | Binding::O | Binding::OLo | Binding::DO | Binding::DV => Some(value_dim),
+            Binding::States | Binding::StatesLo => Some(value_dim),
             _ => None,
         }
     }

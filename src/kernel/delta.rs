@@ -1,7 +1,7 @@
 //! What every d_s of a row has in common: delta = d_o . o - d_lse.
 
 use crate::kernel::binding::Binding::{
-    AlibiSlopes, Bias, DLse, DO, K, Lse, MaskBits, O, ORest, Params, Q, RowStats, Sequences, SinkLogits as Sinks,
+    AlibiSlopes, Bias, DLse, DO, K, Lse, MaskBits, O, OLo, Params, Q, RowStats, Sequences, SinkLogits as Sinks,
     SinkPartials, V,
 };
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
@@ -13,7 +13,7 @@ use crate::problem::{Problem, SinkLogits};
 
 /// Whether o is as precise as delta needs it: rounded to half precision it is not.
 fn reads_o(problem: &Problem, optional: OptionalOperands) -> bool {
-    problem.options().dtype == DType::F32 || optional.o_rest
+    problem.options().dtype == DType::F32 || optional.o_lo
 }
 
 pub(crate) const DELTA: KernelSpec = KernelSpec {
@@ -21,7 +21,7 @@ pub(crate) const DELTA: KernelSpec = KernelSpec {
     template: include_str!("../../shaders/delta.wgsl"),
     wanted: |problem, optional| reads_o(problem, optional).into(),
     // The slopes are handed on.
-    reads: &[Params, O, ORest, Lse, Sinks, AlibiSlopes, DO, DLse],
+    reads: &[Params, O, OLo, Lse, Sinks, AlibiSlopes, DO, DLse],
     writes: &[RowStats, SinkPartials],
     binds: binds_all,
     adjust: |own, _, _| {

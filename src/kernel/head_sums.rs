@@ -27,7 +27,7 @@ fn sums_of(problem: &Problem, rows: usize) -> u64 {
 
 /// Whether rows are summed one by one: the kernel that computed delta has left no sums of tiles.
 fn sums_delta(own: &OwnOptions) -> bool {
-    own.dtype != DType::F32 && !own.o_rest
+    own.dtype != DType::F32 && !own.o_lo
 }
 
 pub(crate) const D_SINK_LOGITS: KernelSpec = KernelSpec {
@@ -41,7 +41,7 @@ pub(crate) const D_SINK_LOGITS: KernelSpec = KernelSpec {
         SinkPartials => !sums_delta(own),
         _ => true,
     },
-    adjust: |own, _, optional| own.o_rest = optional.o_rest,
+    adjust: |own, _, optional| own.o_lo = optional.o_lo,
     work: Work::Heads,
     body: body(|problem, own| sums_of(problem, if sums_delta(own) { 1 } else { DELTA_ROWS as usize })),
 };

@@ -1,7 +1,7 @@
 //! One state of several partial ones.
 
 use crate::kernel::binding::Binding::{
-    Lse, O, ORest, Params, Sequences, SinkLogits as Sinks, States, StatesLse, StatesRest,
+    Lse, O, OLo, Params, Sequences, SinkLogits as Sinks, States, StatesLo, StatesLse,
 };
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{Body, KernelSpec, Plain, Side, Work, always, binds_all};
@@ -11,8 +11,8 @@ pub(crate) const MERGE: KernelSpec = KernelSpec {
     name: "merge",
     template: include_str!("../../shaders/merge.wgsl"),
     wanted: always,
-    reads: &[Params, States, StatesRest, StatesLse, Sinks, Sequences],
-    writes: &[O, ORest, Lse],
+    reads: &[Params, States, StatesLo, StatesLse, Sinks, Sequences],
+    writes: &[O, OLo, Lse],
     binds: binds_all,
     // Which rows of a padded batch count: the sink logit is theirs alone.
     adjust: |own, problem, _| {

@@ -15,9 +15,9 @@ impl Kernel {
     /// o and lse.
     pub const FORWARD: Kernel = Kernel(&forward::FORWARD);
     /// delta = d_o . o - d_lse, and the first level of the sink logits' gradient: in f32, and in half precision where
-    /// o_rest is there.
+    /// o_lo is there.
     pub const DELTA: Kernel = Kernel(&delta::DELTA);
-    /// delta as the sum of p (d_o . v), less d_lse; in half precision without o_rest, where o is rounded.
+    /// delta as the sum of p (d_o . v), less d_lse; in half precision without o_lo, where o is rounded.
     pub const EXACT_DELTA: Kernel = Kernel(&delta::EXACT_DELTA);
     /// The sink logits' gradient: its second level, but after [`EXACT_DELTA`](Self::EXACT_DELTA) the whole of it.
     pub const D_SINK_LOGITS: Kernel = Kernel(&head_sums::D_SINK_LOGITS);

@@ -16,7 +16,7 @@ pub struct OptionalOperands {
     /// A gradient flows into lse.
     pub d_lse: bool,
     /// The forward pass writes, the backward pass reads what rounding took from o; in half precision only.
-    pub o_rest: bool,
+    pub o_lo: bool,
     /// The gradient by the ALiBi slopes is wanted, where there are any.
     pub d_alibi_slopes: bool,
     /// The gradient by the bias is wanted, where there is one.
@@ -28,11 +28,11 @@ pub struct OptionalOperands {
 }
 
 impl OptionalOperands {
-    /// The optional operands of a training step without a gradient into lse: o_rest in half precision, and every gradient.
+    /// The optional operands of a training step without a gradient into lse: o_lo in half precision, and every gradient.
     pub fn for_training(problem: &Problem) -> Self {
         OptionalOperands {
             d_lse: false,
-            o_rest: problem.options().dtype != DType::F32,
+            o_lo: problem.options().dtype != DType::F32,
             d_alibi_slopes: true,
             d_bias: true,
             mask_bits: false,
@@ -41,7 +41,7 @@ impl OptionalOperands {
     }
 
     pub(crate) fn check(self, problem: &Problem) -> Result<()> {
-        if self.o_rest { problem.check_rest() } else { Ok(()) }
+        if self.o_lo { problem.check_rest() } else { Ok(()) }
     }
 }
 
@@ -75,7 +75,7 @@ pub(crate) struct OwnOptions {
     pub(crate) dtype: DType,
     pub(crate) sink_logits: SinkLogits,
     pub(crate) lengths: bool,
-    pub(crate) o_rest: bool,
+    pub(crate) o_lo: bool,
 }
 
 /// When a kernel runs.

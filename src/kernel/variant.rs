@@ -57,7 +57,7 @@ pub struct Variant {
     /// d_k and d_v lie in one buffer, which is bound once.
     pub packed: bool,
     /// o is bound with what its rounding to half precision takes.
-    pub o_rest: bool,
+    pub o_lo: bool,
     /// The tile shape, for the kernels that have tiles.
     pub tiling: Option<Tiling>,
     /// The device's cooperative matrices, for a cooperative kernel.
@@ -113,10 +113,10 @@ impl Variant {
             dtype: if uses_q || uses_v || binds(Binding::RowStats) { options.dtype } else { DType::F32 },
             sink_logits: if reads(Binding::SinkLogits) { options.sink_logits } else { SinkLogits::None },
             lengths: problem.has_lengths() && reads(Binding::Sequences),
-            o_rest: optional.o_rest && binds(Binding::ORest),
+            o_lo: optional.o_lo && binds(Binding::OLo),
         };
         (spec.adjust)(&mut own, problem, optional);
-        let OwnOptions { dtype, sink_logits, lengths, o_rest } = own;
+        let OwnOptions { dtype, sink_logits, lengths, o_lo } = own;
         Variant {
             kernel,
             micro_kernel: MicroKernel::Portable,
@@ -135,7 +135,7 @@ impl Variant {
             lengths,
             d_lse: optional.d_lse && reads(Binding::DLse),
             packed: optional.packed && writes(Binding::DV),
-            o_rest,
+            o_lo,
             tiling: None,
             matrices: None,
             repairs: None,
@@ -146,8 +146,8 @@ impl Variant {
 
     /// The options that its kernel may have taken in its own way.
     pub(crate) fn own_options(&self) -> OwnOptions {
-        let Variant { dtype, sink_logits, lengths, o_rest, .. } = *self;
-        OwnOptions { dtype, sink_logits, lengths, o_rest }
+        let Variant { dtype, sink_logits, lengths, o_lo, .. } = *self;
+        OwnOptions { dtype, sink_logits, lengths, o_lo }
     }
 
     /// The operands this variant binds, with whether it writes them.
@@ -162,7 +162,7 @@ impl Variant {
                 Binding::Bias => self.bias.is_some(),
                 Binding::MaskBits => self.mask || *written,
                 Binding::Sequences => self.lengths,
-                Binding::ORest | Binding::StatesRest => self.o_rest,
+                Binding::OLo | Binding::StatesLo => self.o_lo,
                 // In the buffer of d_k.
                 Binding::DV => !self.packed,
                 _ => true,
@@ -285,7 +285,7 @@ impl Variant {
             write!(name, "_own{}{}{}", u8::from(batch), u8::from(heads), u8::from(seq_q))
         });
         name.push_str(if self.d_lse { "_dlse" } else { "" });
-        name.push_str(if self.o_rest { "_rest" } else { "" });
+        name.push_str(if self.o_lo { "_rest" } else { "" });
         name
     }
 
@@ -351,7 +351,7 @@ impl Variant {
             dtype => self.dtype.to_string(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
-            o_rest => self.o_rest,
+            o_lo => self.o_lo,
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",

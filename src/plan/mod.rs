@@ -46,7 +46,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the forward pass without o_rest; `vec4` says whether the operands can be read four neighbours at a time.
+    /// Plans the forward pass without o_lo; `vec4` says whether the operands can be read four neighbours at a time.
     ///
     /// # Errors
     /// [`Error::NoKernel`].
@@ -59,7 +59,7 @@ impl Plan {
     ///
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem;
-    /// [`Error::UnexpectedOperand`] for o_rest in f32.
+    /// [`Error::UnexpectedOperand`] for o_lo in f32.
     pub fn forward_with(
         problem: &Problem,
         vec4: bool,
@@ -73,7 +73,7 @@ impl Plan {
         Passes { problem, vec4, optional, capabilities, preference }.plan(FORWARD_PASS)
     }
 
-    /// Plans the backward pass without o_rest: delta, the sink logits' gradient (where there is one), d_q, then d_k and
+    /// Plans the backward pass without o_lo: delta, the sink logits' gradient (where there is one), d_q, then d_k and
     /// d_v. `d_lse` says whether a gradient flows into lse.
     ///
     /// # Errors
@@ -99,7 +99,7 @@ impl Plan {
         Passes { problem, vec4, optional, capabilities, preference }.plan(BACKWARD_PASS)
     }
 
-    /// Plans a merge of `states` partial states of the problem, without o_rest unless `optional` says so; `vec4` as in
+    /// Plans a merge of `states` partial states of the problem, without o_lo unless `optional` says so; `vec4` as in
     /// [`forward`](Self::forward). The last merge applies the sink logits.
     ///
     /// # Errors
@@ -394,7 +394,7 @@ mod tests {
         Plan::backward(&window, true, false, software).unwrap();
         Plan::forward(&problem(8192, causal), true, software).unwrap();
 
-        // In half precision without o_rest the sinks' gradient goes by rows, of which a thread gets one in 256.
+        // In half precision without o_lo the sinks' gradient goes by rows, of which a thread gets one in 256.
         let narrow = |dtype| {
             let batch = 1 << 20;
             let shape = crate::Shape { batch, heads: 1, kv_heads: 1, seq_q: 32, seq_k: 1, head_dim: 1, value_dim: 1 };

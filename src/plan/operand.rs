@@ -207,9 +207,9 @@ pub(crate) fn operand_extents(binding: Binding, problem: &Problem) -> ([usize; 4
         Binding::Q | Binding::DQ => ([s.batch, s.heads, s.seq_q, s.head_dim], layout, element),
         Binding::K | Binding::DK => ([s.batch, s.kv_heads, s.seq_k, s.head_dim], layout, element),
         Binding::V | Binding::DV => ([s.batch, s.kv_heads, s.seq_k, s.value_dim], layout, element),
-        Binding::O | Binding::ORest | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
+        Binding::O | Binding::OLo | Binding::DO => ([s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
         // One behind the other, and the keys count them.
-        Binding::States | Binding::StatesRest => ([s.seq_k * s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
+        Binding::States | Binding::StatesLo => ([s.seq_k * s.batch, s.heads, s.seq_q, s.value_dim], layout, element),
         Binding::StatesLse => ([s.seq_k * s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4),
         Binding::SinkLogits | Binding::DSinkLogits | Binding::AlibiSlopes | Binding::DAlibiSlopes => {
             ([1, 1, 1, s.heads], Layout::Bhsd, 4)

@@ -278,7 +278,7 @@ impl<'a> Cutter<'a> {
                 Binding::RowStats if self.problem.options().alibi => {
                     (&touch.batch, touch.queries.start..view.extents[2])
                 }
-                Binding::States | Binding::StatesRest | Binding::StatesLse => (&states, touch.queries.clone()),
+                Binding::States | Binding::StatesLo | Binding::StatesLse => (&states, touch.queries.clone()),
                 // A row may be for all queries.
                 Binding::MaskBits => (&touch.numbers, touch.rows.start.min(view.extents[2] - 1)..view.extents[2]),
                 Binding::Mask | Binding::Bias | Binding::DBias => (&touch.numbers, touch.rows.clone()),
@@ -636,7 +636,7 @@ mod tests {
                 Work::Rows(side) => {
                     let seq = if side == Side::Keys { s.seq_k } else { s.seq_q };
                     let rows = tile * 32..(tile * 32 + 32).min(seq as u64);
-                    let states = [Binding::States, Binding::StatesRest, Binding::StatesLse];
+                    let states = [Binding::States, Binding::StatesLo, Binding::StatesLse];
                     for (binding, _) in self.pass.variant.bindings() {
                         match binding {
                             Binding::SinkPartials => self.touch(piece, binding, entry, head, tile..tile + 1),
@@ -780,8 +780,8 @@ mod tests {
         fn queries(&self, piece: &Piece, number: u64, sequence: &Sequence, head: u64, rows: Range<u64>) {
             let entry = sequence.entry as u64;
             let all = shifted(&rows, sequence.q_start, sequence.q_rows);
-            use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, ORest, Q};
-            for binding in [Q, DQ, DO, O, ORest, Lse, DLse, AlibiMoments] {
+            use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, OLo, Q};
+            for binding in [Q, DQ, DO, O, OLo, Lse, DLse, AlibiMoments] {
                 self.touch(piece, binding, entry, head, all.clone());
             }
             if self.views.iter().any(|view| view.binding == Binding::RowStats) {
@@ -820,7 +820,7 @@ mod tests {
             let budget = [Duration::MAX, DISPATCH_BUDGET, Duration::from_micros(100), Duration::ZERO];
             let budget = budget[rng.random_range(0..4)];
             let vec4 = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
-            let optional = OptionalOperands { o_rest: false, ..OptionalOperands::for_training(&problem) };
+            let optional = OptionalOperands { o_lo: false, ..OptionalOperands::for_training(&problem) };
             let micro_kernel = [MicroKernel::Portable, MicroKernel::Cooperative][rng.random_range(0..2)];
             let preference = Preference { micro_kernel, ..Preference::default() };
             let plans = [
@@ -828,7 +828,7 @@ mod tests {
                 Plan::backward_with(&problem, vec4, optional, &capabilities, &preference),
             ];
             let merging = problem.merging(1 + problem.shape().seq_q % 5, problem.options().dtype, true).unwrap();
-            let rest = OptionalOperands { o_rest: problem.options().dtype != DType::F32, ..optional };
+            let rest = OptionalOperands { o_lo: problem.options().dtype != DType::F32, ..optional };
             let merge = Plan::merging(&merging, vec4, rest, &capabilities).unwrap();
             let plans = plans.into_iter().flatten().map(|plan| (&problem, plan));
             for (problem, plan) in plans.chain([(&merging, merge)]) {

@@ -201,7 +201,7 @@ pub enum BufferType {
     F16,
     /// The upper half of 32-bit floats: operands and a bias.
     Bf16,
-    /// What rounding takes from o, see [`Output::o_rest`](crate::Output::o_rest).
+    /// What rounding takes from o, see [`Output::o_lo`](crate::Output::o_lo).
     I16,
     /// A boolean mask's bits.
     U32,

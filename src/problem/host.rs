@@ -143,7 +143,7 @@ pub struct Output<T = f32, S = f32> {
     pub o: Vec<T>,
     /// What rounding took from o, [`Element::rest`] of each element before it was rounded; `None` in f32. With it the
     /// backward pass has o in f32; without it (`None` in half precision, too) that computes what it needs anew.
-    pub o_rest: Option<Vec<i16>>,
+    pub o_lo: Option<Vec<i16>>,
     /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].
     pub lse: Vec<S>,
 }
@@ -248,12 +248,12 @@ impl Problem {
     /// Checks what a forward pass saved, and the gradients that flow into its results.
     ///
     /// # Errors
-    /// [`Error::OperandLength`]; [`Error::UnexpectedOperand`] for o_rest in f32.
+    /// [`Error::OperandLength`]; [`Error::UnexpectedOperand`] for o_lo in f32.
     pub fn check_upstream<T, S, U>(&self, saved: &Output<T, S>, upstream: &Upstream<'_, U>) -> Result<()> {
         check_length("o", saved.o.len(), &self.o_shape())?;
-        if let Some(o_rest) = &saved.o_rest {
+        if let Some(o_lo) = &saved.o_lo {
             self.check_rest()?;
-            check_length("o_rest", o_rest.len(), &self.o_shape())?;
+            check_length("o_lo", o_lo.len(), &self.o_shape())?;
         }
         check_length("lse", saved.lse.len(), &self.lse_shape())?;
         check_length("d_o", upstream.d_o.len(), &self.o_shape())?;
@@ -264,7 +264,7 @@ impl Problem {
     pub(crate) fn check_rest(&self) -> Result<()> {
         match self.options().dtype {
             DType::F32 => Err(Error::UnexpectedOperand {
-                operand: "o_rest",
+                operand: "o_lo",
                 hint: "in f32 nothing is rounded off o; set Options::dtype to DType::F16 or DType::Bf16, or leave it out",
             }),
             DType::F16 | DType::Bf16 => Ok(()),

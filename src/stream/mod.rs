@@ -229,8 +229,8 @@ impl<T: Element> Stream<T> {
         ] {
             check_length(operand, slice.len(), &layout.shape(batch, heads, 0, width))?;
         }
-        let o_rest = (T::DTYPE != crate::problem::element::DType::F32).then(Vec::new);
-        Ok(Output { o: Vec::new(), o_rest, lse: Vec::new() })
+        let o_lo = (T::DTYPE != crate::problem::element::DType::F32).then(Vec::new);
+        Ok(Output { o: Vec::new(), o_lo, lse: Vec::new() })
     }
 
     /// Parts of an operand of keys in which the tokens lie one behind the other.

@@ -93,7 +93,7 @@ impl Buffers {
     /// Runs a pass that was prepared with these buffers and reads its results.
     pub fn run(&self, device: &Device, prepared: &Prepared) -> Output {
         submit(device, |encoder| prepared.encode(encoder));
-        Output { o: read(device, &self.o), o_rest: None, lse: read(device, &self.lse) }
+        Output { o: read(device, &self.o), o_lo: None, lse: read(device, &self.lse) }
     }
 }
 

@@ -302,7 +302,7 @@ impl<T: Element> Both<T> {
                 }
             }
         }
-        Output { o, o_rest: None, lse }
+        Output { o, o_lo: None, lse }
     }
 }
 
@@ -401,5 +401,5 @@ pub fn decode_on<T: Element>(
     let mut step = step_on(device);
     prepared.encode(cache, &mut step)?;
     step.submit()?;
-    Ok(Output { o: read(device, &o, o_len), o_rest: None, lse: read(device, &lse, lse_len) })
+    Ok(Output { o: read(device, &o, o_len), o_lo: None, lse: read(device, &lse, lse_len) })
 }

@@ -60,7 +60,7 @@ impl<T: Element> Backward<T> {
     pub fn saved(&self, problem: &Problem) -> Output<T> {
         let Output { o, lse, .. } = reference::forward(problem, &self.operands.inputs()).unwrap();
         let round = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
-        Output { o: T::narrow(round(o)), o_rest: None, lse: round(lse) }
+        Output { o: T::narrow(round(o)), o_lo: None, lse: round(lse) }
     }
 
     /// Holds a path's gradients against the definition.

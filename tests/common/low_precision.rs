@@ -89,7 +89,7 @@ fn forward_in_f32<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, round: 
         }
         lse.push(query.lse);
     }
-    Output { o, o_rest: None, lse }
+    Output { o, o_lo: None, lse }
 }
 
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Output<T> {
@@ -98,7 +98,7 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Output<
 
 pub fn forward_with<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, round: Round) -> Output<T> {
     let Output { o, lse, .. } = forward_in_f32(problem, inputs, round);
-    Output { o: T::narrow(o), o_rest: None, lse }
+    Output { o: T::narrow(o), o_lo: None, lse }
 }
 
 pub fn backward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, upstream: &Upstream<'_, T>) -> Gradients<T> {

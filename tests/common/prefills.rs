@@ -168,7 +168,7 @@ impl<T: Element> Both<T> {
             }
             token += n;
         }
-        Output { o, o_rest: None, lse }
+        Output { o, o_lo: None, lse }
     }
 
     /// The last tokens of some sequences against all of their tokens, as sequences of different lengths: the problem, the keys as
@@ -320,7 +320,7 @@ pub fn prefill_on<T: Element>(
     let total: usize = prefill.tokens.iter().sum();
     let (o_len, lse_len) = (total * prefill.heads * cache.config().value_dim, total * prefill.heads);
     let o = filled(device, &vec![T::from_f32(777.0); o_len]);
-    let o_rest = filled(device, &vec![T::from_f32(777.0); o_len]);
+    let o_lo = filled(device, &vec![T::from_f32(777.0); o_len]);
     let lse = filled(device, &vec![777f32; lse_len]);
     let uploaded = Uploaded::new(extras);
     let table = table.map(|table| filled(device, table));
@@ -336,7 +336,7 @@ pub fn prefill_on<T: Element>(
         alibi_slopes: view(&uploaded.slopes),
         bias: view(&uploaded.bias),
         mask: view(&uploaded.mask),
-        o_rest: (T::DTYPE != DType::F32).then(|| TensorView::new(&o_rest)),
+        o_lo: (T::DTYPE != DType::F32).then(|| TensorView::new(&o_lo)),
         ..PrefillBuffers::new(&q, &k, &v, &o, &lse)
     };
     let prepared = cache.prepare_prefill(prefill, &buffers).map_err(|error| error.to_string())?;
@@ -344,9 +344,9 @@ pub fn prefill_on<T: Element>(
     let result = prepared.encode(cache, &mut step);
     step.submit().map_err(|error| error.to_string())?;
     result.map_err(|error| error.to_string())?;
-    let rest: Vec<T> = read(device, &o_rest, o_len);
-    let o_rest = (T::DTYPE != DType::F32).then(|| bytemuck::pod_collect_to_vec(&rest));
-    Ok((read(device, &q, q_len), Output { o: read(device, &o, o_len), o_rest, lse: read(device, &lse, lse_len) }))
+    let rest: Vec<T> = read(device, &o_lo, o_len);
+    let o_lo = (T::DTYPE != DType::F32).then(|| bytemuck::pod_collect_to_vec(&rest));
+    Ok((read(device, &q, q_len), Output { o: read(device, &o, o_len), o_lo, lse: read(device, &lse, lse_len) }))
 }
 
 /// The backward pass of host slices, submitted; gradients by keys and values without the padding of rows.
@@ -362,7 +362,7 @@ fn backward_on<T: Element>(
     let uploaded = Uploaded::new(extras);
     let result = |len: usize| filled(device, &vec![T::from_f32(777.0); len]);
     let f32s = |data: &Option<Vec<f32>>| data.as_ref().map(|data| filled(device, &vec![777f32; data.len()]));
-    let rest = saved.o_rest.as_ref().map(|rest| {
+    let rest = saved.o_lo.as_ref().map(|rest| {
         let rest: Vec<T> = bytemuck::pod_collect_to_vec(rest);
         filled(device, &rest)
     });
@@ -372,7 +372,7 @@ fn backward_on<T: Element>(
     let [d_keys, d_values] = [cache.keys(), cache.values()].map(|of| result(of.size() as usize / size_of::<T>()));
     let (d_sinks, d_slopes, d_bias) = (f32s(&extras.sinks), f32s(&extras.slopes), f32s(&extras.bias));
     let buffers = CacheBackwardBuffers {
-        o_rest: view(&rest),
+        o_lo: view(&rest),
         sink_logits: view(&uploaded.sinks),
         alibi_slopes: view(&uploaded.slopes),
         bias: view(&uploaded.bias),

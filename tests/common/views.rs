@@ -78,7 +78,7 @@ impl Place {
 }
 
 /// Runs both passes on operands `offset` elements into their buffers and in rows with `pad` elements between them, with
-/// tiles of our choice, with or without o_rest, against the definition.
+/// tiles of our choice, with or without o_lo, against the definition.
 pub fn run_at<T: Element>(
     gpu: &Attention,
     problem: &Problem,
@@ -103,7 +103,7 @@ pub fn run_at<T: Element>(
     let [q, k, v, d_o] =
         [given(&q_at, &operands.q), given(&k_at, &operands.k), given(&v_at, &operands.v), given(&o_at, &case.d_o)];
     let [o, d_q, d_k, d_v] = [result(&o_at), result(&q_at), result(&k_at), result(&v_at)];
-    let o_rest = keeps_rest.then(|| result(&o_at));
+    let o_lo = keeps_rest.then(|| result(&o_at));
     // f32 operands begin anywhere, too.
     let single = |data: &[f32]| super::buffers::buffer(device, &[&vec![f32::NAN; offset], data].concat());
     let rows = problem.lse_shape().iter().product();
@@ -113,7 +113,7 @@ pub fn run_at<T: Element>(
     let at = |buffer| TensorView::new(buffer).offset(offset as u64);
     let forward = ForwardBuffers {
         sink_logits: Some(at(&sinks)),
-        o_rest: o_rest.as_ref().map(|o_rest| o_at.view(o_rest)),
+        o_lo: o_lo.as_ref().map(|o_lo| o_at.view(o_lo)),
         ..ForwardBuffers::new(q_at.view(&q), k_at.view(&k), v_at.view(&v), o_at.view(&o), at(&lse))
     };
     let backward = BackwardBuffers {
@@ -133,11 +133,11 @@ pub fn run_at<T: Element>(
         backward.encode(encoder);
     });
     let single = |buffer| super::buffers::read(device, buffer)[offset..].to_vec();
-    if let Some(o_rest) = &o_rest {
-        o_at.take::<T>(device, layout, o_rest, SENTINEL);
+    if let Some(o_lo) = &o_lo {
+        o_at.take::<T>(device, layout, o_lo, SENTINEL);
     }
-    let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), o_rest: None, lse: single(&lse) };
-    let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}, o_rest: {keeps_rest}");
+    let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), o_lo: None, lse: single(&lse) };
+    let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}, o_lo: {keeps_rest}");
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
     let gradients = Gradients {

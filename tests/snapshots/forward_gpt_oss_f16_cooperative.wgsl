@@ -14,7 +14,7 @@ struct Params {
   d_q: Operand,
   d_k: Operand,
   d_v: Operand,
-  o_rest: Operand,
+  o_lo: Operand,
   lse: Operand,
   d_lse: Operand,
   // Statistics of each row for the backward pass: lse, delta, and in half precision the unit of d_q. Behind the last row of a head
@@ -34,7 +34,7 @@ struct Params {
   mask_classes: Operand,
   // Partial states, one behind the other along the batch axis.
   states: Operand,
-  states_rest: Operand,
+  states_lo: Operand,
   states_lse: Operand,
   heads: u32,
   kv_heads: u32,

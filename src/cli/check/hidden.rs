@@ -337,9 +337,9 @@ impl<T: Element> Case<T> {
         let output = other_bits("o", &output.o, &output_after.o, of_queries(shape.value_dim))
             .or_else(|| other_bits("lse", &output.lse, &output_after.lse, singles(&rows)))
             .or_else(|| {
-                let (before, after) = (wide(&output.o_rest), wide(&output_after.o_rest));
+                let (before, after) = (wide(&output.o_lo), wide(&output_after.o_lo));
                 let rows = of_queries(shape.value_dim).filter(|_| !before.is_empty());
-                other_bits("o_rest", &before, &after, rows)
+                other_bits("o_lo", &before, &after, rows)
             });
         let (Some(g), Some(after)) = (gradients, gradients_after) else { return output };
         let optional = |name, before: &Option<Vec<f32>>, after: &Option<Vec<f32>>, rows: &[usize]| {

@@ -253,7 +253,7 @@ struct Expected {
 impl Results {
     fn widen<T: Element>(output: &Output<T>, gradients: Option<Gradients<T>>) -> Self {
         Results {
-            output: Output { o: wide(&output.o), o_rest: None, lse: wide(&output.lse) },
+            output: Output { o: wide(&output.o), o_lo: None, lse: wide(&output.lse) },
             gradients: gradients.map(|g| Gradients {
                 d_q: wide(&g.d_q),
                 d_k: wide(&g.d_k),

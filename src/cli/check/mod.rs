@@ -198,7 +198,7 @@ mod tests {
 
     fn right_forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         let Output { o, lse, .. } = reference::forward(problem, inputs)?;
-        Ok(Output { o: round(o), o_rest: None, lse: round(lse) })
+        Ok(Output { o: round(o), o_lo: None, lse: round(lse) })
     }
 
     fn right_backward<T: Element>(
@@ -715,7 +715,7 @@ mod tests {
         assert_eq!(outcome.failure, Some(Error::NoAdapter.to_string()));
         assert!(outcome.comparisons.iter().all(|comparison| comparison.error.is_none()));
 
-        let empty = forward_but(|_, _, output| *output = Output { o: vec![], o_rest: None, lse: vec![] });
+        let empty = forward_but(|_, _, output| *output = Output { o: vec![], o_lo: None, lse: vec![] });
         assert_eq!(failing(Forward, &empty), all_groups());
         let empty = backward_but(|_, _, g| g.d_v.clear());
         assert_eq!(failing(ForwardAndBackward, &empty), all_groups());
