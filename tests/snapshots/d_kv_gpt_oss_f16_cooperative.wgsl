@@ -968,6 +968,8 @@ fn main(
     for (var tile = first_tile; tile < tiles.end; tile = tile + 1u) {
       let column0 = tile * TILE_COLUMNS;
       let is_partial = !is_full(full, column0);
+
+      // S = K Q^T.
       let next = (tile + 1u) * TILE_COLUMNS;
       {
         let quad = q_quad;
@@ -1030,6 +1032,8 @@ fn main(
         let column = coopLoad<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 12u], Q_ROW);
         s_0_0 = coopMultiplyAdd(k_0_3, column, s_0_0);
       }
+
+      // P, stored as the P tile and kept in registers.
       coopStoreT(s_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
       subgroupBarrier();
       var x_0_0 = score_rows[score_at + 0u];
@@ -1047,6 +1051,8 @@ fn main(
       p_tile[p_at + 0u] = vec4<f16>(p_0_0);
       p_tile[p_at + 2u] = vec4<f16>(p_0_1);
       subgroupBarrier();
+
+      // dV += P dO.
       {
         let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
         {
@@ -1066,6 +1072,8 @@ fn main(
           d_v_0_3 = coopMultiplyAdd(left_0, column, d_v_0_3);
         }
       }
+
+      // dP = V dO^T.
       var d_p_0_0 = coop_mat16x16<f32, C>();
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 0u], D_O_ROW);
@@ -1083,6 +1091,8 @@ fn main(
         let column = coopLoad<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 12u], D_O_ROW);
         d_p_0_0 = coopMultiplyAdd(v_0_3, column, d_p_0_0);
       }
+
+      // dS, stored as the P tile.
       coopStoreT(d_p_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
       subgroupBarrier();
       var y_0_0 = score_rows[score_at + 0u];
@@ -1093,6 +1103,8 @@ fn main(
       p_tile[p_at + 0u] = vec4<f16>(d_s_0_0);
       p_tile[p_at + 2u] = vec4<f16>(d_s_0_1);
       subgroupBarrier();
+
+      // dK += dS Q.
       {
         let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
         {

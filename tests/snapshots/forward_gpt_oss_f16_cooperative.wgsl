@@ -581,6 +581,8 @@ fn main(
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
     let is_partial = !is_full(seq, full, column0);
+
+    // S = Q K^T.
     let next = first_column(tiles, next_tile(tiles, tile));
     {
       let quad = k_quad;
@@ -632,7 +634,8 @@ fn main(
       x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
     }
 
-    // Runs at most once; a loop for the reason that `hide` has.
+    // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
+    // compiler moves the registers of fragments.
     loop {
       if (!subgroupAny(any((x_0_0 > vec4<f32>(limit_0)) | (x_0_1 > vec4<f32>(limit_0))))) { break; }
       let old_max_0 = row_max_0;
@@ -725,6 +728,7 @@ fn main(
       o_0_3 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
     }
+    // P = exp(S - m);  row_sum += sum of P.
     var total_0 = vec4<f32>();
     let p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), vec4<f32>(-row_max_0)));
     total_0 += p_0_0;
@@ -734,6 +738,8 @@ fn main(
     p_tile[p_at + 0u] = vec4<f16>(p_0_0);
     p_tile[p_at + 2u] = vec4<f16>(p_0_1);
     subgroupBarrier();
+
+    // O += P V.
     {
       let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
       {
