@@ -1,4 +1,4 @@
-{#- Needs: nothing. Declares: widen2, narrow4; with `o_rest` rest4 and whole4, which hold the rounding error of o. -#}
+{#- Needs: nothing. Declares: widen2, narrow4; with `o_lo` rest4 and whole4, which hold the rounding error of o. -#}
 // bfloat16, two numbers a word. A number is the upper half of a single.
 
 fn widen2(word: u32) -> vec2<f32> {
@@ -13,7 +13,7 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let nan = (bits >> vec4<u32>(16u)) | vec4<u32>(0x40u);
   return select(number, nan, (bits & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u));
 }
-# if o_rest
+# if o_lo
 
 // The rounding error of narrow4 in i16: the difference of the bits. Twin of Element::rest.
 fn rest4(x: vec4<f32>) -> vec4<u32> {

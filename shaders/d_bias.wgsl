@@ -35,7 +35,7 @@
 # set of_keys = operand.name in ["k", "v"]
       let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, batch, {{ "kv_head" if of_keys else "head" }}) + seq.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq;
 # endfor
-      let stats_base = operand_base(params.row_terms, batch, head) + seq.q_start;
+      let stats_base = operand_base(params.row_stats, batch, head) + seq.q_start;
       begin_pairs(number, batch, head);
 # if mask
       let class_base = operand_base(params.mask_classes, number, head);

@@ -40,8 +40,8 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   var bits = vec4<u32>();
   for (var quad = 0u; quad < {{ operand_quads[operand] }}u; quad += 1u) {
     bits |= bitcast<vec4<u32>>(load_{{ operand }}(operand_base(params.{{ operand }}, batch, head) + row * params.{{ operand }}.seq, quad));
-# if o_rest and operand == "o"
-    bits |= bitcast<vec4<u32>>(load_o_rest(operand_base(params.o_rest, batch, head) + row * params.o_rest.seq, quad));
+# if o_lo and operand == "o"
+    bits |= bitcast<vec4<u32>>(load_o_lo(operand_base(params.o_lo, batch, head) + row * params.o_lo.seq, quad));
 # endif
   }
   return all((bits & vec4<u32>(0x7fffffffu)) == vec4<u32>());
@@ -56,15 +56,15 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 # if alibi
 
   // Later kernels read the slope here and need no binding for it.
-  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, batch, head) + params.slope_row] = {{ "vec2" if dtype == "f32" else "vec4" }}<f32>(alibi_slopes[params.slope_offset + head]); }
+  if (thread == 0u && row0 == 0u) { row_stats[operand_base(params.row_stats, batch, head) + params.slope_row] = {{ "vec2" if dtype == "f32" else "vec4" }}<f32>(alibi_slopes[params.slope_offset + head]); }
 # endif
 
   // Neighbouring threads load a row together. Then thread r sums row r.
   let loaded = row0 + thread / LANES;
   let o_base = operand_base(params.o, batch, head) + loaded * params.o.seq;
   let d_o_base = operand_base(params.d_o, batch, head) + loaded * params.d_o.seq;
-# if o_rest
-  let o_rest_base = operand_base(params.o_rest, batch, head) + loaded * params.o_rest.seq;
+# if o_lo
+  let o_lo_base = operand_base(params.o_lo, batch, head) + loaded * params.o_lo.seq;
 # endif
   let stage = thread / LANES * LANE_ROW + thread % LANES;
   var row_delta = 0.0;
@@ -80,8 +80,8 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     let quad = quad0 + thread % LANES;
     workgroupBarrier();
     if (loaded < params.seq_q && quad < {{ operand_quads.o }}u) {
-# if o_rest
-      o_stage[stage] = whole4(load_o(o_base, quad), load_o_rest(o_rest_base, quad));
+# if o_lo
+      o_stage[stage] = whole4(load_o(o_base, quad), load_o_lo(o_lo_base, quad));
 # else
       o_stage[stage] = load_o(o_base, quad);
 # endif
@@ -161,7 +161,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     let exponent = exponent_of(sizes.x) + exponent_of(max(sizes.y, {{ 2 ** -24 }})) + 1;
     let terms = vec4<f32>(term, row_delta, query_unit(max(exponent, exponent_of(row_delta))), 0.0);
 # endif
-    row_terms[operand_base(params.row_terms, batch, head) + row] = terms;
+    row_stats[operand_base(params.row_stats, batch, head) + row] = terms;
   }
 # if sinks == "per_head"
   if (thread < ROWS) { partials[thread] = sink_share; }

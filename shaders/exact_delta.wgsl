@@ -28,13 +28,13 @@ fn store_row(work: TileWork, row: u32, total: f32, largest: f32) {
   let delta = total;
 # endif
   let unit = query_unit(max(exponent_of(largest), exponent_of(delta)) + 1);
-  row_terms[operand_base(params.row_terms, work.batch, work.head) + row] = vec4<f32>(probability_lse(row_lse), select(0.0, delta, sees), unit, 0.0);
+  row_stats[operand_base(params.row_stats, work.batch, work.head) + row] = vec4<f32>(probability_lse(row_lse), select(0.0, delta, sees), unit, 0.0);
 }
 
 # call tile_main()
 # if alibi
   // Later kernels read the slope here and need no binding for it.
-  if (thread == 0u && row0 == 0u) { row_terms[operand_base(params.row_terms, work.batch, work.head) + params.slope_row] = vec4<f32>(slope); }
+  if (thread == 0u && row0 == 0u) { row_stats[operand_base(params.row_stats, work.batch, work.head) + params.slope_row] = vec4<f32>(slope); }
 # endif
   {{ micro.begin() }}
 # call key_loop()

@@ -1,4 +1,4 @@
-{#- Needs: nothing. Declares: widen2, narrow4; with `o_rest` rest4 and whole4, which hold the rounding error of o. -#}
+{#- Needs: nothing. Declares: widen2, narrow4; with `o_lo` rest4 and whole4, which hold the rounding error of o. -#}
 // IEEE 754 half precision, two numbers a word, without the extension that has a type for it.
 
 // Drivers may flush numbers below 2^-14 to zero.
@@ -31,7 +31,7 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
   return select(number, nan, size > vec4<u32>(0x7f800000u)) | ((bits >> vec4<u32>(16u)) & vec4<u32>(0x8000u));
 }
 # endif
-# if o_rest
+# if o_lo
 
 // The rounding error of narrow4 in i16: the difference of the bits of both as singles. Below 2^-14, where these are too far apart, it is
 // the difference of the sizes in units of 2^-39. Twin of Element::rest.

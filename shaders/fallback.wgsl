@@ -13,20 +13,20 @@ fn fallback_slot(seq: Sequence, work: TileWork, tile: u32) -> u32 {
   return ((tile * params.batch + work.batch) * params.{{ heads }} + work.{{ head }}) * {{ report_words }}u;
 # endif
 }
-# if repairs
+# if fallback_tile
 
 // Whether the cooperative kernel has reported rows of a tile that overlaps row0..row_end.
 fn has_fallback_rows(seq: Sequence, work: TileWork, row0: u32, row_end: u32) -> bool {
-  for (var tile = row0 / {{ repairs }}u; tile <= (row_end - 1u) / {{ repairs }}u; tile += 1u) {
-    if (repairs[fallback_slot(seq, work, tile)] != 0u) { return true; }
+  for (var tile = row0 / {{ fallback_tile }}u; tile <= (row_end - 1u) / {{ fallback_tile }}u; tile += 1u) {
+    if (fallback[fallback_slot(seq, work, tile)] != 0u) { return true; }
   }
   return false;
 }
 
 // Whether the cooperative kernel has reported this row. Other rows keep its results.
 fn is_fallback_row(seq: Sequence, work: TileWork, row: u32) -> bool {
-  let slot = fallback_slot(seq, work, row / {{ repairs }}u);
-  let place = row % {{ repairs }}u;
-  return repairs[slot] != 0u && ((repairs[slot + 1u + place / 32u] >> (place % 32u)) & 1u) != 0u;
+  let slot = fallback_slot(seq, work, row / {{ fallback_tile }}u);
+  let place = row % {{ fallback_tile }}u;
+  return fallback[slot] != 0u && ((fallback[slot + 1u + place / 32u] >> (place % 32u)) & 1u) != 0u;
 }
 # endif

@@ -7,7 +7,7 @@
 
     After `delta` the kernel sums the partial sums of 32 rows, which have a more exact delta than the row statistics. -#}
 # include "params.wgsl"
-# if "row_terms" in names
+# if "row_stats" in names
 # include "exp.wgsl"
 # endif
 # from "entry.wgsl" import main
@@ -21,16 +21,16 @@ var<workgroup> partials: array<f32, {{ threads }}>;
 # call main()
   let head = decode_work(index).head;
   let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if "sink_partials" in names else "params.seq_q" }};
-# if "row_terms" in names
+# if "row_stats" in names
   let sink = sink_logits[params.sink_offset + head];
 # endif
   var sum = 0.0;
   // Kahan's compensation: the rounding error of the last addition.
   var lost = 0.0;
   for (var n = thread; n < params.batch * terms; n += THREADS) {
-    let place = operand_base(params.{{ "row_terms" if "row_terms" in names else ("alibi_moments" if "alibi_moments" in names else "sink_partials") }}, n / terms, head) + n % terms;
-# if "row_terms" in names
-    let row = row_terms[place];
+    let place = operand_base(params.{{ "row_stats" if "row_stats" in names else ("alibi_moments" if "alibi_moments" in names else "sink_partials") }}, n / terms, head) + n % terms;
+# if "row_stats" in names
+    let row = row_stats[place];
     // Equal terms give exp(0), even where both are infinite.
     let x = -select(exp1(sink - row.x), 1.0, sink == row.x) * row.y - lost;
 # elif "alibi_moments" in names

@@ -61,10 +61,10 @@ fn exp_below(x: f32, top: f32) -> f32 {
   let states_base = operand_base(params.states, batch, head) + row * params.states.seq;
   let states_step = params.batch * params.states.batch;
   let o_base = operand_base(params.o, batch, head) + row * params.o.seq;
-# if o_rest
-  let rest_base = operand_base(params.states_rest, batch, head) + row * params.states_rest.seq;
-  let rest_step = params.batch * params.states_rest.batch;
-  let o_rest_base = operand_base(params.o_rest, batch, head) + row * params.o_rest.seq;
+# if o_lo
+  let rest_base = operand_base(params.states_lo, batch, head) + row * params.states_lo.seq;
+  let rest_step = params.batch * params.states_lo.batch;
+  let o_lo_base = operand_base(params.o_lo, batch, head) + row * params.o_lo.seq;
 # endif
   for (var quad = lane; quad < {{ operand_quads.o }}u; quad += LANES) {
     var sum = vec4<f32>();
@@ -73,8 +73,8 @@ fn exp_below(x: f32, top: f32) -> f32 {
       if (state_lse == params.negative_infinity) { continue; }
       // The division comes first: shares add up to 1, and nothing overflows. The share of a state with an infinite lse is not known.
       let share = select(exp_below(state_lse, top) / total, not_a_number(), state_lse == -params.negative_infinity);
-# if o_rest
-      let rest = load_states_rest(rest_base + n * rest_step, quad);
+# if o_lo
+      let rest = load_states_lo(rest_base + n * rest_step, quad);
       let x = whole4(load_states(states_base + n * states_step, quad), rest);
 # else
       let x = load_states(states_base + n * states_step, quad);
@@ -82,8 +82,8 @@ fn exp_below(x: f32, top: f32) -> f32 {
       sum = fma(vec4<f32>(share), x, sum);
     }
     store_o(o_base, quad, sum);
-# if o_rest
-    store_o_rest(o_rest_base, quad, sum);
+# if o_lo
+    store_o_lo(o_lo_base, quad, sum);
 # endif
   }
   if (lane == 0u) {

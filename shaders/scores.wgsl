@@ -59,7 +59,7 @@ fn score4(seq: Sequence, capped: vec4<f32>, row: u32, column: u32) -> vec4<f32> 
 // Sets the slope, and the bases of the bias and the mask, for a sequence, its place along the batch axis, and a query head.
 fn begin_pairs(number: u32, batch: u32, head: u32) {
 # if alibi
-  slope = {{ "alibi_slopes[params.slope_offset + head]" if "alibi_slopes" in names else "row_terms[operand_base(params.row_terms, batch, head) + params.slope_row].x" }};
+  slope = {{ "alibi_slopes[params.slope_offset + head]" if "alibi_slopes" in names else "row_stats[operand_base(params.row_stats, batch, head) + params.slope_row].x" }};
 # endif
 # if bias
   bias_base = operand_base(params.bias, number, head);

@@ -72,7 +72,7 @@
 # for operand in ["q", "d_o"]
     let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head) + seq.q_start * params.{{ operand }}.seq;
 # endfor
-    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
+    let stats_base = operand_base(params.row_stats, work.batch, head) + seq.q_start;
 # if column_scales
     let scales_base = operand_base(params.query_scales, work.batch, head) + seq.q_start;
 # endif

@@ -9,14 +9,14 @@
 # set body = caller
 # set row_limit = "seq.k_rows" if rows_are_keys else "seq.q_rows"
 # set flags = "score_rows" if cooperative else "memory"
-# if sanitize or repairs
+# if sanitize or fallback_tile
 // Whether the cooperative kernel has reported rows of a workgroup's tile.
 fn has_fallback(index: u32) -> bool {
   if (index >= params.workgroups) { return false; }
   let work = tile_work(index);
   let seq = load_sequence(work.sequence);
 # if sanitize
-  return repairs[fallback_slot(seq, work, work.tile)] != 0u;
+  return fallback[fallback_slot(seq, work, work.tile)] != 0u;
 # else
   let row0 = work.tile * TILE_ROWS;
   return has_fallback_rows(seq, work, row0, min(row0 + TILE_ROWS, {{ row_limit }}));
@@ -33,7 +33,7 @@ fn has_fallback(index: u32) -> bool {
   let row_end = min(row0 + TILE_ROWS, row_limit);
   // Rows beyond the end of a padded sequence see nothing.
   let used_end = min(row_end, seq.{{ "seq_k" if rows_are_keys else "seq_q" }});
-# if batch == 1 and (sanitize or repairs)
+# if batch == 1 and (sanitize or fallback_tile)
   if (thread == 0u) { {{ flags }}[0] = vec4<f32>(select(0.0, 1.0, has_fallback(index))); }
   if (workgroupUniformLoad(&{{ flags }}[0]).x == 0.0) { return; }
 # endif
@@ -47,8 +47,8 @@ fn has_fallback(index: u32) -> bool {
 # if "lse" in names
   let lse_base = operand_base(params.lse, work.batch, work.head) + seq.q_start;
 # endif
-# if "row_terms" in names
-  let stats_base = operand_base(params.row_terms, work.batch, work.head) + seq.q_start;
+# if "row_stats" in names
+  let stats_base = operand_base(params.row_stats, work.batch, work.head) + seq.q_start;
 # endif
 # if "key_scales" in names
   let scales_base = operand_base(params.key_scales, work.batch, work.kv_head) + seq.k_start;

@@ -99,9 +99,9 @@
 # if rows_are_keys
 # if column_fragments > 1
 {#- One by one is faster with tiles of 32 queries and slower with those of 16, on an NVIDIA H200: benches/results/2026-11-28-h200-unseen.md. -#}
-      lse_delta_{{ n }} = vec2<f32>(row_terms[stats_base + source].x, row_terms[stats_base + source].y);
+      lse_delta_{{ n }} = vec2<f32>(row_stats[stats_base + source].x, row_stats[stats_base + source].y);
 # else
-      lse_delta_{{ n }} = row_terms[stats_base + source].xy;
+      lse_delta_{{ n }} = row_stats[stats_base + source].xy;
 # endif
 # endif
 # if column_scales
@@ -181,7 +181,7 @@
   var d_q_unit_{{ r }} = 1.0;
 # endif
   if (row_{{ r }} < row_limit) {
-    let own = row_terms[stats_base + row_{{ r }}];
+    let own = row_stats[stats_base + row_{{ r }}];
     shift_{{ r }} = {{ shift("own.x") }};
     delta_{{ r }} = own.y;
 # if not units

@@ -46,8 +46,8 @@
 {{ columns.put_columns() }}
 # endmacro
 
-{#- S = K Q^T. -#}
 # macro scores()
+    // S = K Q^T.
 {{ fallback.clean_columns() }}
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "k", "q", "stage") }}
@@ -80,8 +80,8 @@
 # endif
 # endmacro
 
-{#- P, stored as the P tile and kept in registers. -#}
 # macro probabilities()
+    // P, stored as the P tile and kept in registers.
 {{ make_p() }}
 # if column_scales
 {{ unit.keep_in_unit("w", "d_v", "d_o") }}
@@ -100,11 +100,13 @@
 # endif
 # endmacro
 
-{#- dV += P dO. -#}
-{%- macro accumulate_d_v() %}{{ matrix.accumulate("d_v", "d_o", "stage") }}{% endmacro -%}
+# macro accumulate_d_v()
+    // dV += P dO.
+{{ matrix.accumulate("d_v", "d_o", "stage") }}
+# endmacro
 
-{#- dP = V dO^T. -#}
 # macro probability_gradients()
+    // dP = V dO^T.
 {{ matrix.product("d_p", "v", "d_o", "stage") }}
 # endmacro
 
@@ -134,15 +136,15 @@
 # endif
 # endmacro
 
-{#- dS, stored as the P tile. -#}
 # macro score_gradients()
+    // dS, stored as the P tile.
 {{ make_d_s() }}
 {{ unit.keep_in_unit("d_s", "d_k", "q") }}
 {{ fallback.find_fallback() }}
 # endmacro
 
-{#- dK += dS Q. -#}
 # macro accumulate_d_k()
+    // dK += dS Q.
 {{ matrix.accumulate("d_k", "q", "stage") }}
 {{ columns.next_stage() }}
 # endmacro

@@ -47,15 +47,15 @@
 {{ columns.put_columns() }}
 # endmacro
 
-{#- S = Q K^T. -#}
 # macro scores()
+    // S = Q K^T.
 {{ fallback.clean_columns() }}
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "q", "k", "stage") }}
 # endmacro
 
-{#- dP = dO V^T. -#}
 # macro probability_gradients()
+    // dP = dO V^T.
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
 # endmacro
 
@@ -102,15 +102,15 @@
 # endif
 # endmacro
 
-{#- dS, stored as the P tile. -#}
 # macro score_gradients()
+    // dS, stored as the P tile.
 {{ make_d_s(true) }}
 {{ unit.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
 {{ fallback.find_fallback() }}
 # endmacro
 
-{#- dQ += dS K. -#}
 # macro accumulate()
+    // dQ += dS K.
 {{ matrix.accumulate("d_q", "k", "stage") }}
 {{ columns.next_stage() }}
 # endmacro

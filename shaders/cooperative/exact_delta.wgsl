@@ -31,19 +31,19 @@
 {{ columns.put_columns() }}
 # endmacro
 
-{#- S = Q K^T. -#}
 # macro scores()
+    // S = Q K^T.
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "q", "k", "stage") }}
 # endmacro
 
-{#- dP = dO V^T. -#}
 # macro probability_gradients()
+    // dP = dO V^T.
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
 # endmacro
 
-{#- sum += P dP. The largest |P dP| of each row leads to the unit of d_q. -#}
 # macro accumulate()
+    // sum += P dP. The largest |P dP| of each row leads to the unit of d_q.
 {{ score.begin_scores() }}
 # for r in range(row_fragments)
 {{ matrix.store_rows("s", r) }}

@@ -59,7 +59,7 @@
   var any_fallback = false;
 {{ any_subgroup("any_fallback", "subgroup_fallback") }}
   let slot = fallback_slot(seq, work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  if (thread == 0u) { fallback[slot] = u32(any_fallback); }
   var has_any = any_fallback;
   loop {
     if (!has_any) { break; }
@@ -74,7 +74,7 @@
     if (thread < {{ (tile_rows + 31) // 32 }}u) {
       var bits = 0u;
       for (var n = 0u; n < min({{ tile_rows }}u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
-      repairs[slot + 1u + thread] = bits;
+      fallback[slot + 1u + thread] = bits;
     }
   }
 # endmacro

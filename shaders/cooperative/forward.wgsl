@@ -39,8 +39,8 @@ const SLACK: f32 = 8.0;
 # endfor
 # endmacro
 
-{#- S = Q K^T. -#}
 # macro scores()
+    // S = Q K^T.
 {{ fallback.clean_columns() }}
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "q", "k", "stage") }}
@@ -50,7 +50,8 @@ const SLACK: f32 = 8.0;
     and P stays within f16. It leaves P as the P tile. -#}
 # macro softmax()
 {{ load_scores() }}
-    // Runs at most once; a loop for the reason that `hide` has.
+    // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
+    // compiler moves the registers of fragments.
     loop {
       if (!subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}))) { break; }
 # for r in range(row_fragments)
@@ -61,6 +62,7 @@ const SLACK: f32 = 8.0;
       if (tile == {{ "first_tile" if mask else "tiles.first" }}) { continue; }
 {{ matrix.rescale("o", "v", "rescale_") }}
     }
+    // P = exp(S - m);  row_sum += sum of P.
 # for r in range(row_fragments)
     var total_{{ r }} = vec4<f32>();
 # for n in range(lane_quads)
@@ -142,8 +144,8 @@ const SLACK: f32 = 8.0;
 # endif
 # endmacro
 
-{#- O += P V. -#}
 # macro accumulate()
+    // O += P V.
 {{ matrix.accumulate("o", "v", "stage") }}
 {{ columns.next_stage() }}
 # endmacro

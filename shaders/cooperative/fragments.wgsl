@@ -42,7 +42,7 @@ var<workgroup> p_tile: array<vec4<f16>, {{ subgroups * row_fragments * side * p_
 // Numbers of each column: the shifts by lse and delta of a query, and in bf16 the inverse token scales.
 var<workgroup> column_stats: array<vec4<f32>, {{ stages * stats_per_column * tile_columns // 4 }}>;
 # endif
-# if "row_terms" in names
+# if "row_stats" in names
 // In the second run the unit follows dS beyond this size, which is within f16.
 const UNIT_LIMIT: f32 = 32768.0;
 # endif
@@ -252,13 +252,13 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Writes an accumulator times `factor`. A factor that ends with "_" is the stem of a name, which each row completes with its number. With
-    `o_rest` the rounding error of o is written, too. -#}
+    `o_lo` the rounding error of o is written, too. -#}
 # macro store(x, operand, factor)
 # for r in range(row_fragments)
   {
     let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
-# if o_rest
-    let rest_base = o_rest_base + row_{{ r }} * params.o_rest.seq;
+# if o_lo
+    let rest_base = o_lo_base + row_{{ r }} * params.o_lo.seq;
 # endif
 # for f in range(fragments[operand])
 {{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
@@ -268,8 +268,8 @@ fn is_finite4(x: vec4<f32>) -> bool {
         let result = score_rows[score_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
         fallback_{{ r }} = fallback_{{ r }} || !is_finite4(result);
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
-# if o_rest
-        store_o_rest(rest_base, {{ f * side // 4 }}u + quad, result);
+# if o_lo
+        store_o_lo(rest_base, {{ f * side // 4 }}u + quad, result);
 # endif
       }
 # endcall

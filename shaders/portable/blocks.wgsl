@@ -267,7 +267,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endmacro
 
 {#- Whether a thread writes its i-th row. After a cooperative kernel only the rows that it has reported are written. -#}
-{%- macro writes(i) %}row_{{ i }} < row_limit{% if repairs %} && is_fallback_row(seq, work, row_{{ i }}){% endif %}{% endmacro -%}
+{%- macro writes(i) %}row_{{ i }} < row_limit{% if fallback_tile %} && is_fallback_row(seq, work, row_{{ i }}){% endif %}{% endmacro -%}
 
 {#- Writes an accumulator times `factor`. A factor that ends with "_" is the stem of a name, which each row completes with its number. -#}
 # macro store(x, operand, factor)

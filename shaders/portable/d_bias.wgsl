@@ -19,7 +19,7 @@
     var delta_{{ i }} = 0.0;
     var portion_{{ i }} = 1.0;
     if (row_{{ i }} < row_limit) {
-      let stats = row_terms[stats_base + row_{{ i }}];
+      let stats = row_stats[stats_base + row_{{ i }}];
       lse_{{ i }} = stats.x;
       delta_{{ i }} = stats.y;
       portion_{{ i }} = share(seq, row_{{ i }}, stats.x);

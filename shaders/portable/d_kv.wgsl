@@ -13,14 +13,14 @@
 # macro begin_head()
 # endmacro
 
-{#- S = K Q^T, with softcap, ALiBi and bias. -#}
 # macro scores()
+    // S = K Q^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "k", "q") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
-{#- P = exp(S - lse), stored as the P tile and kept in registers. -#}
 # macro probabilities()
+    // P = exp(S - lse), stored as the P tile and kept in registers.
 # for c in range(quads)
     var delta_{{ c }} = vec4<f32>();
     {
@@ -31,7 +31,7 @@
 # endif
 # for e in range(4)
       if (query + {{ e }}u < column_limit) {
-        let stats = row_terms[stats_base + query + {{ e }}u];
+        let stats = row_stats[stats_base + query + {{ e }}u];
         row_lse.{{ xyzw[e] }} = stats.x;
         delta_{{ c }}.{{ xyzw[e] }} = stats.y;
 # if bias
@@ -49,14 +49,18 @@
 {{ blocks.store_p("s") }}
 # endmacro
 
-{#- dV += P dO. -#}
-{%- macro accumulate_d_v() %}{{ blocks.accumulate("d_v", "d_o") }}{% endmacro -%}
+# macro accumulate_d_v()
+    // dV += P dO.
+{{ blocks.accumulate("d_v", "d_o") }}
+# endmacro
 
-{#- dP = V dO^T. -#}
-{%- macro probability_gradients() %}{{ blocks.product("d_p", "v", "d_o") }}{% endmacro -%}
+# macro probability_gradients()
+    // dP = V dO^T.
+{{ blocks.product("d_p", "v", "d_o") }}
+# endmacro
 
-{#- dS = P (dP - delta), stored as the P tile. -#}
 # macro score_gradients()
+    // dS = P (dP - delta), stored as the P tile.
 # for c, i in pairs(quads, rows)
     d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});
 # endfor
@@ -66,8 +70,10 @@
 {{ blocks.store_p("d_p") }}
 # endmacro
 
-{#- dK += dS Q. -#}
-{%- macro accumulate_d_k() %}{{ blocks.accumulate("d_k", "q") }}{% endmacro -%}
+# macro accumulate_d_k()
+    // dK += dS Q.
+{{ blocks.accumulate("d_k", "q") }}
+# endmacro
 
 # macro finish()
 {{ blocks.store("d_k", "d_k", "params.scale") }}

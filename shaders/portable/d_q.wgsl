@@ -13,7 +13,7 @@
   var portion_{{ i }} = 1.0;
 # endif
   if (row_{{ i }} < row_limit) {
-    let stats = row_terms[stats_base + row_{{ i }}];
+    let stats = row_stats[stats_base + row_{{ i }}];
     lse_{{ i }} = stats.x;
     delta_{{ i }} = stats.y;
 # if bias
@@ -29,17 +29,19 @@
 # endif
 # endmacro
 
-{#- S = Q K^T, with softcap, ALiBi and bias. -#}
 # macro scores()
+    // S = Q K^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
-{#- dP = dO V^T. -#}
-{%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
+# macro probability_gradients()
+    // dP = dO V^T.
+{{ blocks.product("d_p", "d_o", "v") }}
+# endmacro
 
-{#- dS = exp(S - lse) (dP - delta), stored as the P tile. With ALiBi the moment |p - j| dS of each row is summed, too. -#}
 # macro score_gradients()
+    // dS = exp(S - lse) (dP - delta), stored as the P tile. With ALiBi the moment |p - j| dS of each row is summed, too.
 # for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 # endfor
@@ -57,8 +59,10 @@
 {{ blocks.store_p("s") }}
 # endmacro
 
-{#- dQ += dS K. -#}
-{%- macro accumulate() %}{{ blocks.accumulate("d_q", "k") }}{% endmacro -%}
+# macro accumulate()
+    // dQ += dS K.
+{{ blocks.accumulate("d_q", "k") }}
+# endmacro
 
 {#- d_q is linear in the probabilities, so the factor that shares them among keys with the largest bias comes last. -#}
 # macro finish()

@@ -14,17 +14,19 @@
 # endfor
 # endmacro
 
-{#- S = Q K^T, with softcap, ALiBi and bias. -#}
 # macro scores()
+    // S = Q K^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
-{#- dP = dO V^T. -#}
-{%- macro probability_gradients() %}{{ blocks.product("d_p", "d_o", "v") }}{% endmacro -%}
+# macro probability_gradients()
+    // dP = dO V^T.
+{{ blocks.product("d_p", "d_o", "v") }}
+# endmacro
 
-{#- sum += P dP. The largest |P dP| of each row leads to the unit of d_q. -#}
 # macro accumulate()
+    // sum += P dP. The largest |P dP| of each row leads to the unit of d_q.
 # for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * d_p_{{ i }}_{{ c }};
 # endfor

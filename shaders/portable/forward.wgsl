@@ -13,20 +13,23 @@
 {{ blocks.accumulator("o", "v") }}
 # endmacro
 
-{#- S = Q K^T, with softcap, ALiBi and bias. -#}
 # macro scores()
+    // S = Q K^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
 {#- The online softmax. It leaves P as the P tile. -#}
 # macro softmax()
+    // The largest visible score of each row in the tile.
 {{ tile_max() }}
+    // m = max(row_max, max of S by rows);  P = exp(S - m).
 # for i in range(rows)
 {{ row_max(i) }}
 {{ exponentiate(i) }}
 # endfor
 {{ mask() }}
+    // O *= exp(row_max - m);  row_sum = exp(row_max - m) row_sum + sum of P.
 # for i in range(rows)
     {
 {{ rescale(i) }}
@@ -36,7 +39,6 @@
 {{ blocks.store_p("s") }}
 # endmacro
 
-{#- The largest visible score of each row in the tile. -#}
 # macro tile_max()
 # for i in range(rows)
     var thread_max_{{ i }} = 0.0;
@@ -100,8 +102,10 @@
       row_sum_{{ i }} = fma(row_sum_{{ i }}, rescale, (total.x + total.y) + (total.z + total.w));
 # endmacro
 
-{#- O += P V. -#}
-{%- macro accumulate() %}{{ blocks.accumulate("o", "v") }}{% endmacro -%}
+# macro accumulate()
+    // O += P V.
+{{ blocks.accumulate("o", "v") }}
+# endmacro
 
 {#- The denominator of each row takes in the sink logit. Then o = O / row_sum and lse are written. -#}
 # macro finish()
@@ -113,7 +117,7 @@
   if (tx == 0u && {{ blocks.writes(i) }}) { lse[lse_base + row_{{ i }}] = select(params.negative_infinity, end_{{ i }}.lse, row_{{ i }} < seq.seq_q); }
 # endfor
 {{ blocks.store("o", "o", "factor_") }}
-# if o_rest
-{{ blocks.store("o", "o_rest", "factor_") }}
+# if o_lo
+{{ blocks.store("o", "o_lo", "factor_") }}
 # endif
 # endmacro

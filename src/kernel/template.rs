@@ -135,7 +135,9 @@ fn tidy(text: &str) -> String {
         for c in code.chars() {
             match c {
                 '{' | '(' | '[' => open.push(number),
-                '}' | ')' | ']' => drop(open.pop()),
+                '}' | ')' | ']' => {
+                    open.pop();
+                }
                 _ => {}
             }
         }

@@ -346,7 +346,7 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
         "d_sink_logits",
         "row_stats",
         "sink_partials",
-        "repairs",
+        "fallback",
         "key_scales",
         "query_scales",
         "o_lo",
@@ -389,8 +389,8 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
         _ => 7 + options.max(1),
     };
     assert!(storage <= most, "{name}: {storage} storage buffers");
-    assert_eq!(written.contains(&"repairs"), is_cooperative(variant), "{name}");
-    written.retain(|operand| *operand != "repairs");
+    assert_eq!(written.contains(&"fallback"), is_cooperative(variant), "{name}");
+    written.retain(|operand| *operand != "fallback");
     written.sort_unstable();
     let results: &[&str] = match variant.kernel.name() {
         "forward" | "merge" if variant.o_lo => &["lse", "o", "o_lo"],

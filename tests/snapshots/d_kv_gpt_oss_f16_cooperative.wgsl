@@ -14,11 +14,12 @@ struct Params {
   d_q: Operand,
   d_k: Operand,
   d_v: Operand,
-  o_rest: Operand,
+  o_lo: Operand,
   lse: Operand,
   d_lse: Operand,
-  // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
-  row_terms: Operand,
+  // Statistics of each row for the backward pass: lse, delta, and in half precision the unit of d_q. Behind the last row of a head
+  // stands its ALiBi slope.
+  row_stats: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,
   key_scales: Operand,
@@ -33,7 +34,7 @@ struct Params {
   mask_classes: Operand,
   // Partial states, one behind the other along the batch axis.
   states: Operand,
-  states_rest: Operand,
+  states_lo: Operand,
   states_lse: Operand,
   heads: u32,
   kv_heads: u32,
@@ -88,10 +89,10 @@ struct Params {
 @group(0) @binding(2) var<storage, read> k: array<vec2<u32>>;
 @group(0) @binding(3) var<storage, read> v: array<vec2<u32>>;
 @group(0) @binding(7) var<storage, read> d_o: array<vec2<u32>>;
-@group(0) @binding(13) var<storage, read> row_terms: array<vec4<f32>>;
+@group(0) @binding(13) var<storage, read> row_stats: array<vec4<f32>>;
 @group(0) @binding(10) var<storage, read_write> d_k: array<vec2<u32>>;
 @group(0) @binding(11) var<storage, read_write> d_v: array<vec2<u32>>;
-@group(0) @binding(15) var<storage, read_write> repairs: array<u32>;
+@group(0) @binding(15) var<storage, read_write> fallback: array<u32>;
 
 const LOG2_E: f32 = 1.4426950408889634;
 
@@ -662,7 +663,7 @@ fn main(
   for (var head = work.head; waits && head < work.head + params.heads / params.kv_heads; head += 1u) {
     let q_base = operand_base(params.q, work.batch, head) + seq.q_start * params.q.seq;
     let d_o_base = operand_base(params.d_o, work.batch, head) + seq.q_start * params.d_o.seq;
-    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
+    let stats_base = operand_base(params.row_stats, work.batch, head) + seq.q_start;
     let first_tile = tiles.first;
     let walk_tile = clamp(full.start / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
     var next_of_walk = tiles.first;
@@ -710,7 +711,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min((walk_tile) * TILE_COLUMNS + thread + 0u, last_column);
-        lse_delta_0 = row_terms[stats_base + source].xy;
+        lse_delta_0 = row_stats[stats_base + source].xy;
       }
     }
     for (var tile = walk_tile; tile < tiles.end; tile = next_of_walk) {
@@ -870,7 +871,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min(next + thread + 0u, last_column);
-        lse_delta_0 = row_terms[stats_base + source].xy;
+        lse_delta_0 = row_stats[stats_base + source].xy;
       }
     }
   }
@@ -885,7 +886,7 @@ fn main(
   for (var head = work.head; head < work.head + params.heads / params.kv_heads; head += 1u) {
     let q_base = operand_base(params.q, work.batch, head) + seq.q_start * params.q.seq;
     let d_o_base = operand_base(params.d_o, work.batch, head) + seq.q_start * params.d_o.seq;
-    let stats_base = operand_base(params.row_terms, work.batch, head) + seq.q_start;
+    let stats_base = operand_base(params.row_stats, work.batch, head) + seq.q_start;
     let first_tile = tiles.first;
     {
       {
@@ -930,7 +931,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min((tiles.first) * TILE_COLUMNS + thread + 0u, last_column);
-        lse_delta_0 = row_terms[stats_base + source].xy;
+        lse_delta_0 = row_stats[stats_base + source].xy;
       }
     }
     {
@@ -967,6 +968,8 @@ fn main(
     for (var tile = first_tile; tile < tiles.end; tile = tile + 1u) {
       let column0 = tile * TILE_COLUMNS;
       let is_partial = !is_full(full, column0);
+
+      // S = K Q^T.
       let next = (tile + 1u) * TILE_COLUMNS;
       {
         let quad = q_quad;
@@ -1010,7 +1013,7 @@ fn main(
       }
       if (thread < 16u) {
         let source = min(next + thread + 0u, last_column);
-        lse_delta_0 = row_terms[stats_base + source].xy;
+        lse_delta_0 = row_stats[stats_base + source].xy;
       }
       var s_0_0 = coop_mat16x16<f32, C>();
       {
@@ -1029,6 +1032,8 @@ fn main(
         let column = coopLoad<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 12u], Q_ROW);
         s_0_0 = coopMultiplyAdd(k_0_3, column, s_0_0);
       }
+
+      // P, stored as the P tile and kept in registers.
       coopStoreT(s_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
       subgroupBarrier();
       var x_0_0 = score_rows[score_at + 0u];
@@ -1046,6 +1051,8 @@ fn main(
       p_tile[p_at + 0u] = vec4<f16>(p_0_0);
       p_tile[p_at + 2u] = vec4<f16>(p_0_1);
       subgroupBarrier();
+
+      // dV += P dO.
       {
         let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
         {
@@ -1065,6 +1072,8 @@ fn main(
           d_v_0_3 = coopMultiplyAdd(left_0, column, d_v_0_3);
         }
       }
+
+      // dP = V dO^T.
       var d_p_0_0 = coop_mat16x16<f32, C>();
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 0u], D_O_ROW);
@@ -1082,6 +1091,8 @@ fn main(
         let column = coopLoad<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 12u], D_O_ROW);
         d_p_0_0 = coopMultiplyAdd(v_0_3, column, d_p_0_0);
       }
+
+      // dS, stored as the P tile.
       coopStoreT(d_p_0_0, &score_rows[subgroup_scores + 0u], SCORE_ROW);
       subgroupBarrier();
       var y_0_0 = score_rows[score_at + 0u];
@@ -1092,6 +1103,8 @@ fn main(
       p_tile[p_at + 0u] = vec4<f16>(d_s_0_0);
       p_tile[p_at + 2u] = vec4<f16>(d_s_0_1);
       subgroupBarrier();
+
+      // dK += dS Q.
       {
         let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
         {
@@ -1345,7 +1358,7 @@ fn main(
   any_fallback = false;
   for (var n = 0u; n < 2u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
   let slot = fallback_slot(seq, work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  if (thread == 0u) { fallback[slot] = u32(any_fallback); }
   var has_any = any_fallback;
   loop {
     if (!has_any) { break; }
@@ -1358,7 +1371,7 @@ fn main(
     if (thread < 1u) {
       var bits = 0u;
       for (var n = 0u; n < min(32u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
-      repairs[slot + 1u + thread] = bits;
+      fallback[slot + 1u + thread] = bits;
     }
   }
 }

@@ -11,11 +11,12 @@ struct Params {
   d_q: Operand,
   d_k: Operand,
   d_v: Operand,
-  o_rest: Operand,
+  o_lo: Operand,
   lse: Operand,
   d_lse: Operand,
-  // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
-  row_terms: Operand,
+  // Statistics of each row for the backward pass: lse, delta, and in half precision the unit of d_q. Behind the last row of a head
+  // stands its ALiBi slope.
+  row_stats: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,
   key_scales: Operand,
@@ -30,7 +31,7 @@ struct Params {
   mask_classes: Operand,
   // Partial states, one behind the other along the batch axis.
   states: Operand,
-  states_rest: Operand,
+  states_lo: Operand,
   states_lse: Operand,
   heads: u32,
   kv_heads: u32,
@@ -354,6 +355,8 @@ fn main(
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
     let is_partial = !is_full(seq, full, column0);
+
+    // S = Q K^T.
     var s_0_0 = vec4<f32>();
     var s_1_0 = vec4<f32>();
     var s_2_0 = vec4<f32>();
@@ -488,6 +491,8 @@ fn main(
         }
       }
     }
+
+    // The largest visible score of each row in the tile.
     var thread_max_0 = 0.0;
     var thread_max_1 = 0.0;
     var thread_max_2 = 0.0;
@@ -592,6 +597,8 @@ fn main(
       x = max(x, partials[at + 7u]);
       tile_max_3 = x;
     }
+
+    // m = max(row_max, max of S by rows);  P = exp(S - m).
     let old_max_0 = row_max_0;
     row_max_0 = max(old_max_0, tile_max_0);
     s_0_0 = exp4(fma(s_0_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_0)) * params.scale_size);
@@ -610,6 +617,8 @@ fn main(
       s_2_0 = select(vec4<f32>(), s_2_0, visible4(seq, row_2, column0 + 4u * (tx + 0u * THREADS_C)));
       s_3_0 = select(vec4<f32>(), s_3_0, visible4(seq, row_3, column0 + 4u * (tx + 0u * THREADS_C)));
     }
+
+    // O *= exp(row_max - m);  row_sum = exp(row_max - m) row_sum + sum of P.
     {
       let rescale = exp1((old_max_0 - row_max_0) * params.scale_size);
       o_0_0 *= rescale;
@@ -642,6 +651,8 @@ fn main(
     memory[(ty + 1u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_1_0;
     memory[(ty + 2u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_2_0;
     memory[(ty + 3u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_3_0;
+
+    // O += P V.
     for (var first = 0u; first < 32u; first += N_STEP) {
       var share_0 = vec4<f32>();
       {

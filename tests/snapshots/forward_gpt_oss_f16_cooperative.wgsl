@@ -14,11 +14,12 @@ struct Params {
   d_q: Operand,
   d_k: Operand,
   d_v: Operand,
-  o_rest: Operand,
+  o_lo: Operand,
   lse: Operand,
   d_lse: Operand,
-  // What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
-  row_terms: Operand,
+  // Statistics of each row for the backward pass: lse, delta, and in half precision the unit of d_q. Behind the last row of a head
+  // stands its ALiBi slope.
+  row_stats: Operand,
   alibi_moments: Operand,
   sink_partials: Operand,
   key_scales: Operand,
@@ -33,7 +34,7 @@ struct Params {
   mask_classes: Operand,
   // Partial states, one behind the other along the batch axis.
   states: Operand,
-  states_rest: Operand,
+  states_lo: Operand,
   states_lse: Operand,
   heads: u32,
   kv_heads: u32,
@@ -90,7 +91,7 @@ struct Params {
 @group(0) @binding(6) var<storage, read> sink_logits: array<f32>;
 @group(0) @binding(4) var<storage, read_write> o: array<vec2<u32>>;
 @group(0) @binding(5) var<storage, read_write> lse: array<f32>;
-@group(0) @binding(15) var<storage, read_write> repairs: array<u32>;
+@group(0) @binding(15) var<storage, read_write> fallback: array<u32>;
 
 const LOG2_E: f32 = 1.4426950408889634;
 
@@ -580,6 +581,8 @@ fn main(
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
     let is_partial = !is_full(seq, full, column0);
+
+    // S = Q K^T.
     let next = first_column(tiles, next_tile(tiles, tile));
     {
       let quad = k_quad;
@@ -631,7 +634,8 @@ fn main(
       x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
     }
 
-    // Runs at most once; a loop for the reason that `hide` has.
+    // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
+    // compiler moves the registers of fragments.
     loop {
       if (!subgroupAny(any((x_0_0 > vec4<f32>(limit_0)) | (x_0_1 > vec4<f32>(limit_0))))) { break; }
       let old_max_0 = row_max_0;
@@ -724,6 +728,7 @@ fn main(
       o_0_3 = coopLoadT<coop_mat16x16<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
       subgroupBarrier();
     }
+    // P = exp(S - m);  row_sum += sum of P.
     var total_0 = vec4<f32>();
     let p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), vec4<f32>(-row_max_0)));
     total_0 += p_0_0;
@@ -733,6 +738,8 @@ fn main(
     p_tile[p_at + 0u] = vec4<f16>(p_0_0);
     p_tile[p_at + 2u] = vec4<f16>(p_0_1);
     subgroupBarrier();
+
+    // O += P V.
     {
       let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
       {
@@ -874,7 +881,7 @@ fn main(
   any_fallback = false;
   for (var n = 0u; n < 4u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
   let slot = fallback_slot(seq, work, work.tile);
-  if (thread == 0u) { repairs[slot] = u32(any_fallback); }
+  if (thread == 0u) { fallback[slot] = u32(any_fallback); }
   var has_any = any_fallback;
   loop {
     if (!has_any) { break; }
@@ -887,7 +894,7 @@ fn main(
     if (thread < 2u) {
       var bits = 0u;
       for (var n = 0u; n < min(64u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
-      repairs[slot + 1u + thread] = bits;
+      fallback[slot + 1u + thread] = bits;
     }
   }
 }
