@@ -7,6 +7,8 @@ mod common;
 mod extremes;
 #[path = "../both/laws.rs"]
 mod laws;
+#[path = "../both/users.rs"]
+mod users;
 
 mod backward;
 mod buffers;

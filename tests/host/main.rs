@@ -6,6 +6,8 @@ mod common;
 mod extremes;
 #[path = "../both/laws.rs"]
 mod laws;
+#[path = "../both/users.rs"]
+mod users;
 
 mod api;
 mod conformance;
