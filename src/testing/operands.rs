@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+
 use super::compare::{accepted, lse as compare_lse, rows as compare_rows, tensor as compare};
 use super::random::Random;
 use crate::cpu::reference;
@@ -95,7 +98,7 @@ pub enum MaskValues {
 
 impl MaskValues {
     /// A tenth of the pairs is hidden one by one, and whole blocks of 48 keys by 40 queries are, or are visible.
-    fn new(problem: &Problem, random: &mut Random) -> Option<Self> {
+    fn new(problem: &Problem, rng: &mut StdRng) -> Option<Self> {
         let options = problem.options().mask_packing(MaskPacking::Bytes);
         let axes = options.mask?;
         let [batch, heads, seq_q, seq_k] = {
@@ -105,13 +108,14 @@ impl MaskValues {
         };
         let mut bytes = Vec::with_capacity(batch * heads * seq_q * seq_k);
         for _ in 0..batch * heads {
-            let blocks: Vec<u8> = (0..seq_q.div_ceil(40) * seq_k.div_ceil(48)).map(|_| random.below(3) as u8).collect();
+            let blocks: Vec<u8> =
+                (0..seq_q.div_ceil(40) * seq_k.div_ceil(48)).map(|_| rng.random_range(0..3)).collect();
             for i in 0..seq_q {
                 for j in 0..seq_k {
                     bytes.push(match blocks[i / 40 * seq_k.div_ceil(48) + j / 48] {
                         0 => 0,
                         1 => 7,
-                        _ => u8::from(random.below(10) > 0),
+                        _ => u8::from(rng.random_range(0..10) > 0),
                     });
                 }
             }
@@ -156,8 +160,9 @@ fn full_pairs(problem: &Problem) -> [usize; 4] {
 impl Operands {
     /// Numbers of unit variance, the same for a seed everywhere.
     pub fn random(problem: &Problem, seed: u64) -> Self {
-        let mut random = Random::new(seed, "operands");
-        let mut vector = |len: usize| random.units(len);
+        let mut rng = StdRng::seed_from_u64(seed);
+        let half_width = 3f32.sqrt();
+        let mut vector = |len: usize| (0..len).map(|_| rng.random_range(-half_width..half_width)).collect::<Vec<_>>();
         Operands {
             q: vector(problem.q_shape().iter().product()),
             k: vector(problem.k_shape().iter().product()),
@@ -177,7 +182,7 @@ impl Operands {
                     _ => BiasValues::Operand(bias),
                 }
             }),
-            mask: MaskValues::new(problem, &mut Random::new(seed, "mask")),
+            mask: MaskValues::new(problem, &mut StdRng::seed_from_u64(seed ^ 0xa5)),
         }
     }
 
