@@ -2,6 +2,7 @@
 
       lse = log(sum over states of exp(lse_n) + exp(sink))
       o = sum over states of exp(lse_n - lse) o_n
+      row_max = max over states of row_max_n                  where it is wanted
 
     One workgroup merges 32 rows, 8 threads a row. The states follow one another along the batch axis, and the key axis of the problem
     counts them. Twin of src/cpu/merge.rs. -#}
@@ -48,11 +49,23 @@ fn exp_below(x: f32, top: f32) -> f32 {
 # endif
   for (var n = 0u; n < states; n += 1u) { top = max(top, states_lse[lse_base + n * lse_step]); }
   var total = 0.0;
+# if has_row_max
+  let max_base = operand_base(params.states_row_max, batch, head) + row;
+  let max_step = params.batch * params.states_row_max.batch;
+  var largest = params.negative_infinity;
+  var has_nan = false;
+# endif
   for (var n = 0u; n < states; n += 1u) {
     let state_lse = states_lse[lse_base + n * lse_step];
     // A state that has seen nothing has no share, whatever its o holds. A NaN is not equal to -infinity and has a share.
     if (state_lse == params.negative_infinity) { continue; }
     total += exp_below(state_lse, top);
+# if has_row_max
+    // A maximum may lose a NaN.
+    let state_max = states_row_max[max_base + n * max_step];
+    has_nan = has_nan || (bitcast<u32>(state_max) & 0x7fffffffu) > 0x7f800000u;
+    largest = max(largest, state_max);
+# endif
   }
 # if sinks != "none"
   total += select(exp_below(sink, top), 0.0, sink == params.negative_infinity);
@@ -90,5 +103,8 @@ fn exp_below(x: f32, top: f32) -> f32 {
     // The total is 0, or a sum of terms of which the largest is 1.
     let whole = select(top + natural_log(total), params.negative_infinity, total == 0.0);
     lse[operand_base(params.lse, batch, head) + row] = whole;
+# if has_row_max
+    row_max[operand_base(params.row_max, batch, head) + row] = select(largest, not_a_number(), has_nan);
+# endif
   }
 # endcall

@@ -1,4 +1,5 @@
-{#- The end of a row's softmax. Needs: exp.wgsl, params.wgsl; `sinks`. Declares: natural_log, RowEnd, finish_row. -#}
+{#- The end of a row's softmax. Needs: exp.wgsl, params.wgsl; `sinks`. Declares: natural_log, RowEnd, finish_row; with row_max
+    largest_score. -#}
 // 1 / row_sum, and lse. The sink logit enters the denominator here, exactly once.
 struct RowEnd { factor: f32, lse: f32 }
 
@@ -28,3 +29,14 @@ fn finish_row(row_max: f32, row_sum: f32, head: u32) -> RowEnd {
   return RowEnd(keys / total, select(top + (natural_log(total) + rest), infinity, score == infinity));
 # endif
 }
+# if has_row_max
+
+// The largest score of a row, by its maximum and its sum as `finish_row` has them, but the maximum is that of now. NaN where a score is,
+// and -infinity where nothing was seen. Bits are compared: compilers may assume that a float comparison meets no NaN.
+fn largest_score(row_max: f32, row_sum: f32) -> f32 {
+  let score = row_max * {{ score_size }};
+  if (score == -params.negative_infinity) { return score; }
+  if ((bitcast<u32>(row_sum) & 0x7fffffffu) > 0x7f800000u) { return row_sum; }
+  return select(score, params.negative_infinity, row_sum == 0.0);
+}
+# endif

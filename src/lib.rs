@@ -39,7 +39,7 @@
 //! | k | `[B, N, G, D]` | `[B, G, N, D]` | `[keys, G, D]` |
 //! | v | `[B, N, G, E]` | `[B, G, N, E]` | `[keys, G, E]` |
 //! | o | `[B, M, H, E]` | `[B, H, M, E]` | `[queries, H, E]` |
-//! | lse | `[B, H, M]` | `[B, H, M]` | `[H, queries]` |
+//! | lse, row_max | `[B, H, M]` | `[B, H, M]` | `[H, queries]` |
 //! | sink logits, ALiBi slopes | `[H]` | `[H]` | `[H]` |
 //! | bias, mask | `[B or 1, H or 1, M or 1, N]` | the same | the same, of the longest sequence |
 //!
@@ -81,11 +81,17 @@
 //! s_ij  = s_ij + bias_ij                             with Options::bias
 //! lse_i = log(sum over visible j of exp(s_ij)  +  exp(sink_logit_h))
 //! o_i   = sum over visible j of exp(s_ij - lse_i) * v_j
+//! row_max_i = max over visible j of s_ij              where it is asked for
 //! ```
 //!
 //! lse is in natural-log units and includes the sink logit. A query that sees nothing gives o = 0 exactly and
 //! lse = its sink logit, or -infinity without sink logits. A hidden key changes nothing, even where it holds NaN
 //! or infinity.
+//!
+//! row_max is f32, in natural-log units, without the sink logit: the largest score itself, not the maximum that an online softmax keeps,
+//! which may be stale. [`Attention::forward_with_row_max`], [`ForwardBuffers::row_max`], [`MergeBuffers::row_max`],
+//! [`DecodeBuffers::row_max`] and [`PartialState::row_max`] give it; nobody else pays for it. A query that sees nothing has
+//! row_max = -infinity, one that sees a NaN score NaN, one that sees a score beyond f32 +infinity, as lse. No gradient flows through it.
 //!
 //! Given the gradients d_o and, optionally, d_lse of the two results, the backward pass computes
 //!
@@ -116,11 +122,12 @@
 //! | o, d_q, d_k, d_v | 1e-5 | 1.5e-3 | 6e-3 | norm of x - exact over norm of exact |
 //! | gradient of sink logits | 1e-5 | 1e-5 | 1e-5 | the same |
 //! | lse | 1e-5 | 1e-5 | 1e-5 | of each element, absolute plus relative |
+//! | row_max | 1e-5 | 1e-5 | 1e-5 | of each element, relative to max(1, size of exact) |
 //! | gradient of ALiBi slopes | 1e-4 | 1e-4 | 1e-4 | as o |
 //!
 //! On cooperative matrices ([`MicroKernel::Cooperative`]) P and d_s are rounded to f16 before they are multiplied. Results stay
 //! within the bounds above, but with o_lo the gradients of the sink logits and of a bias have the bound of o, and those of ALiBi
-//! slopes twice as much. Cases outside the bounds, rules of scales and their derivations: docs/precision.md in the repository.
+//! slopes twice as much, and row_max of capped scores may be off by 2^-19 of the cap besides. Cases outside the bounds, rules of scales and their derivations: docs/precision.md in the repository.
 //!
 //! There are no float atomics: equal inputs give equal bits on the same device, driver and version of this crate. Across
 //! devices the order of sums differs.

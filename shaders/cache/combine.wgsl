@@ -12,6 +12,9 @@ const SLOTS: u32 = {{ threads // lanes }}u;
 const QUADS: u32 = {{ operand_quads.o }}u;
 var<workgroup> maxima: array<f32, {{ threads }}>;
 var<workgroup> sums: array<f32, {{ threads // lanes }}>;
+{% if has_row_max %}
+var<workgroup> largest_scores: array<f32, {{ threads // lanes }}>;
+{% endif %}
 var<workgroup> parts: array<vec4<f32>, {{ threads }}>;
 
 @compute @workgroup_size({{ threads }})
@@ -41,6 +44,10 @@ fn main(
   let lane = thread % LANES;
   var sum = 0.0;
   var x = vec4<f32>();
+{% if has_row_max %}
+  // The maxima of splits may be stale.
+  var largest = LOWEST;
+{% endif %}
   // Loads of several splits at a time are under way; those beyond the last one count nothing.
   for (var n = slot; n < range.splits; n += {{ ahead }}u * SLOTS) {
 {% for a in range(ahead) %}
@@ -53,11 +60,17 @@ fn main(
       let factor = exp1(state_{{ a }}.x - most);
       sum = fma(factor, state_{{ a }}.y, sum);
       x = fma(vec4<f32>(factor), part_{{ a }}, x);
+{% if has_row_max %}
+      largest = max(largest, state_{{ a }}.z);
+{% endif %}
     }
 {% endfor %}
   }
   parts[thread] = x;
   if (lane == 0u) { sums[slot] = sum; }
+{% if has_row_max %}
+  if (lane == 0u) { largest_scores[slot] = largest; }
+{% endif %}
   workgroupBarrier();
   if (slot > 0u) { return; }
   for (var n = 1u; n < SLOTS; n++) {
@@ -67,6 +80,10 @@ fn main(
   for (var n = 0u; n < SLOTS; n++) { sum += sums[n]; }
   let end = finish_row(most, sum, head);
   if (lane == 0u) { lse[params.lse_offset + index] = end.lse; }
+{% if has_row_max %}
+  for (var n = 0u; n < SLOTS; n++) { largest = max(largest, largest_scores[n]); }
+  if (lane == 0u) { row_max[params.row_max.offset + index] = largest_score(largest, sum); }
+{% endif %}
   // A row that has seen nothing is zero, whatever its keys were.
   if (lane < QUADS) {
     store_o(operand_base(params.o, entry, head) + query * params.o.seq, lane, select(x * end.factor, vec4<f32>(), sum == 0.0));

@@ -146,6 +146,10 @@ fn main(
   let position_{{ n }} = offset + i32((first_row + row_{{ n }}) / group);
   var most_{{ n }} = LOWEST;
   var sum_{{ n }} = 0.0;
+{% if has_row_max %}
+  // The maximum of now, behind which `most` may stay.
+  var largest_{{ n }} = LOWEST;
+{% endif %}
 {% endfor %}
 
   let end = min((split + 1u) * range.split_tiles, range.tiles);
@@ -263,6 +267,9 @@ fn main(
 {% for x in range(1, exchanged) %}
       top = max(top, s{{ x }});
 {% endfor %}
+{% if has_row_max %}
+      largest_{{ n }} = max(largest_{{ n }}, top);
+{% endif %}
       // A maximum that is a little stale does: exp is good up to 1.
       var factor = 1.0;
       if (top > most_{{ n }} + 1.0) {
@@ -343,6 +350,13 @@ fn main(
     tile += 1u;
   }
 
+{% if has_row_max %}
+  // All have read the last weights. In their place the largest scores go from slot to slot.
+  workgroupBarrier();
+{% for n in range(owned) %}
+  {{ "if (row_" ~ n ~ " < ROWS) " if rows < (n + 1) * lanes else "" }}{ weights[slot * ROWS + row_{{ n }}].x = largest_{{ n }}; }
+{% endfor %}
+{% endif %}
   // The slots, in their order.
 {% for n in range(owned) %}
   {{ "if (row_" ~ n ~ " < ROWS) " if rows < (n + 1) * lanes else "" }}{ states[slot * ROWS + row_{{ n }}] = vec2<f32>(most_{{ n }}, sum_{{ n }}); }
@@ -379,7 +393,11 @@ fn main(
         let state = states[n * ROWS + {{ r }}u];
         sum = fma(exp1(state.x - most_of_{{ r }}), state.y, sum);
       }
-      partials[place * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] = vec4<f32>(most_of_{{ r }}, sum, 0.0, 0.0);
+{% if has_row_max %}
+      var largest = LOWEST;
+      for (var n = 0u; n < SLOTS; n++) { largest = max(largest, weights[n * ROWS + {{ r }}u].x); }
+{% endif %}
+      partials[place * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] = vec4<f32>(most_of_{{ r }}, sum, {{ "largest" if has_row_max else "0.0" }}, 0.0);
     }
   }
 {% endfor %}

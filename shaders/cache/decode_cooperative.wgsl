@@ -152,6 +152,10 @@ fn main(
   // What scores may reach before it follows.
   var limit = 0.5 * HIDDEN;
   var sum = 0.0;
+{% if has_row_max %}
+  // The maximum of now, of the columns of this lane.
+  var largest = HIDDEN;
+{% endif %}
 
   loop {
 {% for a in range(ahead) %}
@@ -210,6 +214,15 @@ fn main(
       }
 {% endfor %}{% endfor %}
     }
+{% if has_row_max %}
+    {
+      var largest4 = x_0;
+{% for n in range(1, lane_quads) %}
+      largest4 = max(largest4, x_{{ n }});
+{% endfor %}
+      largest = max(largest, max(max(largest4.x, largest4.y), max(largest4.z, largest4.w)));
+    }
+{% endif %}
     loop {
       if (!subgroupAny(any({% for n in range(lane_quads) %}{{ " | " if n > 0 }}(x_{{ n }} > vec4<f32>(limit)){% endfor %}))) { break; }
       let before = most;
@@ -265,6 +278,12 @@ fn main(
 {% for n in [1, 2, 4] %}{% if n < lanes // rows %}
   sum += subgroupShuffleXor(sum, {{ n }}u);
 {% endif %}{% endfor %}
+{% if has_row_max %}
+{% for n in [1, 2, 4] %}{% if n < lanes // rows %}
+  largest = max(largest, subgroupShuffleXor(largest, {{ n }}u));
+{% endif %}{% endfor %}
+  largest = select(largest{{ "" if softcap else " * abs(params.scale)" }}, LOWEST, sum == 0.0);
+{% endif %}
   let index = (entry * params.heads + kv_head * group + first_row + row) * params.most_splits + split;
   let writes = first_row + row < group && split < range.splits;
 {% for f in range(features.v) %}
@@ -277,5 +296,5 @@ fn main(
 {% endfor %}
   // The maximum as a score, whose weights are powers of e; none has been seen where it is LOWEST.
   let score = select(most{{ "" if softcap else " * abs(params.scale)" }}, LOWEST, sum == 0.0);
-  if (writes && part == 0u) { partials[index * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] = vec4<f32>(score, sum, 0.0, 0.0); }
+  if (writes && part == 0u) { partials[index * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] = vec4<f32>(score, sum, {{ "largest" if has_row_max else "0.0" }}, 0.0); }
 }

@@ -36,6 +36,10 @@ const SLACK: f32 = 8.0;
   // Scores above the limit raise the maximum.
   var limit_{{ r }} = {{ "LOWEST" if formed else "0.5 * HIDDEN" }};
   var row_sum_{{ r }} = 0.0;
+# if has_row_max
+  // The largest visible score of this lane's columns: row_max lags behind, and in bf16 has the scales of values.
+  var largest_{{ r }} = {{ "LOWEST" if formed else "HIDDEN" }};
+# endif
 # endfor
 # endmacro
 
@@ -95,14 +99,33 @@ const SLACK: f32 = 8.0;
 {{ matrix.load_rows("x", r, 0) }}
 # endfor
 {{ score.make_scores("x", "") }}
+# if has_row_max
+# if not hides_in_memory
+{{ masking.hide("x", "hidden") }}
+# endif
+{{ largest_scores() }}
+# endif
 # if column_scales
 # for r, n in pairs(row_fragments, lane_quads)
     x_{{ r }}_{{ n }} += {{ matrix.column_stat(n, 1) }};
 # endfor
 # endif
-# if not hides_in_memory
+# if not (hides_in_memory or has_row_max)
 {{ masking.hide("x", "hidden") }}
 # endif
+# endmacro
+
+{#- The largest score of the columns of this lane so far; `finish` compares the lanes of a row. A row that sees a NaN is reported. -#}
+# macro largest_scores()
+# for r in range(row_fragments)
+    {
+      var largest4 = x_{{ r }}_0;
+# for n in range(1, lane_quads)
+      largest4 = max(largest4, x_{{ r }}_{{ n }});
+# endfor
+      largest_{{ r }} = max(largest_{{ r }}, max(max(largest4.x, largest4.y), max(largest4.z, largest4.w)));
+    }
+# endfor
 # endmacro
 
 {#- m = max(row_max, max of S by rows), for rows that have passed their limit. -#}
@@ -167,6 +190,14 @@ const SLACK: f32 = 8.0;
   let end_{{ r }} = finish_row(row_max_{{ r }} / {% if formed %}LOG2_E{% elif softcap %}LOG2_E + params.softcap{% else %}scale{% endif %}, row_sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor{{ " * lift_" ~ r if column_scales }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < seq.seq_q); }
+# if has_row_max
+{{ matrix.reduce_row("largest_" ~ r, "max") }}
+  if (row_{{ r }} < row_limit && part == 0u) {
+    let at = operand_base(params.row_max, work.batch, work.head) + seq.q_start + row_{{ r }};
+    let largest = largest_score(largest_{{ r }}{% if formed %} / LOG2_E{% elif softcap %} * scale / LOG2_E + params.softcap{% endif %}, row_sum_{{ r }});
+    row_max[at] = select(params.negative_infinity, largest, row_{{ r }} < seq.seq_q);
+  }
+# endif
 # endfor
 {{ matrix.store("o", "o", "factor_") }}
 {{ fallback.report_fallback() }}

@@ -115,6 +115,12 @@
   let end_{{ i }} = finish_row(row_max_{{ i }}, total_{{ i }}, work.head);
   let factor_{{ i }} = end_{{ i }}.factor;
   if (tx == 0u && {{ blocks.writes(i) }}) { lse[lse_base + row_{{ i }}] = select(params.negative_infinity, end_{{ i }}.lse, row_{{ i }} < seq.seq_q); }
+# if has_row_max
+  if (tx == 0u && {{ blocks.writes(i) }}) {
+    let at = operand_base(params.row_max, work.batch, work.head) + seq.q_start + row_{{ i }};
+    row_max[at] = select(params.negative_infinity, largest_score(row_max_{{ i }}, total_{{ i }}), row_{{ i }} < seq.seq_q);
+  }
+# endif
 # endfor
 {{ blocks.store("o", "o", "factor_") }}
 # if o_lo

@@ -299,9 +299,68 @@ impl Attention {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub async fn forward_async<T: Element>(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
+        Ok(self.forward_whole(problem, inputs, false).await?.0)
+    }
+
+    /// As [`forward`](Self::forward), and the largest score of each row, `[batch, heads, seq_q]` as lse lies
+    /// ([`Problem::lse_shape`]), in natural-log units: for monitoring, and for clipping the projections of q and k (QK-clip).
+    ///
+    /// ```text
+    /// row_max_i = max over visible j of s_ij
+    /// s_ij = softcap(scale q_i.k_j) - slope |p - j| + bias_ij          as in the softmax, before the sink logit
+    /// ```
+    ///
+    /// -infinity where a query sees nothing, NaN where a score that it sees is NaN, +infinity where one exceeds f32: as lse. It is the
+    /// maximum of the scores as they are computed, and takes no bit of o and lse: within 1e-5 of the definition
+    /// ([`cpu::reference::row_max`]), relative to max(1, |row_max|), for operands whose lse is.
+    ///
+    /// ```
+    /// use sink_attention::{Attention, Inputs, Options, Problem, Shape};
+    ///
+    /// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 2, seq_k: 2, head_dim: 1, value_dim: 1 };
+    /// let problem = Problem::new(shape, Options::new().causal(true).scale(0.5))?;
+    /// let inputs = Inputs::new(&[1.0, 2.0], &[-4.0, 3.0], &[0.0, 1.0]);
+    /// let (_, row_max) = Attention::cpu().forward_with_row_max(&problem, &inputs)?;
+    /// assert_eq!(row_max, [-2.0, 3.0]);
+    /// # Ok::<(), sink_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::NoKernel`] where the kernel then binds more storage buffers than the device offers: with
+    /// o_lo and one other option it binds 8, which every device has.
+    #[cfg(not(target_family = "wasm"))]
+    pub fn forward_with_row_max<T: Element>(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_, T>,
+    ) -> Result<(Output<T>, Vec<f32>)> {
+        pollster::block_on(self.forward_with_row_max_async(problem, inputs))
+    }
+
+    /// As [`forward_with_row_max`](Self::forward_with_row_max), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`forward_with_row_max`](Self::forward_with_row_max).
+    pub async fn forward_with_row_max_async<T: Element>(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_, T>,
+    ) -> Result<(Output<T>, Vec<f32>)> {
+        let (output, row_max) = self.forward_whole(problem, inputs, true).await?;
+        Ok((output, row_max.unwrap_or_default()))
+    }
+
+    /// The results of a forward pass, and row_max where it is wanted.
+    async fn forward_whole<T: Element>(
+        &self,
+        problem: &Problem,
+        inputs: &Inputs<'_, T>,
+        has_row_max: bool,
+    ) -> Result<(Output<T>, Option<Vec<f32>>)> {
         let Backend::Gpu { device, .. } = &self.backend else {
             self.check_cpu()?;
-            return cpu::forward(problem, inputs);
+            let (output, row_max) = cpu::forward_with_row_max(problem, inputs)?;
+            return Ok((output, has_row_max.then_some(row_max)));
         };
         problem.check_inputs(inputs)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -312,16 +371,20 @@ impl Attention {
             Ok((
                 Uploaded::new(device, inputs)?,
                 [allocate::<T>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
-                // One element in f32, so that there is a buffer to read.
+                // One element where it is not wanted, so that there is a buffer to read.
                 allocate::<i16>(device, "o_lo", if rounded { o_len } else { 1 }, usage)?,
+                allocate::<f32>(device, "row_max", if has_row_max { lse_len } else { 1 }, usage)?,
             ))
         });
-        let (inputs, [o, lse], o_lo) = operands.await??;
+        let (inputs, [o, lse], o_lo, row_max) = operands.await??;
         let buffers = inputs.buffers(&o, rounded.then_some(&o_lo), &lse);
+        let buffers = ForwardBuffers { row_max: has_row_max.then(|| TensorView::new(&row_max)), ..buffers };
         let prepared = self.prepare_forward_async(problem, &buffers).await?;
-        let [o, o_lo, lse] = download(device, [&o, &o_lo, &lse], |encoder| prepared.encode(encoder)).await?;
+        let [o, o_lo, lse, row_max] =
+            download(device, [&o, &o_lo, &lse, &row_max], |encoder| prepared.encode(encoder)).await?;
         let o_lo = if rounded { Some(o_lo.read(o_len).await?) } else { None };
-        Ok(Output { o: o.read(o_len).await?, o_lo, lse: lse.read(lse_len).await? })
+        let row_max = if has_row_max { Some(row_max.read(lse_len).await?) } else { None };
+        Ok((Output { o: o.read(o_len).await?, o_lo, lse: lse.read(lse_len).await? }, row_max))
     }
 
     /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.

@@ -14,12 +14,12 @@ use crate::problem::{Gradients, Inputs, Output, PartialState, Problem, Upstream}
 
 impl PartialState {
     /// The results of a forward pass, unrounded.
-    fn of<T: Element>(output: Output<T>) -> Self {
+    fn of<T: Element>((output, row_max): (Output<T>, Option<Vec<f32>>)) -> Self {
         let o = match &output.o_lo {
             Some(o_lo) => output.o.par_iter().zip(o_lo).map(|(o, &rest)| o.whole(rest)).collect(),
             None => T::widen(&output.o).into_owned(),
         };
-        PartialState { o, lse: output.lse }
+        PartialState { o, lse: output.lse, row_max }
     }
 }
 
@@ -72,6 +72,44 @@ impl Attention {
         keys: Range<usize>,
         inputs: &Inputs<'_, T>,
     ) -> Result<PartialState> {
+        self.attend_shard(problem, keys, inputs, false).await
+    }
+
+    /// As [`attend_partial`](Self::attend_partial), with [`PartialState::row_max`]: a merge of such states has that of all their keys,
+    /// see [`forward_with_row_max`](Self::forward_with_row_max).
+    ///
+    /// # Errors
+    /// As [`attend_partial`](Self::attend_partial).
+    #[cfg(not(target_family = "wasm"))]
+    pub fn attend_partial_with_row_max<T: Element>(
+        &self,
+        problem: &Problem,
+        keys: Range<usize>,
+        inputs: &Inputs<'_, T>,
+    ) -> Result<PartialState> {
+        pollster::block_on(self.attend_partial_with_row_max_async(problem, keys, inputs))
+    }
+
+    /// As [`attend_partial_with_row_max`](Self::attend_partial_with_row_max), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`attend_partial`](Self::attend_partial).
+    pub async fn attend_partial_with_row_max_async<T: Element>(
+        &self,
+        problem: &Problem,
+        keys: Range<usize>,
+        inputs: &Inputs<'_, T>,
+    ) -> Result<PartialState> {
+        self.attend_shard(problem, keys, inputs, true).await
+    }
+
+    async fn attend_shard<T: Element>(
+        &self,
+        problem: &Problem,
+        keys: Range<usize>,
+        inputs: &Inputs<'_, T>,
+        has_row_max: bool,
+    ) -> Result<PartialState> {
         check_without_sinks(inputs.sink_logits.is_some())?;
         problem.check_shard(&keys)?;
         if keys.is_empty() {
@@ -79,7 +117,7 @@ impl Attention {
             return Ok(PartialState::empty(problem));
         }
         let shard = problem.shard(keys)?.without_sink_logits();
-        Ok(PartialState::of(self.forward_async(&shard, inputs).await?))
+        Ok(PartialState::of(self.forward_whole(&shard, inputs, has_row_max).await?))
     }
 
     /// Merges states of disjoint shards into the state of all their keys, in any order and number, as
@@ -107,7 +145,7 @@ impl Attention {
         if states.is_empty() {
             return Ok(PartialState::empty(problem));
         }
-        self.merge_states(&problem.merging(states.len(), DType::F32, false)?, states, None).await
+        self.merge_states(&problem.merging(states.len(), DType::F32, false)?, states, None, true).await
     }
 
     /// Applies the sink logits to the state of all keys, once, as the options of the problem say: the results of the
@@ -144,7 +182,8 @@ impl Attention {
             self.check_cpu()?;
             return cpu::finish(problem, state, sink_logits);
         }
-        Ok(self.merge_states(&problem.merging(1, DType::F32, true)?, &[state], sink_logits).await?.narrow())
+        // The state has row_max already.
+        Ok(self.merge_states(&problem.merging(1, DType::F32, true)?, &[state], sink_logits, false).await?.narrow())
     }
 
     /// The backward pass of a shard of the keys, from the results of the whole forward pass: its d_k and d_v (and
@@ -288,14 +327,18 @@ impl Attention {
         self.prepare_merging("prepare_finish", &merging, buffers).await
     }
 
-    /// Merges partial states on the GPU, all f32, by a problem whose keys they are.
+    /// Merges partial states on the GPU, all f32, by a problem whose keys they are; their row_max, too, where it is wanted and all
+    /// have it.
     async fn merge_states(
         &self,
         merging: &Problem,
         states: &[&PartialState],
         sink_logits: Option<&[f32]>,
+        has_row_max: bool,
     ) -> Result<PartialState> {
         let (device, _) = self.gpu("merge_states")?;
+        let maxima: Option<Vec<&[f32]>> = states.iter().map(|state| state.row_max.as_deref()).collect();
+        let maxima = maxima.filter(|_| has_row_max);
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let [o_len, lse_len] = [&merging.o_shape()[..], &merging.lse_shape()].map(|shape| shape.iter().product());
         let operands = device.scoped("uploading partial states", || -> Result<_> {
@@ -306,17 +349,26 @@ impl Attention {
                 stacked("states", |state| &state.o)?,
                 stacked("states_lse", |state| &state.lse)?,
                 sink_logits.map(|sink_logits| upload(device, "sink_logits", sink_logits)).transpose()?,
-                [allocate::<f32>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
+                maxima.as_ref().map(|maxima| upload(device, "states_row_max", &maxima.concat())).transpose()?,
+                [
+                    allocate::<f32>(device, "o", o_len, usage)?,
+                    allocate::<f32>(device, "lse", lse_len, usage)?,
+                    // One element where there is none, so that there is a buffer to read.
+                    allocate::<f32>(device, "row_max", if maxima.is_some() { lse_len } else { 1 }, usage)?,
+                ],
             ))
         });
-        let (states, states_lse, sink_logits, [o, lse]) = operands.await??;
+        let (states, states_lse, sink_logits, states_row_max, [o, lse, row_max]) = operands.await??;
         let buffers = MergeBuffers {
             sink_logits: sink_logits.as_ref().map(TensorView::new),
+            states_row_max: states_row_max.as_ref().map(TensorView::new),
+            row_max: states_row_max.as_ref().map(|_| TensorView::new(&row_max)),
             ..MergeBuffers::new(&states, &states_lse, &o, &lse)
         };
         let prepared = self.prepare_merging("merge", merging, &buffers).await?;
-        let [o, lse] = download(device, [&o, &lse], |encoder| prepared.encode(encoder)).await?;
-        Ok(PartialState { o: o.read(o_len).await?, lse: lse.read(lse_len).await? })
+        let [o, lse, row_max] = download(device, [&o, &lse, &row_max], |encoder| prepared.encode(encoder)).await?;
+        let row_max = if maxima.is_some() { Some(row_max.read(lse_len).await?) } else { None };
+        Ok(PartialState { o: o.read(o_len).await?, lse: lse.read(lse_len).await?, row_max })
     }
 
     /// Prepares a merge by a problem whose keys are the states.

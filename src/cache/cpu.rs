@@ -314,6 +314,21 @@ impl<T: Element> KvCache<T> {
         sink_logits: Option<&[f32]>,
         cos_sin: Option<&[f32]>,
     ) -> Result<Output<T>> {
+        Ok(self.decode_with_row_max(decode, q, sink_logits, cos_sin)?.0)
+    }
+
+    /// As [`decode`](Self::decode), and the largest score of each row, `[B, H, M]`; see
+    /// [`Attention::forward_with_row_max`](crate::Attention::forward_with_row_max).
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn decode_with_row_max(
+        &self,
+        decode: &Decode,
+        q: &[T],
+        sink_logits: Option<&[f32]>,
+        cos_sin: Option<&[f32]>,
+    ) -> Result<(Output<T>, Vec<f32>)> {
         let (problem, bounds) = decode.problem(&self.config)?;
         let entries = decode.entries(&self.config)?;
         for &sequence in &entries {
@@ -346,6 +361,7 @@ impl<T: Element> KvCache<T> {
         let options = options.window(crate::problem::Window { left: bound(bounds.left), right: bound(bounds.right) });
         let mut output =
             Output { o: Vec::with_capacity(s.batch * s.heads * s.seq_q * s.value_dim), o_lo: None, lse: vec![] };
+        let mut row_max = Vec::with_capacity(s.batch * s.heads * s.seq_q);
         for (entry, &sequence) in entries.iter().enumerate() {
             let keys = self.places.keys(sequence);
             let shape = Shape { batch: 1, seq_k: keys.max(1), ..s };
@@ -364,14 +380,16 @@ impl<T: Element> KvCache<T> {
                         _ => f32::NEG_INFINITY,
                     };
                     output.lse.extend(std::iter::repeat_n(sink, s.seq_q));
+                    row_max.extend(std::iter::repeat_n(f32::NEG_INFINITY, s.seq_q));
                 }
                 continue;
             }
-            let Output { o, lse, .. } = cpu::forward(&problem, &inputs)?;
+            let (Output { o, lse, .. }, largest) = cpu::forward_with_row_max(&problem, &inputs)?;
             output.o.extend(o);
             output.lse.extend(lse);
+            row_max.extend(largest);
         }
-        Ok(output)
+        Ok((output, row_max))
     }
 
     /// The keys and values of a sequence in the order of their places, in the problem's layout.

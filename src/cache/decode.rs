@@ -8,7 +8,7 @@ use super::gpu::KvCache;
 use super::step::{Step, StepPass, Ticket};
 use crate::device::buffer::{TensorView, allocate, upload};
 use crate::kernel::Binding;
-use crate::kernel::params::Params;
+use crate::kernel::params::{Operand, Params};
 use crate::plan::decode::{Decode, DecodePlan};
 use crate::plan::splits::DecodeTiling;
 use crate::problem::error::{Error, Result};
@@ -27,12 +27,15 @@ pub struct DecodeBuffers<'a> {
     pub sink_logits: Option<TensorView<'a>>,
     /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin), where keys are rotated as they are read.
     pub cos_sin: Option<&'a wgpu::Buffer>,
+    /// Result, where it is wanted: the largest score of each row, f32, `[B, H, M]` as lse, densely packed; see
+    /// [`Attention::forward_with_row_max`](crate::Attention::forward_with_row_max).
+    pub row_max: Option<TensorView<'a>>,
 }
 
 impl<'a> DecodeBuffers<'a> {
     /// What every step has; what goes with options is `None`.
     pub fn new(q: impl Into<TensorView<'a>>, o: impl Into<TensorView<'a>>, lse: impl Into<TensorView<'a>>) -> Self {
-        DecodeBuffers { q: q.into(), o: o.into(), lse: lse.into(), sink_logits: None, cos_sin: None }
+        DecodeBuffers { q: q.into(), o: o.into(), lse: lse.into(), sink_logits: None, cos_sin: None, row_max: None }
     }
 }
 
@@ -84,14 +87,19 @@ impl PreparedDecode {
         };
         let q = place(Binding::Q, &buffers.q, [s.batch, s.heads, s.seq_q, s.head_dim], options.layout, element)?;
         let o = place(Binding::O, &buffers.o, [s.batch, s.heads, s.seq_q, s.value_dim], options.layout, element)?;
-        for (binding, view) in [(Binding::Lse, Some(&buffers.lse)), (Binding::SinkLogits, buffers.sink_logits.as_ref())]
-        {
+        for (binding, view) in [
+            (Binding::Lse, Some(&buffers.lse)),
+            (Binding::SinkLogits, buffers.sink_logits.as_ref()),
+            (Binding::RowMax, buffers.row_max.as_ref()),
+        ] {
             if view.is_some_and(|view| view.strides.is_some()) {
                 let reason = "must be densely packed; give an offset, but no strides".into();
                 return Err(Error::InvalidOption { option: binding.name(), reason });
             }
         }
-        let lse = place(Binding::Lse, &buffers.lse, [s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4)?;
+        let rows = |binding, view| place(binding, view, [s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4);
+        let lse = rows(Binding::Lse, &buffers.lse)?;
+        let row_max = buffers.row_max.as_ref().map(|view| rows(Binding::RowMax, view)).transpose()?;
         let sinks = match (&buffers.sink_logits, options.sink_logits == SinkLogits::PerHead) {
             (Some(view), true) => Some(place(Binding::SinkLogits, view, [1, 1, 1, s.heads], Layout::Bhsd, 4)?),
             (None, false) => None,
@@ -103,6 +111,9 @@ impl PreparedDecode {
         };
         check_result(&o, &[Some(&q), Some(&lse), sinks.as_ref()])?;
         check_result(&lse, &[Some(&q), Some(&o), sinks.as_ref()])?;
+        if let Some(row_max) = &row_max {
+            check_result(row_max, &[Some(&q), Some(&o), Some(&lse), sinks.as_ref()])?;
+        }
         match (config.rotary.filter(|_| config.is_relative()), buffers.cos_sin) {
             (Some(rotary), table) => {
                 let (positions, rows) = (table_positions(cache, &rotary, table)?, config.kind.rows());
@@ -118,7 +129,8 @@ impl PreparedDecode {
         }
 
         let vec4 = |binding| [&q, &o].into_iter().all(|given| given.view().binding != binding || given.view().vec4());
-        let plan = DecodePlan::new(config, decode, cache.attention.micro_kernel(), vec4, capabilities)?;
+        let micro_kernel = cache.attention.micro_kernel();
+        let plan = DecodePlan::new(config, decode, micro_kernel, vec4, row_max.is_some(), capabilities)?;
         let width = |given: &Given<'_>| if given.view().vec4() { 4 } else { 1 };
         let params = Params {
             q: q.operand(width(&q)),
@@ -140,6 +152,7 @@ impl PreparedDecode {
             long_tiles: plan.split.long_tiles,
             least_tiles: plan.split.least_tiles,
             lse_offset: lse.operand(1).offset,
+            row_max: row_max.as_ref().map_or(Operand::default(), |row_max| row_max.operand(1)),
             sink_offset: sinks.as_ref().map_or(0, |sinks| sinks.operand(1).offset),
             scale: problem.scale(),
             softcap: options.softcap.unwrap_or(0.0),
@@ -158,6 +171,7 @@ impl PreparedDecode {
             (Binding::Partials, partials.as_entire_binding()),
             (Binding::Entries, list.as_entire_binding()),
         ];
+        operands.extend(row_max.as_ref().map(|row_max| (Binding::RowMax, row_max.resource())));
         operands.extend(sinks.as_ref().map(|sinks| (Binding::SinkLogits, sinks.resource())));
         operands.extend(buffers.cos_sin.map(|table| (Binding::CosSin, table.as_entire_binding())));
         let mut kernels = Vec::with_capacity(plan.passes.len());

@@ -70,6 +70,7 @@ fn variants() -> Vec<(Variant, Capabilities)> {
                         several,
                         softcap,
                         sink_logits,
+                        row_max: turn % 4 < 2,
                         rotary: rotary.filter(|_| config.is_relative()),
                         indexed: turn.is_multiple_of(2),
                         ..moved

@@ -66,5 +66,12 @@ fn merge_with(problem: &Problem, states: &[&PartialState], sink: impl Fn(usize) 
             o.iter_mut().zip(part).for_each(|(o, part)| *o += weight * part);
         }
     });
-    PartialState { o, lse: denominators.iter().map(|denominator| denominator.log() as f32).collect() }
+    let maxima: Option<Vec<&[f32]>> = states.iter().map(|state| state.row_max.as_deref()).collect();
+    let row_max = maxima.map(|maxima| {
+        let seen = |n: usize| states.iter().zip(&maxima).filter(move |(state, _)| state.lse[n] != f32::NEG_INFINITY);
+        let larger = |a: f32, b: f32| if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b) };
+        let row = |n: usize| seen(n).map(|(_, maxima)| maxima[n]).fold(f32::NEG_INFINITY, larger);
+        (0..denominators.len()).into_par_iter().with_min_len(64).map(row).collect()
+    });
+    PartialState { o, lse: denominators.iter().map(|denominator| denominator.log() as f32).collect(), row_max }
 }

@@ -12,4 +12,4 @@ mod tiled;
 pub use crate::cache::cpu::{KvCache, PrefillOperands};
 pub use backward::backward;
 pub use merge::{finish, merge};
-pub use tiled::forward;
+pub use tiled::{forward, forward_with_row_max};

@@ -17,6 +17,23 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
     Ok(Operands::new(problem, inputs).forward(problem, &mut None))
 }
 
+/// The largest score of each row in f64, `row_max_i = max_j s_ij`, `[batch, heads, seq_q]`: scaled, capped and biased, without the sink
+/// logit. -infinity where a query sees nothing, NaN where a score that it sees is NaN.
+///
+/// # Errors
+/// Those of [`Problem::check_inputs`].
+pub fn row_max<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Vec<f64>> {
+    problem.check_inputs(inputs)?;
+    let operands = Operands::new(problem, inputs);
+    let mut row_max = vec![f64::NEG_INFINITY; problem.lse_shape().iter().product()];
+    for query in queries(problem).filter(|query| query.i < query.sequence.band.seq_q()) {
+        let scores = operands.scores(problem, &query, |_| true);
+        let larger = |a: f64, (b, _): &(f64, Pair)| if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(*b) };
+        row_max[query.index] = scores.iter().fold(f64::NEG_INFINITY, larger);
+    }
+    Ok(row_max)
+}
+
 /// Backward pass in f64, from a forward pass of its own:
 ///
 /// ```text
@@ -496,6 +513,8 @@ mod tests {
         let output = forward(&problem, &inputs).unwrap();
         approx::assert_relative_eq!(output.o[0], 7.0, epsilon = 1e-6);
         approx::assert_relative_eq!(output.lse[0], 8f64.ln(), epsilon = 1e-6);
+        // The sink logit is larger, and no score.
+        approx::assert_relative_eq!(row_max(&problem, &inputs).unwrap()[0], 3f64.ln(), epsilon = 1e-6);
     }
 
     #[test]

@@ -45,13 +45,22 @@ pub(super) const SPLIT_TILES: usize = 8;
 /// # Errors
 /// Those of [`Problem::check_inputs`].
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
+    Ok(forward_with_row_max(problem, inputs)?.0)
+}
+
+/// As [`forward`], with the largest score of each row; see
+/// [`Attention::forward_with_row_max`](crate::Attention::forward_with_row_max).
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with_row_max<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<(Output<T>, Vec<f32>)> {
     problem.check_inputs(inputs)?;
     let (q, k, v) = (T::widen(inputs.q), T::widen(inputs.k), T::widen(inputs.v));
     let bias = inputs.bias.map(widen_bias);
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
-    let Output { o, lse, .. } = forward_widened(problem, &inputs);
+    let (Output { o, lse, .. }, row_max) = widened_with_row_max(problem, &inputs);
     let o_lo = (T::DTYPE != DType::F32).then(|| o.par_iter().map(|&o| T::rest(o)).collect());
-    Ok(Output { o: T::narrow(o), o_lo, lse })
+    Ok((Output { o: T::narrow(o), o_lo, lse }, row_max))
 }
 
 /// A bias in f32.
@@ -64,16 +73,20 @@ pub(super) fn widen_bias<T: Element>(bias: Bias<'_, T>) -> Cow<'_, [f32]> {
 
 /// The pass on operands of any element type, checked and widened; o unrounded.
 pub(super) fn forward_widened(problem: &Problem, inputs: &Inputs<'_>) -> Output {
-    let mut output = forward_on(Arch::new(), problem, inputs);
+    widened_with_row_max(problem, inputs).0
+}
+
+fn widened_with_row_max(problem: &Problem, inputs: &Inputs<'_>) -> (Output, Vec<f32>) {
+    let (mut output, row_max) = forward_on(Arch::new(), problem, inputs);
     // o is a sum of up to N values before it is divided by the sum of the weights: in f32 the largest of bf16 have no room.
     if problem.options().dtype == DType::Bf16 {
         exact::forward(problem, inputs, &mut output);
     }
-    output
+    (output, row_max)
 }
 
 /// The pass in f32, on operands that have been checked.
-fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
+fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> (Output, Vec<f32>) {
     let s = problem.shape();
     let layout = problem.options().layout;
     let operands = Operands {
@@ -87,8 +100,9 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
     let rows = s.batch * s.heads * s.seq_q;
     // Rows beyond the lengths in use stay so.
     let mut output = Output { o: vec![0.0; rows * s.value_dim], o_lo: None, lse: vec![f32::NEG_INFINITY; rows] };
+    let mut row_max = output.lse.clone();
 
-    let mut items = items(problem, &mut output);
+    let mut items = items(problem, &mut output, &mut row_max);
     let splits = FEW_ITEMS / items.len().max(1);
     // Long items first: the short ones then even out the end.
     items.sort_by_key(|item| Reverse(item.tiles));
@@ -113,7 +127,7 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> Output {
             }
         },
     );
-    output
+    (output, row_max)
 }
 
 /// A tile with the number of key tiles it visits, and its rows of the output.
@@ -122,6 +136,7 @@ struct Item<'a> {
     tiles: usize,
     o: Vec<&'a mut [f32]>,
     lse: Vec<&'a mut f32>,
+    row_max: Vec<&'a mut f32>,
 }
 
 /// How the rows of a sequence are cut into items.
@@ -148,7 +163,7 @@ impl Cut {
 }
 
 /// Cuts the problem into items, ordered by sequence, head and query.
-fn items<'a>(problem: &Problem, output: &'a mut Output) -> Vec<Item<'a>> {
+fn items<'a>(problem: &Problem, output: &'a mut Output, row_max: &'a mut [f32]) -> Vec<Item<'a>> {
     let (s, group) = (problem.shape(), problem.group());
     let (mut items, mut cuts) = (Vec::new(), Vec::with_capacity(problem.sequence_count()));
     for (sequence, band) in problem.sequences().map(|sequence| sequence.band).enumerate() {
@@ -163,7 +178,8 @@ fn items<'a>(problem: &Problem, output: &'a mut Output) -> Vec<Item<'a>> {
                     };
                     let o = (0..tile.len()).map(|_| Default::default()).collect();
                     let tiles = band.key_tiles(&tile.queries, TILE).count();
-                    items.push(Item { lse: Vec::with_capacity(tile.len()), o, tiles, tile });
+                    let [lse, row_max] = [(); 2].map(|()| Vec::with_capacity(tile.len()));
+                    items.push(Item { lse, row_max, o, tiles, tile });
                 }
             }
         }
@@ -181,10 +197,11 @@ fn items<'a>(problem: &Problem, output: &'a mut Output) -> Vec<Item<'a>> {
         let r = (row[1] - tile.heads.start) * tile.queries.len() + i - tile.queries.start;
         items[n].o[r] = o;
     }
-    // lse is [batch, heads, seq_q] in every layout, so rows come in the order of their tile.
-    for (row, lse) in rows_mut(&mut output.lse, Layout::Bhsd, s.heads, s.seq_q, 1) {
+    // These are [batch, heads, seq_q] in every layout, so rows come in the order of their tile.
+    for ((row, lse), row_max) in rows_mut(&mut output.lse, Layout::Bhsd, s.heads, s.seq_q, 1).zip(row_max) {
         let Some((n, _)) = item(row) else { continue };
         items[n].lse.push(&mut lse[0]);
+        items[n].row_max.push(row_max);
     }
     items
 }
@@ -193,7 +210,7 @@ impl Item<'_> {
     /// Merges the states of all key splits with the sink logit, which thereby counts once.
     fn finish(self, inputs: &Inputs<'_>, problem: &Problem, states: &[State]) {
         let width = problem.shape().value_dim;
-        for (r, (o, lse)) in self.o.into_iter().zip(self.lse).enumerate() {
+        for (r, ((o, lse), row_max)) in self.o.into_iter().zip(self.lse).zip(self.row_max).enumerate() {
             let sink = sink_logit(problem, inputs, self.tile.row(r).0);
             // What was accumulated nowhere has no weight, even where lse is -inf or NaN.
             let sums = states.iter().filter(|state| state.l[r] != 0.0);
@@ -202,6 +219,10 @@ impl Item<'_> {
             let terms = sums.clone().map(|state| (most(state), f64::from(state.l[r])));
             let denominator = Denominator::new(terms.chain(sink.map(|sink| (sink, 1.0))));
             *lse = denominator.log() as f32;
+            // A sum is NaN where a score is, or where the largest is beyond f32.
+            let has_nan = sums.clone().any(|state| state.l[r].is_nan());
+            let largest = sums.clone().map(most).fold(f64::NEG_INFINITY, f64::max) as f32;
+            *row_max = if has_nan && largest < f32::INFINITY { f32::NAN } else { largest };
             o.fill(0.0);
             for state in sums {
                 let weight = denominator.weight(most(state)) as f32;
@@ -440,7 +461,7 @@ mod tests {
                     let inputs = inputs.bias(bias.as_deref().map(Bias::F32)).mask(mask.as_deref().map(MaskData::Bytes));
                     let expected = reference::forward(&problem, &inputs).unwrap();
                     for &arch in &archs {
-                        let output = forward_on(arch, &problem, &inputs);
+                        let (output, _) = forward_on(arch, &problem, &inputs);
                         for (x, y) in output.o.iter().chain(&output.lse).zip(expected.o.iter().chain(&expected.lse)) {
                             let close = (f64::from(*x) - y).abs() <= 1e-5 * (1.0 + y.abs());
                             assert!(close || x.is_nan() && y.is_nan(), "{arch:?} {problem}: {x}, not {y}");

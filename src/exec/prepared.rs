@@ -48,6 +48,9 @@ pub struct ForwardBuffers<'a> {
     pub o_lo: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[batch, heads, seq_q]`, densely packed.
     pub lse: TensorView<'a>,
+    /// Result, where it is wanted: the largest score of each row, f32, `[batch, heads, seq_q]` as lse, densely packed; see
+    /// [`Attention::forward_with_row_max`](crate::Attention::forward_with_row_max). The backward pass does not look at it.
+    pub row_max: Option<TensorView<'a>>,
 }
 
 impl<'a> ForwardBuffers<'a> {
@@ -61,7 +64,7 @@ impl<'a> ForwardBuffers<'a> {
     ) -> Self {
         let (q, k, v, o, lse) = (q.into(), k.into(), v.into(), o.into(), lse.into());
         let (sink_logits, alibi_slopes, bias, mask, mask_scratch, o_lo) = (None, None, None, None, None, None);
-        ForwardBuffers { q, k, v, sink_logits, alibi_slopes, bias, mask, mask_scratch, o, o_lo, lse }
+        ForwardBuffers { q, k, v, sink_logits, alibi_slopes, bias, mask, mask_scratch, o, o_lo, lse, row_max: None }
     }
 }
 
@@ -128,6 +131,10 @@ pub struct MergeBuffers<'a> {
     pub o_lo: Option<TensorView<'a>>,
     /// Result: lse of the whole, see [`Problem::lse_shape`]; densely packed.
     pub lse: TensorView<'a>,
+    /// The largest score of each row of the states, as `states_lse` lies. Goes with `row_max`; both or neither.
+    pub states_row_max: Option<TensorView<'a>>,
+    /// Result: the largest score of each row of the whole, as lse lies. The sink logit has no part in it.
+    pub row_max: Option<TensorView<'a>>,
 }
 
 impl<'a> MergeBuffers<'a> {
@@ -139,7 +146,8 @@ impl<'a> MergeBuffers<'a> {
         lse: impl Into<TensorView<'a>>,
     ) -> Self {
         let (states, states_lse, o, lse) = (states.into(), states_lse.into(), o.into(), lse.into());
-        MergeBuffers { states, states_lo: None, states_lse, sink_logits: None, o, o_lo: None, lse }
+        let (states_lo, sink_logits, o_lo, states_row_max, row_max) = (None, None, None, None, None);
+        MergeBuffers { states, states_lo, states_lse, sink_logits, o, o_lo, lse, states_row_max, row_max }
     }
 }
 
@@ -326,9 +334,16 @@ impl Prepared {
     ) -> Result<Self> {
         let mut operands = Operands::new(problem, device);
         add_forward(&mut operands, buffers)?;
-        operands.check_results(&[Binding::O, Binding::OLo, Binding::Lse])?;
-        let optional =
-            OptionalOperands { o_lo: buffers.o_lo.is_some(), scalar: !operands.vec4(), ..OptionalOperands::default() };
+        if let Some(row_max) = &buffers.row_max {
+            operands.add(Binding::RowMax, row_max)?;
+        }
+        operands.check_results(&[Binding::O, Binding::OLo, Binding::Lse, Binding::RowMax])?;
+        let optional = OptionalOperands {
+            o_lo: buffers.o_lo.is_some(),
+            row_max: buffers.row_max.is_some(),
+            scalar: !operands.vec4(),
+            ..OptionalOperands::default()
+        };
         let plan = Plan::forward_with(problem, optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan, budget).await
     }
@@ -375,6 +390,7 @@ impl Prepared {
             d_bias: buffers.d_bias.is_some(),
             mask_bits: buffers.forward.mask_scratch.is_some(),
             packed: buffers.d_k.buffer == buffers.d_v.buffer,
+            row_max: false,
             scalar: !operands.vec4(),
         };
         let plan = Plan::backward_with(problem, optional, device.capabilities(), preference)?;
@@ -402,9 +418,20 @@ impl Prepared {
                 operands.add(binding, &view)?;
             }
         }
-        operands.check_results(&[Binding::O, Binding::OLo, Binding::Lse])?;
-        let optional =
-            OptionalOperands { o_lo: buffers.o_lo.is_some(), scalar: !operands.vec4(), ..OptionalOperands::default() };
+        if buffers.states_row_max.is_some() || buffers.row_max.is_some() {
+            for (binding, view) in [(Binding::StatesRowMax, buffers.states_row_max), (Binding::RowMax, buffers.row_max)]
+            {
+                let view = view.ok_or(Error::MissingOperand { operand: binding.name() })?;
+                operands.add(binding, &view)?;
+            }
+        }
+        operands.check_results(&[Binding::O, Binding::OLo, Binding::Lse, Binding::RowMax])?;
+        let optional = OptionalOperands {
+            o_lo: buffers.o_lo.is_some(),
+            row_max: buffers.row_max.is_some(),
+            scalar: !operands.vec4(),
+            ..OptionalOperands::default()
+        };
         let plan = Plan::merging(problem, optional, device.capabilities())?;
         Prepared::new(pipelines, operands, plan, budget).await
     }

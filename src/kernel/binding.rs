@@ -126,6 +126,8 @@ operands! {
     Partials = 36: "partials", Own, Words;
     GatheredKeys = 37: "gathered_keys", Own, Words;
     GatheredValues = 38: "gathered_values", Own, Words;
+    RowMax = 39: "row_max", Rows, F32;
+    StatesRowMax = 40: "states_row_max", StateRows, F32;
 }
 
 impl Binding {
@@ -141,6 +143,11 @@ impl Binding {
     /// Whether its rows are as wide as those of q or v, and are read in vectors.
     pub(crate) fn has_width(self) -> bool {
         matches!(self.row().axes, Axes::Queries(_) | Axes::Keys(_) | Axes::States)
+    }
+
+    /// Whether it has rows of all states of a merge.
+    pub(crate) fn has_states(self) -> bool {
+        matches!(self.row().axes, Axes::States | Axes::StateRows)
     }
 
     /// Whether its rows may have gaps between them.

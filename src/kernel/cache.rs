@@ -32,6 +32,8 @@ pub(crate) struct CacheOptions {
     pub(crate) several: bool,
     pub(crate) softcap: bool,
     pub(crate) sink_logits: SinkLogits,
+    /// Decoding and combining: the largest score of each row is a result.
+    pub(crate) row_max: bool,
     /// Decoding: the share of a workgroup.
     pub(crate) tiles: Option<DecodeTiles>,
     /// Decoding and combining: keys of a tile.
@@ -55,6 +57,7 @@ impl CacheOptions {
             several: false,
             softcap: false,
             sink_logits: SinkLogits::None,
+            row_max: false,
             tiles: None,
             tile: 0,
             matrices: None,
@@ -113,6 +116,7 @@ impl CacheOptions {
             ("_softcap", self.softcap),
             ("_scalar", !self.vec4),
             ("_indexed", self.indexed),
+            ("_row_max", self.row_max),
         ]
         .into_iter()
         .filter_map(|(part, is_there)| is_there.then_some(part))

@@ -3,7 +3,7 @@
 use minijinja::{Value, context};
 
 use crate::kernel::binding::Binding::{
-    CacheState, CachedKeys, CachedValues, CosSin, Entries, Lse, O, Params, Partials, Q, SinkLogits as Sinks,
+    CacheState, CachedKeys, CachedValues, CosSin, Entries, Lse, O, Params, Partials, Q, RowMax, SinkLogits as Sinks,
 };
 use crate::kernel::cache::{Access, CacheOptions, named};
 use crate::kernel::spec::{Body, Cached, KernelSpec, Work, adjusts_nothing, always, binds_all};
@@ -106,7 +106,7 @@ pub(crate) const COMBINE: KernelSpec = KernelSpec {
     template: include_str!("../../shaders/cache/combine.wgsl"),
     wanted: always,
     reads: &[Params, Sinks, CacheState, Entries, Partials],
-    writes: &[O, Lse],
+    writes: &[O, Lse, RowMax],
     binds: binds_all,
     adjust: adjusts_nothing,
     work: Work::DecodedRows,
@@ -114,7 +114,7 @@ pub(crate) const COMBINE: KernelSpec = KernelSpec {
         threads: |_| COMBINE_THREADS,
         workgroup_bytes: |options| {
             let splits = COMBINE_THREADS / options.value_dim.div_ceil(4).next_power_of_two();
-            COMBINE_THREADS * (4 + 16) + 4 * splits
+            COMBINE_THREADS * (4 + 16) + 4 * splits * if options.row_max { 2 } else { 1 }
         },
         access: |_| Access::Vectors,
         // The splits are the same whoever has left them.

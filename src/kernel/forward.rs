@@ -1,7 +1,7 @@
-//! o and lse.
+//! o and lse, and row_max where it is wanted.
 
 use crate::kernel::binding::Binding::{
-    AlibiSlopes, Bias, K, Lse, MaskBits, O, OLo, Params, Q, Sequences, SinkLogits, V,
+    AlibiSlopes, Bias, K, Lse, MaskBits, O, OLo, Params, Q, RowMax, Sequences, SinkLogits, V,
 };
 use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
 
@@ -10,7 +10,7 @@ pub(crate) const FORWARD: KernelSpec = KernelSpec {
     template: include_str!("../../shaders/forward.wgsl"),
     wanted: always,
     reads: &[Params, Q, K, V, SinkLogits, AlibiSlopes, Bias, MaskBits, Sequences],
-    writes: &[O, OLo, Lse],
+    writes: &[O, OLo, Lse, RowMax],
     binds: binds_all,
     adjust: adjusts_nothing,
     work: Work::Tiles(Side::Queries),

@@ -1,7 +1,7 @@
 //! One state of several partial ones.
 
 use crate::kernel::binding::Binding::{
-    Lse, O, OLo, Params, Sequences, SinkLogits as Sinks, States, StatesLo, StatesLse,
+    Lse, O, OLo, Params, RowMax, Sequences, SinkLogits as Sinks, States, StatesLo, StatesLse, StatesRowMax,
 };
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{Body, KernelSpec, Plain, Side, Work, always, binds_all};
@@ -11,8 +11,8 @@ pub(crate) const MERGE: KernelSpec = KernelSpec {
     name: "merge",
     template: include_str!("../../shaders/merge.wgsl"),
     wanted: always,
-    reads: &[Params, States, StatesLo, StatesLse, Sinks, Sequences],
-    writes: &[O, OLo, Lse],
+    reads: &[Params, States, StatesLo, StatesLse, StatesRowMax, Sinks, Sequences],
+    writes: &[O, OLo, Lse, RowMax],
     binds: binds_all,
     // Which rows of a padded batch count: the sink logit is theirs alone.
     adjust: |own, problem, _| {

@@ -109,6 +109,8 @@ params! {
         states: States,
         states_lo: StatesLo,
         states_lse: StatesLse,
+        row_max: RowMax,
+        states_row_max: StatesRowMax,
     }
     numbers {
         heads: u32,

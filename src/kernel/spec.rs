@@ -32,6 +32,8 @@ pub struct OptionalOperands {
     /// Rows of the operands cannot be read four neighbours at a time, since an offset or a stride is no multiple of 4. Widths that are
     /// none say so by themselves.
     pub scalar: bool,
+    /// The forward pass, or a merge, writes the largest score of each row.
+    pub row_max: bool,
 }
 
 impl OptionalOperands {
@@ -45,6 +47,7 @@ impl OptionalOperands {
             mask_bits: false,
             packed: false,
             scalar: false,
+            row_max: false,
         }
     }
 

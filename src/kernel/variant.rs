@@ -61,6 +61,8 @@ pub struct Variant {
     pub packed: bool,
     /// o is bound with what its rounding to half precision takes.
     pub o_lo: bool,
+    /// The largest score of each row is a result.
+    pub row_max: bool,
     /// The tile shape, for the kernels that have tiles.
     pub tiling: Option<Tiling>,
     /// The device's cooperative matrices, for a cooperative kernel.
@@ -159,6 +161,7 @@ impl Variant {
             d_lse: optional.d_lse && reads(Binding::DLse),
             packed: optional.packed && writes(Binding::DV),
             o_lo,
+            row_max: optional.row_max && writes(Binding::RowMax),
             tiling: None,
             matrices: None,
             repairs: None,
@@ -190,6 +193,7 @@ impl Variant {
             d_lse: false,
             packed: false,
             o_lo: false,
+            row_max: options.row_max,
             tiling: None,
             matrices: None,
             repairs: None,
@@ -228,6 +232,7 @@ impl Variant {
                 Binding::MaskBits => self.mask || *written,
                 Binding::Sequences => self.lengths,
                 Binding::OLo | Binding::StatesLo => self.o_lo,
+                Binding::RowMax | Binding::StatesRowMax => self.row_max,
                 // In the buffer of d_k.
                 Binding::DV => !self.packed,
                 _ => true,
@@ -361,6 +366,7 @@ impl Variant {
         });
         name.push_str(if self.d_lse { "_dlse" } else { "" });
         name.push_str(if self.o_lo { "_rest" } else { "" });
+        name.push_str(if self.row_max { "_row_max" } else { "" });
         name
     }
 
@@ -432,6 +438,7 @@ impl Variant {
             vec4 => self.vec4,
             d_lse => self.d_lse,
             o_lo => self.o_lo,
+            has_row_max => self.row_max,
             sinks => match self.sink_logits {
                 SinkLogits::None => "none",
                 SinkLogits::OffByOne => "off_by_one",

@@ -109,12 +109,14 @@ pub(crate) struct DecodePlan {
 }
 
 impl DecodePlan {
-    /// Plans a step. `vec4` says of an operand whether its rows can be read four neighbours at a time.
+    /// Plans a step. `vec4` says of an operand whether its rows can be read four neighbours at a time, `row_max` whether the largest
+    /// score of each row is a result.
     pub(crate) fn new(
         config: &CacheConfig,
         decode: &Decode,
         micro_kernel: MicroKernel,
         vec4: impl Fn(Binding) -> bool,
+        row_max: bool,
         capabilities: &Capabilities,
     ) -> Result<Self> {
         let (problem, bounds) = decode.problem(config)?;
@@ -133,6 +135,7 @@ impl DecodePlan {
             several: s.seq_q > 1,
             softcap: options.softcap.is_some(),
             sink_logits: options.sink_logits,
+            row_max,
             tiles: Some(tiling.tiles),
             tile,
             matrices,
@@ -198,7 +201,7 @@ impl DecodePlan {
 }
 
 impl Plan {
-    /// Plans a decoding step of a cache whose sequences are full, with operands that are densely packed.
+    /// Plans a decoding step of a cache whose sequences are full, with operands that are densely packed, without row_max.
     ///
     /// # Errors
     /// Those of [`KvCache::prepare_decode`](crate::cache::KvCache::prepare_decode) that do not depend on buffers.
@@ -212,7 +215,7 @@ impl Plan {
         decode.entries(config)?;
         let widths = [config.head_dim, config.value_dim].map(|width| width as u32);
         let vec4 = |binding: Binding| binding.width(widths).is_none_or(|width| width.is_multiple_of(4));
-        let plan = DecodePlan::new(config, decode, micro_kernel, vec4, capabilities)?;
+        let plan = DecodePlan::new(config, decode, micro_kernel, vec4, false, capabilities)?;
         Ok(Plan { passes: plan.passes })
     }
 }

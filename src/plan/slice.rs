@@ -279,7 +279,7 @@ impl<'a> Cutter<'a> {
                 Binding::RowStats if self.problem.options().alibi => {
                     (&touch.batch, touch.queries.start..view.extents[2])
                 }
-                Binding::States | Binding::StatesLo | Binding::StatesLse => (&states, touch.queries.clone()),
+                binding if binding.has_states() => (&states, touch.queries.clone()),
                 // A row may be for all queries.
                 Binding::MaskBits => (&touch.numbers, touch.rows.start.min(view.extents[2] - 1)..view.extents[2]),
                 Binding::Mask | Binding::Bias | Binding::DBias => (&touch.numbers, touch.rows.clone()),
@@ -641,12 +641,11 @@ mod tests {
                 Work::Rows(side) => {
                     let seq = if side == Side::Keys { s.seq_k } else { s.seq_q };
                     let rows = tile * 32..(tile * 32 + 32).min(seq as u64);
-                    let states = [Binding::States, Binding::StatesLo, Binding::StatesLse];
                     for (binding, _) in self.pass.variant.bindings() {
                         match binding {
                             Binding::SinkPartials => self.touch(piece, binding, entry, head, tile..tile + 1),
                             Binding::RowStats => self.row_stats(piece, entry, head, rows.clone()),
-                            binding if states.contains(&binding) => {
+                            binding if binding.has_states() => {
                                 for state in 0..s.seq_k as u64 {
                                     self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
                                 }
@@ -785,8 +784,8 @@ mod tests {
         fn queries(&self, piece: &Piece, number: u64, sequence: &Sequence, head: u64, rows: Range<u64>) {
             let entry = sequence.entry as u64;
             let all = shifted(&rows, sequence.q_start, sequence.q_rows);
-            use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, OLo, Q};
-            for binding in [Q, DQ, DO, O, OLo, Lse, DLse, AlibiMoments] {
+            use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, OLo, Q, RowMax};
+            for binding in [Q, DQ, DO, O, OLo, Lse, DLse, AlibiMoments, RowMax] {
                 self.touch(piece, binding, entry, head, all.clone());
             }
             if self.views.iter().any(|view| view.binding == Binding::RowStats) {
@@ -825,7 +824,11 @@ mod tests {
             let budget = [Duration::MAX, DISPATCH_BUDGET, Duration::from_micros(100), Duration::ZERO];
             let budget = budget[rng.random_range(0..4)];
             let vec4 = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
-            let optional = OptionalOperands { o_lo: false, ..OptionalOperands::for_training(&problem) };
+            let optional = OptionalOperands {
+                o_lo: false,
+                row_max: rng.random_bool(0.5),
+                ..OptionalOperands::for_training(&problem)
+            };
             let micro_kernel = [MicroKernel::Portable, MicroKernel::Cooperative][rng.random_range(0..2)];
             let preference = Preference { micro_kernel, ..Preference::default() };
             let plans = [

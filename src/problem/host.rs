@@ -193,13 +193,18 @@ pub struct PartialState {
     pub o: Vec<f32>,
     /// Log of the sum of exp(score), natural log, see [`Problem::lse_shape`].
     pub lse: Vec<f32>,
+    /// The largest score of each row, as lse lies, where it was asked for:
+    /// [`Attention::attend_partial_with_row_max`](crate::Attention::attend_partial_with_row_max). A merge has it if all of its states
+    /// have it, `row_max = max(row_max_a, row_max_b)`; where lse is -infinity, it is not read.
+    pub row_max: Option<Vec<f32>>,
 }
 
 impl PartialState {
-    /// The state of no keys: o = 0 and lse = -infinity.
+    /// The state of no keys: o = 0, lse = -infinity and row_max = -infinity.
     pub fn empty(problem: &Problem) -> Self {
         let [o, lse] = [&problem.o_shape()[..], &problem.lse_shape()].map(|shape| shape.iter().product());
-        PartialState { o: vec![0.0; o], lse: vec![f32::NEG_INFINITY; lse] }
+        let lse = vec![f32::NEG_INFINITY; lse];
+        PartialState { o: vec![0.0; o], row_max: Some(lse.clone()), lse }
     }
 }
 
@@ -299,7 +304,9 @@ impl Problem {
     /// [`Error::OperandLength`].
     pub fn check_state(&self, state: &PartialState) -> Result<()> {
         check_length("o of a partial state", state.o.len(), &self.o_shape())?;
-        check_length("lse of a partial state", state.lse.len(), &self.lse_shape())
+        check_length("lse of a partial state", state.lse.len(), &self.lse_shape())?;
+        let check = |row_max: &Vec<f32>| check_length("row_max of a partial state", row_max.len(), &self.lse_shape());
+        state.row_max.as_ref().map_or(Ok(()), check)
     }
 
     /// Checks what the last step of partial states takes.

@@ -178,7 +178,7 @@ fn an_infinite_score_makes_o_nan_and_lse_infinite() {
 fn a_state_of_infinite_lse_makes_a_merge_nan() {
     let shape = Shape { batch: 1, heads: 2, kv_heads: 1, seq_q: 2, seq_k: 3, head_dim: 1, value_dim: 4 };
     let problem = Problem::new(shape, Options::new().sink_logits(SinkLogits::PerHead)).unwrap();
-    let state = |lse: [f32; 4]| PartialState { o: vec![1.0; 16], lse: lse.to_vec() };
+    let state = |lse: [f32; 4]| PartialState { o: vec![1.0; 16], lse: lse.to_vec(), row_max: None };
     let inf = f32::INFINITY;
     // Rows of [head, query]; o is [query, head, width].
     let (a, b) = (state([0.5, inf, inf, -inf]), state([0.25, 1.0, inf, -inf]));

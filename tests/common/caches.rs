@@ -231,14 +231,60 @@ impl<T: Element> Both<T> {
         }
     }
 
+    /// The largest scores of a decoding step with random queries on both; o and lse have the bits that they have without.
+    pub fn check_row_max(&mut self, decode: &Decode) {
+        let decode = &decode.clone().q_rotated(true);
+        let entries = decode.sequences.clone().unwrap_or_else(|| (0..self.config.sequences).collect());
+        let rows = entries.len() * decode.heads * decode.queries;
+        let q = T::narrow(numbers(&mut self.rng, rows * self.config.head_dim));
+        let sinks = numbers(&mut self.rng, decode.heads);
+        let sinks = (decode.options.sink_logits == SinkLogits::PerHead).then_some(&sinks[..]);
+        let (_, expected) = self.expected_with_row_max(decode, &entries, &q, sinks);
+        let compared = |what: &str, row_max: &[f32]| {
+            assert_eq!(row_max.len(), expected.len());
+            for (n, (&actual, &expected)) in row_max.iter().zip(&expected).enumerate() {
+                let error = (f64::from(actual) - expected).abs();
+                assert!(
+                    f64::from(actual) == expected || error <= 1e-5 * expected.abs().max(1.0),
+                    "{what}: {decode:?} of {:?}: row_max[{n}] is {actual}, not {expected}",
+                    self.config
+                );
+            }
+        };
+        let (output, row_max) = self.cpu.decode_with_row_max(decode, &q, sinks, None).unwrap();
+        assert_eq!(output, self.cpu.decode(decode, &q, sinks, None).unwrap());
+        compared("CPU", &row_max);
+        if let (Some(cache), Some(attention)) = (&self.gpu, gpu()) {
+            let device = attention.device().unwrap();
+            let lens = [rows * self.config.value_dim, rows];
+            let row_max = filled(device, &vec![777f32; rows]);
+            let with = Some(TensorView::new(&row_max));
+            let output = decode_with(device, cache, decode, &q, lens, (sinks, None), with).unwrap();
+            compared("GPU", &read::<f32>(device, &row_max, rows));
+            let without = decode_on(device, cache, decode, &q, lens, sinks, None).unwrap();
+            assert!(output == without, "other bits with row_max: {decode:?}");
+        }
+    }
+
     /// Each sequence by itself, each query by itself: the visible tokens in the order of time.
     pub fn expected(&self, decode: &Decode, entries: &[usize], q: &[T], sinks: Option<&[f32]>) -> Output<f64, f64> {
+        self.expected_with_row_max(decode, entries, q, sinks).0
+    }
+
+    fn expected_with_row_max(
+        &self,
+        decode: &Decode,
+        entries: &[usize],
+        q: &[T],
+        sinks: Option<&[f32]>,
+    ) -> (Output<f64, f64>, Vec<f64>) {
         let CacheConfig { kv_heads, head_dim, value_dim, kind, rotary, quantisation, .. } = self.config;
         let Decode { heads, queries, options, .. } = *decode;
         let (q_strides, o_strides) =
             (options.layout.strides(heads, queries, head_dim), options.layout.strides(heads, queries, value_dim));
         let mut o = vec![0.0; entries.len() * heads * queries * value_dim];
         let mut lse = vec![f64::NEG_INFINITY; entries.len() * heads * queries];
+        let mut row_max = lse.clone();
         for (entry, &sequence) in entries.iter().enumerate() {
             let tokens = &self.model.sequences[sequence];
             for m in 0..queries {
@@ -301,10 +347,11 @@ impl<T: Element> Both<T> {
                     let output = reference::forward(&problem, &inputs).unwrap();
                     o[o_row..o_row + value_dim].copy_from_slice(&output.o);
                     lse[lse_row] = output.lse[0];
+                    row_max[lse_row] = reference::row_max(&problem, &inputs).unwrap()[0];
                 }
             }
         }
-        Output { o, o_lo: None, lse }
+        (Output { o, o_lo: None, lse }, row_max)
     }
 }
 
@@ -388,6 +435,19 @@ pub fn decode_on<T: Element>(
     sinks: Option<&[f32]>,
     table: Option<&[f32]>,
 ) -> Result<Output<T>, Error> {
+    decode_with(device, cache, decode, q, [o_len, lse_len], (sinks, table), None)
+}
+
+/// The same, with a view for row_max.
+fn decode_with<T: Element>(
+    device: &Device,
+    cache: &KvCache,
+    decode: &Decode,
+    q: &[T],
+    [o_len, lse_len]: [usize; 2],
+    (sinks, table): (Option<&[f32]>, Option<&[f32]>),
+    row_max: Option<TensorView<'_>>,
+) -> Result<Output<T>, Error> {
     let q = filled(device, q);
     // What is not written stays.
     let o = filled(device, &vec![T::from_f32(777.0); o_len]);
@@ -397,6 +457,7 @@ pub fn decode_on<T: Element>(
     let buffers = DecodeBuffers {
         sink_logits: sinks.as_ref().map(TensorView::new),
         cos_sin: table.as_ref(),
+        row_max,
         ..DecodeBuffers::new(&q, &o, &lse)
     };
     let prepared = cache.prepare_decode(decode, &buffers)?;

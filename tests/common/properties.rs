@@ -254,6 +254,17 @@ pub fn agrees<T: Element>(attention: &Attention, plain: &Plain) -> Result<(), St
     let expected = reference::forward(&problem, &operands.operands.inputs()).unwrap();
     let gradients = reference::backward(&problem, &operands.operands.inputs(), &operands.upstream()).unwrap();
     let (output, actual) = run(attention, &problem, &operands)?;
+    // On a GPU these are kernels of their own, which tests/gpu/row_max.rs has.
+    if !attention.is_gpu() {
+        let (_, row_max) = attention.forward_with_row_max(&problem, &operands.operands.inputs()).unwrap();
+        let expected = reference::row_max(&problem, &operands.operands.inputs()).unwrap();
+        for (n, (&actual, &expected)) in row_max.iter().zip(&expected).enumerate() {
+            let error = (f64::from(actual) - expected).abs();
+            if !(f64::from(actual) == expected || error <= 1e-5 * expected.abs().max(1.0)) {
+                return Err(format!("row_max[{n}] is {actual}, not {expected}"));
+            }
+        }
+    }
 
     let own = accepted(T::DTYPE);
     let single = accepted(if rounds_p(attention, &problem) { T::DTYPE } else { DType::F32 });

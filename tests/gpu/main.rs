@@ -31,6 +31,7 @@ mod low_precision;
 mod options;
 mod partial;
 mod properties;
+mod row_max;
 mod size;
 mod stream;
 mod tuning;

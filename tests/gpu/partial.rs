@@ -198,7 +198,7 @@ fn empty_states_change_nothing() {
 #[test]
 fn extreme_states() {
     let problem = problem([1, 1, 1], [4, 3], [4, 4], Options::new());
-    let state = |lse: f32, o: f32| PartialState { o: vec![o; 16], lse: vec![lse; 4] };
+    let state = |lse: f32, o: f32| PartialState { o: vec![o; 16], lse: vec![lse; 4], row_max: None };
     for attention in paths() {
         let merge = |states: &[&PartialState]| attention.merge(&problem, states).unwrap();
         assert_eq!(merge(&[&state(-3e38, 1.0), &state(3e38, 2.0)]), state(3e38, 2.0));
@@ -400,6 +400,7 @@ fn states_in_halves() {
             .map(|n| PartialState {
                 o: (0..o_len).map(|i| ((i * 7 + n * 13) as f32).sin()).collect(),
                 lse: (0..lse_len).map(|i| ((i + 5 * n) as f32).cos()).collect(),
+                row_max: None,
             })
             .collect();
         let expected = cpu::merge(&problem, &states.iter().collect::<Vec<_>>()).unwrap();

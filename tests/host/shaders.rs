@@ -170,8 +170,16 @@ fn with_options() -> Vec<Planned> {
                     (MicroKernel::Cooperative, false),
                 ] {
                     let (d_alibi_slopes, d_bias, packed) = (true, true, n % 2 == 0);
-                    let optional =
-                        OptionalOperands { o_lo, d_alibi_slopes, d_bias, packed, ..OptionalOperands::default() };
+                    // A merge with all that is optional binds more than 8 buffers.
+                    let row_max = (n + turn) % 2 == 0 && !o_lo;
+                    let optional = OptionalOperands {
+                        o_lo,
+                        d_alibi_slopes,
+                        d_bias,
+                        packed,
+                        row_max,
+                        ..OptionalOperands::default()
+                    };
                     let preference = Preference { micro_kernel, ..Preference::default() };
                     let plans = [
                         Plan::forward_with(
@@ -330,7 +338,7 @@ fn keeps_the_planners_promises(variant: &Variant, module: &Module) {
 
 /// Slots are never renumbered: hosts that bind by themselves, and captures of old runs, rely on them.
 fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
-    const NAMES: [&str; 30] = [
+    const NAMES: [&str; 41] = [
         "params",
         "q",
         "k",
@@ -361,6 +369,17 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
         "states",
         "states_lo",
         "states_lse",
+        "keys",
+        "values",
+        "state",
+        "tokens",
+        "entries",
+        "cos_sin",
+        "partials",
+        "gathered_keys",
+        "gathered_values",
+        "row_max",
+        "states_row_max",
     ];
     let name = variant.name();
     let mut written = Vec::new();
@@ -393,6 +412,8 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
     written.retain(|operand| *operand != "fallback");
     written.sort_unstable();
     let results: &[&str] = match variant.kernel.name() {
+        "forward" | "merge" if variant.row_max && variant.o_lo => &["lse", "o", "o_lo", "row_max"],
+        "forward" | "merge" if variant.row_max => &["lse", "o", "row_max"],
         "forward" | "merge" if variant.o_lo => &["lse", "o", "o_lo"],
         "forward" | "merge" => &["lse", "o"],
         "delta" if variant.sink_logits == SinkLogits::PerHead => &["row_stats", "sink_partials"],
@@ -486,7 +507,7 @@ fn build(attention: &Attention, planned: &Planned) {
     let ([q, k, v, o], [d_q, d_k, d_v, d_o]) = (operands(), operands());
     let [.., o_lo] = operands();
     let rows = || buffer(problem.lse_shape().iter().product(), 4);
-    let (lse, flows_into_lse) = (rows(), rows());
+    let (lse, row_max, flows_into_lse) = (rows(), rows(), rows());
     let heads = || buffer(problem.shape().heads, 4);
     let (sinks, d_sinks) = (heads(), heads());
 
@@ -505,6 +526,7 @@ fn build(attention: &Attention, planned: &Planned) {
         mask: options.mask.map(|_| at(&mask)),
         sink_logits: per_head.then(|| at(&sinks)),
         o_lo: optional.o_lo.then(|| at(&o_lo)),
+        row_max: optional.row_max.then(|| at(&row_max)),
         ..ForwardBuffers::new(at(&q), at(&k), at(&v), at(&o), at(&lse))
     };
     // The gradients by k and v one after the other in one buffer.
@@ -537,11 +559,14 @@ fn build(attention: &Attention, planned: &Planned) {
 
     let states = || buffer(STATES * problem.o_shape().iter().product::<usize>(), problem.options().dtype.bytes());
     let (states, states_lo) = (states(), states());
-    let states_lse = buffer(STATES * problem.lse_shape().iter().product::<usize>(), 4);
+    let state_rows = || buffer(STATES * problem.lse_shape().iter().product::<usize>(), 4);
+    let (states_lse, states_row_max) = (state_rows(), state_rows());
     let buffers = MergeBuffers {
         states_lo: optional.o_lo.then(|| at(&states_lo)),
         sink_logits: per_head.then(|| at(&sinks)),
         o_lo: optional.o_lo.then(|| at(&o_lo)),
+        states_row_max: optional.row_max.then(|| at(&states_row_max)),
+        row_max: optional.row_max.then(|| at(&row_max)),
         ..MergeBuffers::new(at(&states), at(&states_lse), at(&o), at(&lse))
     };
     let prepared = attention.prepare_finish(problem, STATES, &buffers).unwrap();
