@@ -5,7 +5,7 @@ const TILE: u32 = {{ tile }}u;
 // Places of keys, tiles of sink tokens before the window, first tile of the window, tiles in all, tiles of a split and splits.
 struct KeyRange { keys: u32, sink_tiles: u32, first: u32, tiles: u32, split_tiles: u32, splits: u32 }
 
-// Twin of `splits` in src/cache/plan.rs.
+// Twin of `splits` in src/plan/splits.rs.
 fn key_range(sequence: u32) -> KeyRange {
 {% if rolling %}
   let keys = min(state[params.current + sequence], params.kept_rows + params.ring_rows);

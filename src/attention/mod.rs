@@ -559,24 +559,19 @@ impl Attention {
     }
 }
 
-/// The operands of a forward pass in buffers of their own.
-struct Uploaded {
-    q: wgpu::Buffer,
-    k: wgpu::Buffer,
-    v: wgpu::Buffer,
-    sink_logits: Option<wgpu::Buffer>,
-    alibi_slopes: Option<wgpu::Buffer>,
-    bias: Option<wgpu::Buffer>,
-    mask: Option<wgpu::Buffer>,
+/// Operands that go with options, in buffers of their own.
+pub(crate) struct OptionalBuffers {
+    pub(crate) sink_logits: Option<wgpu::Buffer>,
+    pub(crate) alibi_slopes: Option<wgpu::Buffer>,
+    pub(crate) bias: Option<wgpu::Buffer>,
+    pub(crate) mask: Option<wgpu::Buffer>,
 }
 
-impl Uploaded {
-    fn new<T: Element>(device: &Device, inputs: &Inputs<'_, T>) -> Result<Self> {
+impl OptionalBuffers {
+    /// Of q, k and v of the inputs nothing is read.
+    pub(crate) fn new<T: Element>(device: &Device, inputs: &Inputs<'_, T>) -> Result<Self> {
         let optional = |name, slice: Option<&[f32]>| slice.map(|s| upload(device, name, s)).transpose();
-        Ok(Uploaded {
-            q: upload(device, "q", inputs.q)?,
-            k: upload(device, "k", inputs.k)?,
-            v: upload(device, "v", inputs.v)?,
+        Ok(OptionalBuffers {
             sink_logits: optional("sink_logits", inputs.sink_logits)?,
             alibi_slopes: optional("alibi_slopes", inputs.alibi_slopes)?,
             bias: match inputs.bias {
@@ -591,6 +586,25 @@ impl Uploaded {
             },
         })
     }
+}
+
+/// The operands of a forward pass in buffers of their own.
+struct Uploaded {
+    q: wgpu::Buffer,
+    k: wgpu::Buffer,
+    v: wgpu::Buffer,
+    optional: OptionalBuffers,
+}
+
+impl Uploaded {
+    fn new<T: Element>(device: &Device, inputs: &Inputs<'_, T>) -> Result<Self> {
+        Ok(Uploaded {
+            q: upload(device, "q", inputs.q)?,
+            k: upload(device, "k", inputs.k)?,
+            v: upload(device, "v", inputs.v)?,
+            optional: OptionalBuffers::new(device, inputs)?,
+        })
+    }
 
     fn buffers<'a>(
         &'a self,
@@ -599,10 +613,10 @@ impl Uploaded {
         lse: &'a wgpu::Buffer,
     ) -> ForwardBuffers<'a> {
         ForwardBuffers {
-            sink_logits: self.sink_logits.as_ref().map(TensorView::new),
-            alibi_slopes: self.alibi_slopes.as_ref().map(TensorView::new),
-            bias: self.bias.as_ref().map(TensorView::new),
-            mask: self.mask.as_ref().map(TensorView::new),
+            sink_logits: self.optional.sink_logits.as_ref().map(TensorView::new),
+            alibi_slopes: self.optional.alibi_slopes.as_ref().map(TensorView::new),
+            bias: self.optional.bias.as_ref().map(TensorView::new),
+            mask: self.optional.mask.as_ref().map(TensorView::new),
             o_lo: o_lo.map(TensorView::new),
             ..ForwardBuffers::new(&self.q, &self.k, &self.v, o, lse)
         }

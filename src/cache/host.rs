@@ -8,14 +8,14 @@ use super::decode::DecodeBuffers;
 use super::gpu::KvCache;
 use super::prefill::PrefillBuffers;
 use super::step::Step;
-use crate::attention::Attention;
+use crate::attention::{Attention, OptionalBuffers};
 use crate::device::Device;
 use crate::device::buffer::{Mapped, TensorView, allocate, download, upload, upload_with};
 use crate::plan::decode::Decode;
 use crate::problem::cache::CacheConfig;
 use crate::problem::element::{DType, Element};
 use crate::problem::error::{Error, Result};
-use crate::problem::{Bias, Gradients, MaskData, Output, Upstream, check_length};
+use crate::problem::{Bias, Gradients, Output, Upstream, check_length};
 
 /// Keys and values of a number of sequences on the device of the operator, a GPU or the CPU, with operands and results in host
 /// memory: the same calls on both.
@@ -225,7 +225,7 @@ impl<T: Element> HostCache<T> {
             let [k, v] = kv;
             Ok((
                 [rotated(&device, q)?, upload(&device, "k", k)?, upload(&device, "v", v)?],
-                Uploaded::new(&device, operands)?,
+                OptionalBuffers::new(&device, &operands.inputs(q, &Default::default()))?,
                 table(&device, operands.cos_sin)?,
                 [result::<T>(&device, "o", o_len)?, result::<f32>(&device, "lse", lse_len)?],
                 // One element in f32, so that there is a buffer to read.
@@ -310,7 +310,7 @@ impl<T: Element> HostCache<T> {
                 upload(&device, "lse", &saved.lse)?,
                 saved.o_lo.as_ref().map(|o_lo| upload(&device, "o_lo", o_lo)).transpose()?,
                 upstream.d_lse.map(|d_lse| upload(&device, "d_lse", d_lse)).transpose()?,
-                Uploaded::new(&device, operands)?,
+                OptionalBuffers::new(&device, &operands.inputs(q, &Default::default()))?,
                 [
                     result::<T>(&device, "d_q", q.len())?,
                     keys?,
@@ -531,34 +531,6 @@ impl<T: Element> HostCache<T> {
             On::Cpu(cache) => cache.restore(file),
             On::Gpu(cache) => cache.restore_async(file).await,
         }
-    }
-}
-
-/// Operands that go with options, in buffers.
-struct Uploaded {
-    sink_logits: Option<wgpu::Buffer>,
-    alibi_slopes: Option<wgpu::Buffer>,
-    bias: Option<wgpu::Buffer>,
-    mask: Option<wgpu::Buffer>,
-}
-
-impl Uploaded {
-    fn new<T: Element>(device: &Device, operands: &PrefillOperands<'_, T>) -> Result<Self> {
-        let optional = |name, slice: Option<&[f32]>| slice.map(|slice| upload(device, name, slice)).transpose();
-        Ok(Uploaded {
-            sink_logits: optional("sink_logits", operands.sink_logits)?,
-            alibi_slopes: optional("alibi_slopes", operands.alibi_slopes)?,
-            bias: match operands.bias {
-                Some(Bias::F32(bias)) => Some(upload(device, "bias", bias)?),
-                Some(Bias::Operand(bias)) => Some(upload(device, "bias", bias)?),
-                None => None,
-            },
-            mask: match operands.mask {
-                Some(MaskData::Bytes(mask)) => Some(upload(device, "mask", mask)?),
-                Some(MaskData::Bits(mask)) => Some(upload(device, "mask", mask)?),
-                None => None,
-            },
-        })
     }
 }
 

@@ -44,7 +44,11 @@ pub(crate) const DECODE: KernelSpec = KernelSpec {
             None => 0,
         },
         access: |_| Access::Vectors,
-        depends: |options| CacheOptions { sink_logits: SinkLogits::None, ..options },
+        depends: |options| CacheOptions {
+            sink_logits: SinkLogits::None,
+            matrices: options.matrices.filter(|_| matches!(options.tiles, Some(DecodeTiles::Cooperative { .. }))),
+            ..options
+        },
         binds: |options, binding| match binding {
             CosSin => options.is_relative(),
             Entries => options.indexed,
