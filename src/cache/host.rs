@@ -215,8 +215,11 @@ impl<T: Element> HostCache<T> {
         let config = cache.config;
         let total = check_tokens(&config, &prefill.tokens, kv)?;
         let batch = Batch::appended(&config, prefill, cache.places())?;
-        check_length("q", q.len(), &[total, prefill.heads, config.head_dim])?;
-        let Some(batch) = batch else { return Ok(Output { o: vec![], o_lo: None, lse: vec![] }) };
+        let Some(batch) = batch else {
+            check_length("q", q.len(), &[total, prefill.heads, config.head_dim])?;
+            return Ok(Output { o: vec![], o_lo: None, lse: vec![] });
+        };
+        check_length("q", q.len(), &batch.problem.q_shape())?;
         batch.problem.check_optional_inputs(&operands.inputs(q, &Default::default()))?;
         let device = cache.device.clone();
         let [o_len, lse_len] = [total * prefill.heads * config.value_dim, total * prefill.heads];
