@@ -138,18 +138,24 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
     if cfg!(feature = "checked-shaders") {
         return gpu.create_shader_module(descriptor);
     }
-    // SAFETY: the text is this crate's own. Every index into a storage buffer stays below the sizes and
-    // strides in `Params`, which `Placed::new` has checked against the buffer. A dispatch computes a region of its pass, and
-    // what the workgroups of a region index of an operand lies within the window that `Pass::pieces` binds of it, in whole words:
-    // a test there goes through it, workgroup by workgroup. Indices count from the window's start and may wrap around on
-    // their way there; `View::window` keeps their number below 2^32. The table of sequences and the slots of repairs are as long
-    // as `sequence_table` and `repair_slots` make them for the same problem; a bias is read at positions clamped to the sequence,
-    // and a mask's words up to a tile beyond a row's end, for which `mask_bits` leaves room. Every index into
-    // workgroup memory stays below lengths that the text and `Tiles::arrays` derive from the same
-    // constants; every loop counts up to a bound that its body does not change, clears a bit
-    // of a number in each turn, or runs until a limit has followed what exceeds it, once. Kernels of caches read and write rows below the
-    // lengths and pages of the host's book (`Places`), which keeps lengths within the capacity and pages within the cache, and
-    // clamp what a tile has beyond a sequence's end; what they gather and scatter are runs of such rows, which `Batch` makes from
-    // the book, and which are recorded for a book with the same lengths and, where gradients are written, pages.
+    // SAFETY: the text is this crate's own. It keeps these invariants; each names what enforces it.
+    // - Operands of the caller: an index stays within the extents and strides that lie in the buffer. `Placed::new`.
+    // - Slices: a dispatch indexes within the windows that it binds, in whole words. `Pass::pieces`; the simulation in
+    //   src/plan/slice/tests.rs goes through it, workgroup by workgroup.
+    // - Wrapping: an index counts from the start of its window and may wrap on the way there. A window has fewer than 2^32 elements.
+    //   `View::window`.
+    // - The table of sequences and the slots of reported tiles are as long as the problem makes them. `sequence_table`,
+    //   `repair_slots`.
+    // - A bias is read at positions that are clamped to the sequence. shaders/bias.wgsl.
+    // - The words of a mask are read up to a tile beyond the end of a row, for which there is room. `mask_bits` of
+    //   src/plan/operand.rs; `Pass::new` refuses larger tiles.
+    // - Workgroup memory: an index stays below a length that comes from the same constants. `Tiles::arrays`,
+    //   `Fragments::workgroup_bytes`, the templates.
+    // - Loops end: each counts up to a bound that its body does not change, clears a bit of a number in each turn, or runs until a
+    //   limit has followed what exceeds it, once. The templates.
+    // - Caches: rows lie below the lengths and in the pages of the host's book. `Places`; the templates clamp what a tile has beyond the
+    //   end of a sequence.
+    // - Gathered and scattered rows are runs of such rows, and are recorded for a book with the same lengths and, where gradients
+    //   are written, the same pages. `Batch`, `KvCache::check_lengths`, `PreparedBackward::encode`.
     unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
 }
