@@ -337,11 +337,26 @@
 //!
 //! # Environment variables
 //!
-//! - [`SINK_ATTENTION_ADAPTER`](ADAPTER_VARIABLE): the device of [`Attention::new`], an index or a part of a name, or
+//! - [`SINK_ATTENTION_ADAPTER`](device::ADAPTER_VARIABLE): the device of [`Attention::new`], an index or a part of a name, or
 //!   `cpu`, or `gpu` for the best adapter, be it software.
-//! - [`SINK_ATTENTION_TUNING`](TUNING_VARIABLE): a file of [`Tuning`] that [`Attention::new`] and [`Attention::open`]
+//! - [`SINK_ATTENTION_TUNING`](tuning::TUNING_VARIABLE): a file of [`Tuning`] that [`Attention::new`] and [`Attention::open`]
 //!   load.
-//! - [`SINK_ATTENTION_DUMP_SHADERS`](DUMP_VARIABLE): an existing folder that receives every composed shader.
+//! - [`SINK_ATTENTION_DUMP_SHADERS`](plan::DUMP_VARIABLE): an existing folder that receives every composed shader.
+//!
+//! [`CacheKind`]: cache::CacheKind
+//! [`DecodeBuffers::row_max`]: cache::DecodeBuffers::row_max
+//! [`DecodeTiling`]: cache::DecodeTiling
+//! [`DeviceBuffer::download`]: device::DeviceBuffer::download
+//! [`KvCache`]: cache::KvCache
+//! [`KvCache::prepare_append`]: cache::KvCache::prepare_append
+//! [`KvCache::prepare_backward`]: cache::KvCache::prepare_backward
+//! [`KvCache::prepare_decode`]: cache::KvCache::prepare_decode
+//! [`KvCache::prepare_prefill`]: cache::KvCache::prepare_prefill
+//! [`MicroKernel::Cooperative`]: plan::MicroKernel::Cooperative
+//! [`Step`]: cache::Step
+//! [`Stream`]: stream::Stream
+//! [`Timer`]: timing::Timer
+//! [`Tuning`]: tuning::Tuning
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(

@@ -77,7 +77,7 @@ impl Plan {
     ) -> Result<Self> {
         // The bits are found in the backward pass alone.
         let optional = OptionalOperands { mask_bits: false, ..optional };
-        Passes::new(problem, optional, capabilities, preference)?.plan(FORWARD_PASS)
+        Passes::new(FORWARD_PASS, problem, optional, capabilities, preference)?.plan(FORWARD_PASS)
     }
 
     /// Plans the backward pass without o_lo and without a gradient into lse, for operands that are densely packed: delta, the sink
@@ -100,7 +100,7 @@ impl Plan {
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        Passes::new(problem, optional, capabilities, preference)?.plan(BACKWARD_PASS)
+        Passes::new(BACKWARD_PASS, problem, optional, capabilities, preference)?.plan(BACKWARD_PASS)
     }
 
     /// Plans a merge of `states` partial states of the problem, without o_lo unless `optional` says so. The last merge applies
@@ -120,7 +120,7 @@ impl Plan {
 
     /// Plans a merge, of a problem whose keys are the states.
     pub(crate) fn merging(problem: &Problem, optional: OptionalOperands, capabilities: &Capabilities) -> Result<Self> {
-        Passes::new(problem, optional, capabilities, &Preference::default())?.plan(MERGE_PASS)
+        Passes::new(MERGE_PASS, problem, optional, capabilities, &Preference::default())?.plan(MERGE_PASS)
     }
 }
 
@@ -166,16 +166,19 @@ struct Passes<'a> {
 }
 
 impl<'a> Passes<'a> {
+    /// Of a list of kernels: rows are read four neighbours at a time where all operands of theirs allow it.
     fn new(
+        kernels: &[Kernel],
         problem: &'a Problem,
         optional: OptionalOperands,
         capabilities: &'a Capabilities,
         preference: &'a Preference<'a>,
     ) -> Result<Self> {
         optional.check(problem)?;
-        let widths = [problem.shape().head_dim, problem.shape().value_dim];
-        let vec4 = !optional.scalar && widths.iter().all(|width| width.is_multiple_of(4));
-        Ok(Passes { problem, vec4, optional, capabilities, preference })
+        let widths = [problem.shape().head_dim, problem.shape().value_dim].map(|width| width as u32);
+        let operands = kernels.iter().flat_map(|kernel| kernel.spec().reads.iter().chain(kernel.spec().writes));
+        let dense = operands.filter_map(|binding| binding.width(widths)).all(|width| width.is_multiple_of(4));
+        Ok(Passes { problem, vec4: dense && !optional.scalar, optional, capabilities, preference })
     }
 
     /// The passes of those kernels that are wanted.
