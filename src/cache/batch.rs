@@ -7,7 +7,7 @@ use super::places::Places;
 use crate::problem::cache::{CacheConfig, CacheKind, check_absent};
 use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Lengths;
-use crate::problem::{Layout, Options, Problem, Shape};
+use crate::problem::{Bias, Inputs, Layout, MaskData, Options, Problem, Shape};
 
 /// Chunks of tokens, one of each sequence, as queries against all that their sequences hold: a prompt, or a part of it.
 ///
@@ -32,6 +32,38 @@ impl Prefill {
     /// So many tokens of each sequence.
     pub fn new(heads: usize, tokens: impl Into<Vec<usize>>, options: Options) -> Self {
         Prefill { heads, tokens: tokens.into(), options }
+    }
+}
+
+/// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::cache::PrefillBuffers) tells more.
+#[derive(Debug, Clone, Copy)]
+pub struct PrefillOperands<'a, T = f32> {
+    /// One logit per query head.
+    pub sink_logits: Option<&'a [f32]>,
+    /// One slope per query head.
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// Added to the scores.
+    pub bias: Option<Bias<'a, T>>,
+    /// Which keys may be seen.
+    pub mask: Option<MaskData<'a>>,
+    /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin); not in the backward pass.
+    pub cos_sin: Option<&'a [f32]>,
+}
+
+impl<T> Default for PrefillOperands<'_, T> {
+    /// None of them.
+    fn default() -> Self {
+        PrefillOperands { sink_logits: None, alibi_slopes: None, bias: None, mask: None, cos_sin: None }
+    }
+}
+
+impl<T> PrefillOperands<'_, T> {
+    pub(super) fn inputs<'b>(&'b self, q: &'b [T], [k, v]: &'b [Vec<T>; 2]) -> Inputs<'b, T>
+    where
+        T: Copy,
+    {
+        let PrefillOperands { sink_logits, alibi_slopes, bias, mask, .. } = *self;
+        Inputs { q, k, v, sink_logits, alibi_slopes, bias, mask }
     }
 }
 

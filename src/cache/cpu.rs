@@ -1,6 +1,6 @@
 //! A cache on the CPU.
 
-use super::batch::{Batch, Prefill, Run, Sum, check_total};
+use super::batch::{Batch, Prefill, PrefillOperands, Run, Sum, check_total};
 use super::places::Places;
 use crate::plan::decode::Decode;
 use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
@@ -11,9 +11,7 @@ use half::f16;
 use crate::cpu;
 use crate::problem::element::Element;
 use crate::problem::error::{Error, Result};
-use crate::problem::{
-    Bias, Gradients, Inputs, MaskData, Options, Output, Problem, Shape, SinkLogits, Upstream, check_length,
-};
+use crate::problem::{Gradients, Inputs, Options, Output, Problem, Shape, SinkLogits, Upstream, check_length};
 
 /// Keys and values of a number of sequences in host memory: the twin of [`KvCache`](crate::cache::KvCache). Quantised ones are held as what
 /// they stand for, rounded to the element type.
@@ -456,38 +454,6 @@ impl<T: Element> KvCache<T> {
             let len = if scales.is_empty() { 0 } else { rows * scales_of(width) };
             scales.copy_within(from * len..(from + 1) * len, to * len);
         }
-    }
-}
-
-/// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::cache::PrefillBuffers) tells more.
-#[derive(Debug, Clone, Copy)]
-pub struct PrefillOperands<'a, T = f32> {
-    /// One logit per query head.
-    pub sink_logits: Option<&'a [f32]>,
-    /// One slope per query head.
-    pub alibi_slopes: Option<&'a [f32]>,
-    /// Added to the scores.
-    pub bias: Option<Bias<'a, T>>,
-    /// Which keys may be seen.
-    pub mask: Option<MaskData<'a>>,
-    /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin); not in the backward pass.
-    pub cos_sin: Option<&'a [f32]>,
-}
-
-impl<T> Default for PrefillOperands<'_, T> {
-    /// None of them.
-    fn default() -> Self {
-        PrefillOperands { sink_logits: None, alibi_slopes: None, bias: None, mask: None, cos_sin: None }
-    }
-}
-
-impl<T> PrefillOperands<'_, T> {
-    pub(super) fn inputs<'b>(&'b self, q: &'b [T], [k, v]: &'b [Vec<T>; 2]) -> Inputs<'b, T>
-    where
-        T: Copy,
-    {
-        let PrefillOperands { sink_logits, alibi_slopes, bias, mask, .. } = *self;
-        Inputs { q, k, v, sink_logits, alibi_slopes, bias, mask }
     }
 }
 

@@ -2,8 +2,8 @@
 
 use super::append::AppendBuffers;
 use super::backward::BackwardBuffers;
-use super::batch::{Batch, Prefill, check_total};
-use super::cpu::{self, PrefillOperands};
+use super::batch::{Batch, Prefill, PrefillOperands, check_total};
+use super::cpu;
 use super::decode::DecodeBuffers;
 use super::gpu::KvCache;
 use super::prefill::PrefillBuffers;

@@ -36,9 +36,7 @@ pub use self::append::{AppendBuffers, PreparedAppend};
 #[cfg(feature = "gpu")]
 pub use self::backward::{BackwardBuffers, PreparedBackward};
 #[cfg(feature = "cpu")]
-pub use self::batch::Prefill;
-#[cfg(feature = "cpu")]
-pub use self::cpu::PrefillOperands;
+pub use self::batch::{Prefill, PrefillOperands};
 #[cfg(feature = "gpu")]
 pub use self::decode::{DecodeBuffers, PreparedDecode};
 #[cfg(feature = "gpu")]

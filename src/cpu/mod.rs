@@ -9,7 +9,8 @@ mod scores;
 mod simd;
 mod tiled;
 
-pub use crate::cache::cpu::{KvCache, PrefillOperands};
+pub use crate::cache::PrefillOperands;
+pub use crate::cache::cpu::KvCache;
 pub use backward::backward;
 pub use merge::{finish, merge};
 pub use tiled::{forward, forward_with_row_max};

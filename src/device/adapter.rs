@@ -5,7 +5,7 @@ use crate::device::capabilities::{
 };
 
 impl CooperativeMatrices {
-    /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
+    /// The cooperative matrices of a device of this adapter that [`device_descriptor`] asks for. Nothing is opened.
     ///
     /// # Errors
     /// The reason, in words, where kernels cannot use cooperative matrices on it.
@@ -33,7 +33,7 @@ impl Capabilities {
         Capabilities { cooperative, ..Capabilities::new(&info, &device.limits(), features) }
     }
 
-    /// What a device of this adapter offers when it is opened with [`device_descriptor`]; opens nothing.
+    /// The capabilities of a device of this adapter that [`device_descriptor`] asks for. Nothing is opened.
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
         let descriptor = device_descriptor(adapter);
         let cooperative = CooperativeMatrices::of_adapter(adapter).ok();

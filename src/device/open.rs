@@ -23,7 +23,7 @@ pub enum DeviceChoice {
     /// GPU device: those on buffers, and caches on the GPU.
     Gpu,
     /// The GPU adapter with this index in [`adapters`], or the best one whose name contains this text,
-    /// upper and lower case alike.
+    /// whatever their case.
     Adapter(String),
     /// The CPU path.
     Cpu,

@@ -115,7 +115,7 @@ pub(crate) enum Body {
     Cached(Cached),
 }
 
-/// A kernel that reads or writes a cache. What its pipeline fixes are [`CacheOptions`]; no dispatch budget applies to it.
+/// A kernel that reads or writes a cache. Its pipeline depends on [`CacheOptions`]. It is one dispatch, whatever the dispatch budget is.
 #[derive(Debug)]
 pub(crate) struct Cached {
     /// Threads of a workgroup.

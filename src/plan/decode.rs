@@ -127,6 +127,8 @@ impl DecodePlan {
             Some(tiling) => tiling,
             None => choose(config, &problem, micro_kernel, capabilities)?,
         };
+        // Before anything is computed from the numbers of the tiles.
+        tiling.check(config, s.seq_q > 1, capabilities)?;
         let matrices = capabilities.cooperative;
         let tile = tiling.tiles.keys(matrices);
         let all = CacheOptions {
@@ -149,7 +151,6 @@ impl DecodePlan {
                 Variant::of_cache(*kernel, CacheOptions { vec4, ..all })
             })
             .collect();
-        tiling.check(config, s.seq_q > 1, capabilities)?;
         for variant in &variants {
             let unfit = |reason| Error::NoKernel { problem: format!("decoding with {tiling}"), reason };
             check_limits(variant, capabilities).map_err(unfit)?;
@@ -174,13 +175,9 @@ impl DecodePlan {
         let longest = splits(s.seq_k, s.seq_q, &bounds, tile, &split) * row_tiles as u32;
         let tiles_origin = if decode.tiling.is_some() { TilesOrigin::Caller } else { TilesOrigin::BuiltIn };
         let pass = |variant: Variant| {
-            let grid = match variant.decode_tiles() {
-                Some(_) => [longest, groups[0], groups[1]],
-                None => [rows_grid[0], rows_grid[1], 1],
-            };
-            let workgroups = match variant.decode_tiles() {
-                Some(_) => u64::from(longest) * group_count as u64,
-                None => total_rows as u64,
+            let (workgroups, grid) = match variant.decode_tiles() {
+                Some(_) => (u64::from(longest) * group_count as u64, [longest, groups[0], groups[1]]),
+                None => (total_rows as u64, [rows_grid[0], rows_grid[1], 1]),
             };
             Pass { variant, workgroups, grid, tiles_origin }
         };

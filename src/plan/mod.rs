@@ -77,7 +77,7 @@ impl Plan {
     ) -> Result<Self> {
         // The bits are found in the backward pass alone.
         let optional = OptionalOperands { mask_bits: false, ..optional };
-        Passes::new(FORWARD_PASS, problem, optional, capabilities, preference)?.plan(FORWARD_PASS)
+        Passes::new(FORWARD_PASS, problem, optional, capabilities, preference)?.plan()
     }
 
     /// Plans the backward pass without o_lo and without a gradient into lse, for operands that are densely packed: delta, the sink
@@ -100,7 +100,7 @@ impl Plan {
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        Passes::new(BACKWARD_PASS, problem, optional, capabilities, preference)?.plan(BACKWARD_PASS)
+        Passes::new(BACKWARD_PASS, problem, optional, capabilities, preference)?.plan()
     }
 
     /// Plans a merge of `states` partial states of the problem, without o_lo unless `optional` says so. The last merge applies
@@ -120,7 +120,7 @@ impl Plan {
 
     /// Plans a merge, of a problem whose keys are the states.
     pub(crate) fn merging(problem: &Problem, optional: OptionalOperands, capabilities: &Capabilities) -> Result<Self> {
-        Passes::new(MERGE_PASS, problem, optional, capabilities, &Preference::default())?.plan(MERGE_PASS)
+        Passes::new(MERGE_PASS, problem, optional, capabilities, &Preference::default())?.plan()
     }
 }
 
@@ -158,6 +158,7 @@ const COOPERATIVE_WIDTH: usize = 256;
 
 /// What the passes of a plan have in common.
 struct Passes<'a> {
+    kernels: &'a [Kernel],
     problem: &'a Problem,
     vec4: bool,
     optional: OptionalOperands,
@@ -168,7 +169,7 @@ struct Passes<'a> {
 impl<'a> Passes<'a> {
     /// Of a list of kernels: rows are read four neighbours at a time where all operands of theirs allow it.
     fn new(
-        kernels: &[Kernel],
+        kernels: &'a [Kernel],
         problem: &'a Problem,
         optional: OptionalOperands,
         capabilities: &'a Capabilities,
@@ -178,11 +179,12 @@ impl<'a> Passes<'a> {
         let widths = [problem.shape().head_dim, problem.shape().value_dim].map(|width| width as u32);
         let operands = kernels.iter().flat_map(|kernel| kernel.spec().reads.iter().chain(kernel.spec().writes));
         let dense = operands.filter_map(|binding| binding.width(widths)).all(|width| width.is_multiple_of(4));
-        Ok(Passes { problem, vec4: dense && !optional.scalar, optional, capabilities, preference })
+        Ok(Passes { kernels, problem, vec4: dense && !optional.scalar, optional, capabilities, preference })
     }
 
     /// The passes of those kernels that are wanted.
-    fn plan(&self, kernels: &[Kernel]) -> Result<Plan> {
+    fn plan(&self) -> Result<Plan> {
+        let kernels = self.kernels;
         let wanted = |kernel: &Kernel| (kernel.spec().wanted)(self.problem, self.optional);
         let mut groups = Vec::with_capacity(kernels.len());
         for kernel in kernels {
@@ -364,16 +366,11 @@ impl Pass {
     pub fn with_tiles(
         kernel: Kernel,
         problem: &Problem,
-        vec4: bool,
         capabilities: &Capabilities,
         tiles: impl Into<Tiling>,
     ) -> Result<Self> {
-        let preference = &Preference::default();
-        Passes { problem, vec4, optional: OptionalOperands::default(), capabilities, preference }.of_tiling(
-            kernel,
-            tiles.into(),
-            None,
-        )
+        let (optional, preference) = (OptionalOperands::default(), &Preference::default());
+        Passes::new(&[kernel], problem, optional, capabilities, preference)?.of_tiling(kernel, tiles.into(), None)
     }
 }
 
@@ -458,7 +455,7 @@ mod tests {
             crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
         let problem = Problem::new(shape, crate::Options::new()).unwrap();
         let tiles = crate::plan::Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
-        let pass = Pass::with_tiles(Kernel::FORWARD, &problem, true, &samples[0], tiles).unwrap();
+        let pass = Pass::with_tiles(Kernel::FORWARD, &problem, &samples[0], tiles).unwrap();
         let variant = pass.variant;
         assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));
         let resident = |workgroup_bytes, registers| {
@@ -534,8 +531,8 @@ mod tests {
             let problem = Problem::new(shape, crate::Options::new().dtype(dtype)).unwrap();
             let (optional, preference) = (OptionalOperands::default(), &Preference::default());
             let capabilities = &Capabilities::samples()[0];
-            let passes = Passes { problem: &problem, vec4: true, optional, capabilities, preference };
-            let plan = passes.plan(&[negated::NEGATED]).unwrap();
+            let passes = Passes::new(&[negated::NEGATED], &problem, optional, capabilities, preference).unwrap();
+            let plan = passes.plan().unwrap();
             let [pass] = plan.passes[..] else { panic!("{plan:?}") };
             assert_eq!((pass.workgroups, pass.variant.head_dim, pass.variant.value_dim), (2 * 3 * 3, 0, 8));
             assert!(pass.to_string().starts_with("Negated, portable"), "{pass}");

@@ -17,16 +17,15 @@ impl Tiling {
     pub fn candidates(
         kernel: Kernel,
         problem: &Problem,
-        vec4: bool,
         capabilities: &Capabilities,
         micro_kernel: MicroKernel,
     ) -> Vec<Tiling> {
         let mut found = Vec::new();
         if micro_kernel != MicroKernel::Portable {
-            found.extend(cooperative(kernel, problem, vec4, capabilities));
+            found.extend(cooperative(kernel, problem, capabilities));
         }
         if micro_kernel != MicroKernel::Cooperative {
-            let portable = Tiles::candidates(kernel, problem, vec4, capabilities);
+            let portable = Tiles::candidates(kernel, problem, capabilities);
             found.extend(portable.into_iter().map(Tiling::Portable));
         }
         found
@@ -40,9 +39,9 @@ const MOST_LANE_REGISTERS: u32 = 300;
 const SUBGROUPS: u32 = 16;
 const ROWS: u32 = 4;
 
-fn cooperative(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiling> {
+fn cooperative(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<Tiling> {
     let Some(matrices) = capabilities.cooperative.filter(CooperativeMatrices::is_sound) else { return Vec::new() };
-    let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, vec4, capabilities, *tiling).ok();
+    let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, capabilities, *tiling).ok();
     let table = table::cooperative(kernel, problem, matrices, capabilities.class).map(|fragments| fragments.tiling());
     let mut found: Vec<Tiling> = table.filter(|tiling| pass(tiling).is_some()).collect();
     let mut others = Vec::new();
@@ -75,12 +74,12 @@ impl Tiles {
     /// Tiles worth measuring for a kernel of a problem on a device: the built-in table, its first choice first, then
     /// neighbours of what it holds, the nearest first. All fit the device's limits; those of the kernels without tiles
     /// are none.
-    pub(crate) fn candidates(kernel: Kernel, problem: &Problem, vec4: bool, capabilities: &Capabilities) -> Vec<Tiles> {
+    pub(crate) fn candidates(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<Tiles> {
         if kernel.tiled().is_none() {
             return Vec::new();
         }
         let shape = problem.shape();
-        let fits = |tiles: &Tiles| Pass::with_tiles(kernel, problem, vec4, capabilities, *tiles).is_ok();
+        let fits = |tiles: &Tiles| Pass::with_tiles(kernel, problem, capabilities, *tiles).is_ok();
         let mut found: Vec<Tiles> = Vec::new();
         for tiles in table::portable(kernel, problem, capabilities.class) {
             if !found.contains(&tiles) && fits(&tiles) {
@@ -153,17 +152,17 @@ mod tests {
                     (1, 256, causal),
                 ] {
                     let problem = problem(seq, width, options);
-                    let found = Tiles::candidates(kernel, &problem, true, &device);
+                    let found = Tiles::candidates(kernel, &problem, &device);
                     let plan = crate::plan::Plan::forward(&problem, &device).unwrap();
                     assert!(kernel != Kernel::FORWARD || plan.passes[0].variant.tiling == Some(found[0].into()));
                     assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
                     for (index, tiles) in found.iter().enumerate() {
-                        Pass::with_tiles(kernel, &problem, true, &device, *tiles).unwrap();
+                        Pass::with_tiles(kernel, &problem, &device, *tiles).unwrap();
                         assert!(!found[..index].contains(tiles));
                         assert_eq!(tiles.to_string().parse(), Ok(*tiles));
                     }
                 }
-                assert_eq!(Tiles::candidates(Kernel::DELTA, &problem(9, 4, causal), true, &device), []);
+                assert_eq!(Tiles::candidates(Kernel::DELTA, &problem(9, 4, causal), &device), []);
             }
         }
     }
@@ -176,7 +175,7 @@ mod tests {
             Problem::new(shape, Options::new().causal(true).dtype(dtype)).unwrap()
         };
         let of = |problem: &Problem, device: &Capabilities, micro_kernel| {
-            Tiling::candidates(Kernel::FORWARD, problem, true, device, micro_kernel)
+            Tiling::candidates(Kernel::FORWARD, problem, device, micro_kernel)
         };
         for device in Capabilities::samples() {
             for problem in [problem(DType::F16, 64), problem(DType::F16, 128), problem(DType::F32, 64)] {
@@ -192,7 +191,7 @@ mod tests {
                 assert_eq!(variant.tiling.as_ref(), first, "the built-in choice comes first");
                 for (index, tiling) in cooperative.iter().enumerate() {
                     assert_eq!(tiling.micro_kernel(), MicroKernel::Cooperative);
-                    Pass::with_tiles(Kernel::FORWARD, &problem, true, &device, *tiling).unwrap();
+                    Pass::with_tiles(Kernel::FORWARD, &problem, &device, *tiling).unwrap();
                     assert!(!cooperative[..index].contains(tiling));
                 }
             }
@@ -204,7 +203,7 @@ mod tests {
         let others = of(&narrow, device, MicroKernel::Cooperative).into_iter().filter(|t| !table.contains(t));
         let rows: Vec<u32> = others
             .map(|tiling| {
-                let pass = Pass::with_tiles(Kernel::FORWARD, &narrow, true, device, tiling).unwrap();
+                let pass = Pass::with_tiles(Kernel::FORWARD, &narrow, device, tiling).unwrap();
                 pass.variant.tile().unwrap()[0] * pass.resident_workgroups(device).unwrap()
             })
             .collect();

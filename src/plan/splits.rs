@@ -40,7 +40,7 @@ impl DecodeTiling {
         several: bool,
         capabilities: &Capabilities,
     ) -> Result<Self, String> {
-        let matrices = capabilities.cooperative;
+        let matrices = capabilities.cooperative.filter(CooperativeMatrices::is_sound);
         let side = matrices.map_or(16, |matrices| matrices.side);
         let rows = if total_rows > 8 { side } else { 8 };
         let lanes = matrices.map_or(32, |matrices| matrices.lanes);
@@ -59,8 +59,8 @@ impl DecodeTiling {
             Some(multiprocessor) => {
                 let widths = [config.head_dim, config.value_dim].map(|width| width as u32);
                 let bytes = cooperative_bytes(widths, tiles.keys(matrices), side);
-                let at_a_time = multiprocessor.count * (multiprocessor.workgroup_bytes / bytes).max(1);
-                even_splits(groups, at_a_time as usize)
+                let resident = (multiprocessor.workgroup_bytes / bytes).max(1);
+                even_splits(groups, multiprocessor.count.max(1).saturating_mul(resident) as usize)
             }
             None => (capabilities.small_workgroups() / groups as u64).max(1) as u32,
         };

@@ -357,7 +357,7 @@ fn tiles_of_every_device() {
                 for (kernel, chosen) in TILED.into_iter().zip(&mut chosen) {
                     let pass = plan.passes.iter().find(|pass| pass.variant.kernel == kernel).unwrap();
                     let tiles = pass.variant.tiling.unwrap();
-                    if !chosen.contains(&tiles) && Pass::with_tiles(kernel, &ran, vec4, own, tiles).is_ok() {
+                    if !chosen.contains(&tiles) && Pass::with_tiles(kernel, &ran, own, tiles).is_ok() {
                         chosen.push(tiles);
                     }
                 }
@@ -398,8 +398,7 @@ fn random_tiles() {
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];
         let size = [pick(1..=100) as usize, pick(1..=150) as usize];
         let problem = problem([1, 2, 1], size, width, some_hidden());
-        let vec4 = width.iter().all(|w| w % 4 == 0);
-        let fits = |&(kernel, tiles): &_| Pass::with_tiles(kernel, &problem, vec4, capabilities, tiles).is_ok();
+        let fits = |&(kernel, tiles): &_| Pass::with_tiles(kernel, &problem, capabilities, tiles).is_ok();
         if chosen.iter().all(fits) {
             check_tiles(gpu, &problem, &chosen, tried.into());
             tried += 1;

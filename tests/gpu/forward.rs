@@ -311,9 +311,7 @@ fn tiles_of_every_device() {
                     .tiling
                     .unwrap();
                 let problem = problem(90);
-                if !seen.contains(&(width, tiles))
-                    && Pass::with_tiles(Kernel::FORWARD, &problem, vec4, own, tiles).is_ok()
-                {
+                if !seen.contains(&(width, tiles)) && Pass::with_tiles(Kernel::FORWARD, &problem, own, tiles).is_ok() {
                     seen.push((width, tiles));
                     check_tiles(gpu, &problem, tiles, 7);
                 }
@@ -381,8 +379,7 @@ fn random_tiles() {
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];
         let size = [pick(1..=100) as usize, pick(1..=150) as usize];
         let problem = problem([1, 2, 1], size, width, some_hidden());
-        let vec4 = width.iter().all(|w| w % 4 == 0);
-        if Pass::with_tiles(Kernel::FORWARD, &problem, vec4, capabilities, tiles).is_ok() {
+        if Pass::with_tiles(Kernel::FORWARD, &problem, capabilities, tiles).is_ok() {
             check_tiles(gpu, &problem, tiles, tried.into());
             tried += 1;
         }

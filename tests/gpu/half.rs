@@ -93,7 +93,7 @@ fn tiles_of_the_exact_delta() {
         case.operands.key(&problem, 0, 0, j).fill(f16::NAN);
         case.operands.value(&problem, 0, 0, j).fill(f16::NAN);
     }
-    let fits = |tiles: &Tiling| Pass::with_tiles(Kernel::EXACT_DELTA, &problem, false, own, *tiles).is_ok();
+    let fits = |tiles: &Tiling| Pass::with_tiles(Kernel::EXACT_DELTA, &problem, own, *tiles).is_ok();
     let fit: Vec<Tiling> = all.into_iter().filter(fits).collect();
     assert!(fit.len() >= 5, "{fit:?}");
     for tiles in every(2, fit) {

@@ -139,6 +139,20 @@ fn appends_prefills_and_steps() {
         assert_eq!(pair.caches[0].free_pages(), pair.caches[1].free_pages());
         assert_eq!(pair.caches[0].pages(1), pair.caches[1].pages(1));
         pair.append(&[0, 1, 2]);
+        // Nothing at all is nothing on either.
+        for cache in &mut pair.caches {
+            let lengths = cache.lengths().to_vec();
+            let prefill = Prefill::new(HEADS, [0, 0, 0], Pair::<f32>::options());
+            let operands = PrefillOperands {
+                sink_logits: Some(&pair.sinks),
+                cos_sin: pair.table.as_deref(),
+                ..PrefillOperands::default()
+            };
+            let output = cache.prefill(&prefill, &mut [], [&[], &[]], &operands).unwrap();
+            assert!(output.o.is_empty() && output.lse.is_empty());
+            cache.append(&[0, 0, 0], &[], &[], None, pair.table.as_deref()).unwrap();
+            assert_eq!(cache.lengths(), lengths);
+        }
     }
     let mut pair = Pair::<f16>::new(gpu, config::<f16>(CONTIGUOUS, 2, [16, 16]));
     pair.prefill([3, 1, 2], true);

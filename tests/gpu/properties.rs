@@ -19,7 +19,7 @@ fn the_gpu_agrees_with_the_definition() {
 #[test]
 fn cooperative_matrices_agree_with_the_definition() {
     let Some(attention) = common::cooperative() else { return };
-    // What there are kernels for.
+    // Problems that have cooperative kernels.
     let halves = plain(90).prop_map(|plain| Plain {
         dtype: if plain.dtype == DType::Bf16 { DType::Bf16 } else { DType::F16 },
         widths: plain.widths.map(|width| width.next_multiple_of(16)),

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use sink_attention::cache::{CacheConfig, CacheKind, Decode, Quantisation};
+use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiles, DecodeTiling, Quantisation};
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
     Capabilities, CooperativeMatrices, DeviceClass, Kernel, Multiprocessor, OptionalOperands, Pass, Plan, Preference,
@@ -386,7 +386,7 @@ fn strange_tiles_are_refused() {
     let good = Tiles { threads_r: 8, threads_c: 8, rows: 4, quads: 1, chunk: 4, slab: 32 };
     let huge = u32::MAX;
     for kernel in [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV] {
-        Pass::with_tiles(kernel, &problem, true, device, good).unwrap();
+        Pass::with_tiles(kernel, &problem, device, good).unwrap();
         for (why, tiles) in [
             ("no threads", Tiles { threads_r: 0, ..good }),
             ("threads_r no multiple of 2", Tiles { threads_r: 5, ..good }),
@@ -404,16 +404,45 @@ fn strange_tiles_are_refused() {
             ),
             ("huge", Tiles { threads_r: huge, threads_c: huge, rows: huge, quads: huge, chunk: huge, slab: huge }),
         ] {
-            let pass = Pass::with_tiles(kernel, &problem, true, device, tiles);
+            let pass = Pass::with_tiles(kernel, &problem, device, tiles);
             assert!(matches!(pass, Err(Error::NoKernel { .. })), "{why}: {pass:?}");
         }
+    }
+}
+
+/// Tiles of decoding that nobody should ask for are errors, before anything is computed from their numbers.
+#[test]
+fn strange_decode_tiles_are_refused() {
+    let device = &Capabilities::samples()[0];
+    let config = CacheConfig::new(CacheKind::Contiguous { capacity: 300 }, 1, 2, 64).dtype(DType::F16);
+    let portable =
+        |threads, lanes, rows, steps, exchanged| DecodeTiles::Portable { threads, lanes, rows, steps, exchanged };
+    let cooperative = |rows, columns, ahead| DecodeTiles::Cooperative { rows, columns, ahead };
+    for (tiles, splits) in [
+        (portable(32, 0, 1, 2, 2), 8),
+        (portable(0, 4, 1, 2, 2), 8),
+        (portable(32, 4, 0, 2, 2), 8),
+        (portable(32, 4, 1, 0, 2), 8),
+        (portable(32, 4, 1, 2, 0), 8),
+        (portable(32, 4, 1, 2, 2), 0),
+        (portable(u32::MAX, u32::MAX, u32::MAX, u32::MAX, u32::MAX), u32::MAX),
+        (cooperative(0, 1, 1), 8),
+        (cooperative(8, 0, 1), 8),
+        (cooperative(8, 1, 0), 8),
+        (cooperative(8, 1, 1), 0),
+        (cooperative(u32::MAX, u32::MAX, u32::MAX), u32::MAX),
+    ] {
+        let mut decode = Decode::new(4, Options::new().dtype(DType::F16));
+        decode.tiling = Some(DecodeTiling { tiles, splits });
+        let plan = Plan::decode(&config, &decode, device, MicroKernel::Auto);
+        assert!(matches!(plan, Err(Error::NoKernel { .. })), "{tiles:?}, {splits}: {plan:?}");
     }
 }
 
 /// Devices that offer none of something: plans of them are errors, or do without; and so it is with a plan for a better one.
 #[test]
 fn nothing_is_divided_by_what_a_device_does_not_offer() {
-    let zero: [fn(&mut Capabilities); 13] = [
+    let zero: [fn(&mut Capabilities); 14] = [
         |device| device.workgroup_bytes = 0,
         |device| device.workgroup_threads = 0,
         |device| device.grid_dimension = 0,
@@ -424,6 +453,7 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
         |device| device.loop_iterations = Some(0),
         |device| device.multiprocessor = device.multiprocessor.map(|m| Multiprocessor { workgroup_bytes: 0, ..m }),
         |device| device.multiprocessor = device.multiprocessor.map(|m| Multiprocessor { registers: 0, ..m }),
+        |device| device.multiprocessor = device.multiprocessor.map(|m| Multiprocessor { count: 0, ..m }),
         |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { side: 0, ..c }),
         |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { lanes: 0, ..c }),
         |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { side: 0, lanes: 0, ..c }),
@@ -450,11 +480,15 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
                         let gridless = lacking.grid_dimension == 0;
                         assert!(!gridless || dispatches.is_err(), "{}: {dispatches:?}", lacking.name);
                     }
+                    let config = CacheConfig::new(CacheKind::Contiguous { capacity: 300 }, 1, 2, 64).dtype(dtype);
+                    let decode = Decode::new(4, options.dtype(dtype));
+                    let plan = Plan::decode(&config, &decode, &lacking, micro_kernel);
+                    assert!(lacking.grid_dimension > 0 || plan.is_err(), "{}: {plan:?}", lacking.name);
                 }
-                for tiling in Tiling::candidates(Kernel::FORWARD, &problem, true, &device, MicroKernel::Auto) {
-                    let _ = Pass::with_tiles(Kernel::FORWARD, &problem, true, &lacking, tiling);
+                for tiling in Tiling::candidates(Kernel::FORWARD, &problem, &device, MicroKernel::Auto) {
+                    let _ = Pass::with_tiles(Kernel::FORWARD, &problem, &lacking, tiling);
                 }
-                let _ = Tiling::candidates(Kernel::FORWARD, &problem, true, &lacking, MicroKernel::Auto);
+                let _ = Tiling::candidates(Kernel::FORWARD, &problem, &lacking, MicroKernel::Auto);
                 let plan = Plan::forward(&problem, &device).unwrap();
                 let _ = plan.dispatches(&problem, &lacking, Some(std::time::Duration::ZERO));
                 let resident = plan.passes.iter().filter_map(|pass| pass.resident_workgroups(&lacking));
@@ -499,7 +533,7 @@ fn tiles_without_a_side_are_refused() {
     }));
     for tiling in all {
         for kernel in [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV] {
-            assert!(Pass::with_tiles(kernel, &problem, true, device, tiling).is_err(), "{tiling}");
+            assert!(Pass::with_tiles(kernel, &problem, device, tiling).is_err(), "{tiling}");
         }
     }
 }

@@ -346,7 +346,6 @@ struct Choice {
     kernel: Kernel,
     /// What runs untuned.
     built_in: Tiling,
-    vec4: bool,
     /// All others.
     candidates: Vec<Tiling>,
 }
@@ -365,10 +364,10 @@ impl Choice {
             false => attention.plan_backward(problem),
         }?;
         let Some(pass) = plan.passes.into_iter().find(|pass| pass.variant.kernel == kernel) else { return Ok(None) };
-        let (built_in, vec4) = (pass.variant.tiling.ok_or("a kernel without tiles")?, pass.variant.vec4);
-        let mut candidates = Tiling::candidates(kernel, problem, vec4, capabilities, micro_kernel);
+        let built_in = pass.variant.tiling.ok_or("a kernel without tiles")?;
+        let mut candidates = Tiling::candidates(kernel, problem, capabilities, micro_kernel);
         candidates.retain(|tiling| *tiling != built_in);
-        Ok(Some(Choice { kernel, built_in, vec4, candidates }))
+        Ok(Some(Choice { kernel, built_in, candidates }))
     }
 
     /// The first candidate of the micro-kernel that does not run untuned, if there is one.
@@ -388,7 +387,7 @@ fn search(
     judge: Judge,
 ) -> Result<Found, Box<dyn Error>> {
     let rival = choice.rival();
-    let Choice { kernel, built_in: first, vec4, mut candidates } = choice;
+    let Choice { kernel, built_in: first, mut candidates } = choice;
     let (small, large) = (&bench.small, bench.large());
     let capabilities = attention.device().ok_or("no GPU")?.capabilities();
     let default = large.measure(attention, timer, kernel, first, None)?.ok_or("nothing was timed")?;
@@ -410,7 +409,7 @@ fn search(
             break;
         }
         // Side by side. What does not compile tells so below, by itself.
-        let passes = batch.iter().map(|tiles| Pass::with_tiles(kernel, &large.problem, vec4, capabilities, *tiles));
+        let passes = batch.iter().map(|tiles| Pass::with_tiles(kernel, &large.problem, capabilities, *tiles));
         let _ = attention.precompile(&Plan { passes: passes.filter_map(Result::ok).collect() });
         for &tiles in batch {
             if is_over(&tiles) {

@@ -9,7 +9,7 @@ use crate::problem::Layout;
 
 /// Metadata keys of the format, for messages.
 const KEYS: &str = "layout, causal, align, window_left, window_right, sink_tokens, scale, softcap, q_offset";
-/// Tensors of the format, beside those named `expected.*`.
+/// Tensors of the format, except those named `expected.*`.
 pub(super) const TENSORS: [&str; 11] =
     ["q", "k", "v", "sinks", "bias", "mask", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "dout", "dlse"];
 

@@ -7,7 +7,7 @@ use crate::kernel::micro_kernel::MicroKernel;
 use crate::problem::cache::{CacheConfig, CacheKind};
 use crate::problem::element::DType;
 
-/// What a workgroup of the decode kernel does at a time.
+/// The share of a workgroup of the decode kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DecodeTiles {
     /// Plain WGSL.
