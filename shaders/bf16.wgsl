@@ -1,4 +1,4 @@
-{#- Needs: nothing. Declares: widen2, narrow4; with `o_lo` rest4 and whole4, which hold the rounding error of o. -#}
+{#- Needs: nothing. Declares: widen2, narrow4; with `o_lo` lo4 and with_lo4, which hold the rounding error of o. -#}
 // bfloat16, two numbers a word. A number is the upper half of a single.
 
 fn widen2(word: u32) -> vec2<f32> {
@@ -16,7 +16,7 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
 # if o_lo
 
 // The rounding error of narrow4 in i16: the difference of the bits. Twin of Element::rest.
-fn rest4(x: vec4<f32>) -> vec4<u32> {
+fn lo4(x: vec4<f32>) -> vec4<u32> {
   let narrow = narrow4(x);
   // A tie has a difference of 2^15, one more than i16 holds. It loses the last bit of a single.
   let rest = min(bitcast<vec4<i32>>(bitcast<vec4<u32>>(x) - (narrow << vec4<u32>(16u))), vec4<i32>(0x7fff));
@@ -25,7 +25,7 @@ fn rest4(x: vec4<f32>) -> vec4<u32> {
 }
 
 // The number before narrow4, from the rounded number and the rounding error. Twin of Element::whole.
-fn whole4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
+fn with_lo4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
   return bitcast<vec4<f32>>(bitcast<vec4<u32>>(x) + bitcast<vec4<u32>>(rest));
 }
 # endif

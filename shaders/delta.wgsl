@@ -81,7 +81,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     workgroupBarrier();
     if (loaded < params.seq_q && quad < {{ operand_quads.o }}u) {
 # if o_lo
-      o_stage[stage] = whole4(load_o(o_base, quad), load_o_lo(o_lo_base, quad));
+      o_stage[stage] = with_lo4(load_o(o_base, quad), load_o_lo(o_lo_base, quad));
 # else
       o_stage[stage] = load_o(o_base, quad);
 # endif

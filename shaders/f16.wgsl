@@ -1,4 +1,4 @@
-{#- Needs: nothing. Declares: widen2, narrow4; with `o_lo` rest4 and whole4, which hold the rounding error of o. -#}
+{#- Needs: nothing. Declares: widen2, narrow4; with `o_lo` lo4 and with_lo4, which hold the rounding error of o. -#}
 // IEEE 754 half precision, two numbers a word, without the extension that has a type for it.
 
 // Drivers may flush numbers below 2^-14 to zero.
@@ -35,7 +35,7 @@ fn narrow4(x: vec4<f32>) -> vec4<u32> {
 
 // The rounding error of narrow4 in i16: the difference of the bits of both as singles. Below 2^-14, where these are too far apart, it is
 // the difference of the sizes in units of 2^-39. Twin of Element::rest.
-fn rest4(x: vec4<f32>) -> vec4<u32> {
+fn lo4(x: vec4<f32>) -> vec4<u32> {
   let narrow = narrow4(x) & vec4<u32>(0x7fffu);
   let size = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
   let normal = bitcast<vec4<i32>>(size - ((narrow + vec4<u32>(0x1c000u)) << vec4<u32>(13u)));
@@ -45,7 +45,7 @@ fn rest4(x: vec4<f32>) -> vec4<u32> {
 }
 
 // The number before narrow4, from the rounded number and the rounding error. Twin of Element::whole.
-fn whole4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
+fn with_lo4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
   let bits = bitcast<vec4<u32>>(x);
   let subnormal = abs(fma(vec4<f32>(rest), vec4<f32>(1.8189894e-12), abs(x)));
   let signed = bitcast<vec4<u32>>(subnormal) | (bits & vec4<u32>(0x80000000u));

@@ -88,7 +88,7 @@ fn exp_below(x: f32, top: f32) -> f32 {
       let share = select(exp_below(state_lse, top) / total, not_a_number(), state_lse == -params.negative_infinity);
 # if o_lo
       let rest = load_states_lo(rest_base + n * rest_step, quad);
-      let x = whole4(load_states(states_base + n * states_step, quad), rest);
+      let x = with_lo4(load_states(states_base + n * states_step, quad), rest);
 # else
       let x = load_states(states_base + n * states_step, quad);
 # endif

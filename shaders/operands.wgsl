@@ -13,9 +13,9 @@ fn signed2(word: u32) -> vec2<i32> {
 {% endif %}
 // Four neighbours of a row, zero beyond the width. With vec4 loads the width is a multiple of four.
 {% for operand in loads if not (cooperative and dtype == "f16") %}
-{% set is_rest = operand.name in ["o_lo", "states_lo"] %}
-{% set scalar = "i32" if is_rest else "f32" %}
-{% set widen = "signed2" if is_rest else "widen2" %}
+{% set is_lo = operand.name in ["o_lo", "states_lo"] %}
+{% set scalar = "i32" if is_lo else "f32" %}
+{% set widen = "signed2" if is_lo else "widen2" %}
 
 fn load_{{ operand.name }}(base: u32, quad: u32) -> vec4<{{ scalar }}> {
 {% if not vec4 %}
@@ -51,7 +51,7 @@ fn {{ operand.name }}_at(at: u32) -> {{ scalar }} {
 
 fn store_{{ operand.name }}(base: u32, quad: u32, x: vec4<f32>) {
 {% if halves %}
-  let stored = {{ "rest4" if operand.name == "o_lo" else "narrow4" }}(x);
+  let stored = {{ "lo4" if operand.name == "o_lo" else "narrow4" }}(x);
 {% else %}
   let stored = x;
 {% endif %}

@@ -4,7 +4,7 @@
 struct WorkIndex { batch: u32, head: u32, tile: u32, cell: u32 }
 
 fn decode_work(index: u32) -> WorkIndex {
-  var at = WorkIndex(params.region_batch, params.region_head, params.region_tile, 0u);
+  var at = WorkIndex(params.slice_batch, params.slice_head, params.slice_tile, 0u);
   var rest = index;
 {% for digit in order %}
   at.{{ digit.name }} = {{ digit.first }}{{ "rest" if loop.last else "rest % " ~ digit.count }};

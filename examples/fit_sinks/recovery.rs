@@ -62,7 +62,7 @@ fn score_matrix(problem: &Problem, embedding: usize, weights: &Weights, head: us
     let rows = |w, head| -> Vec<&[f32]> {
         <[f32]>::chunks_exact(w, w.len() / embedding).map(|row| &row[head * width..][..width]).collect()
     };
-    let (w_q, w_k) = (rows(&weights.w_q, head), rows(&weights.w_k, head / problem.group()));
+    let (w_q, w_k) = (rows(&weights.w_q, head), rows(&weights.w_k, head / problem.heads_per_kv()));
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
     w_q.iter().flat_map(|q| w_k.iter().map(|k| dot(q, k))).collect()
 }

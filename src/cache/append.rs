@@ -204,7 +204,7 @@ impl PreparedAppend {
     pub fn encode(&self, cache: &mut KvCache, step: &mut Step) -> Result<()> {
         self.open(cache, step.ticket())?;
         self.check(cache)?;
-        let changes = cache.book.places.reserve(&self.counts)?;
+        let changes = cache.book.block_table.reserve(&self.counts)?;
         let encoder = step.encoder();
         cache.record(encoder, &changes);
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention append"), timestamp_writes: None };
@@ -220,7 +220,7 @@ impl PreparedAppend {
     pub fn encode_in(&self, cache: &mut KvCache, pass: &mut StepPass<'_>) -> Result<()> {
         self.open(cache, pass.ticket())?;
         self.check(cache)?;
-        cache.places().check_reserved(&self.counts)?;
+        cache.block_table().check_reserved(&self.counts)?;
         self.dispatch(cache, pass.pass());
         Ok(())
     }
@@ -236,7 +236,7 @@ impl PreparedAppend {
     pub(super) fn check(&self, cache: &KvCache) -> Result<()> {
         let Some(positions) = self.positions else { return Ok(()) };
         for (sequence, added) in self.counts.iter().enumerate().filter(|(_, added)| **added > 0) {
-            let end = cache.places().lengths()[sequence].saturating_add(*added);
+            let end = cache.block_table().lengths()[sequence].saturating_add(*added);
             let end = if cache.config.is_relative() { end.min(cache.config.kind.rows()) } else { end };
             if end > positions {
                 return Err(Error::RotaryPosition { sequence, position: end - 1, positions });
@@ -250,6 +250,6 @@ impl PreparedAppend {
         let book = &mut cache.book;
         bound.dispatch(pass, book.current, [*x, *y, 1]);
         book.current = 1 - book.current;
-        book.places.advance(&self.counts, self.q_heads);
+        book.block_table.advance(&self.counts, self.q_heads);
     }
 }

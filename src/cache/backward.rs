@@ -153,7 +153,7 @@ impl KvCache {
 impl PreparedBackward {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &BackwardBuffers<'_>) -> Result<Self> {
         let config = &cache.config;
-        let batch = Batch::held(config, prefill, cache.places())?;
+        let batch = Batch::held(config, prefill, cache.block_table())?;
         let (keys, bytes) = (cache.keys.clone(), config.bytes());
         let into = [buffers.d_keys, buffers.d_values];
         for (output, buffer, needed) in [("d_keys", into[0], bytes[0]), ("d_values", into[1], bytes[1])] {
@@ -181,8 +181,8 @@ impl PreparedBackward {
         };
         let (mut gather, mut scatter) = (None, None);
         if let (Source::Gathered(operands), Source::Gathered(results)) = (&operands, &results) {
-            gather = operands.gather(cache, &batch.runs(cache.places())).await?;
-            scatter = results.scatter(cache, &batch.sums(cache.places()), into).await?;
+            gather = operands.gather(cache, &batch.runs(cache.block_table())).await?;
+            scatter = results.scatter(cache, &batch.sums(cache.block_table()), into).await?;
         }
         let ([k, v], [d_k, d_v]) = (operands.views(), results.views());
         let forward = ForwardBuffers {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::places::Places;
+use super::block_table::BlockTable;
 use crate::problem::cache::{CacheConfig, CacheKind, check_absent};
 use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Lengths;
@@ -128,17 +128,17 @@ impl Batch {
     /// - Positions that were given up, S <= j < S + g = L - R, lie before every window: L + i - left > L - R.
     ///
     /// For g = 0 places are positions.
-    pub(crate) fn appended(config: &CacheConfig, prefill: &Prefill, places: &Places) -> Result<Option<Self>> {
+    pub(crate) fn appended(config: &CacheConfig, prefill: &Prefill, block_table: &BlockTable) -> Result<Option<Self>> {
         check_total(config, &prefill.tokens)?;
-        places.check_capacity(&prefill.tokens)?;
+        block_table.check_capacity(&prefill.tokens)?;
         Batch::new(config, prefill, |sequence, tokens| {
-            let [length, cached] = [places.lengths()[sequence], places.keys(sequence)];
+            let [length, cached] = [block_table.lengths()[sequence], block_table.keys(sequence)];
             Ok(Entry { sequence, length, cached, keys: cached + tokens, first_row: 0 })
         })
     }
 
     /// Of tokens that are the last ones that the cache holds.
-    pub(crate) fn held(config: &CacheConfig, prefill: &Prefill, places: &Places) -> Result<Self> {
+    pub(crate) fn held(config: &CacheConfig, prefill: &Prefill, block_table: &BlockTable) -> Result<Self> {
         check_total(config, &prefill.tokens)?;
         let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
         if let CacheKind::Rolling { .. } = config.kind {
@@ -148,7 +148,7 @@ impl Batch {
             return invalid("quantisation", format!("{quantisation:?}; quantised keys and values have no gradients"));
         }
         let batch = Batch::new(config, prefill, |sequence, tokens| {
-            let length = places.lengths()[sequence];
+            let length = block_table.lengths()[sequence];
             if tokens > length {
                 let reason = format!("{tokens} of sequence {sequence}, which has {length}");
                 return Err(Error::InvalidOption { option: "tokens", reason });
@@ -213,12 +213,12 @@ impl Batch {
     }
 
     /// The rows that come from the cache.
-    pub(crate) fn runs(&self, places: &Places) -> Vec<Run> {
+    pub(crate) fn runs(&self, block_table: &BlockTable) -> Vec<Run> {
         let mut runs = Vec::new();
         for &Entry { sequence, length, cached, first_row, .. } in &self.entries {
             let mut place = 0;
             while place < cached {
-                let [number, row, left] = places.stretch(length, place);
+                let [number, row, left] = block_table.stretch(length, place);
                 let rows = left.min(cached - place).min(RUN_ROWS);
                 runs.push(Run { sequence, number, row, to: first_row + place, rows });
                 place += rows;
@@ -228,15 +228,15 @@ impl Batch {
     }
 
     /// Where gradients go of keys that all come from the cache: pages that sequences share get the sum over these.
-    pub(crate) fn sums(&self, places: &Places) -> Vec<Sum> {
+    pub(crate) fn sums(&self, block_table: &BlockTable) -> Vec<Sum> {
         // Of each block, how many of its rows each sequence uses, and where these lie.
         let mut users: BTreeMap<usize, Vec<[usize; 2]>> = BTreeMap::new();
         for &Entry { sequence, length, keys, first_row, .. } in &self.entries {
             let mut place = 0;
             while place < keys {
-                let [number, _, rows] = places.stretch(length, place);
+                let [number, _, rows] = block_table.stretch(length, place);
                 let used = rows.min(keys - place);
-                users.entry(places.block(sequence, number)).or_default().push([used, first_row + place]);
+                users.entry(block_table.block(sequence, number)).or_default().push([used, first_row + place]);
                 place += used;
             }
         }
@@ -304,17 +304,17 @@ mod tests {
             let config = config(CacheKind::Rolling { sink_tokens: kept, window, queries });
             let rows = config.kind.rows();
             for length in [0, 1, kept, kept + 1, rows - 1, rows, rows + 1, 3 * rows + 2] {
-                let mut places = Places::new(&config);
-                places.advance(&[length, 0], None);
+                let mut block_table = BlockTable::new(&config);
+                block_table.advance(&[length, 0], None);
                 for tokens in [1, 2, window + 3] {
                     for (left, sink_tokens) in [(None, 0), (Some(window - 1), kept), (Some(window / 2), kept / 2)] {
                         let window_option = Window { left, right: Some(0) };
                         let options = Options::new().window(window_option).sink_tokens(sink_tokens);
                         let prefill = Prefill::new(1, [tokens, 0], options);
-                        let batch = Batch::appended(&config, &prefill, &places).unwrap().unwrap();
+                        let batch = Batch::appended(&config, &prefill, &block_table).unwrap().unwrap();
                         let entry = batch.entries[0];
                         let mut positions = vec![usize::MAX; entry.keys];
-                        for Run { row, to, rows: run, .. } in batch.runs(&places) {
+                        for Run { row, to, rows: run, .. } in batch.runs(&block_table) {
                             for n in 0..run {
                                 // The last token that was written to the row.
                                 let of = |p: usize| if p < kept { p } else { kept + (p - kept) % (rows - kept) };
@@ -342,12 +342,12 @@ mod tests {
     #[test]
     fn shared_pages_get_sums() {
         let config = config(CacheKind::Paged { page_size: 16, pages: 9, sequence_pages: 6 });
-        let mut places = Places::new(&config);
-        places.assign(0, &[3, 1], 20).unwrap();
-        places.assign(1, &[3, 1, 7, 8, 0], 75).unwrap();
-        let batch = Batch::held(&config, &Prefill::new(1, [1, 75], Options::new()), &places).unwrap();
+        let mut block_table = BlockTable::new(&config);
+        block_table.assign(0, &[3, 1], 20).unwrap();
+        block_table.assign(1, &[3, 1, 7, 8, 0], 75).unwrap();
+        let batch = Batch::held(&config, &Prefill::new(1, [1, 75], Options::new()), &block_table).unwrap();
         let mut found = BTreeMap::new();
-        for Sum { block, row, rows, terms } in batch.sums(&places) {
+        for Sum { block, row, rows, terms } in batch.sums(&block_table) {
             for n in 0..rows {
                 let terms: Vec<usize> = terms.iter().map(|term| term + n).collect();
                 assert_eq!(found.insert((block, row + n), terms), None);
@@ -356,7 +356,7 @@ mod tests {
         let mut expected: BTreeMap<_, Vec<usize>> = BTreeMap::new();
         for (sequence, first, length) in [(0, 0, 20), (1, 20, 75)] {
             for place in 0..length {
-                let page = places.table(sequence)[place / 16] as usize;
+                let page = block_table.table(sequence)[place / 16] as usize;
                 expected.entry((page, place % 16)).or_default().push(first + place);
             }
         }

@@ -9,7 +9,7 @@ use crate::exec::pipeline::Pipeline;
 use crate::exec::placed::{Placed, check_element_type};
 use crate::kernel::params::{Operand, Params};
 use crate::kernel::{Binding, Variant};
-use crate::plan::operand::{View, Window};
+use crate::plan::operand::{BindingRange, OperandLayout};
 use crate::problem::cache::{CacheConfig, CacheKind};
 use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, Options};
@@ -85,7 +85,7 @@ impl Bound {
 /// An operand of the caller's, checked, and what a kernel binds of it.
 pub(super) struct Given<'a> {
     pub(super) placed: Placed<'a>,
-    pub(super) window: Window,
+    pub(super) window: BindingRange,
     pub(super) buffer: &'a wgpu::Buffer,
 }
 
@@ -109,7 +109,7 @@ impl<'a> Given<'a> {
         Ok(Given { placed, window, buffer: view.buffer })
     }
 
-    pub(super) fn view(&self) -> &View {
+    pub(super) fn view(&self) -> &OperandLayout {
         &self.placed.view
     }
 

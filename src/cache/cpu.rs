@@ -1,7 +1,7 @@
 //! A cache on the CPU.
 
 use super::batch::{Batch, Prefill, PrefillOperands, Run, Sum, check_total};
-use super::places::Places;
+use super::block_table::BlockTable;
 use crate::plan::decode::Decode;
 use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
 use crate::problem::row_format::Quantisation;
@@ -38,7 +38,7 @@ use crate::problem::{Gradients, Inputs, Options, Output, Problem, Shape, SinkLog
 #[derive(Debug, Clone)]
 pub struct KvCache<T> {
     pub(super) config: CacheConfig,
-    pub(super) places: Places,
+    pub(super) block_table: BlockTable,
     pub(super) keys: Vec<T>,
     pub(super) values: Vec<T>,
     /// Of the blocks of quantised keys and values, row by row.
@@ -57,7 +57,7 @@ impl<T: Element> KvCache<T> {
         let blocks = |width| if config.quantisation.is_some() { rows * scales_of(width) } else { 0 };
         Ok(KvCache {
             config: *config,
-            places: Places::new(config),
+            block_table: BlockTable::new(config),
             keys: vec![T::default(); rows * config.head_dim],
             values: vec![T::default(); rows * config.value_dim],
             scales: [config.head_dim, config.value_dim].map(|width| vec![f16::ZERO; blocks(width)]),
@@ -71,17 +71,17 @@ impl<T: Element> KvCache<T> {
 
     /// Tokens of each sequence: all that were appended, also those that a ring has given up.
     pub fn lengths(&self) -> &[usize] {
-        self.places.lengths()
+        self.block_table.lengths()
     }
 
     /// Pages of a sequence in the order of its tokens; none where the cache is not paged.
     pub fn pages(&self, sequence: usize) -> &[u32] {
-        self.places.table(sequence)
+        self.block_table.table(sequence)
     }
 
     /// Pages that no sequence holds.
     pub fn free_pages(&self) -> usize {
-        self.places.free_pages()
+        self.block_table.free_pages()
     }
 
     /// Appends so many tokens to each sequence: keys `[tokens, G, D]` and values `[tokens, G, E]`, sequence by sequence. `q`,
@@ -103,12 +103,12 @@ impl<T: Element> KvCache<T> {
         let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
         let turning = self.check_tokens(tokens, k, v, q.as_deref(), cos_sin)?;
         let heads = q.as_ref().map_or(0, |q| q.len() / (tokens.iter().sum::<usize>().max(1) * head_dim));
-        let changes = self.places.reserve(tokens)?;
+        let changes = self.block_table.reserve(tokens)?;
         for [from, to] in changes.copies {
             self.copy_block(from as usize, to as usize);
         }
-        let before = self.places.lengths().to_vec();
-        self.places.advance(tokens, q.as_ref().map(|_| heads));
+        let before = self.block_table.lengths().to_vec();
+        self.block_table.advance(tokens, q.as_ref().map(|_| heads));
         let mut q = q;
         let all = tokens.iter().enumerate().flat_map(|(sequence, n)| (0..*n).map(move |number| (sequence, number)));
         for (token, (sequence, number)) in all.enumerate() {
@@ -121,7 +121,7 @@ impl<T: Element> KvCache<T> {
                 }
             }
             // What a ring has given up has no place any more.
-            let gone = self.places.lengths()[sequence] - self.places.keys(sequence);
+            let gone = self.block_table.lengths()[sequence] - self.block_table.keys(sequence);
             let place = match self.config.kind {
                 CacheKind::Rolling { sink_tokens, .. } if position >= sink_tokens => {
                     let Some(place) = position.checked_sub(gone).filter(|place| *place >= sink_tokens) else {
@@ -131,7 +131,7 @@ impl<T: Element> KvCache<T> {
                 }
                 _ => position,
             };
-            let [block, row] = self.places.row(sequence, place);
+            let [block, row] = self.block_table.row(sequence, place);
             for head in 0..kv_heads {
                 let row = (block * kv_heads + head) * self.config.kind.rows() + row;
                 let of = token * kv_heads + head;
@@ -175,7 +175,7 @@ impl<T: Element> KvCache<T> {
         }
         let turning = Turning::new(&self.config, q.is_some(), cos_sin)?;
         if let Some(turning) = &turning {
-            turning.check(&self.places, tokens)?;
+            turning.check(&self.block_table, tokens)?;
         }
         Ok(turning)
     }
@@ -195,7 +195,7 @@ impl<T: Element> KvCache<T> {
         operands: &PrefillOperands<'_, T>,
     ) -> Result<Output<T>> {
         let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
-        let batch = Batch::appended(&self.config, prefill, &self.places)?;
+        let batch = Batch::appended(&self.config, prefill, &self.block_table)?;
         let turned_q = self.config.rotary.map(|_| &*q);
         let turning = self.check_tokens(&prefill.tokens, k, v, turned_q, operands.cos_sin)?;
         let Some(Batch { problem, entries, rows }) = &batch else {
@@ -203,7 +203,7 @@ impl<T: Element> KvCache<T> {
             return Ok(Output { o: vec![], o_lo: None, lse: vec![] });
         };
         // What is given up, and behind it what has come, as the cache will hold it.
-        let mut gathered = self.gather_rows(batch.iter().flat_map(|batch| batch.runs(&self.places)), *rows);
+        let mut gathered = self.gather_rows(batch.iter().flat_map(|batch| batch.runs(&self.block_table)), *rows);
         let [keys, values] = &mut gathered;
         // The append below keeps them.
         let mut scales = [head_dim, value_dim].map(|width| vec![f16::ZERO; scales_of(width)]);
@@ -249,17 +249,17 @@ impl<T: Element> KvCache<T> {
         upstream: &Upstream<'_, T>,
         operands: &PrefillOperands<'_, T>,
     ) -> Result<Gradients<T>> {
-        let batch = Batch::held(&self.config, prefill, &self.places)?;
+        let batch = Batch::held(&self.config, prefill, &self.block_table)?;
         if operands.cos_sin.is_some() {
             let hint = "keys have been rotated as they were appended";
             return Err(Error::UnexpectedOperand { operand: "cos_sin", hint });
         }
-        let gathered = self.gather_rows(batch.runs(&self.places), batch.rows);
+        let gathered = self.gather_rows(batch.runs(&self.block_table), batch.rows);
         let inputs = operands.inputs(q, &gathered);
         batch.problem.check_inputs(&inputs)?;
         batch.problem.check_upstream(saved, upstream)?;
         let gradients = cpu::backward(&batch.problem, &inputs, saved, upstream)?;
-        let sums = batch.sums(&self.places);
+        let sums = batch.sums(&self.block_table);
         let scatter = |gathered: &[T], len: usize, width: usize| {
             let mut gradient = vec![T::default(); len];
             let (heads, block_rows) = (self.config.kv_heads, self.config.kind.rows());
@@ -286,7 +286,7 @@ impl<T: Element> KvCache<T> {
         let CacheConfig { kv_heads, head_dim, value_dim, kind, .. } = self.config;
         let mut gathered = [head_dim, value_dim].map(|width| vec![T::default(); all * kv_heads * width]);
         for Run { sequence, number, row, to, rows } in runs {
-            let block = self.places.block(sequence, number);
+            let block = self.block_table.block(sequence, number);
             for (n, head) in (0..rows).flat_map(|n| (0..kv_heads).map(move |head| (n, head))) {
                 let from = (block * kv_heads + head) * kind.rows() + row + n;
                 let to = (to + n) * kv_heads + head;
@@ -330,9 +330,9 @@ impl<T: Element> KvCache<T> {
         let (problem, bounds) = decode.problem(&self.config)?;
         let entries = decode.entries(&self.config)?;
         for &sequence in &entries {
-            self.places.check_queries(sequence, decode.queries, bounds.left as usize)?;
+            self.block_table.check_queries(sequence, decode.queries, bounds.left as usize)?;
             if let Some(heads) = decode.rotated_heads(&self.config) {
-                self.places.check_rotated(sequence, decode.queries, heads)?;
+                self.block_table.check_rotated(sequence, decode.queries, heads)?;
             }
         }
         let options = *problem.options();
@@ -361,7 +361,7 @@ impl<T: Element> KvCache<T> {
             Output { o: Vec::with_capacity(s.batch * s.heads * s.seq_q * s.value_dim), o_lo: None, lse: vec![] };
         let mut row_max = Vec::with_capacity(s.batch * s.heads * s.seq_q);
         for (entry, &sequence) in entries.iter().enumerate() {
-            let keys = self.places.keys(sequence);
+            let keys = self.block_table.keys(sequence);
             let shape = Shape { batch: 1, seq_k: keys.max(1), ..s };
             // Checked as with keys where there are none.
             let problem = Problem::new(shape, options)?;
@@ -398,7 +398,7 @@ impl<T: Element> KvCache<T> {
             vec![T::default(); keys.max(1) * kv_heads * value_dim],
         ];
         for place in 0..keys {
-            let [block, row] = self.places.row(sequence, place);
+            let [block, row] = self.block_table.row(sequence, place);
             for head in 0..kv_heads {
                 let row = (block * kv_heads + head) * self.config.kind.rows() + row;
                 for (to, from, width) in [(0, &self.keys, head_dim), (1, &self.values, value_dim)] {
@@ -421,7 +421,7 @@ impl<T: Element> KvCache<T> {
     /// # Errors
     /// As there.
     pub fn truncate(&mut self, sequence: usize, length: usize) -> Result<()> {
-        self.places.truncate(sequence, length)
+        self.block_table.truncate(sequence, length)
     }
 
     /// As [`KvCache::fork`](crate::cache::KvCache::fork).
@@ -429,7 +429,7 @@ impl<T: Element> KvCache<T> {
     /// # Errors
     /// As there.
     pub fn fork(&mut self, from: usize, to: usize) -> Result<()> {
-        self.places.fork(from, to)?;
+        self.block_table.fork(from, to)?;
         if !matches!(self.config.kind, CacheKind::Paged { .. }) {
             self.copy_block(from, to);
         }
@@ -441,7 +441,7 @@ impl<T: Element> KvCache<T> {
     /// # Errors
     /// As there.
     pub fn assign(&mut self, sequence: usize, pages: &[u32], length: usize) -> Result<()> {
-        self.places.assign(sequence, pages, length)
+        self.block_table.assign(sequence, pages, length)
     }
 
     fn copy_block(&mut self, from: usize, to: usize) {
@@ -550,11 +550,11 @@ impl<'a> Turning<'a> {
         self.table.len() / self.rotary.dim as usize
     }
 
-    fn check(&self, places: &Places, tokens: &[usize]) -> Result<()> {
+    fn check(&self, block_table: &BlockTable, tokens: &[usize]) -> Result<()> {
         let positions = self.positions();
         for (sequence, added) in tokens.iter().enumerate().filter(|(_, added)| **added > 0) {
-            let end = places.lengths()[sequence].saturating_add(*added);
-            let end = if self.relative { end.min(places.rows()) } else { end };
+            let end = block_table.lengths()[sequence].saturating_add(*added);
+            let end = if self.relative { end.min(block_table.rows()) } else { end };
             if end > positions {
                 return Err(Error::RotaryPosition { sequence, position: end - 1, positions });
             }

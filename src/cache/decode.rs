@@ -137,10 +137,10 @@ impl PreparedDecode {
             o: o.operand(width(&o)),
             heads: s.heads as u32,
             queries: s.seq_q as u32,
-            region_batches: s.batch as u32,
-            region_heads: s.heads as u32,
-            region_tiles: s.seq_q as u32,
-            region_cells: 1,
+            slice_batches: s.batch as u32,
+            slice_heads: s.heads as u32,
+            slice_tiles: s.seq_q as u32,
+            slice_cells: 1,
             workgroups: (s.batch * s.heads * s.seq_q) as u32,
             left: bounds.left,
             right: bounds.right,
@@ -195,7 +195,7 @@ impl PreparedDecode {
 
     /// The grid of the kernel that reads the cache.
     fn grid(&self, cache: &KvCache) -> [u32; 3] {
-        let of = |sequence: &usize| self.plan.splits(cache.places().keys(*sequence));
+        let of = |sequence: &usize| self.plan.splits(cache.block_table().keys(*sequence));
         let splits = self.entries.iter().map(of).max().unwrap_or(0);
         let [y, z] = self.plan.groups;
         [splits * self.plan.row_tiles, y, z]
@@ -232,9 +232,9 @@ impl PreparedDecode {
         cache.read_in(step)?;
         let queries = self.plan.problem.shape().seq_q;
         for &sequence in &self.entries {
-            cache.places().check_queries(sequence, queries, self.plan.bounds.left as usize)?;
+            cache.block_table().check_queries(sequence, queries, self.plan.bounds.left as usize)?;
             if let Some(heads) = self.rotated_heads {
-                cache.places().check_rotated(sequence, queries, heads)?;
+                cache.block_table().check_rotated(sequence, queries, heads)?;
             }
         }
         Ok(())

@@ -8,9 +8,9 @@ use std::path::Path;
 use half::f16;
 use safetensors::Dtype;
 
+use super::block_table::BlockTable;
 use super::cpu;
 use super::gpu::KvCache;
-use super::places::Places;
 use crate::device::buffer::download;
 use crate::file::saved::{self, Reader, Tensor};
 use crate::problem::cache::{CacheConfig, CacheKind, RotaryPositions, RotaryStyle};
@@ -105,15 +105,15 @@ impl Rows {
 }
 
 /// Rows of each block in which a sequence has a token.
-fn held(config: &CacheConfig, places: &Places) -> Vec<usize> {
+fn held(config: &CacheConfig, block_table: &BlockTable) -> Vec<usize> {
     let rows = config.kind.rows();
     match config.kind {
-        CacheKind::Contiguous { .. } => places.lengths().to_vec(),
-        CacheKind::Rolling { .. } => places.written().iter().map(|written| *written.min(&rows)).collect(),
+        CacheKind::Contiguous { .. } => block_table.lengths().to_vec(),
+        CacheKind::Rolling { .. } => block_table.written().iter().map(|written| *written.min(&rows)).collect(),
         CacheKind::Paged { page_size, .. } => {
             let mut held = vec![0; config.blocks()];
-            for (sequence, length) in places.lengths().iter().enumerate() {
-                for (number, &page) in places.table(sequence).iter().enumerate() {
+            for (sequence, length) in block_table.lengths().iter().enumerate() {
+                for (number, &page) in block_table.table(sequence).iter().enumerate() {
                     let tokens = length.saturating_sub(number * page_size).min(page_size);
                     if let Some(held) = held.get_mut(page as usize) {
                         *held = tokens.max(*held);
@@ -140,20 +140,20 @@ fn words(numbers: impl IntoIterator<Item = usize>) -> (usize, Vec<u8>) {
 }
 
 /// A file with keys and values as they lie in the buffers of the GPU.
-fn serialize(config: &CacheConfig, places: &Places, images: [&[u8]; 2]) -> Result<Vec<u8>> {
+fn serialize(config: &CacheConfig, block_table: &BlockTable, images: [&[u8]; 2]) -> Result<Vec<u8>> {
     let mut tensors = Vec::new();
     let mut list = |name, (len, bytes)| tensors.push(Tensor { name, dtype: Dtype::U32, shape: vec![len], bytes });
-    list("lengths", words(places.lengths().iter().copied()));
+    list("lengths", words(block_table.lengths().iter().copied()));
     match config.kind {
         CacheKind::Contiguous { .. } => {}
-        CacheKind::Rolling { .. } => list("written", words(places.written().iter().copied())),
+        CacheKind::Rolling { .. } => list("written", words(block_table.written().iter().copied())),
         CacheKind::Paged { .. } => {
-            let tables = (0..config.sequences).map(|sequence| places.table(sequence));
+            let tables = (0..config.sequences).map(|sequence| block_table.table(sequence));
             list("page_counts", words(tables.clone().map(<[u32]>::len)));
             list("pages", words(tables.flatten().map(|page| *page as usize)));
         }
     }
-    let held = held(config, places);
+    let held = held(config, block_table);
     let tokens: usize = held.iter().sum();
     for (rows, image) in Rows::of(config).iter().zip(images) {
         for (name, dtype, width, [at, len]) in rows.tensors(config) {
@@ -168,7 +168,7 @@ fn serialize(config: &CacheConfig, places: &Places, images: [&[u8]; 2]) -> Resul
 }
 
 /// The lengths and pages of a file, and keys and values as they lie in the buffers of the GPU.
-fn deserialize(config: &CacheConfig, file: &[u8]) -> Result<(Places, [Vec<u8>; 2])> {
+fn deserialize(config: &CacheConfig, file: &[u8]) -> Result<(BlockTable, [Vec<u8>; 2])> {
     let damaged = |reason| saved::damaged(CACHE, reason);
     let reader = Reader::new(CACHE, file)?;
     reader.expect(properties(config))?;
@@ -190,8 +190,8 @@ fn deserialize(config: &CacheConfig, file: &[u8]) -> Result<(Places, [Vec<u8>; 2
             rest = behind;
         }
     }
-    let places = Places::restored(config, lengths, written, tables).map_err(damaged)?;
-    let held = held(config, &places);
+    let block_table = BlockTable::restored(config, lengths, written, tables).map_err(damaged)?;
+    let held = held(config, &block_table);
     let tokens: usize = held.iter().sum();
     let mut images = config.bytes().map(|bytes| vec![0; bytes as usize]);
     for (rows, image) in Rows::of(config).iter().zip(&mut images) {
@@ -203,8 +203,8 @@ fn deserialize(config: &CacheConfig, file: &[u8]) -> Result<(Places, [Vec<u8>; 2
         }
     }
     let [keys, values] = &images;
-    saved::same(CACHE, file, &serialize(config, &places, [keys, values])?)?;
-    Ok((places, images))
+    saved::same(CACHE, file, &serialize(config, &block_table, [keys, values])?)?;
+    Ok((block_table, images))
 }
 
 impl KvCache {
@@ -236,7 +236,7 @@ impl KvCache {
         let [keys, values] = download(&self.device, [&self.keys, &self.values], |_| ()).await?;
         let [key_bytes, value_bytes] = self.config.bytes();
         let images = [keys.read::<u8>(key_bytes as usize).await?, values.read::<u8>(value_bytes as usize).await?];
-        serialize(&self.config, self.places(), [&images[0], &images[1]])
+        serialize(&self.config, self.block_table(), [&images[0], &images[1]])
     }
 
     /// Becomes the cache that was saved, whatever it holds now; what was prepared for it remains so. For what is submitted
@@ -259,12 +259,12 @@ impl KvCache {
     /// As [`restore`](Self::restore).
     pub async fn restore_async(&mut self, file: &[u8]) -> Result<()> {
         self.check_free()?;
-        let (places, [keys, values]) = deserialize(&self.config, file)?;
+        let (block_table, [keys, values]) = deserialize(&self.config, file)?;
         // Lengths for either list, then a table of each sequence.
-        let lengths = places.lengths().iter().map(|length| *length as u32);
+        let lengths = block_table.lengths().iter().map(|length| *length as u32);
         let mut state: Vec<u32> = lengths.clone().chain(lengths).collect();
         for sequence in 0..self.config.sequences {
-            let table = places.table(sequence);
+            let table = block_table.table(sequence);
             state.extend_from_slice(table);
             state.extend(std::iter::repeat_n(0, super::gpu::table_row(&self.config) - table.len()));
         }
@@ -275,7 +275,7 @@ impl KvCache {
             queue.write_buffer(&self.state, 0, bytemuck::cast_slice(&state));
         };
         self.device.scoped("restoring a cache", write).await?;
-        self.replace_book(places);
+        self.replace_book(block_table);
         Ok(())
     }
 
@@ -308,7 +308,7 @@ impl<T: Element> cpu::KvCache<T> {
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
         let [keys, values] = Rows::of(&self.config);
         let images = [pack(&self.keys, &self.scales[0], &keys), pack(&self.values, &self.scales[1], &values)];
-        serialize(&self.config, &self.places, [&images[0], &images[1]])
+        serialize(&self.config, &self.block_table, [&images[0], &images[1]])
     }
 
     /// As [`KvCache::restore`](crate::cache::KvCache::restore).
@@ -317,11 +317,11 @@ impl<T: Element> cpu::KvCache<T> {
     /// [`Error::SavedDamaged`](crate::Error::SavedDamaged), [`Error::SavedMismatch`](crate::Error::SavedMismatch): nothing
     /// has changed then.
     pub fn restore(&mut self, file: &[u8]) -> Result<()> {
-        let (places, images) = deserialize(&self.config, file)?;
+        let (block_table, images) = deserialize(&self.config, file)?;
         let [keys, values] = Rows::of(&self.config);
         (self.keys, self.scales[0]) = unpack(&images[0], &keys);
         (self.values, self.scales[1]) = unpack(&images[1], &values);
-        self.places = places;
+        self.block_table = block_table;
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use crate::exec::placed::resource;
 use crate::kernel::cache::CacheOptions;
 use crate::kernel::params::Params;
 use crate::kernel::{Binding, Kernel, Variant};
-use crate::plan::operand::Window;
+use crate::plan::operand::BindingRange;
 use crate::plan::pass::fold;
 use crate::problem::cache::CacheConfig;
 use crate::problem::error::{Error, Result};
@@ -37,7 +37,7 @@ pub(super) struct Gathered {
     pub(super) rows: usize,
     row_bytes: [u64; 2],
     element: u64,
-    parts: [(wgpu::Buffer, Window); 2],
+    parts: [(wgpu::Buffer, BindingRange); 2],
 }
 
 impl Gathered {
@@ -52,11 +52,11 @@ impl Gathered {
     }
 
     /// Where both lie in one buffer.
-    fn windows(cache: &KvCache, batch: &Batch) -> Result<[Window; 2]> {
+    fn windows(cache: &KvCache, batch: &Batch) -> Result<[BindingRange; 2]> {
         let [keys, values] = Gathered::bytes(cache, batch)?;
         let alignment = u64::from(cache.device.capabilities().offset_alignment).max(256);
         let start = keys.next_multiple_of(alignment);
-        Ok([Window { start: 0, len: keys }, Window { start, len: values }])
+        Ok([BindingRange { start: 0, len: keys }, BindingRange { start, len: values }])
     }
 
     /// Bytes of a buffer that holds both.
@@ -75,14 +75,14 @@ impl Gathered {
         let [keys, values] = Gathered::bytes(cache, batch)?;
         let of = |operand, len: u64| -> Result<_> {
             let usage = wgpu::BufferUsages::STORAGE;
-            Ok((allocate::<u8>(&cache.device, operand, len as usize, usage)?, Window { start: 0, len }))
+            Ok((allocate::<u8>(&cache.device, operand, len as usize, usage)?, BindingRange { start: 0, len }))
         };
         let create = || -> Result<_> { Ok([of("gathered keys", keys)?, of("gathered values", values)?]) };
         let parts = cache.device.scoped("allocating scratch", create).await??;
         Ok(Gathered::new(cache, batch, parts))
     }
 
-    fn new(cache: &KvCache, batch: &Batch, parts: [(wgpu::Buffer, Window); 2]) -> Self {
+    fn new(cache: &KvCache, batch: &Batch, parts: [(wgpu::Buffer, BindingRange); 2]) -> Self {
         let element = cache.config.dtype.bytes() as u64;
         Gathered { rows: batch.rows, row_bytes: row_bytes(&cache.config), element, parts }
     }
@@ -127,7 +127,7 @@ impl Gathered {
             list.extend([sum.block, sum.row, sum.rows, first, end].map(|n| n as u32));
         }
         list.extend(terms);
-        let [keys, values] = cache.config.bytes().map(|len| Window { start: 0, len });
+        let [keys, values] = cache.config.bytes().map(|len| BindingRange { start: 0, len });
         let into =
             vec![(Binding::CachedKeys, resource(into[0], keys)), (Binding::CachedValues, resource(into[1], values))];
         self.moving(cache, Kernel::SCATTER, sums.len(), list, into).await

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batch::{Batch, Entry, check_counts};
-use super::places::{Changes, Places};
+use super::block_table::{BlockTable, Changes};
 use super::step::{Step, Ticket};
 use crate::attention::Attention;
 use crate::device::Device;
@@ -75,7 +75,7 @@ pub(super) type GivenBuffer<'a> = (&'static str, Option<&'a wgpu::Buffer>);
 /// What the host knows of the buffers.
 #[derive(Debug, Clone)]
 pub(super) struct Book {
-    pub(super) places: Places,
+    pub(super) block_table: BlockTable,
     /// Which of the lists of lengths holds now.
     pub(super) current: usize,
 }
@@ -125,7 +125,7 @@ impl KvCache {
             device: device.clone(),
             pipelines: pipelines.clone(),
             config: *config,
-            book: Book { places: Places::new(config), current: 0 },
+            book: Book { block_table: BlockTable::new(config), current: 0 },
             before: None,
             holder: Mutex::new(None),
             keys,
@@ -148,8 +148,8 @@ impl KvCache {
         }
     }
 
-    pub(super) fn places(&self) -> &Places {
-        &self.book().places
+    pub(super) fn block_table(&self) -> &BlockTable {
+        &self.book().block_table
     }
 
     /// Lets a step read, unless another one is open that has touched the cache.
@@ -200,25 +200,25 @@ impl KvCache {
 
     /// Everything has been replaced.
     #[cfg(feature = "safetensors")]
-    pub(super) fn replace_book(&mut self, places: Places) {
-        self.book = Book { places, current: 0 };
+    pub(super) fn replace_book(&mut self, block_table: BlockTable) {
+        self.book = Book { block_table, current: 0 };
         self.before = None;
         *self.holder.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Tokens of each sequence, as far as recorded: all that were appended, also those that a ring has given up.
     pub fn lengths(&self) -> &[usize] {
-        self.places().lengths()
+        self.block_table().lengths()
     }
 
     /// Pages of a sequence in the order of its tokens; none where the cache is not paged.
     pub fn pages(&self, sequence: usize) -> &[u32] {
-        self.places().table(sequence)
+        self.block_table().table(sequence)
     }
 
     /// Pages that no sequence holds.
     pub fn free_pages(&self) -> usize {
-        self.places().free_pages()
+        self.block_table().free_pages()
     }
 
     /// The keys, `[blocks, G, rows, D]`, rows padded to 16 bytes: a block is a sequence, or a page. Passes that read them belong
@@ -279,7 +279,7 @@ impl KvCache {
     /// Whether the sequences of a batch have the lengths that it was made for.
     pub(super) fn check_lengths<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> Result<()> {
         for &Entry { sequence, length, .. } in entries {
-            let actual = self.places().lengths()[sequence];
+            let actual = self.block_table().lengths()[sequence];
             if actual != length {
                 return Err(Error::CacheChanged {
                     sequence,
@@ -299,7 +299,7 @@ impl KvCache {
     /// [`Error::CacheBusy`], [`Error::OtherDevice`].
     pub fn reserve(&mut self, step: &mut Step, tokens: &[usize]) -> Result<()> {
         check_counts(&self.config, tokens.len())?;
-        let changes = self.write_in(step.ticket())?.places.reserve(tokens)?;
+        let changes = self.write_in(step.ticket())?.block_table.reserve(tokens)?;
         self.record(step.encoder(), &changes);
         Ok(())
     }
@@ -310,7 +310,7 @@ impl KvCache {
     /// [`Error::SequenceOutOfRange`]; [`Error::CacheLength`] where it is shorter; [`Error::CacheEvicted`] where a rolling cache
     /// has given up what would have to come back; [`Error::CacheBusy`], [`Error::OtherDevice`].
     pub fn truncate(&mut self, step: &mut Step, sequence: usize, length: usize) -> Result<()> {
-        self.write_in(step.ticket())?.places.truncate(sequence, length)?;
+        self.write_in(step.ticket())?.block_table.truncate(sequence, length)?;
         self.record_length(step.encoder(), sequence);
         Ok(())
     }
@@ -320,7 +320,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::SequenceOutOfRange`], [`Error::CacheBusy`], [`Error::OtherDevice`].
     pub fn fork(&mut self, step: &mut Step, from: usize, to: usize) -> Result<()> {
-        self.write_in(step.ticket())?.places.fork(from, to)?;
+        self.write_in(step.ticket())?.block_table.fork(from, to)?;
         let encoder = step.encoder();
         if from == to {
             return Ok(());
@@ -341,7 +341,7 @@ impl KvCache {
     /// are more than a sequence has; [`Error::InvalidOption`] where the cache is not paged; [`Error::CacheBusy`],
     /// [`Error::OtherDevice`].
     pub fn assign(&mut self, step: &mut Step, sequence: usize, pages: &[u32], length: usize) -> Result<()> {
-        self.write_in(step.ticket())?.places.assign(sequence, pages, length)?;
+        self.write_in(step.ticket())?.block_table.assign(sequence, pages, length)?;
         let encoder = step.encoder();
         self.record_table(encoder, sequence);
         self.record_length(encoder, sequence);
@@ -364,12 +364,12 @@ impl KvCache {
     }
 
     fn record_length(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) {
-        let length = self.places().lengths()[sequence] as u32;
+        let length = self.block_table().lengths()[sequence] as u32;
         self.write_state(encoder, self.book().current * self.config.sequences + sequence, &[length]);
     }
 
     fn record_table(&self, encoder: &mut wgpu::CommandEncoder, sequence: usize) {
-        self.write_state(encoder, self.table_at(sequence), self.places().table(sequence));
+        self.write_state(encoder, self.table_at(sequence), self.block_table().table(sequence));
     }
 
     /// Not by the queue alone, which would write before what is recorded.

@@ -214,7 +214,7 @@ impl<T: Element> HostCache<T> {
         };
         let config = cache.config;
         let total = check_tokens(&config, &prefill.tokens, kv)?;
-        let batch = Batch::appended(&config, prefill, cache.places())?;
+        let batch = Batch::appended(&config, prefill, cache.block_table())?;
         let Some(batch) = batch else {
             check_length("q", q.len(), &[total, prefill.heads, config.head_dim])?;
             return Ok(Output { o: vec![], o_lo: None, lse: vec![] });
@@ -297,7 +297,7 @@ impl<T: Element> HostCache<T> {
             return Err(Error::UnexpectedOperand { operand: "cos_sin", hint });
         }
         let config = cache.config;
-        let problem = Batch::held(&config, prefill, cache.places())?.problem;
+        let problem = Batch::held(&config, prefill, cache.block_table())?.problem;
         check_length("q", q.len(), &problem.q_shape())?;
         problem.check_optional_inputs(&operands.inputs(q, &Default::default()))?;
         problem.check_upstream(saved, upstream)?;

@@ -9,6 +9,8 @@ mod batch;
 #[cfg(feature = "gpu")]
 mod bind;
 #[cfg(feature = "cpu")]
+mod block_table;
+#[cfg(feature = "cpu")]
 pub(crate) mod cpu;
 #[cfg(feature = "gpu")]
 mod decode;
@@ -20,8 +22,6 @@ mod gather;
 mod gpu;
 #[cfg(feature = "gpu")]
 mod host;
-#[cfg(feature = "cpu")]
-mod places;
 #[cfg(feature = "gpu")]
 mod prefill;
 #[cfg(feature = "cpu")]

@@ -144,7 +144,7 @@ impl KvCache {
     /// # Errors
     /// As [`prepare_prefill`](Self::prepare_prefill), as far as they do not concern buffers.
     pub fn prefill_scratch_bytes(&self, prefill: &Prefill) -> Result<u64> {
-        let batch = Batch::appended(&self.config, prefill, self.places())?;
+        let batch = Batch::appended(&self.config, prefill, self.block_table())?;
         let gathered = batch.filter(|batch| self.in_place(batch, [&self.keys, &self.values]).is_none());
         gathered.map_or(Ok(0), |batch| Gathered::scratch_bytes(self, &batch))
     }
@@ -153,7 +153,7 @@ impl KvCache {
 impl PreparedPrefill {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<Self> {
         let config = &cache.config;
-        let batch = Batch::appended(config, prefill, cache.places())?;
+        let batch = Batch::appended(config, prefill, cache.block_table())?;
         let rotated = config.rotary.map(|_| (buffers.q, prefill.heads));
         let operands =
             AppendBuffers { q: rotated, cos_sin: buffers.cos_sin, ..AppendBuffers::new(buffers.k, buffers.v) };
@@ -178,7 +178,7 @@ impl PreparedPrefill {
                 for entry in &batch.entries {
                     first[entry.sequence] = (entry.first_row + entry.cached) as u32;
                 }
-                let runs = batch.runs(cache.places());
+                let runs = batch.runs(cache.block_table());
                 let behind = PreparedAppend::bind(cache, &prefill.tokens, &operands, Some((gathered, first))).await?;
                 before = [gathered.gather(cache, &runs).await?, behind];
             }
@@ -186,7 +186,7 @@ impl PreparedPrefill {
                 // The new tokens, too, as they have been appended by then.
                 let held = |entry: &Entry| Entry { cached: entry.keys, ..*entry };
                 let held = Batch { entries: batch.entries.iter().map(held).collect(), ..batch.clone() };
-                after = gathered.gather(cache, &held.runs(cache.places())).await?;
+                after = gathered.gather(cache, &held.runs(cache.block_table())).await?;
             }
         }
         let [k, v] = source.views();
@@ -216,7 +216,7 @@ impl PreparedPrefill {
     pub fn encode(&self, cache: &mut KvCache, step: &mut Step) -> Result<()> {
         self.append.open(cache, step.ticket())?;
         self.check(cache)?;
-        let changes = cache.book.places.reserve(&self.append.counts)?;
+        let changes = cache.book.block_table.reserve(&self.append.counts)?;
         let encoder = step.encoder();
         cache.record(encoder, &changes);
         let descriptor = wgpu::ComputePassDescriptor { label: Some("sink-attention prefill"), timestamp_writes: None };
@@ -231,7 +231,7 @@ impl PreparedPrefill {
     pub fn encode_in(&self, cache: &mut KvCache, pass: &mut StepPass<'_>) -> Result<()> {
         self.append.open(cache, pass.ticket())?;
         self.check(cache)?;
-        cache.places().check_reserved(&self.append.counts)?;
+        cache.block_table().check_reserved(&self.append.counts)?;
         self.dispatch(cache, pass.pass());
         Ok(())
     }

@@ -310,7 +310,7 @@ impl<'a> Sweep<'a> {
 
     /// The tiles of the other side that have something to do with a tile.
     fn passing(&self, side: Side, tile: &Tile) -> Vec<Tile> {
-        let (band, group) = (self.problem.sequence(tile.sequence).band, self.problem.group());
+        let (band, group) = (self.problem.sequence(tile.sequence).band, self.problem.heads_per_kv());
         match side {
             Side::Queries => {
                 let keys = band.key_tiles(&tile.rows, TILE);
@@ -373,7 +373,7 @@ impl<'a> Sweep<'a> {
         first: Option<usize>,
         keys: &Range<usize>,
     ) -> Vec<(Tile, Vec<Tile>)> {
-        let group = self.problem.group();
+        let group = self.problem.heads_per_kv();
         let mut steps = Vec::new();
         for &sequence in sequences {
             let band = self.problem.sequence(sequence).band;

@@ -353,7 +353,7 @@ pub(super) fn queries(problem: &Problem) -> impl Iterator<Item = Query> + use<'_
             let (head, i) = (n / sequence.q_rows, n % sequence.q_rows);
             let place = [sequence.entry, head, sequence.q_start + i];
             let index = (sequence.entry * heads + head) * problem.shape().seq_q + sequence.q_start + i;
-            Query { sequence, number, head, kv_head: head / problem.group(), i, place, index }
+            Query { sequence, number, head, kv_head: head / problem.heads_per_kv(), i, place, index }
         })
     })
 }

@@ -164,7 +164,7 @@ impl Cut {
 
 /// Cuts the problem into items, ordered by sequence, head and query.
 fn items<'a>(problem: &Problem, output: &'a mut Output, row_max: &'a mut [f32]) -> Vec<Item<'a>> {
-    let (s, group) = (problem.shape(), problem.group());
+    let (s, group) = (problem.shape(), problem.heads_per_kv());
     let (mut items, mut cuts) = (Vec::new(), Vec::with_capacity(problem.sequence_count()));
     for (sequence, band) in problem.sequences().map(|sequence| sequence.band).enumerate() {
         let cut = Cut::new(items.len(), band.seq_q(), group);
@@ -279,7 +279,7 @@ impl Operands<'_> {
     /// Attends the tile's rows to a range of its visible key tiles.
     fn attend(&self, tile: &RowTile, key_tiles: Range<usize>, state: &mut State) {
         let sequence = self.problem.sequence(tile.sequence);
-        let kv_head = tile.heads.start / self.problem.group();
+        let kv_head = tile.heads.start / self.problem.heads_per_kv();
         self.arch.dispatch(Attend {
             scores: &self.scores,
             sequence: &sequence,

@@ -5,12 +5,12 @@ use crate::exec::pipeline::Pipeline;
 use crate::exec::placed::resource;
 use crate::kernel::params::{Operand, Params, ParamsLayout};
 use crate::kernel::{Binding, Variant};
-use crate::plan::operand::{View, Window};
+use crate::plan::operand::{BindingRange, OperandLayout};
 
 impl Operand {
     /// Counted in `width` elements, from the start of the window. Shaders count in u32, which wraps around as often as is
     /// needed to come back to an index within the window.
-    pub(crate) fn new(view: &View, window: Window, width: u64) -> Self {
+    pub(crate) fn new(view: &OperandLayout, window: BindingRange, width: u64) -> Self {
         let [batch, head, seq] = view.strides.map(|stride| (stride / width) as u32);
         let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
         Operand { offset, batch, head, seq }
@@ -75,5 +75,5 @@ fn upload_params(
 /// The parameters of the n-th dispatch.
 fn params_of<'a>(buffer: &'a wgpu::Buffer, layout: &ParamsLayout, n: usize) -> wgpu::BindingResource<'a> {
     let stride = layout.len().next_multiple_of(PARAMS_ALIGNMENT);
-    resource(buffer, Window { start: (n * stride) as u64, len: layout.len() as u64 })
+    resource(buffer, BindingRange { start: (n * stride) as u64, len: layout.len() as u64 })
 }

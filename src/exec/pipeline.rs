@@ -120,7 +120,7 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
                 module: &module,
                 entry_point: Some("main"),
                 compilation_options: wgpu::PipelineCompilationOptions {
-                    // Kernels write workgroup memory before they read it, but for the padding of a slab's rows, whose sums are
+                    // Kernels write workgroup memory before they read it, but for the padding of the rows of an n_step, whose sums are
                     // never stored.
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
@@ -140,20 +140,20 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
     }
     // SAFETY: the text is this crate's own. It keeps these invariants; each names what enforces it.
     // - Operands of the caller: an index stays within the extents and strides that lie in the buffer. `Placed::new`.
-    // - Slices: a dispatch indexes within the windows that it binds, in whole words. `Pass::pieces`; the simulation in
+    // - Slices: a dispatch indexes within the windows that it binds, in whole words. `Pass::slices`; the simulation in
     //   src/plan/slice/tests.rs goes through it, workgroup by workgroup.
     // - Wrapping: an index counts from the start of its window and may wrap on the way there. A window has fewer than 2^32 elements.
-    //   `View::window`.
+    //   `OperandLayout::window`.
     // - The table of sequences and the slots of reported tiles are as long as the problem makes them. `sequence_table`,
-    //   `repair_slots`.
+    //   `fallback_slots`.
     // - A bias is read at positions that are clamped to the sequence. shaders/bias.wgsl.
     // - The words of a mask are read up to a tile beyond the end of a row, for which there is room. `mask_bits` of
     //   src/plan/operand.rs; `Pass::new` refuses larger tiles.
-    // - Workgroup memory: an index stays below a length that comes from the same constants. `Tiles::arrays`,
-    //   `Fragments::workgroup_bytes`, the templates.
+    // - Workgroup memory: an index stays below a length that comes from the same constants. `PortableTile::arrays`,
+    //   `CooperativeTile::workgroup_bytes`, the templates.
     // - Loops end: each counts up to a bound that its body does not change, clears a bit of a number in each turn, or runs until a
     //   limit has followed what exceeds it, once. The templates.
-    // - Caches: rows lie below the lengths and in the pages of the host's book. `Places`; the templates clamp what a tile has beyond the
+    // - Caches: rows lie below the lengths and in the pages of the block table. `BlockTable`; the templates clamp what a tile has beyond the
     //   end of a sequence.
     // - Gathered and scattered rows are runs of such rows, and are recorded for a book with the same lengths and, where gradients
     //   are written, the same pages. `Batch`, `KvCache::check_lengths`, `PreparedBackward::encode`.

@@ -2,7 +2,7 @@
 
 pub use crate::device::buffer::TensorView;
 use crate::kernel::Binding;
-use crate::plan::operand::{View, WORD, Window};
+use crate::plan::operand::{BindingRange, OperandLayout, WORD};
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, Options};
@@ -11,7 +11,7 @@ use crate::problem::{Layout, Options};
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Placed<'a> {
     buffer: &'a wgpu::Buffer,
-    pub(crate) view: View,
+    pub(crate) view: OperandLayout,
 }
 
 impl<'a> Placed<'a> {
@@ -26,7 +26,7 @@ impl<'a> Placed<'a> {
         let (operand, buffer) = (binding.name(), view.buffer);
         let [_, heads, seq, width] = extents;
         let strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
-        let view = View::new(binding, view.offset, strides, extents, element);
+        let view = OperandLayout::new(binding, view.offset, strides, extents, element);
         // With every byte countable, so is every stride.
         let (last_element, most) = (view.last_element(), (u64::MAX - WORD) / element as u64 - 1);
         if last_element > u128::from(most) {
@@ -43,28 +43,28 @@ impl<'a> Placed<'a> {
         Ok(Placed { buffer, view })
     }
 
-    pub(crate) fn binding(&self, window: Window) -> wgpu::BindingResource<'a> {
+    pub(crate) fn binding(&self, window: BindingRange) -> wgpu::BindingResource<'a> {
         resource(self.buffer, window)
     }
 
     /// No two elements of a result may fall on one place.
     pub(crate) fn check_distinct(&self) -> Result<()> {
-        let View { binding, strides, extents, .. } = self.view;
+        let OperandLayout { binding, strides, extents, .. } = self.view;
         let mut axes: Vec<(u64, u64)> = (0..3).filter(|&a| extents[a] > 1).map(|a| (strides[a], extents[a])).collect();
         axes.sort_unstable();
-        let mut reach = extents[3];
+        let mut span = extents[3];
         for (stride, extent) in axes {
-            if stride < reach {
+            if stride < span {
                 return Err(Error::OverlappingStrides { operand: binding.name(), strides });
             }
-            reach += stride * (extent - 1);
+            span += stride * (extent - 1);
         }
         Ok(())
     }
 }
 
 /// A window of a buffer, to be bound.
-pub(crate) fn resource(buffer: &wgpu::Buffer, window: Window) -> wgpu::BindingResource<'_> {
+pub(crate) fn resource(buffer: &wgpu::Buffer, window: BindingRange) -> wgpu::BindingResource<'_> {
     let (offset, size) = (window.start, wgpu::BufferSize::new(window.len));
     wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
 }

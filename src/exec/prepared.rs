@@ -11,8 +11,8 @@ use crate::exec::placed::{Placed, check_element_type, resource};
 use crate::kernel::params::{Operand, Params};
 use crate::kernel::spec::mask_blocks;
 use crate::kernel::{Binding, SEQUENCE_WORDS};
-use crate::plan::operand::{View, scratch_view};
-use crate::plan::slice::{Piece, Pieces, Region};
+use crate::plan::operand::{OperandLayout, scratch_view};
+use crate::plan::slice::{Part, Slice, Slices};
 use crate::plan::{OptionalOperands, Pass, Plan, Preference};
 use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Sequence;
@@ -206,7 +206,7 @@ impl<'a> Operands<'a> {
             let binding = placed.view.binding;
             let mut others = self.placed.iter().filter(|(_, p)| p.view.binding != binding);
             let fused = [Binding::DQ, Binding::DK, Binding::DV];
-            let is_apart = |other: &View| {
+            let is_apart = |other: &OperandLayout| {
                 fused.contains(&binding) && fused.contains(&other.binding) && placed.view.is_apart_from(other)
             };
             if let Some((_, other)) = others.find(|(o, p)| o.buffer == view.buffer && !is_apart(&p.view)) {
@@ -226,24 +226,24 @@ impl<'a> Operands<'a> {
     }
 
     /// Where an operand of a pass lies, the caller's or our own.
-    fn view(&self, binding: Binding, plan: &Plan) -> Option<View> {
+    fn view(&self, binding: Binding, plan: &Plan) -> Option<OperandLayout> {
         let own = || scratch_view(binding, self.problem, &plan.passes);
         self.find(binding).map(|placed| placed.view).or_else(own)
     }
 
-    fn views(&self, pass: &Pass, plan: &Plan) -> Vec<View> {
+    fn views(&self, pass: &Pass, plan: &Plan) -> Vec<OperandLayout> {
         let bindings = pass.variant.bindings().into_iter().map(|(binding, _)| binding);
         let packed = pass.variant.packed.then_some(Binding::DV);
         bindings.chain(packed).filter_map(|binding| self.view(binding, plan)).collect()
     }
 
-    fn params(&self, views: &[View], piece: &Piece) -> Params {
+    fn params(&self, views: &[OperandLayout], slice: &Slice) -> Params {
         let (problem, s, o) = (self.problem, self.problem.shape(), self.problem.options());
         let band = problem.sequence(0).band;
         let vec4 = self.vec4();
         let operand = |binding: Binding| {
             let view = views.iter().find(|view| view.binding == binding);
-            let window = piece.windows.iter().find(|(b, _)| *b == binding);
+            let window = slice.windows.iter().find(|(b, _)| *b == binding);
             let width = if vec4 && binding.has_width() { 4 } else { 1 };
             // What the pass does not bind, it does not look for.
             view.zip(window).map_or(Operand::default(), |(view, (_, window))| Operand::new(view, *window, width))
@@ -254,8 +254,8 @@ impl<'a> Operands<'a> {
         let [mask_words, mask_block_rows, mask_groups] = mask_blocks(mask_rows, mask_keys);
         let mask_bits = operand(Binding::MaskBits);
         let key_words = if mask_rows > 1 { mask_keys * mask_block_rows } else { 0 };
-        let Region { axes: [entries, heads, tiles] } = &piece.region;
-        let [[region_batch, region_batches], [region_head, region_heads], [region_tile, region_tiles]] =
+        let Part { axes: [entries, heads, tiles] } = &slice.part;
+        let [[slice_batch, slice_batches], [slice_head, slice_heads], [slice_tile, slice_tiles]] =
             [entries, heads, tiles].map(|range| [range.start as u32, (range.end - range.start) as u32]);
         // Scores that are formed beforehand come to the softmax as they are.
         let score_scale = if problem.modifies_scores() { 1.0 } else { problem.scale() };
@@ -280,14 +280,14 @@ impl<'a> Operands<'a> {
             // Needed with ALiBi only, where it was checked.
             offset: band.offset() as i32,
             sink_tokens: band.sink_tokens(),
-            workgroups: piece.workgroups,
-            region_batch,
-            region_batches,
-            region_head,
-            region_heads,
-            region_tile,
-            region_tiles,
-            region_cells: piece.cells,
+            workgroups: slice.workgroups,
+            slice_batch,
+            slice_batches,
+            slice_head,
+            slice_heads,
+            slice_tile,
+            slice_tiles,
+            slice_cells: slice.cells,
             sink_offset: offset(Binding::SinkLogits),
             d_sink_offset: offset(Binding::DSinkLogits),
             slope_offset: offset(Binding::AlibiSlopes),
@@ -412,7 +412,7 @@ impl Prepared {
         operands.add(Binding::O, &buffers.o)?;
         operands.add(Binding::Lse, &buffers.lse)?;
         if buffers.states_lo.is_some() || buffers.o_lo.is_some() {
-            problem.check_rest()?;
+            problem.check_o_lo()?;
             for (binding, view) in [(Binding::StatesLo, buffers.states_lo), (Binding::OLo, buffers.o_lo)] {
                 let view = view.ok_or(Error::MissingOperand { operand: binding.name() })?;
                 operands.add(binding, &view)?;
@@ -440,15 +440,15 @@ impl Prepared {
         let (device, problem) = (operands.device, operands.problem);
         let cut = |pass: &Pass| {
             let views = operands.views(pass, &plan);
-            let pieces = pass.pieces(problem, &views, device.capabilities(), budget)?;
-            Ok((views, pieces))
+            let slices = pass.slices(problem, &views, device.capabilities(), budget)?;
+            Ok((views, slices))
         };
-        let pieces = plan.passes.iter().map(cut).collect::<Result<Vec<_>>>()?;
+        let slices = plan.passes.iter().map(cut).collect::<Result<Vec<_>>>()?;
         let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
         let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
-        for ((pass, pipeline), (views, Pieces { list, work })) in plan.passes.iter().zip(compiled).zip(pieces) {
-            let params = list.iter().map(|piece| operands.params(&views, piece));
+        for ((pass, pipeline), (views, Slices { list, work })) in plan.passes.iter().zip(compiled).zip(slices) {
+            let params = list.iter().map(|slice| operands.params(&views, slice));
             let sequences = pass.variant.lengths.then(|| sequence_table(problem, work));
             let bind = || -> Result<_> {
                 let sequences = sequences.map(|words| upload(device, Binding::Sequences.name(), &words)).transpose()?;
@@ -462,7 +462,7 @@ impl Prepared {
                         .or_else(|| operands.find(binding).map(|placed| placed.binding(*window)))
                 };
                 let groups = bind_groups(device, &pipeline, &pass.variant, params, find);
-                Ok(groups.into_iter().zip(list.iter().map(|piece| piece.grid)).collect::<Vec<_>>())
+                Ok(groups.into_iter().zip(list.iter().map(|slice| slice.grid)).collect::<Vec<_>>())
             };
             let groups = device.scoped("binding operands", bind).await??;
             dispatches.push((pipeline, groups));
@@ -518,7 +518,7 @@ fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) ->
     operands.mask_scratch = buffers.mask_scratch;
     operands.add(Binding::O, &buffers.o)?;
     if let Some(o_lo) = &buffers.o_lo {
-        operands.problem.check_rest()?;
+        operands.problem.check_o_lo()?;
         operands.add(Binding::OLo, o_lo)?;
     }
     operands.add(Binding::Lse, &buffers.lse)

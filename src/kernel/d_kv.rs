@@ -12,7 +12,7 @@ pub(crate) const D_KV: KernelSpec = KernelSpec {
     writes: &[DK, DV],
     binds: binds_all,
     adjust: adjusts_nothing,
-    work: Work::Tiles(Side::Keys),
+    work: Work::PortableTile(Side::Keys),
     body: Body::Tiled(Tiled {
         products: &[Width::HeadDim, Width::ValueDim],
         accumulators: &[Width::HeadDim, Width::ValueDim],

@@ -12,7 +12,7 @@ pub(crate) const D_Q: KernelSpec = KernelSpec {
     writes: &[DQ, AlibiMoments],
     binds: binds_all,
     adjust: adjusts_nothing,
-    work: Work::Tiles(Side::Queries),
+    work: Work::PortableTile(Side::Queries),
     body: Body::Tiled(Tiled {
         products: &[Width::HeadDim, Width::ValueDim],
         accumulators: &[Width::HeadDim],

@@ -51,7 +51,7 @@ pub(crate) const EXACT_DELTA: KernelSpec = KernelSpec {
     writes: &[RowStats],
     binds: binds_all,
     adjust: adjusts_nothing,
-    work: Work::Tiles(Side::Queries),
+    work: Work::PortableTile(Side::Queries),
     body: Body::Tiled(Tiled {
         products: &[Width::HeadDim, Width::ValueDim],
         accumulators: &[],

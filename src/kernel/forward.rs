@@ -13,7 +13,7 @@ pub(crate) const FORWARD: KernelSpec = KernelSpec {
     writes: &[O, OLo, Lse, RowMax],
     binds: binds_all,
     adjust: adjusts_nothing,
-    work: Work::Tiles(Side::Queries),
+    work: Work::PortableTile(Side::Queries),
     body: Body::Tiled(Tiled {
         products: &[Width::HeadDim],
         accumulators: &[Width::ValueDim],

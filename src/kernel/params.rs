@@ -126,14 +126,14 @@ params! {
         workgroups: u32,
         /// The slice of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are those of
         /// keys where a group is kept together.
-        region_batch: u32,
-        region_batches: u32,
-        region_head: u32,
-        region_heads: u32,
-        region_tile: u32,
-        region_tiles: u32,
+        slice_batch: u32,
+        slice_batches: u32,
+        slice_head: u32,
+        slice_heads: u32,
+        slice_tile: u32,
+        slice_tiles: u32,
         /// Workgroups of each of these.
-        region_cells: u32,
+        slice_cells: u32,
         sink_offset: u32,
         d_sink_offset: u32,
         slope_offset: u32,

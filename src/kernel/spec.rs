@@ -52,7 +52,7 @@ impl OptionalOperands {
     }
 
     pub(crate) fn check(self, problem: &Problem) -> Result<()> {
-        if self.o_lo { problem.check_rest() } else { Ok(()) }
+        if self.o_lo { problem.check_o_lo() } else { Ok(()) }
     }
 }
 
@@ -201,7 +201,7 @@ pub(crate) enum Work {
     MaskBlocks,
     /// A tile of rows of a head, against all tiles of the other side that it meets. Keys are those of a key head, with the query
     /// heads of its group in turn.
-    Tiles(Side),
+    PortableTile(Side),
     /// A tile of the bias, with all that share it in turn.
     BiasTiles,
     /// A row of a result of decoding.
@@ -245,12 +245,12 @@ pub(crate) struct WorkIndex {
 impl Work {
     /// Whether rows are keys.
     pub(crate) fn rows_are_keys(self) -> bool {
-        matches!(self, Work::Rows(Side::Keys) | Work::Tiles(Side::Keys))
+        matches!(self, Work::Rows(Side::Keys) | Work::PortableTile(Side::Keys))
     }
 
     /// Whether tiles come from a list where sequences differ in length.
     pub(crate) fn is_listed(self, lengths: bool) -> bool {
-        lengths && matches!(self, Work::Tiles(_))
+        lengths && matches!(self, Work::PortableTile(_))
     }
 
     /// The digits of a workgroup's index, the fastest first.
@@ -262,12 +262,12 @@ impl Work {
             Work::Listed => &[],
             Work::MaskBlocks | Work::BiasTiles => &[Cell, Tile, Head, Batch],
             // The first key tile of every head comes first: under a causal mask the most queries see it.
-            Work::Tiles(Side::Keys) => &[Head, Batch, Tile],
+            Work::PortableTile(Side::Keys) => &[Head, Batch, Tile],
             // The list has its own order.
-            Work::Tiles(Side::Queries) if lengths => &[Cell, Head, Batch, Tile],
+            Work::PortableTile(Side::Queries) if lengths => &[Cell, Head, Batch, Tile],
             // The query heads of a group stand side by side: they share keys and values. The last query tile of every head comes
             // first: under a causal mask it is the longest.
-            Work::Tiles(Side::Queries) => &[Cell, Head, Batch, TileFromLast],
+            Work::PortableTile(Side::Queries) => &[Cell, Head, Batch, TileFromLast],
         }
     }
 
@@ -323,9 +323,9 @@ impl Work {
                     false => ([batch, heads, column_tiles], 1),
                 }
             }
-            Work::Tiles(side) => {
+            Work::PortableTile(side) => {
                 let (seq, cells) = match side {
-                    Side::Queries => (s.seq_q, problem.group()),
+                    Side::Queries => (s.seq_q, problem.heads_per_kv()),
                     Side::Keys => (s.seq_k, 1),
                 };
                 let axes = match lengths {

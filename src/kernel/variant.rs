@@ -15,9 +15,9 @@ use crate::kernel::sizes::{
 use crate::kernel::spec::{Body, Cached, Digit, OptionalOperands, OwnOptions, Plain};
 use crate::kernel::template::render;
 use crate::kernel::tile::Tiling;
-use crate::kernel::tile::cooperative::{Fragments, report_words};
+use crate::kernel::tile::cooperative::{CooperativeTile, report_words};
 use crate::kernel::tile::decode::DecodeTiles;
-use crate::kernel::tile::portable::Tiles;
+use crate::kernel::tile::portable::PortableTile;
 use crate::problem::element::DType;
 use crate::problem::error::Result;
 use crate::problem::{Axes, MaskPacking, Options, Problem, SinkLogits};
@@ -68,7 +68,7 @@ pub struct Variant {
     /// The device's cooperative matrices, for a cooperative kernel.
     pub matrices: Option<CooperativeMatrices>,
     /// Computes only rows that a cooperative kernel with so many rows in a tile has reported.
-    pub repairs: Option<u32>,
+    pub fallback: Option<u32>,
     /// A cooperative kernel's second run, of the tiles that its first has reported: with zeros in place of columns that are not
     /// finite, so that these reach no row that does not see them.
     pub sanitize: bool,
@@ -79,15 +79,15 @@ pub struct Variant {
 }
 
 impl Variant {
-    fn tiles(&self) -> Option<Tiles> {
+    fn tiles(&self) -> Option<PortableTile> {
         match self.tiling? {
             Tiling::Portable(tiles) => Some(tiles),
             Tiling::Cooperative { .. } => None,
         }
     }
 
-    pub(crate) fn fragments(&self) -> Option<Fragments> {
-        Fragments::new(self.tiling?, self.matrices?)
+    pub(crate) fn fragments(&self) -> Option<CooperativeTile> {
+        CooperativeTile::new(self.tiling?, self.matrices?)
     }
 
     /// Rows and columns of a tile.
@@ -164,7 +164,7 @@ impl Variant {
             row_max: optional.row_max && writes(Binding::RowMax),
             tiling: None,
             matrices: None,
-            repairs: None,
+            fallback: None,
             sanitize: false,
             batch: 1,
             cache: None,
@@ -196,7 +196,7 @@ impl Variant {
             row_max: options.row_max,
             tiling: None,
             matrices: None,
-            repairs: None,
+            fallback: None,
             sanitize: false,
             batch: 1,
             cache: Some(options),
@@ -242,9 +242,9 @@ impl Variant {
         };
         let all = spec.reads.iter().map(|b| (*b, false)).chain(spec.writes.iter().map(|b| (*b, true)));
         let cooperative = self.fragments().is_some();
-        let repairs = (cooperative || self.repairs.is_some()).then_some((Binding::Fallback, cooperative));
+        let fallback = (cooperative || self.fallback.is_some()).then_some((Binding::Fallback, cooperative));
         let scales = self.column_scales().map(|binding| (binding, false));
-        all.filter(present).chain(scales).chain(repairs).collect()
+        all.filter(present).chain(scales).chain(fallback).collect()
     }
 
     /// Whether rows of its tiles are keys.
@@ -334,13 +334,13 @@ impl Variant {
         // Writing into a String cannot fail.
         let _ = self.tiles().map_or(Ok(()), |t| {
             let [rows, columns] = [t.tile_rows(), t.tile_columns()];
-            write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.chunk * 4, t.slab)
+            write!(name, "_{rows}x{columns}_t{}x{}_c{}_s{}", t.threads_r, t.threads_c, t.k_step * 4, t.n_step)
         });
         if let Some(f) = self.fragments() {
             let [rows, columns] = [f.tile_rows(), f.tile_columns()];
             let _ = write!(name, "_{rows}x{columns}_s{}r{}n{}f{}", f.subgroups, f.rows, f.stages, f.matrices.side);
         }
-        let _ = self.repairs.map_or(Ok(()), |rows| write!(name, "_repairs{rows}"));
+        let _ = self.fallback.map_or(Ok(()), |rows| write!(name, "_fallback{rows}"));
         name.push_str(if self.vec4 || self.value_dim == 0 { "" } else { "_scalar" });
         name.push_str(match self.sink_logits {
             SinkLogits::None => "",
@@ -356,7 +356,7 @@ impl Variant {
             ("_lengths", self.lengths),
             ("_packed", self.packed),
             ("_sanitize", self.sanitize),
-            ("_one_by_one", self.batch == 1 && (self.sanitize || self.repairs.is_some())),
+            ("_one_by_one", self.batch == 1 && (self.sanitize || self.fallback.is_some())),
         ] {
             name.push_str(if there { part } else { "" });
         }
@@ -365,7 +365,7 @@ impl Variant {
             write!(name, "_own{}{}{}", u8::from(batch), u8::from(heads), u8::from(seq_q))
         });
         name.push_str(if self.d_lse { "_dlse" } else { "" });
-        name.push_str(if self.o_lo { "_rest" } else { "" });
+        name.push_str(if self.o_lo { "_lo" } else { "" });
         name.push_str(if self.row_max { "_row_max" } else { "" });
         name
     }
@@ -398,10 +398,10 @@ impl Variant {
         let rows_are_keys = self.rows_are_keys();
         let work = self.kernel.spec().work;
         let classes = if cooperative { "seq, &classes, class_base" } else { "seq, class_base" };
-        let fallback_rows = self.repairs.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
+        let fallback_rows = self.fallback.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
         let mut context = context! {
             cooperative,
-            fallback_tile => self.repairs,
+            fallback_tile => self.fallback,
             bindings => bindings.iter().map(|(b, written)| context! {
                 name => b.name(),
                 slot => b.slot(),
@@ -505,9 +505,9 @@ impl Variant {
                 threads_c => t.threads_c,
                 rows => t.rows,
                 quads => t.quads,
-                k_step => t.chunk,
+                k_step => t.k_step,
                 unroll => t.unroll(),
-                n_step => t.slab,
+                n_step => t.n_step,
                 accumulator_quads, memory_len, partials_len,
                 ..context
             };
@@ -555,15 +555,15 @@ impl Variant {
 /// The expressions from which shaders/work.wgsl decodes a digit of a workgroup's index.
 fn digit(digit: &Digit) -> Value {
     match digit {
-        Digit::Cell => context! { name => "cell", first => "", count => "params.region_cells" },
-        Digit::Head => context! { name => "head", first => "params.region_head + ", count => "params.region_heads" },
+        Digit::Cell => context! { name => "cell", first => "", count => "params.slice_cells" },
+        Digit::Head => context! { name => "head", first => "params.slice_head + ", count => "params.slice_heads" },
         Digit::Batch => {
-            context! { name => "batch", first => "params.region_batch + ", count => "params.region_batches" }
+            context! { name => "batch", first => "params.slice_batch + ", count => "params.slice_batches" }
         }
-        Digit::Tile => context! { name => "tile", first => "params.region_tile + ", count => "params.region_tiles" },
+        Digit::Tile => context! { name => "tile", first => "params.slice_tile + ", count => "params.slice_tiles" },
         Digit::TileFromLast => {
-            let first = "params.region_tile + params.region_tiles - 1u - ";
-            context! { name => "tile", first, count => "params.region_tiles" }
+            let first = "params.slice_tile + params.slice_tiles - 1u - ";
+            context! { name => "tile", first, count => "params.slice_tiles" }
         }
     }
 }

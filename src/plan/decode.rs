@@ -121,7 +121,7 @@ impl DecodePlan {
     ) -> Result<Self> {
         let (problem, bounds) = decode.problem(config)?;
         let (s, options) = (problem.shape(), problem.options());
-        let rows = problem.group() * s.seq_q;
+        let rows = problem.heads_per_kv() * s.seq_q;
         let group_count = s.batch * config.kv_heads;
         let tiling = match decode.tiling {
             Some(tiling) => tiling,
@@ -230,7 +230,7 @@ fn choose(
     capabilities: &Capabilities,
 ) -> Result<DecodeTiling> {
     let s = problem.shape();
-    let rows = problem.group() * s.seq_q;
+    let rows = problem.heads_per_kv() * s.seq_q;
     let groups = s.batch * config.kv_heads;
     let cooperative = || DecodeTiling::cooperative(config, rows, groups, s.seq_q > 1, capabilities);
     let portable = || DecodeTiling::portable(config, rows, groups, capabilities);

@@ -87,7 +87,7 @@ pub(crate) fn sequence_loop_iterations(
         true => band.query_tiles(range, columns).len(),
         false => band.key_tiles(range, columns).count(),
     };
-    let [seq, heads] = if rows_are_keys { [band.seq_k(), problem.group()] } else { [band.seq_q(), 1] };
+    let [seq, heads] = if rows_are_keys { [band.seq_k(), problem.heads_per_kv()] } else { [band.seq_q(), 1] };
     // Long sequences are not gone through where their ends tell, or where all that there is would be few enough; tiles may
     // be cut where sink tokens end.
     let other = if rows_are_keys { band.seq_q() } else { band.seq_k() };

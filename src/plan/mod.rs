@@ -19,8 +19,8 @@ use crate::kernel::spec::{Body, Plain, Wanted};
 #[cfg(feature = "gpu")]
 pub use crate::kernel::template::DUMP_VARIABLE;
 pub use crate::kernel::tile::Tiling;
-use crate::kernel::tile::cooperative::Fragments;
-pub use crate::kernel::tile::portable::Tiles;
+use crate::kernel::tile::cooperative::CooperativeTile;
+pub use crate::kernel::tile::portable::PortableTile;
 use crate::kernel::{BACKWARD_PASS, Binding, FORWARD_PASS, MERGE_PASS};
 pub use crate::kernel::{Kernel, MicroKernel, Variant};
 use crate::plan::loop_limit::{check_loop_iterations, loop_iterations};
@@ -142,8 +142,8 @@ impl Plan {
                 return Ok(1);
             }
             let views = dense_views(problem, &self.passes, pass);
-            let pieces = pass.pieces(problem, &views, capabilities, budget.unwrap_or(DISPATCH_BUDGET))?;
-            Ok(pieces.list.len())
+            let slices = pass.slices(problem, &views, capabilities, budget.unwrap_or(DISPATCH_BUDGET))?;
+            Ok(slices.list.len())
         };
         self.passes.iter().map(of).collect()
     }
@@ -227,8 +227,8 @@ impl<'a> Passes<'a> {
         let variant = Variant { sanitize: true, batch: self.batch(), ..pass.variant };
         let again = pass.variant.mixes_columns().then(|| Pass::new(self.problem, variant, self.capabilities));
         let again = again.transpose()?.map(|again| Pass { tiles_origin: pass.tiles_origin, ..again });
-        let repairs = pass.variant.tile().map(|[rows, _]| rows);
-        let portable = self.tiled(kernel, MicroKernel::Portable, repairs)?;
+        let fallback = pass.variant.tile().map(|[rows, _]| rows);
+        let portable = self.tiled(kernel, MicroKernel::Portable, fallback)?;
         Ok([Some(pass), again, Some(portable)].into_iter().flatten().collect())
     }
 
@@ -248,15 +248,15 @@ impl<'a> Passes<'a> {
 
     /// A pass of a kernel that has tiles: with the caller's, with measured ones that fit, or with the first of the
     /// built-in table that fit.
-    fn tiled(&self, kernel: Kernel, micro_kernel: MicroKernel, repairs: Option<u32>) -> Result<Pass> {
+    fn tiled(&self, kernel: Kernel, micro_kernel: MicroKernel, fallback: Option<u32>) -> Result<Pass> {
         let Passes { problem, capabilities, .. } = *self;
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
         let is_meant = |tiling: &Tiling| tiling.micro_kernel() == micro_kernel;
         if let Some(tiling) = self.own(kernel).find(is_meant) {
-            return self.of_tiling(kernel, tiling, repairs);
+            return self.of_tiling(kernel, tiling, fallback);
         }
-        // What the repairs run with, the caller need not say.
-        if let Some(tiling) = self.own(kernel).next().filter(|_| repairs.is_none()) {
+        // The caller chooses no tiles for the fallback.
+        if let Some(tiling) = self.own(kernel).next().filter(|_| fallback.is_none()) {
             let kernel = kernel.name();
             return Err(none(format!("{kernel} was asked for as {micro_kernel} and with the tiles \"{tiling}\"")));
         }
@@ -268,9 +268,13 @@ impl<'a> Passes<'a> {
             }
             _ => {
                 let tiles = table::portable(kernel, problem, capabilities.class);
-                // There is hardly ever anything to repair: with little workgroup memory many find that out at a time.
-                let slim = |tiles: &Tiles| Tiles { chunk: tiles.chunk.min(4), slab: tiles.slab.min(8), ..*tiles };
-                let slim: Vec<Tiles> = tiles.iter().filter(|_| repairs.is_some()).map(slim).collect();
+                // Fallback tiles are rarely needed. Small tiles let many workgroups run at once, so that nothing to do costs little.
+                let slim = |tiles: &PortableTile| PortableTile {
+                    k_step: tiles.k_step.min(4),
+                    n_step: tiles.n_step.min(8),
+                    ..*tiles
+                };
+                let slim: Vec<PortableTile> = tiles.iter().filter(|_| fallback.is_some()).map(slim).collect();
                 slim.into_iter().chain(tiles).map(Tiling::Portable).collect::<Vec<_>>()
             }
         };
@@ -278,7 +282,7 @@ impl<'a> Passes<'a> {
         let built_in = built_in.into_iter().map(|tiling| (tiling, TilesOrigin::BuiltIn));
         let mut reason = String::from("no candidate tiles");
         for (tiling, tiles_origin) in measured.into_iter().chain(built_in) {
-            match self.of_tiling(kernel, tiling, repairs) {
+            match self.of_tiling(kernel, tiling, fallback) {
                 Err(Error::NoKernel { reason: why, .. }) => reason = why,
                 pass => return pass.map(|pass| Pass { tiles_origin, ..pass }),
             }
@@ -315,7 +319,7 @@ impl<'a> Passes<'a> {
     }
 
     /// The pass of a kernel with given tiles.
-    fn of_tiling(&self, kernel: Kernel, tiling: Tiling, repairs: Option<u32>) -> Result<Pass> {
+    fn of_tiling(&self, kernel: Kernel, tiling: Tiling, fallback: Option<u32>) -> Result<Pass> {
         let Passes { problem, vec4, optional, capabilities, .. } = *self;
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
         let Some(tiled) = kernel.tiled() else {
@@ -331,15 +335,15 @@ impl<'a> Passes<'a> {
             }
             Tiling::Cooperative { subgroups, rows, columns, stages } => {
                 let matrices = self.matrices(kernel)?;
-                let fragments = Fragments { matrices, subgroups, rows, columns, stages };
+                let fragments = CooperativeTile { matrices, subgroups, rows, columns, stages };
                 fragments.check().map_err(unfit)?;
                 (Some(matrices), fragments.loop_iterations(tiled, d, e))
             }
         };
         let variant = Variant::new(kernel, problem, vec4, optional);
         let micro_kernel = tiling.micro_kernel();
-        let batch = if repairs.is_some() { self.batch() } else { 1 };
-        let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, repairs, batch, ..variant };
+        let batch = if fallback.is_some() { self.batch() } else { 1 };
+        let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, fallback, batch, ..variant };
         let tile = variant.tile().unwrap_or([1; 2]);
         check_loop_iterations(kernel, problem, capabilities, |most| {
             loop_iterations(kernel, problem, tile, iterations, most)
@@ -359,7 +363,7 @@ impl<'a> Passes<'a> {
 
 impl Pass {
     /// The pass of a kernel with given tiles, for measuring candidates; no gradient flows into lse. A cooperative kernel's
-    /// is the one that comes before the repairs.
+    /// is the one that comes before the fallback.
     ///
     /// # Errors
     /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together.
@@ -454,7 +458,7 @@ mod tests {
         let shape =
             crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
         let problem = Problem::new(shape, crate::Options::new()).unwrap();
-        let tiles = crate::plan::Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+        let tiles = crate::plan::PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
         let pass = Pass::with_tiles(Kernel::FORWARD, &problem, &samples[0], tiles).unwrap();
         let variant = pass.variant;
         assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));

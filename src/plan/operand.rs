@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::device::capabilities::Capabilities;
 use crate::kernel::spec::mask_blocks;
 use crate::kernel::{Binding, DELTA_ROWS, MASK_READ_BEYOND};
-use crate::plan::pass::{Pass, repair_slots};
+use crate::plan::pass::{Pass, fallback_slots};
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, Problem};
@@ -18,7 +18,7 @@ const MOST_ELEMENTS: u64 = (1 << 32) - (1 << 16);
 
 /// Where an operand's elements lie in its buffer, in elements. Its width is contiguous.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct View {
+pub(crate) struct OperandLayout {
     pub(crate) binding: Binding,
     pub(crate) offset: u64,
     /// Of batch, head and sequence.
@@ -33,17 +33,17 @@ pub(crate) struct View {
 
 /// The bytes of a buffer that a dispatch binds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Window {
+pub(crate) struct BindingRange {
     pub(crate) start: u64,
     pub(crate) len: u64,
 }
 
-impl View {
+impl OperandLayout {
     /// Packed without gaps.
     pub(crate) fn dense(binding: Binding, extents: [usize; 4], layout: Layout, element: usize) -> Self {
         let [_, heads, seq, width] = extents;
         let strides = layout.strides(heads, seq, width);
-        View::new(binding, 0, strides, extents, element)
+        OperandLayout::new(binding, 0, strides, extents, element)
     }
 
     /// The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
@@ -57,12 +57,12 @@ impl View {
         for (stride, &extent) in strides.iter_mut().zip(&extents) {
             *stride = if extent == 1 { 0 } else { *stride };
         }
-        View { binding, offset, strides, extents: extents.map(|n| n as u64), tail: 0, element: element as u64 }
+        OperandLayout { binding, offset, strides, extents: extents.map(|n| n as u64), tail: 0, element: element as u64 }
     }
 
     /// A run of elements that every dispatch sees whole.
     pub(crate) fn run(binding: Binding, elements: usize, element: usize) -> Self {
-        View::new(binding, 0, [0; 3], [1, 1, 1, elements], element)
+        OperandLayout::new(binding, 0, [0; 3], [1, 1, 1, elements], element)
     }
 
     /// Last element.
@@ -74,8 +74,8 @@ impl View {
     /// Whether no element of two results in one buffer lies where one of the other does, as far as that is seen without going
     /// through them: where along some axes both have the same strides, and what they have along the others lies side by side
     /// within a step of these.
-    pub(crate) fn is_apart_from(&self, other: &View) -> bool {
-        let reach = |view: &View, along: &dyn Fn(usize) -> bool| {
+    pub(crate) fn is_apart_from(&self, other: &OperandLayout) -> bool {
+        let extent_of = |view: &OperandLayout, along: &dyn Fn(usize) -> bool| {
             (0..3).filter(|axis| along(*axis)).map(|axis| view.strides[axis] * (view.extents[axis] - 1)).sum::<u64>()
         };
         (0..8u32).any(|set| {
@@ -92,7 +92,7 @@ impl View {
                 self.strides[axis] == other.strides[axis] || self.extents[axis] == 1 || other.extents[axis] == 1
             };
             let [own, its] = [self, other]
-                .map(|view| [view.offset, view.offset + reach(view, &|axis| !is_outer(axis)) + view.extents[3]]);
+                .map(|view| [view.offset, view.offset + extent_of(view, &|axis| !is_outer(axis)) + view.extents[3]]);
             let apart = own[1] <= its[0] || its[1] <= own[0];
             outer.sort_unstable();
             // Steps along the outer axes never come closer to each other than what lies within one.
@@ -112,7 +112,7 @@ impl View {
     }
 
     /// First element within ranges of batch, heads and rows, and the one behind the last.
-    pub(crate) fn hull(&self, ranges: [&Range<u64>; 3]) -> [u64; 2] {
+    pub(crate) fn span(&self, ranges: [&Range<u64>; 3]) -> [u64; 2] {
         let corner = |index: fn(&Range<u64>) -> u64| {
             // Ranges along an axis that the operand does not have lead nowhere.
             (0..3).map(|axis| self.strides[axis] * index(ranges[axis]).min(self.extents[axis] - 1)).sum::<u64>()
@@ -127,7 +127,7 @@ impl View {
     }
 
     /// The window from one element to another, which is as large as the device allows at most.
-    pub(crate) fn window(&self, [first, end]: [u64; 2], capabilities: &Capabilities) -> Result<Window> {
+    pub(crate) fn window(&self, [first, end]: [u64; 2], capabilities: &Capabilities) -> Result<BindingRange> {
         let operand = self.binding.name();
         // A multiple of what is loaded at once.
         let alignment = u64::from(capabilities.offset_alignment).max(16);
@@ -141,7 +141,7 @@ impl View {
             let last_element = u128::from(bytes / self.element - 1);
             return Err(Error::IndexOverflow { operand, last_element, most: MOST_ELEMENTS - 1 });
         }
-        Ok(Window { start, len: bytes })
+        Ok(BindingRange { start, len: bytes })
     }
 }
 
@@ -151,15 +151,15 @@ pub(crate) fn mask_scratch_bytes(problem: &Problem) -> u64 {
 }
 
 /// What kernels hand to each other, as they lie in buffers of our own; `None` is another kind of operand.
-pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass]) -> Option<View> {
+pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass]) -> Option<OperandLayout> {
     let s = problem.shape();
     // Heads first: what is summed over the batch and the rows of a head lies together.
     let rows = |seq: usize, element| {
         let strides = [seq, s.batch * seq, 1].map(|n| n as u64);
-        View::new(binding, 0, strides, [s.batch, s.heads, seq, 1], element)
+        OperandLayout::new(binding, 0, strides, [s.batch, s.heads, seq, 1], element)
     };
     let scales = |heads: usize, seq: usize| {
-        View::new(binding, 0, [heads * seq, seq, 1].map(|n| n as u64), [s.batch, heads, seq, 1], 8)
+        OperandLayout::new(binding, 0, [heads * seq, seq, 1].map(|n| n as u64), [s.batch, heads, seq, 1], 8)
     };
     Some(match binding {
         // lse and delta; in half precision also what brings the row's weights within its range.
@@ -173,9 +173,9 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         Binding::Fallback => {
             let words = |pass: &Pass| {
                 let words = pass.variant.fragments()?.report_words() as usize;
-                Some(repair_slots(pass, problem).saturating_mul(words))
+                Some(fallback_slots(pass, problem).saturating_mul(words))
             };
-            View::run(binding, passes.iter().filter_map(words).max().unwrap_or(1), 4)
+            OperandLayout::run(binding, passes.iter().filter_map(words).max().unwrap_or(1), 4)
         }
         Binding::KeyScales => scales(s.kv_heads, s.seq_k),
         Binding::QueryScales => scales(s.heads, s.seq_q),
@@ -184,7 +184,7 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
 }
 
 /// The boolean mask's bits by queries; behind those of each head are the same by keys, and the classes of its blocks.
-fn mask_bits(problem: &Problem) -> View {
+fn mask_bits(problem: &Problem) -> OperandLayout {
     let axes = problem.options().mask.unwrap_or_default();
     let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
     let [words, block_rows, groups] = mask_blocks(rows, keys);
@@ -193,19 +193,19 @@ fn mask_bits(problem: &Problem) -> View {
     let tail = key_words + block_rows * groups;
     let head = rows * words + tail;
     let strides = [heads * head, head, words].map(|n| n as u64);
-    let view = View::new(Binding::MaskBits, 0, strides, [batch, heads, rows, words], 4);
+    let view = OperandLayout::new(Binding::MaskBits, 0, strides, [batch, heads, rows, words], 4);
     // A tile may reach beyond the last key or query; what is read there is hidden by the band.
-    View { tail: tail as u64 + MASK_READ_BEYOND, ..view }
+    OperandLayout { tail: tail as u64 + MASK_READ_BEYOND, ..view }
 }
 
 /// The operands of a pass as they lie where the caller's are densely packed.
-pub(crate) fn dense_views(problem: &Problem, passes: &[Pass], pass: &Pass) -> Vec<View> {
+pub(crate) fn dense_views(problem: &Problem, passes: &[Pass], pass: &Pass) -> Vec<OperandLayout> {
     let bindings = pass.variant.bindings().into_iter().map(|(binding, _)| binding);
     let own = bindings.filter(|binding| ![Binding::Params, Binding::Sequences].contains(binding));
     own.map(|binding| {
         scratch_view(binding, problem, passes).unwrap_or_else(|| {
             let (extents, layout, element) = binding.extents(problem);
-            View::dense(binding, extents, layout, element)
+            OperandLayout::dense(binding, extents, layout, element)
         })
     })
     .collect()

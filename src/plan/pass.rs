@@ -118,7 +118,7 @@ pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<(usize, [u32; 2])
 }
 
 /// Places for reports of tiles that have rows to compute again.
-pub(crate) fn repair_slots(pass: &Pass, problem: &Problem) -> usize {
+pub(crate) fn fallback_slots(pass: &Pass, problem: &Problem) -> usize {
     if !problem.has_lengths() {
         return pass.workgroups as usize;
     }
@@ -160,8 +160,8 @@ impl fmt::Display for Pass {
         if let Some(registers) = v.registers() {
             write!(f, ", ~{registers} registers")?;
         }
-        if let Some(rows) = v.repairs {
-            write!(f, ", repairs tiles of {rows} rows")?;
+        if let Some(rows) = v.fallback {
+            write!(f, ", fallback for tiles of {rows} rows")?;
         }
         if let Some(tiles) = v.decode_tiles() {
             write!(f, ", tiles {tiles}")?;

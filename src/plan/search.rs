@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use crate::device::capabilities::{Capabilities, CooperativeMatrices};
 use crate::kernel::tile::Tiling;
-use crate::kernel::tile::portable::Tiles;
+use crate::kernel::tile::portable::PortableTile;
 use crate::kernel::{Kernel, MicroKernel};
 use crate::plan::{Pass, table};
 use crate::problem::Problem;
@@ -25,7 +25,7 @@ impl Tiling {
             found.extend(cooperative(kernel, problem, capabilities));
         }
         if micro_kernel != MicroKernel::Cooperative {
-            let portable = Tiles::candidates(kernel, problem, capabilities);
+            let portable = PortableTile::candidates(kernel, problem, capabilities);
             found.extend(portable.into_iter().map(Tiling::Portable));
         }
         found
@@ -66,21 +66,21 @@ fn cooperative(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -
     found
 }
 
-/// Registers a thread, by [`Tiles::registers`], above which tiles are not worth a measurement: the most that GPUs have
+/// Registers a thread, by [`PortableTile::registers`], above which tiles are not worth a measurement: the most that GPUs have
 /// is 256, and the estimate leaves out addresses.
 const MOST_REGISTERS: u32 = 232;
 
-impl Tiles {
+impl PortableTile {
     /// Tiles worth measuring for a kernel of a problem on a device: the built-in table, its first choice first, then
     /// neighbours of what it holds, the nearest first. All fit the device's limits; those of the kernels without tiles
     /// are none.
-    pub(crate) fn candidates(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<Tiles> {
+    pub(crate) fn candidates(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<PortableTile> {
         if kernel.tiled().is_none() {
             return Vec::new();
         }
         let shape = problem.shape();
-        let fits = |tiles: &Tiles| Pass::with_tiles(kernel, problem, capabilities, *tiles).is_ok();
-        let mut found: Vec<Tiles> = Vec::new();
+        let fits = |tiles: &PortableTile| Pass::with_tiles(kernel, problem, capabilities, *tiles).is_ok();
+        let mut found: Vec<PortableTile> = Vec::new();
         for tiles in table::portable(kernel, problem, capabilities.class) {
             if !found.contains(&tiles) && fits(&tiles) {
                 found.push(tiles);
@@ -105,14 +105,14 @@ impl Tiles {
     }
 
     /// Each number doubled and halved; such as do not fit together among them.
-    fn neighbours(self) -> impl Iterator<Item = Tiles> {
-        const NUMBERS: [fn(&mut Tiles) -> &mut u32; 6] = [
+    fn neighbours(self) -> impl Iterator<Item = PortableTile> {
+        const NUMBERS: [fn(&mut PortableTile) -> &mut u32; 6] = [
             |t| &mut t.rows,
             |t| &mut t.threads_r,
             |t| &mut t.quads,
             |t| &mut t.threads_c,
-            |t| &mut t.chunk,
-            |t| &mut t.slab,
+            |t| &mut t.k_step,
+            |t| &mut t.n_step,
         ];
         NUMBERS.into_iter().flat_map(move |number| {
             [true, false].map(|double| {
@@ -152,7 +152,7 @@ mod tests {
                     (1, 256, causal),
                 ] {
                     let problem = problem(seq, width, options);
-                    let found = Tiles::candidates(kernel, &problem, &device);
+                    let found = PortableTile::candidates(kernel, &problem, &device);
                     let plan = crate::plan::Plan::forward(&problem, &device).unwrap();
                     assert!(kernel != Kernel::FORWARD || plan.passes[0].variant.tiling == Some(found[0].into()));
                     assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
@@ -162,7 +162,7 @@ mod tests {
                         assert_eq!(tiles.to_string().parse(), Ok(*tiles));
                     }
                 }
-                assert_eq!(Tiles::candidates(Kernel::DELTA, &problem(9, 4, causal), &device), []);
+                assert_eq!(PortableTile::candidates(Kernel::DELTA, &problem(9, 4, causal), &device), []);
             }
         }
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::device::capabilities::Capabilities;
 use crate::kernel::spec::{Body, Grid, Side, Work};
 use crate::kernel::{Binding, DELTA_ROWS, MASK_BLOCK_ROWS, MicroKernel, SEQUENCE_WORDS};
-use crate::plan::operand::{View, Window};
+use crate::plan::operand::{BindingRange, OperandLayout};
 use crate::plan::pass::{Pass, fold, grid, work_list};
 use crate::problem::Problem;
 use crate::problem::error::{Error, Result};
@@ -23,61 +23,61 @@ pub(crate) const DISPATCH_BUDGET: Duration = Duration::from_millis(250);
 /// What a dispatch does of a pass. The axes are those of the pass: sequences, key heads (query heads, where there is no
 /// group to keep together) and tiles of rows; where sequences differ in length, places in the list of tiles for the last.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Region {
+pub(crate) struct Part {
     pub(crate) axes: [Range<u64>; 3],
 }
 
 /// One dispatch.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Piece {
-    pub(crate) region: Region,
+pub(crate) struct Slice {
+    pub(crate) part: Part,
     pub(crate) workgroups: u32,
     /// Workgroups of each sequence, head and tile.
     pub(crate) cells: u32,
     pub(crate) grid: [u32; 2],
-    pub(crate) windows: Vec<(Binding, Window)>,
+    pub(crate) windows: Vec<(Binding, BindingRange)>,
 }
 
 /// The dispatches of a pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Pieces {
-    pub(crate) list: Vec<Piece>,
-    /// Where sequences differ in length: sequence and tile of each place in the list, those of a piece side by side.
+pub(crate) struct Slices {
+    pub(crate) list: Vec<Slice>,
+    /// Where sequences differ in length: sequence and tile of each place in the list, those of a slice side by side.
     pub(crate) work: Vec<[u32; 2]>,
 }
 
 impl Pass {
     /// The dispatches of this pass: operands lie as `views` say, and a dispatch is to take no longer than `budget`.
-    pub(crate) fn pieces(
+    pub(crate) fn slices(
         &self,
         problem: &Problem,
-        views: &[View],
+        views: &[OperandLayout],
         capabilities: &Capabilities,
         budget: Duration,
-    ) -> Result<Pieces> {
-        let mut cutter = Cutter::new(self, problem, views, capabilities, budget)?;
-        let mut regions = Vec::new();
-        cutter.cut(Region { axes: cutter.axes.map(|n| 0..n) }, &mut regions)?;
-        let mut list = Vec::with_capacity(regions.len());
-        for region in regions {
-            let touches = cutter.touches(&region);
-            let windows = cutter.views.iter().map(|view| Ok((view.binding, cutter.window(view, &touches)?)));
+    ) -> Result<Slices> {
+        let mut slicer = Slicer::new(self, problem, views, capabilities, budget)?;
+        let mut parts = Vec::new();
+        slicer.cut(Part { axes: slicer.axes.map(|n| 0..n) }, &mut parts)?;
+        let mut list = Vec::with_capacity(parts.len());
+        for part in parts {
+            let accesses = slicer.accesses(&part);
+            let windows = slicer.views.iter().map(|view| Ok((view.binding, slicer.window(view, &accesses)?)));
             let mut windows = windows.collect::<Result<Vec<_>>>()?;
-            windows.extend(&cutter.whole);
+            windows.extend(&slicer.whole);
             if self.variant.packed {
                 join(&mut windows, [Binding::DK, Binding::DV], capabilities)?;
             }
-            let (workgroups, grid) = cutter.fold(&region)?;
-            let [.., places] = &region.axes;
+            let (workgroups, grid) = slicer.fold(&part)?;
+            let [.., places] = &part.axes;
             if self.is_listed() {
                 // Longest first. Stable: neighbours stay neighbours.
-                cutter.work[places.start as usize..places.end as usize]
+                slicer.work[places.start as usize..places.end as usize]
                     .sort_by_key(|(visited, _)| std::cmp::Reverse(*visited));
             }
-            let cells = cutter.cells as u32;
-            list.push(Piece { region, workgroups, cells, grid, windows });
+            let cells = slicer.cells as u32;
+            list.push(Slice { part, workgroups, cells, grid, windows });
         }
-        Ok(Pieces { list, work: cutter.work.into_iter().map(|(_, work)| work).collect() })
+        Ok(Slices { list, work: slicer.work.into_iter().map(|(_, work)| work).collect() })
     }
 
     /// Whether its tiles come from a list.
@@ -87,8 +87,8 @@ impl Pass {
 }
 
 /// Makes one window of those of two operands in one buffer.
-fn join(windows: &mut [(Binding, Window)], operands: [Binding; 2], capabilities: &Capabilities) -> Result<()> {
-    let own: Vec<&mut Window> =
+fn join(windows: &mut [(Binding, BindingRange)], operands: [Binding; 2], capabilities: &Capabilities) -> Result<()> {
+    let own: Vec<&mut BindingRange> =
         windows.iter_mut().filter(|(b, _)| operands.contains(b)).map(|(_, window)| window).collect();
     let start = own.iter().map(|window| window.start).min().unwrap_or(0);
     let end = own.iter().map(|window| window.start + window.len).max().unwrap_or(0);
@@ -96,13 +96,13 @@ fn join(windows: &mut [(Binding, Window)], operands: [Binding; 2], capabilities:
     if bytes > limit {
         return Err(Error::BindingTooLarge { operand: operands[0].name(), bytes, limit });
     }
-    own.into_iter().for_each(|window| *window = Window { start, len: bytes });
+    own.into_iter().for_each(|window| *window = BindingRange { start, len: bytes });
     Ok(())
 }
 
-/// Rows and keys that a part of a region reads and writes, in all of its heads.
+/// Rows and keys that a part of a part reads and writes, in all of its heads.
 #[derive(Debug, Clone)]
-struct Touch {
+struct Access {
     /// Along the batch axis of q, k, v and o, and the numbers of the sequences.
     batch: Range<u64>,
     numbers: Range<u64>,
@@ -115,13 +115,13 @@ struct Touch {
     kv_heads: Range<u64>,
 }
 
-/// Why a region is too large.
+/// Why a part is too large.
 enum Misfit {
     Time,
     Limit(Error),
 }
 
-struct Cutter<'a> {
+struct Slicer<'a> {
     pass: &'a Pass,
     problem: &'a Problem,
     capabilities: &'a Capabilities,
@@ -129,8 +129,8 @@ struct Cutter<'a> {
     /// Workgroups of a cell: of one sequence, head and tile.
     cells: u64,
     /// Operands that do not fit a binding as a whole, and the windows of those that do.
-    views: Vec<View>,
-    whole: Vec<(Binding, Window)>,
+    views: Vec<OperandLayout>,
+    whole: Vec<(Binding, BindingRange)>,
     /// Where tiles come from a list: the column tiles that each visits, its sequence and its tile.
     work: Vec<(usize, [u32; 2])>,
     /// Floating-point operations of the tiles before each, of one head of one sequence; none where time does not count.
@@ -138,11 +138,11 @@ struct Cutter<'a> {
     most_work: f64,
 }
 
-impl<'a> Cutter<'a> {
+impl<'a> Slicer<'a> {
     fn new(
         pass: &'a Pass,
         problem: &'a Problem,
-        views: &[View],
+        views: &[OperandLayout],
         capabilities: &'a Capabilities,
         budget: Duration,
     ) -> Result<Self> {
@@ -157,12 +157,12 @@ impl<'a> Cutter<'a> {
         }
         if pass.variant.lengths {
             let words = problem.sequence_count() * SEQUENCE_WORDS as usize + 2 * work.len();
-            let table = View::run(Binding::Sequences, words, 4);
+            let table = OperandLayout::run(Binding::Sequences, words, 4);
             table.window(table.whole(), capabilities)?;
         }
         let most_work =
             budget.as_secs_f64() * capabilities.flops(pass.variant.micro_kernel == MicroKernel::Cooperative);
-        let mut cutter = Cutter {
+        let mut slicer = Slicer {
             pass,
             problem,
             capabilities,
@@ -176,30 +176,30 @@ impl<'a> Cutter<'a> {
         };
         if budget < Duration::MAX {
             let mut sum = 0.0;
-            cutter.work_before.push(0.0);
-            for flops in cutter.tile_flops() {
+            slicer.work_before.push(0.0);
+            for flops in slicer.tile_flops() {
                 sum += flops;
-                cutter.work_before.push(sum);
+                slicer.work_before.push(sum);
             }
         }
-        Ok(cutter)
+        Ok(slicer)
     }
 
-    fn cut(&self, region: Region, regions: &mut Vec<Region>) -> Result<()> {
-        let misfit = match self.check(&region) {
+    fn cut(&self, part: Part, parts: &mut Vec<Part>) -> Result<()> {
+        let misfit = match self.check(&part) {
             Ok(()) => {
-                regions.push(region);
+                parts.push(part);
                 return Ok(());
             }
             Err(misfit) => misfit,
         };
-        let len = |axis: usize| region.axes[axis].end - region.axes[axis].start;
+        let len = |axis: usize| part.axes[axis].end - part.axes[axis].start;
         let with = |axis: usize, range: Range<u64>| {
-            let mut region = region.clone();
-            region.axes[axis] = range;
-            region
+            let mut part = part.clone();
+            part.axes[axis] = range;
+            part
         };
-        let first = |axis: usize| region.axes[axis].start..region.axes[axis].start + 1;
+        let first = |axis: usize| part.axes[axis].start..part.axes[axis].start + 1;
         let axis = match [0, 1, 2].map(|axis| len(axis) > 1) {
             [true, ..] => 0,
             // Heads that lie side by side are cut in vain.
@@ -210,34 +210,34 @@ impl<'a> Cutter<'a> {
                 return match misfit {
                     // Less than a tile of a head cannot be done at a time.
                     Misfit::Time => {
-                        regions.push(region);
+                        parts.push(part);
                         Ok(())
                     }
                     Misfit::Limit(error) => Err(error),
                 };
             }
         };
-        let all = region.axes[axis].clone();
+        let all = part.axes[axis].clone();
         let mut start = all.start;
         while start < all.end {
             let fits = |len: u64| self.check(&with(axis, start..start + len)).is_ok();
             let most = most(all.end - start, fits);
-            self.cut(with(axis, start..start + most), regions)?;
+            self.cut(with(axis, start..start + most), parts)?;
             start += most;
         }
         Ok(())
     }
 
-    fn check(&self, region: &Region) -> Result<(), Misfit> {
-        self.fold(region).map_err(Misfit::Limit)?;
+    fn check(&self, part: &Part) -> Result<(), Misfit> {
+        self.fold(part).map_err(Misfit::Limit)?;
         if !self.views.is_empty() {
-            let touches = self.touches(region);
+            let accesses = self.accesses(part);
             for view in &self.views {
-                self.window(view, &touches).map_err(Misfit::Limit)?;
+                self.window(view, &accesses).map_err(Misfit::Limit)?;
             }
         }
         if !self.work_before.is_empty() {
-            let [entries, heads, tiles] = &region.axes;
+            let [entries, heads, tiles] = &part.axes;
             let len = |range: &Range<u64>| (range.end - range.start) as f64;
             let tiles = self.work_before[tiles.end as usize] - self.work_before[tiles.start as usize];
             if tiles * len(entries) * len(heads) > self.most_work {
@@ -247,70 +247,70 @@ impl<'a> Cutter<'a> {
         Ok(())
     }
 
-    /// Tiles that the dispatch of a region numbers, and its grid of workgroups, which look at several where little is to do.
-    fn fold(&self, region: &Region) -> Result<(u32, [u32; 2])> {
-        let (tiles, batch) = (self.workgroups(region), u128::from(self.pass.variant.batch));
+    /// Tiles that the dispatch of a part numbers, and its grid of workgroups, which look at several where little is to do.
+    fn fold(&self, part: &Part) -> Result<(u32, [u32; 2])> {
+        let (tiles, batch) = (self.workgroups(part), u128::from(self.pass.variant.batch));
         let (_, grid) = fold(tiles.div_ceil(batch), self.capabilities.grid_dimension)?;
         let most = u64::from(u32::MAX);
         let tiles = u32::try_from(tiles).map_err(|_| Error::TooManyWorkgroups { workgroups: tiles, most })?;
         Ok((tiles, grid))
     }
 
-    fn workgroups(&self, region: &Region) -> u128 {
-        let cells = region.axes.iter().fold(1, |n, range| n * u128::from(range.end - range.start));
+    fn workgroups(&self, part: &Part) -> u128 {
+        let cells = part.axes.iter().fold(1, |n, range| n * u128::from(range.end - range.start));
         u128::from(self.cells) * cells
     }
 
     /// What a dispatch binds of an operand; something, even where it needs nothing.
-    fn window(&self, view: &View, touches: &[Touch]) -> Result<Window> {
-        let mut hull: Option<[u64; 2]> = None;
+    fn window(&self, view: &OperandLayout, accesses: &[Access]) -> Result<BindingRange> {
+        let mut span: Option<[u64; 2]> = None;
         let s = self.problem.shape();
-        for touch in touches {
-            let states = touch.batch.start..touch.batch.end + (s.seq_k as u64 - 1) * s.batch as u64;
+        for access in accesses {
+            let states = access.batch.start..access.batch.end + (s.seq_k as u64 - 1) * s.batch as u64;
             let heads = match view.binding {
-                Binding::K | Binding::V | Binding::DK | Binding::DV | Binding::KeyScales => &touch.kv_heads,
-                _ => &touch.heads,
+                Binding::K | Binding::V | Binding::DK | Binding::DV | Binding::KeyScales => &access.kv_heads,
+                _ => &access.heads,
             };
             let (batch, rows) = match view.binding {
                 Binding::K | Binding::V | Binding::DK | Binding::DV | Binding::KeyScales => {
-                    (&touch.batch, touch.keys.clone())
+                    (&access.batch, access.keys.clone())
                 }
                 // To the last row of the head, which has the slope, or is followed by the classes.
                 Binding::RowStats if self.problem.options().alibi => {
-                    (&touch.batch, touch.queries.start..view.extents[2])
+                    (&access.batch, access.queries.start..view.extents[2])
                 }
-                binding if binding.has_states() => (&states, touch.queries.clone()),
+                binding if binding.has_states() => (&states, access.queries.clone()),
                 // A row may be for all queries.
-                Binding::MaskBits => (&touch.numbers, touch.rows.start.min(view.extents[2] - 1)..view.extents[2]),
-                Binding::Mask | Binding::Bias | Binding::DBias => (&touch.numbers, touch.rows.clone()),
+                Binding::MaskBits => (&access.numbers, access.rows.start.min(view.extents[2] - 1)..view.extents[2]),
+                Binding::Mask | Binding::Bias | Binding::DBias => (&access.numbers, access.rows.clone()),
                 Binding::SinkPartials => {
                     let tile = u64::from(DELTA_ROWS);
-                    (&touch.batch, touch.queries.start / tile..touch.queries.end.div_ceil(tile))
+                    (&access.batch, access.queries.start / tile..access.queries.end.div_ceil(tile))
                 }
-                _ => (&touch.batch, touch.queries.clone()),
+                _ => (&access.batch, access.queries.clone()),
             };
             if batch.is_empty() || heads.is_empty() || rows.is_empty() {
                 continue;
             }
-            let [first, end] = view.hull([batch, heads, &rows]);
-            hull = Some(hull.map_or([first, end], |[a, b]| [a.min(first), b.max(end)]));
+            let [first, end] = view.span([batch, heads, &rows]);
+            span = Some(span.map_or([first, end], |[a, b]| [a.min(first), b.max(end)]));
         }
-        let hull = hull.unwrap_or([view.offset, view.offset + view.extents[3]]);
-        view.window(hull, self.capabilities)
+        let span = span.unwrap_or([view.offset, view.offset + view.extents[3]]);
+        view.window(span, self.capabilities)
     }
 
-    /// What the workgroups of a region read and write.
-    fn touches(&self, region: &Region) -> Vec<Touch> {
+    /// What the workgroups of a part read and write.
+    fn accesses(&self, part: &Part) -> Vec<Access> {
         let (problem, s) = (self.problem, self.problem.shape());
-        let [entries, heads, tiles] = region.axes.clone();
-        let group = problem.group() as u64;
+        let [entries, heads, tiles] = part.axes.clone();
+        let group = problem.heads_per_kv() as u64;
         let all = |n: usize| 0..n as u64;
         let groups = heads.start * group..heads.end * group;
         let spans = |rows: u32, seq: usize| {
             let of = |n: u64| n.saturating_mul(rows.into()).min(seq as u64);
             of(tiles.start)..of(tiles.end)
         };
-        let touch = |queries: Range<u64>, keys: Range<u64>| Touch {
+        let access = |queries: Range<u64>, keys: Range<u64>| Access {
             batch: entries.clone(),
             numbers: entries.clone(),
             rows: queries.clone(),
@@ -320,14 +320,14 @@ impl<'a> Cutter<'a> {
             kv_heads: heads.clone(),
         };
         match self.pass.variant.kernel.spec().work {
-            Work::Rows(Side::Queries) => vec![touch(spans(DELTA_ROWS, s.seq_q), 0..0)],
-            Work::Rows(Side::Keys) => vec![touch(0..0, spans(DELTA_ROWS, s.seq_k))],
+            Work::Rows(Side::Queries) => vec![access(spans(DELTA_ROWS, s.seq_q), 0..0)],
+            Work::Rows(Side::Keys) => vec![access(0..0, spans(DELTA_ROWS, s.seq_k))],
             // The kernels of caches are one dispatch.
             Work::DecodedRows | Work::Listed => Vec::new(),
-            Work::Heads => vec![Touch { batch: all(s.batch), ..touch(all(s.seq_q), 0..0) }],
+            Work::Heads => vec![Access { batch: all(s.batch), ..access(all(s.seq_q), 0..0) }],
             Work::MaskBlocks => {
                 let [_, _, rows, _] = problem.options().mask.unwrap_or_default().of(problem.pairs_shape());
-                vec![touch(spans(MASK_BLOCK_ROWS, rows), 0..0)]
+                vec![access(spans(MASK_BLOCK_ROWS, rows), 0..0)]
             }
             Work::BiasTiles => {
                 let axes = problem.options().bias.unwrap_or_default();
@@ -335,42 +335,42 @@ impl<'a> Cutter<'a> {
                 let kv_heads = heads.start / group..heads.end.div_ceil(group);
                 let numbers = if axes.batch { entries } else { all(problem.sequence_count()) };
                 let of = |sequence: &Sequence, batch: Range<u64>, numbers: Range<u64>| {
-                    let [mut rows, keys] = self.reach(sequence, &tiles);
+                    let [mut rows, keys] = self.visited(sequence, &tiles);
                     let queries = shifted(&rows, sequence.q_start, sequence.q_rows);
                     if axes.seq_q {
                         // The gradient is written for the rows of the longest sequence.
                         rows = self.tile_range(&tiles, problem.longest()[0]);
                     }
                     let keys = shifted(&keys, sequence.k_start, sequence.k_rows);
-                    Touch { batch, numbers, queries, keys, rows, heads: heads.clone(), kv_heads: kv_heads.clone() }
+                    Access { batch, numbers, queries, keys, rows, heads: heads.clone(), kv_heads: kv_heads.clone() }
                 };
                 if !problem.has_lengths() {
                     return vec![of(&problem.sequence(0), numbers.clone(), numbers)];
                 }
-                let touch = |number: u64| {
+                let access = |number: u64| {
                     let sequence = problem.sequence(number as usize);
                     let entry = sequence.entry as u64;
                     of(&sequence, entry..entry + 1, number..number + 1)
                 };
-                numbers.map(touch).collect()
+                numbers.map(access).collect()
             }
-            Work::Tiles(_) => {
+            Work::PortableTile(_) => {
                 let of = |sequence: &Sequence, tiles: &Range<u64>| {
-                    let [rows, keys] = self.reach(sequence, tiles);
+                    let [rows, keys] = self.visited(sequence, tiles);
                     let queries = shifted(&rows, sequence.q_start, sequence.q_rows);
                     let keys = shifted(&keys, sequence.k_start, sequence.k_rows);
-                    Touch { rows, heads: groups.clone(), ..touch(queries, keys) }
+                    Access { rows, heads: groups.clone(), ..access(queries, keys) }
                 };
                 if !problem.has_lengths() {
                     return vec![of(&problem.sequence(0), &tiles)];
                 }
                 let places = &self.work[tiles.start as usize..tiles.end as usize];
-                let touch = |(_, [number, tile]): &(usize, [u32; 2])| {
+                let access = |(_, [number, tile]): &(usize, [u32; 2])| {
                     let sequence = problem.sequence(*number as usize);
                     let [number, tile, entry] = [u64::from(*number), u64::from(*tile), sequence.entry as u64];
-                    Touch { batch: entry..entry + 1, numbers: number..number + 1, ..of(&sequence, &(tile..tile + 1)) }
+                    Access { batch: entry..entry + 1, numbers: number..number + 1, ..of(&sequence, &(tile..tile + 1)) }
                 };
-                places.iter().map(touch).collect()
+                places.iter().map(access).collect()
             }
         }
     }
@@ -387,7 +387,7 @@ impl<'a> Cutter<'a> {
     }
 
     /// Queries and keys of a sequence that tiles of a kernel reach, counted from its start.
-    fn reach(&self, sequence: &Sequence, tiles: &Range<u64>) -> [Range<u64>; 2] {
+    fn visited(&self, sequence: &Sequence, tiles: &Range<u64>) -> [Range<u64>; 2] {
         let band = sequence.band;
         let [tile_rows, columns] = self.tile();
         // The kernels have room for rows that do not count.
@@ -404,7 +404,7 @@ impl<'a> Cutter<'a> {
             all.start.min(most.max(1) as u64 - 1)..all.end
         };
         match self.pass.variant.kernel.spec().work {
-            Work::Tiles(Side::Keys) => {
+            Work::PortableTile(Side::Keys) => {
                 let keys = self.tile_range(tiles, sequence.k_rows);
                 let used_keys = used(&keys, band.seq_k());
                 let seen = |keys: &Range<usize>| band.query_tiles(keys, columns as usize);
@@ -464,7 +464,7 @@ impl<'a> Cutter<'a> {
         };
         let [rows, columns] = self.tile();
         let pair_flops = tiled.pair_flops([s.head_dim, s.value_dim].map(|width| width as u32));
-        let flops = (rows * columns) as f64 * pair_flops * problem.group() as f64;
+        let flops = (rows * columns) as f64 * pair_flops * problem.heads_per_kv() as f64;
         if self.pass.is_listed() {
             return self.work.iter().map(|(visited, _)| *visited as f64 * flops).collect();
         }
@@ -487,7 +487,7 @@ impl<'a> Cutter<'a> {
         }
         // One workgroup goes through all that share the bias.
         let axes = problem.options().bias.unwrap_or_default();
-        let heads = if axes.heads { 1 } else { s.heads } as f64 / problem.group() as f64;
+        let heads = if axes.heads { 1 } else { s.heads } as f64 / problem.heads_per_kv() as f64;
         let sequences: Vec<_> = problem.distinct_sequences().collect();
         let times = match (axes.batch, problem.has_lengths()) {
             (true, _) => 1.0 / sequences.len() as f64,
@@ -513,7 +513,7 @@ fn shifted(range: &Range<u64>, start: usize, room: usize) -> Range<u64> {
 /// The largest number up to `end` that fits, 1 at least, where all that are smaller than one that fits do.
 fn most(end: u64, fits: impl Fn(u64) -> bool) -> u64 {
     let mut low = 1;
-    // Doubling first: pieces are small beside the whole.
+    // Doubling first: slices are small beside the whole.
     while low < end && fits((2 * low).min(end)) {
         low = (2 * low).min(end);
     }

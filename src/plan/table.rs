@@ -2,25 +2,25 @@
 
 use crate::device::capabilities::{CooperativeMatrices, DeviceClass};
 use crate::kernel::Kernel;
-use crate::kernel::tile::cooperative::Fragments;
-use crate::kernel::tile::portable::Tiles;
+use crate::kernel::tile::cooperative::CooperativeTile;
+use crate::kernel::tile::portable::PortableTile;
 use crate::plan::tuning::MaskClass;
 use crate::problem::Problem;
 use crate::problem::element::DType;
 
 /// A row of the tuning table: tiles, and the problems they are good for.
 struct Candidate {
-    tiles: Tiles,
+    tiles: PortableTile,
     /// Widest accumulators, all of a row taken together, that stay in registers.
     width: u32,
     /// Fewest rows that fill a tile well enough.
     seq: usize,
 }
 
-const fn candidate(threads: [u32; 2], thread: [u32; 2], chunk: u32, slab: u32, width: u32, seq: usize) -> Candidate {
+const fn candidate(threads: [u32; 2], thread: [u32; 2], k_step: u32, n_step: u32, width: u32, seq: usize) -> Candidate {
     let [threads_r, threads_c] = threads;
     let [rows, quads] = thread;
-    Candidate { tiles: Tiles { threads_r, threads_c, rows, quads, chunk, slab }, width, seq }
+    Candidate { tiles: PortableTile { threads_r, threads_c, rows, quads, k_step, n_step }, width, seq }
 }
 
 /// Measured on an NVIDIA H200, see benches/results/; each row falls back to the next where it does not fit.
@@ -94,7 +94,7 @@ impl Family {
 }
 
 /// Tiles to try for a kernel, the best first; one of them fits every WebGPU device.
-pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) -> Vec<Tiles> {
+pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) -> Vec<PortableTile> {
     let shape = problem.shape();
     let widths = [shape.head_dim as u32, shape.value_dim as u32];
     let accumulators = kernel.tiled().map_or(&[][..], |tiled| tiled.accumulators);
@@ -109,9 +109,9 @@ pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) ->
         (_, Family::Keys) => &D_KV,
     };
     let fitting = table.iter().filter(|c| width <= c.width && seq >= c.seq);
-    let mut candidates: Vec<Tiles> = fitting.map(|c| c.tiles).collect();
+    let mut candidates: Vec<PortableTile> = fitting.map(|c| c.tiles).collect();
     if MaskClass::of(problem) == Some(MaskClass::Window) {
-        let band = problem.reach() as u32;
+        let band = problem.most_visible() as u32;
         candidates.sort_by(|a, b| window_cost(a, band).total_cmp(&window_cost(b, band)));
     }
     candidates
@@ -119,7 +119,7 @@ pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) ->
 
 /// What a visible key costs under a band of keys: the area of the tiles visited, by that of the band, times what an
 /// element of a tile takes.
-fn window_cost(tiles: &Tiles, band: u32) -> f32 {
+fn window_cost(tiles: &PortableTile, band: u32) -> f32 {
     let [rows, columns, band] = [tiles.tile_rows(), tiles.tile_columns(), band.max(1)].map(|n| n as f32);
     let [thread_rows, thread_columns] = [tiles.rows, 4 * tiles.quads].map(|n| n as f32);
     // Of the inner loops, which are bound by reads from workgroup memory; thread tiles above 4x4 gain nothing.
@@ -135,7 +135,7 @@ pub(crate) fn cooperative(
     problem: &Problem,
     matrices: CooperativeMatrices,
     class: DeviceClass,
-) -> impl Iterator<Item = Fragments> {
+) -> impl Iterator<Item = CooperativeTile> {
     let shape = problem.shape();
     let width = shape.head_dim.max(shape.value_dim);
     let narrow = MaskClass::of(problem) == Some(MaskClass::Window);
@@ -171,7 +171,7 @@ pub(crate) fn cooperative(
         DeviceClass::Software => 1,
         _ => 16 / matrices.side,
     };
-    table.iter().map(move |&[subgroups, rows, columns, stages]| Fragments {
+    table.iter().map(move |&[subgroups, rows, columns, stages]| CooperativeTile {
         matrices,
         subgroups,
         rows: rows * smaller,
@@ -201,7 +201,7 @@ mod tests {
             [(Kernel::D_KV, 128, true), (Kernel::D_Q, 128, true), (Kernel::D_KV, 2048, false)]
         {
             let first = |options| portable(kernel, &problem(8192, 64, options), h200.class)[0];
-            let area = |tiles: Tiles| tiles.tile_rows() * tiles.tile_columns();
+            let area = |tiles: PortableTile| tiles.tile_rows() * tiles.tile_columns();
             let (long, narrow) = (first(causal), first(causal.window(Window::keys(window))));
             assert_eq!(area(narrow) < area(long), smaller, "{kernel:?} {window}: {narrow} and {long}");
         }

@@ -48,7 +48,7 @@ impl MaskClass {
         match (seq_q, seq_q.min(seq_k)) {
             (..FEW, _) => None,
             (_, ..=SHORT) => Some(MaskClass::Short),
-            _ if problem.reach() <= NARROW => Some(MaskClass::Window),
+            _ if problem.most_visible() <= NARROW => Some(MaskClass::Window),
             _ => Some(MaskClass::Long),
         }
     }
@@ -138,7 +138,7 @@ fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>)
 /// let text = "sink-attention tuning 1
 /// device: NVIDIA H200
 /// driver: NVIDIA 580.159.04
-/// forward f32 width 64 long: portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16
+/// forward f32 width 64 long: portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16
 /// forward f16 width 64 long: cooperative 4x3x1x2
 /// ";
 /// let tuning: sink_attention::tuning::Tuning = text.parse()?;
@@ -273,7 +273,7 @@ impl FromStr for Tuning {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::tile::portable::Tiles;
+    use crate::kernel::tile::portable::PortableTile;
     use crate::problem::{Options, Shape, Window};
 
     fn problem(seq: [usize; 2], width: usize, options: Options) -> Problem {
@@ -305,7 +305,7 @@ mod tests {
 
     fn sample() -> Tuning {
         let mut tuning = Tuning::new(" Some\nGPU ", "1.2 (Mesa)");
-        let mut tiles = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+        let mut tiles = PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
         for kernel in Kernel::TILED {
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 for mask in MaskClass::ALL {
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn what_is_malformed_is_told_with_its_line() {
         let head = "sink-attention tuning 1\ndevice: x\ndriver: y\n";
-        let tiles = "64x32 (16x8 threads of 4x4), chunk 32, slab 16";
+        let tiles = "64x32 (16x8 threads of 4x4), k_step 32, n_step 16";
         let good = format!("forward f32 width 64 long: portable {tiles}");
         format!("{head}{good}").parse::<Tuning>().unwrap();
         let entry = |text: &str| format!("{head}# remark\n{text}\n");
@@ -358,9 +358,9 @@ mod tests {
             (entry(&good.replace("width 64", "64")), 5, "is not of the form"),
             (entry(&good.replace("long", "wide")), 5, "unknown mask \"wide\"; known: long, window, short"),
             (entry(&good.replace(tiles, "")), 5, "tiles \"\""),
-            (entry(&good.replace("slab 16", "slab 12")), 5, "slab (12)"),
+            (entry(&good.replace("n_step 16", "n_step 12")), 5, "n_step (12)"),
             (entry(&good.replace("64x32", "64x64")), 5, "64x64"),
-            (entry(&good.replace("chunk 32", "chunk 99999999999")), 5, "99999999999"),
+            (entry(&good.replace("k_step 32", "k_step 99999999999")), 5, "99999999999"),
             (entry(&good.replace("16x8", "4294967295x4294967295")), 5, "threads_r (4294967295)"),
             (format!("{head}{good}\n{good}"), 5, "a second entry"),
         ] {

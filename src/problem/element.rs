@@ -161,13 +161,13 @@ macro_rules! half_element {
     };
 }
 
-half_element!(f16, DType::F16, f16_rest, f16_whole);
-half_element!(bf16, DType::Bf16, bf16_rest, bf16_whole);
+half_element!(f16, DType::F16, f16_lo, f16_with_lo);
+half_element!(bf16, DType::Bf16, bf16_lo, bf16_with_lo);
 
 /// The unit of what rounding takes from f16 numbers below 2^-14.
 const SUBNORMAL_UNIT: f32 = 1.0 / (1u64 << 39) as f32;
 
-fn f16_rest(x: f32) -> i16 {
+fn f16_lo(x: f32) -> i16 {
     let rounded = f16::from_f32(x);
     if !rounded.is_finite() {
         return 0;
@@ -179,7 +179,7 @@ fn f16_rest(x: f32) -> i16 {
     size.to_bits().wrapping_sub(wide.to_bits()) as i16
 }
 
-fn f16_whole(x: f16, rest: i16) -> f32 {
+fn f16_with_lo(x: f16, rest: i16) -> f32 {
     let wide = x.to_f32();
     if wide.abs() < f16::MIN_POSITIVE.to_f32() {
         return (wide.abs() + f32::from(rest) * SUBNORMAL_UNIT).abs().copysign(wide);
@@ -187,7 +187,7 @@ fn f16_whole(x: f16, rest: i16) -> f32 {
     f32::from_bits(wide.to_bits().wrapping_add_signed(rest.into()))
 }
 
-fn bf16_rest(x: f32) -> i16 {
+fn bf16_lo(x: f32) -> i16 {
     let rounded = bf16::from_f32(x);
     if !rounded.is_finite() {
         return 0;
@@ -197,7 +197,7 @@ fn bf16_rest(x: f32) -> i16 {
     rest.min(i16::MAX.into()) as i16
 }
 
-fn bf16_whole(x: bf16, rest: i16) -> f32 {
+fn bf16_with_lo(x: bf16, rest: i16) -> f32 {
     f32::from_bits(x.to_f32().to_bits().wrapping_add_signed(rest.into()))
 }
 

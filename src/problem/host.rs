@@ -262,7 +262,7 @@ impl Problem {
     pub fn check_upstream<T, S, U>(&self, saved: &Output<T, S>, upstream: &Upstream<'_, U>) -> Result<()> {
         check_length("o", saved.o.len(), &self.o_shape())?;
         if let Some(o_lo) = &saved.o_lo {
-            self.check_rest()?;
+            self.check_o_lo()?;
             check_length("o_lo", o_lo.len(), &self.o_shape())?;
         }
         check_length("lse", saved.lse.len(), &self.lse_shape())?;
@@ -271,7 +271,7 @@ impl Problem {
     }
 
     /// Whether rounding takes anything from o.
-    pub(crate) fn check_rest(&self) -> Result<()> {
+    pub(crate) fn check_o_lo(&self) -> Result<()> {
         match self.options().dtype {
             DType::F32 => Err(Error::UnexpectedOperand {
                 operand: "o_lo",

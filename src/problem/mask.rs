@@ -125,8 +125,8 @@ impl Band {
         self.sink_tokens as u32
     }
 
-    /// Keys in reach of a query, at most: those of its window, at most N, and the sink tokens.
-    pub(crate) fn reach(&self) -> usize {
+    /// Most keys that a query sees: those of its window, at most N, and the sink tokens.
+    pub(crate) fn most_visible(&self) -> usize {
         ((self.upper - self.lower + 1).min(self.seq_k) + self.sink_tokens) as usize
     }
 

@@ -250,9 +250,9 @@ impl Problem {
         [longest(|s| s.q_rows), longest(|s| s.k_rows)]
     }
 
-    /// Keys in reach of a query, at most.
-    pub(crate) fn reach(&self) -> usize {
-        self.distinct_sequences().map(|sequence| sequence.band.reach()).max().unwrap_or(0)
+    /// Most keys that a query sees.
+    pub(crate) fn most_visible(&self) -> usize {
+        self.distinct_sequences().map(|sequence| sequence.band.most_visible()).max().unwrap_or(0)
     }
 
     /// Whether scores are more than products times the scale.
@@ -282,7 +282,7 @@ impl Problem {
     }
 
     /// Query heads that share one key/value head, H / G.
-    pub fn group(&self) -> usize {
+    pub fn heads_per_kv(&self) -> usize {
         self.shape.heads / self.shape.kv_heads
     }
 

@@ -216,7 +216,7 @@ impl<T: Element> Case<T> {
                     mask.is_none_or(|(mask, shape)| mask[place(shape, pair)] != 0)
                         && bias.is_none_or(|(bias, shape)| bias.at(place(shape, pair)) != f32::NEG_INFINITY)
                 };
-                let (row, kv_head) = (sequence.q_start + i, head / problem.group());
+                let (row, kv_head) = (sequence.q_start + i, head / problem.heads_per_kv());
                 let index = (sequence.entry * shape.heads + head) * shape.seq_q + row;
                 let keys = ranges.filter(sees).map(|j| Key {
                     index: (sequence.entry * shape.kv_heads + kv_head) * shape.seq_k + sequence.k_start + j,

@@ -32,7 +32,7 @@ pub fn expected(bytes: &[u8], name: &str) -> Vec<f32> {
     let file = SafeTensors::deserialize(bytes).unwrap();
     let tensor = file.tensor(&format!("expected.{name}")).unwrap();
     assert_eq!(tensor.dtype(), Dtype::F32);
-    tensor.data().as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect()
+    tensor.data().as_chunks().0.iter().map(|&k_step| f32::from_le_bytes(k_step)).collect()
 }
 
 /// Results in f64 whatever a path computes in, which is exact.

@@ -32,7 +32,7 @@ impl Query {
     fn new<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, [b, h, i]: [usize; 3]) -> Self {
         let s = problem.shape();
         let q = widen(&inputs.q[row(problem, [s.heads, s.seq_q, s.head_dim], [b, h, i])]);
-        let place = |width, j| row(problem, [s.kv_heads, s.seq_k, width], [b, h / problem.group(), j]);
+        let place = |width, j| row(problem, [s.kv_heads, s.seq_k, width], [b, h / problem.heads_per_kv(), j]);
         let visible: Vec<_> =
             (0..s.seq_k).filter(|&j| problem.sequences().next().unwrap().band.visible(i, j)).collect();
         let places = visible.into_iter().map(|j| [place(s.head_dim, j), place(s.value_dim, j)]);

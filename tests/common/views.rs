@@ -85,7 +85,7 @@ pub fn run_at<T: Element>(
     case: &Backward<T>,
     [offset, pad]: [usize; 2],
     tiles: &[(Kernel, Tiling)],
-    keeps_rest: bool,
+    keeps_o_lo: bool,
 ) {
     const SENTINEL: f32 = -12345.0;
     let device = gpu.device().unwrap();
@@ -103,7 +103,7 @@ pub fn run_at<T: Element>(
     let [q, k, v, d_o] =
         [given(&q_at, &operands.q), given(&k_at, &operands.k), given(&v_at, &operands.v), given(&o_at, &case.d_o)];
     let [o, d_q, d_k, d_v] = [result(&o_at), result(&q_at), result(&k_at), result(&v_at)];
-    let o_lo = keeps_rest.then(|| result(&o_at));
+    let o_lo = keeps_o_lo.then(|| result(&o_at));
     // f32 operands begin anywhere, too.
     let single = |data: &[f32]| super::buffers::buffer(device, &[&vec![f32::NAN; offset], data].concat());
     let rows = problem.lse_shape().iter().product();
@@ -137,7 +137,7 @@ pub fn run_at<T: Element>(
         o_at.take::<T>(device, layout, o_lo, SENTINEL);
     }
     let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), o_lo: None, lse: single(&lse) };
-    let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}, o_lo: {keeps_rest}");
+    let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}, o_lo: {keeps_o_lo}");
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
     let gradients = Gradients {

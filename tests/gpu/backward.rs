@@ -5,7 +5,7 @@ use crate::common::buffers::{GradientBuffers, gpu_with, read, submit};
 use crate::common::{all_cases, compare, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, Tiles, Tiling};
+use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, PortableTile, Preference, Tiling};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{BOUND, SIZES, options, problem, row};
 use sink_attention::{Attention, Gradients, Layout, Options, Problem, SinkLogits, Window, wgpu};
@@ -386,13 +386,13 @@ fn random_tiles() {
     let mut tried = 0;
     while tried < this_many(3, 24) {
         let mut pick = |range: std::ops::RangeInclusive<u32>| rng.random_range(range);
-        let mut tiles = || Tiles {
+        let mut tiles = || PortableTile {
             threads_r: 2 * pick(1..=6),
             threads_c: 4 * pick(1..=4),
             rows: pick(1..=4),
             quads: pick(1..=2),
-            chunk: pick(1..=9),
-            slab: 4 * pick(1..=8),
+            k_step: pick(1..=9),
+            n_step: 4 * pick(1..=8),
         };
         let chosen = [(Kernel::D_Q, tiles().into()), (Kernel::D_KV, tiles().into())];
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];

@@ -61,17 +61,18 @@ fn with_matrices(test: fn(&Attention)) {
 }
 
 /// Every kernel that has tiles is cooperative, run again without what is not finite where it mixes columns, and followed by the
-/// portable one that repairs.
+/// portable one that fallback.
 fn is_cooperative(plan: &Plan) -> bool {
     let of = |kernel| plan.passes.iter().filter(move |pass| pass.variant.kernel == kernel);
     [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV].into_iter().all(|kernel| {
         let passes: Vec<_> = of(kernel)
-            .map(|pass| (pass.variant.micro_kernel, pass.variant.sanitize, pass.variant.repairs.is_some()))
+            .map(|pass| (pass.variant.micro_kernel, pass.variant.sanitize, pass.variant.fallback.is_some()))
             .collect();
         let (first, again) = ((MicroKernel::Cooperative, false, false), (MicroKernel::Cooperative, true, false));
-        let repairs = (MicroKernel::Portable, false, true);
+        let fallback = (MicroKernel::Portable, false, true);
         passes.is_empty()
-            || passes == if kernel == Kernel::EXACT_DELTA { vec![first, repairs] } else { vec![first, again, repairs] }
+            || passes
+                == if kernel == Kernel::EXACT_DELTA { vec![first, fallback] } else { vec![first, again, fallback] }
     })
 }
 

@@ -6,7 +6,7 @@ use crate::common::{every, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
-use sink_attention::plan::{Kernel, Pass, Plan, Tiles, Tiling};
+use sink_attention::plan::{Kernel, Pass, Plan, PortableTile, Tiling};
 use sink_attention::plan::{MicroKernel, OptionalOperands, Preference};
 use sink_attention::testing::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
 use sink_attention::{Alignment, Attention, Error, Layout, Options, Problem, SinkLogits, Window};
@@ -325,10 +325,10 @@ fn tiles_of_every_device() {
 #[test]
 fn unusual_tiles() {
     let Some(gpu) = gpu() else { return };
-    let tiles = |threads: [u32; 2], thread: [u32; 2], chunk, slab| {
+    let tiles = |threads: [u32; 2], thread: [u32; 2], k_step, n_step| {
         let [threads_r, threads_c] = threads;
         let [rows, quads] = thread;
-        Tiles { threads_r, threads_c, rows, quads, chunk, slab }
+        PortableTile { threads_r, threads_c, rows, quads, k_step, n_step }
     };
     for (n, (width, tiles)) in [
         // The largest of the table with half of their rows, so that they fit 32 KiB.
@@ -368,13 +368,13 @@ fn random_tiles() {
     let mut tried = 0;
     while tried < this_many(6, 40) {
         let mut pick = |range: std::ops::RangeInclusive<u32>| rng.random_range(range);
-        let tiles = Tiles {
+        let tiles = PortableTile {
             threads_r: 2 * pick(1..=6),
             threads_c: 4 * pick(1..=4),
             rows: pick(1..=4),
             quads: pick(1..=2),
-            chunk: pick(1..=9),
-            slab: 4 * pick(1..=8),
+            k_step: pick(1..=9),
+            n_step: 4 * pick(1..=8),
         };
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];
         let size = [pick(1..=100) as usize, pick(1..=150) as usize];

@@ -6,7 +6,7 @@ use crate::common::views::run_at;
 use crate::common::{every, gpu};
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::MicroKernel;
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, Tiles, Tiling};
+use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, PortableTile, Preference, Tiling};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::problem;
 use sink_attention::wgpu::BufferUsages;
@@ -55,8 +55,8 @@ fn views_with_offsets_and_strides<T: Element>() {
     for (seed, problem) in (1..).zip([narrow, by_fours]) {
         let (problem, case) = random::<T>(&problem, seed);
         for place in [[0, 0], [1, 0], [2, 2], [3, 1], [4, 4], [8, 0], [129, 3], [132, 4]] {
-            for keeps_rest in [false, true] {
-                run_at(gpu, &problem, &case, place, &[], keeps_rest);
+            for keeps_o_lo in [false, true] {
+                run_at(gpu, &problem, &case, place, &[], keeps_o_lo);
             }
         }
     }
@@ -68,10 +68,10 @@ fn views_with_offsets_and_strides<T: Element>() {
 fn tiles_of_the_exact_delta() {
     let Some(gpu) = gpu() else { return };
     let own = gpu.device().unwrap().capabilities();
-    let tiles = |threads: [u32; 2], thread: [u32; 2], chunk, slab| {
+    let tiles = |threads: [u32; 2], thread: [u32; 2], k_step, n_step| {
         let [threads_r, threads_c] = threads;
         let [rows, quads] = thread;
-        Tiles { threads_r, threads_c, rows, quads, chunk, slab }
+        PortableTile { threads_r, threads_c, rows, quads, k_step, n_step }
     };
     let mut all: Vec<Tiling> = vec![tiles([6, 12], [3, 3], 3, 36).into(), tiles([2, 32], [5, 1], 8, 16).into()];
     // The first queries see nothing, and the last keys are hidden from all.

@@ -90,14 +90,14 @@ fn lengths<T: Element>(turn: usize) -> Vec<Problem> {
 
 /// Holds both passes against the definition, the backward pass without what rounding took from o, and with it where o is no
 /// sum of rounded weights.
-fn check<T: Element>(attention: &Attention, problem: &Problem, seed: u64, with_rest: bool) {
+fn check<T: Element>(attention: &Attention, problem: &Problem, seed: u64, with_o_lo: bool) {
     let case: Backward<T> = Backward::random(problem, seed).cast();
     let inputs = case.operands.inputs();
     let output = attention.forward(problem, &inputs).unwrap_or_else(|error| panic!("{problem}: {error}"));
     agree(&output, &reference::forward(problem, &inputs).unwrap()).unwrap_or_else(|error| panic!("{problem}: {error}"));
     let expected = case.expected(problem);
     let exact = Output { o_lo: None, ..output.clone() };
-    for saved in [&exact, &output].into_iter().take(if with_rest { 2 } else { 1 }) {
+    for saved in [&exact, &output].into_iter().take(if with_o_lo { 2 } else { 1 }) {
         let gradients = case.run_with(attention, problem, saved);
         case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
     }
@@ -299,9 +299,9 @@ fn check_cooperative<T: Element>(turn: usize) {
     check_on::<T>(&attention, [dense, lengths].concat(), false);
 }
 
-fn check_on<T: Element>(attention: &Attention, problems: Vec<Problem>, with_rest: bool) {
+fn check_on<T: Element>(attention: &Attention, problems: Vec<Problem>, with_o_lo: bool) {
     for (seed, problem) in problems.into_iter().enumerate() {
-        check::<T>(attention, &problem, seed as u64, with_rest);
+        check::<T>(attention, &problem, seed as u64, with_o_lo);
     }
 }
 

@@ -419,14 +419,14 @@ fn states_in_halves() {
         let size = ((2 * o_len) as u64).next_multiple_of(4);
         let (o, o_lo, lse) = (empty(device, size, usage), empty(device, size, usage), empty(device, 72, usage));
         let plain = MergeBuffers::new(&states_buffer, &states_lse, &o, &lse);
-        let with_rest = MergeBuffers { states_lo: Some((&rest_buffer).into()), o_lo: Some((&o_lo).into()), ..plain };
+        let with_o_lo = MergeBuffers { states_lo: Some((&rest_buffer).into()), o_lo: Some((&o_lo).into()), ..plain };
         let run = |buffers: &MergeBuffers<'_>| {
             let prepared = attention.prepare_merge(&problem, 3, buffers).unwrap();
             submit(device, |encoder| prepared.encode(encoder));
             let o: Vec<T> = bytemuck::pod_collect_to_vec(&read(device, &o))[..o_len].to_vec();
             (o, bytemuck::pod_collect_to_vec::<f32, i16>(&read(device, &o_lo))[..o_len].to_vec())
         };
-        let (rounded, rest) = run(&with_rest);
+        let (rounded, rest) = run(&with_o_lo);
         let whole: Vec<f32> = rounded.iter().zip(&rest).map(|(o, &rest)| o.whole(rest)).collect();
         compare(&whole, &expected.o, BOUND).unwrap();
         compare_lse(&read(device, &lse), &expected.lse, BOUND).unwrap();

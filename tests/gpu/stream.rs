@@ -39,7 +39,7 @@ impl<T: Element> Whole<T> {
     /// The tokens of a chunk. q has twice the heads of k, and in bhsd so many more parts.
     fn chunk(&self, tokens: std::ops::Range<usize>) -> Operands<T> {
         let all = &self.operands;
-        let groups = if self.options().layout == Layout::Bhsd { 1 } else { self.problem.group() };
+        let groups = if self.options().layout == Layout::Bhsd { 1 } else { self.problem.heads_per_kv() };
         Operands {
             q: rows(&self.problem, &all.q, groups * SHAPE.head_dim, &tokens),
             k: rows(&self.problem, &all.k, SHAPE.head_dim, &tokens),
@@ -59,7 +59,7 @@ impl<T: Element> Whole<T> {
     /// Rows of the definition's results.
     fn expected(&self, tokens: std::ops::Range<usize>) -> Output<f64, f64> {
         let whole = reference::forward(&self.problem, &self.operands.inputs()).unwrap();
-        let groups = if self.options().layout == Layout::Bhsd { 1 } else { self.problem.group() };
+        let groups = if self.options().layout == Layout::Bhsd { 1 } else { self.problem.heads_per_kv() };
         let o = rows(&self.problem, &whole.o, groups * SHAPE.value_dim, &tokens);
         let lse = whole.lse.chunks(TOKENS).flat_map(|row| row[tokens.clone()].to_vec()).collect();
         Output { o, o_lo: None, lse }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
-    Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, Tiles, TilesOrigin, Tiling,
+    Capabilities, Kernel, OptionalOperands, Pass, Plan, PortableTile, Preference, TilesOrigin, Tiling,
 };
 use sink_attention::testing::operands::{Operands, agree, problem};
 use sink_attention::timing::{Clock, Timer};
@@ -20,9 +20,9 @@ fn options() -> Options {
 }
 
 /// Tiles that fit every device, and that no table has first.
-const OTHER: Tiles = Tiles { threads_r: 4, threads_c: 8, rows: 4, quads: 1, chunk: 4, slab: 16 };
+const OTHER: PortableTile = PortableTile { threads_r: 4, threads_c: 8, rows: 4, quads: 1, k_step: 4, n_step: 16 };
 
-fn tuning(device: &str, problem: &Problem, tiles: Tiles) -> Tuning {
+fn tuning(device: &str, problem: &Problem, tiles: PortableTile) -> Tuning {
     let mut tuning = Tuning::new(device, "");
     KERNELS.iter().for_each(|kernel| tuning.insert(TuningKey::of(*kernel, problem).unwrap(), tiles));
     tuning
@@ -68,7 +68,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
             assert_eq!((pass.variant.tiling, pass.tiles_origin), (Some(OTHER.into()), TilesOrigin::Tuning));
         }
         // Another class, and tiles that do not fit the device, are left to the built-in table.
-        let huge = Tiles { rows: 64, threads_r: 64, ..OTHER };
+        let huge = PortableTile { rows: 64, threads_r: 64, ..OTHER };
         for (problem, tuning) in [(&other_class, fitting), (&problem, tuning(&device.name, &problem, huge))] {
             let built_in =
                 [Plan::forward(problem, &device).unwrap().passes, Plan::backward(problem, &device).unwrap().passes];
@@ -76,7 +76,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
             assert!(tiled(&built_in.concat()).all(|pass| pass.tiles_origin == TilesOrigin::BuiltIn));
         }
         // The caller's own go before measured ones.
-        let own = Tiles { rows: 2, ..OTHER };
+        let own = PortableTile { rows: 2, ..OTHER };
         let own_tiles = [(Kernel::FORWARD, own.into())];
         let tuning = tuning(&device.name, &problem, OTHER);
         let preference = Preference { tiles: &own_tiles, tuning: Some(&tuning), ..Preference::default() };
@@ -94,7 +94,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let device = samples.iter().find(|device| device.name.contains("H200")).unwrap();
     let plan = |device, preference: &Preference<'_>| {
         Plan::forward_with(&problem, OptionalOperands::default(), device, preference).map(|plan| {
-            let of = |pass: &Pass| (pass.variant.tiling.unwrap(), pass.tiles_origin, pass.variant.repairs);
+            let of = |pass: &Pass| (pass.variant.tiling.unwrap(), pass.tiles_origin, pass.variant.fallback);
             plan.passes.iter().filter(|pass| !pass.variant.sanitize).map(of).collect::<Vec<_>>()
         })
     };
@@ -103,15 +103,15 @@ fn tiles_decide_on_the_micro_kernel() {
     let built_in = |micro_kernel| plan(device, &Preference { micro_kernel, ..Preference::default() }).unwrap();
     let built_in_portable = built_in(MicroKernel::Portable)[0];
 
-    // The repairs run with built-in tiles that take little workgroup memory, unless the caller names some.
+    // The fallback run with built-in tiles that take little workgroup memory, unless the caller names some.
     let Tiling::Portable(tiles) = built_in_portable.0 else { panic!() };
-    let slim = Tiling::Portable(Tiles { chunk: 4, slab: 8, ..tiles });
+    let slim = Tiling::Portable(PortableTile { k_step: 4, n_step: 8, ..tiles });
     let own = |tiles: &[Tiling], micro_kernel| {
         let tiles: Vec<_> = tiles.iter().map(|tiling| (Kernel::FORWARD, *tiling)).collect();
         plan(device, &Preference { tiles: &tiles, micro_kernel, ..Preference::default() })
     };
-    let (caller, repairs) = (TilesOrigin::Caller, Some(64));
-    let repaired = |tiling, origin| vec![(tiling, origin, repairs)];
+    let (caller, fallback) = (TilesOrigin::Caller, Some(64));
+    let repaired = |tiling, origin| vec![(tiling, origin, fallback)];
     let [first, second] = own(&[cooperative], MicroKernel::Auto).unwrap()[..] else { panic!() };
     assert_eq!(first, (cooperative, caller, None));
     assert_eq!(vec![second], repaired(slim, TilesOrigin::BuiltIn));

@@ -157,7 +157,7 @@ fn what_is_planted_is_found() {
         ("problem/mask.rs", "use crate::device::Device;\n", "device/mod.rs"),
         ("kernel/variant.rs", "fn f() { crate::plan::slice::f() }\n", "plan/slice.rs"),
         ("plan/slice.rs", "use super::super::exec::{pipeline::Pipeline};\n", "exec/pipeline.rs"),
-        ("cache/places.rs", "use crate::timing::Timer;\n", "timing.rs"),
+        ("cache/block_table.rs", "use crate::timing::Timer;\n", "timing.rs"),
     ] {
         assert_eq!(upward(&planted(file, line)), [(file.to_string(), imported.to_string())]);
     }

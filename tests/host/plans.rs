@@ -9,8 +9,8 @@ use std::path::Path;
 use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiles, DecodeTiling, Quantisation};
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
-    Capabilities, CooperativeMatrices, DeviceClass, Kernel, Multiprocessor, OptionalOperands, Pass, Plan, Preference,
-    Tiles, Tiling, Variant,
+    Capabilities, CooperativeMatrices, DeviceClass, Kernel, Multiprocessor, OptionalOperands, Pass, Plan, PortableTile,
+    Preference, Tiling, Variant,
 };
 use sink_attention::testing::operands::problem;
 use sink_attention::{DType, Error, Options, Problem, SinkLogits, Window};
@@ -298,7 +298,7 @@ fn micro_kernels_are_as_asked_for() {
                         for pair in passes.chunks(2) {
                             let [first, second] = pair else { panic!("{pair:?}") };
                             assert_eq!(first.variant.micro_kernel, MicroKernel::Cooperative, "{first}");
-                            assert_eq!(second.variant.repairs, first.variant.tile().map(|[rows, _]| rows), "{second}");
+                            assert_eq!(second.variant.fallback, first.variant.tile().map(|[rows, _]| rows), "{second}");
                             assert_eq!(second.variant.kernel, first.variant.kernel);
                         }
                         continue;
@@ -383,26 +383,29 @@ fn less_memory_means_smaller_tiles() {
 fn strange_tiles_are_refused() {
     let problem = problem([1, 1, 1], [100, 100], [64, 64], Options::new());
     let device = &Capabilities::samples()[0];
-    let good = Tiles { threads_r: 8, threads_c: 8, rows: 4, quads: 1, chunk: 4, slab: 32 };
+    let good = PortableTile { threads_r: 8, threads_c: 8, rows: 4, quads: 1, k_step: 4, n_step: 32 };
     let huge = u32::MAX;
     for kernel in [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV] {
         Pass::with_tiles(kernel, &problem, device, good).unwrap();
         for (why, tiles) in [
-            ("no threads", Tiles { threads_r: 0, ..good }),
-            ("threads_r no multiple of 2", Tiles { threads_r: 5, ..good }),
-            ("threads_c no multiple of 4", Tiles { threads_c: 6, slab: 24, ..good }),
-            ("slab does not divide the tile", Tiles { slab: 12, ..good }),
-            ("slab no multiple of 4", Tiles { slab: 2, ..good }),
-            ("slab above the tile", Tiles { slab: 64, ..good }),
-            ("chunk of nothing", Tiles { chunk: 0, ..good }),
-            ("too many threads", Tiles { threads_r: 256, ..good }),
-            ("too much memory", Tiles { rows: 64, ..good }),
-            ("long chunk", Tiles { chunk: 64, quads: 64, ..good }),
+            ("no threads", PortableTile { threads_r: 0, ..good }),
+            ("threads_r no multiple of 2", PortableTile { threads_r: 5, ..good }),
+            ("threads_c no multiple of 4", PortableTile { threads_c: 6, n_step: 24, ..good }),
+            ("n_step does not divide the tile", PortableTile { n_step: 12, ..good }),
+            ("n_step no multiple of 4", PortableTile { n_step: 2, ..good }),
+            ("n_step above the tile", PortableTile { n_step: 64, ..good }),
+            ("k_step of nothing", PortableTile { k_step: 0, ..good }),
+            ("too many threads", PortableTile { threads_r: 256, ..good }),
+            ("too much memory", PortableTile { rows: 64, ..good }),
+            ("long k_step", PortableTile { k_step: 64, quads: 64, ..good }),
             (
                 "each number at its most",
-                Tiles { threads_r: 1024, threads_c: 1024, rows: 1024, quads: 1024, chunk: 1024, slab: 1024 },
+                PortableTile { threads_r: 1024, threads_c: 1024, rows: 1024, quads: 1024, k_step: 1024, n_step: 1024 },
             ),
-            ("huge", Tiles { threads_r: huge, threads_c: huge, rows: huge, quads: huge, chunk: huge, slab: huge }),
+            (
+                "huge",
+                PortableTile { threads_r: huge, threads_c: huge, rows: huge, quads: huge, k_step: huge, n_step: huge },
+            ),
         ] {
             let pass = Pass::with_tiles(kernel, &problem, device, tiles);
             assert!(matches!(pass, Err(Error::NoKernel { .. })), "{why}: {pass:?}");
@@ -507,15 +510,15 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
 #[test]
 fn tiles_without_a_side_are_refused() {
     let device = &Capabilities::samples()[0];
-    let good = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+    let good = PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
     let problem = problem([1, 4, 2], [300, 300], [64, 64], Options::new().dtype(DType::F16));
-    let zero: [fn(&mut Tiles); 6] = [
+    let zero: [fn(&mut PortableTile); 6] = [
         |tiles| tiles.threads_r = 0,
         |tiles| tiles.threads_c = 0,
         |tiles| tiles.rows = 0,
         |tiles| tiles.quads = 0,
-        |tiles| tiles.chunk = 0,
-        |tiles| tiles.slab = 0,
+        |tiles| tiles.k_step = 0,
+        |tiles| tiles.n_step = 0,
     ];
     let cooperative =
         |[subgroups, rows, columns, stages]: [u32; 4]| Tiling::Cooperative { subgroups, rows, columns, stages };

@@ -9,7 +9,7 @@ use crate::common::saved::{
 };
 use sink_attention::cache::CacheKind;
 use sink_attention::half::f16;
-use sink_attention::plan::{Kernel, Tiles, Tiling};
+use sink_attention::plan::{Kernel, PortableTile, Tiling};
 use sink_attention::stream::Stream;
 use sink_attention::testing::folder::Folder;
 use sink_attention::tuning::{MaskClass, Tuning, TuningKey};
@@ -65,7 +65,7 @@ fn streams_of_earlier_versions_load() {
 fn tunings_of_earlier_versions_load() {
     let tuning = Tuning::load(saved("some_gpu.tuning")).unwrap();
     let mut expected = Tuning::new("Some GPU", "1.2 (Mesa)");
-    let tiles = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+    let tiles = PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
     let key = |kernel, dtype, width, mask| TuningKey { kernel, dtype, width, mask };
     expected.insert(key(Kernel::FORWARD, DType::F32, 64, MaskClass::Long), tiles);
     let cooperative = Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1, stages: 2 };

@@ -401,7 +401,7 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
     let options = [variant.alibi, variant.bias.is_some(), variant.mask, variant.lengths];
     let options = options.iter().filter(|there| **there).count();
     let most = match variant.kernel {
-        _ if is_cooperative(variant) || variant.repairs.is_some() => 10 + options,
+        _ if is_cooperative(variant) || variant.fallback.is_some() => 10 + options,
         // With o_lo, sink logits and d_lse it has no room for slopes.
         kernel if kernel == Kernel::DELTA => 8 + options,
         // One option goes with everything else on every WebGPU device.

@@ -22,14 +22,14 @@ struct Params {
   workgroups: u32,
   // The slice of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are those of
   // keys where a group is kept together.
-  region_batch: u32,
-  region_batches: u32,
-  region_head: u32,
-  region_heads: u32,
-  region_tile: u32,
-  region_tiles: u32,
+  slice_batch: u32,
+  slice_batches: u32,
+  slice_head: u32,
+  slice_heads: u32,
+  slice_tile: u32,
+  slice_tiles: u32,
   // Workgroups of each of these.
-  region_cells: u32,
+  slice_cells: u32,
   sink_offset: u32,
   batch: u32,
   // `score_scale` is `scale_sign`, 1 or -1, times `scale_size`.
@@ -61,15 +61,15 @@ fn operand_base(operand: Operand, batch: u32, head: u32) -> u32 {
 struct WorkIndex { batch: u32, head: u32, tile: u32, cell: u32 }
 
 fn decode_work(index: u32) -> WorkIndex {
-  var at = WorkIndex(params.region_batch, params.region_head, params.region_tile, 0u);
+  var at = WorkIndex(params.slice_batch, params.slice_head, params.slice_tile, 0u);
   var rest = index;
-  at.cell = rest % params.region_cells;
-  rest /= params.region_cells;
-  at.head = params.region_head + rest % params.region_heads;
-  rest /= params.region_heads;
-  at.batch = params.region_batch + rest % params.region_batches;
-  rest /= params.region_batches;
-  at.tile = params.region_tile + params.region_tiles - 1u - rest;
+  at.cell = rest % params.slice_cells;
+  rest /= params.slice_cells;
+  at.head = params.slice_head + rest % params.slice_heads;
+  rest /= params.slice_heads;
+  at.batch = params.slice_batch + rest % params.slice_batches;
+  rest /= params.slice_batches;
+  at.tile = params.slice_tile + params.slice_tiles - 1u - rest;
   return at;
 }
 

@@ -25,7 +25,7 @@ pub struct PlanArgs {
 
     /// Plan f16 and bf16 without o_lo, what rounding takes from o, which the backward pass then makes up for
     #[arg(long, requires = "backward")]
-    without_rest: bool,
+    without_o_lo: bool,
 
     /// Explain a decoding step from a cache of --seq-k keys instead; --seq-q is then 1, unless it is given
     #[arg(long, conflicts_with_all = ["backward", "align", "q_offset"])]
@@ -227,7 +227,7 @@ impl PlanArgs {
         if self.decode {
             return self.explain_decoding(&problem);
         }
-        let o_lo = self.backward && !self.without_rest && problem.options().dtype != DType::F32;
+        let o_lo = self.backward && !self.without_o_lo && problem.options().dtype != DType::F32;
         let operands = operands(&problem, self.backward, o_lo);
         let (device, capabilities) = self.capabilities()?;
         let explanation = match capabilities {

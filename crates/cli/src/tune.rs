@@ -147,7 +147,7 @@ impl Stand {
         Ok(Stand { problem, operands, gradients })
     }
 
-    /// A kernel with tiles of choice, and the places of what it takes in the pass: repairs, and forward what prepares them.
+    /// A kernel with tiles of choice, and the places of what it takes in the pass: fallback, and forward what prepares them.
     /// Backward that is shared by all kernels, and runs here, so that each finds its token scales.
     fn prepare(
         &self,

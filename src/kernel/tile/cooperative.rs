@@ -13,7 +13,7 @@ use crate::problem::element::DType;
 /// A tile has rows (queries, or keys in the d_k/d_v kernel) that stay, and columns (keys, or queries) that pass by. Every
 /// subgroup has `rows` rows of fragments to itself, each `columns` fragments wide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Fragments {
+pub(crate) struct CooperativeTile {
     /// Rows and columns of a fragment, and lanes of a subgroup.
     pub(crate) matrices: CooperativeMatrices,
     /// Subgroups of a workgroup.
@@ -26,19 +26,19 @@ pub(crate) struct Fragments {
     pub(crate) stages: u32,
 }
 
-impl Fragments {
+impl CooperativeTile {
     /// A tile shape on a device; `None` of a portable one.
     pub(crate) fn new(tiling: Tiling, matrices: CooperativeMatrices) -> Option<Self> {
         match tiling {
             Tiling::Portable(_) => None,
             Tiling::Cooperative { subgroups, rows, columns, stages } => {
-                Some(Fragments { matrices, subgroups, rows, columns, stages })
+                Some(CooperativeTile { matrices, subgroups, rows, columns, stages })
             }
         }
     }
 
     pub(crate) fn tiling(&self) -> Tiling {
-        let Fragments { subgroups, rows, columns, stages, .. } = *self;
+        let CooperativeTile { subgroups, rows, columns, stages, .. } = *self;
         Tiling::Cooperative { subgroups, rows, columns, stages }
     }
 
@@ -147,7 +147,7 @@ impl Fragments {
     }
 }
 
-impl fmt::Display for Fragments {
+impl fmt::Display for CooperativeTile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let CooperativeMatrices { side, lanes, .. } = self.matrices;
         let [rows, columns] = [self.tile_rows(), self.tile_columns()];

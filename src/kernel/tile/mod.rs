@@ -8,11 +8,11 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::kernel::micro_kernel::MicroKernel;
-use crate::kernel::tile::portable::Tiles;
+use crate::kernel::tile::portable::PortableTile;
 
 /// How a kernel divides the score matrix: the micro-kernel with its tile shape.
 ///
-/// As text ([`FromStr`] and [`Display`](fmt::Display)) it is `portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16`, or
+/// As text ([`FromStr`] and [`Display`](fmt::Display)) it is `portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16`, or
 /// `cooperative 4x3x1x2` for subgroups, row fragments, column fragments and stages.
 ///
 /// ```
@@ -25,7 +25,7 @@ use crate::kernel::tile::portable::Tiles;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Tiling {
     /// Multiply-adds on register tiles.
-    Portable(Tiles),
+    Portable(PortableTile),
     /// Cooperative matrices. Their side and the lanes of a subgroup are the device's.
     Cooperative {
         /// Subgroups of a workgroup.
@@ -49,8 +49,8 @@ impl Tiling {
     }
 }
 
-impl From<Tiles> for Tiling {
-    fn from(tiles: Tiles) -> Self {
+impl From<PortableTile> for Tiling {
+    fn from(tiles: PortableTile) -> Self {
         Tiling::Portable(tiles)
     }
 }
@@ -102,9 +102,9 @@ mod tests {
 
     #[test]
     fn text_and_back() {
-        let tiles = Tiles { threads_r: 16, threads_c: 8, rows: 4, quads: 1, chunk: 8, slab: 16 };
+        let tiles = PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
         for (tiling, text) in [
-            (tiles.into(), "portable 64x32 (16x8 threads of 4x4), chunk 32, slab 16"),
+            (tiles.into(), "portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16"),
             (Tiling::Cooperative { subgroups: 16, rows: 1, columns: 2, stages: 1 }, "cooperative 16x1x2x1"),
         ] {
             assert_eq!((tiling.to_string().as_str(), text.parse()), (text, Ok(tiling)));

@@ -12,7 +12,7 @@ use crate::kernel::spec::Tiled;
 /// that pass by. Threads form a grid of `threads_r` by `threads_c`; each holds `rows` rows by
 /// 4 * `quads` columns of the scores, and its share of the features of those rows' accumulators.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Tiles {
+pub struct PortableTile {
     /// Threads along the rows, a multiple of 2.
     pub threads_r: u32,
     /// Threads along the columns, a multiple of 4; also along the features of the accumulators.
@@ -22,12 +22,12 @@ pub struct Tiles {
     /// Groups of four columns a thread holds.
     pub quads: u32,
     /// Features of both sides staged at once for a product, divided by four.
-    pub chunk: u32,
+    pub k_step: u32,
     /// Columns staged at once for an accumulation; divides the tile's columns.
-    pub slab: u32,
+    pub n_step: u32,
 }
 
-impl Tiles {
+impl PortableTile {
     /// Rows of a tile.
     pub fn tile_rows(&self) -> u32 {
         self.threads_r * self.rows
@@ -51,10 +51,11 @@ impl Tiles {
     /// Vectors of four in `memory` and numbers in `partials`, the workgroup arrays of shaders/portable/blocks.wgsl.
     pub(crate) fn arrays(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> [u32; 2] {
         let [rows, columns] = [self.tile_rows(), self.tile_columns()];
-        let product = (rows + columns) * (self.chunk + 1);
+        let product = (rows + columns) * (self.k_step + 1);
         let widths = kernel.tiled().map_or([0; 2], |tiled| tiled.accumulator_widths(head_dim, value_dim));
-        let slab_row = self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
-        let accumulation = rows * (columns / 4 + 1) + self.slab * slab_row;
+        let n_step_row =
+            self.threads_c * widths.map(|width| self.accumulator_quads(width)).into_iter().fold(0, u32::max);
+        let accumulation = rows * (columns / 4 + 1) + self.n_step * n_step_row;
         let has = |property: fn(&Tiled) -> bool| kernel.tiled().is_some_and(property);
         let partials = if has(|tiled| tiled.sums_rows) { rows * self.threads_c } else { 0 };
         // Where the rows of a bias are summed.
@@ -79,16 +80,16 @@ impl Tiles {
 
     /// Feature quads in one iteration of a product's inner loop.
     pub(crate) fn unroll(&self) -> u32 {
-        if self.chunk.is_multiple_of(2) { 2 } else { 1 }
+        if self.k_step.is_multiple_of(2) { 2 } else { 1 }
     }
 
     /// Loop iterations of a thread for one tile of columns that is wholly visible, and at most for one that is masked:
     /// the loops of shaders/portable/blocks.wgsl.
     pub(crate) fn loop_iterations(&self, tiled: &Tiled, head_dim: u32, value_dim: u32) -> [u64; 2] {
-        let product = |width: u32| width.div_ceil(4).div_ceil(self.chunk) * (1 + self.chunk / self.unroll());
+        let product = |width: u32| width.div_ceil(4).div_ceil(self.k_step) * (1 + self.k_step / self.unroll());
         // Column by column where values that are hidden and not finite stand in the way, else four at once.
-        [self.slab / 4, self.slab].map(|slab| {
-            let accumulation = self.tile_columns() / self.slab * (1 + slab);
+        [self.n_step / 4, self.n_step].map(|n_step| {
+            let accumulation = self.tile_columns() / self.n_step * (1 + n_step);
             let products = tiled.products.iter().map(|width| product(width.of([head_dim, value_dim]))).sum::<u32>();
             let tile = products + tiled.accumulators.len() as u32 * accumulation;
             u64::from(1 + tile)
@@ -103,8 +104,8 @@ impl Tiles {
             ("threads_c", self.threads_c, 1024),
             ("rows", self.rows, 64),
             ("quads", self.quads, 64),
-            ("chunk", self.chunk, 64),
-            ("slab", self.slab, 1024),
+            ("k_step", self.k_step, 64),
+            ("n_step", self.n_step, 1024),
         ];
         if let Some((name, number, most)) = numbers.into_iter().find(|&(_, n, most)| n == 0 || n > most) {
             return Err(format!("{name} ({number}) must lie between 1 and {most}"));
@@ -118,44 +119,48 @@ impl Tiles {
                 self.threads_r, self.threads_c
             ));
         }
-        if !self.tile_columns().is_multiple_of(self.slab) || !self.slab.is_multiple_of(4) {
-            return Err(format!("slab ({}) must be a multiple of 4 that divides {}", self.slab, self.tile_columns()));
+        if !self.tile_columns().is_multiple_of(self.n_step) || !self.n_step.is_multiple_of(4) {
+            return Err(format!(
+                "n_step ({}) must be a multiple of 4 that divides {}",
+                self.n_step,
+                self.tile_columns()
+            ));
         }
         Ok(())
     }
 }
 
-impl fmt::Display for Tiles {
+impl fmt::Display for PortableTile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{}x{} ({}x{} threads of {}x{}), chunk {}, slab {}",
+            "{}x{} ({}x{} threads of {}x{}), k_step {}, n_step {}",
             self.tile_rows(),
             self.tile_columns(),
             self.threads_r,
             self.threads_c,
             self.rows,
             self.quads * 4,
-            self.chunk * 4,
-            self.slab,
+            self.k_step * 4,
+            self.n_step,
         )
     }
 }
 
 /// From what [`Display`](fmt::Display) writes.
-impl FromStr for Tiles {
+impl FromStr for PortableTile {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let failed = |reason: String| format!("tiles {text:?}: {reason}");
-        let form = "want a form like \"64x32 (16x8 threads of 4x4), chunk 32, slab 16\"";
+        let form = "want a form like \"64x32 (16x8 threads of 4x4), k_step 32, n_step 16\"";
         let words = text.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
         let numbers: Result<Vec<u32>, _> =
             words.map(|word| word.parse::<u32>().map_err(|e| format!("{word}: {e}"))).collect();
-        let [_, _, threads_r, threads_c, rows, columns, chunk, slab] = numbers.map_err(failed)?[..] else {
+        let [_, _, threads_r, threads_c, rows, columns, k_step, n_step] = numbers.map_err(failed)?[..] else {
             return Err(failed(form.into()));
         };
-        let tiles = Tiles { threads_r, threads_c, rows, quads: columns / 4, chunk: chunk / 4, slab };
+        let tiles = PortableTile { threads_r, threads_c, rows, quads: columns / 4, k_step: k_step / 4, n_step };
         tiles.check().map_err(failed)?;
         // The text states the tile's size twice, and counts of vectors as multiples of four.
         if tiles.to_string() == text {

@@ -62,26 +62,26 @@ fn random_problem(rng: &mut StdRng) -> Problem {
 struct Simulation<'a> {
     pass: &'a Pass,
     problem: &'a Problem,
-    views: &'a [View],
-    pieces: &'a Pieces,
+    views: &'a [OperandLayout],
+    slices: &'a Slices,
     /// Sequence, head and tile (or block) of the workgroups that have run.
     done: BTreeSet<[u64; 4]>,
 }
 
 impl Simulation<'_> {
     fn run(mut self) {
-        for piece in &self.pieces.list {
-            let numbered = u64::from(piece.grid[0]) * u64::from(piece.grid[1]) * u64::from(self.pass.variant.batch);
-            assert!(numbered >= u64::from(piece.workgroups));
-            (0..u64::from(piece.workgroups)).for_each(|index| self.workgroup(piece, index));
+        for slice in &self.slices.list {
+            let numbered = u64::from(slice.grid[0]) * u64::from(slice.grid[1]) * u64::from(self.pass.variant.batch);
+            assert!(numbered >= u64::from(slice.workgroups));
+            (0..u64::from(slice.workgroups)).for_each(|index| self.workgroup(slice, index));
         }
         assert_eq!(self.done.len() as u64, self.pass.workgroups, "{} of {}", self.pass, self.problem);
     }
 
     /// Rows of an operand must lie within what is bound of it.
-    fn touch(&self, piece: &Piece, binding: Binding, entry: u64, head: u64, rows: Range<u64>) {
+    fn access(&self, slice: &Slice, binding: Binding, entry: u64, head: u64, rows: Range<u64>) {
         let Some(view) = self.views.iter().find(|view| view.binding == binding) else { return };
-        let (_, window) = piece.windows.iter().find(|(b, _)| *b == binding).expect("it is bound");
+        let (_, window) = slice.windows.iter().find(|(b, _)| *b == binding).expect("it is bound");
         for row in [rows.start, rows.end.wrapping_sub(1)].into_iter().filter(|_| !rows.is_empty()) {
             let index = [entry, head, row];
             let at = view.offset + (0..3).map(|axis| view.strides[axis] * index[axis]).sum::<u64>();
@@ -91,20 +91,20 @@ impl Simulation<'_> {
                 "{binding:?} at {index:?}, {bytes:?} outside of {window:?}: {} of {}, {:?}",
                 self.pass,
                 self.problem,
-                piece.region
+                slice.part
             );
         }
     }
 
-    fn workgroup(&mut self, piece: &Piece, index: u64) {
+    fn workgroup(&mut self, slice: &Slice, index: u64) {
         let (problem, s) = (self.problem, self.problem.shape());
-        let group = problem.group() as u64;
+        let group = problem.heads_per_kv() as u64;
         let [tile_rows, columns] = self.pass.variant.tile().unwrap_or([1; 2]).map(u64::from);
         let (work, lengths) = (self.pass.variant.kernel.spec().work, self.pass.variant.lengths);
-        let at = work.decode(lengths, piece.cells.into(), &piece.region.axes, index);
+        let at = work.decode(lengths, slice.cells.into(), &slice.part.axes, index);
         let (mut number, mut tile) = (at.batch, at.tile);
         if self.pass.is_listed() {
-            [number, tile] = self.pieces.work[at.tile as usize].map(u64::from);
+            [number, tile] = self.slices.work[at.tile as usize].map(u64::from);
         }
         let done = [number, at.head, tile, at.cell];
         assert!(self.done.insert(done), "{done:?} twice");
@@ -116,31 +116,31 @@ impl Simulation<'_> {
                 let rows = tile * 32..(tile * 32 + 32).min(seq as u64);
                 for (binding, _) in self.pass.variant.bindings() {
                     match binding {
-                        Binding::SinkPartials => self.touch(piece, binding, entry, head, tile..tile + 1),
-                        Binding::RowStats => self.row_stats(piece, entry, head, rows.clone()),
+                        Binding::SinkPartials => self.access(slice, binding, entry, head, tile..tile + 1),
+                        Binding::RowStats => self.row_stats(slice, entry, head, rows.clone()),
                         binding if binding.has_states() => {
                             for state in 0..s.seq_k as u64 {
-                                self.touch(piece, binding, state * s.batch as u64 + entry, head, rows.clone());
+                                self.access(slice, binding, state * s.batch as u64 + entry, head, rows.clone());
                             }
                         }
                         // One run that every dispatch sees whole.
                         Binding::SinkLogits | Binding::AlibiSlopes => {}
-                        binding => self.touch(piece, binding, entry, head, rows.clone()),
+                        binding => self.access(slice, binding, entry, head, rows.clone()),
                     }
                 }
             }
             Work::Heads => {
                 for entry in 0..s.batch as u64 {
-                    self.touch(piece, Binding::RowStats, entry, head, 0..s.seq_q as u64);
-                    self.touch(piece, Binding::AlibiMoments, entry, head, 0..s.seq_q as u64);
-                    self.touch(piece, Binding::SinkPartials, entry, head, 0..s.seq_q.div_ceil(32) as u64);
+                    self.access(slice, Binding::RowStats, entry, head, 0..s.seq_q as u64);
+                    self.access(slice, Binding::AlibiMoments, entry, head, 0..s.seq_q as u64);
+                    self.access(slice, Binding::SinkPartials, entry, head, 0..s.seq_q.div_ceil(32) as u64);
                 }
             }
             Work::MaskBlocks => {
                 let [_, _, rows, _] = problem.options().mask.unwrap().of(problem.pairs_shape());
                 let rows = tile * 32..(tile * 32 + 32).min(rows as u64);
-                self.touch(piece, Binding::Mask, entry, head, rows.clone());
-                self.mask(piece, entry, head, rows);
+                self.access(slice, Binding::Mask, entry, head, rows.clone());
+                self.mask(slice, entry, head, rows);
             }
             Work::BiasTiles => {
                 let axes = problem.options().bias.unwrap();
@@ -149,7 +149,7 @@ impl Simulation<'_> {
                 let row_tiles = row_tile.map_or(0..pair_rows.div_ceil(tile_rows), |tile| tile..tile + 1);
                 let written = row_tiles.start * tile_rows..(row_tiles.end * tile_rows).min(pair_rows);
                 let written = if axes.seq_q { written } else { 0..1 };
-                self.touch(piece, Binding::DBias, number, head, written);
+                self.access(slice, Binding::DBias, number, head, written);
                 for number in if axes.batch { number..number + 1 } else { 0..problem.sequence_count() as u64 } {
                     let sequence = problem.sequence(number as usize);
                     let band = sequence.band;
@@ -162,17 +162,17 @@ impl Simulation<'_> {
                                 continue;
                             }
                             let keys = tile * columns..((tile + 1) * columns).min(band.seq_k() as u64);
-                            self.queries(piece, number, &sequence, head, rows);
-                            self.keys(piece, &sequence, head / group, keys);
+                            self.queries(slice, number, &sequence, head, rows);
+                            self.keys(slice, &sequence, head / group, keys);
                         }
                     }
                 }
             }
-            Work::Tiles(Side::Keys) => {
+            Work::PortableTile(Side::Keys) => {
                 let kv_head = head;
                 let sequence = problem.sequence(number as usize);
                 let keys = tile * tile_rows..((tile + 1) * tile_rows).min(sequence.k_rows as u64);
-                self.keys(piece, &sequence, kv_head, keys.clone());
+                self.keys(slice, &sequence, kv_head, keys.clone());
                 let seen = keys.start as usize..(keys.end as usize).min(sequence.band.seq_k());
                 let visited = match seen.is_empty() {
                     true => 0..0,
@@ -182,22 +182,22 @@ impl Simulation<'_> {
                 for head in kv_head * group..(kv_head + 1) * group {
                     for &tile in &visited {
                         let queries = tile * columns..((tile + 1) * columns).min(sequence.band.seq_q() as u64);
-                        self.queries(piece, number, &sequence, head, queries);
+                        self.queries(slice, number, &sequence, head, queries);
                     }
                     for rows in self.fetched(&visited, None, sequence.band.seq_q()) {
                         let start = if sequence.q_rows == 0 { 0 } else { sequence.q_start as u64 };
                         let rows = rows.start + start..rows.end + start;
                         for binding in [Binding::Q, Binding::DO, Binding::RowStats] {
-                            self.touch(piece, binding, sequence.entry as u64, head, rows.clone());
+                            self.access(slice, binding, sequence.entry as u64, head, rows.clone());
                         }
                     }
                 }
             }
-            Work::Tiles(Side::Queries) => {
+            Work::PortableTile(Side::Queries) => {
                 let (kv_head, head) = (head, head * group + at.cell);
                 let sequence = problem.sequence(number as usize);
                 let rows = tile * tile_rows..((tile + 1) * tile_rows).min(sequence.q_rows as u64);
-                self.queries(piece, number, &sequence, head, rows.clone());
+                self.queries(slice, number, &sequence, head, rows.clone());
                 let used = rows.start as usize..(rows.end as usize).min(sequence.band.seq_q());
                 let (visited, next) = match used.is_empty() {
                     true => (Vec::new(), None),
@@ -209,10 +209,10 @@ impl Simulation<'_> {
                 };
                 for &tile in &visited {
                     let keys = tile * columns..((tile + 1) * columns).min(sequence.band.seq_k() as u64);
-                    self.keys(piece, &sequence, kv_head, keys);
+                    self.keys(slice, &sequence, kv_head, keys);
                 }
                 for keys in self.fetched(&visited, next, sequence.band.seq_k()) {
-                    self.keys(piece, &sequence, kv_head, keys);
+                    self.keys(slice, &sequence, kv_head, keys);
                 }
             }
         }
@@ -235,52 +235,52 @@ impl Simulation<'_> {
         tiles.into_iter().map(|tile| (tile * width).min(last)..((tile + 1) * width - 1).min(last) + 1).collect()
     }
 
-    fn row_stats(&self, piece: &Piece, entry: u64, head: u64, rows: Range<u64>) {
-        self.touch(piece, Binding::RowStats, entry, head, rows);
+    fn row_stats(&self, slice: &Slice, entry: u64, head: u64, rows: Range<u64>) {
+        self.access(slice, Binding::RowStats, entry, head, rows);
         if self.problem.options().alibi {
             let slope = self.problem.shape().seq_q as u64;
-            self.touch(piece, Binding::RowStats, entry, head, slope..slope + 1);
+            self.access(slice, Binding::RowStats, entry, head, slope..slope + 1);
         }
     }
 
-    fn mask(&self, piece: &Piece, number: u64, head: u64, rows: Range<u64>) {
+    fn mask(&self, slice: &Slice, number: u64, head: u64, rows: Range<u64>) {
         let Some(view) = self.views.iter().find(|view| view.binding == Binding::MaskBits) else { return };
-        self.touch(piece, Binding::MaskBits, number, head, rows);
+        self.access(slice, Binding::MaskBits, number, head, rows);
         // The last class of the head, and what a tile may read beyond the last key.
-        let (_, window) = piece.windows.iter().find(|(b, _)| *b == Binding::MaskBits).unwrap();
+        let (_, window) = slice.windows.iter().find(|(b, _)| *b == Binding::MaskBits).unwrap();
         let last = view.strides[0] * number + view.strides[1] * head + view.extents[2] * view.extents[3] + view.tail;
         assert!(4 * last <= window.start + window.len, "{last} words beyond {window:?}");
     }
 
     /// What is read and written of rows of queries, counted in their sequence.
-    fn queries(&self, piece: &Piece, number: u64, sequence: &Sequence, head: u64, rows: Range<u64>) {
+    fn queries(&self, slice: &Slice, number: u64, sequence: &Sequence, head: u64, rows: Range<u64>) {
         let entry = sequence.entry as u64;
         let all = shifted(&rows, sequence.q_start, sequence.q_rows);
         use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, OLo, Q, RowMax};
         for binding in [Q, DQ, DO, O, OLo, Lse, DLse, AlibiMoments, RowMax] {
-            self.touch(piece, binding, entry, head, all.clone());
+            self.access(slice, binding, entry, head, all.clone());
         }
         if self.views.iter().any(|view| view.binding == Binding::RowStats) {
-            self.row_stats(piece, entry, head, all);
+            self.row_stats(slice, entry, head, all);
         }
         let seen = rows.start..rows.end.min(sequence.band.seq_q() as u64);
-        self.touch(piece, Binding::Bias, number, head, seen.clone());
+        self.access(slice, Binding::Bias, number, head, seen.clone());
         if !seen.is_empty() {
-            self.mask(piece, number, head, seen);
+            self.mask(slice, number, head, seen);
         }
     }
 
-    fn keys(&self, piece: &Piece, sequence: &Sequence, kv_head: u64, keys: Range<u64>) {
+    fn keys(&self, slice: &Slice, sequence: &Sequence, kv_head: u64, keys: Range<u64>) {
         let keys = shifted(&keys, sequence.k_start, sequence.k_rows);
         for binding in [Binding::K, Binding::V, Binding::DK, Binding::DV] {
-            self.touch(piece, binding, sequence.entry as u64, kv_head, keys.clone());
+            self.access(slice, binding, sequence.entry as u64, kv_head, keys.clone());
         }
     }
 }
 
-/// Pieces cover every workgroup exactly once, and bind what it reads and writes.
+/// Slices cover every workgroup exactly once, and bind what it reads and writes.
 #[test]
-fn pieces_are_whole_and_bind_what_they_touch() {
+fn slices_are_whole_and_bind_what_they_access() {
     let rng = &mut StdRng::seed_from_u64(5);
     let samples = Capabilities::samples();
     let (mut refused, mut cut, mut cooperative) = (0, 0, 0);
@@ -311,8 +311,8 @@ fn pieces_are_whole_and_bind_what_they_touch() {
         for (problem, plan) in plans.chain([(&merging, merge)]) {
             for pass in &plan.passes {
                 let views = dense_views(problem, &plan.passes, pass);
-                let pieces = match pass.pieces(problem, &views, &capabilities, budget) {
-                    Ok(pieces) => pieces,
+                let slices = match pass.slices(problem, &views, &capabilities, budget) {
+                    Ok(slices) => slices,
                     Err(Error::BindingTooLarge { bytes, limit, .. }) => {
                         assert!(bytes > limit);
                         refused += 1;
@@ -320,14 +320,14 @@ fn pieces_are_whole_and_bind_what_they_touch() {
                     }
                     Err(error) => panic!("{problem}: {error}"),
                 };
-                for (binding, window) in pieces.list.iter().flat_map(|piece| &piece.windows) {
+                for (binding, window) in slices.list.iter().flat_map(|slice| &slice.windows) {
                     assert!(window.len <= capabilities.binding_bytes && window.len % 4 == 0, "{binding:?}");
                     assert!(window.start.is_multiple_of(u64::from(capabilities.offset_alignment)));
                 }
-                cut += usize::from(pieces.list.len() > 1);
-                cooperative += usize::from(pass.variant.fragments().is_some() && pieces.list.len() > 1);
+                cut += usize::from(slices.list.len() > 1);
+                cooperative += usize::from(pass.variant.fragments().is_some() && slices.list.len() > 1);
                 let done = BTreeSet::new();
-                Simulation { pass, problem, views: &views, pieces: &pieces, done }.run();
+                Simulation { pass, problem, views: &views, slices: &slices, done }.run();
             }
         }
     }
@@ -346,9 +346,9 @@ fn masks_of_keys_in_pieces() {
         let plan = Plan::forward_with(&problem, optional, &sample, &Preference::default()).unwrap();
         for pass in &plan.passes {
             let views = dense_views(&problem, &plan.passes, pass);
-            let Ok(pieces) = pass.pieces(&problem, &views, &sample, Duration::ZERO) else { continue };
-            assert!(pieces.list.len() > 1);
-            Simulation { pass, problem: &problem, views: &views, pieces: &pieces, done: BTreeSet::new() }.run();
+            let Ok(slices) = pass.slices(&problem, &views, &sample, Duration::ZERO) else { continue };
+            assert!(slices.list.len() > 1);
+            Simulation { pass, problem: &problem, views: &views, slices: &slices, done: BTreeSet::new() }.run();
         }
     }
 }

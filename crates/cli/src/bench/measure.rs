@@ -164,8 +164,8 @@ fn one(
         let alone = || timer.measure(effort.runs, effort.most, |pass| prepared.encode_pass_in(pass, index));
         kernels.push((*pass, effort.passes.then(alone).transpose()?));
     }
-    // Those without tiles, and the repairs, take next to no time.
-    let heavy = kernels.iter().map(|(pass, _)| pass.variant).filter(|v| v.tiling.is_some() && v.repairs.is_none());
+    // Kernels without tiles and the fallback take next to no time.
+    let heavy = kernels.iter().map(|(pass, _)| pass.variant).filter(|v| v.tiling.is_some() && v.fallback.is_none());
     let mut kinds: Vec<String> = heavy.map(|variant| variant.micro_kernel.to_string()).collect();
     kinds.sort_unstable();
     kinds.dedup();

@@ -112,9 +112,9 @@ impl Times {
 
 impl KernelTimes {
     fn new(pass: &Pass, series: Option<&Series>) -> Self {
-        let run = match (pass.variant.sanitize, pass.variant.repairs) {
+        let run = match (pass.variant.sanitize, pass.variant.fallback) {
             (true, _) => " again",
-            (_, Some(_)) => " repairs",
+            (_, Some(_)) => " fallback",
             _ => "",
         };
         KernelTimes {

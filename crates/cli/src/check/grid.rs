@@ -287,7 +287,7 @@ impl Case {
 
     /// Whether a query head reads the key head that poison is in, or may hold poison itself.
     pub fn reads_poison(&self, head: usize) -> bool {
-        head < self.problem.group()
+        head < self.problem.heads_per_kv()
     }
 
     /// Batch, head and position of every row of q, o and their gradients, and where it lies.

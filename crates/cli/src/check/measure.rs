@@ -226,7 +226,7 @@ impl Knowledge {
             if row == Row::Poisoned || (reaches_sink && view.i < sequence.band.seq_q()) {
                 known.heads[view.head] = Row::Poisoned;
             }
-            let keys = sequence.entry * shape.kv_heads + view.head / problem.group();
+            let keys = sequence.entry * shape.kv_heads + view.head / problem.heads_per_kv();
             for &j in &view.keys {
                 known.keys[keys * shape.seq_k + sequence.k_start + j].plus(row);
                 if let Some(shape) = bias_shape {
@@ -447,7 +447,7 @@ mod tests {
             let mut known = Knowledge::of(case, &case.operands(0));
             known.queries.truncate(case.problem.shape().seq_q);
             known.keys.truncate(case.problem.shape().seq_k);
-            (known, case.problem.group())
+            (known, case.problem.heads_per_kv())
         };
         // Key 100 alone, in windows of 17: queries at 100 to 116 see it, and keys from 84 on with it.
         let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in hidden keys", "NaN in keys 100..101");

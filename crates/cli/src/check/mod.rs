@@ -631,7 +631,8 @@ mod tests {
         let wrong = |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
             let mut gradients = right_backward(problem, inputs, upstream)?;
             let (shape, layout) = (problem.shape(), problem.options().layout);
-            let last = |h: usize| problem.group() > 1 && h % problem.group() == problem.group() - 1;
+            let last =
+                |h: usize| problem.heads_per_kv() > 1 && h % problem.heads_per_kv() == problem.heads_per_kv() - 1;
             let (mut d_o, mut d_lse) = (upstream.d_o.to_vec(), upstream.d_lse.map(<[f32]>::to_vec));
             for ([_, h, _], row) in rows(layout, [shape.batch, shape.heads, shape.seq_q, shape.value_dim]) {
                 d_o[row].iter_mut().filter(|_| last(h)).for_each(|x| *x = 0.0);
@@ -643,7 +644,7 @@ mod tests {
             gradients.d_k = right_backward(problem, inputs, &upstream)?.d_k;
             Ok(gradients)
         };
-        let mut shared = groups(|case| case.problem.group() > 1);
+        let mut shared = groups(|case| case.problem.heads_per_kv() > 1);
         shared.remove("gradients that cancel");
         assert_eq!(failing(ForwardAndBackward, &Functions(right_forward, wrong)), shared);
 

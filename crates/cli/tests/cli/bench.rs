@@ -116,7 +116,7 @@ fn bench_of_given_tiles() {
     if gpu().is_none() {
         return;
     }
-    let tiles = "portable 32x32 (8x8 threads of 4x4), chunk 16, slab 32";
+    let tiles = "portable 32x32 (8x8 threads of 4x4), k_step 16, n_step 32";
     let given = ["--tiles", &format!("forward={tiles}"), "--tiles", &format!("d_kv={tiles}")];
     let report = small("gpu", &given);
     let ran = |report: &Value| {
@@ -146,7 +146,7 @@ fn bench_of_given_tiles() {
     assert!(reason.contains("f32 operands need the portable micro-kernel"), "{reason}");
     let reason = skipped(&["--kernel", "portable", "--tiles", "forward=cooperative 4x1x1x2"]);
     assert!(reason.contains("asked for as portable and with the tiles \"cooperative 4x1x1x2\""), "{reason}");
-    let huge = "forward=portable 1024x32 (128x8 threads of 8x4), chunk 256, slab 32";
+    let huge = "forward=portable 1024x32 (128x8 threads of 8x4), k_step 256, n_step 32";
     let reason = skipped(&["--tiles", huge]);
     assert!(reason.contains("bytes of workgroup memory"), "{reason}");
 }
@@ -271,7 +271,7 @@ fn bench_refuses() {
         &["bench", "--tiles", "forward=cooperative 4x1x1"],
         "subgroups x row fragments x column fragments x stages",
     );
-    wrong_usage(&["bench", "--tiles", "forward=portable 64x32"], "chunk 32, slab 16");
+    wrong_usage(&["bench", "--tiles", "forward=portable 64x32"], "k_step 32, n_step 16");
 }
 
 fn tune(out: &str, arguments: &[&str]) -> Value {
@@ -357,7 +357,7 @@ fn plan_shows_a_tuning_of_a_sample_device() {
     let folder = Folder::new("sample");
     let file = folder.file("tuning");
     let name = &Capabilities::samples()[0].name;
-    let tiles = "portable 32x32 (8x8 threads of 4x4), chunk 16, slab 16";
+    let tiles = "portable 32x32 (8x8 threads of 4x4), k_step 16, n_step 16";
     fs::write(&file, format!("sink-attention tuning 1\ndevice: {name}\ndriver:\nd_q f32 width 64 long: {tiles}\n"))
         .unwrap();
     let plan = succeeds(&["plan", "--device", "H200", "--backward", "--json", "--tuning", &file]).0;

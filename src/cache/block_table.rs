@@ -1,4 +1,4 @@
-//! The host's book of a cache: how long each sequence is, and which pages it has. Pure; the caches on the GPU and on the CPU
+//! The block table of a cache: how long each sequence is, and which pages it has. Pure; the caches on the GPU and on the CPU
 //! both keep one.
 
 use std::collections::HashMap;
@@ -12,7 +12,7 @@ const MOST_TOKENS: usize = 1 << 30;
 
 /// Lengths and pages of all sequences.
 #[derive(Debug, Clone)]
-pub(crate) struct Places {
+pub(crate) struct BlockTable {
     kind: CacheKind,
     lengths: Vec<usize>,
     /// Tokens that were ever written to a rolling sequence since it was empty: those beyond the ring are gone.
@@ -43,13 +43,13 @@ pub(crate) struct Changes {
     pub(crate) tables: Vec<(usize, usize, u32)>,
 }
 
-impl Places {
+impl BlockTable {
     pub(crate) fn new(config: &CacheConfig) -> Self {
         let pages = match config.kind {
             CacheKind::Paged { pages, .. } => pages as u32,
             _ => 0,
         };
-        Places {
+        BlockTable {
             kind: config.kind,
             lengths: vec![0; config.sequences],
             written: vec![0; config.sequences],
@@ -71,8 +71,8 @@ impl Places {
         written: Vec<usize>,
         tables: Vec<Vec<u32>>,
     ) -> Result<Self, String> {
-        let mut places = Places::new(config);
-        let capacity = places.capacity();
+        let mut block_table = BlockTable::new(config);
+        let capacity = block_table.capacity();
         for (sequence, (&length, &written)) in lengths.iter().zip(&written).enumerate() {
             if length > capacity {
                 return Err(format!("sequence {sequence} has {length} tokens and room for {capacity}"));
@@ -88,14 +88,14 @@ impl Places {
             }
         }
         for (sequence, table) in tables.iter().enumerate() {
-            if let Err(error) = places.assign(sequence, table, lengths.get(sequence).copied().unwrap_or(0)) {
+            if let Err(error) = block_table.assign(sequence, table, lengths.get(sequence).copied().unwrap_or(0)) {
                 return Err(error.to_string());
             }
         }
-        Arc::make_mut(&mut places.free).sort_unstable_by(|a, b| b.cmp(a));
-        places.rotated = lengths.iter().map(|length| (*length == 0).then(Rotated::default)).collect();
-        (places.lengths, places.written) = (lengths, written);
-        Ok(places)
+        Arc::make_mut(&mut block_table.free).sort_unstable_by(|a, b| b.cmp(a));
+        block_table.rotated = lengths.iter().map(|length| (*length == 0).then(Rotated::default)).collect();
+        (block_table.lengths, block_table.written) = (lengths, written);
+        Ok(block_table)
     }
 
     pub(crate) fn lengths(&self) -> &[usize] {
