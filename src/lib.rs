@@ -150,7 +150,7 @@
 //! Where every key that a row sees has a bias of -1e9 or less, each of the n keys with the row's largest bias has the probability
 //! 1 / n, as an eager softmax in f32 has it.
 //!
-//! # Partial states and streams
+//! # Partial states
 //!
 //! A shard of the keys gives o and lse of its own, without the sink logit ([`Attention::attend_partial`]); states of disjoint
 //! shards merge into that of all their keys ([`Attention::merge`]), and the sink logit enters last, once
@@ -182,8 +182,6 @@
 //! The backward pass of a shard, with the final o, o_lo and lse of all keys, gives its share of the
 //! gradients ([`Attention::backward_partial`]). In half precision without o_lo it does not: delta is then a sum over the keys
 //! at hand.
-//!
-//! A [`Stream`] is a sequence without an end, in chunks, with a window: what later queries can see is all it keeps.
 //!
 //! # Two ways to call
 //!
@@ -328,7 +326,7 @@
 //!
 //! # Features
 //!
-//! - `safetensors`: [`Stream`]s and caches saved to files and loaded from them; `Values`, the typed numbers of a tensor of
+//! - `safetensors`: caches saved to files and loaded from them; `Values`, the typed numbers of a tensor of
 //!   such a file; and `file::case`, which reads and writes conformance files.
 //! - `testing`: the module `testing`, with problems, operands and comparisons for tests. Unstable: not part of semantic
 //!   versioning.
@@ -354,7 +352,6 @@
 //! [`KvCache::prepare_prefill`]: cache::KvCache::prepare_prefill
 //! [`MicroKernel::Cooperative`]: plan::MicroKernel::Cooperative
 //! [`Step`]: cache::Step
-//! [`Stream`]: stream::Stream
 //! [`Timer`]: timing::Timer
 //! [`Tuning`]: tuning::Tuning
 
@@ -377,8 +374,6 @@ pub mod file;
 mod kernel;
 pub mod plan;
 mod problem;
-#[cfg(feature = "gpu")]
-pub mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]

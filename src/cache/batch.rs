@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 
 use super::block_table::BlockTable;
 use crate::problem::cache::{CacheConfig, CacheKind, check_absent};
+use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Lengths;
-use crate::problem::{Bias, Inputs, Layout, MaskData, Options, Problem, Shape};
+use crate::problem::{Axes, Bias, Inputs, Layout, MaskData, Options, Problem, Shape};
 
 /// Chunks of tokens, one of each sequence, as queries against all that their sequences hold: a prompt, or a part of it.
 ///
@@ -24,7 +25,9 @@ pub struct Prefill {
     /// come after unless they are causal.
     ///
     /// A bias and a mask are `[B or 1, H or 1, M or 1, N]`: B the sequences with tokens, M the most tokens, N the most keys of one
-    /// of them, the new ones among them. A rolling cache implies its window and sink tokens, and takes no ALiBi, bias or mask.
+    /// of them, the new ones among them. A rolling cache implies its window and sink tokens, and takes no bias or mask; ALiBi counts
+    /// from true positions, and is an error on a GPU's buffers where there are sink tokens ([`HostCache`](crate::cache::HostCache)
+    /// takes it).
     pub options: Options,
 }
 
@@ -80,6 +83,13 @@ pub(crate) struct Entry {
     pub(crate) first_row: usize,
 }
 
+impl Entry {
+    /// Keys that a ring has given up, of tokens that come after those that the cache holds.
+    fn given_up(&self) -> usize {
+        self.length - self.cached
+    }
+}
+
 /// The chunks of all sequences that have tokens.
 #[derive(Debug, Clone)]
 pub(crate) struct Batch {
@@ -87,6 +97,8 @@ pub(crate) struct Batch {
     pub(crate) entries: Vec<Entry>,
     /// Rows of the keys of all of them.
     pub(crate) rows: usize,
+    /// Whether the problem's bias is that of [`alibi_of_sinks`](Self::alibi_of_sinks).
+    pub(super) sinks_by_bias: bool,
 }
 
 /// Rows that lie one after the other, in the cache and among the keys of all sequences; all in one tile of a kernel.
@@ -177,9 +189,9 @@ impl Batch {
             return invalid("rotary", reason.into());
         }
         if let CacheKind::Rolling { .. } = config.kind {
-            check_absent(options, "a rolling cache does not take it: its keys have no fixed places")?;
+            check_absent(&options.alibi(false), "a rolling cache does not take it: its keys have no fixed places")?;
         }
-        let options = config.seen(options)?;
+        let mut options = config.seen(options)?;
         let mut entries = Vec::new();
         let (mut q, mut k) = (vec![0u32], vec![0u32]);
         let mut rows = 0usize;
@@ -193,6 +205,13 @@ impl Batch {
             q.push(q.last().copied().unwrap_or(0) + tokens as u32);
             k.push(rows as u32);
             entries.push(entry);
+        }
+        // Only a rolling cache has given up keys, and it takes no other bias.
+        let sinks_by_bias =
+            options.alibi && options.sink_tokens > 0 && entries.iter().any(|e: &Entry| e.given_up() > 0);
+        if sinks_by_bias {
+            let axes = Axes { batch: entries.len() > 1, heads: true, seq_q: false };
+            options = options.bias(axes).bias_dtype(DType::F32);
         }
         let shape = Shape {
             batch: 1,
@@ -209,7 +228,37 @@ impl Batch {
             0 | 1 => Problem::new(shape, options.layout(Layout::Bshd))?,
             _ => Problem::with_lengths(shape, options.layout(Layout::Thd), Lengths::Cumulative { q: &q, k: &k })?,
         };
-        Ok((!entries.is_empty()).then_some(Batch { problem, entries, rows }))
+        Ok((!entries.is_empty()).then_some(Batch { problem, entries, rows, sinks_by_bias }))
+    }
+
+    /// The bias that makes places positions for ALiBi, `[sequences, H, 1, N]`: behind the sink tokens a ring has given up g keys,
+    /// so that a sink token lies g further from every query than places tell, and has -slope * g.
+    pub(crate) fn alibi_of_sinks(&self, alibi_slopes: Option<&[f32]>) -> Option<Vec<f32>> {
+        let [_, heads, _, keys] = self.problem.bias_shape().filter(|_| self.sinks_by_bias)?;
+        let mut bias = vec![0.0; self.entries.len() * heads * keys];
+        for (entry, of_entry) in self.entries.iter().zip(bias.chunks_exact_mut(heads * keys)) {
+            let gap = entry.given_up() as f32;
+            // A list of another length is an error of the checks that follow.
+            for (row, slope) in of_entry.chunks_exact_mut(keys).zip(alibi_slopes.unwrap_or(&[])) {
+                row[..self.problem.options().sink_tokens.min(keys)].fill(-slope * gap);
+            }
+        }
+        Some(bias)
+    }
+
+    /// The operands of the pass: those of the caller, and the bias of [`alibi_of_sinks`](Self::alibi_of_sinks).
+    pub(crate) fn operands<'a, T: Copy>(
+        &self,
+        of_caller: &PrefillOperands<'a, T>,
+        alibi_of_sinks: Option<&'a [f32]>,
+    ) -> Result<PrefillOperands<'a, T>> {
+        match alibi_of_sinks {
+            None => Ok(*of_caller),
+            Some(_) if of_caller.bias.is_some() => {
+                Err(Error::UnexpectedOperand { operand: "bias", hint: "a rolling cache takes none" })
+            }
+            Some(bias) => Ok(PrefillOperands { bias: Some(Bias::F32(bias)), ..*of_caller }),
+        }
     }
 
     /// The rows that come from the cache.
@@ -282,7 +331,6 @@ pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
 mod tests {
     use super::*;
     use crate::problem::Window;
-    use crate::problem::element::DType;
 
     fn config(kind: CacheKind) -> CacheConfig {
         CacheConfig {

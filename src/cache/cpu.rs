@@ -198,12 +198,15 @@ impl<T: Element> KvCache<T> {
         let batch = Batch::appended(&self.config, prefill, &self.block_table)?;
         let turned_q = self.config.rotary.map(|_| &*q);
         let turning = self.check_tokens(&prefill.tokens, k, v, turned_q, operands.cos_sin)?;
-        let Some(Batch { problem, entries, rows }) = &batch else {
+        let Some(batch) = batch else {
             check_length("q", q.len(), &[0, prefill.heads, head_dim])?;
             return Ok(Output { o: vec![], o_lo: None, lse: vec![] });
         };
+        let alibi_of_sinks = batch.alibi_of_sinks(operands.alibi_slopes);
+        let operands = batch.operands(operands, alibi_of_sinks.as_deref())?;
+        let (problem, entries) = (&batch.problem, &batch.entries);
         // What is given up, and behind it what has come, as the cache will hold it.
-        let mut gathered = self.gather_rows(batch.iter().flat_map(|batch| batch.runs(&self.block_table)), *rows);
+        let mut gathered = self.gather_rows(batch.runs(&self.block_table), batch.rows);
         let [keys, values] = &mut gathered;
         // The append below keeps them.
         let mut scales = [head_dim, value_dim].map(|width| vec![f16::ZERO; scales_of(width)]);

@@ -6,7 +6,7 @@ use super::batch::{Batch, Prefill, PrefillOperands, check_total};
 use super::cpu;
 use super::decode::DecodeBuffers;
 use super::gpu::KvCache;
-use super::prefill::PrefillBuffers;
+use super::prefill::{PrefillBuffers, PreparedPrefill};
 use super::step::Step;
 use crate::attention::{Attention, OptionalBuffers};
 use crate::device::Device;
@@ -219,6 +219,8 @@ impl<T: Element> HostCache<T> {
             check_length("q", q.len(), &[total, prefill.heads, config.head_dim])?;
             return Ok(Output { o: vec![], o_lo: None, lse: vec![] });
         };
+        let alibi_of_sinks = batch.alibi_of_sinks(operands.alibi_slopes);
+        let operands = batch.operands(operands, alibi_of_sinks.as_deref())?;
         check_length("q", q.len(), &batch.problem.q_shape())?;
         batch.problem.check_optional_inputs(&operands.inputs(q, &Default::default()))?;
         let device = cache.device.clone();
@@ -246,7 +248,7 @@ impl<T: Element> HostCache<T> {
             o_lo: rounds.then(|| TensorView::new(&o_lo)),
             ..PrefillBuffers::new(q_buffer, k, v, &o, &lse)
         };
-        let prepared = cache.prepare_prefill_async(prefill, &buffers).await?;
+        let prepared = PreparedPrefill::new(cache, prefill, &buffers).await?;
         let mut step = step(cache, "prefill")?;
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;

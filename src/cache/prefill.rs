@@ -122,7 +122,7 @@ impl KvCache {
     /// [`Problem::new`](crate::Problem::new) and [`Attention::prepare_forward`](crate::Attention::prepare_forward).
     #[cfg(not(target_family = "wasm"))]
     pub fn prepare_prefill(&self, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<PreparedPrefill> {
-        pollster::block_on(PreparedPrefill::new(self, prefill, buffers))
+        pollster::block_on(self.prepare_prefill_async(prefill, buffers))
     }
 
     /// As [`prepare_prefill`](Self::prepare_prefill), for browsers and async hosts.
@@ -134,6 +134,11 @@ impl KvCache {
         prefill: &Prefill,
         buffers: &PrefillBuffers<'_>,
     ) -> Result<PreparedPrefill> {
+        let rolls = matches!(self.config.kind, CacheKind::Rolling { .. });
+        if rolls && prefill.options.alibi && self.config.seen(&prefill.options)?.sink_tokens > 0 {
+            let reason = "distances to the sink tokens of a rolling cache need slopes on the host: HostCache takes it";
+            return Err(Error::InvalidOption { option: "alibi", reason: reason.into() });
+        }
         PreparedPrefill::new(self, prefill, buffers).await
     }
 

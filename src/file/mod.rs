@@ -1,6 +1,6 @@
 //! Files that are there whole, or not at all, and reads that end.
 //!
-//! [`replace`] writes everything that this crate saves: results, caches, streams, pipeline caches, tunings. [`read`] reads
+//! [`replace`] writes everything that this crate saves: results, caches, pipeline caches, tunings. [`read`] reads
 //! what has no header that tells its length.
 
 #[cfg(feature = "safetensors")]

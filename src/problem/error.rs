@@ -428,28 +428,28 @@ pub enum Error {
         /// What is wrong, with the line where there is one.
         reason: String,
     },
-    /// The file of a saved stream or cache cannot be read or written, or is damaged.
+    /// The file of a saved cache cannot be read or written, or is damaged.
     #[error("{what} {}: {reason}", .path.display())]
     SavedFile {
-        /// What is saved: a stream, a cache.
+        /// What is saved: a cache.
         what: &'static str,
         /// The file.
         path: PathBuf,
         /// What is wrong.
         reason: String,
     },
-    /// What was to be a saved stream or cache is not exactly one.
+    /// What was to be a saved cache is not exactly one.
     #[error("not a saved {what}, or damaged: {reason}")]
     SavedDamaged {
-        /// What it should be: a stream, a cache.
+        /// What it should be: a cache.
         what: &'static str,
         /// What is wrong.
         reason: String,
     },
-    /// A saved stream or cache is not of the shape, or has not the options, that it is to go on with.
+    /// A saved cache is not of the shape, or has not the options, that it is to go on with.
     #[error("the saved {what} has {property} {saved}, wanted is {wanted}")]
     SavedMismatch {
-        /// What is saved: a stream, a cache.
+        /// What is saved: a cache.
         what: &'static str,
         /// What differs.
         property: &'static str,

@@ -15,5 +15,5 @@ pub(crate) use host::mask_word;
 pub use host::{Bias, Gradients, Inputs, MaskData, Output, PartialState, Upstream};
 pub use options::{Alignment, Axes, Layout, MaskPacking, Options, SinkLogits, Window};
 pub use shape::Problem;
-pub(crate) use shape::{MAX_SEQ, MAX_WIDTH, check_length};
+pub(crate) use shape::{MAX_WIDTH, check_length};
 pub use sizes::Shape;

@@ -1,10 +1,9 @@
-//! What the files in tests/saved hold: small caches and streams, filled with numbers of a simple rule.
+//! What the files in tests/saved hold: small caches, filled with numbers of a simple rule.
 
 use super::caches::config;
 use sink_attention::cache::{CacheConfig, CacheKind, Quantisation, Rotary, RotaryPositions, RotaryStyle};
 use sink_attention::half::{bf16, f16};
-use sink_attention::stream::{Stream, StreamShape};
-use sink_attention::{Attention, Element, Inputs, Options, SinkLogits, Window, cpu};
+use sink_attention::{Element, cpu};
 
 pub const CONTIGUOUS: CacheKind = CacheKind::Contiguous { capacity: 24 };
 pub const PAGED: CacheKind = CacheKind::Paged { page_size: 16, pages: 6, sequence_pages: 2 };
@@ -52,23 +51,4 @@ pub fn filled_cache<T: Element>(config: &CacheConfig) -> cpu::KvCache<T> {
         cache.append(&tokens, &k, &v, None, None).unwrap();
     }
     cache
-}
-
-/// The shape of the streams.
-pub const STREAM_SHAPE: StreamShape = StreamShape { batch: 2, heads: 2, kv_heads: 1, head_dim: 4, value_dim: 3 };
-
-/// The options of the streams, up to their layout and element type.
-pub fn stream_options() -> Options {
-    Options::new().causal(true).window(Window::keys(6)).sink_tokens(2).sink_logits(SinkLogits::PerHead)
-}
-
-/// A stream of so many tokens.
-pub fn filled_stream<T: Element>(options: Options, tokens: usize) -> Stream<T> {
-    let mut stream = Stream::new(STREAM_SHAPE, options).unwrap();
-    let StreamShape { batch, heads, kv_heads, head_dim, value_dim } = STREAM_SHAPE;
-    let q = numbers(batch * heads * tokens * head_dim, 3);
-    let (k, v) = (numbers(batch * kv_heads * tokens * head_dim, 5), numbers(batch * kv_heads * tokens * value_dim, 11));
-    let inputs = Inputs::new(&q, &k, &v).sink_logits(&[0.5, -1.0][..]);
-    stream.update(&Attention::cpu(), &inputs).unwrap();
-    stream
 }

@@ -327,7 +327,6 @@ fn prefills() {
         (&contiguous, new([1, 0, 0], options.scale(f32::NAN)), "NaN is not finite"),
         (&rolling, new([1, 0, 0], options.window(Window::keys(6))), "5 keys to the left; the rolling cache keeps 4"),
         (&rolling, new([1, 0, 0], options.window(Window::keys(3)).sink_tokens(3)), "3; the rolling cache keeps 2"),
-        (&rolling, new([1, 0, 0], options.alibi(true)), "option alibi: a rolling cache does not take it"),
         (&rolling, new([1, 0, 0], options.bias(Axes::KEYS)), "option bias: a rolling cache does not take it"),
         (&rolling, new([1, 0, 0], options.mask(Axes::KEYS)), "option mask: a rolling cache does not take it"),
         (&relative, new([1, 0, 0], options), "option rotary: keys that are rotated by their place as they are read"),
@@ -340,6 +339,16 @@ fn prefills() {
         };
         with_gpu(prepare, config);
     }
+    // On the CPU and in a HostCache it is an option as others, tests/gpu/streaming_llm.rs.
+    let prepare = |_: &sink_attention::Device, cache: KvCache, [x, y, z, o]: &[wgpu::Buffer; 4]| {
+        let prefill = new([1, 0, 0], options.alibi(true));
+        let buffers = PrefillBuffers { alibi_slopes: Some(x.into()), ..PrefillBuffers::new(x, y, y, z, o) };
+        says(
+            cache.prepare_prefill(&prefill, &buffers),
+            "option alibi: distances to the sink tokens of a rolling cache",
+        );
+    };
+    with_gpu(prepare, &rolling);
     let mut on_cpu = cpu::KvCache::<f32>::new(&contiguous).unwrap();
     let (one, none) = (new([1, 0, 0], options), PrefillOperands::default());
     says(

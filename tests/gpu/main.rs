@@ -33,7 +33,7 @@ mod partial;
 mod properties;
 mod row_max;
 mod size;
-mod stream;
+mod streaming_llm;
 mod tuning;
 mod unseen;
 

@@ -4,16 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::common::saved::{
-    CONTIGUOUS, EarlierCache, STREAM_SHAPE, each_earlier_cache, filled_cache, filled_stream, of, saved, stream_options,
-};
+use crate::common::saved::{CONTIGUOUS, EarlierCache, each_earlier_cache, filled_cache, of, saved};
 use sink_attention::cache::CacheKind;
-use sink_attention::half::f16;
 use sink_attention::plan::{Kernel, PortableTile, Tiling};
-use sink_attention::stream::Stream;
 use sink_attention::testing::folder::Folder;
 use sink_attention::tuning::{MaskClass, Tuning, TuningKey};
-use sink_attention::{DType, Element, Error, Layout, Options, cpu, file};
+use sink_attention::{DType, Element, Error, cpu, file};
 
 fn folder(test: &str) -> Folder {
     Folder::new(env!("CARGO_TARGET_TMPDIR"), test)
@@ -41,24 +37,6 @@ impl EarlierCache for OnTheCpu {
 #[test]
 fn caches_of_earlier_versions_load() {
     each_earlier_cache(&OnTheCpu);
-}
-
-#[track_caller]
-fn stream_loads<T: Element>(name: &str, options: Options, tokens: usize) {
-    let (path, mut bytes) = (saved(name), fs::read(saved(name)).unwrap());
-    let stream = Stream::<T>::load(&path, STREAM_SHAPE, options).unwrap();
-    assert_eq!(stream, filled_stream::<T>(options, tokens));
-    assert!(stream.to_safetensors().unwrap() == bytes, "{name}");
-    let at = bytes.windows(10).position(|bytes| bytes == b"version=1 ").unwrap();
-    bytes[at + 8] = b'2';
-    let error = Stream::<T>::from_safetensors(&bytes, STREAM_SHAPE, options).unwrap_err();
-    assert_eq!(error.to_string(), "the saved stream has version 2, wanted is 1");
-}
-
-#[test]
-fn streams_of_earlier_versions_load() {
-    stream_loads::<f32>("bshd_f32.stream", stream_options(), 11);
-    stream_loads::<f16>("bhsd_f16.stream", stream_options().layout(Layout::Bhsd).dtype(DType::F16), 4);
 }
 
 #[test]
@@ -246,12 +224,8 @@ fn endless_files_are_refused() {
     assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let cache = || cpu::KvCache::<f32>::new(&of::<f32>(CONTIGUOUS, 8)).unwrap();
     for path in ["/dev/zero", &pipe] {
-        for error in [
-            Tuning::load(path).unwrap_err(),
-            cache().load(path).unwrap_err(),
-            cache().save(path).unwrap_err(),
-            Stream::<f32>::load(path, STREAM_SHAPE, stream_options()).unwrap_err(),
-        ] {
+        for error in [Tuning::load(path).unwrap_err(), cache().load(path).unwrap_err(), cache().save(path).unwrap_err()]
+        {
             assert!(error.to_string().contains("it is not a regular file"), "{error}");
         }
     }
