@@ -42,12 +42,6 @@ var<workgroup> score_rows: array<vec4<f32>, {{ side * tile_row }}>;
 // P, and before the loop Q.
 var<workgroup> p_tile: array<vec4<f16>, {{ side * tile_row }}>;
 
-{#- Waits for the other lanes of the subgroup, where lanes do not run in step. -#}
-{%- macro sync() %}{% if not in_step %}subgroupBarrier();{% endif %}{% endmacro -%}
-
-{#- The type of a fragment: A, B or C, left operand, right operand or result. -#}
-{%- macro fragment(role) %}coop_mat{{ side }}x{{ side }}<{{ "f32" if role == "C" else "f16" }}, {{ role }}>{% endmacro -%}
-
 // The first row that is read for a tile from `start` on: none lies beyond its block.
 fn first_row_of(block: u32, kv_head: u32, start: u32) -> u32 {
   let base = (block * params.kv_heads + kv_head) * params.block_rows;
@@ -61,6 +55,12 @@ fn first_row_of(block: u32, kv_head: u32, start: u32) -> u32 {
 fn halves4(raw: vec2<u32>) -> vec4<f16> {
   return vec4<f16>(vec4<f32>(unpack2x16float(raw.x), unpack2x16float(raw.y)));
 }
+
+{#- Waits for the other lanes of the subgroup, where lanes do not run in step. -#}
+{%- macro sync() %}{% if not in_step %}subgroupBarrier();{% endif %}{% endmacro -%}
+
+{#- The type of a fragment: A, B or C, left operand, right operand or result. -#}
+{%- macro fragment(role) %}coop_mat{{ side }}x{{ side }}<{{ "f32" if role == "C" else "f16" }}, {{ role }}>{% endmacro -%}
 
 {#- `row`, the first row that is read for a tile from `start` on. -#}
 # macro row_of_tile(start)
