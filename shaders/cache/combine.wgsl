@@ -5,6 +5,7 @@
       for each split:
         row_sum += exp(row_max_n - m) row_sum_n          add_split
         O += exp(row_max_n - m) O_n
+      add up the slots                                   add_slots
       row_sum += exp(sink - m)                           finish_row of softmax.wgsl
       o = O / row_sum;  lse = m + log(row_sum)           finish
 

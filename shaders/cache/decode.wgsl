@@ -1,10 +1,10 @@
 {#- A few queries against many cached keys. One workgroup computes ROWS rows (queries of the query heads of one key head) against one split
-    of the keys, and `combine` adds up the splits. A slot of LANES threads takes a key at a time:
+    of the keys, and `combine` adds up the splits. A slot of LANES threads takes one key at a time:
 
       row_max = lowest;  row_sum = 0;  O = 0
       for each tile of keys of the split, and for each round, EXCHANGED keys of each slot:
         S = Q K^T                                        products
-        S *= scale                                       scores: softcap where asked for
+        S *= scale                                       score: softcap where asked for
         S = hidden where the rule hides                  mask
         m = max(row_max, max of S)                       row_max
         P = exp(S - m);  row_max = m                     exponentiate
@@ -15,9 +15,8 @@
       partial state = O, row_max, row_sum                store_state
 
     A lane holds its numbers of q and of O for all rows in registers, so that each number of the cache is loaded once and used ROWS times.
-    Softmax is the work of other threads: a row of a slot belongs to one lane. Workgroup memory takes the parts of products from all lanes
-    to the lane that owns the row, and P back. A lane loads its keys and values of the next tile as soon as it has used those of this tile,
-    so that loads are always under way. -#}
+    In the softmax each row of a slot belongs to one lane: workgroup memory takes the parts of products from all lanes to that lane, and P
+    back. A lane loads its keys and values of the next tile as soon as it has used those of this tile, so loads are always under way. -#}
 # include "params.wgsl"
 # include "operands.wgsl"
 # include "exp.wgsl"
@@ -91,7 +90,13 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 
 {#- Part h of a vector, in f32. Quantised numbers still lack their scale. -#}
 {%- macro quad_of(vector, h) -%}
-{%- if quantised -%} quad_of_bytes({{ vector }}.{{ xyzw[h] }}) {%- elif halves -%} vec4<f32>(widen2({{ vector }}.{{ xyzw[2 * h] }}), widen2({{ vector }}.{{ xyzw[2 * h + 1] }})) {%- else -%} {{ vector }} {%- endif -%}
+{%- if quantised -%}
+  quad_of_bytes({{ vector }}.{{ xyzw[h] }})
+{%- elif halves -%}
+  vec4<f32>(widen2({{ vector }}.{{ xyzw[2 * h] }}), widen2({{ vector }}.{{ xyzw[2 * h + 1] }}))
+{%- else -%}
+  {{ vector }}
+{%- endif -%}
 {%- endmacro -%}
 
 {#- `row`, the row of a slot's key s in the tile at `start`. Beyond the last key it is the last key's. -#}
@@ -107,11 +112,16 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 # macro load(name, s)
 # set cache = "keys" if name == "k" else "values"
 # set row_start = "row * " ~ ("KEY_ROW" if name == "k" else "VALUE_ROW")
+# set end = data_vectors[name]
 # for n in range(lane_vectors[name])
-# set fits = (n + 1) * lanes <= data_vectors[name]
-      {{ "if (lane + " ~ n * lanes ~ "u < " ~ data_vectors[name] ~ "u) { " if not fits }}{{ name }}_{{ s }}_{{ n }} = {{ cache }}[{{ row_start }} + lane + {{ n * lanes }}u];{{ " }" if not fits }}
+# set load_vector = name ~ "_" ~ s ~ "_" ~ n ~ " = " ~ cache ~ "[" ~ row_start ~ " + lane + " ~ n * lanes ~ "u];"
+# if (n + 1) * lanes <= end
+      {{ load_vector }}
+# else
+      if (lane + {{ n * lanes }}u < {{ end }}u) { {{ load_vector }} }
+# endif
 # if quantised
-      {{ name }}_scales_{{ s }}_{{ n }} = {{ cache }}[{{ row_start }} + {{ data_vectors[name] }}u + min(lane + {{ n * lanes }}u, {{ data_vectors[name] - 1 }}u) / 16u];
+      {{ name }}_scales_{{ s }}_{{ n }} = {{ cache }}[{{ row_start }} + {{ end }}u + min(lane + {{ n * lanes }}u, {{ end - 1 }}u) / 16u];
 # endif
 # endfor
 # endmacro
@@ -142,7 +152,8 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 # endfor
   if (first_row + {{ r }}u < row_end) {
     let group_row = first_row + {{ r }}u;
-    let base = operand_base(params.q, entry, kv_head * heads_per_kv + group_row % heads_per_kv) + group_row / heads_per_kv * params.q.seq;
+    let base = operand_base(params.q, entry, kv_head * heads_per_kv + group_row % heads_per_kv)
+      + group_row / heads_per_kv * params.q.seq;
 # for c in range(lane_quads.k)
     { let quad = (lane + {{ c // vector_quads * lanes }}u) * {{ vector_quads }}u + {{ c % vector_quads }}u;
       if (quad < {{ operand_quads.q }}u) { q_{{ r }}_{{ c }} = load_q(base, quad); } }
@@ -206,8 +217,14 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 # endif
 # endmacro
 
+{#- The product of the quads first .. end of a row and a key. -#}
+{%- macro dots(r, first, end) -%}
+{% for c in range(first, end) %}{{ " + " if c > first }}dot(q_{{ r }}_{{ c }}, k_{{ c }}){% endfor %}
+{%- endmacro -%}
+
 {#- S = Q K^T of a round's keys. A lane leaves the part that its own numbers make, in `exchange`. -#}
 # macro products(round)
+    // S = Q K^T{{ ", of rotated keys" if relative }}.
 # for x in range(exchanged)
 # set s = round * exchanged + x
     {
@@ -216,9 +233,11 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 # for r in range(rows)
       exchange[{{ x * slots }}u * SLOT_PITCH + slot * SLOT_PITCH + {{ r }}u * ROW_PITCH + lane / 4u][lane % 4u] =
 # if quantised
-        {% for n in range(lane_vectors.k) %}{{ " + " if n }}scale_{{ n }} * ({% for h in range(4) %}{{ " + " if h }}dot(q_{{ r }}_{{ n * 4 + h }}, k_{{ n * 4 + h }}){% endfor %}){% endfor %};
+# for n in range(lane_vectors.k)
+        {{ "+ " if n }}scale_{{ n }} * ({{ dots(r, 4 * n, 4 * n + 4) }}){{ ";" if loop.last }}
+# endfor
 # else
-        {% for c in range(lane_quads.k) %}{{ " + " if c }}dot(q_{{ r }}_{{ c }}, k_{{ c }}){% endfor %};
+        {{ dots(r, 0, lane_quads.k) }};
 # endif
 # endfor
     }
@@ -239,18 +258,20 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 # endif
 # for n in range(lane_vectors.k)
 # if relative and rotary.half_split
+# set rotated_vectors = rotary.dim // (4 * vector_quads)
       let vector_{{ n }} = lane + {{ n * lanes }}u;
       var partner_{{ n }} = {{ vector }}();
-      if (vector_{{ n }} < {{ rotary.dim // (4 * vector_quads) }}u) {
-        partner_{{ n }} = keys[own_row + (vector_{{ n }} + {{ rotary.dim // (8 * vector_quads) }}u) % {{ rotary.dim // (4 * vector_quads) }}u];
+      if (vector_{{ n }} < {{ rotated_vectors }}u) {
+        partner_{{ n }} = keys[own_row + (vector_{{ n }} + {{ rotary.dim // (8 * vector_quads) }}u) % {{ rotated_vectors }}u];
       }
 # endif
 # for h in range(vector_quads)
 # set c = n * vector_quads + h
       let x_{{ c }} = {{ quad_of("k_" ~ s ~ "_" ~ n, h) }};
 # if relative
+# set partner = quad_of("partner_" ~ n, h) if rotary.half_split else "x_" ~ c ~ ".yxwz"
       let turn_{{ c }} = rotation(place, (lane + {{ n * lanes }}u) * {{ vector_quads }}u + {{ h }}u);
-      let k_{{ c }} = x_{{ c }} * turn_{{ c }}.cosines + {{ quad_of("partner_" ~ n, h) if rotary.half_split else "x_" ~ c ~ ".yxwz" }} * turn_{{ c }}.sines;
+      let k_{{ c }} = x_{{ c }} * turn_{{ c }}.cosines + {{ partner }} * turn_{{ c }}.sines;
 # else
       let k_{{ c }} = x_{{ c }};
 # endif
@@ -260,6 +281,7 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 
 {#- The online softmax of a round. It leaves P in `p_tile`, and the factor of O. -#}
 # macro softmax(round)
+    // m = max(row_max, max of S);  P = exp(S - m);  row_sum = exp(row_max - m) row_sum + sum of P.
 # for n in range(owned)
     {{ if_owned(n) }}{
       let at = slot * SLOT_PITCH + row_{{ n }} * ROW_PITCH;
@@ -332,8 +354,12 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 # endmacro
 
 {#- Of several queries, a hidden pair has -1 for P, so that its value is left out: to other rows the key may be visible. -#}
+{%- macro p_or_hidden(x) %}{{ "select(p_" ~ x ~ ", -1.0, hidden_" ~ x ~ ")" if several else "p_" ~ x }}{% endmacro -%}
+
+{#- P of the exchanged keys, for all lanes of the slot, and the factor of O. -#}
 # macro store_p(n)
-      p_tile[slot * ROWS + row_{{ n }}] = {{ p_vector }}({% for x in range(exchanged) %}{{ ", " if x }}{{ "select(p_" ~ x ~ ", -1.0, hidden_" ~ x ~ ")" if several else "p_" ~ x }}{% endfor %}{{ ["", ", rescale", ", rescale, 0.0", "", ""][exchanged] }});
+# set rescale = ["", ", rescale", ", rescale, 0.0", "", ""][exchanged]
+      p_tile[slot * ROWS + row_{{ n }}] = {{ p_vector }}({% for x in range(exchanged) %}{{ ", " if x }}{{ p_or_hidden(x) }}{% endfor %}{{ rescale }});
 # if not packed
       rescales[slot * ROWS + row_{{ n }}] = rescale;
 # endif
@@ -341,9 +367,14 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 
 {#- O *= exp(row_max - m). -#}
 # macro rescale(round)
+    // O *= exp(row_max - m).
 # for r in range(rows)
     let p_{{ round }}_{{ r }} = p_tile[slot * ROWS + {{ r }}u];
-    let rescale_{{ round }}_{{ r }} = {{ "p_" ~ round ~ "_" ~ r ~ "." ~ xyzw[exchanged] if packed else "rescales[slot * ROWS + " ~ r ~ "u]" }};
+# if packed
+    let rescale_{{ round }}_{{ r }} = p_{{ round }}_{{ r }}.{{ xyzw[exchanged] }};
+# else
+    let rescale_{{ round }}_{{ r }} = rescales[slot * ROWS + {{ r }}u];
+# endif
 # endfor
     if ({% for r in range(rows) %}{{ " || " if r }}rescale_{{ round }}_{{ r }} != 1.0{% endfor %}) {
 # for r, c in pairs(rows, lane_quads.v)
@@ -354,6 +385,7 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 
 {#- O += P V of a round's keys. -#}
 # macro accumulate(round)
+    // O += P V.
 # for x in range(exchanged)
 # set s = round * exchanged + x
     {
@@ -403,6 +435,7 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 
 {#- m = max over slots of row_max;  O = sum over slots of exp(row_max - m) O, in their order. As many rows at a time as fit `exchange`. -#}
 # macro merge_slots()
+  // m = max over slots of row_max;  O = sum over slots of exp(row_max - m) O.
 # if has_row_max
   // All have read the last P. In its place the largest scores go from slot to slot.
   workgroupBarrier();
@@ -438,7 +471,8 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 # macro store_state(r, first)
   if (first_row + {{ r }}u < row_end) {
     let group_row = first_row + {{ r }}u;
-    let state_at = ((entry * params.heads + kv_head * heads_per_kv + group_row % heads_per_kv) * params.queries + group_row / heads_per_kv) * params.most_splits + split;
+    let state_at = ((entry * params.heads + kv_head * heads_per_kv + group_row % heads_per_kv) * params.queries
+      + group_row / heads_per_kv) * params.most_splits + split;
     for (var item = thread; item < {{ lane_quads.v * lanes }}u; item += THREADS) {
       let c = item / LANES;
       let at = {{ first }}u + c * THREADS + item % LANES;
@@ -457,7 +491,8 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
       var largest = LOWEST;
       for (var n = 0u; n < SLOTS; n++) { largest = max(largest, p_tile[n * ROWS + {{ r }}u].x); }
 # endif
-      partials[state_at * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] = vec4<f32>(m_{{ r }}, row_sum, {{ "largest" if has_row_max else "0.0" }}, 0.0);
+      partials[state_at * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] =
+        vec4<f32>(m_{{ r }}, row_sum, {{ "largest" if has_row_max else "0.0" }}, 0.0);
     }
   }
 # endmacro

@@ -79,10 +79,13 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 
 {#- Loads a lane's vectors of a tile whose first row is `row`. -#}
 # macro load(name, a)
+# set cache = "keys" if name == "k" else "values"
+# set pitch = "KEY_ROW" if name == "k" else "VALUE_ROW"
+# set width = data_vectors[name] ~ "u"
 # for n in range(tile_vectors[name])
     {
       let item = lane + {{ n * lanes }}u;
-      {{ name }}_{{ a }}_{{ n }} = {{ "keys" if name == "k" else "values" }}[(row + item / {{ data_vectors[name] }}u) * {{ "KEY_ROW" if name == "k" else "VALUE_ROW" }} + item % {{ data_vectors[name] }}u];
+      {{ name }}_{{ a }}_{{ n }} = {{ cache }}[(row + item / {{ width }}) * {{ pitch }} + item % {{ width }}];
     }
 # endfor
 # endmacro
@@ -103,7 +106,11 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 {#- The largest number, or the sum, of the lanes of a row. -#}
 # macro reduce_row(x, reduction)
 # for n in [1, 2, 4] if n < lanes // rows
-  {{ x }} {{ "+= subgroupShuffleXor(" ~ x ~ ", " ~ n ~ "u)" if reduction == "sum" else "= max(" ~ x ~ ", subgroupShuffleXor(" ~ x ~ ", " ~ n ~ "u))" }};
+# if reduction == "sum"
+  {{ x }} += subgroupShuffleXor({{ x }}, {{ n }}u);
+# else
+  {{ x }} = max({{ x }}, subgroupShuffleXor({{ x }}, {{ n }}u));
+# endif
 # endfor
 # endmacro
 
@@ -200,10 +207,12 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 
 {#- S = Q K^T, by rows: quad n of this lane is s_n. -#}
 # macro scores()
+    // S = Q K^T{{ ", with softcap" if softcap }}.
 # for c in range(columns)
     var fragment_{{ c }} = {{ fragment("C") }}();
 # for f in range(features.k)
-    fragment_{{ c }} = coopMultiplyAdd(q_{{ f }}, coopLoad<{{ fragment("B") }}>(&k_stage[{{ c * side }}u * K_PITCH + {{ f * side // 4 }}u], K_PITCH), fragment_{{ c }});
+# set k = "coopLoad<" ~ fragment("B") ~ ">(&k_stage[" ~ c * side ~ "u * K_PITCH + " ~ f * side // 4 ~ "u], K_PITCH)"
+    fragment_{{ c }} = coopMultiplyAdd(q_{{ f }}, {{ k }}, fragment_{{ c }});
 # endfor
     coopStoreT(fragment_{{ c }}, &score_rows[{{ c * side // 4 }}u], TILE_ROW);
 # endfor
@@ -276,11 +285,13 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 
 {#- The online softmax. row_max follows only when it has grown by more than SLACK, which is rare. It leaves P as the P tile. -#}
 # macro softmax()
+    // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once.
     loop {
       if (!subgroupAny(any({% for n in range(lane_quads) %}{{ " | " if n }}(s_{{ n }} > vec4<f32>(limit)){% endfor %}))) { break; }
 {{ row_max() }}
 {{ rescale() }}
     }
+    // P = exp(S - m);  row_sum += sum of P.
 # for n in range(lane_quads)
     let p_{{ n }} = {{ exponentiate(n) }};
     {{ row_sum(n) }}
@@ -290,11 +301,13 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 
 {#- O += P V. -#}
 # macro accumulate()
+    // O += P V.
 # for c in range(columns)
     {
       let p = coopLoadT<{{ fragment("A") }}>(&p_tile[{{ c * side // 4 }}u], TILE_ROW);
 # for f in range(features.v)
-      o_{{ f }} = coopMultiplyAdd(p, coopLoadT<{{ fragment("B") }}>(&v_stage[{{ c * side }}u * V_PITCH + {{ f * side // 4 }}u], V_PITCH), o_{{ f }});
+# set v = "coopLoadT<" ~ fragment("B") ~ ">(&v_stage[" ~ c * side ~ "u * V_PITCH + " ~ f * side // 4 ~ "u], V_PITCH)"
+      o_{{ f }} = coopMultiplyAdd(p, {{ v }}, o_{{ f }});
 # endfor
     }
 # endfor
@@ -317,7 +330,9 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 # endfor
   // The maximum as a score, for `combine` takes powers of e. It is LOWEST where nothing has been seen.
   let score = select(row_max{{ " * abs(params.scale)" if not softcap }}, LOWEST, row_sum == 0.0);
-  if (writes && part == 0u) { partials[index * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] = vec4<f32>(score, row_sum, {{ "largest" if has_row_max else "0.0" }}, 0.0); }
+  if (writes && part == 0u) {
+    partials[index * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] = vec4<f32>(score, row_sum, {{ "largest" if has_row_max else "0.0" }}, 0.0);
+  }
 # endmacro
 
 @compute @workgroup_size({{ lanes }})
