@@ -25,7 +25,7 @@ fn lo4(x: vec4<f32>) -> vec4<u32> {
 }
 
 // The number before narrow4, from the rounded number and the rounding error. Twin of Element::whole.
-fn with_lo4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
-  return bitcast<vec4<f32>>(bitcast<vec4<u32>>(x) + bitcast<vec4<u32>>(rest));
+fn with_lo4(x: vec4<f32>, lo: vec4<i32>) -> vec4<f32> {
+  return bitcast<vec4<f32>>(bitcast<vec4<u32>>(x) + bitcast<vec4<u32>>(lo));
 }
 # endif

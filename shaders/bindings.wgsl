@@ -1,7 +1,8 @@
-{#- What follows the parameters of every kernel: its buffers, and where an operand of a head lies. -#}
-{% for b in bindings %}
+{#- Follows the parameters of every kernel: its buffers, and where an operand of a head lies.
+    Needs: Operand of params.wgsl; `bindings`. Declares: `params` and the other buffers, LOG2_E, LOWEST, operand_base. -#}
+# for b in bindings
 @group(0) @binding({{ b.slot }}) var<{{ b.space }}> {{ b.name }}: {{ b.type }};
-{% endfor %}
+# endfor
 
 const LOG2_E: f32 = 1.4426950408889634;
 // Below every finite score; stands for "hidden", and for the maximum of a row that has seen nothing.

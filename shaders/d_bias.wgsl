@@ -32,8 +32,9 @@
     for (var head = own_head; head < {{ "own_head + 1u" if axes.heads else "params.heads" }}; head += 1u) {
       let kv_head = head / (params.heads / params.kv_heads);
 # for operand in loads
-# set of_keys = operand.name in ["k", "v"]
-      let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, batch, {{ "kv_head" if of_keys else "head" }}) + seq.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq;
+# set head, start = ("kv_head", "k_start") if operand.name in ["k", "v"] else ("head", "q_start")
+# set place = "params." ~ operand.name
+      let {{ operand.name }}_base = operand_base({{ place }}, batch, {{ head }}) + seq.{{ start }} * {{ place }}.seq;
 # endfor
       let stats_base = operand_base(params.row_stats, batch, head) + seq.q_start;
       begin_pairs(number, batch, head);

@@ -45,11 +45,11 @@ fn lo4(x: vec4<f32>) -> vec4<u32> {
 }
 
 // The number before narrow4, from the rounded number and the rounding error. Twin of Element::whole.
-fn with_lo4(x: vec4<f32>, rest: vec4<i32>) -> vec4<f32> {
+fn with_lo4(x: vec4<f32>, lo: vec4<i32>) -> vec4<f32> {
   let bits = bitcast<vec4<u32>>(x);
-  let subnormal = abs(fma(vec4<f32>(rest), vec4<f32>(1.8189894e-12), abs(x)));
+  let subnormal = abs(fma(vec4<f32>(lo), vec4<f32>(1.8189894e-12), abs(x)));
   let signed = bitcast<vec4<u32>>(subnormal) | (bits & vec4<u32>(0x80000000u));
-  let normal = bits + bitcast<vec4<u32>>(rest);
+  let normal = bits + bitcast<vec4<u32>>(lo);
   return bitcast<vec4<f32>>(select(normal, signed, (bits & vec4<u32>(0x7fffffffu)) < vec4<u32>(0x38800000u)));
 }
 # endif

@@ -18,6 +18,13 @@ const ROWS: u32 = {{ delta_rows }}u;
 # endif
 var<workgroup> partials: array<f32, {{ threads }}>;
 
+# if "row_stats" in names
+# set terms_of_rows = "row_stats"
+# elif "alibi_moments" in names
+# set terms_of_rows = "alibi_moments"
+# else
+# set terms_of_rows = "sink_partials"
+# endif
 # call main()
   let head = decode_work(index).head;
   let terms = {{ "(params.seq_q + ROWS - 1u) / ROWS" if "sink_partials" in names else "params.seq_q" }};
@@ -28,7 +35,7 @@ var<workgroup> partials: array<f32, {{ threads }}>;
   // Kahan's compensation: the rounding error of the last addition.
   var lost = 0.0;
   for (var n = thread; n < params.batch * terms; n += THREADS) {
-    let place = operand_base(params.{{ "row_stats" if "row_stats" in names else ("alibi_moments" if "alibi_moments" in names else "sink_partials") }}, n / terms, head) + n % terms;
+    let place = operand_base(params.{{ terms_of_rows }}, n / terms, head) + n % terms;
 # if "row_stats" in names
     let row = row_stats[place];
     // Equal terms give exp(0), even where both are infinite.

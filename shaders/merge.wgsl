@@ -75,8 +75,8 @@ fn exp_below(x: f32, top: f32) -> f32 {
   let states_step = params.batch * params.states.batch;
   let o_base = operand_base(params.o, batch, head) + row * params.o.seq;
 # if o_lo
-  let rest_base = operand_base(params.states_lo, batch, head) + row * params.states_lo.seq;
-  let rest_step = params.batch * params.states_lo.batch;
+  let states_lo_base = operand_base(params.states_lo, batch, head) + row * params.states_lo.seq;
+  let states_lo_step = params.batch * params.states_lo.batch;
   let o_lo_base = operand_base(params.o_lo, batch, head) + row * params.o_lo.seq;
 # endif
   for (var quad = lane; quad < {{ operand_quads.o }}u; quad += LANES) {
@@ -87,8 +87,8 @@ fn exp_below(x: f32, top: f32) -> f32 {
       // The division comes first: shares add up to 1, and nothing overflows. The share of a state with an infinite lse is not known.
       let share = select(exp_below(state_lse, top) / total, not_a_number(), state_lse == -params.negative_infinity);
 # if o_lo
-      let rest = load_states_lo(rest_base + n * rest_step, quad);
-      let x = with_lo4(load_states(states_base + n * states_step, quad), rest);
+      let lo = load_states_lo(states_lo_base + n * states_lo_step, quad);
+      let x = with_lo4(load_states(states_base + n * states_step, quad), lo);
 # else
       let x = load_states(states_base + n * states_step, quad);
 # endif

@@ -19,7 +19,9 @@
 
 // The columns of a row, four from `column` on, that the band, the mask and the bias all leave visible.
 fn pair_visible4(seq: Sequence, row: u32, column: u32) -> vec4<bool> {
-  return visible4(seq, row, column){% if mask %} & mask4(seq, row, column){% endif %}{% if bias %} & (bitcast<vec4<u32>>(bias4(seq, row, column)) != vec4<u32>(0xff800000u)){% endif %};
+# set by_mask = " & mask4(seq, row, column)" if mask else ""
+# set by_bias = " & (bitcast<vec4<u32>>(bias4(seq, row, column)) != vec4<u32>(0xff800000u))" if bias else ""
+  return visible4(seq, row, column){{ by_mask }}{{ by_bias }};
 }
 # endif
 # if bias and not cooperative and not softmax

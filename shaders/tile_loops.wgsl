@@ -49,9 +49,15 @@
 # endif
 # endmacro
 
+{#- The tile that follows a tile in a loop. -#}
+{%- macro tile_after(walk) -%}
+{{ "next_visible" if cooperative and mask else ("next_of_walk" if walk else following) }}
+{%- endmacro -%}
+
 {#- Over the tiles of keys that a tile of queries sees; `walk` is the first loop of a kernel that finds units. -#}
 # macro key_loop(walk=false)
-  for (var tile = {{ "first_tile" if mask else ("walk_tile" if walk else "tiles.first") }}; tile < tiles.end; tile = {{ "next_visible" if cooperative and mask else ("next_of_walk" if walk else following) }}) {
+# set first = "first_tile" if mask else ("walk_tile" if walk else "tiles.first")
+  for (var tile = {{ first }}; tile < tiles.end; tile = {{ tile_after(walk) }}) {
 {{ begin_tile("first_column(tiles, tile)", "seq, full, column0", "row0, row_end, column0, column0 + TILE_COLUMNS") }}
 {{ caller() }}
   }
@@ -59,7 +65,8 @@
 
 {#- Over the tiles of queries of one head that see a tile of keys. -#}
 # macro query_loop(walk=false)
-    for (var tile = {{ ("first_tile" if mask else "walk_tile") if walk else "first_tile" }}; tile < tiles.end; tile = {{ "next_visible" if cooperative and mask else ("next_of_walk" if walk else following) }}) {
+# set first = "walk_tile" if walk and not mask else "first_tile"
+    for (var tile = {{ first }}; tile < tiles.end; tile = {{ tile_after(walk) }}) {
 {{ begin_tile("tile * TILE_COLUMNS", "full, column0", "column0, column0 + TILE_COLUMNS, row0, row_end") }}
 {{ caller() }}
     }

@@ -38,8 +38,9 @@ fn has_fallback(index: u32) -> bool {
   if (workgroupUniformLoad(&{{ flags }}[0]).x == 0.0) { return; }
 # endif
 # for operand in (loads + stores) if not (rows_are_keys and operand.name in ["q", "d_o"])
-# set of_keys = operand.name in ["k", "v", "d_k", "d_v"]
-  let {{ operand.name }}_base = operand_base(params.{{ operand.name }}, work.batch, work.{{ "kv_head" if of_keys else "head" }}) + seq.{{ "k_start" if of_keys else "q_start" }} * params.{{ operand.name }}.seq;
+# set head, start = ("kv_head", "k_start") if operand.name in ["k", "v", "d_k", "d_v"] else ("head", "q_start")
+# set place = "params." ~ operand.name
+  let {{ operand.name }}_base = operand_base({{ place }}, work.batch, work.{{ head }}) + seq.{{ start }} * {{ place }}.seq;
 # endfor
 # if rows_are_keys
   let tiles = query_tiles(seq, row0, used_end);

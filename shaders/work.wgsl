@@ -1,4 +1,5 @@
-{#- Where the work of a workgroup lies, by its index: the digits and their order are the host's, see `Work` in src/kernel/spec.rs. -#}
+{#- Where the work of a workgroup lies, by its index: the digits and their order are the host's, see `Work` in src/kernel/spec.rs.
+    Needs: bindings.wgsl; `order`. Declares: WorkIndex, decode_work. -#}
 
 // `head` is a key head where a group of query heads is kept together; `cell` tells the workgroups of one head and tile apart.
 struct WorkIndex { batch: u32, head: u32, tile: u32, cell: u32 }
@@ -6,11 +7,11 @@ struct WorkIndex { batch: u32, head: u32, tile: u32, cell: u32 }
 fn decode_work(index: u32) -> WorkIndex {
   var at = WorkIndex(params.slice_batch, params.slice_head, params.slice_tile, 0u);
   var rest = index;
-{% for digit in order %}
+# for digit in order
   at.{{ digit.name }} = {{ digit.first }}{{ "rest" if loop.last else "rest % " ~ digit.count }};
-{% if not loop.last %}
+# if not loop.last
   rest /= {{ digit.count }};
-{% endif %}
-{% endfor %}
+# endif
+# endfor
   return at;
 }

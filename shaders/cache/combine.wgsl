@@ -1,91 +1,120 @@
-{#- The splits of a row put together, in their order, and the sink logit with them. One workgroup a row. -#}
-{% include "params.wgsl" %}
-{% include "operands.wgsl" %}
-{% include "exp.wgsl" %}
-{% include "softmax.wgsl" %}
-{% include "cache/range.wgsl" %}
+{#- Combines the splits of a row, in their order, and the sink logit. One workgroup computes a row:
+
+      m = max over splits of row_max_n                   combined_max
+      row_sum = 0;  O = 0
+      for each split:
+        row_sum += exp(row_max_n - m) row_sum_n          add_split
+        O += exp(row_max_n - m) O_n
+      add up the slots                                   add_slots
+      row_sum += exp(sink - m)                           finish_row of softmax.wgsl
+      o = O / row_sum;  lse = m + log(row_sum)           finish
+
+    LANES threads, a slot, share a split, each with four numbers of it. The slots take splits in turn. `decode` leaves O_n and behind it
+    (row_max_n, row_sum_n, largest score). -#}
+# include "params.wgsl"
+# include "operands.wgsl"
+# include "exp.wgsl"
+# include "softmax.wgsl"
+# include "cache/range.wgsl"
+# from "entry.wgsl" import main
 
 const THREADS: u32 = {{ threads }}u;
-// Threads that share a split, each with four numbers of it; and splits at a time.
 const LANES: u32 = {{ lanes }}u;
 const SLOTS: u32 = {{ threads // lanes }}u;
 const QUADS: u32 = {{ operand_quads.o }}u;
-var<workgroup> maxima: array<f32, {{ threads }}>;
-var<workgroup> sums: array<f32, {{ threads // lanes }}>;
-{% if has_row_max %}
-var<workgroup> largest_scores: array<f32, {{ threads // lanes }}>;
-{% endif %}
-var<workgroup> parts: array<vec4<f32>, {{ threads }}>;
+var<workgroup> thread_max: array<f32, {{ threads }}>;
+var<workgroup> slot_sum: array<f32, {{ threads // lanes }}>;
+# if has_row_max
+var<workgroup> slot_largest: array<f32, {{ threads // lanes }}>;
+# endif
+var<workgroup> thread_o: array<vec4<f32>, {{ threads }}>;
 
-@compute @workgroup_size({{ threads }})
-fn main(
-  @builtin(workgroup_id) workgroup: vec3<u32>,
-  @builtin(num_workgroups) grid: vec3<u32>,
-  @builtin(local_invocation_index) thread: u32,
-) {
-  let index = workgroup.x + workgroup.y * grid.x;
-  if (index >= params.workgroups) { return; }
+{#- m = max over splits of row_max_n. -#}
+# macro combined_max()
+  var m = LOWEST;
+  for (var n = thread; n < range.splits; n += THREADS) { m = max(m, partials[(first + n) * (QUADS + 1u) + QUADS].x); }
+  thread_max[thread] = m;
+  workgroupBarrier();
+  for (var half = THREADS / 2u; half > 0u; half /= 2u) {
+    if (thread < half) { thread_max[thread] = max(thread_max[thread], thread_max[thread + half]); }
+    workgroupBarrier();
+  }
+  m = thread_max[0];
+# endmacro
+
+{#- Begins the loads of the a-th split of several: their loads are under way together. Those beyond the last split load the last one. -#}
+# macro load_split(a)
+    let at_{{ a }} = (first + min(n + {{ a }}u * SLOTS, range.splits - 1u)) * (QUADS + 1u);
+    let state_{{ a }} = partials[at_{{ a }} + QUADS];
+    let o_{{ a }} = partials[at_{{ a }} + min(lane, QUADS - 1u)];
+# endmacro
+
+{#- row_sum += exp(row_max_n - m) row_sum_n, and the same of O. -#}
+# macro add_split(a)
+    if (n + {{ a }}u * SLOTS < range.splits) {
+      let rescale = exp1(state_{{ a }}.x - m);
+      row_sum = fma(rescale, state_{{ a }}.y, row_sum);
+      o_sum = fma(vec4<f32>(rescale), o_{{ a }}, o_sum);
+# if has_row_max
+      largest = max(largest, state_{{ a }}.z);
+# endif
+    }
+# endmacro
+
+{#- The sums of the slots, in their order, in the first slot. -#}
+# macro add_slots()
+  thread_o[thread] = o_sum;
+  if (lane == 0u) { slot_sum[slot] = row_sum; }
+# if has_row_max
+  if (lane == 0u) { slot_largest[slot] = largest; }
+# endif
+  workgroupBarrier();
+  if (slot > 0u) { return; }
+  for (var n = 1u; n < SLOTS; n++) {
+    o_sum += thread_o[n * LANES + lane];
+  }
+  row_sum = 0.0;
+  for (var n = 0u; n < SLOTS; n++) { row_sum += slot_sum[n]; }
+# endmacro
+
+{#- The denominator takes in the sink logit. Then o = O / row_sum and lse are written. -#}
+# macro finish()
+  let end = finish_row(m, row_sum, head);
+  if (lane == 0u) { lse[params.lse_offset + index] = end.lse; }
+# if has_row_max
+  for (var n = 0u; n < SLOTS; n++) { largest = max(largest, slot_largest[n]); }
+  if (lane == 0u) { row_max[params.row_max.offset + index] = largest_score(largest, row_sum); }
+# endif
+  // A row that has seen nothing is zero, whatever its keys were.
+  if (lane < QUADS) {
+    store_o(operand_base(params.o, entry, head) + query * params.o.seq, lane, select(o_sum * end.factor, vec4<f32>(), row_sum == 0.0));
+  }
+# endmacro
+
+# call main()
   let at = decode_work(index);
   let query = at.tile;
   let head = at.head;
   let entry = at.batch;
   let range = key_range({{ "entries[entry]" if indexed else "entry" }});
   let first = index * params.most_splits;
-  var most = LOWEST;
-  for (var n = thread; n < range.splits; n += THREADS) { most = max(most, partials[(first + n) * (QUADS + 1u) + QUADS].x); }
-  maxima[thread] = most;
-  workgroupBarrier();
-  for (var half = THREADS / 2u; half > 0u; half /= 2u) {
-    if (thread < half) { maxima[thread] = max(maxima[thread], maxima[thread + half]); }
-    workgroupBarrier();
-  }
-  most = maxima[0];
+{{ combined_max() }}
   let slot = thread / LANES;
   let lane = thread % LANES;
-  var sum = 0.0;
-  var x = vec4<f32>();
-{% if has_row_max %}
-  // The maxima of splits may be stale.
+  var row_sum = 0.0;
+  var o_sum = vec4<f32>();
+# if has_row_max
+  // row_max_n may lag behind the largest score of its split.
   var largest = LOWEST;
-{% endif %}
-  // Loads of several splits at a time are under way; those beyond the last one count nothing.
+# endif
   for (var n = slot; n < range.splits; n += {{ ahead }}u * SLOTS) {
-{% for a in range(ahead) %}
-    let at_{{ a }} = (first + min(n + {{ a }}u * SLOTS, range.splits - 1u)) * (QUADS + 1u);
-    let state_{{ a }} = partials[at_{{ a }} + QUADS];
-    let part_{{ a }} = partials[at_{{ a }} + min(lane, QUADS - 1u)];
-{% endfor %}
-{% for a in range(ahead) %}
-    if (n + {{ a }}u * SLOTS < range.splits) {
-      let factor = exp1(state_{{ a }}.x - most);
-      sum = fma(factor, state_{{ a }}.y, sum);
-      x = fma(vec4<f32>(factor), part_{{ a }}, x);
-{% if has_row_max %}
-      largest = max(largest, state_{{ a }}.z);
-{% endif %}
-    }
-{% endfor %}
+# for a in range(ahead)
+{{ load_split(a) }}
+# endfor
+# for a in range(ahead)
+{{ add_split(a) }}
+# endfor
   }
-  parts[thread] = x;
-  if (lane == 0u) { sums[slot] = sum; }
-{% if has_row_max %}
-  if (lane == 0u) { largest_scores[slot] = largest; }
-{% endif %}
-  workgroupBarrier();
-  if (slot > 0u) { return; }
-  for (var n = 1u; n < SLOTS; n++) {
-    x += parts[n * LANES + lane];
-  }
-  sum = 0.0;
-  for (var n = 0u; n < SLOTS; n++) { sum += sums[n]; }
-  let end = finish_row(most, sum, head);
-  if (lane == 0u) { lse[params.lse_offset + index] = end.lse; }
-{% if has_row_max %}
-  for (var n = 0u; n < SLOTS; n++) { largest = max(largest, largest_scores[n]); }
-  if (lane == 0u) { row_max[params.row_max.offset + index] = largest_score(largest, sum); }
-{% endif %}
-  // A row that has seen nothing is zero, whatever its keys were.
-  if (lane < QUADS) {
-    store_o(operand_base(params.o, entry, head) + query * params.o.seq, lane, select(x * end.factor, vec4<f32>(), sum == 0.0));
-  }
-}
+{{ add_slots() }}
+{{ finish() }}
+# endcall

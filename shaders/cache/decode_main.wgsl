@@ -1,6 +1,6 @@
-{#- A few queries against many cached keys. -#}
-{% if decode_cooperative %}
-{% include "cache/decode_cooperative.wgsl" %}
-{% else %}
-{% include "cache/decode.wgsl" %}
-{% endif %}
+{#- Chooses the micro-kernel that decodes. Each is an entry shader of its own. -#}
+# if decode_cooperative
+# include "cache/decode_cooperative.wgsl"
+# else
+# include "cache/decode.wgsl"
+# endif

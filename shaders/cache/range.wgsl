@@ -1,5 +1,6 @@
-// Which keys of a sequence its queries see together, in tiles of keys, and how these are split among workgroups. Keys are told by
-// their place: in the order of time, but for what a rolling cache has given up.
+{#- The keys of a sequence that its queries see together, in tiles of keys, and the splits of these tiles among workgroups. A key's place is
+    its number in the order of time, counted without the keys that a rolling cache has given up.
+    Needs: params.wgsl; the lengths in `state`; `tile`, `rolling`. Declares: TILE, KeyRange, key_range, visible, tile_start. -#}
 const TILE: u32 = {{ tile }}u;
 
 // Places of keys, tiles of sink tokens before the window, first tile of the window, tiles in all, tiles of a split and splits.
@@ -7,11 +8,11 @@ struct KeyRange { keys: u32, sink_tiles: u32, first: u32, tiles: u32, split_tile
 
 // Twin of `splits` in src/plan/splits.rs.
 fn key_range(sequence: u32) -> KeyRange {
-{% if rolling %}
+# if rolling
   let keys = min(state[params.current + sequence], params.kept_rows + params.ring_rows);
-{% else %}
+# else
   let keys = state[params.current + sequence];
-{% endif %}
+# endif
   // The first key of the window of the first query.
   let start = u32(clamp(i32(keys) - i32(params.queries) - params.left, 0, i32(keys)));
   let sink_tiles = (min(params.sink_tokens, start) + TILE - 1u) / TILE;
@@ -27,10 +28,11 @@ fn key_range(sequence: u32) -> KeyRange {
 
 // Whether a query at a position among the places sees a key.
 fn visible(position: i32, place: u32, keys: u32) -> bool {
-  let j = i32(place);
-  return place < keys && j <= position + params.right && (j >= position - params.left || place < params.sink_tokens);
+  let key = i32(place);
+  return place < keys && key <= position + params.right && (key >= position - params.left || place < params.sink_tokens);
 }
 
+// The place of the first key of a tile.
 fn tile_start(range: KeyRange, tile: u32) -> u32 {
   return select(tile - range.sink_tiles + range.first, tile, tile < range.sink_tiles) * TILE;
 }

@@ -123,7 +123,12 @@
       let item = thread + {{ n * threads }}u;
       let at = stage * {{ stats_per_column * tile_columns // 4 }}u + item / 4u;
 # if rows_are_keys
-      column_stats[at][item % 4u] = {% if bias %}select(15.0 - {{ shift("lse_delta_" ~ n ~ ".x") }}, -params.negative_infinity, lse_delta_{{ n }}.x <= ABSORBING){% else %}15.0 - {{ shift("lse_delta_" ~ n ~ ".x") }}{% endif %};
+# set lse = "lse_delta_" ~ n ~ ".x"
+# if bias
+      column_stats[at][item % 4u] = select(15.0 - {{ shift(lse) }}, -params.negative_infinity, {{ lse }} <= ABSORBING);
+# else
+      column_stats[at][item % 4u] = 15.0 - {{ shift(lse) }};
+# endif
       column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = -lse_delta_{{ n }}.y;
 # endif
 # if column_scales

@@ -63,7 +63,11 @@
 # endfor
 {{ score.make_scores("x", "derivative") }}
 # for r, n in pairs(row_fragments, lane_quads)
-    var p_{{ r }}_{{ n }} = exp2({% if formed %}x_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 0) }}{% else %}fma(x_{{ r }}_{{ n }}, vec4<f32>({{ matrix.score_scale(r) }}), {{ matrix.column_stat(n, 0) }}){% endif %});
+# if formed
+    var p_{{ r }}_{{ n }} = exp2(x_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 0) }});
+# else
+    var p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>({{ matrix.score_scale(r) }}), {{ matrix.column_stat(n, 0) }}));
+# endif
 # endfor
 # if bias
     // A key that the bias hides keeps probability 0, although the lse of a reported query makes its score NaN.

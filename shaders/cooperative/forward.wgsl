@@ -57,7 +57,7 @@ const SLACK: f32 = 8.0;
     // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
     // compiler moves the registers of fragments.
     loop {
-      if (!subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}{% endfor %}))) { break; }
+      if (!subgroupAny(any({% for r, n in pairs(row_fragments, lane_quads) %}{{ " | " if not loop.first }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}))) { break; }
 # for r in range(row_fragments)
 {{ row_max(r) }}
 {{ rescale(r) }}
@@ -175,6 +175,13 @@ const SLACK: f32 = 8.0;
 
 {#- The denominator of each row takes in the sink logit. Then o = O / row_sum and lse are written. -#}
 # macro finish()
+# if formed
+# set score_scale, scale_of_largest = "LOG2_E", " / LOG2_E"
+# elif softcap
+# set score_scale, scale_of_largest = "LOG2_E + params.softcap", " * scale / LOG2_E + params.softcap"
+# else
+# set score_scale, scale_of_largest = "scale", ""
+# endif
 # for r in range(row_fragments)
 {{ matrix.reduce_row("row_sum_" ~ r, "sum") }}
 # if bias
@@ -187,14 +194,14 @@ const SLACK: f32 = 8.0;
   row_max_{{ r }} += f32(power_{{ r }});
   row_sum_{{ r }} *= lift_{{ r }};
 # endif
-  let end_{{ r }} = finish_row(row_max_{{ r }} / {% if formed %}LOG2_E{% elif softcap %}LOG2_E + params.softcap{% else %}scale{% endif %}, row_sum_{{ r }}, work.head);
+  let end_{{ r }} = finish_row(row_max_{{ r }} / {{ score_scale }}, row_sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor{{ " * lift_" ~ r if column_scales }};
   if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < seq.seq_q); }
 # if has_row_max
 {{ matrix.reduce_row("largest_" ~ r, "max") }}
   if (row_{{ r }} < row_limit && part == 0u) {
     let at = operand_base(params.row_max, work.batch, work.head) + seq.q_start + row_{{ r }};
-    let largest = largest_score(largest_{{ r }}{% if formed %} / LOG2_E{% elif softcap %} * scale / LOG2_E + params.softcap{% endif %}, row_sum_{{ r }});
+    let largest = largest_score(largest_{{ r }}{{ scale_of_largest }}, row_sum_{{ r }});
     row_max[at] = select(params.negative_infinity, largest, row_{{ r }} < seq.seq_q);
   }
 # endif

@@ -160,6 +160,12 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- The first column of a lane's n-th quad. -#}
 {%- macro quad_column(n) %}column0 + 4u * ({{ n * lanes // side }}u + part){% endmacro -%}
 
+{#- Where fragment f of the c-th columns of an operand is staged, and its pitch. -#}
+{%- macro staged_at(b, stage, c, f) -%}
+{%- set row = (b | upper) ~ "_ROW" -%}
+  &{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ row }} + {{ f * side // 4 }}u], {{ row }}
+{%- endmacro -%}
+
 {#- s[row, column] = a[row] . b[column]. -#}
 # macro product(s, a, b, stage)
 # for c in range(column_fragments)
@@ -168,7 +174,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # for f in range(fragments[a])
     {
-      let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
+      let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, c, f) }});
 # for r in range(row_fragments)
       {{ s }}_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column, {{ s }}_{{ r }}_{{ c }});
 # endfor
@@ -204,8 +210,10 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- Combines a number of each lane of a row, by "max" or "sum". -#}
 # macro reduce_row(x, op)
 # for n in [1, 2]
-# if n < lanes // side
-  {{ x }} = {{ "max(%s, subgroupShuffleXor(%s, %su))" | format(x, x, n) if op == "max" else "%s + subgroupShuffleXor(%s, %su)" | format(x, x, n) }};
+# if n < lanes // side and op == "max"
+  {{ x }} = max({{ x }}, subgroupShuffleXor({{ x }}, {{ n }}u));
+# elif n < lanes // side
+  {{ x }} = {{ x }} + subgroupShuffleXor({{ x }}, {{ n }}u);
 # endif
 # endfor
 # endmacro
@@ -219,7 +227,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # for f in range(fragments[b])
       {
-        let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>(&{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ b | upper }}_ROW + {{ f * side // 4 }}u], {{ b | upper }}_ROW);
+        let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, c, f) }});
 # for r in range(row_fragments)
         {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd(left_{{ r }}, column, {{ x }}_{{ r }}_{{ f }});
 # endfor

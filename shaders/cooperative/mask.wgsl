@@ -42,7 +42,7 @@
       visible_{{ r }} >>= 4u * part;
 # endif
 # for n in range(lane_quads)
-      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {% if mask_words %}(vec4<u32>(visible_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>(){% else %}{{ visible(r, n) }}{% if mask %} & mask4(seq, row_{{ r }}, {{ quad_column(n) }}){% endif %}{% endif %});
+      {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {{ visible_quad(r, n) }});
 # if also
       {{ also }}_{{ r }}_{{ n }} = select(vec4<f32>(), {{ also }}_{{ r }}_{{ n }}, {{ x }}_{{ r }}_{{ n }} != vec4<f32>());
 # endif
@@ -50,6 +50,17 @@
 # endfor
     }
 # endmacro
+
+{#- The columns of a lane's n-th quad that the band and the mask leave visible. -#}
+{%- macro visible_quad(r, n) -%}
+{%- if mask_words -%}
+  (vec4<u32>(visible_{{ r }}) & {{ quad_bits(n) }}) != vec4<u32>()
+{%- elif mask -%}
+  {{ visible(r, n) }} & mask4(seq, row_{{ r }}, {{ quad_column(n) }})
+{%- else -%}
+  {{ visible(r, n) }}
+{%- endif -%}
+{%- endmacro -%}
 
 {#- The bits of a lane's n-th quad. The caller has shifted them by the lane's place in its row. -#}
 {%- macro quad_bits(n) %}vec4<u32>({% for e in [1, 2, 4, 8] %}{{ ", " if e > 1 }}{{ e * 2 ** (4 * n * lanes // side) }}u{% endfor %}){% endmacro -%}

@@ -57,7 +57,7 @@
     unit follow. -#}
 # macro keep_in_unit(w, x, operand, also=[])
 # if sanitize
-    var grows_{{ x }} = subgroupAny(any({% for r in range(row_fragments) %}{% for n in range(lane_quads) %}{{ " | " if r + n > 0 }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(UNIT_LIMIT)){% endfor %}{% endfor %}));
+    var grows_{{ x }} = subgroupAny(any({% for r, n in pairs(row_fragments, lane_quads) %}{{ " | " if not loop.first }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(UNIT_LIMIT)){% endfor %}));
     loop {
       if (!grows_{{ x }}) { break; }
       grows_{{ x }} = false;

@@ -7,7 +7,7 @@ use crate::kernel::binding::Binding::{
 };
 use crate::kernel::cache::{Access, CacheOptions, named};
 use crate::kernel::spec::{Body, Cached, KernelSpec, Work, adjusts_nothing, always, binds_all};
-use crate::kernel::tile::decode::{DecodeTiles, cooperative_bytes, exchange, lane_vectors, strip_row};
+use crate::kernel::tile::decode::{DecodeTiles, cooperative_bytes, exchange, lane_vectors, tile_row};
 use crate::problem::SinkLogits;
 
 /// Threads of a workgroup of the combine kernel.
@@ -34,8 +34,8 @@ pub(crate) const DECODE: KernelSpec = KernelSpec {
         workgroup_bytes: |options| match options.tiles {
             Some(DecodeTiles::Portable { threads, lanes, rows, exchanged, .. }) => {
                 let [_, _, len, _] = exchange(threads, lanes, rows, exchanged, value_quads(options, lanes));
-                let weights = [0, 8, 16, 0, 16 + 4][exchanged as usize];
-                16 * len + threads / lanes * rows * (weights + 8)
+                let p_tile = [0, 8, 16, 0, 16 + 4][exchanged as usize];
+                16 * len + threads / lanes * rows * (p_tile + 8)
             }
             Some(DecodeTiles::Cooperative { .. }) => {
                 let side = options.matrices.map_or(16, |matrices| matrices.side);
@@ -92,7 +92,7 @@ fn decode_context(options: &CacheOptions) -> Value {
                 rows, columns, ahead, softcap, side, lanes,
                 in_step => matrices.in_step,
                 relative => false,
-                strip_row => strip_row(tile),
+                tile_row => tile_row(tile),
                 pitches => named(widths.map(|width| width / 4 + 2)),
                 data_vectors => named(vectors),
                 tile_vectors => named(vectors.map(|n| n * tile / lanes)),

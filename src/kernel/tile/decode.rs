@@ -148,13 +148,13 @@ pub(crate) fn exchange(threads: u32, lanes: u32, rows: u32, exchanged: u32, valu
 }
 
 /// Bytes of workgroup memory of the cooperative kernel: keys and values staged, rows padded by two vectors of four halves so that
-/// neighbours start in different banks, and a strip of scores and one of weights.
+/// neighbours start in different banks, and a tile of scores and the P tile.
 pub(crate) fn cooperative_bytes(widths: [u32; 2], tile: u32, side: u32) -> u32 {
     let staged: u32 = widths.map(|width| 8 * (width / 4 + 2)).iter().sum();
-    tile * staged + side * strip_row(tile) * (16 + 8)
+    tile * staged + side * tile_row(tile) * (16 + 8)
 }
 
-/// Vectors of four from row to row of a strip of scores or weights.
-pub(crate) fn strip_row(tile: u32) -> u32 {
+/// Vectors of four from row to row of the score tile and of the P tile.
+pub(crate) fn tile_row(tile: u32) -> u32 {
     tile.max(16) / 4 + 2
 }
