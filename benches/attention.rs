@@ -229,7 +229,7 @@ fn measure_on_the_host(
             let saved = attention.forward(problem, &operands.inputs()).expect("operands that fit the problem");
             (operands, saved)
         });
-        let upstream = Upstream { d_o: &saved.o, d_lse: None };
+        let upstream = Upstream::new(&saved.o);
         b.iter(|| match direction {
             Direction::Forward => {
                 attention.forward(problem, &operands.inputs()).expect("operands that fit the problem");

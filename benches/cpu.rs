@@ -44,7 +44,7 @@ fn forward_and_backward(c: &mut Criterion) {
         });
         let saved = cpu::forward(&problem, &inputs).expect("operands of the right lengths");
         let d_o = operand(problem.o_shape());
-        let upstream = Upstream { d_o: &d_o, d_lse: None };
+        let upstream = Upstream::new(&d_o);
         group.throughput(Throughput::ElementsAndBytes {
             elements: problem.backward_flops() as u64,
             bytes: 4 * (2 * (q.len() + k.len() + v.len()) + saved.o.len() + d_o.len()) as u64,

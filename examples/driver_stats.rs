@@ -79,8 +79,8 @@ fn variants(
     let (batch, seq) = (1, 8192);
     let shape = Shape { batch, heads, kv_heads, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
     let problem = Problem::new(shape, options)?;
-    let preference = Preference { tiles, ..Preference::default() };
-    let optional = OptionalOperands { o_lo: options.dtype != DType::F32, ..OptionalOperands::default() };
+    let preference = Preference::default().tiles(tiles);
+    let optional = OptionalOperands::default().o_lo(options.dtype != DType::F32);
     let plans = [
         Plan::forward_with(&problem, optional, capabilities, &preference)?,
         Plan::backward_with(&problem, optional, capabilities, &preference)?,

@@ -361,6 +361,37 @@
     allow(dead_code, unused_imports, reason = "the operator uses what problems and plans alone do not")
 )]
 
+/// Setters of a builder: `plain` fields take a value, those of `into` what becomes one, `optional` ones a value or an option.
+macro_rules! setters {
+    (
+        impl[$($generics:tt)*] $type:ident[$($arguments:tt)*]
+        $(plain { $($plain:ident: $plain_type:ty,)* })?
+        $(into { $($into:ident: $into_type:ty,)* })?
+        $(optional { $($optional:ident: $optional_type:ty,)* })?
+    ) => {
+        impl<$($generics)*> $type<$($arguments)*> {
+            $($(
+                #[doc = concat!("Sets [`", stringify!($type), "::", stringify!($plain), "`](field@Self::", stringify!($plain), ").")]
+                pub fn $plain(self, $plain: $plain_type) -> Self {
+                    Self { $plain, ..self }
+                }
+            )*)?
+            $($(
+                #[doc = concat!("Sets [`", stringify!($type), "::", stringify!($into), "`](field@Self::", stringify!($into), ").")]
+                pub fn $into(self, $into: impl Into<$into_type>) -> Self {
+                    Self { $into: $into.into(), ..self }
+                }
+            )*)?
+            $($(
+                #[doc = concat!("Sets [`", stringify!($type), "::", stringify!($optional), "`](field@Self::", stringify!($optional), ").")]
+                pub fn $optional(self, $optional: impl Into<Option<$optional_type>>) -> Self {
+                    Self { $optional: $optional.into(), ..self }
+                }
+            )*)?
+        }
+    };
+}
+
 // Each imports only from those above it; docs/architecture.md.
 #[cfg(feature = "gpu")]
 mod attention;

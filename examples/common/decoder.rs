@@ -159,12 +159,9 @@ impl OnGpu {
             let [q, k, v] = [0, 1, 2].map(|n| row(&inputs[n], rows[n], token));
             let (o, lse) = (row(&o, result_rows[0], token), row(&lse, result_rows[1], token));
             let table = Some(cos_sin.wgpu());
-            let append = AppendBuffers { q: Some((q, heads)), cos_sin: table, ..AppendBuffers::new(k, v) };
-            let step = DecodeBuffers {
-                sink_logits: Some(sinks.view()),
-                cos_sin: table.filter(|_| setup.is_relative()),
-                ..DecodeBuffers::new(q, o, lse)
-            };
+            let append = AppendBuffers::new(k, v).q((q, heads)).cos_sin(table);
+            let step =
+                DecodeBuffers::new(q, o, lse).sink_logits(sinks.view()).cos_sin(table.filter(|_| setup.is_relative()));
             Ok((cache.prepare_append(&[1], &append)?, cache.prepare_decode(&decode, &step)?))
         });
         let tokens = tokens.collect::<Result<Vec<_>, _>>()?;
@@ -184,7 +181,7 @@ impl OnGpu {
     fn append(&mut self, tokens: usize, k: &[f32], v: &[f32]) -> Result<(), Box<dyn Error>> {
         let device = &self.device;
         let (k, v) = (device.upload("k", k)?, device.upload("v", v)?);
-        let buffers = AppendBuffers { cos_sin: Some(self.cos_sin.wgpu()), ..AppendBuffers::new(&k, &v) };
+        let buffers = AppendBuffers::new(&k, &v).cos_sin(self.cos_sin.wgpu());
         let prepared = self.cache.prepare_append(&[tokens], &buffers)?;
         let mut step = self.attention.step()?.label("prompt");
         prepared.encode(&mut self.cache, &mut step)?;

@@ -68,7 +68,7 @@ impl Loss {
 
     /// Its gradient.
     pub fn upstream(&self) -> Upstream<'_> {
-        Upstream { d_o: &self.d_o, d_lse: self.d_lse.as_deref() }
+        Upstream::new(&self.d_o).d_lse(self.d_lse.as_deref())
     }
 }
 

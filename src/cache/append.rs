@@ -21,6 +21,7 @@ use super::bind::{Bound, Given, check_result, params};
 /// New tokens in buffers of the caller's, of the cache's element type. The tokens of all sequences lie one after the other,
 /// `[tokens, heads, width]`, sequence by sequence; views may have any strides of head and token (those of batch do not count).
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct AppendBuffers<'a> {
     /// Keys, `[tokens, G, D]`.
     pub k: TensorView<'a>,
@@ -44,6 +45,18 @@ impl<'a> AppendBuffers<'a> {
     /// The operands of every append; those of a rotary embedding are `None`.
     pub fn new(k: impl Into<TensorView<'a>>, v: impl Into<TensorView<'a>>) -> Self {
         AppendBuffers { k: k.into(), v: v.into(), q: None, cos_sin: None }
+    }
+}
+
+setters! {
+    impl['a] AppendBuffers['a]
+    into {
+        k: TensorView<'a>,
+        v: TensorView<'a>,
+    }
+    optional {
+        q: (TensorView<'a>, usize),
+        cos_sin: &'a wgpu::Buffer,
     }
 }
 

@@ -11,6 +11,7 @@ use crate::problem::error::{Error, Result};
 /// The operands of the backward pass of a prefill in buffers of the caller's; tokens lie as in
 /// [`PrefillBuffers`](crate::cache::PrefillBuffers).
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct BackwardBuffers<'a> {
     /// Queries as the forward pass had them, rotated where there is a rotary embedding, `[tokens, H, D]`.
     pub q: TensorView<'a>,
@@ -100,6 +101,30 @@ impl<'a> BackwardBuffers<'a> {
             given("d_alibi_slopes", self.d_alibi_slopes),
             given("d_bias", self.d_bias),
         ]
+    }
+}
+
+setters! {
+    impl['a] BackwardBuffers['a]
+    into {
+        q: TensorView<'a>,
+        o: TensorView<'a>,
+        lse: TensorView<'a>,
+        d_o: TensorView<'a>,
+        d_q: TensorView<'a>,
+        d_keys: &'a wgpu::Buffer,
+        d_values: &'a wgpu::Buffer,
+    }
+    optional {
+        o_lo: TensorView<'a>,
+        sink_logits: TensorView<'a>,
+        alibi_slopes: TensorView<'a>,
+        bias: TensorView<'a>,
+        mask: TensorView<'a>,
+        d_lse: TensorView<'a>,
+        d_sink_logits: TensorView<'a>,
+        d_alibi_slopes: TensorView<'a>,
+        d_bias: TensorView<'a>,
     }
 }
 

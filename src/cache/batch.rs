@@ -15,6 +15,7 @@ use crate::problem::{Axes, Bias, Inputs, Layout, MaskData, Options, Problem, Sha
 /// The tokens of all sequences lie one after the other, `[tokens, heads, width]`, sequence by sequence, in q, k, v, o and their
 /// gradients; lse is `[heads, tokens]`.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Prefill {
     /// H, query heads.
     pub heads: usize,
@@ -38,8 +39,20 @@ impl Prefill {
     }
 }
 
+setters! {
+    impl[] Prefill[]
+    plain {
+        heads: usize,
+        options: Options,
+    }
+    into {
+        tokens: Vec<usize>,
+    }
+}
+
 /// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::cache::PrefillBuffers) tells more.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct PrefillOperands<'a, T = f32> {
     /// One logit per query head.
     pub sink_logits: Option<&'a [f32]>,
@@ -57,6 +70,17 @@ impl<T> Default for PrefillOperands<'_, T> {
     /// None of them.
     fn default() -> Self {
         PrefillOperands { sink_logits: None, alibi_slopes: None, bias: None, mask: None, cos_sin: None }
+    }
+}
+
+setters! {
+    impl['a, T] PrefillOperands['a, T]
+    optional {
+        sink_logits: &'a [f32],
+        alibi_slopes: &'a [f32],
+        cos_sin: &'a [f32],
+        bias: Bias<'a, T>,
+        mask: MaskData<'a>,
     }
 }
 

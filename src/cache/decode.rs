@@ -16,6 +16,7 @@ use crate::problem::{Layout, SinkLogits};
 
 /// The operands of a decoding step in buffers of the caller's.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct DecodeBuffers<'a> {
     /// Queries, `[B, M, H, D]` or in the options' layout; rotated already.
     pub q: TensorView<'a>,
@@ -36,6 +37,20 @@ impl<'a> DecodeBuffers<'a> {
     /// What every step has; what goes with options is `None`.
     pub fn new(q: impl Into<TensorView<'a>>, o: impl Into<TensorView<'a>>, lse: impl Into<TensorView<'a>>) -> Self {
         DecodeBuffers { q: q.into(), o: o.into(), lse: lse.into(), sink_logits: None, cos_sin: None, row_max: None }
+    }
+}
+
+setters! {
+    impl['a] DecodeBuffers['a]
+    into {
+        q: TensorView<'a>,
+        o: TensorView<'a>,
+        lse: TensorView<'a>,
+    }
+    optional {
+        sink_logits: TensorView<'a>,
+        row_max: TensorView<'a>,
+        cos_sin: &'a wgpu::Buffer,
     }
 }
 

@@ -14,6 +14,7 @@ use crate::problem::error::{Error, Result};
 /// all sequences lie one after the other, sequence by sequence; views may have any strides of head and token (those of batch do
 /// not count).
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct PrefillBuffers<'a> {
     /// Queries, `[tokens, H, D]`. With a rotary embedding they are rotated where they lie, in a buffer that holds neither k nor v.
     pub q: TensorView<'a>,
@@ -83,6 +84,26 @@ impl<'a> PrefillBuffers<'a> {
 
     fn results(&self) -> [GivenBuffer<'a>; 3] {
         [given("o", self.o), given("o_lo", self.o_lo), given("lse", self.lse)]
+    }
+}
+
+setters! {
+    impl['a] PrefillBuffers['a]
+    into {
+        q: TensorView<'a>,
+        k: TensorView<'a>,
+        v: TensorView<'a>,
+        o: TensorView<'a>,
+        lse: TensorView<'a>,
+    }
+    optional {
+        sink_logits: TensorView<'a>,
+        alibi_slopes: TensorView<'a>,
+        bias: TensorView<'a>,
+        mask: TensorView<'a>,
+        o_lo: TensorView<'a>,
+        cos_sin: &'a wgpu::Buffer,
+        scratch: &'a wgpu::Buffer,
     }
 }
 

@@ -37,6 +37,7 @@ pub(crate) const LLVMPIPE_LOOP_ITERATIONS: u64 = 65535;
 
 /// Cooperative matrices of a device: square fragments of f16 that are multiplied and summed in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct CooperativeMatrices {
     /// Rows and columns of a fragment, 8 or 16.
     pub side: u32,
@@ -44,6 +45,15 @@ pub struct CooperativeMatrices {
     pub lanes: u32,
     /// The lanes of a subgroup run in step, and a barrier of theirs would be one of the workgroup: so it is with llvmpipe.
     pub in_step: bool,
+}
+
+setters! {
+    impl[] CooperativeMatrices[]
+    plain {
+        side: u32,
+        lanes: u32,
+        in_step: bool,
+    }
 }
 
 impl CooperativeMatrices {
@@ -62,6 +72,7 @@ impl fmt::Display for CooperativeMatrices {
 
 /// What the workgroups that run on one multiprocessor at a time share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Multiprocessor {
     /// Multiprocessors of the device. No interface tells; this is the number of an H100 or H200.
     pub count: u32,
@@ -69,6 +80,15 @@ pub struct Multiprocessor {
     pub workgroup_bytes: u32,
     /// 32-bit registers.
     pub registers: u32,
+}
+
+setters! {
+    impl[] Multiprocessor[]
+    plain {
+        count: u32,
+        workgroup_bytes: u32,
+        registers: u32,
+    }
 }
 
 impl Multiprocessor {
@@ -80,6 +100,7 @@ impl Multiprocessor {
 
 /// The limits of a device that plans depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Capabilities {
     /// Name for people.
     pub name: String,
@@ -107,6 +128,29 @@ pub struct Capabilities {
     pub multiprocessor: Option<Multiprocessor>,
     /// Iterations of all loops of a thread taken together, after which the driver ends loops without a word, where it does.
     pub loop_iterations: Option<u64>,
+}
+
+setters! {
+    impl[] Capabilities[]
+    plain {
+        class: DeviceClass,
+        workgroup_bytes: u32,
+        workgroup_threads: u32,
+        grid_dimension: u32,
+        storage_buffers: u32,
+        binding_bytes: u64,
+        buffer_bytes: u64,
+        offset_alignment: u32,
+        timestamps: bool,
+    }
+    into {
+        name: String,
+    }
+    optional {
+        cooperative: CooperativeMatrices,
+        multiprocessor: Multiprocessor,
+        loop_iterations: u64,
+    }
 }
 
 impl Capabilities {

@@ -20,6 +20,7 @@ use crate::problem::{Problem, SinkLogits};
 
 /// The operands of a forward pass in buffers of the caller's.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct ForwardBuffers<'a> {
     /// Queries.
     pub q: TensorView<'a>,
@@ -68,9 +69,30 @@ impl<'a> ForwardBuffers<'a> {
     }
 }
 
+setters! {
+    impl['a] ForwardBuffers['a]
+    into {
+        q: TensorView<'a>,
+        k: TensorView<'a>,
+        v: TensorView<'a>,
+        o: TensorView<'a>,
+        lse: TensorView<'a>,
+    }
+    optional {
+        sink_logits: TensorView<'a>,
+        alibi_slopes: TensorView<'a>,
+        bias: TensorView<'a>,
+        mask: TensorView<'a>,
+        o_lo: TensorView<'a>,
+        row_max: TensorView<'a>,
+        mask_scratch: &'a wgpu::Buffer,
+    }
+}
+
 /// The operands of a backward pass in buffers of the caller's: those of the forward pass, its results,
 /// the gradients that flow into these, and the gradients to compute.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct BackwardBuffers<'a> {
     /// The forward pass's operands and results. o rounded to half precision would be too coarse: there it is read together
     /// with o_lo, which makes it f32 again, or not at all. Without o_lo two more matrix products are computed.
@@ -109,12 +131,32 @@ impl<'a> BackwardBuffers<'a> {
     }
 }
 
+setters! {
+    impl['a] BackwardBuffers['a]
+    plain {
+        forward: ForwardBuffers<'a>,
+    }
+    into {
+        d_o: TensorView<'a>,
+        d_q: TensorView<'a>,
+        d_k: TensorView<'a>,
+        d_v: TensorView<'a>,
+    }
+    optional {
+        d_lse: TensorView<'a>,
+        d_sink_logits: TensorView<'a>,
+        d_alibi_slopes: TensorView<'a>,
+        d_bias: TensorView<'a>,
+    }
+}
+
 /// The operands of a merge of partial states in buffers of the caller's.
 ///
 /// S states lie one behind the other along the batch axis: entry b of state n is entry n * B + b of `[S * B, ..]`, in
 /// `bshd` `[S * B, M, H, E]`, in `thd` `[S, queries, H, E]`. So a partial pass writes state n with an offset of n * B times
 /// the stride of the batch.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct MergeBuffers<'a> {
     /// o of the states, of the problem's element type. Strides are those of batch, head and sequence.
     pub states: TensorView<'a>,
@@ -148,6 +190,23 @@ impl<'a> MergeBuffers<'a> {
         let (states, states_lse, o, lse) = (states.into(), states_lse.into(), o.into(), lse.into());
         let (states_lo, sink_logits, o_lo, states_row_max, row_max) = (None, None, None, None, None);
         MergeBuffers { states, states_lo, states_lse, sink_logits, o, o_lo, lse, states_row_max, row_max }
+    }
+}
+
+setters! {
+    impl['a] MergeBuffers['a]
+    into {
+        states: TensorView<'a>,
+        states_lse: TensorView<'a>,
+        o: TensorView<'a>,
+        lse: TensorView<'a>,
+    }
+    optional {
+        states_lo: TensorView<'a>,
+        sink_logits: TensorView<'a>,
+        o_lo: TensorView<'a>,
+        states_row_max: TensorView<'a>,
+        row_max: TensorView<'a>,
     }
 }
 

@@ -16,6 +16,7 @@ use crate::problem::{Problem, SinkLogits};
 
 /// Which operands are there that a call may go without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub struct OptionalOperands {
     /// A gradient flows into lse.
     pub d_lse: bool,
@@ -34,6 +35,20 @@ pub struct OptionalOperands {
     pub scalar: bool,
     /// The forward pass, or a merge, writes the largest score of each row.
     pub row_max: bool,
+}
+
+setters! {
+    impl[] OptionalOperands[]
+    plain {
+        d_lse: bool,
+        o_lo: bool,
+        d_alibi_slopes: bool,
+        d_bias: bool,
+        mask_bits: bool,
+        packed: bool,
+        scalar: bool,
+        row_max: bool,
+    }
 }
 
 impl OptionalOperands {

@@ -24,6 +24,7 @@ use crate::problem::{Axes, MaskPacking, Options, Problem, SinkLogits};
 
 /// What a pipeline fixes. Two problems of one variant share a pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Variant {
     /// What is computed.
     pub kernel: Kernel,

@@ -15,6 +15,7 @@ use crate::problem::{Options, Problem, Shape};
 
 /// What a decoding step computes.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Decode {
     /// H, query heads.
     pub heads: usize,
@@ -33,20 +34,23 @@ pub struct Decode {
     pub q_rotated: bool,
 }
 
+setters! {
+    impl[] Decode[]
+    plain {
+        heads: usize,
+        queries: usize,
+        options: Options,
+        q_rotated: bool,
+    }
+    optional {
+        tiling: DecodeTiling,
+    }
+}
+
 impl Decode {
     /// One query of each sequence.
     pub fn new(heads: usize, options: Options) -> Self {
         Decode { heads, queries: 1, sequences: None, options, tiling: None, q_rotated: false }
-    }
-
-    /// Sets [`Decode::queries`].
-    pub fn queries(self, queries: usize) -> Self {
-        Decode { queries, ..self }
-    }
-
-    /// Sets [`Decode::q_rotated`].
-    pub fn q_rotated(self, q_rotated: bool) -> Self {
-        Decode { q_rotated, ..self }
     }
 
     /// Sets [`Decode::sequences`].

@@ -37,6 +37,7 @@ pub use crate::problem::varlen::Sequence;
 
 /// A micro-kernel, and tiles that go before the built-in table.
 #[derive(Debug, Clone, Copy, Default)]
+#[non_exhaustive]
 pub struct Preference<'a> {
     /// The caller's choice: an error where there is none for the problem.
     pub micro_kernel: MicroKernel,
@@ -47,11 +48,30 @@ pub struct Preference<'a> {
     pub tuning: Option<&'a Tuning>,
 }
 
+setters! {
+    impl['a] Preference['a]
+    plain {
+        micro_kernel: MicroKernel,
+        tiles: &'a [(Kernel, Tiling)],
+    }
+    optional {
+        tuning: &'a Tuning,
+    }
+}
+
 /// How a problem will be computed on a device: passes that run one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Plan {
     /// The passes in their order.
     pub passes: Vec<Pass>,
+}
+
+/// Passes of the caller's choice, to [compile](crate::Attention::precompile) them.
+impl FromIterator<Pass> for Plan {
+    fn from_iter<I: IntoIterator<Item = Pass>>(passes: I) -> Self {
+        Plan { passes: passes.into_iter().collect() }
+    }
 }
 
 impl Plan {

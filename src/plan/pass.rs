@@ -11,6 +11,7 @@ use crate::problem::error::{Error, Result};
 
 /// One kernel of a problem on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Pass {
     /// The kernel.
     pub variant: Variant,

@@ -83,6 +83,7 @@ pub(crate) fn mask_word(bytes: &[u8]) -> u32 {
 
 /// Operands of a forward pass on the host, densely packed in the problem's layout; `T` is an [`Element`].
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Inputs<'a, T = f32> {
     /// Queries, see [`Problem::q_shape`].
     pub q: &'a [T],
@@ -106,26 +107,6 @@ impl<'a, T> Inputs<'a, T> {
         Inputs { q, k, v, sink_logits: None, alibi_slopes: None, bias: None, mask: None }
     }
 
-    /// With sink logits.
-    pub fn sink_logits(self, sink_logits: impl Into<Option<&'a [f32]>>) -> Self {
-        Inputs { sink_logits: sink_logits.into(), ..self }
-    }
-
-    /// With slopes.
-    pub fn alibi_slopes(self, alibi_slopes: impl Into<Option<&'a [f32]>>) -> Self {
-        Inputs { alibi_slopes: alibi_slopes.into(), ..self }
-    }
-
-    /// With a bias.
-    pub fn bias(self, bias: impl Into<Option<Bias<'a, T>>>) -> Self {
-        Inputs { bias: bias.into(), ..self }
-    }
-
-    /// With a mask.
-    pub fn mask(self, mask: impl Into<Option<MaskData<'a>>>) -> Self {
-        Inputs { mask: mask.into(), ..self }
-    }
-
     /// The same with other q, k and v, and another element type, for which a bias of the operands' type is widened beforehand.
     pub(crate) fn with_operands<'b, U>(&self, [q, k, v]: [&'b [U]; 3], bias: Option<&'b [f32]>) -> Inputs<'b, U>
     where
@@ -136,8 +117,24 @@ impl<'a, T> Inputs<'a, T> {
     }
 }
 
+setters! {
+    impl['a, T] Inputs['a, T]
+    plain {
+        q: &'a [T],
+        k: &'a [T],
+        v: &'a [T],
+    }
+    optional {
+        sink_logits: &'a [f32],
+        alibi_slopes: &'a [f32],
+        bias: Bias<'a, T>,
+        mask: MaskData<'a>,
+    }
+}
+
 /// Results of a forward pass on the host: `T` is the operands' type, `S` that of the softmax's state.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Output<T = f32, S = f32> {
     /// Attention outputs, see [`Problem::o_shape`].
     pub o: Vec<T>,
@@ -148,8 +145,27 @@ pub struct Output<T = f32, S = f32> {
     pub lse: Vec<S>,
 }
 
+impl<T, S> Output<T, S> {
+    /// o and lse, without the rounding error of o.
+    pub fn new(o: Vec<T>, lse: Vec<S>) -> Self {
+        Output { o, o_lo: None, lse }
+    }
+}
+
+setters! {
+    impl[T, S] Output[T, S]
+    plain {
+        o: Vec<T>,
+        lse: Vec<S>,
+    }
+    optional {
+        o_lo: Vec<i16>,
+    }
+}
+
 /// Gradients that flow into a forward pass's results, on the host.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Upstream<'a, T = f32> {
     /// Gradient of the loss by o, see [`Problem::o_shape`].
     pub d_o: &'a [T],
@@ -157,8 +173,26 @@ pub struct Upstream<'a, T = f32> {
     pub d_lse: Option<&'a [f32]>,
 }
 
+impl<'a, T> Upstream<'a, T> {
+    /// d_o, and no gradient by lse.
+    pub fn new(d_o: &'a [T]) -> Self {
+        Upstream { d_o, d_lse: None }
+    }
+}
+
+setters! {
+    impl['a, T] Upstream['a, T]
+    plain {
+        d_o: &'a [T],
+    }
+    optional {
+        d_lse: &'a [f32],
+    }
+}
+
 /// Gradients of a forward pass's operands, on the host; `T` and `S` as in [`Output`].
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Gradients<T = f32, S = f32> {
     /// Gradient by q, see [`Problem::q_shape`].
     pub d_q: Vec<T>,
@@ -175,6 +209,27 @@ pub struct Gradients<T = f32, S = f32> {
     pub d_bias: Option<Vec<S>>,
 }
 
+impl<T, S> Gradients<T, S> {
+    /// Gradients by q, k and v.
+    pub fn new(d_q: Vec<T>, d_k: Vec<T>, d_v: Vec<T>) -> Self {
+        Gradients { d_q, d_k, d_v, d_sink_logits: None, d_alibi_slopes: None, d_bias: None }
+    }
+}
+
+setters! {
+    impl[T, S] Gradients[T, S]
+    plain {
+        d_q: Vec<T>,
+        d_k: Vec<T>,
+        d_v: Vec<T>,
+    }
+    optional {
+        d_sink_logits: Vec<S>,
+        d_alibi_slopes: Vec<S>,
+        d_bias: Vec<S>,
+    }
+}
+
 /// o and lse of some of the keys, without the sink logit: in f32 whatever the operands are.
 ///
 /// States of disjoint shards [merge](crate::Attention::merge) into the state of all their keys (Milakov and Gimelshein,
@@ -188,6 +243,7 @@ pub struct Gradients<T = f32, S = f32> {
 /// which is associative and commutative up to rounding. A row that sees nothing of its shard has o = 0 and lse =
 /// -infinity; a state of such rows ([`empty`](Self::empty)) changes nothing. Where lse is -infinity, o is not read.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct PartialState {
     /// Attention outputs, see [`Problem::o_shape`].
     pub o: Vec<f32>,
@@ -200,11 +256,27 @@ pub struct PartialState {
 }
 
 impl PartialState {
+    /// o and lse, without row_max.
+    pub fn new(o: Vec<f32>, lse: Vec<f32>) -> Self {
+        PartialState { o, lse, row_max: None }
+    }
+
     /// The state of no keys: o = 0, lse = -infinity and row_max = -infinity.
     pub fn empty(problem: &Problem) -> Self {
         let [o, lse] = [&problem.o_shape()[..], &problem.lse_shape()].map(|shape| shape.iter().product());
         let lse = vec![f32::NEG_INFINITY; lse];
         PartialState { o: vec![0.0; o], row_max: Some(lse.clone()), lse }
+    }
+}
+
+setters! {
+    impl[] PartialState[]
+    plain {
+        o: Vec<f32>,
+        lse: Vec<f32>,
+    }
+    optional {
+        row_max: Vec<f32>,
     }
 }
 

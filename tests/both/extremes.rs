@@ -5,7 +5,7 @@ use sink_attention::testing::compare::accepted;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{BiasValues, problem};
 use sink_attention::{
-    Attention, Axes, Bias, DType, Element, Inputs, Options, Output, PartialState, Problem, Shape, SinkLogits, Upstream,
+    Attention, Axes, Bias, DType, Element, Inputs, Options, PartialState, Problem, Shape, SinkLogits, Upstream,
 };
 
 fn shape(seq: usize, width: usize) -> Shape {
@@ -51,7 +51,7 @@ fn rows_of_the_lowest_biases<T: Element>(attention: &Attention, lowest: f32) {
         (0..4).for_each(|i| backward.operands.q.chunks_mut(9 * 32).for_each(|q| q[i * 32..][..32].fill(0.0)));
     }
     let backward = backward.cast::<T>();
-    let saved = Output { o_lo: None, ..attention.forward(&problem, &backward.operands.inputs()).unwrap() };
+    let saved = attention.forward(&problem, &backward.operands.inputs()).unwrap().o_lo(None);
     let gradients = backward.run_with(attention, &problem, &saved);
     let expected = backward.rows_agree(accepted(T::DTYPE), &problem, &gradients);
     let name = attention.device_name();
@@ -89,7 +89,7 @@ fn a_row_with_huge_scores_is_not_empty() {
                         "{name}: {problem} q={q}: {output:?}"
                     );
                     // The only key keeps all the probability, so nothing pulls at its score.
-                    let upstream = Upstream { d_o: &[1.0], d_lse: None };
+                    let upstream = Upstream::new(&[1.0]);
                     let gradients = attention.backward(&problem, &inputs, &output, &upstream).unwrap();
                     assert!(gradients.d_q.iter().chain(&gradients.d_k).all(|d| d.is_finite()), "{name}: {gradients:?}");
                     assert!((0.0..=2.72).contains(&gradients.d_v[0]), "{name}: {gradients:?}");
@@ -107,7 +107,7 @@ fn a_visible_score_of_minus_infinity() {
         let inputs = Inputs::new(&[1e30, 1.0], &[-1e30, 1.0], &[2.0, 3.0]);
         let output = attention.forward(&problem, &inputs).unwrap();
         assert_eq!((output.o[0], output.lse[0]), (0.0, f32::NEG_INFINITY), "{}", attention.device_name());
-        let upstream = Upstream { d_o: &[1.0, 1.0], d_lse: Some(&[5.0, 0.0]) };
+        let upstream = Upstream::new(&[1.0, 1.0]).d_lse(&[5.0, 0.0][..]);
         let gradients = attention.backward(&problem, &inputs, &output, &upstream).unwrap();
         assert_eq!((gradients.d_q[0], gradients.d_k[0], gradients.d_v[0]), (0.0, 0.0, 0.0), "{gradients:?}");
         assert_eq!(gradients.d_v[1], 1.0, "{gradients:?}");
@@ -178,7 +178,7 @@ fn an_infinite_score_makes_o_nan_and_lse_infinite() {
 fn a_state_of_infinite_lse_makes_a_merge_nan() {
     let shape = Shape { batch: 1, heads: 2, kv_heads: 1, seq_q: 2, seq_k: 3, head_dim: 1, value_dim: 4 };
     let problem = Problem::new(shape, Options::new().sink_logits(SinkLogits::PerHead)).unwrap();
-    let state = |lse: [f32; 4]| PartialState { o: vec![1.0; 16], lse: lse.to_vec(), row_max: None };
+    let state = |lse: [f32; 4]| PartialState::new(vec![1.0; 16], lse.to_vec());
     let inf = f32::INFINITY;
     // Rows of [head, query]; o is [query, head, width].
     let (a, b) = (state([0.5, inf, inf, -inf]), state([0.25, 1.0, inf, -inf]));

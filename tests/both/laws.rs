@@ -45,7 +45,7 @@ fn same_in<T: Element>(attention: &Attention, [left, right]: [(Options, Option<f
         }
         // Only one of the two sides may have sink logits as an operand.
         left_gradients.d_sink_logits = right_gradients.d_sink_logits.as_ref().and(left_gradients.d_sink_logits);
-        let gradients = Gradients { d_sink_logits: left_gradients.d_sink_logits.clone(), ..right_gradients };
+        let gradients = right_gradients.d_sink_logits(left_gradients.d_sink_logits.clone());
         let all = agree(&left_output, &right_output).and_then(|()| backward.agree(&left_gradients, &gradients));
         all.unwrap_or_else(|error| {
             panic!("{} M={m} N={n} {left:?} is not {right:?} on {}: {error}", T::DTYPE, attention.device_name())
@@ -139,14 +139,9 @@ fn grouped_heads_are_repeated_heads() {
                 }
                 sum
             };
-            let expected = Gradients {
-                d_q: widen(&gradients.d_q),
-                d_k: add_up(&gradients.d_k, 64),
-                d_v: add_up(&gradients.d_v, 32),
-                d_sink_logits: gradients.d_sink_logits.as_deref().map(widen),
-                d_alibi_slopes: None,
-                d_bias: None,
-            };
+            let expected =
+                Gradients::new(widen(&gradients.d_q), add_up(&gradients.d_k, 64), add_up(&gradients.d_v, 32))
+                    .d_sink_logits(gradients.d_sink_logits.as_deref().map(widen));
             few.agree(&few.run(attention, &grouped), &expected).unwrap();
         }
     });
@@ -250,14 +245,8 @@ fn combine(parts: &[&Gradients], function: impl Fn(&[f64]) -> f64) -> Gradients<
         (0..parts[0].len()).map(|n| function(&parts.iter().map(|part| part[n]).collect::<Vec<_>>())).collect()
     };
     let sinks: &dyn for<'a> Fn(&'a Gradients) -> &'a [f32] = &|g| g.d_sink_logits.as_deref().unwrap_or_default();
-    Gradients {
-        d_q: each(&|g| &g.d_q),
-        d_k: each(&|g| &g.d_k),
-        d_v: each(&|g| &g.d_v),
-        d_sink_logits: parts[0].d_sink_logits.as_ref().map(|_| each(sinks)),
-        d_alibi_slopes: None,
-        d_bias: None,
-    }
+    Gradients::new(each(&|g| &g.d_q), each(&|g| &g.d_k), each(&|g| &g.d_v))
+        .d_sink_logits(parts[0].d_sink_logits.as_ref().map(|_| each(sinks)))
 }
 
 #[test]
@@ -322,14 +311,7 @@ fn shards_of_the_keys_add_up() {
         let whole = Backward::random(&problem, 11);
         let saved = forward(attention, &problem, &whole.operands);
         let empty = || Vec::<f32>::new();
-        let mut sum = Gradients {
-            d_q: vec![0.0; 2 * 70 * 16],
-            d_k: empty(),
-            d_v: empty(),
-            d_sink_logits: None,
-            d_alibi_slopes: None,
-            d_bias: None,
-        };
+        let mut sum = Gradients::new(vec![0.0; 2 * 70 * 16], empty(), empty());
         for keys in [0..90, 90..91, 91..203] {
             let mut part = whole.clone();
             part.operands.k = whole.operands.k[keys.start * 16..keys.end * 16].to_vec();
@@ -370,7 +352,7 @@ pub fn both_passes<T: Element>(
 ) -> impl Fn(&hidden::Case<T>) -> sink_attention::Result<hidden::Results<T>> + '_ {
     move |case| {
         let output = attention.forward(&case.problem, &case.inputs())?;
-        let saved = Output { o_lo: output.o_lo.clone().filter(|_| rest), ..output.clone() };
+        let saved = output.clone().o_lo(output.o_lo.clone().filter(|_| rest));
         let gradients = attention.backward(&case.problem, &case.inputs(), &saved, &case.upstream())?;
         Ok((output, Some(gradients)))
     }
@@ -389,14 +371,8 @@ pub fn by_shards<T: Element>(
         let output = attention.finish::<T>(problem, &state, whole.sink_logits.as_deref())?;
 
         let zeros = |x: &[T]| vec![T::default(); x.len()];
-        let mut all = Gradients {
-            d_q: zeros(&whole.q),
-            d_k: zeros(&whole.k),
-            d_v: zeros(&whole.v),
-            d_sink_logits: None,
-            d_alibi_slopes: None,
-            d_bias: problem.bias_shape().map(|shape| vec![0.0; shape.iter().product()]),
-        };
+        let mut all = Gradients::new(zeros(&whole.q), zeros(&whole.k), zeros(&whole.v))
+            .d_bias(problem.bias_shape().map(|shape| vec![0.0; shape.iter().product()]));
         for (n, keys) in shards.into_iter().enumerate() {
             let shard = shards::shard(problem, whole, &keys);
             let inputs = if n == 0 { shards::with_sinks(&shard, whole) } else { shard.inputs() };

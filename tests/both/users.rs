@@ -42,7 +42,7 @@ fn a_layer_learns() -> Result<()> {
             let output = attention.forward(&problem, &inputs)?;
             let d_o: Vec<f32> = output.o.iter().zip(&wanted).map(|(o, wanted)| o - wanted).collect();
             losses.push(d_o.iter().map(|x| x * x).sum::<f32>());
-            let gradients = attention.backward(&problem, &inputs, &output, &Upstream { d_o: &d_o, d_lse: None })?;
+            let gradients = attention.backward(&problem, &inputs, &output, &Upstream::new(&d_o))?;
             let d_sinks = gradients.d_sink_logits.unwrap_or_default();
             for (weights, gradient) in
                 [(&mut q, &gradients.d_q), (&mut k, &gradients.d_k), (&mut v, &gradients.d_v), (&mut sinks, &d_sinks)]
@@ -65,7 +65,7 @@ fn a_server_prefills_forks_and_takes_back() -> Result<()> {
         let mut cache: HostCache<f16> = attention.create_host_cache(&config)?;
         let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead).dtype(DType::F16);
         let sinks = [0.3, -0.5, 0.0, 1.0];
-        let operands = PrefillOperands { sink_logits: Some(&sinks), ..PrefillOperands::default() };
+        let operands = PrefillOperands::default().sink_logits(&sinks[..]);
         // The tokens that each sequence has seen.
         let mut seen: Vec<Vec<u64>> = vec![Vec::new(); 4];
         let mut left = [37, 5, 50, 1];
@@ -154,7 +154,7 @@ fn keys_over_two_devices() -> Result<()> {
     let mut random = Random::new(2, "shards");
     let [q, k, v, d_o] = [(30, H), (90, G), (90, G), (30, H)].map(|(rows, heads)| random.numbers(rows * heads * D));
     let sinks = [0.5, -1.0, 0.0, 2.0];
-    let upstream = Upstream { d_o: &d_o, d_lse: None };
+    let upstream = Upstream::new(&d_o);
     let inputs = Inputs::new(&q, &k, &v).sink_logits(&sinks[..]);
     let wanted = Attention::cpu().forward(&whole, &inputs)?;
     let gradients = Attention::cpu().backward(&whole, &inputs, &wanted, &upstream)?;

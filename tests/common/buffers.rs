@@ -79,22 +79,20 @@ impl Buffers {
     }
 
     pub fn views(&self) -> ForwardBuffers<'_> {
-        ForwardBuffers {
-            sink_logits: self.sink_logits.as_ref().map(TensorView::new),
-            ..ForwardBuffers::new(
-                TensorView::new(&self.q),
-                TensorView::new(&self.k),
-                TensorView::new(&self.v),
-                TensorView::new(&self.o),
-                TensorView::new(&self.lse),
-            )
-        }
+        ForwardBuffers::new(
+            TensorView::new(&self.q),
+            TensorView::new(&self.k),
+            TensorView::new(&self.v),
+            TensorView::new(&self.o),
+            TensorView::new(&self.lse),
+        )
+        .sink_logits(self.sink_logits.as_ref().map(TensorView::new))
     }
 
     /// Runs a pass that was prepared with these buffers and reads its results.
     pub fn run(&self, device: &Device, prepared: &Prepared) -> Output {
         submit(device, |encoder| prepared.encode(encoder));
-        Output { o: read(device, &self.o), o_lo: None, lse: read(device, &self.lse) }
+        Output::new(read(device, &self.o), read(device, &self.lse))
     }
 }
 
@@ -134,17 +132,15 @@ impl GradientBuffers {
     }
 
     pub fn views(&self) -> BackwardBuffers<'_> {
-        BackwardBuffers {
-            d_lse: self.d_lse.as_ref().map(TensorView::new),
-            d_sink_logits: self.d_sink_logits.as_ref().map(TensorView::new),
-            ..BackwardBuffers::new(
-                self.forward.views(),
-                TensorView::new(&self.d_o),
-                TensorView::new(&self.d_q),
-                TensorView::new(&self.d_k),
-                TensorView::new(&self.d_v),
-            )
-        }
+        BackwardBuffers::new(
+            self.forward.views(),
+            TensorView::new(&self.d_o),
+            TensorView::new(&self.d_q),
+            TensorView::new(&self.d_k),
+            TensorView::new(&self.d_v),
+        )
+        .d_lse(self.d_lse.as_ref().map(TensorView::new))
+        .d_sink_logits(self.d_sink_logits.as_ref().map(TensorView::new))
     }
 
     /// Runs a pass that was prepared with these buffers and reads the gradients.
@@ -155,13 +151,7 @@ impl GradientBuffers {
 
     /// The gradients as they are now.
     pub fn read(&self, device: &Device) -> Gradients {
-        Gradients {
-            d_alibi_slopes: None,
-            d_bias: None,
-            d_q: read(device, &self.d_q),
-            d_k: read(device, &self.d_k),
-            d_v: read(device, &self.d_v),
-            d_sink_logits: self.d_sink_logits.as_ref().map(|buffer| read(device, buffer)),
-        }
+        Gradients::new(read(device, &self.d_q), read(device, &self.d_k), read(device, &self.d_v))
+            .d_sink_logits(self.d_sink_logits.as_ref().map(|buffer| read(device, buffer)))
     }
 }

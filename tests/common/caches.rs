@@ -351,7 +351,7 @@ impl<T: Element> Both<T> {
                 }
             }
         }
-        (Output { o, o_lo: None, lse }, row_max)
+        (Output::new(o, lse), row_max)
     }
 }
 
@@ -417,7 +417,7 @@ pub fn append_on<T: Element>(
 ) -> Result<(), Error> {
     let [k, v] = [k, v].map(|x| filled(device, x));
     let table = table.map(|table| filled(device, table));
-    let buffers = AppendBuffers { cos_sin: table.as_ref(), ..AppendBuffers::new(&k, &v) };
+    let buffers = AppendBuffers::new(&k, &v).cos_sin(table.as_ref());
     let prepared = cache.prepare_append(tokens, &buffers)?;
     let mut step = step_on(device);
     let result = prepared.encode(cache, &mut step);
@@ -454,15 +454,13 @@ fn decode_with<T: Element>(
     let lse = filled(device, &vec![777f32; lse_len]);
     let sinks = sinks.map(|sinks| filled(device, sinks));
     let table = table.map(|table| filled(device, table));
-    let buffers = DecodeBuffers {
-        sink_logits: sinks.as_ref().map(TensorView::new),
-        cos_sin: table.as_ref(),
-        row_max,
-        ..DecodeBuffers::new(&q, &o, &lse)
-    };
+    let buffers = DecodeBuffers::new(&q, &o, &lse)
+        .sink_logits(sinks.as_ref().map(TensorView::new))
+        .cos_sin(table.as_ref())
+        .row_max(row_max);
     let prepared = cache.prepare_decode(decode, &buffers)?;
     let mut step = step_on(device);
     prepared.encode(cache, &mut step)?;
     step.submit()?;
-    Ok(Output { o: read(device, &o, o_len), o_lo: None, lse: read(device, &lse, lse_len) })
+    Ok(Output::new(read(device, &o, o_len), read(device, &lse, lse_len)))
 }

@@ -89,7 +89,7 @@ fn forward_in_f32<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, round: 
         }
         lse.push(query.lse);
     }
-    Output { o, o_lo: None, lse }
+    Output::new(o, lse)
 }
 
 pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Output<T> {
@@ -98,7 +98,7 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Output<
 
 pub fn forward_with<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, round: Round) -> Output<T> {
     let Output { o, lse, .. } = forward_in_f32(problem, inputs, round);
-    Output { o: T::narrow(o), o_lo: None, lse }
+    Output::new(T::narrow(o), lse)
 }
 
 pub fn backward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>, upstream: &Upstream<'_, T>) -> Gradients<T> {
@@ -132,12 +132,5 @@ pub fn backward_with<T: Element>(
         d_sink_logits[place[1]] -= query.sink.map_or(0.0, |sink| (sink - query.lse).exp() * delta);
     }
     let per_head = problem.options().sink_logits == SinkLogits::PerHead;
-    Gradients {
-        d_alibi_slopes: None,
-        d_bias: None,
-        d_q: T::narrow(d_q),
-        d_k: T::narrow(d_k),
-        d_v: T::narrow(d_v),
-        d_sink_logits: per_head.then_some(d_sink_logits),
-    }
+    Gradients::new(T::narrow(d_q), T::narrow(d_k), T::narrow(d_v)).d_sink_logits(per_head.then_some(d_sink_logits))
 }

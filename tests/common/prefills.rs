@@ -29,13 +29,12 @@ impl Extras {
     }
 
     fn operands<'a, T>(&'a self, cos_sin: Option<&'a [f32]>) -> PrefillOperands<'a, T> {
-        PrefillOperands {
-            sink_logits: self.sinks.as_deref(),
-            alibi_slopes: self.slopes.as_deref(),
-            bias: self.bias.as_deref().map(Bias::F32),
-            mask: self.mask.as_deref().map(MaskData::Bytes),
-            cos_sin,
-        }
+        PrefillOperands::default()
+            .sink_logits(self.sinks.as_deref())
+            .alibi_slopes(self.slopes.as_deref())
+            .bias(self.bias.as_deref().map(Bias::F32))
+            .mask(self.mask.as_deref().map(MaskData::Bytes))
+            .cos_sin(cos_sin)
     }
 }
 
@@ -130,7 +129,7 @@ impl<T: Element> Both<T> {
     }
 
     fn extras(&mut self, prefill: &Prefill) -> Extras {
-        let Prefill { heads, tokens, options } = prefill;
+        let Prefill { heads, tokens, options, .. } = prefill;
         let active = || tokens.iter().zip(self.cpu.lengths()).filter(|(tokens, _)| **tokens > 0);
         let most = |n: Option<usize>| n.unwrap_or(0);
         let shape =
@@ -150,7 +149,7 @@ impl<T: Element> Both<T> {
 
     fn expected_prefill(&self, prefill: &Prefill, q: &[T], extras: &Extras) -> Output<f64, f64> {
         let CacheConfig { head_dim, kind, .. } = self.config;
-        let Prefill { heads, tokens, options } = prefill;
+        let Prefill { heads, tokens, options, .. } = prefill;
         let total: usize = tokens.iter().sum();
         if !matches!(kind, CacheKind::Rolling { .. }) && total > 0 {
             let (problem, k, v) = self.dense(prefill);
@@ -170,7 +169,7 @@ impl<T: Element> Both<T> {
             }
             token += n;
         }
-        Output { o, o_lo: None, lse }
+        Output::new(o, lse)
     }
 
     /// The last tokens of some sequences against all of their tokens, as sequences of different lengths: the problem, the keys as
@@ -213,7 +212,7 @@ impl<T: Element> Both<T> {
         let (problem, k, v) = self.dense(prefill);
         let d_o = T::narrow(numbers(&mut self.rng, of.cpu.o.len()));
         let d_lse = numbers(&mut self.rng, of.cpu.lse.len());
-        let upstream = Upstream { d_o: &d_o, d_lse: Some(&d_lse) };
+        let upstream = Upstream::new(&d_o).d_lse(&d_lse[..]);
         let expected = reference::backward(&problem, &inputs(q, [&k, &v], extras), &upstream).unwrap();
         let (blocks, rows) = match kind {
             CacheKind::Contiguous { capacity } => (self.config.sequences, capacity),
@@ -279,7 +278,7 @@ impl<T: Element> Both<T> {
 
 fn inputs<'a, T>(q: &'a [T], [k, v]: [&'a [T]; 2], extras: &'a Extras) -> Inputs<'a, T> {
     let PrefillOperands { sink_logits, alibi_slopes, bias, mask, .. } = extras.operands(None);
-    Inputs { q, k, v, sink_logits, alibi_slopes, bias, mask }
+    Inputs::new(q, k, v).sink_logits(sink_logits).alibi_slopes(alibi_slopes).bias(bias).mask(mask)
 }
 
 fn device() -> &'static sink_attention::Device {
@@ -331,16 +330,14 @@ pub fn prefill_on<T: Element>(
     // Of the caller's, or not.
     let bytes = cache.prefill_scratch_bytes(prefill).map_err(|error| error.to_string())?;
     let scratch = (total % 2 == 1).then(|| filled(device, &vec![777f32; bytes as usize / 4]));
-    let buffers = PrefillBuffers {
-        scratch: scratch.as_ref(),
-        cos_sin: table.as_ref(),
-        sink_logits: view(&uploaded.sinks),
-        alibi_slopes: view(&uploaded.slopes),
-        bias: view(&uploaded.bias),
-        mask: view(&uploaded.mask),
-        o_lo: (T::DTYPE != DType::F32).then(|| TensorView::new(&o_lo)),
-        ..PrefillBuffers::new(&q, &k, &v, &o, &lse)
-    };
+    let buffers = PrefillBuffers::new(&q, &k, &v, &o, &lse)
+        .scratch(scratch.as_ref())
+        .cos_sin(table.as_ref())
+        .sink_logits(view(&uploaded.sinks))
+        .alibi_slopes(view(&uploaded.slopes))
+        .bias(view(&uploaded.bias))
+        .mask(view(&uploaded.mask))
+        .o_lo((T::DTYPE != DType::F32).then(|| TensorView::new(&o_lo)));
     let prepared = cache.prepare_prefill(prefill, &buffers).map_err(|error| error.to_string())?;
     let mut step = step_on(device);
     let result = prepared.encode(cache, &mut step);
@@ -348,7 +345,7 @@ pub fn prefill_on<T: Element>(
     result.map_err(|error| error.to_string())?;
     let rest: Vec<T> = read(device, &o_lo, o_len);
     let o_lo = (T::DTYPE != DType::F32).then(|| bytemuck::pod_collect_to_vec(&rest));
-    Ok((read(device, &q, q_len), Output { o: read(device, &o, o_len), o_lo, lse: read(device, &lse, lse_len) }))
+    Ok((read(device, &q, q_len), Output::new(read(device, &o, o_len), read(device, &lse, lse_len)).o_lo(o_lo)))
 }
 
 /// The backward pass of host slices, submitted; gradients by keys and values without the padding of rows.
@@ -373,18 +370,17 @@ fn backward_on<T: Element>(
     let d_q = result(q.len());
     let [d_keys, d_values] = [cache.keys(), cache.values()].map(|of| result(of.size() as usize / size_of::<T>()));
     let (d_sinks, d_slopes, d_bias) = (f32s(&extras.sinks), f32s(&extras.slopes), f32s(&extras.bias));
-    let buffers = CacheBackwardBuffers {
-        o_lo: view(&rest),
-        sink_logits: view(&uploaded.sinks),
-        alibi_slopes: view(&uploaded.slopes),
-        bias: view(&uploaded.bias),
-        mask: view(&uploaded.mask),
-        d_lse: Some(TensorView::new(&d_lse)),
-        d_sink_logits: view(&d_sinks),
-        d_alibi_slopes: view(&d_slopes),
-        d_bias: view(&d_bias),
-        ..CacheBackwardBuffers::new([&q_given, &o, &lse].map(TensorView::new), &d_o, &d_q, [&d_keys, &d_values])
-    };
+    let buffers =
+        CacheBackwardBuffers::new([&q_given, &o, &lse].map(TensorView::new), &d_o, &d_q, [&d_keys, &d_values])
+            .o_lo(view(&rest))
+            .sink_logits(view(&uploaded.sinks))
+            .alibi_slopes(view(&uploaded.slopes))
+            .bias(view(&uploaded.bias))
+            .mask(view(&uploaded.mask))
+            .d_lse(TensorView::new(&d_lse))
+            .d_sink_logits(view(&d_sinks))
+            .d_alibi_slopes(view(&d_slopes))
+            .d_bias(view(&d_bias));
     let prepared = cache.prepare_backward(prefill, &buffers).map_err(|error| error.to_string())?;
     let mut step = step_on(device);
     prepared.encode(cache, &mut step).map_err(|error| error.to_string())?;
@@ -398,14 +394,14 @@ fn backward_on<T: Element>(
     let optional = |buffer: &Option<wgpu::Buffer>, data: &Option<Vec<f32>>| {
         buffer.as_ref().zip(data.as_ref()).map(|(buffer, data)| read::<f32>(device, buffer, data.len()))
     };
-    Ok(Gradients {
-        d_q: read(device, &d_q, q.len()),
-        d_k: packed(&d_keys, cache.config().head_dim),
-        d_v: packed(&d_values, cache.config().value_dim),
-        d_sink_logits: optional(&d_sinks, &extras.sinks),
-        d_alibi_slopes: optional(&d_slopes, &extras.slopes),
-        d_bias: optional(&d_bias, &extras.bias),
-    })
+    Ok(Gradients::new(
+        read(device, &d_q, q.len()),
+        packed(&d_keys, cache.config().head_dim),
+        packed(&d_values, cache.config().value_dim),
+    )
+    .d_sink_logits(optional(&d_sinks, &extras.sinks))
+    .d_alibi_slopes(optional(&d_slopes, &extras.slopes))
+    .d_bias(optional(&d_bias, &extras.bias)))
 }
 
 /// Options of a prompt: causal, of an element type.

@@ -369,7 +369,7 @@ pub fn split_merges(attention: &Attention, plain: &Plain) -> Result<(), String> 
     // Pairs to one share or the other, without a pattern.
     let shares = [share(|n| n.count_ones() % 2 == 0)?, share(|n| n.count_ones() % 2 == 1)?];
 
-    let mut merged = Output { o: vec![0f64; all.o.len()], o_lo: None, lse: vec![0f64; all.lse.len()] };
+    let mut merged = Output::new(vec![0f64; all.o.len()], vec![0f64; all.lse.len()]);
     let [_, heads, seq_q] = problem.lse_shape();
     let width = problem.shape().value_dim;
     let strides = problem.options().layout.strides(heads, seq_q, width);

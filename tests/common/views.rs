@@ -111,16 +111,12 @@ pub fn run_at<T: Element>(
     let [lse, d_sinks] = [rows, s.heads].map(|len| single(&vec![f32::NAN; len]));
     let d_lse = case.d_lse.as_deref().map(single);
     let at = |buffer| TensorView::new(buffer).offset(offset as u64);
-    let forward = ForwardBuffers {
-        sink_logits: Some(at(&sinks)),
-        o_lo: o_lo.as_ref().map(|o_lo| o_at.view(o_lo)),
-        ..ForwardBuffers::new(q_at.view(&q), k_at.view(&k), v_at.view(&v), o_at.view(&o), at(&lse))
-    };
-    let backward = BackwardBuffers {
-        d_lse: d_lse.as_ref().map(at),
-        d_sink_logits: Some(at(&d_sinks)),
-        ..BackwardBuffers::new(forward, o_at.view(&d_o), q_at.view(&d_q), k_at.view(&d_k), v_at.view(&d_v))
-    };
+    let forward = ForwardBuffers::new(q_at.view(&q), k_at.view(&k), v_at.view(&v), o_at.view(&o), at(&lse))
+        .sink_logits(at(&sinks))
+        .o_lo(o_lo.as_ref().map(|o_lo| o_at.view(o_lo)));
+    let backward = BackwardBuffers::new(forward, o_at.view(&d_o), q_at.view(&d_q), k_at.view(&d_k), v_at.view(&d_v))
+        .d_lse(d_lse.as_ref().map(at))
+        .d_sink_logits(at(&d_sinks));
     let forward = pollster::block_on(gpu.prepare_forward_with(problem, &forward, tiles)).unwrap();
     let backward = pollster::block_on(gpu.prepare_backward_with(problem, &backward, tiles)).unwrap();
     let vec4 = [offset, pad, s.head_dim, s.value_dim].iter().all(|n| n % 4 == 0);
@@ -136,17 +132,15 @@ pub fn run_at<T: Element>(
     if let Some(o_lo) = &o_lo {
         o_at.take::<T>(device, layout, o_lo, SENTINEL);
     }
-    let output = Output { o: o_at.take::<T>(device, layout, &o, SENTINEL), o_lo: None, lse: single(&lse) };
+    let output = Output::new(o_at.take::<T>(device, layout, &o, SENTINEL), single(&lse));
     let what = format!("{problem}, offset {offset}, pad {pad}, {tiles:?}, o_lo: {keeps_o_lo}");
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{what}: {error}"));
-    let gradients = Gradients {
-        d_alibi_slopes: None,
-        d_bias: None,
-        d_q: q_at.take::<T>(device, layout, &d_q, SENTINEL),
-        d_k: k_at.take(device, layout, &d_k, SENTINEL),
-        d_v: v_at.take(device, layout, &d_v, SENTINEL),
-        d_sink_logits: Some(single(&d_sinks)),
-    };
+    let gradients = Gradients::new(
+        q_at.take::<T>(device, layout, &d_q, SENTINEL),
+        k_at.take(device, layout, &d_k, SENTINEL),
+        v_at.take(device, layout, &d_v, SENTINEL),
+    )
+    .d_sink_logits(single(&d_sinks));
     case.agree(&gradients, &case.expected(problem)).unwrap_or_else(|error| panic!("{what}: {error}"));
 }

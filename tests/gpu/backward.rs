@@ -349,7 +349,7 @@ fn tiles_of_every_device() {
                 let planned = problem([1, 2, 1], [seq, seq], width, some_hidden());
                 let plan = Plan::backward_with(
                     &planned,
-                    OptionalOperands { scalar: !vec4, d_lse: true, ..OptionalOperands::default() },
+                    OptionalOperands::default().scalar(!vec4).d_lse(true),
                     &sample,
                     &Preference::default(),
                 )
@@ -414,7 +414,7 @@ fn folded_grid() {
     let problem = problem([1, 11, 11], [130, 130], [16, 16], options);
     let plan = Plan::backward_with(
         &problem,
-        OptionalOperands { d_lse: true, ..OptionalOperands::default() },
+        OptionalOperands::default().d_lse(true),
         small.device().unwrap().capabilities(),
         &Preference::default(),
     )

@@ -7,8 +7,8 @@ use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{Operands, agree, check, problem};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Device, DeviceChoice, Error, ForwardBuffers, Gradients, Inputs, Layout, Options,
-    Output, Problem, Shape, SinkLogits, TensorView, Upstream, Window,
+    Attention, BackwardBuffers, Device, DeviceChoice, Error, ForwardBuffers, Gradients, Layout, Options, Problem,
+    Shape, SinkLogits, TensorView, Window,
 };
 
 /// Stands where nothing may be written.
@@ -95,16 +95,14 @@ fn run_strided(gpu: &Attention, problem: &Problem, operands: &Operands, offset: 
     let o_buffer = buffer(device, &vec![SENTINEL; o.end(layout) + 9]);
     let lse_buffer = buffer(device, &vec![SENTINEL; lse_range.end + 9]);
     let sinks = sinks.map(|sinks| buffer(device, &sinks));
-    let buffers = ForwardBuffers {
-        sink_logits: sinks.as_ref().map(|sinks| TensorView::new(sinks).offset(offset as u64)),
-        ..ForwardBuffers::new(
-            places[0].view(&fused),
-            places[1].view(&fused),
-            places[2].view(&fused),
-            o.view(&o_buffer),
-            TensorView::new(&lse_buffer).offset(offset as u64),
-        )
-    };
+    let buffers = ForwardBuffers::new(
+        places[0].view(&fused),
+        places[1].view(&fused),
+        places[2].view(&fused),
+        o.view(&o_buffer),
+        TensorView::new(&lse_buffer).offset(offset as u64),
+    )
+    .sink_logits(sinks.as_ref().map(|sinks| TensorView::new(sinks).offset(offset as u64)));
     let prepared = gpu.prepare_forward(problem, &buffers).unwrap();
     let vec4 = [offset, pad, width].iter().all(|n| n % 4 == 0);
     assert_eq!(prepared.plan().passes[0].variant.vec4, vec4, "{problem}, offset {offset}, pad {pad}");
@@ -154,7 +152,7 @@ fn strides_of_single_elements() {
     let buffers = Buffers::new(device, &problem, &operands);
     let strides = [u64::MAX, 3, 16];
     let views = buffers.views();
-    let views = ForwardBuffers { q: views.q.strides(strides), o: views.o.strides(strides), ..views };
+    let views = views.q(views.q.strides(strides)).o(views.o.strides(strides));
     let prepared = gpu.prepare_forward(&problem, &views).unwrap();
     assert!(prepared.plan().passes[0].variant.vec4);
     assert!(buffers.run(device, &prepared) == check(gpu, &problem, &operands));
@@ -168,7 +166,7 @@ fn inputs_may_share() {
     let problem = problem([1, 2, 2], [30, 30], [16, 16], Options::new().causal(true));
     let mut operands = Operands::random(&problem, 3);
     let buffers = Buffers::new(device, &problem, &operands);
-    let views = ForwardBuffers { q: TensorView::new(&buffers.k), v: TensorView::new(&buffers.k), ..buffers.views() };
+    let views = buffers.views().q(TensorView::new(&buffers.k)).v(TensorView::new(&buffers.k));
     let prepared = gpu.prepare_forward(&problem, &views).unwrap();
     (operands.q, operands.v) = (operands.k.clone(), operands.k.clone());
     assert!(buffers.run(device, &prepared) == check(gpu, &problem, &operands));
@@ -224,44 +222,44 @@ fn views_that_do_not_fit() {
     let bytes = 6400 * 4;
     let short = buffer(device, &[0.0; 6399]);
     expect_error!(
-        prepare(ForwardBuffers { q: TensorView::new(&short), ..good }),
+        prepare(good.q(TensorView::new(&short))),
         Error::BufferTooSmall { operand: "q", needed: 25_600, actual: 25_596 }
     );
     assert_eq!(bytes, buffers.q.size());
     expect_error!(
-        prepare(ForwardBuffers { k: good.k.offset(1), ..good }),
+        prepare(good.k(good.k.offset(1))),
         Error::BufferTooSmall { operand: "k", needed: 12_804, actual: 12_800 }
     );
     expect_error!(
-        prepare(ForwardBuffers { v: good.v.strides([1600, 16, 33]), ..good }),
+        prepare(good.v(good.v.strides([1600, 16, 33]))),
         // (1600 + 16 + 49 * 33 + 16) * 4
         Error::BufferTooSmall { operand: "v", needed: 12_996, actual: 12_800 }
     );
     expect_error!(
-        prepare(ForwardBuffers { o: good.o.offset(4), ..good }),
+        prepare(good.o(good.o.offset(4))),
         Error::BufferTooSmall { operand: "o", needed: 25_616, actual: 25_600 }
     );
     expect_error!(
-        prepare(ForwardBuffers { lse: good.lse.offset(2), ..good }),
+        prepare(good.lse(good.lse.offset(2))),
         Error::BufferTooSmall { operand: "lse", needed: 1608, actual: 1600 }
     );
     expect_error!(
-        prepare(ForwardBuffers { sink_logits: good.sink_logits.map(|s| s.offset(1)), ..good }),
+        prepare(good.sink_logits(good.sink_logits.map(|s| s.offset(1)))),
         Error::BufferTooSmall { operand: "sink_logits", needed: 20, actual: 16 }
     );
 
     let plain = empty(device, bytes, BufferUsages::COPY_DST);
     expect_error!(
-        prepare(ForwardBuffers { v: TensorView::new(&plain), ..good }),
+        prepare(good.v(TensorView::new(&plain))),
         Error::BufferUsage { operand: "v", needed: BufferUsages::STORAGE, actual: BufferUsages::COPY_DST }
     );
 
     expect_error!(
-        prepare(ForwardBuffers { q: good.q.offset(u64::from(u32::MAX) - 6398), ..good }),
+        prepare(good.q(good.q.offset(u64::from(u32::MAX) - 6398))),
         Error::BufferTooSmall { operand: "q", needed: 17_179_869_188, actual: 25_600 }
     );
     expect_error!(
-        prepare(ForwardBuffers { k: good.k.offset(u64::MAX).strides([u64::MAX; 3]), ..good }),
+        prepare(good.k(good.k.offset(u64::MAX).strides([u64::MAX; 3]))),
         // offset + (1 + 1 + 49) * stride + 15
         // Bytes are counted in 64 bits.
         Error::IndexOverflow {
@@ -273,16 +271,13 @@ fn views_that_do_not_fit() {
 
     // Packed strides of o are [3200, 16, 64].
     for strides in [[3200, 16, 0], [3200, 15, 64], [3199, 16, 64], [0, 16, 64], [0, 0, 0], [1, 2, 3]] {
-        match prepare(ForwardBuffers { o: good.o.strides(strides), ..good }) {
+        match prepare(good.o(good.o.strides(strides))) {
             Err(Error::OverlappingStrides { operand: "o", strides: named }) => assert_eq!(named, strides),
             other => panic!("{strides:?}: {other:?}"),
         }
     }
 
-    expect_error!(
-        prepare(ForwardBuffers { lse: good.lse.strides([200, 50, 1]), ..good }),
-        Error::InvalidOption { option: "lse", .. }
-    );
+    expect_error!(prepare(good.lse(good.lse.strides([200, 50, 1]))), Error::InvalidOption { option: "lse", .. });
 
     // After all that, the operator and the buffers are as good as before.
     assert!(buffers.run(device, &prepare(good).unwrap()) == check(gpu, &problem, &operands));
@@ -300,14 +295,11 @@ fn results_need_buffers_of_their_own() {
     let prepare = |buffers: ForwardBuffers<'_>| gpu.prepare_forward(&problem, &buffers);
     // Even at places that do not overlap: WebGPU allows no buffer to be read and written in one pass.
     let far = all.offset(100_000);
-    expect_error!(prepare(ForwardBuffers { q: all, o: far, ..good }), Error::Aliasing { output: "o", other: "q" });
-    expect_error!(prepare(ForwardBuffers { k: all, o: far, ..good }), Error::Aliasing { output: "o", other: "k" });
-    expect_error!(prepare(ForwardBuffers { v: all, lse: far, ..good }), Error::Aliasing { output: "lse", other: "v" });
-    expect_error!(prepare(ForwardBuffers { lse: all, o: far, ..good }), Error::Aliasing { output: "o", other: "lse" });
-    expect_error!(
-        prepare(ForwardBuffers { sink_logits: Some(all), lse: far, ..good }),
-        Error::Aliasing { output: "lse", other: "sink_logits" }
-    );
+    expect_error!(prepare(good.q(all).o(far)), Error::Aliasing { output: "o", other: "q" });
+    expect_error!(prepare(good.k(all).o(far)), Error::Aliasing { output: "o", other: "k" });
+    expect_error!(prepare(good.v(all).lse(far)), Error::Aliasing { output: "lse", other: "v" });
+    expect_error!(prepare(good.lse(all).o(far)), Error::Aliasing { output: "o", other: "lse" });
+    expect_error!(prepare(good.sink_logits(all).lse(far)), Error::Aliasing { output: "lse", other: "sink_logits" });
     prepare(good).unwrap();
 }
 
@@ -320,9 +312,9 @@ fn nothing_is_rounded_off_f32() {
     let buffers = GradientBuffers::new(device, &problem, &Backward::random(&problem, 7));
     let rest = empty(device, 1 << 16, BufferUsages::STORAGE);
     let views = buffers.views();
-    let forward = ForwardBuffers { o_lo: Some(TensorView::new(&rest)), ..views.forward };
+    let forward = views.forward.o_lo(TensorView::new(&rest));
     expect_error!(gpu.prepare_forward(&problem, &forward), Error::UnexpectedOperand { operand: "o_lo", .. });
-    let backward = BackwardBuffers { forward, ..views };
+    let backward = views.forward(forward);
     expect_error!(gpu.prepare_backward(&problem, &backward), Error::UnexpectedOperand { operand: "o_lo", .. });
 }
 
@@ -335,23 +327,23 @@ fn sink_logits_as_the_options_say() {
     let buffers = Buffers::new(gpu.device().unwrap(), &with, &operands);
     let views = buffers.views();
     expect_error!(
-        gpu.prepare_forward(&with, &ForwardBuffers { sink_logits: None, ..views }),
+        gpu.prepare_forward(&with, &views.sink_logits(None)),
         Error::MissingOperand { operand: "sink_logits" }
     );
     expect_error!(gpu.prepare_forward(&without, &views), Error::UnexpectedOperand { operand: "sink_logits", .. });
     for attention in [gpu, &Attention::cpu()] {
         let inputs = operands.inputs();
         expect_error!(
-            attention.forward(&with, &Inputs { sink_logits: None, ..inputs }),
+            attention.forward(&with, &inputs.sink_logits(None)),
             Error::MissingOperand { operand: "sink_logits" }
         );
         expect_error!(attention.forward(&without, &inputs), Error::UnexpectedOperand { operand: "sink_logits", .. });
         expect_error!(
-            attention.forward(&with, &Inputs { sink_logits: Some(&[0.0; 3]), ..inputs }),
+            attention.forward(&with, &inputs.sink_logits(&[0.0; 3][..])),
             Error::OperandLength { operand: "sink_logits", expected: 4, actual: 3, .. }
         );
         expect_error!(
-            attention.forward(&with, &Inputs { q: &operands.q[1..], ..inputs }),
+            attention.forward(&with, &inputs.q(&operands.q[1..])),
             Error::OperandLength { operand: "q", expected: 6400, actual: 6399, .. }
         );
         check(attention, &with, &operands);
@@ -369,7 +361,7 @@ fn buffers_that_the_device_cannot_use() {
 
     let destroyed = buffer(device, &operands.q);
     destroyed.destroy();
-    let views = ForwardBuffers { q: TensorView::new(&destroyed), ..good };
+    let views = good.q(TensorView::new(&destroyed));
     expect_error!(gpu.prepare_forward(&problem, &views), Error::Gpu { during: "binding operands", .. });
 
     assert!(buffers.run(device, &gpu.prepare_forward(&problem, &good).unwrap()) == check(gpu, &problem, &operands));
@@ -390,7 +382,7 @@ fn buffers_of_another_device() {
     let operands = Operands::random(&problem, 9);
     let buffers = Buffers::new(&device, &problem, &operands);
     let foreign = buffer(&other, &operands.q);
-    let views = ForwardBuffers { q: TensorView::new(&foreign), ..buffers.views() };
+    let views = buffers.views().q(TensorView::new(&foreign));
     expect_error!(gpu.prepare_forward(&problem, &views), Error::Gpu { during: "binding operands", .. });
     check(&gpu, &problem, &operands);
 }
@@ -406,13 +398,13 @@ fn small_bindings() {
     // The limit is on what a view reaches, not on the buffer: the same operand far inside of a larger one.
     let buffers = Buffers::new(device, &problem, &operands);
     let large = buffer(device, &[&[f32::NAN; 10_240], &operands.q[..], &[f32::NAN; 1000]].concat());
-    let views = ForwardBuffers { q: TensorView::new(&large).offset(10_240), ..buffers.views() };
+    let views = buffers.views().q(TensorView::new(&large).offset(10_240));
     let prepared = small.prepare_forward(&problem, &views).unwrap();
     assert!(buffers.run(device, &prepared) == check(&small, &problem, &operands));
 
     // One element before the limit of alignment, a binding of all of it would start earlier than the view: it is cut.
     let shifted = buffer(device, &[&[f32::NAN; 10_239], &operands.q[..], &[f32::NAN; 1000]].concat());
-    let views = ForwardBuffers { q: TensorView::new(&shifted).offset(10_239), ..buffers.views() };
+    let views = buffers.views().q(TensorView::new(&shifted).offset(10_239));
     let prepared = small.prepare_forward(&problem, &views).unwrap();
     assert!(prepared.dispatches().eq([2]));
     agree(&buffers.run(device, &prepared), &check(&small, &problem, &operands)).unwrap();
@@ -614,26 +606,22 @@ mod backward {
         let [d_q, d_k, d_v] = [heads, kv_heads, kv_heads].map(|heads| target(padded(heads)));
         let d_sink_logits = sinks.as_ref().map(|_| target(dense(heads)));
         let at_offset = |buffer| TensorView::new(buffer).offset(offset as u64);
-        let buffers = BackwardBuffers {
-            d_lse: d_lse.as_ref().map(at_offset),
-            d_sink_logits: d_sink_logits.as_ref().map(|target| at_offset(&target.buffer)),
-            ..BackwardBuffers::new(
-                ForwardBuffers {
-                    sink_logits: sinks.as_ref().map(at_offset),
-                    ..ForwardBuffers::new(
-                        q.view(&fused),
-                        k.view(&fused),
-                        v.view(&fused),
-                        o.place.view(&o.buffer),
-                        at_offset(&lse.buffer),
-                    )
-                },
-                padded(heads).view(&d_o),
-                d_q.place.view(&d_q.buffer),
-                d_k.place.view(&d_k.buffer),
-                d_v.place.view(&d_v.buffer),
+        let buffers = BackwardBuffers::new(
+            ForwardBuffers::new(
+                q.view(&fused),
+                k.view(&fused),
+                v.view(&fused),
+                o.place.view(&o.buffer),
+                at_offset(&lse.buffer),
             )
-        };
+            .sink_logits(sinks.as_ref().map(at_offset)),
+            padded(heads).view(&d_o),
+            d_q.place.view(&d_q.buffer),
+            d_k.place.view(&d_k.buffer),
+            d_v.place.view(&d_v.buffer),
+        )
+        .d_lse(d_lse.as_ref().map(at_offset))
+        .d_sink_logits(d_sink_logits.as_ref().map(|target| at_offset(&target.buffer)));
         let forward = gpu.prepare_forward(problem, &buffers.forward).unwrap();
         let prepared = gpu.prepare_backward(problem, &buffers).unwrap();
         let vec4 = [offset, pad, width].iter().all(|n| n % 4 == 0);
@@ -646,14 +634,8 @@ mod backward {
         for target in [&o, &lse] {
             target.read(device, layout);
         }
-        let actual = Gradients {
-            d_q: d_q.read(device, layout),
-            d_k: d_k.read(device, layout),
-            d_v: d_v.read(device, layout),
-            d_sink_logits: d_sink_logits.map(|target| target.read(device, layout)),
-            d_alibi_slopes: None,
-            d_bias: None,
-        };
+        let actual = Gradients::new(d_q.read(device, layout), d_k.read(device, layout), d_v.read(device, layout))
+            .d_sink_logits(d_sink_logits.map(|target| target.read(device, layout)));
         let expected = backward.check(gpu, problem);
         if vec4 {
             assert!(actual == expected, "{what}: not the bits of the host path");
@@ -720,26 +702,26 @@ mod backward {
 
         // q, o and their gradients have 2 * 50 * 4 * 16 elements, those of k and v half of them, lse 2 * 4 * 50.
         expect_error!(
-            prepare(BackwardBuffers { d_lse: good.d_lse.map(|d_lse| d_lse.offset(1)), ..good }),
+            prepare(good.d_lse(good.d_lse.map(|d_lse| d_lse.offset(1)))),
             Error::BufferTooSmall { operand: "d_lse", needed: 1604, actual: 1600 }
         );
         expect_error!(
-            prepare(BackwardBuffers { d_o: TensorView::new(&buffers.d_k), ..good }),
+            prepare(good.d_o(TensorView::new(&buffers.d_k))),
             Error::BufferTooSmall { operand: "d_o", needed: 25_600, actual: 12_800 }
         );
         expect_error!(
-            prepare(BackwardBuffers { d_q: good.d_q.offset(4), ..good }),
+            prepare(good.d_q(good.d_q.offset(4))),
             Error::BufferTooSmall { operand: "d_q", needed: 25_616, actual: 25_600 }
         );
         expect_error!(
-            prepare(BackwardBuffers { d_sink_logits: good.d_sink_logits.map(|d_sink| d_sink.offset(1)), ..good }),
+            prepare(good.d_sink_logits(good.d_sink_logits.map(|d_sink| d_sink.offset(1)))),
             Error::BufferTooSmall { operand: "d_sink_logits", needed: 20, actual: 16 }
         );
         let plain = empty(device, 1 << 16, BufferUsages::COPY_DST);
         for (views, named) in [
-            (BackwardBuffers { d_o: TensorView::new(&plain), ..good }, "d_o"),
-            (BackwardBuffers { d_k: TensorView::new(&plain), ..good }, "d_k"),
-            (BackwardBuffers { forward: ForwardBuffers { o: TensorView::new(&plain), ..forward }, ..good }, "o"),
+            (good.d_o(TensorView::new(&plain)), "d_o"),
+            (good.d_k(TensorView::new(&plain)), "d_k"),
+            (good.forward(forward.o(TensorView::new(&plain))), "o"),
         ] {
             match prepare(views) {
                 Err(Error::BufferUsage { operand, needed: BufferUsages::STORAGE, actual: BufferUsages::COPY_DST }) => {
@@ -751,17 +733,17 @@ mod backward {
         // Packed strides of d_k are [1600, 16, 32].
         for strides in [[1600, 16, 0], [1600, 15, 32], [0, 16, 32]] {
             expect_error!(
-                prepare(BackwardBuffers { d_k: good.d_k.strides(strides), ..good }),
+                prepare(good.d_k(good.d_k.strides(strides))),
                 Error::OverlappingStrides { operand: "d_k", .. }
             );
         }
         expect_error!(
-            prepare(BackwardBuffers { d_lse: good.d_lse.map(|d_lse| d_lse.strides([200, 50, 1])), ..good }),
+            prepare(good.d_lse(good.d_lse.map(|d_lse| d_lse.strides([200, 50, 1])))),
             Error::InvalidOption { option: "d_lse", .. }
         );
         let per_head = good.d_sink_logits.unwrap();
         expect_error!(
-            prepare(BackwardBuffers { d_sink_logits: Some(per_head.strides([4, 4, 1])), ..good }),
+            prepare(good.d_sink_logits(per_head.strides([4, 4, 1]))),
             Error::InvalidOption { option: "d_sink_logits", .. }
         );
 
@@ -795,8 +777,7 @@ mod backward {
                 TensorView::new(&fused).offset((first * start * width) as u64).strides(strides.map(|n| n as u64))
             };
             let (d_q, d_k, d_v) = (part(0), part(heads), part(heads + kv_heads));
-            let prepared =
-                gpu.prepare_backward(&problem, &BackwardBuffers { d_q, d_k, d_v, ..buffers.views() }).unwrap();
+            let prepared = gpu.prepare_backward(&problem, &buffers.views().d_q(d_q).d_k(d_k).d_v(d_v)).unwrap();
             submit(device, |encoder| prepared.encode(encoder));
             let written = read(device, &fused);
             for (view, heads, expected) in
@@ -823,20 +804,11 @@ mod backward {
         let good = buffers.views();
         let forward = good.forward;
         let prepare = |buffers: BackwardBuffers<'_>| gpu.prepare_backward(&problem, &buffers);
+        expect_error!(prepare(good.d_q(forward.q)), Error::Aliasing { output: "d_q", other: "q" });
+        expect_error!(prepare(good.d_q(good.d_o)), Error::Aliasing { output: "d_q", other: "d_o" });
+        expect_error!(prepare(good.d_v(good.d_k)), Error::Aliasing { output: "d_k", other: "d_v" });
         expect_error!(
-            prepare(BackwardBuffers { d_q: forward.q, ..good }),
-            Error::Aliasing { output: "d_q", other: "q" }
-        );
-        expect_error!(
-            prepare(BackwardBuffers { d_q: good.d_o, ..good }),
-            Error::Aliasing { output: "d_q", other: "d_o" }
-        );
-        expect_error!(
-            prepare(BackwardBuffers { d_v: good.d_k, ..good }),
-            Error::Aliasing { output: "d_k", other: "d_v" }
-        );
-        expect_error!(
-            prepare(BackwardBuffers { d_sink_logits: forward.sink_logits, ..good }),
+            prepare(good.d_sink_logits(forward.sink_logits)),
             Error::Aliasing { output: "d_sink_logits", other: "sink_logits" }
         );
 
@@ -844,15 +816,15 @@ mod backward {
         let fused = empty(device, 2 * 50 * 8 * 16 * 4, BufferUsages::STORAGE);
         let part = |first: u64| TensorView::new(&fused).offset(first * 16).strides([50 * 128, 16, 128]);
         for [q, k, v, other] in [[0, 3, 6, 0], [0, 5, 3, 1]] {
-            let buffers = BackwardBuffers { d_q: part(q), d_k: part(k), d_v: part(v), ..good };
+            let buffers = good.d_q(part(q)).d_k(part(k)).d_v(part(v));
             let (error, other) = (prepare(buffers).unwrap_err(), ["d_k", "d_v"][other as usize]);
             assert!(matches!(error, Error::Aliasing { output: "d_q", other: o } if o == other), "{error}");
         }
-        let buffers = BackwardBuffers { d_q: part(0), d_k: part(4), d_v: part(5), ..good };
+        let buffers = good.d_q(part(0)).d_k(part(4)).d_v(part(5));
         expect_error!(prepare(buffers), Error::Aliasing { output: "d_k", other: "d_v" });
 
         // Inputs may share: nothing is written to them.
-        prepare(BackwardBuffers { d_o: forward.o, d_lse: Some(forward.lse), ..good }).unwrap();
+        prepare(good.d_o(forward.o).d_lse(forward.lse)).unwrap();
     }
 
     #[test]
@@ -864,19 +836,19 @@ mod backward {
         let buffers = GradientBuffers::new(gpu.device().unwrap(), &with, &backward);
         let views = buffers.views();
         expect_error!(
-            gpu.prepare_backward(&with, &BackwardBuffers { d_sink_logits: None, ..views }),
+            gpu.prepare_backward(&with, &views.d_sink_logits(None)),
             Error::MissingOperand { operand: "d_sink_logits" }
         );
-        let forward = ForwardBuffers { sink_logits: None, ..views.forward };
+        let forward = views.forward.sink_logits(None);
         expect_error!(
-            gpu.prepare_backward(&with, &BackwardBuffers { forward, ..views }),
+            gpu.prepare_backward(&with, &views.forward(forward)),
             Error::MissingOperand { operand: "sink_logits" }
         );
         expect_error!(
-            gpu.prepare_backward(&without, &BackwardBuffers { forward, ..views }),
+            gpu.prepare_backward(&without, &views.forward(forward)),
             Error::UnexpectedOperand { operand: "d_sink_logits", .. }
         );
-        gpu.prepare_backward(&without, &BackwardBuffers { forward, d_sink_logits: None, ..views }).unwrap();
+        gpu.prepare_backward(&without, &views.forward(forward).d_sink_logits(None)).unwrap();
         expect_error!(Attention::cpu().prepare_backward(&with, &views), Error::NeedsGpu { call: "prepare_backward" });
     }
 
@@ -890,17 +862,17 @@ mod backward {
             let run = |saved, upstream| attention.backward(&problem, &backward.operands.inputs(), saved, &upstream);
             let upstream = backward.upstream();
             run(&saved, upstream).unwrap();
-            let short = Output { lse: saved.lse[1..].to_vec(), ..saved.clone() };
+            let short = saved.clone().lse(saved.lse[1..].to_vec());
             expect_error!(
                 run(&short, upstream),
                 Error::OperandLength { operand: "lse", expected: 400, actual: 399, .. }
             );
             expect_error!(
-                run(&saved, Upstream { d_o: &[], ..upstream }),
+                run(&saved, upstream.d_o(&[])),
                 Error::OperandLength { operand: "d_o", expected: 6400, actual: 0, .. }
             );
             expect_error!(
-                run(&saved, Upstream { d_lse: Some(&backward.d_o), ..upstream }),
+                run(&saved, upstream.d_lse(&backward.d_o[..])),
                 Error::OperandLength { operand: "d_lse", expected: 400, actual: 6400, .. }
             );
         }

@@ -158,7 +158,7 @@ fn any_tiling_gives_the_same() {
         "32x32 rows 2, steps 8 by 2, splits 1",
     ] {
         let tiling = Some(tiling.parse().unwrap());
-        both.check(&Decode { tiling, ..Decode::new(5, Options::new().dtype(DType::F16)) });
+        both.check(&Decode::new(5, Options::new().dtype(DType::F16)).tiling(tiling));
     }
     for text in [
         "",
@@ -179,8 +179,8 @@ fn any_tiling_gives_the_same() {
         "128x4 rows 1, steps 8 by 2, splits 1",
         "1024x4 rows 16, steps 1 by 1, splits 1",
     ] {
-        let decode =
-            Decode { tiling: Some(unfit.parse().unwrap()), ..Decode::new(5, Options::new().dtype(DType::F16)) };
+        let decode = Decode::new(5, Options::new().dtype(DType::F16))
+            .tiling(unfit.parse::<sink_attention::cache::DecodeTiling>().unwrap());
         let q = vec![f16::ZERO; 3 * 5 * 32];
         let error = decode_on(device, cache, &decode, &q, [3 * 5 * 24, 15], None, None).unwrap_err();
         assert!(matches!(error, Error::NoKernel { .. }) && error.to_string().contains(unfit), "{unfit}: {error}");
@@ -305,8 +305,7 @@ fn rotates_q<T: Element>(kind: CacheKind, width: usize, rotary: Rotary, places: 
         .unwrap();
     let [k, v, q] = [k, v, q].map(|x| filled(device, &x));
     let cos_sin = filled(device, &table);
-    let buffers =
-        AppendBuffers { q: Some(((&q).into(), heads)), cos_sin: Some(&cos_sin), ..AppendBuffers::new(&k, &v) };
+    let buffers = AppendBuffers::new(&k, &v).q(((&q).into(), heads)).cos_sin(&cos_sin);
     let append = cache.prepare_append(&tokens, &buffers).unwrap();
     submit(device, |step| append.encode(&mut cache, step).unwrap());
     compare(&read::<T>(device, &q, 4 * heads * width), &expected, bound).unwrap();
@@ -523,8 +522,8 @@ fn queries_after_tokens_were_taken_back() {
     }
     // A narrower window has what it needs.
     let narrow = decode(3).options.window(Window::keys(11));
-    both.check(&Decode { options: narrow, ..decode(3) });
-    assert!(both.refuses(&Decode { options: narrow.window(Window::keys(12)), ..decode(3) }));
+    both.check(&decode(3).options(narrow));
+    assert!(both.refuses(&decode(3).options(narrow.window(Window::keys(12)))));
     both.append(&[1, 0, 0]);
     both.check(&decode(2));
     assert!(both.refuses(&decode(3)));

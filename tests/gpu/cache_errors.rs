@@ -126,8 +126,8 @@ fn appends() {
             says(cache.prepare_append(&[1, 1], &buffers), "has 2 elements, its shape [3] needs 3");
             says(cache.prepare_append(&[200, 0, 0], &buffers), "buffer of k has 2048 bytes");
             says(cache.prepare_append(&[usize::MAX, usize::MAX, 0], &buffers), "the most is 536870912");
-            says(cache.prepare_append(&[1, 0, 0], &AppendBuffers { q: Some((q.into(), 1)), ..buffers }), "q was given");
-            says(cache.prepare_append(&[1, 0, 0], &AppendBuffers { cos_sin: Some(q), ..buffers }), "cos_sin was given");
+            says(cache.prepare_append(&[1, 0, 0], &buffers.q((q.into(), 1))), "q was given");
+            says(cache.prepare_append(&[1, 0, 0], &buffers.cos_sin(q)), "cos_sin was given");
             let keys = cache.keys().clone();
             says(
                 cache.prepare_append(&[1, 0, 0], &AppendBuffers::new(&keys, v)),
@@ -206,16 +206,13 @@ fn rotary_embeddings() {
     with_gpu(
         |device, mut cache, [k, v, q, _]| {
             let cos_sin = filled(device, &table);
-            let buffers = AppendBuffers { cos_sin: Some(&cos_sin), ..AppendBuffers::new(k, v) };
+            let buffers = AppendBuffers::new(k, v).cos_sin(&cos_sin);
             says(cache.prepare_append(&[1, 0, 0], &AppendBuffers::new(k, v)), "cos_sin, but none was given");
-            says(cache.prepare_append(&[1, 0, 0], &AppendBuffers { q: Some((q.into(), 0)), ..buffers }), "heads is 0");
-            says(
-                cache.prepare_append(&[1, 0, 0], &AppendBuffers { q: Some((k.into(), 1)), ..buffers }),
-                "q shares its buffer with k",
-            );
+            says(cache.prepare_append(&[1, 0, 0], &buffers.q((q.into(), 0))), "heads is 0");
+            says(cache.prepare_append(&[1, 0, 0], &buffers.q((k.into(), 1))), "q shares its buffer with k");
             let overlapping = TensorView::new(q).strides([0, 0, 4]);
             says(
-                cache.prepare_append(&[1, 0, 0], &AppendBuffers { q: Some((overlapping, 2)), ..buffers }),
+                cache.prepare_append(&[1, 0, 0], &buffers.q((overlapping, 2))),
                 "strides [0, 0, 0] of q let elements overlap",
             );
             let append = cache.prepare_append(&[2, 0, 0], &buffers).unwrap();
@@ -223,7 +220,7 @@ fn rotary_embeddings() {
             append.encode(&mut cache, &mut step).unwrap();
             says(append.encode(&mut cache, &mut step), beyond);
             let decode = Decode::new(1, Options::new());
-            let operands = DecodeBuffers { cos_sin: Some(&cos_sin), ..DecodeBuffers::new(q, k, v) };
+            let operands = DecodeBuffers::new(q, k, v).cos_sin(&cos_sin);
             says(cache.prepare_decode(&decode, &operands), "cos_sin was given");
             step.submit().unwrap();
         },
@@ -241,7 +238,7 @@ fn rotary_embeddings() {
             let short = filled(device, &[0f32; 24]);
             let operands = DecodeBuffers::new(q, o, lse);
             says(cache.prepare_decode(&decode, &operands), "cos_sin, but none was given");
-            let operands = DecodeBuffers { cos_sin: Some(&short), ..operands };
+            let operands = operands.cos_sin(&short);
             says(cache.prepare_decode(&decode, &operands), "of position 3, the table has 3 positions");
         },
         &config,
@@ -285,7 +282,7 @@ fn decoding() {
     with_gpu(
         |device, cache, [q, o, lse, sinks]| {
             let good = DecodeBuffers::new(q, o, lse);
-            let with_sinks = DecodeBuffers { sink_logits: Some(sinks.into()), ..good };
+            let with_sinks = good.sink_logits(TensorView::new(sinks));
             let decode = Decode::new(2, options);
             says(cache.prepare_decode(&Decode::new(2, per_head), &good), "sink_logits, but none was given");
             says(cache.prepare_decode(&decode, &with_sinks), "sink_logits was given");
@@ -342,7 +339,7 @@ fn prefills() {
     // On the CPU and in a HostCache it is an option as others, tests/gpu/streaming_llm.rs.
     let prepare = |_: &sink_attention::Device, cache: KvCache, [x, y, z, o]: &[wgpu::Buffer; 4]| {
         let prefill = new([1, 0, 0], options.alibi(true));
-        let buffers = PrefillBuffers { alibi_slopes: Some(x.into()), ..PrefillBuffers::new(x, y, y, z, o) };
+        let buffers = PrefillBuffers::new(x, y, y, z, o).alibi_slopes(TensorView::new(x));
         says(
             cache.prepare_prefill(&prefill, &buffers),
             "option alibi: distances to the sink tokens of a rolling cache",
@@ -356,7 +353,7 @@ fn prefills() {
         "q has 7 elements, its shape [1, 1, 2, 4] needs 8",
     );
     says(on_cpu.prefill(&one, &mut [0.0; 8], [&[0.0; 8], &[0.0; 9]], &none), "v has 9 elements, its shape [1, 2, 4]");
-    let table = PrefillOperands { cos_sin: Some(&[0.0; 4]), ..none };
+    let table = none.cos_sin(&[0.0; 4][..]);
     says(on_cpu.prefill(&one, &mut [0.0; 8], [&[0.0; 8]; 2], &table), "cos_sin was given");
     says(on_cpu.prefill(&new([0; 3], options), &mut [0.0; 8], [&[]; 2], &none), "q has 8 elements");
     assert_eq!(on_cpu.lengths(), [0, 0, 0]);
@@ -366,21 +363,21 @@ fn prefills() {
             let (keys, values) = (cache.keys().clone(), cache.values().clone());
             let small = filled(device, &[0f32; 16]);
             for (buffers, text) in [
-                (PrefillBuffers { o: (&values).into(), ..good }, "o shares its buffer with the cache's values"),
-                (PrefillBuffers { lse: (&keys).into(), ..good }, "lse shares its buffer with the cache's keys"),
-                (PrefillBuffers { o: x.into(), ..good }, "o shares its buffer with q"),
-                (PrefillBuffers { k: (&keys).into(), ..good }, "k shares its buffer with the cache's keys"),
-                (PrefillBuffers { sink_logits: Some(x.into()), ..good }, "sink_logits was given"),
-                (PrefillBuffers { scratch: Some(x), ..good }, "scratch shares its buffer with q"),
-                (PrefillBuffers { scratch: Some(&keys), ..good }, "scratch shares its buffer with the cache's keys"),
-                (PrefillBuffers { scratch: Some(&small), ..good }, "buffer of scratch has 64 bytes, offset, shape and"),
+                (good.o(&values), "o shares its buffer with the cache's values"),
+                (good.lse(&keys), "lse shares its buffer with the cache's keys"),
+                (good.o(x), "o shares its buffer with q"),
+                (good.k(&keys), "k shares its buffer with the cache's keys"),
+                (good.sink_logits(TensorView::new(x)), "sink_logits was given"),
+                (good.scratch(x), "scratch shares its buffer with q"),
+                (good.scratch(&keys), "scratch shares its buffer with the cache's keys"),
+                (good.scratch(&small), "buffer of scratch has 64 bytes, offset, shape and"),
             ] {
                 says(cache.prepare_prefill(&new([1, 2, 0], options), &buffers), text);
             }
             assert_eq!(cache.prefill_scratch_bytes(&new([1, 2, 0], options)).unwrap(), 352);
             assert_eq!(cache.prefill_scratch_bytes(&new([0, 9, 0], options)).unwrap(), 0, "read in place");
             let scratch = filled(device, &[0f32; 88]);
-            let own = PrefillBuffers { scratch: Some(&scratch), ..good };
+            let own = good.scratch(&scratch);
             let [one, both] = [[0, 1, 0], [1, 2, 0]].map(|n| cache.prepare_prefill(&new(n, options), &own).unwrap());
             let mut step = step_on(device);
             one.encode(&mut cache, &mut step).unwrap();
@@ -435,8 +432,8 @@ fn gradients() {
     let options = Options::new();
     let contiguous = config::<f32>(CONTIGUOUS, 1, [4, 4]);
     let quantised = contiguous.quantisation(Quantisation::Q8_0);
-    let saved = Output { o: vec![0.0; 4], o_lo: None, lse: vec![0.0] };
-    let upstream = Upstream { d_o: &[0.0; 4], d_lse: None };
+    let saved = Output::new(vec![0.0; 4], vec![0.0]);
+    let upstream = Upstream::new(&[0.0; 4]);
     let one = Prefill::new(1, [1, 0, 0], options);
     for (config, text) in [
         (config::<f32>(ROLLING, 1, [4, 4]), "it gives up keys whose gradients are wanted"),
@@ -457,8 +454,8 @@ fn gradients() {
     let zero = Prefill::new(1, [0, 0, 0], options);
     says(on_cpu.backward(&zero, &[], &saved, &upstream, &none), "tokens is 0");
     says(on_cpu.backward(&one, &[0.0; 5], &saved, &upstream, &none), "q has 5 elements");
-    says(on_cpu.backward(&one, &[0.0; 4], &saved, &Upstream { d_o: &[0.0; 3], d_lse: None }, &none), "d_o has 3");
-    let table = PrefillOperands { cos_sin: Some(&[0.0; 4]), ..none };
+    says(on_cpu.backward(&one, &[0.0; 4], &saved, &Upstream::new(&[0.0; 3]), &none), "d_o has 3");
+    let table = none.cos_sin(&[0.0; 4][..]);
     says(on_cpu.backward(&one, &[0.0; 4], &saved, &upstream, &table), "cos_sin was given");
 
     let paged =
@@ -473,13 +470,13 @@ fn gradients() {
                 mapped_at_creation: false,
             });
             for (buffers, text) in [
-                (CacheBackwardBuffers { d_keys: &small, ..good }, "buffer of d_keys has 32 bytes"),
-                (CacheBackwardBuffers { d_values: &no_copy, ..good }, "buffer of d_values lacks usage"),
-                (CacheBackwardBuffers { d_values: d_keys, ..good }, "d_keys shares its buffer with d_values"),
-                (CacheBackwardBuffers { d_values: &keys, ..good }, "d_values shares its buffer with the cache's keys"),
-                (CacheBackwardBuffers { d_keys: d_q, ..good }, "d_keys shares its buffer with d_q"),
-                (CacheBackwardBuffers { d_q: (&keys).into(), ..good }, "d_q shares its buffer with the cache's keys"),
-                (CacheBackwardBuffers { d_sink_logits: Some(d_q.into()), ..good }, "d_sink_logits was given"),
+                (good.d_keys(&small), "buffer of d_keys has 32 bytes"),
+                (good.d_values(&no_copy), "buffer of d_values lacks usage"),
+                (good.d_values(d_keys), "d_keys shares its buffer with d_values"),
+                (good.d_values(&keys), "d_values shares its buffer with the cache's keys"),
+                (good.d_keys(d_q), "d_keys shares its buffer with d_q"),
+                (good.d_q(&keys), "d_q shares its buffer with the cache's keys"),
+                (good.d_sink_logits(TensorView::new(d_q)), "d_sink_logits was given"),
             ] {
                 says(cache.prepare_backward(&Prefill::new(1, [1, 1, 0], options), &buffers), text);
             }

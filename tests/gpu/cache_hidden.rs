@@ -72,8 +72,8 @@ pub fn holds<T: Element>(
     let lse_len = DECODED.len() * heads * queries;
     let [q, o] = [filled(device, &q), filled(device, &vec![T::default(); o_len])];
     let (lse, sinks) = (filled(device, &vec![0f32; lse_len]), filled(device, &vec![0.3f32; heads]));
-    let decode = Decode { tiling, ..Decode::new(heads, options).queries(queries).sequences(DECODED) };
-    let buffers = DecodeBuffers { sink_logits: Some(TensorView::new(&sinks)), ..DecodeBuffers::new(&q, &o, &lse) };
+    let decode = Decode::new(heads, options).queries(queries).sequences(DECODED).tiling(tiling);
+    let buffers = DecodeBuffers::new(&q, &o, &lse).sink_logits(TensorView::new(&sinks));
     let prepared = cache.prepare_decode(&decode, &buffers).unwrap();
     let words = [cache.keys(), cache.values()]
         .map(|buffer| read::<f32>(device, buffer, usize::MAX).iter().map(|x| x.to_bits()).collect::<Vec<_>>());

@@ -128,7 +128,7 @@ fn chunks_give_what_the_whole_gives() {
         let all: [usize; 3] = std::array::from_fn(|n| CHUNKS.iter().map(|chunk| chunk[n]).sum());
         let total: usize = all.iter().sum();
         let sink_logits = [0.5, -1.0, 0.0, 2.0];
-        let operands = PrefillOperands { sink_logits: Some(&sink_logits), ..PrefillOperands::default() };
+        let operands = PrefillOperands::default().sink_logits(&sink_logits[..]);
         // Rows of q, then k, then v of each token, in the order of the whole.
         let fused = numbers(total * 64);
         let part =
@@ -164,11 +164,9 @@ fn chunks_give_what_the_whole_gives() {
                     [&of(&fused, 64)[..], &vec![0.0; rows.len() * 32], &vec![0.0; rows.len() * 4], &sink_logits]
                         .map(|x| filled(device, x));
                 let view = |offset| TensorView::new(&qkv).offset(offset).strides([0, 8, 64]);
-                let buffers = PrefillBuffers {
-                    sink_logits: Some((&sinks).into()),
-                    scratch: Some(scratch),
-                    ..PrefillBuffers::new(view(0), view(32), view(48), &o, &lse)
-                };
+                let buffers = PrefillBuffers::new(view(0), view(32), view(48), &o, &lse)
+                    .sink_logits(TensorView::new(&sinks))
+                    .scratch(&*scratch);
                 cache.prepare_prefill(&prefill, &buffers).unwrap().encode(cache, step).unwrap();
                 kept.push(o.clone());
             }

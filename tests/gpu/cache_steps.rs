@@ -361,11 +361,7 @@ fn queries_that_were_not_rotated() {
         let Some((device, cache)) = &mut on_gpu else { continue };
         let [k, v, cos_sin] = [&token[..], &token, &table].map(|x| filled(device, x));
         let q = filled(device, &q_of(given.unwrap_or(1), 1));
-        let buffers = AppendBuffers {
-            q: given.map(|heads| ((&q).into(), heads)),
-            cos_sin: Some(&cos_sin),
-            ..AppendBuffers::new(&k, &v)
-        };
+        let buffers = AppendBuffers::new(&k, &v).q(given.map(|heads| ((&q).into(), heads))).cos_sin(&cos_sin);
         let append = cache.prepare_append(&[1; 2], &buffers).unwrap();
         submit(device, |step| append.encode(cache, step).unwrap());
         let lens = [SEQUENCES * heads * queries * WIDTH, SEQUENCES * heads * queries];

@@ -144,7 +144,7 @@ impl Setting {
             let decode = Decode::new(self.heads(), self.options).queries(self.counts[0]);
             return cache.decode(&decode, &given.q, Some(&sinks), None).unwrap();
         }
-        let operands = PrefillOperands { sink_logits: Some(&sinks), ..PrefillOperands::default() };
+        let operands = PrefillOperands::default().sink_logits(&sinks[..]);
         cache.prefill(&prefill, &mut given.q.clone(), [&k, &v], &operands).unwrap()
     }
 

@@ -129,7 +129,7 @@ fn explained<T: Element>(problem: &Problem, case: &Backward<T>, output: &Output<
 
 /// Without what rounding took from o, so that delta is summed anew, as precise as f32.
 fn exact<T: Element>(output: &Output<T>) -> Output<T> {
-    Output { o_lo: None, ..output.clone() }
+    output.clone().o_lo(None)
 }
 
 /// With what rounding took from o, delta is as precise as o was in f32: p has been rounded on its way there, which the
@@ -427,7 +427,9 @@ fn decodes_from_caches(attention: &Attention) {
         let shared = |columns: u32| (columns * matrices.side / 4).is_multiple_of(matrices.lanes / 8);
         for (columns, ahead, splits) in tilings.iter().filter(|(columns, ..)| shared(*columns)) {
             let tiling = format!("cooperative rows 8, columns {columns}, ahead {ahead}, splits {splits}");
-            both.check(&Decode { tiling: Some(tiling.parse().unwrap()), ..Decode::new(heads, per_head) });
+            both.check(
+                &Decode::new(heads, per_head).tiling(tiling.parse::<sink_attention::cache::DecodeTiling>().unwrap()),
+            );
         }
         both.append(&[0, 200, 14]);
         both.check(&Decode::new(heads, per_head).sequences([2, 1]));
@@ -449,24 +451,11 @@ fn decoding_sees_nothing_that_is_hidden() {
 fn what_has_no_kernel_says_why() {
     let samples = Capabilities::samples();
     let sample = |name: &str| samples.iter().find(|device| device.name.contains(name)).unwrap();
-    let preference = Preference { micro_kernel: MicroKernel::Cooperative, ..Preference::default() };
+    let preference = Preference::default().micro_kernel(MicroKernel::Cooperative);
     let forward = |dtype, width, device: &Capabilities| {
         let problem = problem([1, 2, 1], [64, 64], width, Options::new().dtype(dtype));
-        let backward = Plan::backward_with(
-            &problem,
-            OptionalOperands { scalar: true, ..OptionalOperands::default() },
-            device,
-            &preference,
-        );
-        (
-            Plan::forward_with(
-                &problem,
-                OptionalOperands { scalar: true, ..OptionalOperands::default() },
-                device,
-                &preference,
-            ),
-            backward,
-        )
+        let backward = Plan::backward_with(&problem, OptionalOperands::default().scalar(true), device, &preference);
+        (Plan::forward_with(&problem, OptionalOperands::default().scalar(true), device, &preference), backward)
     };
     let refused = |plan: sink_attention::Result<Plan>, reason: &str| match plan {
         Err(error @ Error::NoKernel { .. }) => assert!(error.to_string().contains(reason), "{error}"),
@@ -488,7 +477,7 @@ fn what_has_no_kernel_says_why() {
         }
     }
     // What NVIDIA's driver gives a workgroup, and Apple's.
-    let with_kib = |name, kib: u32| Capabilities { workgroup_bytes: kib << 10, ..sample(name).clone() };
+    let with_kib = |name, kib: u32| sample(name).clone().workgroup_bytes(kib << 10);
     let [nvidia, apple] = [with_kib("H200", 48), with_kib("M2", 32)];
     for (width, device) in [([256, 256], &nvidia), ([192, 128], &nvidia), ([192, 128], &apple), ([256, 256], &apple)] {
         let (forward, backward) = forward(DType::Bf16, width, device);

@@ -78,7 +78,7 @@ fn wrong_types_and_ranges_are_errors_with_numbers() {
     let wide = device.zeros("lse", DType::F16, &[64]).unwrap();
     let error = gpu.prepare_forward(&problem, &ForwardBuffers::new(&q, &k, &v, &o, &wide)).unwrap_err();
     assert_eq!(error.to_string(), "lse lies in a buffer of f16, f32 is needed");
-    let rest = ForwardBuffers { o_lo: Some(other.view()), ..ForwardBuffers::new(&q, &k, &v, &o, &lse) };
+    let rest = ForwardBuffers::new(&q, &k, &v, &o, &lse).o_lo(other.view());
     assert!(matches!(
         gpu.prepare_forward(&problem, &rest),
         Err(Error::BufferType { operand: "o_lo", needed: BufferType::I16, actual: BufferType::Bf16 })

@@ -15,8 +15,7 @@ use sink_attention::testing::operands::{Operands, check, problem};
 use sink_attention::timing::Timer;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, Axes, Device, Error, ForwardBuffers, Inputs, Lengths, Options, Problem, Shape, SinkLogits, TensorView,
-    Window,
+    Attention, Axes, Device, Error, Inputs, Lengths, Options, Problem, Shape, SinkLogits, TensorView, Window,
 };
 
 fn typical() -> Problem {
@@ -208,7 +207,7 @@ fn buffers_that_cannot_be_used_any_more() {
     let usage = BufferUsages::STORAGE;
     let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: true };
     let q = device.wgpu().create_buffer(&descriptor);
-    let views = |q| ForwardBuffers { q: TensorView::new(q), ..buffers.views() };
+    let views = |q| buffers.views().q(TensorView::new(q));
     let prepared = gpu.prepare_forward(&problem, &views(&q)).unwrap();
     let run = || {
         let run = || submit(device, |encoder| prepared.encode(encoder));
@@ -269,7 +268,7 @@ fn problems_of_every_size_have_a_plan_or_an_error() {
                                     count(Plan::forward(&problem, device));
                                     count(Plan::backward_with(
                                         &problem,
-                                        OptionalOperands { d_lse: true, ..OptionalOperands::default() },
+                                        OptionalOperands::default().d_lse(true),
                                         device,
                                         &Preference::default(),
                                     ));

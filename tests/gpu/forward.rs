@@ -301,7 +301,7 @@ fn tiles_of_every_device() {
                 let problem = |seq_q| problem([1, 2, 1], [seq_q, 140], width, some_hidden());
                 let tiles = Plan::forward_with(
                     &problem(seq_q),
-                    OptionalOperands { scalar: !vec4, ..OptionalOperands::default() },
+                    OptionalOperands::default().scalar(!vec4),
                     &device,
                     &Preference::default(),
                 )

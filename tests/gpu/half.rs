@@ -11,8 +11,7 @@ use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::problem;
 use sink_attention::wgpu::BufferUsages;
 use sink_attention::{
-    DType, Element, Error, ForwardBuffers, Inputs, Layout, Options, Output, Problem, SinkLogits, TensorView, Upstream,
-    Window,
+    DType, Element, Error, ForwardBuffers, Inputs, Layout, Options, Problem, SinkLogits, TensorView, Upstream, Window,
 };
 
 /// A test for both types.
@@ -80,9 +79,9 @@ fn tiles_of_the_exact_delta() {
     for device in Capabilities::samples() {
         for seq in [1, 33, 65] {
             let problem = problem([1, 2, 1], [seq, seq], [20, 33], options);
-            let portable = Preference { micro_kernel: MicroKernel::Portable, ..Preference::default() };
-            let optional = OptionalOperands { d_lse: true, ..OptionalOperands::default() };
-            let plan = Plan::backward_with(&problem, OptionalOperands { scalar: true, ..optional }, &device, &portable);
+            let portable = Preference::default().micro_kernel(MicroKernel::Portable);
+            let optional = OptionalOperands::default().d_lse(true);
+            let plan = Plan::backward_with(&problem, optional.scalar(true), &device, &portable);
             let planned = plan.unwrap().passes[0].variant;
             assert_eq!(planned.kernel, Kernel::EXACT_DELTA);
             all.extend(planned.tiling.filter(|tiles| !all.contains(tiles)));
@@ -164,7 +163,7 @@ fn results_are_rounded_to_nearest_even<T: Element>() {
         let [k, v] = [heads * 4, heads * width].map(|len| vec![T::default(); len]);
         let inputs = Inputs::new(&q, &k, &v);
         let output = gpu.forward(&problem, &inputs).unwrap();
-        let gradients = gpu.backward(&problem, &inputs, &output, &Upstream { d_o: &d_o, d_lse: None }).unwrap();
+        let gradients = gpu.backward(&problem, &inputs, &output, &Upstream::new(&d_o)).unwrap();
         let mut kinds = [0; 3];
         for (n, &sum) in gradients.d_v.iter().enumerate() {
             let terms = [a[n], b[n]].map(|x| f64::from(x.to_f32()));
@@ -192,7 +191,7 @@ fn same_bits_every_time<T: Element>() {
         let bits = || {
             let output = gpu.forward(&problem, &case.operands.inputs()).unwrap();
             let gradients = case.run_with(gpu, &problem, &output);
-            let without = case.run_with(gpu, &problem, &Output { o_lo: None, ..output.clone() });
+            let without = case.run_with(gpu, &problem, &output.clone().o_lo(None));
             let rest = output.o_lo.unwrap();
             let halves = [output.o, gradients.d_q, gradients.d_k, gradients.d_v, without.d_q, without.d_k].concat();
             let singles = [output.lse, gradients.d_sink_logits.unwrap(), without.d_sink_logits.unwrap()].concat();
@@ -224,27 +223,25 @@ fn buffers_that_are_too_small<T: Element>() {
     );
     let prepare = |views: ForwardBuffers<'_>| gpu.prepare_forward(&problem, &views);
     prepare(views).unwrap();
-    prepare(ForwardBuffers { q: views.q.offset(1), ..views }).unwrap();
+    prepare(views.q(views.q.offset(1))).unwrap();
     let too_small = |views, operand, needed, actual| match prepare(views) {
         Err(Error::BufferTooSmall { operand: o, needed: n, actual: a }) => {
             assert_eq!((o, n, a), (operand, needed, actual))
         }
         other => panic!("{operand}: {other:?}"),
     };
-    too_small(ForwardBuffers { v: TensorView::new(&short), ..views }, "v", 32, 30);
-    too_small(ForwardBuffers { o: views.o.offset(2), ..views }, "o", 36, 32);
-    too_small(ForwardBuffers { lse: views.lse.offset(1), ..views }, "lse", 16, 12);
+    too_small(views.v(TensorView::new(&short)), "v", 32, 30);
+    too_small(views.o(views.o.offset(2)), "o", 36, 32);
+    too_small(views.lse(views.lse.offset(1)), "lse", 16, 12);
     let rest = storage(32);
-    let with = |o_lo| ForwardBuffers { o_lo: Some(o_lo), ..views };
+    let with = |o_lo| views.o_lo(o_lo);
     prepare(with(TensorView::new(&rest))).unwrap();
     too_small(with(TensorView::new(&short)), "o_lo", 32, 30);
     let large = storage(64);
     let shared = TensorView::new(&large);
-    for (aliased, named) in [
-        (with(views.o), ["o", "o_lo"]),
-        (with(views.q), ["o_lo", "q"]),
-        (ForwardBuffers { lse: shared, ..with(shared) }, ["o_lo", "lse"]),
-    ] {
+    for (aliased, named) in
+        [(with(views.o), ["o", "o_lo"]), (with(views.q), ["o_lo", "q"]), (with(shared).lse(shared), ["o_lo", "lse"])]
+    {
         match prepare(aliased) {
             Err(Error::Aliasing { output, other }) => assert_eq!([output, other], named),
             other => panic!("{named:?}: {other:?}"),
@@ -254,7 +251,7 @@ fn buffers_that_are_too_small<T: Element>() {
         Err(Error::OverlappingStrides { operand: "o_lo", .. }) => {}
         other => panic!("{other:?}"),
     }
-    match prepare(ForwardBuffers { k: views.k.offset(u64::from(u32::MAX) - 13), ..views }) {
+    match prepare(views.k(views.k.offset(u64::from(u32::MAX) - 13))) {
         Err(Error::BufferTooSmall { operand: "k", needed: 8_589_934_596, .. }) => {}
         other => panic!("{other:?}"),
     }

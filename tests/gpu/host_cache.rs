@@ -95,7 +95,7 @@ impl<T: Element> Pair<T> {
         let (k, v) = (self.numbers(total * kv_heads * head_dim), self.numbers(total * kv_heads * value_dim));
         let q = self.numbers(total * HEADS * head_dim);
         let (sinks, table) = (self.sinks.clone(), self.table.clone());
-        let operands = PrefillOperands { sink_logits: Some(&sinks), cos_sin: table.as_deref(), ..Default::default() };
+        let operands = PrefillOperands::default().sink_logits(&sinks[..]).cos_sin(table.as_deref());
         let mut queries = [q.clone(), q];
         let [cpu_q, gpu_q] = &mut queries;
         let [on_cpu, on_gpu] = &mut self.caches;
@@ -108,8 +108,8 @@ impl<T: Element> Pair<T> {
         }
         let d_o = self.numbers(total * HEADS * value_dim);
         let d_lse = numbers(&mut self.rng, total * HEADS);
-        let upstream = Upstream { d_o: &d_o, d_lse: Some(&d_lse) };
-        let operands = PrefillOperands { cos_sin: None, ..operands };
+        let upstream = Upstream::new(&d_o).d_lse(&d_lse[..]);
+        let operands = operands.cos_sin(None);
         let [cpu, gpu] =
             [0, 1].map(|n| self.caches[n].backward(&prefill, &queries[0], &results[0], &upstream, &operands).unwrap());
         self.same("d_q", [&wide(&cpu.d_q), &wide(&gpu.d_q)]);
@@ -143,11 +143,7 @@ fn appends_prefills_and_steps() {
         for cache in &mut pair.caches {
             let lengths = cache.lengths().to_vec();
             let prefill = Prefill::new(HEADS, [0, 0, 0], Pair::<f32>::options());
-            let operands = PrefillOperands {
-                sink_logits: Some(&pair.sinks),
-                cos_sin: pair.table.as_deref(),
-                ..PrefillOperands::default()
-            };
+            let operands = PrefillOperands::default().sink_logits(&pair.sinks[..]).cos_sin(pair.table.as_deref());
             let output = cache.prefill(&prefill, &mut [], [&[], &[]], &operands).unwrap();
             assert!(output.o.is_empty() && output.lse.is_empty());
             cache.append(&[0, 0, 0], &[], &[], None, pair.table.as_deref()).unwrap();

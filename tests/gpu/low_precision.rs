@@ -51,7 +51,7 @@ fn paths() -> Vec<Attention> {
 /// What a backward pass may be given: all that the forward pass returned, and without what rounding took from o.
 fn both_ways<T: Element>(output: &Output<T>) -> [Output<T>; 2] {
     assert!(output.o_lo.is_some());
-    [output.clone(), Output { o_lo: None, ..output.clone() }]
+    [output.clone(), output.clone().o_lo(None)]
 }
 
 /// Operands in an element type, and the problem in it.
@@ -149,17 +149,11 @@ fn the_cpu_computes_in_f32<T: Element>() {
         let gradients = single.run_with(&path, &single_problem, &expected);
         let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
         let o_lo = Some(expected.o.iter().map(|&o| T::rest(o)).collect());
-        assert_eq!(output, Output { o: T::narrow(expected.o), o_lo, lse: expected.lse }, "{problem}");
-        let expected = Gradients {
-            d_q: T::narrow(gradients.d_q),
-            d_k: T::narrow(gradients.d_k),
-            d_v: T::narrow(gradients.d_v),
-            d_sink_logits: gradients.d_sink_logits,
-            d_alibi_slopes: None,
-            d_bias: None,
-        };
+        assert_eq!(output, Output::new(T::narrow(expected.o), expected.lse).o_lo(o_lo), "{problem}");
+        let expected = Gradients::new(T::narrow(gradients.d_q), T::narrow(gradients.d_k), T::narrow(gradients.d_v))
+            .d_sink_logits(gradients.d_sink_logits);
         assert_eq!(backward.run_with(&path, &problem, &output), expected, "{problem}");
-        let without = Output { o_lo: None, ..output };
+        let without = output.o_lo(None);
         assert_eq!(backward.run_with(&path, &problem, &without), expected, "{problem} without o_lo");
     }
 }
@@ -214,7 +208,7 @@ fn the_rest_makes_it_f32<T: Element>() {
                 let d_sink = |saved| backward.run_with(&path, &problem, saved).d_sink_logits.unwrap();
                 compare(&d_sink(&output), &expected, 3e-5).unwrap_or_else(|error| panic!("{name}: {error}"));
                 // It is read: without it, but with o as it is, the result is another.
-                let none = Output { o_lo: Some(vec![0; rest.len()]), ..output.clone() };
+                let none = output.clone().o_lo(vec![0; rest.len()]);
                 compare(&d_sink(&none), &expected, 3e-5).unwrap_err();
             }
         }
@@ -230,8 +224,8 @@ fn the_saved_output_is_not_precise_enough<T: Element>() {
     let (q, k, v, d_o) = (widened(&operands.q), widened(&operands.k), widened(&operands.v), widened(&backward.d_o));
     let inputs = Inputs::new(&q, &k, &v).sink_logits(operands.sink_logits.as_deref());
     let single = Problem::new(*problem.shape(), problem.options().dtype(DType::F32)).unwrap();
-    let saved = Output { o: widened(&saved.o), o_lo: None, lse: saved.lse };
-    let rough = cpu::backward(&single, &inputs, &saved, &Upstream { d_o: &d_o, d_lse: None }).unwrap();
+    let saved = Output::new(widened(&saved.o), saved.lse);
+    let rough = cpu::backward(&single, &inputs, &saved, &Upstream::new(&d_o)).unwrap();
     let expected = backward.expected(&problem);
     compare(&rough.d_sink_logits.unwrap(), &expected.d_sink_logits.unwrap(), accepted(T::DTYPE)).unwrap_err();
 }
@@ -399,7 +393,7 @@ fn the_largest_scores_of_f16() {
         assert_eq!(output.o, v[..4]);
         compare_lse(&output.lse, &[256.0 * 65504f64.powi(2)], 1e-5).unwrap();
         let d_o = [f16::MAX; 4];
-        let gradients = path.backward(&problem, &inputs, &output, &Upstream { d_o: &d_o, d_lse: None }).unwrap();
+        let gradients = path.backward(&problem, &inputs, &output, &Upstream::new(&d_o)).unwrap();
         assert_eq!(gradients.d_v, [d_o, [f16::ZERO; 4], [f16::ZERO; 4]].concat());
         assert!(gradients.d_q.iter().chain(&gradients.d_k).all(|x| x.is_finite()));
     }
@@ -437,9 +431,9 @@ fn a_mixed_up_element_type_is_an_error() {
         let problem = problem([1, 1, 1], [1, 1], [1, 1], Options::new().dtype(DType::Bf16));
         let x = [f16::ONE];
         let inputs = Inputs::new(&x, &x, &x);
-        let saved = Output { o: x.to_vec(), o_lo: None, lse: vec![0.0] };
+        let saved = Output::new(x.to_vec(), vec![0.0]);
         let forward = path.forward(&problem, &inputs).map(drop);
-        let backward = path.backward(&problem, &inputs, &saved, &Upstream { d_o: &x, d_lse: None }).map(drop);
+        let backward = path.backward(&problem, &inputs, &saved, &Upstream::new(&x)).map(drop);
         for error in [forward, backward, reference::forward(&problem, &inputs).map(drop)] {
             let error = error.unwrap_err();
             assert!(matches!(error, Error::WrongElementType { operands: DType::F16, options: DType::Bf16 }));

@@ -9,8 +9,8 @@ use sink_attention::plan::{Kernel, Pass};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{BiasValues, MaskValues, agree, row};
 use sink_attention::{
-    Attention, Axes, BackwardBuffers, DType, Element, Error, ForwardBuffers, Gradients, Layout, Lengths, MaskPacking,
-    Options, Output, Problem, Shape, SinkLogits, TensorView, Window, wgpu,
+    Attention, Axes, DType, Element, Error, Layout, Lengths, MaskPacking, Options, Problem, Shape, SinkLogits,
+    TensorView, Window, wgpu,
 };
 
 /// Every option with every other one, and each kind of broadcasting.
@@ -96,7 +96,7 @@ fn check<T: Element>(attention: &Attention, problem: &Problem, seed: u64, with_o
     let output = attention.forward(problem, &inputs).unwrap_or_else(|error| panic!("{problem}: {error}"));
     agree(&output, &reference::forward(problem, &inputs).unwrap()).unwrap_or_else(|error| panic!("{problem}: {error}"));
     let expected = case.expected(problem);
-    let exact = Output { o_lo: None, ..output.clone() };
+    let exact = output.clone().o_lo(None);
     for saved in [&exact, &output].into_iter().take(if with_o_lo { 2 } else { 1 }) {
         let gradients = case.run_with(attention, problem, saved);
         case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
@@ -135,7 +135,7 @@ fn hidden_nan<T: Element>(attention: &Attention) {
         let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
         let expected = reference::forward(&problem, &case.operands.inputs()).unwrap();
         agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
-        let exact = Output { o_lo: None, ..output };
+        let exact = output.o_lo(None);
         let gradients = case.run_with(attention, &problem, &exact);
         case.agree(&gradients, &case.expected(&problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
     }
@@ -193,7 +193,7 @@ fn long_masks<T: Element>(attention: &Attention) {
         let output = attention.forward(&problem, &case.operands.inputs()).unwrap();
         let expected = reference::forward(&problem, &case.operands.inputs()).unwrap();
         agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
-        let gradients = case.run_with(attention, &problem, &Output { o_lo: None, ..output });
+        let gradients = case.run_with(attention, &problem, &output.o_lo(None));
         case.agree(&gradients, &case.expected(&problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
     }
 }
@@ -236,13 +236,13 @@ fn views_and_a_shared_mask_scratch() {
     let (mask, bias) = (buffer(device, bytemuck::cast_slice(&mask_bytes)), buffer(device, &wide_bias));
     let d_bias = buffer(device, &[f32::NAN; 4 * 203]);
     let run = |scratch: Option<&wgpu::Buffer>| {
-        let forward = ForwardBuffers {
-            mask: Some(TensorView::new(&mask).offset(5).strides([113 * 206, 0, 206])),
-            bias: Some(TensorView::new(&bias).offset(5).strides([0, 206, 0])),
-            mask_scratch: scratch,
-            ..buffers.forward.views()
-        };
-        let views = BackwardBuffers { forward, d_bias: Some((&d_bias).into()), ..buffers.views() };
+        let forward = buffers
+            .forward
+            .views()
+            .mask(TensorView::new(&mask).offset(5).strides([113 * 206, 0, 206]))
+            .bias(TensorView::new(&bias).offset(5).strides([0, 206, 0]))
+            .mask_scratch(scratch);
+        let views = buffers.views().forward(forward).d_bias(TensorView::new(&d_bias));
         let forward = attention.prepare_forward(&problem, &forward)?;
         let backward = attention.prepare_backward(&problem, &views)?;
         let packs = |pass: &Pass| pass.variant.kernel == Kernel::MASK_BITS;
@@ -252,7 +252,7 @@ fn views_and_a_shared_mask_scratch() {
             forward.encode(encoder);
             backward.encode(encoder);
         });
-        Ok(Gradients { d_bias: Some(read(device, &d_bias)), ..buffers.read(device) })
+        Ok(buffers.read(device).d_bias(read(device, &d_bias)))
     };
     let expected = case.run(attention, &problem);
     let bytes = Attention::mask_scratch_bytes(&problem).unwrap();

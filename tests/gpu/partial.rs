@@ -198,7 +198,7 @@ fn empty_states_change_nothing() {
 #[test]
 fn extreme_states() {
     let problem = problem([1, 1, 1], [4, 3], [4, 4], Options::new());
-    let state = |lse: f32, o: f32| PartialState { o: vec![o; 16], lse: vec![lse; 4], row_max: None };
+    let state = |lse: f32, o: f32| PartialState::new(vec![o; 16], vec![lse; 4]);
     for attention in paths() {
         let merge = |states: &[&PartialState]| attention.merge(&problem, states).unwrap();
         assert_eq!(merge(&[&state(-3e38, 1.0), &state(3e38, 2.0)]), state(3e38, 2.0));
@@ -224,14 +224,9 @@ fn sum_of_shards<T: Element>(
     let saved = attention.finish::<T>(problem, &state, whole.operands.sink_logits.as_deref()).unwrap();
     let s = problem.shape();
     let zeros = |shape: [usize; 4]| vec![0.0; shape.iter().product()];
-    let mut sum = Gradients {
-        d_q: zeros(problem.q_shape()),
-        d_k: zeros(problem.k_shape()),
-        d_v: zeros(problem.v_shape()),
-        d_sink_logits: None,
-        d_alibi_slopes: problem.options().alibi.then(|| vec![0.0; s.heads]),
-        d_bias: problem.bias_shape().map(zeros),
-    };
+    let mut sum = Gradients::new(zeros(problem.q_shape()), zeros(problem.k_shape()), zeros(problem.v_shape()))
+        .d_alibi_slopes(problem.options().alibi.then(|| vec![0.0; s.heads]))
+        .d_bias(problem.bias_shape().map(zeros));
     for (n, keys) in shards.iter().enumerate() {
         let part = shard(problem, &whole.operands, keys);
         let inputs = if n == sink_shard { with_sinks(&part, &whole.operands) } else { part.inputs() };
@@ -264,14 +259,10 @@ fn sum_of_shards<T: Element>(
 /// Rounded once more, to be held against the definition as a path's own gradients are.
 fn narrow<T: Element>(x: Gradients<f64, f64>) -> Gradients<T> {
     let f32s = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect::<Vec<_>>();
-    Gradients {
-        d_q: T::narrow(f32s(x.d_q)),
-        d_k: T::narrow(f32s(x.d_k)),
-        d_v: T::narrow(f32s(x.d_v)),
-        d_sink_logits: x.d_sink_logits.map(f32s),
-        d_alibi_slopes: x.d_alibi_slopes.map(f32s),
-        d_bias: x.d_bias.map(f32s),
-    }
+    Gradients::new(T::narrow(f32s(x.d_q)), T::narrow(f32s(x.d_k)), T::narrow(f32s(x.d_v)))
+        .d_sink_logits(x.d_sink_logits.map(f32s))
+        .d_alibi_slopes(x.d_alibi_slopes.map(f32s))
+        .d_bias(x.d_bias.map(f32s))
 }
 
 fn gradients_add_up<T: Element>() {
@@ -362,7 +353,7 @@ fn states_in_buffers_of_the_callers() {
         for attention in [&attention, &cut] {
             let (o, lse) = (nan(o_len), nan(lse_len));
             let merged = MergeBuffers::new(&stacked, &stacked_lse, &o, &lse);
-            let buffers = MergeBuffers { sink_logits: Some((&sink_logits).into()), ..merged };
+            let buffers = merged.sink_logits(TensorView::new(&sink_logits));
             let prepared = attention.prepare_finish(&problem, shards.len(), &buffers).unwrap();
             assert_eq!(prepared.dispatches().eq([1]), !std::ptr::eq(attention, &cut));
             submit(device, |encoder| prepared.encode(encoder));
@@ -374,7 +365,7 @@ fn states_in_buffers_of_the_callers() {
             let step = MergeBuffers::new(&stacked, &stacked_lse, &half, &half_lse);
             let merge = attention.prepare_merge(&problem, shards.len(), &step).unwrap();
             let last = MergeBuffers::new(&half, &half_lse, &o, &lse);
-            let last = MergeBuffers { sink_logits: Some((&sink_logits).into()), ..last };
+            let last = last.sink_logits(TensorView::new(&sink_logits));
             let finish = attention.prepare_finish(&problem, 1, &last).unwrap();
             submit(device, |encoder| {
                 merge.encode(encoder);
@@ -397,10 +388,11 @@ fn states_in_halves() {
         let operands = Operands::random(&problem, 2);
         let [o_len, lse_len] = [18 * width, 18];
         let states: Vec<PartialState> = (0..3)
-            .map(|n| PartialState {
-                o: (0..o_len).map(|i| ((i * 7 + n * 13) as f32).sin()).collect(),
-                lse: (0..lse_len).map(|i| ((i + 5 * n) as f32).cos()).collect(),
-                row_max: None,
+            .map(|n| {
+                PartialState::new(
+                    (0..o_len).map(|i| ((i * 7 + n * 13) as f32).sin()).collect(),
+                    (0..lse_len).map(|i| ((i + 5 * n) as f32).cos()).collect(),
+                )
             })
             .collect();
         let expected = cpu::merge(&problem, &states.iter().collect::<Vec<_>>()).unwrap();
@@ -419,7 +411,7 @@ fn states_in_halves() {
         let size = ((2 * o_len) as u64).next_multiple_of(4);
         let (o, o_lo, lse) = (empty(device, size, usage), empty(device, size, usage), empty(device, 72, usage));
         let plain = MergeBuffers::new(&states_buffer, &states_lse, &o, &lse);
-        let with_o_lo = MergeBuffers { states_lo: Some((&rest_buffer).into()), o_lo: Some((&o_lo).into()), ..plain };
+        let with_o_lo = plain.states_lo(TensorView::new(&rest_buffer)).o_lo(TensorView::new(&o_lo));
         let run = |buffers: &MergeBuffers<'_>| {
             let prepared = attention.prepare_merge(&problem, 3, buffers).unwrap();
             submit(device, |encoder| prepared.encode(encoder));
@@ -558,10 +550,10 @@ fn mistakes_are_errors() {
         let error = attention.attend_partial(&problem, 2..2, &wide.inputs()).unwrap_err();
         assert!(matches!(error, Error::WrongElementType { .. }), "{error}");
 
-        let short = PartialState { lse: vec![0.0; 5], ..state.clone() };
+        let short = state.clone().lse(vec![0.0; 5]);
         let error = attention.merge(&problem, &[&state, &short]).unwrap_err();
         assert_eq!(message(error), "lse of a partial state has 5 elements, its shape [1, 2, 3] needs 6");
-        let error = attention.merge(&problem, &[&PartialState { o: vec![0.0; 25], ..state.clone() }]).unwrap_err();
+        let error = attention.merge(&problem, &[&state.clone().o(vec![0.0; 25])]).unwrap_err();
         assert_eq!(message(error), "o of a partial state has 25 elements, its shape [1, 3, 2, 4] needs 24");
         let error = attention.finish::<f16>(&problem, &state, None).unwrap_err();
         assert!(matches!(error, Error::MissingOperand { operand: "sink_logits" }), "{error}");
@@ -620,24 +612,24 @@ fn mistakes_with_buffers_are_errors() {
     }
     let error = attention.prepare_finish(&problem, 2, &plain).unwrap_err();
     assert!(matches!(error, Error::MissingOperand { operand: "sink_logits" }), "{error}");
-    let with_sinks = MergeBuffers { sink_logits: Some((&sinks).into()), ..plain };
+    let with_sinks = plain.sink_logits(TensorView::new(&sinks));
     attention.prepare_finish(&problem, 2, &with_sinks).unwrap();
     let error = attention.prepare_merge(&problem, 2, &with_sinks).unwrap_err();
     assert!(matches!(error, Error::UnexpectedOperand { operand: "sink_logits", .. }), "{error}");
-    let error = attention.prepare_merge(&problem, 1, &MergeBuffers { o: (&states).into(), ..plain }).unwrap_err();
+    let error = attention.prepare_merge(&problem, 1, &plain.o(&states)).unwrap_err();
     assert!(matches!(error, Error::Aliasing { output: "o", other: "states" }), "{error}");
-    let error = attention.prepare_merge(&problem, 2, &MergeBuffers { o_lo: Some((&o).into()), ..plain }).unwrap_err();
+    let error = attention.prepare_merge(&problem, 2, &plain.o_lo(TensorView::new(&o))).unwrap_err();
     assert!(matches!(error, Error::UnexpectedOperand { operand: "o_lo", .. }), "{error}");
     let half = Problem::new(*problem.shape(), options.dtype(DType::F16)).unwrap();
     let rest = new(24);
-    let error = attention.prepare_merge(&half, 2, &MergeBuffers { o_lo: Some((&rest).into()), ..plain }).unwrap_err();
+    let error = attention.prepare_merge(&half, 2, &plain.o_lo(TensorView::new(&rest))).unwrap_err();
     assert!(matches!(error, Error::MissingOperand { operand: "states_lo" }), "{error}");
 
     let (q, k) = (new(24), new(36));
     let buffers = ForwardBuffers::new(&q, &k, &k, &o, &lse);
     let error = attention.prepare_partial(&problem, 3..3, &buffers).unwrap_err();
     assert!(matches!(error, Error::ZeroDimension { dimension: "seq_k" }), "{error}");
-    let with_sinks = ForwardBuffers { sink_logits: Some((&sinks).into()), ..buffers };
+    let with_sinks = buffers.sink_logits(TensorView::new(&sinks));
     let error = attention.prepare_partial(&problem, 3..5, &with_sinks).unwrap_err();
     assert!(matches!(error, Error::UnexpectedOperand { operand: "sink_logits", .. }), "{error}");
 }

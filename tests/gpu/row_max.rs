@@ -12,8 +12,8 @@ use sink_attention::half::{bf16, f16};
 use sink_attention::plan::{Kernel, MicroKernel};
 use sink_attention::testing::operands::{self, MaskValues, Operands, SIZES, problem, row};
 use sink_attention::{
-    Attention, Axes, DType, Element, Error, ForwardBuffers, Layout, Lengths, MaskPacking, MergeBuffers, Options,
-    PartialState, Problem, Shape, SinkLogits, TensorView, Window,
+    Attention, Axes, DType, Element, Error, Layout, Lengths, MaskPacking, MergeBuffers, Options, PartialState, Problem,
+    Shape, SinkLogits, TensorView, Window,
 };
 
 /// The CPU and, where there is one, the portable kernels of the GPU.
@@ -263,11 +263,8 @@ fn merged_states() {
 #[test]
 fn merges_of_no_numbers() {
     let problem = problem([1, 1, 1], [4, 3], [4, 4], Options::new());
-    let state = |lse: [f32; 4], row_max: [f32; 4]| PartialState {
-        o: vec![1.0; 16],
-        lse: lse.to_vec(),
-        row_max: Some(row_max.to_vec()),
-    };
+    let state =
+        |lse: [f32; 4], row_max: [f32; 4]| PartialState::new(vec![1.0; 16], lse.to_vec()).row_max(row_max.to_vec());
     let (none, nan, infinity) = (f32::NEG_INFINITY, f32::NAN, f32::INFINITY);
     let a = state([none, nan, infinity, none], [5.0, nan, infinity, none]);
     let b = state([1.0, 2.0, 3.0, none], [-1.0, 1.0, 2.0, nan]);
@@ -277,7 +274,7 @@ fn merges_of_no_numbers() {
             assert!(merged[1].is_nan(), "{merged:?}");
             assert_eq!([merged[0], merged[2], merged[3]], [-1.0, infinity, none]);
         }
-        let short = PartialState { row_max: Some(vec![0.0; 3]), ..a.clone() };
+        let short = a.clone().row_max(vec![0.0; 3]);
         let error = attention.merge(&problem, &[&short]).unwrap_err();
         assert!(matches!(error, Error::OperandLength { operand: "row_max of a partial state", .. }), "{error}");
     }
@@ -322,7 +319,7 @@ fn buffers_and_errors() {
     // Behind an offset, with what is not written left as it is.
     let row_max = buffer(device, &[7.0; 64]);
     let view = TensorView::new(&row_max).offset(10);
-    let with = |row_max| ForwardBuffers { row_max: Some(row_max), ..buffers.views() };
+    let with = |row_max| buffers.views().row_max(row_max);
     let prepared = attention.prepare_forward(&problem, &with(view)).unwrap();
     submit(device, |encoder| prepared.encode(encoder));
     let written = read(device, &row_max);
@@ -337,10 +334,7 @@ fn buffers_and_errors() {
     let strided = error(TensorView::new(&row_max).strides([1, 2, 3]));
     assert!(matches!(strided, Error::InvalidOption { option: "row_max", .. }), "{strided}");
 
-    let merge = MergeBuffers {
-        states_row_max: Some(view),
-        ..MergeBuffers::new(&buffers.q, &buffers.lse, &buffers.o, &buffers.lse)
-    };
+    let merge = MergeBuffers::new(&buffers.q, &buffers.lse, &buffers.o, &buffers.lse).states_row_max(view);
     let error = attention.prepare_merge(&problem, 1, &merge).unwrap_err();
     assert!(matches!(error, Error::MissingOperand { operand: "row_max" }), "{error}");
 }
@@ -351,7 +345,7 @@ fn storage_buffers() {
     let least = sink_attention::plan::Capabilities::webgpu_defaults();
     let plan = |options: Options, o_lo: bool| {
         let problem = problem([1, 2, 1], [100, 100], [64, 64], options);
-        let optional = sink_attention::plan::OptionalOperands { o_lo, row_max: true, ..Default::default() };
+        let optional = sink_attention::plan::OptionalOperands::default().o_lo(o_lo).row_max(true);
         let preference = sink_attention::plan::Preference::default();
         sink_attention::plan::Plan::forward_with(&problem, optional, &least, &preference)
     };

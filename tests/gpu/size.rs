@@ -19,7 +19,7 @@ type Results<T> = (Output<T>, [Gradients<T>; 2]);
 fn run<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) -> Results<T> {
     let forward = |error| panic!("{problem}: {error}");
     let output = attention.forward(problem, &case.operands.inputs()).unwrap_or_else(forward);
-    let exact = Output { o_lo: None, ..output.clone() };
+    let exact = output.clone().o_lo(None);
     let gradients = [&output, &exact].map(|saved| case.run_with(attention, problem, saved));
     (output, gradients)
 }

@@ -51,11 +51,9 @@ impl<T: Element> Whole<T> {
     }
 
     fn operands(&self) -> PrefillOperands<'_, T> {
-        PrefillOperands {
-            sink_logits: self.operands.sink_logits.as_deref(),
-            alibi_slopes: self.operands.alibi_slopes.as_deref(),
-            ..PrefillOperands::default()
-        }
+        PrefillOperands::default()
+            .sink_logits(self.operands.sink_logits.as_deref())
+            .alibi_slopes(self.operands.alibi_slopes.as_deref())
     }
 
     /// q, k and v of the next tokens, as many of each sequence.
@@ -83,7 +81,7 @@ impl<T: Element> Whole<T> {
         let of = |head: usize, batch: usize| &self.expected.lse[(batch * HEADS + head) * TOKENS..][range.clone()];
         let lse = (0..HEADS).flat_map(|head| (0..BATCH).flat_map(move |batch| of(head, batch).to_vec())).collect();
         assert_eq!(output.o_lo.is_some(), T::DTYPE != DType::F32);
-        agree(output, &Output { o, o_lo: None, lse }).map_err(|error| format!("{range:?}: {error}"))
+        agree(output, &Output::new(o, lse)).map_err(|error| format!("{range:?}: {error}"))
     }
 }
 
@@ -201,11 +199,11 @@ fn a_failed_call_loses_nothing() {
             ("k", &q, &k[1..], &v, operands),
             ("v", &q, &k, &[], operands),
             ("k", &q, &[], &v, operands),
-            ("sink_logits", &q, &k, &v, PrefillOperands { sink_logits: None, ..operands }),
-            ("sink_logits", &q, &k, &v, PrefillOperands { sink_logits: Some(&[0.0]), ..operands }),
-            ("alibi_slopes", &q, &k, &v, PrefillOperands { alibi_slopes: None, ..operands }),
-            ("alibi_slopes", &q, &k, &v, PrefillOperands { alibi_slopes: Some(&[0.0; 3]), ..operands }),
-            ("bias", &q, &k, &v, PrefillOperands { bias: Some(Bias::F32(&bias)), ..operands }),
+            ("sink_logits", &q, &k, &v, operands.sink_logits(None)),
+            ("sink_logits", &q, &k, &v, operands.sink_logits(&[0.0][..])),
+            ("alibi_slopes", &q, &k, &v, operands.alibi_slopes(None)),
+            ("alibi_slopes", &q, &k, &v, operands.alibi_slopes(&[0.0; 3][..])),
+            ("bias", &q, &k, &v, operands.bias(Bias::F32(&bias))),
         ];
         for (operand, q, k, v, operands) in attempts {
             let error = cache.prefill(&whole.prefill(5), &mut q.to_vec(), [k, v], &operands).unwrap_err().to_string();
@@ -232,7 +230,7 @@ fn options_that_a_rolling_cache_does_not_take() {
             (good.options.mask(Axes::KEYS), "mask"),
             (good.options.softcap(-1.0), "softcap"),
         ] {
-            let prefill = Prefill { options, ..good.clone() };
+            let prefill = good.clone().options(options);
             let error = cache.prefill(&prefill, &mut q.clone(), [&k, &v], &whole.operands()).unwrap_err();
             assert!(matches!(error, Error::InvalidOption { option: o, .. } if o == option), "{option}: {error}");
         }

@@ -56,7 +56,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
     for device in Capabilities::samples() {
         let optional = OptionalOperands::default();
         let passes = |problem: &Problem, tuning: &Tuning| {
-            let preference = Preference { tuning: Some(tuning), ..Preference::default() };
+            let preference = Preference::default().tuning(tuning);
             let mut passes = Plan::forward_with(problem, optional, &device, &preference).unwrap().passes;
             passes.extend(Plan::backward_with(problem, optional, &device, &preference).unwrap().passes);
             passes
@@ -79,7 +79,7 @@ fn a_tuning_changes_the_plan_where_it_fits() {
         let own = PortableTile { rows: 2, ..OTHER };
         let own_tiles = [(Kernel::FORWARD, own.into())];
         let tuning = tuning(&device.name, &problem, OTHER);
-        let preference = Preference { tiles: &own_tiles, tuning: Some(&tuning), ..Preference::default() };
+        let preference = Preference::default().tiles(&own_tiles).tuning(&tuning);
         let pass = Plan::forward_with(&problem, optional, &device, &preference).unwrap().passes[0];
         assert_eq!((pass.variant.tiling, pass.tiles_origin), (Some(own.into()), TilesOrigin::Caller));
     }
@@ -100,7 +100,7 @@ fn tiles_decide_on_the_micro_kernel() {
     };
     let cooperative = Tiling::Cooperative { subgroups: 2, rows: 2, columns: 1, stages: 2 };
     let portable = Tiling::Portable(OTHER);
-    let built_in = |micro_kernel| plan(device, &Preference { micro_kernel, ..Preference::default() }).unwrap();
+    let built_in = |micro_kernel| plan(device, &Preference::default().micro_kernel(micro_kernel)).unwrap();
     let built_in_portable = built_in(MicroKernel::Portable)[0];
 
     // The fallback run with built-in tiles that take little workgroup memory, unless the caller names some.
@@ -108,7 +108,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let slim = Tiling::Portable(PortableTile { k_step: 4, n_step: 8, ..tiles });
     let own = |tiles: &[Tiling], micro_kernel| {
         let tiles: Vec<_> = tiles.iter().map(|tiling| (Kernel::FORWARD, *tiling)).collect();
-        plan(device, &Preference { tiles: &tiles, micro_kernel, ..Preference::default() })
+        plan(device, &Preference::default().tiles(&tiles).micro_kernel(micro_kernel))
     };
     let (caller, fallback) = (TilesOrigin::Caller, Some(64));
     let repaired = |tiling, origin| vec![(tiling, origin, fallback)];
@@ -127,7 +127,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let measured = |tiling, micro_kernel| {
         let mut tuning = Tuning::new(&device.name, "");
         tuning.insert(TuningKey::of(Kernel::FORWARD, &problem).unwrap(), tiling);
-        plan(device, &Preference { tuning: Some(&tuning), micro_kernel, ..Preference::default() }).unwrap()
+        plan(device, &Preference::default().tuning(&tuning).micro_kernel(micro_kernel)).unwrap()
     };
     let tuned = measured(cooperative, MicroKernel::Auto);
     assert_eq!((tuned.len(), tuned[0]), (2, (cooperative, TilesOrigin::Tuning, None)));
@@ -143,7 +143,7 @@ fn tiles_decide_on_the_micro_kernel() {
     // Without the matrices they are an error of the caller's, and nothing to a tuning.
     let least = samples.last().unwrap();
     let tiles = [(Kernel::FORWARD, cooperative)];
-    let error = plan(least, &Preference { tiles: &tiles, ..Preference::default() }).unwrap_err().to_string();
+    let error = plan(least, &Preference::default().tiles(&tiles)).unwrap_err().to_string();
     assert!(error.contains("WebGPU defaults has no cooperative matrices"), "{error}");
 }
 
@@ -160,7 +160,7 @@ fn a_tuning_does_not_change_results() {
         let output = tuned.forward(&problem, &operands.inputs()).unwrap();
         let expected = attention.forward(&problem, &operands.inputs()).unwrap();
         agree(&output, &expected).unwrap();
-        let upstream = Upstream { d_o: &expected.o, d_lse: None };
+        let upstream = Upstream::new(&expected.o);
         let [tuned, expected] =
             [&tuned, attention].map(|a| a.backward(&problem, &operands.inputs(), &expected, &upstream).unwrap());
         for (tuned, expected) in [(tuned.d_q, expected.d_q), (tuned.d_k, expected.d_k), (tuned.d_v, expected.d_v)] {

@@ -9,8 +9,7 @@ use std::path::Path;
 use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiles, DecodeTiling, Quantisation};
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
-    Capabilities, CooperativeMatrices, DeviceClass, Kernel, Multiprocessor, OptionalOperands, Pass, Plan, PortableTile,
-    Preference, Tiling, Variant,
+    Capabilities, DeviceClass, Kernel, OptionalOperands, Pass, Plan, PortableTile, Preference, Tiling, Variant,
 };
 use sink_attention::testing::operands::problem;
 use sink_attention::{DType, Error, Options, Problem, SinkLogits, Window};
@@ -96,14 +95,14 @@ fn plans() -> String {
         for device in Capabilities::samples() {
             let forward = Plan::forward_with(
                 &problem,
-                OptionalOperands { scalar: !vec4, ..OptionalOperands::default() },
+                OptionalOperands::default().scalar(!vec4),
                 &device,
                 &Preference::default(),
             )
             .unwrap();
             let backward = Plan::backward_with(
                 &problem,
-                OptionalOperands { scalar: !vec4, ..OptionalOperands::default() },
+                OptionalOperands::default().scalar(!vec4),
                 &device,
                 &Preference::default(),
             )
@@ -169,14 +168,14 @@ fn every_width_has_a_plan() {
                 let problem = problem([1, 1, 1], [seq_q, 1000], [head_dim, value_dim], options);
                 let forward = Plan::forward_with(
                     &problem,
-                    OptionalOperands { scalar: true, ..OptionalOperands::default() },
+                    OptionalOperands::default().scalar(true),
                     &least,
                     &Preference::default(),
                 )
                 .unwrap();
                 let backward = Plan::backward_with(
                     &problem,
-                    OptionalOperands { scalar: true, d_lse: true, ..OptionalOperands::default() },
+                    OptionalOperands::default().scalar(true).d_lse(true),
                     &least,
                     &Preference::default(),
                 )
@@ -184,27 +183,13 @@ fn every_width_has_a_plan() {
                 assert_eq!((forward.passes.len(), backward.passes.len()), (1, 4));
                 let mut passes = [forward.passes, backward.passes].concat();
                 if dtype != DType::F32 {
-                    let optional = OptionalOperands { d_lse: true, o_lo: true, ..OptionalOperands::default() };
+                    let optional = OptionalOperands::default().d_lse(true).o_lo(true);
                     let preference = Preference::default();
                     passes.extend(
-                        Plan::forward_with(
-                            &problem,
-                            OptionalOperands { scalar: true, ..optional },
-                            &least,
-                            &preference,
-                        )
-                        .unwrap()
-                        .passes,
+                        Plan::forward_with(&problem, optional.scalar(true), &least, &preference).unwrap().passes,
                     );
                     passes.extend(
-                        Plan::backward_with(
-                            &problem,
-                            OptionalOperands { scalar: true, ..optional },
-                            &least,
-                            &preference,
-                        )
-                        .unwrap()
-                        .passes,
+                        Plan::backward_with(&problem, optional.scalar(true), &least, &preference).unwrap().passes,
                     );
                 }
                 for pass in passes {
@@ -230,7 +215,7 @@ fn delta_is_never_from_rounded_o() {
             for device in Capabilities::samples() {
                 for [d_lse, o_lo] in [[false, false], [true, false], [false, true], [true, true]] {
                     let (optional, preference) =
-                        (OptionalOperands { d_lse, o_lo, ..OptionalOperands::default() }, Preference::default());
+                        (OptionalOperands::default().d_lse(d_lse).o_lo(o_lo), Preference::default());
                     let plans = [
                         Plan::forward_with(&problem, optional, &device, &preference),
                         Plan::backward_with(&problem, optional, &device, &preference),
@@ -266,7 +251,7 @@ fn micro_kernels_are_as_asked_for() {
         let problem = problem([1, 2, 2], [100, 100], [64, 64], Options::new().dtype(dtype));
         for device in Capabilities::samples() {
             let plans = |micro_kernel| {
-                let preference = Preference { micro_kernel, ..Preference::default() };
+                let preference = Preference::default().micro_kernel(micro_kernel);
                 [
                     Plan::forward_with(&problem, OptionalOperands::default(), &device, &preference),
                     Plan::backward_with(&problem, OptionalOperands::default(), &device, &preference),
@@ -316,12 +301,13 @@ fn micro_kernels_are_as_asked_for() {
 #[test]
 fn token_scales_are_found_before_they_are_read() {
     // Of a class whose cooperative kernels have to be asked for.
-    let device = &Capabilities { class: DeviceClass::Other, ..Capabilities::samples().swap_remove(0) };
+    let device = &Capabilities::samples().swap_remove(0).class(DeviceClass::Other);
     let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2 };
     for dtype in [DType::F16, DType::Bf16] {
         let problem = problem([1, 2, 1], [100, 100], [64, 64], Options::new().dtype(dtype));
         for kernel in [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV] {
-            let preference = Preference { tiles: &[(kernel, cooperative)], ..Preference::default() };
+            let tiles = [(kernel, cooperative)];
+            let preference = Preference::default().tiles(&tiles);
             let (optional, plan) = (OptionalOperands::default(), if kernel == Kernel::FORWARD { 0 } else { 1 });
             let plans = [
                 Plan::forward_with(&problem, optional, device, &preference),
@@ -342,7 +328,7 @@ fn token_scales_are_found_before_they_are_read() {
 #[test]
 fn auto_is_cooperative_where_that_is_known_to_be_faster() {
     let nvidia = Capabilities::samples().swap_remove(0);
-    let other = Capabilities { class: DeviceClass::Other, ..nvidia.clone() };
+    let other = nvidia.clone().class(DeviceClass::Other);
     for (device, dtype, width, cooperative) in [
         (&nvidia, DType::F16, 64, true),
         (&nvidia, DType::Bf16, 128, true),
@@ -454,12 +440,12 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
         |device| device.buffer_bytes = 0,
         |device| device.offset_alignment = 0,
         |device| device.loop_iterations = Some(0),
-        |device| device.multiprocessor = device.multiprocessor.map(|m| Multiprocessor { workgroup_bytes: 0, ..m }),
-        |device| device.multiprocessor = device.multiprocessor.map(|m| Multiprocessor { registers: 0, ..m }),
-        |device| device.multiprocessor = device.multiprocessor.map(|m| Multiprocessor { count: 0, ..m }),
-        |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { side: 0, ..c }),
-        |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { lanes: 0, ..c }),
-        |device| device.cooperative = device.cooperative.map(|c| CooperativeMatrices { side: 0, lanes: 0, ..c }),
+        |device| device.multiprocessor = device.multiprocessor.map(|m| m.workgroup_bytes(0)),
+        |device| device.multiprocessor = device.multiprocessor.map(|m| m.registers(0)),
+        |device| device.multiprocessor = device.multiprocessor.map(|m| m.count(0)),
+        |device| device.cooperative = device.cooperative.map(|c| c.side(0)),
+        |device| device.cooperative = device.cooperative.map(|c| c.lanes(0)),
+        |device| device.cooperative = device.cooperative.map(|c| c.side(0).lanes(0)),
     ];
     let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     let mut refused = 0;
@@ -470,7 +456,7 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
                 let mut lacking = device.clone();
                 zero(&mut lacking);
                 for micro_kernel in [MicroKernel::Auto, MicroKernel::Portable, MicroKernel::Cooperative] {
-                    let preference = Preference { micro_kernel, ..Preference::default() };
+                    let preference = Preference::default().micro_kernel(micro_kernel);
                     let optional = OptionalOperands::default();
                     let plans = [
                         Plan::forward_with(&problem, optional, &lacking, &preference),
@@ -500,7 +486,7 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
         }
     }
     assert!(refused > 100, "{refused}");
-    let none = Capabilities { grid_dimension: 0, ..Capabilities::samples()[0].clone() };
+    let none = Capabilities::samples()[0].clone().grid_dimension(0);
     let problem = problem([1, 4, 2], [300, 300], [64, 64], options);
     let error = Plan::forward(&problem, &none).unwrap_err();
     assert!(matches!(error, Error::TooManyWorkgroups { most: 0, .. }), "{error}");

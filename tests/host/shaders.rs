@@ -66,7 +66,7 @@ struct Planned {
 const STATES: usize = 3;
 
 fn plan_merge(problem: &Problem, vec4: bool, optional: OptionalOperands, device: &Capabilities) -> Plan {
-    Plan::merge(problem, STATES, true, OptionalOperands { scalar: !vec4, ..optional }, device).unwrap()
+    Plan::merge(problem, STATES, true, optional.scalar(!vec4), device).unwrap()
 }
 
 impl Planned {
@@ -91,26 +91,13 @@ fn reachable() -> &'static [Planned] {
                         // Packed operands of such widths can be read by fours; strides may still forbid it.
                         let by_fours = width.iter().all(|w| w % 4 == 0);
                         for [vec4, o_lo] in [[false, false], [by_fours, false], [false, true], [by_fours, true]] {
-                            let optional = OptionalOperands {
-                                d_lse: seq % 2 == 0,
-                                o_lo: o_lo && dtype != DType::F32,
-                                ..OptionalOperands::default()
-                            };
+                            let optional =
+                                OptionalOperands::default().d_lse(seq % 2 == 0).o_lo(o_lo && dtype != DType::F32);
                             for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
-                                let preference = Preference { micro_kernel, ..Preference::default() };
+                                let preference = Preference::default().micro_kernel(micro_kernel);
                                 let (Ok(forward), Ok(backward)) = (
-                                    Plan::forward_with(
-                                        &problem,
-                                        OptionalOperands { scalar: !vec4, ..optional },
-                                        &device,
-                                        &preference,
-                                    ),
-                                    Plan::backward_with(
-                                        &problem,
-                                        OptionalOperands { scalar: !vec4, ..optional },
-                                        &device,
-                                        &preference,
-                                    ),
+                                    Plan::forward_with(&problem, optional.scalar(!vec4), &device, &preference),
+                                    Plan::backward_with(&problem, optional.scalar(!vec4), &device, &preference),
                                 ) else {
                                     assert_eq!(micro_kernel, MicroKernel::Cooperative, "{problem}");
                                     continue;
@@ -172,28 +159,16 @@ fn with_options() -> Vec<Planned> {
                     let (d_alibi_slopes, d_bias, packed) = (true, true, n % 2 == 0);
                     // A merge with all that is optional binds more than 8 buffers.
                     let row_max = (n + turn) % 2 == 0 && !o_lo;
-                    let optional = OptionalOperands {
-                        o_lo,
-                        d_alibi_slopes,
-                        d_bias,
-                        packed,
-                        row_max,
-                        ..OptionalOperands::default()
-                    };
-                    let preference = Preference { micro_kernel, ..Preference::default() };
+                    let optional = OptionalOperands::default()
+                        .o_lo(o_lo)
+                        .d_alibi_slopes(d_alibi_slopes)
+                        .d_bias(d_bias)
+                        .packed(packed)
+                        .row_max(row_max);
+                    let preference = Preference::default().micro_kernel(micro_kernel);
                     let plans = [
-                        Plan::forward_with(
-                            &problem,
-                            OptionalOperands { scalar: !vec4, ..optional },
-                            device,
-                            &preference,
-                        ),
-                        Plan::backward_with(
-                            &problem,
-                            OptionalOperands { scalar: !vec4, ..optional },
-                            device,
-                            &preference,
-                        ),
+                        Plan::forward_with(&problem, optional.scalar(!vec4), device, &preference),
+                        Plan::backward_with(&problem, optional.scalar(!vec4), device, &preference),
                     ];
                     match plans {
                         [Ok(forward), Ok(backward)] => {
@@ -520,15 +495,13 @@ fn build(attention: &Attention, planned: &Planned) {
     let d_bias = buffer(elements(problem.bias_shape()), 4);
     let options = problem.options();
     let per_head = options.sink_logits == SinkLogits::PerHead;
-    let forward_buffers = ForwardBuffers {
-        alibi_slopes: options.alibi.then(|| at(&alibi_slopes)),
-        bias: options.bias.map(|_| at(&bias)),
-        mask: options.mask.map(|_| at(&mask)),
-        sink_logits: per_head.then(|| at(&sinks)),
-        o_lo: optional.o_lo.then(|| at(&o_lo)),
-        row_max: optional.row_max.then(|| at(&row_max)),
-        ..ForwardBuffers::new(at(&q), at(&k), at(&v), at(&o), at(&lse))
-    };
+    let forward_buffers = ForwardBuffers::new(at(&q), at(&k), at(&v), at(&o), at(&lse))
+        .alibi_slopes(options.alibi.then(|| at(&alibi_slopes)))
+        .bias(options.bias.map(|_| at(&bias)))
+        .mask(options.mask.map(|_| at(&mask)))
+        .sink_logits(per_head.then(|| at(&sinks)))
+        .o_lo(optional.o_lo.then(|| at(&o_lo)))
+        .row_max(optional.row_max.then(|| at(&row_max)));
     // The gradients by k and v one after the other in one buffer.
     let k_elements = problem.k_shape().iter().product::<usize>().next_multiple_of(4);
     let v_elements = problem.v_shape().iter().product::<usize>();
@@ -537,20 +510,20 @@ fn build(attention: &Attention, planned: &Planned) {
         true => (at(&fused), at(&fused).offset(offset + k_elements as u64)),
         false => (at(&d_k), at(&d_v)),
     };
-    let backward_buffers = BackwardBuffers {
-        d_alibi_slopes: optional.d_alibi_slopes.then(|| at(&d_alibi_slopes)).filter(|_| options.alibi),
-        d_bias: optional.d_bias.then(|| at(&d_bias)).filter(|_| options.bias.is_some()),
-        d_lse: optional.d_lse.then(|| at(&flows_into_lse)),
-        d_sink_logits: per_head.then(|| at(&d_sinks)),
-        ..BackwardBuffers::new(forward_buffers, at(&d_o), at(&d_q), d_k, d_v)
-    };
+    let backward_buffers = BackwardBuffers::new(forward_buffers, at(&d_o), at(&d_q), d_k, d_v)
+        .d_alibi_slopes(optional.d_alibi_slopes.then(|| at(&d_alibi_slopes)).filter(|_| options.alibi))
+        .d_bias(optional.d_bias.then(|| at(&d_bias)).filter(|_| options.bias.is_some()))
+        .d_lse(optional.d_lse.then(|| at(&flows_into_lse)))
+        .d_sink_logits(per_head.then(|| at(&d_sinks)));
     let tiles = |plan: &Plan| -> Vec<_> {
         plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, pass.variant.tiling?))).collect()
     };
     let [forward_tiles, backward_tiles] = [tiles(forward), tiles(backward)];
     // The same passes, but for where their tiles come from.
-    let passes = |plan: &Plan| -> Vec<_> {
-        plan.passes.iter().map(|pass| Pass { tiles_origin: TilesOrigin::Caller, ..*pass }).collect()
+    let passes = |plan: &Plan| {
+        let mut passes = plan.passes.clone();
+        passes.iter_mut().for_each(|pass| pass.tiles_origin = TilesOrigin::Caller);
+        passes
     };
     let prepared = attention.prepare_forward_with(problem, &forward_buffers, &forward_tiles);
     assert_eq!(passes(pollster::block_on(prepared).unwrap().plan()), passes(forward), "{problem}");
@@ -561,14 +534,12 @@ fn build(attention: &Attention, planned: &Planned) {
     let (states, states_lo) = (states(), states());
     let state_rows = || buffer(STATES * problem.lse_shape().iter().product::<usize>(), 4);
     let (states_lse, states_row_max) = (state_rows(), state_rows());
-    let buffers = MergeBuffers {
-        states_lo: optional.o_lo.then(|| at(&states_lo)),
-        sink_logits: per_head.then(|| at(&sinks)),
-        o_lo: optional.o_lo.then(|| at(&o_lo)),
-        states_row_max: optional.row_max.then(|| at(&states_row_max)),
-        row_max: optional.row_max.then(|| at(&row_max)),
-        ..MergeBuffers::new(at(&states), at(&states_lse), at(&o), at(&lse))
-    };
+    let buffers = MergeBuffers::new(at(&states), at(&states_lse), at(&o), at(&lse))
+        .states_lo(optional.o_lo.then(|| at(&states_lo)))
+        .sink_logits(per_head.then(|| at(&sinks)))
+        .o_lo(optional.o_lo.then(|| at(&o_lo)))
+        .states_row_max(optional.row_max.then(|| at(&states_row_max)))
+        .row_max(optional.row_max.then(|| at(&row_max)));
     let prepared = attention.prepare_finish(problem, STATES, &buffers).unwrap();
     assert_eq!(passes(prepared.plan()), passes(merge), "{problem}");
 }

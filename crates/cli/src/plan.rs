@@ -234,12 +234,8 @@ impl PlanArgs {
             Some(capabilities) => {
                 check_limits(&operands, &capabilities)?;
                 let tuning = self.tuning(&capabilities)?;
-                let preference = Preference {
-                    micro_kernel: self.target.micro_kernel(),
-                    tuning: tuning.as_ref(),
-                    ..Preference::default()
-                };
-                let optional = OptionalOperands { o_lo, ..OptionalOperands::default() };
+                let preference = Preference::default().micro_kernel(self.target.micro_kernel()).tuning(tuning.as_ref());
+                let optional = OptionalOperands::default().o_lo(o_lo);
                 let mut plans = vec![Plan::forward_with(&problem, optional, &capabilities, &preference)?];
                 if self.backward {
                     plans.push(Plan::backward_with(&problem, optional, &capabilities, &preference)?);

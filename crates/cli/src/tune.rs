@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::MicroKernel;
-use sink_attention::plan::{Kernel, Pass, Plan, Tiling};
+use sink_attention::plan::{Kernel, Pass, Tiling};
 use sink_attention::testing::buffers::{GpuGradients, GpuOperands, too_large};
 use sink_attention::testing::compare;
 use sink_attention::testing::operands::Operands;
@@ -410,7 +410,7 @@ fn search(
         }
         // Side by side. What does not compile tells so below, by itself.
         let passes = batch.iter().map(|tiles| Pass::with_tiles(kernel, &large.problem, capabilities, *tiles));
-        let _ = attention.precompile(&Plan { passes: passes.filter_map(Result::ok).collect() });
+        let _ = attention.precompile(&passes.filter_map(Result::ok).collect());
         for &tiles in batch {
             if is_over(&tiles) {
                 break 'time;
@@ -481,7 +481,7 @@ fn right_with<T: Element>(
         if kernel == Kernel::EXACT_DELTA {
             expected.o_lo = None;
         }
-        let upstream = Upstream { d_o: &expected.o, d_lse: None };
+        let upstream = Upstream::new(&expected.o);
         let of = |attention: &Attention| attention.backward(problem, &inputs, &expected, &upstream);
         let (a, b) = (of(&tuned)?, of(&portable)?);
         Ok((None, vec![[a.d_q, b.d_q], [a.d_k, b.d_k], [a.d_v, b.d_v]]))

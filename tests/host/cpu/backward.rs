@@ -30,7 +30,7 @@ impl Backward {
 
 impl<T: Element> Backward<T> {
     pub fn upstream(&self) -> Upstream<'_, T> {
-        Upstream { d_o: &self.d_o, d_lse: self.d_lse.as_deref() }
+        Upstream::new(&self.d_o).d_lse(self.d_lse.as_deref())
     }
 
     pub fn run(&self) -> Gradients<T> {
@@ -104,30 +104,22 @@ fn row(x: &[f32], row: usize, width: usize) -> &[f32] {
 
 #[test]
 fn the_comparison_notices_errors() {
-    let expected = Gradients {
-        d_q: vec![1.0, 2.0],
-        d_k: vec![0.0; 2],
-        d_v: vec![3.0],
-        d_sink_logits: Some(vec![4.0]),
-        d_alibi_slopes: Some(vec![5.0]),
-        d_bias: Some(vec![6.0]),
-    };
-    let good = Gradients {
-        d_q: vec![1.0, 2.0],
-        d_k: vec![0.0; 2],
-        d_v: vec![3.0],
-        d_sink_logits: Some(vec![4.0]),
-        d_alibi_slopes: Some(vec![5.0]),
-        d_bias: Some(vec![6.0]),
-    };
+    let expected = Gradients::new(vec![1.0, 2.0], vec![0.0; 2], vec![3.0])
+        .d_sink_logits(vec![4.0])
+        .d_alibi_slopes(vec![5.0])
+        .d_bias(vec![6.0]);
+    let good = Gradients::new(vec![1.0, 2.0], vec![0.0; 2], vec![3.0])
+        .d_sink_logits(vec![4.0])
+        .d_alibi_slopes(vec![5.0])
+        .d_bias(vec![6.0]);
     assert!(differences(&good, &expected, 1.0).is_empty());
     for bad in [
-        Gradients { d_q: vec![1.0, 2.0001], ..good.clone() },
-        Gradients { d_k: vec![0.0, 0.0001], ..good.clone() },
-        Gradients { d_v: vec![f32::NAN], ..good.clone() },
-        Gradients { d_sink_logits: Some(vec![f32::INFINITY]), ..good.clone() },
-        Gradients { d_alibi_slopes: Some(vec![5.001]), ..good.clone() },
-        Gradients { d_bias: Some(vec![-6.0]), ..good.clone() },
+        good.clone().d_q(vec![1.0, 2.0001]),
+        good.clone().d_k(vec![0.0, 0.0001]),
+        good.clone().d_v(vec![f32::NAN]),
+        good.clone().d_sink_logits(vec![f32::INFINITY]),
+        good.clone().d_alibi_slopes(vec![5.001]),
+        good.clone().d_bias(vec![-6.0]),
     ] {
         assert_eq!(differences(&bad, &expected, 1.0).len(), 1);
     }
@@ -328,12 +320,12 @@ fn a_sink_logit_of_minus_infinity_is_none() {
         assert_eq!(none.d_sink_logits, None);
         let mut with_sinks = backward(shape, options.sink_logits(SinkLogits::PerHead), 11);
         with_sinks.case.sink_logits = Some(vec![f32::NEG_INFINITY; 6]);
-        assert_eq!(with_sinks.run(), Gradients { d_sink_logits: Some(vec![0.0; 6]), ..none });
+        assert_eq!(with_sinks.run(), none.d_sink_logits(vec![0.0; 6]));
 
         let off_by_one = backward(shape, options.sink_logits(SinkLogits::OffByOne), 11).run();
         assert_eq!(off_by_one.d_sink_logits, None);
         with_sinks.case.sink_logits = Some(vec![0.0; 6]);
-        assert_eq!(Gradients { d_sink_logits: None, ..with_sinks.run() }, off_by_one);
+        assert_eq!(with_sinks.run().d_sink_logits(None), off_by_one);
     }
 }
 
@@ -368,14 +360,8 @@ fn groups_add_up_repeated_heads() {
             heads.chunks(3).flat_map(sum).collect()
         };
         let widen = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect();
-        let expected = Gradients {
-            d_q: widen(&repeated_run.d_q),
-            d_k: sum(&repeated_run.d_k),
-            d_v: sum(&repeated_run.d_v),
-            d_sink_logits: repeated_run.d_sink_logits.as_deref().map(widen),
-            d_alibi_slopes: None,
-            d_bias: None,
-        };
+        let expected = Gradients::new(widen(&repeated_run.d_q), sum(&repeated_run.d_k), sum(&repeated_run.d_v))
+            .d_sink_logits(repeated_run.d_sink_logits.as_deref().map(widen));
         let failures = differences(&grouped_run, &expected, norm(&grouped.d_o));
         assert!(failures.is_empty(), "{}: {}", grouped.case.problem, failures.join(", "));
     }
@@ -398,27 +384,19 @@ fn gradients_are_linear_in_what_flows_in() {
     }
     let (first_run, second_run) = (first.run(), second.run());
     let add = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(&x, &y)| f64::from(x) + f64::from(y)).collect();
-    let expected = Gradients {
-        d_q: add(&first_run.d_q, &second_run.d_q),
-        d_k: add(&first_run.d_k, &second_run.d_k),
-        d_v: add(&first_run.d_v, &second_run.d_v),
-        d_sink_logits: first_run.d_sink_logits.as_ref().zip(second_run.d_sink_logits.as_ref()).map(|(x, y)| add(x, y)),
-        d_alibi_slopes: None,
-        d_bias: None,
-    };
+    let expected = Gradients::new(
+        add(&first_run.d_q, &second_run.d_q),
+        add(&first_run.d_k, &second_run.d_k),
+        add(&first_run.d_v, &second_run.d_v),
+    )
+    .d_sink_logits(first_run.d_sink_logits.as_ref().zip(second_run.d_sink_logits.as_ref()).map(|(x, y)| add(x, y)));
     assert_eq!(differences(&sum.run(), &expected, norm(&sum.d_o)), Vec::<String>::new());
     // A power of two changes exponents alone.
     let mut scaled = new();
     scaled.d_o.iter_mut().chain(scaled.d_lse.iter_mut().flatten()).for_each(|x| *x *= 4.0);
     let times = |x: &[f32]| x.iter().map(|x| 4.0 * x).collect();
-    let expected = Gradients {
-        d_q: times(&first_run.d_q),
-        d_k: times(&first_run.d_k),
-        d_v: times(&first_run.d_v),
-        d_sink_logits: first_run.d_sink_logits.as_deref().map(times),
-        d_alibi_slopes: None,
-        d_bias: None,
-    };
+    let expected = Gradients::new(times(&first_run.d_q), times(&first_run.d_k), times(&first_run.d_v))
+        .d_sink_logits(first_run.d_sink_logits.as_deref().map(times));
     assert_eq!(scaled.run(), expected);
 }
 
@@ -448,14 +426,7 @@ fn shards_of_the_keys_add_up() {
     let whole = new(203, 133);
     let expected = cpu::reference::backward(&whole.case.problem, &whole.case.inputs(), &whole.upstream()).unwrap();
     let saved = whole.case.forward();
-    let mut sum = Gradients {
-        d_q: vec![0.0; whole.case.q.len()],
-        d_k: vec![],
-        d_v: vec![],
-        d_sink_logits: None,
-        d_alibi_slopes: None,
-        d_bias: None,
-    };
+    let mut sum = Gradients::new(vec![0.0; whole.case.q.len()], vec![], vec![]);
     for keys in [0..90, 90..91, 91..203] {
         let mut shard = new(keys.len(), 133 - keys.start as i64);
         shard.case.q.clone_from(&whole.case.q);
@@ -504,9 +475,9 @@ fn wrong_operands_are_errors() {
     let run = |saved: &Output, upstream: Upstream<'_>| cpu::backward(&backward.case.problem, &inputs, saved, &upstream);
     assert!(run(&saved, upstream).is_ok());
     let short = |x: &[f32]| x[1..].to_vec();
-    assert!(run(&Output { o: short(&saved.o), ..saved.clone() }, upstream).is_err());
-    assert!(run(&Output { lse: short(&saved.lse), ..saved.clone() }, upstream).is_err());
-    for bad in [Upstream { d_o: &[], ..upstream }, Upstream { d_lse: Some(&backward.d_o), ..upstream }] {
+    assert!(run(&saved.clone().o(short(&saved.o)), upstream).is_err());
+    assert!(run(&saved.clone().lse(short(&saved.lse)), upstream).is_err());
+    for bad in [upstream.d_o(&[]), upstream.d_lse(&backward.d_o[..])] {
         assert!(run(&saved, bad).is_err());
         assert!(cpu::reference::backward(&backward.case.problem, &inputs, &bad).is_err());
     }

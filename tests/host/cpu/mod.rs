@@ -184,8 +184,8 @@ fn masks((m, n): (usize, usize)) -> Vec<Options> {
 
 #[test]
 fn the_comparison_notices_errors() {
-    let expected = Output { o: vec![1.0, 2.0], o_lo: None, lse: vec![3.0, f64::NEG_INFINITY] };
-    let good = Output { o: vec![1.0, 2.0], o_lo: None, lse: vec![3.0, f32::NEG_INFINITY] };
+    let expected = Output::new(vec![1.0, 2.0], vec![3.0, f64::NEG_INFINITY]);
+    let good = Output::new(vec![1.0, 2.0], vec![3.0, f32::NEG_INFINITY]);
     assert!(compare(&good, &expected).is_ok());
     for (o, lse) in [
         ([1.0, 2.0001], [3.0, f32::NEG_INFINITY]),
@@ -194,7 +194,7 @@ fn the_comparison_notices_errors() {
         ([1.0, 2.0], [f32::NAN, f32::NEG_INFINITY]),
         ([1.0, 2.0], [3.0, -1e30]),
     ] {
-        assert!(compare(&Output { o: o.to_vec(), o_lo: None, lse: lse.to_vec() }, &expected).is_err());
+        assert!(compare(&Output::new(o.to_vec(), lse.to_vec()), &expected).is_err());
     }
 }
 
@@ -425,12 +425,7 @@ fn threads_do_not_change_a_bit() {
 fn wrong_operands_are_errors() {
     let case = Case::new(shape((2, 1), (3, 3), (4, 4)), Options::new(), 14);
     let inputs = case.inputs();
-    for bad in [
-        Inputs { q: &inputs.q[1..], ..inputs },
-        Inputs { k: &[], ..inputs },
-        Inputs { v: inputs.q, ..inputs },
-        Inputs { sink_logits: Some(&[0.0, 0.0]), ..inputs },
-    ] {
+    for bad in [inputs.q(&inputs.q[1..]), inputs.k(&[]), inputs.v(inputs.q), inputs.sink_logits(&[0.0, 0.0][..])] {
         assert!(cpu::forward(&case.problem, &bad).is_err());
     }
 }

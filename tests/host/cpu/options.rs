@@ -213,7 +213,7 @@ fn what_changes_nothing_changes_no_bit() {
         zero.alibi_slopes = Some(vec![0.0; shape.heads]);
         let zero = Backward::new(zero, 6);
         assert_eq!(zero.case.forward(), output);
-        assert_eq!(Gradients { d_alibi_slopes: None, d_bias: None, ..zero.check() }, gradients);
+        assert_eq!(zero.check().d_alibi_slopes(None).d_bias(None), gradients);
     }
 }
 
@@ -233,7 +233,7 @@ fn a_bias_of_minus_infinity_is_a_mask() {
             let gradients = biased.run();
             let hidden = gradients.d_bias.iter().flatten().zip(&bias).filter(|(_, bias)| bias.is_infinite());
             assert!(hidden.into_iter().all(|(&d_bias, _)| d_bias == 0.0));
-            assert_eq!(Gradients { d_bias: None, ..gradients }, masked.run());
+            assert_eq!(gradients.d_bias(None), masked.run());
         }
     }
 }
@@ -262,12 +262,7 @@ fn alibi_is_the_bias_it_stands_for() {
         let error: Vec<f64> =
             alibi_run.d_alibi_slopes.iter().flatten().zip(&d_slopes).map(|(&x, y)| f64::from(x) - y).collect();
         assert!(norm(&error) <= 1e-6 * norm(&d_slopes).max(1.0), "{error:?} of {d_slopes:?}");
-        assert_eq!(
-            Gradients { d_alibi_slopes: None, ..alibi_run },
-            Gradients { d_bias: None, ..biased_run },
-            "{}",
-            alibi.case.problem
-        );
+        assert_eq!(alibi_run.d_alibi_slopes(None), biased_run.d_bias(None), "{}", alibi.case.problem);
     }
 }
 

@@ -278,7 +278,7 @@ impl Case<'_> {
             }
             step.submit()?;
         }
-        let buffers = AppendBuffers { cos_sin, ..AppendBuffers::new(&k, &v) };
+        let buffers = AppendBuffers::new(&k, &v).cos_sin(cos_sin);
         for (chunk, times) in [(chunk, self.seq_k / chunk.max(1)), (self.seq_k % chunk.max(1), 1)] {
             let append = cache.prepare_append(&vec![chunk; self.batch], &buffers)?;
             for _ in 0..times {
@@ -290,13 +290,12 @@ impl Case<'_> {
 
         // It is timed by itself, too, without queries that an append has rotated.
         let decode = Decode::new(self.heads, self.options()).queries(self.queries).q_rotated(true);
-        let decode = Decode { tiling: self.args.decode_tiling, ..decode };
+        let decode = decode.tiling(self.args.decode_tiling);
         let per_head = decode.options.sink_logits == SinkLogits::PerHead;
-        let operands =
-            DecodeBuffers { sink_logits: per_head.then(|| sinks.view()), ..DecodeBuffers::new(&q, &o, &lse) };
+        let operands = DecodeBuffers::new(&q, &o, &lse).sink_logits(per_head.then(|| sinks.view()));
         let decoding = cache.prepare_decode(&decode, &operands)?;
         let q = config.rotary.map(|_| (q.view(), self.heads));
-        let appending = cache.prepare_append(&vec![self.queries; self.batch], &AppendBuffers { q, ..buffers })?;
+        let appending = cache.prepare_append(&vec![self.queries; self.batch], &buffers.q(q))?;
         self.series(timer, &RefCell::new(cache), &decoding, &appending, page_size)
     }
 

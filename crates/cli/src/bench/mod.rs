@@ -372,8 +372,10 @@ impl Bench {
         directions: &[Direction],
         effort: Effort,
     ) -> Vec<sink_attention::Result<Result<measure::Timing, String>>> {
-        let preference =
-            Preference { micro_kernel: self.device.micro_kernel(), tiles: &self.tiles, tuning: attention.tuning() };
+        let preference = Preference::default()
+            .micro_kernel(self.device.micro_kernel())
+            .tiles(&self.tiles)
+            .tuning(attention.tuning());
         match timer {
             Some(timer) => on_gpu(attention, timer, problem, directions, effort, &preference),
             None if !self.tiles.is_empty() => vec![Err(sink_attention::Error::NeedsGpu { call: "--tiles" })],

@@ -413,7 +413,7 @@ impl<T: Element> Operands<T> {
     }
 
     pub fn upstream(&self) -> Upstream<'_, T> {
-        Upstream { d_o: &self.d_o, d_lse: self.d_lse.as_deref() }
+        Upstream::new(&self.d_o).d_lse(self.d_lse.as_deref())
     }
 }
 

@@ -253,14 +253,12 @@ struct Expected {
 impl Results {
     fn widen<T: Element>(output: &Output<T>, gradients: Option<Gradients<T>>) -> Self {
         Results {
-            output: Output { o: wide(&output.o), o_lo: None, lse: wide(&output.lse) },
-            gradients: gradients.map(|g| Gradients {
-                d_q: wide(&g.d_q),
-                d_k: wide(&g.d_k),
-                d_v: wide(&g.d_v),
-                d_sink_logits: g.d_sink_logits.as_deref().map(wide),
-                d_alibi_slopes: g.d_alibi_slopes.as_deref().map(wide),
-                d_bias: g.d_bias.as_deref().map(wide),
+            output: Output::new(wide(&output.o), wide(&output.lse)),
+            gradients: gradients.map(|g| {
+                Gradients::new(wide(&g.d_q), wide(&g.d_k), wide(&g.d_v))
+                    .d_sink_logits(g.d_sink_logits.as_deref().map(wide))
+                    .d_alibi_slopes(g.d_alibi_slopes.as_deref().map(wide))
+                    .d_bias(g.d_bias.as_deref().map(wide))
             }),
         }
     }

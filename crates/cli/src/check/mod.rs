@@ -197,7 +197,7 @@ mod tests {
 
     fn right_forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>> {
         let Output { o, lse, .. } = reference::forward(problem, inputs)?;
-        Ok(Output { o: round(o), o_lo: None, lse: round(lse) })
+        Ok(Output::new(round(o), round(lse)))
     }
 
     fn right_backward<T: Element>(
@@ -209,7 +209,7 @@ mod tests {
         let [d_q, d_k, d_v] = [exact.d_q, exact.d_k, exact.d_v].map(round);
         let [d_sink_logits, d_alibi_slopes, d_bias] =
             [exact.d_sink_logits, exact.d_alibi_slopes, exact.d_bias].map(|gradient| gradient.map(round));
-        Ok(Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias })
+        Ok(Gradients::new(d_q, d_k, d_v).d_sink_logits(d_sink_logits).d_alibi_slopes(d_alibi_slopes).d_bias(d_bias))
     }
 
     /// An operator of two functions.
@@ -264,13 +264,11 @@ mod tests {
     ) -> Result<(Problem, Inputs<'a>)> {
         let options = change(*problem.options());
         let per_head = options.sink_logits == SinkLogits::PerHead;
-        let inputs = Inputs {
-            sink_logits: inputs.sink_logits.filter(|_| per_head),
-            alibi_slopes: inputs.alibi_slopes.filter(|_| options.alibi),
-            bias: inputs.bias.filter(|_| options.bias.is_some()),
-            mask: inputs.mask.filter(|_| options.mask.is_some()),
-            ..*inputs
-        };
+        let inputs = (*inputs)
+            .sink_logits(inputs.sink_logits.filter(|_| per_head))
+            .alibi_slopes(inputs.alibi_slopes.filter(|_| options.alibi))
+            .bias(inputs.bias.filter(|_| options.bias.is_some()))
+            .mask(inputs.mask.filter(|_| options.mask.is_some()));
         Ok((with_options(problem, options)?, inputs))
     }
 
@@ -519,7 +517,7 @@ mod tests {
                 }
             }
         }
-        Ok(Gradients { d_q: round(d_q), d_k: round(d_k), ..right_backward(problem, inputs, upstream)? })
+        Ok((right_backward(problem, inputs, upstream)?).d_q(round(d_q)).d_k(round(d_k)))
     }
 
     #[test]
@@ -614,7 +612,7 @@ mod tests {
     fn the_wrong_head_fails() {
         let reversed = |sinks: Option<&[f32]>| sinks.map(|sinks| sinks.iter().rev().copied().collect::<Vec<_>>());
         let wrong = |problem: &Problem, inputs: &Inputs<'_>| {
-            right_forward(problem, &Inputs { sink_logits: reversed(inputs.sink_logits).as_deref(), ..*inputs })
+            right_forward(problem, &(*inputs).sink_logits(reversed(inputs.sink_logits).as_deref()))
         };
         let groups = ["sink logits", "extreme sink logits", "empty rows", "heads, batch, layout"];
         fails_in(Forward, &Functions(wrong, right_backward), &groups);
@@ -640,7 +638,7 @@ mod tests {
             for (n, x) in d_lse.iter_mut().flatten().enumerate() {
                 *x = if last(n / shape.seq_q % shape.heads) { 0.0 } else { *x };
             }
-            let upstream = Upstream { d_o: &d_o, d_lse: d_lse.as_deref() };
+            let upstream = Upstream::new(&d_o).d_lse(d_lse.as_deref());
             gradients.d_k = right_backward(problem, inputs, &upstream)?.d_k;
             Ok(gradients)
         };
@@ -667,7 +665,7 @@ mod tests {
     fn mistakes_of_the_formulas_fail() {
         // d_lse is ignored.
         let wrong = |problem: &Problem, inputs: &Inputs<'_>, upstream: &Upstream<'_>| {
-            right_backward(problem, inputs, &Upstream { d_lse: None, ..*upstream })
+            right_backward(problem, inputs, &(*upstream).d_lse(None))
         };
         let with_d_lse = cases().iter().filter(|case| case.d_lse).map(|case| case.group).collect();
         assert_eq!(failing(ForwardAndBackward, &Functions(right_forward, wrong)), with_d_lse);
@@ -715,7 +713,7 @@ mod tests {
         assert_eq!(outcome.failure, Some(Error::NoAdapter.to_string()));
         assert!(outcome.comparisons.iter().all(|comparison| comparison.error.is_none()));
 
-        let empty = forward_but(|_, _, output| *output = Output { o: vec![], o_lo: None, lse: vec![] });
+        let empty = forward_but(|_, _, output| *output = Output::new(vec![], vec![]));
         assert_eq!(failing(Forward, &empty), all_groups());
         let empty = backward_but(|_, _, g| g.d_v.clear());
         assert_eq!(failing(ForwardAndBackward, &empty), all_groups());
