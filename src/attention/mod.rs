@@ -22,7 +22,7 @@ use crate::plan::operand::mask_scratch_bytes;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::Tuning;
 use crate::plan::{OptionalOperands, Plan, Preference};
-use crate::problem::element::{DType, Element};
+use crate::problem::element::Element;
 use crate::problem::error::{Error, Result};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 
@@ -367,7 +367,7 @@ impl Attention {
         };
         problem.check_inputs(inputs)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-        let rounded = T::DTYPE != DType::F32;
+        let rounded = T::DTYPE.has_rounding_error();
         let o_len = problem.o_shape().iter().product();
         let lse_len = problem.lse_shape().iter().product();
         let operands = device.scoped("uploading operands", || -> Result<_> {

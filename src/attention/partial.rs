@@ -221,7 +221,7 @@ impl Attention {
         upstream: &Upstream<'_, T>,
     ) -> Result<Gradients<T>> {
         problem.check_shard(&keys)?;
-        if T::DTYPE != DType::F32 && saved.o_lo.is_none() {
+        if T::DTYPE.has_rounding_error() && saved.o_lo.is_none() {
             return Err(Error::MissingOperand { operand: "o_lo" });
         }
         let sinks = |shard: Problem| if inputs.sink_logits.is_some() { shard } else { shard.without_sink_logits() };

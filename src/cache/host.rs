@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::device::buffer::{Mapped, TensorView, allocate, download, upload, upload_with};
 use crate::plan::decode::Decode;
 use crate::problem::cache::CacheConfig;
-use crate::problem::element::{DType, Element};
+use crate::problem::element::Element;
 use crate::problem::error::{Error, Result};
 use crate::problem::{Bias, Gradients, Output, Upstream, check_length};
 
@@ -223,7 +223,7 @@ impl<T: Element> HostCache<T> {
         batch.problem.check_optional_inputs(&operands.inputs(q, &Default::default()))?;
         let device = cache.device.clone();
         let [o_len, lse_len] = [total * prefill.heads * config.value_dim, total * prefill.heads];
-        let rounds = T::DTYPE != DType::F32;
+        let rounds = T::DTYPE.has_rounding_error();
         let create = || -> Result<_> {
             let [k, v] = kv;
             Ok((

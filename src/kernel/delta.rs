@@ -8,12 +8,11 @@ use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{
     Body, KernelSpec, OptionalOperands, Plain, Side, Tiled, Width, Work, adjusts_nothing, binds_all,
 };
-use crate::problem::element::DType;
 use crate::problem::{Problem, SinkLogits};
 
-/// Whether o is as precise as delta needs it: rounded to half precision it is not.
+/// Whether o is as precise as delta needs it: rounded, without its rounding error, it is not.
 fn reads_o(problem: &Problem, optional: OptionalOperands) -> bool {
-    problem.options().dtype == DType::F32 || optional.o_lo
+    !problem.options().dtype.has_rounding_error() || optional.o_lo
 }
 
 pub(crate) const DELTA: KernelSpec = KernelSpec {

@@ -41,7 +41,7 @@ impl OptionalOperands {
     pub fn for_training(problem: &Problem) -> Self {
         OptionalOperands {
             d_lse: false,
-            o_lo: problem.options().dtype != DType::F32,
+            o_lo: problem.options().dtype.has_rounding_error(),
             d_alibi_slopes: true,
             d_bias: true,
             mask_bits: false,

@@ -260,14 +260,19 @@ impl Variant {
         }
     }
 
+    /// Whether the row statistics hold the unit of d_q: where matrices may multiply the row's weights.
+    fn stats_have_units(&self) -> bool {
+        self.dtype.multiplies_on_matrices()
+    }
+
     /// Whether it keeps an online softmax.
     fn softmax(&self) -> bool {
         self.kernel.tiled().is_some_and(|tiled| tiled.softmax)
     }
 
-    /// The token scales of the columns that a cooperative kernel reads: in bf16, which has more range than f16.
+    /// The token scales of the columns that a cooperative kernel reads, where the element type has more range than f16.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
-        let needs = self.fragments().is_some() && self.dtype == DType::Bf16;
+        let needs = self.fragments().is_some() && self.dtype.needs_token_scales();
         needs.then_some(if self.rows_are_keys() { Binding::QueryScales } else { Binding::KeyScales })
     }
 
@@ -376,7 +381,7 @@ impl Variant {
     /// [`Error::Gpu`](crate::Error::Gpu) if the template does not render, which would be a mistake of this crate.
     pub fn wgsl(&self) -> Result<String> {
         let bindings = self.bindings();
-        let half = self.dtype != DType::F32;
+        let half = self.dtype.is_half();
         let quads = |width: u32| width.div_ceil(4);
         // What is read and written, and the binding that it is part of.
         let mut named: Vec<_> = bindings.iter().map(|&(b, written)| (b, b, written)).collect();
@@ -412,17 +417,17 @@ impl Variant {
                 },
                 type => match (b, b.width([self.head_dim, self.value_dim]), self.vec4) {
                     (Binding::Params, ..) => "Params",
-                    (Binding::RowStats, ..) if half => "array<vec4<f32>>",
+                    (Binding::RowStats, ..) if self.stats_have_units() => "array<vec4<f32>>",
                     (Binding::RowStats | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
                     (Binding::Fallback | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
-                    (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
+                    (Binding::Bias, ..) if self.bias.is_some_and(DType::is_half) => "array<u32>",
                     (_, None, _) => {
                         let of_cache = |(cached, options): (&Cached, &CacheOptions)| {
                             options.buffer_type(*b, (cached.access)(options))
                         };
                         self.cached().and_then(of_cache).unwrap_or("array<f32>")
                     }
-                    (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
+                    (_, Some(_), vec4) if self.fragments().is_some() && self.dtype.is_matrix_operand() && !written => {
                         if vec4 { "array<vec2<u32>>" } else { "array<f16>" }
                     }
                     (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
@@ -435,6 +440,7 @@ impl Variant {
             operand_quads => operand_quads.clone(),
             xyzw => ["x", "y", "z", "w"],
             dtype => self.dtype.to_string(),
+            stats_have_units => self.stats_have_units(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
             o_lo => self.o_lo,

@@ -30,7 +30,6 @@ use crate::plan::select::Choice;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::{Tuning, TuningKey};
 use crate::problem::Problem;
-use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 pub use crate::problem::mask::{Band, KeyTiles};
 pub use crate::problem::varlen::Sequence;
@@ -298,7 +297,7 @@ impl<'a> Passes<'a> {
         if !kernel.tiled().is_some_and(|tiled| tiled.cooperative) {
             return Err(none(format!("{} has a portable kernel only", kernel.name())));
         }
-        if problem.options().dtype == DType::F32 {
+        if !problem.options().dtype.multiplies_on_matrices() {
             return Err(none(
                 "cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into(),
             ));
@@ -384,6 +383,7 @@ mod tests {
     use crate::SinkLogits;
     use crate::device::capabilities::Multiprocessor;
     use crate::plan::pass::fold;
+    use crate::problem::element::DType;
 
     /// llvmpipe would give wrong results without a word.
     #[test]

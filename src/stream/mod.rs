@@ -248,7 +248,7 @@ impl<T: Element> Stream<T> {
         ] {
             check_length(operand, slice.len(), &layout.shape(batch, heads, 0, width))?;
         }
-        let o_lo = (T::DTYPE != crate::problem::element::DType::F32).then(Vec::new);
+        let o_lo = T::DTYPE.has_rounding_error().then(Vec::new);
         Ok(Output { o: Vec::new(), o_lo, lse: Vec::new() })
     }
 

@@ -305,7 +305,7 @@ fn slices_are_whole_and_bind_what_they_access() {
             Plan::backward_with(&problem, OptionalOperands { scalar: !vec4, ..optional }, &capabilities, &preference),
         ];
         let merging = problem.merging(1 + problem.shape().seq_q % 5, problem.options().dtype, true).unwrap();
-        let rest = OptionalOperands { o_lo: problem.options().dtype != DType::F32, ..optional };
+        let rest = OptionalOperands { o_lo: problem.options().dtype.has_rounding_error(), ..optional };
         let merge = Plan::merging(&merging, OptionalOperands { scalar: !vec4, ..rest }, &capabilities).unwrap();
         let plans = plans.into_iter().flatten().map(|plan| (&problem, plan));
         for (problem, plan) in plans.chain([(&merging, merge)]) {
