@@ -1,6 +1,7 @@
 //! The gradient by q.
 
 use crate::kernel::binding::Binding::{AlibiMoments, Bias, DO, DQ, K, MaskBits, Params, Q, RowStats, Sequences, V};
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
 
 pub(crate) const D_Q: KernelSpec = KernelSpec {
@@ -18,7 +19,7 @@ pub(crate) const D_Q: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: false,
         sums_pairs: false,
-        cooperative: true,
+        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
         // The unit of a query comes with its delta, unless it depends on the keys' token scales.
         units: |dtype| if dtype.needs_token_scales() { &["d_q"] } else { &[] },
     }),

@@ -4,6 +4,7 @@ use crate::kernel::binding::Binding::{
     AlibiSlopes, Bias, DLse, DO, K, Lse, MaskBits, O, OLo, Params, Q, RowStats, Sequences, SinkLogits as Sinks,
     SinkPartials, V,
 };
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{
     Body, KernelSpec, OptionalOperands, Plain, Side, Tiled, Width, Work, adjusts_nothing, binds_all,
@@ -57,7 +58,7 @@ pub(crate) const EXACT_DELTA: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: true,
         sums_pairs: false,
-        cooperative: true,
+        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
         units: |_| &[],
     }),
 };

@@ -7,15 +7,16 @@ use minijinja::{Value, context};
 use crate::device::capabilities::CooperativeMatrices;
 use crate::kernel::binding::Binding;
 use crate::kernel::cache::CacheOptions;
-use crate::kernel::micro_kernel::MicroKernel;
+use crate::kernel::micro_kernel::{MicroKernel, Properties};
 use crate::kernel::names::Kernel;
 use crate::kernel::sizes::{
     DELTA_LANES, DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_STEP_WORDS, SEQUENCE_WORDS,
+    report_words,
 };
 use crate::kernel::spec::{Body, Cached, Digit, OptionalOperands, OwnOptions, Plain};
 use crate::kernel::template::render;
 use crate::kernel::tile::Tiling;
-use crate::kernel::tile::cooperative::{CooperativeTile, report_words};
+use crate::kernel::tile::cooperative::CooperativeTile;
 use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::tile::portable::PortableTile;
 use crate::problem::element::DType;
@@ -88,6 +89,11 @@ impl Variant {
 
     pub(crate) fn fragments(&self) -> Option<CooperativeTile> {
         CooperativeTile::new(self.tiling?, self.matrices?)
+    }
+
+    /// What its micro-kernel does, of a kernel with tiles. No other kernel has any of these properties: decoding has its own tiles.
+    pub(crate) fn properties(&self) -> Properties {
+        self.tiling.map_or(MicroKernel::Portable, |tiling| tiling.micro_kernel()).properties()
     }
 
     /// Rows and columns of a tile.
@@ -241,8 +247,8 @@ impl Variant {
             by_options && (spec.binds)(&self.own_options(), *binding) && by_cache()
         };
         let all = spec.reads.iter().map(|b| (*b, false)).chain(spec.writes.iter().map(|b| (*b, true)));
-        let cooperative = self.fragments().is_some();
-        let fallback = (cooperative || self.fallback.is_some()).then_some((Binding::Fallback, cooperative));
+        let reports = self.properties().reports_rows;
+        let fallback = (reports || self.fallback.is_some()).then_some((Binding::Fallback, reports));
         let scales = self.column_scales().map(|binding| (binding, false));
         all.filter(present).chain(scales).chain(fallback).collect()
     }
@@ -252,10 +258,10 @@ impl Variant {
         self.kernel.spec().work.rows_are_keys()
     }
 
-    /// Accumulators of a cooperative kernel the units of whose rows it finds itself, in a walk.
+    /// Accumulators the units of whose rows it finds itself, in a walk: of sums in f16.
     fn units(&self) -> &'static [&'static str] {
         match self.kernel.tiled() {
-            Some(tiled) if self.fragments().is_some() => (tiled.units)(self.dtype),
+            Some(tiled) if self.properties().multiplies_halves => (tiled.units)(self.dtype),
             _ => &[],
         }
     }
@@ -270,15 +276,26 @@ impl Variant {
         self.kernel.tiled().is_some_and(|tiled| tiled.softmax)
     }
 
-    /// The token scales of the columns that a cooperative kernel reads, where the element type has more range than f16.
+    /// The token scales of the columns that it reads and multiplies in f16, where the element type has more range.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
-        let needs = self.fragments().is_some() && self.dtype.needs_token_scales();
+        let needs = self.properties().multiplies_halves && self.dtype.needs_token_scales();
         needs.then_some(if self.rows_are_keys() { Binding::QueryScales } else { Binding::KeyScales })
     }
 
-    /// Whether a hidden column that is not finite spoils rows that do not see it: where a product with zero weights sums columns.
+    /// Whether a hidden column that is not finite spoils rows that do not see it: where a product with zero weights sums columns,
+    /// and the rows are only reported.
     pub(crate) fn mixes_columns(&self) -> bool {
-        self.fragments().is_some() && self.kernel.tiled().is_some_and(|tiled| !tiled.accumulators.is_empty())
+        self.properties().reports_rows && self.kernel.tiled().is_some_and(|tiled| !tiled.accumulators.is_empty())
+    }
+
+    /// Rows of a tile whose reports it leaves.
+    fn reported_rows(&self) -> Option<u32> {
+        self.tile().filter(|_| self.properties().reports_rows).map(|[rows, _]| rows)
+    }
+
+    /// Words of the report that it leaves of a tile.
+    pub(crate) fn report_words(&self) -> Option<u32> {
+        self.reported_rows().map(report_words)
     }
 
     /// Storage buffers this variant binds.
@@ -399,13 +416,12 @@ impl Variant {
         };
         let widths = || named.iter().filter_map(|(b, ..)| Some((b.name(), b.width([self.head_dim, self.value_dim])?)));
         let operand_quads: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, quads(width))).collect();
-        let cooperative = self.fragments().is_some();
+        let properties = self.properties();
         let rows_are_keys = self.rows_are_keys();
         let work = self.kernel.spec().work;
-        let classes = if cooperative { "seq, &classes, class_base" } else { "seq, class_base" };
-        let fallback_rows = self.fallback.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
+        let classes = if properties.masks_by_spans { "seq, &classes, class_base" } else { "seq, class_base" };
+        let fallback_rows = self.fallback.or_else(|| self.reported_rows());
         let mut context = context! {
-            cooperative,
             fallback_tile => self.fallback,
             bindings => bindings.iter().map(|(b, written)| context! {
                 name => b.name(),
@@ -427,7 +443,7 @@ impl Variant {
                         };
                         self.cached().and_then(of_cache).unwrap_or("array<f32>")
                     }
-                    (_, Some(_), vec4) if self.fragments().is_some() && self.dtype.is_matrix_operand() && !written => {
+                    (_, Some(_), vec4) if properties.multiplies_halves && self.dtype.is_matrix_operand() && !written => {
                         if vec4 { "array<vec2<u32>>" } else { "array<f16>" }
                     }
                     (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
@@ -463,17 +479,16 @@ impl Variant {
             // Scores are more than products times the scale; pairs are hidden one by one.
             modified => self.softcap || self.alibi || self.bias.is_some(),
             hides => self.mask || self.bias.is_some(),
-            // The cooperative kernels cap scores on their way to the exponential: what remains is formed in full.
+            // Scores in powers of two are capped on their way to the exponential: what remains is formed in full.
             formed => self.alibi || self.bias.is_some() || (self.softmax() && self.column_scales().is_some()),
             lengths => self.lengths,
             class_arguments => classes,
             // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
-            mirrored => cooperative && self.softmax() && self.alibi,
+            mirrored => properties.rescales_rarely && self.softmax() && self.alibi,
             softmax => self.softmax(),
             // A mask's words are kept in registers.
-            mask_words => self.mask && self.fragments().is_some_and(|f| 32u32.is_multiple_of(f.tile_columns())),
-            // Cooperative kernels know of spans of tiles what the mask makes of them.
-            following => match (rows_are_keys, self.mask && !cooperative) {
+            mask_words => self.mask && properties.masks_by_spans && self.tile().is_some_and(|[_, columns]| 32u32.is_multiple_of(columns)),
+            following => match (rows_are_keys, self.mask && !properties.masks_by_spans) {
                 (false, false) => "next_tile(tiles, tile)".into(),
                 (true, false) => "tile + 1u".into(),
                 (false, true) => format!("visible_tile({classes}, tiles, row0, row_end, next_tile(tiles, tile))"),
@@ -497,6 +512,7 @@ impl Variant {
             threads => self.threads(),
             order => work.order(self.lengths).iter().map(digit).collect::<Vec<_>>(),
             is_listed => work.is_listed(self.lengths),
+            ..properties.context()
         };
         if let Some(t) = self.tiles() {
             let accumulator_quads: BTreeMap<&str, u32> =

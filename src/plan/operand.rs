@@ -171,7 +171,7 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         Binding::MaskBits => mask_bits(problem),
         Binding::Fallback => {
             let words = |pass: &Pass| {
-                let words = pass.variant.fragments()?.report_words() as usize;
+                let words = pass.variant.report_words()? as usize;
                 Some(fallback_slots(pass, problem).saturating_mul(words))
             };
             OperandLayout::run(binding, passes.iter().filter_map(words).max().unwrap_or(1), 4)

@@ -98,11 +98,6 @@ impl CooperativeTile {
         row_stats + scales
     }
 
-    /// Words of a tile's report: whether it has rows to compute again, and a bit for each row.
-    pub(crate) fn report_words(&self) -> u32 {
-        report_words(self.tile_rows())
-    }
-
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
     pub(crate) fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
         let CooperativeMatrices { side, lanes, .. } = self.matrices;
@@ -157,9 +152,4 @@ impl fmt::Display for CooperativeTile {
             self.subgroups, self.rows, self.columns, self.stages
         )
     }
-}
-
-/// Words of a report of a tile of so many rows.
-pub(crate) fn report_words(rows: u32) -> u32 {
-    1 + rows.div_ceil(32)
 }
