@@ -58,7 +58,7 @@ impl<T> Default for PrefillOperands<'_, T> {
 }
 
 impl<T> PrefillOperands<'_, T> {
-    pub(super) fn inputs<'b>(&'b self, q: &'b [T], [k, v]: &'b [Vec<T>; 2]) -> Inputs<'b, T>
+    pub(super) fn inputs<'b>(&'b self, q: &'b [T], [k, v]: [&'b [T]; 2]) -> Inputs<'b, T>
     where
         T: Copy,
     {
