@@ -39,8 +39,8 @@ pub(crate) struct Properties {
     pub(crate) has_subgroups: bool,
     /// Fetches a tile of columns while it computes with the one before: one after the last, too, and one where there is none.
     pub(crate) prefetches_tiles: bool,
-    /// Reports the rows that it cannot compute: such that see columns which are not finite or leave the range of f16, and such of the
-    /// lowest biases. A second run and the portable kernel compute these.
+    /// Reports rows that it cannot compute: those whose numbers are not finite or leave the range of f16, and those of the lowest
+    /// biases. A second run and the portable kernel compute these.
     pub(crate) reports_rows: bool,
     /// Forms scores in powers of two on their way to the exponential, softcap and bias included. A bias of -infinity needs no mask then.
     pub(crate) scores_in_powers_of_two: bool,
@@ -48,7 +48,7 @@ pub(crate) struct Properties {
     pub(crate) masks_by_spans: bool,
     /// Rescales only after the maximum of a row has grown by much. It goes best from the largest scores on.
     pub(crate) rescales_rarely: bool,
-    /// An array of vec4<f32> in workgroup memory that is free before the first tile.
+    /// An array of `vec4<f32>` in workgroup memory that is free before the first tile.
     pub(crate) flags: &'static str,
 }
 
