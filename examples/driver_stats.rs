@@ -80,7 +80,7 @@ fn variants(
     let shape = Shape { batch, heads, kv_heads, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
     let problem = Problem::new(shape, options)?;
     let preference = Preference::default().tiles(tiles);
-    let optional = OptionalOperands::default().o_lo(options.dtype != DType::F32);
+    let optional = OptionalOperands::default().o_lo(options.dtype.has_rounding_error());
     let plans = [
         Plan::forward_with(&problem, optional, capabilities, &preference)?,
         Plan::backward_with(&problem, optional, capabilities, &preference)?,

@@ -1,6 +1,6 @@
 {#- The bias that is added to scores, in f32 or in words of two halves.
     Needs: `bias`, the numbers of the sequence, widen2. Declares: `bias_base`, which begin_pairs of scores.wgsl sets, bias_at and bias4;
-    for cooperative kernels biased4. Loads stay within the sequence. The band hides all pairs beyond its end. -#}
+    where scores are in powers of two biased4. Loads stay within the sequence. The band hides all pairs beyond its end. -#}
 // Element of the bias of query 0 and key 0.
 var<private> bias_base: u32;
 
@@ -20,7 +20,7 @@ fn bias4(seq: Sequence, row: u32, column: u32) -> vec4<f32> {
   return vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}bias_at(seq, row, column + {{ e }}u){% endfor %});
 # endif
 }
-# if cooperative
+# if scores_in_powers_of_two
 
 // Adds a bias to scores in powers of two. A sum may fall to -infinity although the bias does not hide the pair. Such a sum becomes
 // LOWEST, so that the pair stays visible; `finish` reports a row that has no larger score. Bits are compared because compilers turn

@@ -30,7 +30,7 @@
 # endcall
 # endcall
 # endif
-# if cooperative
+# if prefetches_tiles
   {{ micro.begin_tiles() }}
 # endif
 # call head_loop()

@@ -23,7 +23,7 @@
     {{ micro.find_units() }}
 # endcall
 # endif
-# if cooperative
+# if prefetches_tiles
   {{ micro.begin_tiles() }}
 # endif
 # call key_loop()

@@ -10,7 +10,7 @@
 # include "operands.wgsl"
 # include "exp.wgsl"
 # include "probability.wgsl"
-# if dtype != "f32"
+# if stats_have_units
 # include "unit.wgsl"
 # endif
 # from "entry.wgsl" import main
@@ -56,7 +56,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 # if alibi
 
   // Later kernels read the slope here and need no binding for it.
-  if (thread == 0u && row0 == 0u) { row_stats[operand_base(params.row_stats, batch, head) + params.slope_row] = {{ "vec2" if dtype == "f32" else "vec4" }}<f32>(alibi_slopes[params.slope_offset + head]); }
+  if (thread == 0u && row0 == 0u) { row_stats[operand_base(params.row_stats, batch, head) + params.slope_row] = {{ "vec4" if stats_have_units else "vec2" }}<f32>(alibi_slopes[params.slope_offset + head]); }
 # endif
 
   // Neighbouring threads load a row together. Then thread r sums row r.
@@ -71,7 +71,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 # if sinks == "per_head"
   var exact = vec2<f32>();
 # endif
-# if dtype != "f32"
+# if stats_have_units
   // A rough bound of d_o . v is the sum of |d_o| times the largest |o|.
   var d_o_sum = 0.0;
   var o_max = 0.0;
@@ -86,7 +86,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
       o_stage[stage] = load_o(o_base, quad);
 # endif
       d_o_stage[stage] = load_d_o(d_o_base, quad);
-# if dtype != "f32"
+# if stats_have_units
       let sizes = abs(d_o_stage[stage]);
       d_o_sum += (sizes.x + sizes.y) + (sizes.z + sizes.w);
       let o_sizes = abs(o_stage[stage]);
@@ -111,7 +111,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     }
   }
 
-# if dtype != "f32"
+# if stats_have_units
   workgroupBarrier();
   o_stage[stage] = vec4<f32>(d_o_sum, o_max, 0.0, 0.0);
   workgroupBarrier();
@@ -149,7 +149,7 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
     // Probabilities of a row of the lowest biases need a count of its keys. Where no gradient flows into the row, 0 serves as well.
     let idle = row_lse <= ABSORBING && row_delta == 0.0 && is_zero_d_o(batch, head, row);
     let term = select(probability_lse(row_lse), -params.negative_infinity, idle);
-# if dtype == "f32"
+# if not stats_have_units
     let terms = vec2<f32>(term, row_delta);
 # else
     var sizes = vec2<f32>();

@@ -1,19 +1,18 @@
 {#- The entry point of every kernel. The workgroups of a dispatch are numbered along both axes of its grid.
-    Needs: `threads`, `cooperative`, `batch`; with a batch `has_fallback` of tile_main.wgsl.
-    Declares: `main`, around what the caller writes, with `thread`, in cooperative kernels `subgroup` and `lane`, and `index`. -#}
+    Needs: `threads`, `has_subgroups`, `batch`; with a batch `has_fallback` of tile_main.wgsl.
+    Declares: `main`, around what the caller writes, with `thread`, where it has subgroups `subgroup` and `lane`, and `index`. -#}
 # macro main()
 @compute @workgroup_size({{ threads }})
 fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
   @builtin(num_workgroups) grid: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
-# if cooperative
+# if has_subgroups
   @builtin(subgroup_id) subgroup: u32,
   @builtin(subgroup_invocation_id) lane: u32,
 # endif
 ) {
 # if batch > 1
-# set flags = "score_rows" if cooperative else "memory"
   // Hardly any tile is left to do. One workgroup checks the reports of several tiles.
   let first_index = (workgroup.x + workgroup.y * grid.x) * {{ batch }}u;
   if (thread < {{ batch }}u) { {{ flags }}[thread] = vec4<f32>(select(0.0, 1.0, has_fallback(first_index + thread))); }

@@ -6,7 +6,7 @@ fn widen2(word: u32) -> vec2<f32> {
   return unpack2x16float(word);
 }
 
-# if cooperative
+# if multiplies_halves
 // Rounds like the driver, as the products of these kernels do. Rounding by bits would take longer than the attention of a narrow window.
 fn narrow4(x: vec4<f32>) -> vec4<u32> {
   let words = vec2<u32>(pack2x16float(x.xy), pack2x16float(x.zw)).xxyy;

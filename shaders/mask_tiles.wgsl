@@ -1,9 +1,9 @@
 {#- Tiles that the boolean mask hides are skipped, and tiles of which it hides nothing need no bits.
     Needs: `mask_bits`, mask.wgsl, mask_words.wgsl.
-    Declares: in cooperative kernels Span and visible_span, else tile_class and visible_tile. -#}
+    Declares: where masks go by spans Span and visible_span, else tile_class and visible_tile. -#}
 // The class of a tile is 1 where the mask shows pairs, 2 where it hides pairs, 3 where it does both. Classes are those of whole blocks,
 // so 3 may stand for 1 or 2. `base` is the place of the classes of the tile's sequence and head.
-# if cooperative
+# if masks_by_spans
 # set row_block = "BLOCK_KEYS" if rows_are_keys else "BLOCK_ROWS"
 # set column_block = "BLOCK_ROWS" if rows_are_keys else "BLOCK_KEYS"
 // The classes of 16 blocks of columns, from block 16 * group on, over all rows of the tile: two bits each. All threads read the same

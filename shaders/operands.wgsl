@@ -1,7 +1,7 @@
 {#- Loads and stores of operands, f32 in arithmetic whatever they are in memory. Halves are bound as words of two.
-    Needs: bindings.wgsl; `loads`, `stores`, `dtype`, `vec4`. Declares: for each operand X load_X or store_X, and without vec4 X_at or set_X;
+    Needs: bindings.wgsl; `loads`, `stores`, `dtype`, `is_half`, `vec4`. Declares: for each operand X load_X or store_X, and without vec4 X_at or set_X;
     with halves the declarations of f16.wgsl or bf16.wgsl; with o_lo signed2. -#}
-# set halves = dtype != "f32"
+# set halves = is_half
 # if halves
 # include dtype ~ ".wgsl"
 
@@ -14,7 +14,7 @@ fn signed2(word: u32) -> vec2<i32> {
 
 # endif
 // Four neighbours of a row, zero beyond the width. With vec4 loads the width is a multiple of four.
-# for operand in loads if not (cooperative and dtype == "f16")
+# for operand in loads if not (multiplies_halves and is_matrix_operand)
 # set is_lo = operand.name in ["o_lo", "states_lo"]
 # set scalar = "i32" if is_lo else "f32"
 # set widen = "signed2" if is_lo else "widen2"

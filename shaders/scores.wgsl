@@ -1,7 +1,8 @@
 {#- Scores are more than products, or pairs are hidden one by one: softcap, ALiBi, bias, boolean mask. Rows and columns are those of the
     kernel's tiles, and positions count from the start of the sequence.
     Needs: mask.wgsl, operands.wgsl, exp.wgsl.
-    Declares: begin_pairs, and what the fragments below declare; in portable kernels score4, pair_visible4 and share. -#}
+    Declares: begin_pairs, and what the fragments below declare; score4 unless scores are in powers of two, pair_visible4 unless masks go by
+    spans, and share unless rows of the lowest biases are reported. -#}
 # if alibi
 # include "alibi.wgsl"
 # endif
@@ -15,7 +16,7 @@
 # if softcap
 # include "softcap.wgsl"
 # endif
-# if hides and not cooperative
+# if hides and not masks_by_spans
 
 // The columns of a row, four from `column` on, that the band, the mask and the bias all leave visible.
 fn pair_visible4(seq: Sequence, row: u32, column: u32) -> vec4<bool> {
@@ -24,7 +25,7 @@ fn pair_visible4(seq: Sequence, row: u32, column: u32) -> vec4<bool> {
   return visible4(seq, row, column){{ by_mask }}{{ by_bias }};
 }
 # endif
-# if bias and not cooperative and not softmax
+# if bias and not reports_rows and not softmax
 
 // The factor of a query's probabilities. A bias of -1e9 or less absorbs log(n) of its row's lse, so exp(score - lse) is 1 for each of
 // the n keys that share the largest bias, where 1 / n is right. Twin of Scores::shares.
@@ -43,7 +44,7 @@ fn share(seq: Sequence, query: u32, row_lse: f32) -> f32 {
   return 1.0 / max(count, 1.0);
 }
 # endif
-# if modified and not cooperative
+# if modified and not scores_in_powers_of_two
 
 // The score of a product times the scale{{ ", capped" if softcap }}.
 fn score4(seq: Sequence, capped: vec4<f32>, row: u32, column: u32) -> vec4<f32> {

@@ -1,6 +1,6 @@
 {#- Softcap: the score of a product x is cap tanh(x / cap).
-    Needs: exp.wgsl. Declares: in cooperative kernels capped4 and cap_derivative4, else tanh4. -#}
-# if cooperative
+    Needs: exp.wgsl. Declares: where scores are in powers of two capped4 and cap_derivative4, else tanh4. -#}
+# if scores_in_powers_of_two
 # if bias
 // -2^60 / (1 + e), of e times 2^-60. Each element has a reciprocal of its own: a bias may hide any of them.
 fn capped4(e: vec4<f32>) -> vec4<f32> {

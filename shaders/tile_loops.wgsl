@@ -1,13 +1,13 @@
 {#- The loops over tiles of columns.
     Needs: `main` of tile_main.wgsl around them, mask.wgsl; with a mask mask_tiles.wgsl.
-    Declares: loops around what the caller writes, with `tile`, `column0` and `is_partial`. Cooperative kernels with a mask keep the span of
+    Declares: loops around what the caller writes, with `tile`, `column0` and `is_partial`. Where masks go by spans, a kernel keeps the span of
     tiles of one class (`span`), `mask_partial`, the mask's bits of a tile, and `next_visible`, the next tile that the mask leaves
     visible. -#}
 # import "cooperative/mask.wgsl" as masking
 
 {#- The first tile of which the mask shows something, as `first_tile`. -#}
 # macro first_tile()
-# if cooperative
+# if masks_by_spans
   var classes = Classes(0u, 0xffffffffu);
   var span = visible_span({{ class_arguments }}, tiles, row0, row_end, tiles.first);
   let first_tile = span.first;
@@ -36,14 +36,14 @@
 {#- Whether pairs of the tile are hidden one by one. -#}
 # macro begin_tile(column0, full_arguments, class_ranges)
     let column0 = {{ column0 }};
-# if cooperative
+# if bias and not scores_in_powers_of_two
+    // Any number of the bias may be -infinity.
+    let is_partial = true;
+# elif masks_by_spans
     let is_partial = !is_full({{ full_arguments }});
 # if mask
 {{ next_span() }}
 # endif
-# elif bias
-    // Any number of the bias may be -infinity.
-    let is_partial = true;
 # else
     let is_partial = !is_full({{ full_arguments }}){% if mask %} || tile_class({{ class_arguments }}, {{ class_ranges }}) != 1u{% endif %};
 # endif
@@ -51,7 +51,7 @@
 
 {#- The tile that follows a tile in a loop. -#}
 {%- macro tile_after(walk) -%}
-{{ "next_visible" if cooperative and mask else ("next_of_walk" if walk else following) }}
+{{ "next_visible" if masks_by_spans and mask else ("next_of_walk" if walk else following) }}
 {%- endmacro -%}
 
 {#- Over the tiles of keys that a tile of queries sees; `walk` is the first loop of a kernel that finds units. -#}

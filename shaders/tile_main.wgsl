@@ -8,7 +8,6 @@
 # macro tile_main()
 # set body = caller
 # set row_limit = "seq.k_rows" if rows_are_keys else "seq.q_rows"
-# set flags = "score_rows" if cooperative else "memory"
 # if sanitize or fallback_tile
 // Whether the cooperative kernel has reported rows of a workgroup's tile.
 fn has_fallback(index: u32) -> bool {
@@ -66,7 +65,7 @@ fn has_fallback(index: u32) -> bool {
 {{ first_tile() }}
 # endif
 # endif
-# if cooperative or not bias
+# if scores_in_powers_of_two or not bias
   let full = full_tiles(seq, row0, row_end);
 # endif
 {{ body() }}

@@ -1,6 +1,6 @@
 {#- The beginning of every kernel with tiles: extensions first, then the declarations that all of these kernels share.
     Needs: the context of a variant. Declares: what the included fragments declare. -#}
-# if cooperative
+# if needs_matrices
 enable f16;
 enable wgpu_cooperative_matrix;
 # endif
@@ -14,7 +14,7 @@ enable wgpu_cooperative_matrix;
 # if column_scales
 # include "scale.wgsl"
 # endif
-# if cooperative
+# if multiplies_halves
 # include "halves.wgsl"
 # endif
 # include "exp.wgsl"

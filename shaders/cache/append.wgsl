@@ -136,7 +136,7 @@ const LANES: u32 = {{ lanes }}u;
       }
 # endif
 # if not quantised or gathered
-# if dtype == "f32"
+# if not is_half
       {{ cache }}[cached * {{ padded_quads[name] }}u + quad] = x;
 # else
       let halves = narrow4(x);

@@ -35,8 +35,8 @@ const SLOT_PITCH: u32 = {{ slot_pitch }}u;
 const KEY_ROW: u32 = {{ row_vectors.k }}u;
 const VALUE_ROW: u32 = {{ row_vectors.v }}u;
 # set several = queries == "several"
-# set vector = "vec4<f32>" if dtype == "f32" and not quantised else "vec4<u32>"
-# set halves = dtype != "f32"
+# set vector = "vec4<f32>" if not is_half and not quantised else "vec4<u32>"
+# set halves = is_half
 {#- P of the exchanged keys, and the factor of O: in one vector where they fit. -#}
 # set packed = exchanged < 4
 # set p_vector = ["", "vec2<f32>", "vec4<f32>", "", "vec4<f32>"][exchanged]

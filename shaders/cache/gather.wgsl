@@ -9,7 +9,7 @@
 # include "params.wgsl"
 # from "entry.wgsl" import main
 # if quantised
-# if dtype != "f32"
+# if is_half
 # include dtype ~ ".wgsl"
 
 # endif
@@ -32,7 +32,7 @@ const THREADS: u32 = {{ threads }}u;
 # macro dequantise(name, vectors)
     let row = (source + n / {{ vectors }}u) * {{ row_vectors[name] * 4 }}u;
     let vector = n % {{ vectors }}u;
-# if dtype == "f32"
+# if not is_half
     let x = bitcast<vec4<u32>>(quad_{{ name }}(row, vector));
 # else
     let low = narrow4(quad_{{ name }}(row, 2u * vector));

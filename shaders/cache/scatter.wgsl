@@ -10,7 +10,7 @@
     in f32, so the gradient has the same bits each time. -#}
 # include "params.wgsl"
 # from "entry.wgsl" import main
-# if dtype != "f32"
+# if is_half
 # include dtype ~ ".wgsl"
 # endif
 
@@ -19,7 +19,7 @@ const THREADS: u32 = {{ threads }}u;
 {#- sum += the gathered vector of a term, n vectors behind the start of the term's first row. -#}
 # macro add_term(cache, vectors)
       let x = gathered_{{ cache }}[(head * params.gathered_rows + tokens[term]) * {{ vectors }}u + n];
-# if dtype == "f32"
+# if not is_half
       low_sum += bitcast<vec4<f32>>(x);
 # else
       low_sum += vec4<f32>(widen2(x.x), widen2(x.y));
@@ -29,7 +29,7 @@ const THREADS: u32 = {{ threads }}u;
 
 {#- The sum in the element type. -#}
 # macro narrow_sum()
-# if dtype == "f32"
+# if not is_half
     let x = bitcast<vec4<u32>>(low_sum);
 # else
     let low = narrow4(low_sum);
@@ -51,7 +51,7 @@ const THREADS: u32 = {{ threads }}u;
 # set vectors = gathered_vectors[name]
   for (var n = thread; n < rows * {{ vectors }}u; n += THREADS) {
     var low_sum = vec4<f32>();
-# if dtype != "f32"
+# if is_half
     // A vector has eight halves.
     var high_sum = vec4<f32>();
 # endif

@@ -9,20 +9,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use self::upload::OptionalBuffers;
-use self::upload::Uploaded;
+pub(crate) use self::upload::{HostBuffers, HostOperand, gradients_of, of_inputs, of_results};
 use crate::cpu;
-use crate::device::buffer::{Mapped, TensorView, allocate, download, upload};
 use crate::device::{Device, DeviceChoice, DeviceReason, describe};
 use crate::exec::pipeline::Pipelines;
 use crate::exec::prepared::{BackwardBuffers, ForwardBuffers, Prepared};
 use crate::kernel::tile::Tiling;
-use crate::kernel::{Kernel, MicroKernel};
+use crate::kernel::{Binding, Kernel, MicroKernel};
 use crate::plan::operand::mask_scratch_bytes;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::Tuning;
 use crate::plan::{OptionalOperands, Plan, Preference};
-use crate::problem::element::{DType, Element};
+use crate::problem::element::Element;
 use crate::problem::error::{Error, Result};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 
@@ -366,28 +364,14 @@ impl Attention {
             return Ok((output, has_row_max.then_some(row_max)));
         };
         problem.check_inputs(inputs)?;
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-        let rounded = T::DTYPE != DType::F32;
-        let o_len = problem.o_shape().iter().product();
-        let lse_len = problem.lse_shape().iter().product();
-        let operands = device.scoped("uploading operands", || -> Result<_> {
-            Ok((
-                Uploaded::new(device, inputs)?,
-                [allocate::<T>(device, "o", o_len, usage)?, allocate::<f32>(device, "lse", lse_len, usage)?],
-                // One element where it is not wanted, so that there is a buffer to read.
-                allocate::<i16>(device, "o_lo", if rounded { o_len } else { 1 }, usage)?,
-                allocate::<f32>(device, "row_max", if has_row_max { lse_len } else { 1 }, usage)?,
-            ))
-        });
-        let (inputs, [o, lse], o_lo, row_max) = operands.await??;
-        let buffers = inputs.buffers(&o, rounded.then_some(&o_lo), &lse);
-        let buffers = ForwardBuffers { row_max: has_row_max.then(|| TensorView::new(&row_max)), ..buffers };
-        let prepared = self.prepare_forward_async(problem, &buffers).await?;
-        let [o, o_lo, lse, row_max] =
-            download(device, [&o, &o_lo, &lse, &row_max], |encoder| prepared.encode(encoder)).await?;
-        let o_lo = if rounded { Some(o_lo.read(o_len).await?) } else { None };
-        let row_max = if has_row_max { Some(row_max.read(lse_len).await?) } else { None };
-        Ok((Output { o: o.read(o_len).await?, o_lo, lse: lse.read(lse_len).await? }, row_max))
+        let optional = [(Binding::OLo, T::DTYPE.has_rounding_error()), (Binding::RowMax, has_row_max)];
+        let optional = optional.into_iter().filter(|(_, is_wanted)| *is_wanted).map(|(binding, _)| binding);
+        let results = [Binding::O, Binding::Lse].into_iter().chain(optional);
+        let create = || HostBuffers::new(device).upload(of_inputs(inputs))?.results(problem, results);
+        let buffers = device.scoped("uploading operands", create).await??;
+        let prepared = self.prepare_forward_async(problem, &buffers.forward()?).await?;
+        let results = buffers.download(|encoder| prepared.encode(encoder)).await?;
+        Ok((results.output().await?, results.optional(Binding::RowMax).await?))
     }
 
     /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
@@ -423,56 +407,13 @@ impl Attention {
             self.check_cpu()?;
             return cpu::backward(problem, inputs, saved, upstream);
         };
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-        // One element where there is no such gradient, so that there is a buffer to read.
-        let [sink_logits_len, slopes_len, bias_len] = [
-            inputs.sink_logits.map(<[f32]>::len),
-            inputs.alibi_slopes.map(<[f32]>::len),
-            inputs.bias.map(|bias| bias.len()),
-        ];
-        let operands = device.scoped("uploading operands", || -> Result<_> {
-            let f32s = |name, len: Option<usize>| allocate::<f32>(device, name, len.unwrap_or(1), usage);
-            Ok((
-                Uploaded::new(device, inputs)?,
-                [upload(device, "o", &saved.o)?, upload(device, "lse", &saved.lse)?],
-                saved.o_lo.as_ref().map(|o_lo| upload(device, "o_lo", o_lo)).transpose()?,
-                upload(device, "d_o", upstream.d_o)?,
-                upstream.d_lse.map(|d_lse| upload(device, "d_lse", d_lse)).transpose()?,
-                [
-                    allocate::<T>(device, "d_q", inputs.q.len(), usage)?,
-                    allocate::<T>(device, "d_k", inputs.k.len(), usage)?,
-                    allocate::<T>(device, "d_v", inputs.v.len(), usage)?,
-                    f32s("d_sink_logits", sink_logits_len)?,
-                    f32s("d_alibi_slopes", slopes_len)?,
-                    f32s("d_bias", bias_len)?,
-                ],
-            ))
-        });
-        let (uploaded, [o, lse], o_lo, d_o, d_lse, results) = operands.await??;
-        let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] = &results;
-        let wanted = |buffer, len: Option<usize>| len.map(|_| TensorView::new(buffer));
-        let buffers = BackwardBuffers {
-            d_lse: d_lse.as_ref().map(TensorView::new),
-            d_sink_logits: wanted(d_sink_logits, sink_logits_len),
-            d_alibi_slopes: wanted(d_alibi_slopes, slopes_len),
-            d_bias: wanted(d_bias, bias_len),
-            ..BackwardBuffers::new(uploaded.buffers(&o, o_lo.as_ref(), &lse), &d_o, d_q, d_k, d_v)
+        let create = || {
+            let operands = of_inputs(inputs).into_iter().chain(of_results(saved, upstream));
+            HostBuffers::new(device).upload(operands)?.results(problem, gradients_of(inputs))
         };
-        let prepared = self.prepare_backward_async(problem, &buffers).await?;
-        let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] =
-            download(device, results.each_ref(), |encoder| prepared.encode(encoder)).await?;
-        let optional = async |mapped: Mapped, len: Option<usize>| match len {
-            Some(len) => mapped.read(len).await.map(Some),
-            None => Ok(None),
-        };
-        Ok(Gradients {
-            d_q: d_q.read(inputs.q.len()).await?,
-            d_k: d_k.read(inputs.k.len()).await?,
-            d_v: d_v.read(inputs.v.len()).await?,
-            d_sink_logits: optional(d_sink_logits, sink_logits_len).await?,
-            d_alibi_slopes: optional(d_alibi_slopes, slopes_len).await?,
-            d_bias: optional(d_bias, bias_len).await?,
-        })
+        let buffers = device.scoped("uploading operands", create).await??;
+        let prepared = self.prepare_backward_async(problem, &buffers.backward()?).await?;
+        buffers.download(|encoder| prepared.encode(encoder)).await?.gradients().await
     }
 
     /// Prepares a forward pass on buffers of the caller's.

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::attention::Attention;
+use crate::attention::{Attention, HostBuffers};
 use crate::cpu;
-use crate::device::buffer::{TensorView, allocate, download, upload};
 use crate::exec::prepared::{ForwardBuffers, MergeBuffers, Prepared};
+use crate::kernel::Binding;
 use crate::problem::element::{DType, Element};
 use crate::problem::error::{Error, Result};
 use crate::problem::{Gradients, Inputs, Output, PartialState, Problem, Upstream};
@@ -221,7 +221,7 @@ impl Attention {
         upstream: &Upstream<'_, T>,
     ) -> Result<Gradients<T>> {
         problem.check_shard(&keys)?;
-        if T::DTYPE != DType::F32 && saved.o_lo.is_none() {
+        if T::DTYPE.has_rounding_error() && saved.o_lo.is_none() {
             return Err(Error::MissingOperand { operand: "o_lo" });
         }
         let sinks = |shard: Problem| if inputs.sink_logits.is_some() { shard } else { shard.without_sink_logits() };
@@ -339,36 +339,38 @@ impl Attention {
         let (device, _) = self.gpu("merge_states")?;
         let maxima: Option<Vec<&[f32]>> = states.iter().map(|state| state.row_max.as_deref()).collect();
         let maxima = maxima.filter(|_| has_row_max);
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-        let [o_len, lse_len] = [&merging.o_shape()[..], &merging.lse_shape()].map(|shape| shape.iter().product());
-        let operands = device.scoped("uploading partial states", || -> Result<_> {
-            let stacked = |name, of: fn(&PartialState) -> &[f32]| {
-                upload(device, name, &states.iter().flat_map(|state| of(state)).copied().collect::<Vec<_>>())
-            };
-            Ok((
-                stacked("states", |state| &state.o)?,
-                stacked("states_lse", |state| &state.lse)?,
-                sink_logits.map(|sink_logits| upload(device, "sink_logits", sink_logits)).transpose()?,
-                maxima.as_ref().map(|maxima| upload(device, "states_row_max", &maxima.concat())).transpose()?,
-                [
-                    allocate::<f32>(device, "o", o_len, usage)?,
-                    allocate::<f32>(device, "lse", lse_len, usage)?,
-                    // One element where there is none, so that there is a buffer to read.
-                    allocate::<f32>(device, "row_max", if maxima.is_some() { lse_len } else { 1 }, usage)?,
-                ],
-            ))
-        });
-        let (states, states_lse, sink_logits, states_row_max, [o, lse, row_max]) = operands.await??;
-        let buffers = MergeBuffers {
-            sink_logits: sink_logits.as_ref().map(TensorView::new),
-            states_row_max: states_row_max.as_ref().map(TensorView::new),
-            row_max: states_row_max.as_ref().map(|_| TensorView::new(&row_max)),
-            ..MergeBuffers::new(&states, &states_lse, &o, &lse)
+        let stacked = |of: fn(&PartialState) -> &[f32]| states.iter().flat_map(|state| of(state)).copied().collect();
+        let [o, lse]: [Vec<f32>; 2] = [stacked(|state| &state.o), stacked(|state| &state.lse)];
+        let maxima = maxima.map(|maxima| maxima.concat());
+        let row_max = maxima.as_ref().map(|_| Binding::RowMax);
+        let create = || {
+            let operands = [
+                (Binding::States, Some(&o[..])),
+                (Binding::StatesLse, Some(&lse)),
+                (Binding::StatesRowMax, maxima.as_deref()),
+                (Binding::SinkLogits, sink_logits),
+            ];
+            let operands = operands.map(|(binding, numbers)| (binding, numbers.map(bytemuck::cast_slice)));
+            HostBuffers::new(device)
+                .upload(operands)?
+                .results(merging, [Binding::O, Binding::Lse].into_iter().chain(row_max))
         };
-        let prepared = self.prepare_merging("merge", merging, &buffers).await?;
-        let [o, lse, row_max] = download(device, [&o, &lse, &row_max], |encoder| prepared.encode(encoder)).await?;
-        let row_max = if maxima.is_some() { Some(row_max.read(lse_len).await?) } else { None };
-        Ok(PartialState { o: o.read(o_len).await?, lse: lse.read(lse_len).await?, row_max })
+        let buffers = device.scoped("uploading partial states", create).await??;
+        let merged = MergeBuffers {
+            states: buffers.given(Binding::States)?,
+            states_lo: None,
+            states_lse: buffers.given(Binding::StatesLse)?,
+            sink_logits: buffers.view(Binding::SinkLogits),
+            o: buffers.given(Binding::O)?,
+            o_lo: None,
+            lse: buffers.given(Binding::Lse)?,
+            states_row_max: buffers.view(Binding::StatesRowMax),
+            row_max: buffers.view(Binding::RowMax),
+        };
+        let prepared = self.prepare_merging("merge", merging, &merged).await?;
+        let results = buffers.download(|encoder| prepared.encode(encoder)).await?;
+        let Output { o, lse, .. } = results.output().await?;
+        Ok(PartialState { o, lse, row_max: results.optional(Binding::RowMax).await? })
     }
 
     /// Prepares a merge by a problem whose keys are the states.

@@ -85,7 +85,7 @@ setters! {
 }
 
 impl<T> PrefillOperands<'_, T> {
-    pub(super) fn inputs<'b>(&'b self, q: &'b [T], [k, v]: &'b [Vec<T>; 2]) -> Inputs<'b, T>
+    pub(super) fn inputs<'b>(&'b self, q: &'b [T], [k, v]: [&'b [T]; 2]) -> Inputs<'b, T>
     where
         T: Copy,
     {

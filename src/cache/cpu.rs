@@ -231,10 +231,10 @@ impl<T: Element> KvCache<T> {
                 token += 1;
             }
         }
-        problem.check_inputs(&operands.inputs(q, &gathered))?;
+        problem.check_inputs(&operands.inputs(q, gathered.each_ref().map(Vec::as_slice)))?;
         let turned_q = self.config.rotary.is_some().then_some(&mut *q);
         self.append(&prefill.tokens, k, v, turned_q, operands.cos_sin)?;
-        cpu::forward(problem, &operands.inputs(q, &gathered))
+        cpu::forward(problem, &operands.inputs(q, gathered.each_ref().map(Vec::as_slice)))
     }
 
     /// As [`KvCache::prepare_backward`](crate::cache::KvCache::prepare_backward), recorded; q and the result's d_q as q of
@@ -258,7 +258,7 @@ impl<T: Element> KvCache<T> {
             return Err(Error::UnexpectedOperand { operand: "cos_sin", hint });
         }
         let gathered = self.gather_rows(batch.runs(&self.block_table), batch.rows);
-        let inputs = operands.inputs(q, &gathered);
+        let inputs = operands.inputs(q, gathered.each_ref().map(Vec::as_slice));
         batch.problem.check_inputs(&inputs)?;
         batch.problem.check_upstream(saved, upstream)?;
         let gradients = cpu::backward(&batch.problem, &inputs, saved, upstream)?;

@@ -233,9 +233,11 @@ impl KvCache {
     /// As [`to_safetensors`](Self::to_safetensors).
     pub async fn to_safetensors_async(&self) -> Result<Vec<u8>> {
         self.check_written()?;
-        let [keys, values] = download(&self.device, [&self.keys, &self.values], |_| ()).await?;
-        let [key_bytes, value_bytes] = self.config.bytes();
-        let images = [keys.read::<u8>(key_bytes as usize).await?, values.read::<u8>(value_bytes as usize).await?];
+        let mapped = download(&self.device, [&self.keys, &self.values], |_| ()).await?;
+        let mut images = Vec::with_capacity(2);
+        for (mapped, bytes) in mapped.iter().zip(self.config.bytes()) {
+            images.push(mapped.read::<u8>(bytes as usize).await?);
+        }
         serialize(&self.config, self.block_table(), [&images[0], &images[1]])
     }
 

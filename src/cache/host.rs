@@ -1,5 +1,7 @@
 //! A cache that is used with host slices: the same calls on a GPU and on the CPU.
 
+use bytemuck::cast_slice;
+
 use super::append::AppendBuffers;
 use super::backward::BackwardBuffers;
 use super::batch::{Batch, Prefill, PrefillOperands, check_total};
@@ -8,14 +10,14 @@ use super::decode::DecodeBuffers;
 use super::gpu::KvCache;
 use super::prefill::{PrefillBuffers, PreparedPrefill};
 use super::step::Step;
-use crate::attention::{Attention, OptionalBuffers};
-use crate::device::Device;
-use crate::device::buffer::{Mapped, TensorView, allocate, download, upload, upload_with};
+use crate::attention::{Attention, HostBuffers, HostOperand, gradients_of, of_inputs, of_results};
+use crate::exec::prepared::ForwardBuffers;
+use crate::kernel::Binding;
 use crate::plan::decode::Decode;
 use crate::problem::cache::CacheConfig;
-use crate::problem::element::{DType, Element};
+use crate::problem::element::Element;
 use crate::problem::error::{Error, Result};
-use crate::problem::{Bias, Gradients, Output, Upstream, check_length};
+use crate::problem::{Gradients, Output, Upstream, check_length};
 
 /// Keys and values of a number of sequences on the device of the operator, a GPU or the CPU, with operands and results in host
 /// memory: the same calls on both.
@@ -158,23 +160,25 @@ impl<T: Element> HostCache<T> {
         let total = check_tokens(&cache.config, tokens, [k, v])?;
         let heads = check_queries(&cache.config, total, q.as_deref())?;
         let device = cache.device.clone();
-        let create = || -> Result<_> {
-            let q = q.as_deref().filter(|q| !q.is_empty()).map(|q| rotated(&device, q)).transpose()?;
-            Ok(([upload(&device, "k", k)?, upload(&device, "v", v)?], q, table(&device, cos_sin)?))
+        let q = q.filter(|q| !q.is_empty());
+        let operands = [(Binding::Q, q.as_deref()), (Binding::K, Some(k)), (Binding::V, Some(v))]
+            .map(|(binding, numbers)| (binding, numbers.map(cast_slice)));
+        let create = || {
+            let operands = operands.into_iter().chain([table(cos_sin)]);
+            HostBuffers::new(&device).upload(operands).map(|buffers| buffers.changed(Binding::Q))
         };
-        let ([k, v], rotated, cos_sin) = device.scoped("uploading operands", create).await??;
-        let buffers = AppendBuffers {
-            q: rotated.as_ref().map(|q| (TensorView::new(q), heads)),
-            cos_sin: cos_sin.as_ref(),
-            ..AppendBuffers::new(&k, &v)
+        let buffers = device.scoped("uploading operands", create).await??;
+        let operands = AppendBuffers {
+            q: buffers.view(Binding::Q).map(|q| (q, heads)),
+            cos_sin: buffers.buffer(Binding::CosSin),
+            ..AppendBuffers::new(buffers.given(Binding::K)?, buffers.given(Binding::V)?)
         };
-        let prepared = cache.prepare_append_async(tokens, &buffers).await?;
+        let prepared = cache.prepare_append_async(tokens, &operands).await?;
         let mut step = step(cache, "append")?;
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;
-        if let (Some(q), Some(rotated)) = (q, &rotated) {
-            let [read] = download(&device, [rotated], |_| ()).await?;
-            q.copy_from_slice(&read.read::<T>(q.len()).await?);
+        if let Some(q) = q {
+            q.copy_from_slice(&buffers.download(|_| ()).await?.read::<T>(Binding::Q).await?);
         }
         Ok(())
     }
@@ -222,42 +226,41 @@ impl<T: Element> HostCache<T> {
         let alibi_of_sinks = batch.alibi_of_sinks(operands.alibi_slopes);
         let operands = batch.operands(operands, alibi_of_sinks.as_deref())?;
         check_length("q", q.len(), &batch.problem.q_shape())?;
-        batch.problem.check_optional_inputs(&operands.inputs(q, &Default::default()))?;
+        batch.problem.check_optional_inputs(&operands.inputs(q, kv))?;
         let device = cache.device.clone();
-        let [o_len, lse_len] = [total * prefill.heads * config.value_dim, total * prefill.heads];
-        let rounds = T::DTYPE != DType::F32;
-        let create = || -> Result<_> {
-            let [k, v] = kv;
-            Ok((
-                [rotated(&device, q)?, upload(&device, "k", k)?, upload(&device, "v", v)?],
-                OptionalBuffers::new(&device, &operands.inputs(q, &Default::default()))?,
-                table(&device, operands.cos_sin)?,
-                [result::<T>(&device, "o", o_len)?, result::<f32>(&device, "lse", lse_len)?],
-                // One element in f32, so that there is a buffer to read.
-                result::<i16>(&device, "o_lo", if rounds { o_len } else { 1 })?,
-            ))
+        let rounding_error = T::DTYPE.has_rounding_error().then_some(Binding::OLo);
+        let results = [Binding::O, Binding::Lse].into_iter().chain(rounding_error);
+        let create = || {
+            let given = of_inputs(&operands.inputs(q, kv)).into_iter().chain([table(operands.cos_sin)]);
+            let buffers = HostBuffers::new(&device).upload(given)?.results(&batch.problem, results)?;
+            Ok(if config.rotary.is_some() { buffers.changed(Binding::Q) } else { buffers })
         };
-        let (qkv, uploaded, cos_sin, [o, lse], o_lo) = device.scoped("uploading operands", create).await??;
-        let [q_buffer, k, v] = &qkv;
-        let buffers = PrefillBuffers {
-            cos_sin: cos_sin.as_ref(),
-            sink_logits: uploaded.sink_logits.as_ref().map(TensorView::new),
-            alibi_slopes: uploaded.alibi_slopes.as_ref().map(TensorView::new),
-            bias: uploaded.bias.as_ref().map(TensorView::new),
-            mask: uploaded.mask.as_ref().map(TensorView::new),
-            o_lo: rounds.then(|| TensorView::new(&o_lo)),
-            ..PrefillBuffers::new(q_buffer, k, v, &o, &lse)
+        let buffers = device.scoped("uploading operands", create).await??;
+        let ForwardBuffers { q: queries, k, v, sink_logits, alibi_slopes, bias, mask, o, o_lo, lse, .. } =
+            buffers.forward()?;
+        let given = PrefillBuffers {
+            q: queries,
+            k,
+            v,
+            cos_sin: buffers.buffer(Binding::CosSin),
+            sink_logits,
+            alibi_slopes,
+            bias,
+            mask,
+            o,
+            o_lo,
+            lse,
+            scratch: None,
         };
-        let prepared = PreparedPrefill::new(cache, prefill, &buffers).await?;
+        let prepared = PreparedPrefill::new(cache, prefill, &given).await?;
         let mut step = step(cache, "prefill")?;
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;
-        let [turned, o, o_lo, lse] = download(&device, [q_buffer, &o, &o_lo, &lse], |_| ()).await?;
+        let results = buffers.download(|_| ()).await?;
         if config.rotary.is_some() {
-            q.copy_from_slice(&turned.read::<T>(q.len()).await?);
+            q.copy_from_slice(&results.read::<T>(Binding::Q).await?);
         }
-        let o_lo = if rounds { Some(o_lo.read(o_len).await?) } else { None };
-        Ok(Output { o: o.read(o_len).await?, o_lo, lse: lse.read(lse_len).await? })
+        results.output().await
     }
 
     /// The backward pass of a prefill: of the queries of the last tokens of each sequence. q and d_q of the result are as q of
@@ -301,66 +304,49 @@ impl<T: Element> HostCache<T> {
         let config = cache.config;
         let problem = Batch::held(&config, prefill, cache.block_table())?.problem;
         check_length("q", q.len(), &problem.q_shape())?;
-        problem.check_optional_inputs(&operands.inputs(q, &Default::default()))?;
+        let inputs = operands.inputs(q, [&[]; 2]);
+        problem.check_optional_inputs(&inputs)?;
         problem.check_upstream(saved, upstream)?;
         let device = cache.device.clone();
-        let bias_len = operands.bias.as_ref().map(Bias::len);
-        let create = || -> Result<_> {
+        let of_cache = |binding: Binding| [Binding::K, Binding::V, Binding::DK, Binding::DV].contains(&binding);
+        let create = || {
+            let given = of_inputs(&inputs).into_iter().chain(of_results(saved, upstream));
+            let given = given.filter(|(binding, _)| !of_cache(*binding));
+            let results = gradients_of(&inputs).filter(|binding| !of_cache(*binding));
+            let buffers = HostBuffers::new(&device).upload(given)?.results(&problem, results)?;
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-            let [keys, values] =
-                config.bytes().map(|bytes| allocate::<u8>(&device, "gradients", bytes as usize, usage));
-            let optional = |name, len: Option<usize>| result::<f32>(&device, name, len.unwrap_or(1));
-            Ok((
-                [upload(&device, "q", q)?, upload(&device, "o", &saved.o)?, upload(&device, "d_o", upstream.d_o)?],
-                upload(&device, "lse", &saved.lse)?,
-                saved.o_lo.as_ref().map(|o_lo| upload(&device, "o_lo", o_lo)).transpose()?,
-                upstream.d_lse.map(|d_lse| upload(&device, "d_lse", d_lse)).transpose()?,
-                OptionalBuffers::new(&device, &operands.inputs(q, &Default::default()))?,
-                [
-                    result::<T>(&device, "d_q", q.len())?,
-                    keys?,
-                    values?,
-                    optional("d_sink_logits", operands.sink_logits.map(<[f32]>::len))?,
-                    optional("d_alibi_slopes", operands.alibi_slopes.map(<[f32]>::len))?,
-                    optional("d_bias", bias_len)?,
-                ],
-            ))
+            let [key_bytes, value_bytes] = config.bytes().map(|bytes| bytes as usize);
+            buffers.result(Binding::DK, key_bytes, usage)?.result(Binding::DV, value_bytes, usage)
         };
-        let ([q_buffer, o, d_o], lse, o_lo, d_lse, uploaded, results) =
-            device.scoped("uploading operands", create).await??;
-        let [d_q, d_keys, d_values, d_sink_logits, d_alibi_slopes, d_bias] = &results;
-        let wanted = |given: bool, buffer| given.then(|| TensorView::new(buffer));
-        let buffers = BackwardBuffers {
-            o_lo: o_lo.as_ref().map(TensorView::new),
-            sink_logits: uploaded.sink_logits.as_ref().map(TensorView::new),
-            alibi_slopes: uploaded.alibi_slopes.as_ref().map(TensorView::new),
-            bias: uploaded.bias.as_ref().map(TensorView::new),
-            mask: uploaded.mask.as_ref().map(TensorView::new),
-            d_lse: d_lse.as_ref().map(TensorView::new),
-            d_sink_logits: wanted(operands.sink_logits.is_some(), d_sink_logits),
-            d_alibi_slopes: wanted(operands.alibi_slopes.is_some(), d_alibi_slopes),
-            d_bias: wanted(bias_len.is_some(), d_bias),
-            ..BackwardBuffers::new([&q_buffer, &o, &lse].map(TensorView::new), &d_o, d_q, [d_keys, d_values])
+        let buffers = device.scoped("uploading operands", create).await??;
+        let given = BackwardBuffers {
+            q: buffers.given(Binding::Q)?,
+            o: buffers.given(Binding::O)?,
+            o_lo: buffers.view(Binding::OLo),
+            lse: buffers.given(Binding::Lse)?,
+            sink_logits: buffers.view(Binding::SinkLogits),
+            alibi_slopes: buffers.view(Binding::AlibiSlopes),
+            bias: buffers.view(Binding::Bias),
+            mask: buffers.view(Binding::Mask),
+            d_o: buffers.given(Binding::DO)?,
+            d_lse: buffers.view(Binding::DLse),
+            d_q: buffers.given(Binding::DQ)?,
+            d_keys: buffers.given(Binding::DK)?.buffer,
+            d_values: buffers.given(Binding::DV)?.buffer,
+            d_sink_logits: buffers.view(Binding::DSinkLogits),
+            d_alibi_slopes: buffers.view(Binding::DAlibiSlopes),
+            d_bias: buffers.view(Binding::DBias),
         };
-        let prepared = cache.prepare_backward_async(prefill, &buffers).await?;
+        let prepared = cache.prepare_backward_async(prefill, &given).await?;
         let mut step = step(cache, "backward")?;
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;
-        let [d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias] =
-            download(&device, results.each_ref(), |_| ()).await?;
-        let optional = async |mapped: Mapped, len: Option<usize>| match len {
-            Some(len) => mapped.read(len).await.map(Some),
-            None => Ok(None),
-        };
+        let gradients: Gradients<T> = buffers.download(|_| ()).await?.gradients().await?;
         let [key_row, value_row] = config.row_vectors().map(|vectors| 16 * vectors as usize / config.dtype.bytes());
-        let rows = config.blocks() * config.kv_heads * config.kind.rows();
         Ok(Gradients {
-            d_q: d_q.read(q.len()).await?,
-            d_k: unpadded(&d_k.read(rows * key_row).await?, key_row, config.head_dim),
-            d_v: unpadded(&d_v.read(rows * value_row).await?, value_row, config.value_dim),
-            d_sink_logits: optional(d_sink_logits, operands.sink_logits.map(<[f32]>::len)).await?,
-            d_alibi_slopes: optional(d_alibi_slopes, operands.alibi_slopes.map(<[f32]>::len)).await?,
-            d_bias: optional(d_bias, bias_len).await?,
+            d_k: unpadded(&gradients.d_k, key_row, config.head_dim),
+            d_v: unpadded(&gradients.d_v, value_row, config.value_dim),
+            ..gradients
         })
     }
 
@@ -400,27 +386,20 @@ impl<T: Element> HostCache<T> {
         check_length("q", q.len(), &problem.q_shape())?;
         problem.check_sink_logits(sink_logits)?;
         let device = cache.device.clone();
-        let [o_len, lse_len] = [&problem.o_shape()[..], &problem.lse_shape()[..]].map(|shape| shape.iter().product());
-        let create = || -> Result<_> {
-            Ok((
-                upload(&device, "q", q)?,
-                sink_logits.map(|sink_logits| upload(&device, "sink_logits", sink_logits)).transpose()?,
-                table(&device, cos_sin)?,
-                [result::<T>(&device, "o", o_len)?, result::<f32>(&device, "lse", lse_len)?],
-            ))
+        let given =
+            [(Binding::Q, Some(cast_slice(q))), (Binding::SinkLogits, sink_logits.map(cast_slice)), table(cos_sin)];
+        let create = || HostBuffers::new(&device).upload(given)?.results(&problem, [Binding::O, Binding::Lse]);
+        let buffers = device.scoped("uploading operands", create).await??;
+        let given = DecodeBuffers {
+            sink_logits: buffers.view(Binding::SinkLogits),
+            cos_sin: buffers.buffer(Binding::CosSin),
+            ..DecodeBuffers::new(buffers.given(Binding::Q)?, buffers.given(Binding::O)?, buffers.given(Binding::Lse)?)
         };
-        let (q, sink_logits, cos_sin, [o, lse]) = device.scoped("uploading operands", create).await??;
-        let buffers = DecodeBuffers {
-            sink_logits: sink_logits.as_ref().map(TensorView::new),
-            cos_sin: cos_sin.as_ref(),
-            ..DecodeBuffers::new(&q, &o, &lse)
-        };
-        let prepared = cache.prepare_decode_async(decode, &buffers).await?;
+        let prepared = cache.prepare_decode_async(decode, &given).await?;
         let mut step = step(cache, "decode")?;
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;
-        let [o, lse] = download(&device, [&o, &lse], |_| ()).await?;
-        Ok(Output { o: o.read(o_len).await?, o_lo: None, lse: lse.read(lse_len).await? })
+        buffers.download(|_| ()).await?.output().await
     }
 
     /// Forgets the tokens of a sequence from `length` on; with 0 it is empty, and its pages are free.
@@ -543,21 +522,9 @@ fn step(cache: &KvCache, label: &str) -> Result<Step> {
     Ok(cache.attention.step()?.label(label))
 }
 
-/// A buffer that is read back.
-fn result<T>(device: &Device, operand: &'static str, elements: usize) -> Result<wgpu::Buffer> {
-    // A buffer is never empty.
-    allocate::<T>(device, operand, elements.max(1), wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC)
-}
-
-/// Queries that are rotated where they lie, and read back.
-fn rotated<T: Element>(device: &Device, q: &[T]) -> Result<wgpu::Buffer> {
-    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-    upload_with(device, "q", q, usage)
-}
-
 /// The table of a rotary embedding.
-fn table(device: &Device, cos_sin: Option<&[f32]>) -> Result<Option<wgpu::Buffer>> {
-    cos_sin.map(|cos_sin| upload(device, "cos_sin", cos_sin)).transpose()
+fn table(cos_sin: Option<&[f32]>) -> HostOperand<'_> {
+    (Binding::CosSin, cos_sin.map(cast_slice))
 }
 
 /// Checks new keys and values; the tokens of all sequences.

@@ -7,7 +7,6 @@ use rayon::prelude::*;
 
 use crate::device::capabilities::Capabilities;
 use crate::kernel::cache::CacheOptions;
-use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::{Kernel, Variant};
 use crate::plan::pass::check_limits;
 use crate::plan::splits::DecodeTiling;
@@ -103,11 +102,11 @@ fn every_variant_validates_translates_and_fits() {
         assert_eq!(tint::mixed_operators(&text), [""; 0], "{name}");
         let module = naga::front::wgsl::parse_str(&text)
             .unwrap_or_else(|error| panic!("{name}: {}\n{text}", error.emit_to_string(&text)));
-        let is_cooperative = matches!(variant.decode_tiles(), Some(DecodeTiles::Cooperative { .. }));
+        let needs_matrices = variant.micro_kernel.properties().needs_matrices;
         let matrices = Wgsl::COOPERATIVE_MATRIX | Wgsl::SHADER_FLOAT16 | Wgsl::SUBGROUP | Wgsl::SUBGROUP_BARRIER;
-        let needed = if is_cooperative { matrices } else { Wgsl::empty() };
+        let needed = if needs_matrices { matrices } else { Wgsl::empty() };
         let mut validator = Validator::new(ValidationFlags::all(), Wgsl::SHADER_FLOAT16_IN_FLOAT32 | needed);
-        if is_cooperative {
+        if needs_matrices {
             validator.subgroup_stages(ShaderStages::COMPUTE).subgroup_operations(SubgroupOperationSet::all());
         } else {
             validator.subgroup_stages(ShaderStages::empty()).subgroup_operations(SubgroupOperationSet::empty());
@@ -120,7 +119,7 @@ fn every_variant_validates_translates_and_fits() {
         msl::write_string(&module, &info, &msl, &msl::PipelineOptions::default())
             .unwrap_or_else(|error| panic!("{name}: {error}"));
         // DX12 has no cooperative matrices.
-        if !is_cooperative {
+        if !needs_matrices {
             let options = hlsl::Options {
                 shader_model: hlsl::ShaderModel::V6_0,
                 special_constants_binding: Some(hlsl::BindTarget { register: 0, space: 1, ..Default::default() }),

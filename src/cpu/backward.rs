@@ -28,7 +28,7 @@ use super::rows::{Head, Places, Rows, Side, rows_mut};
 use super::scores::{RowTile, Scores, Seen, TILE, zeros};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
 use super::tiled::{FEW_ITEMS, SPLIT_TILES, forward_widened, widen_bias};
-use crate::problem::element::{DType, Element};
+use crate::problem::element::Element;
 use crate::problem::error::Result;
 use crate::problem::varlen::Sequence;
 use crate::problem::{Axes, Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
@@ -65,10 +65,10 @@ pub fn backward<T: Element>(
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
     let d_o = T::widen(upstream.d_o);
     let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
-    let o = match (T::DTYPE, &saved.o_lo) {
-        (DType::F32, _) => T::widen(&saved.o),
-        (_, Some(o_lo)) => saved.o.par_iter().zip(o_lo).map(|(o, &rest)| o.whole(rest)).collect(),
-        (_, None) => forward_widened(problem, &inputs).o.into(),
+    let o = match (T::DTYPE.has_rounding_error(), &saved.o_lo) {
+        (false, _) => T::widen(&saved.o),
+        (true, Some(o_lo)) => saved.o.par_iter().zip(o_lo).map(|(o, &rest)| o.whole(rest)).collect(),
+        (true, None) => forward_widened(problem, &inputs).o.into(),
     };
     let Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias } =
         backward_widened(problem, &inputs, &o, &saved.lse, &upstream);
@@ -86,7 +86,7 @@ fn backward_widened(
 ) -> Gradients {
     let mut gradients = backward_on(Arch::new(), problem, inputs, o, lse, upstream);
     // In f32 products of d_o and v, and sums of them, have no room for the largest numbers of bf16.
-    if problem.options().dtype == DType::Bf16 {
+    if problem.options().dtype.overflows_f32_sums() {
         exact::backward(problem, inputs, (o, lse), upstream, &mut gradients);
     }
     gradients

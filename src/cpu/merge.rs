@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::reference::Denominator;
 use super::rows::rows;
-use crate::problem::element::{DType, Element};
+use crate::problem::element::Element;
 use crate::problem::error::Result;
 use crate::problem::host::PartialState;
 use crate::problem::{Layout, Output, Problem, SinkLogits};
@@ -36,7 +36,7 @@ pub fn finish<T: Element>(problem: &Problem, state: &PartialState, sink_logits: 
 impl PartialState {
     /// As the results of a forward pass.
     pub(crate) fn narrow<T: Element>(self) -> Output<T> {
-        let o_lo = (T::DTYPE != DType::F32).then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
+        let o_lo = T::DTYPE.has_rounding_error().then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
         Output { o: T::narrow(self.o), o_lo, lse: self.lse }
     }
 }

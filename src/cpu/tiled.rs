@@ -28,7 +28,7 @@ use super::reference::{Denominator, sink_logit};
 use super::rows::{Head, Places, Rows, Side, rows_mut};
 use super::scores::{RowTile, Scores, Seen, TILE, zeros};
 use super::simd::{Panel, accumulate, accumulate_visible, column, column_mut, exp, panels, panels_mut, products};
-use crate::problem::element::{DType, Element};
+use crate::problem::element::Element;
 use crate::problem::error::Result;
 use crate::problem::varlen::Sequence;
 use crate::problem::{Bias, Inputs, Layout, Output, Problem};
@@ -59,7 +59,7 @@ pub fn forward_with_row_max<T: Element>(problem: &Problem, inputs: &Inputs<'_, T
     let bias = inputs.bias.map(widen_bias);
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
     let (Output { o, lse, .. }, row_max) = widened_with_row_max(problem, &inputs);
-    let o_lo = (T::DTYPE != DType::F32).then(|| o.par_iter().map(|&o| T::rest(o)).collect());
+    let o_lo = T::DTYPE.has_rounding_error().then(|| o.par_iter().map(|&o| T::rest(o)).collect());
     Ok((Output { o: T::narrow(o), o_lo, lse }, row_max))
 }
 
@@ -79,7 +79,7 @@ pub(super) fn forward_widened(problem: &Problem, inputs: &Inputs<'_>) -> Output 
 fn widened_with_row_max(problem: &Problem, inputs: &Inputs<'_>) -> (Output, Vec<f32>) {
     let (mut output, row_max) = forward_on(Arch::new(), problem, inputs);
     // o is a sum of up to N values before it is divided by the sum of the weights: in f32 the largest of bf16 have no room.
-    if problem.options().dtype == DType::Bf16 {
+    if problem.options().dtype.overflows_f32_sums() {
         exact::forward(problem, inputs, &mut output);
     }
     (output, row_max)

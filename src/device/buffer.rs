@@ -375,27 +375,27 @@ impl Mapped {
 }
 
 /// Encodes `work`, submits it, and maps copies of whole buffers.
-pub(crate) async fn download<const N: usize>(
+pub(crate) async fn download<'a>(
     device: &Device,
-    buffers: [&wgpu::Buffer; N],
+    buffers: impl IntoIterator<Item = &'a wgpu::Buffer>,
     work: impl FnOnce(&mut wgpu::CommandEncoder),
-) -> Result<[Mapped; N]> {
-    download_words(device, buffers.map(|buffer| (buffer, 0..buffer.size())), work).await
+) -> Result<Vec<Mapped>> {
+    download_words(device, buffers.into_iter().map(|buffer| (buffer, 0..buffer.size())), work).await
 }
 
 /// As [`download`], of parts of buffers in bytes, which are whole words.
-async fn download_words<const N: usize>(
+async fn download_words<'a>(
     device: &Device,
-    parts: [(&wgpu::Buffer, Range<u64>); N],
+    parts: impl IntoIterator<Item = (&'a wgpu::Buffer, Range<u64>)>,
     work: impl FnOnce(&mut wgpu::CommandEncoder),
-) -> Result<[Mapped; N]> {
+) -> Result<Vec<Mapped>> {
     const LABEL: &str = "sink-attention download";
     let label = Some(LABEL);
     let staging = device
         .scoped("running a kernel", || {
             let mut encoder = device.wgpu().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
             work(&mut encoder);
-            let staging = parts.map(|(buffer, Range { start, end })| {
+            let copy = |(buffer, Range { start, end })| {
                 note_buffer(LABEL, end - start);
                 let staging = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
                     label,
@@ -405,7 +405,8 @@ async fn download_words<const N: usize>(
                 });
                 encoder.copy_buffer_to_buffer(buffer, start, &staging, 0, end - start);
                 staging
-            });
+            };
+            let staging: Vec<_> = parts.into_iter().map(copy).collect();
             device.queue().submit([encoder.finish()]);
             staging
         })
@@ -418,7 +419,7 @@ async fn download_words<const N: usize>(
         });
         receiver
     };
-    let mapped = device.scoped(READING, || staging.each_ref().map(map)).await?;
+    let mapped = device.scoped(READING, || staging.iter().map(map).collect::<Vec<_>>()).await?;
     let finished = async {
         wait(device).await?;
         for receiver in mapped {
@@ -427,7 +428,7 @@ async fn download_words<const N: usize>(
         Ok::<_, String>(())
     };
     match finished.await {
-        Ok(()) => Ok(staging.map(|buffer| Mapped { device: device.clone(), buffer })),
+        Ok(()) => Ok(staging.into_iter().map(|buffer| Mapped { device: device.clone(), buffer }).collect()),
         Err(message) => Err(device.failure(READING, message).await),
     }
 }

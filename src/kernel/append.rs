@@ -6,7 +6,6 @@ use crate::kernel::binding::Binding::{CacheState, CachedKeys, CachedValues, CosS
 use crate::kernel::cache::{Access, CacheOptions};
 use crate::kernel::sizes::ROW_THREADS;
 use crate::kernel::spec::{Body, Cached, KernelSpec, Work, adjusts_nothing, always, binds_all};
-use crate::problem::element::DType;
 
 pub(crate) const APPEND: KernelSpec = KernelSpec {
     name: "append",
@@ -37,7 +36,7 @@ fn has_table(options: &CacheOptions) -> bool {
 }
 
 fn own_context(options: &CacheOptions) -> Value {
-    let halves = options.format.dtype != DType::F32;
+    let halves = options.format.dtype.is_half();
     let operand = |name: &str, width: u32, atomic: bool| context! { name, buffer => name, width, atomic };
     let q = options.rotates_q.then(|| operand("q", options.head_dim, halves && !options.vec4));
     let [k, v] = [("k", options.head_dim), ("v", options.value_dim)].map(|(name, width)| operand(name, width, false));

@@ -9,7 +9,6 @@ use crate::kernel::binding::Binding;
 use crate::kernel::tile::decode::DecodeTiles;
 use crate::problem::SinkLogits;
 use crate::problem::cache::{CacheConfig, Rotary, RotaryPositions, RotaryStyle};
-use crate::problem::element::DType;
 use crate::problem::row_format::{Addressing, RowFormat};
 
 /// What the pipeline of a kernel of caches fixes.
@@ -127,7 +126,7 @@ impl CacheOptions {
 
     /// The type of a buffer of the cache's own. `kernel` reads rows as vectors of 16 bytes, and writes them as its threads share them.
     pub(crate) fn buffer_type(&self, binding: Binding, access: Access) -> Option<&'static str> {
-        let half = self.format.dtype != DType::F32;
+        let half = self.format.dtype.is_half();
         Some(match binding {
             Binding::CachedKeys | Binding::CachedValues => match (self.is_quantised(), half, access) {
                 (false, _, Access::Rows) => "array<vec4<u32>>",

@@ -1,6 +1,7 @@
 //! The gradient by the bias.
 
 use crate::kernel::binding::Binding::{Bias, DBias, DO, K, MaskBits, Params, Q, RowStats, Sequences, V};
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::spec::{Body, KernelSpec, Tiled, Width, Work, adjusts_nothing, binds_all};
 
 pub(crate) const D_BIAS: KernelSpec = KernelSpec {
@@ -18,7 +19,7 @@ pub(crate) const D_BIAS: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: false,
         sums_pairs: true,
-        cooperative: false,
+        micro_kernels: &[MicroKernel::Portable],
         units: |_| &[],
     }),
 };

@@ -1,8 +1,8 @@
 //! The gradients by k and v.
 
 use crate::kernel::binding::Binding::{Bias, DK, DO, DV, K, MaskBits, Params, Q, RowStats, Sequences, V};
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
-use crate::problem::element::DType;
 
 pub(crate) const D_KV: KernelSpec = KernelSpec {
     name: "d_kv",
@@ -19,7 +19,7 @@ pub(crate) const D_KV: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: false,
         sums_pairs: false,
-        cooperative: true,
-        units: |dtype| if dtype == DType::Bf16 { &["d_k", "d_v"] } else { &["d_k"] },
+        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
+        units: |dtype| if dtype.needs_token_scales() { &["d_k", "d_v"] } else { &["d_k"] },
     }),
 };

@@ -1,8 +1,8 @@
 //! The gradient by q.
 
 use crate::kernel::binding::Binding::{AlibiMoments, Bias, DO, DQ, K, MaskBits, Params, Q, RowStats, Sequences, V};
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
-use crate::problem::element::DType;
 
 pub(crate) const D_Q: KernelSpec = KernelSpec {
     name: "d_q",
@@ -19,8 +19,8 @@ pub(crate) const D_Q: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: false,
         sums_pairs: false,
-        cooperative: true,
-        // In f16 the unit of a query comes with its delta; in bf16 it depends on the keys' token scales.
-        units: |dtype| if dtype == DType::Bf16 { &["d_q"] } else { &[] },
+        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
+        // The unit of a query comes with its delta, unless it depends on the keys' token scales.
+        units: |dtype| if dtype.needs_token_scales() { &["d_q"] } else { &[] },
     }),
 };

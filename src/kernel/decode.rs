@@ -46,7 +46,7 @@ pub(crate) const DECODE: KernelSpec = KernelSpec {
         access: |_| Access::Vectors,
         depends: |options| CacheOptions {
             sink_logits: SinkLogits::None,
-            matrices: options.matrices.filter(|_| matches!(options.tiles, Some(DecodeTiles::Cooperative { .. }))),
+            matrices: options.matrices.filter(|_| options.tiles.is_some_and(needs_matrices)),
             ..options
         },
         binds: |options, binding| match binding {
@@ -57,6 +57,10 @@ pub(crate) const DECODE: KernelSpec = KernelSpec {
         context: decode_context,
     }),
 };
+
+fn needs_matrices(tiles: DecodeTiles) -> bool {
+    tiles.micro_kernel().properties().needs_matrices
+}
 
 /// Quads of a row of values that a thread of the portable kernel holds.
 fn value_quads(options: &CacheOptions, lanes: u32) -> u32 {

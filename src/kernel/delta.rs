@@ -4,16 +4,16 @@ use crate::kernel::binding::Binding::{
     AlibiSlopes, Bias, DLse, DO, K, Lse, MaskBits, O, OLo, Params, Q, RowStats, Sequences, SinkLogits as Sinks,
     SinkPartials, V,
 };
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{
     Body, KernelSpec, OptionalOperands, Plain, Side, Tiled, Width, Work, adjusts_nothing, binds_all,
 };
-use crate::problem::element::DType;
 use crate::problem::{Problem, SinkLogits};
 
-/// Whether o is as precise as delta needs it: rounded to half precision it is not.
+/// Whether o is as precise as delta needs it: rounded, without its rounding error, it is not.
 fn reads_o(problem: &Problem, optional: OptionalOperands) -> bool {
-    problem.options().dtype == DType::F32 || optional.o_lo
+    !problem.options().dtype.has_rounding_error() || optional.o_lo
 }
 
 pub(crate) const DELTA: KernelSpec = KernelSpec {
@@ -58,7 +58,7 @@ pub(crate) const EXACT_DELTA: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: true,
         sums_pairs: false,
-        cooperative: true,
+        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
         units: |_| &[],
     }),
 };

@@ -3,6 +3,7 @@
 use crate::kernel::binding::Binding::{
     AlibiSlopes, Bias, K, Lse, MaskBits, O, OLo, Params, Q, RowMax, Sequences, SinkLogits, V,
 };
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
 
 pub(crate) const FORWARD: KernelSpec = KernelSpec {
@@ -20,7 +21,7 @@ pub(crate) const FORWARD: KernelSpec = KernelSpec {
         softmax: true,
         sums_rows: true,
         sums_pairs: false,
-        cooperative: true,
+        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
         units: |_| &[],
     }),
 };

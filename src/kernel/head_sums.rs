@@ -5,7 +5,6 @@ use crate::kernel::binding::Binding::{
 };
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{Body, KernelSpec, OwnOptions, Plain, Work, adjusts_nothing, binds_all};
-use crate::problem::element::DType;
 use crate::problem::{Problem, SinkLogits};
 
 const THREADS: u32 = DELTA_ROWS * DELTA_LANES;
@@ -27,7 +26,7 @@ fn sums_of(problem: &Problem, rows: usize) -> u64 {
 
 /// Whether rows are summed one by one: the kernel that computed delta has left no sums of tiles.
 fn sums_delta(own: &OwnOptions) -> bool {
-    own.dtype != DType::F32 && !own.o_lo
+    own.dtype.has_rounding_error() && !own.o_lo
 }
 
 pub(crate) const D_SINK_LOGITS: KernelSpec = KernelSpec {

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use minijinja::{Value, context};
+
 /// How a kernel forms matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MicroKernel {
@@ -22,5 +24,85 @@ impl fmt::Display for MicroKernel {
             MicroKernel::Portable => "portable",
             MicroKernel::Cooperative => "cooperative",
         })
+    }
+}
+
+/// What the planner, the host and the shared shaders have to know of a micro-kernel. A template knows each by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Properties {
+    /// Multiplies cooperative matrices: the device has to have them, WGSL has to enable them, and operations take the time of theirs.
+    pub(crate) needs_matrices: bool,
+    /// Multiplies f16. Operands are read as f16, or rounded to it with their token scales; P and dS are rounded to it, dS in a unit for
+    /// each row. Results in f16 are rounded as products are.
+    pub(crate) multiplies_halves: bool,
+    /// Divides a workgroup into subgroups, and its `main` takes the numbers of subgroup and lane.
+    pub(crate) has_subgroups: bool,
+    /// Fetches a tile of columns while it computes with the one before: one after the last, too, and one where there is none.
+    pub(crate) prefetches_tiles: bool,
+    /// Reports rows that it cannot compute: those whose numbers are not finite or leave the range of f16, and those of the lowest
+    /// biases. A second run and the portable kernel compute these.
+    pub(crate) reports_rows: bool,
+    /// Forms scores in powers of two on their way to the exponential, softcap and bias included. A bias of -infinity needs no mask then.
+    pub(crate) scores_in_powers_of_two: bool,
+    /// Takes a boolean mask by spans of tiles of one class, and hides the pairs of a tile itself.
+    pub(crate) masks_by_spans: bool,
+    /// Rescales only after the maximum of a row has grown by much. It goes best from the largest scores on.
+    pub(crate) rescales_rarely: bool,
+    /// An array of `vec4<f32>` in workgroup memory that is free before the first tile.
+    pub(crate) flags: &'static str,
+}
+
+impl MicroKernel {
+    /// Whether it multiplies f16, so that a kernel rounds probabilities, and the gradients by scores, to it.
+    pub fn multiplies_halves(self) -> bool {
+        self.properties().multiplies_halves
+    }
+
+    /// The table of properties. No kernel is planned with [`MicroKernel::Auto`].
+    pub(crate) const fn properties(self) -> Properties {
+        match self {
+            MicroKernel::Auto | MicroKernel::Portable => Properties {
+                needs_matrices: false,
+                multiplies_halves: false,
+                has_subgroups: false,
+                prefetches_tiles: false,
+                reports_rows: false,
+                scores_in_powers_of_two: false,
+                masks_by_spans: false,
+                rescales_rarely: false,
+                flags: "memory",
+            },
+            MicroKernel::Cooperative => Properties {
+                needs_matrices: true,
+                multiplies_halves: true,
+                has_subgroups: true,
+                prefetches_tiles: true,
+                reports_rows: true,
+                scores_in_powers_of_two: true,
+                masks_by_spans: true,
+                rescales_rarely: true,
+                flags: "score_rows",
+            },
+        }
+    }
+}
+
+impl Properties {
+    /// As templates read them.
+    pub(crate) fn context(self) -> Value {
+        let Properties {
+            needs_matrices,
+            multiplies_halves,
+            has_subgroups,
+            prefetches_tiles,
+            reports_rows,
+            scores_in_powers_of_two,
+            masks_by_spans,
+            rescales_rarely: _,
+            flags,
+        } = self;
+        context! {
+            needs_matrices, multiplies_halves, has_subgroups, prefetches_tiles, reports_rows, scores_in_powers_of_two, masks_by_spans, flags,
+        }
     }
 }

@@ -17,3 +17,8 @@ pub(crate) const MASK_READ_BEYOND: u64 = 512;
 pub(crate) const MASK_TILE: u64 = 32 * MASK_READ_BEYOND;
 /// Words of a sequence in the table that kernels read.
 pub(crate) const SEQUENCE_WORDS: u32 = 11;
+
+/// Words of a report of a tile of so many rows: whether it has rows to compute again, and a bit for each row.
+pub(crate) fn report_words(rows: u32) -> u32 {
+    1 + rows.div_ceil(32)
+}

@@ -8,6 +8,7 @@ use minijinja::Value;
 use crate::kernel::binding::Binding;
 pub(crate) use crate::kernel::binding::Width;
 use crate::kernel::cache::{Access, CacheOptions};
+use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::sizes::{DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP};
 use crate::problem::element::DType;
 use crate::problem::error::Result;
@@ -56,7 +57,7 @@ impl OptionalOperands {
     pub fn for_training(problem: &Problem) -> Self {
         OptionalOperands {
             d_lse: false,
-            o_lo: problem.options().dtype != DType::F32,
+            o_lo: problem.options().dtype.has_rounding_error(),
             d_alibi_slopes: true,
             d_bias: true,
             mask_bits: false,
@@ -173,9 +174,9 @@ pub(crate) struct Tiled {
     pub(crate) sums_rows: bool,
     /// Sums tiles of pairs, in a tile of its own.
     pub(crate) sums_pairs: bool,
-    /// There is a cooperative kernel, too.
-    pub(crate) cooperative: bool,
-    /// Accumulators of its cooperative kernel the units of whose rows it finds itself, in a walk.
+    /// The micro-kernels that it is written for.
+    pub(crate) micro_kernels: &'static [MicroKernel],
+    /// Accumulators the units of whose rows a kernel that multiplies f16 finds itself, in a walk.
     pub(crate) units: fn(DType) -> &'static [&'static str],
 }
 

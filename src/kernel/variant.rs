@@ -7,15 +7,16 @@ use minijinja::{Value, context};
 use crate::device::capabilities::CooperativeMatrices;
 use crate::kernel::binding::Binding;
 use crate::kernel::cache::CacheOptions;
-use crate::kernel::micro_kernel::MicroKernel;
+use crate::kernel::micro_kernel::{MicroKernel, Properties};
 use crate::kernel::names::Kernel;
 use crate::kernel::sizes::{
     DELTA_LANES, DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_STEP_WORDS, SEQUENCE_WORDS,
+    report_words,
 };
 use crate::kernel::spec::{Body, Cached, Digit, OptionalOperands, OwnOptions, Plain};
 use crate::kernel::template::render;
 use crate::kernel::tile::Tiling;
-use crate::kernel::tile::cooperative::{CooperativeTile, report_words};
+use crate::kernel::tile::cooperative::CooperativeTile;
 use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::tile::portable::PortableTile;
 use crate::problem::element::DType;
@@ -89,6 +90,11 @@ impl Variant {
 
     pub(crate) fn fragments(&self) -> Option<CooperativeTile> {
         CooperativeTile::new(self.tiling?, self.matrices?)
+    }
+
+    /// What its micro-kernel does, of a kernel with tiles. No other kernel has any of these properties: decoding has its own tiles.
+    pub(crate) fn properties(&self) -> Properties {
+        self.tiling.map_or(MicroKernel::Portable, |tiling| tiling.micro_kernel()).properties()
     }
 
     /// Rows and columns of a tile.
@@ -242,8 +248,8 @@ impl Variant {
             by_options && (spec.binds)(&self.own_options(), *binding) && by_cache()
         };
         let all = spec.reads.iter().map(|b| (*b, false)).chain(spec.writes.iter().map(|b| (*b, true)));
-        let cooperative = self.fragments().is_some();
-        let fallback = (cooperative || self.fallback.is_some()).then_some((Binding::Fallback, cooperative));
+        let reports = self.properties().reports_rows;
+        let fallback = (reports || self.fallback.is_some()).then_some((Binding::Fallback, reports));
         let scales = self.column_scales().map(|binding| (binding, false));
         all.filter(present).chain(scales).chain(fallback).collect()
     }
@@ -253,12 +259,17 @@ impl Variant {
         self.kernel.spec().work.rows_are_keys()
     }
 
-    /// Accumulators of a cooperative kernel the units of whose rows it finds itself, in a walk.
+    /// Accumulators the units of whose rows it finds itself, in a walk: of sums in f16.
     fn units(&self) -> &'static [&'static str] {
         match self.kernel.tiled() {
-            Some(tiled) if self.fragments().is_some() => (tiled.units)(self.dtype),
+            Some(tiled) if self.properties().multiplies_halves => (tiled.units)(self.dtype),
             _ => &[],
         }
+    }
+
+    /// Whether the row statistics hold the unit of d_q: where matrices may multiply the row's weights.
+    fn stats_have_units(&self) -> bool {
+        self.dtype.multiplies_on_matrices()
     }
 
     /// Whether it keeps an online softmax.
@@ -266,15 +277,26 @@ impl Variant {
         self.kernel.tiled().is_some_and(|tiled| tiled.softmax)
     }
 
-    /// The token scales of the columns that a cooperative kernel reads: in bf16, which has more range than f16.
+    /// The token scales of the columns that it reads and multiplies in f16, where the element type has more range.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
-        let needs = self.fragments().is_some() && self.dtype == DType::Bf16;
+        let needs = self.properties().multiplies_halves && self.dtype.needs_token_scales();
         needs.then_some(if self.rows_are_keys() { Binding::QueryScales } else { Binding::KeyScales })
     }
 
-    /// Whether a hidden column that is not finite spoils rows that do not see it: where a product with zero weights sums columns.
+    /// Whether a hidden column that is not finite spoils rows that do not see it: where a product with zero weights sums columns,
+    /// and the rows are only reported.
     pub(crate) fn mixes_columns(&self) -> bool {
-        self.fragments().is_some() && self.kernel.tiled().is_some_and(|tiled| !tiled.accumulators.is_empty())
+        self.properties().reports_rows && self.kernel.tiled().is_some_and(|tiled| !tiled.accumulators.is_empty())
+    }
+
+    /// Rows of a tile whose reports it leaves.
+    fn reported_rows(&self) -> Option<u32> {
+        self.tile().filter(|_| self.properties().reports_rows).map(|[rows, _]| rows)
+    }
+
+    /// Words of the report that it leaves of a tile.
+    pub(crate) fn report_words(&self) -> Option<u32> {
+        self.reported_rows().map(report_words)
     }
 
     /// Storage buffers this variant binds.
@@ -377,7 +399,7 @@ impl Variant {
     /// [`Error::Gpu`](crate::Error::Gpu) if the template does not render, which would be a mistake of this crate.
     pub fn wgsl(&self) -> Result<String> {
         let bindings = self.bindings();
-        let half = self.dtype != DType::F32;
+        let half = self.dtype.is_half();
         let quads = |width: u32| width.div_ceil(4);
         // What is read and written, and the binding that it is part of.
         let mut named: Vec<_> = bindings.iter().map(|&(b, written)| (b, b, written)).collect();
@@ -395,13 +417,12 @@ impl Variant {
         };
         let widths = || named.iter().filter_map(|(b, ..)| Some((b.name(), b.width([self.head_dim, self.value_dim])?)));
         let operand_quads: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, quads(width))).collect();
-        let cooperative = self.fragments().is_some();
+        let properties = self.properties();
         let rows_are_keys = self.rows_are_keys();
         let work = self.kernel.spec().work;
-        let classes = if cooperative { "seq, &classes, class_base" } else { "seq, class_base" };
-        let fallback_rows = self.fallback.or_else(|| self.fragments().map(|fragments| fragments.tile_rows()));
+        let classes = if properties.masks_by_spans { "seq, &classes, class_base" } else { "seq, class_base" };
+        let fallback_rows = self.fallback.or_else(|| self.reported_rows());
         let mut context = context! {
-            cooperative,
             fallback_tile => self.fallback,
             bindings => bindings.iter().map(|(b, written)| context! {
                 name => b.name(),
@@ -413,17 +434,17 @@ impl Variant {
                 },
                 type => match (b, b.width([self.head_dim, self.value_dim]), self.vec4) {
                     (Binding::Params, ..) => "Params",
-                    (Binding::RowStats, ..) if half => "array<vec4<f32>>",
+                    (Binding::RowStats, ..) if self.stats_have_units() => "array<vec4<f32>>",
                     (Binding::RowStats | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
                     (Binding::Fallback | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
-                    (Binding::Bias, ..) if self.bias != Some(DType::F32) => "array<u32>",
+                    (Binding::Bias, ..) if self.bias.is_some_and(DType::is_half) => "array<u32>",
                     (_, None, _) => {
                         let of_cache = |(cached, options): (&Cached, &CacheOptions)| {
                             options.buffer_type(*b, (cached.access)(options))
                         };
                         self.cached().and_then(of_cache).unwrap_or("array<f32>")
                     }
-                    (_, Some(_), vec4) if self.fragments().is_some() && self.dtype == DType::F16 && !written => {
+                    (_, Some(_), vec4) if properties.multiplies_halves && self.dtype.is_matrix_operand() && !written => {
                         if vec4 { "array<vec2<u32>>" } else { "array<f16>" }
                     }
                     (_, Some(_), true) => if half { "array<vec2<u32>>" } else { "array<vec4<f32>>" },
@@ -436,6 +457,9 @@ impl Variant {
             operand_quads => operand_quads.clone(),
             xyzw => ["x", "y", "z", "w"],
             dtype => self.dtype.to_string(),
+            is_half => half,
+            is_matrix_operand => self.dtype.is_matrix_operand(),
+            stats_have_units => self.stats_have_units(),
             vec4 => self.vec4,
             d_lse => self.d_lse,
             o_lo => self.o_lo,
@@ -458,17 +482,16 @@ impl Variant {
             // Scores are more than products times the scale; pairs are hidden one by one.
             modified => self.softcap || self.alibi || self.bias.is_some(),
             hides => self.mask || self.bias.is_some(),
-            // The cooperative kernels cap scores on their way to the exponential: what remains is formed in full.
+            // Scores in powers of two are capped on their way to the exponential: what remains is formed in full.
             formed => self.alibi || self.bias.is_some() || (self.softmax() && self.column_scales().is_some()),
             lengths => self.lengths,
             class_arguments => classes,
             // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
-            mirrored => cooperative && self.softmax() && self.alibi,
+            mirrored => properties.rescales_rarely && self.softmax() && self.alibi,
             softmax => self.softmax(),
             // A mask's words are kept in registers.
-            mask_words => self.mask && self.fragments().is_some_and(|f| 32u32.is_multiple_of(f.tile_columns())),
-            // Cooperative kernels know of spans of tiles what the mask makes of them.
-            following => match (rows_are_keys, self.mask && !cooperative) {
+            mask_words => self.mask && properties.masks_by_spans && self.tile().is_some_and(|[_, columns]| 32u32.is_multiple_of(columns)),
+            following => match (rows_are_keys, self.mask && !properties.masks_by_spans) {
                 (false, false) => "next_tile(tiles, tile)".into(),
                 (true, false) => "tile + 1u".into(),
                 (false, true) => format!("visible_tile({classes}, tiles, row0, row_end, next_tile(tiles, tile))"),
@@ -492,6 +515,7 @@ impl Variant {
             threads => self.threads(),
             order => work.order(self.lengths).iter().map(digit).collect::<Vec<_>>(),
             is_listed => work.is_listed(self.lengths),
+            ..properties.context()
         };
         if let Some(t) = self.tiles() {
             let accumulator_quads: BTreeMap<&str, u32> =

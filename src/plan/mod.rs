@@ -30,7 +30,6 @@ use crate::plan::select::Choice;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::{Tuning, TuningKey};
 use crate::problem::Problem;
-use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 pub use crate::problem::mask::{Band, KeyTiles};
 pub use crate::problem::varlen::Sequence;
@@ -221,12 +220,12 @@ impl<'a> Passes<'a> {
         Ok(Plan { passes: groups.concat() })
     }
 
-    /// The passes of a kernel; where it has tiles, one of the portable micro-kernel, or one of the cooperative one, one that runs it
-    /// again where columns are not finite, and a portable one that computes rows that see such a column.
+    /// The passes of a kernel; where it has tiles, one of a micro-kernel. One that reports rows runs again where columns are not
+    /// finite, and a portable one computes rows that see such a column.
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
         match &kernel.spec().body {
             Body::Plain(plain) => return Ok(vec![self.plain(kernel, plain)?]),
-            Body::Tiled(tiled) if !tiled.cooperative => {
+            Body::Tiled(tiled) if !tiled.micro_kernels.contains(&MicroKernel::Cooperative) => {
                 return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]);
             }
             Body::Tiled(_) => {}
@@ -244,6 +243,9 @@ impl<'a> Passes<'a> {
             Choice::Portable => None,
         };
         let Some(pass) = pass else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
+        if !pass.variant.properties().reports_rows {
+            return Ok(vec![pass]);
+        }
         let variant = Variant { sanitize: true, batch: self.batch(), ..pass.variant };
         let again = pass.variant.mixes_columns().then(|| Pass::new(self.problem, variant, self.capabilities));
         let again = again.transpose()?.map(|again| Pass { tiles_origin: pass.tiles_origin, ..again });
@@ -286,7 +288,7 @@ impl<'a> Passes<'a> {
                 let fragments = table::cooperative(kernel, problem, matrices, capabilities.class);
                 fragments.map(|fragments| fragments.tiling()).collect()
             }
-            _ => {
+            MicroKernel::Portable | MicroKernel::Auto => {
                 let tiles = table::portable(kernel, problem, capabilities.class);
                 // Fallback tiles are rarely needed. Small tiles let many workgroups run at once, so that nothing to do costs little.
                 let slim = |tiles: &PortableTile| PortableTile {
@@ -315,10 +317,10 @@ impl<'a> Passes<'a> {
         let Passes { problem, capabilities, .. } = *self;
         let shape = problem.shape();
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
-        if !kernel.tiled().is_some_and(|tiled| tiled.cooperative) {
+        if !kernel.tiled().is_some_and(|tiled| tiled.micro_kernels.contains(&MicroKernel::Cooperative)) {
             return Err(none(format!("{} has a portable kernel only", kernel.name())));
         }
-        if problem.options().dtype == DType::F32 {
+        if !problem.options().dtype.multiplies_on_matrices() {
             return Err(none(
                 "cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into(),
             ));
@@ -404,6 +406,7 @@ mod tests {
     use crate::SinkLogits;
     use crate::device::capabilities::Multiprocessor;
     use crate::plan::pass::fold;
+    use crate::problem::element::DType;
 
     /// llvmpipe would give wrong results without a word.
     #[test]

@@ -6,7 +6,6 @@ use crate::device::capabilities::Capabilities;
 use crate::kernel::spec::mask_blocks;
 use crate::kernel::{Binding, DELTA_ROWS, MASK_READ_BEYOND};
 use crate::plan::pass::{Pass, fallback_slots};
-use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, Problem};
 
@@ -162,9 +161,9 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         OperandLayout::new(binding, 0, [heads * seq, seq, 1].map(|n| n as u64), [s.batch, heads, seq, 1], 8)
     };
     Some(match binding {
-        // lse and delta; in half precision also what brings the row's weights within its range.
+        // lse and delta; where matrices multiply also what brings the row's weights within the range of f16.
         Binding::RowStats => {
-            let bytes = if problem.options().dtype == DType::F32 { 8 } else { 16 };
+            let bytes = if problem.options().dtype.multiplies_on_matrices() { 16 } else { 8 };
             rows(s.seq_q + usize::from(problem.options().alibi), bytes)
         }
         Binding::AlibiMoments => rows(s.seq_q, 4),
@@ -172,7 +171,7 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         Binding::MaskBits => mask_bits(problem),
         Binding::Fallback => {
             let words = |pass: &Pass| {
-                let words = pass.variant.fragments()?.report_words() as usize;
+                let words = pass.variant.report_words()? as usize;
                 Some(fallback_slots(pass, problem).saturating_mul(words))
             };
             OperandLayout::run(binding, passes.iter().filter_map(words).max().unwrap_or(1), 4)

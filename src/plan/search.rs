@@ -183,8 +183,13 @@ mod tests {
                 let [cooperative, portable] =
                     [MicroKernel::Cooperative, MicroKernel::Portable].map(|kernel| of(&problem, &device, kernel));
                 assert_eq!(both, [&cooperative[..], &portable[..]].concat());
-                let halves = problem.options().dtype != DType::F32;
-                assert_eq!(cooperative.len() > 8, halves && device.cooperative.is_some(), "{}: {problem}", device.name);
+                let multiplies = problem.options().dtype.multiplies_on_matrices();
+                assert_eq!(
+                    cooperative.len() > 8,
+                    multiplies && device.cooperative.is_some(),
+                    "{}: {problem}",
+                    device.name
+                );
                 let plan = crate::plan::Plan::forward(&problem, &device).unwrap();
                 let variant = plan.passes[0].variant;
                 let first = both.iter().find(|tiling| tiling.micro_kernel() == variant.micro_kernel);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::device::capabilities::Capabilities;
 use crate::kernel::spec::{Body, Grid, Side, Work};
-use crate::kernel::{Binding, DELTA_ROWS, MASK_BLOCK_ROWS, MicroKernel, SEQUENCE_WORDS};
+use crate::kernel::{Binding, DELTA_ROWS, MASK_BLOCK_ROWS, SEQUENCE_WORDS};
 use crate::plan::operand::{BindingRange, OperandLayout};
 use crate::plan::pass::{Pass, fold, grid, work_list};
 use crate::problem::Problem;
@@ -161,7 +161,7 @@ impl<'a> Slicer<'a> {
             table.window(table.whole(), capabilities)?;
         }
         let most_work =
-            budget.as_secs_f64() * capabilities.flops(pass.variant.micro_kernel == MicroKernel::Cooperative);
+            budget.as_secs_f64() * capabilities.flops(pass.variant.micro_kernel.properties().needs_matrices);
         let mut slicer = Slicer {
             pass,
             problem,
@@ -396,9 +396,8 @@ impl<'a> Slicer<'a> {
             let end = (tiles.end as u64 * size).min(most as u64);
             (tiles.start as u64 * size).min(end)..end
         };
-        let is_cooperative = self.pass.variant.fragments().is_some();
-        // Cooperative kernels fetch the tile after the last one, too, and one where there is none: for lack of it the last
-        // column again.
+        let prefetches = self.pass.variant.properties().prefetches_tiles;
+        // The tile after the last one is fetched, too, and one where there is none: for lack of it the last column again.
         let fetched = |tiles: Range<usize>, most: usize| {
             let all = visited(tiles.start..tiles.end + 1, columns, most.max(1));
             all.start.min(most.max(1) as u64 - 1)..all.end
@@ -409,7 +408,7 @@ impl<'a> Slicer<'a> {
                 let used_keys = used(&keys, band.seq_k());
                 let seen = |keys: &Range<usize>| band.query_tiles(keys, columns as usize);
                 let mut queries = if used_keys.is_empty() { 0..0 } else { seen(&used_keys) };
-                if !is_cooperative {
+                if !prefetches {
                     return [visited(queries, columns, band.seq_q()), keys];
                 }
                 // Where no query sees a tile of keys, the first tile is fetched; such keys stand at either end.
@@ -440,7 +439,7 @@ impl<'a> Slicer<'a> {
                     let start = if found.sink.is_empty() { found.window.start } else { 0 };
                     keys = start..found.window.end.max(found.sink.end);
                 }
-                if !is_cooperative {
+                if !prefetches {
                     return [rows, visited(keys, columns, band.seq_k())];
                 }
                 // Rows of a padded batch's end, and such that see nothing, fetch the first tile.

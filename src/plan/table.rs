@@ -6,7 +6,6 @@ use crate::kernel::tile::cooperative::CooperativeTile;
 use crate::kernel::tile::portable::PortableTile;
 use crate::plan::tuning::MaskClass;
 use crate::problem::Problem;
-use crate::problem::element::DType;
 
 /// A row of the tuning table: tiles, and the problems they are good for.
 struct Candidate {
@@ -153,7 +152,7 @@ pub(crate) fn cooperative(
         (_, Family::Queries) if narrow && width <= 64 => &[[2, 2, 1, 1], [2, 1, 1, 1]],
         (_, Family::Keys) if narrow && width <= 64 => &[[2, 1, 1, 1]],
         _ if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (_, Family::Keys) if width <= 64 && (changed || options.dtype == DType::F16) => {
+        (_, Family::Keys) if width <= 64 && (changed || !options.dtype.needs_token_scales()) => {
             &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]]
         }
         _ if width <= 64 => &[[4, 2, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]],

@@ -29,6 +29,57 @@ impl DType {
             DType::F16 | DType::Bf16 => 2,
         }
     }
+
+    /// Whether rounding to this type takes bits from a number of f32, so that o has a rounding error: `o_lo`.
+    pub const fn has_rounding_error(self) -> bool {
+        match self {
+            DType::F32 => false,
+            DType::F16 | DType::Bf16 => true,
+        }
+    }
+
+    /// Whether sums of products in f32 may overflow on the way to a result that this type holds. An f32 problem is computed in f32: its
+    /// sums overflow with it.
+    #[cfg(feature = "cpu")]
+    pub(crate) const fn overflows_f32_sums(self) -> bool {
+        match self {
+            DType::F32 | DType::F16 => false,
+            DType::Bf16 => true,
+        }
+    }
+
+    /// Whether a word of 32 bits holds two elements.
+    pub(crate) const fn is_half(self) -> bool {
+        match self {
+            DType::F32 => false,
+            DType::F16 | DType::Bf16 => true,
+        }
+    }
+
+    /// Whether cooperative matrices, whose operands are f16, multiply it with an error like its own.
+    pub(crate) const fn multiplies_on_matrices(self) -> bool {
+        match self {
+            DType::F32 => false,
+            DType::F16 | DType::Bf16 => true,
+        }
+    }
+
+    /// Whether its elements are operands of cooperative matrices as they lie in memory.
+    pub(crate) const fn is_matrix_operand(self) -> bool {
+        match self {
+            DType::F16 => true,
+            DType::F32 | DType::Bf16 => false,
+        }
+    }
+
+    /// Whether it has more range than the f16 of cooperative matrices, so that each token's numbers are multiplied with a power of
+    /// two: its token scale.
+    pub(crate) const fn needs_token_scales(self) -> bool {
+        match self {
+            DType::F16 => false,
+            DType::F32 | DType::Bf16 => true,
+        }
+    }
 }
 
 impl fmt::Display for DType {

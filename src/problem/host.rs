@@ -344,13 +344,13 @@ impl Problem {
 
     /// Whether rounding takes anything from o.
     pub(crate) fn check_o_lo(&self) -> Result<()> {
-        match self.options().dtype {
-            DType::F32 => Err(Error::UnexpectedOperand {
-                operand: "o_lo",
-                hint: "in f32 nothing is rounded off o; set Options::dtype to DType::F16 or DType::Bf16, or leave it out",
-            }),
-            DType::F16 | DType::Bf16 => Ok(()),
+        if self.options().dtype.has_rounding_error() {
+            return Ok(());
         }
+        Err(Error::UnexpectedOperand {
+            operand: "o_lo",
+            hint: "in f32 nothing is rounded off o; set Options::dtype to DType::F16 or DType::Bf16, or leave it out",
+        })
     }
 }
 

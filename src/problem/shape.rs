@@ -336,7 +336,7 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let o = &self.options;
         write!(f, "{} {}", self.shape, o.layout)?;
-        if o.dtype != DType::F32 {
+        if o.dtype != DType::default() {
             write!(f, " {}", o.dtype)?;
         }
         if o.causal {

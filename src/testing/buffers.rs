@@ -71,7 +71,8 @@ impl GpuOperands {
             bias: problem.bias_shape().map(|shape| one(problem.options().bias_dtype, shape)).transpose()?,
             mask: timed_mask(problem).map(mask).transpose()?,
             o: device.zeros("o", dtype, &problem.o_shape())?,
-            o_lo: (dtype != DType::F32)
+            o_lo: dtype
+                .has_rounding_error()
                 .then(|| device.zeros("o_lo", BufferType::I16, &problem.o_shape()))
                 .transpose()?,
             lse: device.zeros("lse", DType::F32, &problem.lse_shape())?,

@@ -221,8 +221,8 @@ impl<T: Element> Both<T> {
             _ => (6e-3, 1e-5),
         };
         // Rotated keys are rounded by a different last bit.
-        let lse_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2e-2 } else { lse_bound };
-        let o_bound = if self.table.is_some() && T::DTYPE != DType::F32 { 2.0 * o_bound } else { o_bound };
+        let lse_bound = if self.table.is_some() && T::DTYPE.has_rounding_error() { 2e-2 } else { lse_bound };
+        let o_bound = if self.table.is_some() && T::DTYPE.has_rounding_error() { 2.0 * o_bound } else { o_bound };
         // A last bit before it was quantised may be a step after; the CPU rounds to the element type besides.
         match (self.config.quantisation, T::DTYPE) {
             (None, _) => (o_bound, lse_bound),

@@ -337,14 +337,14 @@ pub fn prefill_on<T: Element>(
         .alibi_slopes(view(&uploaded.slopes))
         .bias(view(&uploaded.bias))
         .mask(view(&uploaded.mask))
-        .o_lo((T::DTYPE != DType::F32).then(|| TensorView::new(&o_lo)));
+        .o_lo(T::DTYPE.has_rounding_error().then(|| TensorView::new(&o_lo)));
     let prepared = cache.prepare_prefill(prefill, &buffers).map_err(|error| error.to_string())?;
     let mut step = step_on(device);
     let result = prepared.encode(cache, &mut step);
     step.submit().map_err(|error| error.to_string())?;
     result.map_err(|error| error.to_string())?;
     let rest: Vec<T> = read(device, &o_lo, o_len);
-    let o_lo = (T::DTYPE != DType::F32).then(|| bytemuck::pod_collect_to_vec(&rest));
+    let o_lo = T::DTYPE.has_rounding_error().then(|| bytemuck::pod_collect_to_vec(&rest));
     Ok((read(device, &q, q_len), Output::new(read(device, &o, o_len), read(device, &lse, lse_len)).o_lo(o_lo)))
 }
 

@@ -14,7 +14,6 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseResult, TestRunner};
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
-use sink_attention::plan::MicroKernel;
 use sink_attention::testing::compare::{accepted, lse as compare_lse};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{MaskValues, Operands};
@@ -231,10 +230,9 @@ pub fn zero<T: Copy + Into<f64>>(name: &str, actual: &[T], expected: &[f64]) -> 
 
 /// Whether the forward pass of a path rounds probabilities, and with them delta.
 pub fn rounds_p(attention: &Attention, problem: &Problem) -> bool {
-    let cooperative = |plan: sink_attention::plan::Plan| {
-        plan.passes.iter().any(|pass| pass.variant.micro_kernel == MicroKernel::Cooperative)
-    };
-    attention.plan_forward(problem).is_ok_and(cooperative)
+    let rounds =
+        |plan: sink_attention::plan::Plan| plan.passes.iter().any(|pass| pass.variant.micro_kernel.multiplies_halves());
+    attention.plan_forward(problem).is_ok_and(rounds)
 }
 
 pub fn run<T: Element>(

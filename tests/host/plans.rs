@@ -182,7 +182,7 @@ fn every_width_has_a_plan() {
                 .unwrap();
                 assert_eq!((forward.passes.len(), backward.passes.len()), (1, 4));
                 let mut passes = [forward.passes, backward.passes].concat();
-                if dtype != DType::F32 {
+                if dtype.has_rounding_error() {
                     let optional = OptionalOperands::default().d_lse(true).o_lo(true);
                     let preference = Preference::default();
                     passes.extend(
@@ -220,7 +220,7 @@ fn delta_is_never_from_rounded_o() {
                         Plan::forward_with(&problem, optional, &device, &preference),
                         Plan::backward_with(&problem, optional, &device, &preference),
                     ];
-                    if o_lo && dtype == DType::F32 {
+                    if o_lo && !dtype.has_rounding_error() {
                         for error in plans.map(|plan| plan.unwrap_err()) {
                             assert!(matches!(error, Error::UnexpectedOperand { operand: "o_lo", .. }), "{error}");
                         }
@@ -231,7 +231,7 @@ fn delta_is_never_from_rounded_o() {
                         passes.iter().map(|pass| pass.variant).filter(|v| kernels.contains(&v.kernel)).collect()
                     };
                     assert!(of(&forward, &[Kernel::FORWARD]).iter().all(|variant| variant.o_lo == o_lo));
-                    let whole = dtype == DType::F32 || o_lo;
+                    let whole = !dtype.has_rounding_error() || o_lo;
                     let deltas = of(&backward, &[Kernel::DELTA, Kernel::EXACT_DELTA]);
                     assert!(!deltas.is_empty());
                     for delta in deltas {

@@ -91,8 +91,9 @@ fn reachable() -> &'static [Planned] {
                         // Packed operands of such widths can be read by fours; strides may still forbid it.
                         let by_fours = width.iter().all(|w| w % 4 == 0);
                         for [vec4, o_lo] in [[false, false], [by_fours, false], [false, true], [by_fours, true]] {
-                            let optional =
-                                OptionalOperands::default().d_lse(seq % 2 == 0).o_lo(o_lo && dtype != DType::F32);
+                            let optional = OptionalOperands::default()
+                                .d_lse(seq % 2 == 0)
+                                .o_lo(o_lo && dtype.has_rounding_error());
                             for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
                                 let preference = Preference::default().micro_kernel(micro_kernel);
                                 let (Ok(forward), Ok(backward)) = (
@@ -153,7 +154,7 @@ fn with_options() -> Vec<Planned> {
                 let vec4 = width == [64, 64];
                 for (micro_kernel, o_lo) in [
                     (MicroKernel::Portable, false),
-                    (MicroKernel::Portable, dtype != DType::F32),
+                    (MicroKernel::Portable, dtype.has_rounding_error()),
                     (MicroKernel::Cooperative, false),
                 ] {
                     let (d_alibi_slopes, d_bias, packed) = (true, true, n % 2 == 0);
@@ -242,7 +243,7 @@ fn the_list_reaches_every_class() {
                 }
             }
         }
-        let delta = if dtype == DType::F32 { Kernel::DELTA } else { Kernel::EXACT_DELTA };
+        let delta = if dtype.has_rounding_error() { Kernel::EXACT_DELTA } else { Kernel::DELTA };
         // The exact delta has no accumulators, whose width would choose among the rows of the table.
         let least = if dtype == DType::F32 { 1 } else { 4 };
         for (kernel, least) in [(Kernel::FORWARD, 5), (delta, least), (Kernel::D_Q, 5), (Kernel::D_KV, 5)] {

@@ -227,7 +227,7 @@ impl PlanArgs {
         if self.decode {
             return self.explain_decoding(&problem);
         }
-        let o_lo = self.backward && !self.without_o_lo && problem.options().dtype != DType::F32;
+        let o_lo = self.backward && !self.without_o_lo && problem.options().dtype.has_rounding_error();
         let operands = operands(&problem, self.backward, o_lo);
         let (device, capabilities) = self.capabilities()?;
         let explanation = match capabilities {
@@ -357,7 +357,7 @@ fn operands(problem: &Problem, backward: bool, o_lo: bool) -> Vec<(&'static str,
             operands.push(("o_lo", elements(&problem.o_shape()), dtype));
         }
         operands.push(("delta", elements(&problem.lse_shape()), DType::F32));
-        if problem.options().sink_logits == SinkLogits::PerHead && (dtype == DType::F32 || o_lo) {
+        if problem.options().sink_logits == SinkLogits::PerHead && (!dtype.has_rounding_error() || o_lo) {
             let shape = problem.shape();
             let partials = (shape.batch * shape.heads * shape.seq_q.div_ceil(32)) as u64;
             operands.push(("sink_partials", partials, DType::F32));

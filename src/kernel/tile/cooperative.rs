@@ -90,17 +90,12 @@ impl CooperativeTile {
     /// Numbers that are staged with each column: the shifts by lse and delta of a query, and the inverse token scales.
     pub(crate) fn stats_per_column(&self, kernel: Kernel, dtype: DType) -> u32 {
         let row_stats = if kernel.spec().work.rows_are_keys() { 2 } else { 0 };
-        let scales = match (dtype, kernel.tiled().is_some_and(|tiled| tiled.softmax)) {
-            (DType::Bf16, true) => 3,
-            (DType::Bf16, false) => 2,
-            _ => 0,
+        let scales = match (dtype.needs_token_scales(), kernel.tiled().is_some_and(|tiled| tiled.softmax)) {
+            (true, true) => 3,
+            (true, false) => 2,
+            (false, _) => 0,
         };
         row_stats + scales
-    }
-
-    /// Words of a tile's report: whether it has rows to compute again, and a bit for each row.
-    pub(crate) fn report_words(&self) -> u32 {
-        report_words(self.tile_rows())
     }
 
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
@@ -157,9 +152,4 @@ impl fmt::Display for CooperativeTile {
             self.subgroups, self.rows, self.columns, self.stages
         )
     }
-}
-
-/// Words of a report of a tile of so many rows.
-pub(crate) fn report_words(rows: u32) -> u32 {
-    1 + rows.div_ceil(32)
 }

@@ -5,7 +5,6 @@ use std::fmt;
 use crate::device::capabilities::CooperativeMatrices;
 use crate::kernel::micro_kernel::MicroKernel;
 use crate::problem::cache::{CacheConfig, CacheKind};
-use crate::problem::element::DType;
 
 /// The share of a workgroup of the decode kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -92,7 +91,7 @@ impl DecodeTiles {
         if several {
             return Some("it takes one query at a time".into());
         }
-        if config.dtype != DType::F16 || config.quantisation.is_some() {
+        if !config.dtype.is_matrix_operand() || config.quantisation.is_some() {
             return Some("it reads f16".into());
         }
         if widths.iter().any(|width| !width.is_multiple_of(16) || *width > MOST_COOPERATIVE_WIDTH) {

@@ -218,10 +218,10 @@ impl Simulation<'_> {
         }
     }
 
-    /// Columns that a cooperative kernel fetches: the first tile, and after each the next; the last column again where
+    /// Columns that a kernel fetches ahead: the first tile, and after each the next; the last column again where
     /// there are none.
     fn fetched(&self, visited: &[u64], first: Option<[u64; 2]>, columns: usize) -> Vec<Range<u64>> {
-        if self.pass.variant.fragments().is_none() {
+        if !self.pass.variant.properties().prefetches_tiles {
             return Vec::new();
         }
         let [_, width] = self.pass.variant.tile().unwrap().map(u64::from);
@@ -283,7 +283,7 @@ impl Simulation<'_> {
 fn slices_are_whole_and_bind_what_they_access() {
     let rng = &mut StdRng::seed_from_u64(5);
     let samples = Capabilities::samples();
-    let (mut refused, mut cut, mut cooperative) = (0, 0, 0);
+    let (mut refused, mut cut, mut prefetching) = (0, 0, 0);
     for _ in 0..600 {
         let problem = random_problem(rng);
         let sample = &samples[rng.random_range(0..samples.len())];
@@ -305,7 +305,7 @@ fn slices_are_whole_and_bind_what_they_access() {
             Plan::backward_with(&problem, OptionalOperands { scalar: !vec4, ..optional }, &capabilities, &preference),
         ];
         let merging = problem.merging(1 + problem.shape().seq_q % 5, problem.options().dtype, true).unwrap();
-        let rest = OptionalOperands { o_lo: problem.options().dtype != DType::F32, ..optional };
+        let rest = OptionalOperands { o_lo: problem.options().dtype.has_rounding_error(), ..optional };
         let merge = Plan::merging(&merging, OptionalOperands { scalar: !vec4, ..rest }, &capabilities).unwrap();
         let plans = plans.into_iter().flatten().map(|plan| (&problem, plan));
         for (problem, plan) in plans.chain([(&merging, merge)]) {
@@ -325,14 +325,14 @@ fn slices_are_whole_and_bind_what_they_access() {
                     assert!(window.start.is_multiple_of(u64::from(capabilities.offset_alignment)));
                 }
                 cut += usize::from(slices.list.len() > 1);
-                cooperative += usize::from(pass.variant.fragments().is_some() && slices.list.len() > 1);
+                prefetching += usize::from(pass.variant.properties().prefetches_tiles && slices.list.len() > 1);
                 let done = BTreeSet::new();
                 Simulation { pass, problem, views: &views, slices: &slices, done }.run();
             }
         }
     }
     // Neither is an exception.
-    assert!(refused > 100 && cut > 300 && cooperative > 50, "{refused} refused, {cut} cut, {cooperative} cooperative");
+    assert!(refused > 100 && cut > 300 && prefetching > 50, "{refused} refused, {cut} cut, {prefetching} prefetching");
 }
 
 /// Masks whose row is for all queries, in bindings that do not hold those of all heads.

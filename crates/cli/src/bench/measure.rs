@@ -41,7 +41,7 @@ impl Direction {
         let wide = problem.options().dtype.bytes() as f64;
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
         let sinks = if per_head { problem.shape().heads as f64 } else { 0.0 };
-        let rest = if problem.options().dtype == DType::F32 { 0.0 } else { wide * o };
+        let rest = if problem.options().dtype.has_rounding_error() { wide * o } else { 0.0 };
         let (bias, mask) = (problem.bias_shape(), problem.mask_shape());
         let [bias, mask] = [bias, mask].map(|shape| shape.map_or(0.0, |shape| elements(&shape)));
         let pairs = problem.options().bias_dtype.bytes() as f64 * bias + mask;

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use sink_attention::cpu::reference::{self, Magnitudes};
-use sink_attention::plan::MicroKernel;
 use sink_attention::plan::Pass;
 use sink_attention::testing::compare;
 use sink_attention::{Attention, DType, Element, Gradients, Inputs, Output, Problem, Result, Upstream};
@@ -46,8 +45,8 @@ impl<T: Element> Operator<T> for Attention {
     }
 
     fn rounds_p(&self, problem: &Problem) -> bool {
-        let cooperative = |pass: &Pass| pass.variant.micro_kernel == MicroKernel::Cooperative;
-        self.plan_forward(problem).is_ok_and(|plan| plan.passes.iter().any(cooperative))
+        let rounds = |pass: &Pass| pass.variant.micro_kernel.multiplies_halves();
+        self.plan_forward(problem).is_ok_and(|plan| plan.passes.iter().any(rounds))
     }
 }
 
