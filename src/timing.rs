@@ -112,7 +112,7 @@ impl Timer {
         };
         let offered = device.capabilities().timestamps;
         let timestamps =
-            offered.then(|| pollster::block_on(device.scoped("creating a timer", timestamps))).transpose()?;
+            offered.then(|| pollster::block_on(device.scoped_async("creating a timer", timestamps))).transpose()?;
         Ok(Timer { device: device.clone(), timestamps })
     }
 
@@ -233,7 +233,7 @@ impl Timer {
     }
 
     fn scoped<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
-        pollster::block_on(self.device.scoped("timing", work))
+        pollster::block_on(self.device.scoped_async("timing", work))
     }
 }
 

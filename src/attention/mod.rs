@@ -88,7 +88,7 @@ impl Attention {
     /// # Errors
     /// As [`open_untuned`](Self::open_untuned).
     pub async fn open_untuned_async(choice: &DeviceChoice) -> Result<Self> {
-        let (device, reason) = Device::choose(choice).await?;
+        let (device, reason) = Device::choose_async(choice).await?;
         Ok(Attention { reason, ..device.map_or_else(Attention::cpu, Attention::on) })
     }
 
@@ -368,7 +368,7 @@ impl Attention {
         let optional = optional.into_iter().filter(|(_, is_wanted)| *is_wanted).map(|(binding, _)| binding);
         let results = [Binding::O, Binding::Lse].into_iter().chain(optional);
         let create = || HostBuffers::new(device).upload(of_inputs(inputs))?.results(problem, results);
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let prepared = self.prepare_forward_async(problem, &buffers.forward()?).await?;
         let results = buffers.download(|encoder| prepared.encode(encoder)).await?;
         Ok((results.output().await?, results.optional(Binding::RowMax).await?))
@@ -411,7 +411,7 @@ impl Attention {
             let operands = of_inputs(inputs).into_iter().chain(of_results(saved, upstream));
             HostBuffers::new(device).upload(operands)?.results(problem, gradients_of(inputs))
         };
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let prepared = self.prepare_backward_async(problem, &buffers.backward()?).await?;
         buffers.download(|encoder| prepared.encode(encoder)).await?.gradients().await
     }
@@ -435,15 +435,29 @@ impl Attention {
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
     pub async fn prepare_forward_async(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
-        self.prepare_forward_with(problem, buffers, &[]).await
+        self.prepare_forward_with_async(problem, buffers, &[]).await
     }
 
-    /// As [`prepare_forward_async`](Self::prepare_forward_async) with tiles of the caller's choice, for
-    /// measuring candidates; they count as [`Preference::tiles`] do.
+    /// As [`prepare_forward`](Self::prepare_forward) with tiles of the caller's choice, for measuring candidates; they count as
+    /// [`Preference::tiles`] do.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
-    pub async fn prepare_forward_with(
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_forward_with(
+        &self,
+        problem: &Problem,
+        buffers: &ForwardBuffers<'_>,
+        tiles: &[(Kernel, Tiling)],
+    ) -> Result<Prepared> {
+        pollster::block_on(self.prepare_forward_with_async(problem, buffers, tiles))
+    }
+
+    /// As [`prepare_forward_with`](Self::prepare_forward_with), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_forward`](Self::prepare_forward).
+    pub async fn prepare_forward_with_async(
         &self,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
@@ -479,15 +493,29 @@ impl Attention {
     /// # Errors
     /// As [`prepare_backward`](Self::prepare_backward).
     pub async fn prepare_backward_async(&self, problem: &Problem, buffers: &BackwardBuffers<'_>) -> Result<Prepared> {
-        self.prepare_backward_with(problem, buffers, &[]).await
+        self.prepare_backward_with_async(problem, buffers, &[]).await
     }
 
-    /// As [`prepare_backward_async`](Self::prepare_backward_async) with tiles of the caller's choice, for
-    /// measuring candidates; they count as [`Preference::tiles`] do.
+    /// As [`prepare_backward`](Self::prepare_backward) with tiles of the caller's choice, for measuring candidates; they count as
+    /// [`Preference::tiles`] do.
     ///
     /// # Errors
     /// As [`prepare_backward`](Self::prepare_backward).
-    pub async fn prepare_backward_with(
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_backward_with(
+        &self,
+        problem: &Problem,
+        buffers: &BackwardBuffers<'_>,
+        tiles: &[(Kernel, Tiling)],
+    ) -> Result<Prepared> {
+        pollster::block_on(self.prepare_backward_with_async(problem, buffers, tiles))
+    }
+
+    /// As [`prepare_backward_with`](Self::prepare_backward_with), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_backward`](Self::prepare_backward).
+    pub async fn prepare_backward_with_async(
         &self,
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,

@@ -355,7 +355,7 @@ impl Attention {
                 .upload(operands)?
                 .results(merging, [Binding::O, Binding::Lse].into_iter().chain(row_max))
         };
-        let buffers = device.scoped("uploading partial states", create).await??;
+        let buffers = device.scoped_async("uploading partial states", create).await??;
         let merged = MergeBuffers {
             states: buffers.given(Binding::States)?,
             states_lo: None,

@@ -197,7 +197,7 @@ impl PreparedAppend {
             tokens.iter().enumerate().flat_map(|(n, count)| (0..*count).flat_map(move |i| [n as u32, i as u32])),
         );
         let device = &cache.device;
-        let list = device.scoped("uploading a list of tokens", || upload(device, "tokens", &list)).await??;
+        let list = device.scoped_async("uploading a list of tokens", || upload(device, "tokens", &list)).await??;
         let mut operands =
             vec![(Binding::K, k.resource()), (Binding::V, v.resource()), (Binding::Tokens, list.as_entire_binding())];
         operands.extend(q.as_ref().map(|q| (Binding::Q, q.resource())));

@@ -71,7 +71,7 @@ impl Bound {
             },
         };
         let bind = || bind_groups(device, &pipeline, variant, of_lists(params), find);
-        let groups = device.scoped("binding operands", bind).await?;
+        let groups = device.scoped_async("binding operands", bind).await?;
         Ok(Bound { pipeline, groups })
     }
 

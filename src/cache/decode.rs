@@ -178,7 +178,7 @@ impl PreparedDecode {
             let partials = allocate::<[f32; 4]>(device, "partials", plan.partials(), wgpu::BufferUsages::STORAGE)?;
             Ok((partials, upload(device, "entries", &list)?))
         };
-        let (partials, list) = device.scoped("allocating scratch", scratch).await??;
+        let (partials, list) = device.scoped_async("allocating scratch", scratch).await??;
         let mut operands = vec![
             (Binding::Q, q.resource()),
             (Binding::O, o.resource()),

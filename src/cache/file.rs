@@ -276,7 +276,7 @@ impl KvCache {
             queue.write_buffer(&self.values, 0, &values);
             queue.write_buffer(&self.state, 0, bytemuck::cast_slice(&state));
         };
-        self.device.scoped("restoring a cache", write).await?;
+        self.device.scoped_async("restoring a cache", write).await?;
         self.replace_book(block_table);
         Ok(())
     }

@@ -78,7 +78,7 @@ impl Gathered {
             Ok((allocate::<u8>(&cache.device, operand, len as usize, usage)?, BindingRange { start: 0, len }))
         };
         let create = || -> Result<_> { Ok([of("gathered keys", keys)?, of("gathered values", values)?]) };
-        let parts = cache.device.scoped("allocating scratch", create).await??;
+        let parts = cache.device.scoped_async("allocating scratch", create).await??;
         Ok(Gathered::new(cache, batch, parts))
     }
 
@@ -149,7 +149,7 @@ impl Gathered {
         let workgroups = runs as u128 * config.kv_heads as u128;
         let (workgroups, grid) = fold(workgroups, device.capabilities().grid_dimension)?;
         let params = Params { workgroups, gathered_rows: self.rows as u32, ..params(config) };
-        let list = device.scoped("uploading a list of rows", || upload(device, "rows", &list)).await??;
+        let list = device.scoped_async("uploading a list of rows", || upload(device, "rows", &list)).await??;
         operands.push((Binding::Tokens, list.as_entire_binding()));
         operands.extend(self.bind([Binding::GatheredKeys, Binding::GatheredValues]));
         Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))

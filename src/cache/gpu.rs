@@ -119,7 +119,7 @@ impl KvCache {
             let between = ("copied blocks", key_block.max(value_block).min(COPIED_BYTES));
             Ok([of(sizes[0])?, of(sizes[1])?, of(sizes[2])?, of(between)?])
         };
-        let [keys, values, state, between] = device.scoped("allocating a cache", create).await??;
+        let [keys, values, state, between] = device.scoped_async("allocating a cache", create).await??;
         Ok(KvCache {
             attention: attention.clone(),
             device: device.clone(),

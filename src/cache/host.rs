@@ -167,7 +167,7 @@ impl<T: Element> HostCache<T> {
             let operands = operands.into_iter().chain([table(cos_sin)]);
             HostBuffers::new(&device).upload(operands).map(|buffers| buffers.changed(Binding::Q))
         };
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let operands = AppendBuffers {
             q: buffers.view(Binding::Q).map(|q| (q, heads)),
             cos_sin: buffers.buffer(Binding::CosSin),
@@ -235,7 +235,7 @@ impl<T: Element> HostCache<T> {
             let buffers = HostBuffers::new(&device).upload(given)?.results(&batch.problem, results)?;
             Ok(if config.rotary.is_some() { buffers.changed(Binding::Q) } else { buffers })
         };
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let ForwardBuffers { q: queries, k, v, sink_logits, alibi_slopes, bias, mask, o, o_lo, lse, .. } =
             buffers.forward()?;
         let given = PrefillBuffers {
@@ -318,7 +318,7 @@ impl<T: Element> HostCache<T> {
             let [key_bytes, value_bytes] = config.bytes().map(|bytes| bytes as usize);
             buffers.result(Binding::DK, key_bytes, usage)?.result(Binding::DV, value_bytes, usage)
         };
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let given = BackwardBuffers {
             q: buffers.given(Binding::Q)?,
             o: buffers.given(Binding::O)?,
@@ -389,7 +389,7 @@ impl<T: Element> HostCache<T> {
         let given =
             [(Binding::Q, Some(cast_slice(q))), (Binding::SinkLogits, sink_logits.map(cast_slice)), table(cos_sin)];
         let create = || HostBuffers::new(&device).upload(given)?.results(&problem, [Binding::O, Binding::Lse]);
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let given = DecodeBuffers {
             sink_logits: buffers.view(Binding::SinkLogits),
             cos_sin: buffers.buffer(Binding::CosSin),

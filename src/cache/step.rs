@@ -81,7 +81,7 @@ impl Step {
     pub async fn submit_async(self) -> Result<wgpu::SubmissionIndex> {
         let Step { device, encoder, ticket } = self;
         ticket.0.set(SUBMITTING);
-        let submitted = device.scoped("submitting a step", || device.queue().submit([encoder.finish()])).await;
+        let submitted = device.scoped_async("submitting a step", || device.queue().submit([encoder.finish()])).await;
         ticket.0.set(if submitted.is_ok() { SUBMITTED } else { DROPPED });
         submitted
     }

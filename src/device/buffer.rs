@@ -111,7 +111,7 @@ impl DeviceBuffer {
             return Err(self.range(offset..end, reason));
         }
         let (bytes, start) = (bytemuck::cast_slice(data), (offset * T::TYPE.bytes()) as u64);
-        self.device.scoped("writing a buffer", || write(&self.device, &self.buffer, start, bytes)).await
+        self.device.scoped_async("writing a buffer", || write(&self.device, &self.buffer, start, bytes)).await
     }
 
     /// What it holds once everything submitted is done; blocks until that is there.
@@ -200,7 +200,7 @@ impl Device {
         let len = shape.iter().fold(1usize, |len, &axis| len.saturating_mul(axis));
         let bytes = len.saturating_mul(element.bytes()).max(1);
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let buffer = self.scoped("creating a buffer", || allocate::<u8>(self, operand, bytes, usage)).await??;
+        let buffer = self.scoped_async("creating a buffer", || allocate::<u8>(self, operand, bytes, usage)).await??;
         Ok(DeviceBuffer { device: self.clone(), buffer, operand, element, len })
     }
 
@@ -392,7 +392,7 @@ async fn download_words<'a>(
     const LABEL: &str = "sink-attention download";
     let label = Some(LABEL);
     let staging = device
-        .scoped("running a kernel", || {
+        .scoped_async("running a kernel", || {
             let mut encoder = device.wgpu().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
             work(&mut encoder);
             let copy = |(buffer, Range { start, end })| {
@@ -419,7 +419,7 @@ async fn download_words<'a>(
         });
         receiver
     };
-    let mapped = device.scoped(READING, || staging.iter().map(map).collect::<Vec<_>>()).await?;
+    let mapped = device.scoped_async(READING, || staging.iter().map(map).collect::<Vec<_>>()).await?;
     let finished = async {
         wait(device).await?;
         for receiver in mapped {

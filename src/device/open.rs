@@ -121,9 +121,15 @@ fn instance() -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle())
 }
 
+/// As [`adapters_async`], blocking.
+#[cfg(not(target_family = "wasm"))]
+pub fn adapters() -> Vec<wgpu::Adapter> {
+    pollster::block_on(adapters_async())
+}
+
 /// All adapters that can compute, the best first: discrete, integrated, virtual, then software. They are of one
 /// [`wgpu::Instance`], the same in every call.
-pub async fn adapters() -> Vec<wgpu::Adapter> {
+pub async fn adapters_async() -> Vec<wgpu::Adapter> {
     let instance = instance();
     let mut adapters = instance.enumerate_adapters(wgpu::Backends::all()).await;
     if adapters.is_empty() {
@@ -195,7 +201,16 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::DeviceRequest`].
-    pub async fn open(adapter: &wgpu::Adapter) -> Result<Self> {
+    #[cfg(not(target_family = "wasm"))]
+    pub fn open(adapter: &wgpu::Adapter) -> Result<Self> {
+        pollster::block_on(Device::open_async(adapter))
+    }
+
+    /// As [`open`](Self::open), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_async(adapter: &wgpu::Adapter) -> Result<Self> {
         let (device, queue) = adapter
             .request_device(&device_descriptor(adapter))
             .await
@@ -207,15 +222,24 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
-    pub async fn choose(choice: &DeviceChoice) -> Result<(Option<Self>, DeviceReason)> {
+    #[cfg(not(target_family = "wasm"))]
+    pub fn choose(choice: &DeviceChoice) -> Result<(Option<Self>, DeviceReason)> {
+        pollster::block_on(Device::choose_async(choice))
+    }
+
+    /// As [`choose`](Self::choose), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    pub async fn choose_async(choice: &DeviceChoice) -> Result<(Option<Self>, DeviceReason)> {
         if *choice == DeviceChoice::Cpu {
             return Ok((None, DeviceReason::Asked));
         }
-        let adapters = adapters().await;
+        let adapters = adapters_async().await;
         let infos: Vec<wgpu::AdapterInfo> = adapters.iter().map(wgpu::Adapter::get_info).collect();
         let Selection { adapter, reason } = choice.select(&infos)?;
         match adapter {
-            Some(index) => Ok((Some(Device::open(&adapters[index]).await?), reason)),
+            Some(index) => Ok((Some(Device::open_async(&adapters[index]).await?), reason)),
             None => Ok((None, reason)),
         }
     }
@@ -240,7 +264,16 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
-    pub async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+    #[cfg(not(target_family = "wasm"))]
+    pub fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+        pollster::block_on(self.scoped_async(during, work))
+    }
+
+    /// As [`scoped`](Self::scoped), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`scoped`](Self::scoped).
+    pub async fn scoped_async<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);

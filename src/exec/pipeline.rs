@@ -103,7 +103,7 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
         .collect();
     let params = ParamsLayout::of(&text)?;
     device
-        .scoped("compiling a kernel", || {
+        .scoped_async("compiling a kernel", || {
             let gpu = device.wgpu();
             let label = Some(name.as_str());
             let descriptor = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text.into()) };

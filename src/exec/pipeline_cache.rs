@@ -67,7 +67,7 @@ async fn create(device: &Device, data: Option<&[u8]>) -> Result<wgpu::PipelineCa
         // spoiled one gets here. wgpu checks the versions of driver and format.
         unsafe { device.wgpu().create_pipeline_cache(&descriptor) }
     };
-    device.scoped("creating a pipeline cache", create).await
+    device.scoped_async("creating a pipeline cache", create).await
 }
 
 /// A file as long as it says; of another one no more than its beginning, which [`unpack`] refuses.

@@ -503,7 +503,7 @@ impl Prepared {
             Ok((views, slices))
         };
         let slices = plan.passes.iter().map(cut).collect::<Result<Vec<_>>>()?;
-        let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
+        let scratch = device.scoped_async("allocating scratch", || scratch(&operands, &plan)).await??;
         let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
         for ((pass, pipeline), (views, Slices { list, work })) in plan.passes.iter().zip(compiled).zip(slices) {
@@ -523,7 +523,7 @@ impl Prepared {
                 let groups = bind_groups(device, &pipeline, &pass.variant, params, find);
                 Ok(groups.into_iter().zip(list.iter().map(|slice| slice.grid)).collect::<Vec<_>>())
             };
-            let groups = device.scoped("binding operands", bind).await??;
+            let groups = device.scoped_async("binding operands", bind).await??;
             dispatches.push((pipeline, groups));
         }
         Ok(Prepared { plan, dispatches })

@@ -158,7 +158,7 @@ pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]
         }
         device.queue().submit([encoder.finish()]);
     };
-    pollster::block_on(device.scoped("creating operands", copy))?;
+    pollster::block_on(device.scoped_async("creating operands", copy))?;
     let none = || Error::Gpu { during: "creating operands", message: "one is missing".into() };
     buffers.try_into().map_err(|_| none())
 }

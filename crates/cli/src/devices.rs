@@ -26,7 +26,7 @@ pub struct Devices {
 impl Devices {
     /// Looks, and says what is there; that nothing is there is an answer too.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
-        let adapters = pollster::block_on(adapters());
+        let adapters = adapters();
         let list = List {
             default: DefaultDevice::new(&adapters),
             adapters: adapters.iter().enumerate().map(|(index, adapter)| Entry::new(index, adapter)).collect(),

@@ -316,7 +316,7 @@ impl PlanArgs {
         }
         let choice = self.target.choice();
         // Without a look at drivers, which may be slow.
-        let adapters = if choice == DeviceChoice::Cpu { Vec::new() } else { pollster::block_on(adapters()) };
+        let adapters = if choice == DeviceChoice::Cpu { Vec::new() } else { adapters() };
         let infos: Vec<_> = adapters.iter().map(|adapter| adapter.get_info()).collect();
         let Selection { adapter, reason, .. } = choice.select(&infos)?;
         Ok(match adapter {

@@ -159,7 +159,7 @@ impl Stand {
         let tiles = [(kernel, tiles)];
         let forward = self.operands.buffers();
         if kernel == Kernel::FORWARD {
-            let prepared = pollster::block_on(attention.prepare_forward_with(&self.problem, &forward, &tiles))?;
+            let prepared = attention.prepare_forward_with(&self.problem, &forward, &tiles)?;
             let places = (0..prepared.plan().passes.len()).collect();
             return Ok((prepared, places));
         }
@@ -168,7 +168,7 @@ impl Stand {
             // With what rounding took from o there would be no such kernel.
             backward.forward.o_lo = None;
         }
-        let prepared = pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))?;
+        let prepared = attention.prepare_backward_with(&self.problem, &backward, &tiles)?;
         let places_of = |kernel| {
             let passes = prepared.plan().passes.iter().enumerate();
             passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect::<Vec<_>>()

@@ -146,7 +146,7 @@ fn one(
         Some(operands) => operands,
         None => made.insert(GpuOperands::new(device, problem)?),
     };
-    let forward = pollster::block_on(attention.prepare_forward_with(problem, &operands.buffers(), preference.tiles))?;
+    let forward = attention.prepare_forward_with(problem, &operands.buffers(), preference.tiles)?;
     let gradients;
     let prepared: Prepared = match direction {
         Direction::Forward => forward,
@@ -155,7 +155,7 @@ fn one(
             timer.time(1, |pass| forward.encode_in(pass))?;
             gradients = GpuGradients::new(device, problem)?;
             let buffers = gradients.buffers(operands);
-            pollster::block_on(attention.prepare_backward_with(problem, &buffers, preference.tiles))?
+            attention.prepare_backward_with(problem, &buffers, preference.tiles)?
         }
     };
     let series = timer.measure(effort.runs, effort.most, |pass| prepared.encode_in(pass))?;
