@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use sink_attention::device::DeviceBuffer;
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::{OptionalOperands, Pass, Plan, Preference};
 use sink_attention::timing::{Series, Timer};
@@ -53,23 +54,25 @@ impl Direction {
         }
     }
 
-    fn plan(self, device: &Device, problem: &Problem, preference: &Preference<'_>) -> Result<Plan> {
+    fn plan(self, device: &Device, problem: &Problem, row_max: bool, preference: &Preference<'_>) -> Result<Plan> {
         let capabilities = device.capabilities();
         let optional = OptionalOperands::for_training(problem);
         match self {
-            Direction::Forward => Plan::forward_with(problem, optional, capabilities, preference),
+            Direction::Forward => Plan::forward_with(problem, optional.row_max(row_max), capabilities, preference),
             Direction::Backward => Plan::backward_with(problem, optional, capabilities, preference),
         }
     }
 }
 
-/// How long a series may take, and how many there are.
+/// How a pass is timed: how long a series may take, how many runs there are, and which results are asked for.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
     pub runs: usize,
     pub most: Duration,
     /// Each kernel by itself, too.
     pub passes: bool,
+    /// The forward pass writes the largest score of each row, too.
+    pub row_max: bool,
 }
 
 /// What one pass of a problem took.
@@ -137,7 +140,7 @@ fn one(
 ) -> Result<Result<Timing, String>> {
     let device = attention.device().ok_or(Error::NeedsGpu { call: "timing" })?;
     // Before anything is allocated.
-    let plan = direction.plan(device, problem, preference)?;
+    let plan = direction.plan(device, problem, effort.row_max, preference)?;
     if let Some(reason) = too_large(problem, device.capabilities()) {
         return Ok(Err(reason));
     }
@@ -146,7 +149,9 @@ fn one(
         Some(operands) => operands,
         None => made.insert(GpuOperands::new(device, problem)?),
     };
-    let forward = attention.prepare_forward_with(problem, &operands.buffers(), preference.tiles)?;
+    let row_max = effort.row_max.then(|| device.zeros("row_max", DType::F32, &problem.lse_shape())).transpose()?;
+    let buffers = operands.buffers().row_max(row_max.as_ref().map(DeviceBuffer::view));
+    let forward = attention.prepare_forward_with(problem, &buffers, preference.tiles)?;
     let gradients;
     let prepared: Prepared = match direction {
         Direction::Forward => forward,
@@ -231,6 +236,7 @@ fn on_cpu_with<T: Element>(
     while times.is_empty() || (times.len() < effort.runs && began.elapsed() < effort.most) {
         let start = Instant::now();
         match direction {
+            Direction::Forward if effort.row_max => drop(attention.forward_with_row_max(problem, &inputs)?),
             Direction::Forward => drop(attention.forward(problem, &inputs)?),
             Direction::Backward => drop(attention.backward(problem, &inputs, &saved, &upstream)?),
         }

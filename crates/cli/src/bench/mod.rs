@@ -202,6 +202,8 @@ enum With {
     Scattered,
     /// The batch's sequences one after the other (thd), in a list of lengths
     Lengths,
+    /// The largest score of each row as a result of the forward pass
+    RowMax,
 }
 
 fn kernel_tiles(text: &str) -> Result<(Kernel, Tiling), String> {
@@ -226,7 +228,7 @@ impl Case {
         let (shape, options) = (self.shape, self.options.dtype(dtype));
         let pairs = PairAxes::KEYS.seq_q();
         let options = match self.with {
-            None => options,
+            None | Some(With::RowMax) => options,
             Some(With::Softcap) => options.softcap(30.0),
             Some(With::Alibi) => options.alibi(true),
             Some(With::Bias) => options.bias(pairs).bias_dtype(dtype),
@@ -319,11 +321,12 @@ impl Bench {
         let slow = attention.device().is_none_or(|d| is_software(&d.wgpu().adapter_info()));
         let shortened = slow && self.shape.seq_k.is_none() && self.shape.seq_q.is_none() && !self.quick;
         let quick = self.quick || shortened;
-        // Wrong numbers are told before anything is measured.
+        // Wrong numbers are errors before anything is measured.
         let mut problems = Vec::new();
-        for case in self.shape.cases(quick) {
+        let cases = self.shape.cases(quick);
+        for case in &cases {
             for dtype in self.dtype.iter().map(|dtype| DType::from(*dtype)) {
-                problems.push((case.name.clone(), case.problem(dtype)?));
+                problems.push((case, case.problem(dtype)?));
             }
         }
         let directions: &[Direction] = match self.pass {
@@ -331,16 +334,21 @@ impl Bench {
             PassArg::Backward => &[Direction::Backward],
             PassArg::Both => &[Direction::Forward, Direction::Backward],
         };
-        let mut effort =
-            Effort { runs: self.runs as usize, most: if quick { MOST_QUICK } else { MOST }, passes: self.passes };
+        let mut effort = Effort {
+            runs: self.runs as usize,
+            most: if quick { MOST_QUICK } else { MOST },
+            passes: self.passes,
+            row_max: false,
+        };
         if quick {
             effort.runs = effort.runs.min(5);
         }
         let mut report = Report::new(&attention, timer.as_ref().map(Timer::clock), shortened);
         let progress = Progress::new(problems.len())?;
         let mut failed = None;
-        'problems: for (name, problem) in &problems {
+        'problems: for (Case { name, with, .. }, problem) in &problems {
             progress.begin(format!("{name}: {problem}"));
+            effort.row_max = *with == Some(With::RowMax);
             let timings = self.measure(&attention, timer.as_ref(), problem, directions, effort);
             for (direction, timing) in directions.iter().zip(timings) {
                 match timing {
