@@ -12,8 +12,9 @@ use std::time::Duration;
 pub(crate) use self::upload::{HostBuffers, HostOperand, gradients_of, of_inputs, of_results};
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, DeviceReason, describe};
+use crate::exec::buffers::{BackwardBuffers, ForwardBuffers};
 use crate::exec::pipeline::Pipelines;
-use crate::exec::prepared::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::exec::prepared::Prepared;
 use crate::kernel::tile::Tiling;
 use crate::kernel::{Binding, Kernel, MicroKernel};
 use crate::plan::operand::mask_scratch_bytes;
@@ -25,6 +26,21 @@ use crate::problem::error::{Error, Result};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 
 /// The attention operator on one device. Cheap to clone; clones share compiled kernels.
+///
+/// ```
+/// use sink_attention::{Attention, Inputs, Options, Problem, Shape};
+///
+/// let attention = Attention::new()?; // Attention::cpu() always works
+/// println!("{}", attention.device_description());
+///
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 3, seq_k: 3, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new().causal(true))?;
+/// let output = attention.forward(&problem, &Inputs::new(&[0.0f32; 3], &[1.0; 3], &[3.0, 5.0, 7.0]))?;
+/// for (o, mean) in output.o.iter().zip([3.0, 4.0, 5.0]) {
+///     assert!((o - mean).abs() < 1e-5); // scores of zero: means of the values so far
+/// }
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Attention {
     backend: Backend,

@@ -6,7 +6,8 @@ use rayon::prelude::*;
 
 use crate::attention::{Attention, HostBuffers};
 use crate::cpu;
-use crate::exec::prepared::{ForwardBuffers, MergeBuffers, Prepared};
+use crate::exec::buffers::{ForwardBuffers, MergeBuffers};
+use crate::exec::prepared::Prepared;
 use crate::kernel::Binding;
 use crate::problem::element::{DType, Element};
 use crate::problem::error::{Error, Result};

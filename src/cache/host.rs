@@ -11,7 +11,7 @@ use super::gpu::KvCache;
 use super::prefill::{PrefillBuffers, PreparedPrefill};
 use super::step::Step;
 use crate::attention::{Attention, HostBuffers, HostOperand, gradients_of, of_inputs, of_results};
-use crate::exec::prepared::ForwardBuffers;
+use crate::exec::buffers::ForwardBuffers;
 use crate::kernel::Binding;
 use crate::plan::decode::Decode;
 use crate::problem::cache::CacheConfig;

@@ -99,6 +99,19 @@ impl Multiprocessor {
 }
 
 /// The limits of a device that plans depend on.
+///
+/// ```
+/// use sink_attention::plan::{Capabilities, Plan};
+/// use sink_attention::{Error, Options, Problem, Shape};
+///
+/// let shape = Shape { batch: 1, heads: 4, kv_heads: 4, seq_q: 64, seq_k: 64, head_dim: 64, value_dim: 64 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// let least = Capabilities::webgpu_defaults();
+/// assert!(Plan::forward(&problem, &least).is_ok());
+/// let too_little = least.workgroup_bytes(256); // one row of q
+/// assert!(matches!(Plan::forward(&problem, &too_little), Err(Error::NoKernel { .. })));
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capabilities {

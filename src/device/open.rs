@@ -170,6 +170,25 @@ pub(crate) fn note_buffer(label: &'static str, bytes: u64) {
 }
 
 /// A wgpu device with what it offers.
+///
+/// ```
+/// use sink_attention::device::{adapters, device_descriptor};
+/// use sink_attention::{Attention, Device};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // The host application opens a device, and shares it.
+/// let Some(adapter) = pollster::block_on(adapters()).into_iter().next() else { return Ok(()) };
+/// let (device, queue) = pollster::block_on(adapter.request_device(&device_descriptor(&adapter)))?;
+/// let device = Device::from_wgpu_on(&adapter, device, queue);
+///
+/// let numbers = device.upload("numbers", &[1.0f32, 2.0, 3.0, 4.0])?;
+/// let [middle, all] = device.download([(&numbers, 1..3), (&numbers, 0..4)])?; // one submission
+/// assert_eq!((middle, all), (vec![2.0f32, 3.0], vec![1.0, 2.0, 3.0, 4.0]));
+///
+/// assert!(Attention::on(device).is_gpu());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Device {
     device: wgpu::Device,

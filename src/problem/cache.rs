@@ -72,6 +72,21 @@ pub enum RotaryPositions {
 
 /// Rotary position embedding of q and k: x_i cos - y_i sin, y_i cos + x_i sin for each pair (x_i, y_i) of features. Angles come as
 /// a table of the caller's, so that any scheme of frequencies (YaRN and others) works.
+///
+/// ```
+/// use sink_attention::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+/// use sink_attention::cpu::KvCache;
+///
+/// // The first two of three features turn.
+/// let rotary = Rotary { dim: 2, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute };
+/// let config = CacheConfig::new(CacheKind::Contiguous { capacity: 2 }, 1, 1, 3).rotary(rotary);
+/// let mut cache = KvCache::new(&config)?;
+/// let cos_sin = [1.0, 0.0, 0.0, 1.0]; // position 0 does not turn, position 1 turns by a right angle
+/// let mut q = [1.0f32, 0.0, 5.0, 1.0, 0.0, 5.0]; // of two tokens
+/// cache.append(&[2], &[0.0; 6], &[0.0; 6], Some(&mut q), Some(&cos_sin))?;
+/// assert_eq!(q, [1.0, 0.0, 5.0, 0.0, 1.0, 5.0]);
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Rotary {
     /// Features that are rotated, the first ones of a head; even, at most D.

@@ -60,6 +60,19 @@ pub enum Alignment {
 /// A band of keys around each query's position, both bounds inclusive; `None` is unbounded.
 ///
 /// The same numbers as FlashAttention's `window_size=(left, right)`.
+///
+/// ```
+/// use sink_attention::{Options, Problem, Shape, Window};
+///
+/// assert_eq!(Window::keys(3), Window { left: Some(2), right: Some(0) });
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 8, seq_k: 8, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new().window(Window::keys(3)).sink_tokens(1))?;
+/// for sequence in problem.sequences() {
+///     // Query 6 sees the sink token, its own key and the two keys before it.
+///     assert_eq!(sequence.band.visible_keys(6), [0..1, 4..7]);
+/// }
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Window {
     /// Keys visible before the query's position.
