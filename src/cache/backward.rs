@@ -45,11 +45,11 @@ use crate::problem::error::{Error, Result};
 pub struct BackwardBuffers<'a> {
     /// Queries as the forward pass had them, rotated where there is a rotary embedding, `[tokens, H, D]`.
     pub q: TensorView<'a>,
-    /// What the forward pass gave, `[tokens, H, E]`.
+    /// o of the forward pass, `[tokens, H, E]`.
     pub o: TensorView<'a>,
     /// See [`BackwardBuffers::forward`](crate::BackwardBuffers::forward).
     pub o_lo: Option<TensorView<'a>>,
-    /// What the forward pass gave, `[H, tokens]`, f32, densely packed.
+    /// lse of the forward pass, `[H, tokens]`, f32, densely packed.
     pub lse: TensorView<'a>,
     /// See [`ForwardBuffers::sink_logits`].
     pub sink_logits: Option<TensorView<'a>>,
@@ -80,8 +80,8 @@ pub struct BackwardBuffers<'a> {
 }
 
 impl<'a> BackwardBuffers<'a> {
-    /// What every backward pass has: q, o and lse; d_o; d_q; and the gradients by keys and values. What goes with options is
-    /// `None`.
+    /// The operands and results of every backward pass: q, o and lse; d_o; d_q; and the gradients by keys and values. Those that go
+    /// with options are `None`.
     pub fn new(
         [q, o, lse]: [TensorView<'a>; 3],
         d_o: impl Into<TensorView<'a>>,
@@ -123,7 +123,7 @@ impl<'a> BackwardBuffers<'a> {
         ]
     }
 
-    /// Those that are told in the order of tokens.
+    /// Those in the order of tokens.
     fn results(&self) -> [GivenBuffer<'a>; 4] {
         [
             given("d_q", self.d_q),

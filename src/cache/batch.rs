@@ -64,7 +64,7 @@ setters! {
     }
 }
 
-/// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::cache::PrefillBuffers) tells more.
+/// Operands of a prefill, and of its backward pass, that go with options; see [`PrefillBuffers`](crate::cache::PrefillBuffers).
 ///
 /// ```
 /// use sink_attention::cache::{CacheConfig, CacheKind, Prefill, PrefillOperands};
@@ -87,7 +87,7 @@ pub struct PrefillOperands<'a, T = f32> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// Added to the scores.
     pub bias: Option<Bias<'a, T>>,
-    /// Which keys may be seen.
+    /// The mask: the keys that may be seen.
     pub mask: Option<MaskData<'a>>,
     /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin); not in the backward pass.
     pub cos_sin: Option<&'a [f32]>,

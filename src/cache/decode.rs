@@ -57,7 +57,7 @@ pub struct DecodeBuffers<'a> {
 }
 
 impl<'a> DecodeBuffers<'a> {
-    /// What every step has; what goes with options is `None`.
+    /// The operands and results of every step. Those that go with options are `None`.
     pub fn new(q: impl Into<TensorView<'a>>, o: impl Into<TensorView<'a>>, lse: impl Into<TensorView<'a>>) -> Self {
         DecodeBuffers { q: q.into(), o: o.into(), lse: lse.into(), sink_logits: None, cos_sin: None, row_max: None }
     }
@@ -78,8 +78,8 @@ setters! {
 }
 
 impl KvCache {
-    /// Prepares a decoding step: a few queries of each sequence against the keys that its cache holds by then. Allocates what
-    /// its two kernels hand to each other.
+    /// Prepares a decoding step: a few queries of each sequence against the keys that its cache holds by then. Allocates the
+    /// scratch that its two kernels share.
     ///
     /// # Errors
     /// [`Error::CacheElementType`] unless the options name the cache's element type; [`Error::SequenceOutOfRange`];
@@ -220,7 +220,7 @@ impl PreparedDecode {
         Ok(PreparedDecode { keys: cache.keys.clone(), entries, rotated_heads, plan, kernels })
     }
 
-    /// How the kernel divides its work.
+    /// The division of the kernel's work.
     pub fn tiling(&self) -> DecodeTiling {
         self.plan.tiling
     }

@@ -403,7 +403,7 @@ impl<T: Element> HostCache<T> {
         }
     }
 
-    /// Replaces what the cache holds by what such a file does.
+    /// Replaces the contents of the cache by those of a file of [`to_safetensors`](Self::to_safetensors).
     ///
     /// # Errors
     /// As [`KvCache::restore`].

@@ -45,8 +45,8 @@ impl Attention {
 /// step waits for nothing.
 ///
 /// All that changes or reads it is recorded into a [`Step`], and holds for what is recorded after it there. [`lengths`](Self::lengths),
-/// [`pages`](Self::pages) and [`free_pages`](Self::free_pages) tell at any time what has been recorded so far, also in a step that
-/// is open; where that step is dropped or its submission fails, they are again as they were before it. Only one open step can
+/// [`pages`](Self::pages) and [`free_pages`](Self::free_pages) count all that has been recorded so far, also in a step that
+/// is open. Where that step is dropped or its submission fails, they are again as they were before it. Only one open step can
 /// touch a cache: every call that would use another one is [`Error::CacheBusy`], and names the first.
 ///
 /// ```

@@ -64,13 +64,13 @@ pub struct PrefillBuffers<'a> {
     pub o_lo: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[H, tokens]`, f32, densely packed.
     pub lse: TensorView<'a>,
-    /// What is gathered from the cache goes here, [`KvCache::prefill_scratch_bytes`] of it: one buffer does for all chunks.
-    /// `None`: a buffer of its own, where one is needed.
+    /// Scratch for the keys and values that are gathered from the cache, [`KvCache::prefill_scratch_bytes`] long: one buffer does for
+    /// all chunks. `None`: a buffer of its own, where one is needed.
     pub scratch: Option<&'a wgpu::Buffer>,
 }
 
 impl<'a> PrefillBuffers<'a> {
-    /// What every prefill has; what goes with options is `None`.
+    /// The operands and results of every prefill. Those that go with options are `None`.
     pub fn new(
         q: impl Into<TensorView<'a>>,
         k: impl Into<TensorView<'a>>,
@@ -157,8 +157,8 @@ impl KvCache {
     ///
     /// The forward pass is the ordinary one, with the operator's kernels and tiles. One sequence of a contiguous cache that is
     /// not quantised is read where it lies. Else keys and values of all sequences with tokens are gathered first, one after the
-    /// other in the element type, in [`prefill_scratch_bytes`](Self::prefill_scratch_bytes): one reading and one writing of what is
-    /// attended to, beside arithmetic on it for each query. For very few queries [`prepare_decode`](Self::prepare_decode) reads
+    /// other in the element type, in [`prefill_scratch_bytes`](Self::prefill_scratch_bytes). That reads and writes each key and value
+    /// once, whereas the arithmetic on them is repeated for each query. For very few queries [`prepare_decode`](Self::prepare_decode) reads
     /// less. Quantised keys and values are rounded to the element type as they are gathered, which decoding does not do.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::f64::consts::TAU;
 
 use crate::problem::error::{Error, Result};
 
-/// How fast the pairs of features of a rotary embedding turn, and the table that says so, as a cache takes it
+/// The frequencies by which the pairs of features of a rotary embedding turn, and the table of them that a cache takes
 /// ([`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin)).
 ///
 /// Pair i of dim / 2 turns by `theta^(-2 i / dim)` radians from position to position (Su et al., "RoFormer", arXiv 2104.09864), as
@@ -22,7 +22,7 @@ use crate::problem::error::{Error, Result};
 pub struct RotaryFrequencies {
     /// Base of the frequencies, more than 1: `rope_theta` in Hugging Face's configurations.
     pub theta: f64,
-    /// How they are changed for sequences that are longer than those of the training.
+    /// The change for sequences that are longer than those of the training.
     pub scaling: RotaryScaling,
 }
 

@@ -114,7 +114,7 @@ impl DeviceBuffer {
         self.device.scoped("writing a buffer", || write(&self.device, &self.buffer, start, bytes)).await
     }
 
-    /// What it holds once everything submitted is done; blocks until that is there.
+    /// Its elements once everything submitted is done; blocks until they are there.
     ///
     /// # Errors
     /// [`Error::BufferType`] for another type; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the
@@ -204,8 +204,7 @@ impl Device {
         Ok(DeviceBuffer { device: self.clone(), buffer, operand, element, len })
     }
 
-    /// What ranges of elements of buffers hold once everything submitted is done, in one submission; blocks until that is
-    /// there.
+    /// Ranges of elements of buffers once everything submitted is done, in one submission; blocks until they are there.
     ///
     /// # Errors
     /// [`Error::BufferRange`] for elements that are not there; those of [`DeviceBuffer::download`].
@@ -249,7 +248,7 @@ impl Device {
 /// f32.
 ///
 /// Kernels bind whole words of four bytes: a buffer of f16, bf16 or a mask in bytes must hold the whole of the word in which it
-/// ends. What else lies in that word is kept.
+/// ends. Other elements in that word are kept.
 ///
 /// The last axis is contiguous; the others may have any strides. By default the operand is densely
 /// packed in the problem's layout and starts at the buffer's first element.

@@ -40,19 +40,19 @@ pub struct ForwardBuffers<'a> {
     pub sink_logits: Option<TensorView<'a>>,
     /// One slope per query head, f32, where the options say [`Options::alibi`](crate::Options::alibi); densely packed.
     pub alibi_slopes: Option<TensorView<'a>>,
-    /// Added to the scores, of the element type that the options name, see [`Problem::bias_shape`](crate::Problem::bias_shape). Strides are those of batch,
-    /// head and query.
+    /// Added to the scores, of the element type that the options name, see [`Problem::bias_shape`](crate::Problem::bias_shape).
+    /// Strides are those of batch, head and query.
     pub bias: Option<TensorView<'a>>,
-    /// Which keys may be seen, see [`Problem::mask_shape`](crate::Problem::mask_shape). Offset and strides (of batch, head and query) count bytes, or words
-    /// where it is packed.
+    /// The mask: the keys that may be seen, see [`Problem::mask_shape`](crate::Problem::mask_shape). Offset and strides
+    /// (of batch, head and query) count bytes, or words where it is packed.
     pub mask: Option<TensorView<'a>>,
-    /// Scratch that both passes may share, [`Attention::mask_scratch_bytes`](crate::Attention::mask_scratch_bytes) long: the forward
-    /// pass leaves the mask in bits there, and which of its blocks hide everything or nothing, and the backward pass does not
-    /// find that out anew. `None`: each pass by itself.
+    /// Scratch that both passes may share, [`Attention::mask_scratch_bytes`](crate::Attention::mask_scratch_bytes) long. The forward
+    /// pass leaves there the mask in bits, and the list of its blocks that hide everything or nothing; the backward pass reads them.
+    /// `None`: each pass finds them by itself.
     pub mask_scratch: Option<&'a wgpu::Buffer>,
     /// Result: attention outputs.
     pub o: TensorView<'a>,
-    /// Result, in f16 and bf16 only, where the backward pass is to have it: what rounding took from o, an i16 in the place
+    /// Result, in f16 and bf16 only, where the backward pass is to have it: the rounding error of o, an i16 in the place
     /// of each of its elements, see [`Element::rest`](crate::Element::rest). Views are as those of o, two bytes an element.
     pub o_lo: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[batch, heads, seq_q]`, densely packed.
@@ -63,7 +63,7 @@ pub struct ForwardBuffers<'a> {
 }
 
 impl<'a> ForwardBuffers<'a> {
-    /// What every forward pass has; what goes with options is `None`.
+    /// The operands and results of every forward pass. Those that go with options are `None`.
     pub fn new(
         q: impl Into<TensorView<'a>>,
         k: impl Into<TensorView<'a>>,
@@ -142,7 +142,8 @@ pub struct BackwardBuffers<'a> {
     pub d_k: TensorView<'a>,
     /// Result: gradient by v.
     pub d_v: TensorView<'a>,
-    /// Result: gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`](crate::SinkLogits::PerHead); densely packed.
+    /// Result: gradient by the sink logits, `[heads]`, where the options say
+    /// [`SinkLogits::PerHead`](crate::SinkLogits::PerHead); densely packed.
     pub d_sink_logits: Option<TensorView<'a>>,
     /// Result: gradient by the ALiBi slopes, `[heads]`, f32, densely packed; `None` where it is not wanted.
     pub d_alibi_slopes: Option<TensorView<'a>>,
@@ -152,7 +153,7 @@ pub struct BackwardBuffers<'a> {
 }
 
 impl<'a> BackwardBuffers<'a> {
-    /// What every backward pass has; what goes with options is `None`.
+    /// The operands and results of every backward pass. Those that go with options are `None`.
     pub fn new(
         forward: ForwardBuffers<'a>,
         d_o: impl Into<TensorView<'a>>,
@@ -216,16 +217,17 @@ setters! {
 pub struct MergeBuffers<'a> {
     /// o of the states, of the problem's element type. Strides are those of batch, head and sequence.
     pub states: TensorView<'a>,
-    /// In f16 and bf16: what rounding took from o of the states, an i16 for each element. Goes with `o_lo`; both or
+    /// In f16 and bf16: the rounding error of o of the states, an i16 for each element. Goes with `o_lo`; both or
     /// neither.
     pub states_lo: Option<TensorView<'a>>,
     /// lse of the states, f32, `[S * B, H, M]`, in `thd` `[S, H, queries]`; densely packed.
     pub states_lse: TensorView<'a>,
-    /// One logit per query head, f32, densely packed: of the last merge, where the options say [`SinkLogits::PerHead`](crate::SinkLogits::PerHead).
+    /// One logit per query head, f32, densely packed: of the last merge, where the options say
+    /// [`SinkLogits::PerHead`](crate::SinkLogits::PerHead).
     pub sink_logits: Option<TensorView<'a>>,
     /// Result: o of the whole, see [`Problem::o_shape`](crate::Problem::o_shape).
     pub o: TensorView<'a>,
-    /// Result: what rounding took from it.
+    /// Result: the rounding error of o.
     pub o_lo: Option<TensorView<'a>>,
     /// Result: lse of the whole, see [`Problem::lse_shape`](crate::Problem::lse_shape); densely packed.
     pub lse: TensorView<'a>,
@@ -236,7 +238,7 @@ pub struct MergeBuffers<'a> {
 }
 
 impl<'a> MergeBuffers<'a> {
-    /// What every merge has.
+    /// The operands and results of every merge. All others are `None`.
     pub fn new(
         states: impl Into<TensorView<'a>>,
         states_lse: impl Into<TensorView<'a>>,

@@ -361,7 +361,7 @@ impl Prepared {
         Ok(Prepared { plan, dispatches })
     }
 
-    /// What will run.
+    /// The plan: the passes that will run.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
@@ -380,7 +380,7 @@ impl Prepared {
         }
     }
 
-    /// Records one pass of the [`plan`](Self::plan), for measuring it alone; nothing where there is no such pass.
+    /// Records one pass of the [`plan`](Self::plan), for measuring it alone; nothing where the plan has no pass of this index.
     pub fn encode_pass_in(&self, compute: &mut wgpu::ComputePass<'_>, index: usize) {
         let Some((pipeline, groups)) = self.dispatches.get(index) else { return };
         compute.set_pipeline(&pipeline.pipeline);

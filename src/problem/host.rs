@@ -134,7 +134,7 @@ pub struct Inputs<'a, T = f32> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// Added to the scores, see [`Problem::bias_shape`].
     pub bias: Option<Bias<'a, T>>,
-    /// Which keys may be seen, see [`Problem::mask_shape`].
+    /// The mask: the keys that may be seen, see [`Problem::mask_shape`].
     pub mask: Option<MaskData<'a>>,
 }
 
@@ -191,8 +191,8 @@ setters! {
 pub struct Output<T = f32, S = f32> {
     /// Attention outputs, see [`Problem::o_shape`].
     pub o: Vec<T>,
-    /// What rounding took from o, [`Element::rest`] of each element before it was rounded; `None` in f32. With it the
-    /// backward pass has o in f32; without it (`None` in half precision, too) that computes what it needs anew.
+    /// The rounding error of o: [`Element::rest`] of each element before it was rounded; `None` in f32. With it the
+    /// backward pass has o in f32. Without it (`None` in half precision, too) the backward pass computes delta anew.
     pub o_lo: Option<Vec<i16>>,
     /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].
     pub lse: Vec<S>,
@@ -324,7 +324,7 @@ setters! {
 /// ```
 ///
 /// which is associative and commutative up to rounding. A row that sees nothing of its shard has o = 0 and lse =
-/// -infinity; a state of such rows ([`empty`](Self::empty)) changes nothing. Where lse is -infinity, o is not read.
+/// -infinity; a state in which no row sees anything ([`empty`](Self::empty)) changes nothing. Where lse is -infinity, o is not read.
 ///
 /// ```
 /// use sink_attention::{Attention, Options, PartialState, Problem, Shape};
@@ -424,7 +424,7 @@ impl Problem {
         check_optional("sink_logits", sink_logits.map(<[f32]>::len), per_head, hint)
     }
 
-    /// Checks what a forward pass saved, and the gradients that flow into its results.
+    /// Checks the results of a forward pass, and the gradients that flow into them.
     ///
     /// # Errors
     /// [`Error::OperandLength`]; [`Error::UnexpectedOperand`] for o_lo in f32.
@@ -478,7 +478,7 @@ impl Problem {
         state.row_max.as_ref().map_or(Ok(()), check)
     }
 
-    /// Checks what the last step of partial states takes.
+    /// Checks the operands of the last step of partial states.
     ///
     /// # Errors
     /// Those of [`check_state`](Self::check_state); [`Error::WrongElementType`]; [`Error::MissingOperand`],

@@ -13,8 +13,8 @@ pub enum Layout {
     /// `[batch, heads, seq, width]`.
     Bhsd,
     /// `[tokens, heads, width]`: the sequences of a batch one after the other, whatever their lengths, see
-    /// [`Problem::with_lengths`](crate::Problem::with_lengths). `seq_q` and `seq_k` of the shape are the tokens of all sequences, and its batch is 1: that is
-    /// how shapes and strides are told, `[1, tokens, heads, width]`.
+    /// [`Problem::with_lengths`](crate::Problem::with_lengths). `seq_q` and `seq_k` of the shape are the tokens of all sequences, and its batch is 1. Shapes
+    /// and strides are those of `[1, tokens, heads, width]`.
     Thd,
 }
 
@@ -208,8 +208,8 @@ pub struct Options {
     pub bias: Option<Axes>,
     /// Element type of the bias: f32, or [`dtype`](Self::dtype). Its gradient is f32.
     pub bias_dtype: DType,
-    /// A boolean mask, given as the operand `mask` of shape `[B or 1, H or 1, M or 1, N]`, hides keys beside those that window
-    /// and causality hide: these are the axes that it has of its own.
+    /// A boolean mask, given as the operand `mask` of shape `[B or 1, H or 1, M or 1, N]`, hides more keys than window
+    /// and causality do: these are the axes that it has of its own.
     pub mask: Option<Axes>,
     /// How the mask lies in memory.
     pub mask_packing: MaskPacking,
