@@ -64,6 +64,18 @@ pub enum RotaryScaling {
 ///
 /// Cosines and sines are multiplied by `attention_factor`, 0.1 ln(factor) + 1 unless it is given, so that scores grow by its
 /// square.
+///
+/// ```
+/// use sink_attention::cache::{RotaryFrequencies, RotaryScaling, Yarn};
+///
+/// // GPT-OSS: 4096 positions of training, 32 times as many in use.
+/// let yarn = Yarn::new(32.0, 4096.0).truncate(false);
+/// let table = RotaryFrequencies::new(150_000.0).scaling(RotaryScaling::Yarn(yarn)).table(64, 2)?;
+/// let factor = 0.1 * 32f32.ln() + 1.0;
+/// assert!((table[0] - factor).abs() < 1e-6); // position 0 does not turn
+/// assert!((table[64] - factor * 1f32.cos()).abs() < 1e-6); // position 1: the fastest pair turns as it did
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Yarn {

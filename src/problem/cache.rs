@@ -6,6 +6,20 @@ use crate::problem::row_format::{Addressing, Bounds, Quantisation, RowFormat, UN
 use crate::problem::{Alignment, MAX_WIDTH, Options, Window};
 
 /// Where the keys and values of a cache lie, and when it gives them up.
+///
+/// ```
+/// use sink_attention::cache::{CacheConfig, CacheKind};
+/// use sink_attention::DType;
+///
+/// // 16 sequences of up to 4096 tokens, 8 heads of 64 in f16: bytes of the keys.
+/// let bytes = |kind| CacheConfig::new(kind, 16, 8, 64).dtype(DType::F16).bytes()[0];
+/// let row = 8 * 64 * 2;
+/// assert_eq!(bytes(CacheKind::Contiguous { capacity: 4096 }), 16 * 4096 * row);
+/// // Pages for half as many tokens do where sequences are shorter, or share what they begin with.
+/// assert_eq!(bytes(CacheKind::Paged { page_size: 16, pages: 2048, sequence_pages: 256 }), 2048 * 16 * row);
+/// // A window with its sink tokens does for sequences without end.
+/// assert_eq!(bytes(CacheKind::Rolling { sink_tokens: 4, window: 1020, queries: 1 }), 16 * 1024 * row);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CacheKind {
     /// Each sequence has rows of its own, `[sequences, G, capacity, width]`.
