@@ -420,7 +420,9 @@ pub use attention::Attention;
 #[cfg(feature = "gpu")]
 pub use device::{Device, DeviceChoice, TensorView};
 #[cfg(feature = "gpu")]
-pub use exec::prepared::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
+pub use exec::buffers::{BackwardBuffers, ForwardBuffers, MergeBuffers};
+#[cfg(feature = "gpu")]
+pub use exec::prepared::Prepared;
 pub use half;
 pub use problem::element::{DType, Element};
 pub use problem::error::{Error, Result};

@@ -20,6 +20,29 @@ use super::bind::{Bound, Given, check_result, params};
 
 /// New tokens in buffers of the caller's, of the cache's element type. The tokens of all sequences lie one after the other,
 /// `[tokens, heads, width]`, sequence by sequence; views may have any strides of head and token (those of batch do not count).
+///
+/// ```
+/// use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+/// use sink_attention::{Attention, DeviceChoice, Error};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let rotary = Rotary { dim: 2, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute };
+/// let config = CacheConfig::new(CacheKind::Contiguous { capacity: 2 }, 1, 1, 2).rotary(rotary);
+/// let mut cache = attention.create_cache(&config)?;
+/// // Position 0 does not turn, position 1 turns by a right angle.
+/// let cos_sin = device.upload("cos_sin", &[1.0, 0.0, 0.0, 1.0])?;
+/// let [k, v] = [device.upload("k", &[1.0, 0.0, 1.0, 0.0])?, device.upload("v", &[0.0; 4])?];
+/// let q = device.upload("q", &[1.0, 0.0, 1.0, 0.0])?; // two tokens of one head
+/// let tokens = AppendBuffers::new(&k, &v).q((q.view(), 1)).cos_sin(cos_sin.wgpu());
+/// let mut step = attention.step()?;
+/// cache.prepare_append(&[2], &tokens)?.encode(&mut cache, &mut step)?;
+/// step.submit()?;
+/// assert_eq!(q.download::<f32>()?, [1.0, 0.0, 0.0, 1.0]); // the query of token 1 has turned
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct AppendBuffers<'a> {

@@ -14,6 +14,20 @@ use crate::problem::{Axes, Bias, Inputs, Layout, MaskData, Options, Problem, Sha
 ///
 /// The tokens of all sequences lie one after the other, `[tokens, heads, width]`, sequence by sequence, in q, k, v, o and their
 /// gradients; lse is `[heads, tokens]`.
+///
+/// ```
+/// use sink_attention::Options;
+/// use sink_attention::cache::{CacheConfig, CacheKind, Prefill, PrefillOperands};
+/// use sink_attention::cpu::KvCache;
+///
+/// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 3, 1, 1))?;
+/// // Two tokens of the first sequence, none of the second, one of the third. Queries of zero give means of values.
+/// let prefill = Prefill::new(1, [2, 0, 1], Options::new().causal(true));
+/// let output = cache.prefill(&prefill, &mut [0.0f32; 3], [&[1.0; 3], &[2.0, 4.0, 7.0]], &PrefillOperands::default())?;
+/// assert_eq!(output.o, [2.0, 3.0, 7.0]);
+/// assert_eq!(cache.lengths(), [2, 0, 1]);
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Prefill {
@@ -50,7 +64,20 @@ setters! {
     }
 }
 
-/// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::cache::PrefillBuffers) tells more.
+/// Operands of a prefill, and of its backward pass, that go with options; see [`PrefillBuffers`](crate::cache::PrefillBuffers).
+///
+/// ```
+/// use sink_attention::cache::{CacheConfig, CacheKind, Prefill, PrefillOperands};
+/// use sink_attention::cpu::KvCache;
+/// use sink_attention::{Options, SinkLogits};
+///
+/// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 1, 1, 1))?;
+/// let prefill = Prefill::new(1, [1], Options::new().sink_logits(SinkLogits::PerHead));
+/// let operands = PrefillOperands::default().sink_logits(&[0.0][..]);
+/// let output = cache.prefill(&prefill, &mut [0.0f32], [&[1.0], &[6.0]], &operands)?;
+/// assert!((output.o[0] - 3.0).abs() < 1e-6); // the key and the sink share the weight
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct PrefillOperands<'a, T = f32> {
@@ -60,7 +87,7 @@ pub struct PrefillOperands<'a, T = f32> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// Added to the scores.
     pub bias: Option<Bias<'a, T>>,
-    /// Which keys may be seen.
+    /// The mask: the keys that may be seen.
     pub mask: Option<MaskData<'a>>,
     /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin); not in the backward pass.
     pub cos_sin: Option<&'a [f32]>,

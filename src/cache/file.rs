@@ -11,6 +11,7 @@ use safetensors::Dtype;
 use super::block_table::BlockTable;
 use super::cpu;
 use super::gpu::KvCache;
+use super::host::{HostCache, On};
 use crate::device::buffer::download;
 use crate::file::saved::{self, Reader, Tensor};
 use crate::problem::cache::{CacheConfig, CacheKind, RotaryPositions, RotaryStyle};
@@ -379,4 +380,46 @@ fn unpack<T: Element>(image: &[u8], rows: &Rows) -> (Vec<T>, Vec<f16>) {
         all_scales.extend(scales);
     }
     (data, all_scales)
+}
+
+impl<T: Element> HostCache<T> {
+    /// The cache as a safetensors file, which [`restore`](Self::restore) of either device reads.
+    ///
+    /// # Errors
+    /// As [`KvCache::to_safetensors`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn to_safetensors(&self) -> Result<Vec<u8>> {
+        pollster::block_on(self.to_safetensors_async())
+    }
+
+    /// As [`to_safetensors`](Self::to_safetensors), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`to_safetensors`](Self::to_safetensors).
+    pub async fn to_safetensors_async(&self) -> Result<Vec<u8>> {
+        match &self.on {
+            On::Cpu(cache) => cache.to_safetensors(),
+            On::Gpu(cache) => cache.to_safetensors_async().await,
+        }
+    }
+
+    /// Replaces the contents of the cache by those of a file of [`to_safetensors`](Self::to_safetensors).
+    ///
+    /// # Errors
+    /// As [`KvCache::restore`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn restore(&mut self, file: &[u8]) -> Result<()> {
+        pollster::block_on(self.restore_async(file))
+    }
+
+    /// As [`restore`](Self::restore), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore).
+    pub async fn restore_async(&mut self, file: &[u8]) -> Result<()> {
+        match &mut self.on {
+            On::Cpu(cache) => cache.restore(file),
+            On::Gpu(cache) => cache.restore_async(file).await,
+        }
+    }
 }

@@ -45,9 +45,31 @@ impl Attention {
 /// step waits for nothing.
 ///
 /// All that changes or reads it is recorded into a [`Step`], and holds for what is recorded after it there. [`lengths`](Self::lengths),
-/// [`pages`](Self::pages) and [`free_pages`](Self::free_pages) tell at any time what has been recorded so far, also in a step that
-/// is open; where that step is dropped or its submission fails, they are again as they were before it. Only one open step can
+/// [`pages`](Self::pages) and [`free_pages`](Self::free_pages) count all that has been recorded so far, also in a step that
+/// is open. Where that step is dropped or its submission fails, they are again as they were before it. Only one open step can
 /// touch a cache: every call that would use another one is [`Error::CacheBusy`], and names the first.
+///
+/// ```
+/// use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind};
+/// use sink_attention::{Attention, DType, DeviceChoice, Error};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let kind = CacheKind::Paged { page_size: 16, pages: 8, sequence_pages: 4 };
+/// let mut cache = attention.create_cache(&CacheConfig::new(kind, 2, 1, 4))?;
+/// let [k, v] = [device.zeros("k", DType::F32, &[20, 1, 4])?, device.zeros("v", DType::F32, &[20, 1, 4])?];
+/// let mut step = attention.step()?;
+/// let append = cache.prepare_append(&[20, 0], &AppendBuffers::new(&k, &v))?; // 20 tokens take two pages
+/// append.encode(&mut cache, &mut step)?;
+/// cache.fork(&mut step, 0, 1)?; // the second sequence shares them
+/// step.submit()?;
+/// assert_eq!(cache.lengths(), [20, 20]);
+/// assert_eq!(cache.pages(0), cache.pages(1));
+/// assert_eq!(cache.free_pages(), 6);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct KvCache {
     /// The operator that made it.

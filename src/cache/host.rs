@@ -11,7 +11,7 @@ use super::gpu::KvCache;
 use super::prefill::{PrefillBuffers, PreparedPrefill};
 use super::step::Step;
 use crate::attention::{Attention, HostBuffers, HostOperand, gradients_of, of_inputs, of_results};
-use crate::exec::prepared::ForwardBuffers;
+use crate::exec::buffers::ForwardBuffers;
 use crate::kernel::Binding;
 use crate::plan::decode::Decode;
 use crate::problem::cache::CacheConfig;
@@ -46,11 +46,11 @@ use crate::problem::{Gradients, Output, Upstream, check_length};
 /// ```
 #[derive(Debug)]
 pub struct HostCache<T> {
-    on: On<T>,
+    pub(super) on: On<T>,
 }
 
 #[derive(Debug)]
-enum On<T> {
+pub(super) enum On<T> {
     Cpu(Box<cpu::KvCache<T>>),
     Gpu(Box<KvCache>),
 }
@@ -377,8 +377,54 @@ impl<T: Element> HostCache<T> {
         sink_logits: Option<&[f32]>,
         cos_sin: Option<&[f32]>,
     ) -> Result<Output<T>> {
+        Ok(self.decode_whole(decode, q, sink_logits, cos_sin, false).await?.0)
+    }
+
+    /// As [`decode`](Self::decode), and the largest score of each row, `[B, H, M]`; see
+    /// [`Attention::forward_with_row_max`].
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    #[cfg(not(target_family = "wasm"))]
+    pub fn decode_with_row_max(
+        &self,
+        decode: &Decode,
+        q: &[T],
+        sink_logits: Option<&[f32]>,
+        cos_sin: Option<&[f32]>,
+    ) -> Result<(Output<T>, Vec<f32>)> {
+        pollster::block_on(self.decode_with_row_max_async(decode, q, sink_logits, cos_sin))
+    }
+
+    /// As [`decode_with_row_max`](Self::decode_with_row_max), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub async fn decode_with_row_max_async(
+        &self,
+        decode: &Decode,
+        q: &[T],
+        sink_logits: Option<&[f32]>,
+        cos_sin: Option<&[f32]>,
+    ) -> Result<(Output<T>, Vec<f32>)> {
+        let (output, row_max) = self.decode_whole(decode, q, sink_logits, cos_sin, true).await?;
+        Ok((output, row_max.unwrap_or_default()))
+    }
+
+    /// The results of a decoding step, and row_max where it is wanted.
+    async fn decode_whole(
+        &self,
+        decode: &Decode,
+        q: &[T],
+        sink_logits: Option<&[f32]>,
+        cos_sin: Option<&[f32]>,
+        has_row_max: bool,
+    ) -> Result<(Output<T>, Option<Vec<f32>>)> {
         let cache = match &self.on {
-            On::Cpu(cache) => return cache.decode(decode, q, sink_logits, cos_sin),
+            On::Cpu(cache) => {
+                let (output, row_max) = cache.decode_with_row_max(decode, q, sink_logits, cos_sin)?;
+                return Ok((output, has_row_max.then_some(row_max)));
+            }
             On::Gpu(cache) => cache,
         };
         let (problem, _) = decode.problem(&cache.config)?;
@@ -388,18 +434,22 @@ impl<T: Element> HostCache<T> {
         let device = cache.device.clone();
         let given =
             [(Binding::Q, Some(cast_slice(q))), (Binding::SinkLogits, sink_logits.map(cast_slice)), table(cos_sin)];
-        let create = || HostBuffers::new(&device).upload(given)?.results(&problem, [Binding::O, Binding::Lse]);
+        let row_max = has_row_max.then_some(Binding::RowMax);
+        let results = [Binding::O, Binding::Lse].into_iter().chain(row_max);
+        let create = || HostBuffers::new(&device).upload(given)?.results(&problem, results);
         let buffers = device.scoped_async("uploading operands", create).await??;
         let given = DecodeBuffers {
             sink_logits: buffers.view(Binding::SinkLogits),
             cos_sin: buffers.buffer(Binding::CosSin),
+            row_max: buffers.view(Binding::RowMax),
             ..DecodeBuffers::new(buffers.given(Binding::Q)?, buffers.given(Binding::O)?, buffers.given(Binding::Lse)?)
         };
         let prepared = cache.prepare_decode_async(decode, &given).await?;
         let mut step = step(cache, "decode")?;
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;
-        buffers.download(|_| ()).await?.output().await
+        let results = buffers.download(|_| ()).await?;
+        Ok((results.output().await?, results.optional(Binding::RowMax).await?))
     }
 
     /// Forgets the tokens of a sequence from `length` on; with 0 it is empty, and its pages are free.
@@ -472,48 +522,6 @@ impl<T: Element> HostCache<T> {
                 cache.assign(&mut step, sequence, pages, length)?;
                 step.submit_async().await.map(|_| ())
             }
-        }
-    }
-
-    /// The cache as a safetensors file, which [`restore`](Self::restore) of either device reads.
-    ///
-    /// # Errors
-    /// As [`KvCache::to_safetensors`].
-    #[cfg(all(feature = "safetensors", not(target_family = "wasm")))]
-    pub fn to_safetensors(&self) -> Result<Vec<u8>> {
-        pollster::block_on(self.to_safetensors_async())
-    }
-
-    /// As [`to_safetensors`](Self::to_safetensors), for browsers and async hosts.
-    ///
-    /// # Errors
-    /// As [`to_safetensors`](Self::to_safetensors).
-    #[cfg(feature = "safetensors")]
-    pub async fn to_safetensors_async(&self) -> Result<Vec<u8>> {
-        match &self.on {
-            On::Cpu(cache) => cache.to_safetensors(),
-            On::Gpu(cache) => cache.to_safetensors_async().await,
-        }
-    }
-
-    /// Replaces what the cache holds by what such a file does.
-    ///
-    /// # Errors
-    /// As [`KvCache::restore`].
-    #[cfg(all(feature = "safetensors", not(target_family = "wasm")))]
-    pub fn restore(&mut self, file: &[u8]) -> Result<()> {
-        pollster::block_on(self.restore_async(file))
-    }
-
-    /// As [`restore`](Self::restore), for browsers and async hosts.
-    ///
-    /// # Errors
-    /// As [`restore`](Self::restore).
-    #[cfg(feature = "safetensors")]
-    pub async fn restore_async(&mut self, file: &[u8]) -> Result<()> {
-        match &mut self.on {
-            On::Cpu(cache) => cache.restore(file),
-            On::Gpu(cache) => cache.restore_async(file).await,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::f64::consts::TAU;
 
 use crate::problem::error::{Error, Result};
 
-/// How fast the pairs of features of a rotary embedding turn, and the table that says so, as a cache takes it
+/// The frequencies by which the pairs of features of a rotary embedding turn, and the table of them that a cache takes
 /// ([`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin)).
 ///
 /// Pair i of dim / 2 turns by `theta^(-2 i / dim)` radians from position to position (Su et al., "RoFormer", arXiv 2104.09864), as
@@ -22,7 +22,7 @@ use crate::problem::error::{Error, Result};
 pub struct RotaryFrequencies {
     /// Base of the frequencies, more than 1: `rope_theta` in Hugging Face's configurations.
     pub theta: f64,
-    /// How they are changed for sequences that are longer than those of the training.
+    /// The change for sequences that are longer than those of the training.
     pub scaling: RotaryScaling,
 }
 
@@ -64,6 +64,18 @@ pub enum RotaryScaling {
 ///
 /// Cosines and sines are multiplied by `attention_factor`, 0.1 ln(factor) + 1 unless it is given, so that scores grow by its
 /// square.
+///
+/// ```
+/// use sink_attention::cache::{RotaryFrequencies, RotaryScaling, Yarn};
+///
+/// // GPT-OSS: 4096 positions of training, 32 times as many in use.
+/// let yarn = Yarn::new(32.0, 4096.0).truncate(false);
+/// let table = RotaryFrequencies::new(150_000.0).scaling(RotaryScaling::Yarn(yarn)).table(64, 2)?;
+/// let factor = 0.1 * 32f32.ln() + 1.0;
+/// assert!((table[0] - factor).abs() < 1e-6); // position 0 does not turn
+/// assert!((table[64] - factor * 1f32.cos()).abs() < 1e-6); // position 1: the fastest pair turns as it did
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Yarn {

@@ -18,6 +18,32 @@ use crate::problem::error::{Error, Result};
 /// ([`Error::CacheBusy`]); so steps run in the order of their recording, without any rule that a caller must keep.
 ///
 /// A step may touch any number of caches, of one device. It is made by [`Attention::step`](crate::Attention::step).
+///
+/// ```
+/// use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind};
+/// use sink_attention::{Attention, DType, DeviceChoice, Error};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let mut cache = attention.create_cache(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 1, 1, 4))?;
+/// let [k, v] = [device.zeros("k", DType::F32, &[1, 1, 4])?, device.zeros("v", DType::F32, &[1, 1, 4])?];
+/// let append = cache.prepare_append(&[1], &AppendBuffers::new(&k, &v))?;
+///
+/// let mut dropped = attention.step()?.label("a guess");
+/// append.encode(&mut cache, &mut dropped)?;
+/// assert_eq!(cache.lengths(), [1]); // as recorded so far
+/// drop(dropped);
+/// assert_eq!(cache.lengths(), [0]); // it has not happened
+///
+/// let mut step = attention.step()?;
+/// append.encode(&mut cache, &mut step)?;
+/// append.encode(&mut cache, &mut step)?;
+/// step.submit()?;
+/// assert_eq!(cache.lengths(), [2]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Step {
     device: Device,

@@ -61,8 +61,8 @@ impl Capabilities {
     }
 }
 
-/// Whether an adapter computes on the CPU. Drivers say so, and browsers of their fallback adapter; a browser that was started
-/// with such a driver as its only one may not, but for the driver's name.
+/// Whether an adapter computes on the CPU. Drivers report it, and browsers report it of their fallback adapter. A browser
+/// whose only driver is a software one may not; then the driver's name decides.
 pub fn is_software(info: &wgpu::AdapterInfo) -> bool {
     const NAMES: [&str; 5] = ["swiftshader", "llvmpipe", "lavapipe", "softpipe", "basic render"];
     let named = |text: &str| NAMES.iter().any(|name| text.to_lowercase().contains(name));
@@ -70,7 +70,7 @@ pub fn is_software(info: &wgpu::AdapterInfo) -> bool {
         || [&info.name, &info.driver, &info.driver_info].into_iter().any(|t| named(t))
 }
 
-/// What a host application should request of its adapter for this crate's kernels to run at their best:
+/// The device that a host application should request of its adapter for this crate's kernels to run at their best:
 /// all the workgroup memory, threads and buffer sizes there are, and timestamps and pipeline caches where they exist.
 ///
 /// Every WebGPU adapter will do. With smaller limits the kernels still run, with smaller tiles.

@@ -114,7 +114,7 @@ impl DeviceBuffer {
         self.device.scoped_async("writing a buffer", || write(&self.device, &self.buffer, start, bytes)).await
     }
 
-    /// What it holds once everything submitted is done; blocks until that is there.
+    /// Its elements once everything submitted is done; blocks until they are there.
     ///
     /// # Errors
     /// [`Error::BufferType`] for another type; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the
@@ -204,8 +204,7 @@ impl Device {
         Ok(DeviceBuffer { device: self.clone(), buffer, operand, element, len })
     }
 
-    /// What ranges of elements of buffers hold once everything submitted is done, in one submission; blocks until that is
-    /// there.
+    /// Ranges of elements of buffers once everything submitted is done, in one submission; blocks until they are there.
     ///
     /// # Errors
     /// [`Error::BufferRange`] for elements that are not there; those of [`DeviceBuffer::download`].
@@ -249,10 +248,33 @@ impl Device {
 /// f32.
 ///
 /// Kernels bind whole words of four bytes: a buffer of f16, bf16 or a mask in bytes must hold the whole of the word in which it
-/// ends. What else lies in that word is kept.
+/// ends. Other elements in that word are kept.
 ///
 /// The last axis is contiguous; the others may have any strides. By default the operand is densely
 /// packed in the problem's layout and starts at the buffer's first element.
+///
+/// ```
+/// use sink_attention::{Attention, DType, DeviceChoice, Error, ForwardBuffers, Options, Problem, Shape};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 2, seq_k: 2, head_dim: 2, value_dim: 2 };
+/// let problem = Problem::new(shape, Options::new().causal(true))?;
+/// // A fused projection: for each of two tokens q, k and v in one row of six.
+/// let qkv = device.upload("qkv", &[0.0, 0.0, 1.0, 1.0, 2.0, 4.0, 0.0, 0.0, 1.0, 1.0, 4.0, 8.0])?;
+/// let part = |first| qkv.view().offset(first).strides([12, 2, 6]); // of batch, head and sequence
+/// let [o, lse] = [device.zeros("o", DType::F32, &[2, 2])?, device.zeros("lse", DType::F32, &[2])?];
+/// let forward = attention.prepare_forward(&problem, &ForwardBuffers::new(part(0), part(2), part(4), &o, &lse))?;
+/// let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+/// forward.encode(&mut encoder);
+/// device.queue().submit([encoder.finish()]);
+/// for (o, mean) in o.download::<f32>()?.iter().zip([2.0, 4.0, 3.0, 6.0]) {
+///     assert!((o - mean).abs() < 1e-5); // the first token sees itself, the second one both
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
     /// The buffer, of the operator's own device; it needs [`wgpu::BufferUsages::STORAGE`].

@@ -30,7 +30,7 @@ pub enum DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// What `SINK_ATTENTION_ADAPTER` says: an index or a part of a name, `cpu` for the CPU path, `gpu` for
+    /// The choice that `SINK_ATTENTION_ADAPTER` names: an index or a part of a name, `cpu` for the CPU path, `gpu` for
     /// [`DeviceChoice::Gpu`]; [`DeviceChoice::Auto`] where it is unset or empty.
     pub fn from_env() -> Self {
         match std::env::var(ADAPTER_VARIABLE) {
@@ -41,7 +41,7 @@ impl DeviceChoice {
         }
     }
 
-    /// Which of the [`adapters`], given by what they say of themselves and in their order, this choice calls for, and why.
+    /// Selects one of the [`adapters`], which are given by their infos in the same order, and gives the reason.
     ///
     /// # Errors
     /// [`Error::NoAdapter`], [`Error::AdapterNotFound`].
@@ -68,7 +68,7 @@ impl DeviceChoice {
     }
 }
 
-/// What a [`DeviceChoice`] comes to.
+/// The adapter that a [`DeviceChoice`] selects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Selection {
@@ -175,7 +175,26 @@ pub(crate) fn note_buffer(label: &'static str, bytes: u64) {
     CREATED.with_borrow_mut(|created| created.push((label, bytes)));
 }
 
-/// A wgpu device with what it offers.
+/// A wgpu device with its queue and its capabilities.
+///
+/// ```
+/// use sink_attention::device::{adapters, device_descriptor};
+/// use sink_attention::{Attention, Device};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // The host application opens a device, and shares it.
+/// let Some(adapter) = adapters().into_iter().next() else { return Ok(()) };
+/// let (device, queue) = pollster::block_on(adapter.request_device(&device_descriptor(&adapter)))?;
+/// let device = Device::from_wgpu_on(&adapter, device, queue);
+///
+/// let numbers = device.upload("numbers", &[1.0f32, 2.0, 3.0, 4.0])?;
+/// let [middle, all] = device.download([(&numbers, 1..3), (&numbers, 0..4)])?; // one submission
+/// assert_eq!((middle, all), (vec![2.0f32, 3.0], vec![1.0, 2.0, 3.0, 4.0]));
+///
+/// assert!(Attention::on(device).is_gpu());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Device {
     device: wgpu::Device,
@@ -190,7 +209,7 @@ impl Device {
         Device { device, queue, capabilities }
     }
 
-    /// As [`from_wgpu`](Self::from_wgpu) with the adapter that the device is of: it tells whether the device has cooperative
+    /// As [`from_wgpu`](Self::from_wgpu) with the adapter that the device is of. Only the adapter knows whether there are cooperative
     /// matrices (tensor cores).
     pub fn from_wgpu_on(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
         let capabilities = Capabilities::of(&device, Some(adapter));
@@ -218,7 +237,7 @@ impl Device {
         Ok(Device::from_wgpu_on(adapter, device, queue))
     }
 
-    /// Opens what a choice calls for, and says why it is that; `None` is the CPU path.
+    /// Opens the device that a choice selects, and gives the reason; `None` is the CPU path.
     ///
     /// # Errors
     /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
@@ -254,12 +273,12 @@ impl Device {
         &self.queue
     }
 
-    /// What it offers.
+    /// The limits and features that plans depend on.
     pub fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }
 
-    /// Runs `work` and turns what wgpu reports of it into an error, where by default it would panic. `during` goes into
+    /// Runs `work` and turns wgpu's reports of it into an error, where by default wgpu would panic. `during` goes into
     /// the message.
     ///
     /// # Errors

@@ -14,6 +14,20 @@ use crate::problem::row_format::Bounds;
 use crate::problem::{Options, Problem, Shape};
 
 /// What a decoding step computes.
+///
+/// ```
+/// use sink_attention::Options;
+/// use sink_attention::cache::{CacheConfig, CacheKind, Decode};
+/// use sink_attention::cpu::KvCache;
+///
+/// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 2, 1, 1))?;
+/// cache.append(&[0, 3], &[1.0f32; 3], &[1.0, 2.0, 6.0], None, None)?;
+/// // The queries of the last two tokens of the second sequence, as speculative decoding checks them.
+/// let decode = Decode::new(1, Options::new().causal(true)).queries(2).sequences([1]);
+/// let output = cache.decode(&decode, &[0.0; 2], None, None)?;
+/// assert_eq!(output.o, [1.5, 3.0]); // scores of zero: means of the values so far
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Decode {

@@ -59,6 +59,19 @@ setters! {
 }
 
 /// How a problem will be computed on a device: passes that run one after the other.
+///
+/// ```
+/// use sink_attention::plan::{Capabilities, Kernel, Plan};
+/// use sink_attention::{Options, Problem, Shape};
+///
+/// let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: 64, seq_k: 64, head_dim: 64, value_dim: 64 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// let device = Capabilities::webgpu_defaults(); // no device is needed
+/// let plan = Plan::backward(&problem, &device)?;
+/// assert!(plan.passes.iter().map(|pass| pass.variant.kernel).eq([Kernel::DELTA, Kernel::D_Q, Kernel::D_KV]));
+/// assert_eq!(plan.dispatches(&problem, &device, None)?, [1, 1, 1]);
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Plan {
