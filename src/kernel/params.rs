@@ -1,5 +1,5 @@
-//! `Params`, the numbers that change between calls. One list gives the host's struct, the struct of the shaders' texts and the
-//! bytes of a uniform buffer. A text declares the fields that it reads, and no others.
+//! `Params`, the numbers that change between calls. One list makes the host's struct, the struct in the shaders' texts and the bytes of a
+//! uniform buffer. A text declares the fields that it reads, and no others.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -9,8 +9,8 @@ use bytemuck::{Pod, Zeroable, bytes_of};
 use crate::kernel::binding::Binding;
 use crate::problem::error::{Error, Result};
 
-/// Place of an operand, counted in vectors of its load width from the start of what is bound of it. Numbers may wrap around: only
-/// the index that they sum up to must be right.
+/// Place of an operand, counted in vectors of its load width from the start of its binding. Numbers may wrap around: only the index that is
+/// their sum must be right.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 pub(crate) struct Operand {
@@ -20,17 +20,17 @@ pub(crate) struct Operand {
     pub(crate) seq: u32,
 }
 
-/// The declaration of [`Operand`] in a text, as long as uniform buffers align a struct.
+/// The declaration of [`Operand`] in a text. Its length is a multiple of 16 bytes, as uniform buffers align a struct.
 const OPERAND: &str = "struct Operand { offset: u32, batch: u32, head: u32, seq: u32 }\n";
 
-/// A line of a template, in whose place the declaration of the parameters comes.
+/// The line of a template that the declaration of the parameters replaces.
 pub(crate) const PLACE: &str = "// PARAMS";
 
 /// A field of [`Params`].
 #[derive(Debug)]
 pub(crate) struct Field {
     name: &'static str,
-    /// In Rust and in WGSL.
+    /// Name in Rust and in WGSL.
     type_name: &'static str,
     docs: &'static [&'static str],
     size: usize,
@@ -42,7 +42,7 @@ macro_rules! params {
         operands { $($(#[doc = $operand_doc:literal])* $operand:ident: $binding:ident,)* }
         numbers { $($(#[doc = $doc:literal])* $field:ident: $type:ident,)* }
     ) => {
-        /// What changes between calls.
+        /// The numbers that change between calls.
         #[derive(Debug, Clone, Copy, Default)]
         pub(crate) struct Params {
             $($(#[doc = $operand_doc])* pub(crate) $operand: Operand,)*
@@ -201,10 +201,10 @@ params! {
 pub(crate) struct ParamsLayout(Vec<&'static Field>);
 
 impl ParamsLayout {
-    /// The fields that a text names as `params.` and the field, comments aside.
+    /// The fields that a text reads as `params.field` outside of comments.
     ///
     /// # Errors
-    /// [`Error::Gpu`] for a field that there is not, which would be a mistake of this crate.
+    /// [`Error::Gpu`] for a field that does not exist, which would be a mistake of this crate.
     pub(crate) fn of(text: &str) -> Result<Self> {
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
         let code = text.lines().map(|line| line.split_once("//").map_or(line, |(code, _)| code));
@@ -224,7 +224,7 @@ impl ParamsLayout {
         Ok(ParamsLayout(FIELDS.iter().filter(|field| read.contains(&field.name)).collect()))
     }
 
-    /// The declaration.
+    /// The declaration in WGSL.
     fn wgsl(&self) -> String {
         let mut text = String::from(OPERAND);
         text.push_str("\nstruct Params {\n");
@@ -253,7 +253,7 @@ impl ParamsLayout {
     }
 }
 
-/// Puts the declaration of what a text reads of the parameters in its place.
+/// Replaces the mark in a text by the declaration of the parameters that the text reads.
 pub(crate) fn declare(text: &str) -> Result<Cow<'_, str>> {
     match text.split_once(PLACE) {
         Some((head, rest)) => Ok(format!("{head}{}{rest}", ParamsLayout::of(rest)?.wgsl()).into()),
