@@ -151,7 +151,7 @@ impl PreparedAppend {
         };
         let k = place(Binding::K, &buffers.k, config.kv_heads, config.head_dim)?;
         let v = place(Binding::V, &buffers.v, config.kv_heads, config.value_dim)?;
-        // Queries are rotated once.
+        // Queries are rotated only once, with the append to the cache.
         let given_q = buffers.q.filter(|_| behind.is_none());
         let q = match &given_q {
             Some((_, 0)) => return Err(Error::ZeroDimension { dimension: "heads" }),
@@ -167,7 +167,7 @@ impl PreparedAppend {
         let options = CacheOptions {
             rotates_q: q.is_some(),
             gathered: behind.is_some(),
-            // Keys that are rotated as they are read come as they are.
+            // Keys that are rotated as they are read are stored without rotation.
             rotary: config.rotary.filter(|_| q.is_some() || !config.is_relative()),
             ..CacheOptions::new(config, vec4)
         };
@@ -188,7 +188,8 @@ impl PreparedAppend {
             gathered_rows: behind.as_ref().map_or(0, |(gathered, _)| gathered.rows as u32),
             ..params(config)
         };
-        // How many each sequence gets, or its first row, then of each token its sequence and its number there.
+        // The list has a word for each sequence (the number of its tokens, or its first row), then for each token its sequence and its
+        // number there.
         let (gathered, mut list) = match behind {
             Some((gathered, rows)) => (Some(gathered), rows),
             None => (None, tokens.iter().map(|n| *n as u32).collect()),

@@ -241,14 +241,14 @@ impl Batch {
             batch: 1,
             heads: *heads,
             kv_heads: config.kv_heads,
-            // Checked as with a token where there are none.
+            // Without tokens, or without keys, the checks use one.
             seq_q: tokens.iter().sum::<usize>().max(1),
             seq_k: rows.max(1),
             head_dim: config.head_dim,
             value_dim: config.value_dim,
         };
         let problem = match entries.len() {
-            // The same operands, and kernels that need no table of sequences.
+            // The operands are the same, and these kernels need no table of sequences.
             0 | 1 => Problem::new(shape, options.layout(Layout::Bshd))?,
             _ => Problem::with_lengths(shape, options.layout(Layout::Thd), Lengths::Cumulative { q: &q, k: &k })?,
         };
@@ -262,7 +262,7 @@ impl Batch {
         let mut bias = vec![0.0; self.entries.len() * heads * keys];
         for (entry, of_entry) in self.entries.iter().zip(bias.chunks_exact_mut(heads * keys)) {
             let gap = entry.given_up() as f32;
-            // A list of another length is an error of the checks that follow.
+            // The checks that follow refuse a list of another length.
             for (row, slope) in of_entry.chunks_exact_mut(keys).zip(alibi_slopes.unwrap_or(&[])) {
                 row[..self.problem.options().sink_tokens.min(keys)].fill(-slope * gap);
             }
@@ -302,7 +302,7 @@ impl Batch {
 
     /// Where gradients go of keys that all come from the cache: pages that sequences share get the sum over these.
     pub(crate) fn sums(&self, block_table: &BlockTable) -> Vec<Sum> {
-        // Of each block, how many of its rows each sequence uses, and where these lie.
+        // For each block: how many of its rows each sequence uses, and where these rows are.
         let mut users: BTreeMap<usize, Vec<[usize; 2]>> = BTreeMap::new();
         for &Entry { sequence, length, keys, first_row, .. } in &self.entries {
             let mut place = 0;
@@ -316,7 +316,7 @@ impl Batch {
         let mut sums = Vec::new();
         for (block, users) in users {
             let mut row = 0;
-            // As far as the same sequences use it.
+            // Each sum covers the rows that the same sequences use.
             while let Some(end) = users.iter().map(|[used, _]| *used).filter(|used| *used > row).min() {
                 let rows = (end - row).min(RUN_ROWS);
                 let terms = users.iter().filter(|[used, _]| *used > row).map(|[_, first]| first + row).collect();

@@ -34,7 +34,7 @@ struct Rotated {
     tokens: usize,
 }
 
-/// What has to follow on the device.
+/// Changes that have to follow on the device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Changes {
     /// Whole pages to copy, from and to, before anything else.
@@ -63,7 +63,7 @@ impl BlockTable {
     /// As it was: `lengths`, `written` and a table for each sequence.
     ///
     /// # Errors
-    /// What cannot have been, with the numbers.
+    /// A block table with the restored state. An error names a state that cannot have been, with its numbers.
     #[cfg(feature = "safetensors")]
     pub(crate) fn restored(
         config: &CacheConfig,
@@ -206,7 +206,7 @@ impl BlockTable {
     pub(crate) fn reserve(&mut self, added: &[usize]) -> Result<Changes> {
         self.check_capacity(added)?;
         let CacheKind::Paged { page_size, pages, .. } = self.kind else { return Ok(Changes::default()) };
-        // What is wanted, before anything is taken: page by page, as those who share one give it up one after the other.
+        // The needed pages are counted first, page by page: sequences that share a page give it up one after the other.
         let mut shared: HashMap<u32, u32> = HashMap::new();
         let mut copied = Vec::new();
         let mut fresh = 0;
@@ -231,7 +231,7 @@ impl BlockTable {
             let Some(own) = self.take() else { continue };
             Arc::make_mut(&mut self.holders)[page as usize] -= 1;
             Arc::make_mut(&mut self.tables[sequence])[number] = own;
-            // A page behind the last token has nothing to keep.
+            // A page behind the last token holds nothing to keep.
             if number * page_size < self.lengths[sequence] {
                 changes.copies.push([page, own]);
             }
@@ -305,7 +305,7 @@ impl BlockTable {
         if written <= self.kind.rows() || length == 0 {
             return Ok(());
         }
-        // As if all queries but the first were taken back.
+        // The length as if all queries but the first were taken back.
         let length = (length + 1).saturating_sub(queries);
         let least = (written + left + 2).saturating_sub(most + window);
         if length < least { Err(Error::CacheEvicted { sequence, length, least }) } else { Ok(()) }

@@ -24,7 +24,7 @@ const VERSION: u32 = 1;
 /// The key of the metadata.
 const CACHE: &str = "cache";
 
-/// What two caches must have in common for one to take the other's contents.
+/// The properties that two caches must share if one is to take the other's contents.
 fn properties(config: &CacheConfig) -> Vec<(&'static str, String)> {
     let mut properties = vec![("version", VERSION.to_string())];
     let mut add = |name, value: &dyn ToString| properties.push((name, value.to_string()));
@@ -262,7 +262,7 @@ impl KvCache {
     pub async fn restore_async(&mut self, file: &[u8]) -> Result<()> {
         self.check_free()?;
         let (block_table, [keys, values]) = deserialize(&self.config, file)?;
-        // Lengths for either list, then a table of each sequence.
+        // The state has two lists of lengths, and then the table of each sequence.
         let lengths = block_table.lengths().iter().map(|length| *length as u32);
         let mut state: Vec<u32> = lengths.clone().chain(lengths).collect();
         for sequence in 0..self.config.sequences {
@@ -357,7 +357,7 @@ fn pack<T: Element>(data: &[T], scales: &[f16], rows: &Rows) -> Vec<u8> {
         let scales = &scales[n * blocks..][..blocks];
         for (i, x) in row.iter().enumerate() {
             let scale = scales[i / BLOCK].to_f32();
-            // Of a block without a scale, 0 or NaN, numbers are of no account.
+            // Numbers of a block whose scale is 0 or NaN have no effect.
             let number = if scale > 0.0 { (x.to_f32() / scale).round_ties_even().clamp(-127.0, 127.0) } else { 0.0 };
             image[i] = (number as i8).cast_unsigned();
         }

@@ -100,7 +100,7 @@ impl Gathered {
         [0, 1].map(|n| (bindings[n], resource(&self.parts[n].0, self.parts[n].1)))
     }
 
-    /// What copies runs of rows out of the cache to here; none where there are none.
+    /// The dispatch that copies runs of rows out of the cache to here. `None` if there are no runs.
     pub(super) async fn gather(&self, cache: &KvCache, runs: &[Run]) -> Result<Option<Dispatch>> {
         let config = &cache.config;
         let paged = config.addressing() == Addressing::Paged;
@@ -111,7 +111,7 @@ impl Gathered {
         self.moving(cache, Kernel::GATHER, runs.len(), list.collect(), Vec::new()).await
     }
 
-    /// What sums gradients from here into buffers of the cache's layout.
+    /// The dispatch that sums gradients from here into buffers of the cache's layout.
     pub(super) async fn scatter(
         &self,
         cache: &KvCache,

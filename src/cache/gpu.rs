@@ -72,7 +72,7 @@ pub struct KvCache {
 /// A buffer of the caller's by the name of its operand, where it is given.
 pub(super) type GivenBuffer<'a> = (&'static str, Option<&'a wgpu::Buffer>);
 
-/// What the host knows of the buffers.
+/// The host's knowledge of the buffers.
 #[derive(Debug, Clone)]
 pub(super) struct Book {
     pub(super) block_table: BlockTable,
@@ -140,7 +140,7 @@ impl KvCache {
         &self.config
     }
 
-    /// What holds now: of a step that never ran there is nothing.
+    /// The state that holds now. A step that never ran has no part in it.
     pub(super) fn book(&self) -> &Book {
         match &self.before {
             Some(before) if before.step.is_dropped() => &before.book,
@@ -157,7 +157,7 @@ impl KvCache {
         if step.device != *self.device.wgpu() {
             return Err(Error::OtherDevice { step: step.to_string() });
         }
-        // Nothing in between can panic, and one word is never half written.
+        // No code that holds the lock can panic, and one word is never half written.
         let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
         match &*holder {
             Some(other) if Arc::ptr_eq(other, step) => return Ok(()),
@@ -383,7 +383,7 @@ impl KvCache {
             usage: wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         });
-        // Nothing else uses this buffer, so that it does not matter when.
+        // The buffer is fresh, so the write may happen at any time before the copy.
         self.device.queue().write_buffer(&staged, 0, bytemuck::cast_slice(words));
         encoder.copy_buffer_to_buffer(&staged, 0, &self.state, 4 * word as u64, staged.size());
     }

@@ -111,7 +111,7 @@ setters! {
 #[derive(Debug, Clone)]
 pub struct PreparedPrefill {
     append: PreparedAppend,
-    /// What the passes are made for; none where there are no tokens.
+    /// The passes of the prefill. `None` if there are no tokens.
     passes: Option<Passes>,
 }
 
@@ -209,7 +209,7 @@ impl PreparedPrefill {
                 before = [gathered.gather(cache, &runs).await?, behind];
             }
             (Source::Gathered(gathered), _) => {
-                // The new tokens, too, as they have been appended by then.
+                // The new tokens are gathered, too, because they have been appended by then.
                 let held = |entry: &Entry| Entry { cached: entry.keys, ..*entry };
                 let held = Batch { entries: batch.entries.iter().map(held).collect(), ..batch.clone() };
                 after = gathered.gather(cache, &held.runs(cache.block_table())).await?;

@@ -115,7 +115,7 @@ impl Yarn {
             (low, high) = (low.floor(), high.ceil());
         }
         let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
-        // A step instead of a line.
+        // The line becomes a step.
         if low == high {
             high += 0.001;
         }
@@ -204,7 +204,7 @@ impl RotaryFrequencies {
                     ("beta_slow", yarn.beta_slow),
                     ("attention_factor", yarn.concentration()),
                 ];
-                // Without a factor its logarithm is none.
+                // Without a valid factor, its logarithm is not a number.
                 for (option, x) in numbers.into_iter().filter(|_| yarn.factor >= 1.0) {
                     if !(x > 0.0 && x.is_finite()) {
                         return invalid(option, format!("{x}; it must be more than 0, and finite"));

@@ -47,7 +47,7 @@ impl Step {
 
     /// Names it in errors. The first name stays.
     pub fn label(self, label: impl Into<String>) -> Self {
-        // A second name is no error.
+        // A second name is ignored.
         let _ = self.ticket.0.label.set(label.into());
         self
     }
@@ -128,7 +128,7 @@ const DROPPED: u8 = 3;
 /// Whether it ran is not known.
 const UNKNOWN: u8 = 4;
 
-/// What a step and the caches that it touches share.
+/// The state that a step shares with the caches that it touches.
 #[derive(Debug)]
 pub(super) struct Ticket {
     number: u64,
@@ -226,7 +226,7 @@ mod tests {
         drop(never_polled.submit_async());
         assert!(ticket.is_dropped());
 
-        // A future that is dropped between the submission and the answer to it.
+        // The future is dropped between the submission and the answer to it.
         let (forgotten, ticket) = step();
         forgotten.ticket.0.set(SUBMITTING);
         assert!(ticket.check_closed().is_err());
@@ -235,7 +235,7 @@ mod tests {
         let error = ticket.check_ended().unwrap_err().to_string();
         assert!(error.contains("was not awaited to its end: restore the cache"), "{error}");
 
-        // Answers are there at once where they are not those of a browser.
+        // Outside browsers the answer is there at once.
         let (polled, ticket) = step();
         let mut future = Box::pin(polled.submit_async());
         assert!(future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
