@@ -63,7 +63,7 @@ impl BlockTable {
     /// As it was: `lengths`, `written` and a table for each sequence.
     ///
     /// # Errors
-    /// A block table with the restored state. An error names a state that cannot have been, with its numbers.
+    /// A message about a state that cannot have existed, with its numbers.
     #[cfg(feature = "safetensors")]
     pub(crate) fn restored(
         config: &CacheConfig,

@@ -89,7 +89,7 @@ params! {
         o_lo: OLo,
         lse: Lse,
         d_lse: DLse,
-        /// What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
+        /// lse and delta of each row, for the backward pass. The ALiBi slope of a head follows its last row.
         row_stats: RowStats,
         alibi_moments: AlibiMoments,
         sink_partials: SinkPartials,
@@ -99,11 +99,11 @@ params! {
         d_bias: DBias,
         /// The caller's boolean mask, in bytes or words.
         mask: Mask,
-        /// Its bits in words, by rows of queries.
+        /// The bits of the mask in words, by rows of queries.
         mask_bits: MaskBits,
-        /// The same by rows of keys, unless one row is for all queries.
+        /// The bits of the mask by rows of keys, unless one row is for all queries.
         mask_key_bits: MaskBits,
-        /// The classes of its blocks.
+        /// The classes of the mask's blocks.
         mask_classes: MaskBits,
         /// Partial states, one behind the other along the batch axis.
         states: States,
@@ -122,10 +122,10 @@ params! {
         /// Position of query 0.
         offset: i32,
         sink_tokens: u32,
-        /// Workgroups of this dispatch: the grid is folded into two dimensions and may be larger.
+        /// Workgroups of this dispatch. The grid is folded into two dimensions and may be larger.
         workgroups: u32,
-        /// The slice of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are those of
-        /// keys where a group is kept together.
+        /// The slice of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are key
+        /// heads if a group is kept together.
         slice_batch: u32,
         slice_batches: u32,
         slice_head: u32,
@@ -140,7 +140,7 @@ params! {
         d_slope_offset: u32,
         /// A slope's place behind the first row of its head.
         slope_row: u32,
-        /// First word of the list of tiles, where sequences differ in length.
+        /// First word of the list of tiles, if sequences differ in length.
         work_at: u32,
         batch: u32,
         /// Sequences of the problem.
@@ -155,7 +155,7 @@ params! {
         queries: u32,
         /// Sequences of the cache.
         sequences: u32,
-        /// First word in `state` of the lengths that hold now, and of those after this append.
+        /// First word in `state` of the lengths that hold now, and of the lengths after this append.
         current: u32,
         next: u32,
         /// First word of the block tables in `state`, and words of the table of a sequence.
@@ -178,7 +178,7 @@ params! {
         row_tiles: u32,
         /// Key heads of all sequences of a decoding step.
         groups: u32,
-        /// Splits of the keys; the most where a split would have more tiles than `long_tiles`; the fewest tiles of a split.
+        /// Splits of the keys, the most splits if a split would have more tiles than `long_tiles`, and the fewest tiles of a split.
         splits: u32,
         most_splits: u32,
         long_tiles: u32,
@@ -186,9 +186,9 @@ params! {
         lse_offset: u32,
         softcap: f32,
         scale: f32,
-        /// The factor of what the softmax works on: the scale, or 1 where scores are formed beforehand.
+        /// The factor of scores in the softmax: the scale, or 1 if scores are formed beforehand.
         score_scale: f32,
-        /// `score_scale` is `scale_sign`, 1 or -1, times `scale_size`.
+        /// `score_scale` is `scale_sign` (1 or -1) times `scale_size`.
         scale_sign: f32,
         scale_size: f32,
         /// -infinity, for which WGSL has no literal.

@@ -379,8 +379,8 @@ fn compare_all(
         let failure = failure.or_else(|| {
             let rows = rows.iter().filter(|(_, kind)| *kind == Row::Compared).map(|(row, _)| row.clone());
             let dtype = case.problem.options().dtype;
-            // All weights of a row may be small. Each is as uncertain as its score. The score, the sum of products and lse are rounded: by
-            // some four half units of five standard deviations.
+            // All weights of a row may be small. Each is as uncertain as the rounding of its score, of the sum of products and of lse: some
+            // four half units of five standard deviations.
             let bound = bound + 20.0 * f64::from(case.logits) * f64::from(f32::EPSILON / 2.0);
             compare::rows(actual, expected, column.magnitudes(&magnitudes)?, rows, dtype, bound)
                 .err()
