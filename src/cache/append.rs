@@ -132,8 +132,8 @@ impl PreparedAppend {
         Ok(PreparedAppend { keys, counts, q_heads, positions, kernel })
     }
 
-    /// The kernel and its grid; none where there is nothing to append. The tokens go into the cache, or into the buffers
-    /// that were gathered from it: `behind` has these, and the row of each sequence's first new key.
+    /// The kernel and its grid. None if there is nothing to append. The tokens go into the cache, or into the buffers that were gathered
+    /// from it: `behind` has these buffers, and the row of each sequence's first new key.
     pub(super) async fn bind(
         cache: &KvCache,
         tokens: &[usize],

@@ -41,7 +41,7 @@ pub struct KvCache<T> {
     pub(super) block_table: BlockTable,
     pub(super) keys: Vec<T>,
     pub(super) values: Vec<T>,
-    /// Of the blocks of quantised keys and values, row by row.
+    /// Scales of the blocks of quantised keys and values, row by row.
     pub(super) scales: [Vec<f16>; 2],
 }
 
@@ -150,7 +150,7 @@ impl<T: Element> KvCache<T> {
         Ok(())
     }
 
-    /// New tokens, before anything is changed: what turns them, if anything.
+    /// Checks new tokens before anything is changed. Returns their rotation, if there is one.
     fn check_tokens<'a>(
         &self,
         tokens: &[usize],

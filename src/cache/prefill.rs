@@ -118,7 +118,7 @@ pub struct PreparedPrefill {
 #[derive(Debug, Clone)]
 struct Passes {
     entries: Vec<Entry>,
-    /// Before anything is given up: what is gathered, and the new tokens behind it.
+    /// Dispatches before the cache gives up keys: the gathering, and the new tokens behind the gathered rows.
     before: [Option<Dispatch>; 2],
     after: Option<Dispatch>,
     forward: Prepared,
@@ -276,7 +276,7 @@ impl PreparedPrefill {
     }
 }
 
-/// A buffer of the caller's for what is gathered.
+/// Checks a buffer of the caller's for gathered keys and values.
 fn check_scratch(cache: &KvCache, batch: &Batch, scratch: &wgpu::Buffer, buffers: &PrefillBuffers<'_>) -> Result<()> {
     let (operand, needed) = ("scratch", Gathered::scratch_bytes(cache, batch)?);
     if scratch.size() < needed {

@@ -102,7 +102,7 @@ impl Yarn {
         Yarn { truncate, ..self }
     }
 
-    /// On cosines and sines.
+    /// The factor of cosines and sines.
     fn concentration(&self) -> f64 {
         self.attention_factor.unwrap_or_else(|| 0.1 * self.factor.ln() + 1.0)
     }
@@ -131,7 +131,7 @@ fn plain(theta: f64, dim: u32) -> Vec<f64> {
     (0..dim / 2).map(|i| theta.powf(-2.0 * f64::from(i) / f64::from(dim))).collect()
 }
 
-/// Positions of a table at most, as many as a sequence has tokens.
+/// Most positions of a table, as many as a sequence has tokens.
 const MOST_POSITIONS: usize = 1 << 30;
 
 impl RotaryFrequencies {

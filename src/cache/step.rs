@@ -118,14 +118,14 @@ impl<'a> StepPass<'a> {
     }
 }
 
-/// Nothing of it has been submitted.
+/// No part of the step has been submitted.
 const OPEN: u8 = 0;
-/// wgpu has it, and has not said yet whether it is well.
+/// wgpu has the step, and has not yet said whether it is valid.
 const SUBMITTING: u8 = 1;
 const SUBMITTED: u8 = 2;
-/// It never ran.
+/// The step never ran.
 const DROPPED: u8 = 3;
-/// Whether it ran is not known.
+/// It is not known whether the step ran.
 const UNKNOWN: u8 = 4;
 
 /// The state that a step shares with the caches that it touches.
@@ -146,12 +146,12 @@ impl Ticket {
         self.state.load(Ordering::Acquire)
     }
 
-    /// Whether it never ran, and never will.
+    /// Whether the step never ran, and never will.
     pub(super) fn is_dropped(&self) -> bool {
         self.state() == DROPPED
     }
 
-    /// An error while it is not known to have run or never to run.
+    /// An error, unless the step is known to have run or never to run.
     pub(super) fn check_ended(&self) -> Result<()> {
         let (step, reason) = match self.state() {
             SUBMITTED | DROPPED => return Ok(()),
@@ -177,7 +177,7 @@ impl fmt::Display for Ticket {
     }
 }
 
-/// The step's own hold of its ticket, which tells the caches when it is gone.
+/// The step's own reference to its ticket. When it is dropped, the caches learn that the step is gone.
 #[derive(Debug)]
 struct Held(Arc<Ticket>);
 

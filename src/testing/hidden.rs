@@ -43,7 +43,7 @@ pub enum BiasType {
     Operand,
 }
 
-/// Every option, alone or with others.
+/// Every option, alone or with other options.
 pub const FAMILIES: [Family; 6] = {
     let plain = Family {
         widths: [16, 16],

@@ -114,12 +114,12 @@ impl CooperativeTile {
         let widths = tiled.accumulators.iter().map(|width| width.of([head_dim, value_dim]));
         let fragments = widths.map(|width| self.across(width)).sum::<u32>();
         let rescale = 2 + self.rows * fragments * (1 + quads);
-        // What comes before and after the tiles, by the tile, is less than this.
+        // The work before and after the tiles, divided by the number of tiles, is less than this.
         let once = self.rows * (self.across(head_dim) + self.across(value_dim)) * (1 + quads);
         [u64::from(1 + rescale + once); 2]
     }
 
-    /// What does not fit together, if anything does not.
+    /// Checks that the numbers fit together. An error says why they do not.
     pub(crate) fn check(&self) -> Result<(), String> {
         let CooperativeMatrices { side, lanes, .. } = self.matrices;
         if ![8, 16].contains(&side) || ![1, 2, 4].iter().any(|n| n * side == lanes) {
