@@ -124,7 +124,7 @@ impl CacheOptions {
         format!("cache_{kernel}{tiles}{tile}_{addressing}_{dtype}{quantised}_d{d}_e{e}{rotary}{sinks}{flags}")
     }
 
-    /// The type of a buffer that belongs to the cache. `access` says how the kernel reads or writes rows.
+    /// The type of a buffer that belongs to the cache. A kernel reads rows as vectors of 16 bytes, and writes them as its threads share them.
     pub(crate) fn buffer_type(&self, binding: Binding, access: Access) -> Option<&'static str> {
         let half = self.format.dtype.is_half();
         Some(match binding {
