@@ -89,7 +89,7 @@ params! {
         o_lo: OLo,
         lse: Lse,
         d_lse: DLse,
-        /// lse and delta of each row, for the backward pass. The ALiBi slope of a head follows its last row.
+        /// lse and delta of each row, in half precision also its unit. The ALiBi slope of a head follows its last row.
         row_stats: RowStats,
         alibi_moments: AlibiMoments,
         sink_partials: SinkPartials,

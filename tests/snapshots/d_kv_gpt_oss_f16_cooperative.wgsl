@@ -10,7 +10,7 @@ struct Params {
   d_o: Operand,
   d_k: Operand,
   d_v: Operand,
-  // lse and delta of each row, for the backward pass. The ALiBi slope of a head follows its last row.
+  // lse and delta of each row, in half precision also its unit. The ALiBi slope of a head follows its last row.
   row_stats: Operand,
   heads: u32,
   kv_heads: u32,
