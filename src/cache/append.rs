@@ -155,8 +155,8 @@ impl PreparedAppend {
         Ok(PreparedAppend { keys, counts, q_heads, positions, kernel })
     }
 
-    /// The kernel and its grid; none where there is nothing to append. The tokens go into the cache, or into the buffers
-    /// that were gathered from it: `behind` has these, and the row of each sequence's first new key.
+    /// The kernel and its grid. None if there is nothing to append. The tokens go into the cache, or into the buffers that were gathered
+    /// from it: `behind` has these buffers, and the row of each sequence's first new key.
     pub(super) async fn bind(
         cache: &KvCache,
         tokens: &[usize],
@@ -174,7 +174,7 @@ impl PreparedAppend {
         };
         let k = place(Binding::K, &buffers.k, config.kv_heads, config.head_dim)?;
         let v = place(Binding::V, &buffers.v, config.kv_heads, config.value_dim)?;
-        // Queries are rotated once.
+        // Queries are rotated only once, with the append to the cache.
         let given_q = buffers.q.filter(|_| behind.is_none());
         let q = match &given_q {
             Some((_, 0)) => return Err(Error::ZeroDimension { dimension: "heads" }),
@@ -190,7 +190,7 @@ impl PreparedAppend {
         let options = CacheOptions {
             rotates_q: q.is_some(),
             gathered: behind.is_some(),
-            // Keys that are rotated as they are read come as they are.
+            // Keys that are rotated as they are read are stored without rotation.
             rotary: config.rotary.filter(|_| q.is_some() || !config.is_relative()),
             ..CacheOptions::new(config, vec4)
         };
@@ -211,7 +211,8 @@ impl PreparedAppend {
             gathered_rows: behind.as_ref().map_or(0, |(gathered, _)| gathered.rows as u32),
             ..params(config)
         };
-        // How many each sequence gets, or its first row, then of each token its sequence and its number there.
+        // The list has a word for each sequence (the number of its tokens, or its first row), then for each token its sequence and its
+        // number there.
         let (gathered, mut list) = match behind {
             Some((gathered, rows)) => (Some(gathered), rows),
             None => (None, tokens.iter().map(|n| *n as u32).collect()),

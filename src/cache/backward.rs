@@ -123,7 +123,7 @@ impl<'a> BackwardBuffers<'a> {
         ]
     }
 
-    /// Those in the order of tokens.
+    /// The results that are not in the cache's layout.
     fn results(&self) -> [GivenBuffer<'a>; 4] {
         [
             given("d_q", self.d_q),

@@ -281,7 +281,7 @@ impl PreparedDecode {
     fn dispatch(&self, cache: &KvCache, pass: &mut wgpu::ComputePass<'_>) {
         let current = cache.book().current;
         for (bound, planned) in self.kernels.iter().zip(&self.plan.passes) {
-            // The plan is made for sequences that are full.
+            // The plan assumes that sequences are full.
             let grid = if planned.variant.decode_tiles().is_some() { self.grid(cache) } else { planned.grid };
             if grid[0] > 0 {
                 bound.dispatch(pass, current, grid);

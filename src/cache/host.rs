@@ -535,7 +535,7 @@ fn table(cos_sin: Option<&[f32]>) -> HostOperand<'_> {
     (Binding::CosSin, cos_sin.map(cast_slice))
 }
 
-/// Checks new keys and values; the tokens of all sequences.
+/// Checks new keys and values. Returns the number of tokens of all sequences.
 fn check_tokens<T>(config: &CacheConfig, tokens: &[usize], [k, v]: [&[T]; 2]) -> Result<usize> {
     let total = check_total(config, tokens)?;
     check_length("k", k.len(), &[total, config.kv_heads, config.head_dim])?;
@@ -543,7 +543,7 @@ fn check_tokens<T>(config: &CacheConfig, tokens: &[usize], [k, v]: [&[T]; 2]) ->
     Ok(total)
 }
 
-/// Checks queries that are to be rotated; their heads.
+/// Checks queries that are to be rotated. Returns their number of heads.
 fn check_queries<T>(config: &CacheConfig, total: usize, q: Option<&[T]>) -> Result<usize> {
     let Some(q) = q else { return Ok(0) };
     let heads = q.len() / (total.max(1) * config.head_dim);

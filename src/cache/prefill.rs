@@ -137,14 +137,14 @@ setters! {
 #[derive(Debug, Clone)]
 pub struct PreparedPrefill {
     append: PreparedAppend,
-    /// What the passes are made for; none where there are no tokens.
+    /// The passes of the prefill. `None` if there are no tokens.
     passes: Option<Passes>,
 }
 
 #[derive(Debug, Clone)]
 struct Passes {
     entries: Vec<Entry>,
-    /// Before anything is given up: what is gathered, and the new tokens behind it.
+    /// Dispatches before the cache gives up keys: the gathering, and the new tokens behind the gathered rows.
     before: [Option<Dispatch>; 2],
     after: Option<Dispatch>,
     forward: Prepared,
@@ -235,7 +235,7 @@ impl PreparedPrefill {
                 before = [gathered.gather(cache, &runs).await?, behind];
             }
             (Source::Gathered(gathered), _) => {
-                // The new tokens, too, as they have been appended by then.
+                // The new tokens are gathered, too, because they have been appended by then.
                 let held = |entry: &Entry| Entry { cached: entry.keys, ..*entry };
                 let held = Batch { entries: batch.entries.iter().map(held).collect(), ..batch.clone() };
                 after = gathered.gather(cache, &held.runs(cache.block_table())).await?;
@@ -302,7 +302,7 @@ impl PreparedPrefill {
     }
 }
 
-/// A buffer of the caller's for what is gathered.
+/// Checks a buffer of the caller's for gathered keys and values.
 fn check_scratch(cache: &KvCache, batch: &Batch, scratch: &wgpu::Buffer, buffers: &PrefillBuffers<'_>) -> Result<()> {
     let (operand, needed) = ("scratch", Gathered::scratch_bytes(cache, batch)?);
     if scratch.size() < needed {

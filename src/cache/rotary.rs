@@ -114,7 +114,7 @@ impl Yarn {
         Yarn { truncate, ..self }
     }
 
-    /// On cosines and sines.
+    /// The factor of cosines and sines.
     fn concentration(&self) -> f64 {
         self.attention_factor.unwrap_or_else(|| 0.1 * self.factor.ln() + 1.0)
     }
@@ -127,7 +127,7 @@ impl Yarn {
             (low, high) = (low.floor(), high.ceil());
         }
         let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
-        // A step instead of a line.
+        // The line becomes a step.
         if low == high {
             high += 0.001;
         }
@@ -143,7 +143,7 @@ fn plain(theta: f64, dim: u32) -> Vec<f64> {
     (0..dim / 2).map(|i| theta.powf(-2.0 * f64::from(i) / f64::from(dim))).collect()
 }
 
-/// Positions of a table at most, as many as a sequence has tokens.
+/// Most positions of a table, as many as a sequence has tokens.
 const MOST_POSITIONS: usize = 1 << 30;
 
 impl RotaryFrequencies {
@@ -216,7 +216,7 @@ impl RotaryFrequencies {
                     ("beta_slow", yarn.beta_slow),
                     ("attention_factor", yarn.concentration()),
                 ];
-                // Without a factor its logarithm is none.
+                // Without a valid factor, its logarithm is not a number.
                 for (option, x) in numbers.into_iter().filter(|_| yarn.factor >= 1.0) {
                     if !(x > 0.0 && x.is_finite()) {
                         return invalid(option, format!("{x}; it must be more than 0, and finite"));

@@ -1,4 +1,4 @@
-//! What wgpu runs: pipelines, operands that are checked and bound, recorded passes.
+//! The objects that wgpu runs: pipelines, operands that are checked and bound, recorded passes.
 
 pub(crate) mod bind;
 pub mod buffers;

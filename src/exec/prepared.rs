@@ -24,7 +24,7 @@ struct Operands<'a> {
     problem: &'a Problem,
     device: &'a Device,
     placed: Vec<(TensorView<'a>, Placed<'a>)>,
-    /// The caller's buffer for what the mask's kernel leaves.
+    /// The caller's buffer for the results of the mask's kernel.
     mask_scratch: Option<&'a wgpu::Buffer>,
 }
 
@@ -44,7 +44,7 @@ impl<'a> Operands<'a> {
         Ok(())
     }
 
-    /// An operand that goes with an option, and with nothing else.
+    /// Adds an operand that goes with an option, and with nothing else.
     fn add_with(
         &mut self,
         binding: Binding,
@@ -61,14 +61,14 @@ impl<'a> Operands<'a> {
         }
     }
 
-    /// An operand that goes with [`SinkLogits::PerHead`].
+    /// Adds an operand that goes with [`SinkLogits::PerHead`].
     fn add_per_head(&mut self, binding: Binding, view: Option<&TensorView<'a>>) -> Result<()> {
         let wanted = self.problem.options().sink_logits == SinkLogits::PerHead;
         self.add_with(binding, wanted, "set Options::sink_logits to SinkLogits::PerHead", view)
     }
 
-    /// No result may overlap itself, nor lie in a buffer that another operand uses; but the gradients by q, k and v may lie
-    /// side by side in one, as those of a fused projection do.
+    /// Checks that no result overlaps itself or shares a buffer with another operand. The gradients by q, k and v may be next to each other
+    /// in one buffer, as those of a fused projection are.
     fn check_results(&self, results: &[Binding]) -> Result<()> {
         for (view, placed) in self.placed.iter().filter(|(_, p)| results.contains(&p.view.binding)) {
             let binding = placed.view.binding;
@@ -93,7 +93,7 @@ impl<'a> Operands<'a> {
         self.placed.iter().filter(|(_, p)| p.view.binding.has_width()).all(|(_, p)| p.view.vec4())
     }
 
-    /// Where an operand of a pass lies, the caller's or our own.
+    /// The layout of an operand of a pass, which is the caller's or the crate's own.
     fn view(&self, binding: Binding, plan: &Plan) -> Option<OperandLayout> {
         let own = || scratch_view(binding, self.problem, &plan.passes);
         self.find(binding).map(|placed| placed.view).or_else(own)
@@ -113,7 +113,7 @@ impl<'a> Operands<'a> {
             let view = views.iter().find(|view| view.binding == binding);
             let window = slice.windows.iter().find(|(b, _)| *b == binding);
             let width = if vec4 && binding.has_width() { 4 } else { 1 };
-            // What the pass does not bind, it does not look for.
+            // A pass does not read the place of an operand that it does not bind.
             view.zip(window).map_or(Operand::default(), |(view, (_, window))| Operand::new(view, *window, width))
         };
         let offset = |binding| operand(binding).offset;
@@ -125,10 +125,10 @@ impl<'a> Operands<'a> {
         let Part { axes: [entries, heads, tiles] } = &slice.part;
         let [[slice_batch, slice_batches], [slice_head, slice_heads], [slice_tile, slice_tiles]] =
             [entries, heads, tiles].map(|range| [range.start as u32, (range.end - range.start) as u32]);
-        // Scores that are formed beforehand come to the softmax as they are.
+        // Scores that are formed beforehand enter the softmax unchanged.
         let score_scale = if problem.modifies_scores() { 1.0 } else { problem.scale() };
         Params {
-            // Behind the bits of each head.
+            // The bits by keys follow the bits of each head.
             mask_key_bits: Operand {
                 offset: mask_bits.offset.wrapping_add((mask_rows * mask_words) as u32),
                 seq: mask_block_rows as u32,
@@ -145,7 +145,7 @@ impl<'a> Operands<'a> {
             seq_k: s.seq_k as u32,
             lower: band.lower(),
             upper: band.upper(),
-            // Needed with ALiBi only, where it was checked.
+            // Only ALiBi needs the offset, and it was checked there.
             offset: band.offset() as i32,
             sink_tokens: band.sink_tokens(),
             workgroups: slice.workgroups,
@@ -179,7 +179,7 @@ impl<'a> Operands<'a> {
     }
 }
 
-/// What a dispatch binds, and its grid.
+/// The bindings of a dispatch, and its grid.
 type Dispatch = (wgpu::BindGroup, [u32; 2]);
 
 /// A forward or backward pass that is ready to be encoded, as often as wanted: nothing is allocated,
@@ -210,7 +210,7 @@ type Dispatch = (wgpu::BindGroup, [u32; 2]);
 #[derive(Debug, Clone)]
 pub struct Prepared {
     plan: Plan,
-    /// Of each pass.
+    /// The pipeline and the dispatches of each pass.
     dispatches: Vec<(Arc<Pipeline>, Vec<Dispatch>)>,
 }
 
@@ -288,7 +288,7 @@ impl Prepared {
         Prepared::new(pipelines, operands, plan, budget).await
     }
 
-    /// Of a problem whose keys are the states, see [`Problem::merging`].
+    /// Prepares a merge. `problem` is a merge, too: its key axis counts partial states (see [`Problem::merging`]).
     pub(crate) async fn merge(
         device: &Device,
         pipelines: &Pipelines,
@@ -419,7 +419,7 @@ fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) ->
 fn sequence_table(problem: &Problem, work: Vec<[u32; 2]>) -> Vec<u32> {
     let sequences = problem.sequences().flat_map(|sequence| {
         let Sequence { entry, q_start, q_rows, k_start, k_rows, band } = sequence;
-        // What is empty begins where there is something to read.
+        // A sequence without rows begins where there is something to read.
         let start = |start, rows| if rows == 0 { 0 } else { start as u32 };
         let words: [u32; SEQUENCE_WORDS as usize] = [
             entry as u32,
@@ -439,7 +439,7 @@ fn sequence_table(problem: &Problem, work: Vec<[u32; 2]>) -> Vec<u32> {
     sequences.chain(work.into_flattened()).collect()
 }
 
-/// What the kernels of a plan hand to each other.
+/// The buffers in which the kernels of a plan leave data for each other.
 fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::Buffer)>> {
     let mut scratch: Vec<(Binding, wgpu::Buffer)> = Vec::new();
     for (binding, _) in plan.passes.iter().flat_map(|pass| pass.variant.bindings()) {

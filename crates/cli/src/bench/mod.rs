@@ -27,9 +27,9 @@ use self::report::{Report, Row};
 use crate::plan::{Axes, Sinks, at_least_one};
 use crate::shared::{DeviceArgs, ElementType, Progress, check_writable, print, write_file};
 
-/// Long sequences are shortened by this on devices without GPU.
+/// Long sequences are this many times shorter on devices without GPU.
 const QUICK: usize = 32;
-/// A series that is not over by then is cut short.
+/// A series that takes longer than this is cut short.
 const MOST: Duration = Duration::from_secs(3);
 const MOST_QUICK: Duration = Duration::from_millis(500);
 
@@ -185,7 +185,7 @@ struct ShapeArgs {
     with: Vec<With>,
 }
 
-/// What a shape is measured with.
+/// An option to measure a shape with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum With {
     /// Scores capped at 30
@@ -248,7 +248,7 @@ impl Case {
 }
 
 impl ShapeArgs {
-    /// What is asked for, with sequences shortened where no length is given.
+    /// The shapes that the arguments ask for. Sequences are shortened if no length is given.
     fn cases(&self, quick: bool) -> Vec<Case> {
         let sizes =
             [self.batch, self.heads, self.kv_heads, self.seq_q, self.seq_k, self.head_dim, self.value_dim, self.window];
@@ -301,7 +301,7 @@ impl ShapeArgs {
 }
 
 impl Bench {
-    /// Measures and reports; an error where nothing could be measured.
+    /// Measures and reports. It is an error if nothing could be measured.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
         for path in self.json.iter().filter(|path| path.as_os_str() != "-").chain(&self.svg) {
@@ -311,7 +311,7 @@ impl Bench {
             let message = "the argument '--tiles <KERNEL=TILES>' cannot be used with '--backend cpu'";
             return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message).into());
         }
-        // Neither is measured on the CPU path.
+        // The CPU path measures neither.
         let needs_gpu = self.decode || !self.tiles.is_empty();
         let attention = if needs_gpu { self.device.open_gpu() } else { self.device.open() }?;
         let timer = attention.device().map(Timer::new).transpose()?;
@@ -321,7 +321,7 @@ impl Bench {
         let slow = attention.device().is_none_or(|d| is_software(&d.wgpu().adapter_info()));
         let shortened = slow && self.shape.seq_k.is_none() && self.shape.seq_q.is_none() && !self.quick;
         let quick = self.quick || shortened;
-        // Wrong numbers are errors before anything is measured.
+        // Wrong numbers are refused before anything is measured.
         let mut problems = Vec::new();
         let cases = self.shape.cases(quick);
         for case in &cases {
@@ -362,7 +362,7 @@ impl Bench {
             progress.end();
         }
         progress.finish();
-        // What was measured before a failure is reported, too.
+        // Measurements before a failure are reported, too.
         if failed.is_none() || !report.rows.is_empty() {
             self.write(&report, || picture::draw(&report))?;
         }
@@ -391,7 +391,7 @@ impl Bench {
         }
     }
 
-    /// Prints the figures, and writes the files that were asked for: whichever of these fails, the others are done.
+    /// Prints the figures, and writes the files that were asked for. A failure of one does not stop the next one.
     fn write<R: fmt::Display + Serialize, P: AsRef<str>>(
         &self,
         report: &R,
