@@ -137,7 +137,7 @@ impl Timer {
         Ok(Timer { device: device.clone(), timestamps })
     }
 
-    /// What it goes by.
+    /// The clock that it goes by.
     pub fn clock(&self) -> Clock {
         if self.timestamps.is_some() { Clock::Timestamps } else { Clock::Wall }
     }

@@ -1,4 +1,4 @@
-//! What an adapter or a device of wgpu offers, and what to request of it.
+//! The limits and features of an adapter or a device of wgpu, and those to request of it.
 
 use crate::device::capabilities::{
     Capabilities, CooperativeMatrices, DeviceClass, LLVMPIPE_LOOP_ITERATIONS, Multiprocessor,
@@ -15,7 +15,7 @@ impl CooperativeMatrices {
     }
 }
 
-/// What bounds the workgroups that run at a time, where that is known.
+/// The bounds of the workgroups that run at a time, if they are known.
 fn multiprocessor(class: DeviceClass, backend: wgpu::Backend) -> Option<Multiprocessor> {
     match (class, backend) {
         (DeviceClass::Nvidia, wgpu::Backend::Vulkan) => Some(Multiprocessor::NVIDIA_VULKAN),

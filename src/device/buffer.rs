@@ -368,7 +368,7 @@ pub(crate) fn allocate<T>(
     }))
 }
 
-/// What a failed download was about.
+/// The call that a failed download names.
 const READING: &str = "reading results back";
 
 /// A buffer that is mapped for reading.

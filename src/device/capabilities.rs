@@ -1,4 +1,4 @@
-//! What a device offers, as plain numbers, so that plans can be made and tested without one.
+//! The limits and features of a device as plain numbers, so that plans can be made and tested without one.
 
 use std::fmt;
 

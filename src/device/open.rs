@@ -335,7 +335,7 @@ impl Device {
         async move { reported.await.is_none() }
     }
 
-    /// What a failed call comes to that reports by its result rather than to an error scope.
+    /// The error of a failed call that reports by its result instead of an error scope.
     pub(crate) async fn failure(&self, during: &'static str, message: String) -> Error {
         if self.is_lost().await { Error::DeviceLost { during } } else { Error::Gpu { during, message } }
     }

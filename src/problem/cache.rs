@@ -332,7 +332,7 @@ impl CacheConfig {
         Ok(())
     }
 
-    /// What queries of a decoding step see of the cache.
+    /// The bounds of the keys that queries of a decoding step see.
     pub(crate) fn bounds(&self, queries: usize, options: &Options) -> Result<Bounds> {
         check_absent(options, "decoding from a cache does not take it")?;
         if let CacheKind::Rolling { queries: most, .. } = self.kind

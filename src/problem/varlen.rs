@@ -60,7 +60,7 @@ pub struct Sequence {
     pub band: Band,
 }
 
-/// What messages call [`Lengths::Cumulative`], of queries and of keys.
+/// The names of [`Lengths::Cumulative`] in messages, of queries and of keys.
 pub(crate) const CUMULATIVE: [&str; 2] = ["Lengths::Cumulative { q }", "Lengths::Cumulative { k }"];
 
 /// So many that kernels can count the words of their table.
@@ -143,7 +143,7 @@ fn used(shape: &Shape, options: &Options, q: Option<&[u32]>, k: Option<&[u32]>) 
 }
 
 impl Sequence {
-    /// What a range of the rows of keys holds of the sequence.
+    /// The part of the sequence that a range of the rows of keys holds.
     pub(crate) fn shard(&self, rows: &Range<usize>, options: &Options) -> Self {
         let all = self.k_start..self.k_start + self.k_rows;
         let start = rows.start.clamp(all.start, all.end);

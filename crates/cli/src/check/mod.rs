@@ -20,7 +20,7 @@ use crate::shared::{DeviceArgs, print_summary};
 
 /// Check the results of this device against the definition in f64
 ///
-/// What to run first on a new machine. Computes a few hundred small problems: sizes around the edges of tiles, many
+/// The first command to run on a new machine. Computes a few hundred small problems: sizes around the edges of tiles, many
 /// widths, every option, extreme numbers; forward and backward, in every element type. Prints the worst errors of each
 /// group of cases, and exits with 1 if one of them is larger than accepted, if a gradient has other bits when computed
 /// again, or if one that nothing visible reaches is not zero. Expected is what the definition makes of the same rounded
