@@ -166,12 +166,20 @@ setters! {
     }
 }
 
+/// Devices by a part of their names, with some 0.7 of the rate that the slower passes reached on them: without and with cooperative
+/// matrices. An H100 has the multiprocessors of an H200 and less bandwidth, which these kernels do not use up.
+const MEASURED: [(&str, [f64; 2]); 2] = [("H200", [1.2e13, 1.2e14]), ("H100", [1.2e13, 1.2e14])];
+
 impl Capabilities {
-    /// Floating-point operations that the slowest device like this one worth the name does in a second, with cooperative
-    /// matrices or without, by which the time of a dispatch is estimated. Low on purpose: a dispatch whose time is estimated too
-    /// short may lose the device. Not lower than that: where it is estimated too long, the work is cut in vain, into dispatches that
-    /// do not fill a fast device (on an H200, eight of 64 workgroups each took five times as long as one of 512).
+    /// Floating-point operations in a second, with cooperative matrices or without, by which the time of a dispatch is estimated:
+    /// those of [`MEASURED`] devices, else those of the slowest device of the class worth the name. The number is low on purpose: a
+    /// dispatch whose time is estimated too short may lose the device. A number that is too low has its price, too: the work is cut
+    /// into dispatches that do not fill a fast device. At a fifteenth of its rate an H200 lost half of the backward pass of 65,536
+    /// keys (benches/results/2026-11-29-h200-long.md).
     pub(crate) fn flops(&self, with_matrices: bool) -> f64 {
+        if let Some((_, flops)) = MEASURED.iter().find(|(name, _)| self.name.contains(name)) {
+            return flops[usize::from(with_matrices)];
+        }
         match (self.class, with_matrices) {
             (DeviceClass::Nvidia, true) => 1e13,
             (DeviceClass::Nvidia, _) if self.cooperative.is_some() => 5e12,

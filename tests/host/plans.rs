@@ -493,6 +493,28 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
 }
 
 /// Tiles with a side of 0 are refused, whatever else they are.
+/// A measured device is not cut by the rate of the slowest one of its class: dispatches of a long sequence fill it.
+#[test]
+fn long_sequences_fill_a_measured_device() {
+    let problem = problem([1, 32, 8], [65_536, 65_536], [128, 128], Options::new().causal(true).dtype(DType::F16));
+    let optional = OptionalOperands::for_training(&problem);
+    let measured = Capabilities::samples().swap_remove(0);
+    assert!(measured.name.contains("H200"));
+    let other = measured.clone().name("NVIDIA of no name");
+    let most = |device: &Capabilities| {
+        let plans = [Plan::forward_with, Plan::backward_with].map(|plan| {
+            let plan = plan(&problem, optional, device, &Preference::default()).unwrap();
+            let dispatches = plan.dispatches(&problem, device, None).unwrap();
+            // The fallback has hardly ever anything to do.
+            let passes = plan.passes.iter().zip(dispatches).filter(|(pass, _)| pass.variant.fallback.is_none());
+            passes.map(|(_, dispatches)| dispatches).collect::<Vec<_>>()
+        });
+        plans.concat().into_iter().max().unwrap()
+    };
+    let [measured, other] = [most(&measured), most(&other)];
+    assert!(measured <= 8 && other >= 5 * measured, "{measured} dispatches, {other} on another device");
+}
+
 #[test]
 fn tiles_without_a_side_are_refused() {
     let device = &Capabilities::samples()[0];
