@@ -70,6 +70,21 @@ impl fmt::Display for CooperativeMatrices {
     }
 }
 
+/// A version of SPIR-V, the language of Vulkan's drivers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpirvVersion {
+    /// The number before the point.
+    pub major: u8,
+    /// The number behind it.
+    pub minor: u8,
+}
+
+impl fmt::Display for SpirvVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
 /// What the workgroups that run on one multiprocessor at a time share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -124,6 +139,9 @@ pub struct Capabilities {
     pub timestamps: bool,
     /// Cooperative matrices, where they can be used.
     pub cooperative: Option<CooperativeMatrices>,
+    /// The newest SPIR-V that the driver takes, where kernels can be handed to it in that language rather than in WGSL to wgpu. Tiles may
+    /// have hints for loops there.
+    pub spirv: Option<SpirvVersion>,
     /// What bounds the workgroups that run at a time, where that is known.
     pub multiprocessor: Option<Multiprocessor>,
     /// Iterations of all loops of a thread taken together, after which the driver ends loops without a word, where it does.
@@ -148,6 +166,7 @@ setters! {
     }
     optional {
         cooperative: CooperativeMatrices,
+        spirv: SpirvVersion,
         multiprocessor: Multiprocessor,
         loop_iterations: u64,
     }
@@ -194,6 +213,7 @@ impl Capabilities {
             offset_alignment: 256,
             timestamps: false,
             cooperative: None,
+            spirv: None,
             multiprocessor: None,
             loop_iterations: None,
         }
@@ -232,6 +252,9 @@ impl Capabilities {
                 // Subgroups of more than one size.
                 _ => None,
             };
+            // By Vulkan 1.3.
+            let by_vulkan = ["H200", "RADV", "llvmpipe"].iter().any(|name| sample.name.contains(name));
+            sample.spirv = by_vulkan.then_some(SpirvVersion { major: 1, minor: 6 });
             sample.multiprocessor = (sample.class == DeviceClass::Nvidia).then_some(Multiprocessor::NVIDIA_VULKAN);
             sample.loop_iterations = (sample.name == "llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS);
         }

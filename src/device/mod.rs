@@ -12,7 +12,7 @@ mod open;
 pub use self::adapter::{device_descriptor, is_software};
 #[cfg(feature = "gpu")]
 pub use self::buffer::{BufferElement, DeviceBuffer, TensorView};
-pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
+pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
 #[cfg(feature = "gpu")]
 pub use self::open::{ADAPTER_VARIABLE, Device, DeviceChoice, DeviceReason, Selection, adapters, describe};
 pub use crate::problem::element::BufferType;

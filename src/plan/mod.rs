@@ -13,7 +13,7 @@ pub(crate) mod tuning;
 
 use std::time::Duration;
 
-pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
+pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
 pub use crate::kernel::OptionalOperands;
 use crate::kernel::spec::{Body, Plain, Wanted};
 #[cfg(feature = "gpu")]
