@@ -5,7 +5,7 @@
 # endfor
 
 const LOG2_E: f32 = 1.4426950408889634;
-// Below every finite score; stands for "hidden", and for the maximum of a row that has seen nothing.
+// A number below every finite score. It stands for "hidden", and for the maximum of a row that has seen nothing.
 const LOWEST: f32 = -3.4028234e38;
 
 fn operand_base(operand: Operand, batch: u32, head: u32) -> u32 {

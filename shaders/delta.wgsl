@@ -1,4 +1,4 @@
-{#- delta, which all dS of a row have in common. One workgroup computes 32 rows of a head, 8 threads a row:
+{#- delta, the term that every dS of a row subtracts. One workgroup computes 32 rows of a head, 8 threads a row:
 
       delta = d_o . o - d_lse                            half precision: o with its rounding error
       row statistics = (lse, delta)                      half precision: also the unit of d_q
@@ -132,8 +132,8 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 # if sinks == "per_head"
       let sink = sink_logits[params.sink_offset + head];
       if (sink == row_lse && is_zero_o(batch, head, row)) {
-        // The row saw nothing, so its d_o, even NaN, reaches nothing. The results tell, because the keys may be a shard of those that
-        // the row saw.
+        // The row saw nothing, so its d_o has no effect, even if it is NaN. Its results decide, because the keys may be a shard of those
+        // that the row saw.
         exact = vec2<f32>();
         row_delta = {{ "-d_lse[operand_base(params.d_lse, batch, head) + row]" if d_lse else "0.0" }};
       }

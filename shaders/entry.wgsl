@@ -1,6 +1,6 @@
 {#- The entry point of every kernel. The workgroups of a dispatch are numbered along both axes of its grid.
     Needs: `threads`, `has_subgroups`, `batch`; with a batch `has_fallback` of tile_main.wgsl.
-    Declares: `main`, around what the caller writes, with `thread`, where it has subgroups `subgroup` and `lane`, and `index`. -#}
+    Declares: `main`, around the caller's text, with `thread`, where it has subgroups `subgroup` and `lane`, and `index`. -#}
 # macro main()
 @compute @workgroup_size({{ threads }})
 fn main(

@@ -1,4 +1,4 @@
-{#- Gradients by numbers of which a head has one. One workgroup sums a head over the batch and the rows, in a fixed order:
+{#- Gradients by parameters that have one number a head. One workgroup sums a head over the batch and the rows, in a fixed order:
 
       d_sink_logit = -sum over rows of exp(sink - lse) delta
       d_alibi_slope = -sum over rows of the moments that d_q has left

@@ -1,6 +1,6 @@
 {#- The loops over tiles of columns.
     Needs: `main` of tile_main.wgsl around them, mask.wgsl; with a mask mask_tiles.wgsl.
-    Declares: loops around what the caller writes, with `tile`, `column0` and `is_partial`. Where masks go by spans, a kernel keeps the span of
+    Declares: loops around the caller's text, with `tile`, `column0` and `is_partial`. Where masks go by spans, a kernel keeps the span of
     tiles of one class (`span`), `mask_partial`, the mask's bits of a tile, and `next_visible`, the next tile that the mask leaves
     visible. -#}
 # import "cooperative/mask.wgsl" as masking
@@ -54,7 +54,7 @@
 {{ "next_visible" if masks_by_spans and mask else ("next_of_walk" if walk else following) }}
 {%- endmacro -%}
 
-{#- Over the tiles of keys that a tile of queries sees; `walk` is the first loop of a kernel that finds units. -#}
+{#- A loop over the tiles of keys that a tile of queries sees. `walk` is the first loop of a kernel that finds units. -#}
 # macro key_loop(walk=false)
 # set first = "first_tile" if mask else ("walk_tile" if walk else "tiles.first")
   // Loop: tiles
@@ -64,7 +64,7 @@
   }
 # endmacro
 
-{#- Over the tiles of queries of one head that see a tile of keys. -#}
+{#- A loop over the tiles of queries of one head that see a tile of keys. -#}
 # macro query_loop(walk=false)
 # set first = "walk_tile" if walk and not mask else "first_tile"
     // Loop: tiles
@@ -74,7 +74,8 @@
     }
 # endmacro
 
-{#- Over the query heads of a group, as long as `condition` holds: where the operands of queries lie, and the first tile. -#}
+{#- A loop over the query heads of a group, as long as `condition` holds. It declares the bases of the queries' operands, and the first
+    tile. -#}
 # macro head_loop(condition="")
 # set heads_per_kv = "params.heads / params.kv_heads"
   // Loop: heads

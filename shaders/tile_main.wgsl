@@ -1,6 +1,6 @@
 {#- The entry point of a kernel with tiles.
     Needs: tiled.wgsl, entry.wgsl; `loads`, `stores` and the options.
-    Declares: `main`, around what the caller writes, with the workgroup's tile (`work`, `row0`, `row_end`, `row_limit`), the base of each
+    Declares: `main`, around the caller's text, with the workgroup's tile (`work`, `row0`, `row_end`, `row_limit`), the base of each
     operand of its rows, and the tiles of columns that its rows see (`tiles`, `full`, `column_limit`). A tile of keys has columns of
     several query heads: head_loop of tile_loops.wgsl declares their bases. -#}
 # from "entry.wgsl" import main

@@ -1,5 +1,5 @@
 {#- The beginning of every kernel with tiles: extensions first, then the declarations that all of these kernels share.
-    Needs: the context of a variant. Declares: what the included fragments declare. -#}
+    Needs: the context of a variant. Declares: all declarations of the included fragments. -#}
 # if needs_matrices
 enable f16;
 enable wgpu_cooperative_matrix;

@@ -1,7 +1,7 @@
 {#- Where the work of a workgroup lies, by its index: the digits and their order are the host's, see `Work` in src/kernel/spec.rs.
     Needs: bindings.wgsl; `order`. Declares: WorkIndex, decode_work. -#}
 
-// `head` is a key head where a group of query heads is kept together; `cell` tells the workgroups of one head and tile apart.
+// `head` is a key head if a group of query heads is kept together. `cell` numbers the workgroups of one head and tile.
 struct WorkIndex { batch: u32, head: u32, tile: u32, cell: u32 }
 
 fn decode_work(index: u32) -> WorkIndex {

@@ -194,7 +194,7 @@
 //! use sink_attention::{Attention, DType, Device, ForwardBuffers, Options, Problem, Shape, wgpu};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let Some(adapter) = pollster::block_on(sink_attention::device::adapters()).into_iter().next() else { return Ok(()) };
+//! # let Some(adapter) = sink_attention::device::adapters().into_iter().next() else { return Ok(()) };
 //! # let descriptor = sink_attention::device::device_descriptor(&adapter);
 //! # let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))?;
 //! let shape = Shape { batch: 1, heads: 4, kv_heads: 4, seq_q: 64, seq_k: 64, head_dim: 32, value_dim: 32 };
@@ -420,7 +420,9 @@ pub use attention::Attention;
 #[cfg(feature = "gpu")]
 pub use device::{Device, DeviceChoice, TensorView};
 #[cfg(feature = "gpu")]
-pub use exec::prepared::{BackwardBuffers, ForwardBuffers, MergeBuffers, Prepared};
+pub use exec::buffers::{BackwardBuffers, ForwardBuffers, MergeBuffers};
+#[cfg(feature = "gpu")]
+pub use exec::prepared::Prepared;
 pub use half;
 pub use problem::element::{DType, Element};
 pub use problem::error::{Error, Result};

@@ -74,6 +74,27 @@ impl Series {
 }
 
 /// Times compute passes on a device.
+///
+/// ```
+/// use sink_attention::timing::{Series, Timer};
+/// use sink_attention::{Attention, DType, DeviceChoice, Error, ForwardBuffers, Options, Problem, Shape};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 64, seq_k: 64, head_dim: 16, value_dim: 16 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// let zeros = |name, len| device.zeros(name, DType::F32, &[len]);
+/// let [q, k, v, o, lse] = [zeros("q", 1024)?, zeros("k", 1024)?, zeros("v", 1024)?, zeros("o", 1024)?, zeros("lse", 64)?];
+/// let forward = attention.prepare_forward(&problem, &ForwardBuffers::new(&q, &k, &v, &o, &lse))?;
+///
+/// let timer = Timer::new(device)?;
+/// let Some(series) = Series::new(timer.time(3, |pass| forward.encode_in(pass))?) else { return Ok(()) };
+/// println!("{:?} by {}", series.median(), timer.clock());
+/// assert_eq!(series.runs(), 3);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Timer {
     device: Device,
@@ -112,11 +133,11 @@ impl Timer {
         };
         let offered = device.capabilities().timestamps;
         let timestamps =
-            offered.then(|| pollster::block_on(device.scoped("creating a timer", timestamps))).transpose()?;
+            offered.then(|| pollster::block_on(device.scoped_async("creating a timer", timestamps))).transpose()?;
         Ok(Timer { device: device.clone(), timestamps })
     }
 
-    /// What it goes by.
+    /// The clock that it goes by.
     pub fn clock(&self) -> Clock {
         if self.timestamps.is_some() { Clock::Timestamps } else { Clock::Wall }
     }
@@ -233,7 +254,7 @@ impl Timer {
     }
 
     fn scoped<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
-        pollster::block_on(self.device.scoped("timing", work))
+        pollster::block_on(self.device.scoped_async("timing", work))
     }
 }
 

@@ -3,10 +3,11 @@
 use std::error::Error;
 
 use sink_attention::cache::{
-    AppendBuffers, CacheConfig, Decode, DecodeBuffers, KvCache, PreparedAppend, PreparedDecode, RotaryPositions,
+    AppendBuffers, CacheConfig, Decode, DecodeBuffers, HostCache, KvCache, PreparedAppend, PreparedDecode,
+    RotaryPositions,
 };
 use sink_attention::device::DeviceBuffer;
-use sink_attention::{Attention, DType, Device, Options, SinkLogits, TensorView, cpu};
+use sink_attention::{Attention, DType, Device, Options, SinkLogits, TensorView};
 
 /// What is fixed for all steps. Everything is f32.
 #[derive(Debug, Clone, Copy)]
@@ -42,34 +43,26 @@ pub struct Steps {
 
 pub struct Decoder<'a> {
     setup: Setup<'a>,
-    cache: Cache,
-}
-
-enum Cache {
-    Cpu(Box<cpu::KvCache<f32>>),
-    Gpu(Box<OnGpu>),
+    cache: HostCache<f32>,
+    /// Where the cache is on the GPU. Calls of the cache on host slices would wait for the GPU at every token.
+    chunk: Option<Chunk>,
 }
 
 impl<'a> Decoder<'a> {
     pub fn new(attention: &Attention, setup: Setup<'a>) -> Result<Self, Box<dyn Error>> {
-        let cache = match attention.device() {
-            None => Cache::Cpu(Box::new(cpu::KvCache::new(&setup.config)?)),
-            Some(device) => {
-                Cache::Gpu(Box::new(OnGpu::new(attention, device, attention.create_cache(&setup.config)?, &setup)?))
-            }
+        let mut cache = attention.create_host_cache(&setup.config)?;
+        let chunk = match (attention.device(), cache.gpu()) {
+            (Some(device), Some(cache)) => Some(Chunk::new(attention, device, cache, &setup)?),
+            _ => None,
         };
-        Ok(Decoder { setup, cache })
+        Ok(Decoder { setup, cache, chunk })
     }
 
     /// Tokens without queries: keys `[tokens, G, D]`, not rotated yet, and values `[tokens, G, E]`.
     #[allow(dead_code, reason = "a stream has no prompt")]
     pub fn append(&mut self, k: &[f32], v: &[f32]) -> Result<(), Box<dyn Error>> {
         let tokens = k.len() / (self.setup.config.kv_heads * self.setup.config.head_dim);
-        match &mut self.cache {
-            Cache::Cpu(cache) => cache.append(&[tokens], k, v, None, Some(self.setup.cos_sin))?,
-            Cache::Gpu(gpu) => gpu.append(tokens, k, v)?,
-        }
-        Ok(())
+        Ok(self.cache.append(&[tokens], k, v, None, Some(self.setup.cos_sin))?)
     }
 
     /// Token after token is appended, and its query, `[tokens, H, D]`, not rotated yet, attends to what the cache holds then.
@@ -78,26 +71,23 @@ impl<'a> Decoder<'a> {
         let [q_row, k_row, v_row] =
             [heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.value_dim];
         let mut steps = Steps::default();
-        match &mut self.cache {
-            Cache::Cpu(cache) => {
-                let decode = self.setup.decode();
-                let when_read = self.setup.is_relative().then_some(cos_sin);
-                for ((q, k), v) in q.chunks(q_row).zip(k.chunks(k_row)).zip(v.chunks(v_row)) {
-                    let mut q = q.to_vec();
-                    cache.append(&[1], k, v, Some(&mut q), Some(cos_sin))?;
-                    let output = cache.decode(&decode, &q, Some(sink_logits), when_read)?;
-                    steps.o.extend(output.o);
-                    steps.lse.extend(output.lse);
-                }
+        if let (Some(prepared), Some(cache)) = (&self.chunk, self.cache.gpu()) {
+            let chunks = q.chunks(chunk * q_row).zip(k.chunks(chunk * k_row)).zip(v.chunks(chunk * v_row));
+            for ((q, k), v) in chunks {
+                let [o, lse] = prepared.steps(cache, q.len() / q_row, [q, k, v])?;
+                steps.o.extend(o);
+                steps.lse.extend(lse);
             }
-            Cache::Gpu(gpu) => {
-                let chunks = q.chunks(chunk * q_row).zip(k.chunks(chunk * k_row)).zip(v.chunks(chunk * v_row));
-                for ((q, k), v) in chunks {
-                    let [o, lse] = gpu.steps(q.len() / q_row, [q, k, v])?;
-                    steps.o.extend(o);
-                    steps.lse.extend(lse);
-                }
-            }
+            return Ok(steps);
+        }
+        let decode = self.setup.decode();
+        let when_read = self.setup.is_relative().then_some(cos_sin);
+        for ((q, k), v) in q.chunks(q_row).zip(k.chunks(k_row)).zip(v.chunks(v_row)) {
+            let mut q = q.to_vec();
+            self.cache.append(&[1], k, v, Some(&mut q), Some(cos_sin))?;
+            let output = self.cache.decode(&decode, &q, Some(sink_logits), when_read)?;
+            steps.o.extend(output.o);
+            steps.lse.extend(output.lse);
         }
         Ok(steps)
     }
@@ -105,47 +95,36 @@ impl<'a> Decoder<'a> {
     /// Tokens that were appended.
     #[allow(dead_code, reason = "only a stream is saved")]
     pub fn tokens(&self) -> usize {
-        match &self.cache {
-            Cache::Cpu(cache) => cache.lengths()[0],
-            Cache::Gpu(gpu) => gpu.cache.lengths()[0],
-        }
+        self.cache.lengths()[0]
     }
 
     #[allow(dead_code, reason = "only a stream is saved")]
     pub fn to_safetensors(&self) -> Result<Vec<u8>, sink_attention::Error> {
-        match &self.cache {
-            Cache::Cpu(cache) => cache.to_safetensors(),
-            Cache::Gpu(gpu) => gpu.cache.to_safetensors(),
-        }
+        self.cache.to_safetensors()
     }
 
     #[allow(dead_code, reason = "only a stream is saved")]
     pub fn restore(&mut self, file: &[u8]) -> Result<(), sink_attention::Error> {
-        match &mut self.cache {
-            Cache::Cpu(cache) => cache.restore(file),
-            Cache::Gpu(gpu) => gpu.cache.restore(file),
-        }
+        self.cache.restore(file)
     }
 }
 
 /// Every token of a chunk has its place in the buffers, and its own prepared steps: a chunk is recorded without any
 /// preparation, and nothing is read back in between.
-struct OnGpu {
+struct Chunk {
     attention: Attention,
     device: Device,
-    cache: KvCache,
     /// q, k and v of a chunk's tokens.
     inputs: [DeviceBuffer; 3],
     o: DeviceBuffer,
     lse: DeviceBuffer,
     /// Elements of a token's o and lse.
     result_rows: [usize; 2],
-    cos_sin: DeviceBuffer,
     tokens: Vec<(PreparedAppend, PreparedDecode)>,
 }
 
-impl OnGpu {
-    fn new(attention: &Attention, device: &Device, cache: KvCache, setup: &Setup<'_>) -> Result<Self, Box<dyn Error>> {
+impl Chunk {
+    fn new(attention: &Attention, device: &Device, cache: &KvCache, setup: &Setup<'_>) -> Result<Self, Box<dyn Error>> {
         let Setup { config, heads, chunk, .. } = *setup;
         let rows = [heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.value_dim];
         let result_rows = [heads * config.value_dim, heads];
@@ -165,32 +144,10 @@ impl OnGpu {
             Ok((cache.prepare_append(&[1], &append)?, cache.prepare_decode(&decode, &step)?))
         });
         let tokens = tokens.collect::<Result<Vec<_>, _>>()?;
-        Ok(OnGpu {
-            attention: attention.clone(),
-            device: device.clone(),
-            cache,
-            inputs,
-            o,
-            lse,
-            result_rows,
-            cos_sin,
-            tokens,
-        })
+        Ok(Chunk { attention: attention.clone(), device: device.clone(), inputs, o, lse, result_rows, tokens })
     }
 
-    fn append(&mut self, tokens: usize, k: &[f32], v: &[f32]) -> Result<(), Box<dyn Error>> {
-        let device = &self.device;
-        let (k, v) = (device.upload("k", k)?, device.upload("v", v)?);
-        let buffers = AppendBuffers::new(&k, &v).cos_sin(self.cos_sin.wgpu());
-        let prepared = self.cache.prepare_append(&[tokens], &buffers)?;
-        let mut step = self.attention.step()?.label("prompt");
-        prepared.encode(&mut self.cache, &mut step)?;
-        step.submit()?;
-        Ok(())
-    }
-
-    fn steps(&mut self, tokens: usize, inputs: [&[f32]; 3]) -> Result<[Vec<f32>; 2], Box<dyn Error>> {
-        let cache = &mut self.cache;
+    fn steps(&self, cache: &mut KvCache, tokens: usize, inputs: [&[f32]; 3]) -> Result<[Vec<f32>; 2], Box<dyn Error>> {
         for (buffer, data) in self.inputs.iter().zip(inputs) {
             buffer.write(0, data)?;
         }

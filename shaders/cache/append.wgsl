@@ -1,4 +1,4 @@
-{#- Appends new keys and values to a cache, and rotates queries where they lie: one dispatch for all tokens of all sequences.
+{#- Appends new keys and values to a cache, and rotates queries in place: one dispatch for all tokens of all sequences.
 
       for each sequence: next length = length + its new tokens
       for each new token, and each of its rows of k, v and, where asked for, q:
@@ -145,7 +145,7 @@ const LANES: u32 = {{ lanes }}u;
 # endif
 # endmacro
 
-{#- The numbers of a block as signed bytes, in units of its scale. In a block whose scale is NaN the bytes are of no account. -#}
+{#- The numbers of a block as signed bytes, in units of its scale. If the scale is NaN, the bytes do not matter. -#}
 # macro quantise(name, cache)
 # set position_argument = ", position" if name == "k" and rotates_k else ""
       let scale = scale_{{ name }}(base, quad / 8u{{ position_argument }});

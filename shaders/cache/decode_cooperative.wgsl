@@ -129,8 +129,8 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
       {{ sync() }}
 # endmacro
 
-{#- The first tiles of the split, with their loads under way. A shorter sequence has fewer splits: the others find no tile. None returns, as
-    all lanes must meet at matrices. -#}
+{#- The first tiles of the split, with their loads under way. A shorter sequence has fewer splits, and the remaining workgroups find no tile.
+    No lane returns, because all lanes must meet at matrices. -#}
 # macro load_first_tiles()
   let end = min((split + 1u) * range.split_tiles, range.tiles);
   let last_tile = max(end, 1u) - 1u;

@@ -27,8 +27,8 @@
 {#- The condition under which a thread has an n-th share. -#}
 {%- macro if_share(b, n) %}{% set total = tile_columns * staged_quads[b] %}{% if (n + 1) * threads > total %}if (thread < {{ total - n * threads }}u) {% endif %}{% endmacro -%}
 
-{#- Loads a thread's share of the tile of columns from `column` on. Columns beyond the end repeat the last one: they are hidden, but have
-    to be finite where the others are. -#}
+{#- Loads a thread's share of the tile of columns from `column` on. Columns beyond the end repeat the last one. They are hidden, but must
+    be finite if the visible columns are. -#}
 # macro fetch(b, column)
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
@@ -112,7 +112,7 @@
 # endif
 # endmacro
 
-{#- Stores all of these in the stage. -#}
+{#- Stores the loaded shares and statistics in the stage. -#}
 # macro put_columns()
 # for b in staged
 {{ put(b, "stage") }}

@@ -80,8 +80,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
 # endmacro
 
-{#- The n-th part of what a lane does for its quads of a fragment's row, around what the caller writes. A fragment may have fewer quads
-    than lanes. -#}
+{#- The n-th step of a lane over its quads of a fragment's row, around the caller's text. A fragment may have fewer quads than lanes. -#}
 # macro each_quad(n)
   {
     let quad = part + {{ n * lanes // side }}u;
@@ -160,7 +159,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- The first column of a lane's n-th quad. -#}
 {%- macro quad_column(n) %}column0 + 4u * ({{ n * lanes // side }}u + part){% endmacro -%}
 
-{#- Where fragment f of the c-th columns of an operand is staged, and its pitch. -#}
+{#- The place in the stage of fragment f of an operand's c-th columns, and its pitch. -#}
 {%- macro staged_at(b, stage, c, f) -%}
 {%- set row = (b | upper) ~ "_ROW" -%}
   &{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ row }} + {{ f * side // 4 }}u], {{ row }}
@@ -244,7 +243,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ sync() }}
 # endmacro
 
-{#- Multiplies the rows of an accumulator, through workgroup memory. Few tiles do. -#}
+{#- Multiplies the rows of an accumulator, through workgroup memory. Few tiles need it. -#}
 # macro rescale(x, operand, factor)
 # for r, f in pairs(row_fragments, fragments[operand])
 {{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}

@@ -1,4 +1,4 @@
-//! What a conformance file asks for, computed.
+//! Computes the results that a conformance file asks for.
 
 use half::{bf16, f16};
 

@@ -12,8 +12,9 @@ use std::time::Duration;
 pub(crate) use self::upload::{HostBuffers, HostOperand, gradients_of, of_inputs, of_results};
 use crate::cpu;
 use crate::device::{Device, DeviceChoice, DeviceReason, describe};
+use crate::exec::buffers::{BackwardBuffers, ForwardBuffers};
 use crate::exec::pipeline::Pipelines;
-use crate::exec::prepared::{BackwardBuffers, ForwardBuffers, Prepared};
+use crate::exec::prepared::Prepared;
 use crate::kernel::tile::Tiling;
 use crate::kernel::{Binding, Kernel, MicroKernel};
 use crate::plan::operand::mask_scratch_bytes;
@@ -25,6 +26,21 @@ use crate::problem::error::{Error, Result};
 use crate::problem::{Gradients, Inputs, Output, Problem, Upstream};
 
 /// The attention operator on one device. Cheap to clone; clones share compiled kernels.
+///
+/// ```
+/// use sink_attention::{Attention, Inputs, Options, Problem, Shape};
+///
+/// let attention = Attention::new()?; // Attention::cpu() always works
+/// println!("{}", attention.device_description());
+///
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 3, seq_k: 3, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new().causal(true))?;
+/// let output = attention.forward(&problem, &Inputs::new(&[0.0f32; 3], &[1.0; 3], &[3.0, 5.0, 7.0]))?;
+/// for (o, mean) in output.o.iter().zip([3.0, 4.0, 5.0]) {
+///     assert!((o - mean).abs() < 1e-5); // scores of zero: means of the values so far
+/// }
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Attention {
     backend: Backend,
@@ -88,7 +104,7 @@ impl Attention {
     /// # Errors
     /// As [`open_untuned`](Self::open_untuned).
     pub async fn open_untuned_async(choice: &DeviceChoice) -> Result<Self> {
-        let (device, reason) = Device::choose(choice).await?;
+        let (device, reason) = Device::choose_async(choice).await?;
         Ok(Attention { reason, ..device.map_or_else(Attention::cpu, Attention::on) })
     }
 
@@ -98,7 +114,7 @@ impl Attention {
     }
 
     /// The operator on a device of the host application. Buffers must come from that device. One of another device is
-    /// [`Error::Gpu`] where both are of one [`wgpu::Instance`]; across instances wgpu cannot tell them apart, and may panic.
+    /// [`Error::Gpu`] where both are of one [`wgpu::Instance`]; across instances wgpu cannot distinguish them, and may panic.
     pub fn on(device: Device) -> Self {
         let backend = Backend::Gpu { device, pipelines: Arc::default(), tuning: None };
         Attention::of(backend)
@@ -162,8 +178,8 @@ impl Attention {
         }
     }
 
-    /// Keeps compiled kernels in a file from one process to the next: what `path` holds is loaded, what is compiled
-    /// from now on goes there by [`save_pipeline_cache`](Self::save_pipeline_cache). Kernels that were compiled before
+    /// Keeps compiled kernels in a file from one process to the next. The file at `path` is loaded, and
+    /// [`save_pipeline_cache`](Self::save_pipeline_cache) writes the kernels compiled from now on to it. Kernels that were compiled before
     /// this call are forgotten. A file that is absent, spoiled, or of another device or driver counts as empty.
     ///
     /// The file must be as safe from malicious changes as the program itself: it holds code for the GPU.
@@ -184,7 +200,7 @@ impl Attention {
     }
 
     /// Writes the file of [`with_pipeline_cache`](Self::with_pipeline_cache), which is replaced as a whole or not at
-    /// all. Returns its number of bytes, or `None` where there is no such file to write.
+    /// all. Returns its number of bytes, or `None` without a pipeline cache.
     ///
     /// # Errors
     /// [`Error::PipelineCache`].
@@ -195,7 +211,7 @@ impl Attention {
         }
     }
 
-    /// How [`forward`](Self::forward), whose operands are densely packed, will compute: in half precision with o_lo.
+    /// The plan of [`forward`](Self::forward), whose operands are densely packed. In half precision it computes o_lo, too.
     ///
     /// # Errors
     /// [`Error::NeedsGpu`] on the CPU; [`Error::NoKernel`].
@@ -205,7 +221,7 @@ impl Attention {
         Plan::forward_with(problem, optional, device.capabilities(), &preference)
     }
 
-    /// How [`backward`](Self::backward) will compute without d_lse: in half precision with o_lo.
+    /// The plan of [`backward`](Self::backward) without d_lse. In half precision it reads o_lo.
     ///
     /// # Errors
     /// As [`plan_forward`](Self::plan_forward).
@@ -254,7 +270,7 @@ impl Attention {
         Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, tuning: self.tuning() }))
     }
 
-    /// What computes, for people.
+    /// The name of the device, for people.
     pub fn device_name(&self) -> String {
         match &self.backend {
             Backend::Cpu => format!("CPU ({} threads)", rayon::current_num_threads()),
@@ -262,12 +278,12 @@ impl Attention {
         }
     }
 
-    /// Why it is this device.
+    /// The reason why this device was taken.
     pub fn device_reason(&self) -> &DeviceReason {
         &self.reason
     }
 
-    /// What computes, and why it is this: for the first line of what a program prints.
+    /// The name of the device and the reason why it was taken: for the first line that a program prints.
     pub fn device_description(&self) -> String {
         format!("{}: {}", self.device_name(), self.reason)
     }
@@ -368,13 +384,13 @@ impl Attention {
         let optional = optional.into_iter().filter(|(_, is_wanted)| *is_wanted).map(|(binding, _)| binding);
         let results = [Binding::O, Binding::Lse].into_iter().chain(optional);
         let create = || HostBuffers::new(device).upload(of_inputs(inputs))?.results(problem, results);
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let prepared = self.prepare_forward_async(problem, &buffers.forward()?).await?;
         let results = buffers.download(|encoder| prepared.encode(encoder)).await?;
         Ok((results.output().await?, results.optional(Binding::RowMax).await?))
     }
 
-    /// Backward pass on host slices, from what the forward pass returned; blocks until the result is there.
+    /// Backward pass on host slices, from the results of the forward pass; blocks until the result is there.
     ///
     /// # Errors
     /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`] and, on a GPU, those of
@@ -411,7 +427,7 @@ impl Attention {
             let operands = of_inputs(inputs).into_iter().chain(of_results(saved, upstream));
             HostBuffers::new(device).upload(operands)?.results(problem, gradients_of(inputs))
         };
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let prepared = self.prepare_backward_async(problem, &buffers.backward()?).await?;
         buffers.download(|encoder| prepared.encode(encoder)).await?.gradients().await
     }
@@ -422,7 +438,7 @@ impl Attention {
     /// [`Error::NeedsGpu`] on the CPU; [`Error::BufferTooSmall`], [`Error::BufferUsage`],
     /// [`Error::BindingTooLarge`], [`Error::IndexOverflow`], [`Error::Aliasing`] and
     /// [`Error::OverlappingStrides`] for operands that cannot be bound, [`Error::MissingOperand`],
-    /// [`Error::UnexpectedOperand`] and [`Error::InvalidOption`] for such that do not fit the options;
+    /// [`Error::UnexpectedOperand`] and [`Error::InvalidOption`] for operands that do not fit the options;
     /// [`Error::NoKernel`] and [`Error::TooManyWorkgroups`] where the device's limits are too small for a piece of the work;
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the driver reports.
     #[cfg(not(target_family = "wasm"))]
@@ -435,15 +451,29 @@ impl Attention {
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
     pub async fn prepare_forward_async(&self, problem: &Problem, buffers: &ForwardBuffers<'_>) -> Result<Prepared> {
-        self.prepare_forward_with(problem, buffers, &[]).await
+        self.prepare_forward_with_async(problem, buffers, &[]).await
     }
 
-    /// As [`prepare_forward_async`](Self::prepare_forward_async) with tiles of the caller's choice, for
-    /// measuring candidates; they count as [`Preference::tiles`] do.
+    /// As [`prepare_forward`](Self::prepare_forward) with tiles of the caller's choice, for measuring candidates; they count as
+    /// [`Preference::tiles`] do.
     ///
     /// # Errors
     /// As [`prepare_forward`](Self::prepare_forward).
-    pub async fn prepare_forward_with(
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_forward_with(
+        &self,
+        problem: &Problem,
+        buffers: &ForwardBuffers<'_>,
+        tiles: &[(Kernel, Tiling)],
+    ) -> Result<Prepared> {
+        pollster::block_on(self.prepare_forward_with_async(problem, buffers, tiles))
+    }
+
+    /// As [`prepare_forward_with`](Self::prepare_forward_with), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_forward`](Self::prepare_forward).
+    pub async fn prepare_forward_with_async(
         &self,
         problem: &Problem,
         buffers: &ForwardBuffers<'_>,
@@ -463,7 +493,7 @@ impl Attention {
         problem.options().mask.map(|_| mask_scratch_bytes(problem))
     }
 
-    /// Prepares a backward pass on buffers of the caller's. Allocates what its kernels hand to each other:
+    /// Prepares a backward pass on buffers of the caller's. Allocates the scratch that its kernels share:
     /// eight bytes for each query of each head; with sink logits, but for half precision without o_lo, four for each 32 queries
     /// or part of them; where the ALiBi slopes' gradient is wanted four for each query of each head; a mask's bits.
     ///
@@ -479,15 +509,29 @@ impl Attention {
     /// # Errors
     /// As [`prepare_backward`](Self::prepare_backward).
     pub async fn prepare_backward_async(&self, problem: &Problem, buffers: &BackwardBuffers<'_>) -> Result<Prepared> {
-        self.prepare_backward_with(problem, buffers, &[]).await
+        self.prepare_backward_with_async(problem, buffers, &[]).await
     }
 
-    /// As [`prepare_backward_async`](Self::prepare_backward_async) with tiles of the caller's choice, for
-    /// measuring candidates; they count as [`Preference::tiles`] do.
+    /// As [`prepare_backward`](Self::prepare_backward) with tiles of the caller's choice, for measuring candidates; they count as
+    /// [`Preference::tiles`] do.
     ///
     /// # Errors
     /// As [`prepare_backward`](Self::prepare_backward).
-    pub async fn prepare_backward_with(
+    #[cfg(not(target_family = "wasm"))]
+    pub fn prepare_backward_with(
+        &self,
+        problem: &Problem,
+        buffers: &BackwardBuffers<'_>,
+        tiles: &[(Kernel, Tiling)],
+    ) -> Result<Prepared> {
+        pollster::block_on(self.prepare_backward_with_async(problem, buffers, tiles))
+    }
+
+    /// As [`prepare_backward_with`](Self::prepare_backward_with), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`prepare_backward`](Self::prepare_backward).
+    pub async fn prepare_backward_with_async(
         &self,
         problem: &Problem,
         buffers: &BackwardBuffers<'_>,

@@ -1,4 +1,4 @@
-//! Partial states: what a shard of the keys gives, to be merged.
+//! Partial states: the results of shards of the keys, to be merged.
 
 use std::ops::Range;
 
@@ -6,7 +6,8 @@ use rayon::prelude::*;
 
 use crate::attention::{Attention, HostBuffers};
 use crate::cpu;
-use crate::exec::prepared::{ForwardBuffers, MergeBuffers, Prepared};
+use crate::exec::buffers::{ForwardBuffers, MergeBuffers};
+use crate::exec::prepared::Prepared;
 use crate::kernel::Binding;
 use crate::problem::element::{DType, Element};
 use crate::problem::error::{Error, Result};
@@ -75,8 +76,8 @@ impl Attention {
         self.attend_shard(problem, keys, inputs, false).await
     }
 
-    /// As [`attend_partial`](Self::attend_partial), with [`PartialState::row_max`]: a merge of such states has that of all their keys,
-    /// see [`forward_with_row_max`](Self::forward_with_row_max).
+    /// As [`attend_partial`](Self::attend_partial), with [`PartialState::row_max`], see
+    /// [`forward_with_row_max`](Self::forward_with_row_max). A merge of states with row_max has the row_max of all their keys.
     ///
     /// # Errors
     /// As [`attend_partial`](Self::attend_partial).
@@ -355,7 +356,7 @@ impl Attention {
                 .upload(operands)?
                 .results(merging, [Binding::O, Binding::Lse].into_iter().chain(row_max))
         };
-        let buffers = device.scoped("uploading partial states", create).await??;
+        let buffers = device.scoped_async("uploading partial states", create).await??;
         let merged = MergeBuffers {
             states: buffers.given(Binding::States)?,
             states_lo: None,

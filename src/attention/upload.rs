@@ -4,7 +4,7 @@ use bytemuck::{Pod, cast_slice};
 
 use crate::device::Device;
 use crate::device::buffer::{Mapped, TensorView, allocate, download, upload_with};
-use crate::exec::prepared::{BackwardBuffers, ForwardBuffers};
+use crate::exec::buffers::{BackwardBuffers, ForwardBuffers};
 use crate::kernel::Binding;
 use crate::problem::element::Element;
 use crate::problem::error::{Error, Result};

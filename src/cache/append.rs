@@ -20,6 +20,29 @@ use super::bind::{Bound, Given, check_result, params};
 
 /// New tokens in buffers of the caller's, of the cache's element type. The tokens of all sequences lie one after the other,
 /// `[tokens, heads, width]`, sequence by sequence; views may have any strides of head and token (those of batch do not count).
+///
+/// ```
+/// use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+/// use sink_attention::{Attention, DeviceChoice, Error};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let rotary = Rotary { dim: 2, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute };
+/// let config = CacheConfig::new(CacheKind::Contiguous { capacity: 2 }, 1, 1, 2).rotary(rotary);
+/// let mut cache = attention.create_cache(&config)?;
+/// // Position 0 does not turn, position 1 turns by a right angle.
+/// let cos_sin = device.upload("cos_sin", &[1.0, 0.0, 0.0, 1.0])?;
+/// let [k, v] = [device.upload("k", &[1.0, 0.0, 1.0, 0.0])?, device.upload("v", &[0.0; 4])?];
+/// let q = device.upload("q", &[1.0, 0.0, 1.0, 0.0])?; // two tokens of one head
+/// let tokens = AppendBuffers::new(&k, &v).q((q.view(), 1)).cos_sin(cos_sin.wgpu());
+/// let mut step = attention.step()?;
+/// cache.prepare_append(&[2], &tokens)?.encode(&mut cache, &mut step)?;
+/// step.submit()?;
+/// assert_eq!(q.download::<f32>()?, [1.0, 0.0, 0.0, 1.0]); // the query of token 1 has turned
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct AppendBuffers<'a> {
@@ -132,8 +155,8 @@ impl PreparedAppend {
         Ok(PreparedAppend { keys, counts, q_heads, positions, kernel })
     }
 
-    /// The kernel and its grid; none where there is nothing to append. The tokens go into the cache, or into the buffers
-    /// that were gathered from it: `behind` has these, and the row of each sequence's first new key.
+    /// The kernel and its grid. None if there is nothing to append. The tokens go into the cache, or into the buffers that were gathered
+    /// from it: `behind` has these buffers, and the row of each sequence's first new key.
     pub(super) async fn bind(
         cache: &KvCache,
         tokens: &[usize],
@@ -151,7 +174,7 @@ impl PreparedAppend {
         };
         let k = place(Binding::K, &buffers.k, config.kv_heads, config.head_dim)?;
         let v = place(Binding::V, &buffers.v, config.kv_heads, config.value_dim)?;
-        // Queries are rotated once.
+        // Queries are rotated only once, with the append to the cache.
         let given_q = buffers.q.filter(|_| behind.is_none());
         let q = match &given_q {
             Some((_, 0)) => return Err(Error::ZeroDimension { dimension: "heads" }),
@@ -167,7 +190,7 @@ impl PreparedAppend {
         let options = CacheOptions {
             rotates_q: q.is_some(),
             gathered: behind.is_some(),
-            // Keys that are rotated as they are read come as they are.
+            // Keys that are rotated as they are read are stored without rotation.
             rotary: config.rotary.filter(|_| q.is_some() || !config.is_relative()),
             ..CacheOptions::new(config, vec4)
         };
@@ -188,7 +211,8 @@ impl PreparedAppend {
             gathered_rows: behind.as_ref().map_or(0, |(gathered, _)| gathered.rows as u32),
             ..params(config)
         };
-        // How many each sequence gets, or its first row, then of each token its sequence and its number there.
+        // The list has a word for each sequence (the number of its tokens, or its first row), then for each token its sequence and its
+        // number there.
         let (gathered, mut list) = match behind {
             Some((gathered, rows)) => (Some(gathered), rows),
             None => (None, tokens.iter().map(|n| *n as u32).collect()),
@@ -197,7 +221,7 @@ impl PreparedAppend {
             tokens.iter().enumerate().flat_map(|(n, count)| (0..*count).flat_map(move |i| [n as u32, i as u32])),
         );
         let device = &cache.device;
-        let list = device.scoped("uploading a list of tokens", || upload(device, "tokens", &list)).await??;
+        let list = device.scoped_async("uploading a list of tokens", || upload(device, "tokens", &list)).await??;
         let mut operands =
             vec![(Binding::K, k.resource()), (Binding::V, v.resource()), (Binding::Tokens, list.as_entire_binding())];
         operands.extend(q.as_ref().map(|q| (Binding::Q, q.resource())));

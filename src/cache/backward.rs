@@ -5,21 +5,51 @@ use super::gather::{Dispatch, Gathered, Source, given, record};
 use super::gpu::{GivenBuffer, KvCache};
 use super::step::Step;
 use crate::device::buffer::TensorView;
-use crate::exec::prepared::{BackwardBuffers as PassBuffers, ForwardBuffers, Prepared};
+use crate::exec::buffers::{BackwardBuffers as PassBuffers, ForwardBuffers};
+use crate::exec::prepared::Prepared;
 use crate::problem::error::{Error, Result};
 
 /// The operands of the backward pass of a prefill in buffers of the caller's; tokens lie as in
 /// [`PrefillBuffers`](crate::cache::PrefillBuffers).
+///
+/// ```
+/// use sink_attention::cache::{AppendBuffers, BackwardBuffers, CacheConfig, CacheKind, Prefill};
+/// use sink_attention::{Attention, DType, DeviceChoice, Error, Options};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let config = CacheConfig::new(CacheKind::Contiguous { capacity: 2 }, 1, 1, 4);
+/// let mut cache = attention.create_cache(&config)?;
+/// let [q, k] = [device.zeros("q", DType::F32, &[1, 1, 4])?, device.zeros("k", DType::F32, &[1, 1, 4])?];
+/// let v = device.upload("v", &[1.0, 2.0, 3.0, 4.0])?;
+/// let mut step = attention.step()?;
+/// cache.prepare_append(&[1], &AppendBuffers::new(&k, &v))?.encode(&mut cache, &mut step)?;
+/// // As a prefill leaves them: the one key has all the weight, and its score is 0.
+/// let [o, lse] = [device.upload("o", &[1.0, 2.0, 3.0, 4.0])?, device.upload("lse", &[0.0])?];
+/// let [d_o, d_q] = [device.upload("d_o", &[1.0; 4])?, device.zeros("d_q", DType::F32, &[1, 1, 4])?];
+/// let like_cache = |name, bytes| device.zeros(name, DType::F32, &[bytes as usize / 4]);
+/// let [d_keys, d_values] = [like_cache("d_keys", config.bytes()[0])?, like_cache("d_values", config.bytes()[1])?];
+/// let results = [d_keys.wgpu(), d_values.wgpu()];
+/// let buffers = BackwardBuffers::new([q.view(), o.view(), lse.view()], &d_o, &d_q, results);
+/// cache.prepare_backward(&Prefill::new(1, [1], Options::new()), &buffers)?.encode(&cache, &mut step)?;
+/// step.submit()?;
+/// for (d_value, expected) in d_values.download::<f32>()?.iter().zip([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]) {
+///     assert!((d_value - expected).abs() < 1e-5); // d_o, and an empty row
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct BackwardBuffers<'a> {
     /// Queries as the forward pass had them, rotated where there is a rotary embedding, `[tokens, H, D]`.
     pub q: TensorView<'a>,
-    /// What the forward pass gave, `[tokens, H, E]`.
+    /// o of the forward pass, `[tokens, H, E]`.
     pub o: TensorView<'a>,
     /// See [`BackwardBuffers::forward`](crate::BackwardBuffers::forward).
     pub o_lo: Option<TensorView<'a>>,
-    /// What the forward pass gave, `[H, tokens]`, f32, densely packed.
+    /// lse of the forward pass, `[H, tokens]`, f32, densely packed.
     pub lse: TensorView<'a>,
     /// See [`ForwardBuffers::sink_logits`].
     pub sink_logits: Option<TensorView<'a>>,
@@ -50,8 +80,8 @@ pub struct BackwardBuffers<'a> {
 }
 
 impl<'a> BackwardBuffers<'a> {
-    /// What every backward pass has: q, o and lse; d_o; d_q; and the gradients by keys and values. What goes with options is
-    /// `None`.
+    /// The operands and results of every backward pass: q, o and lse; d_o; d_q; and the gradients by keys and values. Those that go
+    /// with options are `None`.
     pub fn new(
         [q, o, lse]: [TensorView<'a>; 3],
         d_o: impl Into<TensorView<'a>>,
@@ -93,7 +123,7 @@ impl<'a> BackwardBuffers<'a> {
         ]
     }
 
-    /// Those that are told in the order of tokens.
+    /// The results that are not in the cache's layout.
     fn results(&self) -> [GivenBuffer<'a>; 4] {
         [
             given("d_q", self.d_q),

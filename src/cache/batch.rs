@@ -14,6 +14,20 @@ use crate::problem::{Axes, Bias, Inputs, Layout, MaskData, Options, Problem, Sha
 ///
 /// The tokens of all sequences lie one after the other, `[tokens, heads, width]`, sequence by sequence, in q, k, v, o and their
 /// gradients; lse is `[heads, tokens]`.
+///
+/// ```
+/// use sink_attention::Options;
+/// use sink_attention::cache::{CacheConfig, CacheKind, Prefill, PrefillOperands};
+/// use sink_attention::cpu::KvCache;
+///
+/// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 3, 1, 1))?;
+/// // Two tokens of the first sequence, none of the second, one of the third. Queries of zero give means of values.
+/// let prefill = Prefill::new(1, [2, 0, 1], Options::new().causal(true));
+/// let output = cache.prefill(&prefill, &mut [0.0f32; 3], [&[1.0; 3], &[2.0, 4.0, 7.0]], &PrefillOperands::default())?;
+/// assert_eq!(output.o, [2.0, 3.0, 7.0]);
+/// assert_eq!(cache.lengths(), [2, 0, 1]);
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Prefill {
@@ -50,7 +64,20 @@ setters! {
     }
 }
 
-/// Operands of a prefill, and of its backward pass, that go with options; [`PrefillBuffers`](crate::cache::PrefillBuffers) tells more.
+/// Operands of a prefill, and of its backward pass, that go with options; see [`PrefillBuffers`](crate::cache::PrefillBuffers).
+///
+/// ```
+/// use sink_attention::cache::{CacheConfig, CacheKind, Prefill, PrefillOperands};
+/// use sink_attention::cpu::KvCache;
+/// use sink_attention::{Options, SinkLogits};
+///
+/// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 1, 1, 1))?;
+/// let prefill = Prefill::new(1, [1], Options::new().sink_logits(SinkLogits::PerHead));
+/// let operands = PrefillOperands::default().sink_logits(&[0.0][..]);
+/// let output = cache.prefill(&prefill, &mut [0.0f32], [&[1.0], &[6.0]], &operands)?;
+/// assert!((output.o[0] - 3.0).abs() < 1e-6); // the key and the sink share the weight
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct PrefillOperands<'a, T = f32> {
@@ -60,14 +87,14 @@ pub struct PrefillOperands<'a, T = f32> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// Added to the scores.
     pub bias: Option<Bias<'a, T>>,
-    /// Which keys may be seen.
+    /// The mask: the keys that may be seen.
     pub mask: Option<MaskData<'a>>,
     /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin); not in the backward pass.
     pub cos_sin: Option<&'a [f32]>,
 }
 
 impl<T> Default for PrefillOperands<'_, T> {
-    /// None of them.
+    /// No optional operands.
     fn default() -> Self {
         PrefillOperands { sink_logits: None, alibi_slopes: None, bias: None, mask: None, cos_sin: None }
     }
@@ -98,17 +125,17 @@ impl<T> PrefillOperands<'_, T> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) sequence: usize,
-    /// Tokens it has without the new ones, those that a ring has given up among them.
+    /// Tokens of the sequence without the new ones, including those that a ring has given up.
     pub(crate) length: usize,
-    /// Keys that come from the cache; behind them stand those of new tokens, where there are any.
+    /// Keys that come from the cache. Keys of new tokens, if there are any, follow them.
     pub(crate) cached: usize,
     pub(crate) keys: usize,
-    /// Row of its first key, those of all sequences one after the other.
+    /// Row of the first key. Keys of all sequences follow one another.
     pub(crate) first_row: usize,
 }
 
 impl Entry {
-    /// Keys that a ring has given up, of tokens that come after those that the cache holds.
+    /// Keys that a ring has given up, for tokens that come after those that the cache holds.
     fn given_up(&self) -> usize {
         self.length - self.cached
     }
@@ -119,7 +146,7 @@ impl Entry {
 pub(crate) struct Batch {
     pub(crate) problem: Problem,
     pub(crate) entries: Vec<Entry>,
-    /// Rows of the keys of all of them.
+    /// Rows of the keys of all sequences.
     pub(crate) rows: usize,
     /// Whether the problem's bias is that of [`alibi_of_sinks`](Self::alibi_of_sinks).
     pub(super) sinks_by_bias: bool,
@@ -129,10 +156,10 @@ pub(crate) struct Batch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Run {
     pub(crate) sequence: usize,
-    /// Which of the sequence's blocks.
+    /// The number of the block in the sequence.
     pub(crate) number: usize,
     pub(crate) row: usize,
-    /// Row among the keys of all sequences.
+    /// First row among the keys of all sequences.
     pub(crate) to: usize,
     pub(crate) rows: usize,
 }
@@ -151,17 +178,17 @@ pub(crate) struct Sum {
 const RUN_ROWS: usize = 64;
 
 impl Batch {
-    /// Of tokens that come after those that the cache holds; `None` where there are none.
+    /// The batch of tokens that come after those that the cache holds. `None` if there are none.
     ///
-    /// A rolling cache gives up keys as tokens are appended that the first of these still see. So its keys are those from before
-    /// with the new ones behind them: sink tokens, then a run of the last positions without a gap. Let S be the kept sink tokens,
-    /// R the ring's rows, R >= window, L the length before, and g = max(0, L - S - R) what the ring has given up. The key at
-    /// place j stands at position j for j < S, else at j + g, and the query of new token i at place p = S + R + i = L + i - g
-    /// where g > 0. Window and sink rule give the same for places as for positions:
-    /// - Between places from S on, differences are those of positions; no such place is a sink token's, of which there are S.
-    /// - For j < S and g > 0, j <= p in both; and j lies before the window in both: L + i - left > S + R - left > S > j, and
-    ///   p - left >= S + R - left > S > j, as left < window <= R. So it is seen if it is a sink token.
-    /// - Positions that were given up, S <= j < S + g = L - R, lie before every window: L + i - left > L - R.
+    /// A rolling cache gives up keys, as tokens are appended, that the first of these tokens still see. So its keys are those from before
+    /// the append, followed by the new ones: sink tokens, then a run of the last positions without a gap. Let S be the kept sink tokens, R
+    /// the ring's rows, R >= window, L the length before, and g = max(0, L - S - R) the number of keys that the ring has given up. The key
+    /// at place j has position j for j < S, and otherwise j + g. The query of new token i has place p = S + R + i = L + i - g if g > 0.
+    /// Window and sink rule give the same for places as for positions:
+    /// - Between places from S on, differences are those of positions. No such place is that of a sink token, of which there are S.
+    /// - For j < S and g > 0, j <= p in both, and j is before the window in both: L + i - left > S + R - left > S > j, and p - left >= S +
+    ///   R - left > S > j, because left < window <= R. So it is seen if it is a sink token.
+    /// - Positions that were given up, S <= j < S + g = L - R, are before every window: L + i - left > L - R.
     ///
     /// For g = 0 places are positions.
     pub(crate) fn appended(config: &CacheConfig, prefill: &Prefill, block_table: &BlockTable) -> Result<Option<Self>> {
@@ -173,7 +200,7 @@ impl Batch {
         })
     }
 
-    /// Of tokens that are the last ones that the cache holds.
+    /// The batch of tokens that are the last ones of the cache.
     pub(crate) fn held(config: &CacheConfig, prefill: &Prefill, block_table: &BlockTable) -> Result<Self> {
         check_total(config, &prefill.tokens)?;
         let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
@@ -241,28 +268,28 @@ impl Batch {
             batch: 1,
             heads: *heads,
             kv_heads: config.kv_heads,
-            // Checked as with a token where there are none.
+            // Without tokens, or without keys, the checks use one.
             seq_q: tokens.iter().sum::<usize>().max(1),
             seq_k: rows.max(1),
             head_dim: config.head_dim,
             value_dim: config.value_dim,
         };
         let problem = match entries.len() {
-            // The same operands, and kernels that need no table of sequences.
+            // The operands are the same, and these kernels need no table of sequences.
             0 | 1 => Problem::new(shape, options.layout(Layout::Bshd))?,
             _ => Problem::with_lengths(shape, options.layout(Layout::Thd), Lengths::Cumulative { q: &q, k: &k })?,
         };
         Ok((!entries.is_empty()).then_some(Batch { problem, entries, rows, sinks_by_bias }))
     }
 
-    /// The bias that makes places positions for ALiBi, `[sequences, H, 1, N]`: behind the sink tokens a ring has given up g keys,
-    /// so that a sink token lies g further from every query than places tell, and has -slope * g.
+    /// The bias that makes positions of places for ALiBi, `[sequences, H, 1, N]`. Behind the sink tokens a ring has given up g keys, so a
+    /// sink token is g further from every query than the places say. Its bias is -slope * g.
     pub(crate) fn alibi_of_sinks(&self, alibi_slopes: Option<&[f32]>) -> Option<Vec<f32>> {
         let [_, heads, _, keys] = self.problem.bias_shape().filter(|_| self.sinks_by_bias)?;
         let mut bias = vec![0.0; self.entries.len() * heads * keys];
         for (entry, of_entry) in self.entries.iter().zip(bias.chunks_exact_mut(heads * keys)) {
             let gap = entry.given_up() as f32;
-            // A list of another length is an error of the checks that follow.
+            // The checks that follow refuse a list of another length.
             for (row, slope) in of_entry.chunks_exact_mut(keys).zip(alibi_slopes.unwrap_or(&[])) {
                 row[..self.problem.options().sink_tokens.min(keys)].fill(-slope * gap);
             }
@@ -300,9 +327,9 @@ impl Batch {
         runs
     }
 
-    /// Where gradients go of keys that all come from the cache: pages that sequences share get the sum over these.
+    /// The destinations of gradients by keys that all come from the cache. Pages that sequences share get the sum over these sequences.
     pub(crate) fn sums(&self, block_table: &BlockTable) -> Vec<Sum> {
-        // Of each block, how many of its rows each sequence uses, and where these lie.
+        // For each block: how many of its rows each sequence uses, and where these rows are.
         let mut users: BTreeMap<usize, Vec<[usize; 2]>> = BTreeMap::new();
         for &Entry { sequence, length, keys, first_row, .. } in &self.entries {
             let mut place = 0;
@@ -316,7 +343,7 @@ impl Batch {
         let mut sums = Vec::new();
         for (block, users) in users {
             let mut row = 0;
-            // As far as the same sequences use it.
+            // Each sum covers the rows that the same sequences use.
             while let Some(end) = users.iter().map(|[used, _]| *used).filter(|used| *used > row).min() {
                 let rows = (end - row).min(RUN_ROWS);
                 let terms = users.iter().filter(|[used, _]| *used > row).map(|[_, first]| first + row).collect();
@@ -328,10 +355,10 @@ impl Batch {
     }
 }
 
-/// Tokens of all sequences at most, and their keys.
+/// Most tokens of all sequences, and most keys.
 const MOST_TOKENS: usize = 1 << 29;
 
-/// A number for each sequence, and not too many together.
+/// Checks that there is one number for each sequence, and that the sum is not too large.
 pub(crate) fn check_total(config: &CacheConfig, tokens: &[usize]) -> Result<usize> {
     check_counts(config, tokens.len())?;
     let total = tokens.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).unwrap_or(usize::MAX);
@@ -342,7 +369,7 @@ pub(crate) fn check_total(config: &CacheConfig, tokens: &[usize]) -> Result<usiz
     Ok(total)
 }
 
-/// One number for each sequence.
+/// Checks that there is one number for each sequence.
 pub(super) fn check_counts(config: &CacheConfig, actual: usize) -> Result<()> {
     let expected = config.sequences;
     if actual == expected {

@@ -1,4 +1,4 @@
-//! What the kernels of caches bind: parameters, operands of the caller's, the cache's own buffers.
+//! The bindings of kernels of caches: parameters, operands of the caller, and the cache's own buffers.
 
 use std::sync::Arc;
 
@@ -36,7 +36,7 @@ pub(super) fn params(config: &CacheConfig) -> Params {
     }
 }
 
-/// The same parameters for either list of lengths.
+/// The parameters for either list of lengths.
 fn of_lists(params: &Params) -> [Params; 2] {
     [0, 1].map(|current| {
         let [current, next] = [current, 1 - current].map(|list| list * params.sequences);
@@ -52,7 +52,7 @@ pub(super) struct Bound {
 }
 
 impl Bound {
-    /// Operands that are not given are the cache's.
+    /// Binds a kernel. Operands that are not in `operands` are the cache's own.
     pub(super) async fn new(
         cache: &KvCache,
         variant: &Variant,
@@ -71,7 +71,7 @@ impl Bound {
             },
         };
         let bind = || bind_groups(device, &pipeline, variant, of_lists(params), find);
-        let groups = device.scoped("binding operands", bind).await?;
+        let groups = device.scoped_async("binding operands", bind).await?;
         Ok(Bound { pipeline, groups })
     }
 
@@ -82,7 +82,7 @@ impl Bound {
     }
 }
 
-/// An operand of the caller's, checked, and what a kernel binds of it.
+/// An operand of the caller's, after a check, and the window of it that a kernel binds.
 pub(super) struct Given<'a> {
     pub(super) placed: Placed<'a>,
     pub(super) window: BindingRange,
@@ -113,7 +113,7 @@ impl<'a> Given<'a> {
         &self.placed.view
     }
 
-    /// Counted in vectors of so many elements.
+    /// The place of the operand, counted in vectors of `width` elements.
     pub(super) fn operand(&self, width: u64) -> Operand {
         Operand::new(self.view(), self.window, width)
     }
@@ -123,7 +123,7 @@ impl<'a> Given<'a> {
     }
 }
 
-/// A result needs distinct places in a buffer that no other operand uses.
+/// Checks that a result has distinct places, in a buffer that no other operand uses.
 pub(super) fn check_result(result: &Given<'_>, others: &[Option<&Given<'_>>]) -> Result<()> {
     let output = result.view().binding.name();
     match others.iter().flatten().find(|other| other.buffer == result.buffer) {

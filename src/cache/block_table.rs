@@ -34,7 +34,7 @@ struct Rotated {
     tokens: usize,
 }
 
-/// What has to follow on the device.
+/// Changes that have to follow on the device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Changes {
     /// Whole pages to copy, from and to, before anything else.
@@ -63,7 +63,7 @@ impl BlockTable {
     /// As it was: `lengths`, `written` and a table for each sequence.
     ///
     /// # Errors
-    /// What cannot have been, with the numbers.
+    /// A message about a state that cannot have existed, with its numbers.
     #[cfg(feature = "safetensors")]
     pub(crate) fn restored(
         config: &CacheConfig,
@@ -121,7 +121,7 @@ impl BlockTable {
         self.kind.rows()
     }
 
-    /// Keys of a sequence that are there: all but those that a ring has given up.
+    /// Keys of a sequence that the cache holds: all but those that a ring has given up.
     pub(crate) fn keys(&self, sequence: usize) -> usize {
         match self.kind {
             CacheKind::Rolling { .. } => self.lengths[sequence].min(self.kind.rows()),
@@ -135,7 +135,7 @@ impl BlockTable {
         [self.block(sequence, number), row]
     }
 
-    /// The block of a sequence's page by its number; elsewhere it has one block, number 0.
+    /// The block of a sequence's page, by the page's number. In other caches a sequence has one block, number 0.
     pub(crate) fn block(&self, sequence: usize, number: usize) -> usize {
         match self.kind {
             CacheKind::Paged { .. } => self.tables[sequence][number] as usize,
@@ -143,8 +143,8 @@ impl BlockTable {
         }
     }
 
-    /// The block's number among those of a sequence, the row in it of the key at a place, and how many keys from there on lie
-    /// in rows one after the other, where the sequence has so many tokens.
+    /// The number of a key's block among those of its sequence, the row in that block, and how many keys from there on are in consecutive
+    /// rows, for a sequence of `length` tokens.
     pub(crate) fn stretch(&self, length: usize, place: usize) -> [usize; 3] {
         let rows = self.kind.rows();
         match self.kind {
@@ -164,7 +164,7 @@ impl BlockTable {
         if sequence < sequences { Ok(()) } else { Err(Error::SequenceOutOfRange { sequence, sequences }) }
     }
 
-    /// Whether tokens can be written without a change of pages.
+    /// Checks that tokens can be written without a change of pages.
     pub(crate) fn check_reserved(&self, added: &[usize]) -> Result<()> {
         let capacity = self.capacity();
         for (sequence, (&length, &added)) in self.lengths.iter().zip(added).enumerate().filter(|(_, (_, n))| **n > 0) {
@@ -192,7 +192,7 @@ impl BlockTable {
         }
     }
 
-    /// Whether sequences may have so many tokens more.
+    /// Checks that sequences have room for more tokens.
     pub(crate) fn check_capacity(&self, added: &[usize]) -> Result<()> {
         let capacity = self.capacity();
         let full = |&(_, (&length, &added)): &(usize, (&usize, &usize))| added > capacity - length;
@@ -202,11 +202,12 @@ impl BlockTable {
         }
     }
 
-    /// Makes room for `added` tokens more of each sequence, with pages of its own where they will be written; all or nothing.
+    /// Makes room for `added` more tokens of each sequence, with pages of its own for the tokens to be written. It does all of this or
+    /// nothing.
     pub(crate) fn reserve(&mut self, added: &[usize]) -> Result<Changes> {
         self.check_capacity(added)?;
         let CacheKind::Paged { page_size, pages, .. } = self.kind else { return Ok(Changes::default()) };
-        // What is wanted, before anything is taken: page by page, as those who share one give it up one after the other.
+        // The needed pages are counted first, page by page: sequences that share a page give it up one after the other.
         let mut shared: HashMap<u32, u32> = HashMap::new();
         let mut copied = Vec::new();
         let mut fresh = 0;
@@ -231,7 +232,7 @@ impl BlockTable {
             let Some(own) = self.take() else { continue };
             Arc::make_mut(&mut self.holders)[page as usize] -= 1;
             Arc::make_mut(&mut self.tables[sequence])[number] = own;
-            // A page behind the last token has nothing to keep.
+            // A page behind the last token holds nothing to keep.
             if number * page_size < self.lengths[sequence] {
                 changes.copies.push([page, own]);
             }
@@ -266,7 +267,7 @@ impl BlockTable {
         }
     }
 
-    /// Counts tokens that were written to what was reserved, whose queries of so many heads were rotated with them, or none.
+    /// Counts tokens that were written to reserved rows. `q_heads` is the number of heads whose queries were rotated with them, if any.
     pub(crate) fn advance(&mut self, added: &[usize], q_heads: Option<usize>) {
         for (sequence, &added) in added.iter().enumerate().filter(|(_, added)| **added > 0) {
             self.lengths[sequence] += added;
@@ -280,8 +281,8 @@ impl BlockTable {
         }
     }
 
-    /// Whether appends have rotated the queries of the last tokens, of so many heads. Of tokens that came from elsewhere nobody
-    /// knows.
+    /// Checks that appends have rotated the queries of the last tokens, of `heads` heads. Nobody knows that of tokens that came from
+    /// elsewhere.
     pub(crate) fn check_rotated(&self, sequence: usize, queries: usize, heads: usize) -> Result<()> {
         // Queries before the first token see nothing.
         let queries = queries.min(self.lengths[sequence]);
@@ -297,15 +298,15 @@ impl BlockTable {
         }
     }
 
-    /// Whether the first of so many queries finds its window whole, with `left` keys before its own: what was written to a ring
-    /// and taken back has cost the oldest keys.
+    /// Checks that the first of `queries` queries finds its window whole, with `left` keys before its own. Tokens that were written to a
+    /// ring and taken back have overwritten the oldest keys.
     pub(crate) fn check_queries(&self, sequence: usize, queries: usize, left: usize) -> Result<()> {
         let CacheKind::Rolling { window, queries: most, .. } = self.kind else { return Ok(()) };
         let (length, written) = (self.lengths[sequence], self.written[sequence]);
         if written <= self.kind.rows() || length == 0 {
             return Ok(());
         }
-        // As if all queries but the first were taken back.
+        // The length as if all queries but the first were taken back.
         let length = (length + 1).saturating_sub(queries);
         let least = (written + left + 2).saturating_sub(most + window);
         if length < least { Err(Error::CacheEvicted { sequence, length, least }) } else { Ok(()) }
@@ -344,7 +345,7 @@ impl BlockTable {
         Ok(())
     }
 
-    /// Makes `to` the same sequence as `from`; pages are shared.
+    /// Makes `to` the same sequence as `from`. They share pages.
     pub(crate) fn fork(&mut self, from: usize, to: usize) -> Result<()> {
         self.check_sequence(from)?;
         self.check_sequence(to)?;
@@ -362,7 +363,7 @@ impl BlockTable {
         Ok(())
     }
 
-    /// Gives a sequence pages of the caller's choice, which others may hold, too.
+    /// Gives a sequence pages of the caller's choice, which other sequences may also hold.
     pub(crate) fn assign(&mut self, sequence: usize, table: &[u32], length: usize) -> Result<()> {
         self.check_sequence(sequence)?;
         let CacheKind::Paged { page_size, pages, sequence_pages } = self.kind else {
@@ -392,7 +393,7 @@ impl BlockTable {
         self.give_back(&before);
     }
 }
-/// Tokens that a sequence can go back to, but for none at all, when so many were written.
+/// Fewest tokens that a sequence can go back to (except to none at all), after `written` tokens were written.
 fn least_length(kind: CacheKind, written: usize) -> usize {
     match kind {
         CacheKind::Rolling { queries, .. } if written > kind.rows() => written - (queries - 1),

@@ -41,7 +41,7 @@ pub struct KvCache<T> {
     pub(super) block_table: BlockTable,
     pub(super) keys: Vec<T>,
     pub(super) values: Vec<T>,
-    /// Of the blocks of quantised keys and values, row by row.
+    /// Scales of the blocks of quantised keys and values, row by row.
     pub(super) scales: [Vec<f16>; 2],
 }
 
@@ -120,7 +120,7 @@ impl<T: Element> KvCache<T> {
                     turning.turn(&mut q[at..at + head_dim], position);
                 }
             }
-            // What a ring has given up has no place any more.
+            // Keys that a ring has given up have no place any more.
             let gone = self.block_table.lengths()[sequence] - self.block_table.keys(sequence);
             let place = match self.config.kind {
                 CacheKind::Rolling { sink_tokens, .. } if position >= sink_tokens => {
@@ -150,7 +150,7 @@ impl<T: Element> KvCache<T> {
         Ok(())
     }
 
-    /// New tokens, before anything is changed: what turns them, if anything.
+    /// Checks new tokens before anything is changed. Returns their rotation, if there is one.
     fn check_tokens<'a>(
         &self,
         tokens: &[usize],
@@ -205,10 +205,10 @@ impl<T: Element> KvCache<T> {
         let alibi_of_sinks = batch.alibi_of_sinks(operands.alibi_slopes);
         let operands = batch.operands(operands, alibi_of_sinks.as_deref())?;
         let (problem, entries) = (&batch.problem, &batch.entries);
-        // What is given up, and behind it what has come, as the cache will hold it.
+        // The keys that are given up, and behind them the new ones in the format in which the cache will hold them.
         let mut gathered = self.gather_rows(batch.runs(&self.block_table), batch.rows);
         let [keys, values] = &mut gathered;
-        // The append below keeps them.
+        // The append below stores the scales.
         let mut scales = [head_dim, value_dim].map(|width| vec![f16::ZERO; scales_of(width)]);
         let mut token = 0;
         for entry in entries {
@@ -366,7 +366,7 @@ impl<T: Element> KvCache<T> {
         for (entry, &sequence) in entries.iter().enumerate() {
             let keys = self.block_table.keys(sequence);
             let shape = Shape { batch: 1, seq_k: keys.max(1), ..s };
-            // Checked as with keys where there are none.
+            // Without keys, the checks use one.
             let problem = Problem::new(shape, options)?;
             let q = &q[entry * s.heads * s.seq_q * s.head_dim..][..s.heads * s.seq_q * s.head_dim];
             let [k, v] = self.gather(sequence, keys, &problem, turning.as_ref());
@@ -460,7 +460,7 @@ impl<T: Element> KvCache<T> {
     }
 }
 
-/// What a cache makes of a new row of keys and of one of values; their scales, where they are quantised.
+/// Turns a new row of keys, and one of values, into the numbers that the cache holds. Fills their scales if they are quantised.
 fn hold<T: Element>(
     config: &CacheConfig,
     [key, value]: [&mut [T]; 2],
@@ -473,7 +473,7 @@ fn hold<T: Element>(
         (None, None) => {}
         (None, Some(turning)) => turning.turn(key, position),
         (Some(Quantisation::Q8_0), turning) => {
-            // In f32 until it is quantised.
+            // The key stays in f32 until it is quantised.
             let mut turned: Vec<f32> = key.iter().map(|x| x.to_f32()).collect();
             if let Some(turning) = turning {
                 turning.turn(&mut turned, position);
@@ -490,7 +490,7 @@ fn scales_of(width: usize) -> usize {
     width.div_ceil(BLOCK)
 }
 
-/// What is left of a row after it was quantised, rounded to the element type, and the scales of its blocks. Twin of
+/// Quantises a row. `row` becomes the numbers that are left, rounded to the element type, and `scales` the scales of its blocks. Twin of
 /// shaders/cache/append.wgsl.
 fn quantise<T: Element>(row: &mut [T], numbers: &[f32], scales: &mut [f16]) {
     for ((row, block), kept) in row.chunks_mut(BLOCK).zip(numbers.chunks(BLOCK)).zip(scales) {
@@ -504,9 +504,9 @@ fn quantise<T: Element>(row: &mut [T], numbers: &[f32], scales: &mut [f16]) {
     }
 }
 
-/// What a number of a quantised block stands for, rounded to the element type.
+/// The value of a number of a quantised block, rounded to the element type.
 pub(super) fn of_block<T: Element>(number: f32, scale: f16) -> T {
-    // Whole numbers have no sign of zero.
+    // Integers have no negative zero, so the sign is removed.
     T::from_f32((number + 0.0) * scale.to_f32())
 }
 
@@ -525,7 +525,7 @@ struct Turning<'a> {
 }
 
 impl<'a> Turning<'a> {
-    /// What an append or a read turns, if anything.
+    /// The rotation of an append or a read, if there is one.
     fn new(config: &CacheConfig, has_q: bool, table: Option<&'a [f32]>) -> Result<Option<Self>> {
         let hint = "set CacheConfig::rotary";
         let Some(rotary) = config.rotary else {

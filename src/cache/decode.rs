@@ -15,6 +15,29 @@ use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, SinkLogits};
 
 /// The operands of a decoding step in buffers of the caller's.
+///
+/// ```
+/// use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers};
+/// use sink_attention::{Attention, DType, DeviceChoice, Error, Options, SinkLogits};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let mut cache = attention.create_cache(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 1, 1, 1))?;
+/// let [q, k, v] = [device.upload("q", &[1.0])?, device.upload("k", &[0.0, 0.0])?, device.upload("v", &[1.0, 3.0])?];
+/// let sink_logits = device.upload("sink_logits", &[2f32.ln()])?;
+/// let [o, lse] = [device.zeros("o", DType::F32, &[1])?, device.zeros("lse", DType::F32, &[1])?];
+/// let append = cache.prepare_append(&[2], &AppendBuffers::new(&k, &v))?;
+/// let buffers = DecodeBuffers::new(&q, &o, &lse).sink_logits(sink_logits.view());
+/// let decode = cache.prepare_decode(&Decode::new(1, Options::new().sink_logits(SinkLogits::PerHead)), &buffers)?;
+/// let mut step = attention.step()?;
+/// append.encode(&mut cache, &mut step)?;
+/// decode.encode(&cache, &mut step)?; // sees the tokens that were appended before it
+/// step.submit()?;
+/// assert!((o.download::<f32>()?[0] - 1.0).abs() < 1e-5); // (1 * 1 + 1 * 3) / (1 + 1 + 2)
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct DecodeBuffers<'a> {
@@ -34,7 +57,7 @@ pub struct DecodeBuffers<'a> {
 }
 
 impl<'a> DecodeBuffers<'a> {
-    /// What every step has; what goes with options is `None`.
+    /// The operands and results of every step. Those that go with options are `None`.
     pub fn new(q: impl Into<TensorView<'a>>, o: impl Into<TensorView<'a>>, lse: impl Into<TensorView<'a>>) -> Self {
         DecodeBuffers { q: q.into(), o: o.into(), lse: lse.into(), sink_logits: None, cos_sin: None, row_max: None }
     }
@@ -55,8 +78,8 @@ setters! {
 }
 
 impl KvCache {
-    /// Prepares a decoding step: a few queries of each sequence against the keys that its cache holds by then. Allocates what
-    /// its two kernels hand to each other.
+    /// Prepares a decoding step: a few queries of each sequence against the keys that its cache holds by then. Allocates the
+    /// scratch that its two kernels share.
     ///
     /// # Errors
     /// [`Error::CacheElementType`] unless the options name the cache's element type; [`Error::SequenceOutOfRange`];
@@ -178,7 +201,7 @@ impl PreparedDecode {
             let partials = allocate::<[f32; 4]>(device, "partials", plan.partials(), wgpu::BufferUsages::STORAGE)?;
             Ok((partials, upload(device, "entries", &list)?))
         };
-        let (partials, list) = device.scoped("allocating scratch", scratch).await??;
+        let (partials, list) = device.scoped_async("allocating scratch", scratch).await??;
         let mut operands = vec![
             (Binding::Q, q.resource()),
             (Binding::O, o.resource()),
@@ -197,7 +220,7 @@ impl PreparedDecode {
         Ok(PreparedDecode { keys: cache.keys.clone(), entries, rotated_heads, plan, kernels })
     }
 
-    /// How the kernel divides its work.
+    /// The division of the kernel's work.
     pub fn tiling(&self) -> DecodeTiling {
         self.plan.tiling
     }
@@ -258,7 +281,7 @@ impl PreparedDecode {
     fn dispatch(&self, cache: &KvCache, pass: &mut wgpu::ComputePass<'_>) {
         let current = cache.book().current;
         for (bound, planned) in self.kernels.iter().zip(&self.plan.passes) {
-            // The plan is made for sequences that are full.
+            // The plan assumes that sequences are full.
             let grid = if planned.variant.decode_tiles().is_some() { self.grid(cache) } else { planned.grid };
             if grid[0] > 0 {
                 bound.dispatch(pass, current, grid);

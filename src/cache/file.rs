@@ -11,6 +11,7 @@ use safetensors::Dtype;
 use super::block_table::BlockTable;
 use super::cpu;
 use super::gpu::KvCache;
+use super::host::{HostCache, On};
 use crate::device::buffer::download;
 use crate::file::saved::{self, Reader, Tensor};
 use crate::problem::cache::{CacheConfig, CacheKind, RotaryPositions, RotaryStyle};
@@ -24,7 +25,7 @@ const VERSION: u32 = 1;
 /// The key of the metadata.
 const CACHE: &str = "cache";
 
-/// What two caches must have in common for one to take the other's contents.
+/// The properties that two caches must share if one is to take the other's contents.
 fn properties(config: &CacheConfig) -> Vec<(&'static str, String)> {
     let mut properties = vec![("version", VERSION.to_string())];
     let mut add = |name, value: &dyn ToString| properties.push((name, value.to_string()));
@@ -71,7 +72,7 @@ fn properties(config: &CacheConfig) -> Vec<(&'static str, String)> {
     properties
 }
 
-/// Keys or values: how a row lies in the buffers of the GPU, and in the file.
+/// Keys or values: the format of a row in the buffers of the GPU, and in the file.
 struct Rows {
     names: [&'static str; 2],
     width: usize,
@@ -95,7 +96,7 @@ impl Rows {
         [of(names[0], config.head_dim), of(names[1], config.value_dim)]
     }
 
-    /// Tensors of the file: name, element type, elements of a row, and where its bytes lie in a row of a buffer.
+    /// Tensors of the file: name, element type, elements of a row, and the place of their bytes in a row of a buffer.
     fn tensors(&self, config: &CacheConfig) -> Vec<(&'static str, Dtype, usize, [usize; 2])> {
         let dtype = if self.scales.is_some() { Dtype::I8 } else { saved::dtype(config.dtype) };
         let numbers = (self.names[0], dtype, self.width, [0, self.bytes]);
@@ -125,7 +126,7 @@ fn held(config: &CacheConfig, block_table: &BlockTable) -> Vec<usize> {
     }
 }
 
-/// Where the rows that are held begin, in the file's order, counted in rows.
+/// First rows of the held rows, in the file's order.
 fn held_rows<'a>(config: &'a CacheConfig, held: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
     let (heads, rows) = (config.kv_heads, config.kind.rows());
     let of_block = move |(block, held): (usize, &usize)| {
@@ -139,7 +140,7 @@ fn words(numbers: impl IntoIterator<Item = usize>) -> (usize, Vec<u8>) {
     (bytes.len() / 4, bytes)
 }
 
-/// A file with keys and values as they lie in the buffers of the GPU.
+/// A file with keys and values in the format of the GPU's buffers.
 fn serialize(config: &CacheConfig, block_table: &BlockTable, images: [&[u8]; 2]) -> Result<Vec<u8>> {
     let mut tensors = Vec::new();
     let mut list = |name, (len, bytes)| tensors.push(Tensor { name, dtype: Dtype::U32, shape: vec![len], bytes });
@@ -167,7 +168,7 @@ fn serialize(config: &CacheConfig, block_table: &BlockTable, images: [&[u8]; 2])
     saved::serialize(CACHE, &properties(config), &tensors)
 }
 
-/// The lengths and pages of a file, and keys and values as they lie in the buffers of the GPU.
+/// The lengths and pages of a file, and keys and values in the format of the GPU's buffers.
 fn deserialize(config: &CacheConfig, file: &[u8]) -> Result<(BlockTable, [Vec<u8>; 2])> {
     let damaged = |reason| saved::damaged(CACHE, reason);
     let reader = Reader::new(CACHE, file)?;
@@ -262,7 +263,7 @@ impl KvCache {
     pub async fn restore_async(&mut self, file: &[u8]) -> Result<()> {
         self.check_free()?;
         let (block_table, [keys, values]) = deserialize(&self.config, file)?;
-        // Lengths for either list, then a table of each sequence.
+        // The state has two lists of lengths, and then the table of each sequence.
         let lengths = block_table.lengths().iter().map(|length| *length as u32);
         let mut state: Vec<u32> = lengths.clone().chain(lengths).collect();
         for sequence in 0..self.config.sequences {
@@ -276,7 +277,7 @@ impl KvCache {
             queue.write_buffer(&self.values, 0, &values);
             queue.write_buffer(&self.state, 0, bytemuck::cast_slice(&state));
         };
-        self.device.scoped("restoring a cache", write).await?;
+        self.device.scoped_async("restoring a cache", write).await?;
         self.replace_book(block_table);
         Ok(())
     }
@@ -345,7 +346,7 @@ impl<T: Element> cpu::KvCache<T> {
     }
 }
 
-/// Rows as they lie in the buffers of the GPU; quantised ones are numbers again, which their scales give back exactly.
+/// Rows in the format of the GPU's buffers. Quantised rows become whole numbers again, exactly, by their scales.
 fn pack<T: Element>(data: &[T], scales: &[f16], rows: &Rows) -> Vec<u8> {
     let mut image = vec![0; data.len() / rows.width * rows.stride];
     let blocks = rows.width.div_ceil(BLOCK);
@@ -357,7 +358,7 @@ fn pack<T: Element>(data: &[T], scales: &[f16], rows: &Rows) -> Vec<u8> {
         let scales = &scales[n * blocks..][..blocks];
         for (i, x) in row.iter().enumerate() {
             let scale = scales[i / BLOCK].to_f32();
-            // Of a block without a scale, 0 or NaN, numbers are of no account.
+            // Numbers of a block whose scale is 0 or NaN have no effect.
             let number = if scale > 0.0 { (x.to_f32() / scale).round_ties_even().clamp(-127.0, 127.0) } else { 0.0 };
             image[i] = (number as i8).cast_unsigned();
         }
@@ -379,4 +380,46 @@ fn unpack<T: Element>(image: &[u8], rows: &Rows) -> (Vec<T>, Vec<f16>) {
         all_scales.extend(scales);
     }
     (data, all_scales)
+}
+
+impl<T: Element> HostCache<T> {
+    /// The cache as a safetensors file, which [`restore`](Self::restore) of either device reads.
+    ///
+    /// # Errors
+    /// As [`KvCache::to_safetensors`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn to_safetensors(&self) -> Result<Vec<u8>> {
+        pollster::block_on(self.to_safetensors_async())
+    }
+
+    /// As [`to_safetensors`](Self::to_safetensors), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`to_safetensors`](Self::to_safetensors).
+    pub async fn to_safetensors_async(&self) -> Result<Vec<u8>> {
+        match &self.on {
+            On::Cpu(cache) => cache.to_safetensors(),
+            On::Gpu(cache) => cache.to_safetensors_async().await,
+        }
+    }
+
+    /// Replaces the contents of the cache by those of a file of [`to_safetensors`](Self::to_safetensors).
+    ///
+    /// # Errors
+    /// As [`KvCache::restore`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn restore(&mut self, file: &[u8]) -> Result<()> {
+        pollster::block_on(self.restore_async(file))
+    }
+
+    /// As [`restore`](Self::restore), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore).
+    pub async fn restore_async(&mut self, file: &[u8]) -> Result<()> {
+        match &mut self.on {
+            On::Cpu(cache) => cache.restore(file),
+            On::Gpu(cache) => cache.restore_async(file).await,
+        }
+    }
 }

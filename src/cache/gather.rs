@@ -19,7 +19,7 @@ use crate::problem::row_format::RowFormat;
 /// A kernel with its grid.
 pub(super) type Dispatch = (Bound, [u32; 2]);
 
-/// Records it, where there is one, for the lengths of now.
+/// Records a dispatch, if there is one, for the present lengths.
 pub(super) fn record(dispatch: &Option<Dispatch>, pass: &mut wgpu::ComputePass<'_>, cache: &KvCache) {
     if let Some((bound, [x, y])) = dispatch {
         bound.dispatch(pass, cache.book().current, [*x, *y, 1]);
@@ -51,7 +51,7 @@ impl Gathered {
         }
     }
 
-    /// Where both lie in one buffer.
+    /// The windows of keys and values, if both are in one buffer.
     fn windows(cache: &KvCache, batch: &Batch) -> Result<[BindingRange; 2]> {
         let [keys, values] = Gathered::bytes(cache, batch)?;
         let alignment = u64::from(cache.device.capabilities().offset_alignment).max(256);
@@ -59,18 +59,18 @@ impl Gathered {
         Ok([BindingRange { start: 0, len: keys }, BindingRange { start, len: values }])
     }
 
-    /// Bytes of a buffer that holds both.
+    /// Bytes of a buffer that holds keys and values.
     pub(super) fn scratch_bytes(cache: &KvCache, batch: &Batch) -> Result<u64> {
         Gathered::windows(cache, batch).map(|[_, values]| values.start + values.len)
     }
 
-    /// In a buffer that is large enough.
+    /// Uses a buffer that is large enough.
     pub(super) fn within(cache: &KvCache, batch: &Batch, buffer: &wgpu::Buffer) -> Result<Self> {
         let parts = Gathered::windows(cache, batch)?.map(|part| (buffer.clone(), part));
         Ok(Gathered::new(cache, batch, parts))
     }
 
-    /// In buffers of their own.
+    /// Allocates buffers of its own.
     pub(super) async fn allocate(cache: &KvCache, batch: &Batch) -> Result<Self> {
         let [keys, values] = Gathered::bytes(cache, batch)?;
         let of = |operand, len: u64| -> Result<_> {
@@ -78,7 +78,7 @@ impl Gathered {
             Ok((allocate::<u8>(&cache.device, operand, len as usize, usage)?, BindingRange { start: 0, len }))
         };
         let create = || -> Result<_> { Ok([of("gathered keys", keys)?, of("gathered values", values)?]) };
-        let parts = cache.device.scoped("allocating scratch", create).await??;
+        let parts = cache.device.scoped_async("allocating scratch", create).await??;
         Ok(Gathered::new(cache, batch, parts))
     }
 
@@ -87,7 +87,7 @@ impl Gathered {
         Gathered { rows: batch.rows, row_bytes: row_bytes(&cache.config), element, parts }
     }
 
-    /// As operands of the ordinary passes.
+    /// The gathered keys and values as operands of the ordinary passes.
     pub(super) fn views(&self) -> [TensorView<'_>; 2] {
         [0, 1].map(|n| {
             let (buffer, window) = &self.parts[n];
@@ -100,7 +100,7 @@ impl Gathered {
         [0, 1].map(|n| (bindings[n], resource(&self.parts[n].0, self.parts[n].1)))
     }
 
-    /// What copies runs of rows out of the cache to here; none where there are none.
+    /// The dispatch that copies runs of rows out of the cache to here. `None` if there are no runs.
     pub(super) async fn gather(&self, cache: &KvCache, runs: &[Run]) -> Result<Option<Dispatch>> {
         let config = &cache.config;
         let paged = config.addressing() == Addressing::Paged;
@@ -111,7 +111,7 @@ impl Gathered {
         self.moving(cache, Kernel::GATHER, runs.len(), list.collect(), Vec::new()).await
     }
 
-    /// What sums gradients from here into buffers of the cache's layout.
+    /// The dispatch that sums gradients from here into buffers of the cache's layout.
     pub(super) async fn scatter(
         &self,
         cache: &KvCache,
@@ -149,7 +149,7 @@ impl Gathered {
         let workgroups = runs as u128 * config.kv_heads as u128;
         let (workgroups, grid) = fold(workgroups, device.capabilities().grid_dimension)?;
         let params = Params { workgroups, gathered_rows: self.rows as u32, ..params(config) };
-        let list = device.scoped("uploading a list of rows", || upload(device, "rows", &list)).await??;
+        let list = device.scoped_async("uploading a list of rows", || upload(device, "rows", &list)).await??;
         operands.push((Binding::Tokens, list.as_entire_binding()));
         operands.extend(self.bind([Binding::GatheredKeys, Binding::GatheredValues]));
         Ok(Some((Bound::new(cache, &variant, &params, &operands).await?, grid)))

@@ -45,38 +45,60 @@ impl Attention {
 /// step waits for nothing.
 ///
 /// All that changes or reads it is recorded into a [`Step`], and holds for what is recorded after it there. [`lengths`](Self::lengths),
-/// [`pages`](Self::pages) and [`free_pages`](Self::free_pages) tell at any time what has been recorded so far, also in a step that
-/// is open; where that step is dropped or its submission fails, they are again as they were before it. Only one open step can
+/// [`pages`](Self::pages) and [`free_pages`](Self::free_pages) count all that has been recorded so far, also in a step that
+/// is open. Where that step is dropped or its submission fails, they are again as they were before it. Only one open step can
 /// touch a cache: every call that would use another one is [`Error::CacheBusy`], and names the first.
+///
+/// ```
+/// use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind};
+/// use sink_attention::{Attention, DType, DeviceChoice, Error};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let kind = CacheKind::Paged { page_size: 16, pages: 8, sequence_pages: 4 };
+/// let mut cache = attention.create_cache(&CacheConfig::new(kind, 2, 1, 4))?;
+/// let [k, v] = [device.zeros("k", DType::F32, &[20, 1, 4])?, device.zeros("v", DType::F32, &[20, 1, 4])?];
+/// let mut step = attention.step()?;
+/// let append = cache.prepare_append(&[20, 0], &AppendBuffers::new(&k, &v))?; // 20 tokens take two pages
+/// append.encode(&mut cache, &mut step)?;
+/// cache.fork(&mut step, 0, 1)?; // the second sequence shares them
+/// step.submit()?;
+/// assert_eq!(cache.lengths(), [20, 20]);
+/// assert_eq!(cache.pages(0), cache.pages(1));
+/// assert_eq!(cache.free_pages(), 6);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct KvCache {
-    /// The operator that made it.
+    /// The operator that made the cache.
     pub(super) attention: Attention,
     pub(super) device: Device,
     pub(super) pipelines: Arc<Pipelines>,
     pub(super) config: CacheConfig,
-    /// As recorded so far.
+    /// The cache's state after everything that has been recorded so far.
     pub(super) book: Book,
-    /// As it was before the last step that wrote.
+    /// The state before the last step that wrote.
     before: Option<Before>,
-    /// The last step that touched it. Behind a lock, as steps may read a cache that others look at.
+    /// The last step that touched the cache. It is behind a lock, because steps may read a cache that other threads look at.
     holder: Mutex<Option<Arc<Ticket>>>,
     pub(super) keys: wgpu::Buffer,
     pub(super) values: wgpu::Buffer,
     /// Lengths, twice, then block tables. Appending reads one list of lengths and writes the other.
     pub(super) state: wgpu::Buffer,
-    /// Blocks are copied through it.
+    /// A buffer through which blocks are copied.
     between: wgpu::Buffer,
 }
 
-/// A buffer of the caller's by the name of its operand, where it is given.
+/// A buffer of the caller's, if there is one, with the name of its operand.
 pub(super) type GivenBuffer<'a> = (&'static str, Option<&'a wgpu::Buffer>);
 
-/// What the host knows of the buffers.
+/// The host's knowledge of the buffers.
 #[derive(Debug, Clone)]
 pub(super) struct Book {
     pub(super) block_table: BlockTable,
-    /// Which of the lists of lengths holds now.
+    /// The list of lengths that holds now.
     pub(super) current: usize,
 }
 
@@ -119,7 +141,7 @@ impl KvCache {
             let between = ("copied blocks", key_block.max(value_block).min(COPIED_BYTES));
             Ok([of(sizes[0])?, of(sizes[1])?, of(sizes[2])?, of(between)?])
         };
-        let [keys, values, state, between] = device.scoped("allocating a cache", create).await??;
+        let [keys, values, state, between] = device.scoped_async("allocating a cache", create).await??;
         Ok(KvCache {
             attention: attention.clone(),
             device: device.clone(),
@@ -140,7 +162,7 @@ impl KvCache {
         &self.config
     }
 
-    /// What holds now: of a step that never ran there is nothing.
+    /// The state that holds now. A step that never ran has no part in it.
     pub(super) fn book(&self) -> &Book {
         match &self.before {
             Some(before) if before.step.is_dropped() => &before.book,
@@ -152,12 +174,12 @@ impl KvCache {
         &self.book().block_table
     }
 
-    /// Lets a step read, unless another one is open that has touched the cache.
+    /// Lets a step read, unless another step that has touched the cache is open.
     pub(super) fn read_in(&self, step: &Arc<Ticket>) -> Result<()> {
         if step.device != *self.device.wgpu() {
             return Err(Error::OtherDevice { step: step.to_string() });
         }
-        // Nothing in between can panic, and one word is never half written.
+        // No code that holds the lock can panic, and one word is never half written.
         let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
         match &*holder {
             Some(other) if Arc::ptr_eq(other, step) => return Ok(()),
@@ -168,7 +190,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// The same for a step that writes: the book that it changes, of which the state before the step is kept.
+    /// Lets a step write, under the same condition. Returns the book that the step changes, and keeps the state from before the step.
     pub(super) fn write_in(&mut self, step: &Arc<Ticket>) -> Result<&mut Book> {
         self.read_in(step)?;
         match self.before.take() {
@@ -239,7 +261,7 @@ impl KvCache {
         self.rows_of(0, [&self.keys, &self.values])
     }
 
-    /// The rows from a sequence of a contiguous cache on, in buffers of its layout.
+    /// The rows of a contiguous cache from a sequence on, in buffers of its layout.
     pub(super) fn rows_of<'a>(&self, sequence: usize, buffers: [&'a wgpu::Buffer; 2]) -> Option<[TensorView<'a>; 2]> {
         let (CacheKind::Contiguous { capacity }, None) = (self.config.kind, self.config.quantisation) else {
             return None;
@@ -253,8 +275,8 @@ impl KvCache {
         }))
     }
 
-    /// Where the ordinary passes read the keys and values of a batch where they lie, in buffers of the cache's layout: a
-    /// batch of one sequence.
+    /// Keys and values of a batch without a copy, in buffers of the cache's layout, if the ordinary passes can read them there: in a batch
+    /// of one sequence.
     pub(super) fn in_place<'a>(&self, batch: &Batch, buffers: [&'a wgpu::Buffer; 2]) -> Option<[TensorView<'a>; 2]> {
         match batch.entries[..] {
             [entry] => self.rows_of(entry.sequence, buffers),
@@ -262,7 +284,7 @@ impl KvCache {
         }
     }
 
-    /// A result may lie neither in the cache nor where one of others does.
+    /// Checks that a result is neither in the cache nor in a buffer of another operand.
     pub(super) fn check_apart<'a>(
         &self,
         (output, buffer): GivenBuffer<'_>,
@@ -276,7 +298,7 @@ impl KvCache {
         }
     }
 
-    /// Whether the sequences of a batch have the lengths that it was made for.
+    /// Checks that the sequences of a batch have the lengths that it was made for.
     pub(super) fn check_lengths<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> Result<()> {
         for &Entry { sequence, length, .. } in entries {
             let actual = self.block_table().lengths()[sequence];
@@ -372,7 +394,7 @@ impl KvCache {
         self.write_state(encoder, self.table_at(sequence), self.block_table().table(sequence));
     }
 
-    /// Not by the queue alone, which would write before what is recorded.
+    /// Writes words of the state. The queue alone would write before the recorded commands run.
     fn write_state(&self, encoder: &mut wgpu::CommandEncoder, word: usize, words: &[u32]) {
         if words.is_empty() {
             return;
@@ -383,12 +405,12 @@ impl KvCache {
             usage: wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         });
-        // Nothing else uses this buffer, so that it does not matter when.
+        // The buffer is fresh, so the write may happen at any time before the copy.
         self.device.queue().write_buffer(&staged, 0, bytemuck::cast_slice(words));
         encoder.copy_buffer_to_buffer(&staged, 0, &self.state, 4 * word as u64, staged.size());
     }
 
-    /// Copies blocks in pieces through a buffer of their own: within one, wgpu does not copy.
+    /// Copies blocks in pieces through a buffer of their own, because wgpu does not copy within one buffer.
     fn copy_blocks(&self, encoder: &mut wgpu::CommandEncoder, blocks: &[[u32; 2]]) {
         for &[from, to] in blocks {
             for (buffer, bytes) in [&self.keys, &self.values].into_iter().zip(block_bytes(&self.config)) {
@@ -410,5 +432,5 @@ fn block_bytes(config: &CacheConfig) -> [u64; 2] {
     config.row_vectors().map(|vectors| rows * 16 * u64::from(vectors))
 }
 
-/// Blocks are copied in pieces of so many bytes.
+/// Blocks are copied in pieces of this many bytes.
 const COPIED_BYTES: u64 = 4 << 20;

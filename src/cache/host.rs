@@ -11,7 +11,7 @@ use super::gpu::KvCache;
 use super::prefill::{PrefillBuffers, PreparedPrefill};
 use super::step::Step;
 use crate::attention::{Attention, HostBuffers, HostOperand, gradients_of, of_inputs, of_results};
-use crate::exec::prepared::ForwardBuffers;
+use crate::exec::buffers::ForwardBuffers;
 use crate::kernel::Binding;
 use crate::plan::decode::Decode;
 use crate::problem::cache::CacheConfig;
@@ -46,11 +46,11 @@ use crate::problem::{Gradients, Output, Upstream, check_length};
 /// ```
 #[derive(Debug)]
 pub struct HostCache<T> {
-    on: On<T>,
+    pub(super) on: On<T>,
 }
 
 #[derive(Debug)]
-enum On<T> {
+pub(super) enum On<T> {
     Cpu(Box<cpu::KvCache<T>>),
     Gpu(Box<KvCache>),
 }
@@ -167,7 +167,7 @@ impl<T: Element> HostCache<T> {
             let operands = operands.into_iter().chain([table(cos_sin)]);
             HostBuffers::new(&device).upload(operands).map(|buffers| buffers.changed(Binding::Q))
         };
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let operands = AppendBuffers {
             q: buffers.view(Binding::Q).map(|q| (q, heads)),
             cos_sin: buffers.buffer(Binding::CosSin),
@@ -235,7 +235,7 @@ impl<T: Element> HostCache<T> {
             let buffers = HostBuffers::new(&device).upload(given)?.results(&batch.problem, results)?;
             Ok(if config.rotary.is_some() { buffers.changed(Binding::Q) } else { buffers })
         };
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let ForwardBuffers { q: queries, k, v, sink_logits, alibi_slopes, bias, mask, o, o_lo, lse, .. } =
             buffers.forward()?;
         let given = PrefillBuffers {
@@ -318,7 +318,7 @@ impl<T: Element> HostCache<T> {
             let [key_bytes, value_bytes] = config.bytes().map(|bytes| bytes as usize);
             buffers.result(Binding::DK, key_bytes, usage)?.result(Binding::DV, value_bytes, usage)
         };
-        let buffers = device.scoped("uploading operands", create).await??;
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let given = BackwardBuffers {
             q: buffers.given(Binding::Q)?,
             o: buffers.given(Binding::O)?,
@@ -377,8 +377,54 @@ impl<T: Element> HostCache<T> {
         sink_logits: Option<&[f32]>,
         cos_sin: Option<&[f32]>,
     ) -> Result<Output<T>> {
+        Ok(self.decode_whole(decode, q, sink_logits, cos_sin, false).await?.0)
+    }
+
+    /// As [`decode`](Self::decode), and the largest score of each row, `[B, H, M]`; see
+    /// [`Attention::forward_with_row_max`].
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    #[cfg(not(target_family = "wasm"))]
+    pub fn decode_with_row_max(
+        &self,
+        decode: &Decode,
+        q: &[T],
+        sink_logits: Option<&[f32]>,
+        cos_sin: Option<&[f32]>,
+    ) -> Result<(Output<T>, Vec<f32>)> {
+        pollster::block_on(self.decode_with_row_max_async(decode, q, sink_logits, cos_sin))
+    }
+
+    /// As [`decode_with_row_max`](Self::decode_with_row_max), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub async fn decode_with_row_max_async(
+        &self,
+        decode: &Decode,
+        q: &[T],
+        sink_logits: Option<&[f32]>,
+        cos_sin: Option<&[f32]>,
+    ) -> Result<(Output<T>, Vec<f32>)> {
+        let (output, row_max) = self.decode_whole(decode, q, sink_logits, cos_sin, true).await?;
+        Ok((output, row_max.unwrap_or_default()))
+    }
+
+    /// The results of a decoding step, and row_max where it is wanted.
+    async fn decode_whole(
+        &self,
+        decode: &Decode,
+        q: &[T],
+        sink_logits: Option<&[f32]>,
+        cos_sin: Option<&[f32]>,
+        has_row_max: bool,
+    ) -> Result<(Output<T>, Option<Vec<f32>>)> {
         let cache = match &self.on {
-            On::Cpu(cache) => return cache.decode(decode, q, sink_logits, cos_sin),
+            On::Cpu(cache) => {
+                let (output, row_max) = cache.decode_with_row_max(decode, q, sink_logits, cos_sin)?;
+                return Ok((output, has_row_max.then_some(row_max)));
+            }
             On::Gpu(cache) => cache,
         };
         let (problem, _) = decode.problem(&cache.config)?;
@@ -388,18 +434,22 @@ impl<T: Element> HostCache<T> {
         let device = cache.device.clone();
         let given =
             [(Binding::Q, Some(cast_slice(q))), (Binding::SinkLogits, sink_logits.map(cast_slice)), table(cos_sin)];
-        let create = || HostBuffers::new(&device).upload(given)?.results(&problem, [Binding::O, Binding::Lse]);
-        let buffers = device.scoped("uploading operands", create).await??;
+        let row_max = has_row_max.then_some(Binding::RowMax);
+        let results = [Binding::O, Binding::Lse].into_iter().chain(row_max);
+        let create = || HostBuffers::new(&device).upload(given)?.results(&problem, results);
+        let buffers = device.scoped_async("uploading operands", create).await??;
         let given = DecodeBuffers {
             sink_logits: buffers.view(Binding::SinkLogits),
             cos_sin: buffers.buffer(Binding::CosSin),
+            row_max: buffers.view(Binding::RowMax),
             ..DecodeBuffers::new(buffers.given(Binding::Q)?, buffers.given(Binding::O)?, buffers.given(Binding::Lse)?)
         };
         let prepared = cache.prepare_decode_async(decode, &given).await?;
         let mut step = step(cache, "decode")?;
         prepared.encode(cache, &mut step)?;
         step.submit_async().await?;
-        buffers.download(|_| ()).await?.output().await
+        let results = buffers.download(|_| ()).await?;
+        Ok((results.output().await?, results.optional(Binding::RowMax).await?))
     }
 
     /// Forgets the tokens of a sequence from `length` on; with 0 it is empty, and its pages are free.
@@ -474,48 +524,6 @@ impl<T: Element> HostCache<T> {
             }
         }
     }
-
-    /// The cache as a safetensors file, which [`restore`](Self::restore) of either device reads.
-    ///
-    /// # Errors
-    /// As [`KvCache::to_safetensors`].
-    #[cfg(all(feature = "safetensors", not(target_family = "wasm")))]
-    pub fn to_safetensors(&self) -> Result<Vec<u8>> {
-        pollster::block_on(self.to_safetensors_async())
-    }
-
-    /// As [`to_safetensors`](Self::to_safetensors), for browsers and async hosts.
-    ///
-    /// # Errors
-    /// As [`to_safetensors`](Self::to_safetensors).
-    #[cfg(feature = "safetensors")]
-    pub async fn to_safetensors_async(&self) -> Result<Vec<u8>> {
-        match &self.on {
-            On::Cpu(cache) => cache.to_safetensors(),
-            On::Gpu(cache) => cache.to_safetensors_async().await,
-        }
-    }
-
-    /// Replaces what the cache holds by what such a file does.
-    ///
-    /// # Errors
-    /// As [`KvCache::restore`].
-    #[cfg(all(feature = "safetensors", not(target_family = "wasm")))]
-    pub fn restore(&mut self, file: &[u8]) -> Result<()> {
-        pollster::block_on(self.restore_async(file))
-    }
-
-    /// As [`restore`](Self::restore), for browsers and async hosts.
-    ///
-    /// # Errors
-    /// As [`restore`](Self::restore).
-    #[cfg(feature = "safetensors")]
-    pub async fn restore_async(&mut self, file: &[u8]) -> Result<()> {
-        match &mut self.on {
-            On::Cpu(cache) => cache.restore(file),
-            On::Gpu(cache) => cache.restore_async(file).await,
-        }
-    }
 }
 
 fn step(cache: &KvCache, label: &str) -> Result<Step> {
@@ -527,7 +535,7 @@ fn table(cos_sin: Option<&[f32]>) -> HostOperand<'_> {
     (Binding::CosSin, cos_sin.map(cast_slice))
 }
 
-/// Checks new keys and values; the tokens of all sequences.
+/// Checks new keys and values. Returns the number of tokens of all sequences.
 fn check_tokens<T>(config: &CacheConfig, tokens: &[usize], [k, v]: [&[T]; 2]) -> Result<usize> {
     let total = check_total(config, tokens)?;
     check_length("k", k.len(), &[total, config.kv_heads, config.head_dim])?;
@@ -535,7 +543,7 @@ fn check_tokens<T>(config: &CacheConfig, tokens: &[usize], [k, v]: [&[T]; 2]) ->
     Ok(total)
 }
 
-/// Checks queries that are to be rotated; their heads.
+/// Checks queries that are to be rotated. Returns their number of heads.
 fn check_queries<T>(config: &CacheConfig, total: usize, q: Option<&[T]>) -> Result<usize> {
     let Some(q) = q else { return Ok(0) };
     let heads = q.len() / (total.max(1) * config.head_dim);

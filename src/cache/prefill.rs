@@ -6,13 +6,39 @@ use super::gather::{Dispatch, Gathered, Source, given, record};
 use super::gpu::{GivenBuffer, KvCache};
 use super::step::{Step, StepPass};
 use crate::device::buffer::TensorView;
-use crate::exec::prepared::{ForwardBuffers, Prepared};
+use crate::exec::buffers::ForwardBuffers;
+use crate::exec::prepared::Prepared;
 use crate::problem::cache::CacheKind;
 use crate::problem::error::{Error, Result};
 
 /// The operands of a prefill in buffers of the caller's, of the cache's element type where nothing else is said. The tokens of
 /// all sequences lie one after the other, sequence by sequence; views may have any strides of head and token (those of batch do
 /// not count).
+///
+/// ```
+/// use sink_attention::cache::{CacheConfig, CacheKind, Prefill, PrefillBuffers};
+/// use sink_attention::{Attention, DType, DeviceChoice, Error, Options};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let mut cache = attention.create_cache(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 2, 1, 1))?;
+/// // Two tokens of the first sequence, then one of the second. Queries of zero give means of values.
+/// let [q, k] = [device.zeros("q", DType::F32, &[3, 1, 1])?, device.zeros("k", DType::F32, &[3, 1, 1])?];
+/// let v = device.upload("v", &[2.0, 4.0, 7.0])?;
+/// let [o, lse] = [device.zeros("o", DType::F32, &[3, 1, 1])?, device.zeros("lse", DType::F32, &[1, 3])?];
+/// let prefill = Prefill::new(1, [2, 1], Options::new().causal(true));
+/// let scratch = device.zeros("scratch", DType::F32, &[cache.prefill_scratch_bytes(&prefill)? as usize / 4])?;
+/// let buffers = PrefillBuffers::new(&q, &k, &v, &o, &lse).scratch(scratch.wgpu()); // for the next chunks, too
+/// let mut step = attention.step()?;
+/// cache.prepare_prefill(&prefill, &buffers)?.encode(&mut cache, &mut step)?;
+/// step.submit()?;
+/// for (o, mean) in o.download::<f32>()?.iter().zip([2.0, 3.0, 7.0]) {
+///     assert!((o - mean).abs() < 1e-5);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct PrefillBuffers<'a> {
@@ -38,13 +64,13 @@ pub struct PrefillBuffers<'a> {
     pub o_lo: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[H, tokens]`, f32, densely packed.
     pub lse: TensorView<'a>,
-    /// What is gathered from the cache goes here, [`KvCache::prefill_scratch_bytes`] of it: one buffer does for all chunks.
-    /// `None`: a buffer of its own, where one is needed.
+    /// Scratch for the keys and values that are gathered from the cache, [`KvCache::prefill_scratch_bytes`] long: one buffer does for
+    /// all chunks. `None`: a buffer of its own, where one is needed.
     pub scratch: Option<&'a wgpu::Buffer>,
 }
 
 impl<'a> PrefillBuffers<'a> {
-    /// What every prefill has; what goes with options is `None`.
+    /// The operands and results of every prefill. Those that go with options are `None`.
     pub fn new(
         q: impl Into<TensorView<'a>>,
         k: impl Into<TensorView<'a>>,
@@ -111,14 +137,14 @@ setters! {
 #[derive(Debug, Clone)]
 pub struct PreparedPrefill {
     append: PreparedAppend,
-    /// What the passes are made for; none where there are no tokens.
+    /// The passes of the prefill. `None` if there are no tokens.
     passes: Option<Passes>,
 }
 
 #[derive(Debug, Clone)]
 struct Passes {
     entries: Vec<Entry>,
-    /// Before anything is given up: what is gathered, and the new tokens behind it.
+    /// Dispatches before the cache gives up keys: the gathering, and the new tokens behind the gathered rows.
     before: [Option<Dispatch>; 2],
     after: Option<Dispatch>,
     forward: Prepared,
@@ -131,8 +157,8 @@ impl KvCache {
     ///
     /// The forward pass is the ordinary one, with the operator's kernels and tiles. One sequence of a contiguous cache that is
     /// not quantised is read where it lies. Else keys and values of all sequences with tokens are gathered first, one after the
-    /// other in the element type, in [`prefill_scratch_bytes`](Self::prefill_scratch_bytes): one reading and one writing of what is
-    /// attended to, beside arithmetic on it for each query. For very few queries [`prepare_decode`](Self::prepare_decode) reads
+    /// other in the element type, in [`prefill_scratch_bytes`](Self::prefill_scratch_bytes). That reads and writes each key and value
+    /// once, whereas the arithmetic on them is repeated for each query. For very few queries [`prepare_decode`](Self::prepare_decode) reads
     /// less. Quantised keys and values are rounded to the element type as they are gathered, which decoding does not do.
     ///
     /// # Errors
@@ -209,7 +235,7 @@ impl PreparedPrefill {
                 before = [gathered.gather(cache, &runs).await?, behind];
             }
             (Source::Gathered(gathered), _) => {
-                // The new tokens, too, as they have been appended by then.
+                // The new tokens are gathered, too, because they have been appended by then.
                 let held = |entry: &Entry| Entry { cached: entry.keys, ..*entry };
                 let held = Batch { entries: batch.entries.iter().map(held).collect(), ..batch.clone() };
                 after = gathered.gather(cache, &held.runs(cache.block_table())).await?;
@@ -276,7 +302,7 @@ impl PreparedPrefill {
     }
 }
 
-/// A buffer of the caller's for what is gathered.
+/// Checks a buffer of the caller's for gathered keys and values.
 fn check_scratch(cache: &KvCache, batch: &Batch, scratch: &wgpu::Buffer, buffers: &PrefillBuffers<'_>) -> Result<()> {
     let (operand, needed) = ("scratch", Gathered::scratch_bytes(cache, batch)?);
     if scratch.size() < needed {

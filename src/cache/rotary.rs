@@ -4,7 +4,7 @@ use std::f64::consts::TAU;
 
 use crate::problem::error::{Error, Result};
 
-/// How fast the pairs of features of a rotary embedding turn, and the table that says so, as a cache takes it
+/// The frequencies by which the pairs of features of a rotary embedding turn, and the table of them that a cache takes
 /// ([`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin)).
 ///
 /// Pair i of dim / 2 turns by `theta^(-2 i / dim)` radians from position to position (Su et al., "RoFormer", arXiv 2104.09864), as
@@ -22,7 +22,7 @@ use crate::problem::error::{Error, Result};
 pub struct RotaryFrequencies {
     /// Base of the frequencies, more than 1: `rope_theta` in Hugging Face's configurations.
     pub theta: f64,
-    /// How they are changed for sequences that are longer than those of the training.
+    /// The change for sequences that are longer than those of the training.
     pub scaling: RotaryScaling,
 }
 
@@ -64,6 +64,18 @@ pub enum RotaryScaling {
 ///
 /// Cosines and sines are multiplied by `attention_factor`, 0.1 ln(factor) + 1 unless it is given, so that scores grow by its
 /// square.
+///
+/// ```
+/// use sink_attention::cache::{RotaryFrequencies, RotaryScaling, Yarn};
+///
+/// // GPT-OSS: 4096 positions of training, 32 times as many in use.
+/// let yarn = Yarn::new(32.0, 4096.0).truncate(false);
+/// let table = RotaryFrequencies::new(150_000.0).scaling(RotaryScaling::Yarn(yarn)).table(64, 2)?;
+/// let factor = 0.1 * 32f32.ln() + 1.0;
+/// assert!((table[0] - factor).abs() < 1e-6); // position 0 does not turn
+/// assert!((table[64] - factor * 1f32.cos()).abs() < 1e-6); // position 1: the fastest pair turns as it did
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Yarn {
@@ -102,7 +114,7 @@ impl Yarn {
         Yarn { truncate, ..self }
     }
 
-    /// On cosines and sines.
+    /// The factor of cosines and sines.
     fn concentration(&self) -> f64 {
         self.attention_factor.unwrap_or_else(|| 0.1 * self.factor.ln() + 1.0)
     }
@@ -115,7 +127,7 @@ impl Yarn {
             (low, high) = (low.floor(), high.ceil());
         }
         let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
-        // A step instead of a line.
+        // The line becomes a step.
         if low == high {
             high += 0.001;
         }
@@ -131,7 +143,7 @@ fn plain(theta: f64, dim: u32) -> Vec<f64> {
     (0..dim / 2).map(|i| theta.powf(-2.0 * f64::from(i) / f64::from(dim))).collect()
 }
 
-/// Positions of a table at most, as many as a sequence has tokens.
+/// Most positions of a table, as many as a sequence has tokens.
 const MOST_POSITIONS: usize = 1 << 30;
 
 impl RotaryFrequencies {
@@ -204,7 +216,7 @@ impl RotaryFrequencies {
                     ("beta_slow", yarn.beta_slow),
                     ("attention_factor", yarn.concentration()),
                 ];
-                // Without a factor its logarithm is none.
+                // Without a valid factor, its logarithm is not a number.
                 for (option, x) in numbers.into_iter().filter(|_| yarn.factor >= 1.0) {
                     if !(x > 0.0 && x.is_finite()) {
                         return invalid(option, format!("{x}; it must be more than 0, and finite"));

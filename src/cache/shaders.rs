@@ -24,7 +24,7 @@ const KINDS: [CacheKind; 3] = [
     CacheKind::Rolling { sink_tokens: 4, window: 128, queries: 16 },
 ];
 
-/// What the planner makes of widths, types, kinds and groups on any device, with every option somewhere.
+/// The planner's variants for widths, types, kinds and groups on any device. Every option occurs in one of them.
 fn variants() -> Vec<(Variant, Capabilities)> {
     let mut found = Vec::new();
     let widths = [[1, 1], [5, 33], [64, 64], [80, 16], [128, 128], [192, 128], [256, 256], [512, 1], [512, 512]];
@@ -75,7 +75,7 @@ fn variants() -> Vec<(Variant, Capabilities)> {
                         ..moved
                     };
                     let append = CacheOptions { rotates_q, ..moved };
-                    // Neither keys that are rotated as they are read nor quantised ones are gathered or have gradients.
+                    // Keys that are rotated as they are read are not gathered and have no gradients, and neither are quantised ones.
                     let behind = CacheOptions { gathered: true, ..moved };
                     let unrotated = CacheOptions { rotary: None, ..moved };
                     let gathers = [(Kernel::APPEND, behind), (Kernel::GATHER, unrotated)];

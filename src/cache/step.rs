@@ -18,6 +18,32 @@ use crate::problem::error::{Error, Result};
 /// ([`Error::CacheBusy`]); so steps run in the order of their recording, without any rule that a caller must keep.
 ///
 /// A step may touch any number of caches, of one device. It is made by [`Attention::step`](crate::Attention::step).
+///
+/// ```
+/// use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind};
+/// use sink_attention::{Attention, DType, DeviceChoice, Error};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let mut cache = attention.create_cache(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 1, 1, 4))?;
+/// let [k, v] = [device.zeros("k", DType::F32, &[1, 1, 4])?, device.zeros("v", DType::F32, &[1, 1, 4])?];
+/// let append = cache.prepare_append(&[1], &AppendBuffers::new(&k, &v))?;
+///
+/// let mut dropped = attention.step()?.label("a guess");
+/// append.encode(&mut cache, &mut dropped)?;
+/// assert_eq!(cache.lengths(), [1]); // as recorded so far
+/// drop(dropped);
+/// assert_eq!(cache.lengths(), [0]); // it has not happened
+///
+/// let mut step = attention.step()?;
+/// append.encode(&mut cache, &mut step)?;
+/// append.encode(&mut cache, &mut step)?;
+/// step.submit()?;
+/// assert_eq!(cache.lengths(), [2]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Step {
     device: Device,
@@ -47,7 +73,7 @@ impl Step {
 
     /// Names it in errors. The first name stays.
     pub fn label(self, label: impl Into<String>) -> Self {
-        // A second name is no error.
+        // A second name is ignored.
         let _ = self.ticket.0.label.set(label.into());
         self
     }
@@ -81,7 +107,7 @@ impl Step {
     pub async fn submit_async(self) -> Result<wgpu::SubmissionIndex> {
         let Step { device, encoder, ticket } = self;
         ticket.0.set(SUBMITTING);
-        let submitted = device.scoped("submitting a step", || device.queue().submit([encoder.finish()])).await;
+        let submitted = device.scoped_async("submitting a step", || device.queue().submit([encoder.finish()])).await;
         ticket.0.set(if submitted.is_ok() { SUBMITTED } else { DROPPED });
         submitted
     }
@@ -118,17 +144,17 @@ impl<'a> StepPass<'a> {
     }
 }
 
-/// Nothing of it has been submitted.
+/// No part of the step has been submitted.
 const OPEN: u8 = 0;
-/// wgpu has it, and has not said yet whether it is well.
+/// wgpu has the step, and has not yet said whether it is valid.
 const SUBMITTING: u8 = 1;
 const SUBMITTED: u8 = 2;
-/// It never ran.
+/// The step never ran.
 const DROPPED: u8 = 3;
-/// Whether it ran is not known.
+/// It is not known whether the step ran.
 const UNKNOWN: u8 = 4;
 
-/// What a step and the caches that it touches share.
+/// The state that a step shares with the caches that it touches.
 #[derive(Debug)]
 pub(super) struct Ticket {
     number: u64,
@@ -146,12 +172,12 @@ impl Ticket {
         self.state.load(Ordering::Acquire)
     }
 
-    /// Whether it never ran, and never will.
+    /// Whether the step never ran, and never will.
     pub(super) fn is_dropped(&self) -> bool {
         self.state() == DROPPED
     }
 
-    /// An error while it is not known to have run or never to run.
+    /// An error, unless the step is known to have run or never to run.
     pub(super) fn check_ended(&self) -> Result<()> {
         let (step, reason) = match self.state() {
             SUBMITTED | DROPPED => return Ok(()),
@@ -177,7 +203,7 @@ impl fmt::Display for Ticket {
     }
 }
 
-/// The step's own hold of its ticket, which tells the caches when it is gone.
+/// The step's own reference to its ticket. When it is dropped, the caches learn that the step is gone.
 #[derive(Debug)]
 struct Held(Arc<Ticket>);
 
@@ -226,7 +252,7 @@ mod tests {
         drop(never_polled.submit_async());
         assert!(ticket.is_dropped());
 
-        // A future that is dropped between the submission and the answer to it.
+        // The future is dropped between the submission and the answer to it.
         let (forgotten, ticket) = step();
         forgotten.ticket.0.set(SUBMITTING);
         assert!(ticket.check_closed().is_err());
@@ -235,7 +261,7 @@ mod tests {
         let error = ticket.check_ended().unwrap_err().to_string();
         assert!(error.contains("was not awaited to its end: restore the cache"), "{error}");
 
-        // Answers are there at once where they are not those of a browser.
+        // Outside browsers the answer is there at once.
         let (polled, ticket) = step();
         let mut future = Box::pin(polled.submit_async());
         assert!(future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());

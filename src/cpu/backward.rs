@@ -1,7 +1,7 @@
-//! Tiled backward pass in f32 on all cores. The three sweeps share tiles, splits and accumulators, so they stand in one file.
+//! Tiled backward pass in f32 on all cores. The three sweeps share tiles, splits and accumulators, so they are in one file.
 //!
-//! Two sweeps over the visible tiles of the score matrix. In each, one side of the matrix stays, a tile of
-//! its rows along the lanes, and the other passes by:
+//! Two sweeps visit the visible tiles of the score matrix. In each sweep one side of the matrix stays (a tile of its rows lies along the
+//! lanes), and the other side passes by:
 //!
 //! ```text
 //!           stays    passes   s, d_p           sums
@@ -11,10 +11,10 @@
 //! p = exp(scale * s - lse),  d_s = p * (d_p - delta),  delta = d_o . o - d_lse
 //! ```
 //!
-//! A third one sums d_s alone over what each tile of a bias is added to; softcap's derivative is a factor of d_s in
-//! the first two only, as the bias is added behind it. So the scores are formed several times, and in return every
-//! result has one writer and one order of summation. Scores come from the forward pass's own functions: they have its
-//! bits, and the saved lse and o are truly theirs.
+//! A third sweep sums d_s alone: for each tile of a bias, over the pairs that the tile is added to. Softcap's derivative is a factor of d_s
+//! in the first two sweeps only, because the bias is added after softcap. The scores are therefore formed several times. In return every
+//! result has one writer and one order of summation. Scores come from the forward pass's own functions, so they have its bits, and the
+//! saved lse and o fit them exactly.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -33,22 +33,22 @@ use crate::problem::error::Result;
 use crate::problem::varlen::Sequence;
 use crate::problem::{Axes, Gradients, Inputs, Layout, Output, Problem, SinkLogits, Upstream};
 
-/// Rows of a tile of the bias, several tiles of queries: loading its keys costs as much as a tile's products.
+/// Rows of a tile of the bias. It has several tiles of queries, because loading its keys costs as much as a tile's products.
 const BIAS_ROWS: usize = 4 * TILE;
-/// Tiles that pass by one of the bias at a time.
+/// Tiles of queries that pass by a tile of the bias in one step.
 const BIAS_STEPS: usize = 16;
 
-/// Backward pass on all cores of the CPU, from the results of the forward pass: in f32 whatever the operands are, and
-/// d_q, d_k and d_v rounded once.
+/// Backward pass on all cores of the CPU, from the results of the forward pass. It computes in f32 whatever the operands are, and rounds
+/// d_q, d_k and d_v once.
 ///
-/// `delta_i = d_o_i . o_i` is summed from the saved o in f32. In half precision o has been rounded, and delta would
-/// inherit that error, which outweighs what cancels in d_sink_logits: what rounding took, the saved o_lo, is added.
-/// Where there is none, o is computed anew by its definition, `o_i = sum_j p_ij v_j`, and delta so amounts to
-/// `sum_j p_ij (d_o_i . v_j)`, at the price of another forward pass; the saved o is then checked for its length only.
+/// `delta_i = d_o_i . o_i` is summed from the saved o in f32. In half precision o has been rounded, and delta would inherit that error,
+/// which is too large for d_sink_logits, a sum whose terms cancel. So the rounding error, the saved o_lo, is added to o. Without o_lo, o is
+/// computed anew by its definition, `o_i = sum_j p_ij v_j`, so that delta amounts to `sum_j p_ij (d_o_i . v_j)`. This costs another forward
+/// pass, and the saved o is then checked for its length only.
 ///
-/// The result has the same bits in every run, for any number of threads. In f32 and with o_lo, `saved` may also be the
-/// final o and lse of an attention over more keys than these: the gradients are then this shard's share, but that by the
-/// sink logits, which is whole in every shard.
+/// The result has the same bits in every run, for any number of threads. In f32, and in half precision with o_lo, `saved` may also be the
+/// final o and lse of an attention over more keys than these. The gradients are then this shard's share, except the gradient by the sink
+/// logits, which is whole in every shard.
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`].
@@ -76,7 +76,7 @@ pub fn backward<T: Element>(
     Ok(Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias })
 }
 
-/// The pass on operands of any element type, checked and widened; the gradients unrounded.
+/// The pass on operands of any element type, which have been checked and widened. The gradients are not rounded.
 fn backward_widened(
     problem: &Problem,
     inputs: &Inputs<'_>,
@@ -85,7 +85,7 @@ fn backward_widened(
     upstream: &Upstream<'_>,
 ) -> Gradients {
     let mut gradients = backward_on(Arch::new(), problem, inputs, o, lse, upstream);
-    // In f32 products of d_o and v, and sums of them, have no room for the largest numbers of bf16.
+    // f32 has no room for products of d_o and v, and for sums of them, where bf16 numbers are largest.
     if problem.options().dtype.overflows_f32_sums() {
         exact::backward(problem, inputs, (o, lse), upstream, &mut gradients);
     }
@@ -133,10 +133,10 @@ fn backward_on(
     gradients
 }
 
-/// What the gradients of a row's scores need beside the operands: lse, and delta less d_lse.
+/// The lse of each row, and its delta less d_lse.
 ///
-/// Rows without any weight, whose lse is -inf, get +inf, with which every probability becomes 0. So do those beyond the
-/// lengths in use.
+/// A row without any weight, whose lse is -inf, gets an lse of +inf, so that every probability becomes 0. So do rows beyond the lengths in
+/// use.
 fn row_stats(
     problem: &Problem,
     inputs: &Inputs<'_>,
@@ -162,7 +162,7 @@ fn row_stats(
         .unzip()
 }
 
-/// The gradient by the sink logits. In f64, as it is a sum over all rows of a head.
+/// The gradient by the sink logits, summed in f64 because it is a sum over all rows of a head.
 fn d_sink_logits(problem: &Problem, inputs: &Inputs<'_>, lse: &[f32], delta: &[f32]) -> Option<Vec<f32>> {
     let s = problem.shape();
     let head = |h| {
@@ -188,13 +188,13 @@ impl Tile {
         Tile { sequence: self.sequence, head, rows: n * TILE..((n + 1) * TILE).min(count) }
     }
 
-    /// As a tile of queries.
+    /// The tile as a tile of queries.
     fn queries(&self) -> RowTile {
         RowTile { sequence: self.sequence, heads: self.head..self.head + 1, queries: self.rows.clone() }
     }
 }
 
-/// A tile that stays, with the tiles that pass by and its rows of the results.
+/// A tile that stays, the tiles that pass by it, and its rows of the results.
 struct Item<'a> {
     /// Place in the order of summation.
     number: usize,
@@ -204,16 +204,16 @@ struct Item<'a> {
     d_y: Vec<&'a mut [f32]>,
 }
 
-/// What a sweep sums.
+/// The results that a sweep sums.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Sums {
     /// The gradients of the operands of the side that stays.
     Operands,
-    /// d_s alone, in tiles of the bias of so many rows.
+    /// d_s alone, in tiles of the bias with this number of rows.
     Bias { rows: usize },
 }
 
-/// All sweeps. The operand that the scores come from is x, the other y: q and d_o, k and v.
+/// All sweeps. x is the operand that the scores come from (q or k), and y the other one (d_o or v).
 struct Sweep<'a> {
     arch: Arch,
     problem: &'a Problem,
@@ -227,12 +227,12 @@ struct Sweep<'a> {
 }
 
 impl<'a> Sweep<'a> {
-    /// Computes the gradients of the side that stays: by x, and if wanted by y. Returns those by the slopes of ALiBi, if
-    /// queries stay.
+    /// Computes the gradients of the side that stays: by x, and if wanted by y. Returns the gradients by the slopes of ALiBi if queries
+    /// stay.
     fn run(&self, side: Side, d_x: &mut [f32], d_y: Option<&mut [f32]>) -> Vec<f32> {
         let mut items = self.items(side, d_x, d_y);
         let splits = FEW_ITEMS / items.len().max(1);
-        // Long items first: the short ones then even out the end.
+        // Long items come first, so that the short ones even out the end.
         items.sort_by_key(|item| Reverse(item.passing.len()));
         let new = || State::new(self.problem, Sums::Operands);
         let attend = |tile: &Tile, passing: &[Tile], state: &mut State| {
@@ -278,7 +278,7 @@ impl<'a> Sweep<'a> {
                 Side::Queries => band.seq_q(),
                 Side::Keys => band.seq_k(),
             };
-            // Equal tiles rather than a short last one.
+            // Tiles are of equal length, so that the last one is not short.
             let len = rows.div_ceil(rows.div_ceil(TILE).max(1)).max(1);
             cuts.push((items.len(), rows, len));
             for head in 0..heads {
@@ -289,7 +289,7 @@ impl<'a> Sweep<'a> {
                 }
             }
         }
-        // In every layout, the rows of one head come in the order of their positions.
+        // In every layout the rows of one head are in the order of their positions.
         let layout = self.problem.options().layout;
         let places = Places::new(self.problem, side);
         let item = |[b, h, i]: [usize; 3]| {
@@ -308,7 +308,7 @@ impl<'a> Sweep<'a> {
         items
     }
 
-    /// The tiles of the other side that have something to do with a tile.
+    /// The tiles of the other side with which a tile has visible pairs.
     fn passing(&self, side: Side, tile: &Tile) -> Vec<Tile> {
         let (band, group) = (self.problem.sequence(tile.sequence).band, self.problem.heads_per_kv());
         match side {
@@ -324,11 +324,11 @@ impl<'a> Sweep<'a> {
         }
     }
 
-    /// The gradient by the bias: d_s, summed over the axes that the bias does not have of its own.
+    /// The gradient by the bias: d_s, summed over the axes along which the bias is broadcast.
     fn d_bias(&self, axes: Axes) -> Vec<f32> {
         let [sequences, heads, rows, keys] = self.problem.bias_shape().unwrap_or_default();
         let mut d_bias = vec![0.0; sequences * heads * rows * keys];
-        // The longest first, so that those that reach a tile of keys come before all others.
+        // The longest sequences come first, so those that reach a tile of keys come before all others.
         let mut by_keys: Vec<usize> = (0..self.problem.sequence_count()).collect();
         by_keys.sort_by_key(|&n| Reverse(self.problem.sequence(n).band.seq_k()));
         let sums = Sums::Bias { rows: rows.min(BIAS_ROWS) };
@@ -364,8 +364,8 @@ impl<'a> Sweep<'a> {
         d_bias
     }
 
-    /// What is summed into a tile of the bias: tiles of keys, each with the tiles of queries that see something of it.
-    /// `first` is the first query of the tile, if the bias has one for each.
+    /// The steps that are summed into a tile of the bias: tiles of keys, each with the tiles of queries that see some of its keys. `first`
+    /// is the tile's first query, if the bias has a row for each query.
     fn bias_steps(
         &self,
         sequences: &[usize],
@@ -379,7 +379,7 @@ impl<'a> Sweep<'a> {
             let band = self.problem.sequence(sequence).band;
             let keys = keys.start..keys.end.min(band.seq_k());
             if keys.is_empty() {
-                break; // As all after it.
+                break; // Later sequences are not longer, so they have no keys here either.
             }
             let queries = band.query_tiles(&keys, TILE);
             let queries = match first.map(|first| first / TILE) {
@@ -399,8 +399,8 @@ impl<'a> Sweep<'a> {
         steps
     }
 
-    /// Sums d_s over all steps: `[query or 1][key]` of the tile, in f64, as many terms may cancel;
-    /// nothing where nothing is.
+    /// Sums d_s over all steps: `[query or 1][key]` of the tile, in f64, because many terms may cancel. The sum is empty if there are no
+    /// steps.
     fn bias_tile(&self, steps: &[(Tile, Vec<Tile>)], splits: usize, of: Sums, state: &mut State) -> Vec<f32> {
         let round = |sums: &[f64]| sums.iter().map(|&sum| sum as f32).collect();
         let attend = |steps: &[(Tile, Vec<Tile>)], state: &mut State| {
@@ -429,7 +429,7 @@ impl<'a> Sweep<'a> {
         round(&sums.collect::<Vec<_>>().into_iter().reduce(add).unwrap_or_default())
     }
 
-    /// The rows of a head of one side from the start of a sequence on: x and y.
+    /// x and y of one side: the rows of a head from the start of a sequence on.
     fn operands(&self, side: Side, sequence: &Sequence, head: usize) -> (Head<'a>, Head<'a>) {
         let ((x, y), start) = match side {
             Side::Queries => (self.queries, sequence.q_start),
@@ -444,7 +444,7 @@ impl<'a> Sweep<'a> {
         (&self.lse[range.clone()], &self.delta[range])
     }
 
-    /// Where a tile of queries lies in lse.
+    /// The range of a tile of queries in lse.
     fn in_lse(&self, sequence: &Sequence, queries: &Tile) -> Range<usize> {
         let [_, heads, seq_q] = self.problem.lse_shape();
         let start = (sequence.entry * heads + queries.head) * seq_q + sequence.q_start;
@@ -458,7 +458,7 @@ impl<'a> Sweep<'a> {
 }
 
 impl Item<'_> {
-    /// Adds up what the splits of the passing side have summed; returns the sum for a slope of ALiBi.
+    /// Adds up the sums of the splits of the passing side, and returns the sum for a slope of ALiBi.
     fn finish(self, problem: &Problem, states: &[State]) -> f64 {
         let write = |rows: Vec<&mut [f32]>, factor: f32, sum: fn(&State) -> &[f32]| {
             for (r, row) in rows.into_iter().enumerate() {
@@ -477,11 +477,11 @@ impl Item<'_> {
     }
 }
 
-/// What a tile has summed so far, and scratch. Allocated once a thread (or split).
+/// The sums of a tile so far, and scratch. It is allocated once a thread (or split).
 struct State {
     /// Rows of a panel.
     panel: usize,
-    /// The tile's rows, signed as the scores want them: `[panel][head_dim][row]`.
+    /// The tile's rows with the sign that the scores need: `[panel][head_dim][row]`.
     x: Vec<f32>,
     /// `[panel][value_dim][row]`.
     y: Vec<f32>,
@@ -490,9 +490,9 @@ struct State {
     delta: Vec<f32>,
     /// Scores, then probabilities of one panel: `[passing][row]`.
     p: Vec<f32>,
-    /// Gradients by the probabilities, then by the scores.
+    /// Gradients by the probabilities, then gradients by the scores.
     d_s: Vec<f32>,
-    /// Softcap's derivative, where there is one.
+    /// Softcap's derivative, with softcap only.
     derivative: Vec<f32>,
     /// Sum of d_s with the passing x: `[panel][head_dim][row]`.
     d_x: Vec<f32>,
@@ -530,7 +530,7 @@ impl State {
     }
 }
 
-/// One tile against some of those that pass by: a function of its fields, generic over the instruction set.
+/// One tile against some of the tiles that pass by: a function of its fields, generic over the instruction set.
 struct Attend<'a> {
     sweep: &'a Sweep<'a>,
     sums: Sums,
@@ -546,7 +546,7 @@ impl WithSimd for Attend<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // As in the forward pass.
+        // Panels are chosen as in the forward pass.
         if self.tile.rows.len() <= S::F32_LANES {
             self.run::<S, 1, 8>(simd);
         } else if S::REGISTER_COUNT >= 32 {
@@ -575,7 +575,7 @@ impl Attend<'_> {
                 Seen::All => None,
                 Seen::Some(seen) => Some(seen),
             };
-            // In a product even a gradient of 0 lets NaN through.
+            // A product lets NaN through even where the gradient is 0.
             let exact = seen
                 .filter(|_| self.sums == Sums::Operands && !(x.is_finite(rows.clone()) && y.is_finite(rows.clone())));
             for panel in 0..self.tile.rows.len().div_ceil(NV * S::F32_LANES) {
@@ -657,7 +657,7 @@ impl Attend<'_> {
         }
     }
 
-    /// Turns scores into probabilities, and gradients by those into gradients by the scores.
+    /// Turns scores into probabilities, and gradients by probabilities into gradients by scores.
     #[inline(always)]
     fn score_gradients<S: Simd, const NV: usize>(&mut self, simd: S, panel: usize, passing: &Tile) {
         let State { p, d_s, lse, delta, .. } = &mut *self.state;
@@ -680,7 +680,7 @@ impl Attend<'_> {
         }
     }
 
-    /// Divides the probabilities of a row among keys that its lse does not count, see [`Scores::shares`].
+    /// Divides the probability of a row among the keys that its lse does not count, see [`Scores::shares`].
     fn share(&mut self, shares: &[f32], panel: usize, passing: &Tile) {
         let State { panel: width, p, d_s, .. } = &mut *self.state;
         let queries = if self.side == Side::Queries { self.tile } else { passing };
@@ -695,7 +695,7 @@ impl Attend<'_> {
         }
     }
 
-    /// Zeroes what belongs to keys that a query does not see.
+    /// Sets probabilities and gradients of keys that a query does not see to 0.
     fn hide(&mut self, panel: usize, seen: &[u64; TILE], passing: usize) {
         let State { panel: width, p, d_s, derivative, .. } = &mut *self.state;
         let (width, first) = (*width, panel * *width);
@@ -722,7 +722,7 @@ impl Attend<'_> {
     }
 }
 
-/// `sums += d_s` for one panel of keys: row by row, or all rows into the only one.
+/// `sums += d_s` for one panel of keys: each row into a row of its own, or all rows into the only row.
 #[inline(always)]
 fn add_bias_gradients<S: Simd, const NV: usize>(
     panel: usize,
@@ -753,7 +753,7 @@ fn score_gradient<S: Simd, const NV: usize>(
 ) {
     let factor = simd.splat_f32s(factor);
     for v in 0..NV {
-        // Fused: as in the forward pass, the score itself is never rounded.
+        // The multiply-add is fused, so the score itself is never rounded, as in the forward pass.
         p[v] = exp(simd, simd.mul_add_e_f32s(p[v], factor, simd.neg_f32s(lse[v])));
         d_s[v] = simd.mul_f32s(p[v], simd.sub_f32s(d_s[v], delta[v]));
     }

@@ -1,8 +1,9 @@
-//! Rows of results computed again in f64, where f32 had no room for the sums on the way: bf16 reaches as far as f32 does.
+//! Rows of results computed again in f64, where f32 had no room for the sums on the way. bf16 has the range of f32, so sums of bf16 numbers
+//! can leave it.
 //!
-//! A row is computed again where it is not finite though all that it depends on is, and from nothing but that. So what a query
-//! does not see changes none of its bits. Infinity and NaN never become finite again in the tiled passes, hence no other row
-//! can be wrong for want of room.
+//! A row is computed again if it is not finite although everything that it depends on is, and from these numbers alone. So keys and values
+//! that a query does not see change none of its bits. Infinity and NaN never become finite again in the tiled passes, so no other row can
+//! be wrong for want of room.
 
 use std::collections::BTreeMap;
 
@@ -41,7 +42,7 @@ pub(super) fn forward(problem: &Problem, inputs: &Inputs<'_>, output: &mut Outpu
     rows.iter().for_each(|(start, row)| write(&mut output.o, *start, row));
 }
 
-/// Computes the rows and elements of the gradients again that are not finite; of `(o, lse)`, o is unrounded.
+/// Computes the rows and elements of the gradients again that are not finite. In `(o, lse)`, o is unrounded.
 pub(super) fn backward(
     problem: &Problem,
     inputs: &Inputs<'_>,
@@ -82,7 +83,7 @@ pub(super) fn backward(
     };
 
     let shape = problem.shape();
-    // One after the other in a fixed order, so that sums have the same bits for any number of threads.
+    // Groups are added one after the other in a fixed order, so that sums have the same bits for any number of threads.
     let mut by_group: Vec<Vec<Query>> = (0..problem.sequence_count() * shape.kv_heads).map(|_| Vec::new()).collect();
     queries(problem).for_each(|query| by_group[query.number * shape.kv_heads + query.kv_head].push(query));
     let sums: Vec<Sums> = by_group.into_par_iter().map(|queries| rows.sums(queries, &wanted)).collect();
@@ -112,7 +113,7 @@ pub(super) fn backward(
     }
 }
 
-/// What is to be computed again: rows of the first three by number, elements of the others.
+/// The sums to compute again: rows of d_q, d_k and d_v by number, elements of the other gradients.
 struct Wanted {
     d_q: Vec<bool>,
     d_k: Vec<bool>,
@@ -125,7 +126,7 @@ struct Wanted {
 #[derive(Clone)]
 struct Sum {
     row: Vec<f64>,
-    /// Whether all that it depends on is finite.
+    /// Whether everything that the sum depends on is finite.
     finite: bool,
 }
 
@@ -140,7 +141,7 @@ impl Sum {
     }
 }
 
-/// By where they start in the gradient.
+/// The sums of each gradient, by their first element in it.
 #[derive(Default)]
 struct Sums {
     d_q: BTreeMap<usize, Sum>,
@@ -157,7 +158,7 @@ struct Pass<'a> {
     d_o: Tensor,
     o: Tensor,
     lse: &'a [f32],
-    /// Less d_lse.
+    /// delta_i, with d_lse subtracted.
     delta: Vec<f64>,
     shares: Option<Vec<f32>>,
 }
@@ -168,7 +169,7 @@ impl Pass<'_> {
         query.i < query.sequence.band.seq_q() && self.lse[query.index] != f32::NEG_INFINITY
     }
 
-    /// Sums what the queries of a group of heads of one sequence add to what is wanted.
+    /// Sums the terms that the queries of a group of heads of one sequence add to the wanted sums.
     fn sums(&self, queries: Vec<Query>, wanted: &Wanted) -> Sums {
         let (mut sums, operands) = (Sums::default(), &self.operands);
         let (shape, scale) = (self.problem.shape(), f64::from(self.problem.scale()));
@@ -224,7 +225,7 @@ fn is_finite(x: &[f64]) -> bool {
 }
 
 fn all_finite(x: &[f32]) -> bool {
-    // Branch-free within a chunk, so that it vectorises.
+    // The loop has no branch within a chunk, so that it vectorises.
     x.par_chunks(1 << 12).all(|x| x.iter().fold(true, |finite, x| finite & x.is_finite()))
 }
 
@@ -251,10 +252,10 @@ impl<'a> Delta<'a> {
         Delta { o: rows(o), d_o: rows(upstream.d_o), d_lse: upstream.d_lse }
     }
 
-    /// That of a row of batch, head and position.
+    /// delta of the row of a batch entry, head and position.
     ///
-    /// The d_o of a row that saw nothing, even NaN, reaches nothing. By its results, as the keys here may be a shard of those
-    /// that it saw: an lse that is the sink logit, and an o of zeros.
+    /// The d_o of a row that saw nothing does not count, even if it is NaN. Such a row is recognised by its results, an lse that equals the
+    /// sink logit and an o of zeros, because the keys here may be only a shard of the keys that the row saw.
     pub(super) fn of(&self, problem: &Problem, inputs: &Inputs<'_>, [b, h, i]: [usize; 3], lse: f32) -> f64 {
         let s = problem.shape();
         let o = self.o.row(b, h, i);

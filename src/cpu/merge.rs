@@ -1,4 +1,4 @@
-//! Partial states into one, in f32 with weights in f64. Twin of shaders/merge.wgsl.
+//! Merges partial states into one, in f32 with weights in f64. Twin of shaders/merge.wgsl.
 
 use rayon::prelude::*;
 
@@ -9,7 +9,7 @@ use crate::problem::error::Result;
 use crate::problem::host::PartialState;
 use crate::problem::{Layout, Output, Problem, SinkLogits};
 
-/// Merges partial states of a problem, each of another shard of its keys, on all cores of the CPU; see
+/// Merges partial states of a problem, each of another shard of its keys, on all cores of the CPU. See
 /// [`Attention::merge`](crate::Attention::merge).
 ///
 /// # Errors
@@ -19,7 +19,7 @@ pub fn merge(problem: &Problem, states: &[&PartialState]) -> Result<PartialState
     Ok(merge_with(problem, states, |_| None))
 }
 
-/// Applies the sink logits, once, to a state of all keys; see [`Attention::finish`](crate::Attention::finish).
+/// Applies the sink logits, once, to a state of all keys. See [`Attention::finish`](crate::Attention::finish).
 ///
 /// # Errors
 /// Those of [`Problem::check_finish`].
@@ -34,7 +34,7 @@ pub fn finish<T: Element>(problem: &Problem, state: &PartialState, sink_logits: 
 }
 
 impl PartialState {
-    /// As the results of a forward pass.
+    /// The state as the results of a forward pass.
     pub(crate) fn narrow<T: Element>(self) -> Output<T> {
         let o_lo = T::DTYPE.has_rounding_error().then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
         Output { o: T::narrow(self.o), o_lo, lse: self.lse }
@@ -43,13 +43,13 @@ impl PartialState {
 
 fn merge_with(problem: &Problem, states: &[&PartialState], sink: impl Fn(usize) -> Option<f64> + Sync) -> PartialState {
     let (s, layout) = (problem.shape(), problem.options().layout);
-    // Of a row of lse, `[batch, heads, seq_q]` in every layout.
+    // The denominator of a row of lse, which is `[batch, heads, seq_q]` in every layout.
     let denominator = |n: usize| {
         let (batch, head, i) = (n / s.seq_q / s.heads, n / s.seq_q % s.heads, n % s.seq_q);
-        // A row beyond the end of a padded sequence is none.
+        // A row beyond the end of a padded sequence has no sink logit.
         let counts = layout == Layout::Thd || i < problem.sequence(batch).band.seq_q();
         let sink = if counts { sink(head) } else { None };
-        // What has seen nothing has no part in it, whatever its o holds. A state of exp(inf) may be any part of it: NaN.
+        // A state that has seen nothing has no share, whatever its o holds. The share of a state of exp(inf) is unknown: NaN.
         let terms = states.iter().map(|state| f64::from(state.lse[n])).chain(sink);
         Denominator::new(terms.filter(|lse| *lse != f64::NEG_INFINITY).map(|lse| (lse, 1.0)))
     };

@@ -1,5 +1,4 @@
-//! The definition: dense attention in f64, written for reading, not for speed. Operands of any element type are
-//! widened exactly.
+//! The definition: dense attention in f64, written for readability and not for speed. Operands of any element type are widened exactly.
 //!
 //! Every other path of the crate is tested against this one.
 
@@ -18,7 +17,7 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
 }
 
 /// The largest score of each row in f64, `row_max_i = max_j s_ij`, `[batch, heads, seq_q]`: scaled, capped and biased, without the sink
-/// logit. -infinity where a query sees nothing, NaN where a score that it sees is NaN.
+/// logit. It is -infinity if a query sees nothing, and NaN if a visible score is NaN.
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`].
@@ -34,7 +33,7 @@ pub fn row_max<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
     Ok(row_max)
 }
 
-/// Backward pass in f64, from a forward pass of its own:
+/// Backward pass in f64, which computes the forward pass itself:
 ///
 /// ```text
 /// delta_i = d_o_i . o_i
@@ -64,8 +63,8 @@ pub fn backward<T: Element>(
     Ok(operands.backward(problem, &saved, upstream, &mut None))
 }
 
-/// How large the terms of results are: of each element the sum of the absolute values of what it is a sum of. An error is to be
-/// seen against that, as terms may cancel. In the shapes of the results.
+/// The sizes of the terms of results: for each element, the sum of the absolute values of the terms that it is a sum of. An error is judged
+/// against that size, because terms may cancel. The shapes are those of the results.
 ///
 /// ```text
 /// o_ie  = sum_j p_ij |v_je|                      d_s_ij = p_ij (sum_e |d_o_ie| (|v_je| + o_ie) + |d_lse_i|)
@@ -73,9 +72,9 @@ pub fn backward<T: Element>(
 /// d_v_j = sum_i p_ij |d_o_i|
 /// ```
 ///
-/// Devices make zeros of weights below f32's normal numbers, so a whole term of such a weight may be lost. Here each p_ij of a
-/// visible pair is raised by 2^24 times the least normal number. A lost term is then at most one part in 2^24 of its magnitude, as the
-/// rounding of any other term is. Weights that are not small do not notice the difference.
+/// Devices flush weights below f32's normal numbers to zero, so a whole term with such a weight may be lost. Here each p_ij of a visible
+/// pair is raised by 2^24 times the least normal number. A lost term is then at most one part in 2^24 of its magnitude, like the rounding
+/// error of any other term. Weights that are not small hardly change.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Magnitudes {
     /// Of o.
@@ -88,13 +87,13 @@ pub struct Magnitudes {
     pub d_v: Vec<f64>,
 }
 
-/// What [`Magnitudes`] add to a weight: 2^24 times the least normal number of f32.
+/// The number that [`Magnitudes`] add to a weight: 2^24 times the least normal number of f32.
 const LOST_WEIGHT: f64 = f32::MIN_POSITIVE as f64 * (1u32 << 24) as f64;
 
-/// Results, and how large their terms are.
+/// Results, and the sizes of their terms.
 pub type WithMagnitudes = (Output<f64, f64>, Option<Gradients<f64, f64>>, Magnitudes);
 
-/// Both passes, the second one where there is an `upstream`, as [`forward`] and [`backward`], with [`Magnitudes`].
+/// The forward pass as [`forward`], and if there is an `upstream` the backward pass as [`backward`], with [`Magnitudes`].
 ///
 /// # Errors
 /// Those of [`Problem::check_inputs`] and [`Problem::check_upstream`].
@@ -120,7 +119,7 @@ pub fn with_magnitudes<T: Element>(
     Ok((output, gradients, magnitudes.unwrap_or_else(none)))
 }
 
-/// The operands in f64, which finite differences can move by less than an f32 resolves.
+/// The operands in f64. Finite differences can move them by less than an f32 resolves.
 #[derive(Clone)]
 pub(super) struct Operands {
     pub(super) q: Tensor,
@@ -160,7 +159,7 @@ impl Operands {
         }
     }
 
-    /// Results, and how large their terms are, where that is wanted.
+    /// Results, and if wanted the sizes of their terms.
     fn forward(&self, problem: &Problem, magnitudes: &mut Option<Tensor>) -> Output<f64, f64> {
         let mut o = Tensor::zeros(problem.options().layout, problem.o_shape());
         let mut lse = vec![f64::NEG_INFINITY; problem.lse_shape().iter().product()];
@@ -203,11 +202,11 @@ impl Operands {
         for query in queries(problem) {
             let Row { pairs, lse } = self.row(problem, &query);
             if lse == f64::NEG_INFINITY {
-                continue; // Nothing has a weight, so nothing has a gradient, whatever flows in.
+                continue; // No key has a weight, so nothing has a gradient, whatever flows in.
             }
             let d_lse = upstream.d_lse.map_or(0.0, |d_lse| f64::from(d_lse[query.index]));
             let d_o = d_o.row(query.place);
-            // The d_o of a row that sees nothing, even NaN, reaches nothing.
+            // The d_o of a row that sees nothing does not count, even if it is NaN.
             let delta = if pairs.is_empty() { 0.0 } else { dot(d_o, o.row(query.place)) };
             for Pair { j, p, distance, slope } in pairs {
                 let key = query.key(j);
@@ -263,7 +262,7 @@ impl Operands {
         Row { pairs, lse: denominator.log() }
     }
 
-    /// The scores of those of the wanted keys that a query sees; their probabilities are left at 0.
+    /// The scores of the wanted keys that a query sees. Their probabilities are left at 0.
     pub(super) fn scores(&self, problem: &Problem, query: &Query, wanted: impl Fn(usize) -> bool) -> Vec<(f64, Pair)> {
         let Query { sequence, i, head, .. } = *query;
         let position = i as f64 + sequence.band.offset() as f64;
@@ -292,7 +291,7 @@ impl Operands {
     }
 }
 
-/// [`Magnitudes`] on the way.
+/// [`Magnitudes`] while they are summed.
 struct Sizes {
     o: Tensor,
     d_q: Tensor,
@@ -312,7 +311,7 @@ pub(super) struct Pair {
     pub(super) j: usize,
     /// The probability.
     pub(super) p: f64,
-    /// |p - j|, that ALiBi goes by.
+    /// |p - j|, the distance that ALiBi multiplies with a slope.
     pub(super) distance: f64,
     /// The score's derivative by the product times the scale.
     pub(super) slope: f64,
@@ -321,7 +320,7 @@ pub(super) struct Pair {
 /// A query of a head of a sequence.
 pub(super) struct Query {
     pub(super) sequence: Sequence,
-    /// Which sequence of the batch it is.
+    /// The number of the sequence in the batch.
     pub(super) number: usize,
     pub(super) head: usize,
     pub(super) kv_head: usize,
@@ -449,31 +448,31 @@ pub(super) fn sink_logit<T>(problem: &Problem, inputs: &Inputs<'_, T>, head: usi
     }
 }
 
-/// The sink's share of a row: all of it where both are +inf, the limit of ever larger sink logits.
+/// The sink's share of a row: 1 if both are +inf, which is the limit of ever larger sink logits.
 pub(super) fn sink_weight(sink_logit: f64, lse: f64) -> f64 {
     if sink_logit == lse { 1.0 } else { (sink_logit - lse).exp() }
 }
 
-/// The softmax's denominator, a sum of `count * exp(x)`, kept as its largest exponent and the rest: where exponents are so large
-/// that their logarithm of the sum would be lost in them, weights still add up to one.
+/// The softmax's denominator, a sum of `count * exp(x)`, kept as its largest exponent and the remaining factor. If exponents are so large
+/// that they absorb the logarithm of the sum, weights still add up to one.
 pub(super) struct Denominator {
     most: f64,
     sum: f64,
 }
 
 impl Denominator {
-    /// Of terms `(x, count)`.
+    /// The denominator of terms `(x, count)`.
     pub(super) fn new(terms: impl Iterator<Item = (f64, f64)> + Clone) -> Self {
         let most = terms.clone().fold(f64::NEG_INFINITY, |most, (x, _)| most.max(x));
         let sum = match most.is_infinite() {
-            // The count of exp(inf) may be NaN, a sum of exp(inf - inf), and does not matter.
+            // The count of exp(inf) may be NaN, a sum of exp(inf - inf), and is not used.
             true => terms.map(|(x, count)| if x.is_nan() || x == f64::INFINITY { x } else { count }).sum(),
             false => terms.map(|(x, count)| count * (x - most).exp()).sum(),
         };
         Denominator { most, sum }
     }
 
-    /// Its logarithm; -inf for no terms, or where all are exp(-inf); inf where one is exp(inf).
+    /// The logarithm: -inf if there are no terms or all are exp(-inf), and inf if one is exp(inf).
     pub(super) fn log(&self) -> f64 {
         match (self.most.is_infinite(), self.sum.is_nan()) {
             (_, true) => f64::NAN,
@@ -482,7 +481,7 @@ impl Denominator {
         }
     }
 
-    /// `exp(x)` by the whole; NaN for one exp(inf), which may be any part of it.
+    /// `exp(x)` divided by the denominator. NaN for one exp(inf), whose share is unknown.
     pub(super) fn weight(&self, x: f64) -> f64 {
         if self.most.is_infinite() { (x - self.log()).exp() } else { (x - self.most).exp() / self.sum }
     }

@@ -1,4 +1,4 @@
-//! A densely packed host operand, seen as rows of its last axis.
+//! A densely packed host operand as rows of its last axis.
 
 use crate::problem::varlen::Sequence;
 use crate::problem::{Layout, Problem};
@@ -32,7 +32,7 @@ impl<'a> Rows<'a> {
         Rows { data, strides: layout.strides(heads, seq, width).map(|s| s as usize), width }
     }
 
-    /// The rows of one head from a position on; none at the end, where an empty sequence may stand.
+    /// The rows of one head from a position on. There are none at the end of the data, where an empty sequence may begin.
     #[inline]
     pub(super) fn head(&self, b: usize, h: usize, start: usize) -> Head<'a> {
         let [batch, head, seq] = self.strides;
@@ -60,7 +60,7 @@ impl<'a> Head<'a> {
         &self.data[i * self.stride..][..self.width]
     }
 
-    /// Rows `range`, each at least as long as it is wide.
+    /// The rows of `range`. Each slice has at least the width of a row.
     #[inline(always)]
     pub(super) fn rows(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = &'a [f32]> + use<'a> {
         self.data[range.start * self.stride..].chunks(self.stride).take(range.len())
@@ -72,7 +72,7 @@ impl<'a> Head<'a> {
 
     /// Whether the rows of `range` hold neither NaN nor infinity.
     pub(super) fn is_finite(&self, range: std::ops::Range<usize>) -> bool {
-        // The largest exponent, as integers: branch-free, so that it vectorises.
+        // The largest exponent, compared as an integer: without branches, so that it vectorises.
         const INFINITY: u32 = f32::INFINITY.to_bits();
         range
             .into_iter()
@@ -103,9 +103,9 @@ pub(super) fn rows(layout: Layout, heads: usize, seq: usize) -> impl Fn(usize) -
     }
 }
 
-/// Which sequence a row of an operand belongs to, and its place there.
+/// The sequence of a row of an operand, and the row's place in that sequence.
 pub(super) struct Places {
-    /// Where sequences follow each other without a batch axis.
+    /// Sequence and place of each token, where sequences follow each other without a batch axis.
     tokens: Option<Vec<[usize; 2]>>,
 }
 

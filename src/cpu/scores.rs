@@ -1,5 +1,5 @@
-//! Scores of a tile from its products, and which of its pairs are visible: forward and backward share both, so that the
-//! saved lse belongs to the scores of the backward pass bit for bit.
+//! Scores of a tile from its products, and the visibility of its pairs. Forward and backward share both, so that the saved lse belongs to
+//! the scores of the backward pass bit for bit.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -11,10 +11,10 @@ use super::rows::Side;
 use super::simd::{Panel, tanh};
 use crate::problem::{Bias, Inputs, MaskData, Options, Problem, mask_word};
 
-/// Most rows of a tile on either side, so that a row of visible pairs fits a word.
+/// Most rows of a tile on either side. The visible pairs of a row fit a word.
 pub(super) const TILE: usize = u64::BITS as usize;
 
-/// Numbers from here down to the lowest finite one keep nothing of the logarithm of a count, or of a product below 32.
+/// A number from here down to the lowest finite one absorbs the logarithm of a count, and products below 32.
 const ABSORBING: f32 = -1e9;
 
 /// Query rows of one sequence that are computed together: `queries` of `heads`, head by head.
@@ -50,10 +50,10 @@ pub(super) enum Seen {
     Some([u64; TILE]),
 }
 
-/// A number, or bits, for each pair, broadcast along the axes whose size is 1.
+/// Numbers, or bits, for all pairs, broadcast along the axes whose size is 1.
 struct Pairs<'a, T: Clone> {
     data: Cow<'a, [T]>,
-    /// Of sequence, head and query.
+    /// Strides of sequence, head and query.
     strides: [usize; 3],
     width: usize,
 }
@@ -70,23 +70,23 @@ impl<'a, T: Clone> Pairs<'a, T> {
     }
 }
 
-/// How products become scores.
+/// The way from products to scores.
 pub(super) struct Scores<'a> {
     problem: &'a Problem,
-    /// The scale's magnitude for the products, and its sign for their operand along the lanes, where it is exact.
-    /// So the largest score is the largest product, and -inf hides a key before scaling as after it.
+    /// The magnitude of the scale multiplies the products. Its sign multiplies the operand along the lanes, which is exact. So the largest
+    /// score is the largest product, and -inf hides a key before scaling as well as after it.
     magnitude: f32,
     pub(super) sign: f32,
     slopes: Option<&'a [f32]>,
     bias: Option<Pairs<'a, f32>>,
-    /// The mask, and the bias where it hides keys: a bit for each pair.
+    /// A bit for each pair: of the mask, and of the bias if it hides keys.
     bits: Vec<Pairs<'a, u32>>,
 }
 
 impl<'a> Scores<'a> {
     pub(super) fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
-        // Options of scores come by the problem and the inputs, those of the rule by the bands of its sequences; `sink_logits` meets the
-        // finished row, and the callers see to layout and element types.
+        // Options of scores are read from the problem and the inputs. Options of the visibility rule are in the bands of its sequences.
+        // `sink_logits` enters the finished row, and the callers handle layout and element types.
         let Options {
             causal: _,
             window: _,
@@ -110,7 +110,7 @@ impl<'a> Scores<'a> {
             Bias::F32(bias) | Bias::Operand(bias) => bias,
         });
         let bias = bias.zip(problem.bias_shape());
-        // Branch-free within a chunk, so that it vectorises.
+        // The loop has no branch within a chunk, so that it vectorises.
         let hides = |bias: &[f32]| bias.iter().fold(false, |hides, &bias| hides | (bias == f32::NEG_INFINITY));
         let hiding = bias.filter(|(bias, _)| bias.par_chunks(1 << 12).any(hides));
         let hiding = hiding.map(|(bias, shape)| {
@@ -132,13 +132,13 @@ impl<'a> Scores<'a> {
         }
     }
 
-    /// What the softmax multiplies scores with: unless [`form`](Self::form) makes whole ones, it does that on the way,
-    /// without rounding them.
+    /// The factor of the scores in the softmax. If [`form`](Self::form) does not make whole scores, the softmax applies the scale in its
+    /// exponential and does not round the scores.
     pub(super) fn factor(&self) -> f32 {
         if self.problem.modifies_scores() { 1.0 } else { self.magnitude }
     }
 
-    /// Which keys of a tile its queries see.
+    /// The keys of a tile that its queries see.
     #[inline]
     pub(super) fn seen(&self, queries: &RowTile, keys: &Range<usize>) -> Seen {
         let band = &self.problem.sequence(queries.sequence).band;
@@ -164,10 +164,10 @@ impl<'a> Scores<'a> {
         }
     }
 
-    /// What the probability of a key is to be multiplied with, by the row of lse; none where that is 1 in every row.
+    /// The factor of the probabilities of each row of lse. None if it is 1 in every row.
     ///
-    /// A bias as low as the lowest finite number takes up the products, and its row's lse the logarithm of their number: each of
-    /// the n keys with the row's largest bias has a probability of 1 / n, of which exp(score - lse) makes 1.
+    /// A bias close to the lowest finite number absorbs the products, and its row's lse the logarithm of their number. Each of the n keys
+    /// with the row's largest bias has a probability of 1 / n, but exp(score - lse) is 1.
     pub(super) fn shares(&self, lse: &[f32]) -> Option<Vec<f32>> {
         let bias = self.bias.as_ref()?;
         let absorbs = |lse: &f32| lse.is_finite() && *lse <= ABSORBING;
@@ -189,8 +189,8 @@ impl<'a> Scores<'a> {
         Some(shares)
     }
 
-    /// Makes whole scores of the products of one panel, where they are more than products times the scale, and leaves
-    /// softcap's derivative in `derivatives`, if that has room. The other side passes by in `s`.
+    /// Turns the products of one panel into whole scores, if scores are more than products times the scale. Leaves softcap's derivative in
+    /// `derivatives`, if that has room. The rows of `s` are those of the side that passes by.
     #[inline(always)]
     pub(super) fn form<S: Simd, const NV: usize>(
         &self,
@@ -306,7 +306,7 @@ impl<'a> Scores<'a> {
         }
     }
 
-    /// Where the queries of a tile stand among the keys, from row `first` on. ALiBi's offsets are within 2^30 of 0.
+    /// The positions of a tile's queries among the keys, from row `first` on. ALiBi's offsets are within 2^30 of 0.
     fn positions(&self, queries: &RowTile, first: usize) -> [i32; TILE] {
         let offset = self.problem.sequence(queries.sequence).band.offset();
         let mut positions = [0; TILE];
@@ -323,7 +323,7 @@ fn distance(p: i32, j: i32) -> f32 {
     p.wrapping_sub(j).wrapping_abs() as f32
 }
 
-/// The bits of those of `keys` that are in `range`.
+/// The bits of the keys in `keys` that are in `range`.
 #[inline(always)]
 fn ones(range: &Range<usize>, keys: &Range<usize>) -> u64 {
     let [start, end] = [range.start, range.end].map(|j| j.clamp(keys.start, keys.end) - keys.start);
@@ -347,7 +347,7 @@ fn word(row: &[u32], start: usize) -> u64 {
     (words >> (start % 32)) as u64
 }
 
-/// A bit for each pair, in rows of whole words, which `word` makes of up to 32 pairs: whether it is visible.
+/// A visibility bit for each pair, in rows of whole words. `word` makes a word of up to 32 pairs.
 fn bits<'a, T: Sync>(data: &[T], [b, h, m, n]: [usize; 4], word: impl Fn(&[T]) -> u32 + Sync) -> Pairs<'a, u32> {
     let shape = [b, h, m, n.div_ceil(32)];
     let mut words = vec![0; shape.iter().product()];

@@ -1,13 +1,11 @@
-//! Vector pieces of the tiled paths, generic over the instruction set.
+//! Vector parts of the tiled paths, generic over the instruction set.
 //!
-//! One side of the score matrix runs along the lanes: the queries, but for d_k and d_v the keys. A *panel*
-//! is `NV` vectors of them side by side, and every matrix of a tile is stored panel by panel as `[row of the
-//! other side, or feature][rows of the panel]`. So the softmax needs no reduction across lanes, and the products
-//! broadcast the other side's operands straight from their rows, whatever the layout: only a tile's own rows
-//! are copied.
+//! One side of the score matrix runs along the lanes: the queries, or for d_k and d_v the keys. A *panel* is `NV` vectors of its rows, next
+//! to each other. Every matrix of a tile is stored panel by panel as `[row of the other side, or feature][rows of the panel]`. So the
+//! softmax needs no reduction across lanes. The products broadcast the other side's operands straight from their rows, whatever the layout
+//! is, and only a tile's own rows are copied.
 //!
-//! Everything here is `inline(always)`, to be compiled with the features of the `pulp::Simd` it is
-//! instantiated with.
+//! Everything here is `inline(always)`, so that it is compiled with the features of the `pulp::Simd` that it is instantiated with.
 
 use std::array;
 use std::ops::Range;
@@ -36,7 +34,7 @@ pub(super) fn panels_mut<S: Simd, const NV: usize>(buffer: &mut [f32]) -> &mut [
 
 /// Micro-kernel of every product: `out[n] = sum_k a[k] * b[k][n]`, summed in the order of k.
 ///
-/// The `NR * NV` sums stay in registers; a caller chooses them to fill the register file.
+/// The `NR * NV` sums stay in registers. A caller chooses both numbers to fill the register file.
 #[inline(always)]
 fn multiply<S: Simd, const NV: usize, const NR: usize>(
     simd: S,
@@ -73,8 +71,8 @@ pub(super) fn products<S: Simd, const NV: usize, const NR: usize>(
     }
 }
 
-/// Products of `NR` rows, in partial sums: with large logits the rounding of one long sum outweighs all other
-/// errors of a gradient. Forward and backward share them, as scores summed in two ways differ by even more.
+/// Products of `NR` rows, in partial sums: with large logits the rounding error of one long sum is larger than all other errors of a
+/// gradient. Forward and backward share them, because scores that are summed in two ways differ by even more.
 #[inline(always)]
 fn product_block<S: Simd, const NV: usize, const NR: usize>(
     simd: S,
@@ -83,7 +81,7 @@ fn product_block<S: Simd, const NV: usize, const NR: usize>(
 ) -> [Panel<S, NV>; NR] {
     let mut sum = [[simd.splat_f32s(0.0); NV]; NR];
     for (n, x) in x.chunks(CHUNK).enumerate() {
-        // One length for all, so that no bounds are checked inside.
+        // All slices have one length, so that no bounds are checked inside.
         let rows = rows.map(|row| &row[n * CHUNK..][..x.len()]);
         let part: [_; NR] = multiply(simd, x, (0..x.len()).map(|d| array::from_fn(|n| rows[n][d])));
         for n in 0..NR {
@@ -95,8 +93,8 @@ fn product_block<S: Simd, const NV: usize, const NR: usize>(
     sum
 }
 
-/// `o = alpha * o + p rows` for one panel. Each tile is summed by itself, so that the error grows with the
-/// root of the number of tiles, not of rows.
+/// `o = alpha * o + p rows` for one panel. Each tile is summed by itself, so that the error grows with the root of the number of tiles and
+/// not of rows.
 #[inline(always)]
 pub(super) fn accumulate<S: Simd, const NV: usize, const NR: usize>(
     simd: S,
@@ -140,8 +138,8 @@ fn accumulate_block<S: Simd, const NV: usize, const NR: usize>(
     }
 }
 
-/// As [`accumulate`], but multiplies only what `visible(lane, row)`: in a product even a probability of 0
-/// lets NaN through. The same bits, where multiply-add is fused.
+/// Like [`accumulate`], but multiplies only pairs for which `visible(lane, row)` holds: in a product even a probability of 0 lets NaN
+/// through. The bits are the same if multiply-add is fused.
 #[inline(always)]
 pub(super) fn accumulate_visible<S: Simd, const NV: usize>(
     o: &mut [Panel<S, NV>],
@@ -180,29 +178,29 @@ pub(super) fn column_mut<S: Simd, const NV: usize>(
     &mut panels_mut::<S, NV>(buffer)[panel * width..][..width]
 }
 
-/// Exponential, within 1 ulp (2 without fused multiply-add) for results in the normal range; below it, 0.
+/// Exponential, within 1 ulp (2 without fused multiply-add) for results in the normal range. Smaller results are 0.
 ///
-/// `exp(-inf)` is 0 and NaN stays NaN. For x <= 1 only, as every softmax has it; beyond, e.
+/// `exp(-inf)` is 0 and NaN stays NaN. x must be at most 1, as it is in every softmax; for a larger x the result is e.
 #[inline(always)]
 pub(super) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let splat = |x| simd.splat_f32s(x);
-    // Above 1 it is of a hidden pair, or rounded by more than it is worth: e is as good as any. A NaN stays.
+    // x > 1 happens only for hidden pairs, and where x has a large rounding error. The result is then e. A NaN stays.
     let x = simd.select_f32s(simd.greater_than_f32s(x, splat(1.0)), splat(1.0), x);
-    // x = n ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in
-    // the low bits; 127 more makes it the exponent field of 2^n.
+    // x = n ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. Another 127 makes it the
+    // exponent field of 2^n.
     let magic = splat(12_582_912.0 + 127.0);
     let shifted = simd.mul_add_e_f32s(x, splat(std::f32::consts::LOG2_E), magic);
     let n = simd.sub_f32s(shifted, magic);
-    // ln 2 in two parts, the first so short that n times it is exact.
+    // ln 2 in two parts. The first is so short that n times it is exact.
     let r = simd.mul_add_e_f32s(n, splat(-355.0 / 512.0), x);
     let r = simd.mul_add_e_f32s(n, splat(2.121_944_4e-4), r);
-    // Minimax for e^r, relative error 3e-9, with 1 + r exact.
+    // Minimax polynomial for e^r, relative error 3e-9, with 1 + r exact.
     let mut p = splat(0.001_381_459_9);
     for c in [0.008_368_717, 0.041_668_39, 0.166_665_21, 0.499_999_94, 1.0, 1.0] {
         p = simd.mul_add_e_f32s(p, r, splat(c));
     }
     let power = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
-    // A product, not integer arithmetic on p: it keeps a NaN.
+    // A product keeps a NaN; integer arithmetic on p would not.
     let y = simd.mul_f32s(p, simd.transmute_f32s_u32s(power));
     let underflow = simd.less_than_f32s(x, splat(-87.0));
     simd.select_f32s(underflow, splat(0.0), y)
@@ -242,7 +240,7 @@ mod tests {
 
     use super::*;
 
-    /// A function of the module on all of a buffer.
+    /// A function of the module, applied to all of a buffer.
     struct Map<'a, const F: usize>(&'a mut [f32]);
 
     const EXP: usize = 0;
@@ -303,7 +301,7 @@ mod tests {
         let x: Vec<f32> = sizes.chain(middle).flat_map(|x| [x, -x]).collect();
         check(&x, 2.0, f64::tanh, |y| Arch::new().dispatch(Map::<TANH>(y)));
         check(&x, 2.0, f64::tanh, |y| Map::<TANH>(y).with_simd(pulp::Scalar::new()));
-        // To where it is no normal number any more.
+        // Up to the point where the derivative is no longer a normal number.
         let x: Vec<f32> = x.into_iter().filter(|x| x.abs() < 43.0).collect();
         let x = &x[..x.len() / 16 * 16];
         let derivative = |x: f64| x.cosh().powi(-2);

@@ -1,9 +1,9 @@
-//! Tiled online-softmax attention in f32 on all cores. Operands in half precision are widened beforehand, all at once:
-//! a product of matrices reads them many times.
+//! Tiled online-softmax attention in f32 on all cores. Operands in half precision are widened beforehand, all at once, because a product of
+//! matrices reads them many times.
 //!
-//! A work item is a tile of query rows of one key/value head; if there are few queries, the rows of
-//! several query heads of the group are packed into one tile, so that decoding with grouped heads
-//! reads k and v once a group. It visits the key tiles in which something is visible; per tile
+//! A work item is a tile of query rows of one key/value head. If there are few queries, the rows of several query heads of the group are
+//! packed into one tile, so that decoding with grouped heads reads k and v once a group. The item visits the key tiles that have visible
+//! pairs. For each tile it computes
 //!
 //! ```text
 //! s = k q                                  [keys][rows]
@@ -11,10 +11,9 @@
 //! l = alpha * l + sum p,  o = alpha * o + p v
 //! ```
 //!
-//! with whole scores for s, and 1 for the scale, where scores are more than products, see [`Scores`],
-//! and in the end `lse = logaddexp(scale * m + log l, sink)`, `o *= exp(scale * m - lse)`, so that a score need not be within
-//! the range of f32. Items, and the splits of the
-//! keys where items are few, are a function of the problem alone, so results never depend on the threads.
+//! If scores are more than products times the scale, s are whole scores and the scale here is 1, see [`Scores`]. In the end `lse =
+//! logaddexp(scale * m + log l, sink)` and `o *= exp(scale * m - lse)`, so a score may exceed the range of f32. The items, and the splits
+//! of the keys if items are few, depend on the problem alone, so results never depend on the threads.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -33,12 +32,12 @@ use crate::problem::error::Result;
 use crate::problem::varlen::Sequence;
 use crate::problem::{Bias, Inputs, Layout, Output, Problem};
 
-/// With fewer items than this, each is split along the keys, to give every core work.
+/// With fewer items than this, each item is split along the keys, so that every core has work.
 pub(super) const FEW_ITEMS: usize = 64;
-/// The least key tiles worth a split.
+/// Fewest key tiles that are worth a split.
 pub(super) const SPLIT_TILES: usize = 8;
 
-/// Forward pass on all cores of the CPU: in f32 whatever the operands are, o rounded once.
+/// Forward pass on all cores of the CPU. It computes in f32 whatever the operands are, and rounds o once.
 ///
 /// The result has the same bits in every run, for any number of threads.
 ///
@@ -48,8 +47,7 @@ pub fn forward<T: Element>(problem: &Problem, inputs: &Inputs<'_, T>) -> Result<
     Ok(forward_with_row_max(problem, inputs)?.0)
 }
 
-/// As [`forward`], with the largest score of each row; see
-/// [`Attention::forward_with_row_max`](crate::Attention::forward_with_row_max).
+/// Like [`forward`], with the largest score of each row. See [`Attention::forward_with_row_max`](crate::Attention::forward_with_row_max).
 ///
 /// # Errors
 /// As [`forward`].
@@ -71,14 +69,14 @@ pub(super) fn widen_bias<T: Element>(bias: Bias<'_, T>) -> Cow<'_, [f32]> {
     }
 }
 
-/// The pass on operands of any element type, checked and widened; o unrounded.
+/// The pass on operands of any element type, which have been checked and widened. o is not rounded.
 pub(super) fn forward_widened(problem: &Problem, inputs: &Inputs<'_>) -> Output {
     widened_with_row_max(problem, inputs).0
 }
 
 fn widened_with_row_max(problem: &Problem, inputs: &Inputs<'_>) -> (Output, Vec<f32>) {
     let (mut output, row_max) = forward_on(Arch::new(), problem, inputs);
-    // o is a sum of up to N values before it is divided by the sum of the weights: in f32 the largest of bf16 have no room.
+    // o is a sum of up to N values before it is divided by the sum of the weights. f32 has no room for the sum of the largest bf16 values.
     if problem.options().dtype.overflows_f32_sums() {
         exact::forward(problem, inputs, &mut output);
     }
@@ -98,13 +96,13 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> (Output, Ve
         v: Rows::new(inputs.v, layout, s.kv_heads, s.seq_k, s.value_dim),
     };
     let rows = s.batch * s.heads * s.seq_q;
-    // Rows beyond the lengths in use stay so.
+    // Rows beyond the lengths in use keep these values.
     let mut output = Output { o: vec![0.0; rows * s.value_dim], o_lo: None, lse: vec![f32::NEG_INFINITY; rows] };
     let mut row_max = output.lse.clone();
 
     let mut items = items(problem, &mut output, &mut row_max);
     let splits = FEW_ITEMS / items.len().max(1);
-    // Long items first: the short ones then even out the end.
+    // Long items come first, so that the short ones even out the end.
     items.sort_by_key(|item| Reverse(item.tiles));
     items.into_iter().par_bridge().for_each_init(
         || State::new(problem),
@@ -130,7 +128,7 @@ fn forward_on(arch: Arch, problem: &Problem, inputs: &Inputs<'_>) -> (Output, Ve
     (output, row_max)
 }
 
-/// A tile with the number of key tiles it visits, and its rows of the output.
+/// A tile, the number of key tiles that it visits, and its rows of the output.
 struct Item<'a> {
     tile: RowTile,
     tiles: usize,
@@ -139,7 +137,7 @@ struct Item<'a> {
     row_max: Vec<&'a mut f32>,
 }
 
-/// How the rows of a sequence are cut into items.
+/// The division of the rows of a sequence into items.
 struct Cut {
     first_item: usize,
     queries: usize,
@@ -148,7 +146,7 @@ struct Cut {
 }
 
 impl Cut {
-    /// Equal tiles rather than a short last one, and as many heads of a group as fit.
+    /// Tiles have equal lengths, so that the last one is not short, and as many heads of a group as fit.
     fn new(first_item: usize, queries: usize, group: usize) -> Self {
         let query_tile = queries.div_ceil(queries.div_ceil(TILE).max(1)).max(1);
         Cut { first_item, queries, query_tile, head_tile: (TILE / query_tile).min(group) }
@@ -197,7 +195,7 @@ fn items<'a>(problem: &Problem, output: &'a mut Output, row_max: &'a mut [f32]) 
         let r = (row[1] - tile.heads.start) * tile.queries.len() + i - tile.queries.start;
         items[n].o[r] = o;
     }
-    // These are [batch, heads, seq_q] in every layout, so rows come in the order of their tile.
+    // These results are [batch, heads, seq_q] in every layout, so rows are in the order of their tile.
     for ((row, lse), row_max) in rows_mut(&mut output.lse, Layout::Bhsd, s.heads, s.seq_q, 1).zip(row_max) {
         let Some((n, _)) = item(row) else { continue };
         items[n].lse.push(&mut lse[0]);
@@ -207,19 +205,19 @@ fn items<'a>(problem: &Problem, output: &'a mut Output, row_max: &'a mut [f32]) 
 }
 
 impl Item<'_> {
-    /// Merges the states of all key splits with the sink logit, which thereby counts once.
+    /// Merges the states of all key splits with the sink logit, which is added here and so counts once.
     fn finish(self, inputs: &Inputs<'_>, problem: &Problem, states: &[State]) {
         let width = problem.shape().value_dim;
         for (r, ((o, lse), row_max)) in self.o.into_iter().zip(self.lse).zip(self.row_max).enumerate() {
             let sink = sink_logit(problem, inputs, self.tile.row(r).0);
-            // What was accumulated nowhere has no weight, even where lse is -inf or NaN.
+            // A split in which a row has accumulated nothing has no weight, even where lse is -inf or NaN.
             let sums = states.iter().filter(|state| state.l[r] != 0.0);
             let factor = if problem.modifies_scores() { 1.0 } else { f64::from(problem.scale()).abs() };
             let most = |state: &State| f64::from(state.m[r]) * factor;
             let terms = sums.clone().map(|state| (most(state), f64::from(state.l[r])));
             let denominator = Denominator::new(terms.chain(sink.map(|sink| (sink, 1.0))));
             *lse = denominator.log() as f32;
-            // A sum is NaN where a score is, or where the largest is beyond f32.
+            // A sum is NaN if a score is NaN, or if the largest score exceeds f32.
             let has_nan = sums.clone().any(|state| state.l[r].is_nan());
             let largest = sums.clone().map(most).fold(f64::NEG_INFINITY, f64::max) as f32;
             *row_max = if has_nan && largest < f32::INFINITY { f32::NAN } else { largest };
@@ -236,7 +234,7 @@ impl Item<'_> {
     }
 }
 
-/// What a row tile has accumulated over the keys visited so far, and scratch. Allocated once a thread (or key split).
+/// The state of a row tile after the keys visited so far, and scratch. It is allocated once a thread (or key split).
 struct State {
     /// Rows of a panel.
     panel: usize,
@@ -246,7 +244,7 @@ struct State {
     s: Vec<f32>,
     /// Outputs relative to exp(m): `[panel][value_dim][row]`.
     o: Vec<f32>,
-    /// Largest score, without the scale; finite from the start, so that differences are never inf - inf.
+    /// Largest score, without the scale. It is finite from the start, so that differences are never inf - inf.
     m: Vec<f32>,
     /// Sum of exp(score - m).
     l: Vec<f32>,
@@ -310,8 +308,8 @@ impl WithSimd for Attend<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // Sums, one broadcast and the panel's vectors together fill the register file; a tile of few
-        // rows wastes fewer lanes on a narrow panel.
+        // The sums, one broadcast and the panel's vectors together fill the register file. A tile of few rows wastes fewer lanes on a
+        // narrow panel.
         if self.tile.len() <= S::F32_LANES {
             self.run::<S, 1, 8>(simd);
         } else if S::REGISTER_COUNT >= 32 {
@@ -366,7 +364,7 @@ impl Attend<'_> {
         m.fill(f32::MIN);
         l.fill(0.0);
         let width = q.len() / TILE;
-        // A scale of zero must not meet the -inf of a hidden score: all products are zero instead.
+        // A scale of zero must not multiply the -inf of a hidden score, so all products are zero instead.
         let sign = if self.scores.factor() == 0.0 { 0.0 } else { self.scores.sign };
         for r in 0..self.tile.len() {
             let (h, i) = self.tile.row(r);
@@ -387,8 +385,7 @@ impl Attend<'_> {
         }
     }
 
-    /// Turns the scores into probabilities relative to the new maximum; returns what the old ones are to be
-    /// multiplied with.
+    /// Turns the scores into probabilities relative to the new maximum. Returns the factor of the old ones.
     #[inline(always)]
     fn softmax<S: Simd, const NV: usize>(&mut self, simd: S, panel: usize, keys: usize) -> Panel<S, NV> {
         let s = &mut panels_mut::<S, NV>(&mut self.state.s)[..keys];
@@ -430,7 +427,7 @@ mod tests {
     use crate::cpu::reference;
     use crate::problem::{Axes, MaskData, Options, Shape, SinkLogits, Window};
 
-    /// `tests/cpu` covers the best instruction set of the machine; this, the others.
+    /// `tests/cpu` covers the best instruction set of the machine, and this test the other ones.
     #[test]
     fn every_instruction_set() {
         let mut archs = vec![Arch::Scalar, Arch::new()];
@@ -453,7 +450,7 @@ mod tests {
                     .mask_shape()
                     .map(|shape| (0..shape.iter().product()).map(|n| (n % 5 != 3) as u8).collect::<Vec<_>>());
                 for poison in [None, Some(f32::NAN)] {
-                    // A key that some rows see and others do not, so that its tile is taken exactly.
+                    // Some rows see the key and other rows do not, so that its tile is taken exactly.
                     if let Some(nan) = poison {
                         v[6 * 2 * 21] = nan;
                     }

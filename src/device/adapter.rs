@@ -1,4 +1,4 @@
-//! What an adapter or a device of wgpu offers, and what to request of it.
+//! The limits and features of an adapter or a device of wgpu, and those to request of it.
 
 use crate::device::capabilities::{
     Capabilities, CooperativeMatrices, DeviceClass, LLVMPIPE_LOOP_ITERATIONS, Multiprocessor, SpirvVersion,
@@ -26,7 +26,7 @@ impl SpirvVersion {
     }
 }
 
-/// What bounds the workgroups that run at a time, where that is known.
+/// The bounds of the workgroups that run at a time, if they are known.
 fn multiprocessor(class: DeviceClass, backend: wgpu::Backend) -> Option<Multiprocessor> {
     match (class, backend) {
         (DeviceClass::Nvidia, wgpu::Backend::Vulkan) => Some(Multiprocessor::NVIDIA_VULKAN),
@@ -75,8 +75,8 @@ impl Capabilities {
     }
 }
 
-/// Whether an adapter computes on the CPU. Drivers say so, and browsers of their fallback adapter; a browser that was started
-/// with such a driver as its only one may not, but for the driver's name.
+/// Whether an adapter computes on the CPU. Drivers report it, and browsers report it of their fallback adapter. A browser
+/// whose only driver is a software one may not; then the driver's name decides.
 pub fn is_software(info: &wgpu::AdapterInfo) -> bool {
     const NAMES: [&str; 5] = ["swiftshader", "llvmpipe", "lavapipe", "softpipe", "basic render"];
     let named = |text: &str| NAMES.iter().any(|name| text.to_lowercase().contains(name));
@@ -84,9 +84,9 @@ pub fn is_software(info: &wgpu::AdapterInfo) -> bool {
         || [&info.name, &info.driver, &info.driver_info].into_iter().any(|t| named(t))
 }
 
-/// What a host application should request of its adapter for this crate's kernels to run at their best:
-/// all the workgroup memory, threads and buffer sizes there are, and timestamps, pipeline caches and, on Vulkan, shaders in SPIR-V where they
-/// exist.
+/// The device that a host application should request of its adapter for this crate's kernels to run at their best:
+/// all the workgroup memory, threads and buffer sizes there are, and timestamps, pipeline caches and, on Vulkan, shaders in SPIR-V
+/// where they exist.
 ///
 /// Every WebGPU adapter will do. With smaller limits the kernels still run, with smaller tiles.
 pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {

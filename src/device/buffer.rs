@@ -111,10 +111,10 @@ impl DeviceBuffer {
             return Err(self.range(offset..end, reason));
         }
         let (bytes, start) = (bytemuck::cast_slice(data), (offset * T::TYPE.bytes()) as u64);
-        self.device.scoped("writing a buffer", || write(&self.device, &self.buffer, start, bytes)).await
+        self.device.scoped_async("writing a buffer", || write(&self.device, &self.buffer, start, bytes)).await
     }
 
-    /// What it holds once everything submitted is done; blocks until that is there.
+    /// Its elements once everything submitted is done; blocks until they are there.
     ///
     /// # Errors
     /// [`Error::BufferType`] for another type; [`Error::OutOfMemory`], [`Error::DeviceLost`] and [`Error::Gpu`] for what the
@@ -200,12 +200,11 @@ impl Device {
         let len = shape.iter().fold(1usize, |len, &axis| len.saturating_mul(axis));
         let bytes = len.saturating_mul(element.bytes()).max(1);
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let buffer = self.scoped("creating a buffer", || allocate::<u8>(self, operand, bytes, usage)).await??;
+        let buffer = self.scoped_async("creating a buffer", || allocate::<u8>(self, operand, bytes, usage)).await??;
         Ok(DeviceBuffer { device: self.clone(), buffer, operand, element, len })
     }
 
-    /// What ranges of elements of buffers hold once everything submitted is done, in one submission; blocks until that is
-    /// there.
+    /// Ranges of elements of buffers once everything submitted is done, in one submission; blocks until they are there.
     ///
     /// # Errors
     /// [`Error::BufferRange`] for elements that are not there; those of [`DeviceBuffer::download`].
@@ -249,10 +248,33 @@ impl Device {
 /// f32.
 ///
 /// Kernels bind whole words of four bytes: a buffer of f16, bf16 or a mask in bytes must hold the whole of the word in which it
-/// ends. What else lies in that word is kept.
+/// ends. Other elements in that word are kept.
 ///
 /// The last axis is contiguous; the others may have any strides. By default the operand is densely
 /// packed in the problem's layout and starts at the buffer's first element.
+///
+/// ```
+/// use sink_attention::{Attention, DType, DeviceChoice, Error, ForwardBuffers, Options, Problem, Shape};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 2, seq_k: 2, head_dim: 2, value_dim: 2 };
+/// let problem = Problem::new(shape, Options::new().causal(true))?;
+/// // A fused projection: for each of two tokens q, k and v in one row of six.
+/// let qkv = device.upload("qkv", &[0.0, 0.0, 1.0, 1.0, 2.0, 4.0, 0.0, 0.0, 1.0, 1.0, 4.0, 8.0])?;
+/// let part = |first| qkv.view().offset(first).strides([12, 2, 6]); // of batch, head and sequence
+/// let [o, lse] = [device.zeros("o", DType::F32, &[2, 2])?, device.zeros("lse", DType::F32, &[2])?];
+/// let forward = attention.prepare_forward(&problem, &ForwardBuffers::new(part(0), part(2), part(4), &o, &lse))?;
+/// let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+/// forward.encode(&mut encoder);
+/// device.queue().submit([encoder.finish()]);
+/// for (o, mean) in o.download::<f32>()?.iter().zip([2.0, 4.0, 3.0, 6.0]) {
+///     assert!((o - mean).abs() < 1e-5); // the first token sees itself, the second one both
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
     /// The buffer, of the operator's own device; it needs [`wgpu::BufferUsages::STORAGE`].
@@ -346,7 +368,7 @@ pub(crate) fn allocate<T>(
     }))
 }
 
-/// What a failed download was about.
+/// The call that a failed download names.
 const READING: &str = "reading results back";
 
 /// A buffer that is mapped for reading.
@@ -392,7 +414,7 @@ async fn download_words<'a>(
     const LABEL: &str = "sink-attention download";
     let label = Some(LABEL);
     let staging = device
-        .scoped("running a kernel", || {
+        .scoped_async("running a kernel", || {
             let mut encoder = device.wgpu().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
             work(&mut encoder);
             let copy = |(buffer, Range { start, end })| {
@@ -419,7 +441,7 @@ async fn download_words<'a>(
         });
         receiver
     };
-    let mapped = device.scoped(READING, || staging.iter().map(map).collect::<Vec<_>>()).await?;
+    let mapped = device.scoped_async(READING, || staging.iter().map(map).collect::<Vec<_>>()).await?;
     let finished = async {
         wait(device).await?;
         for receiver in mapped {

@@ -1,4 +1,4 @@
-//! What a device offers, as plain numbers, so that plans can be made and tested without one.
+//! The limits and features of a device as plain numbers, so that plans can be made and tested without one.
 
 use std::fmt;
 
@@ -85,11 +85,11 @@ impl fmt::Display for SpirvVersion {
     }
 }
 
-/// What the workgroups that run on one multiprocessor at a time share.
+/// The memory and registers that workgroups share while they run on one multiprocessor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Multiprocessor {
-    /// Multiprocessors of the device. No interface tells; this is the number of an H100 or H200.
+    /// Multiprocessors of the device. No interface reports them; this is the number of an H100 or H200.
     pub count: u32,
     /// Bytes of workgroup memory.
     pub workgroup_bytes: u32,
@@ -114,12 +114,25 @@ impl Multiprocessor {
 }
 
 /// The limits of a device that plans depend on.
+///
+/// ```
+/// use sink_attention::plan::{Capabilities, Plan};
+/// use sink_attention::{Error, Options, Problem, Shape};
+///
+/// let shape = Shape { batch: 1, heads: 4, kv_heads: 4, seq_q: 64, seq_k: 64, head_dim: 64, value_dim: 64 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// let least = Capabilities::webgpu_defaults();
+/// assert!(Plan::forward(&problem, &least).is_ok());
+/// let too_little = least.workgroup_bytes(256); // one row of q
+/// assert!(matches!(Plan::forward(&problem, &too_little), Err(Error::NoKernel { .. })));
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capabilities {
     /// Name for people.
     pub name: String,
-    /// What the tuning table goes by.
+    /// Kind of the device, by which the built-in table has tiles.
     pub class: DeviceClass,
     /// Bytes of workgroup memory.
     pub workgroup_bytes: u32,
@@ -142,7 +155,7 @@ pub struct Capabilities {
     /// The newest SPIR-V that the driver takes, where kernels can be handed to it in that language rather than in WGSL to wgpu. Tiles may
     /// have hints for loops there.
     pub spirv: Option<SpirvVersion>,
-    /// What bounds the workgroups that run at a time, where that is known.
+    /// Bounds on the workgroups that run at a time, where they are known.
     pub multiprocessor: Option<Multiprocessor>,
     /// Iterations of all loops of a thread taken together, after which the driver ends loops without a word, where it does.
     pub loop_iterations: Option<u64>,

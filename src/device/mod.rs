@@ -13,6 +13,8 @@ pub use self::adapter::{device_descriptor, is_software};
 #[cfg(feature = "gpu")]
 pub use self::buffer::{BufferElement, DeviceBuffer, TensorView};
 pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
+#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
+pub use self::open::adapters;
 #[cfg(feature = "gpu")]
-pub use self::open::{ADAPTER_VARIABLE, Device, DeviceChoice, DeviceReason, Selection, adapters, describe};
+pub use self::open::{ADAPTER_VARIABLE, Device, DeviceChoice, DeviceReason, Selection, adapters_async, describe};
 pub use crate::problem::element::BufferType;

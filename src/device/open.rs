@@ -30,7 +30,7 @@ pub enum DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// What `SINK_ATTENTION_ADAPTER` says: an index or a part of a name, `cpu` for the CPU path, `gpu` for
+    /// The choice that `SINK_ATTENTION_ADAPTER` names: an index or a part of a name, `cpu` for the CPU path, `gpu` for
     /// [`DeviceChoice::Gpu`]; [`DeviceChoice::Auto`] where it is unset or empty.
     pub fn from_env() -> Self {
         match std::env::var(ADAPTER_VARIABLE) {
@@ -41,7 +41,7 @@ impl DeviceChoice {
         }
     }
 
-    /// Which of the [`adapters`], given by what they say of themselves and in their order, this choice calls for, and why.
+    /// Selects one of the [`adapters`], which are given by their infos in the same order, and gives the reason.
     ///
     /// # Errors
     /// [`Error::NoAdapter`], [`Error::AdapterNotFound`].
@@ -68,7 +68,7 @@ impl DeviceChoice {
     }
 }
 
-/// What a [`DeviceChoice`] comes to.
+/// The adapter that a [`DeviceChoice`] selects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Selection {
@@ -121,9 +121,15 @@ fn instance() -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle())
 }
 
+/// As [`adapters_async`], blocking.
+#[cfg(not(target_family = "wasm"))]
+pub fn adapters() -> Vec<wgpu::Adapter> {
+    pollster::block_on(adapters_async())
+}
+
 /// All adapters that can compute, the best first: discrete, integrated, virtual, then software. They are of one
 /// [`wgpu::Instance`], the same in every call.
-pub async fn adapters() -> Vec<wgpu::Adapter> {
+pub async fn adapters_async() -> Vec<wgpu::Adapter> {
     let instance = instance();
     let mut adapters = instance.enumerate_adapters(wgpu::Backends::all()).await;
     if adapters.is_empty() {
@@ -169,7 +175,26 @@ pub(crate) fn note_buffer(label: &'static str, bytes: u64) {
     CREATED.with_borrow_mut(|created| created.push((label, bytes)));
 }
 
-/// A wgpu device with what it offers.
+/// A wgpu device with its queue and its capabilities.
+///
+/// ```
+/// use sink_attention::device::{adapters, device_descriptor};
+/// use sink_attention::{Attention, Device};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // The host application opens a device, and shares it.
+/// let Some(adapter) = adapters().into_iter().next() else { return Ok(()) };
+/// let (device, queue) = pollster::block_on(adapter.request_device(&device_descriptor(&adapter)))?;
+/// let device = Device::from_wgpu_on(&adapter, device, queue);
+///
+/// let numbers = device.upload("numbers", &[1.0f32, 2.0, 3.0, 4.0])?;
+/// let [middle, all] = device.download([(&numbers, 1..3), (&numbers, 0..4)])?; // one submission
+/// assert_eq!((middle, all), (vec![2.0f32, 3.0], vec![1.0, 2.0, 3.0, 4.0]));
+///
+/// assert!(Attention::on(device).is_gpu());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Device {
     device: wgpu::Device,
@@ -184,7 +209,7 @@ impl Device {
         Device { device, queue, capabilities }
     }
 
-    /// As [`from_wgpu`](Self::from_wgpu) with the adapter that the device is of: it tells whether the device has cooperative
+    /// As [`from_wgpu`](Self::from_wgpu) with the adapter that the device is of. Only the adapter knows whether there are cooperative
     /// matrices (tensor cores).
     pub fn from_wgpu_on(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
         let capabilities = Capabilities::of(&device, Some(adapter));
@@ -195,7 +220,16 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::DeviceRequest`].
-    pub async fn open(adapter: &wgpu::Adapter) -> Result<Self> {
+    #[cfg(not(target_family = "wasm"))]
+    pub fn open(adapter: &wgpu::Adapter) -> Result<Self> {
+        pollster::block_on(Device::open_async(adapter))
+    }
+
+    /// As [`open`](Self::open), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_async(adapter: &wgpu::Adapter) -> Result<Self> {
         let (device, queue) = adapter
             .request_device(&device_descriptor(adapter))
             .await
@@ -203,19 +237,28 @@ impl Device {
         Ok(Device::from_wgpu_on(adapter, device, queue))
     }
 
-    /// Opens what a choice calls for, and says why it is that; `None` is the CPU path.
+    /// Opens the device that a choice selects, and gives the reason; `None` is the CPU path.
     ///
     /// # Errors
     /// [`Error::NoAdapter`], [`Error::AdapterNotFound`], [`Error::DeviceRequest`].
-    pub async fn choose(choice: &DeviceChoice) -> Result<(Option<Self>, DeviceReason)> {
+    #[cfg(not(target_family = "wasm"))]
+    pub fn choose(choice: &DeviceChoice) -> Result<(Option<Self>, DeviceReason)> {
+        pollster::block_on(Device::choose_async(choice))
+    }
+
+    /// As [`choose`](Self::choose), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    pub async fn choose_async(choice: &DeviceChoice) -> Result<(Option<Self>, DeviceReason)> {
         if *choice == DeviceChoice::Cpu {
             return Ok((None, DeviceReason::Asked));
         }
-        let adapters = adapters().await;
+        let adapters = adapters_async().await;
         let infos: Vec<wgpu::AdapterInfo> = adapters.iter().map(wgpu::Adapter::get_info).collect();
         let Selection { adapter, reason } = choice.select(&infos)?;
         match adapter {
-            Some(index) => Ok((Some(Device::open(&adapters[index]).await?), reason)),
+            Some(index) => Ok((Some(Device::open_async(&adapters[index]).await?), reason)),
             None => Ok((None, reason)),
         }
     }
@@ -230,17 +273,26 @@ impl Device {
         &self.queue
     }
 
-    /// What it offers.
+    /// The limits and features that plans depend on.
     pub fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }
 
-    /// Runs `work` and turns what wgpu reports of it into an error, where by default it would panic. `during` goes into
+    /// Runs `work` and turns wgpu's reports of it into an error, where by default wgpu would panic. `during` goes into
     /// the message.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`], [`Error::Gpu`].
-    pub async fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+    #[cfg(not(target_family = "wasm"))]
+    pub fn scoped<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
+        pollster::block_on(self.scoped_async(during, work))
+    }
+
+    /// As [`scoped`](Self::scoped), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`scoped`](Self::scoped).
+    pub async fn scoped_async<T>(&self, during: &'static str, work: impl FnOnce() -> T) -> Result<T> {
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -283,7 +335,7 @@ impl Device {
         async move { reported.await.is_none() }
     }
 
-    /// What a failed call comes to that reports by its result rather than to an error scope.
+    /// The error of a failed call that reports by its result instead of an error scope.
     pub(crate) async fn failure(&self, during: &'static str, message: String) -> Error {
         if self.is_lost().await { Error::DeviceLost { during } } else { Error::Gpu { during, message } }
     }

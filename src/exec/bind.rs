@@ -1,4 +1,4 @@
-//! What a dispatch binds: parameters, and windows of buffers.
+//! The bindings of a dispatch: parameters, and windows of buffers.
 
 use crate::device::Device;
 use crate::exec::pipeline::Pipeline;
@@ -8,8 +8,8 @@ use crate::kernel::{Binding, Variant};
 use crate::plan::operand::{BindingRange, OperandLayout};
 
 impl Operand {
-    /// Counted in `width` elements, from the start of the window. Shaders count in u32, which wraps around as often as is
-    /// needed to come back to an index within the window.
+    /// Place of an operand, counted in `width` elements from the start of its window. Shaders count in u32, which wraps around as often as
+    /// needed to return to an index within the window.
     pub(crate) fn new(view: &OperandLayout, window: BindingRange, width: u64) -> Self {
         let [batch, head, seq] = view.strides.map(|stride| (stride / width) as u32);
         let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
@@ -17,8 +17,8 @@ impl Operand {
     }
 }
 
-/// The bind groups of some dispatches of a kernel, which differ in their parameters. `find` gives the resource of an operand of
-/// the n-th.
+/// The bind groups of some dispatches of a kernel, which differ in their parameters. `find(n, operand)` gives the resource of an operand of
+/// the n-th dispatch.
 pub(crate) fn bind_groups<'a>(
     device: &Device,
     pipeline: &Pipeline,
@@ -46,7 +46,7 @@ pub(crate) fn bind_groups<'a>(
     (0..count).map(group).collect()
 }
 
-/// Bytes from the parameters of one dispatch to those of the next: no device wants offsets at larger multiples.
+/// Bytes from the parameters of one dispatch to those of the next. No device needs a larger alignment of offsets.
 const PARAMS_ALIGNMENT: usize = 256;
 
 /// A uniform buffer with the parameters of several dispatches of a kernel, and how many these are.
@@ -61,7 +61,7 @@ fn upload_params(
         bytes.extend(layout.bytes(&params));
         bytes.resize(bytes.len().next_multiple_of(PARAMS_ALIGNMENT), 0);
     }
-    // Not create_buffer_init, which panics where the device is lost.
+    // create_buffer_init is not used, because it panics if the device is lost.
     let buffer = device.wgpu().create_buffer(&wgpu::BufferDescriptor {
         label: Some("sink-attention params"),
         size: bytes.len() as u64,

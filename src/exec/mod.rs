@@ -1,6 +1,7 @@
-//! What wgpu runs: pipelines, operands that are checked and bound, recorded passes.
+//! The objects that wgpu runs: pipelines, operands that are checked and bound, recorded passes.
 
 pub(crate) mod bind;
+pub mod buffers;
 pub(crate) mod pipeline;
 pub(crate) mod pipeline_cache;
 pub(crate) mod placed;

@@ -1,4 +1,4 @@
-//! From a variant to a compiled pipeline, each compiled once.
+//! From a variant to a compiled pipeline. Each variant is compiled once.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -18,7 +18,7 @@ use crate::plan::Plan;
 use crate::problem::error::Error;
 use crate::problem::error::Result;
 
-/// A compiled kernel with the layout of its bindings.
+/// A compiled kernel, and the layout of its bindings.
 #[derive(Debug)]
 pub(crate) struct Pipeline {
     pub(crate) pipeline: wgpu::ComputePipeline,
@@ -39,12 +39,12 @@ impl Pipelines {
         Ok(Pipelines { cache: Some(PipelineCache::open(device, path).await?), ..Pipelines::default() })
     }
 
-    /// Writes the file, where there is one; its number of bytes.
+    /// Writes the file, if there is one, and returns its number of bytes.
     pub(crate) fn save_cache(&self) -> Result<Option<usize>> {
         self.cache.as_ref().map(PipelineCache::save).transpose()
     }
 
-    /// The pipelines of a plan's passes. Natively those that are missing are compiled side by side.
+    /// The pipelines of a plan's passes. Natively, missing ones are compiled in parallel.
     pub(crate) async fn get_all(&self, device: &Device, plan: &Plan) -> Result<Vec<Arc<Pipeline>>> {
         #[cfg(not(target_family = "wasm"))]
         {
@@ -52,7 +52,7 @@ impl Pipelines {
             let missing = plan.passes.iter().filter(|pass| self.find(&pass.variant).is_none());
             let missing: Vec<_> = missing.collect();
             if missing.len() > 1 {
-                // wgpu answers at once here, so that no thread of the pool waits.
+                // wgpu answers at once here, so no thread of the pool waits.
                 let compile = |pass: &&Pass| pollster::block_on(self.get(device, &pass.variant)).map(|_| ());
                 missing.par_iter().try_for_each(compile)?;
             }
@@ -68,14 +68,14 @@ impl Pipelines {
         if let Some(pipeline) = self.find(variant) {
             return Ok(pipeline);
         }
-        // Compiled outside the lock: two threads may compile the same kernel, the first one stays.
+        // The kernel is compiled outside the lock. Two threads may compile the same one, and the first result stays.
         let pipeline = Arc::new(compile(device, variant, self.cache.as_ref()).await?);
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(compiled.entry(*variant).or_insert(pipeline).clone())
     }
 
     fn find(&self, variant: &Variant) -> Option<Arc<Pipeline>> {
-        // A thread that panicked elsewhere leaves a map that is still whole.
+        // A thread that panicked elsewhere leaves the map whole.
         self.compiled.lock().unwrap_or_else(PoisonError::into_inner).get(variant).cloned()
     }
 }
@@ -83,7 +83,7 @@ impl Pipelines {
 async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCache>) -> Result<Pipeline> {
     let (name, text) = (variant.name(), variant.wgsl()?);
     if let Some(folder) = std::env::var_os(DUMP_VARIABLE) {
-        // A dump is for reading; failing to write one must not stop the computation.
+        // A dump is for reading. A failure to write it must not stop the computation.
         if let Err(error) = std::fs::write(std::path::Path::new(&folder).join(format!("{name}.wgsl")), &text) {
             log::warn!("{DUMP_VARIABLE}: {}: {error}", folder.display());
         }
@@ -108,7 +108,7 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
     let params = ParamsLayout::of(&text)?;
     let words = rewritten(device, variant)?;
     device
-        .scoped("compiling a kernel", || {
+        .scoped_async("compiling a kernel", || {
             let gpu = device.wgpu();
             let label = Some(name.as_str());
             let module = match words {
@@ -130,8 +130,8 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
                 module: &module,
                 entry_point: Some("main"),
                 compilation_options: wgpu::PipelineCompilationOptions {
-                    // Kernels write workgroup memory before they read it, but for the padding of the rows of an n_step, whose sums are
-                    // never stored.
+                    // Kernels write workgroup memory before they read it. The only exception is the padding of the rows of an n_step, whose
+                    // sums are never stored.
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },

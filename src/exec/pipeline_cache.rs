@@ -7,22 +7,22 @@ use crate::device::Device;
 use crate::file::{self, checksum, replace};
 use crate::problem::error::{Error, Result};
 
-/// In front of what wgpu wrote: drivers are not made for spoiled data, and wgpu does not look for it.
+/// The line in front of wgpu's data. It detects spoiled data, which drivers are not made for and which wgpu does not look for.
 const FIRST_LINE: &str = "sink-attention pipeline cache 1";
-/// More bytes than the first three lines have.
+/// A limit above the length of the first three lines.
 const MOST_HEAD: u64 = 4096;
 
-/// wgpu's cache with the file it comes from and goes to.
+/// wgpu's cache, and the file that it is read from and written to.
 #[derive(Debug)]
 pub(crate) struct PipelineCache {
     path: PathBuf,
-    /// Vendor and device, as wgpu tells caches apart.
+    /// Vendor and device, by which wgpu distinguishes caches.
     key: String,
     cache: wgpu::PipelineCache,
 }
 
 impl PipelineCache {
-    /// A cache with what the file holds, where that is whole and of this device; else an empty one.
+    /// A cache with the content of the file, if that is whole and of this device. Otherwise an empty cache.
     pub(crate) async fn open(device: &Device, path: &Path) -> Result<Self> {
         let failed = |reason: String| Error::PipelineCache { path: path.into(), reason };
         let gpu = device.wgpu();
@@ -38,7 +38,7 @@ impl PipelineCache {
             Err(error) => return Err(failed(error.to_string())),
         };
         let cache = match create(device, data.as_deref()).await {
-            // What wgpu refuses is as good as absent.
+            // Data that wgpu refuses is treated as missing.
             Err(Error::Gpu { .. }) if data.is_some() => create(device, None).await?,
             created => created?,
         };
@@ -49,7 +49,7 @@ impl PipelineCache {
         &self.cache
     }
 
-    /// Writes the file whole, or leaves the old one; the number of bytes.
+    /// Writes the file whole, or leaves the old file. Returns the number of bytes.
     pub(crate) fn save(&self) -> Result<usize> {
         let failed = |reason: String| Error::PipelineCache { path: self.path.clone(), reason };
         let data = self.cache.get_data().ok_or_else(|| failed("the driver gives no data".into()))?;
@@ -67,10 +67,10 @@ async fn create(device: &Device, data: Option<&[u8]>) -> Result<wgpu::PipelineCa
         // spoiled one gets here. wgpu checks the versions of driver and format.
         unsafe { device.wgpu().create_pipeline_cache(&descriptor) }
     };
-    device.scoped("creating a pipeline cache", create).await
+    device.scoped_async("creating a pipeline cache", create).await
 }
 
-/// A file as long as it says; of another one no more than its beginning, which [`unpack`] refuses.
+/// The bytes of a file that is as long as it says, and only the beginning of another file, which [`unpack`] refuses.
 fn read(path: &Path) -> std::io::Result<Vec<u8>> {
     let (mut file, len) = file::open(path)?;
     let mut bytes = Vec::new();
@@ -81,14 +81,14 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Bytes of a file that begins so.
+/// Number of bytes that the beginning of a file claims.
 fn claimed_len(start: &[u8]) -> Option<u64> {
     let head = start.get(..head_end(start)?)?;
     let last = str::from_utf8(head).ok()?.lines().nth(2)?;
     last.split(' ').next()?.parse::<u64>().ok()?.checked_add(head.len() as u64)
 }
 
-/// Where the third line ends.
+/// The end of the third line.
 fn head_end(file: &[u8]) -> Option<usize> {
     file.iter().enumerate().filter(|(_, byte)| **byte == b'\n').nth(2).map(|(at, _)| at + 1)
 }
@@ -101,7 +101,7 @@ fn pack(data: &[u8], key: &str) -> Vec<u8> {
     [head(data, key).as_bytes(), data].concat()
 }
 
-/// What was packed, if that is what this is, whole and for this key.
+/// The packed data, if the file is whole and of this key.
 fn unpack<'a>(file: &'a [u8], key: &str) -> Option<&'a [u8]> {
     let (found, data) = file.split_at(head_end(file)?);
     (found == head(data, key).as_bytes()).then_some(data)

@@ -1,4 +1,4 @@
-//! Views of operands in GPU buffers, checked.
+//! Views of operands in GPU buffers, after a check.
 
 pub use crate::device::buffer::TensorView;
 use crate::kernel::Binding;
@@ -27,7 +27,7 @@ impl<'a> Placed<'a> {
         let [_, heads, seq, width] = extents;
         let strides = view.strides.unwrap_or_else(|| layout.strides(heads, seq, width));
         let view = OperandLayout::new(binding, view.offset, strides, extents, element);
-        // With every byte countable, so is every stride.
+        // If every byte can be counted, every stride can be, too.
         let (last_element, most) = (view.last_element(), (u64::MAX - WORD) / element as u64 - 1);
         if last_element > u128::from(most) {
             return Err(Error::IndexOverflow { operand, last_element, most });
@@ -47,7 +47,7 @@ impl<'a> Placed<'a> {
         resource(self.buffer, window)
     }
 
-    /// No two elements of a result may fall on one place.
+    /// Checks that no two elements of a result are in one place.
     pub(crate) fn check_distinct(&self) -> Result<()> {
         let OperandLayout { binding, strides, extents, .. } = self.view;
         let mut axes: Vec<(u64, u64)> = (0..3).filter(|&a| extents[a] > 1).map(|a| (strides[a], extents[a])).collect();
@@ -63,13 +63,13 @@ impl<'a> Placed<'a> {
     }
 }
 
-/// A window of a buffer, to be bound.
+/// A window of a buffer as a binding.
 pub(crate) fn resource(buffer: &wgpu::Buffer, window: BindingRange) -> wgpu::BindingResource<'_> {
     let (offset, size) = (window.start, wgpu::BufferSize::new(window.len));
     wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
 }
 
-/// A buffer that knows its element type has that of the operand.
+/// Checks that a buffer that knows its element type has the type of the operand.
 pub(crate) fn check_element_type(
     binding: Binding,
     view: &TensorView<'_>,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::device::Device;
 use crate::device::buffer::{TensorView, allocate, upload};
 use crate::exec::bind::bind_groups;
+use crate::exec::buffers::{BackwardBuffers, ForwardBuffers, MergeBuffers};
 use crate::exec::pipeline::{Pipeline, Pipelines};
 use crate::exec::placed::{Placed, check_element_type, resource};
 use crate::kernel::params::{Operand, Params};
@@ -18,204 +19,12 @@ use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Sequence;
 use crate::problem::{Problem, SinkLogits};
 
-/// The operands of a forward pass in buffers of the caller's.
-#[derive(Debug, Clone, Copy)]
-#[non_exhaustive]
-pub struct ForwardBuffers<'a> {
-    /// Queries.
-    pub q: TensorView<'a>,
-    /// Keys.
-    pub k: TensorView<'a>,
-    /// Values.
-    pub v: TensorView<'a>,
-    /// One logit per query head, where the options say [`SinkLogits::PerHead`]; densely packed.
-    pub sink_logits: Option<TensorView<'a>>,
-    /// One slope per query head, f32, where the options say [`Options::alibi`](crate::Options::alibi); densely packed.
-    pub alibi_slopes: Option<TensorView<'a>>,
-    /// Added to the scores, of the element type that the options name, see [`Problem::bias_shape`]. Strides are those of batch,
-    /// head and query.
-    pub bias: Option<TensorView<'a>>,
-    /// Which keys may be seen, see [`Problem::mask_shape`]. Offset and strides (of batch, head and query) count bytes, or words
-    /// where it is packed.
-    pub mask: Option<TensorView<'a>>,
-    /// Scratch that both passes may share, [`Attention::mask_scratch_bytes`](crate::Attention::mask_scratch_bytes) long: the forward
-    /// pass leaves the mask in bits there, and which of its blocks hide everything or nothing, and the backward pass does not
-    /// find that out anew. `None`: each pass by itself.
-    pub mask_scratch: Option<&'a wgpu::Buffer>,
-    /// Result: attention outputs.
-    pub o: TensorView<'a>,
-    /// Result, in f16 and bf16 only, where the backward pass is to have it: what rounding took from o, an i16 in the place
-    /// of each of its elements, see [`Element::rest`](crate::Element::rest). Views are as those of o, two bytes an element.
-    pub o_lo: Option<TensorView<'a>>,
-    /// Result: log of the denominators, `[batch, heads, seq_q]`, densely packed.
-    pub lse: TensorView<'a>,
-    /// Result, where it is wanted: the largest score of each row, f32, `[batch, heads, seq_q]` as lse, densely packed; see
-    /// [`Attention::forward_with_row_max`](crate::Attention::forward_with_row_max). The backward pass does not look at it.
-    pub row_max: Option<TensorView<'a>>,
-}
-
-impl<'a> ForwardBuffers<'a> {
-    /// What every forward pass has; what goes with options is `None`.
-    pub fn new(
-        q: impl Into<TensorView<'a>>,
-        k: impl Into<TensorView<'a>>,
-        v: impl Into<TensorView<'a>>,
-        o: impl Into<TensorView<'a>>,
-        lse: impl Into<TensorView<'a>>,
-    ) -> Self {
-        let (q, k, v, o, lse) = (q.into(), k.into(), v.into(), o.into(), lse.into());
-        let (sink_logits, alibi_slopes, bias, mask, mask_scratch, o_lo) = (None, None, None, None, None, None);
-        ForwardBuffers { q, k, v, sink_logits, alibi_slopes, bias, mask, mask_scratch, o, o_lo, lse, row_max: None }
-    }
-}
-
-setters! {
-    impl['a] ForwardBuffers['a]
-    into {
-        q: TensorView<'a>,
-        k: TensorView<'a>,
-        v: TensorView<'a>,
-        o: TensorView<'a>,
-        lse: TensorView<'a>,
-    }
-    optional {
-        sink_logits: TensorView<'a>,
-        alibi_slopes: TensorView<'a>,
-        bias: TensorView<'a>,
-        mask: TensorView<'a>,
-        o_lo: TensorView<'a>,
-        row_max: TensorView<'a>,
-        mask_scratch: &'a wgpu::Buffer,
-    }
-}
-
-/// The operands of a backward pass in buffers of the caller's: those of the forward pass, its results,
-/// the gradients that flow into these, and the gradients to compute.
-#[derive(Debug, Clone, Copy)]
-#[non_exhaustive]
-pub struct BackwardBuffers<'a> {
-    /// The forward pass's operands and results. o rounded to half precision would be too coarse: there it is read together
-    /// with o_lo, which makes it f32 again, or not at all. Without o_lo two more matrix products are computed.
-    pub forward: ForwardBuffers<'a>,
-    /// Gradient by o.
-    pub d_o: TensorView<'a>,
-    /// Gradient by lse, densely packed; `None` is zero. Ignored where lse is -inf.
-    pub d_lse: Option<TensorView<'a>>,
-    /// Result: gradient by q. The gradients by q, k and v may be views of one buffer, such as a fused projection's.
-    pub d_q: TensorView<'a>,
-    /// Result: gradient by k.
-    pub d_k: TensorView<'a>,
-    /// Result: gradient by v.
-    pub d_v: TensorView<'a>,
-    /// Result: gradient by the sink logits, `[heads]`, where the options say [`SinkLogits::PerHead`]; densely packed.
-    pub d_sink_logits: Option<TensorView<'a>>,
-    /// Result: gradient by the ALiBi slopes, `[heads]`, f32, densely packed; `None` where it is not wanted.
-    pub d_alibi_slopes: Option<TensorView<'a>>,
-    /// Result: gradient by the bias, f32, densely packed in the bias' shape; `None` where it is not wanted, which saves two of
-    /// nine matrix products.
-    pub d_bias: Option<TensorView<'a>>,
-}
-
-impl<'a> BackwardBuffers<'a> {
-    /// What every backward pass has; what goes with options is `None`.
-    pub fn new(
-        forward: ForwardBuffers<'a>,
-        d_o: impl Into<TensorView<'a>>,
-        d_q: impl Into<TensorView<'a>>,
-        d_k: impl Into<TensorView<'a>>,
-        d_v: impl Into<TensorView<'a>>,
-    ) -> Self {
-        let (d_o, d_q, d_k, d_v) = (d_o.into(), d_q.into(), d_k.into(), d_v.into());
-        let (d_lse, d_sink_logits, d_alibi_slopes, d_bias) = (None, None, None, None);
-        BackwardBuffers { forward, d_o, d_lse, d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias }
-    }
-}
-
-setters! {
-    impl['a] BackwardBuffers['a]
-    plain {
-        forward: ForwardBuffers<'a>,
-    }
-    into {
-        d_o: TensorView<'a>,
-        d_q: TensorView<'a>,
-        d_k: TensorView<'a>,
-        d_v: TensorView<'a>,
-    }
-    optional {
-        d_lse: TensorView<'a>,
-        d_sink_logits: TensorView<'a>,
-        d_alibi_slopes: TensorView<'a>,
-        d_bias: TensorView<'a>,
-    }
-}
-
-/// The operands of a merge of partial states in buffers of the caller's.
-///
-/// S states lie one behind the other along the batch axis: entry b of state n is entry n * B + b of `[S * B, ..]`, in
-/// `bshd` `[S * B, M, H, E]`, in `thd` `[S, queries, H, E]`. So a partial pass writes state n with an offset of n * B times
-/// the stride of the batch.
-#[derive(Debug, Clone, Copy)]
-#[non_exhaustive]
-pub struct MergeBuffers<'a> {
-    /// o of the states, of the problem's element type. Strides are those of batch, head and sequence.
-    pub states: TensorView<'a>,
-    /// In f16 and bf16: what rounding took from o of the states, an i16 for each element. Goes with `o_lo`; both or
-    /// neither.
-    pub states_lo: Option<TensorView<'a>>,
-    /// lse of the states, f32, `[S * B, H, M]`, in `thd` `[S, H, queries]`; densely packed.
-    pub states_lse: TensorView<'a>,
-    /// One logit per query head, f32, densely packed: of the last merge, where the options say [`SinkLogits::PerHead`].
-    pub sink_logits: Option<TensorView<'a>>,
-    /// Result: o of the whole, see [`Problem::o_shape`].
-    pub o: TensorView<'a>,
-    /// Result: what rounding took from it.
-    pub o_lo: Option<TensorView<'a>>,
-    /// Result: lse of the whole, see [`Problem::lse_shape`]; densely packed.
-    pub lse: TensorView<'a>,
-    /// The largest score of each row of the states, as `states_lse` lies. Goes with `row_max`; both or neither.
-    pub states_row_max: Option<TensorView<'a>>,
-    /// Result: the largest score of each row of the whole, as lse lies. The sink logit has no part in it.
-    pub row_max: Option<TensorView<'a>>,
-}
-
-impl<'a> MergeBuffers<'a> {
-    /// What every merge has.
-    pub fn new(
-        states: impl Into<TensorView<'a>>,
-        states_lse: impl Into<TensorView<'a>>,
-        o: impl Into<TensorView<'a>>,
-        lse: impl Into<TensorView<'a>>,
-    ) -> Self {
-        let (states, states_lse, o, lse) = (states.into(), states_lse.into(), o.into(), lse.into());
-        let (states_lo, sink_logits, o_lo, states_row_max, row_max) = (None, None, None, None, None);
-        MergeBuffers { states, states_lo, states_lse, sink_logits, o, o_lo, lse, states_row_max, row_max }
-    }
-}
-
-setters! {
-    impl['a] MergeBuffers['a]
-    into {
-        states: TensorView<'a>,
-        states_lse: TensorView<'a>,
-        o: TensorView<'a>,
-        lse: TensorView<'a>,
-    }
-    optional {
-        states_lo: TensorView<'a>,
-        sink_logits: TensorView<'a>,
-        o_lo: TensorView<'a>,
-        states_row_max: TensorView<'a>,
-        row_max: TensorView<'a>,
-    }
-}
-
 /// The operands of a call, each checked and with its place.
 struct Operands<'a> {
     problem: &'a Problem,
     device: &'a Device,
     placed: Vec<(TensorView<'a>, Placed<'a>)>,
-    /// The caller's buffer for what the mask's kernel leaves.
+    /// The caller's buffer for the results of the mask's kernel.
     mask_scratch: Option<&'a wgpu::Buffer>,
 }
 
@@ -235,7 +44,7 @@ impl<'a> Operands<'a> {
         Ok(())
     }
 
-    /// An operand that goes with an option, and with nothing else.
+    /// Adds an operand that goes with an option, and with nothing else.
     fn add_with(
         &mut self,
         binding: Binding,
@@ -252,14 +61,14 @@ impl<'a> Operands<'a> {
         }
     }
 
-    /// An operand that goes with [`SinkLogits::PerHead`].
+    /// Adds an operand that goes with [`SinkLogits::PerHead`].
     fn add_per_head(&mut self, binding: Binding, view: Option<&TensorView<'a>>) -> Result<()> {
         let wanted = self.problem.options().sink_logits == SinkLogits::PerHead;
         self.add_with(binding, wanted, "set Options::sink_logits to SinkLogits::PerHead", view)
     }
 
-    /// No result may overlap itself, nor lie in a buffer that another operand uses; but the gradients by q, k and v may lie
-    /// side by side in one, as those of a fused projection do.
+    /// Checks that no result overlaps itself or shares a buffer with another operand. The gradients by q, k and v may be next to each other
+    /// in one buffer, as those of a fused projection are.
     fn check_results(&self, results: &[Binding]) -> Result<()> {
         for (view, placed) in self.placed.iter().filter(|(_, p)| results.contains(&p.view.binding)) {
             let binding = placed.view.binding;
@@ -284,7 +93,7 @@ impl<'a> Operands<'a> {
         self.placed.iter().filter(|(_, p)| p.view.binding.has_width()).all(|(_, p)| p.view.vec4())
     }
 
-    /// Where an operand of a pass lies, the caller's or our own.
+    /// The layout of an operand of a pass, which is the caller's or the crate's own.
     fn view(&self, binding: Binding, plan: &Plan) -> Option<OperandLayout> {
         let own = || scratch_view(binding, self.problem, &plan.passes);
         self.find(binding).map(|placed| placed.view).or_else(own)
@@ -304,7 +113,7 @@ impl<'a> Operands<'a> {
             let view = views.iter().find(|view| view.binding == binding);
             let window = slice.windows.iter().find(|(b, _)| *b == binding);
             let width = if vec4 && binding.has_width() { 4 } else { 1 };
-            // What the pass does not bind, it does not look for.
+            // A pass does not read the place of an operand that it does not bind.
             view.zip(window).map_or(Operand::default(), |(view, (_, window))| Operand::new(view, *window, width))
         };
         let offset = |binding| operand(binding).offset;
@@ -316,10 +125,10 @@ impl<'a> Operands<'a> {
         let Part { axes: [entries, heads, tiles] } = &slice.part;
         let [[slice_batch, slice_batches], [slice_head, slice_heads], [slice_tile, slice_tiles]] =
             [entries, heads, tiles].map(|range| [range.start as u32, (range.end - range.start) as u32]);
-        // Scores that are formed beforehand come to the softmax as they are.
+        // Scores that are formed beforehand enter the softmax unchanged.
         let score_scale = if problem.modifies_scores() { 1.0 } else { problem.scale() };
         Params {
-            // Behind the bits of each head.
+            // The bits by keys follow the bits of each head.
             mask_key_bits: Operand {
                 offset: mask_bits.offset.wrapping_add((mask_rows * mask_words) as u32),
                 seq: mask_block_rows as u32,
@@ -336,7 +145,7 @@ impl<'a> Operands<'a> {
             seq_k: s.seq_k as u32,
             lower: band.lower(),
             upper: band.upper(),
-            // Needed with ALiBi only, where it was checked.
+            // Only ALiBi needs the offset, and it was checked there.
             offset: band.offset() as i32,
             sink_tokens: band.sink_tokens(),
             workgroups: slice.workgroups,
@@ -370,15 +179,38 @@ impl<'a> Operands<'a> {
     }
 }
 
-/// What a dispatch binds, and its grid.
+/// The bindings of a dispatch, and its grid.
 type Dispatch = (wgpu::BindGroup, [u32; 2]);
 
 /// A forward or backward pass that is ready to be encoded, as often as wanted: nothing is allocated,
 /// submitted or waited for after this point. Keeps the buffers it was prepared with alive.
+///
+/// ```
+/// use sink_attention::{Attention, DType, DeviceChoice, Error, ForwardBuffers, Options, Problem, Shape};
+///
+/// # fn main() -> Result<(), Error> {
+/// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+/// let Some(device) = attention.device() else { return Ok(()) };
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 2, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// let [q, k, v] = [device.upload("q", &[0.0])?, device.upload("k", &[5.0, 7.0])?, device.upload("v", &[0.0, 0.0])?];
+/// let [o, lse] = [device.zeros("o", DType::F32, &[1])?, device.zeros("lse", DType::F32, &[1])?];
+/// let forward = attention.prepare_forward(&problem, &ForwardBuffers::new(&q, &k, &v, &o, &lse))?;
+/// assert!(forward.dispatches().eq([1])); // one pass, in one dispatch
+/// for values in [[1.0, 3.0], [4.0, 8.0]] {
+///     v.write(0, &values)?; // new numbers, the same commands
+///     let mut encoder = device.wgpu().create_command_encoder(&Default::default());
+///     forward.encode(&mut encoder);
+///     device.queue().submit([encoder.finish()]);
+///     assert!((o.download::<f32>()?[0] - (values[0] + values[1]) / 2.0).abs() < 1e-5);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Prepared {
     plan: Plan,
-    /// Of each pass.
+    /// The pipeline and the dispatches of each pass.
     dispatches: Vec<(Arc<Pipeline>, Vec<Dispatch>)>,
 }
 
@@ -456,7 +288,7 @@ impl Prepared {
         Prepared::new(pipelines, operands, plan, budget).await
     }
 
-    /// Of a problem whose keys are the states, see [`Problem::merging`].
+    /// Prepares a merge. `problem` is a merge, too: its key axis counts partial states (see [`Problem::merging`]).
     pub(crate) async fn merge(
         device: &Device,
         pipelines: &Pipelines,
@@ -503,7 +335,7 @@ impl Prepared {
             Ok((views, slices))
         };
         let slices = plan.passes.iter().map(cut).collect::<Result<Vec<_>>>()?;
-        let scratch = device.scoped("allocating scratch", || scratch(&operands, &plan)).await??;
+        let scratch = device.scoped_async("allocating scratch", || scratch(&operands, &plan)).await??;
         let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
         for ((pass, pipeline), (views, Slices { list, work })) in plan.passes.iter().zip(compiled).zip(slices) {
@@ -523,13 +355,13 @@ impl Prepared {
                 let groups = bind_groups(device, &pipeline, &pass.variant, params, find);
                 Ok(groups.into_iter().zip(list.iter().map(|slice| slice.grid)).collect::<Vec<_>>())
             };
-            let groups = device.scoped("binding operands", bind).await??;
+            let groups = device.scoped_async("binding operands", bind).await??;
             dispatches.push((pipeline, groups));
         }
         Ok(Prepared { plan, dispatches })
     }
 
-    /// What will run.
+    /// The plan: the passes that will run.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
@@ -548,7 +380,7 @@ impl Prepared {
         }
     }
 
-    /// Records one pass of the [`plan`](Self::plan), for measuring it alone; nothing where there is no such pass.
+    /// Records one pass of the [`plan`](Self::plan), for measuring it alone; nothing where the plan has no pass of this index.
     pub fn encode_pass_in(&self, compute: &mut wgpu::ComputePass<'_>, index: usize) {
         let Some((pipeline, groups)) = self.dispatches.get(index) else { return };
         compute.set_pipeline(&pipeline.pipeline);
@@ -587,7 +419,7 @@ fn add_forward<'a>(operands: &mut Operands<'a>, buffers: &ForwardBuffers<'a>) ->
 fn sequence_table(problem: &Problem, work: Vec<[u32; 2]>) -> Vec<u32> {
     let sequences = problem.sequences().flat_map(|sequence| {
         let Sequence { entry, q_start, q_rows, k_start, k_rows, band } = sequence;
-        // What is empty begins where there is something to read.
+        // A sequence without rows begins where there is something to read.
         let start = |start, rows| if rows == 0 { 0 } else { start as u32 };
         let words: [u32; SEQUENCE_WORDS as usize] = [
             entry as u32,
@@ -607,7 +439,7 @@ fn sequence_table(problem: &Problem, work: Vec<[u32; 2]>) -> Vec<u32> {
     sequences.chain(work.into_flattened()).collect()
 }
 
-/// What the kernels of a plan hand to each other.
+/// The buffers in which the kernels of a plan leave data for each other.
 fn scratch(operands: &Operands<'_>, plan: &Plan) -> Result<Vec<(Binding, wgpu::Buffer)>> {
     let mut scratch: Vec<(Binding, wgpu::Buffer)> = Vec::new();
     for (binding, _) in plan.passes.iter().flat_map(|pass| pass.variant.bindings()) {

@@ -1,7 +1,7 @@
-//! Files that are there whole, or not at all, and reads that end.
+//! Files that are written whole or not at all, and reads that end.
 //!
-//! [`replace`] writes everything that this crate saves: results, caches, pipeline caches, tunings. [`read`] reads
-//! what has no header that tells its length.
+//! [`replace`] writes everything that this crate saves: results, caches, pipeline caches, tunings. [`read`] reads files without a header
+//! that states their length.
 
 #[cfg(feature = "safetensors")]
 pub mod case;
@@ -17,29 +17,28 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-/// Links that are followed one after the other, as on Linux.
+/// Most symbolic links that are followed one after the other. Linux has the same limit.
 const MOST_LINKS: usize = 40;
 
-/// Writes a file whole, or leaves the one that is there: readers see the old content or the new one, never a part.
+/// Writes a file whole, or leaves the file that is there. Readers see the old content or the new one, never a part.
 ///
-/// The bytes go into a temporary file of a unique name in the same folder, which is synced and renamed; then the folder is
-/// synced where the system can. So any number of threads and processes may save to one path, and the last one's file stays.
-/// A new file has the mode that a plain create would give it, another keeps its own. Through a symbolic link its target is
-/// written; other hard links keep the old content.
+/// The bytes go into a temporary file of a unique name in the same folder, which is synced and renamed. Then the folder is synced, if the
+/// system can do that. So any number of threads and processes may save to one path, and the last one's file stays. A new file has the mode
+/// that a plain create would give it, and an existing file keeps its mode. A symbolic link stays, and its target is written. Other hard
+/// links keep the old content.
 ///
-/// A failure leaves nothing behind. A process that is killed while it writes leaves its temporary file, named
-/// `.sink-attention-*.tmp`: nothing reads or removes it, and it may be deleted once no process saves into the folder.
+/// A failure leaves nothing behind. A process that is killed while it writes leaves its temporary file, named `.sink-attention-*.tmp`.
+/// Nothing reads or removes that file, and it may be deleted once no process saves into the folder.
 ///
 /// # Errors
-/// What the system says; and a reason where the path leads to something other than a regular file, or to one that may not
-/// be written.
+/// The system's error, or a reason if the path leads to something other than a regular file, or to a file that may not be written.
 pub fn replace(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
     let (target, existing) = resolve(path.as_ref())?;
     write_and_rename(&target, existing, bytes)
 }
 
-/// Whether [`replace`] can write this file, as far as that shows before it does: worth asking before a long computation.
-/// An existing file is not touched, and no new one is left.
+/// Whether [`replace`] can write this file, as far as this shows before it does. A caller can check before a long computation. An existing
+/// file is not touched, and no new one is left.
 ///
 /// # Errors
 /// As [`replace`].
@@ -48,10 +47,10 @@ pub fn check_writable(path: impl AsRef<Path>) -> io::Result<()> {
     temporary(&target).map(drop)
 }
 
-/// Reads a regular file of at most so many bytes. Devices and pipes, which may have no end, are refused unread.
+/// Reads a regular file of at most `most` bytes. Devices and pipes, which may have no end, are refused unread.
 ///
 /// # Errors
-/// What the system says; and a reason, with the numbers, for what is no regular file and for a file that is longer.
+/// The system's error, or a reason, with the numbers, if the path is no regular file or the file is longer.
 pub fn read(path: impl AsRef<Path>, most: u64) -> io::Result<Vec<u8>> {
     let (mut file, len) = open(path.as_ref())?;
     let too_long = |len| Err(invalid(format!("it has {len} bytes, the most is {most}")));
@@ -59,7 +58,7 @@ pub fn read(path: impl AsRef<Path>, most: u64) -> io::Result<Vec<u8>> {
         return too_long(len);
     }
     let mut bytes = Vec::new();
-    // Files that grow, and those of /proc, hold more than they say.
+    // Files that grow, and those of /proc, hold more bytes than their metadata say.
     (&mut file).take(most.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > most { too_long(bytes.len() as u64) } else { Ok(bytes) }
 }
@@ -67,10 +66,10 @@ pub fn read(path: impl AsRef<Path>, most: u64) -> io::Result<Vec<u8>> {
 /// A regular file, opened for reading, and its length.
 ///
 /// # Errors
-/// What the system says, and a reason for what is no regular file.
+/// The system's error, or a reason if the path is no regular file.
 pub fn open(path: impl AsRef<Path>) -> io::Result<(File, u64)> {
     let path = path.as_ref();
-    // Before it is opened: a pipe would wait for a writer.
+    // The path is checked before it is opened, because a pipe would wait for a writer.
     check_regular(&fs::metadata(path)?)?;
     let file = File::open(path)?;
     let metadata = file.metadata()?;
@@ -86,16 +85,16 @@ fn invalid(reason: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, reason)
 }
 
-/// Where a path leads, through symbolic links, and the regular file there, if there is one, which may be written.
+/// The target of a path, through symbolic links, and the regular file there if there is one. The file may be written.
 fn resolve(path: &Path) -> io::Result<(PathBuf, Option<Metadata>)> {
     let mut target = path.to_path_buf();
     for _ in 0..MOST_LINKS {
         match fs::symlink_metadata(&target) {
-            // A link's own target counts from the folder that the link lies in.
+            // The target of a link is relative to the folder that the link is in.
             Ok(found) if found.is_symlink() => target = folder_of(&target).join(fs::read_link(&target)?),
             Ok(found) => {
                 check_regular(&found)?;
-                // A rename would replace a file that its owner has protected.
+                // Without this check a rename would replace a file that its owner has protected.
                 OpenOptions::new().write(true).open(&target)?;
                 return Ok((target, Some(found)));
             }
@@ -116,8 +115,8 @@ fn folder_of(path: &Path) -> &Path {
 /// An empty file in the target's folder, which is removed when it is dropped.
 #[cfg(not(target_family = "wasm"))]
 fn temporary(target: &Path) -> io::Result<tempfile::NamedTempFile> {
-    // Created here, so that it has the mode of a plain create, and errors are the system's own words: tempfile would make the
-    // file its owner's alone, and adds the temporary name to errors.
+    // `create_new` gives the file the mode of a plain create, and errors the system's own words: tempfile would give access to the owner
+    // alone, and adds the temporary name to errors.
     tempfile::Builder::new()
         .prefix(".sink-attention-")
         .suffix(".tmp")
@@ -131,10 +130,10 @@ fn write_and_rename(target: &Path, existing: Option<Metadata>, bytes: &[u8]) -> 
         file.as_file().set_permissions(existing.permissions())?;
     }
     io::Write::write_all(file.as_file_mut(), bytes)?;
-    // Or a crash could leave the new name on a file without its content.
+    // Without a sync, a crash could leave the new name on a file without its content.
     file.as_file().sync_all()?;
     file.persist(target).map_err(|error| error.error)?;
-    // The file is in its place; a system that cannot sync folders has done what it can.
+    // The file is in its place. A system that cannot sync folders has done what it can.
     #[cfg(unix)]
     let _ = File::open(folder_of(target)).and_then(|folder| folder.sync_all());
     Ok(())
@@ -151,7 +150,7 @@ fn write_and_rename(target: &Path, _existing: Option<Metadata>, _bytes: &[u8]) -
     temporary(target)
 }
 
-/// FNV-1a in 64 bits: against accidents, not against malice, which could write kernels too.
+/// FNV-1a in 64 bits. It detects accidents but not malice: whoever can write the file could write kernels, too.
 pub(crate) fn checksum(data: &[u8]) -> u64 {
     data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
@@ -176,7 +175,7 @@ mod container {
     /// The longest header that the safetensors library reads.
     const MOST_HEADER: u64 = 100_000_000;
 
-    /// Why bytes are no safetensors file.
+    /// The reason why bytes are no safetensors file.
     #[derive(Debug, thiserror::Error)]
     pub(crate) enum Malformed {
         #[error("{actual} bytes, the length of the header alone takes 8")]
@@ -191,7 +190,7 @@ mod container {
         DataLength { expected: u64, actual: u64 },
     }
 
-    /// A file in memory, taken apart.
+    /// A file in memory, split into its parts.
     pub(crate) struct Container<'a> {
         /// The strings of the header.
         pub(crate) strings: BTreeMap<String, String>,
@@ -200,7 +199,7 @@ mod container {
     }
 
     impl<'a> Container<'a> {
-        /// Nothing is named twice, shapes fit their offsets, which leave no gap, and the tensors end where the bytes do.
+        /// No name occurs twice, shapes fit their offsets, offsets leave no gap, and the tensors end where the bytes do.
         pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
             let (&length, rest) =
                 bytes.split_first_chunk().ok_or(Malformed::TooShort { actual: bytes.len() as u64 })?;
@@ -215,13 +214,12 @@ mod container {
         match header {
             _ if header > actual => Err(Malformed::HeaderLength { header, actual }),
             MOST_HEADER.. => Err(Malformed::HeaderTooLong { header }),
-            // Below 10^8.
+            // The length is below 10^8 and fits a usize.
             _ => Ok(header as usize),
         }
     }
 
-    /// Not SafeTensors::deserialize, which takes the last of what is named twice, and in which offsets near 2^64 overflow
-    /// (0.8.0).
+    /// SafeTensors::deserialize (0.8.0) is not used: it takes the last of two tensors with one name, and offsets near 2^64 overflow in it.
     fn read_header(header: &[u8], actual: u64) -> Result<(BTreeMap<String, String>, Metadata), Malformed> {
         #[derive(Deserialize)]
         struct Strings {
@@ -238,7 +236,7 @@ mod container {
         Ok((metadata.map(|unique| unique.0).unwrap_or_default(), index))
     }
 
-    /// Reads a safetensors file. Its tensors are read once the header and the file agree about their length.
+    /// Reads a safetensors file. It reads the tensors only if the header and the file agree about their length.
     pub(crate) fn read_container(path: &Path) -> io::Result<Result<Vec<u8>, Malformed>> {
         let (mut file, len) = super::open(path)?;
         let mut bytes = Vec::new();
@@ -263,7 +261,7 @@ mod container {
         Ok(Ok(bytes))
     }
 
-    /// A JSON object that names no key twice; maps of the standard library keep the last value silently.
+    /// A JSON object that names no key twice. Maps of the standard library keep the last value silently.
     struct Unique<V>(BTreeMap<String, V>);
 
     impl<'de, V: Deserialize<'de>> Deserialize<'de> for Unique<V> {

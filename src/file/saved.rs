@@ -1,7 +1,7 @@
-//! Streams and caches in safetensors files: a key of the metadata says what the tensors are, with a checksum of all.
+//! Streams and caches in safetensors files. A key of the metadata describes the tensors and holds a checksum of everything.
 //!
-//! What is saved has exactly one file. Readers build what a file says, save that again, and take it for damaged unless
-//! every byte is the same: so nothing gets in that was not written so.
+//! The format is canonical: each state has exactly one file. A reader builds the state that the file describes, saves it again, and rejects
+//! the file unless every byte is the same.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -14,7 +14,7 @@ use crate::file::{Container, checksum, read_container, replace};
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 
-/// A tensor that is to be written.
+/// A tensor to be written.
 pub(crate) struct Tensor {
     pub(crate) name: &'static str,
     pub(crate) dtype: Dtype,
@@ -35,7 +35,7 @@ pub(crate) fn damaged(what: &'static str, reason: String) -> Error {
     Error::SavedDamaged { what, reason }
 }
 
-/// The bytes of a file. Values of properties are without spaces.
+/// The bytes of a file. Values of properties contain no spaces.
 pub(crate) fn serialize(
     what: &'static str,
     properties: &[(&'static str, String)],
@@ -51,7 +51,7 @@ pub(crate) fn serialize(
     safetensors::serialize(views, Some(HashMap::from([(what.into(), description)]))).map_err(failed)
 }
 
-/// A file that is read.
+/// A file that is being read.
 pub(crate) struct Reader<'a> {
     what: &'static str,
     strings: BTreeMap<String, String>,
@@ -80,7 +80,7 @@ impl<'a> Reader<'a> {
         found.map(|(_, value)| value).ok_or_else(|| self.damaged(format!("the metadata have no {property}")))
     }
 
-    /// Properties are as wanted.
+    /// Checks that properties have the wanted values.
     pub(crate) fn expect(&self, wanted: Vec<(&'static str, String)>) -> Result<()> {
         for (property, wanted) in wanted {
             let saved = self.value(property)?;
@@ -91,10 +91,10 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// The bytes of a tensor, which are so many.
+    /// The bytes of a tensor, which must have `needed` bytes.
     pub(crate) fn tensor(&self, name: &str, needed: usize) -> Result<&'a [u8]> {
         let info = self.index.info(name).ok_or_else(|| self.damaged(format!("tensor {name} is missing")))?;
-        // The header has been checked.
+        // The offsets are within the data: the header has been checked.
         let bytes = self.data.get(info.data_offsets.0..info.data_offsets.1).unwrap_or_default();
         if bytes.len() != needed {
             return Err(self.damaged(format!("tensor {name} has {} bytes, not {needed}", bytes.len())));
@@ -103,7 +103,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What was read is exactly what would be written.
+/// Checks that the bytes read are exactly those that would be written.
 pub(crate) fn same(what: &'static str, read: &[u8], written: &[u8]) -> Result<()> {
     if read == written {
         return Ok(());
@@ -111,19 +111,19 @@ pub(crate) fn same(what: &'static str, read: &[u8], written: &[u8]) -> Result<()
     Err(damaged(what, "its bytes, by their checksum or in other ways, are not those that were written".into()))
 }
 
-/// Writes a file whole, or leaves the one that is there.
+/// Writes a file whole, or leaves the file that is there.
 pub(crate) fn save(what: &'static str, path: &Path, bytes: &[u8]) -> Result<()> {
     let failed =
         |error: io::Error| Error::SavedFile { what, path: path.into(), reason: format!("cannot write: {error}") };
     if cfg!(all(target_family = "wasm", target_os = "unknown")) {
-        // In place of the system's words, which name no way out.
+        // The system's own error would not name a way out.
         let reason = "there are no files here; to_safetensors gives the bytes".into();
         return Err(Error::SavedFile { what, path: path.into(), reason });
     }
     replace(path, bytes).map_err(failed)
 }
 
-/// Reads a file; what is damaged is told with its name.
+/// Reads a file. An error for a damaged file names the file.
 pub(crate) fn load<R>(what: &'static str, path: &Path, read: impl FnOnce(&[u8]) -> Result<R>) -> Result<R> {
     let failed = |reason: String| Error::SavedFile { what, path: path.into(), reason };
     let bytes = read_container(path).map_err(|error| failed(format!("cannot read: {error}")))?;

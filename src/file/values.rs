@@ -45,7 +45,7 @@ impl Values {
     /// [`Problem::q_shape`](crate::Problem::q_shape). `name` is for errors.
     ///
     /// # Errors
-    /// [`Error::TensorShape`]; [`Error::TensorType`] for what is neither F32 nor F16 nor BF16.
+    /// [`Error::TensorShape`], and [`Error::TensorType`] if the type is not F32, F16 or BF16.
     pub fn from_safetensors(name: &str, tensor: &TensorView<'_>, shape: &[usize]) -> Result<Self> {
         if tensor.shape() != shape {
             let (actual, expected) = (tensor.shape().to_vec(), shape.to_vec());
@@ -55,7 +55,7 @@ impl Values {
         values.ok_or_else(|| Error::TensorType { name: name.into(), actual: tensor.dtype().to_string() })
     }
 
-    /// Of little-endian bytes; `None` for another element type.
+    /// Elements from little-endian bytes. `None` for another element type.
     pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Self> {
         match dtype {
             Dtype::F32 => Some(Values::F32(decode(bytes, f32::from_le_bytes))),
@@ -94,7 +94,7 @@ impl Values {
     }
 }
 
-/// Elements from little-endian bytes, which lie at any address: the format promises no alignment.
+/// Elements from little-endian bytes, which may lie at any address: the format promises no alignment.
 pub(crate) fn decode<T, const SIZE: usize>(bytes: &[u8], element: impl Fn([u8; SIZE]) -> T) -> Vec<T> {
     bytes.as_chunks().0.iter().map(|&chunk| element(chunk)).collect()
 }

@@ -1,4 +1,4 @@
-//! New keys and values into a cache, with queries rotated where they lie; or behind rows that were gathered from it.
+//! Appends new keys and values to a cache, or to rows that were gathered from it, and rotates queries in place.
 
 use minijinja::{Value, context};
 
@@ -30,7 +30,7 @@ pub(crate) const APPEND: KernelSpec = KernelSpec {
     }),
 };
 
-/// Whether it rotates anything.
+/// Whether the kernel rotates keys or queries.
 fn has_table(options: &CacheOptions) -> bool {
     options.rotates_q || options.rotary.is_some() && !options.is_relative()
 }

@@ -1,4 +1,4 @@
-//! What kernels bind: one table of operands, which bindings, extents, element types and checks follow.
+//! The operands of kernels. Bindings, extents, element types and checks all follow from one table.
 
 use crate::problem::element::{BufferType, DType};
 use crate::problem::{Layout, MaskPacking, Options, Problem};
@@ -28,7 +28,7 @@ pub(crate) enum Axes {
     Queries(Width),
     /// `[batch, kv_heads, seq_k, width]` in the options' layout.
     Keys(Width),
-    /// `[states * batch, heads, seq_q, E]` in the options' layout. The keys of the problem of a merge count the states.
+    /// `[states * batch, heads, seq_q, E]` in the options' layout. The key axis of a merge's problem counts the states.
     States,
     /// `[states * batch, heads, seq_q]`.
     StateRows,
@@ -47,13 +47,13 @@ pub(crate) enum Axes {
 /// The element type of an operand's buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ElementOf {
-    /// The problem's.
+    /// The element type of the problem.
     Problem,
-    /// i16: the rounding error of the problem's.
+    /// i16: the rounding error of numbers of the problem's element type.
     Rounding,
     /// f32.
     F32,
-    /// That of the bias.
+    /// The element type of the bias.
     Bias,
     /// Bytes, or words of 32 bits.
     Mask,
@@ -70,7 +70,7 @@ struct Row {
 
 macro_rules! operands {
     ($($binding:ident = $slot:literal: $name:literal, $axes:expr, $element:ident;)*) => {
-        /// Everything a kernel may bind. The slot is the discriminant; slots are never renumbered.
+        /// Everything that a kernel may bind. The slot is the discriminant, and slots are never renumbered.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub(crate) enum Binding { $($binding = $slot,)* }
 
@@ -135,27 +135,27 @@ impl Binding {
         self as u32
     }
 
-    /// Its name in shaders and errors.
+    /// Name in shaders and errors.
     pub(crate) fn name(self) -> &'static str {
         self.row().name
     }
 
-    /// Whether its rows are as wide as those of q or v, and are read in vectors.
+    /// Whether rows are as wide as those of q or v, and are read in vectors.
     pub(crate) fn has_width(self) -> bool {
         matches!(self.row().axes, Axes::Queries(_) | Axes::Keys(_) | Axes::States)
     }
 
-    /// Whether it has rows of all states of a merge.
+    /// Whether the operand has rows of all states of a merge.
     pub(crate) fn has_states(self) -> bool {
         matches!(self.row().axes, Axes::States | Axes::StateRows)
     }
 
-    /// Whether its rows may have gaps between them.
+    /// Whether rows may have gaps between them.
     pub(crate) fn is_strided(self) -> bool {
         self.has_width() || matches!(self, Binding::Bias | Binding::Mask)
     }
 
-    /// The width of its rows, where they are read or written in vectors.
+    /// The width of rows, if they are read or written in vectors.
     pub(crate) fn width(self, widths: [u32; 2]) -> Option<u32> {
         match self.row().axes {
             Axes::Queries(width) | Axes::Keys(width) => Some(width.of(widths)),
@@ -164,7 +164,7 @@ impl Binding {
         }
     }
 
-    /// The element type of its buffer, by the options and, where it is the problem's, `dtype`.
+    /// The element type of the buffer. It follows from the options; `dtype` is that of operands with the problem's element type.
     pub(crate) fn element_type(self, dtype: DType, options: &Options) -> BufferType {
         match self.row().element {
             ElementOf::Problem => dtype.into(),

@@ -1,4 +1,4 @@
-//! What the kernels of caches have in common.
+//! Declarations that the kernels of caches share.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::problem::SinkLogits;
 use crate::problem::cache::{CacheConfig, Rotary, RotaryPositions, RotaryStyle};
 use crate::problem::row_format::{Addressing, RowFormat};
 
-/// What the pipeline of a kernel of caches fixes.
+/// The options that the pipeline of a kernel of caches fixes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct CacheOptions {
     pub(crate) addressing: Addressing,
@@ -23,7 +23,7 @@ pub(crate) struct CacheOptions {
     pub(crate) rotary: Option<Rotary>,
     /// A list chooses the sequences.
     pub(crate) indexed: bool,
-    /// Appending: queries are rotated where they lie.
+    /// Appending: queries are rotated in place.
     pub(crate) rotates_q: bool,
     /// Appending: the new rows go behind the gathered ones, and not into the cache.
     pub(crate) gathered: bool,
@@ -72,17 +72,17 @@ impl CacheOptions {
         self.format.quantisation.is_some()
     }
 
-    /// Rows that were gathered are of the element type.
+    /// The format of gathered rows, which have the cache's element type and are not quantised.
     pub(crate) fn gathered_format(&self) -> RowFormat {
         RowFormat { quantisation: None, ..self.format }
     }
 
-    /// Numbers in a vector of 16 bytes, in quads.
+    /// Numbers in a vector of 16 bytes, counted in quads.
     pub(crate) fn vector_quads(&self) -> u32 {
         self.format.elements() / 4
     }
 
-    /// Vectors of 16 bytes of the numbers of a row of keys and of one of values.
+    /// Vectors of 16 bytes that hold the numbers of a row of keys, and of a row of values.
     pub(crate) fn data_vectors(&self) -> [u32; 2] {
         [self.head_dim, self.value_dim].map(|width| self.format.vectors(width as usize))
     }
@@ -93,7 +93,7 @@ impl CacheOptions {
         padded.max(2).next_power_of_two()
     }
 
-    /// The part of a kernel's name that its options make.
+    /// The part of a kernel's name that depends on its options.
     pub(crate) fn name(&self, kernel: &str) -> String {
         let tiles = self.tiles.map_or(String::new(), |tiles| format!("_{}", tiles.name()));
         let tile = if self.tiles.is_none() && self.tile > 0 { format!("_{}", self.tile) } else { String::new() };
@@ -124,7 +124,7 @@ impl CacheOptions {
         format!("cache_{kernel}{tiles}{tile}_{addressing}_{dtype}{quantised}_d{d}_e{e}{rotary}{sinks}{flags}")
     }
 
-    /// The type of a buffer of the cache's own. `kernel` reads rows as vectors of 16 bytes, and writes them as its threads share them.
+    /// The type of a buffer that belongs to the cache. A kernel reads rows as vectors of 16 bytes, and writes them as its threads share them.
     pub(crate) fn buffer_type(&self, binding: Binding, access: Access) -> Option<&'static str> {
         let half = self.format.dtype.is_half();
         Some(match binding {
@@ -134,7 +134,7 @@ impl CacheOptions {
                 (false, false, _) => "array<vec4<f32>>",
                 (_, _, Access::Vectors) => "array<vec4<u32>>",
                 (false, true, Access::Quads) => "array<vec2<u32>>",
-                // Written behind the gathered rows.
+                // Rows of the element type, written behind the gathered rows.
                 (_, true, Access::GatheredQuads) => "array<vec2<u32>>",
                 (_, false, Access::GatheredQuads) => "array<vec4<f32>>",
             },
@@ -145,7 +145,7 @@ impl CacheOptions {
         })
     }
 
-    /// What every template of a kernel of caches may read.
+    /// The values that every template of a kernel of caches may read.
     pub(crate) fn context(&self, has_rotary: bool) -> Value {
         let [d, e] = [self.head_dim, self.value_dim];
         let quads = |width: u32| width.div_ceil(4);
@@ -177,13 +177,13 @@ pub(crate) enum Access {
     Vectors,
     /// A thread writes four numbers.
     Quads,
-    /// The same, of the element type whatever the cache's format is.
+    /// A thread writes four numbers of the element type, whatever the cache's format is.
     GatheredQuads,
-    /// A thread copies what it finds.
+    /// A thread copies rows without changing them.
     Rows,
 }
 
-/// Numbers of keys and of values.
+/// A number for keys and one for values, by name.
 pub(crate) fn named([k, v]: [u32; 2]) -> BTreeMap<&'static str, u32> {
     BTreeMap::from([("k", k), ("v", v)])
 }

@@ -20,7 +20,7 @@ pub(crate) const D_Q: KernelSpec = KernelSpec {
         sums_rows: false,
         sums_pairs: false,
         micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
-        // The unit of a query comes with its delta, unless it depends on the keys' token scales.
+        // The delta kernel has found the unit of a query, unless the unit depends on the keys' token scales.
         units: |dtype| if dtype.needs_token_scales() { &["d_q"] } else { &[] },
     }),
 };

@@ -1,4 +1,4 @@
-//! Decoding: a few queries against the keys of a cache, in splits, and the splits of a row put together.
+//! Decoding: a few queries against the keys of a cache, in splits. The combine kernel then combines the splits of each row.
 
 use minijinja::{Value, context};
 
@@ -13,7 +13,7 @@ use crate::problem::SinkLogits;
 /// Threads of a workgroup of the combine kernel.
 const COMBINE_THREADS: u32 = 256;
 
-/// Splits whose loads a thread of the combine kernel has under way.
+/// Splits that a thread of the combine kernel loads at a time.
 const COMBINE_AHEAD: u32 = 8;
 
 pub(crate) const DECODE: KernelSpec = KernelSpec {
@@ -125,7 +125,7 @@ pub(crate) const COMBINE: KernelSpec = KernelSpec {
             COMBINE_THREADS * (4 + 16) + 4 * splits * if options.row_max { 2 } else { 1 }
         },
         access: |_| Access::Vectors,
-        // The splits are the same whoever has left them.
+        // Splits have one format, whichever kernel has written them.
         depends: |options| CacheOptions {
             head_dim: 0,
             rotary: None,

@@ -1,4 +1,4 @@
-//! What every d_s of a row has in common: delta = d_o . o - d_lse.
+//! delta = d_o . o - d_lse, the term that every d_s of a row subtracts.
 
 use crate::kernel::binding::Binding::{
     AlibiSlopes, Bias, DLse, DO, K, Lse, MaskBits, O, OLo, Params, Q, RowStats, Sequences, SinkLogits as Sinks,
@@ -11,7 +11,7 @@ use crate::kernel::spec::{
 };
 use crate::problem::{Problem, SinkLogits};
 
-/// Whether o is as precise as delta needs it: rounded, without its rounding error, it is not.
+/// Whether o is as precise as delta needs. Rounded, and without its rounding error, it is not.
 fn reads_o(problem: &Problem, optional: OptionalOperands) -> bool {
     !problem.options().dtype.has_rounding_error() || optional.o_lo
 }
@@ -20,12 +20,12 @@ pub(crate) const DELTA: KernelSpec = KernelSpec {
     name: "delta",
     template: include_str!("../../shaders/delta.wgsl"),
     wanted: |problem, optional| reads_o(problem, optional).into(),
-    // The slopes are handed on.
+    // The kernel copies the slopes into the row statistics.
     reads: &[Params, O, OLo, Lse, Sinks, AlibiSlopes, DO, DLse],
     writes: &[RowStats, SinkPartials],
     binds: binds_all,
     adjust: |own, _, _| {
-        // A logit of zero has no gradient.
+        // An implicit sink logit of zero has no gradient.
         if own.sink_logits == SinkLogits::OffByOne {
             own.sink_logits = SinkLogits::None;
         }
@@ -33,7 +33,7 @@ pub(crate) const DELTA: KernelSpec = KernelSpec {
     work: Work::Rows(Side::Queries),
     body: Body::Plain(Plain {
         threads: DELTA_ROWS * DELTA_LANES,
-        // Two operands are staged.
+        // The kernel stages two operands.
         workgroup_bytes: 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * DELTA_ROWS * DELTA_LANES,
         flops: |problem| 8.0 * f64::from(DELTA_ROWS) * problem.shape().value_dim as f64,
         loop_iterations: |problem, _| {

@@ -1,4 +1,4 @@
-//! o and lse, and row_max where it is wanted.
+//! o and lse, and row_max if it is wanted.
 
 use crate::kernel::binding::Binding::{
     AlibiSlopes, Bias, K, Lse, MaskBits, O, OLo, Params, Q, RowMax, Sequences, SinkLogits, V,

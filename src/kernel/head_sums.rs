@@ -1,4 +1,4 @@
-//! Gradients of what a head has one number of: sums over the batch and the rows.
+//! Gradients of parameters that have one number a head: sums over the batch and the rows.
 
 use crate::kernel::binding::Binding::{
     AlibiMoments, DAlibiSlopes, DSinkLogits, Params, RowStats, SinkLogits as Sinks, SinkPartials,
@@ -18,13 +18,13 @@ const fn body(loop_iterations: fn(&Problem, &OwnOptions) -> u64) -> Body {
     })
 }
 
-/// Loop iterations of a thread that sums something of every so many rows.
+/// Loop iterations of a thread that sums one number for every `rows` rows.
 fn sums_of(problem: &Problem, rows: usize) -> u64 {
     let shape = problem.shape();
     (shape.batch as u64 * shape.seq_q.div_ceil(rows) as u64).div_ceil(THREADS.into()) + 8
 }
 
-/// Whether rows are summed one by one: the kernel that computed delta has left no sums of tiles.
+/// Whether rows are summed one by one, because the kernel that computed delta has left no sums of tiles.
 fn sums_delta(own: &OwnOptions) -> bool {
     own.dtype.has_rounding_error() && !own.o_lo
 }

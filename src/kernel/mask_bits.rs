@@ -17,7 +17,7 @@ pub(crate) const MASK_BITS: KernelSpec = KernelSpec {
         threads: MASK_BLOCK_ROWS * MASK_STEP_WORDS,
         workgroup_bytes: 16 + 4 * MASK_BLOCK_ROWS * MASK_STEP_WORDS,
         flops: |_| 65536.0,
-        // Steps of up to 32 keys, or queries, twice.
+        // Each step loops over up to 32 keys, or queries, twice.
         loop_iterations: |_, _| 4 * (1 + 2 * 32),
     }),
 };

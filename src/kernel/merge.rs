@@ -1,4 +1,4 @@
-//! One state of several partial ones.
+//! Merges several partial states into one.
 
 use crate::kernel::binding::Binding::{
     Lse, O, OLo, Params, RowMax, Sequences, SinkLogits as Sinks, States, StatesLo, StatesLse, StatesRowMax,
@@ -14,7 +14,7 @@ pub(crate) const MERGE: KernelSpec = KernelSpec {
     reads: &[Params, States, StatesLo, StatesLse, StatesRowMax, Sinks, Sequences],
     writes: &[O, OLo, Lse, RowMax],
     binds: binds_all,
-    // Which rows of a padded batch count: the sink logit is theirs alone.
+    // Lengths matter only in padded batches with sink logits: rows beyond the end of a sequence have no sink logit.
     adjust: |own, problem, _| {
         let options = problem.options();
         own.lengths &= options.sink_logits != SinkLogits::None && options.layout != Layout::Thd;

@@ -7,8 +7,8 @@ use minijinja::{Value, context};
 /// How a kernel forms matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MicroKernel {
-    /// The one that a [`Tuning`](crate::tuning::Tuning) has found faster, else cooperative matrices where they have been measured (NVIDIA
-    /// through Vulkan, f16 and bf16), else the portable one.
+    /// The micro-kernel that a [`Tuning`](crate::tuning::Tuning) has found faster. Without a tuning, cooperative matrices where they have
+    /// been measured (NVIDIA through Vulkan, f16 and bf16), and the portable micro-kernel elsewhere.
     #[default]
     Auto,
     /// Multiply-adds in f32, on every device.
@@ -27,33 +27,33 @@ impl fmt::Display for MicroKernel {
     }
 }
 
-/// What the planner, the host and the shared shaders have to know of a micro-kernel. A template knows each by its name.
+/// Properties by which the planner, the host and the shared shaders distinguish micro-kernels. A template reads each by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Properties {
-    /// Multiplies cooperative matrices: the device has to have them, WGSL has to enable them, and operations take the time of theirs.
+    /// Multiplies cooperative matrices. The device must have them, WGSL must enable them, and operations take as long as theirs.
     pub(crate) needs_matrices: bool,
-    /// Multiplies f16. Operands are read as f16, or rounded to it with their token scales; P and dS are rounded to it, dS in a unit for
-    /// each row. Results in f16 are rounded as products are.
+    /// Multiplies f16. Operands are read as f16, or rounded to f16 with their token scales. P and dS are rounded to f16, and dS has a unit
+    /// for each row. Results in f16 are rounded in the same way as products.
     pub(crate) multiplies_halves: bool,
     /// Divides a workgroup into subgroups, and its `main` takes the numbers of subgroup and lane.
     pub(crate) has_subgroups: bool,
-    /// Fetches a tile of columns while it computes with the one before: one after the last, too, and one where there is none.
+    /// Fetches a tile of columns while it computes with the one before. It also fetches one after the last, and one if there is none.
     pub(crate) prefetches_tiles: bool,
-    /// Reports rows that it cannot compute: those whose numbers are not finite or leave the range of f16, and those of the lowest
-    /// biases. A second run and the portable kernel compute these.
+    /// Reports rows that it cannot compute: rows whose numbers are not finite or leave the range of f16, and rows of the lowest biases. A
+    /// second run and the portable kernel compute these.
     pub(crate) reports_rows: bool,
-    /// Forms scores in powers of two on their way to the exponential, softcap and bias included. A bias of -infinity needs no mask then.
+    /// Forms scores in powers of two on the way to the exponential, with softcap and bias. A bias of -infinity then needs no mask.
     pub(crate) scores_in_powers_of_two: bool,
-    /// Takes a boolean mask by spans of tiles of one class, and hides the pairs of a tile itself.
+    /// Reads a boolean mask by spans of tiles of one class, and hides the pairs of a tile itself.
     pub(crate) masks_by_spans: bool,
-    /// Rescales only after the maximum of a row has grown by much. It goes best from the largest scores on.
+    /// Rescales only after the maximum of a row has grown by much. It is fastest if the largest scores come first.
     pub(crate) rescales_rarely: bool,
     /// An array of `vec4<f32>` in workgroup memory that is free before the first tile.
     pub(crate) flags: &'static str,
 }
 
 impl MicroKernel {
-    /// Whether it multiplies f16, so that a kernel rounds probabilities, and the gradients by scores, to it.
+    /// Whether the micro-kernel multiplies f16, so that a kernel rounds probabilities, and the gradients by scores, to f16.
     pub fn multiplies_halves(self) -> bool {
         self.properties().multiplies_halves
     }
@@ -88,7 +88,7 @@ impl MicroKernel {
 }
 
 impl Properties {
-    /// As templates read them.
+    /// The properties that templates read.
     pub(crate) fn context(self) -> Value {
         let Properties {
             needs_matrices,

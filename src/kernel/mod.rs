@@ -1,4 +1,4 @@
-//! How one kernel looks: its name, what it binds, what its pipeline fixes, its tiles, its text.
+//! The description of a kernel: its name, the operands that it binds, the options that its pipeline fixes, its tiles and its text.
 
 mod append;
 pub(crate) mod binding;

@@ -1,4 +1,4 @@
-//! Rows of a cache to where the ordinary passes read them, and gradients by these back into the cache's layout.
+//! Copies rows of a cache to where the ordinary passes read them, and gradients by these rows back into the cache's layout.
 
 use minijinja::{Value, context};
 
@@ -10,7 +10,7 @@ use crate::kernel::sizes::ROW_THREADS;
 use crate::kernel::spec::{Body, Cached, KernelSpec, Work, adjusts_nothing, always, binds_all};
 use crate::problem::row_format::Addressing;
 
-/// Keys and values of some sequences one after the other.
+/// Copies keys and values of some sequences, one sequence after the other.
 pub(crate) const GATHER: KernelSpec = KernelSpec {
     name: "gather",
     template: include_str!("../../shaders/cache/gather.wgsl"),
@@ -21,13 +21,13 @@ pub(crate) const GATHER: KernelSpec = KernelSpec {
     adjust: adjusts_nothing,
     work: Work::Listed,
     body: Body::Cached(Cached {
-        // Pages are found in the tables.
+        // Only a paged cache has block tables to look up.
         binds: |options, binding| binding != CacheState || options.addressing == Addressing::Paged,
         ..MOVES
     }),
 };
 
-/// Gradients by gathered keys and values into the layout of the cache.
+/// Copies gradients by gathered keys and values into the layout of the cache.
 pub(crate) const SCATTER: KernelSpec = KernelSpec {
     name: "scatter",
     template: include_str!("../../shaders/cache/scatter.wgsl"),

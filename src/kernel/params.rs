@@ -1,5 +1,5 @@
-//! `Params`, the numbers that change between calls. One list gives the host's struct, the struct of the shaders' texts and the
-//! bytes of a uniform buffer. A text declares the fields that it reads, and no others.
+//! `Params`, the numbers that change between calls. One list makes the host's struct, the struct in the shaders' texts and the bytes of a
+//! uniform buffer. A text declares the fields that it reads, and no others.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -9,8 +9,8 @@ use bytemuck::{Pod, Zeroable, bytes_of};
 use crate::kernel::binding::Binding;
 use crate::problem::error::{Error, Result};
 
-/// Place of an operand, counted in vectors of its load width from the start of what is bound of it. Numbers may wrap around: only
-/// the index that they sum up to must be right.
+/// Place of an operand, counted in vectors of its load width from the start of its binding. Numbers may wrap around: only the index that is
+/// their sum must be right.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Pod, Zeroable)]
 pub(crate) struct Operand {
@@ -20,17 +20,17 @@ pub(crate) struct Operand {
     pub(crate) seq: u32,
 }
 
-/// The declaration of [`Operand`] in a text, as long as uniform buffers align a struct.
+/// The declaration of [`Operand`] in a text. Its length is a multiple of 16 bytes, as uniform buffers align a struct.
 const OPERAND: &str = "struct Operand { offset: u32, batch: u32, head: u32, seq: u32 }\n";
 
-/// A line of a template, in whose place the declaration of the parameters comes.
+/// The line of a template that the declaration of the parameters replaces.
 pub(crate) const PLACE: &str = "// PARAMS";
 
 /// A field of [`Params`].
 #[derive(Debug)]
 pub(crate) struct Field {
     name: &'static str,
-    /// In Rust and in WGSL.
+    /// Name in Rust and in WGSL.
     type_name: &'static str,
     docs: &'static [&'static str],
     size: usize,
@@ -42,7 +42,7 @@ macro_rules! params {
         operands { $($(#[doc = $operand_doc:literal])* $operand:ident: $binding:ident,)* }
         numbers { $($(#[doc = $doc:literal])* $field:ident: $type:ident,)* }
     ) => {
-        /// What changes between calls.
+        /// The numbers that change between calls.
         #[derive(Debug, Clone, Copy, Default)]
         pub(crate) struct Params {
             $($(#[doc = $operand_doc])* pub(crate) $operand: Operand,)*
@@ -89,7 +89,7 @@ params! {
         o_lo: OLo,
         lse: Lse,
         d_lse: DLse,
-        /// What the backward pass needs of each row; behind the last row of a head stands its ALiBi slope.
+        /// lse and delta of each row, in half precision also its unit. The ALiBi slope of a head follows its last row.
         row_stats: RowStats,
         alibi_moments: AlibiMoments,
         sink_partials: SinkPartials,
@@ -99,11 +99,11 @@ params! {
         d_bias: DBias,
         /// The caller's boolean mask, in bytes or words.
         mask: Mask,
-        /// Its bits in words, by rows of queries.
+        /// The bits of the mask in words, by rows of queries.
         mask_bits: MaskBits,
-        /// The same by rows of keys, unless one row is for all queries.
+        /// The bits of the mask by rows of keys, unless one row is for all queries.
         mask_key_bits: MaskBits,
-        /// The classes of its blocks.
+        /// The classes of the mask's blocks.
         mask_classes: MaskBits,
         /// Partial states, one behind the other along the batch axis.
         states: States,
@@ -122,10 +122,10 @@ params! {
         /// Position of query 0.
         offset: i32,
         sink_tokens: u32,
-        /// Workgroups of this dispatch: the grid is folded into two dimensions and may be larger.
+        /// Workgroups of this dispatch. The grid is folded into two dimensions and may be larger.
         workgroups: u32,
-        /// The slice of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are those of
-        /// keys where a group is kept together.
+        /// The slice of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are key
+        /// heads if a group is kept together.
         slice_batch: u32,
         slice_batches: u32,
         slice_head: u32,
@@ -140,7 +140,7 @@ params! {
         d_slope_offset: u32,
         /// A slope's place behind the first row of its head.
         slope_row: u32,
-        /// First word of the list of tiles, where sequences differ in length.
+        /// First word of the list of tiles, if sequences differ in length.
         work_at: u32,
         batch: u32,
         /// Sequences of the problem.
@@ -155,7 +155,7 @@ params! {
         queries: u32,
         /// Sequences of the cache.
         sequences: u32,
-        /// First word in `state` of the lengths that hold now, and of those after this append.
+        /// First word in `state` of the lengths that hold now, and of the lengths after this append.
         current: u32,
         next: u32,
         /// First word of the block tables in `state`, and words of the table of a sequence.
@@ -178,7 +178,7 @@ params! {
         row_tiles: u32,
         /// Key heads of all sequences of a decoding step.
         groups: u32,
-        /// Splits of the keys; the most where a split would have more tiles than `long_tiles`; the fewest tiles of a split.
+        /// Splits of the keys, the most splits if a split would have more tiles than `long_tiles`, and the fewest tiles of a split.
         splits: u32,
         most_splits: u32,
         long_tiles: u32,
@@ -186,9 +186,9 @@ params! {
         lse_offset: u32,
         softcap: f32,
         scale: f32,
-        /// The factor of what the softmax works on: the scale, or 1 where scores are formed beforehand.
+        /// The factor of scores in the softmax: the scale, or 1 if scores are formed beforehand.
         score_scale: f32,
-        /// `score_scale` is `scale_sign`, 1 or -1, times `scale_size`.
+        /// `score_scale` is `scale_sign` (1 or -1) times `scale_size`.
         scale_sign: f32,
         scale_size: f32,
         /// -infinity, for which WGSL has no literal.
@@ -201,10 +201,10 @@ params! {
 pub(crate) struct ParamsLayout(Vec<&'static Field>);
 
 impl ParamsLayout {
-    /// The fields that a text names as `params.` and the field, comments aside.
+    /// The fields that a text reads as `params.field` outside of comments.
     ///
     /// # Errors
-    /// [`Error::Gpu`] for a field that there is not, which would be a mistake of this crate.
+    /// [`Error::Gpu`] for a field that does not exist, which would be a mistake of this crate.
     pub(crate) fn of(text: &str) -> Result<Self> {
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
         let code = text.lines().map(|line| line.split_once("//").map_or(line, |(code, _)| code));
@@ -224,7 +224,7 @@ impl ParamsLayout {
         Ok(ParamsLayout(FIELDS.iter().filter(|field| read.contains(&field.name)).collect()))
     }
 
-    /// The declaration.
+    /// The declaration in WGSL.
     fn wgsl(&self) -> String {
         let mut text = String::from(OPERAND);
         text.push_str("\nstruct Params {\n");
@@ -253,7 +253,7 @@ impl ParamsLayout {
     }
 }
 
-/// Puts the declaration of what a text reads of the parameters in its place.
+/// Replaces the mark in a text by the declaration of the parameters that the text reads.
 pub(crate) fn declare(text: &str) -> Result<Cow<'_, str>> {
     match text.split_once(PLACE) {
         Some((head, rest)) => Ok(format!("{head}{}{rest}", ParamsLayout::of(rest)?.wgsl()).into()),

@@ -15,24 +15,24 @@ use crate::problem::error::Result;
 use crate::problem::varlen::Sequence;
 use crate::problem::{Problem, SinkLogits};
 
-/// Which operands are there that a call may go without.
+/// The optional operands that a call has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub struct OptionalOperands {
     /// A gradient flows into lse.
     pub d_lse: bool,
-    /// The forward pass writes, the backward pass reads what rounding took from o; in half precision only.
+    /// The rounding error of o, in half precision only. The forward pass writes it, and the backward pass reads it.
     pub o_lo: bool,
-    /// The gradient by the ALiBi slopes is wanted, where there are any.
+    /// The gradient by the ALiBi slopes is wanted, if there are any.
     pub d_alibi_slopes: bool,
-    /// The gradient by the bias is wanted, where there is one.
+    /// The gradient by the bias is wanted, if there is one.
     pub d_bias: bool,
-    /// The backward pass finds the mask's bits, which the forward pass has left.
+    /// The backward pass finds the bits of the mask that the forward pass has left.
     pub mask_bits: bool,
     /// The gradients by k and v lie in one buffer.
     pub packed: bool,
-    /// Rows of the operands cannot be read four neighbours at a time, since an offset or a stride is no multiple of 4. Widths that are
-    /// none say so by themselves.
+    /// Rows of the operands cannot be read four neighbours at a time, because an offset or a stride is no multiple of 4. A width that is no
+    /// multiple of 4 need not be stated here.
     pub scalar: bool,
     /// The forward pass, or a merge, writes the largest score of each row.
     pub row_max: bool,
@@ -72,23 +72,23 @@ impl OptionalOperands {
     }
 }
 
-/// One kernel. A new one is one such value, and its entry shader.
+/// One kernel. A new kernel is one more value of this struct, and its entry shader.
 #[derive(Debug)]
 pub(crate) struct KernelSpec {
-    /// Its short name, as in files and tables. No two kernels share one.
+    /// The short name that files and tables use. No two kernels share one.
     pub(crate) name: &'static str,
     /// The text of its entry shader.
     pub(crate) template: &'static str,
     /// Whether a pass of the kernel is part of a forward, backward or merging plan.
     pub(crate) wanted: fn(&Problem, OptionalOperands) -> Wanted,
-    /// Operands that it may read. The options decide which of them a variant binds, see [`Variant::bindings`](crate::plan::Variant); a pipeline depends on
-    /// the options of the operands, and on no others.
+    /// Operands that the kernel may read. The options decide which of them a variant binds, see
+    /// [`Variant::bindings`](crate::plan::Variant). A pipeline depends on the options of these operands, and on no others.
     pub(crate) reads: &'static [Binding],
-    /// Operands that it may write.
+    /// Operands that the kernel may write.
     pub(crate) writes: &'static [Binding],
-    /// Whether a variant binds one of these operands, where the options alone do not say so.
+    /// Whether a variant binds one of these operands, if the options alone do not decide that.
     pub(crate) binds: fn(&OwnOptions, Binding) -> bool,
-    /// Changes options that the kernel depends on, where its operands alone do not say which.
+    /// Changes options that the kernel depends on in another way than its operands imply.
     pub(crate) adjust: fn(&mut OwnOptions, &Problem, OptionalOperands),
     /// How its workgroups share the work.
     pub(crate) work: Work,
@@ -96,7 +96,7 @@ pub(crate) struct KernelSpec {
     pub(crate) body: Body,
 }
 
-/// Options that a kernel may take in another way than its operands say.
+/// Options that a kernel may depend on in another way than its operands imply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct OwnOptions {
     pub(crate) dtype: DType,
@@ -110,7 +110,7 @@ pub(crate) struct OwnOptions {
 pub(crate) enum Wanted {
     Never,
     Always,
-    /// Where a kernel of the plan reads what it writes.
+    /// The kernel runs if another kernel of the plan reads its results.
     WhereRead,
 }
 
@@ -123,7 +123,7 @@ impl From<bool> for Wanted {
 /// The computation of a workgroup, with its cost.
 #[derive(Debug)]
 pub(crate) enum Body {
-    /// Sums along rows, or the like.
+    /// Sums along rows, and similar computations.
     Plain(Plain),
     /// Products of tiles.
     Tiled(Tiled),
@@ -138,13 +138,13 @@ pub(crate) struct Cached {
     pub(crate) threads: fn(&CacheOptions) -> u32,
     /// Bytes of workgroup memory.
     pub(crate) workgroup_bytes: fn(&CacheOptions) -> u32,
-    /// How it reads or writes the rows of the cache.
+    /// How the kernel reads or writes the rows of the cache.
     pub(crate) access: fn(&CacheOptions) -> Access,
     /// Leaves out options that its pipeline does not depend on.
     pub(crate) depends: fn(CacheOptions) -> CacheOptions,
-    /// Whether it binds one of its operands.
+    /// Whether the kernel binds one of its operands.
     pub(crate) binds: fn(&CacheOptions, Binding) -> bool,
-    /// What its template reads besides what every template may.
+    /// The values that its template reads in addition to those that every template may read.
     pub(crate) context: fn(&CacheOptions) -> Value,
 }
 
@@ -155,7 +155,7 @@ pub(crate) struct Plain {
     pub(crate) threads: u32,
     /// Bytes of workgroup memory.
     pub(crate) workgroup_bytes: u32,
-    /// Floating-point operations of a workgroup, or what takes as long: such kernels go by the memory that they read.
+    /// Floating-point operations of a workgroup, or as many as take the same time: these kernels are bound by the memory that they read.
     pub(crate) flops: fn(&Problem) -> f64,
     /// Loop iterations of a thread, at most.
     pub(crate) loop_iterations: fn(&Problem, &OwnOptions) -> u64,
@@ -164,24 +164,24 @@ pub(crate) struct Plain {
 /// A kernel whose workgroups hold a tile of rows against tiles of columns.
 #[derive(Debug)]
 pub(crate) struct Tiled {
-    /// Widths of the operands whose products the scores, and the gradients by probabilities, are.
+    /// Widths of the products that a pair needs: q and k for its score, and d_o and v for the gradient by its probability.
     pub(crate) products: &'static [Width],
     /// Widths of the accumulators that a row of a tile keeps in registers.
     pub(crate) accumulators: &'static [Width],
-    /// Keeps row_max and row_sum of an online softmax.
+    /// Whether the kernel keeps row_max and row_sum of an online softmax.
     pub(crate) softmax: bool,
-    /// Sums along rows, among the threads that share one.
+    /// Whether the kernel sums along rows, among the threads that share one.
     pub(crate) sums_rows: bool,
-    /// Sums tiles of pairs, in a tile of its own.
+    /// Whether the kernel sums tiles of pairs, in a tile of its own.
     pub(crate) sums_pairs: bool,
-    /// The micro-kernels that it is written for.
+    /// The micro-kernels that the kernel is written for.
     pub(crate) micro_kernels: &'static [MicroKernel],
-    /// Accumulators the units of whose rows a kernel that multiplies f16 finds itself, in a walk.
+    /// Accumulators whose rows have units that a kernel that multiplies f16 finds itself, in a first walk over the tiles.
     pub(crate) units: fn(DType) -> &'static [&'static str],
 }
 
 impl Tiled {
-    /// Widths of the accumulators; 0 for one that is not there.
+    /// Widths of the accumulators, and 0 for a missing one.
     pub(crate) fn accumulator_widths(&self, head_dim: u32, value_dim: u32) -> [u32; 2] {
         [0, 1].map(|n| self.accumulators.get(n).map_or(0, |width| width.of([head_dim, value_dim])))
     }
@@ -205,24 +205,24 @@ pub(crate) enum Side {
     Keys,
 }
 
-/// How the workgroups of a kernel share the work. The host's grid and the shader's decoding of a workgroup's index
-/// (shaders/work.wgsl) both come from here.
+/// How the workgroups of a kernel share the work. The host's grid, and the shader's decoding of a workgroup's index (shaders/work.wgsl),
+/// both follow from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Work {
     /// Some rows of a head of an entry of the batch.
     Rows(Side),
-    /// A head, over the batch and all rows.
+    /// A head, with the whole batch and all rows.
     Heads,
     /// A group of blocks of the boolean mask.
     MaskBlocks,
-    /// A tile of rows of a head, against all tiles of the other side that it meets. Keys are those of a key head, with the query
-    /// heads of its group in turn.
+    /// A tile of rows of a head, against all tiles of the other side that it meets. A tile of keys belongs to a key head, and the query
+    /// heads of its group come in turn.
     PortableTile(Side),
-    /// A tile of the bias, with all that share it in turn.
+    /// A tile of the bias. All pairs that share it come in turn.
     BiasTiles,
     /// A row of a result of decoding.
     DecodedRows,
-    /// What the host lists or counts for each call: tokens, runs of rows, splits of the keys of a cache. It is one dispatch.
+    /// Work that the host lists or counts for each call: tokens, runs of rows, splits of the keys of a cache. It is one dispatch.
     Listed,
 }
 
@@ -231,13 +231,13 @@ pub(crate) enum Work {
 pub(crate) enum Digit {
     /// Workgroups of one head and tile.
     Cell,
-    /// Heads, or key heads where a group is kept together.
+    /// Heads, or key heads if a group is kept together.
     Head,
     /// Entries of the batch, or numbers of sequences.
     Batch,
     /// Tiles of rows, or places in the list of tiles.
     Tile,
-    /// Tiles of rows, the last first.
+    /// Tiles of rows, the last one first.
     TileFromLast,
 }
 
@@ -248,7 +248,7 @@ pub(crate) struct Grid {
     pub(crate) cells: u64,
 }
 
-/// The place of a workgroup in the work: the host's twin of `WorkIndex` in shaders/work.wgsl.
+/// The place of a workgroup in the work. Twin of `WorkIndex` in shaders/work.wgsl.
 #[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct WorkIndex {
@@ -264,7 +264,7 @@ impl Work {
         matches!(self, Work::Rows(Side::Keys) | Work::PortableTile(Side::Keys))
     }
 
-    /// Whether tiles come from a list where sequences differ in length.
+    /// Whether tiles come from a list if sequences differ in length.
     pub(crate) fn is_listed(self, lengths: bool) -> bool {
         lengths && matches!(self, Work::PortableTile(_))
     }
@@ -277,12 +277,12 @@ impl Work {
             Work::Heads => &[Head],
             Work::Listed => &[],
             Work::MaskBlocks | Work::BiasTiles => &[Cell, Tile, Head, Batch],
-            // The first key tile of every head comes first: under a causal mask the most queries see it.
+            // The first key tile of every head comes first, because under a causal mask the most queries see it.
             Work::PortableTile(Side::Keys) => &[Head, Batch, Tile],
             // The list has its own order.
             Work::PortableTile(Side::Queries) if lengths => &[Cell, Head, Batch, Tile],
-            // The query heads of a group stand side by side: they share keys and values. The last query tile of every head comes
-            // first: under a causal mask it is the longest.
+            // The query heads of a group are neighbours, because they share keys and values. The last query tile of every head comes first,
+            // because under a causal mask it is the longest.
             Work::PortableTile(Side::Queries) => &[Cell, Head, Batch, TileFromLast],
         }
     }
@@ -323,7 +323,7 @@ impl Work {
             Work::Rows(Side::Keys) => ([s.batch, s.kv_heads, delta_tiles(s.seq_k)], 1),
             Work::Heads => ([1, s.heads, 1], 1),
             Work::DecodedRows => ([s.batch, s.heads, s.seq_q], 1),
-            // A problem does not say how much there is.
+            // A problem does not say how much listed work there is.
             Work::Listed => ([0; 3], 0),
             Work::MaskBlocks => {
                 let [batch, heads, rows, keys] = problem.options().mask.unwrap_or_default().of(problem.pairs_shape());
@@ -354,7 +354,7 @@ impl Work {
         Grid { axes: axes.map(|n| n as u64), cells: cells as u64 }
     }
 
-    /// Tiles of so many rows of a head of a sequence.
+    /// Tiles of `rows` rows of a head of a sequence.
     pub(crate) fn row_tiles(self, sequence: &Sequence, rows: usize) -> usize {
         let length = if self.rows_are_keys() { sequence.k_rows } else { sequence.q_rows };
         length.div_ceil(rows)
@@ -368,21 +368,21 @@ impl Grid {
     }
 }
 
-/// Words of a row of the mask's bits, its rows of blocks, and groups of blocks of such a row.
+/// Words of a row of the mask's bits, rows of blocks of the mask, and groups of blocks in a row of blocks.
 pub(crate) fn mask_blocks(rows: usize, keys: usize) -> [usize; 3] {
     let words = keys.div_ceil(32);
     [words, rows.div_ceil(MASK_BLOCK_ROWS as usize), words.div_ceil((MASK_GROUP * MASK_BLOCK_WORDS) as usize)]
 }
 
-/// Of a kernel that binds all that the options say.
+/// [`KernelSpec::binds`] of a kernel that binds all operands that the options imply.
 pub(crate) fn binds_all(_: &OwnOptions, _: Binding) -> bool {
     true
 }
 
-/// Of a kernel whose operands say all that its pipeline depends on.
+/// [`KernelSpec::adjust`] of a kernel whose operands imply everything that its pipeline depends on.
 pub(crate) fn adjusts_nothing(_: &mut OwnOptions, _: &Problem, _: OptionalOperands) {}
 
-/// Of a kernel that is part of every plan that lists it.
+/// [`KernelSpec::wanted`] of a kernel that is part of every plan that lists it.
 pub(crate) fn always(_: &Problem, _: OptionalOperands) -> Wanted {
     Wanted::Always
 }

@@ -8,10 +8,10 @@ use minijinja::{Environment, UndefinedBehavior, Value};
 use crate::kernel::params::declare;
 use crate::problem::error::{Error, Result};
 
-/// Folder that composed shaders are written to, where this environment variable names one.
+/// Environment variable that names a folder for composed shaders. Without it no shader is written.
 pub const DUMP_VARIABLE: &str = "SINK_ATTENTION_DUMP_SHADERS";
 
-/// The texts that kernels share, each with the name that `include` and `import` know it by.
+/// The texts that kernels share, each under the name that `include` and `import` use.
 const SOURCES: &[(&str, &str)] = &[
     ("alibi.wgsl", include_str!("../../shaders/alibi.wgsl")),
     ("bf16.wgsl", include_str!("../../shaders/bf16.wgsl")),
@@ -88,7 +88,7 @@ fn environment() -> Result<&'static Environment<'static>, minijinja::Error> {
         .line_statement_prefix("# ")
         .build()?;
     environment.set_syntax(syntax);
-    // Rows and columns of what a thread holds: one loop of a template over all of them.
+    // Rows and columns that a thread holds, as pairs: one loop of a template visits all of them.
     environment.add_function("pairs", |rows: u32, columns: u32| -> Vec<[u32; 2]> {
         (0..rows).flat_map(|row| (0..columns).map(move |column| [row, column])).collect()
     });
@@ -99,13 +99,13 @@ fn environment() -> Result<&'static Environment<'static>, minijinja::Error> {
     Ok(ENVIRONMENT.get_or_init(|| environment))
 }
 
-/// The same program, for readers of dumps, labels and snapshots: two spaces for each level of brackets, one blank line between
-/// items, and within functions blank lines before comments only. Fragments and macros need not care how they are indented.
+/// The same program in a form for dumps, labels and snapshots: two spaces for each level of brackets, one blank line between items, and
+/// within functions blank lines before comments only. The indentation of fragments and macros therefore does not matter.
 ///
 /// The text has no block comments and no brackets within literals.
 fn tidy(text: &str) -> String {
     let mut tidied = String::with_capacity(text.len());
-    // One entry for each open bracket: the line that it stands in.
+    // One entry for each open bracket: the number of its line.
     let mut open: Vec<usize> = Vec::new();
     let (mut was_blank, mut after_opening) = (false, true);
     let mut previous_line = None;
@@ -166,7 +166,7 @@ fn begins_after(previous: &mut Option<Line>, line: &str, was_blank: bool) -> boo
     match (previous.replace(kind), kind) {
         (None, _) => false,
         (Some(Line::Comment), _) => was_blank && kind == Line::Comment,
-        // The attributes of the entry point stand in the line above it.
+        // The attributes of the entry point are on the line above it.
         (Some(Line::Block), _) => !line.starts_with("fn main"),
         (Some(Line::Declaration), Line::Declaration) => was_blank,
         (Some(Line::Declaration), _) => true,

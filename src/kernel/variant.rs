@@ -1,4 +1,4 @@
-//! Variants: a kernel with what its pipeline fixes, and its text.
+//! Variants: a kernel with the options that its pipeline fixes, and its text.
 
 use std::collections::BTreeMap;
 
@@ -23,13 +23,13 @@ use crate::problem::element::DType;
 use crate::problem::error::Result;
 use crate::problem::{Axes, MaskPacking, Options, Problem, SinkLogits};
 
-/// What a pipeline fixes. Two problems of one variant share a pipeline.
+/// The options that a pipeline fixes. Two problems with the same variant share a pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Variant {
-    /// What is computed.
+    /// The kernel.
     pub kernel: Kernel,
-    /// How matrix products are formed, where there are any.
+    /// How matrix products are formed, if there are any.
     pub micro_kernel: MicroKernel,
     /// Element type of q, k, v, o and their gradients in memory.
     pub dtype: DType,
@@ -45,15 +45,15 @@ pub struct Variant {
     pub softcap: bool,
     /// ALiBi is subtracted from scores.
     pub alibi: bool,
-    /// What the gradient of the ALiBi slopes is summed from is left for each row.
+    /// Each row keeps the sum that the gradient of the ALiBi slopes needs.
     pub moments: bool,
     /// Element type of the bias that is added to scores.
     pub bias: Option<DType>,
     /// A boolean mask hides pairs.
     pub mask: bool,
-    /// How the caller's mask lies in memory, for the kernel that reads it.
+    /// Packing of the caller's mask, for the kernel that reads it.
     pub mask_packing: MaskPacking,
-    /// The axes that the bias has of its own, for the kernel of its gradient.
+    /// The axes along which the bias is not broadcast, for the kernel of its gradient.
     pub axes: Option<Axes>,
     /// Sequences differ in length.
     pub lengths: bool,
@@ -61,7 +61,7 @@ pub struct Variant {
     pub d_lse: bool,
     /// d_k and d_v lie in one buffer, which is bound once.
     pub packed: bool,
-    /// o is bound with what its rounding to half precision takes.
+    /// o is bound with its rounding error, in half precision.
     pub o_lo: bool,
     /// The largest score of each row is a result.
     pub row_max: bool,
@@ -69,14 +69,14 @@ pub struct Variant {
     pub tiling: Option<Tiling>,
     /// The device's cooperative matrices, for a cooperative kernel.
     pub matrices: Option<CooperativeMatrices>,
-    /// Computes only rows that a cooperative kernel with so many rows in a tile has reported.
+    /// The kernel computes only rows that a cooperative kernel has reported. The number is the rows of that kernel's tiles.
     pub fallback: Option<u32>,
-    /// A cooperative kernel's second run, of the tiles that its first has reported: with zeros in place of columns that are not
-    /// finite, so that these reach no row that does not see them.
+    /// A cooperative kernel's second run, of the tiles that its first run has reported. Columns that are not finite are replaced by zeros,
+    /// so that they reach no row that does not see them.
     pub sanitize: bool,
-    /// Tiles of a workgroup, one after the other: of what computes again, which finds most of them right as they are.
+    /// Tiles that a workgroup looks at, one after the other, in a pass that computes rows again. Most tiles have no such row.
     pub batch: u32,
-    /// What a kernel of caches fixes.
+    /// The options that a kernel of caches fixes.
     pub(crate) cache: Option<CacheOptions>,
 }
 
@@ -92,7 +92,8 @@ impl Variant {
         CooperativeTile::new(self.tiling?, self.matrices?)
     }
 
-    /// What its micro-kernel does, of a kernel with tiles. No other kernel has any of these properties: decoding has its own tiles.
+    /// The properties of the micro-kernel, for a kernel with tiles. No other kernel has any of these properties: decoding has its own
+    /// tiles.
     pub(crate) fn properties(&self) -> Properties {
         self.tiling.map_or(MicroKernel::Portable, |tiling| tiling.micro_kernel()).properties()
     }
@@ -111,10 +112,10 @@ impl Variant {
     }
 
     /// A kernel's variant for a problem, before tiles are chosen. Options of operands that the kernel does not bind are left out, so that
-    /// fewer variants are compiled. `vec4` says whether the operands can be read four neighbours at a time.
+    /// problems which differ only in those share a pipeline. `vec4` says whether the operands can be read four neighbours at a time.
     pub(crate) fn new(kernel: Kernel, problem: &Problem, vec4: bool, optional: OptionalOperands) -> Self {
         let (shape, spec) = (problem.shape(), kernel.spec());
-        // Parameters carry the scale and, as the bands of sequences, the rule; operands carry their own layout.
+        // Parameters carry the scale and the visibility rule (as the bands of sequences), and operands carry their own layout.
         let Options {
             causal: _,
             window: _,
@@ -137,11 +138,11 @@ impl Variant {
         let binds = |binding: Binding| reads(binding) || writes(binding);
         let is_tiled = kernel.tiled().is_some();
         let all = || spec.reads.iter().chain(spec.writes);
-        // A width of 1 and one of 2 tell the two apart.
+        // Widths of 1 and 2 distinguish D and E.
         let has_width = |width: u32| all().any(|binding| binding.width([1, 2]) == Some(width));
         let [uses_q, uses_v] = [1, 2].map(has_width);
         let mut own = OwnOptions {
-            // A row's terms have more in half precision.
+            // Row statistics have more terms in half precision.
             dtype: if uses_q || uses_v || binds(Binding::RowStats) { dtype } else { DType::F32 },
             sink_logits: if reads(Binding::SinkLogits) { sink_logits } else { SinkLogits::None },
             lengths: problem.has_lengths() && reads(Binding::Sequences),
@@ -210,23 +211,23 @@ impl Variant {
         }
     }
 
-    /// The share of a workgroup of a kernel that decodes.
+    /// The share of a workgroup, for a kernel that decodes.
     pub fn decode_tiles(&self) -> Option<DecodeTiles> {
         self.cache?.tiles
     }
 
-    /// The description of a kernel of caches, with what its pipeline fixes.
+    /// The description of a kernel of caches, and the options that its pipeline fixes.
     fn cached(&self) -> Option<(&'static Cached, &CacheOptions)> {
         self.kernel.cached().zip(self.cache.as_ref())
     }
 
-    /// The options that its kernel may have taken in its own way.
+    /// The options that the kernel may depend on in another way than its operands imply.
     pub(crate) fn own_options(&self) -> OwnOptions {
         let Variant { dtype, sink_logits, lengths, o_lo, .. } = *self;
         OwnOptions { dtype, sink_logits, lengths, o_lo }
     }
 
-    /// The operands this variant binds, with whether it writes them.
+    /// The operands that this variant binds, and whether it writes them.
     pub(crate) fn bindings(&self) -> Vec<(Binding, bool)> {
         let spec = self.kernel.spec();
         let present = |(binding, written): &(Binding, bool)| {
@@ -240,7 +241,7 @@ impl Variant {
                 Binding::Sequences => self.lengths,
                 Binding::OLo | Binding::StatesLo => self.o_lo,
                 Binding::RowMax | Binding::StatesRowMax => self.row_max,
-                // In the buffer of d_k.
+                // d_v is in the buffer of d_k.
                 Binding::DV => !self.packed,
                 _ => true,
             };
@@ -259,7 +260,7 @@ impl Variant {
         self.kernel.spec().work.rows_are_keys()
     }
 
-    /// Accumulators the units of whose rows it finds itself, in a walk: of sums in f16.
+    /// Accumulators of sums in f16 whose rows have units that the kernel finds itself, in a first walk over the tiles.
     fn units(&self) -> &'static [&'static str] {
         match self.kernel.tiled() {
             Some(tiled) if self.properties().multiplies_halves => (tiled.units)(self.dtype),
@@ -267,39 +268,39 @@ impl Variant {
         }
     }
 
-    /// Whether the row statistics hold the unit of d_q: where matrices may multiply the row's weights.
+    /// Whether the row statistics hold the unit of d_q, because matrices may multiply the row's weights.
     fn stats_have_units(&self) -> bool {
         self.dtype.multiplies_on_matrices()
     }
 
-    /// Whether it keeps an online softmax.
+    /// Whether the kernel keeps an online softmax.
     fn softmax(&self) -> bool {
         self.kernel.tiled().is_some_and(|tiled| tiled.softmax)
     }
 
-    /// The token scales of the columns that it reads and multiplies in f16, where the element type has more range.
+    /// The token scales of the columns that the kernel multiplies in f16, if the element type has more range than f16.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
         let needs = self.properties().multiplies_halves && self.dtype.needs_token_scales();
         needs.then_some(if self.rows_are_keys() { Binding::QueryScales } else { Binding::KeyScales })
     }
 
-    /// Whether a hidden column that is not finite spoils rows that do not see it: where a product with zero weights sums columns,
-    /// and the rows are only reported.
+    /// Whether a hidden column that is not finite spoils rows that do not see it: a product with zero weights sums it, and those rows are
+    /// only reported.
     pub(crate) fn mixes_columns(&self) -> bool {
         self.properties().reports_rows && self.kernel.tiled().is_some_and(|tiled| !tiled.accumulators.is_empty())
     }
 
-    /// Rows of a tile whose reports it leaves.
+    /// Rows of a tile that the kernel reports.
     fn reported_rows(&self) -> Option<u32> {
         self.tile().filter(|_| self.properties().reports_rows).map(|[rows, _]| rows)
     }
 
-    /// Words of the report that it leaves of a tile.
+    /// Words of the kernel's report of a tile.
     pub(crate) fn report_words(&self) -> Option<u32> {
         self.reported_rows().map(report_words)
     }
 
-    /// Storage buffers this variant binds.
+    /// Storage buffers that this variant binds.
     pub(crate) fn storage_buffers(&self) -> u32 {
         self.bindings().iter().filter(|(b, _)| *b != Binding::Params).count() as u32
     }
@@ -336,7 +337,7 @@ impl Variant {
         }
     }
 
-    /// Numbers that a kernel keeps for the ALiBi slopes' gradient, beside its tiles.
+    /// Numbers that a kernel keeps for the ALiBi slopes' gradient, in addition to its tiles.
     fn moments_len(&self) -> u32 {
         let tiles = self.tiles().filter(|_| self.moments);
         tiles.map_or(0, |tiles| tiles.tile_rows() * tiles.threads_c)
@@ -402,7 +403,7 @@ impl Variant {
         let bindings = self.bindings();
         let half = self.dtype.is_half();
         let quads = |width: u32| width.div_ceil(4);
-        // What is read and written, and the binding that it is part of.
+        // Operands that are read and written, each with the binding that holds it.
         let mut named: Vec<_> = bindings.iter().map(|&(b, written)| (b, b, written)).collect();
         if self.packed {
             named.push((Binding::DV, Binding::DK, true));
@@ -480,14 +481,14 @@ impl Variant {
             mask => self.mask,
             packed => self.mask_packing == MaskPacking::Bits,
             axes => self.axes.map(|Axes { batch, heads, seq_q }| context! { batch, heads, seq_q }),
-            // Scores are more than products times the scale; pairs are hidden one by one.
+            // `modified`: scores are more than products times the scale. `hides`: pairs are hidden one by one.
             modified => self.softcap || self.alibi || self.bias.is_some(),
             hides => self.mask || self.bias.is_some(),
-            // Scores in powers of two are capped on their way to the exponential: what remains is formed in full.
+            // Softcap is applied on the way to the exponential. Scores with ALiBi, bias or token scales are formed in full.
             formed => self.alibi || self.bias.is_some() || (self.softmax() && self.column_scales().is_some()),
             lengths => self.lengths,
             class_arguments => classes,
-            // ALiBi raises scores towards the diagonal: from there on back their maximum hardly grows.
+            // ALiBi raises scores towards the diagonal. Tiles are visited from the diagonal back, so that the maximum hardly grows.
             mirrored => properties.rescales_rarely && self.softmax() && self.alibi,
             softmax => self.softmax(),
             // A mask's words are kept in registers.
@@ -505,7 +506,7 @@ impl Variant {
             mask_step_words => MASK_STEP_WORDS,
             fallback_rows,
             report_words => fallback_rows.map(report_words),
-            // What the maximum of the softmax is multiplied with: in bf16 token scales have made scores of products.
+            // The factor of the softmax's maximum. In bf16 token scales have already turned products into scores.
             score_size => if self.column_scales().is_some() { "1.0" } else { "params.scale_size" },
             column_scales => self.column_scales().map(Binding::name),
             sanitize => self.sanitize,

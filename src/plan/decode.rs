@@ -13,7 +13,21 @@ use crate::problem::error::{Error, Result};
 use crate::problem::row_format::Bounds;
 use crate::problem::{Options, Problem, Shape};
 
-/// What a decoding step computes.
+/// The computation of a decoding step.
+///
+/// ```
+/// use sink_attention::Options;
+/// use sink_attention::cache::{CacheConfig, CacheKind, Decode};
+/// use sink_attention::cpu::KvCache;
+///
+/// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 2, 1, 1))?;
+/// cache.append(&[0, 3], &[1.0f32; 3], &[1.0, 2.0, 6.0], None, None)?;
+/// // The queries of the last two tokens of the second sequence, as speculative decoding checks them.
+/// let decode = Decode::new(1, Options::new().causal(true)).queries(2).sequences([1]);
+/// let output = cache.decode(&decode, &[0.0; 2], None, None)?;
+/// assert_eq!(output.o, [1.5, 3.0]); // scores of zero: means of the values so far
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Decode {
@@ -29,8 +43,8 @@ pub struct Decode {
     pub options: Options,
     /// How the kernel divides its work; `None` leaves that to the planner.
     pub tiling: Option<DecodeTiling>,
-    /// The caller has rotated q. Else, where the cache has a rotary embedding, the appends must have rotated the queries of the
-    /// last tokens, of as many heads ([`AppendBuffers::q`](crate::cache::AppendBuffers::q)), or decoding is an error.
+    /// The caller has rotated q. Otherwise, if the cache has a rotary embedding, the appends must have rotated the queries of the last
+    /// tokens, of as many heads ([`AppendBuffers::q`](crate::cache::AppendBuffers::q)). If they have not, decoding is an error.
     pub q_rotated: bool,
 }
 
@@ -63,7 +77,7 @@ impl Decode {
         config.rotary.filter(|_| !self.q_rotated).map(|_| self.heads)
     }
 
-    /// The sequences of the batch; checked.
+    /// The sequences of the batch, after a check.
     pub(crate) fn entries(&self, config: &CacheConfig) -> Result<Vec<usize>> {
         let Some(entries) = &self.sequences else { return Ok((0..config.sequences).collect()) };
         match entries.iter().find(|sequence| **sequence >= config.sequences) {
@@ -72,7 +86,7 @@ impl Decode {
         }
     }
 
-    /// The same as a forward pass over as many keys as there can be, which checks options and sizes.
+    /// The step as a forward pass over as many keys as there can be, which checks options and sizes.
     pub(crate) fn problem(&self, config: &CacheConfig) -> Result<(Problem, Bounds)> {
         if self.options.dtype != config.dtype {
             return Err(Error::CacheElementType { operands: self.options.dtype, cache: config.dtype });
@@ -95,10 +109,10 @@ impl Decode {
     }
 }
 
-/// How a decoding step will be computed on a device.
+/// The way a decoding step will be computed on a device.
 #[derive(Debug, Clone)]
 pub(crate) struct DecodePlan {
-    /// The same as a forward pass over as many keys as there can be.
+    /// The step as a forward pass over as many keys as there can be.
     pub(crate) problem: Problem,
     pub(crate) bounds: Bounds,
     pub(crate) tiling: DecodeTiling,
@@ -113,7 +127,7 @@ pub(crate) struct DecodePlan {
 }
 
 impl DecodePlan {
-    /// Plans a step. `vec4` says of an operand whether its rows can be read four neighbours at a time, `row_max` whether the largest
+    /// Plans a step. `vec4` says of an operand whether its rows can be read four neighbours at a time. `row_max` says whether the largest
     /// score of each row is a result.
     pub(crate) fn new(
         config: &CacheConfig,
@@ -131,7 +145,7 @@ impl DecodePlan {
             Some(tiling) => tiling,
             None => choose(config, &problem, micro_kernel, capabilities)?,
         };
-        // Before anything is computed from the numbers of the tiles.
+        // The tiles are checked before anything is computed from their numbers.
         tiling.check(config, s.seq_q > 1, capabilities)?;
         let matrices = capabilities.cooperative;
         let tile = tiling.tiles.keys(matrices);
@@ -189,7 +203,7 @@ impl DecodePlan {
         Ok(DecodePlan { problem, bounds, tiling, split, tile, row_tiles: row_tiles as u32, groups, passes })
     }
 
-    /// Splits of the keys of a sequence that holds so many.
+    /// Splits of the keys of a sequence that holds `keys` keys.
     pub(crate) fn splits(&self, keys: usize) -> u32 {
         splits(keys, self.problem.shape().seq_q, &self.bounds, self.tile, &self.split)
     }
@@ -202,7 +216,7 @@ impl DecodePlan {
 }
 
 impl Plan {
-    /// Plans a decoding step of a cache whose sequences are full, with operands that are densely packed, without row_max.
+    /// Plans a decoding step of a cache whose sequences are full, with densely packed operands and without row_max.
     ///
     /// # Errors
     /// Those of [`KvCache::prepare_decode`](crate::cache::KvCache::prepare_decode) that do not depend on buffers.
@@ -249,7 +263,7 @@ fn choose(
 }
 
 impl DecodeTiling {
-    /// Whether the tiles fit a cache.
+    /// Checks that the tiles fit a cache.
     fn check(&self, config: &CacheConfig, several: bool, capabilities: &Capabilities) -> Result<()> {
         let unfit = |reason: String| Err(Error::NoKernel { problem: format!("decoding with {self}"), reason });
         let (matrices, splits) = (capabilities.cooperative, self.splits);
@@ -279,7 +293,7 @@ impl DecodeTiling {
         self.check_page(config, capabilities)
     }
 
-    /// A tile lies within a page.
+    /// Checks that a tile fits a page.
     fn check_page(&self, config: &CacheConfig, capabilities: &Capabilities) -> Result<()> {
         let tile = self.tiles.keys(capabilities.cooperative);
         match config.kind {

@@ -1,4 +1,4 @@
-//! The limit to loop iterations of one driver, llvmpipe, which ends longer loops and goes on with wrong results.
+//! The limit on loop iterations of one driver, llvmpipe. It ends longer loops and goes on with wrong results.
 
 use crate::device::capabilities::Capabilities;
 use crate::kernel::spec::Work;
@@ -8,7 +8,7 @@ use crate::problem::error::{Error, Result};
 use crate::problem::mask::Band;
 use crate::problem::varlen::Sequence;
 
-/// Refuses what the driver would end before it is done; `needed` gets the most that it allows.
+/// Refuses a kernel whose loops the driver would end too early. `needed` gets the most iterations that the driver allows.
 pub(crate) fn check_loop_iterations(
     kernel: Kernel,
     problem: &Problem,
@@ -28,8 +28,8 @@ pub(crate) fn check_loop_iterations(
     Err(Error::NoKernel { problem: problem.to_string(), reason })
 }
 
-/// Loop iterations of the longest workgroup, given those of an open and of a masked tile: more than there are where that many
-/// are within `most`, and fewer where even they are beyond it.
+/// Loop iterations of the longest workgroup, from those of an open tile and of a masked one. A result within `most` may be too high, and a
+/// result beyond `most` may be too low.
 pub(crate) fn loop_iterations(
     kernel: Kernel,
     problem: &Problem,
@@ -45,7 +45,7 @@ pub(crate) fn loop_iterations(
         total = total.saturating_add(iterations);
     }
     match problem.options().bias {
-        // One workgroup goes through all that share the bias.
+        // One workgroup visits all pairs that share the bias.
         Some(axes) if kernel.spec().work == Work::BiasTiles => {
             let shape = problem.shape();
             let sequences = match (axes.batch, problem.has_lengths()) {
@@ -69,7 +69,7 @@ pub(crate) fn sequence_loop_iterations(
 ) -> u64 {
     let options = problem.options();
     let [rows, columns] = tile.map(|n| n as usize);
-    // A mask is looked up for each tile, twice, block by block.
+    // The kernel looks up a mask twice for each tile, block by block.
     let lookup = match options.mask {
         Some(_) => 2 * (2 + rows / MASK_BLOCK_ROWS as usize) * (2 + columns / 32),
         None => 0,
@@ -88,15 +88,15 @@ pub(crate) fn sequence_loop_iterations(
         false => band.key_tiles(range, columns).count(),
     };
     let [seq, heads] = if rows_are_keys { [band.seq_k(), problem.heads_per_kv()] } else { [band.seq_q(), 1] };
-    // Long sequences are not gone through where their ends tell, or where all that there is would be few enough; tiles may
-    // be cut where sink tokens end.
+    // A long sequence is not visited tile by tile if its ends decide, or if the most tiles that there can be are few enough. Tiles may be
+    // cut where sink tokens end.
     let other = if rows_are_keys { band.seq_q() } else { band.seq_k() };
     let enough =
         (heads as u64).saturating_mul(1 + (other.div_ceil(columns) as u64 + 2).saturating_mul(open.max(masked)));
     if enough <= most {
         return enough;
     }
-    // Too many even if nothing is masked.
+    // The iterations are too many even if nothing is masked.
     let least = |longest: usize| heads as u64 * (1 + longest as u64 * open);
     let ends = [0..rows.min(seq), seq.saturating_sub(rows)..seq];
     let of_ends = least(ends.iter().map(visited).max().unwrap_or(0));

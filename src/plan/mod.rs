@@ -1,4 +1,4 @@
-//! Decisions: which kernel, which tiles, how many workgroups. Pure functions of numbers, for a device that need not be there.
+//! Decisions: the kernels, their tiles, and the number of workgroups. Pure functions of numbers, for a device that need not be present.
 
 pub(crate) mod decode;
 mod loop_limit;
@@ -35,16 +35,16 @@ use crate::problem::error::{Error, Result};
 pub use crate::problem::mask::{Band, KeyTiles};
 pub use crate::problem::varlen::Sequence;
 
-/// A micro-kernel, and tiles that go before the built-in table.
+/// A micro-kernel, and tiles to prefer to the built-in table.
 #[derive(Debug, Clone, Copy, Default)]
 #[non_exhaustive]
 pub struct Preference<'a> {
-    /// The caller's choice: an error where there is none for the problem.
+    /// The caller's choice. It is an error if no kernel of it fits the problem.
     pub micro_kernel: MicroKernel,
-    /// The caller's own, for measuring candidates: an error where they do not fit. Under [`MicroKernel::Auto`] the first
-    /// one of a kernel decides on its micro-kernel, too.
+    /// The caller's own tiles, for measuring candidates. It is an error if they do not fit. Under [`MicroKernel::Auto`] the first tiles of
+    /// a kernel also decide on its micro-kernel.
     pub tiles: &'a [(Kernel, Tiling)],
-    /// Measured ones, passed over where they do not fit. Under [`MicroKernel::Auto`] they decide on the micro-kernel, too.
+    /// Measured tiles, which are ignored if they do not fit. Under [`MicroKernel::Auto`] they also decide on the micro-kernel.
     pub tuning: Option<&'a Tuning>,
 }
 
@@ -59,7 +59,20 @@ setters! {
     }
 }
 
-/// How a problem will be computed on a device: passes that run one after the other.
+/// The way a problem will be computed on a device: passes that run one after the other.
+///
+/// ```
+/// use sink_attention::plan::{Capabilities, Kernel, Plan};
+/// use sink_attention::{Options, Problem, Shape};
+///
+/// let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: 64, seq_k: 64, head_dim: 64, value_dim: 64 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// let device = Capabilities::webgpu_defaults(); // no device is needed
+/// let plan = Plan::backward(&problem, &device)?;
+/// assert!(plan.passes.iter().map(|pass| pass.variant.kernel).eq([Kernel::DELTA, Kernel::D_Q, Kernel::D_KV]));
+/// assert_eq!(plan.dispatches(&problem, &device, None)?, [1, 1, 1]);
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Plan {
@@ -67,7 +80,7 @@ pub struct Plan {
     pub passes: Vec<Pass>,
 }
 
-/// Passes of the caller's choice, to [compile](crate::Attention::precompile) them.
+/// A plan of passes of the caller's choice, to [compile](crate::Attention::precompile) them.
 impl FromIterator<Pass> for Plan {
     fn from_iter<I: IntoIterator<Item = Pass>>(passes: I) -> Self {
         Plan { passes: passes.into_iter().collect() }
@@ -75,7 +88,7 @@ impl FromIterator<Pass> for Plan {
 }
 
 impl Plan {
-    /// Plans the forward pass without o_lo, for operands that are densely packed.
+    /// Plans the forward pass without o_lo, for densely packed operands.
     ///
     /// # Errors
     /// [`Error::NoKernel`].
@@ -83,11 +96,10 @@ impl Plan {
         Plan::forward_with(problem, OptionalOperands::default(), capabilities, &Preference::default())
     }
 
-    /// As [`forward`](Self::forward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
-    /// prefer.
+    /// Like [`forward`](Self::forward), with optional operands, a micro-kernel of the caller's choice and tiles to prefer.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::NoKernel`], too, where there is no such micro-kernel for the problem;
+    /// Those of [`forward`](Self::forward). Also [`Error::NoKernel`] if the problem has no kernel of the micro-kernel, and
     /// [`Error::UnexpectedOperand`] for o_lo in f32.
     pub fn forward_with(
         problem: &Problem,
@@ -95,13 +107,13 @@ impl Plan {
         capabilities: &Capabilities,
         preference: &Preference<'_>,
     ) -> Result<Self> {
-        // The bits are found in the backward pass alone.
+        // Only a backward pass can find the mask's bits ready.
         let optional = OptionalOperands { mask_bits: false, ..optional };
         Passes::new(FORWARD_PASS, problem, optional, capabilities, preference)?.plan()
     }
 
-    /// Plans the backward pass without o_lo and without a gradient into lse, for operands that are densely packed: delta, the sink
-    /// logits' gradient (where there is one), d_q, then d_k and d_v.
+    /// Plans the backward pass without o_lo and without a gradient into lse, for densely packed operands: delta, the sink logits' gradient
+    /// (if there is one), d_q, then d_k and d_v.
     ///
     /// # Errors
     /// [`Error::NoKernel`].
@@ -109,11 +121,10 @@ impl Plan {
         Plan::backward_with(problem, OptionalOperands::default(), capabilities, &Preference::default())
     }
 
-    /// As [`backward`](Self::backward), with operands that are optional, a micro-kernel of the caller's choice and tiles to
-    /// prefer.
+    /// Like [`backward`](Self::backward), with optional operands, a micro-kernel of the caller's choice and tiles to prefer.
     ///
     /// # Errors
-    /// As [`forward_with`](Self::forward_with).
+    /// Those of [`forward_with`](Self::forward_with).
     pub fn backward_with(
         problem: &Problem,
         optional: OptionalOperands,
@@ -123,11 +134,11 @@ impl Plan {
         Passes::new(BACKWARD_PASS, problem, optional, capabilities, preference)?.plan()
     }
 
-    /// Plans a merge of `states` partial states of the problem, without o_lo unless `optional` says so. The last merge applies
-    /// the sink logits.
+    /// Plans a merge of `states` partial states of the problem, without o_lo unless `optional` says otherwise. The last merge applies the
+    /// sink logits.
     ///
     /// # Errors
-    /// [`Error::ZeroDimension`] for no states; as [`forward_with`](Self::forward_with).
+    /// [`Error::ZeroDimension`] if there are no states, and those of [`forward_with`](Self::forward_with).
     pub fn merge(
         problem: &Problem,
         states: usize,
@@ -138,19 +149,19 @@ impl Plan {
         Plan::merging(&problem.merging(states, problem.options().dtype, is_last)?, optional, capabilities)
     }
 
-    /// Plans a merge, of a problem whose keys are the states.
+    /// Plans a merge. `problem` is a merge, too: its keys are the states.
     pub(crate) fn merging(problem: &Problem, optional: OptionalOperands, capabilities: &Capabilities) -> Result<Self> {
         Passes::new(MERGE_PASS, problem, optional, capabilities, &Preference::default())?.plan()
     }
 }
 
 impl Plan {
-    /// Dispatches of each pass where the caller's operands are densely packed (1 for a pass of a decoding step), as [`Prepared`](crate::Prepared) would have
-    /// them with a [budget](crate::Attention::with_dispatch_budget) for the time; `None` is the default one.
+    /// Dispatches of each pass if the caller's operands are densely packed (1 for a pass of a decoding step). [`Prepared`](crate::Prepared)
+    /// has as many with the same [budget](crate::Attention::with_dispatch_budget) for the time. `None` is the default budget.
     ///
     /// # Errors
-    /// [`Error::BindingTooLarge`] and [`Error::IndexOverflow`] where the smallest piece of the work needs more of an operand
-    /// than can be bound, [`Error::TooManyWorkgroups`] where it has more workgroups than a dispatch.
+    /// [`Error::BindingTooLarge`] and [`Error::IndexOverflow`] if the smallest piece of the work needs more of an operand than can be
+    /// bound, [`Error::TooManyWorkgroups`] if it has more workgroups than a dispatch can have.
     pub fn dispatches(
         &self,
         problem: &Problem,
@@ -169,14 +180,14 @@ impl Plan {
     }
 }
 
-/// Starting a workgroup takes as long as looking at some reports. On a device with a limit to loop iterations it is one.
+/// Tiles that a workgroup looks at: starting a workgroup takes as long as looking at some reports. A device with a limit on loop iterations
+/// has one.
 const REPAIR_BATCH: u32 = 8;
 
-/// Widest head of the cooperative kernels. Their loops over features are unrolled, and in lanes' registers there is no room for
-/// more.
+/// Widest head of the cooperative kernels. Their loops over features are unrolled, and the registers of a lane have no room for more.
 const COOPERATIVE_WIDTH: usize = 256;
 
-/// What the passes of a plan have in common.
+/// The inputs that all passes of a plan share.
 struct Passes<'a> {
     kernels: &'a [Kernel],
     problem: &'a Problem,
@@ -187,7 +198,7 @@ struct Passes<'a> {
 }
 
 impl<'a> Passes<'a> {
-    /// Of a list of kernels: rows are read four neighbours at a time where all operands of theirs allow it.
+    /// The passes of a list of kernels. Rows are read four neighbours at a time if all operands of the kernels allow it.
     fn new(
         kernels: &'a [Kernel],
         problem: &'a Problem,
@@ -221,8 +232,8 @@ impl<'a> Passes<'a> {
         Ok(Plan { passes: groups.concat() })
     }
 
-    /// The passes of a kernel; where it has tiles, one of a micro-kernel. One that reports rows runs again where columns are not
-    /// finite, and a portable one computes rows that see such a column.
+    /// The passes of a kernel. If it has tiles, they are those of one micro-kernel. A pass that reports rows runs again if columns are not
+    /// finite, and a portable pass computes rows that see such a column.
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
         match &kernel.spec().body {
             Body::Plain(plain) => return Ok(vec![self.plain(kernel, plain)?]),
@@ -235,7 +246,7 @@ impl<'a> Passes<'a> {
         }
         let own = self.own(kernel).next();
         let measured = self.measured(kernel)?;
-        // Measured tiles that do not fit are passed over.
+        // Measured tiles that do not fit are ignored.
         let fitting = || measured.filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
         let cooperative = || self.tiled(kernel, MicroKernel::Cooperative, None);
         let given = own.or_else(fitting).map(|tiling| tiling.micro_kernel());
@@ -256,7 +267,7 @@ impl<'a> Passes<'a> {
         Ok([Some(pass), again, Some(portable)].into_iter().flatten().collect())
     }
 
-    /// Tiles that a workgroup looks at in turn, where hardly any is to be computed again.
+    /// Tiles that a workgroup looks at in turn, in a pass that computes hardly any of them again.
     fn batch(&self) -> u32 {
         if self.capabilities.loop_iterations.is_some() { 1 } else { REPAIR_BATCH }
     }
@@ -274,8 +285,8 @@ impl<'a> Passes<'a> {
         measured.map(|tiling| self.check_loops(kernel, tiling).map(|()| tiling)).transpose()
     }
 
-    /// A pass of a kernel that has tiles: with the caller's, with measured ones that fit, or with the first of the
-    /// built-in table that fit.
+    /// The pass of a kernel that has tiles. The tiles are the caller's, or measured ones that fit, or the first of the built-in table that
+    /// fit.
     fn tiled(&self, kernel: Kernel, micro_kernel: MicroKernel, fallback: Option<u32>) -> Result<Pass> {
         let Passes { problem, capabilities, .. } = *self;
         let none = |reason: String| Error::NoKernel { problem: problem.to_string(), reason };
@@ -283,7 +294,7 @@ impl<'a> Passes<'a> {
         if let Some(tiling) = self.own(kernel).find(is_meant) {
             return self.of_tiling(kernel, tiling, fallback);
         }
-        // The caller chooses no tiles for the fallback.
+        // The caller does not choose tiles for the fallback.
         if let Some(tiling) = self.own(kernel).next().filter(|_| fallback.is_none()) {
             let kernel = kernel.name();
             return Err(none(format!("{kernel} was asked for as {micro_kernel} and with the tiles \"{tiling}\"")));
@@ -318,7 +329,7 @@ impl<'a> Passes<'a> {
         Err(none(reason))
     }
 
-    /// The cooperative matrices that a kernel can use, or why there is no cooperative kernel.
+    /// The cooperative matrices that a kernel can use. An error says why there is no cooperative kernel.
     fn matrices(&self, kernel: Kernel) -> Result<CooperativeMatrices> {
         let Passes { problem, capabilities, .. } = *self;
         let shape = problem.shape();
@@ -354,7 +365,7 @@ impl<'a> Passes<'a> {
             return Err(none(format!("{kernel:?} has no tiles")));
         };
         let [d, e] = [problem.shape().head_dim, problem.shape().value_dim].map(|width| width as u32);
-        // Not the short form of the tiles: it multiplies numbers that have just failed the check.
+        // The message has the debug form of the tiles, because their short form multiplies numbers that have just failed the check.
         let unfit = |reason: String| none(format!("{tiling:?}: {reason}"));
         let (matrices, iterations) = match tiling {
             Tiling::Portable(tiles) => {
@@ -397,11 +408,11 @@ impl<'a> Passes<'a> {
 }
 
 impl Pass {
-    /// The pass of a kernel with given tiles, for measuring candidates; no gradient flows into lse. A cooperative kernel's
-    /// is the one that comes before the fallback.
+    /// The pass of a kernel with given tiles, for measuring candidates. No gradient flows into lse. The pass of a cooperative kernel is the
+    /// one before the fallback.
     ///
     /// # Errors
-    /// [`Error::NoKernel`] where the tiles do not fit the device or do not fit together.
+    /// [`Error::NoKernel`] if the tiles do not fit the device or do not fit together.
     pub fn with_tiles(
         kernel: Kernel,
         problem: &Problem,
@@ -421,7 +432,7 @@ mod tests {
     use crate::plan::pass::fold;
     use crate::problem::element::DType;
 
-    /// llvmpipe would give wrong results without a word.
+    /// llvmpipe would give wrong results silently.
     #[test]
     fn a_driver_that_ends_loops_is_refused_long_sequences() {
         let samples = Capabilities::samples();
@@ -439,13 +450,13 @@ mod tests {
         }
         Plan::forward(&long, hardware).unwrap();
         Plan::backward(&long, hardware).unwrap();
-        // The tiles that are visited count, not the length.
+        // The iterations depend on the tiles that are visited, not on the length.
         let window = problem(300_000, causal.window(crate::Window::keys(128)));
         Plan::forward(&window, software).unwrap();
         Plan::backward(&window, software).unwrap();
         Plan::forward(&problem(8192, causal), software).unwrap();
 
-        // In half precision without o_lo the sinks' gradient goes by rows, of which a thread gets one in 256.
+        // In half precision without o_lo the sinks' gradient sums rows one by one, and a thread gets one row in 256.
         let narrow = |dtype| {
             let batch = 1 << 20;
             let shape = crate::Shape { batch, heads: 1, kv_heads: 1, seq_q: 32, seq_k: 1, head_dim: 1, value_dim: 1 };
@@ -474,7 +485,7 @@ mod tests {
         .unwrap_err()
         .to_string();
         assert!(error.contains("DSinkLogits needs 131080 or more"), "{error}");
-        // The slopes' gradient goes by rows in every type.
+        // The slopes' gradient sums rows one by one in every type.
         let options = narrow(DType::F32).options().sink_logits(SinkLogits::None).alibi(true);
         let alibi = Problem::new(*narrow(DType::F32).shape(), options).unwrap();
         let optional = OptionalOperands { d_alibi_slopes: true, ..OptionalOperands::default() };
@@ -487,22 +498,14 @@ mod tests {
         assert!(plan.unwrap_err().to_string().contains("DAlibiSlopes needs 131080 or more"));
     }
 
-    /// What was measured on an H200: two workgroups of at most 24 KiB at a time.
+    /// Measured on an H200: two workgroups of at most 24 KiB run at a time.
     #[test]
     fn memory_and_registers_bound_resident_workgroups() {
         let samples = Capabilities::samples();
         let shape =
             crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
         let problem = Problem::new(shape, crate::Options::new()).unwrap();
-        let tiles = crate::plan::PortableTile {
-            threads_r: 16,
-            threads_c: 8,
-            rows: 4,
-            quads: 1,
-            k_step: 8,
-            n_step: 16,
-            loops: LoopHints::NONE,
-        };
+        let tiles: Tiling = "portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16".parse().unwrap();
         let pass = Pass::with_tiles(Kernel::FORWARD, &problem, &samples[0], tiles).unwrap();
         let variant = pass.variant;
         assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));
@@ -534,7 +537,7 @@ mod tests {
         }
     }
 
-    /// A kernel that nothing else knows of: what it takes to add one.
+    /// A kernel that no other code knows. It shows what a new kernel needs.
     mod negated {
         use super::*;
         use crate::kernel::sizes::DELTA_LANES;
@@ -585,7 +588,7 @@ mod tests {
             assert_eq!((pass.workgroups, pass.variant.head_dim, pass.variant.value_dim), (2 * 3 * 3, 0, 8));
             assert!(pass.to_string().starts_with("Negated, portable"), "{pass}");
             assert_eq!(plan.dispatches(&problem, capabilities, None).unwrap(), [1]);
-            // Cut by a budget of no time, a tile of a head at a time.
+            // A budget of no time cuts the pass into single tiles of a head.
             let cut = plan.dispatches(&problem, capabilities, Some(std::time::Duration::ZERO)).unwrap();
             assert_eq!(cut, [2 * 3 * 3]);
             let module = naga::front::wgsl::parse_str(&pass.variant.wgsl().unwrap()).unwrap();

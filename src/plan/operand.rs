@@ -1,4 +1,4 @@
-//! Operands: where their elements lie, and which bytes of a buffer a dispatch binds. Pure functions of numbers.
+//! Operands: the place of their elements, and the bytes of a buffer that a dispatch binds. Pure functions of numbers.
 
 use std::ops::Range;
 
@@ -9,22 +9,22 @@ use crate::plan::pass::{Pass, fallback_slots};
 use crate::problem::error::{Error, Result};
 use crate::problem::{Layout, Problem};
 
-/// Bytes of what bindings are counted in.
+/// Bindings are whole words of this many bytes.
 pub(crate) const WORD: u64 = 4;
 
-/// Elements of a window, at most: shaders count in u32, and loops step beyond the end once.
+/// Most elements of a window: shaders count in u32, and loops step beyond the end once.
 const MOST_ELEMENTS: u64 = (1 << 32) - (1 << 16);
 
-/// Where an operand's elements lie in its buffer, in elements. Its width is contiguous.
+/// The place of an operand's elements in its buffer, counted in elements. The width axis is contiguous.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct OperandLayout {
     pub(crate) binding: Binding,
     pub(crate) offset: u64,
-    /// Of batch, head and sequence.
+    /// Strides of batch, head and sequence.
     pub(crate) strides: [u64; 3],
-    /// Along batch, head, sequence and width.
+    /// Extents along batch, head, sequence and width.
     pub(crate) extents: [u64; 4],
-    /// Elements that belong to a head behind its last row.
+    /// Elements of a head behind its last row.
     pub(crate) tail: u64,
     /// Bytes of an element.
     pub(crate) element: u64,
@@ -38,14 +38,14 @@ pub(crate) struct BindingRange {
 }
 
 impl OperandLayout {
-    /// Packed without gaps.
+    /// An operand that is packed without gaps.
     pub(crate) fn dense(binding: Binding, extents: [usize; 4], layout: Layout, element: usize) -> Self {
         let [_, heads, seq, width] = extents;
         let strides = layout.strides(heads, seq, width);
         OperandLayout::new(binding, 0, strides, extents, element)
     }
 
-    /// The stride of an axis with one element leads nowhere: it may be anything, and prevents nothing.
+    /// A size-1 axis is never stepped over, so its stride is set to 0 and ignored by every check.
     pub(crate) fn new(
         binding: Binding,
         offset: u64,
@@ -59,20 +59,19 @@ impl OperandLayout {
         OperandLayout { binding, offset, strides, extents: extents.map(|n| n as u64), tail: 0, element: element as u64 }
     }
 
-    /// A run of elements that every dispatch sees whole.
+    /// A run of elements that every dispatch binds as a whole.
     pub(crate) fn run(binding: Binding, elements: usize, element: usize) -> Self {
         OperandLayout::new(binding, 0, [0; 3], [1, 1, 1, elements], element)
     }
 
-    /// Last element.
+    /// Index of the last element.
     pub(crate) fn last_element(&self) -> u128 {
         let axes = (0..3).map(|axis| u128::from(self.strides[axis]) * u128::from(self.extents[axis] - 1));
         axes.sum::<u128>() + u128::from(self.offset) + u128::from(self.extents[3] + self.tail) - 1
     }
 
-    /// Whether no element of two results in one buffer lies where one of the other does, as far as that is seen without going
-    /// through them: where along some axes both have the same strides, and what they have along the others lies side by side
-    /// within a step of these.
+    /// Whether two results in one buffer have no element in common, as far as their strides and extents show it. Some axes are outer ones,
+    /// along which both have the same strides. The two are apart if, within one step along the outer axes, one lies behind the other.
     pub(crate) fn is_apart_from(&self, other: &OperandLayout) -> bool {
         let extent_of = |view: &OperandLayout, along: &dyn Fn(usize) -> bool| {
             (0..3).filter(|axis| along(*axis)).map(|axis| view.strides[axis] * (view.extents[axis] - 1)).sum::<u64>()
@@ -82,7 +81,7 @@ impl OperandLayout {
             let mut outer: Vec<[u64; 2]> = (0..3)
                 .filter(|axis| is_outer(*axis))
                 .map(|axis| {
-                    // The stride of an axis with one element says nothing.
+                    // The stride of a size-1 axis is 0, so that of the other result counts.
                     let strides = [self.strides[axis], other.strides[axis]].into_iter().max().unwrap_or(0);
                     [strides, self.extents[axis].max(other.extents[axis])]
                 })
@@ -94,7 +93,7 @@ impl OperandLayout {
                 .map(|view| [view.offset, view.offset + extent_of(view, &|axis| !is_outer(axis)) + view.extents[3]]);
             let apart = own[1] <= its[0] || its[1] <= own[0];
             outer.sort_unstable();
-            // Steps along the outer axes never come closer to each other than what lies within one.
+            // Each step along an outer axis must be at least as long as the elements within it.
             let mut span = own[1].max(its[1]) - own[0].min(its[0]);
             let nests = outer.iter().filter(|[_, extent]| *extent > 1).all(|[stride, extent]| {
                 let fits = *stride >= span;
@@ -110,25 +109,25 @@ impl OperandLayout {
         [self.offset, self.extents[3]].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
     }
 
-    /// First element within ranges of batch, heads and rows, and the one behind the last.
+    /// First element within ranges of batch, heads and rows, and the element behind the last one.
     pub(crate) fn span(&self, ranges: [&Range<u64>; 3]) -> [u64; 2] {
         let corner = |index: fn(&Range<u64>) -> u64| {
-            // Ranges along an axis that the operand does not have lead nowhere.
+            // A range along an axis that the operand does not have adds nothing, because its stride is 0.
             (0..3).map(|axis| self.strides[axis] * index(ranges[axis]).min(self.extents[axis] - 1)).sum::<u64>()
         };
         let [first, last] = [corner(|range| range.start), corner(|range| range.end - 1)];
         [self.offset + first, self.offset + last + self.extents[3] + self.tail]
     }
 
-    /// All of it.
+    /// The span of the whole operand.
     pub(crate) fn whole(&self) -> [u64; 2] {
         [self.offset, (self.last_element() + 1) as u64]
     }
 
-    /// The window from one element to another, which is as large as the device allows at most.
+    /// The window from one element to another. It is an error if the window is larger than the device allows.
     pub(crate) fn window(&self, [first, end]: [u64; 2], capabilities: &Capabilities) -> Result<BindingRange> {
         let operand = self.binding.name();
-        // A multiple of what is loaded at once.
+        // Windows start at a multiple of the bytes that are loaded at once.
         let alignment = u64::from(capabilities.offset_alignment).max(16);
         let start = first * self.element / alignment * alignment;
         let bytes = (end * self.element).next_multiple_of(WORD) - start;
@@ -149,10 +148,10 @@ pub(crate) fn mask_scratch_bytes(problem: &Problem) -> u64 {
     (mask_bits(problem).last_element() as u64 + 1) * 4
 }
 
-/// What kernels hand to each other, as they lie in buffers of our own; `None` is another kind of operand.
+/// The layout of a buffer of the crate's own, in which kernels leave data for each other. `None` for other operands.
 pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass]) -> Option<OperandLayout> {
     let s = problem.shape();
-    // Heads first: what is summed over the batch and the rows of a head lies together.
+    // Heads come first, so that the rows of a head, over the whole batch, are contiguous for sums.
     let rows = |seq: usize, element| {
         let strides = [seq, s.batch * seq, 1].map(|n| n as u64);
         OperandLayout::new(binding, 0, strides, [s.batch, s.heads, seq, 1], element)
@@ -161,7 +160,7 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
         OperandLayout::new(binding, 0, [heads * seq, seq, 1].map(|n| n as u64), [s.batch, heads, seq, 1], 8)
     };
     Some(match binding {
-        // lse and delta; where matrices multiply also what brings the row's weights within the range of f16.
+        // lse and delta. If matrices multiply, also the numbers that bring the row's weights within the range of f16.
         Binding::RowStats => {
             let bytes = if problem.options().dtype.multiplies_on_matrices() { 16 } else { 8 };
             rows(s.seq_q + usize::from(problem.options().alibi), bytes)
@@ -182,22 +181,22 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
     })
 }
 
-/// The boolean mask's bits by queries; behind those of each head are the same by keys, and the classes of its blocks.
+/// The boolean mask's bits by rows of queries. Behind those of each head are the bits by rows of keys, and the classes of its blocks.
 fn mask_bits(problem: &Problem) -> OperandLayout {
     let axes = problem.options().mask.unwrap_or_default();
     let [batch, heads, rows, keys] = axes.of(problem.pairs_shape());
     let [words, block_rows, groups] = mask_blocks(rows, keys);
-    // Where a row is for all queries, its bits are those of the keys.
+    // If one row is for all queries, its bits are also those of the keys.
     let key_words = if rows > 1 { keys * block_rows } else { 0 };
     let tail = key_words + block_rows * groups;
     let head = rows * words + tail;
     let strides = [heads * head, head, words].map(|n| n as u64);
     let view = OperandLayout::new(Binding::MaskBits, 0, strides, [batch, heads, rows, words], 4);
-    // A tile may reach beyond the last key or query; what is read there is hidden by the band.
+    // A tile may read beyond the last key or query. The band hides these pairs.
     OperandLayout { tail: tail as u64 + MASK_READ_BEYOND, ..view }
 }
 
-/// The operands of a pass as they lie where the caller's are densely packed.
+/// The operands of a pass, if the caller's operands are densely packed.
 pub(crate) fn dense_views(problem: &Problem, passes: &[Pass], pass: &Pass) -> Vec<OperandLayout> {
     let bindings = pass.variant.bindings().into_iter().map(|(binding, _)| binding);
     let own = bindings.filter(|binding| ![Binding::Params, Binding::Sequences].contains(binding));

@@ -17,16 +17,16 @@ pub struct Pass {
     pub variant: Variant,
     /// Workgroups in all.
     pub workgroups: u64,
-    /// The same, folded into two or three dimensions; the most that a dispatch numbers where it takes several.
+    /// The workgroups, folded into two or three dimensions. If the pass takes several dispatches, the most that a dispatch numbers.
     pub grid: [u32; 3],
-    /// Where the tiles come from, for the kernels that have tiles.
+    /// The source of the tiles, for kernels that have tiles.
     pub tiles_origin: TilesOrigin,
 }
 
-/// Where the tiles of a [`Pass`] come from.
+/// The source of the tiles of a [`Pass`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TilesOrigin {
-    /// The table that the crate brings along.
+    /// The table that is part of the crate.
     BuiltIn,
     /// A [`Tuning`](crate::tuning::Tuning).
     Tuning,
@@ -45,14 +45,14 @@ impl fmt::Display for TilesOrigin {
 }
 
 impl Pass {
-    /// Workgroups that run on a multiprocessor at a time, by the memory and the registers they share; `None` where these
-    /// are not known of the device.
+    /// Workgroups that run on a multiprocessor at a time, limited by the memory and the registers that they share. `None` if these are not
+    /// known for the device.
     pub fn resident_workgroups(&self, capabilities: &Capabilities) -> Option<u32> {
         let Multiprocessor { workgroup_bytes, registers, .. } = capabilities.multiprocessor?;
         let variant = &self.variant;
         let by_memory = workgroup_bytes / variant.workgroup_bytes().max(1);
         let by_registers = variant.registers().map_or(u32::MAX, |each| registers / (each * variant.threads()).max(1));
-        // The driver makes do with fewer registers than one workgroup would like.
+        // If the registers do not suffice for one workgroup, the driver uses fewer.
         Some(by_memory.min(by_registers).max(1))
     }
 
@@ -66,7 +66,7 @@ impl Pass {
             return Err(Error::NoKernel { problem: problem.to_string(), reason });
         }
         let most = u64::from(capabilities.grid_dimension.min(MOST_GRID)).pow(2);
-        // Without a grid there is none; otherwise the work is cut where it has too many.
+        // A device without a grid is an error. Otherwise the work is cut if it has too many workgroups.
         let (_, [x, y]) =
             fold(workgroups.div_ceil(variant.batch.into()).min(most.max(1).into()), capabilities.grid_dimension)?;
         let (workgroups, grid) = (workgroups as u64, [x, y, 1]);
@@ -94,7 +94,7 @@ pub(crate) fn grid(variant: &Variant, problem: &Problem) -> Grid {
     variant.kernel.spec().work.grid(problem, variant.tile().unwrap_or([1; 2]), variant.lengths)
 }
 
-/// The tiles of all sequences of different lengths: how many tiles of the other side each visits, its sequence and itself.
+/// The tiles of sequences of different lengths: how many tiles of the other side each of them visits, its sequence and its number.
 pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<(usize, [u32; 2])> {
     let (work_of, [rows, columns]) = (pass.variant.kernel.spec().work, pass.variant.tile().unwrap_or([1; 2]));
     let mut work = Vec::new();
@@ -118,7 +118,7 @@ pub(crate) fn work_list(pass: &Pass, problem: &Problem) -> Vec<(usize, [u32; 2])
     work
 }
 
-/// Places for reports of tiles that have rows to compute again.
+/// Number of reports of tiles that may have rows to compute again.
 pub(crate) fn fallback_slots(pass: &Pass, problem: &Problem) -> usize {
     if !problem.has_lengths() {
         return pass.workgroups as usize;
@@ -131,7 +131,7 @@ pub(crate) fn fallback_slots(pass: &Pass, problem: &Problem) -> usize {
     (shape.batch * length / rows as usize + problem.sequence_count() + 1) * heads
 }
 
-/// WebGPU's own limit; with it no index wraps.
+/// WebGPU's own limit. Below it no index wraps.
 const MOST_GRID: u32 = 65535;
 
 /// Folds a row of workgroups into two dimensions of at most `most` each.

@@ -11,10 +11,10 @@ use crate::plan::{Pass, table};
 use crate::problem::Problem;
 
 impl Tiling {
-    /// Tiles worth measuring for a kernel of a problem on a device, of one micro-kernel, or, with [`MicroKernel::Auto`], of
-    /// all. Those of a micro-kernel follow each other: the built-in table, its first choice first, then what it lacks, the
-    /// most promising first. All fit the device's limits; of what the device, the problem or the kernel rules out there
-    /// are none. Behind the table's stand its first choice's with hints for loops, where these reach the driver.
+    /// Tiles worth measuring for a kernel of a problem on a device: those of one micro-kernel or, with [`MicroKernel::Auto`], of all. The
+    /// tiles of a micro-kernel follow one another. The built-in table comes first, in its order, then other tiles, the most promising ones
+    /// first. Behind the table stand its first tiles with hints for loops, if hints reach the driver. All fit the device's limits. There are
+    /// none of a micro-kernel that the device, the problem or the kernel rules out.
     pub fn candidates(
         kernel: Kernel,
         problem: &Problem,
@@ -42,10 +42,10 @@ fn with_hints(kernel: Kernel, first: Option<&Tiling>, capabilities: &Capabilitie
     every.into_iter().chain(named).map(|loops| first.with_loops(loops)).collect()
 }
 
-/// Registers a thread, by the estimate, above which cooperative tiles are not worth a measurement: the most that GPUs have
-/// is 255, and a few that do not fit cost little.
+/// Registers a thread, by the estimate, above which cooperative tiles are not worth a measurement. GPUs have at most 255, and a few that do
+/// not fit cost little.
 const MOST_LANE_REGISTERS: u32 = 300;
-/// Subgroups and rows of fragments that are tried; of columns as many as the table has, and twice that.
+/// Most subgroups and rows of fragments that are tried. Columns are as many as in the table, and twice as many.
 const SUBGROUPS: u32 = 16;
 const ROWS: u32 = 4;
 
@@ -66,7 +66,7 @@ fn cooperative(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -
                 continue;
             };
             if registers <= MOST_LANE_REGISTERS {
-                // What passes by is read once for all rows that a workgroup holds; more workgroups hide each other's waits.
+                // Columns are read once for all rows that a workgroup holds. More workgroups hide each other's waits.
                 let rows_in_flight = tile_rows * pass.resident_workgroups(capabilities).unwrap_or(1);
                 others.push((Reverse(rows_in_flight), registers, tiling));
             }
@@ -77,14 +77,13 @@ fn cooperative(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -
     found
 }
 
-/// Registers a thread, by [`PortableTile::registers`], above which tiles are not worth a measurement: the most that GPUs have
-/// is 256, and the estimate leaves out addresses.
+/// Registers a thread, by [`PortableTile::registers`], above which tiles are not worth a measurement. GPUs have at most 256, and the
+/// estimate leaves out addresses.
 const MOST_REGISTERS: u32 = 232;
 
 impl PortableTile {
-    /// Tiles worth measuring for a kernel of a problem on a device: the built-in table, its first choice first, then
-    /// neighbours of what it holds, the nearest first. All fit the device's limits; those of the kernels without tiles
-    /// are none.
+    /// Tiles worth measuring for a kernel of a problem on a device. The built-in table comes first, in its order, then neighbours of its
+    /// tiles, the nearest ones first. All fit the device's limits. A kernel without tiles has none.
     pub(crate) fn candidates(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<PortableTile> {
         if kernel.tiled().is_none() {
             return Vec::new();
@@ -98,7 +97,7 @@ impl PortableTile {
             }
         }
         let built_in = found.len();
-        // Two steps away from the first choice, one from the others.
+        // Neighbours of the first choice are up to two steps away, and those of other tiles one step.
         let mut index = 0;
         while index < built_in || (index < found.len() && index < 3 * built_in) {
             for tiles in found[index].neighbours() {
@@ -124,7 +123,7 @@ impl PortableTile {
         found
     }
 
-    /// Each number doubled and halved; such as do not fit together among them.
+    /// Tiles with one number doubled or halved. Some of them do not fit together.
     fn neighbours(self) -> impl Iterator<Item = PortableTile> {
         const NUMBERS: [fn(&mut PortableTile) -> &mut u32; 6] = [
             |t| &mut t.rows,
@@ -223,7 +222,7 @@ mod tests {
                 }
             }
         }
-        // Of what the table lacks, those come first that keep the most rows in flight.
+        // Tiles that the table lacks come in the order of the rows that they keep in flight, the most first.
         let (device, narrow) = (&Capabilities::samples()[0], problem(DType::F16, 64));
         let table = table::cooperative(Kernel::FORWARD, &narrow, device.cooperative.unwrap(), device.class);
         let table: Vec<Tiling> = table.map(|fragments| fragments.tiling()).collect();

@@ -7,14 +7,14 @@ use crate::kernel::MicroKernel;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Choice {
     Portable,
-    /// An error where it cannot serve.
+    /// Cooperative matrices. It is an error if they cannot serve.
     Cooperative,
-    /// The portable one where it cannot serve.
+    /// Cooperative matrices, or the portable micro-kernel if they cannot serve.
     CooperativeWherePossible,
 }
 
-/// Chooses by what the caller asked for and, where that is [`MicroKernel::Auto`], by the micro-kernel of tiles that the caller or a
-/// tuning gives, or else by what was measured: `gains` says whether cooperative matrices were faster on a device that has them.
+/// Chooses by the caller's request. With [`MicroKernel::Auto`] it takes the micro-kernel of the tiles that the caller or a tuning gives.
+/// Without tiles it goes by measurements: `gains` says whether cooperative matrices were faster on a device that has them.
 pub(crate) fn micro_kernel(
     asked: MicroKernel,
     given: Option<MicroKernel>,
@@ -23,7 +23,7 @@ pub(crate) fn micro_kernel(
 ) -> Choice {
     match (asked, given) {
         (MicroKernel::Cooperative, _) | (MicroKernel::Auto, Some(MicroKernel::Cooperative)) => Choice::Cooperative,
-        // Elsewhere not before the kernels have been checked and measured there: `tune` does.
+        // Other devices use the portable kernel until the kernels have been checked and measured there. `tune` does that.
         (MicroKernel::Auto, None) if gains && capabilities.class == DeviceClass::Nvidia => {
             Choice::CooperativeWherePossible
         }

@@ -1,8 +1,8 @@
-//! From a pass to dispatches: which part of the work each of them does, and which part of each operand it binds. Pure
-//! functions of numbers.
+//! From a pass to dispatches: the part of the work that each dispatch does, and the part of each operand that it binds. Pure functions of
+//! numbers.
 //!
-//! A pass is one dispatch where its operands fit bindings and its time fits the budget. Else it is cut along the batch, then
-//! along heads, then along tiles. Workgroups do what they would have done in one dispatch: results keep their bits.
+//! A pass is one dispatch if its operands fit bindings and its time fits the budget. Otherwise it is cut along the batch, then along heads,
+//! then along tiles. Workgroups do the same work as in one dispatch, so results keep their bits.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -16,12 +16,12 @@ use crate::problem::Problem;
 use crate::problem::error::{Error, Result};
 use crate::problem::varlen::Sequence;
 
-/// How long a dispatch may hold the GPU, by estimate, unless the caller says otherwise: browsers and desktop systems reset a
-/// GPU that does not answer for some two seconds.
+/// Estimated time for which a dispatch may hold the GPU, unless the caller says otherwise. Browsers and desktop systems reset a GPU that
+/// does not answer for some two seconds.
 pub(crate) const DISPATCH_BUDGET: Duration = Duration::from_millis(250);
 
-/// What a dispatch does of a pass. The axes are those of the pass: sequences, key heads (query heads, where there is no
-/// group to keep together) and tiles of rows; where sequences differ in length, places in the list of tiles for the last.
+/// The part of a pass that a dispatch does. The axes are those of the pass: sequences, key heads (query heads if there is no group to keep
+/// together) and tiles of rows. If sequences differ in length, the last axis has places in the list of tiles.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) axes: [Range<u64>; 3],
@@ -42,12 +42,12 @@ pub(crate) struct Slice {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Slices {
     pub(crate) list: Vec<Slice>,
-    /// Where sequences differ in length: sequence and tile of each place in the list, those of a slice side by side.
+    /// If sequences differ in length: sequence and tile of each place in the list. The places of a slice are neighbours.
     pub(crate) work: Vec<[u32; 2]>,
 }
 
 impl Pass {
-    /// The dispatches of this pass: operands lie as `views` say, and a dispatch is to take no longer than `budget`.
+    /// The dispatches of this pass. Operands lie as `views` say, and a dispatch should take no longer than `budget`.
     pub(crate) fn slices(
         &self,
         problem: &Problem,
@@ -70,7 +70,7 @@ impl Pass {
             let (workgroups, grid) = slicer.fold(&part)?;
             let [.., places] = &part.axes;
             if self.is_listed() {
-                // Longest first. Stable: neighbours stay neighbours.
+                // The longest tiles come first. The sort is stable, so neighbours stay neighbours.
                 slicer.work[places.start as usize..places.end as usize]
                     .sort_by_key(|(visited, _)| std::cmp::Reverse(*visited));
             }
@@ -80,13 +80,13 @@ impl Pass {
         Ok(Slices { list, work: slicer.work.into_iter().map(|(_, work)| work).collect() })
     }
 
-    /// Whether its tiles come from a list.
+    /// Whether the tiles of the pass come from a list.
     fn is_listed(&self) -> bool {
         self.variant.kernel.spec().work.is_listed(self.variant.lengths)
     }
 }
 
-/// Makes one window of those of two operands in one buffer.
+/// Gives two operands in one buffer a common window, which covers the windows of both.
 fn join(windows: &mut [(Binding, BindingRange)], operands: [Binding; 2], capabilities: &Capabilities) -> Result<()> {
     let own: Vec<&mut BindingRange> =
         windows.iter_mut().filter(|(b, _)| operands.contains(b)).map(|(_, window)| window).collect();
@@ -100,22 +100,22 @@ fn join(windows: &mut [(Binding, BindingRange)], operands: [Binding; 2], capabil
     Ok(())
 }
 
-/// Rows and keys that a part of a part reads and writes, in all of its heads.
+/// Rows and keys that some workgroups of a part read and write, in all heads of the part.
 #[derive(Debug, Clone)]
 struct Access {
-    /// Along the batch axis of q, k, v and o, and the numbers of the sequences.
+    /// Range along the batch axis of q, k, v and o, and the numbers of the sequences.
     batch: Range<u64>,
     numbers: Range<u64>,
-    /// Along the sequence axes of q and of k.
+    /// Ranges along the sequence axes of q and of k.
     queries: Range<u64>,
     keys: Range<u64>,
-    /// The queries as they count in their sequence.
+    /// The queries, counted in their sequence.
     rows: Range<u64>,
     heads: Range<u64>,
     kv_heads: Range<u64>,
 }
 
-/// Why a part is too large.
+/// The reason why a part is too large.
 enum Misfit {
     Time,
     Limit(Error),
@@ -128,12 +128,12 @@ struct Slicer<'a> {
     axes: [u64; 3],
     /// Workgroups of a cell: of one sequence, head and tile.
     cells: u64,
-    /// Operands that do not fit a binding as a whole, and the windows of those that do.
+    /// Operands that do not fit a binding as a whole, and the windows of operands that do.
     views: Vec<OperandLayout>,
     whole: Vec<(Binding, BindingRange)>,
-    /// Where tiles come from a list: the column tiles that each visits, its sequence and its tile.
+    /// The list of tiles, if tiles come from one: the number of column tiles that each tile visits, its sequence and its tile.
     work: Vec<(usize, [u32; 2])>,
-    /// Floating-point operations of the tiles before each, of one head of one sequence; none where time does not count.
+    /// Floating-point operations of all tiles before each tile, for one head of one sequence. Empty if time does not count.
     work_before: Vec<f64>,
     most_work: f64,
 }
@@ -202,13 +202,13 @@ impl<'a> Slicer<'a> {
         let first = |axis: usize| part.axes[axis].start..part.axes[axis].start + 1;
         let axis = match [0, 1, 2].map(|axis| len(axis) > 1) {
             [true, ..] => 0,
-            // Heads that lie side by side are cut in vain.
+            // Cutting along heads does not help if a single head needs as large a window, because heads are interleaved in memory.
             [_, true, true] if self.check(&with(1, first(1))).is_err() && self.check(&with(2, first(2))).is_ok() => 2,
             [_, true, _] => 1,
             [.., true] => 2,
             _ => {
                 return match misfit {
-                    // Less than a tile of a head cannot be done at a time.
+                    // A dispatch does at least one tile of a head.
                     Misfit::Time => {
                         parts.push(part);
                         Ok(())
@@ -247,7 +247,7 @@ impl<'a> Slicer<'a> {
         Ok(())
     }
 
-    /// Tiles that the dispatch of a part numbers, and its grid of workgroups, which look at several where little is to do.
+    /// Tiles that the dispatch of a part numbers, and its grid of workgroups. A workgroup looks at several tiles if there is little to do.
     fn fold(&self, part: &Part) -> Result<(u32, [u32; 2])> {
         let (tiles, batch) = (self.workgroups(part), u128::from(self.pass.variant.batch));
         let (_, grid) = fold(tiles.div_ceil(batch), self.capabilities.grid_dimension)?;
@@ -261,7 +261,7 @@ impl<'a> Slicer<'a> {
         u128::from(self.cells) * cells
     }
 
-    /// What a dispatch binds of an operand; something, even where it needs nothing.
+    /// The window of an operand that a dispatch binds. It is not empty even if the dispatch needs nothing of the operand.
     fn window(&self, view: &OperandLayout, accesses: &[Access]) -> Result<BindingRange> {
         let mut span: Option<[u64; 2]> = None;
         let s = self.problem.shape();
@@ -275,12 +275,12 @@ impl<'a> Slicer<'a> {
                 Binding::K | Binding::V | Binding::DK | Binding::DV | Binding::KeyScales => {
                     (&access.batch, access.keys.clone())
                 }
-                // To the last row of the head, which has the slope, or is followed by the classes.
+                // The window reaches to the last row of the head, which has the slope. In the mask's bits, the classes follow the last row.
                 Binding::RowStats if self.problem.options().alibi => {
                     (&access.batch, access.queries.start..view.extents[2])
                 }
                 binding if binding.has_states() => (&states, access.queries.clone()),
-                // A row may be for all queries.
+                // One row of the mask may be for all queries.
                 Binding::MaskBits => (&access.numbers, access.rows.start.min(view.extents[2] - 1)..view.extents[2]),
                 Binding::Mask | Binding::Bias | Binding::DBias => (&access.numbers, access.rows.clone()),
                 Binding::SinkPartials => {
@@ -299,7 +299,7 @@ impl<'a> Slicer<'a> {
         view.window(span, self.capabilities)
     }
 
-    /// What the workgroups of a part read and write.
+    /// Accesses of the workgroups of a part.
     fn accesses(&self, part: &Part) -> Vec<Access> {
         let (problem, s) = (self.problem, self.problem.shape());
         let [entries, heads, tiles] = part.axes.clone();
@@ -322,7 +322,7 @@ impl<'a> Slicer<'a> {
         match self.pass.variant.kernel.spec().work {
             Work::Rows(Side::Queries) => vec![access(spans(DELTA_ROWS, s.seq_q), 0..0)],
             Work::Rows(Side::Keys) => vec![access(0..0, spans(DELTA_ROWS, s.seq_k))],
-            // The kernels of caches are one dispatch.
+            // A kernel of caches is always one dispatch.
             Work::DecodedRows | Work::Listed => Vec::new(),
             Work::Heads => vec![Access { batch: all(s.batch), ..access(all(s.seq_q), 0..0) }],
             Work::MaskBlocks => {
@@ -338,7 +338,7 @@ impl<'a> Slicer<'a> {
                     let [mut rows, keys] = self.visited(sequence, &tiles);
                     let queries = shifted(&rows, sequence.q_start, sequence.q_rows);
                     if axes.seq_q {
-                        // The gradient is written for the rows of the longest sequence.
+                        // The kernel writes the gradient for as many rows as the longest sequence has.
                         rows = self.tile_range(&tiles, problem.longest()[0]);
                     }
                     let keys = shifted(&keys, sequence.k_start, sequence.k_rows);
@@ -379,25 +379,26 @@ impl<'a> Slicer<'a> {
         self.pass.variant.tile().unwrap_or([1; 2]).map(u64::from)
     }
 
-    /// Rows of the kernel's own side of tiles, up to `most`.
+    /// Rows of tiles on the kernel's own side, up to `most`.
     fn tile_range(&self, tiles: &Range<u64>, most: usize) -> Range<u64> {
         let [rows, _] = self.tile();
         let of = |n: u64| n.saturating_mul(rows).min(most as u64);
         of(tiles.start)..of(tiles.end)
     }
 
-    /// Queries and keys of a sequence that tiles of a kernel reach, counted from its start.
+    /// Queries and keys of a sequence that tiles of a kernel reach, counted from the start of the sequence.
     fn visited(&self, sequence: &Sequence, tiles: &Range<u64>) -> [Range<u64>; 2] {
         let band = sequence.band;
         let [tile_rows, columns] = self.tile();
-        // The kernels have room for rows that do not count.
+        // Tiles cover all rows that a sequence has room for. Only those within its length count.
         let used = |range: &Range<u64>, most: usize| range.start as usize..(range.end as usize).min(most);
         let visited = |tiles: Range<usize>, size: u64, most: usize| {
             let end = (tiles.end as u64 * size).min(most as u64);
             (tiles.start as u64 * size).min(end)..end
         };
         let prefetches = self.pass.variant.properties().prefetches_tiles;
-        // The tile after the last one is fetched, too, and one where there is none: for lack of it the last column again.
+        // The kernel also fetches the tile after the last one, and one tile if it visits none. Beyond the end it fetches the last column
+        // again.
         let fetched = |tiles: Range<usize>, most: usize| {
             let all = visited(tiles.start..tiles.end + 1, columns, most.max(1));
             all.start.min(most.max(1) as u64 - 1)..all.end
@@ -411,7 +412,7 @@ impl<'a> Slicer<'a> {
                 if !prefetches {
                     return [visited(queries, columns, band.seq_q()), keys];
                 }
-                // Where no query sees a tile of keys, the first tile is fetched; such keys stand at either end.
+                // A tile of keys that no query sees fetches the first tile of queries. These keys are at either end of a sequence.
                 let last = (keys.end.saturating_sub(1) / tile_rows * tile_rows) as usize..keys.end as usize;
                 let last = used(&(last.start as u64..last.end as u64), band.seq_k());
                 if queries.is_empty() {
@@ -421,7 +422,7 @@ impl<'a> Slicer<'a> {
                 }
                 [fetched(queries, band.seq_q()), keys]
             }
-            // Its tiles are of columns where all queries share a row.
+            // The bias has one row for all queries, so its tiles are tiles of columns.
             Work::BiasTiles if !self.problem.options().bias.unwrap_or_default().seq_q => {
                 let of = |n: u64| n.saturating_mul(columns).min(band.seq_k() as u64);
                 let keys = of(tiles.start)..of(tiles.end);
@@ -442,7 +443,7 @@ impl<'a> Slicer<'a> {
                 if !prefetches {
                     return [rows, visited(keys, columns, band.seq_k())];
                 }
-                // Rows of a padded batch's end, and such that see nothing, fetch the first tile.
+                // Rows beyond the end of a padded sequence, and rows that see nothing, fetch the first tile.
                 if used_rows.len() < (rows.end - rows.start) as usize {
                     keys.start = 0;
                 }
@@ -451,8 +452,8 @@ impl<'a> Slicer<'a> {
         }
     }
 
-    /// Floating-point operations of each tile, of one head of one sequence: two for each multiply-add of the tiles that are
-    /// visited, hidden pairs included.
+    /// Floating-point operations of each tile, for one head of one sequence: two for each multiply-add of the visited tiles, hidden pairs
+    /// included.
     fn tile_flops(&self) -> Vec<f64> {
         let (problem, s) = (self.problem, self.problem.shape());
         let (kernel, [.., tiles]) = (self.pass.variant.kernel.spec(), self.axes);
@@ -484,7 +485,7 @@ impl<'a> Slicer<'a> {
         if kernel.work != Work::BiasTiles {
             return (0..tiles).map(|tile| of_sequence(&problem.sequence(0), tile)).collect();
         }
-        // One workgroup goes through all that share the bias.
+        // One workgroup visits all pairs that share the bias.
         let axes = problem.options().bias.unwrap_or_default();
         let heads = if axes.heads { 1 } else { s.heads } as f64 / problem.heads_per_kv() as f64;
         let sequences: Vec<_> = problem.distinct_sequences().collect();
@@ -503,16 +504,16 @@ impl<'a> Slicer<'a> {
     }
 }
 
-/// A range of a sequence among the rows of all; what is empty begins where there is something to read.
+/// A range of a sequence among the rows of all sequences. In a sequence without rows it begins where there is something to read.
 fn shifted(range: &Range<u64>, start: usize, room: usize) -> Range<u64> {
     let start = if room == 0 { 0 } else { start as u64 };
     range.start + start..range.end + start
 }
 
-/// The largest number up to `end` that fits, 1 at least, where all that are smaller than one that fits do.
+/// The largest number up to `end` that fits, and at least 1. Every number below one that fits must fit, too.
 fn most(end: u64, fits: impl Fn(u64) -> bool) -> u64 {
     let mut low = 1;
-    // Doubling first: slices are small beside the whole.
+    // The search doubles first, because slices are small compared with the whole.
     while low < end && fits((2 * low).min(end)) {
         low = (2 * low).min(end);
     }

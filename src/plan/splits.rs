@@ -1,4 +1,4 @@
-//! Decisions of decoding: how the rows and keys of a group are shared out among threads and workgroups.
+//! Decisions of decoding: how threads and workgroups share the rows and keys of a group.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,31 +8,31 @@ use crate::kernel::tile::decode::{DecodeTiles, cooperative_bytes};
 use crate::problem::cache::CacheConfig;
 use crate::problem::row_format::Bounds;
 
-/// How the decode kernel divides its work. As text `32x8 rows 8, steps 4 by 2, splits 330` or `cooperative rows 8, columns 1, ahead
-/// 2, splits 330`.
+/// How the decode kernel divides its work. Its text is `32x8 rows 8, steps 4 by 2, splits 330` or `cooperative rows 8, columns 1, ahead 2,
+/// splits 330`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DecodeTiling {
     /// A workgroup's share.
     pub tiles: DecodeTiles,
-    /// Splits of the keys: fewer where each would have less than 64 keys, and of the portable kernel up to four times as many
-    /// where each would have more than 512.
+    /// Splits of the keys. There are fewer if each would have less than 64 keys. The portable kernel has up to four times as many if each
+    /// would have more than 512.
     pub splits: u32,
 }
 
-/// Numbers of q, and of the result, that a thread holds.
+/// Most numbers of q, and of the result, that a thread holds.
 const HELD: u32 = 64;
-/// Words of the tiles that a lane of the cooperative kernel has under way.
+/// Words of tiles that a lane of the cooperative kernel loads at a time.
 const UNDER_WAY: u32 = 96;
 /// Fewer keys than this are not worth a workgroup of their own.
 const LEAST_KEYS: u32 = 64;
-/// With more keys than this the start and the end of a workgroup do not count, and more workgroups share the work more evenly.
+/// With more keys than this, the start and the end of a workgroup take little time, and more workgroups share the work more evenly.
 const LONG_KEYS: u32 = 512;
 const MORE_SPLITS: u32 = 4;
-/// Iterations of a thread's loops at most, for drivers that end long ones.
+/// Most iterations of a thread's loops, for drivers that end long loops.
 const MOST_ITERATIONS: u64 = 50_000;
 
 impl DecodeTiling {
-    /// On cooperative matrices, for the rows of a group and so many groups in all; the reason where they cannot serve.
+    /// A tiling on cooperative matrices, for the rows of a group and `groups` groups in all. An error says why they cannot serve.
     pub(crate) fn cooperative(
         config: &CacheConfig,
         total_rows: usize,
@@ -44,11 +44,11 @@ impl DecodeTiling {
         let side = matrices.map_or(16, |matrices| matrices.side);
         let rows = if total_rows > 8 { side } else { 8 };
         let lanes = matrices.map_or(32, |matrices| matrices.lanes);
-        // As many tiles as registers hold; llvmpipe compiles a kernel for seconds, by the number of products in it.
+        // As many tiles as registers hold. llvmpipe takes seconds to compile a kernel, the longer the more products it has, so it gets one.
         let words = side * (config.head_dim + config.value_dim) as u32 / 2 / lanes;
         let ahead =
             if capabilities.class == DeviceClass::Software { 1 } else { (UNDER_WAY / words.max(1)).clamp(1, 3) };
-        // The fewest columns that its lanes can share.
+        // The fewest columns that the lanes can share.
         let of = |columns| {
             let tiles = DecodeTiles::Cooperative { rows, columns, ahead };
             tiles.lacks(config, several, matrices).map_or(Ok(tiles), Err)
@@ -67,7 +67,7 @@ impl DecodeTiling {
         Ok(DecodeTiling { tiles, splits })
     }
 
-    /// In plain WGSL, for the rows of a group and so many groups in all.
+    /// A tiling in plain WGSL, for the rows of a group and `groups` groups in all.
     pub(crate) fn portable(
         config: &CacheConfig,
         total_rows: usize,
@@ -78,7 +78,7 @@ impl DecodeTiling {
         let elements = format.elements();
         let vectors = format.vectors(config.head_dim.max(config.value_dim));
         let most_rows = (total_rows.min(8) as u32).next_power_of_two();
-        // As many rows as fit, with as few threads a key as hold them: no more than a row has vectors.
+        // As many rows as fit, with as few threads a key as hold them. A key has no more threads than its row has vectors.
         let fits = |rows: u32, lanes: u32| {
             let held = vectors.div_ceil(lanes);
             (held <= 2 || lanes == 32) && rows * held * elements <= HELD && lanes <= vectors.next_power_of_two().max(4)
@@ -86,24 +86,24 @@ impl DecodeTiling {
         let shapes = [8, 4, 2, 1].into_iter().flat_map(|rows| [4, 8, 16, 32].map(|lanes| [rows, lanes]));
         let shape = shapes.filter(|[rows, _]| *rows <= most_rows).find(|[rows, lanes]| fits(*rows, *lanes));
         let [rows, lanes] = shape.unwrap_or([1, 32]);
-        // A workgroup of one subgroup waits for nobody else at its barriers.
+        // A workgroup of one subgroup does not wait for other subgroups at its barriers.
         let threads = 32;
         let slots = threads / lanes;
-        // Scales of quantised rows take registers.
+        // The scales of quantised rows take registers.
         let steps = if slots > 4 || config.quantisation.is_some() { 2 } else { 4 };
         let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
         let splits = (capabilities.small_workgroups() / groups).max(1) as u32;
         DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: 2 }, splits }
     }
 
-    /// How the keys are split, in partial results of at most so many splits.
+    /// The division of the keys into splits, if partial results of at most `fitting` splits fit.
     pub(crate) fn split(&self, config: &CacheConfig, tile: u32, capabilities: &Capabilities, fitting: u32) -> Split {
         let tiles = (config.most_keys() as u64).div_ceil(tile.into());
         let least_tiles = LEAST_KEYS.div_ceil(tile);
-        // No more than there can be.
+        // More splits than this would be too short, or would not fit.
         let sensible = tiles.div_ceil(least_tiles.into()).clamp(1, fitting.max(1).into()) as u32;
         let iterations = match (self.tiles, capabilities.cooperative) {
-            // Tiles, what hides, what grows, and what is rescaled by quads.
+            // Loops over tiles, loops that hide pairs and raise the maximum, and the loop that rescales by quads.
             (DecodeTiles::Cooperative { .. }, Some(CooperativeMatrices { side, .. })) => {
                 4 + config.value_dim as u64 / u64::from(side) * (1 + u64::from(side) / 4)
             }
@@ -154,7 +154,7 @@ impl FromStr for DecodeTiling {
     }
 }
 
-/// The fewest splits with which groups keep a device busy to the end, of which so many workgroups run at a time.
+/// The fewest splits with which the groups keep a device busy to the end. The device runs `at_a_time` workgroups at a time.
 fn even_splits(groups: usize, at_a_time: usize) -> u32 {
     let busy = |splits: usize| {
         let workgroups = groups * splits;
@@ -165,7 +165,7 @@ fn even_splits(groups: usize, at_a_time: usize) -> u32 {
     enough.or_else(|| (1..=most).max_by(|a, b| busy(*a).total_cmp(&busy(*b)))).unwrap_or(1) as u32
 }
 
-/// The keys that the queries of a sequence see together; twin of key_range in shaders/cache/range.wgsl.
+/// Splits of the keys that the queries of a sequence see together. Twin of key_range in shaders/cache/range.wgsl.
 pub(crate) fn splits(keys: usize, queries: usize, bounds: &Bounds, tile: u32, split: &Split) -> u32 {
     let tile = i64::from(tile);
     let keys = keys as i64;
@@ -180,14 +180,14 @@ pub(crate) fn splits(keys: usize, queries: usize, bounds: &Bounds, tile: u32, sp
     all.div_ceil(split_tiles) as u32
 }
 
-/// How keys are split among workgroups.
+/// The division of keys among workgroups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Split {
     pub(crate) splits: u32,
-    /// Where a split would have more tiles than `long_tiles`.
+    /// The number of splits if a split would otherwise have more tiles than `long_tiles`.
     pub(crate) most: u32,
     pub(crate) long_tiles: u32,
-    /// Of a split.
+    /// Fewest tiles of a split.
     pub(crate) least_tiles: u32,
 }
 
@@ -237,7 +237,7 @@ mod tests {
             ([16, 1, 1], config, false, matrices(8, 32), "at most 8"),
             ([8, 1, 5], config, false, matrices(16, 32), "1 to 4"),
             ([8, 1, 1], config, false, matrices(8, 32), "32 lanes cannot share 8 rows of 8 keys"),
-            // Half a tile's vectors are no whole number for each lane.
+            // The lanes cannot share the vectors of a tile evenly.
             ([16, 1, 1], config, false, matrices(16, 64), "widths 64 and 48"),
             ([8, 1, 1], config, true, matrices(16, 32), "one query"),
             ([8, 1, 1], config.dtype(DType::Bf16), false, matrices(16, 32), "f16"),
@@ -266,7 +266,7 @@ mod tests {
         }
     }
 
-    /// 924 workgroups run at a time on an H200.
+    /// An H200 runs 924 workgroups at a time.
     #[test]
     fn splits_fill_a_device_evenly() {
         for (groups, splits) in [(8, 111), (64, 14), (924, 1), (1024, 4), (100_000, 1)] {
@@ -274,7 +274,7 @@ mod tests {
         }
     }
 
-    /// By brute force: the tiles in which some query sees something, shared out evenly.
+    /// Brute force: the tiles in which some query sees something, divided evenly.
     #[test]
     fn splits_are_those_of_tiles_with_something_visible() {
         for keys in [0usize, 1, 15, 16, 17, 64, 100, 200] {

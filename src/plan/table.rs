@@ -1,4 +1,4 @@
-//! Measured tiles: the tables that tiles are chosen from.
+//! Measured tiles: the tables from which tiles are chosen.
 
 use crate::device::capabilities::{CooperativeMatrices, DeviceClass};
 use crate::kernel::Kernel;
@@ -11,7 +11,7 @@ use crate::problem::Problem;
 /// A row of the tuning table: tiles, and the problems they are good for.
 struct Candidate {
     tiles: PortableTile,
-    /// Widest accumulators, all of a row taken together, that stay in registers.
+    /// Widest accumulators of a row, taken together, that stay in registers.
     width: u32,
     /// Fewest rows that fill a tile well enough.
     seq: usize,
@@ -24,7 +24,7 @@ const fn candidate(threads: [u32; 2], thread: [u32; 2], k_step: u32, n_step: u32
     Candidate { tiles: PortableTile { threads_r, threads_c, rows, quads, k_step, n_step, loops }, width, seq }
 }
 
-/// Measured on an NVIDIA H200, see benches/results/; each row falls back to the next where it does not fit.
+/// Measured on an NVIDIA H200, see benches/results/. If a row does not fit, the next one is tried.
 const FORWARD: [Candidate; 9] = [
     candidate([16, 8], [4, 1], 8, 16, 64, 33),
     candidate([32, 8], [4, 2], 8, 16, 128, 65),
@@ -94,7 +94,7 @@ impl Family {
     }
 }
 
-/// Tiles to try for a kernel, the best first; one of them fits every WebGPU device.
+/// Tiles to try for a kernel, the best first. One of them fits every WebGPU device.
 pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) -> Vec<PortableTile> {
     let shape = problem.shape();
     let widths = [shape.head_dim as u32, shape.value_dim as u32];
@@ -118,14 +118,14 @@ pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) ->
     candidates
 }
 
-/// What a visible key costs under a band of keys: the area of the tiles visited, by that of the band, times what an
-/// element of a tile takes.
+/// The cost of a visible key under a band of keys: the area of the visited tiles divided by the area of the band, times the cost of an
+/// element of a tile.
 fn window_cost(tiles: &PortableTile, band: u32) -> f32 {
     let [rows, columns, band] = [tiles.tile_rows(), tiles.tile_columns(), band.max(1)].map(|n| n as f32);
     let [thread_rows, thread_columns] = [tiles.rows, 4 * tiles.quads].map(|n| n as f32);
-    // Of the inner loops, which are bound by reads from workgroup memory; thread tiles above 4x4 gain nothing.
+    // The cost of the inner loops, which are bound by reads from workgroup memory. Thread tiles above 4x4 gain nothing.
     let inner = (2.0 / thread_rows + 2.0 / thread_columns).max(1.0);
-    // Of reads from global memory, a seventh of the time at 64x32 (both in benches/results/).
+    // The cost of reads from global memory, a seventh of the time at 64x32 (both are in benches/results/).
     let global = 3.5 / rows + 3.5 / columns;
     (band + rows + columns) / band * (inner + global)
 }
@@ -140,10 +140,10 @@ pub(crate) fn cooperative(
     let shape = problem.shape();
     let width = shape.head_dim.max(shape.value_dim);
     let narrow = MaskClass::of(problem) == Some(MaskClass::Window);
-    // Subgroups, rows, columns, stages; measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not.
-    // At 256 staged columns leave room for four subgroups in 48 KiB, of one row of fragments each: forward takes some 250
-    // registers, d_q and d_k/d_v, with up to two accumulators and two operands, some 310 and 440, of which drivers spill what is
-    // beyond 255. They are right all the same.
+    // Subgroups, rows, columns and stages, measured on an NVIDIA H200, see benches/results/. Widths beyond 128 were not measured. At 256
+    // staged columns leave room for four subgroups in 48 KiB, of one row of fragments each. Forward then takes some 250 registers. d_q and
+    // d_k/d_v have up to two accumulators and two operands and take some 310 and 440. Drivers spill registers beyond 255, and results are
+    // right all the same.
     let options = problem.options();
     let modified = options.softcap.is_some() || options.alibi || options.bias.is_some();
     let changed = modified || options.mask.is_some();
@@ -168,7 +168,7 @@ pub(crate) fn cooperative(
         _ => &[[8, 1, 1, 2], [4, 1, 1, 1], [2, 1, 1, 1]],
     };
     let smaller = match class {
-        // llvmpipe compiles a kernel for seconds, by the number of products in it.
+        // llvmpipe takes seconds to compile a kernel, the longer the more products it has.
         DeviceClass::Software => 1,
         _ => 16 / matrices.side,
     };
@@ -194,7 +194,7 @@ mod tests {
         Problem::new(shape, options.sink_logits(SinkLogits::PerHead)).unwrap()
     }
 
-    /// Wide tiles visit much that a narrow window hides.
+    /// Wide tiles visit many keys that a narrow window hides.
     #[test]
     fn narrow_windows_have_smaller_tiles() {
         let causal = Options::new().causal(true);

@@ -11,23 +11,23 @@ use crate::problem::Problem;
 use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 
-/// File with the [`Tuning`] of [`Attention::new`](crate::Attention::new) and [`Attention::open`](crate::Attention::open),
-/// where this environment variable names one.
+/// Environment variable that names a file with the [`Tuning`] of [`Attention::new`](crate::Attention::new) and
+/// [`Attention::open`](crate::Attention::open).
 pub const TUNING_VARIABLE: &str = "SINK_ATTENTION_TUNING";
 
 const FIRST_LINE: &str = "sink-attention tuning 1";
-/// A file of every entry there can be has some 20 KiB; the rest is for remarks.
+/// A file with every possible entry has some 20 KiB. The rest is for remarks.
 const MOST_BYTES: u64 = 1 << 20;
 /// Widths up to each of these share tiles.
 const WIDTHS: [u32; 4] = [32, 64, 128, 256];
-/// Fewer queries than this are decoding, which no class stands for.
+/// Fewer queries than this are decoding, which has no class.
 const FEW: usize = 33;
-/// Up to so many queries and keys, workgroups are scarce.
+/// Up to this many queries and keys, workgroups are scarce.
 const SHORT: usize = 512;
-/// Up to so many visible keys a query, the edges of tiles weigh.
+/// Up to this many visible keys a query, the edges of tiles matter.
 const NARROW: usize = 512;
 
-/// Masks and lengths that want different tiles.
+/// Classes of masks and lengths that need different tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MaskClass {
     /// More than 512 queries and keys, and more than 512 of the keys in reach of a query.
@@ -42,7 +42,7 @@ impl MaskClass {
     /// All classes.
     pub const ALL: [MaskClass; 3] = [MaskClass::Long, MaskClass::Window, MaskClass::Short];
 
-    /// The class of a problem; `None` for up to 32 queries (decoding), which stay with the built-in table.
+    /// The class of a problem. `None` for up to 32 queries (decoding), which stay with the built-in table.
     pub fn of(problem: &Problem) -> Option<Self> {
         let [seq_q, seq_k] = problem.longest();
         match (seq_q, seq_q.min(seq_k)) {
@@ -64,7 +64,7 @@ impl fmt::Display for MaskClass {
     }
 }
 
-/// What tiles are measured for.
+/// The key of an entry: the kernel and the problems that tiles are measured for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TuningKey {
     /// One of the kernels that have tiles.
@@ -78,8 +78,7 @@ pub struct TuningKey {
 }
 
 impl TuningKey {
-    /// What a kernel of a problem is looked up by; `None` where no class stands for the problem or the kernel has no
-    /// tiles.
+    /// The key of a kernel of a problem. `None` if the problem has no class or the kernel has no tiles.
     pub fn of(kernel: Kernel, problem: &Problem) -> Option<Self> {
         let width = problem.shape().head_dim.max(problem.shape().value_dim) as u32;
         let width = WIDTHS.into_iter().find(|most| width <= *most)?;
@@ -127,12 +126,12 @@ fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>)
     format!("unknown {what} {word:?}; known: {}", known.join(", "))
 }
 
-/// Tiles that were measured on one device, which [`Attention::with_tuning`](crate::Attention::with_tuning) prefers to
-/// the built-in table. They change the speed, and results by no more than the order of sums does.
+/// Tiles that were measured on one device. [`Attention::with_tuning`](crate::Attention::with_tuning) prefers them to the built-in table.
+/// They change the speed, and results by no more than the order of sums does.
 ///
-/// As text ([`FromStr`] and [`Display`](fmt::Display)) it is what `sink-attention tune` writes: three lines that say what it
-/// is of, then a line for each entry, `kernel dtype width WIDTH mask: tiles`, where the tiles are a [`Tiling`], which names the micro-kernel that won. Empty lines and those that begin
-/// with `#` count for nothing.
+/// Its text ([`FromStr`] and [`Display`](fmt::Display)) is the one that `sink-attention tune` writes: three lines for the format, the
+/// device and the driver, then a line for each entry, `kernel dtype width WIDTH mask: tiles`. The tiles are a [`Tiling`], which names the
+/// micro-kernel that won. Empty lines, and lines that begin with `#`, are ignored.
 ///
 /// ```
 /// let text = "sink-attention tuning 1
@@ -154,9 +153,9 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// A table without entries, of a device by the name that its adapter reports and the driver for people to read.
+    /// A table without entries, for a device. `device` is the name that its adapter reports, and `driver` is for people to read.
     pub fn new(device: &str, driver: &str) -> Self {
-        // A line each, so that the text can be read again.
+        // Each name is on one line, so that the text can be read again.
         let line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
         Tuning { device: line(device), driver: line(driver), entries: Vec::new() }
     }
@@ -164,7 +163,7 @@ impl Tuning {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`Error::TuningFile`] with the path and, where the file can be read, the line.
+    /// [`Error::TuningFile`] with the path and, if the file can be read, the line.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let failed = |reason: String| Error::TuningFile { path: path.as_ref().into(), reason };
         let bytes = file::read(&path, MOST_BYTES).map_err(|error| failed(format!("cannot read: {error}")))?;
@@ -172,10 +171,10 @@ impl Tuning {
         text.parse().map_err(|error: TuningError| failed(error.to_string()))
     }
 
-    /// The file that `SINK_ATTENTION_TUNING` names; `None` where it is unset or empty.
+    /// The file that `SINK_ATTENTION_TUNING` names. `None` if the variable is unset or empty.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// Those of [`load`](Self::load).
     pub fn from_env() -> Result<Option<Self>> {
         let path = std::env::var_os(TUNING_VARIABLE).filter(|path| !path.is_empty());
         path.map(Tuning::load).transpose()
@@ -186,7 +185,7 @@ impl Tuning {
         &self.device
     }
 
-    /// Its driver at that time. With another driver the table still holds, though it may be worth measuring again.
+    /// The driver at the time of the measurement. With another driver the table still holds, but it may be worth measuring again.
     pub fn driver(&self) -> &str {
         &self.driver
     }
@@ -230,13 +229,13 @@ impl fmt::Display for Tuning {
     }
 }
 
-/// Why a text is no [`Tuning`].
+/// The reason why a text is no [`Tuning`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {reason}")]
 pub struct TuningError {
     /// Line, counted from 1.
     pub line: usize,
-    /// What is wrong with it.
+    /// The mistake in the text.
     pub reason: String,
 }
 

@@ -6,6 +6,20 @@ use crate::problem::row_format::{Addressing, Bounds, Quantisation, RowFormat, UN
 use crate::problem::{Alignment, MAX_WIDTH, Options, Window};
 
 /// Where the keys and values of a cache lie, and when it gives them up.
+///
+/// ```
+/// use sink_attention::cache::{CacheConfig, CacheKind};
+/// use sink_attention::DType;
+///
+/// // 16 sequences of up to 4096 tokens, 8 heads of 64 in f16: bytes of the keys.
+/// let bytes = |kind| CacheConfig::new(kind, 16, 8, 64).dtype(DType::F16).bytes()[0];
+/// let row = 8 * 64 * 2;
+/// assert_eq!(bytes(CacheKind::Contiguous { capacity: 4096 }), 16 * 4096 * row);
+/// // Pages for half as many tokens do where sequences are shorter, or share what they begin with.
+/// assert_eq!(bytes(CacheKind::Paged { page_size: 16, pages: 2048, sequence_pages: 256 }), 2048 * 16 * row);
+/// // A window with its sink tokens does for sequences without end.
+/// assert_eq!(bytes(CacheKind::Rolling { sink_tokens: 4, window: 1020, queries: 1 }), 16 * 1024 * row);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CacheKind {
     /// Each sequence has rows of its own, `[sequences, G, capacity, width]`.
@@ -72,6 +86,21 @@ pub enum RotaryPositions {
 
 /// Rotary position embedding of q and k: x_i cos - y_i sin, y_i cos + x_i sin for each pair (x_i, y_i) of features. Angles come as
 /// a table of the caller's, so that any scheme of frequencies (YaRN and others) works.
+///
+/// ```
+/// use sink_attention::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
+/// use sink_attention::cpu::KvCache;
+///
+/// // The first two of three features turn.
+/// let rotary = Rotary { dim: 2, style: RotaryStyle::HalfSplit, positions: RotaryPositions::Absolute };
+/// let config = CacheConfig::new(CacheKind::Contiguous { capacity: 2 }, 1, 1, 3).rotary(rotary);
+/// let mut cache = KvCache::new(&config)?;
+/// let cos_sin = [1.0, 0.0, 0.0, 1.0]; // position 0 does not turn, position 1 turns by a right angle
+/// let mut q = [1.0f32, 0.0, 5.0, 1.0, 0.0, 5.0]; // of two tokens
+/// cache.append(&[2], &[0.0; 6], &[0.0; 6], Some(&mut q), Some(&cos_sin))?;
+/// assert_eq!(q, [1.0, 0.0, 5.0, 0.0, 1.0, 5.0]);
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Rotary {
     /// Features that are rotated, the first ones of a head; even, at most D.
@@ -303,7 +332,7 @@ impl CacheConfig {
         Ok(())
     }
 
-    /// What queries of a decoding step see of the cache.
+    /// The bounds of the keys that queries of a decoding step see.
     pub(crate) fn bounds(&self, queries: usize, options: &Options) -> Result<Bounds> {
         check_absent(options, "decoding from a cache does not take it")?;
         if let CacheKind::Rolling { queries: most, .. } = self.kind

@@ -116,7 +116,7 @@ pub trait Element:
     /// The nearest number of this type, to even in the middle; beyond the largest one, infinity.
     fn from_f32(x: f32) -> Self;
 
-    /// What [`from_f32`](Self::from_f32) takes from x, for [`whole`](Self::whole) to give it back: 0 where nothing is taken,
+    /// The rounding error of [`from_f32`](Self::from_f32) of x, from which [`whole`](Self::whole) gives x back: 0 where nothing is rounded,
     /// as always in f32, and where the rounded number is not finite.
     ///
     /// It is the difference of the bits of |x| and of the rounded |x|, both as f32; for f16 below 2^-14 their own
@@ -262,7 +262,7 @@ pub enum BufferType {
     F16,
     /// The upper half of 32-bit floats: operands and a bias.
     Bf16,
-    /// What rounding takes from o, see [`Output::o_lo`](crate::Output::o_lo).
+    /// The rounding error of o, see [`Output::o_lo`](crate::Output::o_lo).
     I16,
     /// A boolean mask's bits.
     U32,

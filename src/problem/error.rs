@@ -9,7 +9,7 @@ use crate::problem::options::MaskPacking;
 /// Result of every fallible call in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What can go wrong, found before anything is dispatched wherever that is possible.
+/// An error. Most are found before anything is dispatched.
 ///
 /// Every message carries the numbers that a caller needs to mend the call.
 #[non_exhaustive]
@@ -26,7 +26,7 @@ pub enum Error {
     DimensionTooLarge {
         /// Name of the dimension, as in [`Shape`](crate::Shape).
         dimension: &'static str,
-        /// What was asked for.
+        /// The value that was given.
         value: u64,
         /// The largest value allowed.
         most: u64,
@@ -44,7 +44,7 @@ pub enum Error {
     InvalidOption {
         /// Name of the option.
         option: &'static str,
-        /// What is wrong with it, with the value.
+        /// The reason, with the value.
         reason: String,
     },
     /// The element type of the host's slices is not that of the options.
@@ -68,7 +68,7 @@ pub enum Error {
     MaskPacking {
         /// How it lies in memory.
         mask: MaskPacking,
-        /// What the options say.
+        /// The packing that the options name.
         options: MaskPacking,
     },
     /// The lengths of a batch's sequences do not fit it.
@@ -76,7 +76,7 @@ pub enum Error {
     InvalidLengths {
         /// Which lengths.
         lengths: &'static str,
-        /// What is wrong with them, with the numbers.
+        /// The reason, with the numbers.
         reason: String,
     },
     /// Not a range of the problem's keys.
@@ -199,7 +199,7 @@ pub enum Error {
         end: usize,
         /// Elements of the buffer.
         len: usize,
-        /// What is wrong.
+        /// The reason.
         reason: &'static str,
     },
     /// A buffer of the caller's was created without a usage that is needed.
@@ -274,7 +274,7 @@ pub enum Error {
         /// Pages of the cache.
         pages: usize,
     },
-    /// There is no such sequence in the cache.
+    /// The cache has no sequence of this number.
     #[error("sequence {sequence} is out of range, the cache has {sequences} sequences")]
     SequenceOutOfRange {
         /// The sequence.
@@ -316,7 +316,7 @@ pub enum Error {
         "the cache's {operand} take {bytes} bytes, the device binds {limit} at most; use fewer sequences, tokens or pages"
     )]
     CacheTooLarge {
-        /// What does not fit.
+        /// The operand that does not fit.
         operand: &'static str,
         /// Bytes needed.
         bytes: u64,
@@ -340,7 +340,7 @@ pub enum Error {
     CacheChanged {
         /// The sequence.
         sequence: usize,
-        /// What it was, and what it is.
+        /// Its state then and now.
         reason: String,
     },
     /// An operation was prepared for another cache.
@@ -411,7 +411,7 @@ pub enum Error {
     DeviceRequest {
         /// Name of the adapter.
         adapter: String,
-        /// What wgpu said.
+        /// The message of wgpu.
         reason: String,
     },
     /// This call needs a GPU, and the operator runs on the CPU.
@@ -425,37 +425,37 @@ pub enum Error {
     TuningFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with the line where there is one.
+        /// The reason, with the line where there is one.
         reason: String,
     },
     /// The file of a saved cache cannot be read or written, or is damaged.
     #[error("{what} {}: {reason}", .path.display())]
     SavedFile {
-        /// What is saved: a cache.
+        /// The kind of the file: a cache.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// What was to be a saved cache is not exactly one.
+    /// A file is no saved cache, or not exactly one.
     #[error("not a saved {what}, or damaged: {reason}")]
     SavedDamaged {
-        /// What it should be: a cache.
+        /// The kind of file that was expected: a cache.
         what: &'static str,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// A saved cache is not of the shape, or has not the options, that it is to go on with.
     #[error("the saved {what} has {property} {saved}, wanted is {wanted}")]
     SavedMismatch {
-        /// What is saved: a cache.
+        /// The kind of the file: a cache.
         what: &'static str,
-        /// What differs.
+        /// The property that differs.
         property: &'static str,
-        /// What the saved one has.
+        /// Its value in the file.
         saved: String,
-        /// What was asked for.
+        /// Its value in the cache that was to be restored.
         wanted: String,
     },
     /// Measured tiles are of another device.
@@ -473,11 +473,11 @@ pub enum Error {
     PipelineCache {
         /// Its file.
         path: PathBuf,
-        /// What stands in the way.
+        /// The reason.
         reason: String,
     },
-    /// The GPU ran out of memory; the message names the buffer and its bytes where this crate created it. The device may still serve smaller problems; where it was lost with its memory, the next
-    /// call says so.
+    /// The GPU ran out of memory; the message names the buffer and its bytes where this crate created it. The device may still serve
+    /// smaller problems; where it was lost with its memory, the next call says so.
     #[error("the GPU ran out of memory: {0}")]
     OutOfMemory(String),
     /// The device is gone: its driver was reset or removed, or the host application destroyed it. Its buffers and
@@ -485,15 +485,15 @@ pub enum Error {
     /// [`Attention`](crate::Attention), and upload again.
     #[error("the GPU device was lost while {during}; open a new one")]
     DeviceLost {
-        /// What was being done.
+        /// The work that was under way.
         during: &'static str,
     },
     /// The GPU, its driver or wgpu reported an error.
     #[error("the GPU reported an error while {during}: {message}")]
     Gpu {
-        /// What was being done.
+        /// The work that was under way.
         during: &'static str,
-        /// What wgpu said.
+        /// The message of wgpu.
         message: String,
     },
 }

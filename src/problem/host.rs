@@ -6,6 +6,18 @@ use crate::problem::options::{MaskPacking, SinkLogits};
 use crate::problem::shape::{Problem, check_length};
 
 /// A bias on the host: f32, or of the operands' element type, see [`Options::bias_dtype`](crate::Options::bias_dtype).
+///
+/// ```
+/// use sink_attention::{Attention, Axes, Bias, Inputs, Options, Problem, Shape};
+///
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 3, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new().bias(Axes::KEYS))?; // [1, 1, 1, N]
+/// let bias = [0.0, 3f32.ln(), f32::NEG_INFINITY]; // weights 1 and 3, and a hidden key
+/// let inputs = Inputs::new(&[0.0f32], &[0.0; 3], &[4.0, 8.0, 100.0]).bias(Bias::F32(&bias));
+/// let output = Attention::cpu().forward(&problem, &inputs)?;
+/// assert!((output.o[0] - 7.0).abs() < 1e-5); // (1 * 4 + 3 * 8) / 4
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub enum Bias<'a, T = f32> {
     /// f32, whatever the operands are.
@@ -34,6 +46,19 @@ impl<T: Element> Bias<'_, T> {
 }
 
 /// A boolean mask on the host, see [`Options::mask_packing`](crate::Options::mask_packing).
+///
+/// ```
+/// use sink_attention::{Attention, Axes, Inputs, MaskData, MaskPacking, Options, Problem, Shape};
+///
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 3, head_dim: 1, value_dim: 1 };
+/// let packed = MaskData::pack(&[1, 0, 1], 3);
+/// assert_eq!(packed, [0b101]); // a bit for each key
+/// let problem = Problem::new(shape, Options::new().mask(Axes::KEYS).mask_packing(MaskPacking::Bits))?;
+/// let inputs = Inputs::new(&[0.0f32], &[0.0; 3], &[4.0, 100.0, 8.0]).mask(MaskData::Bits(&packed));
+/// let output = Attention::cpu().forward(&problem, &inputs)?;
+/// assert!((output.o[0] - 6.0).abs() < 1e-5); // the mean of 4 and 8
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub enum MaskData<'a> {
     /// [`MaskPacking::Bytes`].
@@ -82,6 +107,18 @@ pub(crate) fn mask_word(bytes: &[u8]) -> u32 {
 }
 
 /// Operands of a forward pass on the host, densely packed in the problem's layout; `T` is an [`Element`].
+///
+/// ```
+/// use sink_attention::{Attention, Inputs, Options, Problem, Shape, SinkLogits};
+///
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 2, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new().sink_logits(SinkLogits::PerHead))?;
+/// let sink_logits = [2f32.ln()];
+/// let inputs = Inputs::new(&[0.0f32], &[5.0, 7.0], &[1.0, 3.0]).sink_logits(&sink_logits[..]);
+/// let output = Attention::cpu().forward(&problem, &inputs)?;
+/// assert!((output.o[0] - 1.0).abs() < 1e-6); // (1 * 1 + 1 * 3) / (1 + 1 + 2)
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Inputs<'a, T = f32> {
@@ -97,7 +134,7 @@ pub struct Inputs<'a, T = f32> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// Added to the scores, see [`Problem::bias_shape`].
     pub bias: Option<Bias<'a, T>>,
-    /// Which keys may be seen, see [`Problem::mask_shape`].
+    /// The mask: the keys that may be seen, see [`Problem::mask_shape`].
     pub mask: Option<MaskData<'a>>,
 }
 
@@ -133,13 +170,29 @@ setters! {
 }
 
 /// Results of a forward pass on the host: `T` is the operands' type, `S` that of the softmax's state.
+///
+/// ```
+/// use sink_attention::half::f16;
+/// use sink_attention::{Attention, DType, Element, Inputs, Options, Problem, Shape};
+///
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 3, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new().dtype(DType::F16))?;
+/// let v = [f16::ONE, f16::ZERO, f16::ZERO];
+/// let output = Attention::cpu().forward(&problem, &Inputs::new(&[f16::ZERO], &[f16::ZERO; 3], &v))?;
+/// assert!((output.lse[0] - 3f32.ln()).abs() < 1e-6);
+/// assert_eq!(output.o, [f16::from_f32(1.0 / 3.0)]); // 0.33325, rounded
+/// for (o, rest) in output.o.iter().zip(output.o_lo.iter().flatten()) {
+///     assert!((o.whole(*rest) - 1.0 / 3.0).abs() < 1e-6); // with o_lo as exact as in f32
+/// }
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Output<T = f32, S = f32> {
     /// Attention outputs, see [`Problem::o_shape`].
     pub o: Vec<T>,
-    /// What rounding took from o, [`Element::rest`] of each element before it was rounded; `None` in f32. With it the
-    /// backward pass has o in f32; without it (`None` in half precision, too) that computes what it needs anew.
+    /// The rounding error of o: [`Element::rest`] of each element before it was rounded; `None` in f32. With it the
+    /// backward pass has o in f32. Without it (`None` in half precision, too) the backward pass computes delta anew.
     pub o_lo: Option<Vec<i16>>,
     /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].
     pub lse: Vec<S>,
@@ -164,6 +217,20 @@ setters! {
 }
 
 /// Gradients that flow into a forward pass's results, on the host.
+///
+/// ```
+/// use sink_attention::{Attention, Inputs, Options, Problem, Shape, Upstream};
+///
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 2, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// let inputs = Inputs::new(&[0.0f32], &[5.0, 7.0], &[1.0, 3.0]);
+/// let attention = Attention::cpu();
+/// let saved = attention.forward(&problem, &inputs)?; // both keys have the weight 1/2, o is 2
+/// // The loss is o + lse. d_s is 1/2 (v - o) of o, and 1/2 of lse: [0, 1].
+/// let gradients = attention.backward(&problem, &inputs, &saved, &Upstream::new(&[1.0]).d_lse(&[1.0][..]))?;
+/// assert!((gradients.d_q[0] - 7.0).abs() < 1e-5); // 0 * 5 + 1 * 7
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Upstream<'a, T = f32> {
@@ -191,6 +258,22 @@ setters! {
 }
 
 /// Gradients of a forward pass's operands, on the host; `T` and `S` as in [`Output`].
+///
+/// ```
+/// use sink_attention::{Attention, Inputs, Options, Problem, Shape, SinkLogits, Upstream};
+///
+/// // Two query heads share one key head.
+/// let shape = Shape { batch: 1, heads: 2, kv_heads: 1, seq_q: 1, seq_k: 2, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new().sink_logits(SinkLogits::PerHead))?;
+/// let sink_logits = [2f32.ln(); 2]; // weights: a quarter for each key, a half for the sink
+/// let inputs = Inputs::new(&[0.0f32; 2], &[5.0, 7.0], &[1.0, 3.0]).sink_logits(&sink_logits[..]);
+/// let attention = Attention::cpu();
+/// let saved = attention.forward(&problem, &inputs)?; // o is 1 in both heads
+/// let gradients = attention.backward(&problem, &inputs, &saved, &Upstream::new(&[1.0; 2]))?;
+/// assert!(gradients.d_v.iter().all(|d_v| (d_v - 0.5).abs() < 1e-6)); // a quarter from each head
+/// assert!(gradients.d_sink_logits.iter().flatten().all(|d_sink| (d_sink + 0.5).abs() < 1e-6)); // -1/2 * o
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Gradients<T = f32, S = f32> {
@@ -241,7 +324,21 @@ setters! {
 /// ```
 ///
 /// which is associative and commutative up to rounding. A row that sees nothing of its shard has o = 0 and lse =
-/// -infinity; a state of such rows ([`empty`](Self::empty)) changes nothing. Where lse is -infinity, o is not read.
+/// -infinity; a state in which no row sees anything ([`empty`](Self::empty)) changes nothing. Where lse is -infinity, o is not read.
+///
+/// ```
+/// use sink_attention::{Attention, Options, PartialState, Problem, Shape};
+///
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 3, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// // One key of weight 1 and value 1, then two keys of weight 1 and mean 4, then no key.
+/// let first = PartialState::new(vec![1.0], vec![0.0]);
+/// let second = PartialState::new(vec![4.0], vec![2f32.ln()]);
+/// let all = Attention::cpu().merge(&problem, &[&first, &second, &PartialState::empty(&problem)])?;
+/// assert!((all.o[0] - 3.0).abs() < 1e-6); // (1 * 1 + 2 * 4) / 3
+/// assert!((all.lse[0] - 3f32.ln()).abs() < 1e-6);
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct PartialState {
@@ -327,7 +424,7 @@ impl Problem {
         check_optional("sink_logits", sink_logits.map(<[f32]>::len), per_head, hint)
     }
 
-    /// Checks what a forward pass saved, and the gradients that flow into its results.
+    /// Checks the results of a forward pass, and the gradients that flow into them.
     ///
     /// # Errors
     /// [`Error::OperandLength`]; [`Error::UnexpectedOperand`] for o_lo in f32.
@@ -381,7 +478,7 @@ impl Problem {
         state.row_max.as_ref().map_or(Ok(()), check)
     }
 
-    /// Checks what the last step of partial states takes.
+    /// Checks the operands of the last step of partial states.
     ///
     /// # Errors
     /// Those of [`check_state`](Self::check_state); [`Error::WrongElementType`]; [`Error::MissingOperand`],

@@ -59,7 +59,7 @@ fn signed(n: usize) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
-/// What can be divided by.
+/// The tile's size, unless it is 0, by which nothing can be divided.
 fn tile_size(tile: usize) -> Option<i64> {
     (tile > 0).then(|| signed(tile))
 }

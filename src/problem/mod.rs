@@ -1,4 +1,4 @@
-//! What is computed: options, sizes, operands in host memory, the visibility rule. Nothing here knows of devices.
+//! The computation: options, sizes, operands in host memory, the visibility rule. Nothing here knows of devices.
 
 pub(crate) mod cache;
 pub mod element;

@@ -13,8 +13,8 @@ pub enum Layout {
     /// `[batch, heads, seq, width]`.
     Bhsd,
     /// `[tokens, heads, width]`: the sequences of a batch one after the other, whatever their lengths, see
-    /// [`Problem::with_lengths`](crate::Problem::with_lengths). `seq_q` and `seq_k` of the shape are the tokens of all sequences, and its batch is 1: that is
-    /// how shapes and strides are told, `[1, tokens, heads, width]`.
+    /// [`Problem::with_lengths`](crate::Problem::with_lengths). `seq_q` and `seq_k` of the shape are the tokens of all sequences, and its batch is 1. Shapes
+    /// and strides are those of `[1, tokens, heads, width]`.
     Thd,
 }
 
@@ -60,6 +60,19 @@ pub enum Alignment {
 /// A band of keys around each query's position, both bounds inclusive; `None` is unbounded.
 ///
 /// The same numbers as FlashAttention's `window_size=(left, right)`.
+///
+/// ```
+/// use sink_attention::{Options, Problem, Shape, Window};
+///
+/// assert_eq!(Window::keys(3), Window { left: Some(2), right: Some(0) });
+/// let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 8, seq_k: 8, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::new(shape, Options::new().window(Window::keys(3)).sink_tokens(1))?;
+/// for sequence in problem.sequences() {
+///     // Query 6 sees the sink token, its own key and the two keys before it.
+///     assert_eq!(sequence.band.visible_keys(6), [0..1, 4..7]);
+/// }
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Window {
     /// Keys visible before the query's position.
@@ -195,8 +208,8 @@ pub struct Options {
     pub bias: Option<Axes>,
     /// Element type of the bias: f32, or [`dtype`](Self::dtype). Its gradient is f32.
     pub bias_dtype: DType,
-    /// A boolean mask, given as the operand `mask` of shape `[B or 1, H or 1, M or 1, N]`, hides keys beside those that window
-    /// and causality hide: these are the axes that it has of its own.
+    /// A boolean mask, given as the operand `mask` of shape `[B or 1, H or 1, M or 1, N]`, hides more keys than window
+    /// and causality do: these are the axes that it has of its own.
     pub mask: Option<Axes>,
     /// How the mask lies in memory.
     pub mask_packing: MaskPacking,

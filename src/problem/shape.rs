@@ -17,6 +17,20 @@ pub(crate) const MAX_SEQ: usize = 1 << 29;
 pub(crate) const MAX_WIDTH: usize = 512;
 
 /// A validated shape with its options.
+///
+/// ```
+/// use sink_attention::{Error, Options, Problem, Shape};
+///
+/// let shape = Shape { batch: 2, heads: 8, kv_heads: 2, seq_q: 1, seq_k: 100, head_dim: 64, value_dim: 32 };
+/// let problem = Problem::new(shape, Options::new())?;
+/// assert_eq!(problem.k_shape(), [2, 100, 2, 64]); // [batch, seq, heads, width]
+/// assert_eq!((problem.o_shape(), problem.lse_shape()), ([2, 1, 8, 32], [2, 8, 1]));
+/// assert_eq!(problem.scale(), 0.125); // 1 / sqrt(64)
+///
+/// let error = Problem::new(Shape { heads: 7, ..shape }, Options::new()).unwrap_err();
+/// assert!(matches!(error, Error::HeadsNotMultiple { .. })); // 7 query heads cannot share 2 key heads
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Problem {
     shape: Shape,

@@ -3,6 +3,15 @@
 use std::fmt;
 
 /// The sizes of a problem.
+///
+/// ```
+/// use sink_attention::Shape;
+///
+/// // A prompt of 700 tokens through a layer of GPT-OSS, and the decoding of the token behind it.
+/// let prompt = Shape { batch: 1, heads: 64, kv_heads: 8, seq_q: 700, seq_k: 700, head_dim: 64, value_dim: 64 };
+/// let decoding = Shape { seq_q: 1, seq_k: 701, ..prompt };
+/// assert_eq!(decoding.to_string(), "B=1 H=64 G=8 M=1 N=701 D=64 E=64");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// B, sequences in the batch.

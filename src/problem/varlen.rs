@@ -9,6 +9,18 @@ use crate::problem::options::{Layout, Options};
 use crate::problem::sizes::Shape;
 
 /// Lengths of the sequences of a batch.
+///
+/// ```
+/// use sink_attention::{Attention, Inputs, Lengths, Options, Problem, Shape};
+///
+/// // A padded batch: the first sequence has one key, the second has two.
+/// let shape = Shape { batch: 2, heads: 1, kv_heads: 1, seq_q: 1, seq_k: 2, head_dim: 1, value_dim: 1 };
+/// let problem = Problem::with_lengths(shape, Options::new(), Lengths::Used { q: None, k: Some(&[1, 2]) })?;
+/// let v = [3.0, f32::NAN, 4.0, 6.0]; // padding is never read
+/// let output = Attention::cpu().forward(&problem, &Inputs::new(&[0.0; 2], &[0.0; 4], &v))?;
+/// assert_eq!(output.o, [3.0, 5.0]); // scores of zero: means of the values
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub enum Lengths<'a> {
     /// [`Layout::Thd`]: sequence n holds the tokens `cumulative[n]..cumulative[n + 1]`; the first number is 0, the last one the
@@ -48,7 +60,7 @@ pub struct Sequence {
     pub band: Band,
 }
 
-/// What messages call [`Lengths::Cumulative`], of queries and of keys.
+/// The names of [`Lengths::Cumulative`] in messages, of queries and of keys.
 pub(crate) const CUMULATIVE: [&str; 2] = ["Lengths::Cumulative { q }", "Lengths::Cumulative { k }"];
 
 /// So many that kernels can count the words of their table.
@@ -131,7 +143,7 @@ fn used(shape: &Shape, options: &Options, q: Option<&[u32]>, k: Option<&[u32]>) 
 }
 
 impl Sequence {
-    /// What a range of the rows of keys holds of the sequence.
+    /// The part of the sequence that a range of the rows of keys holds.
     pub(crate) fn shard(&self, rows: &Range<usize>, options: &Options) -> Self {
         let all = self.k_start..self.k_start + self.k_rows;
         let start = rows.start.clamp(all.start, all.end);

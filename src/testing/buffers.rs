@@ -9,7 +9,7 @@ use crate::device::DeviceBuffer;
 use crate::plan::Capabilities;
 use crate::{BackwardBuffers, DType, Device, Element, Error, ForwardBuffers, Problem, Result, SinkLogits};
 
-/// What stands in the way of a problem's buffers, if anything.
+/// The reason why the buffers of a problem are too large for a device, if they are.
 pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<String> {
     let limit = capabilities.buffer_bytes;
     let [batch, heads, seq] = problem.lse_shape();
@@ -28,8 +28,8 @@ pub fn too_large(problem: &Problem, capabilities: &Capabilities) -> Option<Strin
     })
 }
 
-/// Operands and results of a forward pass in GPU buffers, o_lo among them, as training wants it; the operands with random
-/// numbers in [-1, 1).
+/// Operands and results of a forward pass in GPU buffers. They include o_lo, which training needs. The operands are random numbers in [-1,
+/// 1).
 pub struct GpuOperands {
     q: DeviceBuffer,
     k: DeviceBuffer,
@@ -51,7 +51,7 @@ impl GpuOperands {
         let one = |dtype, shape| filled(device, dtype, [shape]).map(|[buffer]| buffer);
         let each_head = || one(DType::F32, [1, 1, 1, problem.shape().heads]);
         let mask = |mask: MaskValues| match mask {
-            // In whole words.
+            // Bytes are padded to whole words.
             MaskValues::Bytes(mut bytes) => {
                 bytes.resize(bytes.len().next_multiple_of(4), 1);
                 device.upload("mask", &bytes)
@@ -117,7 +117,7 @@ impl GpuGradients {
         })
     }
 
-    /// The forward pass must have run: its results are read.
+    /// The buffers of the backward pass. The forward pass must have run, because its results are read.
     pub fn buffers<'a>(&'a self, operands: &'a GpuOperands) -> BackwardBuffers<'a> {
         let forward = operands.buffers();
         BackwardBuffers {
@@ -129,8 +129,8 @@ impl GpuGradients {
     }
 }
 
-/// Buffers of random numbers. Large ones repeat one block of numbers, each from another place in it; the odd
-/// length keeps rows from repeating.
+/// Buffers of random numbers. Large buffers repeat one block of numbers, each from another place in it. The odd length keeps rows from
+/// repeating.
 pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]; N]) -> Result<[DeviceBuffer; N]> {
     let noise = Random::new(0, "timed").numbers((1 << 20) + 14);
     let source = match dtype {
@@ -144,7 +144,7 @@ pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]
     }
     let copy = || {
         let mut encoder = device.wgpu().create_command_encoder(&Default::default());
-        // Halves and singles alike are copied in words.
+        // Halves and singles are both copied in words.
         let words = source.wgpu().size() / 4;
         for (n, target) in buffers.iter().enumerate() {
             let size = target.wgpu().size();
@@ -158,7 +158,7 @@ pub fn filled<const N: usize>(device: &Device, dtype: DType, shapes: [[usize; 4]
         }
         device.queue().submit([encoder.finish()]);
     };
-    pollster::block_on(device.scoped("creating operands", copy))?;
+    pollster::block_on(device.scoped_async("creating operands", copy))?;
     let none = || Error::Gpu { during: "creating operands", message: "one is missing".into() };
     buffers.try_into().map_err(|_| none())
 }

@@ -1,14 +1,14 @@
-//! How far results are from what is expected: the comparisons that tests and `sink-attention check` use.
+//! The distance of results from expected ones: the comparisons that tests and `sink-attention check` use.
 //!
-//! A comparison that cannot fail proves nothing, so everything that is not a number close enough is a
-//! [`Mismatch`]: NaN, an infinity in the wrong place, a wrong length, nothing to compare.
+//! A comparison that cannot fail proves nothing. So everything but a number that is close enough is a [`Mismatch`]: NaN, an infinity in the
+//! wrong place, a wrong length, nothing to compare.
 
 use std::ops::Range;
 
 use crate::problem::element::{DType, Element};
 
-/// The relative error accepted of a whole result of this element type, see [`tensor`]: for o and the gradients of q, k
-/// and v that of the operands, for all else f32, as for [`lse`].
+/// The accepted relative error of a whole result of this element type, see [`tensor`]. It is that of the operands for o and the gradients
+/// of q, k and v. All other results are in f32, and so is [`lse`].
 pub const fn accepted(dtype: DType) -> f64 {
     match dtype {
         DType::F32 => 1e-5,
@@ -17,7 +17,7 @@ pub const fn accepted(dtype: DType) -> f64 {
     }
 }
 
-/// Why results are not what is expected.
+/// The reason why results are not the expected ones.
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 pub enum Mismatch {
@@ -27,19 +27,19 @@ pub enum Mismatch {
     /// The numbers of elements differ.
     #[error("{actual} elements, expected {expected}")]
     Length {
-        /// Elements there are.
+        /// Number of elements.
         actual: usize,
-        /// Elements there should be.
+        /// Expected number of elements.
         expected: usize,
     },
-    /// An element is NaN or infinite where it should not be, or the other way round.
+    /// An element is NaN or infinite, but the expected one is not, or the other way round.
     #[error("element {index} is {actual}, expected {expected}")]
     NotFinite {
-        /// Which element.
+        /// Index of the element.
         index: usize,
-        /// What it is.
+        /// Value of the element.
         actual: f64,
-        /// What it should be.
+        /// Expected value.
         expected: f64,
     },
     /// The relative error of a whole tensor is too large.
@@ -50,7 +50,7 @@ pub enum Mismatch {
         /// The largest error accepted.
         bound: f64,
     },
-    /// The error of a row is too large; this is the worst one.
+    /// The error of a row is too large. This row is the worst one.
     #[error("the row at element {index} is off by {error:.3e} of its terms, at most {bound:.1e}")]
     Row {
         /// The row's first element.
@@ -60,31 +60,31 @@ pub enum Mismatch {
         /// The largest error accepted.
         bound: f64,
     },
-    /// The error of an element is too large; this is the worst one.
+    /// The error of an element is too large. This element is the worst one.
     #[error("element {index} is {actual}, expected {expected} within {bound:.1e} absolute + relative")]
     Element {
-        /// Which element.
+        /// Index of the element.
         index: usize,
-        /// What it is.
+        /// Value of the element.
         actual: f64,
-        /// What it should be.
+        /// Expected value.
         expected: f64,
         /// |actual - expected| / (1 + |expected|).
         error: f64,
         /// The largest error accepted.
         bound: f64,
     },
-    /// An element is worse than a low-precision computation explains; this is the worst one.
+    /// An element is worse than a low-precision computation explains. This element is the worst one.
     #[error(
         "element {index} is {actual}, expected {expected} within {bound:.1e}: \
          twice the largest error of a low-precision computation and 2 units in the last place"
     )]
     LowPrecision {
-        /// Which element.
+        /// Index of the element.
         index: usize,
-        /// What it is.
+        /// Value of the element.
         actual: f64,
-        /// What it should be.
+        /// Expected value.
         expected: f64,
         /// |actual - expected|.
         error: f64,
@@ -94,7 +94,7 @@ pub enum Mismatch {
 }
 
 impl Mismatch {
-    /// The error that was measured, unless there is none to speak of.
+    /// The measured error, if there is one.
     pub fn error(&self) -> Option<f64> {
         match *self {
             Mismatch::Norm { error, .. }
@@ -106,10 +106,10 @@ impl Mismatch {
     }
 }
 
-/// Compares whole tensors, all of it finite: the error ||actual - expected|| / ||expected||, at most `bound`.
+/// Compares whole tensors, which must be finite: the error ||actual - expected|| / ||expected||, at most `bound`.
 ///
 /// # Errors
-/// A [`Mismatch`] where that does not hold.
+/// A [`Mismatch`] if they differ by more, or are not finite.
 pub fn tensor<A, E>(actual: &[A], expected: &[E], bound: f64) -> Result<f64, Mismatch>
 where
     A: Copy + Into<f64>,
@@ -123,20 +123,20 @@ where
         difference += (actual - expected) * (actual - expected);
         norm += expected * expected;
     }
-    // Where zeros are expected, nothing but zeros will do.
+    // Expected zeros must be exact.
     let error = if difference == 0.0 { 0.0 } else { f64::sqrt(difference) / f64::sqrt(norm) };
     if error <= bound { Ok(error) } else { Err(Mismatch::Norm { error, bound }) }
 }
 
-/// Compares row by row, each by itself: a norm over all would not show a row that is lost beside larger ones.
+/// Compares each row by itself, because a norm over all rows would not show a row that is lost next to larger ones.
 ///
-/// The error of a row is `||actual - expected|| / ||magnitudes||`, where a magnitude is the sum of the absolute values of the
-/// terms of an element, see [`Magnitudes`](crate::cpu::reference::Magnitudes); never less than the row itself. What rounding to
-/// the smallest numbers of `dtype` takes is accepted beside `bound`. The three are of one length, and `rows` within it. Returns
-/// the worst error.
+/// The error of a row is `||actual - expected|| / ||magnitudes||`. A magnitude is the sum of the absolute values of the terms of an
+/// element, see [`Magnitudes`](crate::cpu::reference::Magnitudes). The denominator is never less than the norm of the row itself. The
+/// rounding error of the smallest numbers of `dtype` is accepted in addition to `bound`. The three slices are of one length, and `rows` are
+/// within it. Returns the worst error.
 ///
 /// # Errors
-/// A [`Mismatch`] where an error is above `bound`, or a row is not finite.
+/// A [`Mismatch`] if an error is above `bound`, or a row is not finite.
 pub fn rows<A, E>(
     actual: &[A],
     expected: &[E],
@@ -165,10 +165,10 @@ where
             return Err(Mismatch::NotFinite { index: start + n, actual: x, expected: y });
         }
         let difference = norm(&mut pairs().map(|(x, y)| x - y));
-        // Devices may make zeros of results below f32's normal numbers.
+        // Devices may flush results below f32's normal numbers to zero.
         let smallest = (row.len() as f64).sqrt() * ulp(0.0, dtype).max(f32::MIN_POSITIVE.into());
         let size = norm(&mut magnitudes[row].iter().copied()).max(norm(&mut pairs().map(|(_, y)| y)));
-        // The smallest numbers have no relative precision. Where zeros are expected, nothing but zeros will do.
+        // The smallest numbers have no relative precision. Expected zeros must be exact.
         let rest = if size == 0.0 { difference } else { (difference - smallest).max(0.0) };
         let error = if rest == 0.0 { 0.0 } else { rest / size };
         if error > worst.0 {
@@ -178,11 +178,11 @@ where
     worst.1
 }
 
-/// Compares element by element, as suits logarithms: the worst |actual - expected| / (1 + |expected|), which is
-/// absolute for small numbers and relative for large ones, at most `bound`. Infinities must be equal.
+/// Compares element by element, as is right for logarithms: the worst |actual - expected| / (1 + |expected|), at most `bound`. It is
+/// absolute for small numbers and relative for large ones. Infinities must be equal.
 ///
 /// # Errors
-/// A [`Mismatch`] where that does not hold.
+/// A [`Mismatch`] if an error is above `bound`, or an infinity or a NaN is in the wrong place.
 pub fn lse<A, E>(actual: &[A], expected: &[E], bound: f64) -> Result<f64, Mismatch>
 where
     A: Copy + Into<f64>,
@@ -205,13 +205,13 @@ where
     worst.1
 }
 
-/// Compares element by element with what a plain computation of low precision gives: the worst error as a share of
-/// what is accepted, which is twice the largest error of `low` and 2 units in the last place of the element.
+/// Compares element by element with the results of a plain computation of low precision. The accepted error is twice the largest error of
+/// `low` and 2 units in the last place of the element. Returns the worst error as a share of the accepted one.
 ///
-/// Where `low` is infinite, as what `T` does not hold is, `actual` must be the same.
+/// If `low` is infinite, because `T` does not hold the number, `actual` must be the same.
 ///
 /// # Errors
-/// A [`Mismatch`] where that does not hold.
+/// A [`Mismatch`] if an error is larger, or a number is not finite.
 pub fn low_precision<T: Element>(actual: &[T], low: &[T], expected: &[f64]) -> Result<f64, Mismatch> {
     let mut largest = 0.0;
     for (index, low, expected) in pairs(low, expected)? {
@@ -246,7 +246,7 @@ pub fn low_precision<T: Element>(actual: &[T], low: &[T], expected: &[f64]) -> R
     worst.1
 }
 
-/// The distance of neighbouring numbers of a type where `x` lies.
+/// The distance of neighbouring numbers of a type at `x`.
 fn ulp(x: f64, dtype: DType) -> f64 {
     let (digits, least) = match dtype {
         DType::F32 => (24, -126),
@@ -257,7 +257,7 @@ fn ulp(x: f64, dtype: DType) -> f64 {
     2f64.powi(exponent - digits + 1)
 }
 
-/// The elements side by side, with their index.
+/// Pairs of elements, with their index.
 fn pairs<A, E>(actual: &[A], expected: &[E]) -> Result<impl Iterator<Item = (usize, f64, f64)>, Mismatch>
 where
     A: Copy + Into<f64>,
@@ -323,7 +323,7 @@ mod tests {
         lse(&[-f32::MAX], &[-INF], 1e-5).unwrap_err();
         lse(&[NAN], &[-INF], 1e-5).unwrap_err();
         lse(&[NAN], &[NAN], 1e-5).unwrap_err();
-        // An infinity late in a tensor is not hidden by an error before it.
+        // An error does not hide an infinity or a NaN behind it.
         assert!(matches!(lse(&[9.0, NAN], &[1.0, 1.0f32], 1e-5), Err(Mismatch::NotFinite { index: 1, .. })));
     }
 
@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn rows_stand_for_themselves() {
-        // The second row is lost beside the first, and the norm over all does not show it.
+        // The second row is lost next to the first, and the norm over both does not show it.
         let (expected, magnitudes) = ([3.0, 4.0, 3e-6, 4e-6], [3.0, 4.0, 3e-6, 4e-6]);
         let lost = [3.0, 4.0, 0.0, 0.0];
         let of =
@@ -347,17 +347,17 @@ mod tests {
         tensor(&lost, &expected, 1e-5).unwrap();
         assert_eq!(of(&expected, &magnitudes), Ok(0.0));
         assert!(matches!(of(&lost, &magnitudes), Err(Mismatch::Row { index: 2, error: 1.0, .. })));
-        // Terms that cancel explain more, and magnitudes below the row itself do not count.
+        // Terms that cancel explain more. Magnitudes below the row itself do not count.
         of(&lost, &[3.0, 4.0, 0.3, 0.4]).unwrap();
         assert!(of(&lost, &[0.0; 4]).is_err());
-        // Half of the smallest number of f16 is no error, and twice that is one; beside nothing it is one in any case.
+        // Half of the smallest number of f16 is no error, but twice that is one. If zero is expected, both are errors.
         let small = |actual: f64, expected: f64| {
             rows(&[actual], &[expected], &[expected], std::iter::once(0..1), DType::F16, 1e-3)
         };
         small(0.0, 0.5f64 * 2f64.powi(-24)).unwrap();
         small(0.0, 2.0 * 2f64.powi(-24)).unwrap_err();
         small(2f64.powi(-24), 0.0).unwrap_err();
-        // NaN, and what is too short.
+        // NaN and a wrong length are errors.
         of(&[3.0, 4.0, f64::NAN, 0.0], &magnitudes).unwrap_err();
         of(&expected[..3], &magnitudes).unwrap_err();
         of(&expected, &magnitudes[..3]).unwrap_err();
@@ -383,14 +383,14 @@ mod tests {
 
     #[test]
     fn low_precision_accepts_twice_its_error_and_two_units() {
-        // An error of 2^-11 in the first element, and units of 2^-10 and 2^-9.
+        // The first element has an error of 2^-11. Units are 2^-10 and 2^-9.
         let (low, expected) = (halves::<f16>(&[1.0, 2.0]), [1.0 + 2f64.powi(-11), 2.0]);
         assert_eq!(low_precision(&low, &low, &expected), Ok(0.0));
         let second = |units: f32| low_precision(&halves::<f16>(&[1.0, 2.0 + units / 512.0]), &low, &expected);
         assert_eq!([second(1.0), second(-2.0)], [Ok(0.4), Ok(0.8)]);
         assert!(matches!(second(3.0), Err(Mismatch::LowPrecision { index: 1, .. })));
         assert!(second(-3.0).unwrap_err().error().is_some());
-        // The first has the smaller unit.
+        // The first element has the smaller unit.
         low_precision(&halves::<f16>(&[1.0 - 2.0 / 1024.0, 2.0]), &low, &expected).unwrap();
         low_precision(&halves::<f16>(&[1.0 - 3.0 / 1024.0, 2.0]), &low, &expected).unwrap_err();
     }
@@ -403,7 +403,7 @@ mod tests {
             low_precision(&ones, &halves(&[1.0, bad]), &[1.0, 1.0]).unwrap_err();
             low_precision(&ones, &ones, &[1.0, f64::from(bad)]).unwrap_err();
         }
-        // Infinite by rounding is right, and then nothing else is.
+        // An infinity by rounding is right, and then nothing else is.
         let (large, expected) = (halves::<f16>(&[1.0, 1e5]), [1.0, 1e5]);
         assert_eq!(low_precision(&large, &large, &expected), Ok(0.0));
         low_precision(&halves(&[1.0, 65504.0]), &large, &expected).unwrap_err();

@@ -8,7 +8,7 @@ use crate::plan::DeviceClass;
 use crate::plan::MicroKernel;
 use crate::{Attention, DeviceChoice, Error};
 
-/// A device of its own on the adapter of [`gpu`].
+/// A device of its own, on the adapter of [`gpu`].
 pub fn another_gpu() -> Option<Attention> {
     gpu()?;
     Some(Attention::open(&choice()).expect("a device opened before").with_micro_kernel(MicroKernel::Portable))
@@ -21,13 +21,13 @@ fn choice() -> DeviceChoice {
     }
 }
 
-/// The adapter that `SINK_ATTENTION_ADAPTER` names, else the best one. With the portable micro-kernel, whatever the
-/// adapter has: the other one, whose gradients of sink logits have wider bounds, is [`cooperative`]'s.
+/// The adapter that `SINK_ATTENTION_ADAPTER` names, or else the best one. It has the portable micro-kernel whatever the adapter offers.
+/// [`cooperative`] has the other micro-kernel, whose gradients of sink logits have wider bounds.
 ///
-/// The same device for all of a test; two that run at the same time may have two, see `Lanes`.
+/// It is the same device for all of a test. Two tests that run at the same time may have two, see `Lanes`.
 ///
-/// Without one, says so where it is seen, and fails where `SINK_ATTENTION_REQUIRE_GPU=1`: a machine
-/// that lost its driver must not look like one whose tests pass.
+/// Without an adapter the function says so where it is seen, and fails under `SINK_ATTENTION_REQUIRE_GPU=1`: a machine that lost its driver
+/// must not look like one whose tests pass.
 pub fn gpu() -> Option<&'static Attention> {
     static LANES: OnceLock<Option<Lanes>> = OnceLock::new();
     let lanes = LANES.get_or_init(|| {
@@ -49,11 +49,11 @@ pub fn gpu() -> Option<&'static Attention> {
     lanes.as_ref().map(Lanes::of_this_thread)
 }
 
-/// The devices that tests share. A GPU is one device; a software driver compiles a device's kernels one after the other, so
-/// there each of the tests that run at the same time gets its own.
+/// The devices that tests share. All tests share one device on a GPU. A software driver compiles a device's kernels one after the other, so
+/// there each test that runs at the same time gets a device of its own.
 struct Lanes {
     devices: Vec<Attention>,
-    /// Threads that each device belongs to.
+    /// Number of threads that use each device.
     threads: Mutex<Vec<usize>>,
 }
 
@@ -71,7 +71,7 @@ impl Lanes {
         }
     }
 
-    /// The one that the fewest threads have, until this thread ends, as it does with its test.
+    /// The device that the fewest threads have. It stays with this thread until the thread ends together with its test.
     fn of_this_thread(&'static self) -> &'static Attention {
         struct Lane(&'static Lanes, usize);
 
@@ -97,9 +97,9 @@ impl Lanes {
     }
 }
 
-/// The adapter with the cooperative micro-kernel, where it has cooperative matrices.
+/// The adapter with the cooperative micro-kernel, if it has cooperative matrices.
 ///
-/// Where it has none, says so, and fails where `SINK_ATTENTION_REQUIRE_COOPERATIVE=1`.
+/// Without them the function says so, and fails under `SINK_ATTENTION_REQUIRE_COOPERATIVE=1`.
 pub fn cooperative() -> Option<Attention> {
     let required = std::env::var("SINK_ATTENTION_REQUIRE_COOPERATIVE").is_ok_and(|value| value == "1");
     let gpu = gpu().filter(|gpu| gpu.device().is_some_and(|device| device.capabilities().cooperative.is_some()));
@@ -110,7 +110,7 @@ pub fn cooperative() -> Option<Attention> {
     gpu.map(|gpu| gpu.clone().with_micro_kernel(MicroKernel::Cooperative))
 }
 
-/// Past the test harness, which swallows eprintln! of a test that passes.
+/// Bypasses the test harness, which swallows eprintln! of a test that passes.
 fn did_not_run(what: &str) {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");

@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A folder of its own for a test, empty at first.
+/// A folder for one test, empty at first.
 #[derive(Debug)]
 pub struct Folder(PathBuf);
 
 impl Folder {
-    /// In the folder that cargo has for a program of tests, `env!("CARGO_TARGET_TMPDIR")`.
+    /// Creates the folder in `parent`, which is the folder that cargo has for a program of tests, `env!("CARGO_TARGET_TMPDIR")`.
     pub fn new(parent: &str, test: &str) -> Self {
         let path = Path::new(parent).join(test);
         let _ = fs::remove_dir_all(&path);

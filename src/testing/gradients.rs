@@ -1,4 +1,4 @@
-//! The backward pass: what flows in, and the check of the gradients against the definition.
+//! The backward pass: its inflow, and the check of the gradients against the definition.
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -9,7 +9,7 @@ use super::random::Random;
 use crate::cpu::reference;
 use crate::{Attention, Element, Gradients, Output, Problem, Upstream};
 
-/// Operands of the forward pass with the gradients that flow into its results.
+/// Operands of the forward pass, and the gradients that flow into its results.
 #[derive(Debug, Clone)]
 pub struct Backward<T = f32> {
     pub operands: Operands<T>,
@@ -18,7 +18,7 @@ pub struct Backward<T = f32> {
 }
 
 impl Backward {
-    /// Numbers of unit variance; every third seed has no d_lse.
+    /// Numbers of unit variance. Every third seed has no d_lse.
     pub fn random(problem: &Problem, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed ^ 0xd0);
         let half_width = 3f32.sqrt();
@@ -30,7 +30,7 @@ impl Backward {
         }
     }
 
-    /// With [`Operands::scattered`].
+    /// The same with [`Operands::scattered`].
     pub fn scattered(problem: &Problem, seed: u64, d_lse: bool) -> Self {
         let mut random = Random::new(seed, "scattered gradients");
         let mut vector = |shape: &[usize]| random.units(shape.iter().product());
@@ -41,7 +41,7 @@ impl Backward {
         }
     }
 
-    /// Rounded to an element type.
+    /// The operands, rounded to an element type.
     pub fn cast<T: Element>(self) -> Backward<T> {
         Backward { operands: self.operands.cast(), d_o: T::narrow(self.d_o), d_lse: self.d_lse }
     }
@@ -58,7 +58,7 @@ impl<T: Element> Backward<T> {
         self.run_with(attention, problem, &saved)
     }
 
-    /// A path's gradients from the results of some other forward pass.
+    /// A path's gradients from the results of another forward pass.
     pub fn run_with(&self, attention: &Attention, problem: &Problem, saved: &Output<T>) -> Gradients<T> {
         attention.backward(problem, &self.operands.inputs(), saved, &self.upstream()).unwrap()
     }
@@ -75,12 +75,12 @@ impl<T: Element> Backward<T> {
         Output { o: T::narrow(round(o)), o_lo: None, lse: round(lse) }
     }
 
-    /// Holds a path's gradients against the definition.
+    /// Compares a path's gradients with the definition.
     pub fn check(&self, attention: &Attention, problem: &Problem) -> Gradients<T> {
         self.check_within(accepted(T::DTYPE), attention, problem)
     }
 
-    /// As [`check`](Self::check), with a bound for problems that amplify the rounding of f32.
+    /// Like [`check`](Self::check), with a bound for problems that amplify the rounding of f32.
     pub fn check_within(&self, bound: f64, attention: &Attention, problem: &Problem) -> Gradients<T> {
         let actual = self.run(attention, problem);
         let expected = self.rows_agree(bound, problem, &actual);
@@ -88,7 +88,7 @@ impl<T: Element> Backward<T> {
         actual
     }
 
-    /// Holds each row of d_q, d_k and d_v against the definition, relative to its terms. Returns the definition's gradients.
+    /// Compares each row of d_q, d_k and d_v with the definition, relative to its terms. Returns the definition's gradients.
     pub fn rows_agree(&self, bound: f64, problem: &Problem, actual: &Gradients<T>) -> Gradients<f64, f64> {
         let inputs = self.operands.inputs();
         let (_, expected, magnitudes) = reference::with_magnitudes(problem, &inputs, Some(&self.upstream())).unwrap();
@@ -101,7 +101,7 @@ impl<T: Element> Backward<T> {
         expected
     }
 
-    /// Holds two gradients of the same inflow against each other.
+    /// Compares two gradients of the same inflow.
     pub fn agree<N: Copy + Into<f64>, S: Copy + Into<f64>>(
         &self,
         actual: &Gradients<T>,
@@ -110,22 +110,22 @@ impl<T: Element> Backward<T> {
         self.agree_within(accepted(T::DTYPE), actual, expected)
     }
 
-    /// The error of each gradient relative to its norm. Where terms cancel and little of a gradient is left, as
-    /// of d_q with one key and a sink far below it, to a hundredth of the norm of what flows in.
+    /// Compares the error of each gradient relative to its norm. If terms cancel and little of a gradient is left, as of d_q with one key
+    /// and a sink far below it, the norm is at least a hundredth of the norm of the inflow.
     fn agree_within<N: Copy + Into<f64>, S: Copy + Into<f64>>(
         &self,
         bound: f64,
         actual: &Gradients<T>,
         expected: &Gradients<N, S>,
     ) -> Result<(), String> {
-        // NaN in what flows into rows that see nothing flows no further.
+        // NaN that flows into a row that sees nothing flows no further.
         let finite = |x: &[f64]| norm(&x.iter().copied().filter(|x| x.is_finite()).collect::<Vec<_>>());
         let d_o: Vec<f64> = self.d_o.iter().map(|&x| x.into()).collect();
         let d_lse: Vec<f64> = self.d_lse.iter().flatten().map(|&x| x.into()).collect();
         let inflow = finite(&d_o).hypot(finite(&d_lse));
         let d_sink = match (&actual.d_sink_logits, &expected.d_sink_logits) {
             (Some(actual), Some(expected)) => {
-                // As precise as f32 whatever the operands are.
+                // The gradient is as precise as f32, whatever the operands are.
                 let bound = bound / accepted(T::DTYPE) * BOUND;
                 off("d_sink_logits", actual, expected, inflow, bound)
             }
@@ -137,7 +137,7 @@ impl<T: Element> Backward<T> {
             off("d_k", &actual.d_k, &expected.d_k, inflow, bound),
             off("d_v", &actual.d_v, &expected.d_v, inflow, bound),
             d_sink,
-            // Distances multiply what rounding leaves of terms that cancel.
+            // Distances multiply the rounding error that is left of terms that cancel.
             off_optional("d_alibi_slopes", &actual.d_alibi_slopes, &expected.d_alibi_slopes, inflow, bound.max(1e-4)),
             off_optional("d_bias", &actual.d_bias, &expected.d_bias, inflow, bound),
         ]
@@ -148,7 +148,7 @@ impl<T: Element> Backward<T> {
     }
 }
 
-/// As [`off`], of a gradient that both have or neither has.
+/// Like [`off`], for a gradient that both results have, or neither.
 fn off_optional(
     name: &str,
     actual: &Option<Vec<f32>>,
@@ -163,7 +163,7 @@ fn off_optional(
     }
 }
 
-/// What is wrong with a gradient, if anything is.
+/// The mistake in a gradient, if there is one.
 fn off(
     name: &str,
     actual: &[impl Copy + Into<f64>],
@@ -176,7 +176,7 @@ fn off(
     }
     let differences: Vec<f64> = actual.iter().zip(expected).map(|(&a, &e)| a.into() - e.into()).collect();
     let (error, norm) = (norm(&differences), norm(expected));
-    // So written that NaN is a difference.
+    // The comparison is written so that NaN is a difference.
     let close = error <= bound * norm.max(0.01 * inflow);
     (!close).then(|| format!("{name} is off by {:.2e} (norm {norm:.2e} of {inflow:.2e})", error / norm))
 }

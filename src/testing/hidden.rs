@@ -1,4 +1,4 @@
-//! The law of non-interference: a result keeps its bits whatever lies outside what it depends on.
+//! The law of non-interference: a result keeps its bits whatever the numbers are that it does not depend on.
 //!
 //! ```text
 //! o_i, lse_i, d_q_i              row i of q, d_o, d_lse, and the keys, values and bias that query i sees
@@ -7,8 +7,8 @@
 //! d_sink_logits_h, d_slopes_h    what all rows of head h depend on; of a row that sees nothing, d_lse alone
 //! ```
 //!
-//! A random set of queries is held, all that these do not see is filled with other bits, and the results that depend on held
-//! queries alone are compared bit for bit.
+//! A random set of queries is held. All numbers that these queries do not see are filled with other bits, and the results that depend on
+//! held queries alone are compared bit for bit.
 
 use std::ops::Range;
 
@@ -19,10 +19,10 @@ use crate::{
     Problem, Result, Shape, SinkLogits, Upstream, Window,
 };
 
-/// The options that a kernel is compiled for. The rest of a problem is random, so that few kernels see many problems.
+/// The options that a kernel is compiled for. The rest of a problem is random, so few kernels see many problems.
 #[derive(Debug, Clone, Copy)]
 pub struct Family {
-    /// Of q and k, and of v.
+    /// Widths of q and k, and of v.
     pub widths: [usize; 2],
     /// Softcap and ALiBi.
     pub softcap: bool,
@@ -32,7 +32,7 @@ pub struct Family {
     /// Whether there is a mask, in either packing.
     pub mask: Option<MaskPacking>,
     pub sink_logits: SinkLogits,
-    /// Whether sequences differ in length: padded batches and thd by turns.
+    /// Whether sequences differ in length: padded batches and thd in turn.
     pub lengths: bool,
 }
 
@@ -43,7 +43,7 @@ pub enum BiasType {
     Operand,
 }
 
-/// Every option, alone or with others.
+/// Every option, alone or with other options.
 pub const FAMILIES: [Family; 6] = {
     let plain = Family {
         widths: [16, 16],
@@ -129,7 +129,7 @@ impl Family {
             let (q, k) = (lengths(shape.batch, seq_q), lengths(shape.batch, seq_k));
             return Problem::with_lengths(shape, options, Lengths::Used { q: Some(&q), k: Some(&k) });
         }
-        // Three sequences, one of which may be empty on either side.
+        // There are three sequences. One of them may be empty on either side.
         let mut cumulative = |seq| {
             let mut cuts = lengths(2, seq);
             cuts.extend([0, seq as u32]);
@@ -142,18 +142,18 @@ impl Family {
     }
 }
 
-/// A problem with its operands and what flows into its results.
+/// A problem, its operands, and the gradients that flow into its results.
 #[derive(Debug, Clone)]
 pub struct Case<T> {
     pub problem: Problem,
     pub operands: Operands<T>,
     pub d_o: Vec<T>,
     pub d_lse: Option<Vec<f32>>,
-    /// The mask in bytes, however the operands have it.
+    /// The mask in bytes, whatever its packing in the operands is.
     mask: Option<Vec<u8>>,
 }
 
-/// What a path computes.
+/// The results of a path.
 pub type Results<T> = (Output<T>, Option<Gradients<T>>);
 
 impl<T: Element> Case<T> {
@@ -228,7 +228,7 @@ impl<T: Element> Case<T> {
         queries
     }
 
-    /// Rows of q, d_o and o by the number of a query in the order of lse, or of k and v by that of a key.
+    /// A row of q, d_o or o, by the number of a query in the order of lse, or a row of k or v, by that of a key.
     fn row(&self, heads: usize, seq: usize, width: usize, index: usize) -> Range<usize> {
         let strides = self.problem.options().layout.strides(heads, seq, width).map(|stride| stride as usize);
         let at = [index / seq / heads, index / seq % heads, index % seq];
@@ -246,7 +246,7 @@ impl<T: Element> Case<T> {
         self.row(shape.kv_heads, shape.seq_k, width, index)
     }
 
-    /// The same with other bits in all that the held queries do not depend on.
+    /// The case with other bits in all numbers that the held queries do not depend on.
     fn filled(&self, queries: &[Query], held: &[bool], fill: Fill, random: &mut Random) -> Self {
         let (shape, mut filled) = (*self.problem.shape(), self.clone());
         let [queries_of_lse, keys] =
@@ -256,7 +256,7 @@ impl<T: Element> Case<T> {
         let mut heads = vec![false; shape.heads];
         let mut seen = vec![false; keys];
         let mut bias = vec![false; self.problem.bias_shape().map_or(0, |shape| shape.iter().product())];
-        // Where -infinity hides a key from a held query, it has to stay.
+        // A bias of -infinity that hides a key from a held query must stay.
         let mut hiding = bias.clone();
         for (query, _) in queries.iter().zip(held).filter(|(query, held)| **held && query.counts) {
             heads[query.head] = true;
@@ -298,7 +298,7 @@ impl<T: Element> Case<T> {
         filled
     }
 
-    /// The first result that depends on held queries alone and has other bits.
+    /// The first result that depends on held queries alone, but has other bits.
     fn difference(&self, queries: &[Query], held: &[bool], before: &Results<T>, after: &Results<T>) -> Option<String> {
         let shape = *self.problem.shape();
         let (mut seen, mut heads) = (vec![true; shape.batch * shape.kv_heads * shape.seq_k], vec![true; shape.heads]);
@@ -339,7 +339,7 @@ impl<T: Element> Case<T> {
             .or_else(|| optional("d_bias", &g.d_bias, &after.d_bias, &bias))
     }
 
-    /// Whether other values of a query and of what it sees change its results and those of its keys, as they must.
+    /// Checks that other values of a query, and of the keys that it sees, change its results and those of its keys.
     fn control(&self, query: &Query, before: &Results<T>, after: &Results<T>) -> Option<String> {
         let (d, e) = (self.problem.shape().head_dim, self.problem.shape().value_dim);
         let same =
@@ -353,7 +353,7 @@ impl<T: Element> Case<T> {
         if same(&before.d_v, &after.d_v, &mut theirs(e)) {
             return Some("d_v is the same with another d_o".into());
         }
-        // With one key and no sink both are 0.
+        // With one key and no sink both gradients are 0.
         let cancels = query.keys.len() < 2;
         if !cancels && (same(&before.d_q, &after.d_q, &mut own(d)) || same(&before.d_k, &after.d_k, &mut theirs(d))) {
             return Some("d_q or d_k is the same with other values and another d_o".into());
@@ -362,10 +362,10 @@ impl<T: Element> Case<T> {
     }
 }
 
-/// Holds a way to compute a case to the law. Returns how many controls there were: a case in which no query sees a key has none.
+/// Checks the law on a computation of a case. Returns the number of controls. A case in which no query sees a key has none.
 ///
 /// # Errors
-/// Which result has other bits, or that of the computation.
+/// The result that has other bits, or the error of the computation.
 pub fn law<T: Element>(
     case: &Case<T>,
     seed: u64,
@@ -402,22 +402,22 @@ pub fn law<T: Element>(
 /// A query of a head of a sequence.
 struct Query {
     head: usize,
-    /// Its place in lse.
+    /// Place in lse.
     index: usize,
-    /// Whether it is within the length of its sequence.
+    /// Whether the query is within the length of its sequence.
     counts: bool,
     keys: Vec<Key>,
 }
 
 /// A key that a query sees.
 struct Key {
-    /// In the order of batch, head and position.
+    /// Number in the order of batch, head and position.
     index: usize,
     /// The element of the bias that is added to their score.
     bias: usize,
 }
 
-/// Which queries are held.
+/// The set of queries that are held.
 #[derive(Debug, Clone, Copy)]
 enum Holds {
     All,
@@ -451,12 +451,12 @@ impl Holds {
     }
 }
 
-/// What unseen numbers become. One kind at a time, as NaN may hide what large numbers do.
+/// The replacement of unseen numbers. Each kind is tested by itself, because NaN may hide the effect of large numbers.
 #[derive(Debug, Clone, Copy)]
 enum Fill {
     /// Arbitrary bits.
     Bits,
-    /// Finite, up to the largest there is, and the smallest.
+    /// Finite numbers up to the largest one, and the smallest one.
     Large,
     NotFinite,
 }
@@ -467,7 +467,7 @@ impl Fill {
             let bits = (random.bits() << 24 | random.bits()) as u32;
             let of = |bits: u32| bytemuck::pod_read_unaligned::<T>(&bits.to_le_bytes()[..size_of::<T>()]);
             let one_of = |numbers: [f32; 4]| T::from_f32(numbers[bits as usize % 4]);
-            // One less than infinity, and the least that is not 0.
+            // The number just below infinity, and the smallest one above 0.
             let infinity = T::from_f32(f32::INFINITY);
             let mut word = [0; 4];
             word[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(&infinity));
@@ -478,7 +478,7 @@ impl Fill {
                     0 => of(1),
                     1 => T::from_f32(-largest.to_f32()),
                     2 | 3 => largest,
-                    // A share of the largest.
+                    // A fraction of the largest number.
                     n => T::from_f32(largest.to_f32() / (1u32 << (2 * n)) as f32),
                 },
                 Fill::NotFinite => one_of([f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN]),
@@ -487,7 +487,7 @@ impl Fill {
     }
 }
 
-/// The first row of two tensors that has other bits in one than in the other.
+/// The first row in which two tensors have different bits.
 fn other_bits<T: Element>(
     name: &str,
     before: &[T],
@@ -507,7 +507,7 @@ fn keys(problem: &Problem) -> usize {
     problem.sequences().map(|sequence| sequence.k_rows).max().unwrap_or(0)
 }
 
-/// The shape of the mask in bytes, however it is packed.
+/// The shape of the mask in bytes, whatever its packing is.
 fn mask_shape(problem: &Problem) -> Option<[usize; 4]> {
     let [batch, heads, seq_q, _] = problem.mask_shape()?;
     Some([batch, heads, seq_q, keys(problem)])
@@ -519,7 +519,7 @@ fn places([batch, heads, seq_q, seq_k]: [usize; 4]) -> impl Iterator<Item = [usi
     (0..batch * heads * seq_q * seq_k).map(place)
 }
 
-/// Where a pair lies in a tensor that is broadcast along its axes of size 1.
+/// The place of a pair in a tensor that is broadcast along its axes of size 1.
 fn place(shape: [usize; 4], pair: [usize; 4]) -> usize {
     shape.into_iter().zip(pair).fold(0, |place, (size, n)| place * size + if size == 1 { 0 } else { n })
 }

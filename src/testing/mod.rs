@@ -1,7 +1,7 @@
 //! Random problems, operands and comparisons, which tests, the command's `check` and `bench`, and the benchmarks share.
 //!
-//! **Unstable.** This module is there for the tests of this crate and of those built on it. It is no part of semantic versioning:
-//! any release may change or remove what is in it.
+//! **Unstable.** This module is for the tests of this crate and of crates built on it. It is not part of semantic versioning: any release
+//! may change or remove its items.
 
 #![allow(
     missing_debug_implementations,

@@ -1,4 +1,4 @@
-//! Problems in a line, operands, random or made by hand, and the check against the definition.
+//! Problems in one line, random and handmade operands, and the check against the definition.
 
 use std::ops::Range;
 
@@ -14,13 +14,13 @@ use crate::{
     SinkLogits, Window,
 };
 
-/// Accepted error of an f32 path, relative to the norm for o, absolute + relative for lse.
+/// Accepted error of an f32 path: relative to the norm for o, absolute and relative for lse.
 pub const BOUND: f64 = 1e-5;
 
-/// Around, below and above tile sizes, and none of them even.
+/// Sizes around, below and above those of tiles. None of them is even.
 pub const SIZES: [[usize; 2]; 7] = [[1, 1], [1, 257], [3, 3], [64, 1], [63, 65], [113, 203], [239, 1]];
 
-/// Every option, alone and with others.
+/// Every option, alone and with other options.
 pub fn options() -> Vec<Options> {
     let new = Options::new();
     let causal = new.causal(true);
@@ -42,7 +42,7 @@ pub fn options() -> Vec<Options> {
         // The first 30 queries see nothing.
         per_head.causal(true).query_offset(-30),
         causal.query_offset(-30),
-        // Every query stands far behind the keys: the window sees nothing, the sink tokens remain.
+        // Every query is far behind the keys: the window sees nothing, and the sink tokens remain.
         per_head.window(Window::keys(50)).query_offset(1000),
         new.window(Window::keys(50)).sink_tokens(5).query_offset(1000),
         causal.query_offset(i64::MIN),
@@ -60,7 +60,7 @@ pub fn problem(heads: [usize; 3], seq: [usize; 2], width: [usize; 2], options: O
     Problem::new(Shape { batch, heads, kv_heads, seq_q, seq_k, head_dim, value_dim }, options).unwrap()
 }
 
-/// Operands on the host that live as long as a test wants to change them.
+/// Operands on the host that a test may change.
 #[derive(Debug, Clone)]
 pub struct Operands<T = f32> {
     pub q: Vec<T>,
@@ -97,7 +97,7 @@ pub enum MaskValues {
 }
 
 impl MaskValues {
-    /// A tenth of the pairs is hidden one by one, and whole blocks of 48 keys by 40 queries are, or are visible.
+    /// A random mask: a tenth of the pairs is hidden one by one, and whole blocks of 48 keys by 40 queries are hidden or visible.
     fn new(problem: &Problem, rng: &mut StdRng) -> Option<Self> {
         let options = problem.options().mask_packing(MaskPacking::Bytes);
         let axes = options.mask?;
@@ -123,7 +123,7 @@ impl MaskValues {
         Some(MaskValues::packed(bytes, problem.options().mask_packing, seq_k))
     }
 
-    /// A mask in bytes, of rows of `keys`, as a packing has it.
+    /// A mask in bytes, of rows of `keys`, converted to a packing.
     fn packed(bytes: Vec<u8>, packing: MaskPacking, keys: usize) -> Self {
         match packing {
             MaskPacking::Bytes => MaskValues::Bytes(bytes),
@@ -132,13 +132,13 @@ impl MaskValues {
     }
 }
 
-/// The slopes of ALiBi's authors for so many heads: 2^(-8 h / H), h from 1 (Press et al., arXiv:2108.12409).
+/// The slopes of ALiBi's authors for the problem's heads: 2^(-8 h / H), h from 1 (Press et al., arXiv:2108.12409).
 pub fn slopes(problem: &Problem) -> Vec<f32> {
     let heads = problem.shape().heads;
     (1..=heads).map(|h| (-8.0 * h as f32 / heads as f32).exp2()).collect()
 }
 
-/// A mask for timing: causal where the problem is not, else one that hides one pair in 256.
+/// A mask for timing: causal if the problem is not, and otherwise one that hides one pair in 256.
 pub fn timed_mask(problem: &Problem) -> Option<MaskValues> {
     let (options, mut random) = (problem.options(), Random::new(0, "timed mask"));
     let [batch, heads, rows, _] = problem.mask_shape()?;
@@ -151,14 +151,14 @@ pub fn timed_mask(problem: &Problem) -> Option<MaskValues> {
     Some(MaskValues::packed(bytes, options.mask_packing, keys))
 }
 
-/// `[B, H, M, N]`, of the longest sequence.
+/// `[B, H, M, N]` of the longest sequence.
 fn full_pairs(problem: &Problem) -> [usize; 4] {
     let longest = |of: fn(Sequence) -> usize| problem.sequences().map(of).max().unwrap_or(0);
     [problem.sequence_count(), problem.shape().heads, longest(|s| s.q_rows), longest(|s| s.k_rows)]
 }
 
 impl Operands {
-    /// Numbers of unit variance, the same for a seed everywhere.
+    /// Numbers of unit variance, which depend on the seed alone.
     pub fn random(problem: &Problem, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let half_width = 3f32.sqrt();
@@ -168,14 +168,14 @@ impl Operands {
             k: vector(problem.k_shape().iter().product()),
             v: vector(problem.v_shape().iter().product()),
             sink_logits: (problem.options().sink_logits == SinkLogits::PerHead).then(|| vector(problem.shape().heads)),
-            // As models have them: up to 1. Steep ones below 0 would leave a row to its farthest key.
+            // Slopes up to 1, as models have them. Steep slopes below 0 would leave a row to its farthest key.
             alibi_slopes: problem.options().alibi.then(|| {
                 let slopes = vector(problem.shape().heads);
                 slopes.into_iter().map(|x| if x < 0.0 { x / -2.0 } else { x / 20.0 }).collect()
             }),
             bias: problem.bias_shape().map(|shape| {
                 let mut bias = vector(shape.iter().product());
-                // Every 29th is hidden.
+                // Every 29th element hides its pair.
                 bias.iter_mut().step_by(29).skip(1).for_each(|x| *x = f32::NEG_INFINITY);
                 match problem.options().bias_dtype {
                     DType::F32 => BiasValues::F32(bias),
@@ -186,8 +186,8 @@ impl Operands {
         }
     }
 
-    /// As [`random`](Self::random), but a bias and a mask hide pairs one by one, so that sequences of any length have some of
-    /// both.
+    /// Like [`random`](Self::random), but a bias and a mask hide pairs one by one, so that sequences of any length have some hidden and
+    /// some visible ones.
     pub fn scattered(problem: &Problem, seed: u64) -> Self {
         let (options, mut random) = (*problem.options(), Random::new(seed, "scattered"));
         let heads = problem.shape().heads;
@@ -209,7 +209,7 @@ impl Operands {
         });
         Operands {
             sink_logits: (options.sink_logits == SinkLogits::PerHead).then(|| vector(&[heads])),
-            // Steeper ones leave nothing to far keys, or nothing to near ones.
+            // Steeper slopes leave nothing to far keys, or nothing to near ones.
             alibi_slopes: options.alibi.then(|| vector(&[heads]).into_iter().map(|x| 0.1 * x).collect()),
             bias,
             mask,
@@ -219,8 +219,8 @@ impl Operands {
         }
     }
 
-    /// Operands for timing, the same for every problem of a shape: the slopes of ALiBi's authors, and a mask that hides as little
-    /// as causal attention does.
+    /// Operands for timing, the same for every problem of a shape: the slopes of ALiBi's authors, and a mask that hides no more than causal
+    /// attention does.
     pub fn timed(problem: &Problem) -> Self {
         let mut random = Random::new(0, "timed");
         let mut vector = |shape: [usize; 4]| random.numbers(shape.iter().product());
@@ -242,7 +242,7 @@ impl Operands {
         }
     }
 
-    /// Rounded to an element type.
+    /// The operands, rounded to an element type.
     pub fn cast<T: Element>(self) -> Operands<T> {
         let Operands { q, k, v, sink_logits, alibi_slopes, bias, mask } = self;
         let bias = bias.map(|bias| match bias {
@@ -255,7 +255,7 @@ impl Operands {
 }
 
 impl<T: Element> Operands<T> {
-    /// Without what goes with options.
+    /// Operands without those that go with options.
     pub fn new(q: Vec<T>, k: Vec<T>, v: Vec<T>) -> Self {
         Operands { q, k, v, sink_logits: None, alibi_slopes: None, bias: None, mask: None }
     }
@@ -288,19 +288,19 @@ impl<T: Element> Operands<T> {
     }
 }
 
-/// Where row `[batch, head, position]` of a packed operand of `[heads, seq, width]` lies.
+/// The place of row `[batch, head, position]` of a packed operand of `[heads, seq, width]`.
 pub fn row(problem: &Problem, [heads, seq, width]: [usize; 3], at: [usize; 3]) -> Range<usize> {
     let strides = problem.options().layout.strides(heads, seq, width);
     let start = at.iter().zip(strides).map(|(at, stride)| at * stride as usize).sum();
     start..start + width
 }
 
-/// Holds a path's result for these operands against the definition.
+/// Compares a path's result for these operands with the definition.
 pub fn check<T: Element>(attention: &Attention, problem: &Problem, operands: &Operands<T>) -> Output<T> {
     check_within(accepted(T::DTYPE), attention, problem, operands)
 }
 
-/// As [`check`], with a bound for problems that amplify the rounding of f32.
+/// Like [`check`], with a bound for problems that amplify the rounding of f32.
 pub fn check_within<T: Element>(
     bound: f64,
     attention: &Attention,
@@ -315,7 +315,7 @@ pub fn check_within<T: Element>(
     actual
 }
 
-/// What the rounding of the largest score there may be changes a weight by: all weights of a row may be small ones.
+/// The change of a weight by the rounding of the largest score that there may be. All weights of a row may be small.
 pub fn score_rounding<T: Element>(problem: &Problem, operands: &Operands<T>) -> f64 {
     let longest = |x: &[T]| {
         let norms =
@@ -326,8 +326,8 @@ pub fn score_rounding<T: Element>(problem: &Problem, operands: &Operands<T>) -> 
     most * f64::from(f32::EPSILON) / 2.0
 }
 
-/// Holds each row of a result, of rows that follow each other, to a bound relative to its terms. Rows that are not finite are for
-/// other comparisons.
+/// Checks each row of a result against a bound relative to its terms. Rows follow one another. Rows that are not finite are left to other
+/// comparisons.
 pub fn rows_agree<T: Element>(
     problem: &Problem,
     name: &str,
@@ -343,7 +343,7 @@ pub fn rows_agree<T: Element>(
         .unwrap_or_else(|error| panic!("{problem}: {name}: {error}"));
 }
 
-/// Holds two results against each other; NaN and infinities must stand in the same places.
+/// Compares two results. NaN and infinities must be in the same places.
 pub fn agree<T: Element, N: Copy + Into<f64>, S: Copy + Into<f64>>(
     actual: &Output<T>,
     expected: &Output<N, S>,
@@ -367,7 +367,7 @@ fn agree_within<T: Element, N: Copy + Into<f64>, S: Copy + Into<f64>>(
     Ok(())
 }
 
-/// The elements of both that are finite in f32; the others must be alike.
+/// The elements of both that are finite in f32. All other elements must be equal.
 fn finite(
     operand: &str,
     actual: &[impl Copy + Into<f64>],

@@ -13,7 +13,7 @@ use sink_attention::testing::operands::Operands;
 /// A second device on the adapter of [`gpu`](super::gpu), requested with other limits.
 pub fn gpu_with(edit: impl FnOnce(&mut wgpu::Limits)) -> Option<Attention> {
     let wanted = gpu()?.device()?.wgpu().adapter_info();
-    let adapters = pollster::block_on(sink_attention::device::adapters());
+    let adapters = sink_attention::device::adapters();
     let same = |adapter: &wgpu::Adapter| {
         let info = adapter.get_info();
         (info.name, info.backend) == (wanted.name.clone(), wanted.backend)

@@ -117,8 +117,8 @@ pub fn run_at<T: Element>(
     let backward = BackwardBuffers::new(forward, o_at.view(&d_o), q_at.view(&d_q), k_at.view(&d_k), v_at.view(&d_v))
         .d_lse(d_lse.as_ref().map(at))
         .d_sink_logits(at(&d_sinks));
-    let forward = pollster::block_on(gpu.prepare_forward_with(problem, &forward, tiles)).unwrap();
-    let backward = pollster::block_on(gpu.prepare_backward_with(problem, &backward, tiles)).unwrap();
+    let forward = gpu.prepare_forward_with(problem, &forward, tiles).unwrap();
+    let backward = gpu.prepare_backward_with(problem, &backward, tiles).unwrap();
     let vec4 = [offset, pad, s.head_dim, s.value_dim].iter().all(|n| n % 4 == 0);
     assert!(
         forward.plan().passes.iter().any(|pass| pass.variant.kernel == Kernel::FORWARD && pass.variant.vec4 == vec4),

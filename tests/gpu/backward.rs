@@ -318,7 +318,7 @@ fn check_tiles(gpu: &Attention, problem: &Problem, chosen: &[(Kernel, Tiling)], 
     }
     let buffers = GradientBuffers::new(device, problem, &backward);
     buffers.save(device, &backward.saved(problem));
-    let prepared = pollster::block_on(gpu.prepare_backward_with(problem, &buffers.views(), chosen)).unwrap();
+    let prepared = gpu.prepare_backward_with(problem, &buffers.views(), chosen).unwrap();
     for (kernel, tiles) in chosen {
         let pass = prepared.plan().passes.iter().find(|pass| pass.variant.kernel == *kernel).unwrap();
         assert_eq!(pass.variant.tiling, Some(*tiles));

@@ -374,8 +374,8 @@ fn buffers_of_another_device() {
         return;
     }
     let [device, other] = [0, 1].map(|_| {
-        let adapters = pollster::block_on(sink_attention::device::adapters());
-        pollster::block_on(Device::open(&adapters[0])).unwrap()
+        let adapters = sink_attention::device::adapters();
+        Device::open(&adapters[0]).unwrap()
     });
     let gpu = Attention::on(device.clone());
     let problem = typical();
@@ -504,7 +504,7 @@ fn an_adapter_that_is_not_there() {
     match Attention::open(&DeviceChoice::Adapter(wanted.into())) {
         Err(Error::AdapterNotFound { wanted: named, available }) => {
             assert_eq!(named, wanted);
-            assert_eq!(available.len(), pollster::block_on(sink_attention::device::adapters()).len());
+            assert_eq!(available.len(), sink_attention::device::adapters().len());
         }
         other => panic!("{other:?}"),
     }

@@ -62,7 +62,7 @@ fn a_device_that_was_lost() {
             if let Some(prepared) = &prepared {
                 lost(timer.time(2, |pass| prepared.encode_in(pass)));
                 let run = || submit(device, |encoder| prepared.encode(encoder));
-                lost(pollster::block_on(device.scoped("running", run)));
+                lost(device.scoped("running", run));
             }
             if device.wgpu().features().contains(wgpu::Features::PIPELINE_CACHE) {
                 lost(gpu.clone().with_pipeline_cache(std::env::temp_dir().join("sink-attention no such cache")));
@@ -156,7 +156,7 @@ fn memory_that_is_not_there() {
     let instance = wgpu::Instance::new(descriptor);
     let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
     let adapter = adapters.into_iter().find(|adapter| adapter.get_info().name == wanted.name).unwrap();
-    let gpu = Attention::on(pollster::block_on(Device::open(&adapter)).unwrap());
+    let gpu = Attention::on(Device::open(&adapter).unwrap());
     let device = gpu.device().unwrap();
     let small = typical();
     let operands = Operands::random(&small, 4);
@@ -173,7 +173,7 @@ fn memory_that_is_not_there() {
     let mut taken = Vec::new();
     let error = loop {
         let take = || empty(device, size, BufferUsages::STORAGE);
-        match pollster::block_on(device.scoped("taking all", take)) {
+        match device.scoped("taking all", take) {
             Ok(buffer) => taken.push(buffer),
             Err(error) => break error,
         }
@@ -211,7 +211,7 @@ fn buffers_that_cannot_be_used_any_more() {
     let prepared = gpu.prepare_forward(&problem, &views(&q)).unwrap();
     let run = || {
         let run = || submit(device, |encoder| prepared.encode(encoder));
-        pollster::block_on(device.scoped("running", run))
+        device.scoped("running", run)
     };
     let refused = |result, reason| match result {
         Err(Error::Gpu { during: "running", message }) => assert!(message.contains(reason), "{message}"),

@@ -277,7 +277,7 @@ fn check_tiles(gpu: &Attention, problem: &Problem, tiles: impl Into<Tiling>, see
     }
     let buffers = Buffers::new(device, problem, &operands);
     let chosen = [(Kernel::FORWARD, tiles)];
-    let prepared = pollster::block_on(gpu.prepare_forward_with(problem, &buffers.views(), &chosen)).unwrap();
+    let prepared = gpu.prepare_forward_with(problem, &buffers.views(), &chosen).unwrap();
     assert_eq!(prepared.plan().passes[0].variant.tiling, Some(tiles));
     let expected = reference::forward(problem, &operands.inputs()).unwrap();
     agree(&buffers.run(device, &prepared), &expected).unwrap_or_else(|error| panic!("{problem}, {tiles}: {error}"));

@@ -5,8 +5,9 @@ use rand::rngs::StdRng;
 use sink_attention::cache::{
     CacheConfig, CacheKind, Decode, HostCache, Prefill, PrefillOperands, Rotary, RotaryPositions, RotaryStyle,
 };
+use sink_attention::cpu::reference;
 use sink_attention::half::f16;
-use sink_attention::{Attention, DType, Element, Error, Options, Output, SinkLogits, Upstream};
+use sink_attention::{Attention, DType, Element, Error, Inputs, Options, Output, Problem, Shape, SinkLogits, Upstream};
 
 use crate::common::caches::{config, numbers, rotary_table, wide};
 use crate::common::gpu;
@@ -153,6 +154,62 @@ fn appends_prefills_and_steps() {
     let mut pair = Pair::<f16>::new(gpu, config::<f16>(CONTIGUOUS, 2, [16, 16]));
     pair.prefill([3, 1, 2], true);
     pair.decode();
+}
+
+/// The largest score of each row: of ragged sequences, of one without tokens, and of several queries.
+#[test]
+fn row_max_is_the_definition() {
+    const KV_HEADS: usize = 2;
+    const WIDTH: usize = 16;
+    let Some(gpu) = gpu() else { return };
+    for (kind, queries) in [(CONTIGUOUS, 1), (PAGED, 3)] {
+        let mut pair = Pair::<f32>::new(gpu, config::<f32>(kind, KV_HEADS, [WIDTH; 2]));
+        let lengths = [33, 0, 5];
+        let [k, v] = [0, 1].map(|_| pair.numbers(lengths.iter().sum::<usize>() * KV_HEADS * WIDTH));
+        for cache in &mut pair.caches {
+            cache.append(&lengths, &k, &v, None, None).unwrap();
+        }
+        // The second has no token for three queries.
+        let entries: &[usize] = if queries == 1 { &[0, 1, 2] } else { &[0, 2] };
+        let decode = Decode::new(HEADS, Pair::<f32>::options()).queries(queries).sequences(entries.to_vec());
+        let row = queries * HEADS * WIDTH;
+        let q = pair.numbers(entries.len() * row);
+        let sinks = Some(&pair.sinks[..]);
+        let results = pair.caches.each_ref().map(|cache| cache.decode_with_row_max(&decode, &q, sinks, None).unwrap());
+        for (cache, (output, _)) in pair.caches.iter().zip(&results) {
+            assert!(*output == cache.decode(&decode, &q, sinks, None).unwrap(), "{kind:?}: other bits with row_max");
+        }
+        let expected = entries.iter().zip(q.chunks(row)).flat_map(|(&sequence, q)| {
+            let of = |n: usize| lengths[..n].iter().sum::<usize>() * KV_HEADS * WIDTH;
+            let (keys, range) = (lengths[sequence], of(sequence)..of(sequence + 1));
+            if keys == 0 {
+                return vec![f64::NEG_INFINITY; HEADS];
+            }
+            let shape = Shape {
+                batch: 1,
+                heads: HEADS,
+                kv_heads: KV_HEADS,
+                seq_q: queries,
+                seq_k: keys,
+                head_dim: WIDTH,
+                value_dim: WIDTH,
+            };
+            let problem = Problem::new(shape, Pair::<f32>::options()).unwrap();
+            reference::row_max(&problem, &Inputs::new(q, &k[range.clone()], &v[range]).sink_logits(sinks)).unwrap()
+        });
+        let expected: Vec<f32> = expected.map(|x| x as f32).collect();
+        let close = |what: &str, actual: &[f32], expected: &[f32]| {
+            assert_eq!(actual.len(), expected.len(), "{what}");
+            for (n, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+                let is_close = actual == expected || (actual - expected).abs() <= 1e-5 * expected.abs().max(1.0);
+                assert!(is_close, "{kind:?}, {what}: row_max[{n}] is {actual}, not {expected}");
+            }
+        };
+        let [(_, on_cpu), (_, on_gpu)] = &results;
+        close("on the CPU", on_cpu, &expected);
+        close("on the GPU", on_gpu, &expected);
+        close("on the GPU as on the CPU", on_gpu, on_cpu);
+    }
 }
 
 #[test]

@@ -593,9 +593,9 @@ fn build(attention: &Attention, planned: &Planned) {
         passes.iter_mut().for_each(|pass| pass.tiles_origin = TilesOrigin::Caller);
         passes
     };
-    let prepared = attention.prepare_forward_with(problem, &forward_buffers, &forward_tiles);
+    let prepared = attention.prepare_forward_with_async(problem, &forward_buffers, &forward_tiles);
     assert_eq!(passes(pollster::block_on(prepared).unwrap().plan()), passes(forward), "{problem}");
-    let prepared = attention.prepare_backward_with(problem, &backward_buffers, &backward_tiles);
+    let prepared = attention.prepare_backward_with_async(problem, &backward_buffers, &backward_tiles);
     assert_eq!(passes(pollster::block_on(prepared).unwrap().plan()), passes(backward), "{problem}");
 
     let states = || buffer(STATES * problem.o_shape().iter().product::<usize>(), problem.options().dtype.bytes());

@@ -18,10 +18,10 @@ struct Params {
   // Position of query 0.
   offset: i32,
   sink_tokens: u32,
-  // Workgroups of this dispatch: the grid is folded into two dimensions and may be larger.
+  // Workgroups of this dispatch. The grid is folded into two dimensions and may be larger.
   workgroups: u32,
-  // The slice of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are those of
-  // keys where a group is kept together.
+  // The slice of the pass that this dispatch does: first sequence, head and tile, and how many of each. Heads are key
+  // heads if a group is kept together.
   slice_batch: u32,
   slice_batches: u32,
   slice_head: u32,
@@ -32,7 +32,7 @@ struct Params {
   slice_cells: u32,
   sink_offset: u32,
   batch: u32,
-  // `score_scale` is `scale_sign`, 1 or -1, times `scale_size`.
+  // `score_scale` is `scale_sign` (1 or -1) times `scale_size`.
   scale_sign: f32,
   scale_size: f32,
   // -infinity, for which WGSL has no literal.
@@ -50,14 +50,14 @@ struct Params {
 
 const LOG2_E: f32 = 1.4426950408889634;
 
-// Below every finite score; stands for "hidden", and for the maximum of a row that has seen nothing.
+// A number below every finite score. It stands for "hidden", and for the maximum of a row that has seen nothing.
 const LOWEST: f32 = -3.4028234e38;
 
 fn operand_base(operand: Operand, batch: u32, head: u32) -> u32 {
   return operand.offset + batch * operand.batch + head * operand.head;
 }
 
-// `head` is a key head where a group of query heads is kept together; `cell` tells the workgroups of one head and tile apart.
+// `head` is a key head if a group of query heads is kept together. `cell` numbers the workgroups of one head and tile.
 struct WorkIndex { batch: u32, head: u32, tile: u32, cell: u32 }
 
 fn decode_work(index: u32) -> WorkIndex {

@@ -1,4 +1,4 @@
-//! `sink-attention devices`: what there is to compute on.
+//! `sink-attention devices`: the devices that there are to compute on.
 
 use std::error::Error;
 use std::fmt;
@@ -24,9 +24,9 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Looks, and says what is there; that nothing is there is an answer too.
+    /// Lists the devices. It is no error if there are none.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
-        let adapters = pollster::block_on(adapters());
+        let adapters = adapters();
         let list = List {
             default: DefaultDevice::new(&adapters),
             adapters: adapters.iter().enumerate().map(|(index, adapter)| Entry::new(index, adapter)).collect(),
@@ -36,7 +36,7 @@ impl Devices {
     }
 }
 
-/// Everything that can compute.
+/// All devices that can compute.
 #[derive(Debug, Serialize)]
 struct List {
     adapters: Vec<Entry>,
@@ -44,7 +44,7 @@ struct List {
     default: DefaultDevice,
 }
 
-/// An adapter; the limits are those of a device opened with `sink_attention::device::device_descriptor`.
+/// An adapter. The limits are those of a device opened with `sink_attention::device::device_descriptor`.
 #[derive(Debug, Serialize)]
 struct Entry {
     index: usize,
@@ -62,11 +62,11 @@ struct Entry {
     offset_alignment: u32,
     timestamps: bool,
     subgroup_sizes: [u32; 2],
-    /// Side of the fragments and lanes of a subgroup; absent where there are none.
+    /// Side of the fragments, and lanes of a subgroup. Absent if there are no cooperative matrices.
     cooperative_matrices: Option<[u32; 2]>,
     #[serde(skip)]
     matrices: Option<CooperativeMatrices>,
-    /// Why there are none.
+    /// The reason why there are none.
     cooperative_error: Option<String>,
     /// The newest SPIR-V that the driver takes; absent where kernels reach it as WGSL only.
     spirv: Option<String>,
@@ -117,14 +117,14 @@ impl Entry {
     }
 }
 
-/// What a device would run for a width that is common in models.
+/// The kernels that a device would run for a width that is common in models.
 #[derive(Debug, Serialize)]
 struct Kernel {
     head_dim: usize,
-    /// Absent where no kernel fits.
+    /// Absent if no kernel fits.
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
-    /// The plan in short, or why there is none.
+    /// The plan in short, or the reason why there is none.
     plan: String,
 }
 
@@ -148,16 +148,16 @@ impl Kernel {
     }
 }
 
-/// What computes where nothing else is asked for.
+/// The device that computes if nothing else is asked for.
 #[derive(Debug, Serialize)]
 struct DefaultDevice {
-    /// The adapter's index; none is the CPU, or an error.
+    /// The adapter's index. None is the CPU, or an error.
     adapter: Option<usize>,
-    /// What the environment variable says, where it is set.
+    /// The value of the environment variable, if it is set.
     variable: Option<String>,
-    /// Why it is this one, where there is one.
+    /// The reason for this device, if there is one.
     reason: Option<String>,
-    /// Why the default cannot be had.
+    /// The reason why the default is not available.
     error: Option<String>,
 }
 

@@ -49,7 +49,7 @@ impl Command {
 
 /// Exit codes: 0 done, 1 failed (with a message on stderr), 2 wrong usage.
 fn main() -> ExitCode {
-    // The library's warnings, and others where RUST_LOG asks for them: drivers are talkative.
+    // Logs the library's warnings, and other messages if RUST_LOG asks for them, because drivers are talkative.
     env_logger::Builder::new()
         .filter_module("sink_attention", log::LevelFilter::Warn)
         .parse_default_env()
@@ -57,10 +57,10 @@ fn main() -> ExitCode {
         .init();
     let Err(error) = Cli::parse().command.execute() else { return ExitCode::SUCCESS };
     match error.downcast::<clap::Error>() {
-        // Arguments that only exclude each other by value; clap cannot see that by itself.
+        // Some arguments exclude each other by their values only, which clap cannot check.
         Ok(usage) => usage.format(&mut Cli::command()).exit(),
         Err(error) => {
-            // Not eprintln!, which panics where stderr is gone.
+            // eprintln! is not used, because it panics if stderr is gone.
             let _ = writeln!(std::io::stderr(), "error: {error}");
             ExitCode::FAILURE
         }

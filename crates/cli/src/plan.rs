@@ -151,7 +151,7 @@ struct OptionArgs {
     scale: Option<f32>,
 }
 
-/// The option's kinds under the names of conformance files.
+/// The kinds of the option, under the names that conformance files use.
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 pub enum Sinks {
     #[default]
@@ -220,7 +220,7 @@ impl OptionArgs {
 }
 
 impl PlanArgs {
-    /// Plans, and says how.
+    /// Plans, and prints the plan.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.target.check()?;
         let problem = Problem::new(self.shape.shape(self.decode), self.options.options())?;
@@ -304,7 +304,7 @@ impl PlanArgs {
         Ok(tuning)
     }
 
-    /// The device to plan for, by its name and why it is this, and what it offers; `None` is the CPU.
+    /// The device to plan for: its name, the reason for it, and its capabilities. `None` is the CPU.
     fn capabilities(&self) -> Result<(String, Option<Capabilities>), Box<dyn Error>> {
         if let Some(wanted) = &self.device {
             let samples = Capabilities::samples();
@@ -315,8 +315,8 @@ impl PlanArgs {
             return Ok((format!("{} (sample)", sample.name), Some(sample)));
         }
         let choice = self.target.choice();
-        // Without a look at drivers, which may be slow.
-        let adapters = if choice == DeviceChoice::Cpu { Vec::new() } else { pollster::block_on(adapters()) };
+        // The CPU needs no look at drivers, which may be slow.
+        let adapters = if choice == DeviceChoice::Cpu { Vec::new() } else { adapters() };
         let infos: Vec<_> = adapters.iter().map(|adapter| adapter.get_info()).collect();
         let Selection { adapter, reason, .. } = choice.select(&infos)?;
         Ok(match adapter {
@@ -328,7 +328,7 @@ impl PlanArgs {
     }
 }
 
-/// What a call binds, with the number of elements and their type.
+/// The operands that a call binds, with the number of elements and their type.
 fn operands(problem: &Problem, backward: bool, o_lo: bool) -> Vec<(&'static str, u64, DType)> {
     let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let dtype = problem.options().dtype;
@@ -343,7 +343,7 @@ fn operands(problem: &Problem, backward: bool, o_lo: bool) -> Vec<(&'static str,
         operands.push(("sink_logits", problem.shape().heads as u64, DType::F32));
     }
     if backward {
-        // Everything but lse has a gradient; d_lse is left out, as it is optional.
+        // Every operand but lse has a gradient here. d_lse is optional and left out.
         let gradients = operands.iter().filter(|(name, ..)| *name != "lse").map(|&(name, n, dtype)| match name {
             "q" => ("d_q", n, dtype),
             "k" => ("d_k", n, dtype),
@@ -371,7 +371,7 @@ fn size(elements: u64, dtype: DType) -> u64 {
     elements.saturating_mul(dtype.bytes() as u64).checked_next_multiple_of(4).unwrap_or(u64::MAX)
 }
 
-/// The errors that a call would meet on the device, with operands in buffers of their own.
+/// The errors that a call would meet on the device, if each operand had a buffer of its own.
 fn check_limits(operands: &[(&'static str, u64, DType)], capabilities: &Capabilities) -> sink_attention::Result<()> {
     use sink_attention::Error;
     for &(operand, elements, dtype) in operands {
@@ -383,19 +383,19 @@ fn check_limits(operands: &[(&'static str, u64, DType)], capabilities: &Capabili
     Ok(())
 }
 
-/// All that can be said before anything runs.
+/// Everything that can be said before anything runs.
 #[derive(Debug, Serialize)]
 struct Explanation {
     problem: String,
     dtype: String,
     device: String,
-    /// Of one head of one sequence, as is the next.
+    /// Counts one head of one sequence, as the next field does.
     visible_pairs: u64,
     visible_share: f64,
     flops: f64,
     operands: Vec<Operand>,
     operand_bytes: u64,
-    /// One for each pass; none on the CPU.
+    /// One for each pass. There are none on the CPU.
     launches: Vec<Launch>,
 }
 
@@ -431,41 +431,42 @@ impl Explanation {
     }
 }
 
-/// A kernel and how often it runs.
+/// A kernel, and how often it runs.
 #[derive(Debug, Serialize)]
 struct Launch {
     kernel: String,
-    /// Absent where no rows are read.
+    /// Absent if the kernel reads no rows.
     vec4: Option<bool>,
-    /// Absent for the kernels that only sum along rows.
+    /// Absent for kernels that only sum along rows.
     tiles: Option<Tiles>,
-    /// The share of a workgroup, of a kernel that decodes.
+    /// The share of a workgroup, for a kernel that decodes.
     decode_tiles: Option<String>,
     workgroup_bytes: u32,
     workgroup_bytes_offered: u32,
     threads: u32,
-    /// At a time on a multiprocessor, by the memory and the registers they share, where those are known.
+    /// Workgroups that run on a multiprocessor at a time, limited by the memory and the registers that they share. None if these are not
+    /// known.
     resident_workgroups: Option<u32>,
     workgroups: u64,
     grid: [u32; 3],
-    /// Several where operands exceed a binding, or the time a budget.
+    /// More than one if operands exceed a binding, or the time a budget.
     dispatches: usize,
 }
 
 /// The tiles of a kernel, and how many of them are visited.
 #[derive(Debug, Serialize)]
 struct Tiles {
-    /// The micro-kernel and its tiles, as `bench --tiles` takes them.
+    /// The micro-kernel and its tiles, in the form of `bench --tiles`.
     shape: String,
     /// Built-in table or tuning.
     origin: String,
     rows: u32,
     columns: u32,
     registers: u32,
-    /// Of one head of one sequence, as are the next two.
+    /// Counts one head of one sequence, as the next two fields do.
     all: u64,
     visited: u64,
-    /// Counted where rows are queries.
+    /// Counted only if rows are queries.
     masked: Option<u64>,
 }
 
@@ -587,7 +588,7 @@ impl fmt::Display for Launch {
 }
 
 fn percent(share: f64) -> String {
-    // Enough digits that a narrow window of a long sequence is not 0.0 %.
+    // There are enough digits that a narrow window of a long sequence is not 0.0 %.
     let decimals = if share >= 0.01 || share == 0.0 { 1 } else { 4 };
     format!("{:.decimals$} %", 100.0 * share)
 }

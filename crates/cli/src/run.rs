@@ -1,4 +1,4 @@
-//! `sink-attention run`: a conformance file in, its results out.
+//! `sink-attention run`: computes the problem of a conformance file, and writes its results to another file.
 
 use std::error::Error;
 use std::fmt;
@@ -38,7 +38,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// Reads, computes, writes, and says so.
+    /// Reads, computes, writes, and prints a summary.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
         check_output(&self.input, &self.output)?;
@@ -65,14 +65,14 @@ impl Run {
     }
 }
 
-/// What was computed, on what, and how long the call took (uploads and downloads included).
+/// The problem, the device, and the time of the call (uploads and downloads included).
 #[derive(Debug, Serialize)]
 struct Summary<'a> {
     pass: &'static str,
     problem: String,
     dtype: String,
     device: String,
-    /// Why it is this device.
+    /// The reason for this device.
     device_reason: String,
     gpu: bool,
     seconds: f64,

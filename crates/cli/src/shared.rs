@@ -1,4 +1,4 @@
-//! What subcommands share: arguments, output, progress.
+//! Arguments, output and progress, which the subcommands share.
 
 use std::error::Error;
 use std::fmt;
@@ -75,7 +75,7 @@ impl From<ElementType> for DType {
 }
 
 impl DeviceArgs {
-    /// Refuses arguments that exclude each other; before any other work, as clap would.
+    /// Refuses arguments that exclude each other, before any other work, as clap would.
     pub fn check(&self) -> Result<(), clap::Error> {
         let gpu_only =
             self.adapter.as_ref().map(|_| "--adapter <NAME>").or(self.tuning.as_ref().map(|_| "--tuning <FILE>"));
@@ -92,12 +92,12 @@ impl DeviceArgs {
         }
     }
 
-    /// Whether the CPU is asked for.
+    /// Whether the arguments ask for the CPU.
     pub fn is_cpu(&self) -> bool {
         matches!(self.backend, Backend::Cpu)
     }
 
-    /// The micro-kernel asked for.
+    /// The micro-kernel that the arguments ask for.
     pub fn micro_kernel(&self) -> MicroKernel {
         match self.kernel {
             Kernel::Auto => MicroKernel::Auto,
@@ -108,16 +108,16 @@ impl DeviceArgs {
 
     /// Opens the operator on the chosen device.
     pub fn open(&self) -> sink_attention::Result<Attention> {
-        // Not the one of the environment, which may be of another device.
+        // A tuning of the arguments replaces the environment's, which may be of another device.
         self.open_choice(&self.choice())
     }
 
-    /// As [`open`](Self::open), for what only a GPU does: a software adapter will do.
+    /// Like [`open`](Self::open), for work that only a GPU does. A software adapter is enough.
     pub fn open_gpu(&self) -> sink_attention::Result<Attention> {
         self.open_choice(&needing_gpu(self.choice()))
     }
 
-    /// As [`open_gpu`](Self::open_gpu), with the built-in table.
+    /// Like [`open_gpu`](Self::open_gpu), with the built-in table.
     pub fn open_gpu_untuned(&self) -> sink_attention::Result<Attention> {
         let choice = needing_gpu(self.choice());
         Ok(Attention::open_untuned(&choice)?.with_micro_kernel(self.micro_kernel()))
@@ -136,12 +136,12 @@ impl DeviceArgs {
         self.tuning.is_some()
     }
 
-    /// The measured tiles that the arguments, and where they leave it open the environment, call for.
+    /// The measured tiles that the arguments name, or else the environment.
     pub fn tuning(&self) -> sink_attention::Result<Option<Tuning>> {
         self.tuning.as_ref().map_or_else(Tuning::from_env, |path| Tuning::load(path).map(Some))
     }
 
-    /// What the arguments, and where they leave it open the environment, call for.
+    /// The device that the arguments choose, or else the environment.
     pub fn choice(&self) -> DeviceChoice {
         match (self.backend, &self.adapter) {
             (Backend::Cpu, _) => DeviceChoice::Cpu,
@@ -150,7 +150,7 @@ impl DeviceArgs {
                 adapter @ DeviceChoice::Adapter(_) => adapter,
                 _ => DeviceChoice::Gpu,
             },
-            // Neither is for the CPU path.
+            // The CPU path has neither micro-kernels nor tunings.
             (Backend::Auto, None) if self.kernel != Kernel::Auto || self.tuning.is_some() => {
                 needing_gpu(DeviceChoice::from_env())
             }
@@ -159,12 +159,12 @@ impl DeviceArgs {
     }
 }
 
-/// A software adapter instead of the CPU path, for what only a GPU does.
+/// For work that only a GPU does, a software adapter replaces the CPU path.
 fn needing_gpu(choice: DeviceChoice) -> DeviceChoice {
     if choice == DeviceChoice::Auto { DeviceChoice::Gpu } else { choice }
 }
 
-/// Prints to stdout; not with println!, which panics where the reader has left.
+/// Prints to stdout. println! is not used, because it panics if the reader has left.
 pub fn print(text: impl fmt::Display) -> Result<(), Box<dyn Error>> {
     Ok(writeln!(std::io::stdout(), "{text}").map_err(|error| format!("cannot write to stdout: {error}"))?)
 }
@@ -174,37 +174,37 @@ pub fn print_summary<T: fmt::Display + Serialize>(summary: &T, json: bool) -> Re
     if json { print(serde_json::to_string(summary)?) } else { print(summary) }
 }
 
-/// How far a long command is, on stderr: a bar on a terminal, elsewhere a line a step, for logs.
+/// The progress of a long command, on stderr: a bar on a terminal, and elsewhere a line for each step, for logs.
 pub struct Progress {
     bar: ProgressBar,
     terminal: bool,
 }
 
 impl Progress {
-    /// Of so many steps.
+    /// The progress of `steps` steps.
     pub fn new(steps: usize) -> Result<Self, Box<dyn Error>> {
         let style = ProgressStyle::with_template("{pos} of {len} {wide_msg} {elapsed}")?;
         let bar = ProgressBar::new(steps as u64).with_style(style);
         Ok(Progress { bar, terminal: std::io::stderr().is_terminal() })
     }
 
-    /// What a step begins with: on a terminal alone.
+    /// Shows the preparation of a step, on a terminal only.
     pub fn prepare(&self, message: impl Into<String>) {
         self.bar.set_message(message.into());
     }
 
-    /// The next step begins.
+    /// Begins the next step.
     pub fn begin(&self, message: impl Into<String>) {
         let message = message.into();
         if !self.terminal {
-            // Whoever no longer reads it must not stop the work.
+            // A reader that has left must not stop the work.
             let (step, steps) = (self.bar.position() + 1, self.bar.length().unwrap_or(0));
             let _ = writeln!(std::io::stderr(), "{step} of {steps} {message}");
         }
         self.bar.set_message(message);
     }
 
-    /// It is done.
+    /// Ends the step.
     pub fn end(&self) {
         self.bar.inc(1);
     }
@@ -214,7 +214,7 @@ impl Progress {
         self.bar.length().unwrap_or(0).saturating_sub(self.bar.position())
     }
 
-    /// Nothing stays on the terminal.
+    /// Removes the bar from the terminal.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
@@ -225,7 +225,7 @@ pub fn write_file(path: &Path, text: &str) -> Result<(), String> {
     file::replace(path, text.as_bytes()).map_err(|error| cannot_write(path, &error))
 }
 
-/// Whether [`write_file`] can, asked before there is anything to lose.
+/// Checks whether [`write_file`] can write the file, before there is anything to lose.
 pub fn check_writable(path: &Path) -> Result<(), String> {
     file::check_writable(path).map_err(|error| cannot_write(path, &error))
 }
@@ -234,12 +234,12 @@ fn cannot_write(path: &Path, error: &std::io::Error) -> String {
     format!("cannot write {}: {error}", path.display())
 }
 
-/// A number of bytes in the unit that suits it.
+/// A number of bytes, in the unit that suits it.
 pub fn bytes(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let unit = (bytes.max(1).ilog2() / 10) as usize;
     let value = bytes as f64 / (1u64 << (10 * unit)) as f64;
-    // Up to four digits, as few as there are.
+    // There are up to four digits, and no more than needed.
     let decimals = if value.fract() == 0.0 || value >= 100.0 { 0 } else { 1 };
     format!("{value:.decimals$} {}", units[unit])
 }

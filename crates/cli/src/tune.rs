@@ -21,15 +21,15 @@ use sink_attention::{
 
 use crate::shared::{DeviceArgs, ElementType, Progress, check_writable, print_summary, write_file};
 
-/// A forward pass of the largest problem may take this long, by an estimate from the one before.
+/// Most time of a forward pass of the largest problem, estimated from the problem before.
 const LARGEST: Duration = Duration::from_millis(30);
-/// Candidates so many times slower than the built-in tiles at the smallest size are not tried at a larger one.
+/// Candidates that are this many times slower than the built-in tiles at the smallest size are not tried at a larger one.
 const SLOW: u32 = 3;
-/// What differs less is noise, and the built-in tiles stay.
+/// A smaller difference is noise, and the built-in tiles stay.
 const GAIN: f64 = 0.98;
 const RUNS: usize = 7;
 const WARM_UP: Duration = Duration::from_millis(60);
-/// Time of the first search, whatever the budget: a loaded machine may need all of the budget to get ready, and a run that measures
+/// Time of the first search, whatever the budget is. A loaded machine may need all of the budget to get ready, and a run that measures
 /// nothing is of no use.
 const FIRST: Duration = Duration::from_secs(1);
 
@@ -113,8 +113,8 @@ impl Masks {
         }
     }
 
-    /// Heads, key/value heads and keys of the smallest problem, and of ever larger ones: a device climbs as high as it
-    /// is fast.
+    /// Heads, key/value heads and keys of the smallest problem, and of ever larger ones. A device goes on to the next size as long as it is
+    /// fast.
     fn sizes(self) -> ([usize; 3], &'static [[usize; 3]]) {
         match self {
             Masks::Short => ([4, 1, 512], &[[32, 8, 512]]),
@@ -141,14 +141,15 @@ impl Stand {
     fn new(attention: &Attention, device: &Device, timer: &Timer, problem: Problem) -> sink_attention::Result<Self> {
         let operands = GpuOperands::new(device, &problem)?;
         let gradients = GpuGradients::new(device, &problem)?;
-        // The backward kernels want a forward pass's real results.
+        // The backward kernels need the results of a real forward pass.
         let forward = attention.prepare_forward(&problem, &operands.buffers())?;
         timer.time(1, |pass| forward.encode_in(pass))?;
         Ok(Stand { problem, operands, gradients })
     }
 
-    /// A kernel with tiles of choice, and the places of what it takes in the pass: fallback, and forward what prepares them.
-    /// Backward that is shared by all kernels, and runs here, so that each finds its token scales.
+    /// A pass with a kernel of the given tiles, and the places of the kernels to time. These are the kernel and its fallback, and in a
+    /// forward pass also the kernels that prepare them. In a backward pass all kernels share that preparation, which runs here, so that
+    /// each finds its token scales.
     fn prepare(
         &self,
         attention: &Attention,
@@ -159,16 +160,16 @@ impl Stand {
         let tiles = [(kernel, tiles)];
         let forward = self.operands.buffers();
         if kernel == Kernel::FORWARD {
-            let prepared = pollster::block_on(attention.prepare_forward_with(&self.problem, &forward, &tiles))?;
+            let prepared = attention.prepare_forward_with(&self.problem, &forward, &tiles)?;
             let places = (0..prepared.plan().passes.len()).collect();
             return Ok((prepared, places));
         }
         let mut backward = self.gradients.buffers(&self.operands);
         if kernel == Kernel::EXACT_DELTA {
-            // With what rounding took from o there would be no such kernel.
+            // A plan with o_lo has no such kernel.
             backward.forward.o_lo = None;
         }
-        let prepared = pollster::block_on(attention.prepare_backward_with(&self.problem, &backward, &tiles))?;
+        let prepared = attention.prepare_backward_with(&self.problem, &backward, &tiles)?;
         let places_of = |kernel| {
             let passes = prepared.plan().passes.iter().enumerate();
             passes.filter(|(_, pass)| pass.variant.kernel == kernel).map(|(place, _)| place).collect::<Vec<_>>()
@@ -192,7 +193,7 @@ impl Stand {
         Ok(times.into_iter().min().unwrap_or_default())
     }
 
-    /// A series, unless two runs show that the tiles cannot beat `best`.
+    /// Measures a series, unless two runs show that the tiles cannot beat `best`.
     fn measure(
         &self,
         attention: &Attention,
@@ -213,7 +214,7 @@ impl Stand {
         let count = runs(Duration::from_secs(1)).clamp(3, RUNS);
         let series = Series::new(time(count)?);
         match series {
-            // Once more: as a rule the clock had dropped.
+            // The series is repeated once: the usual cause is that the clock has dropped.
             Some(series) if series.disturbed() => Ok(Series::new(time(count)?)),
             series => Ok(series),
         }
@@ -260,12 +261,12 @@ impl Bench {
 }
 
 impl Tune {
-    /// Measures, checks, writes, and says so.
+    /// Measures, checks, writes, and prints a summary.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
         check_writable(&self.out)?;
         let start = Instant::now();
-        // Candidates are held against the built-in table, whatever the environment prefers.
+        // Candidates are compared with the built-in table, whatever the environment prefers.
         let attention = self.device.open_gpu_untuned()?;
         let device = attention.device().ok_or("tune needs a GPU: the CPU path has no tiles")?.clone();
         let timer = Timer::new(&device)?;
@@ -298,7 +299,7 @@ impl Tune {
                         let micro_kernel = self.device.micro_kernel();
                         let choice = Choice::new(&attention, problem, kernel, micro_kernel)?;
                         match choice {
-                            // Nothing of this type is computed by it.
+                            // No problem of this type uses the kernel.
                             None => {}
                             Some(_) if left.max(least).is_zero() => summary.not_measured.push(key.to_string()),
                             Some(choice) => {
@@ -307,7 +308,7 @@ impl Tune {
                                 let entry = search(&attention, &timer, &bench, choice, until, dropped, right)?;
                                 tuning.insert(key, entry.tiles);
                                 summary.entries.push(entry.named(key));
-                                // What is measured stays, whatever happens next.
+                                // Measurements are written at once, so that they stay whatever happens next.
                                 self.write(&tuning)?;
                             }
                         }
@@ -320,7 +321,7 @@ impl Tune {
         print_summary(&summary, self.json)
     }
 
-    /// What the file holds already, if it is of this device.
+    /// The entries that the file already holds, if it is of this device.
     fn table(&self, device: &Device) -> Result<Tuning, Box<dyn Error>> {
         let name = &device.capabilities().name;
         if !self.out.exists() {
@@ -338,20 +339,20 @@ impl Tune {
     }
 }
 
-/// Whether a kernel computes right with these tiles.
+/// Checks whether a kernel computes right with these tiles.
 type Judge = fn(&Attention, &Problem, Kernel, Tiling) -> Result<(), String>;
 
-/// What there is to choose from for a kernel.
+/// The tiles to choose from for a kernel.
 struct Choice {
     kernel: Kernel,
-    /// What runs untuned.
+    /// The tiles that run without a tuning.
     built_in: Tiling,
-    /// All others.
+    /// All other tiles.
     candidates: Vec<Tiling>,
 }
 
 impl Choice {
-    /// `None` where the problem does without the kernel.
+    /// `None` if the problem does not use the kernel.
     fn new(
         attention: &Attention,
         problem: &Problem,
@@ -376,7 +377,7 @@ impl Choice {
     }
 }
 
-/// Measures candidates until the time is up; the fastest one that computes right.
+/// Measures candidates until the time is up. Returns the fastest one that computes right.
 fn search(
     attention: &Attention,
     timer: &Timer,
@@ -393,14 +394,14 @@ fn search(
     let default = large.measure(attention, timer, kernel, first, None)?.ok_or("nothing was timed")?;
     let glance = |_| small.glance(attention, timer, kernel, first);
     let default_small = bench.large.as_ref().map(glance).transpose()?;
-    // The micro-kernel whose first choice is the faster one goes first, where the time does not suffice for both. An error
-    // is told when the rival's turn comes.
+    // The micro-kernel with the faster first choice goes first, in case the time does not suffice for both. An error of the rival is
+    // reported when its turn comes.
     let time = |tiling| small.glance(attention, timer, kernel, tiling).unwrap_or(Duration::MAX);
     let faster = match rival {
         Some(rival) if time(rival) < time(first) => rival.micro_kernel(),
         _ => first.micro_kernel(),
     };
-    // Between the micro-kernels is decided in any case.
+    // The choice between the micro-kernels is made in any case.
     candidates.sort_by_key(|tiling| (Some(*tiling) != rival, tiling.micro_kernel() != faster));
     let is_over = |tiling: &Tiling| Some(*tiling) != rival && Instant::now() >= until;
     let mut measured: Vec<(Duration, Tiling)> = vec![(default.median(), first)];
@@ -408,7 +409,7 @@ fn search(
         if batch.iter().all(is_over) {
             break;
         }
-        // Side by side. What does not compile tells so below, by itself.
+        // Candidates are compiled in parallel. One that does not compile fails below, by itself.
         let passes = batch.iter().map(|tiles| Pass::with_tiles(kernel, &large.problem, capabilities, *tiles));
         let _ = attention.precompile(&passes.filter_map(Result::ok).collect());
         for &tiles in batch {
@@ -416,7 +417,7 @@ fn search(
                 break 'time;
             }
             let best = measured.iter().map(|(time, _)| *time).min();
-            // Small first: one that crawls there would block the device when large.
+            // The small problem comes first: a candidate that crawls there would block the device with the large one.
             let crawls = match default_small {
                 Some(default) => small.glance(attention, timer, kernel, tiles).map(|time| time > SLOW * default),
                 None => Ok(false),
@@ -447,7 +448,7 @@ fn search(
     Ok(Found { tiles: first, time: default.median(), default: default.median(), tried })
 }
 
-/// Holds the results of a kernel against those of the portable micro-kernel with the built-in tiles.
+/// Compares the results of a kernel with those of the portable micro-kernel with the built-in tiles.
 fn right(attention: &Attention, problem: &Problem, kernel: Kernel, tiles: Tiling) -> Result<(), String> {
     match problem.options().dtype {
         DType::F32 => right_with::<f32>(attention, problem, kernel, tiles, 1e-5),
@@ -496,7 +497,7 @@ fn right_with<T: Element>(
     Ok(())
 }
 
-/// The tiles that a kernel is best off with.
+/// The best tiles of a kernel.
 struct Found {
     tiles: Tiling,
     time: Duration,
@@ -517,7 +518,7 @@ impl Found {
     }
 }
 
-/// What was found, and what was not.
+/// The tiles that were found, and the ones that were not.
 #[derive(Debug, Serialize)]
 struct Summary {
     device: String,
@@ -527,7 +528,7 @@ struct Summary {
     entries: Vec<Entry>,
     /// Candidates that failed or computed something else, with the reason.
     dropped: Vec<String>,
-    /// Entries for which the time did not suffice.
+    /// Entries for which there was not enough time.
     not_measured: Vec<String>,
 }
 
@@ -537,7 +538,7 @@ struct Entry {
     tiles: String,
     built_in_ms: f64,
     ms: f64,
-    /// Candidates measured, the built-in one included.
+    /// Candidates that were measured, including the built-in one.
     tried: usize,
 }
 

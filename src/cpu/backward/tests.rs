@@ -9,7 +9,7 @@ fn all<T: Clone>(x: Gradients<T, T>) -> Vec<T> {
     [x.d_q, x.d_k, x.d_v].into_iter().chain(optional).flatten().collect()
 }
 
-/// `tests/cpu` covers the best instruction set of the machine; this, the others.
+/// `tests/cpu` covers the best instruction set of the machine, and this test the other ones.
 #[test]
 fn every_instruction_set() {
     let mut archs = vec![Arch::Scalar, Arch::new()];

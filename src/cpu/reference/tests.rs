@@ -22,7 +22,7 @@ fn by_hand() {
     let output = forward(&problem, &inputs).unwrap();
     approx::assert_relative_eq!(output.o[0], 7.0, epsilon = 1e-6);
     approx::assert_relative_eq!(output.lse[0], 8f64.ln(), epsilon = 1e-6);
-    // The sink logit is larger, and no score.
+    // The sink logit is larger than both scores, and does not count as one.
     approx::assert_relative_eq!(row_max(&problem, &inputs).unwrap()[0], 3f64.ln(), epsilon = 1e-6);
 }
 
@@ -41,7 +41,7 @@ fn a_row_that_sees_nothing() {
 
 #[test]
 fn a_weight_below_normal_numbers_may_be_lost() {
-    // The second key weighs exp(-87.5), some 1e-38, and its value is all that there is of o.
+    // The second key has a weight of exp(-87.5), about 1e-38, and only its value contributes to o.
     let problem = Problem::new(one_head(1, 2, 1), Options::new().scale(1.0)).unwrap();
     let inputs = Inputs::new(&[1.0], &[0.0, -87.5], &[0.0, 3.0]);
     let (output, _, magnitudes) = with_magnitudes(&problem, &inputs, None).unwrap();
@@ -50,14 +50,14 @@ fn a_weight_below_normal_numbers_may_be_lost() {
         compare::rows(&[0.0], &output.o, magnitudes, std::iter::once(0..1), DType::F32, 2f64.powi(-24))
     };
     of(&magnitudes.o).unwrap();
-    // It is that allowance that does it.
+    // Without the allowance for lost weights, the comparison fails.
     of(&output.o).unwrap_err();
 }
 
 /// A loss that every gradient flows from, and its gradients by central differences.
 fn finite_differences(problem: &Problem, operands: &Operands, upstream: &Upstream<'_>) -> Gradients<f64, f64> {
     let weighted = |x: &[f64], weights: &[f32]| -> f64 {
-        // Rows that see nothing have an lse of -inf and d_lse is ignored.
+        // Rows that see nothing have an lse of -inf, and their d_lse is ignored.
         x.iter().zip(weights).filter(|(x, _)| x.is_finite()).map(|(x, &w)| x * f64::from(w)).sum()
     };
     let loss = |operands: &Operands| {
@@ -105,7 +105,7 @@ fn gradients_are_finite_differences() {
         full().causal(true).query_offset(-2),
         full().window(Window::keys(2)).query_offset(1).scale(0.0),
     ];
-    // What changes scores and hides single pairs takes turns, or the test would last for minutes.
+    // Options that change scores and options that hide single pairs take turns: all combinations would take minutes.
     let extras: [fn(Options) -> Options; 7] = [
         |o| o,
         |o| o.softcap(0.8),
@@ -185,7 +185,7 @@ fn check_gradients(problem: &Problem, seed: u64) {
     for (name, (actual, expected)) in names.iter().zip(all(gradients).zip(all(expected))) {
         assert_eq!(actual.len(), expected.len());
         for (n, (x, y)) in actual.into_iter().zip(expected).enumerate() {
-            // What is hidden by -inf has a difference of NaN, and no gradient.
+            // A pair that -inf hides has a difference of NaN, and no gradient.
             let close = (x - y).abs() <= 1e-8 || y.is_nan() && x == 0.0;
             assert!(close, "{problem}: {name}[{n}] is {x}, not {y}");
         }

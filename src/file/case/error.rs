@@ -1,4 +1,4 @@
-//! What can be wrong with a conformance file.
+//! Errors in conformance files.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ const KEYS: &str = "layout, causal, align, window_left, window_right, sink_token
 pub(super) const TENSORS: [&str; 11] =
     ["q", "k", "v", "sinks", "bias", "mask", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "dout", "dlse"];
 
-/// What can go wrong with a file.
+/// An error with a file.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -22,7 +22,7 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// The file was read, but its content is wrong.
@@ -30,7 +30,7 @@ pub enum Error {
     Format {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The mistake in its content.
         source: FormatError,
     },
     /// The file could not be written; nothing was left behind.
@@ -38,7 +38,7 @@ pub enum Error {
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// Results would replace the file they are computed from.
@@ -50,16 +50,16 @@ pub enum Error {
     /// Results would replace a folder or a device.
     #[error("cannot write {}: it exists and is not a regular file", .path.display())]
     NotAFile {
-        /// What stands in the way.
+        /// The folder or device.
         path: PathBuf,
     },
 }
 
-/// What can be wrong with the content of a conformance file.
+/// An error in the content of a conformance file.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum FormatError {
-    /// Too short for the length of the header, the first thing in the file.
+    /// The file is too short for the length of the header, which is the first thing in it.
     #[error("not a safetensors file: {actual} bytes, the length of the header alone takes 8")]
     TooShort {
         /// Bytes in the file.
@@ -68,26 +68,26 @@ pub enum FormatError {
     /// The header does not fit into the file.
     #[error("not a safetensors file, or truncated: the header claims {header} bytes, {actual} follow its length")]
     HeaderLength {
-        /// Bytes the header claims.
+        /// Bytes that the header claims.
         header: u64,
-        /// Bytes there are.
+        /// Bytes that there are.
         actual: u64,
     },
-    /// The header is longer than any that safetensors reads.
+    /// The header is longer than any header that safetensors reads.
     #[error("not a safetensors file: the header claims {header} bytes, the most is 100000000")]
     HeaderTooLong {
-        /// Bytes the header claims.
+        /// Bytes that the header claims.
         header: u64,
     },
-    /// The header is not the JSON it should be, or names something twice.
+    /// The header is not the JSON that it should be, or names something twice.
     #[error("malformed header: {0}")]
     Header(#[from] serde_json::Error),
     /// The file is shorter or longer than the header says.
     #[error("truncated or overlong: the tensors take {expected} bytes, {actual} follow the header")]
     DataLength {
-        /// Bytes the tensors take.
+        /// Bytes that the tensors take.
         expected: u64,
-        /// Bytes there are.
+        /// Bytes that there are.
         actual: u64,
     },
     /// A metadata key that the format does not know.
@@ -103,7 +103,7 @@ pub enum FormatError {
         key: String,
         /// Its value.
         value: String,
-        /// What the key accepts.
+        /// The values that the key accepts.
         expected: &'static str,
     },
     /// A tensor that the format does not know.
@@ -125,7 +125,7 @@ pub enum FormatError {
         name: &'static str,
         /// Its element type.
         actual: Dtype,
-        /// What it must be.
+        /// The element type that it must have.
         expected: &'static str,
     },
     /// An operand whose element type is not that of q.
@@ -181,7 +181,7 @@ pub enum FormatError {
         name: &'static str,
         /// Its shape.
         actual: Vec<usize>,
-        /// What it must be.
+        /// The shape that it must have.
         expected: Vec<usize>,
     },
     /// A bias or a mask whose shape does not broadcast to that of the scores.
@@ -199,10 +199,10 @@ pub enum FormatError {
     MaskValue {
         /// Which element.
         index: usize,
-        /// What it is.
+        /// The value of the element.
         value: u8,
     },
-    /// The file is well formed, but the problem in it is not.
+    /// The file is well formed, but the problem in it is invalid.
     #[error(transparent)]
     Problem(#[from] crate::problem::error::Error),
     /// The safetensors format cannot hold the results.

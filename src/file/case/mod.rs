@@ -11,9 +11,9 @@
 //! | `dout` | that of the result | that of q |
 //! | `dlse` | `[B, H, M]`; `thd`: `[H, tokens]` | f32 |
 //!
-//! All but q, k and v (and the lengths of `thd`) may be absent, and an option whose tensor is there is on. An axis of size 1
-//! in a bias or a mask is broadcast; with `thd`, M and N are those of the longest sequence. Tensors named `expected.*` are for
-//! tests and ignored here. String metadata holds the other options, an absent key means the default:
+//! Only q, k and v (and with `thd` the lengths) must be there, and an option is on if its tensor is there. An axis of size 1 in a bias or a
+//! mask is broadcast. With `thd`, M and N are those of the longest sequence. Tensors named `expected.*` are for tests and ignored here.
+//! String metadata holds the other options. An absent key means the default:
 //!
 //! | key | value |
 //! |---|---|
@@ -27,11 +27,10 @@
 //! | `q_offset` | position of query 0 among the keys |
 //! | `format` | ignored; other tools write it |
 //!
-//! Reading is strict: an unknown key or tensor is an error, since a misspelt name would otherwise
-//! change a result silently.
+//! Reading is strict: an unknown key or tensor is an error, because a misspelt name would otherwise change a result silently.
 //!
-//! Results have the names `out`, `lse`, `dq`, `dk`, `dv`, `dsinks`, `dalibi_slopes` and `dbias`, those that apply; out and the
-//! gradients of q, k and v in the operands' element type, all else f32.
+//! Results have the names `out`, `lse`, `dq`, `dk`, `dv`, `dsinks`, `dalibi_slopes` and `dbias`, as far as they apply. `out` and the
+//! gradients of q, k and v have the operands' element type, and all other results are f32.
 
 mod error;
 mod results;
@@ -69,7 +68,7 @@ pub struct Case {
     pub alibi_slopes: Option<Vec<f32>>,
     /// Added to the scores, see [`Problem::bias_shape`].
     pub bias: Option<Values>,
-    /// Which keys may be seen, a byte each, see [`Problem::mask_shape`].
+    /// Visibility of each pair, a byte each, see [`Problem::mask_shape`].
     pub mask: Option<Vec<u8>>,
     /// Gradient of the outputs: the tensor `dout`.
     pub d_o: Option<Values>,
@@ -92,7 +91,7 @@ impl Case {
     /// Reads the content of a file.
     ///
     /// # Errors
-    /// [`FormatError`]; never panics, whatever the bytes are.
+    /// [`FormatError`]. It never panics, whatever the bytes are.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
         let Container { strings, index, data } = Container::parse(bytes)?;
         let mut options = parse_options(&strings)?;
@@ -106,12 +105,12 @@ impl Case {
         };
         let [sinks, slopes, bias, mask, d_o, d_lse] =
             ["sinks", "alibi_slopes", "bias", "mask", "dout", "dlse"].map(|name| tensors.remove(name));
-        // Of the known ones there are left, at most, the lengths that a layout has no use for.
+        // Of the known tensors only the lengths can be left, in a layout that does not use them.
         if let Some(name) = tensors.into_keys().next() {
             return Err(FormatError::WrongLayout { name, layout: options.layout });
         }
 
-        // The element types first: where the type is the mistake, the shapes say little.
+        // Element types are checked first: if the type is the mistake, the shapes say little.
         let operand = |tensor: &Raw<'_>| {
             tensor.check_same_dtype(&q)?;
             tensor.values()
@@ -136,7 +135,7 @@ impl Case {
             }
             None => Problem::new(shape, options),
         };
-        // What broadcasts does so to the scores of the longest sequence.
+        // A bias or a mask is broadcast to the scores of the longest sequence.
         let scores = problem(options)?.pairs_shape();
         options.bias = bias.map(|bias| bias.axes(scores)).transpose()?;
         options.mask = mask.map(|mask| mask.axes(scores)).transpose()?;
@@ -166,7 +165,7 @@ impl Case {
             problem,
         };
         match (&case.d_o, &case.d_lse) {
-            // The backward pass runs where there is dout; a gradient must not be dropped in silence.
+            // The backward pass runs if there is dout. A gradient must not be dropped silently.
             (None, Some(_)) => Err(FormatError::MissingTensor { name: "dout" }),
             _ => Ok(case),
         }
@@ -201,7 +200,7 @@ impl Case {
     }
 }
 
-/// Cumulative lengths have the names of their tensors in a file.
+/// Gives cumulative lengths the names of their tensors in a file.
 fn in_words_of_file(error: crate::problem::error::Error) -> crate::problem::error::Error {
     let crate::problem::error::Error::InvalidLengths { lengths, reason } = error else { return error };
     let [of_q, of_k] = CUMULATIVE;
@@ -217,14 +216,14 @@ fn typed<T: Element>(values: &Values) -> crate::problem::error::Result<&[T]> {
         .ok_or(crate::problem::error::Error::WrongElementType { operands: values.dtype(), options: T::DTYPE })
 }
 
-/// A shape of the library's as files have it: without a batch axis in thd.
+/// A shape of the library in the form that files have: without a batch axis in thd.
 pub(crate) fn in_file(layout: Layout, shape: &[usize]) -> &[usize] {
     match layout {
         Layout::Bshd | Layout::Bhsd => shape,
         Layout::Thd => &shape[1..],
     }
 }
-/// A tensor as it lies in the file.
+/// A tensor in the form that it has in the file.
 struct Raw<'a> {
     name: &'static str,
     dtype: Dtype,
@@ -257,7 +256,7 @@ impl Raw<'_> {
         }
     }
 
-    /// The elements of a mask: a byte each in both types.
+    /// The elements of a mask, which are a byte each in both types.
     fn mask(&self) -> Result<Vec<u8>, FormatError> {
         if ![Dtype::U8, Dtype::BOOL].contains(&self.dtype) {
             return Err(self.wrong_dtype("U8 or BOOL"));
@@ -268,7 +267,7 @@ impl Raw<'_> {
         }
     }
 
-    /// Cumulative lengths; whether they fit the tokens is for the problem to say.
+    /// Cumulative lengths. The problem checks whether they fit the tokens.
     fn lengths(&self) -> Result<Vec<u32>, FormatError> {
         let wide: Vec<i64> = match self.dtype {
             Dtype::I32 => decode(self.bytes, |bytes| i32::from_le_bytes(bytes).into()),
@@ -287,7 +286,7 @@ impl Raw<'_> {
         wide.into_iter().enumerate().map(length).collect()
     }
 
-    /// The axes that a bias or a mask has of its own.
+    /// The axes along which a bias or a mask is not broadcast.
     fn axes(&self, scores: [usize; 4]) -> Result<Axes, FormatError> {
         let fits = |(&actual, size): (&usize, usize)| actual == size || actual == 1;
         match *self.shape {
@@ -359,7 +358,7 @@ fn parse_options(metadata: &BTreeMap<String, String>) -> Result<Options, FormatE
             _ => return Err(FormatError::UnknownKey { key: key.clone() }),
         }
     }
-    // A file says each of these by a key above, or by its tensors (sink logits, ALiBi, bias, mask and element types).
+    // A key above sets each of these options, or a tensor does (sink logits, ALiBi, bias, mask and element types).
     let Options {
         causal: _,
         window: _,
@@ -384,9 +383,9 @@ fn number<T: FromStr>(text: &str) -> Option<T> {
     text.parse().ok()
 }
 
-/// The tensors to compute with, under their names.
+/// The tensors to compute with, by name.
 fn known<'a>(index: &Metadata, data: &'a [u8]) -> Result<BTreeMap<&'static str, Raw<'a>>, FormatError> {
-    // In the order of their names, so that the first unknown one is always the same.
+    // Tensors are in the order of their names, so that the first unknown one is always the same.
     let tensors: BTreeMap<String, _> = index.tensors().into_iter().collect();
     let computed = tensors.into_iter().filter(|(name, _)| !name.starts_with("expected."));
     let raw = |(name, info): (String, &TensorInfo)| {
@@ -398,7 +397,7 @@ fn known<'a>(index: &Metadata, data: &'a [u8]) -> Result<BTreeMap<&'static str, 
     computed.map(raw).collect()
 }
 
-/// The sizes, once q, k and v agree about them.
+/// The sizes, if q, k and v agree about them.
 fn problem_shape(layout: Layout, q: &Raw<'_>, k: &Raw<'_>, v: &Raw<'_>) -> Result<Shape, FormatError> {
     let sizes = |tensor: &Raw<'_>| match (layout, tensor.shape.as_slice()) {
         (Layout::Bshd, &[batch, seq, heads, width]) => Ok([batch, heads, seq, width]),

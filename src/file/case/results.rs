@@ -30,27 +30,27 @@ impl Tensor {
     }
 }
 
-/// Refuses an output path that [`write()`] should not replace or cannot write: the input itself, or anything but a
-/// regular file. Worth asking before a long computation.
+/// Refuses an output path that [`write()`] should not replace or cannot write: the input itself, or anything but a regular file. A caller
+/// can check the path before a long computation.
 ///
 /// # Errors
-/// [`Error::OutputIsInput`], [`Error::NotAFile`], and [`Error::Write`] where the file cannot be written, as far as that
-/// shows before it is.
+/// [`Error::OutputIsInput`], [`Error::NotAFile`], and [`Error::Write`] if the file cannot be written, as far as this shows before it is
+/// written.
 pub fn check_output(input: &Path, output: &Path) -> Result<(), Error> {
-    // Canonical paths see through `./x`, links and, where the system has them, upper and lower case.
+    // Canonical paths resolve `./x`, links and, where the system ignores it, the case of letters.
     if let (Ok(from), Ok(to)) = (fs::canonicalize(input), fs::canonicalize(output))
         && from == to
     {
         return Err(Error::OutputIsInput { path: output.into() });
     }
-    // Not by a symbolic link, which leads to what counts.
+    // The metadata follow a symbolic link, because its target would be written.
     if fs::metadata(output).is_ok_and(|found| !found.is_file()) {
         return Err(Error::NotAFile { path: output.into() });
     }
     file::check_writable(output).map_err(|source| Error::Write { path: output.into(), source })
 }
 
-/// Writes results: all of the file, or nothing, as [`file::replace`].
+/// Writes results: all of the file, or nothing, like [`file::replace`].
 ///
 /// # Errors
 /// [`Error::Write`], and [`Error::Format`] if a shape does not fit its elements.
@@ -60,7 +60,7 @@ pub fn write(path: impl AsRef<Path>, layout: Layout, tensors: &[Tensor]) -> Resu
     file::replace(path, &bytes).map_err(|source| Error::Write { path: path.into(), source })
 }
 
-/// The content of a result file: the tensors, and the layout as metadata.
+/// The content of a result file: the tensors, with the layout as metadata.
 fn serialize(layout: Layout, tensors: &[Tensor]) -> Result<Vec<u8>, FormatError> {
     let encoded: Vec<(Dtype, Vec<u8>)> = tensors.iter().map(|tensor| encode(&tensor.values)).collect();
     let views: Vec<(&str, TensorView<'_>)> = tensors

@@ -1,4 +1,4 @@
-//! Tile shapes of the cooperative kernels, what they cost, and the tuning table.
+//! Tile shapes of the cooperative kernels, with their costs.
 
 use std::fmt;
 
@@ -11,8 +11,8 @@ use crate::problem::element::DType;
 
 /// How a workgroup divides a tile of the score matrix among its subgroups, in square fragments.
 ///
-/// A tile has rows (queries, or keys in the d_k/d_v kernel) that stay, and columns (keys, or queries) that pass by. Every
-/// subgroup has `rows` rows of fragments to itself, each `columns` fragments wide.
+/// A tile has rows (queries, or keys in the d_k/d_v kernel) that stay, and columns (keys, or queries) that pass by. Every subgroup has
+/// `rows` rows of fragments of its own, each `columns` fragments wide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct CooperativeTile {
     /// Rows and columns of a fragment, and lanes of a subgroup.
@@ -30,7 +30,7 @@ pub(crate) struct CooperativeTile {
 }
 
 impl CooperativeTile {
-    /// A tile shape on a device; `None` of a portable one.
+    /// A tile shape on a device, and `None` for a portable one.
     pub(crate) fn new(tiling: Tiling, matrices: CooperativeMatrices) -> Option<Self> {
         match tiling {
             Tiling::Portable(_) => None,
@@ -65,8 +65,8 @@ impl CooperativeTile {
         width.div_ceil(self.matrices.side)
     }
 
-    /// Vectors of four halves in a staged row of an operand. Two more than its features, so that neighbouring rows start in
-    /// different banks; an even number, because fragment loads want multiples of 16 bytes.
+    /// Vectors of four halves in a staged row of an operand. A row has two vectors more than its features, so that neighbouring rows start
+    /// in different banks. The number is even, because fragment loads need multiples of 16 bytes.
     pub(crate) fn staged_row(&self, width: u32) -> u32 {
         self.across(width) * self.matrices.side / 4 + 2
     }
@@ -81,7 +81,7 @@ impl CooperativeTile {
         self.tile_columns() / 4 + 2
     }
 
-    /// Bytes of workgroup memory; the arrays of shaders/cooperative/fragments.wgsl.
+    /// Bytes of workgroup memory, for the arrays of shaders/cooperative/fragments.wgsl.
     pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
         let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
         let score_rows = self.subgroups * self.matrices.side * self.score_row() * 16;
@@ -117,12 +117,12 @@ impl CooperativeTile {
         let widths = tiled.accumulators.iter().map(|width| width.of([head_dim, value_dim]));
         let fragments = widths.map(|width| self.across(width)).sum::<u32>();
         let rescale = 2 + self.rows * fragments * (1 + quads);
-        // What comes before and after the tiles, by the tile, is less than this.
+        // The work before and after the tiles, divided by the number of tiles, is less than this.
         let once = self.rows * (self.across(head_dim) + self.across(value_dim)) * (1 + quads);
         [u64::from(1 + rescale + once); 2]
     }
 
-    /// What does not fit together, if anything does not.
+    /// Checks that the numbers fit together. An error says why they do not.
     pub(crate) fn check(&self) -> Result<(), String> {
         let CooperativeMatrices { side, lanes, .. } = self.matrices;
         if ![8, 16].contains(&side) || ![1, 2, 4].iter().any(|n| n * side == lanes) {

@@ -17,23 +17,23 @@ pub enum DecodeTiles {
         lanes: u32,
         /// Rows (queries of the query heads of a group) of a workgroup.
         rows: u32,
-        /// Keys whose loads a thread has under way.
+        /// Keys that a thread loads at a time.
         steps: u32,
-        /// Keys between two barriers; divides `steps`, at most 4.
+        /// Keys between two barriers, a divisor of `steps` and at most 4.
         exchanged: u32,
     },
-    /// Cooperative matrices, of f16: one query of the query heads of a group.
+    /// Cooperative matrices of f16: one query of the query heads of a group.
     Cooperative {
-        /// Query heads of a workgroup, one subgroup: 8 or 16, at most the side of a fragment.
+        /// Query heads of a workgroup, which is one subgroup: 8 or 16, at most the side of a fragment.
         rows: u32,
-        /// Fragments of keys of a tile, 1, 2 or 4.
+        /// Fragments of keys of a tile: 1, 2 or 4.
         columns: u32,
-        /// Tiles whose loads are under way, 1 to 4.
+        /// Tiles that a lane loads at a time: 1 to 4.
         ahead: u32,
     },
 }
 
-/// Wider rows would not stay in registers as fragments.
+/// Wider rows of fragments would not stay in registers.
 const MOST_COOPERATIVE_WIDTH: usize = 128;
 
 impl DecodeTiles {
@@ -52,7 +52,7 @@ impl DecodeTiles {
         }
     }
 
-    /// The part of a kernel's name that its tiles make.
+    /// The part of a kernel's name that depends on its tiles.
     pub(crate) fn name(&self) -> String {
         match self {
             DecodeTiles::Portable { threads, lanes, rows, steps, exchanged } => {
@@ -62,7 +62,7 @@ impl DecodeTiles {
         }
     }
 
-    /// How it forms products.
+    /// The micro-kernel of the tiles.
     pub(crate) fn micro_kernel(&self) -> MicroKernel {
         match self {
             DecodeTiles::Portable { .. } => MicroKernel::Portable,
@@ -70,7 +70,7 @@ impl DecodeTiles {
         }
     }
 
-    /// Why the cooperative kernel cannot serve a cache, if it cannot.
+    /// The reason why the cooperative kernel cannot serve a cache, if it cannot.
     pub(crate) fn lacks(
         &self,
         config: &CacheConfig,
@@ -126,16 +126,16 @@ impl fmt::Display for DecodeTiles {
     }
 }
 
-/// Vectors of 16 bytes of a row of keys and of one of values that a thread of the portable kernel holds.
+/// Vectors of 16 bytes that a thread of the portable kernel holds: of a row of keys, and of a row of values.
 pub(crate) fn lane_vectors(data_vectors: [u32; 2], lanes: u32) -> [u32; 2] {
     data_vectors.map(|vectors| vectors.div_ceil(lanes))
 }
 
-/// Vectors of four f32 of workgroup memory from row to row, from slot to slot, and in all; and rows that are merged at a time. A thread holds so
-/// many quads of a row of values.
+/// Distances in workgroup memory, in vectors of four f32: from row to row, from slot to slot, and the whole length. The last number is how
+/// many rows are merged at a time. A thread holds `value_quads` quads of a row of values.
 pub(crate) fn exchange(threads: u32, lanes: u32, rows: u32, exchanged: u32, value_quads: u32) -> [u32; 4] {
     let quarter = lanes / 4;
-    // Odd, so that the rows of a slot lie in different banks; slots as far apart as a row is long.
+    // The row pitch is odd, so that the rows of a slot are in different banks. Slots are apart by the length of a row, modulo 8.
     let row_pitch = quarter | 1;
     let mut slot_pitch = rows * row_pitch;
     while slot_pitch % 8 != quarter % 8 {
@@ -146,8 +146,8 @@ pub(crate) fn exchange(threads: u32, lanes: u32, rows: u32, exchanged: u32, valu
     [row_pitch, slot_pitch, len, (len / merged).min(rows)]
 }
 
-/// Bytes of workgroup memory of the cooperative kernel: keys and values staged, rows padded by two vectors of four halves so that
-/// neighbours start in different banks, and a tile of scores and the P tile.
+/// Bytes of workgroup memory of the cooperative kernel: staged keys and values, a tile of scores, and the P tile. Staged rows are padded by
+/// two vectors of four halves, so that neighbours start in different banks.
 pub(crate) fn cooperative_bytes(widths: [u32; 2], tile: u32, side: u32) -> u32 {
     let staged: u32 = widths.map(|width| 8 * (width / 4 + 2)).iter().sum();
     tile * staged + side * tile_row(tile) * (16 + 8)

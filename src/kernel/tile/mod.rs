@@ -1,4 +1,4 @@
-//! Tile shapes of any micro-kernel, by one name.
+//! Tile shapes of all micro-kernels in one type.
 
 pub(crate) mod cooperative;
 pub(crate) mod decode;
@@ -36,7 +36,7 @@ pub enum Tiling {
         rows: u32,
         /// Columns of fragments of a tile.
         columns: u32,
-        /// Tiles of columns in workgroup memory: 2, so that one is in use while the next is written, or 1.
+        /// Tiles of columns in workgroup memory: 2, so that one is read while the next is written, or 1.
         stages: u32,
         /// What the driver is told about the kernel's loops.
         loops: LoopHints,
@@ -44,7 +44,7 @@ pub enum Tiling {
 }
 
 impl Tiling {
-    /// The micro-kernel it is for; never [`MicroKernel::Auto`].
+    /// The micro-kernel of the tiles, never [`MicroKernel::Auto`].
     pub fn micro_kernel(&self) -> MicroKernel {
         match self {
             Tiling::Portable(_) => MicroKernel::Portable,
@@ -90,7 +90,7 @@ impl fmt::Display for Tiling {
     }
 }
 
-/// From what [`Display`](fmt::Display) writes.
+/// Parses the text that [`Display`](fmt::Display) writes.
 impl FromStr for Tiling {
     type Err = String;
 
@@ -102,7 +102,7 @@ impl FromStr for Tiling {
             "cooperative" => {
                 let (shape, loops) = LoopHints::split_from(shape).map_err(|reason| format!("tiles {reason}"))?;
                 let numbers: Option<Vec<u32>> = shape.split('x').map(|word| word.trim().parse().ok()).collect();
-                // Far above anything useful; what fits a device, its plan decides.
+                // The limit is far above anything useful. The plan decides which tiles fit a device.
                 match numbers.as_deref() {
                     Some(&[subgroups, rows, columns, stages])
                         if [subgroups, rows, columns, stages].iter().all(|n| (1..=32).contains(n)) =>

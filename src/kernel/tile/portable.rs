@@ -1,4 +1,4 @@
-//! Tile shapes of the portable kernels, what they cost, and the tuning table.
+//! Tile shapes of the portable kernels, with their costs.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,7 +16,7 @@ use crate::kernel::spec::Tiled;
 pub struct PortableTile {
     /// Threads along the rows, a multiple of 2.
     pub threads_r: u32,
-    /// Threads along the columns, a multiple of 4; also along the features of the accumulators.
+    /// Threads along the columns, a multiple of 4. They also run along the features of the accumulators.
     pub threads_c: u32,
     /// Rows a thread holds.
     pub rows: u32,
@@ -24,7 +24,7 @@ pub struct PortableTile {
     pub quads: u32,
     /// Features of both sides staged at once for a product, divided by four.
     pub k_step: u32,
-    /// Columns staged at once for an accumulation; divides the tile's columns.
+    /// Columns staged at once for an accumulation, a divisor of the tile's columns.
     pub n_step: u32,
     /// What the driver is told about the kernel's loops.
     pub loops: LoopHints,
@@ -61,7 +61,7 @@ impl PortableTile {
         let accumulation = rows * (columns / 4 + 1) + self.n_step * n_step_row;
         let has = |property: fn(&Tiled) -> bool| kernel.tiled().is_some_and(property);
         let partials = if has(|tiled| tiled.sums_rows) { rows * self.threads_c } else { 0 };
-        // Where the rows of a bias are summed.
+        // A kernel of a bias gradient sums rows here.
         let sums = if has(|tiled| tiled.sums_pairs) { self.threads() * self.quads } else { 0 };
         [product.max(accumulation).max(sums), partials]
     }
@@ -86,11 +86,11 @@ impl PortableTile {
         if self.k_step.is_multiple_of(2) { 2 } else { 1 }
     }
 
-    /// Loop iterations of a thread for one tile of columns that is wholly visible, and at most for one that is masked:
-    /// the loops of shaders/portable/blocks.wgsl.
+    /// Loop iterations of a thread for one tile of columns: if the tile is wholly visible, and at most if it is masked. The loops are those
+    /// of shaders/portable/blocks.wgsl.
     pub(crate) fn loop_iterations(&self, tiled: &Tiled, head_dim: u32, value_dim: u32) -> [u64; 2] {
         let product = |width: u32| width.div_ceil(4).div_ceil(self.k_step) * (1 + self.k_step / self.unroll());
-        // Column by column where values that are hidden and not finite stand in the way, else four at once.
+        // Four columns are summed at once, or one by one if hidden values are not finite.
         [self.n_step / 4, self.n_step].map(|n_step| {
             let accumulation = self.tile_columns() / self.n_step * (1 + n_step);
             let products = tiled.products.iter().map(|width| product(width.of([head_dim, value_dim]))).sum::<u32>();
@@ -99,7 +99,7 @@ impl PortableTile {
         })
     }
 
-    /// Whether the numbers fit together; the reason where they do not.
+    /// Checks that the numbers fit together. An error says why they do not.
     pub(crate) fn check(&self) -> Result<(), String> {
         // Far above anything useful, and low enough that no product of these numbers overflows.
         let numbers = [
@@ -151,7 +151,7 @@ impl fmt::Display for PortableTile {
     }
 }
 
-/// From what [`Display`](fmt::Display) writes.
+/// Parses the text that [`Display`](fmt::Display) writes.
 impl FromStr for PortableTile {
     type Err = String;
 

@@ -1,4 +1,4 @@
-//! Slices of passes: every workgroup does its work once, and reads within what is bound.
+//! Slices of passes: every workgroup does its work once, and reads within its bindings.
 
 use std::collections::BTreeSet;
 
@@ -58,13 +58,13 @@ fn random_problem(rng: &mut StdRng) -> Problem {
     }
 }
 
-/// What the workgroups of a pass do, one by one, as the shaders number them.
+/// The work of the workgroups of a pass, one by one, numbered as in the shaders.
 struct Simulation<'a> {
     pass: &'a Pass,
     problem: &'a Problem,
     views: &'a [OperandLayout],
     slices: &'a Slices,
-    /// Sequence, head and tile (or block) of the workgroups that have run.
+    /// Sequence, head, tile (or block) and cell of the workgroups that have run.
     done: BTreeSet<[u64; 4]>,
 }
 
@@ -78,7 +78,7 @@ impl Simulation<'_> {
         assert_eq!(self.done.len() as u64, self.pass.workgroups, "{} of {}", self.pass, self.problem);
     }
 
-    /// Rows of an operand must lie within what is bound of it.
+    /// Checks that rows of an operand are within its binding.
     fn access(&self, slice: &Slice, binding: Binding, entry: u64, head: u64, rows: Range<u64>) {
         let Some(view) = self.views.iter().find(|view| view.binding == binding) else { return };
         let (_, window) = slice.windows.iter().find(|(b, _)| *b == binding).expect("it is bound");
@@ -123,7 +123,7 @@ impl Simulation<'_> {
                                 self.access(slice, binding, state * s.batch as u64 + entry, head, rows.clone());
                             }
                         }
-                        // One run that every dispatch sees whole.
+                        // Every dispatch binds the whole operand.
                         Binding::SinkLogits | Binding::AlibiSlopes => {}
                         binding => self.access(slice, binding, entry, head, rows.clone()),
                     }
@@ -218,8 +218,8 @@ impl Simulation<'_> {
         }
     }
 
-    /// Columns that a kernel fetches ahead: the first tile, and after each the next; the last column again where
-    /// there are none.
+    /// Columns that a kernel fetches ahead: the first tile, and after each tile the next one. Beyond the end it fetches the last column
+    /// again.
     fn fetched(&self, visited: &[u64], first: Option<[u64; 2]>, columns: usize) -> Vec<Range<u64>> {
         if !self.pass.variant.properties().prefetches_tiles {
             return Vec::new();
@@ -227,7 +227,7 @@ impl Simulation<'_> {
         let [_, width] = self.pass.variant.tile().unwrap().map(u64::from);
         let mut tiles = vec![first.map_or(visited.first().copied().unwrap_or(0), |[first, _]| first)];
         for (n, tile) in visited.iter().enumerate() {
-            // From the last tile of the sink tokens to the first one of the window, which may have none.
+            // The kernel goes from the last tile of the sink tokens to the first tile of the window. The sink tokens may have none.
             let next = visited.get(n + 1).copied().unwrap_or(tile + 1);
             tiles.extend([next, first.map_or(next, |[_, window]| if window > *tile { window } else { next })]);
         }
@@ -246,13 +246,13 @@ impl Simulation<'_> {
     fn mask(&self, slice: &Slice, number: u64, head: u64, rows: Range<u64>) {
         let Some(view) = self.views.iter().find(|view| view.binding == Binding::MaskBits) else { return };
         self.access(slice, Binding::MaskBits, number, head, rows);
-        // The last class of the head, and what a tile may read beyond the last key.
+        // The last class of the head, and the words that a tile may read beyond the last key.
         let (_, window) = slice.windows.iter().find(|(b, _)| *b == Binding::MaskBits).unwrap();
         let last = view.strides[0] * number + view.strides[1] * head + view.extents[2] * view.extents[3] + view.tail;
         assert!(4 * last <= window.start + window.len, "{last} words beyond {window:?}");
     }
 
-    /// What is read and written of rows of queries, counted in their sequence.
+    /// Checks the operands with rows of queries, whose rows are counted in their sequence.
     fn queries(&self, slice: &Slice, number: u64, sequence: &Sequence, head: u64, rows: Range<u64>) {
         let entry = sequence.entry as u64;
         let all = shifted(&rows, sequence.q_start, sequence.q_rows);
@@ -278,7 +278,7 @@ impl Simulation<'_> {
     }
 }
 
-/// Slices cover every workgroup exactly once, and bind what it reads and writes.
+/// Slices cover every workgroup exactly once, and bind everything that it reads and writes.
 #[test]
 fn slices_are_whole_and_bind_what_they_access() {
     let rng = &mut StdRng::seed_from_u64(5);
@@ -331,11 +331,11 @@ fn slices_are_whole_and_bind_what_they_access() {
             }
         }
     }
-    // Neither is an exception.
+    // Refused, cut and prefetching passes must all be common.
     assert!(refused > 100 && cut > 300 && prefetching > 50, "{refused} refused, {cut} cut, {prefetching} prefetching");
 }
 
-/// Masks whose row is for all queries, in bindings that do not hold those of all heads.
+/// Masks with one row for all queries, in bindings that do not hold the masks of all heads.
 #[test]
 fn masks_of_keys_in_pieces() {
     let sample = Capabilities { binding_bytes: 1 << 13, ..Capabilities::samples()[0].clone() };

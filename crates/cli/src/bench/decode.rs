@@ -17,7 +17,7 @@ use super::{Bench, MOST, QUICK};
 use crate::shared::Progress;
 use sink_attention::testing::buffers::filled;
 
-/// Tokens that are appended at a time while a cache is filled.
+/// Tokens of one append while a cache is filled.
 const CHUNK: usize = 4096;
 
 #[derive(Debug, Serialize)]
@@ -30,7 +30,7 @@ struct Report {
     rows: Vec<Row>,
 }
 
-/// What was measured of one cache.
+/// The measurements of one cache.
 #[derive(Debug, Serialize)]
 struct Row {
     batch: usize,
@@ -45,9 +45,9 @@ struct Row {
     tiling: String,
     workgroups: u64,
     decode: Times,
-    /// Of keys and values alone.
+    /// Counts keys and values alone.
     gb_per_s: f64,
-    /// Append and decode.
+    /// An append and a decoding step.
     step: Times,
     append: Times,
 }
@@ -67,7 +67,7 @@ impl Times {
     }
 }
 
-/// Three digits, or all before the point.
+/// Three digits, or more if more are before the point.
 fn rate(gb_per_s: f64) -> String {
     let decimals = match gb_per_s {
         100.0.. => 0,
@@ -106,7 +106,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// What is measured: a batch, its keys and all that the arguments say.
+/// A case to measure: a batch, its keys, and all that the arguments say.
 #[derive(Clone, Copy)]
 struct Case<'a> {
     args: &'a Bench,
@@ -169,7 +169,7 @@ pub fn execute(args: &Bench, attention: &Attention) -> Result<(), Box<dyn Error>
         progress.end();
     }
     progress.finish();
-    // What was measured before a failure is reported, too.
+    // Measurements before a failure are reported, too.
     if failed.is_none() || !report.rows.is_empty() {
         args.write(&report, || Ok(String::new()))?;
     }
@@ -181,7 +181,7 @@ fn cache_name(page_size: Option<usize>) -> String {
 }
 
 impl Case<'_> {
-    /// What a cache is filled with, and what is appended as steps and appends are measured.
+    /// Tokens that fill a cache, and tokens that are appended while steps and appends are measured.
     fn capacity(&self) -> usize {
         let appended = (2 * self.args.runs as usize).saturating_mul(self.queries);
         self.seq_k.saturating_add(appended)
@@ -209,7 +209,7 @@ impl Case<'_> {
             .quantisation(self.args.quantised.then_some(Quantisation::Q8_0))
     }
 
-    /// Wrong numbers are told before anything is computed from them.
+    /// Refuses wrong numbers before anything is computed from them.
     fn check(&self, page_size: Option<usize>) -> sink_attention::Result<()> {
         let Case { batch, heads, kv_heads, queries, .. } = *self;
         let ([head_dim, value_dim], seq_k) = (self.widths, self.capacity());
@@ -228,7 +228,7 @@ impl Case<'_> {
             .dtype(self.dtype)
     }
 
-    /// Keys and values of all that a query sees, in bytes.
+    /// Bytes of the keys and values that a query sees.
     fn bytes(&self) -> f64 {
         let shape = &self.args.shape;
         let seen =
@@ -267,7 +267,7 @@ impl Case<'_> {
         let lse = device.zeros("lse", DType::F32, &[self.batch, self.queries, self.heads])?;
         let cos_sin = config.rotary.map(|_| cos_sin.wgpu());
         if let CacheKind::Paged { sequence_pages, .. } = config.kind {
-            // Pages far from each other, as in a cache that has been in use for long.
+            // The pages of a sequence are far from each other, as in a cache that has been in use for long.
             let total = sequence_pages * self.batch;
             let stride = (total / 2..).find(|stride| gcd(*stride, total) == 1).unwrap_or(1);
             let mut step = attention.step()?.label("pages");
@@ -288,7 +288,7 @@ impl Case<'_> {
             }
         }
 
-        // It is timed by itself, too, without queries that an append has rotated.
+        // Decoding is also timed by itself, with queries that no append has rotated.
         let decode = Decode::new(self.heads, self.options()).queries(self.queries).q_rotated(true);
         let decode = decode.tiling(self.args.decode_tiling);
         let per_head = decode.options.sink_logits == SinkLogits::PerHead;
@@ -316,7 +316,7 @@ impl Case<'_> {
             }
         };
         let decode = timer.measure_steps(runs, MOST, |pass| note(decoding.encode_in(&cache.borrow(), pass)))?;
-        // Warm by now. Each run makes the sequences longer, so there are no more than are looked at.
+        // The device is warm by now. Each run makes the sequences longer, so there are only as many runs as are counted.
         let step = timer.time_steps(runs, |pass| {
             note(appending.encode_in(&mut cache.borrow_mut(), pass));
             note(decoding.encode_in(&cache.borrow(), pass));

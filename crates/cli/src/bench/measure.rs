@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use sink_attention::device::DeviceBuffer;
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::{OptionalOperands, Pass, Plan, Preference};
 use sink_attention::timing::{Series, Timer};
@@ -33,7 +34,7 @@ impl Direction {
         }
     }
 
-    /// Bytes of operands and results, each once.
+    /// Bytes of operands and results, each counted once.
     pub fn bytes(self, problem: &Problem) -> f64 {
         let elements = |shape: &[usize]| shape.iter().map(|n| *n as f64).product::<f64>();
         let [q, k, v, o] =
@@ -48,51 +49,53 @@ impl Direction {
         let forward = wide * (q + k + v + o) + rest + 4.0 * (elements(&problem.lse_shape()) + sinks) + pairs;
         match self {
             Direction::Forward => forward,
-            // Those of the forward pass are read again, and all but lse have a gradient.
+            // The operands and results of the forward pass are read again, and all but lse have a gradient.
             Direction::Backward => forward + wide * (q + k + v + o) + 4.0 * (sinks + bias),
         }
     }
 
-    fn plan(self, device: &Device, problem: &Problem, preference: &Preference<'_>) -> Result<Plan> {
+    fn plan(self, device: &Device, problem: &Problem, row_max: bool, preference: &Preference<'_>) -> Result<Plan> {
         let capabilities = device.capabilities();
         let optional = OptionalOperands::for_training(problem);
         match self {
-            Direction::Forward => Plan::forward_with(problem, optional, capabilities, preference),
+            Direction::Forward => Plan::forward_with(problem, optional.row_max(row_max), capabilities, preference),
             Direction::Backward => Plan::backward_with(problem, optional, capabilities, preference),
         }
     }
 }
 
-/// How long a series may take, and how many there are.
+/// How a pass is timed: how long a series may take, how many runs there are, and which results are asked for.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
     pub runs: usize,
     pub most: Duration,
-    /// Each kernel by itself, too.
+    /// Measures each kernel by itself, too.
     pub passes: bool,
+    /// The forward pass writes the largest score of each row, too.
+    pub row_max: bool,
 }
 
-/// What one pass of a problem took.
+/// The times of one pass of a problem.
 #[derive(Debug)]
 pub struct Timing {
     /// The micro-kernels, or the CPU path.
     pub kernel: String,
     pub series: Series,
-    /// The kernels, with the time of each on its own where that was asked for.
+    /// The kernels, each with its own time if that was asked for.
     pub kernels: Vec<(Pass, Option<Series>)>,
-    /// Composing and compiling the kernels.
+    /// The time to compose and compile the kernels.
     pub first_call: Option<FirstCall>,
 }
 
-/// Time to compile a plan's kernels: without help, and with a persistent pipeline cache that has them.
+/// The time to compile a plan's kernels: without help, and with a persistent pipeline cache that holds them.
 #[derive(Debug, Clone, Copy)]
 pub struct FirstCall {
     pub cold: Duration,
-    /// None where the device has no such cache.
+    /// None if the device has no pipeline cache.
     pub warm: Option<Duration>,
 }
 
-/// Why a problem was left out, if that is for its size or kind rather than for a failure.
+/// Whether a problem is left out for its size or kind, and not for a failure.
 pub fn unfit(error: &Error) -> bool {
     matches!(
         error,
@@ -105,7 +108,7 @@ pub fn unfit(error: &Error) -> bool {
     )
 }
 
-/// Times passes of a problem on a GPU; for each a timing, or why there is none.
+/// Times passes of a problem on a GPU. Each has a timing, or the reason why there is none.
 pub fn on_gpu(
     attention: &Attention,
     timer: &Timer,
@@ -136,8 +139,8 @@ fn one(
     made: &mut Option<GpuOperands>,
 ) -> Result<Result<Timing, String>> {
     let device = attention.device().ok_or(Error::NeedsGpu { call: "timing" })?;
-    // Before anything is allocated.
-    let plan = direction.plan(device, problem, preference)?;
+    // The plan comes before anything is allocated.
+    let plan = direction.plan(device, problem, effort.row_max, preference)?;
     if let Some(reason) = too_large(problem, device.capabilities()) {
         return Ok(Err(reason));
     }
@@ -146,16 +149,18 @@ fn one(
         Some(operands) => operands,
         None => made.insert(GpuOperands::new(device, problem)?),
     };
-    let forward = pollster::block_on(attention.prepare_forward_with(problem, &operands.buffers(), preference.tiles))?;
+    let row_max = effort.row_max.then(|| device.zeros("row_max", DType::F32, &problem.lse_shape())).transpose()?;
+    let buffers = operands.buffers().row_max(row_max.as_ref().map(DeviceBuffer::view));
+    let forward = attention.prepare_forward_with(problem, &buffers, preference.tiles)?;
     let gradients;
     let prepared: Prepared = match direction {
         Direction::Forward => forward,
         Direction::Backward => {
-            // Its results are read.
+            // The backward pass reads the results of the forward pass.
             timer.time(1, |pass| forward.encode_in(pass))?;
             gradients = GpuGradients::new(device, problem)?;
             let buffers = gradients.buffers(operands);
-            pollster::block_on(attention.prepare_backward_with(problem, &buffers, preference.tiles))?
+            attention.prepare_backward_with(problem, &buffers, preference.tiles)?
         }
     };
     let series = timer.measure(effort.runs, effort.most, |pass| prepared.encode_in(pass))?;
@@ -164,7 +169,7 @@ fn one(
         let alone = || timer.measure(effort.runs, effort.most, |pass| prepared.encode_pass_in(pass, index));
         kernels.push((*pass, effort.passes.then(alone).transpose()?));
     }
-    // Kernels without tiles and the fallback take next to no time.
+    // Kernels without tiles, and the fallback, take next to no time.
     let heavy = kernels.iter().map(|(pass, _)| pass.variant).filter(|v| v.tiling.is_some() && v.fallback.is_none());
     let mut kinds: Vec<String> = heavy.map(|variant| variant.micro_kernel.to_string()).collect();
     kinds.sort_unstable();
@@ -173,7 +178,7 @@ fn one(
     Ok(Ok(Timing { kernel, series, kernels, first_call: Some(first_call) }))
 }
 
-/// Compiles twice, by operators that know nothing of each other but a file.
+/// Compiles twice, with two operators that share nothing but a file.
 fn first_call(attention: &Attention, device: &Device, plan: &Plan) -> Result<FirstCall> {
     let compile = |operator: &Attention| {
         let start = Instant::now();
@@ -186,7 +191,7 @@ fn first_call(attention: &Attention, device: &Device, plan: &Plan) -> Result<Fir
         return Ok(FirstCall { cold, warm: None });
     }
     let path = std::env::temp_dir().join(format!("sink-attention-bench-{}.cache", std::process::id()));
-    // Left by a process of the same number.
+    // A process of the same number may have left this file.
     let _ = std::fs::remove_file(&path);
     let first_call = || {
         let first = fresh().with_pipeline_cache(&path)?;
@@ -224,13 +229,14 @@ fn on_cpu_with<T: Element>(
 ) -> Result<Result<Timing, String>> {
     let operands = Operands::timed(problem).cast::<T>();
     let inputs = operands.inputs();
-    // Warms up, too.
+    // This run is also the warm-up.
     let saved = attention.forward(problem, &inputs)?;
     let upstream = Upstream::new(&saved.o);
     let (mut times, began) = (Vec::new(), Instant::now());
     while times.is_empty() || (times.len() < effort.runs && began.elapsed() < effort.most) {
         let start = Instant::now();
         match direction {
+            Direction::Forward if effort.row_max => drop(attention.forward_with_row_max(problem, &inputs)?),
             Direction::Forward => drop(attention.forward(problem, &inputs)?),
             Direction::Backward => drop(attention.backward(problem, &inputs, &saved, &upstream)?),
         }

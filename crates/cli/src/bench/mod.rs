@@ -27,9 +27,9 @@ use self::report::{Report, Row};
 use crate::plan::{Axes, Sinks, at_least_one};
 use crate::shared::{DeviceArgs, ElementType, Progress, check_writable, print, write_file};
 
-/// Long sequences are shortened by this on devices without GPU.
+/// Long sequences are this many times shorter on devices without GPU.
 const QUICK: usize = 32;
-/// A series that is not over by then is cut short.
+/// A series that takes longer than this is cut short.
 const MOST: Duration = Duration::from_secs(3);
 const MOST_QUICK: Duration = Duration::from_millis(500);
 
@@ -186,7 +186,7 @@ struct ShapeArgs {
     with: Vec<With>,
 }
 
-/// What a shape is measured with.
+/// An option to measure a shape with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum With {
     /// Scores capped at 30
@@ -203,6 +203,8 @@ enum With {
     Scattered,
     /// The batch's sequences one after the other (thd), in a list of lengths
     Lengths,
+    /// The largest score of each row as a result of the forward pass
+    RowMax,
 }
 
 fn kernel_tiles(text: &str) -> Result<(Kernel, Tiling), String> {
@@ -227,7 +229,7 @@ impl Case {
         let (shape, options) = (self.shape, self.options.dtype(dtype));
         let pairs = PairAxes::KEYS.seq_q();
         let options = match self.with {
-            None => options,
+            None | Some(With::RowMax) => options,
             Some(With::Softcap) => options.softcap(30.0),
             Some(With::Alibi) => options.alibi(true),
             Some(With::Bias) => options.bias(pairs).bias_dtype(dtype),
@@ -247,7 +249,7 @@ impl Case {
 }
 
 impl ShapeArgs {
-    /// What is asked for, with sequences shortened where no length is given.
+    /// The shapes that the arguments ask for. Sequences are shortened if no length is given.
     fn cases(&self, quick: bool) -> Vec<Case> {
         let sizes =
             [self.batch, self.heads, self.kv_heads, self.seq_q, self.seq_k, self.head_dim, self.value_dim, self.window];
@@ -300,7 +302,7 @@ impl ShapeArgs {
 }
 
 impl Bench {
-    /// Measures and reports; an error where nothing could be measured.
+    /// Measures and reports. It is an error if nothing could be measured.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
         for path in self.json.iter().filter(|path| path.as_os_str() != "-").chain(&self.svg) {
@@ -310,7 +312,7 @@ impl Bench {
             let message = "the argument '--tiles <KERNEL=TILES>' cannot be used with '--backend cpu'";
             return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message).into());
         }
-        // Neither is measured on the CPU path.
+        // The CPU path measures neither.
         let needs_gpu = self.decode || !self.tiles.is_empty();
         let attention = if needs_gpu { self.device.open_gpu() } else { self.device.open() }?;
         let timer = attention.device().map(Timer::new).transpose()?;
@@ -320,11 +322,12 @@ impl Bench {
         let slow = attention.device().is_none_or(|d| is_software(&d.wgpu().adapter_info()));
         let shortened = slow && self.shape.seq_k.is_none() && self.shape.seq_q.is_none() && !self.quick;
         let quick = self.quick || shortened;
-        // Wrong numbers are told before anything is measured.
+        // Wrong numbers are refused before anything is measured.
         let mut problems = Vec::new();
-        for case in self.shape.cases(quick) {
+        let cases = self.shape.cases(quick);
+        for case in &cases {
             for dtype in self.dtype.iter().map(|dtype| DType::from(*dtype)) {
-                problems.push((case.name.clone(), case.problem(dtype)?));
+                problems.push((case, case.problem(dtype)?));
             }
         }
         let directions: &[Direction] = match self.pass {
@@ -332,16 +335,21 @@ impl Bench {
             PassArg::Backward => &[Direction::Backward],
             PassArg::Both => &[Direction::Forward, Direction::Backward],
         };
-        let mut effort =
-            Effort { runs: self.runs as usize, most: if quick { MOST_QUICK } else { MOST }, passes: self.passes };
+        let mut effort = Effort {
+            runs: self.runs as usize,
+            most: if quick { MOST_QUICK } else { MOST },
+            passes: self.passes,
+            row_max: false,
+        };
         if quick {
             effort.runs = effort.runs.min(5);
         }
         let mut report = Report::new(&attention, timer.as_ref().map(Timer::clock), shortened);
         let progress = Progress::new(problems.len())?;
         let mut failed = None;
-        'problems: for (name, problem) in &problems {
+        'problems: for (Case { name, with, .. }, problem) in &problems {
             progress.begin(format!("{name}: {problem}"));
+            effort.row_max = *with == Some(With::RowMax);
             let timings = self.measure(&attention, timer.as_ref(), problem, directions, effort);
             for (direction, timing) in directions.iter().zip(timings) {
                 match timing {
@@ -355,7 +363,7 @@ impl Bench {
             progress.end();
         }
         progress.finish();
-        // What was measured before a failure is reported, too.
+        // Measurements before a failure are reported, too.
         if failed.is_none() || !report.rows.is_empty() {
             self.write(&report, || picture::draw(&report))?;
         }
@@ -384,7 +392,7 @@ impl Bench {
         }
     }
 
-    /// Prints the figures, and writes the files that were asked for: whichever of these fails, the others are done.
+    /// Prints the figures, and writes the files that were asked for. A failure of one does not stop the next one.
     fn write<R: fmt::Display + Serialize, P: AsRef<str>>(
         &self,
         report: &R,

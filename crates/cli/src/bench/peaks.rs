@@ -1,15 +1,15 @@
-//! What devices could do at most, by their makers' figures.
+//! The peak performance of devices, by their makers' figures.
 
 use sink_attention::DType;
 
-/// Peaks of a device: operations of dense matrices, without sparsity; f16 and bf16 with f32 sums.
+/// Peaks of a device. Operations are those of dense matrices, without sparsity, and f16 and bf16 have f32 sums.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Peaks {
     /// Part of the adapter's name.
     name: &'static str,
     /// TFLOP/s of f32 multiply-adds.
     f32: f64,
-    /// TFLOP/s of f16 and bf16 matrix units; none where there are none.
+    /// TFLOP/s of f16 and bf16 matrix units. None if there are none.
     half: Option<f64>,
     /// GB/s of memory.
     pub bandwidth: f64,
@@ -19,9 +19,9 @@ const fn peaks(name: &'static str, f32: f64, half: f64, bandwidth: f64) -> Peaks
     Peaks { name, f32, half: if half > 0.0 { Some(half) } else { None }, bandwidth }
 }
 
-/// The first whose name is part of the adapter's counts, so that longer names stand first.
+/// The first entry whose name is part of the adapter's name counts, so longer names come first.
 const KNOWN: [Peaks; 13] = [
-    // NVIDIA H200 and H100 Tensor Core GPU datasheets; their figures with sparsity, halved.
+    // NVIDIA H200 and H100 Tensor Core GPU datasheets. Their figures are with sparsity, and halved here.
     peaks("H200", 67.0, 989.0, 4800.0),
     peaks("H100 PCIe", 51.0, 756.0, 2000.0),
     peaks("H100", 67.0, 989.0, 3350.0),
@@ -38,14 +38,14 @@ const KNOWN: [Peaks; 13] = [
     // AMD's product pages of the Radeon RX 7900 XTX and the Instinct MI300X.
     peaks("RX 7900 XTX", 61.4, 122.8, 960.0),
     peaks("MI300X", 163.4, 1307.4, 5300.0),
-    // Apple's press release of the M2 (10 GPU cores); no matrix units.
+    // Apple's press release of the M2 (10 GPU cores). It has no matrix units.
     peaks("Apple M2", 3.6, 0.0, 100.0),
 ];
 
 impl Peaks {
-    /// The peaks of an adapter, where they are known.
+    /// The peaks of an adapter, if they are known.
     pub fn of(adapter: &str) -> Option<Self> {
-        // An M2 Pro is no M2.
+        // "M2" must not match an M2 Pro.
         let known = |peaks: &&Peaks| {
             adapter.split_once(peaks.name).is_some_and(|(_, rest)| !peaks.name.starts_with("Apple") || rest.is_empty())
         };

@@ -7,14 +7,14 @@ use plotters::prelude::*;
 use super::report::Report;
 
 const WIDTH: i32 = 1000;
-/// Of a row of the picture.
+/// Height of a row of the picture.
 const HEIGHT: i32 = 26;
-/// Left of the bars.
+/// Room on the left of the bars.
 const LABELS: i32 = 260;
-/// Right of the longest bar.
+/// Room on the right of the longest bar.
 const FIGURES: i32 = 190;
 const FONT: &str = "sans-serif";
-/// Okabe and Ito's colours, which can be told apart by the colour-blind too.
+/// Okabe and Ito's colours, which the colour-blind can distinguish, too.
 const COLORS: [RGBColor; 2] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0)];
 
 /// A bar of TFLOP/s for each row.

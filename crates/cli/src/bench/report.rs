@@ -1,4 +1,4 @@
-//! The figures: a table for people, an object for programs.
+//! The figures: a table for people, and an object for programs.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use sink_attention::{Attention, Problem, SinkLogits};
 use super::measure::{Direction, Timing};
 use super::peaks::Peaks;
 
-/// Everything that was measured.
+/// All measurements.
 #[derive(Debug, Serialize)]
 pub struct Report {
     version: &'static str,
     pub device: String,
-    /// Why it is this device.
+    /// The reason for this device.
     pub device_reason: String,
-    /// Empty where there is none, or where it does not say.
+    /// Empty if there is no driver, or if it does not say.
     driver: String,
     clock: String,
     /// Sequences are shorter than they would be on a GPU.
@@ -40,7 +40,7 @@ pub struct Row {
     head_dim: usize,
     value_dim: usize,
     causal: bool,
-    /// Keys visible up to the query's own, itself included.
+    /// Keys visible up to the query's own one, itself included.
     window: Option<usize>,
     sink_tokens: usize,
     sink_logits: bool,
@@ -49,11 +49,11 @@ pub struct Row {
     problem: String,
     #[serde(flatten)]
     pub figures: Option<Figures>,
-    /// Why there are no figures.
+    /// The reason why there are no figures.
     skipped: Option<String>,
 }
 
-/// What a pass took.
+/// The figures of a pass.
 #[derive(Debug, Serialize)]
 pub struct Figures {
     /// The micro-kernels, or the CPU path.
@@ -62,10 +62,10 @@ pub struct Figures {
     times: Times,
     pub tflops: f64,
     gb_per_s: f64,
-    /// Shares of what the device could do, where that is known.
+    /// Shares of the device's peaks, if these are known.
     peak_share: Option<f64>,
     bandwidth_share: Option<f64>,
-    /// Composing and compiling the kernels, without help and with a persistent pipeline cache.
+    /// The time to compose and compile the kernels, without help and with a persistent pipeline cache.
     first_call_ms: Option<f64>,
     cached_first_call_ms: Option<f64>,
     kernels: Vec<KernelTimes>,
@@ -76,9 +76,9 @@ struct KernelTimes {
     kernel: String,
     /// The plan in short: micro-kernel, tiles, registers, workgroup memory and workgroups.
     plan: String,
-    /// The micro-kernel and its tiles, as --tiles takes them, where there are tiles.
+    /// The micro-kernel and its tiles, in the form of --tiles. None if the kernel has no tiles.
     tiles: Option<String>,
-    /// On its own, where that was asked for.
+    /// The time of the kernel by itself, if that was asked for.
     #[serde(flatten)]
     times: Option<Times>,
 }
@@ -141,7 +141,7 @@ impl Report {
         }
     }
 
-    /// An error where not one row has figures, which must not look like a success.
+    /// An error if no row has figures, which must not look like a success.
     pub fn verdict(&self) -> Result<(), String> {
         let skipped = |row: &Row| row.skipped.clone();
         match self.rows.iter().map(skipped).collect::<Option<Vec<_>>>().as_deref() {
@@ -189,7 +189,7 @@ impl Row {
 impl Figures {
     fn new(problem: &Problem, direction: Direction, timing: &Timing, peaks: Option<Peaks>) -> Self {
         let times = Times::new(&timing.series);
-        // Of a clock that is too coarse no rate is told.
+        // A clock that is too coarse gives no rate.
         let rate = |work: f64, unit: f64| if times.ms > 0.0 { work / (times.ms * 1e-3) / unit } else { 0.0 };
         let (tflops, gb_per_s) = (rate(direction.flops(problem), 1e12), rate(direction.bytes(problem), 1e9));
         let kernels = timing.kernels.iter();
@@ -213,7 +213,7 @@ impl fmt::Display for Figures {
     }
 }
 
-/// A number with three significant digits, or what is left of it.
+/// A number with three significant digits, or fewer for a small one.
 fn short(x: f64) -> String {
     let decimals = if x >= 100.0 || x == 0.0 { 0 } else { (2 - x.log10().floor() as i32).clamp(0, 4) };
     format!("{x:.0$}", decimals as usize)
@@ -332,7 +332,7 @@ mod tests {
 
     use super::*;
 
-    /// A size that does not fit is told and spoils nothing; nothing but such is no success.
+    /// A size that does not fit has its reason in the report, and spoils nothing. A report of such sizes alone is no success.
     #[test]
     fn what_is_left_out_has_its_reason() {
         let shape = Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 64, seq_k: 64, head_dim: 8, value_dim: 8 };

@@ -1,4 +1,4 @@
-//! The cases: which shapes, options and numbers are worth checking.
+//! The cases: the shapes, options and numbers that are worth checking.
 
 use std::fmt;
 use std::ops::Range;
@@ -12,16 +12,16 @@ use sink_attention::{
 use sink_attention::testing::hidden::{BiasType, FAMILIES};
 use sink_attention::testing::random::Random;
 
-/// Queries and keys around the edges of tiles, and far from square; a quick check takes the first ones of each list.
+/// Queries and keys around the edges of tiles, and far from square. A quick check takes the first ones of each list.
 const SIZES: [[usize; 2]; 7] = [[113, 203], [239, 1], [1, 257], [63, 65], [64, 1], [3, 3], [1, 1]];
 /// One size for each query tile there is: whole tiles, a part of one, a single row.
 const TILES: [[usize; 2]; 3] = [[113, 203], [63, 65], [1, 257]];
 /// Widths of models.
 const WIDTHS: [usize; 8] = [128, 80, 16, 32, 64, 96, 192, 256];
-/// Widths of no model: not multiples of 4 (so read one by one), and different for keys and values.
+/// Widths of no model: not multiples of 4 (so that numbers are read one by one), and different for keys and values.
 const ODD_WIDTHS: [[usize; 2]; 8] = [[80, 33], [192, 128], [3, 7], [64, 256], [255, 1], [1, 130], [36, 20], [256, 253]];
 
-/// Axes that a bias or a mask has of its own: all, those of models' masks and biases, and the rest.
+/// Axes along which a bias or a mask is not broadcast: all, those of models' masks and biases, and the remaining ones.
 const AXES: [Axes; 8] = [
     Axes::ALL,
     Axes { batch: true, heads: false, seq_q: false },
@@ -43,34 +43,35 @@ pub struct Case {
     pub logits: f32,
     /// Whether the sink logits are extreme.
     pub extreme_sinks: bool,
-    /// Whether a gradient flows into lse, too.
+    /// Whether a gradient also flows into lse.
     pub d_lse: bool,
-    /// Whether a bias is of the operands' element type, whatever that is, and not f32.
+    /// Whether a bias has the operands' element type, and not f32.
     pub narrow_bias: bool,
-    /// Whether q, k, v, d_o and d_lse are small integers, of which sums and products are exact in f32.
+    /// Whether q, k, v, d_o and d_lse are small integers, whose sums and products are exact in f32.
     pub integers: bool,
-    /// Keys whose k and v are NaN or infinite, in key head 0 of every entry of the batch. A mask or a bias hides them; what
-    /// depends on them all the same is not compared.
+    /// Keys whose k and v are NaN or infinite, in key head 0 of every entry of the batch. A mask or a bias hides them. Results that depend
+    /// on them all the same are not compared.
     pub poisoned_keys: Range<usize>,
-    /// Whether it is also held to the law that nothing unseen changes a result.
+    /// Whether the case is also checked against the law that nothing unseen changes a result.
     pub hidden: bool,
     /// Queries whose q, d_o or d_lse is NaN or infinite, in the query heads that read key head 0.
     pub poisoned_queries: Range<usize>,
-    /// Whether weights are larger than a kernel that keeps them as halves foresees.
+    /// Whether weights are larger than a kernel that keeps them as halves expects.
     pub unforeseen: Option<Unforeseen>,
 }
 
-/// What is much larger than a kernel can tell beforehand. Weights beyond what halves hold must become infinite, so that they are
-/// seen and their rows computed in another way: were they rounded toward zero, results would be wrong, and nothing would tell.
+/// Numbers that are much larger than a kernel can know beforehand. Weights beyond the range of halves must become infinite, so that the
+/// kernel sees them and computes their rows in another way. If they were rounded toward zero, results would be wrong without any sign of
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unforeseen {
-    /// The gradients that flow into later queries: those of the first ones set the unit of the weights in d_k.
+    /// The gradients that flow into later queries. Those of the first queries set the unit of the weights in d_k.
     LateGradients,
-    /// What flows into each probability: the values cancel, so that o is 0 and says nothing of d_o . v.
+    /// The gradients that flow into the probabilities. The values cancel, so that o is 0 and says nothing of d_o . v.
     CancelledValues,
 }
 
-/// The first query with a large gradient: behind the first tiles of any size there is.
+/// The first query with a large gradient. It is behind the first tiles of any size.
 const LATE: usize = 64;
 
 impl fmt::Display for Case {
@@ -117,7 +118,7 @@ impl Case {
         Case { problem, ..self.clone() }
     }
 
-    /// The operands in f32: the same for the same case and seed, in whatever grid the case stands.
+    /// The operands in f32. They depend on the case and the seed alone, in whatever grid the case is.
     pub fn operands(&self, seed: u64) -> Operands {
         let problem = &self.problem;
         let mut random = Random::new(seed, &self.to_string());
@@ -135,20 +136,20 @@ impl Case {
             bias: None,
             mask: None,
             d_o: tensor(&problem.o_shape(), 1.0),
-            // The larger the logits, the more of d_s hangs on it: see the group.
+            // The larger the logits are, the more d_s depends on them: see the group.
             d_lse: self.d_lse.then(|| tensor(&problem.lse_shape(), self.logits.sqrt())),
         };
         let per_head = problem.options().sink_logits == SinkLogits::PerHead;
         if per_head {
-            // From sinks that must vanish to sinks that leave nothing to the keys.
+            // Sinks range from those that must vanish to those that leave nothing to the keys.
             let extreme = [f32::NEG_INFINITY, -1e4, -30.0, 20.0, 100.0, 1e4];
             let sinks = (0..problem.shape().heads)
                 .map(|h| if self.extreme_sinks { extreme[h % extreme.len()] } else { 2.0 * random.unit() });
             operands.sink_logits = Some(sinks.collect());
         }
         if per_head || problem.options().alibi {
-            // One feature with a mean gives every d_o . o the same sign, mostly: the gradients of sink logits and slopes sum
-            // them, and the norm of a sum that cancels is nothing to compare with.
+            // One feature with a mean gives nearly every d_o . o the same sign. The gradients of sink logits and slopes sum them, and the
+            // norm of a sum that cancels is too small to compare with.
             for (tensor, rows) in [
                 (&mut operands.v, self.key_rows(problem.shape().value_dim)),
                 (&mut operands.d_o, self.query_rows(problem.shape().value_dim)),
@@ -157,7 +158,7 @@ impl Case {
             }
         }
         if problem.options().alibi {
-            // As models have them, but for one that prefers what is far.
+            // Slopes are those of models, except one that prefers far keys.
             let slope = |h: usize| 0.5f32.powi(1 + h as i32) * if h % 4 == 3 { -0.1 } else { 1.0 };
             operands.alibi_slopes = Some((0..problem.shape().heads).map(slope).collect());
         }
@@ -173,7 +174,7 @@ impl Case {
         let width = self.problem.shape().value_dim;
         match unforeseen {
             Unforeseen::LateGradients => {
-                // 2^25 times as large in f16, which keeps both, and 2^80 times in bf16, whose range is that of f32.
+                // The factor is 2^25 in f16, which holds both numbers, and 2^80 in bf16, whose range is that of f32.
                 let [early, late] = if self.problem.options().dtype == DType::Bf16 { [-40, 40] } else { [-12, 13] };
                 for ([_, _, i], row) in self.query_rows(width) {
                     let factor = 2f32.powi(if i < LATE { early } else { late });
@@ -181,8 +182,8 @@ impl Case {
                 }
             }
             Unforeseen::CancelledValues => {
-                // All keys weigh the same, and values are those of the first key and their negatives by turns, of few bits: sums in
-                // whatever order are without rounding.
+                // All keys have the same weight. Values are those of the first key and their negatives in turn, with few bits, so sums in
+                // any order have no rounding error.
                 operands.q.fill(0.0);
                 let first = operands.v[..width].to_vec();
                 for ([_, _, j], row) in self.key_rows(width) {
@@ -194,12 +195,12 @@ impl Case {
         }
     }
 
-    /// A byte for each pair. Of the blocks of 32 queries and keys, a third each is hidden, visible, and mixed.
+    /// A mask with a byte for each pair. Of the blocks of 32 queries and keys, a third each is hidden, visible and mixed.
     fn mask(&self, shape: [usize; 4], random: &mut Random) -> Vec<u8> {
         let [_, _, seq_q, seq_k] = shape;
         let blocks = [seq_q.div_ceil(32), seq_k.div_ceil(32)];
         let all = shape[0] * shape[1] * blocks[0] * blocks[1];
-        // The first keys are mixed: a query that sees a single key has gradients of zero, and zero is no norm to compare with.
+        // The first keys are mixed: a query that sees a single key has gradients of zero, and a norm of zero is nothing to compare with.
         let kinds: Vec<usize> = (0..all).map(|n| if n % blocks[1] == 0 { 2 } else { random.below(3) }).collect();
         let pair = |[b, h, i, j]: [usize; 4]| {
             let block = ((b * shape[1] + h) * blocks[0] + i / 32) * blocks[1] + j / 32;
@@ -214,7 +215,7 @@ impl Case {
         places(shape).map(pair).collect()
     }
 
-    /// Numbers of unit variance, and -infinity for some.
+    /// Numbers of unit variance, and some -infinity.
     fn bias(&self, shape: [usize; 4], random: &mut Random) -> Vec<f32> {
         let is_masked = self.problem.options().mask.is_some();
         let pair = |[_, _, _, j]: [usize; 4]| {
@@ -225,7 +226,7 @@ impl Case {
         places(shape).map(pair).collect()
     }
 
-    /// Which keys each query of each head and sequence sees, in the order of the sequences, heads and queries.
+    /// The keys that each query of each head and sequence sees, in the order of sequences, heads and queries.
     pub fn views<'a>(&'a self, operands: &'a Operands) -> impl Iterator<Item = View> + 'a {
         let problem = &self.problem;
         let (mask_shape, bias_shape) = (mask_shape(problem), problem.bias_shape());
@@ -250,7 +251,8 @@ impl Case {
     fn spread_poison(&self, operands: &mut Operands) {
         let shape = self.problem.shape();
         if let Some(bias_shape) = self.problem.bias_shape().filter(|_| !self.poisoned_keys.is_empty()) {
-            // What is added to no visible pair's score may be anything, as where sequences are shorter than others.
+            // An element of the bias that is added to no visible pair's score may be anything. There are some if sequences differ in
+            // length.
             let mut seen = vec![false; bias_shape.iter().product()];
             for view in self.views(operands) {
                 view.keys.iter().for_each(|&j| seen[place(bias_shape, view.pair(j))] = true);
@@ -266,7 +268,7 @@ impl Case {
                 }
             }
         }
-        // By turns, as one NaN may hide what another does.
+        // Kinds of poison take turns, because NaN may hide the effect of infinity.
         let d_lse = operands.d_lse.as_deref_mut().unwrap_or_default();
         let tensors = [&mut operands.q[..], &mut operands.d_o, d_lse];
         let rows = [self.query_rows(shape.head_dim), self.query_rows(shape.value_dim), self.lse_rows()];
@@ -280,29 +282,29 @@ impl Case {
         }
     }
 
-    /// Whether poison is in the d_lse of a query's row, by its place in the batch entry.
+    /// Whether the d_lse of a query's row is poisoned, by its place in the batch entry.
     pub fn poisons_d_lse(&self, i: usize) -> bool {
         self.d_lse && self.poisoned_queries.contains(&i) && i % 3 == 2
     }
 
-    /// Whether a query head reads the key head that poison is in, or may hold poison itself.
+    /// Whether a query head reads the poisoned key head, or may be poisoned itself.
     pub fn reads_poison(&self, head: usize) -> bool {
         head < self.problem.heads_per_kv()
     }
 
-    /// Batch, head and position of every row of q, o and their gradients, and where it lies.
+    /// Batch, head and position of every row of q, o and their gradients, and the row's range.
     pub fn query_rows(&self, width: usize) -> Vec<([usize; 3], Range<usize>)> {
         let shape = self.problem.shape();
         rows(self.problem.options().layout, [shape.batch, shape.heads, shape.seq_q, width])
     }
 
-    /// As [`query_rows`](Self::query_rows), of k, v and their gradients.
+    /// Like [`query_rows`](Self::query_rows), for k, v and their gradients.
     pub fn key_rows(&self, width: usize) -> Vec<([usize; 3], Range<usize>)> {
         let shape = self.problem.shape();
         rows(self.problem.options().layout, [shape.batch, shape.kv_heads, shape.seq_k, width])
     }
 
-    /// As [`query_rows`](Self::query_rows), of lse and its gradient, which have one layout.
+    /// Like [`query_rows`](Self::query_rows), for lse and its gradient, which have one layout.
     pub fn lse_rows(&self) -> Vec<([usize; 3], Range<usize>)> {
         let [batch, heads, seq_q] = self.problem.lse_shape();
         rows(Layout::Bhsd, [batch, heads, seq_q, 1])
@@ -312,13 +314,13 @@ impl Case {
 /// A query, and the keys that it sees.
 #[derive(Debug)]
 pub struct View {
-    /// Which sequence of the batch it is in.
+    /// The number of the sequence in the batch.
     pub number: usize,
     pub sequence: Sequence,
     pub head: usize,
-    /// Its place in the sequence.
+    /// The query's place in the sequence.
     pub i: usize,
-    /// Their places in the sequence.
+    /// Places of the keys in the sequence.
     pub keys: Vec<usize>,
 }
 
@@ -329,7 +331,7 @@ impl View {
     }
 }
 
-/// The shape of the mask in bytes, however it is packed.
+/// The shape of the mask in bytes, whatever its packing is.
 fn mask_shape(problem: &Problem) -> Option<[usize; 4]> {
     let [batch, heads, seq_q, _] = problem.mask_shape()?;
     let longest = problem.sequences().map(|sequence| sequence.k_rows).max();
@@ -342,12 +344,12 @@ fn places([batch, heads, seq_q, seq_k]: [usize; 4]) -> impl Iterator<Item = [usi
     (0..batch * heads * seq_q * seq_k).map(place)
 }
 
-/// Where a pair lies in a tensor that is broadcast along its axes of size 1.
+/// The place of a pair in a tensor that is broadcast along its axes of size 1.
 pub fn place(shape: [usize; 4], pair: [usize; 4]) -> usize {
     shape.into_iter().zip(pair).fold(0, |place, (size, n)| place * size + if size == 1 { 0 } else { n })
 }
 
-/// The problem with other options; the lengths of its sequences stay as they are.
+/// The problem with other options. The lengths of its sequences stay.
 pub fn with_options(problem: &Problem, options: Options) -> Result<Problem> {
     let shape = *problem.shape();
     if !problem.has_lengths() {
@@ -363,7 +365,7 @@ pub fn with_options(problem: &Problem, options: Options) -> Result<Problem> {
     Problem::with_lengths(shape, options, Lengths::Used { q: Some(&q), k: Some(&k) })
 }
 
-/// Batch, head and position of every row of a packed operand, and where it lies.
+/// Batch, head and position of every row of a packed operand, and the row's range.
 pub fn rows(layout: Layout, [batch, heads, seq, width]: [usize; 4]) -> Vec<([usize; 3], Range<usize>)> {
     let strides = layout.strides(heads, seq, width).map(|stride| stride as usize);
     let place = |n: usize| [n / seq / heads, n / seq % heads, n % seq];
@@ -381,14 +383,14 @@ pub struct Operands<T = f32> {
     sink_logits: Option<Vec<f32>>,
     alibi_slopes: Option<Vec<f32>>,
     bias: Option<Vec<f32>>,
-    /// In bytes.
+    /// The mask in bytes.
     mask: Option<Vec<u8>>,
     d_o: Vec<T>,
     d_lse: Option<Vec<f32>>,
 }
 
 impl Operands {
-    /// Rounded to an element type.
+    /// The operands, rounded to an element type.
     pub fn cast<T: Element>(self) -> Operands<T> {
         let Operands { q, k, v, sink_logits, alibi_slopes, bias, mask, d_o, d_lse } = self;
         let [q, k, v, d_o] = [q, k, v, d_o].map(T::narrow);
@@ -397,7 +399,7 @@ impl Operands {
 }
 
 impl<T: Element> Operands<T> {
-    /// Calls with the operands, a bias and a mask as the problem wants them.
+    /// Calls `call` with the operands, and a bias and a mask in the form that the problem needs.
     pub fn with_inputs<R>(&self, problem: &Problem, call: impl FnOnce(&Inputs<'_, T>) -> R) -> R {
         let options = problem.options();
         let narrow = self.bias.clone().filter(|_| options.bias_dtype != DType::F32).map(T::narrow);
@@ -417,18 +419,18 @@ impl<T: Element> Operands<T> {
     }
 }
 
-/// A problem for each family that is not a special one: with many rows, most of which see something.
+/// A seed for each family that gives an ordinary problem: it has many rows, most of which see something.
 const HIDDEN_SEEDS: [u64; FAMILIES.len()] = [0, 1, 2, 3, 4, 5];
 
-/// Two query heads that share a key head: enough to see heads mixed up.
+/// Two query heads share a key head, which is enough to detect mixed-up heads.
 fn shape([seq_q, seq_k]: [usize; 2], [head_dim, value_dim]: [usize; 2]) -> Shape {
     Shape { batch: 1, heads: 2, kv_heads: 1, seq_q, seq_k, head_dim, value_dim }
 }
 
-/// The width of cases that are not about widths: one variant of the kernel serves them all.
+/// The width of cases that do not test widths. One variant of the kernel serves them all.
 const WIDTH: [usize; 2] = [64, 64];
 
-/// All cases in f32, group by group; a quick check has each group, with fewer sizes and widths.
+/// All cases in f32, group by group. A quick check has each group, with fewer sizes and widths.
 pub fn grid(quick: bool) -> Vec<Case> {
     let mut grid = Grid { quick, group: "", cases: Vec::new() };
     let full = Options::new();
@@ -496,7 +498,7 @@ pub fn grid(quick: bool) -> Vec<Case> {
     grid.group("empty rows");
     for sinks in [SinkLogits::None, SinkLogits::PerHead, SinkLogits::OffByOne] {
         let [full, causal] = [full.sink_logits(sinks), causal.sink_logits(sinks)];
-        // Queries before all keys, some of them and all; queries whose window has left the keys.
+        // Queries come before all keys, some of them, or all. Then there are queries whose window has left the keys.
         grid.add(shape([239, 1], WIDTH), causal);
         grid.add(shape([113, 31], WIDTH), causal);
         grid.add(shape([63, 65], WIDTH), causal.query_offset(i64::MIN));
@@ -514,8 +516,8 @@ pub fn grid(quick: bool) -> Vec<Case> {
         }
     }
     grid.group("many workgroups");
-    // More than one dimension of a dispatch can number, in the kernels that go by queries and in those that go by keys.
-    // Not with few key heads: llvmpipe leaves a shader's loops after 65535 turns of all of them together, and d_k takes
+    // These have more workgroups than one dimension of a dispatch can number, in the kernels that go by queries and in those that go by
+    // keys. There are many key heads, because llvmpipe leaves a shader's loops after 65535 turns of all of them together, and d_k takes
     // dozens for each query head that it sums over.
     grid.add(Shape { batch: 3, heads: 22_000, kv_heads: 22_000, ..shape([2, 3], [4, 4]) }, causal);
     grid.group("scale");
@@ -525,18 +527,18 @@ pub fn grid(quick: bool) -> Vec<Case> {
         }
     }
     grid.group("large logits");
-    // Beyond 88, where exp overflows, but not by far: f32 rounds scores of hundreds by more than is accepted here.
-    // And in many rows, as a single one may hang on a near tie.
+    // Logits are beyond 88, where exp overflows, but not by far: f32 rounds scores of hundreds by more than is accepted here. There are
+    // many rows, because a single one may depend on a near tie.
     for logits in [4.0, 12.0, 36.0] {
         for size in grid.some(&[[113, 203], [63, 65], [40, 257]]) {
             let case = grid.add(shape(size, WIDTH), causal);
             case.logits = logits;
-            // A row that one key dominates has a d_s that all but cancels, and then d_q and d_k show little more
-            // than the rounding of that row's scores. With d_lse they do not cancel.
+            // The d_s of a row that one key dominates nearly cancels, and then d_q and d_k show little more than the rounding error of that
+            // row's scores. With d_lse they do not cancel.
             case.d_lse = true;
         }
     }
-    // What scores and visibility are beyond products, ranges and sinks; with a batch, and heads that share keys.
+    // These options change scores and visibility beyond products, ranges and sinks. There is a batch, and heads share keys.
     let several = |size| Shape { batch: 2, ..shape(size, WIDTH) };
     let per_head = full.sink_logits(SinkLogits::PerHead);
     grid.group("softcap");
@@ -549,7 +551,7 @@ pub fn grid(quick: bool) -> Vec<Case> {
         }
     }
     grid.group("ALiBi");
-    // In many rows, as the weighted sum over a single one may cancel.
+    // There are many rows, because the weighted sum over a single one may cancel.
     for size in grid.some(&[[113, 203], [63, 65], [40, 257]]) {
         for options in [full, per_head.causal(true), stream.sink_logits(SinkLogits::OffByOne)] {
             let shape = Shape { heads: 4, kv_heads: 2, ..several(size) };
@@ -558,7 +560,7 @@ pub fn grid(quick: bool) -> Vec<Case> {
         }
     }
     grid.group("bias");
-    // Of a single query, an axis of its own is one that is broadcast.
+    // With a single query, a bias with an axis for queries is the same as a broadcast one.
     let distinct = |axes: Axes| move |size: &[usize; 2]| size[0] > 1 || !axes.seq_q;
     for (n, axes) in grid.some(&AXES).into_iter().enumerate() {
         for size in grid.some(&TILES).into_iter().filter(distinct(axes)) {
@@ -600,7 +602,7 @@ pub fn grid(quick: bool) -> Vec<Case> {
     grid.group("varlen");
     let tokens = |q: &'static [u32], k: &'static [u32]| Lengths::Cumulative { q, k };
     for lengths in grid.some(&[
-        // Empty on either side and on both, around tiles, single tokens.
+        // Sequences are empty on either side and on both, around tiles, or single tokens.
         tokens(&[0, 5, 5, 5, 8, 72, 105, 106], &[0, 7, 11, 11, 11, 75, 205, 206]),
         tokens(&[0, 64, 128, 129], &[0, 64, 129, 200]),
         tokens(&[0, 113], &[0, 203]),
@@ -620,7 +622,7 @@ pub fn grid(quick: bool) -> Vec<Case> {
     }
     grid.group("NaN in hidden keys");
     for (axes, size) in [(Axes::ALL, [113, 203]), (Axes::KEYS.batch(), [63, 65])] {
-        // Hidden by a mask, or by a bias, here and there among others.
+        // A mask, or a bias, hides single keys among visible ones.
         for options in [
             full.mask(axes),
             full.mask(axes).softcap(5.0),
@@ -630,21 +632,21 @@ pub fn grid(quick: bool) -> Vec<Case> {
             grid.add(several(size), options).poisoned_keys = 20..54;
         }
     }
-    // Behind the end of every sequence.
+    // The keys are behind the end of every sequence.
     grid.add_lengths(several([113, 203]), per_head, used(None, Some(&[150, 70]))).poisoned_keys = 150..203;
     let options = causal.bias(Axes::ALL);
     grid.add_lengths(several([113, 203]), options, used(Some(&[113, 40]), Some(&[150, 70]))).poisoned_keys = 150..203;
     let window = full.window(Window::keys(17));
     for sinks in [SinkLogits::None, SinkLogits::PerHead, SinkLogits::OffByOne] {
         for (size, options, poison) in [
-            // Behind all queries; behind some; before the window; between it and the sinks; passed by the window.
+            // The keys are behind all queries, behind some, before the window, between the window and the sinks, or passed by the window.
             ([63, 65], causal.alignment(Alignment::TopLeft), 63..65),
             ([113, 203], causal, 183..203),
             ([113, 203], window, 0..74),
             ([113, 203], stream, 3..74),
             ([113, 203], window.layout(Layout::Bhsd), 100..101),
             ([1, 257], window, 0..240),
-            // Nothing is visible at all.
+            // No key is visible at all.
             ([63, 65], causal.query_offset(-100), 0..65),
         ] {
             let shape = Shape { heads: 4, kv_heads: 2, ..shape(size, WIDTH) };
@@ -658,7 +660,7 @@ pub fn grid(quick: bool) -> Vec<Case> {
     }
     for sinks in [SinkLogits::None, SinkLogits::PerHead, SinkLogits::OffByOne] {
         for (size, options, poison) in [
-            // Rows that see few keys; all but the last keys; keys that others see, too; sink tokens; nothing.
+            // The queries see few keys, all but the last keys, keys that other queries see, too, sink tokens, or nothing.
             ([113, 203], causal.alignment(Alignment::TopLeft), 0..9),
             ([113, 203], causal, 0..74),
             ([113, 203], window, 50..53),
@@ -695,7 +697,7 @@ pub fn grid(quick: bool) -> Vec<Case> {
         }
     }
     grid.group("gradients that cancel");
-    // The one key that a query sees has a probability of 1 whatever its score is, so that d_q and d_k are zero.
+    // The only key that a query sees has a probability of 1 whatever its score is, so d_q and d_k are zero.
     for (size, options) in [([239, 1], full), ([113, 203], full.window(Window::new(0, 0))), ([1, 1], causal)] {
         for layout in [Layout::Bshd, Layout::Bhsd] {
             let case = grid.add(Shape { heads: 6, kv_heads: 3, ..shape(size, WIDTH) }, options.layout(layout));
@@ -729,18 +731,18 @@ impl Grid {
         list.iter().take(if self.quick { 2 } else { list.len() }).cloned().collect()
     }
 
-    /// Adds a case, which the caller may make less ordinary.
+    /// Adds a case, which the caller may change.
     fn add(&mut self, shape: Shape, options: Options) -> &mut Case {
         self.add_problem(Problem::new(shape, options).expect("the shapes and options above are valid"))
     }
 
-    /// As [`add`](Self::add), with lengths of sequences.
+    /// Like [`add`](Self::add), with lengths of sequences.
     fn add_lengths(&mut self, shape: Shape, options: Options, lengths: Lengths<'_>) -> &mut Case {
         self.add_problem(Problem::with_lengths(shape, options, lengths).expect("the lengths above are valid"))
     }
 
     fn add_problem(&mut self, problem: Problem) -> &mut Case {
-        // In every second case or so, whatever grid it stands in.
+        // About every second case has a d_lse, and the same ones in any grid.
         let even = Random::new(0, &problem.to_string()).unit() < 0.0;
         self.cases.push(Case {
             group: self.group,
@@ -760,8 +762,8 @@ impl Grid {
     }
 }
 
-/// Whether no query sees two keys or a sink: then d_s is zero but for d_lse, and must be without rounding, as zero is
-/// no norm to compare with.
+/// Whether no query sees two keys or a sink. Then d_s is zero except for d_lse. It must be without rounding error, because a norm of zero
+/// is nothing to compare with.
 fn cancels(problem: &Problem) -> bool {
     let seen = |sequence: Sequence, i| sequence.band.visible_keys(i).iter().map(|keys| keys.len()).sum::<usize>();
     let sees_one = |sequence: Sequence| (0..sequence.band.seq_q()).all(|i| seen(sequence, i) < 2);

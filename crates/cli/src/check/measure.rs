@@ -1,4 +1,4 @@
-//! One case: computed by the operator and by the definition, and compared.
+//! One case, computed by the operator and by the definition, and compared.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use sink_attention::{Attention, DType, Element, Gradients, Inputs, Output, Probl
 use super::grid::{Case, Operands, place};
 use sink_attention::testing::hidden;
 
-/// What is checked, in an element type: a device, or in tests an operator with a mistake.
+/// The subject of the check in an element type: a device, or in tests an operator with a mistake.
 pub trait Operator<T: Element> {
     fn forward(&self, problem: &Problem, inputs: &Inputs<'_, T>) -> Result<Output<T>>;
 
@@ -22,8 +22,8 @@ pub trait Operator<T: Element> {
         upstream: &Upstream<'_, T>,
     ) -> Result<Gradients<T>>;
 
-    /// Whether the forward pass rounds probabilities to the operands' element type, as kernels on cooperative matrices do: then
-    /// delta, and what is made of it, is no more precise.
+    /// Whether the forward pass rounds probabilities to the operands' element type, as kernels on cooperative matrices do. Then delta, and
+    /// the results that depend on it, are no more precise.
     fn rounds_p(&self, _problem: &Problem) -> bool {
         false
     }
@@ -50,7 +50,7 @@ impl<T: Element> Operator<T> for Attention {
     }
 }
 
-/// How much of the operator is checked.
+/// The passes of the operator that are checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Passes {
     Forward,
@@ -65,7 +65,7 @@ impl Passes {
         }
     }
 
-    /// What these passes compute.
+    /// The results of these passes.
     pub fn columns(self) -> &'static [Column] {
         match self {
             Passes::Forward => &Column::ALL[..2],
@@ -109,14 +109,14 @@ impl Column {
         match self {
             Column::O | Column::DQ | Column::DK | Column::DV => compare::accepted(dtype),
             Column::DSink | Column::DBias if rounds_p => compare::accepted(dtype),
-            // Distances multiply what is left of sums that cancel.
+            // Distances multiply the error that is left of sums that cancel.
             Column::DAlibi if rounds_p => 2.0 * compare::accepted(dtype),
-            // f32 whatever the operands are.
+            // These results are f32, whatever the operands are.
             Column::Lse | Column::DSink | Column::DAlibi | Column::DBias => compare::accepted(DType::F32),
         }
     }
 
-    /// This result out of all of them, if the problem has it.
+    /// This result out of all results, if the problem has it.
     fn of(self, results: &mut Results) -> Option<&mut Vec<f64>> {
         let Results { output, gradients } = results;
         match self {
@@ -131,7 +131,7 @@ impl Column {
         }
     }
 
-    /// How large the terms of its elements are, of what is compared row by row.
+    /// The sizes of the terms of its elements, for a result that is compared row by row.
     fn magnitudes(self, magnitudes: &Magnitudes) -> Option<&[f64]> {
         match self {
             Column::O => Some(&magnitudes.o),
@@ -142,10 +142,10 @@ impl Column {
         }
     }
 
-    /// The rows of this result, and what is known of them.
+    /// The rows of this result, with the knowledge of each.
     fn rows(self, case: &Case, known: &Knowledge) -> Vec<(Range<usize>, Row)> {
         let shape = case.problem.shape();
-        // Knowledge is in the order of batch, head and position, and so are rows.
+        // Knowledge is in the order of batch, head and position. So are rows.
         let all = |rows: Vec<([usize; 3], Range<usize>)>, known: &[Row]| -> Vec<(Range<usize>, Row)> {
             rows.into_iter().map(|(_, row)| row).zip(known.iter().copied()).collect()
         };
@@ -155,7 +155,7 @@ impl Column {
             Column::DQ => all(case.query_rows(shape.head_dim), &known.queries),
             Column::DK => all(case.key_rows(shape.head_dim), &known.keys),
             Column::DV => all(case.key_rows(shape.value_dim), &known.keys),
-            // The lse of a row that sees nothing is no zero, but the sink logit or -inf.
+            // The lse of a row that sees nothing is not zero: it is the sink logit or -inf.
             Column::Lse => {
                 let rows = all(case.lse_rows(), &known.queries).into_iter();
                 rows.map(|(row, kind)| (row, if kind == Row::Zero { Row::Compared } else { kind })).collect()
@@ -166,18 +166,18 @@ impl Column {
     }
 }
 
-/// What is known of a row of a result before it is computed.
+/// The knowledge of a row of a result before it is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Row {
     Compared,
-    /// No query sees this key, or this query sees no key: not nearly zero, but zero.
+    /// No query sees this key, or this query sees no key: the row is exactly zero.
     Zero,
-    /// NaN or infinite operands reach it by right, so that there is nothing to compare.
+    /// NaN or infinite operands reach the row legitimately, so there is nothing to compare.
     Poisoned,
 }
 
 impl Row {
-    /// Of a sum, with one more term.
+    /// Adds one more term to a sum.
     fn plus(&mut self, term: Row) {
         if *self != Row::Poisoned && term != Row::Zero {
             *self = term;
@@ -185,15 +185,15 @@ impl Row {
     }
 }
 
-/// Which rows can be compared.
+/// The rows that can be compared.
 struct Knowledge {
-    /// In the order of batch, head and position.
+    /// Rows in the order of batch, head and position.
     queries: Vec<Row>,
-    /// In the order of batch, key head and position.
+    /// Rows in the order of batch, key head and position.
     keys: Vec<Row>,
-    /// Of gradients that sum over all queries of a head.
+    /// Gradients that sum over all queries of a head.
     heads: Vec<Row>,
-    /// Element by element.
+    /// Elements of the bias.
     bias: Vec<Row>,
 }
 
@@ -209,7 +209,7 @@ impl Knowledge {
         };
         for view in case.views(operands) {
             let sequence = &view.sequence;
-            // Poison in one head must not reach another.
+            // Poison in one head must not reach another head.
             let poisoned = |rows: &Range<usize>, row| case.reads_poison(view.head) && rows.contains(&row);
             let query = sequence.q_start + view.i;
             let is_poisoned = poisoned(&case.poisoned_queries, query);
@@ -220,7 +220,7 @@ impl Knowledge {
                 _ => Row::Compared,
             };
             known.queries[(sequence.entry * shape.heads + view.head) * shape.seq_q + query] = row;
-            // Of queries that see nothing the sink has the gradient of lse, but not of those beyond their sequence.
+            // The sink's gradient sums the gradient of lse of queries that see nothing, but not of queries beyond their sequence.
             let reaches_sink = case.reads_poison(view.head) && case.poisons_d_lse(query);
             if row == Row::Poisoned || (reaches_sink && view.i < sequence.band.seq_q()) {
                 known.heads[view.head] = Row::Poisoned;
@@ -237,13 +237,13 @@ impl Knowledge {
     }
 }
 
-/// What both ways compute, in f64 whatever the element type, which is exact.
+/// The results of both ways, in f64 whatever the element type is, which is exact.
 struct Results {
     output: Output<f64, f64>,
     gradients: Option<Gradients<f64, f64>>,
 }
 
-/// What is expected, and how large its terms are.
+/// The expected results, and the sizes of their terms.
 struct Expected {
     results: Results,
     magnitudes: Magnitudes,
@@ -267,27 +267,27 @@ fn wide<T: Element>(x: &[T]) -> Vec<f64> {
     x.iter().map(|&x| x.into()).collect()
 }
 
-/// How a result compares with what is expected.
+/// The comparison of a result with the expected one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
     pub column: Column,
     /// The largest error accepted.
     pub bound: f64,
-    /// The error, where there is a number to give.
+    /// The error, if there is a number to give.
     pub error: Option<f64>,
-    /// Why the case fails by this result, if it does.
+    /// The reason why the case fails by this result, if it does.
     pub failure: Option<String>,
 }
 
-/// What came of a case: a comparison for each result that the problem has.
+/// The outcome of a case: a comparison for each result that the problem has.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
     pub comparisons: Vec<Comparison>,
-    /// Why the case fails, if it does.
+    /// The reason why the case fails, if it does.
     pub failure: Option<String>,
 }
 
-/// Computes a case, whose problem is in this element type, both ways and compares.
+/// Computes a case both ways and compares. Its problem is in this element type.
 pub fn measure<T: Element>(case: &Case, seed: u64, passes: Passes, operator: &dyn Operator<T>) -> Outcome {
     let operands = case.operands(seed);
     let known = Knowledge::of(case, &operands);
@@ -320,7 +320,7 @@ pub fn measure<T: Element>(case: &Case, seed: u64, passes: Passes, operator: &dy
             outcome
         }
         Err::<_, sink_attention::Error>(error) => {
-            // No numbers, which must not look like nothing to compare.
+            // There are no numbers, which must not look like nothing to compare.
             let none = |&column| Comparison { column, bound: bound(column), error: None, failure: None };
             let comparisons = passes.columns().iter().map(none).collect();
             Outcome { comparisons, failure: Some(error.to_string()) }
@@ -328,7 +328,7 @@ pub fn measure<T: Element>(case: &Case, seed: u64, passes: Passes, operator: &dy
     }
 }
 
-/// Holds the operator to the law of non-interference.
+/// Checks the operator against the law of non-interference.
 fn hidden_changes_nothing<T: Element>(
     case: &Case,
     seed: u64,
@@ -368,7 +368,8 @@ fn compare_all(
         clear_poisoned(expected, &rows);
         let failure = not_zero(actual, &rows);
         if case.integers && rounds_p && [Column::DQ, Column::DK].contains(&column) {
-            // All terms cancel, but for the rounding of p: there is no norm. They are integers, so they count against ones.
+            // All terms cancel, except the rounding error of p, so there is no norm. The terms are integers, so the error counts relative
+            // to 1.
             actual.iter_mut().chain(expected.iter_mut()).for_each(|x| *x += 1.0);
         }
         let compared = match column {
@@ -378,7 +379,7 @@ fn compare_all(
         let failure = failure.or_else(|| {
             let rows = rows.iter().filter(|(_, kind)| *kind == Row::Compared).map(|(row, _)| row.clone());
             let dtype = case.problem.options().dtype;
-            // All weights of a row may be small ones, each as uncertain as its score, the sum of products and lse are rounded: by some
+            // All weights of a row may be small. Each is as uncertain as the rounding of its score, of the sum of products and of lse: some
             // four half units of five standard deviations.
             let bound = bound + 20.0 * f64::from(case.logits) * f64::from(f32::EPSILON / 2.0);
             compare::rows(actual, expected, column.magnitudes(&magnitudes)?, rows, dtype, bound)
@@ -403,12 +404,12 @@ fn compare_all(
 /// Sets the rows that cannot be compared to zero.
 fn clear_poisoned(tensor: &mut [f64], rows: &[(Range<usize>, Row)]) {
     for (row, _) in rows.iter().filter(|(_, kind)| *kind == Row::Poisoned) {
-        // Results of a wrong length are for the comparison to refuse.
+        // The comparison refuses results of a wrong length.
         tensor.get_mut(row.clone()).into_iter().for_each(|row| row.fill(0.0));
     }
 }
 
-/// The first element that must be zero and is not; a norm would accept it among larger ones.
+/// The first element that must be zero and is not. A norm would accept it among larger ones.
 fn not_zero(tensor: &[f64], rows: &[(Range<usize>, Row)]) -> Option<String> {
     let mut zeros = rows.iter().filter(|(_, kind)| *kind == Row::Zero).flat_map(|(row, _)| row.clone());
     let index = zeros.find(|&index| tensor.get(index).is_some_and(|&x| x != 0.0))?;
@@ -438,7 +439,7 @@ mod tests {
     #[test]
     fn poison_reaches_what_depends_on_it() {
         let cases = grid(false);
-        // Of the first query head, which reads key head 0.
+        // Knowledge of the first query head, which reads key head 0.
         let known = |group, text: &str| {
             let case = cases.iter().find(|case| case.group == group && case.to_string().contains(text)).unwrap();
             let mut known = Knowledge::of(case, &case.operands(0));
@@ -446,16 +447,16 @@ mod tests {
             known.keys.truncate(case.problem.shape().seq_k);
             (known, case.problem.heads_per_kv())
         };
-        // Key 100 alone, in windows of 17: queries at 100 to 116 see it, and keys from 84 on with it.
+        // Key 100 alone is poisoned, in windows of 17: queries 100 to 116 see it, and with it keys from 84 on.
         let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in hidden keys", "NaN in keys 100..101");
         let poisoned = |rows: &[Row]| (0..rows.len()).filter(|&n| rows[n] == Row::Poisoned).collect::<Vec<_>>();
         assert_eq!(poisoned(&queries), (10..27).collect::<Vec<_>>());
         assert_eq!(poisoned(&keys), (84..117).collect::<Vec<_>>());
-        // Not in the other heads.
+        // The other heads are not poisoned.
         assert_eq!(poisoned(&heads), (0..group).collect::<Vec<_>>());
-        // Nobody sees keys before the first window.
+        // No query sees keys before the first window.
         assert!((0..74).all(|j| keys[j] == Row::Zero) && keys[74] == Row::Compared);
-        // Hidden from all, by the window, by a mask and by a bias.
+        // The window, a mask and a bias hide these keys from all queries.
         for keys in ["NaN in keys 0..74", "mask=2x2x113x203", "bias=2x1x1x65"] {
             let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in hidden keys", keys);
             assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
@@ -464,12 +465,12 @@ mod tests {
         let (Knowledge { queries, keys, heads, .. }, group) = known("NaN in query rows", "NaN in queries 0..82");
         assert!(poisoned(&queries).is_empty() && poisoned(&keys).is_empty() && queries[81] == Row::Zero);
         assert_eq!(poisoned(&heads), (0..group).collect::<Vec<_>>());
-        // Without that nothing has theirs.
+        // Without the sink no result has their d_lse.
         let without =
             |case: &&Case| case.group == "NaN in query rows" && case.poisoned_queries == (0..82) && !case.d_lse;
         let case = cases.iter().find(without).unwrap();
         assert!(poisoned(&Knowledge::of(case, &case.operands(0)).heads).is_empty());
-        // Beyond the end of their sequence nothing has it.
+        // No result has the d_lse of queries beyond the end of their sequence.
         let (Knowledge { queries, keys, heads, .. }, _) = known("NaN in query rows", "NaN in queries 80..113");
         assert!([queries, keys, heads].iter().all(|rows| poisoned(rows).is_empty()));
     }

@@ -20,7 +20,7 @@ use crate::shared::{DeviceArgs, print_summary};
 
 /// Check the results of this device against the definition in f64
 ///
-/// What to run first on a new machine. Computes a few hundred small problems: sizes around the edges of tiles, many
+/// The first command to run on a new machine. Computes a few hundred small problems: sizes around the edges of tiles, many
 /// widths, every option, extreme numbers; forward and backward, in every element type. Prints the worst errors of each
 /// group of cases, and exits with 1 if one of them is larger than accepted, if a gradient has other bits when computed
 /// again, or if one that nothing visible reaches is not zero. Expected is what the definition makes of the same rounded
@@ -69,7 +69,7 @@ enum Types {
 }
 
 impl Check {
-    /// Computes, compares, reports; an error where a case fails.
+    /// Computes, compares and reports. It is an error if a case fails.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
         let mut cases = self.cases()?;
@@ -92,11 +92,11 @@ impl Check {
         Ok(report.verdict()?)
     }
 
-    /// The cases asked for; never none, since nothing checked must not look like a success.
+    /// The cases that the arguments ask for. It is an error if there are none, because a check of nothing must not look like a success.
     fn cases(&self) -> Result<Vec<Case>, Box<dyn Error>> {
         let mut cases = in_types(&grid(self.quick), self.dtype, self.quick);
         if let Some(text) = &self.only {
-            // A whole description names one case, though it may be the beginning of another.
+            // A whole description names one case, even if it is also the beginning of another.
             let whole = |case: &Case| case.to_string() == *text || case.group == text;
             let exact = cases.iter().any(whole);
             cases.retain(|case| if exact { whole(case) } else { case.to_string().contains(text) });
@@ -108,8 +108,8 @@ impl Check {
     }
 }
 
-/// Leaves out what there are no cooperative kernels for, and says so; not all of it, for nothing checked must not look like a
-/// success.
+/// Leaves out cases without cooperative kernels, and says so. It is an error if none is left, because a check of nothing must not look like
+/// a success.
 fn leave_out(cases: &mut Vec<Case>, attention: &Attention) -> Result<(), Box<dyn Error>> {
     let all = cases.len();
     let mut reason = None;
@@ -118,7 +118,7 @@ fn leave_out(cases: &mut Vec<Case>, attention: &Attention) -> Result<(), Box<dyn
             reason = Some(error.to_string());
             false
         }
-        // Any other error is the case's own.
+        // Any other error belongs to the case itself.
         _ => true,
     });
     match (reason, all - cases.len()) {
@@ -135,12 +135,12 @@ fn dtype(case: &Case) -> DType {
     case.problem.options().dtype
 }
 
-/// The cases in each element type asked for, type by type.
+/// The cases in each element type that the arguments ask for, type by type.
 fn in_types(cases: &[Case], types: Types, quick: bool) -> Vec<Case> {
     let all = |dtype| cases.iter().map(|case| case.with_dtype(dtype)).collect::<Vec<_>>();
-    // A quick check of all types is to take no more than twice as long as one of f32.
-    // By a rule that has no period, as the grid has some: no option falls to one of them alone. And without the one case
-    // that takes a software driver longest, and is about numbers of workgroups, which the types share.
+    // A quick check of all types should take no more than twice as long as a check of f32. Types take turns by a rule without a period,
+    // because the grid has some periods, and no option may fall to one type alone. The case that takes a software driver longest is left
+    // out: it tests numbers of workgroups, which the types share.
     let turn = |turn, dtype| {
         let cases = cases.iter().filter(|case| case.group != "many workgroups");
         let own = cases.enumerate().filter(|(n, _)| n.count_ones() % 2 == turn);
@@ -155,7 +155,7 @@ fn in_types(cases: &[Case], types: Types, quick: bool) -> Vec<Case> {
     }
 }
 
-/// Measures every case, all of one element type, and says on a terminal how far it is.
+/// Measures every case, all of one element type, and shows the progress on a terminal.
 fn run<T: Element>(cases: &[Case], seed: u64, passes: Passes, operator: &dyn Operator<T>) -> Vec<Outcome> {
     let mut stderr = std::io::stderr();
     let terminal = stderr.is_terminal();
@@ -174,7 +174,7 @@ fn run<T: Element>(cases: &[Case], seed: u64, passes: Passes, operator: &dyn Ope
     outcomes
 }
 
-/// A check that cannot fail proves nothing: operators with one mistake each.
+/// A check that cannot fail proves nothing. These operators have one mistake each.
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
@@ -212,7 +212,7 @@ mod tests {
         Ok(Gradients::new(d_q, d_k, d_v).d_sink_logits(d_sink_logits).d_alibi_slopes(d_alibi_slopes).d_bias(d_bias))
     }
 
-    /// An operator of two functions.
+    /// An operator made of two functions.
     struct Functions<F, B>(F, B);
 
     impl<T, F, B> Operator<T> for Functions<F, B>
@@ -256,7 +256,7 @@ mod tests {
         Functions(right_forward, backward)
     }
 
-    /// The problem with other options than asked for, and the operands that go with them.
+    /// The problem with other options than the caller's, and the operands that go with them.
     fn changed<'a>(
         problem: &Problem,
         inputs: &Inputs<'a>,
@@ -288,8 +288,8 @@ mod tests {
         Functions(right_forward, backward)
     }
 
-    /// A quick check without the cases that take the definition longest, as every mistake goes through all of them; of each
-    /// group one is left.
+    /// A quick check without the cases that take the definition longest, because every mistake goes through all cases. One case of each
+    /// group is left.
     fn cases() -> Vec<Case> {
         let pairs = |case: &Case| {
             let pairs: u64 = case.problem.sequences().map(|sequence| sequence.band.visible_pairs()).sum();
@@ -327,7 +327,7 @@ mod tests {
         cases().iter().map(|case| case.group).collect()
     }
 
-    /// The groups with cases of such options.
+    /// The groups with cases whose options match.
     fn groups_with(wanted: impl Fn(&Options) -> bool) -> BTreeSet<&'static str> {
         cases().iter().filter(|case| wanted(case.problem.options())).map(|case| case.group).collect()
     }
@@ -349,7 +349,7 @@ mod tests {
         assert_eq!(failing(ForwardAndBackward, &Functions(right_forward, right_backward)), BTreeSet::new());
     }
 
-    /// In an element type: each group of cases with the results by which one of them fails.
+    /// Each group of cases in an element type, with the results by which one of its cases fails.
     fn failing_results<T: Element>(operator: &dyn Operator<T>) -> BTreeSet<(&'static str, &'static str)> {
         let cases: Vec<Case> = cases().iter().map(|case| case.with_dtype(T::DTYPE)).collect();
         let outcomes = run(&cases, 0, ForwardAndBackward, operator);
@@ -361,17 +361,17 @@ mod tests {
         results.collect()
     }
 
-    /// Mistakes in all results at once, as small as the accepted errors let one hope to see.
+    /// Mistakes in all results at once. They are as small as the accepted errors allow to detect.
     fn half_precision_is_checked<T: Element>() {
         assert_eq!(failing_results::<T>(&Functions(right_forward, right_backward)), BTreeSet::new());
 
-        // The last element is off by four times the norm that is accepted.
+        // The last element is off by four times the accepted norm.
         let off = |x: &mut [T]| {
             let norm = x.iter().map(|x| x.to_f32().powi(2)).filter(|x| x.is_finite()).sum::<f32>().sqrt();
             let last = x.last_mut().unwrap();
             *last = T::from_f32(last.to_f32() + 4.0 * accepted(T::DTYPE) as f32 * norm + 1e-5);
         };
-        // What is f32 in every type is held to the bound of f32: here it was rounded to the operands' type.
+        // Results that are f32 in every type have the bound of f32: here they are rounded to the operands' type.
         let round = |x: &mut [f32]| x.iter_mut().for_each(|x| *x = T::from_f32(*x).to_f32());
         let forward = |problem: &Problem, inputs: &Inputs<'_, T>| {
             let mut output = right_forward(problem, inputs)?;
@@ -399,7 +399,7 @@ mod tests {
         ] {
             let mut missing = groups;
             missing.retain(|group| !failing.contains(&(*group, column)));
-            // Integers: every lse of a row with one key is one.
+            // Operands of this group are integers, and so is the lse of a row with one key.
             missing.retain(|group| (*group, column) != ("gradients that cancel", "lse"));
             assert_eq!(missing, BTreeSet::new(), "{column}");
         }
@@ -423,7 +423,7 @@ mod tests {
         assert_eq!(in_types(&cases, Types::All, false).len(), 3 * cases.len());
         let one = in_types(&cases, Types::Bf16, true);
         assert!(one.len() == cases.len() && one.iter().all(|case| dtype(case) == DType::Bf16));
-        // The turns leave every group something in each type.
+        // Every group has cases in each type after the turns.
         let groups = |wanted| all.iter().filter(|case| dtype(case) == wanted).map(|case| case.group).collect();
         let [single, f16, bf16]: [BTreeSet<&str>; 3] = [DType::F32, DType::F16, DType::Bf16].map(groups);
         assert_eq!(f16, bf16);
@@ -434,7 +434,7 @@ mod tests {
     fn a_value_that_is_a_little_off_fails() {
         let off = forward_but(|_, _, output| *output.o.last_mut().unwrap() += 0.01);
         assert_eq!(failing(Forward, &off), all_groups());
-        // The first row: it sees no poisoned key in at least one case of each group.
+        // The first row is wrong. It sees no poisoned key in at least one case of each group.
         let nearly = |lse: f32| if lse.is_finite() { lse * 1.0001 + 0.0001 } else { -1e38 };
         let off = forward_but(|_, _, output| output.lse[0] = nearly(output.lse[0]));
         assert_eq!(failing(Forward, &off), all_groups());
@@ -459,7 +459,7 @@ mod tests {
 
     #[test]
     fn a_nan_that_leaks_fails() {
-        // What a kernel gives that multiplies hidden operands by a probability of zero.
+        // The error of a kernel that multiplies hidden operands by a probability of zero.
         let leak = |inputs: &Inputs<'_>, result: &mut [f32]| {
             if inputs.k.iter().chain(inputs.v).any(|x| !x.is_finite()) {
                 result.iter_mut().for_each(|x| *x += 0.0 * f32::NAN);
@@ -486,8 +486,8 @@ mod tests {
         assert_eq!(failing, BTreeSet::from(["NaN in query rows", "hidden"]));
     }
 
-    /// What cooperative kernels make of weights in halves, were those beyond them the largest half instead of infinite: in d_q with
-    /// a unit by what is known of the row before, in d_k with one by the first query.
+    /// The results of cooperative kernels if weights beyond the range of halves became the largest half instead of infinity. The unit in
+    /// d_q comes from the numbers that are known of a row beforehand, and the unit in d_k from the first query.
     fn saturated(problem: &Problem, inputs: &Inputs<'_, f16>, upstream: &Upstream<'_, f16>) -> Result<Gradients<f16>> {
         let (shape, scale) = (problem.shape(), f64::from(problem.scale()));
         assert!(shape.batch == 1 && shape.kv_heads == 1 && shape.head_dim == shape.value_dim);
@@ -533,10 +533,10 @@ mod tests {
             let outcomes = run::<f16>(cases, 0, ForwardAndBackward, &Functions(right_forward, saturated));
             outcomes.into_iter().filter(|outcome| outcome.failure.is_some()).count()
         };
-        // The kinds of what is not foreseen, each by a gradient of its own.
+        // Each kind of unexpected numbers fails in a gradient of its own.
         assert_eq!(failed(&beyond), beyond.len());
         assert!(beyond.len() == 4 && !within.is_empty());
-        // It is not the arithmetic of `saturated` that fails.
+        // The arithmetic of `saturated` itself does not fail.
         assert_eq!(failed(&within), 0);
     }
 
@@ -675,7 +675,7 @@ mod tests {
         let wrong = backward_but(|_, _, g| g.d_sink_logits.iter_mut().flatten().for_each(|x| *x = -*x));
         assert_eq!(failing(ForwardAndBackward, &wrong), groups_with_sink_logits());
 
-        // d_q lacks the scale; where that is 1 or d_q is 0 it makes no difference.
+        // d_q lacks the scale. This makes no difference if the scale is 1 or d_q is 0.
         let wrong = backward_but(|problem, _, g| g.d_q.iter_mut().for_each(|x| *x /= problem.scale()));
         let mut groups = all_groups();
         groups.remove("gradients that cancel");

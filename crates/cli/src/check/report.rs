@@ -1,4 +1,4 @@
-//! What a check found: a table for people, an object for programs.
+//! The findings of a check: a table for people, and an object for programs.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,13 +11,13 @@ use super::dtype;
 use super::grid::Case;
 use super::measure::{Column, Comparison, Outcome, Passes};
 
-/// Failures that are listed for people; programs get all of them.
+/// Most failures that are listed for people. Programs get all of them.
 const LISTED: usize = 10;
 
-/// Errors by the name of their column; none where a case gave no number, absent where there is nothing to compare.
+/// Errors by the name of their column. None if a case gave no number, and absent if there is nothing to compare.
 type Errors = BTreeMap<&'static str, Option<f64>>;
 
-/// All that a bug report needs.
+/// Everything that a bug report needs.
 #[derive(Debug, Serialize)]
 pub struct Report {
     version: &'static str,
@@ -33,7 +33,7 @@ pub struct Report {
     columns: &'static [Column],
 }
 
-/// What was found in an element type: a table.
+/// The findings in an element type: a table.
 #[derive(Debug, Serialize)]
 struct Type {
     #[serde(serialize_with = "as_text")]
@@ -42,18 +42,18 @@ struct Type {
     failed: usize,
     bounds: Errors,
     groups: Vec<Group>,
-    /// The case that comes nearest to its bound or exceeds it most, for each column.
+    /// For each column, the case that is closest to its bound or exceeds it most.
     worst: Vec<Worst>,
 }
 
-/// What computed.
+/// The device that computed.
 #[derive(Debug, Serialize)]
 struct Device {
     name: String,
-    /// Why it is this one.
+    /// The reason for this device.
     reason: String,
     gpu: bool,
-    /// Empty where there is none, or where it does not say.
+    /// Empty if there is no driver, or if it does not say.
     driver: String,
 }
 
@@ -122,7 +122,7 @@ impl Report {
 }
 
 impl Report {
-    /// An error with what to do about it, where a case failed.
+    /// An error that says what to do about it, if a case failed.
     pub fn verdict(&self) -> Result<(), String> {
         match self.failed {
             0 => Ok(()),
@@ -148,8 +148,7 @@ impl Type {
     }
 }
 
-/// The bound of a column by its name, that of kernels on cooperative matrices where there are some; none where there is
-/// nothing to compare.
+/// The bound of a column, by its name. If kernels on cooperative matrices were checked, it is theirs. None if there is nothing to compare.
 fn bound(column: Column, pairs: &[(&Case, &Outcome)]) -> Option<(&'static str, Option<f64>)> {
     let comparisons = pairs.iter().flat_map(|(_, outcome)| &outcome.comparisons);
     let bounds = comparisons.filter(|comparison| comparison.column == column).map(|comparison| comparison.bound);

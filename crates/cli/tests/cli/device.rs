@@ -3,7 +3,6 @@
 use std::process::Output;
 
 use crate::binary::{command, fails, sink_attention, succeeds, wrong_usage};
-use pollster::block_on;
 use serde_json::{Value, json};
 use sink_attention::Device;
 use sink_attention::device::{ADAPTER_VARIABLE, adapters};
@@ -29,7 +28,7 @@ fn text(bytes: &[u8]) -> &str {
 #[test]
 fn devices_lists_what_the_library_finds() {
     let list = json_of(&["devices"]);
-    let adapters = block_on(adapters());
+    let adapters = adapters();
     let listed = list["adapters"].as_array().unwrap();
     assert_eq!(listed.len(), adapters.len());
     for (index, (entry, adapter)) in listed.iter().zip(&adapters).enumerate() {
@@ -68,8 +67,8 @@ fn devices_lists_what_the_library_finds() {
 /// What `devices` and `plan` say of an adapter is what a device of it turns out to offer.
 #[test]
 fn capabilities_are_known_before_a_device_is_opened() {
-    for adapter in block_on(adapters()) {
-        if let Ok(device) = block_on(Device::open(&adapter)) {
+    for adapter in adapters() {
+        if let Ok(device) = Device::open(&adapter) {
             assert_eq!(Capabilities::of_adapter(&adapter), *device.capabilities());
         }
     }
