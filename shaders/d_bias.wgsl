@@ -29,6 +29,7 @@
     let batch = seq.entry;
     let row_limit = seq.seq_q;
     let column_limit = seq.seq_k;
+    // Loop: heads
     for (var head = own_head; head < {{ "own_head + 1u" if axes.heads else "params.heads" }}; head += 1u) {
       let kv_head = head / (params.heads / params.kv_heads);
 # for operand in loads
@@ -43,6 +44,7 @@
 # endif
 # set first_row_tile = "own_row_tile" if axes.seq_q else "0u"
 # set is_row_tile = "row_tile < own_row_tile + 1u" if axes.seq_q else "row_tile * TILE_ROWS < row_limit"
+      // Loop: tiles
       for (var row_tile = {{ first_row_tile }}; {{ is_row_tile }}; row_tile += 1u) {
         let row0 = row_tile * TILE_ROWS;
         let row_end = min(row0 + TILE_ROWS, row_limit);

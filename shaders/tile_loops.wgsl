@@ -57,6 +57,7 @@
 {#- A loop over the tiles of keys that a tile of queries sees. `walk` is the first loop of a kernel that finds units. -#}
 # macro key_loop(walk=false)
 # set first = "first_tile" if mask else ("walk_tile" if walk else "tiles.first")
+  // Loop: tiles
   for (var tile = {{ first }}; tile < tiles.end; tile = {{ tile_after(walk) }}) {
 {{ begin_tile("first_column(tiles, tile)", "seq, full, column0", "row0, row_end, column0, column0 + TILE_COLUMNS") }}
 {{ caller() }}
@@ -66,6 +67,7 @@
 {#- A loop over the tiles of queries of one head that see a tile of keys. -#}
 # macro query_loop(walk=false)
 # set first = "walk_tile" if walk and not mask else "first_tile"
+    // Loop: tiles
     for (var tile = {{ first }}; tile < tiles.end; tile = {{ tile_after(walk) }}) {
 {{ begin_tile("tile * TILE_COLUMNS", "full, column0", "column0, column0 + TILE_COLUMNS, row0, row_end") }}
 {{ caller() }}
@@ -76,6 +78,7 @@
     tile. -#}
 # macro head_loop(condition="")
 # set heads_per_kv = "params.heads / params.kv_heads"
+  // Loop: heads
   for (var head = work.head; {{ condition ~ " && " if condition }}head < work.head + {{ heads_per_kv }}; head += 1u) {
 # for operand in ["q", "d_o"]
     let {{ operand }}_base = operand_base(params.{{ operand }}, work.batch, head) + seq.q_start * params.{{ operand }}.seq;

@@ -52,6 +52,11 @@ case $? in
         few=(--skip size:: --skip properties::)
         [[ ${SINK_ATTENTION_TESTS:-} == all ]] && few=()
         tests "${core[@]}" --test gpu -- cooperative ${few[@]+"${few[@]}"}
+        mkdir "$temp/modules"
+        MESA_SPIRV_DUMP_PATH=$temp/modules tests "${core[@]}" --test gpu -- loops::the_driver_gets
+        # The kernels that go to the driver as SPIR-V, by spirv-val of the same Debian: each sixteenth, for it takes long.
+        unset SINK_ATTENTION_SHADERS
+        tests "${core[@]}" --test host -- spirv
         ;;
     3) skip "the kernels on cooperative matrices: $(tail -n 1 "$temp/software-vulkan")" ;;
     *)

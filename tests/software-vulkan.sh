@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A current Mesa lavapipe (Vulkan on the CPU, with cooperative matrices) beside Debian's own, whose Mesa has none.
+# A current Mesa lavapipe (Vulkan on the CPU, with cooperative matrices) beside Debian's own, whose Mesa has none; and spirv-val, which
+# knows these matrices, too.
 #
 #   bash tests/software-vulkan.sh DIR    installs it into DIR, unless it is there (about a minute and 600 MB), and writes
-#                                        DIR/environment: variables for the Vulkan loader, the driver and cargo, to be sourced
+#                                        DIR/environment: variables for the Vulkan loader, the driver, cargo and the tests, to be sourced
 #
 # Exits with 3 where it cannot be had, and says on stderr why: it takes Debian on x86_64, root, and the network.
 set -euo pipefail
@@ -19,8 +20,8 @@ dir=$(realpath -m "${1:?usage: software-vulkan.sh DIR}")
 lib=$dir/usr/lib/x86_64-linux-gnu
 environment=$dir/environment
 
-# Written last, so that an installation that was interrupted starts over.
-if [[ ! -e $environment ]]; then
+# Written last, so that an installation that was interrupted starts over; an earlier one has no spirv-val.
+if ! grep -qs SPIRV_VAL "$environment"; then
     [[ $(uname -sm) == "Linux x86_64" ]] || unavailable "this is $(uname -sm), not Linux x86_64"
     grep -q '^ID=debian$' /etc/os-release 2>/dev/null || unavailable "this is not Debian"
     [[ $(id -u) -eq 0 ]] || unavailable "debootstrap needs root"
@@ -41,7 +42,7 @@ if [[ ! -e $environment ]]; then
     rm -rf "$dir"
     mkdir -p "$dir"
     # The script is named, for this debootstrap may be older than the release.
-    debootstrap --variant=minbase --keyring="$keyring" --include=mesa-vulkan-drivers,libvulkan1 "$release" "$dir" "$mirror" \
+    debootstrap --variant=minbase --keyring="$keyring" --include=mesa-vulkan-drivers,libvulkan1,spirv-tools "$release" "$dir" "$mirror" \
         /usr/share/debootstrap/scripts/sid </dev/null >"$dir.log" 2>&1 || {
         tail -n 20 "$dir.log" "$dir/debootstrap/debootstrap.log" >&2 || true
         unavailable "debootstrap failed"
@@ -51,9 +52,11 @@ if [[ ! -e $environment ]]; then
         "$lib/libvulkan_lvp.so" >"$dir/lavapipe.json"
     # The binary runs under the newer C library, which the driver needs. Subgroups are as wide as vectors: 8 lanes on
     # every machine.
+    run="$dir/lib64/ld-linux-x86-64.so.2 --library-path $lib"
     printf "export %s='%s'\n" \
         VK_DRIVER_FILES "$dir/lavapipe.json" \
         LP_NATIVE_VECTOR_WIDTH 256 \
-        CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER "$dir/lib64/ld-linux-x86-64.so.2 --library-path $lib" >"$environment"
+        CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER "$run" \
+        SINK_ATTENTION_SPIRV_VAL "$run $dir/usr/bin/spirv-val" >"$environment"
 fi
 echo "$environment"

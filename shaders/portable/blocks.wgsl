@@ -157,6 +157,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for i, c in pairs(rows, quads)
     var {{ s }}_{{ i }}_{{ c }} = vec4<f32>();
 # endfor
+    // Loop: k_steps
     for (var quad0 = 0u; quad0 < {{ operand_quads[a] }}u; quad0 += K_STEP) {
 {{ fetch("column_share", b, tile_columns, k_step, "quad0", "column0 + staged_column(staged)", "column_limit", false) }}
 {{ fetch("row_share", a, tile_rows, k_step, "quad0", "row0 + staged", "row_limit", false) }}
@@ -164,6 +165,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {{ put("column_share", "0u", "K_STEP_ROW", tile_columns, k_step) }}
 {{ put("row_share", "ROW_STAGE", "K_STEP_ROW", tile_rows, k_step) }}
       workgroupBarrier();
+      // Loop: inner
       for (var quad = 0u; quad < K_STEP; quad += {{ unroll }}u) {
 # for u in range(unroll)
         {
@@ -201,6 +203,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # macro accumulate(x, b)
 # set x_quads = accumulator_quads[b]
 # set n_step_row = x_quads * threads_c
+    // Loop: n_steps
     for (var first = 0u; first < {{ tile_columns }}u; first += N_STEP) {
 {{ fetch("share", b, n_step, operand_quads[b], "0u", "column0 + first + staged", "column_limit", true) }}
 # if n_step < tile_columns
@@ -222,6 +225,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # endfor
         }
       } else {
+        // Loop: inner
         for (var quad = 0u; quad < N_STEP / 4u; quad += 1u) {
 # for i in range(rows)
           let p_{{ i }} = memory[{{ p_row(i) }} + first / 4u + quad];

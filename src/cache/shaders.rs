@@ -115,6 +115,9 @@ fn every_variant_validates_translates_and_fits() {
 
         let spv = spv::Options { lang_version: (1, 3), ..Default::default() };
         spv::write_vec(&module, &info, &spv, None).unwrap_or_else(|error| panic!("{name}: {error}"));
+        if let Some(version) = device.spirv {
+            variant.spirv(version).unwrap();
+        }
         let msl = msl::Options { lang_version: (2, 4), ..Default::default() };
         msl::write_string(&module, &info, &msl, &msl::PipelineOptions::default())
             .unwrap_or_else(|error| panic!("{name}: {error}"));

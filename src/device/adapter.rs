@@ -1,7 +1,7 @@
 //! The limits and features of an adapter or a device of wgpu, and those to request of it.
 
 use crate::device::capabilities::{
-    Capabilities, CooperativeMatrices, DeviceClass, LLVMPIPE_LOOP_ITERATIONS, Multiprocessor,
+    Capabilities, CooperativeMatrices, DeviceClass, LLVMPIPE_LOOP_ITERATIONS, Multiprocessor, SpirvVersion,
 };
 
 impl CooperativeMatrices {
@@ -12,6 +12,17 @@ impl CooperativeMatrices {
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Result<Self, String> {
         let features = device_descriptor(adapter).required_features;
         cooperative(&adapter.get_info(), features, &adapter.cooperative_matrix_properties())
+    }
+}
+
+impl SpirvVersion {
+    /// The newest SPIR-V that a device of this adapter takes which [`device_descriptor`] asks for. Nothing is opened.
+    ///
+    /// # Errors
+    /// The reason, in words, where kernels reach it as WGSL only.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Result<Self, String> {
+        let features = device_descriptor(adapter).required_features;
+        spirv(&adapter.get_info(), features, || vulkan::version_of_adapter(adapter))
     }
 }
 
@@ -30,16 +41,18 @@ impl Capabilities {
         let matrices =
             |adapter: &wgpu::Adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()).ok();
         let cooperative = adapter.and_then(matrices);
-        Capabilities { cooperative, ..Capabilities::new(&info, &device.limits(), features) }
+        let spirv = spirv(&info, features, || vulkan::version_of_device(device)).ok();
+        Capabilities { cooperative, spirv, ..Capabilities::new(&info, &device.limits(), features) }
     }
 
     /// The capabilities of a device of this adapter that [`device_descriptor`] asks for. Nothing is opened.
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
         let descriptor = device_descriptor(adapter);
         let cooperative = CooperativeMatrices::of_adapter(adapter).ok();
+        let spirv = SpirvVersion::of_adapter(adapter).ok();
         let capabilities =
             Capabilities::new(&adapter.get_info(), &descriptor.required_limits, descriptor.required_features);
-        Capabilities { cooperative, ..capabilities }
+        Capabilities { cooperative, spirv, ..capabilities }
     }
 
     pub(crate) fn new(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Self {
@@ -55,6 +68,7 @@ impl Capabilities {
             offset_alignment: limits.min_storage_buffer_offset_alignment,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             cooperative: None,
+            spirv: None,
             multiprocessor: multiprocessor(class(info), info.backend),
             loop_iterations: is_llvmpipe(info).then_some(LLVMPIPE_LOOP_ITERATIONS),
         }
@@ -71,7 +85,8 @@ pub fn is_software(info: &wgpu::AdapterInfo) -> bool {
 }
 
 /// The device that a host application should request of its adapter for this crate's kernels to run at their best:
-/// all the workgroup memory, threads and buffer sizes there are, and timestamps and pipeline caches where they exist.
+/// all the workgroup memory, threads and buffer sizes there are, and timestamps, pipeline caches and, on Vulkan, shaders in SPIR-V
+/// where they exist.
 ///
 /// Every WebGPU adapter will do. With smaller limits the kernels still run, with smaller tiles.
 pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {
@@ -89,12 +104,84 @@ pub fn device_descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'sta
     wgpu::DeviceDescriptor {
         label: Some("sink-attention"),
         required_features: adapter.features()
-            & (wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE | cooperative_features()),
+            & (wgpu::Features::TIMESTAMP_QUERY
+                | wgpu::Features::PIPELINE_CACHE
+                | passthrough(adapter.get_info().backend)
+                | cooperative_features()),
         required_limits,
         // SAFETY: experimental features may be unsound; cooperative matrices are the only one asked for, and are used by this
         // crate's own kernels alone, which keep to what their operations require.
         experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
+    }
+}
+
+/// The feature that hands kernels to the driver as SPIR-V, where that is what the driver takes and nobody asks for wgpu's checks.
+fn passthrough(backend: wgpu::Backend) -> wgpu::Features {
+    match backend {
+        wgpu::Backend::Vulkan if cfg!(not(feature = "checked-shaders")) => wgpu::Features::PASSTHROUGH_SHADERS,
+        _ => wgpu::Features::empty(),
+    }
+}
+
+/// The newest SPIR-V that a driver takes, or the reason why kernels reach it as WGSL only. `vulkan` is the version of Vulkan, in its own
+/// encoding.
+fn spirv(
+    info: &wgpu::AdapterInfo,
+    features: wgpu::Features,
+    vulkan: impl FnOnce() -> Option<u32>,
+) -> Result<SpirvVersion, String> {
+    if cfg!(feature = "checked-shaders") {
+        return Err("the feature checked-shaders leaves the checks to wgpu, which makes none of SPIR-V".into());
+    }
+    if info.backend != wgpu::Backend::Vulkan {
+        return Err(format!("the backend is {}, and only Vulkan takes SPIR-V", info.backend));
+    }
+    if !features.contains(wgpu::Features::PASSTHROUGH_SHADERS) {
+        return Err("the driver, wgpu or who opened the device leaves out PASSTHROUGH_SHADERS".into());
+    }
+    let version = vulkan().ok_or("wgpu does not tell the version of Vulkan")?;
+    // Major and minor number above the 12 bits of the patch. What each takes is in the appendix "Vulkan Environment for SPIR-V".
+    let minor = match ((version >> 22) & 0x7f, (version >> 12) & 0x3ff) {
+        (1, 0) => 0,
+        (1, 1) => 3,
+        (1, 2) => 5,
+        _ => 6,
+    };
+    Ok(SpirvVersion { major: 1, minor })
+}
+
+/// The version of Vulkan that a driver implements, which wgpu tells by its own objects only.
+#[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
+mod vulkan {
+    use wgpu::hal::api::Vulkan;
+
+    pub(super) fn version_of_device(device: &wgpu::Device) -> Option<u32> {
+        // SAFETY: the guard lives to the end of the function, and nothing is done with the device but to read its numbers.
+        let device = unsafe { device.as_hal::<Vulkan>() }?;
+        let instance = device.shared_instance().raw_instance();
+        // SAFETY: the physical device is one of this instance, which the device keeps alive.
+        Some(unsafe { instance.get_physical_device_properties(device.raw_physical_device()) }.api_version)
+    }
+
+    pub(super) fn version_of_adapter(adapter: &wgpu::Adapter) -> Option<u32> {
+        // SAFETY: the guard lives to the end of the function, and nothing is done with the adapter but to read its numbers.
+        let adapter = unsafe { adapter.as_hal::<Vulkan>() }?;
+        let instance = adapter.shared_instance().raw_instance();
+        // SAFETY: the physical device is one of this instance, which the adapter keeps alive.
+        Some(unsafe { instance.get_physical_device_properties(adapter.raw_physical_device()) }.api_version)
+    }
+}
+
+/// wgpu has no Vulkan here.
+#[cfg(not(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd")))]
+mod vulkan {
+    pub(super) fn version_of_device(_: &wgpu::Device) -> Option<u32> {
+        None
+    }
+
+    pub(super) fn version_of_adapter(_: &wgpu::Adapter) -> Option<u32> {
+        None
     }
 }
 
@@ -163,6 +250,39 @@ fn class(info: &wgpu::AdapterInfo) -> DeviceClass {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn spirv_or_the_reason() {
+        let info = |backend| wgpu::AdapterInfo::new(wgpu::DeviceType::DiscreteGpu, backend);
+        let (vulkan, metal) = (info(wgpu::Backend::Vulkan), info(wgpu::Backend::Metal));
+        let all = wgpu::Features::all();
+        let of = |info: &wgpu::AdapterInfo, features, version: Option<u32>| spirv(info, features, || version);
+        let minors = [
+            (1 << 22, 0),
+            (1 << 22 | 1 << 12 | 7, 3),
+            (1 << 22 | 2 << 12, 5),
+            (1 << 22 | 3 << 12 | 300, 6),
+            (1 << 22 | 4 << 12, 6),
+        ];
+        for (version, minor) in minors {
+            let found = of(&vulkan, all, Some(version));
+            if cfg!(feature = "checked-shaders") {
+                assert!(found.unwrap_err().contains("checked-shaders"));
+            } else {
+                assert_eq!(found, Ok(SpirvVersion { major: 1, minor }));
+            }
+        }
+        if cfg!(not(feature = "checked-shaders")) {
+            for (found, message) in [
+                (of(&metal, all, None), "the backend is metal"),
+                (of(&vulkan, all - wgpu::Features::PASSTHROUGH_SHADERS, Some(1 << 22)), "PASSTHROUGH_SHADERS"),
+                (of(&vulkan, all, None), "version of Vulkan"),
+            ] {
+                let reason = found.unwrap_err();
+                assert!(reason.contains(message), "no {message:?} in {reason}");
+            }
+        }
+    }
 
     #[test]
     fn matrices_or_the_reason() {

@@ -70,6 +70,21 @@ impl fmt::Display for CooperativeMatrices {
     }
 }
 
+/// A version of SPIR-V, the language of Vulkan's drivers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpirvVersion {
+    /// The number before the point.
+    pub major: u8,
+    /// The number behind it.
+    pub minor: u8,
+}
+
+impl fmt::Display for SpirvVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
 /// The memory and registers that workgroups share while they run on one multiprocessor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -137,6 +152,9 @@ pub struct Capabilities {
     pub timestamps: bool,
     /// Cooperative matrices, where they can be used.
     pub cooperative: Option<CooperativeMatrices>,
+    /// The newest SPIR-V that the driver takes, where kernels can be handed to it in that language rather than in WGSL to wgpu. Tiles may
+    /// have hints for loops there.
+    pub spirv: Option<SpirvVersion>,
     /// Bounds on the workgroups that run at a time, where they are known.
     pub multiprocessor: Option<Multiprocessor>,
     /// Iterations of all loops of a thread taken together, after which the driver ends loops without a word, where it does.
@@ -161,6 +179,7 @@ setters! {
     }
     optional {
         cooperative: CooperativeMatrices,
+        spirv: SpirvVersion,
         multiprocessor: Multiprocessor,
         loop_iterations: u64,
     }
@@ -215,6 +234,7 @@ impl Capabilities {
             offset_alignment: 256,
             timestamps: false,
             cooperative: None,
+            spirv: None,
             multiprocessor: None,
             loop_iterations: None,
         }
@@ -253,6 +273,9 @@ impl Capabilities {
                 // Subgroups of more than one size.
                 _ => None,
             };
+            // By Vulkan 1.3.
+            let by_vulkan = ["H200", "RADV", "llvmpipe"].iter().any(|name| sample.name.contains(name));
+            sample.spirv = by_vulkan.then_some(SpirvVersion { major: 1, minor: 6 });
             sample.multiprocessor = (sample.class == DeviceClass::Nvidia).then_some(Multiprocessor::NVIDIA_VULKAN);
             sample.loop_iterations = (sample.name == "llvmpipe").then_some(LLVMPIPE_LOOP_ITERATIONS);
         }

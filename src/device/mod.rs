@@ -12,7 +12,7 @@ mod open;
 pub use self::adapter::{device_descriptor, is_software};
 #[cfg(feature = "gpu")]
 pub use self::buffer::{BufferElement, DeviceBuffer, TensorView};
-pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
+pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 pub use self::open::adapters;
 #[cfg(feature = "gpu")]

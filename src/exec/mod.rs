@@ -6,3 +6,5 @@ pub(crate) mod pipeline;
 pub(crate) mod pipeline_cache;
 pub(crate) mod placed;
 pub mod prepared;
+#[cfg(not(target_family = "wasm"))]
+mod spirv;

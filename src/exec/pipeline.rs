@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::Device;
+#[cfg(not(target_family = "wasm"))]
+use crate::device::capabilities::Capabilities;
 use crate::exec::pipeline_cache::PipelineCache;
 use crate::kernel::params::ParamsLayout;
 use crate::kernel::template::DUMP_VARIABLE;
@@ -12,6 +14,8 @@ use crate::kernel::{Binding, Variant};
 #[cfg(not(target_family = "wasm"))]
 use crate::plan::Pass;
 use crate::plan::Plan;
+#[cfg(not(target_family = "wasm"))]
+use crate::problem::error::Error;
 use crate::problem::error::Result;
 
 /// A compiled kernel, and the layout of its bindings.
@@ -102,12 +106,18 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
         })
         .collect();
     let params = ParamsLayout::of(&text)?;
+    let words = rewritten(device, variant)?;
     device
         .scoped_async("compiling a kernel", || {
             let gpu = device.wgpu();
             let label = Some(name.as_str());
-            let descriptor = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text.into()) };
-            let module = shader_module(gpu, descriptor);
+            let module = match words {
+                Some(words) => passed_module(gpu, label, &words, variant.threads()),
+                None => {
+                    let source = wgpu::ShaderSource::Wgsl(text.into());
+                    shader_module(gpu, wgpu::ShaderModuleDescriptor { label, source })
+                }
+            };
             let layout = gpu.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
             let pipeline_layout = gpu.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
                 label,
@@ -130,6 +140,50 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
             Pipeline { pipeline, layout, params }
         })
         .await
+}
+
+/// The SPIR-V of a variant that says more than WGSL can; of all others wgpu makes it.
+#[cfg(not(target_family = "wasm"))]
+fn rewritten(device: &Device, variant: &Variant) -> Result<Option<Vec<u32>>> {
+    if variant.hints().is_none() {
+        return Ok(None);
+    }
+    let Capabilities { spirv, name, .. } = device.capabilities();
+    let Some(version) = spirv else {
+        // A plan for another device: one for this device has no such variant.
+        let message = format!("{} goes to the driver as SPIR-V, which {name} does not take", variant.name());
+        return Err(Error::Gpu { during: "compiling a kernel", message });
+    };
+    variant.spirv(*version).map(Some)
+}
+
+/// Browsers take WGSL alone, and plans for them have no variant that says more.
+#[cfg(target_family = "wasm")]
+fn rewritten(_: &Device, _: &Variant) -> Result<Option<Vec<u32>>> {
+    Ok(None)
+}
+
+/// Hands SPIR-V of this crate to the driver as it is.
+fn passed_module(gpu: &wgpu::Device, label: Option<&str>, words: &[u32], threads: u32) -> wgpu::ShaderModule {
+    let entry = [wgpu::PassthroughShaderEntryPoint { name: "main".into(), workgroup_size: (threads, 1, 1) }];
+    let descriptor = wgpu::ShaderModuleDescriptorPassthrough {
+        label,
+        entry_points: (&entry[..]).into(),
+        spirv: Some(words.into()),
+        ..Default::default()
+    };
+    // SAFETY: wgpu looks at nothing here. Beside what `shader_module` lists, these hold; each names what enforces it.
+    // - The words are valid SPIR-V: naga has validated the module that it wrote them from, and only operands of loops are changed.
+    //   `Variant::spirv`, `set_loop_controls`.
+    // - The driver takes this version of SPIR-V, and what else the module asks for. `adapter::spirv`; `adapter::cooperative` for kernels
+    //   with matrices.
+    // - The module binds what the layout has, as the layout has it, under the numbers that wgpu gives the slots. `Variant::bindings`,
+    //   from which both are made; `bindings_stay_where_they_are` of tests/host/shaders.rs.
+    // - The uniform buffer is as long as the structure of the parameters. `ParamsLayout::of`.
+    // - Workgroups have as many threads and as much memory as the device offers. `check_limits`; `keeps_the_planners_promises` of
+    //   tests/host/shaders.rs holds the text to these numbers.
+    // - The feature checked-shaders has no such module. `adapter::spirv`.
+    unsafe { gpu.create_shader_module_passthrough(descriptor) }
 }
 
 /// Compiles without run-time bounds checks, which cost 10 % (benches/results/), unless the feature

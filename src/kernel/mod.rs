@@ -10,6 +10,7 @@ mod decode;
 mod delta;
 mod forward;
 mod head_sums;
+pub(crate) mod loops;
 mod mask_bits;
 mod merge;
 pub(crate) mod micro_kernel;

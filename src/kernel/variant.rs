@@ -388,6 +388,7 @@ impl Variant {
         let _ = self.axes.map_or(Ok(()), |Axes { batch, heads, seq_q }| {
             write!(name, "_own{}{}{}", u8::from(batch), u8::from(heads), u8::from(seq_q))
         });
+        name.push_str(&self.tiling.map_or(String::new(), |tiling| tiling.loops().suffix()));
         name.push_str(if self.d_lse { "_dlse" } else { "" });
         name.push_str(if self.o_lo { "_lo" } else { "" });
         name.push_str(if self.row_max { "_row_max" } else { "" });

@@ -13,8 +13,9 @@ pub(crate) mod tuning;
 
 use std::time::Duration;
 
-pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor};
+pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
 pub use crate::kernel::OptionalOperands;
+pub use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
 use crate::kernel::spec::{Body, Plain, Wanted};
 #[cfg(feature = "gpu")]
 pub use crate::kernel::template::DUMP_VARIABLE;
@@ -244,8 +245,9 @@ impl<'a> Passes<'a> {
             Body::Cached(_) => return Ok(Vec::new()),
         }
         let own = self.own(kernel).next();
+        let measured = self.measured(kernel)?;
         // Measured tiles that do not fit are ignored.
-        let fitting = || self.measured(kernel).filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
+        let fitting = || measured.filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
         let cooperative = || self.tiled(kernel, MicroKernel::Cooperative, None);
         let given = own.or_else(fitting).map(|tiling| tiling.micro_kernel());
         let pass = match select::micro_kernel(self.preference.micro_kernel, given, true, self.capabilities) {
@@ -275,8 +277,12 @@ impl<'a> Passes<'a> {
         self.preference.tiles.iter().filter(move |(k, _)| *k == kernel).map(|(_, tiling)| *tiling)
     }
 
-    fn measured(&self, kernel: Kernel) -> Option<Tiling> {
-        self.preference.tuning?.get(&TuningKey::of(kernel, self.problem)?)
+    /// Measured tiles. Those with hints for loops are an error where the hints would not reach the driver: without them the tiles are others
+    /// than were measured, and nobody would see it.
+    fn measured(&self, kernel: Kernel) -> Result<Option<Tiling>> {
+        let get = |tuning: &Tuning| tuning.get(&TuningKey::of(kernel, self.problem)?);
+        let measured = self.preference.tuning.and_then(get);
+        measured.map(|tiling| self.check_loops(kernel, tiling).map(|()| tiling)).transpose()
     }
 
     /// The pass of a kernel that has tiles. The tiles are the caller's, or measured ones that fit, or the first of the built-in table that
@@ -311,7 +317,7 @@ impl<'a> Passes<'a> {
                 slim.into_iter().chain(tiles).map(Tiling::Portable).collect::<Vec<_>>()
             }
         };
-        let measured = self.measured(kernel).filter(is_meant).map(|tiling| (tiling, TilesOrigin::Tuning));
+        let measured = self.measured(kernel)?.filter(is_meant).map(|tiling| (tiling, TilesOrigin::Tuning));
         let built_in = built_in.into_iter().map(|tiling| (tiling, TilesOrigin::BuiltIn));
         let mut reason = String::from("no candidate tiles");
         for (tiling, tiles_origin) in measured.into_iter().chain(built_in) {
@@ -366,13 +372,14 @@ impl<'a> Passes<'a> {
                 tiles.check().map_err(unfit)?;
                 (None, tiles.loop_iterations(tiled, d, e))
             }
-            Tiling::Cooperative { subgroups, rows, columns, stages } => {
+            Tiling::Cooperative { subgroups, rows, columns, stages, loops } => {
                 let matrices = self.matrices(kernel)?;
-                let fragments = CooperativeTile { matrices, subgroups, rows, columns, stages };
+                let fragments = CooperativeTile { matrices, subgroups, rows, columns, stages, loops };
                 fragments.check().map_err(unfit)?;
                 (Some(matrices), fragments.loop_iterations(tiled, d, e))
             }
         };
+        self.check_loops(kernel, tiling)?;
         let variant = Variant::new(kernel, problem, vec4, optional);
         let micro_kernel = tiling.micro_kernel();
         let batch = if fallback.is_some() { self.batch() } else { 1 };
@@ -382,6 +389,12 @@ impl<'a> Passes<'a> {
             loop_iterations(kernel, problem, tile, iterations, most)
         })?;
         Pass::new(problem, variant, capabilities)
+    }
+
+    /// Refuses hints that would not reach the driver.
+    fn check_loops(&self, kernel: Kernel, tiling: Tiling) -> Result<()> {
+        let checked = tiling.loops().check(kernel, tiling.micro_kernel(), self.capabilities);
+        checked.map_err(|reason| Error::NoKernel { problem: self.problem.to_string(), reason })
     }
 
     /// The pass of a kernel that has no tiles.
@@ -492,7 +505,7 @@ mod tests {
         let shape =
             crate::Shape { batch: 1, heads: 8, kv_heads: 8, seq_q: 999, seq_k: 999, head_dim: 64, value_dim: 64 };
         let problem = Problem::new(shape, crate::Options::new()).unwrap();
-        let tiles = crate::plan::PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
+        let tiles: Tiling = "portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16".parse().unwrap();
         let pass = Pass::with_tiles(Kernel::FORWARD, &problem, &samples[0], tiles).unwrap();
         let variant = pass.variant;
         assert_eq!((variant.workgroup_bytes(), variant.registers(), variant.threads()), (15888, Some(112), 128));

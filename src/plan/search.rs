@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 
 use crate::device::capabilities::{Capabilities, CooperativeMatrices};
+use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
 use crate::kernel::tile::Tiling;
 use crate::kernel::tile::portable::PortableTile;
 use crate::kernel::{Kernel, MicroKernel};
@@ -12,7 +13,8 @@ use crate::problem::Problem;
 impl Tiling {
     /// Tiles worth measuring for a kernel of a problem on a device: those of one micro-kernel or, with [`MicroKernel::Auto`], of all. The
     /// tiles of a micro-kernel follow one another. The built-in table comes first, in its order, then other tiles, the most promising ones
-    /// first. All fit the device's limits. There are none of a micro-kernel that the device, the problem or the kernel rules out.
+    /// first. Behind the table stand its first tiles with hints for loops, if hints reach the driver. All fit the device's limits. There are
+    /// none of a micro-kernel that the device, the problem or the kernel rules out.
     pub fn candidates(
         kernel: Kernel,
         problem: &Problem,
@@ -31,6 +33,15 @@ impl Tiling {
     }
 }
 
+/// A tile shape with each hint for every loop, and for the loops of each name; none where hints do not reach the driver.
+fn with_hints(kernel: Kernel, first: Option<&Tiling>, capabilities: &Capabilities) -> Vec<Tiling> {
+    let Some(first) = first.filter(|_| capabilities.spirv.is_some()) else { return Vec::new() };
+    let every = LoopHint::ALL.map(LoopHints::every);
+    let names = LoopName::of(kernel, first.micro_kernel()).into_iter();
+    let named = names.flat_map(|name| LoopHint::ALL.map(|hint| LoopHints::NONE.with(name, hint)));
+    every.into_iter().chain(named).map(|loops| first.with_loops(loops)).collect()
+}
+
 /// Registers a thread, by the estimate, above which cooperative tiles are not worth a measurement. GPUs have at most 255, and a few that do
 /// not fit cost little.
 const MOST_LANE_REGISTERS: u32 = 300;
@@ -43,12 +54,13 @@ fn cooperative(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -
     let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, capabilities, *tiling).ok();
     let table = table::cooperative(kernel, problem, matrices, capabilities.class).map(|fragments| fragments.tiling());
     let mut found: Vec<Tiling> = table.filter(|tiling| pass(tiling).is_some()).collect();
+    found.extend(with_hints(kernel, found.first(), capabilities));
     let mut others = Vec::new();
     for columns in [16 / matrices.side, 32 / matrices.side] {
         for [subgroups, rows, stages] in (1..=SUBGROUPS)
             .flat_map(|subgroups| (1..=ROWS).flat_map(move |rows| [2, 1].map(|stages| [subgroups, rows, stages])))
         {
-            let tiling = Tiling::Cooperative { subgroups, rows, columns, stages };
+            let tiling = Tiling::Cooperative { subgroups, rows, columns, stages, loops: LoopHints::NONE };
             let Some(pass) = pass(&tiling).filter(|_| !found.contains(&tiling)) else { continue };
             let (Some([tile_rows, _]), Some(registers)) = (pass.variant.tile(), pass.variant.registers()) else {
                 continue;
@@ -99,6 +111,15 @@ impl PortableTile {
             }
             index += 1;
         }
+        let first = found.first().copied().map(Tiling::Portable);
+        let hinted = with_hints(kernel, first.as_ref(), capabilities);
+        found.splice(
+            built_in..built_in,
+            hinted.into_iter().filter_map(|tiling| match tiling {
+                Tiling::Portable(tiles) => Some(tiles),
+                Tiling::Cooperative { .. } => None,
+            }),
+        );
         found
     }
 
@@ -153,6 +174,8 @@ mod tests {
                     let found = PortableTile::candidates(kernel, &problem, &device);
                     let plan = crate::plan::Plan::forward(&problem, &device).unwrap();
                     assert!(kernel != Kernel::FORWARD || plan.passes[0].variant.tiling == Some(found[0].into()));
+                    let hinted = found.iter().filter(|tiles| !tiles.loops.is_none()).count();
+                    assert_eq!(hinted > 5, device.spirv.is_some(), "{}: {hinted}", device.name);
                     assert!(found.len() > 5, "{}: {kernel:?} {problem}: {found:?}", device.name);
                     for (index, tiles) in found.iter().enumerate() {
                         Pass::with_tiles(kernel, &problem, &device, *tiles).unwrap();
@@ -203,7 +226,8 @@ mod tests {
         let (device, narrow) = (&Capabilities::samples()[0], problem(DType::F16, 64));
         let table = table::cooperative(Kernel::FORWARD, &narrow, device.cooperative.unwrap(), device.class);
         let table: Vec<Tiling> = table.map(|fragments| fragments.tiling()).collect();
-        let others = of(&narrow, device, MicroKernel::Cooperative).into_iter().filter(|t| !table.contains(t));
+        let all = of(&narrow, device, MicroKernel::Cooperative);
+        let others = all.iter().copied().filter(|tiling| !table.contains(tiling) && tiling.loops().is_none());
         let rows: Vec<u32> = others
             .map(|tiling| {
                 let pass = Pass::with_tiles(Kernel::FORWARD, &narrow, device, tiling).unwrap();
@@ -211,6 +235,10 @@ mod tests {
             })
             .collect();
         assert!(rows.is_sorted_by(|a, b| a >= b) && rows.first() > rows.last(), "{rows:?}");
+        // The table's first choice has hints for its loops.
+        let hinted: Vec<String> = all.iter().filter(|t| !t.loops().is_none()).map(Tiling::to_string).collect();
+        let hints = ["loops keep", "loops unroll", "loops tiles keep", "loops tiles unroll"];
+        assert_eq!(hinted, hints.map(|hints| format!("{}, {hints}", table[0])));
         assert_eq!(of(&problem(DType::F16, 257), device, MicroKernel::Cooperative), []);
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::device::capabilities::{CooperativeMatrices, DeviceClass};
 use crate::kernel::Kernel;
+use crate::kernel::loops::LoopHints;
 use crate::kernel::tile::cooperative::CooperativeTile;
 use crate::kernel::tile::portable::PortableTile;
 use crate::plan::tuning::MaskClass;
@@ -19,7 +20,8 @@ struct Candidate {
 const fn candidate(threads: [u32; 2], thread: [u32; 2], k_step: u32, n_step: u32, width: u32, seq: usize) -> Candidate {
     let [threads_r, threads_c] = threads;
     let [rows, quads] = thread;
-    Candidate { tiles: PortableTile { threads_r, threads_c, rows, quads, k_step, n_step }, width, seq }
+    let loops = LoopHints::NONE;
+    Candidate { tiles: PortableTile { threads_r, threads_c, rows, quads, k_step, n_step, loops }, width, seq }
 }
 
 /// Measured on an NVIDIA H200, see benches/results/. If a row does not fit, the next one is tried.
@@ -176,6 +178,7 @@ pub(crate) fn cooperative(
         rows: rows * smaller,
         columns: columns * smaller,
         stages,
+        loops: LoopHints::NONE,
     })
 }
 

@@ -272,6 +272,7 @@ impl FromStr for Tuning {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::loops::LoopHints;
     use crate::kernel::tile::portable::PortableTile;
     use crate::problem::{Options, Shape, Window};
 
@@ -304,12 +305,26 @@ mod tests {
 
     fn sample() -> Tuning {
         let mut tuning = Tuning::new(" Some\nGPU ", "1.2 (Mesa)");
-        let mut tiles = PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
+        let mut tiles = PortableTile {
+            threads_r: 16,
+            threads_c: 8,
+            rows: 4,
+            quads: 1,
+            k_step: 8,
+            n_step: 16,
+            loops: LoopHints::NONE,
+        };
         for kernel in Kernel::TILED {
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 for mask in MaskClass::ALL {
                     tuning.insert(TuningKey { kernel, dtype, width: 64, mask }, tiles);
-                    let cooperative = Tiling::Cooperative { subgroups: tiles.rows, rows: 2, columns: 1, stages: 2 };
+                    let cooperative = Tiling::Cooperative {
+                        subgroups: tiles.rows,
+                        rows: 2,
+                        columns: 1,
+                        stages: 2,
+                        loops: LoopHints::NONE,
+                    };
                     tuning.insert(TuningKey { kernel, dtype, width: 128, mask }, cooperative);
                     tiles.rows = tiles.rows % 8 + 1;
                 }

@@ -5,7 +5,9 @@ use crate::common::buffers::{GradientBuffers, gpu_with, read, submit};
 use crate::common::{all_cases, compare, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, PortableTile, Preference, Tiling};
+use sink_attention::plan::{
+    Capabilities, Kernel, LoopHints, OptionalOperands, Pass, Plan, PortableTile, Preference, Tiling,
+};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{BOUND, SIZES, options, problem, row};
 use sink_attention::{Attention, Gradients, Layout, Options, Problem, SinkLogits, Window, wgpu};
@@ -393,6 +395,7 @@ fn random_tiles() {
             quads: pick(1..=2),
             k_step: pick(1..=9),
             n_step: 4 * pick(1..=8),
+            loops: LoopHints::NONE,
         };
         let chosen = [(Kernel::D_Q, tiles().into()), (Kernel::D_KV, tiles().into())];
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];

@@ -11,7 +11,7 @@ use sink_attention::cache::{CacheKind, Decode, DecodeBuffers, DecodeTiles, Prefi
 use sink_attention::cpu::reference;
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::MicroKernel;
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Plan, Preference, Tiling};
+use sink_attention::plan::{Capabilities, Kernel, LoopHints, OptionalOperands, Plan, Preference, Tiling};
 use sink_attention::testing::compare::accepted;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{SIZES, agree, options, problem, rows_agree};
@@ -203,7 +203,7 @@ fn fragments_of_every_shape<T: Element>(attention: &Attention) {
     for (seed, &[subgroups, rows, columns, stages]) in (0..).zip(shapes) {
         let options = Options::new().window(Window::keys(30)).sink_tokens(3).sink_logits(SinkLogits::PerHead);
         let (problem, case) = random::<T>(&problem([1, 4, 2], [70, 90], [16, 20], options), seed);
-        let tiling = Tiling::Cooperative { subgroups, rows, columns, stages };
+        let tiling = Tiling::Cooperative { subgroups, rows, columns, stages, loops: LoopHints::NONE };
         let kernels = [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV];
         run_at(attention, &problem, &case, [0, 0], &kernels.map(|kernel| (kernel, tiling)), false);
     }

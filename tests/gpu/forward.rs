@@ -6,7 +6,7 @@ use crate::common::{every, gpu, this_many, with_others};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cpu::reference;
-use sink_attention::plan::{Kernel, Pass, Plan, PortableTile, Tiling};
+use sink_attention::plan::{Kernel, LoopHints, Pass, Plan, PortableTile, Tiling};
 use sink_attention::plan::{MicroKernel, OptionalOperands, Preference};
 use sink_attention::testing::operands::{Operands, SIZES, agree, check, check_within, options, problem, row};
 use sink_attention::{Alignment, Attention, Error, Layout, Options, Problem, SinkLogits, Window};
@@ -328,7 +328,7 @@ fn unusual_tiles() {
     let tiles = |threads: [u32; 2], thread: [u32; 2], k_step, n_step| {
         let [threads_r, threads_c] = threads;
         let [rows, quads] = thread;
-        PortableTile { threads_r, threads_c, rows, quads, k_step, n_step }
+        PortableTile { threads_r, threads_c, rows, quads, k_step, n_step, loops: LoopHints::NONE }
     };
     for (n, (width, tiles)) in [
         // The largest of the table with half of their rows, so that they fit 32 KiB.
@@ -375,6 +375,7 @@ fn random_tiles() {
             quads: pick(1..=2),
             k_step: pick(1..=9),
             n_step: 4 * pick(1..=8),
+            loops: LoopHints::NONE,
         };
         let width = [pick(1..=100) as usize, pick(1..=100) as usize];
         let size = [pick(1..=100) as usize, pick(1..=150) as usize];

@@ -6,7 +6,9 @@ use crate::common::views::run_at;
 use crate::common::{every, gpu};
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::MicroKernel;
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, PortableTile, Preference, Tiling};
+use sink_attention::plan::{
+    Capabilities, Kernel, LoopHints, OptionalOperands, Pass, Plan, PortableTile, Preference, Tiling,
+};
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::problem;
 use sink_attention::wgpu::BufferUsages;
@@ -70,7 +72,7 @@ fn tiles_of_the_exact_delta() {
     let tiles = |threads: [u32; 2], thread: [u32; 2], k_step, n_step| {
         let [threads_r, threads_c] = threads;
         let [rows, quads] = thread;
-        PortableTile { threads_r, threads_c, rows, quads, k_step, n_step }
+        PortableTile { threads_r, threads_c, rows, quads, k_step, n_step, loops: LoopHints::NONE }
     };
     let mut all: Vec<Tiling> = vec![tiles([6, 12], [3, 3], 3, 36).into(), tiles([2, 32], [5, 1], 8, 16).into()];
     // The first queries see nothing, and the last keys are hidden from all.

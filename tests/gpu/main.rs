@@ -27,6 +27,7 @@ mod errors;
 mod forward;
 mod half;
 mod host_cache;
+mod loops;
 mod low_precision;
 mod options;
 mod partial;

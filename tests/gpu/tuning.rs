@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
-    Capabilities, Kernel, OptionalOperands, Pass, Plan, PortableTile, Preference, TilesOrigin, Tiling,
+    Capabilities, Kernel, LoopHints, OptionalOperands, Pass, Plan, PortableTile, Preference, TilesOrigin, Tiling,
 };
 use sink_attention::testing::operands::{Operands, agree, problem};
 use sink_attention::timing::{Clock, Timer};
@@ -20,7 +20,8 @@ fn options() -> Options {
 }
 
 /// Tiles that fit every device, and that no table has first.
-const OTHER: PortableTile = PortableTile { threads_r: 4, threads_c: 8, rows: 4, quads: 1, k_step: 4, n_step: 16 };
+const OTHER: PortableTile =
+    PortableTile { threads_r: 4, threads_c: 8, rows: 4, quads: 1, k_step: 4, n_step: 16, loops: LoopHints::NONE };
 
 fn tuning(device: &str, problem: &Problem, tiles: PortableTile) -> Tuning {
     let mut tuning = Tuning::new(device, "");
@@ -98,7 +99,7 @@ fn tiles_decide_on_the_micro_kernel() {
             plan.passes.iter().filter(|pass| !pass.variant.sanitize).map(of).collect::<Vec<_>>()
         })
     };
-    let cooperative = Tiling::Cooperative { subgroups: 2, rows: 2, columns: 1, stages: 2 };
+    let cooperative = Tiling::Cooperative { subgroups: 2, rows: 2, columns: 1, stages: 2, loops: LoopHints::NONE };
     let portable = Tiling::Portable(OTHER);
     let built_in = |micro_kernel| plan(device, &Preference::default().micro_kernel(micro_kernel)).unwrap();
     let built_in_portable = built_in(MicroKernel::Portable)[0];
@@ -137,7 +138,7 @@ fn tiles_decide_on_the_micro_kernel() {
     let kept = measured(portable, MicroKernel::Cooperative);
     assert_eq!((forced.len(), kept[0], kept[1].0), (2, forced[0], portable));
     // Fragments that do not fit are passed over as tiles are.
-    let huge = Tiling::Cooperative { subgroups: 32, rows: 4, columns: 8, stages: 2 };
+    let huge = Tiling::Cooperative { subgroups: 32, rows: 4, columns: 8, stages: 2, loops: LoopHints::NONE };
     assert_eq!(measured(huge, MicroKernel::Auto), built_in(MicroKernel::Auto));
 
     // Without the matrices they are an error of the caller's, and nothing to a tuning.

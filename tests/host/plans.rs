@@ -9,10 +9,12 @@ use std::path::Path;
 use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiles, DecodeTiling, Quantisation};
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
-    Capabilities, DeviceClass, Kernel, OptionalOperands, Pass, Plan, PortableTile, Preference, Tiling, Variant,
+    Capabilities, DeviceClass, Kernel, LoopHint, LoopHints, LoopName, OptionalOperands, Pass, Plan, PortableTile,
+    Preference, Tiling, Variant,
 };
 use sink_attention::testing::operands::problem;
-use sink_attention::{DType, Error, Options, Problem, SinkLogits, Window};
+use sink_attention::tuning::{Tuning, TuningKey};
+use sink_attention::{Axes, DType, Error, Options, Problem, SinkLogits, Window};
 
 /// Problems that people have, and some that they should not.
 fn problems() -> Vec<(&'static str, Problem)> {
@@ -302,7 +304,7 @@ fn micro_kernels_are_as_asked_for() {
 fn token_scales_are_found_before_they_are_read() {
     // Of a class whose cooperative kernels have to be asked for.
     let device = &Capabilities::samples().swap_remove(0).class(DeviceClass::Other);
-    let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2 };
+    let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2, loops: LoopHints::NONE };
     for dtype in [DType::F16, DType::Bf16] {
         let problem = problem([1, 2, 1], [100, 100], [64, 64], Options::new().dtype(dtype));
         for kernel in [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV] {
@@ -321,6 +323,56 @@ fn token_scales_are_found_before_they_are_read() {
             assert!(place(scales) < place(kernel), "{kernels:?}");
         }
     }
+}
+
+/// Hints for loops reach the driver as SPIR-V. Where they would not, and where there is no such loop, tiles that have them are an error,
+/// be they the caller's or measured ones: passed over, they would change a plan without a word.
+#[test]
+fn hints_for_loops_are_refused_where_they_say_nothing() {
+    let samples = Capabilities::samples();
+    let with = &samples[0];
+    let without = &with.clone().spirv(None);
+    let options = Options::new().causal(true).bias(Axes::ALL);
+    let problem = problem([1, 2, 1], [100, 100], [64, 64], options);
+    let optional = OptionalOperands::default().d_bias(true);
+    let plan = Plan::backward_with(&problem, optional, with, &Preference::default()).unwrap();
+    let mut seen = 0;
+    for pass in plan.passes.iter().chain(&Plan::forward(&problem, with).unwrap().passes) {
+        let (Some(tiling), kernel) = (pass.variant.tiling, pass.variant.kernel) else { continue };
+        let there = LoopName::of(kernel, MicroKernel::Portable);
+        for name in LoopName::ALL {
+            let hinted = tiling.with_loops(LoopHints::NONE.with(name, LoopHint::Keep));
+            let found = Pass::with_tiles(kernel, &problem, with, hinted);
+            assert_eq!(found.is_ok(), there.contains(&name), "{kernel:?} {name}");
+            if let Err(error) = found {
+                let reason =
+                    format!("\"loops {name} keep\": as portable {} has no loops {name}, it has ", kernel.name());
+                assert!(error.to_string().contains(&reason), "{error}");
+                seen += 1;
+            }
+        }
+        let hinted = tiling.with_loops(LoopHints::every(LoopHint::Unroll));
+        let with_hints = Pass::with_tiles(kernel, &problem, with, hinted).unwrap().variant;
+        assert!(with_hints.name().contains("_loops_unroll") && with_hints.name() != pass.variant.name());
+        let own = [(kernel, hinted)];
+        let mut tuning = Tuning::new("", "");
+        tuning.insert(TuningKey::of(kernel, &problem).unwrap(), hinted);
+        for preference in [Preference::default().tiles(&own), Preference::default().tuning(&tuning)] {
+            let passes = |device| -> Result<Vec<Pass>, Error> {
+                let mut passes = Plan::forward_with(&problem, optional, device, &preference)?.passes;
+                passes.extend(Plan::backward_with(&problem, optional, device, &preference)?.passes);
+                Ok(passes)
+            };
+            let planned = passes(with).unwrap();
+            assert_eq!(planned.iter().filter(|pass| pass.variant.tiling == Some(hinted)).count(), 1);
+            let error = passes(without).unwrap_err();
+            let reason =
+                "\"loops unroll\": hints for loops go to the driver as SPIR-V, which NVIDIA H200 does not take";
+            assert!(error.to_string().contains(reason), "{error}");
+        }
+    }
+    // Of d_bias, which accumulates no columns; of forward and d_q, which have no heads.
+    assert_eq!(seen, 3);
 }
 
 /// Where they have been measured, cooperative kernels are the choice for halves; of other devices, of f32 and of widths that have
@@ -369,7 +421,8 @@ fn less_memory_means_smaller_tiles() {
 fn strange_tiles_are_refused() {
     let problem = problem([1, 1, 1], [100, 100], [64, 64], Options::new());
     let device = &Capabilities::samples()[0];
-    let good = PortableTile { threads_r: 8, threads_c: 8, rows: 4, quads: 1, k_step: 4, n_step: 32 };
+    let good =
+        PortableTile { threads_r: 8, threads_c: 8, rows: 4, quads: 1, k_step: 4, n_step: 32, loops: LoopHints::NONE };
     let huge = u32::MAX;
     for kernel in [Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV] {
         Pass::with_tiles(kernel, &problem, device, good).unwrap();
@@ -386,11 +439,27 @@ fn strange_tiles_are_refused() {
             ("long k_step", PortableTile { k_step: 64, quads: 64, ..good }),
             (
                 "each number at its most",
-                PortableTile { threads_r: 1024, threads_c: 1024, rows: 1024, quads: 1024, k_step: 1024, n_step: 1024 },
+                PortableTile {
+                    threads_r: 1024,
+                    threads_c: 1024,
+                    rows: 1024,
+                    quads: 1024,
+                    k_step: 1024,
+                    n_step: 1024,
+                    loops: LoopHints::NONE,
+                },
             ),
             (
                 "huge",
-                PortableTile { threads_r: huge, threads_c: huge, rows: huge, quads: huge, k_step: huge, n_step: huge },
+                PortableTile {
+                    threads_r: huge,
+                    threads_c: huge,
+                    rows: huge,
+                    quads: huge,
+                    k_step: huge,
+                    n_step: huge,
+                    loops: LoopHints::NONE,
+                },
             ),
         ] {
             let pass = Pass::with_tiles(kernel, &problem, device, tiles);
@@ -518,7 +587,8 @@ fn long_sequences_fill_a_measured_device() {
 #[test]
 fn tiles_without_a_side_are_refused() {
     let device = &Capabilities::samples()[0];
-    let good = PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
+    let good =
+        PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16, loops: LoopHints::NONE };
     let problem = problem([1, 4, 2], [300, 300], [64, 64], Options::new().dtype(DType::F16));
     let zero: [fn(&mut PortableTile); 6] = [
         |tiles| tiles.threads_r = 0,
@@ -528,8 +598,13 @@ fn tiles_without_a_side_are_refused() {
         |tiles| tiles.k_step = 0,
         |tiles| tiles.n_step = 0,
     ];
-    let cooperative =
-        |[subgroups, rows, columns, stages]: [u32; 4]| Tiling::Cooperative { subgroups, rows, columns, stages };
+    let cooperative = |[subgroups, rows, columns, stages]: [u32; 4]| Tiling::Cooperative {
+        subgroups,
+        rows,
+        columns,
+        stages,
+        loops: LoopHints::NONE,
+    };
     let mut all: Vec<Tiling> = (0..4)
         .map(|axis| {
             let mut numbers = [4, 1, 1, 1];

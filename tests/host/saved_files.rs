@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::common::saved::{CONTIGUOUS, EarlierCache, each_earlier_cache, filled_cache, of, saved};
 use sink_attention::cache::CacheKind;
-use sink_attention::plan::{Kernel, PortableTile, Tiling};
+use sink_attention::plan::{Kernel, LoopHints, PortableTile, Tiling};
 use sink_attention::testing::folder::Folder;
 use sink_attention::tuning::{MaskClass, Tuning, TuningKey};
 use sink_attention::{DType, Element, Error, cpu, file};
@@ -43,10 +43,11 @@ fn caches_of_earlier_versions_load() {
 fn tunings_of_earlier_versions_load() {
     let tuning = Tuning::load(saved("some_gpu.tuning")).unwrap();
     let mut expected = Tuning::new("Some GPU", "1.2 (Mesa)");
-    let tiles = PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
+    let tiles =
+        PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16, loops: LoopHints::NONE };
     let key = |kernel, dtype, width, mask| TuningKey { kernel, dtype, width, mask };
     expected.insert(key(Kernel::FORWARD, DType::F32, 64, MaskClass::Long), tiles);
-    let cooperative = Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1, stages: 2 };
+    let cooperative = Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1, stages: 2, loops: LoopHints::NONE };
     expected.insert(key(Kernel::D_Q, DType::F16, 128, MaskClass::Window), cooperative);
     assert_eq!(tuning, expected);
 }

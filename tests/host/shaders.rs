@@ -12,8 +12,11 @@ use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlag
 use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
 use sink_attention::plan::MicroKernel;
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference, TilesOrigin, Variant};
+use sink_attention::plan::{
+    Capabilities, Kernel, LoopHint, LoopHints, LoopName, OptionalOperands, Pass, Plan, Preference, TilesOrigin, Variant,
+};
 use sink_attention::testing::cases::texts;
+use sink_attention::testing::folder::Folder;
 use sink_attention::testing::operands::problem;
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
@@ -411,6 +414,70 @@ fn variants_validate_and_translate() {
         bindings_stay_where_they_are(variant, &module);
         translates(variant, &module, &info);
     });
+}
+
+/// Each loop that a kernel is said to have is there, and a driver that takes SPIR-V gets a hint for it. Where `SINK_ATTENTION_SPIRV_VAL`
+/// says how to run a current spirv-val, that has nothing against the words that it has not against those without hints.
+#[test]
+fn spirv_takes_hints_for_loops() {
+    let spirv_val = std::env::var("SINK_ATTENTION_SPIRV_VAL").ok();
+    let folder = Folder::new(env!("CARGO_TARGET_TMPDIR"), "spirv");
+    let mut seen = HashSet::new();
+    let planned = reachable().iter().filter_map(|planned| Some((planned, planned.device.spirv?)));
+    let all = planned.flat_map(|(planned, version)| planned.passes().map(move |pass| (pass.variant, version)));
+    let tiled: Vec<_> = all.filter(|(v, _)| v.tiling.is_some() && seen.insert(*v)).collect();
+    assert!(tiled.iter().any(|(variant, _)| is_cooperative(variant)) && tiled.iter().any(|(v, _)| v.sanitize));
+    texts(tiled.into_iter().enumerate()).par_iter().for_each(|&(number, (plain, version))| {
+        let names = LoopName::of(plain.kernel, plain.micro_kernel);
+        let text = plain.wgsl().unwrap();
+        for name in LoopName::ALL {
+            let is_there = text.contains(&format!("// Loop: {name}\n"));
+            assert_eq!(is_there, names.contains(&name), "{name} of {}", plain.name());
+        }
+        // One after the other, so that no two neighbours have the same.
+        let of_names = names.iter().zip(LoopHint::ALL.into_iter().cycle());
+        let hints = of_names.fold(LoopHints::every(LoopHint::Keep), |hints, (name, hint)| hints.with(*name, hint));
+        let mut variant = plain;
+        variant.tiling = plain.tiling.map(|tiling| tiling.with_loops(hints));
+        let words = variant.spirv(version).unwrap();
+        let [entry, merges, hinted] = loops(&words);
+        assert!(entry == 1 && merges >= names.len() && hinted == merges, "{hinted} of {merges} in {}", variant.name());
+        if let Some(command) = &spirv_val {
+            let validate = |name: &str, words: &[u32]| {
+                let path = folder.path(&format!("{number}{name}.spv"));
+                std::fs::write(&path, bytemuck::cast_slice(words)).unwrap();
+                let mut parts = command.split_whitespace();
+                let mut command = std::process::Command::new(parts.next().unwrap());
+                // Not of Vulkan: since 2025 it wants no strides of arrays in workgroup memory, which naga 30 writes, for wgpu too.
+                let told = command.args(parts).args(["--target-env", "spv1.6"]).arg(&path).output().unwrap();
+                (!told.status.success())
+                    .then(|| String::from_utf8_lossy(&[told.stdout, told.stderr].concat()).into_owned())
+            };
+            let told = validate("", &words);
+            // naga 30 leaves out a capability for atomics, and a class of memory for subgroups' barriers, under the memory model that
+            // matrices want. wgpu gets these words, too.
+            let is_known = told.is_some() && is_cooperative(&plain);
+            let known = is_known.then(|| validate("plain", &plain.spirv(version).unwrap())).flatten();
+            assert_eq!(told, known, "{}", variant.name());
+        }
+    });
+}
+
+/// Entry points, and the loops of the last function, which is the entry point: all of them, and those with a hint.
+fn loops(words: &[u32]) -> [usize; 3] {
+    let (mut entries, mut merges, mut hinted, mut at) = (0, 0, 0, 5);
+    while at < words.len() {
+        let (op, len) = (words[at] & 0xffff, (words[at] >> 16) as usize);
+        match op {
+            15 => entries += 1,
+            54 => (merges, hinted) = (0, 0),
+            246 => (merges, hinted) = (merges + 1, hinted + usize::from(words[at + 3] != 0)),
+            _ => {}
+        }
+        at += len;
+    }
+    assert_eq!(at, words.len());
+    [entries, merges, hinted]
 }
 
 /// Three composed texts as files, so that a change of a template shows in a review as what it does to WGSL. After a change that is

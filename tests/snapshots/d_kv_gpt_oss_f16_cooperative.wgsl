@@ -615,6 +615,8 @@ fn main(
   var d_o_share_2 = Raw();
   var d_o_share_3 = Raw();
   var lse_delta_0 = vec2<f32>();
+
+  // Loop: heads
   for (var head = work.head; waits && head < work.head + params.heads / params.kv_heads; head += 1u) {
     let q_base = operand_base(params.q, work.batch, head) + seq.q_start * params.q.seq;
     let d_o_base = operand_base(params.d_o, work.batch, head) + seq.q_start * params.d_o.seq;
@@ -669,6 +671,8 @@ fn main(
         lse_delta_0 = row_stats[stats_base + source].xy;
       }
     }
+
+    // Loop: tiles
     for (var tile = walk_tile; tile < tiles.end; tile = next_of_walk) {
       let column0 = tile * TILE_COLUMNS;
       let is_partial = !is_full(full, column0);
@@ -838,6 +842,8 @@ fn main(
   var d_v_0_1 = coop_mat16x16<f32, C>();
   var d_v_0_2 = coop_mat16x16<f32, C>();
   var d_v_0_3 = coop_mat16x16<f32, C>();
+
+  // Loop: heads
   for (var head = work.head; head < work.head + params.heads / params.kv_heads; head += 1u) {
     let q_base = operand_base(params.q, work.batch, head) + seq.q_start * params.q.seq;
     let d_o_base = operand_base(params.d_o, work.batch, head) + seq.q_start * params.d_o.seq;
@@ -920,6 +926,8 @@ fn main(
       column_stats[at + 4u][item % 4u] = -lse_delta_0.y;
     }
     workgroupBarrier();
+
+    // Loop: tiles
     for (var tile = first_tile; tile < tiles.end; tile = tile + 1u) {
       let column0 = tile * TILE_COLUMNS;
       let is_partial = !is_full(full, column0);

@@ -305,6 +305,8 @@ fn main(
   var o_2_1 = vec4<f32>();
   var o_3_0 = vec4<f32>();
   var o_3_1 = vec4<f32>();
+
+  // Loop: tiles
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
     let is_partial = !is_full(seq, full, column0);
@@ -314,6 +316,7 @@ fn main(
     var s_1_0 = vec4<f32>();
     var s_2_0 = vec4<f32>();
     var s_3_0 = vec4<f32>();
+    // Loop: k_steps
     for (var quad0 = 0u; quad0 < 16u; quad0 += K_STEP) {
       var column_share_0 = vec4<f32>();
       {
@@ -401,6 +404,7 @@ fn main(
         { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_3; }
       }
       workgroupBarrier();
+      // Loop: inner
       for (var quad = 0u; quad < K_STEP; quad += 2u) {
         {
           let a_0 = memory[ROW_STAGE + (ty + 0u * THREADS_R) * K_STEP_ROW + quad + 0u];
@@ -606,6 +610,7 @@ fn main(
     memory[(ty + 3u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_3_0;
 
     // O += P V.
+    // Loop: n_steps
     for (var first = 0u; first < 32u; first += N_STEP) {
       var share_0 = vec4<f32>();
       {
@@ -665,6 +670,7 @@ fn main(
           }
         }
       } else {
+        // Loop: inner
         for (var quad = 0u; quad < N_STEP / 4u; quad += 1u) {
           let p_0 = memory[(ty + 0u * THREADS_R) * P_ROW + first / 4u + quad];
           let p_1 = memory[(ty + 1u * THREADS_R) * P_ROW + first / 4u + quad];

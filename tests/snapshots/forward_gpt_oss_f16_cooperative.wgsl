@@ -533,6 +533,8 @@ fn main(
   // Scores above the limit raise the maximum.
   var limit_0 = 0.5 * HIDDEN;
   var row_sum_0 = 0.0;
+
+  // Loop: tiles
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
     let column0 = first_column(tiles, tile);
     let is_partial = !is_full(seq, full, column0);

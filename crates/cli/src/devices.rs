@@ -6,7 +6,7 @@ use std::fmt;
 use clap::Args;
 use serde::Serialize;
 use sink_attention::device::{ADAPTER_VARIABLE, adapters, describe, is_software};
-use sink_attention::plan::{Capabilities, CooperativeMatrices, Plan};
+use sink_attention::plan::{Capabilities, CooperativeMatrices, Plan, SpirvVersion};
 use sink_attention::wgpu::{self, Adapter};
 use sink_attention::{DeviceChoice, Options, Problem, Shape};
 
@@ -68,6 +68,10 @@ struct Entry {
     matrices: Option<CooperativeMatrices>,
     /// The reason why there are none.
     cooperative_error: Option<String>,
+    /// The newest SPIR-V that the driver takes; absent where kernels reach it as WGSL only.
+    spirv: Option<String>,
+    /// Why they do.
+    spirv_error: Option<String>,
     kernels: Vec<Kernel>,
     #[serde(skip)]
     description: String,
@@ -78,6 +82,7 @@ impl Entry {
         let info = adapter.get_info();
         let capabilities = Capabilities::of_adapter(adapter);
         let cooperative = CooperativeMatrices::of_adapter(adapter);
+        let spirv = SpirvVersion::of_adapter(adapter);
         Entry {
             index,
             description: describe(&info),
@@ -102,6 +107,8 @@ impl Entry {
             matrices: cooperative.as_ref().ok().copied(),
             cooperative_matrices: cooperative.as_ref().ok().map(|matrices| [matrices.side, matrices.lanes]),
             cooperative_error: cooperative.err(),
+            spirv: spirv.as_ref().ok().map(ToString::to_string),
+            spirv_error: spirv.err(),
             kernels: [64, 128].map(|head_dim| Kernel::new(head_dim, &capabilities)).into(),
             name: info.name,
             driver: info.driver,
@@ -210,6 +217,13 @@ impl fmt::Display for Entry {
         match (self.matrices, &self.cooperative_error) {
             (Some(matrices), _) => writeln!(f, "   matrices    {matrices}")?,
             (None, reason) => writeln!(f, "   matrices    none: {}", reason.as_deref().unwrap_or_default())?,
+        }
+        match (&self.spirv, &self.spirv_error) {
+            (Some(version), _) => writeln!(f, "   SPIR-V      {version}: tiles may have hints for loops")?,
+            (None, reason) => {
+                let reason = reason.as_deref().unwrap_or_default();
+                writeln!(f, "   SPIR-V      no, so that tiles have no hints for loops: {reason}")?;
+            }
         }
         writeln!(f, "   kernels     for 32 heads, 8192 queries and keys, causal:")?;
         for Kernel { head_dim, plan, .. } in &self.kernels {

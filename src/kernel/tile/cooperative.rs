@@ -4,6 +4,7 @@ use std::fmt;
 
 use crate::device::capabilities::CooperativeMatrices;
 use crate::kernel::Kernel;
+use crate::kernel::loops::LoopHints;
 use crate::kernel::spec::{Tiled, Width};
 use crate::kernel::tile::Tiling;
 use crate::problem::element::DType;
@@ -24,6 +25,8 @@ pub(crate) struct CooperativeTile {
     pub(crate) columns: u32,
     /// Tiles of columns in workgroup memory.
     pub(crate) stages: u32,
+    /// What the driver is told about the kernel's loops.
+    pub(crate) loops: LoopHints,
 }
 
 impl CooperativeTile {
@@ -31,15 +34,15 @@ impl CooperativeTile {
     pub(crate) fn new(tiling: Tiling, matrices: CooperativeMatrices) -> Option<Self> {
         match tiling {
             Tiling::Portable(_) => None,
-            Tiling::Cooperative { subgroups, rows, columns, stages } => {
-                Some(CooperativeTile { matrices, subgroups, rows, columns, stages })
+            Tiling::Cooperative { subgroups, rows, columns, stages, loops } => {
+                Some(CooperativeTile { matrices, subgroups, rows, columns, stages, loops })
             }
         }
     }
 
     pub(crate) fn tiling(&self) -> Tiling {
-        let CooperativeTile { subgroups, rows, columns, stages, .. } = *self;
-        Tiling::Cooperative { subgroups, rows, columns, stages }
+        let CooperativeTile { subgroups, rows, columns, stages, loops, .. } = *self;
+        Tiling::Cooperative { subgroups, rows, columns, stages, loops }
     }
 
     /// Rows of a tile.
@@ -150,6 +153,7 @@ impl fmt::Display for CooperativeTile {
             f,
             "{rows}x{columns} ({} subgroups of {lanes}, {}x{} fragments of {side}x{side}, {} in workgroup memory)",
             self.subgroups, self.rows, self.columns, self.stages
-        )
+        )?;
+        self.loops.write_after(f)
     }
 }

@@ -7,18 +7,20 @@ pub mod portable;
 use std::fmt;
 use std::str::FromStr;
 
+use crate::kernel::loops::LoopHints;
 use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::tile::portable::PortableTile;
 
 /// How a kernel divides the score matrix: the micro-kernel with its tile shape.
 ///
 /// As text ([`FromStr`] and [`Display`](fmt::Display)) it is `portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16`, or
-/// `cooperative 4x3x1x2` for subgroups, row fragments, column fragments and stages.
+/// `cooperative 4x3x1x2` for subgroups, row fragments, column fragments and stages. Both may end with hints for loops ([`LoopHints`]), as in
+/// `cooperative 4x3x1x2, loops keep`.
 ///
 /// ```
-/// use sink_attention::plan::Tiling;
+/// use sink_attention::plan::{LoopHints, Tiling};
 /// let tiling: Tiling = "cooperative 4x3x1x2".parse()?;
-/// assert_eq!(tiling, Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1, stages: 2 });
+/// assert_eq!(tiling, Tiling::Cooperative { subgroups: 4, rows: 3, columns: 1, stages: 2, loops: LoopHints::NONE });
 /// assert_eq!(tiling.to_string(), "cooperative 4x3x1x2");
 /// # Ok::<(), String>(())
 /// ```
@@ -36,6 +38,8 @@ pub enum Tiling {
         columns: u32,
         /// Tiles of columns in workgroup memory: 2, so that one is read while the next is written, or 1.
         stages: u32,
+        /// What the driver is told about the kernel's loops.
+        loops: LoopHints,
     },
 }
 
@@ -45,6 +49,24 @@ impl Tiling {
         match self {
             Tiling::Portable(_) => MicroKernel::Portable,
             Tiling::Cooperative { .. } => MicroKernel::Cooperative,
+        }
+    }
+
+    /// What the driver is told about the kernel's loops.
+    pub fn loops(&self) -> LoopHints {
+        match self {
+            Tiling::Portable(tiles) => tiles.loops,
+            Tiling::Cooperative { loops, .. } => *loops,
+        }
+    }
+
+    /// The same tiles with other hints.
+    pub fn with_loops(self, loops: LoopHints) -> Self {
+        match self {
+            Tiling::Portable(tiles) => Tiling::Portable(PortableTile { loops, ..tiles }),
+            Tiling::Cooperative { subgroups, rows, columns, stages, .. } => {
+                Tiling::Cooperative { subgroups, rows, columns, stages, loops }
+            }
         }
     }
 }
@@ -60,8 +82,9 @@ impl fmt::Display for Tiling {
         write!(f, "{} ", self.micro_kernel())?;
         match self {
             Tiling::Portable(tiles) => write!(f, "{tiles}"),
-            Tiling::Cooperative { subgroups, rows, columns, stages } => {
-                write!(f, "{subgroups}x{rows}x{columns}x{stages}")
+            Tiling::Cooperative { subgroups, rows, columns, stages, loops } => {
+                write!(f, "{subgroups}x{rows}x{columns}x{stages}")?;
+                loops.write_after(f)
             }
         }
     }
@@ -77,13 +100,14 @@ impl FromStr for Tiling {
         match name {
             "portable" => shape.trim_start().parse().map(Tiling::Portable),
             "cooperative" => {
+                let (shape, loops) = LoopHints::split_from(shape).map_err(|reason| format!("tiles {reason}"))?;
                 let numbers: Option<Vec<u32>> = shape.split('x').map(|word| word.trim().parse().ok()).collect();
                 // The limit is far above anything useful. The plan decides which tiles fit a device.
                 match numbers.as_deref() {
                     Some(&[subgroups, rows, columns, stages])
                         if [subgroups, rows, columns, stages].iter().all(|n| (1..=32).contains(n)) =>
                     {
-                        Ok(Tiling::Cooperative { subgroups, rows, columns, stages })
+                        Ok(Tiling::Cooperative { subgroups, rows, columns, stages, loops })
                     }
                     _ => Err(format!(
                         "tiles {text:?}: want subgroups x row fragments x column fragments x stages, each 1 to 32, like \
@@ -99,13 +123,34 @@ impl FromStr for Tiling {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::loops::{LoopHint, LoopName};
 
     #[test]
     fn text_and_back() {
-        let tiles = PortableTile { threads_r: 16, threads_c: 8, rows: 4, quads: 1, k_step: 8, n_step: 16 };
+        let tiles = PortableTile {
+            threads_r: 16,
+            threads_c: 8,
+            rows: 4,
+            quads: 1,
+            k_step: 8,
+            n_step: 16,
+            loops: LoopHints::NONE,
+        };
         for (tiling, text) in [
             (tiles.into(), "portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16"),
-            (Tiling::Cooperative { subgroups: 16, rows: 1, columns: 2, stages: 1 }, "cooperative 16x1x2x1"),
+            (
+                Tiling::Cooperative { subgroups: 16, rows: 1, columns: 2, stages: 1, loops: LoopHints::NONE },
+                "cooperative 16x1x2x1",
+            ),
+            (
+                Tiling::from(tiles).with_loops(LoopHints::every(LoopHint::Keep)),
+                "portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16, loops keep",
+            ),
+            (
+                Tiling::Cooperative { subgroups: 4, rows: 2, columns: 1, stages: 1, loops: LoopHints::NONE }
+                    .with_loops(LoopHints::every(LoopHint::Keep).with(LoopName::Tiles, LoopHint::Unroll)),
+                "cooperative 4x2x1x1, loops keep tiles unroll",
+            ),
         ] {
             assert_eq!((tiling.to_string().as_str(), text.parse()), (text, Ok(tiling)));
         }
@@ -125,6 +170,11 @@ mod tests {
             ("cooperative 4x33x1x1", "each 1 to 32"),
             ("cooperative 4x-3x1x1", "each 1 to 32"),
             ("cooperative 4x3x1x99999999999", "each 1 to 32"),
+            ("cooperative 4x3x1x1, loops", "found the end"),
+            ("cooperative 4x3x1x1, loops tile keep", "found \"tile\""),
+            ("cooperative 4x3x1x1 loops keep", "each 1 to 32"),
+            ("portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16, loops hold", "found \"hold\""),
+            ("portable 64x64 (16x8 threads of 4x4), k_step 32, n_step 16, loops keep", "these numbers give"),
         ] {
             let error = text.parse::<Tiling>().unwrap_err();
             assert!(error.contains(message), "no {message:?} in {error}");

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::kernel::Kernel;
+use crate::kernel::loops::LoopHints;
 use crate::kernel::spec::Tiled;
 
 /// How a workgroup divides a tile of the score matrix among its threads.
@@ -25,6 +26,8 @@ pub struct PortableTile {
     pub k_step: u32,
     /// Columns staged at once for an accumulation, a divisor of the tile's columns.
     pub n_step: u32,
+    /// What the driver is told about the kernel's loops.
+    pub loops: LoopHints,
 }
 
 impl PortableTile {
@@ -143,7 +146,8 @@ impl fmt::Display for PortableTile {
             self.quads * 4,
             self.k_step * 4,
             self.n_step,
-        )
+        )?;
+        self.loops.write_after(f)
     }
 }
 
@@ -154,17 +158,26 @@ impl FromStr for PortableTile {
     fn from_str(text: &str) -> Result<Self, String> {
         let failed = |reason: String| format!("tiles {text:?}: {reason}");
         let form = "want a form like \"64x32 (16x8 threads of 4x4), k_step 32, n_step 16\"";
-        let words = text.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
+        let (shape, loops) = LoopHints::split_from(text).map_err(|reason| format!("tiles {reason}"))?;
+        let words = shape.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
         let numbers: Result<Vec<u32>, _> =
             words.map(|word| word.parse::<u32>().map_err(|e| format!("{word}: {e}"))).collect();
         let [_, _, threads_r, threads_c, rows, columns, k_step, n_step] = numbers.map_err(failed)?[..] else {
             return Err(failed(form.into()));
         };
-        let tiles = PortableTile { threads_r, threads_c, rows, quads: columns / 4, k_step: k_step / 4, n_step };
+        let tiles = PortableTile {
+            threads_r,
+            threads_c,
+            rows,
+            quads: columns / 4,
+            k_step: k_step / 4,
+            n_step,
+            loops: LoopHints::NONE,
+        };
         tiles.check().map_err(failed)?;
         // The text states the tile's size twice, and counts of vectors as multiples of four.
-        if tiles.to_string() == text {
-            Ok(tiles)
+        if tiles.to_string() == shape {
+            Ok(PortableTile { loops, ..tiles })
         } else {
             Err(failed(format!("{form}; these numbers give \"{tiles}\"")))
         }

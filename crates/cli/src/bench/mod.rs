@@ -58,7 +58,8 @@ pub struct Bench {
     passes: bool,
 
     /// Tiles of a kernel, for measuring them: "forward=cooperative 4x3x1x2" (subgroups, row and column fragments, stages), or "d_q=portable
-    /// 64x32 (16x8 threads of 4x4), k_step 32, n_step 16"; once for each kernel
+    /// 64x32 (16x8 threads of 4x4), k_step 32, n_step 16"; both may end with hints for loops, such as ", loops keep inner unroll"; once
+    /// for each kernel
     #[arg(long, value_name = "KERNEL=TILES", value_parser = kernel_tiles)]
     tiles: Vec<(Kernel, Tiling)>,
 

@@ -40,6 +40,9 @@ fn devices_lists_what_the_library_finds() {
         let matrices = offered.cooperative.map(|matrices| [matrices.side, matrices.lanes]);
         assert_eq!(entry["cooperative_matrices"], serde_json::json!(matrices));
         assert_eq!(entry["cooperative_error"].is_null(), matrices.is_some(), "either they are there, or the reason");
+        let spirv = offered.spirv.map(|version| version.to_string());
+        assert_eq!(entry["spirv"], serde_json::json!(spirv));
+        assert_eq!(entry["spirv_error"].is_null(), spirv.is_some(), "either it is taken, or the reason");
         let kernels = entry["kernels"].as_array().unwrap();
         assert_eq!(kernels.iter().map(|k| k["head_dim"].as_u64().unwrap()).collect::<Vec<_>>(), [64, 128]);
         assert!(kernels.iter().all(|kernel| kernel["name"].as_str().unwrap().starts_with("forward_")));
@@ -53,6 +56,11 @@ fn devices_lists_what_the_library_finds() {
             None => format!("matrices    {}\n", Capabilities::of_adapter(adapter).cooperative.unwrap()),
         };
         assert!(people.contains(&matrices), "no {matrices:?} in {people}");
+        let spirv = match (entry["spirv"].as_str(), entry["spirv_error"].as_str()) {
+            (Some(version), _) => format!("SPIR-V      {version}: "),
+            (None, reason) => format!("SPIR-V      no, so that tiles have no hints for loops: {}\n", reason.unwrap()),
+        };
+        assert!(people.contains(&spirv), "no {spirv:?} in {people}");
     }
 }
 
