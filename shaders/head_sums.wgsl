@@ -1,7 +1,7 @@
 {#- Gradients by parameters that have one number a head. One workgroup sums a head over the batch and the rows, in a fixed order:
 
       d_sink_logit = -sum over rows of exp(sink - lse) delta
-      d_alibi_slope = -sum over rows of the moments that d_q has left
+      d_alibi_slope = -sum over rows of the slope_rows that d_q has left
       each thread: its rows, with Kahan's compensation
       then the threads, pairwise
 
@@ -20,8 +20,8 @@ var<workgroup> partials: array<f32, {{ threads }}>;
 
 # if "row_stats" in names
 # set terms_of_rows = "row_stats"
-# elif "alibi_moments" in names
-# set terms_of_rows = "alibi_moments"
+# elif "d_slope_rows" in names
+# set terms_of_rows = "d_slope_rows"
 # else
 # set terms_of_rows = "sink_partials"
 # endif
@@ -40,8 +40,8 @@ var<workgroup> partials: array<f32, {{ threads }}>;
     let row = row_stats[place];
     // Equal terms give exp(0), even where both are infinite.
     let x = -select(exp1(sink - row.x), 1.0, sink == row.x) * row.y - lost;
-# elif "alibi_moments" in names
-    let x = -alibi_moments[place] - lost;
+# elif "d_slope_rows" in names
+    let x = -d_slope_rows[place] - lost;
 # else
     let x = sink_partials[place] - lost;
 # endif
@@ -55,5 +55,5 @@ var<workgroup> partials: array<f32, {{ threads }}>;
     if (thread < half) { partials[thread] += partials[thread + half]; }
     workgroupBarrier();
   }
-  if (thread == 0u) { {{ "d_alibi_slopes[params.d_slope_offset" if "alibi_moments" in names else "d_sink_logits[params.d_sink_offset" }} + head] = partials[0]; }
+  if (thread == 0u) { {{ "d_alibi_slopes[params.d_slope_offset" if "d_slope_rows" in names else "d_sink_logits[params.d_sink_offset" }} + head] = partials[0]; }
 # endcall

@@ -53,8 +53,8 @@ fn has_fallback(index: u32) -> bool {
 # if "key_scales" in names
   let scales_base = operand_base(params.key_scales, work.batch, work.kv_head) + seq.k_start;
 # endif
-# if "alibi_moments" in names
-  let moments_base = operand_base(params.alibi_moments, work.batch, work.head) + seq.q_start;
+# if "d_slope_rows" in names
+  let slope_rows_base = operand_base(params.d_slope_rows, work.batch, work.head) + seq.q_start;
 # endif
   let tiles = key_tiles(seq, row0, used_end);
 # if modified or hides

@@ -89,7 +89,7 @@ const LANES: u32 = {{ lanes }}u;
     let x = load_q(q_base, quad);
 # if rotary.relative and rolling
     // The query's place once its key is in the cache.
-    let turn = rotation(min(position, params.kept_rows + params.ring_rows - 1u), quad);
+    let turn = rotation(min(position, params.sink_rows + params.window_rows - 1u), quad);
 # else
     let turn = rotation(position, quad);
 # endif
@@ -106,8 +106,8 @@ const LANES: u32 = {{ lanes }}u;
 # else
 # if rolling
   // A token that this append itself pushes out of the window is not written: each window row has one writer.
-  if (position >= params.kept_rows && tokens[sequence] - number > params.ring_rows) { return; }
-  let place = select(params.kept_rows + (position - params.kept_rows) % params.ring_rows, position, position < params.kept_rows);
+  if (position >= params.sink_rows && tokens[sequence] - number > params.window_rows) { return; }
+  let place = select(params.sink_rows + (position - params.sink_rows) % params.window_rows, position, position < params.sink_rows);
   let block = sequence;
 # elif paged
   let place = position & (params.block_rows - 1u);

@@ -57,8 +57,8 @@ var<workgroup> slot_states: array<vec2<f32>, {{ slots * rows }}>;
 
 // The row of a place: behind the sink rows, the window begins with its oldest row.
 fn row_in_window(place: u32, oldest: u32) -> u32 {
-  let at = place - params.kept_rows + oldest;
-  return select(params.kept_rows + select(at, at - params.ring_rows, at >= params.ring_rows), place, place < params.kept_rows);
+  let at = place - params.sink_rows + oldest;
+  return select(params.sink_rows + select(at, at - params.window_rows, at >= params.window_rows), place, place < params.sink_rows);
 }
 # endif
 
@@ -521,7 +521,7 @@ fn main(
   let offset = i32(range.keys) - i32(params.queries);
 # if rolling
   let total = state[params.current + sequence];
-  let oldest = select((total - params.kept_rows) % params.ring_rows, 0u, total <= params.kept_rows + params.ring_rows);
+  let oldest = select((total - params.sink_rows) % params.window_rows, 0u, total <= params.sink_rows + params.window_rows);
 # endif
 
 {{ load_q() }}

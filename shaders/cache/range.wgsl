@@ -9,7 +9,7 @@ struct KeyRange { keys: u32, sink_tiles: u32, first: u32, tiles: u32, split_tile
 // Twin of `splits` in src/plan/splits.rs.
 fn key_range(sequence: u32) -> KeyRange {
 # if rolling
-  let keys = min(state[params.current + sequence], params.kept_rows + params.ring_rows);
+  let keys = min(state[params.current + sequence], params.sink_rows + params.window_rows);
 # else
   let keys = state[params.current + sequence];
 # endif

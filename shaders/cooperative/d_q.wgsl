@@ -36,9 +36,9 @@
 
 # macro begin_tiles()
 {{ matrix.accumulator("d_q", "k") }}
-# if moments
+# if slope_rows
 # for r in range(row_fragments)
-  var moment_{{ r }} = 0.0;
+  var d_slope_{{ r }} = 0.0;
 # endfor
 # endif
 # if units
@@ -59,7 +59,7 @@
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
 # endmacro
 
-{#- dS = exp(S - lse) (dP - delta), in the unit of d_q. Unless the tile belongs to the walk, it `counts` for the moments of ALiBi slopes. -#}
+{#- dS = exp(S - lse) (dP - delta), in the unit of d_q. Unless the tile belongs to the walk, it `counts` for the gradient by the slopes. -#}
 # macro make_d_s(counts)
 {{ score.begin_scores() }}
 # for r in range(row_fragments)
@@ -76,21 +76,21 @@
     var d_s_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ matrix.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
 # endfor
 # endfor
-# if softcap and not (moments and counts)
+# if softcap and not (slope_rows and counts)
 # for r, n in pairs(row_fragments, lane_quads)
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 # endfor
 # endif
 {{ masking.hide("d_s", "0.0") }}
-# if moments and counts
+# if slope_rows and counts
 # for r, n in pairs(row_fragments, lane_quads)
     {
-      let moment = d_s_{{ r }}_{{ n }} * distance4(seq, row_{{ r }}, {{ matrix.quad_column(n) }});
-      moment_{{ r }} += (moment.x + moment.y) + (moment.z + moment.w);
+      let terms = d_s_{{ r }}_{{ n }} * distance4(seq, row_{{ r }}, {{ matrix.quad_column(n) }});
+      d_slope_{{ r }} += (terms.x + terms.y) + (terms.z + terms.w);
     }
 # endfor
 # endif
-# if softcap and moments and counts
+# if softcap and slope_rows and counts
 # for r, n in pairs(row_fragments, lane_quads)
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 # endfor
@@ -105,7 +105,7 @@
 # macro score_gradients()
     // dS, stored as the P tile.
 {{ make_d_s(true) }}
-{{ unit.keep_in_unit("d_s", "d_q", "k", ["moment"] if moments else []) }}
+{{ unit.keep_in_unit("d_s", "d_q", "k", ["d_slope"] if slope_rows else []) }}
 {{ fallback.find_fallback() }}
 # endmacro
 
@@ -120,13 +120,13 @@
   let factor_{{ r }} = params.scale / d_q_unit_{{ r }};
 # endfor
 {{ matrix.store("d_q", "d_q", "factor_") }}
-# if moments
+# if slope_rows
 # for r in range(row_fragments)
-{{ matrix.reduce_row("moment_" ~ r, "sum") }}
+{{ matrix.reduce_row("d_slope_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && part == 0u) {
-    let total = moment_{{ r }} / d_q_unit_{{ r }};
+    let total = d_slope_{{ r }} / d_q_unit_{{ r }};
     fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
-    alibi_moments[moments_base + row_{{ r }}] = total;
+    d_slope_rows[slope_rows_base + row_{{ r }}] = total;
   }
 # endfor
 # endif

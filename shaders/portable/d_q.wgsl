@@ -22,9 +22,9 @@
   }
 # endfor
 {{ blocks.accumulator("d_q", "k") }}
-# if moments
+# if slope_rows
 # for i in range(rows)
-  var moment_{{ i }} = 0.0;
+  var d_slope_{{ i }} = 0.0;
 # endfor
 # endif
 # endmacro
@@ -41,16 +41,16 @@
 # endmacro
 
 # macro score_gradients()
-    // dS = exp(S - lse) (dP - delta), stored as the P tile. With ALiBi the moment |p - j| dS of each row is summed, too.
+    // dS = exp(S - lse) (dP - delta), stored as the P tile. With ALiBi |p - j| dS is summed along each row, too.
 # for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});
 # endfor
 {{ blocks.mask("s") }}
-# if moments
+# if slope_rows
 # for i, c in pairs(rows, quads)
     {
-      let moment = s_{{ i }}_{{ c }} * distance4(seq, row_{{ i }}, {{ blocks.quad_column(c) }});
-      moment_{{ i }} += (moment.x + moment.y) + (moment.z + moment.w);
+      let terms = s_{{ i }}_{{ c }} * distance4(seq, row_{{ i }}, {{ blocks.quad_column(c) }});
+      d_slope_{{ i }} += (terms.x + terms.y) + (terms.z + terms.w);
     }
 # endfor
 # endif
@@ -72,10 +72,10 @@
 # endfor
 # endif
 {{ blocks.store("d_q", "d_q", "factor_" if bias else "params.scale") }}
-# if moments
-{{ blocks.reduce_rows("total", "moment", "sum") }}
+# if slope_rows
+{{ blocks.reduce_rows("total", "d_slope", "sum") }}
 # for i in range(rows)
-  if (tx == 0u && {{ blocks.writes(i) }}) { alibi_moments[moments_base + row_{{ i }}] = total_{{ i }}{{ " * portion_" ~ i if bias }}; }
+  if (tx == 0u && {{ blocks.writes(i) }}) { d_slope_rows[slope_rows_base + row_{{ i }}] = total_{{ i }}{{ " * portion_" ~ i if bias }}; }
 # endfor
 # endif
 # endmacro

@@ -17,7 +17,7 @@ impl PartialState {
     /// The results of a forward pass, unrounded.
     fn of<T: Element>((output, row_max): (Output<T>, Option<Vec<f32>>)) -> Self {
         let o = match &output.o_lo {
-            Some(o_lo) => output.o.par_iter().zip(o_lo).map(|(o, &rest)| o.whole(rest)).collect(),
+            Some(o_lo) => output.o.par_iter().zip(o_lo).map(|(o, &rest)| o.with_lo(rest)).collect(),
             None => T::widen(&output.o).into_owned(),
         };
         PartialState { o, lse: output.lse, row_max }

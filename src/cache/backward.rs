@@ -1,6 +1,6 @@
 //! Gradients through contiguous and paged caches, in their layout.
 
-use super::batch::{Batch, Entry, Prefill};
+use super::batch::{Chunk, Prefill, PrefillBatch};
 use super::gather::{Dispatch, Gathered, Source, given, record};
 use super::gpu::{GivenBuffer, KvCache};
 use super::step::Step;
@@ -166,7 +166,7 @@ pub struct PreparedBackward {
     keys: wgpu::Buffer,
     gradients: [wgpu::Buffer; 2],
     bytes: [u64; 2],
-    entries: Vec<Entry>,
+    entries: Vec<Chunk>,
     /// Of each entry.
     pages: Vec<Vec<u32>>,
     gather: Option<Dispatch>,
@@ -208,7 +208,7 @@ impl KvCache {
 impl PreparedBackward {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &BackwardBuffers<'_>) -> Result<Self> {
         let config = &cache.config;
-        let batch = Batch::held(config, prefill, cache.block_table())?;
+        let batch = PrefillBatch::held(config, prefill, cache.block_table())?;
         let (keys, bytes) = (cache.keys.clone(), config.bytes());
         let into = [buffers.d_keys, buffers.d_values];
         for (output, buffer, needed) in [("d_keys", into[0], bytes[0]), ("d_values", into[1], bytes[1])] {
@@ -298,7 +298,7 @@ impl PreparedBackward {
 }
 
 /// The pages that hold the keys of a sequence.
-fn used_pages<'a>(cache: &'a KvCache, entry: &Entry) -> &'a [u32] {
+fn used_pages<'a>(cache: &'a KvCache, entry: &Chunk) -> &'a [u32] {
     let pages = cache.pages(entry.sequence);
     &pages[..entry.keys.div_ceil(cache.config.kind.rows()).min(pages.len())]
 }

@@ -123,7 +123,7 @@ impl<T> PrefillOperands<'_, T> {
 
 /// A sequence of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub(crate) struct Chunk {
     pub(crate) sequence: usize,
     /// Tokens of the sequence without the new ones, including those that a ring has given up.
     pub(crate) length: usize,
@@ -134,7 +134,7 @@ pub(crate) struct Entry {
     pub(crate) first_row: usize,
 }
 
-impl Entry {
+impl Chunk {
     /// Keys that a ring has given up, for tokens that come after those that the cache holds.
     fn given_up(&self) -> usize {
         self.length - self.cached
@@ -143,9 +143,9 @@ impl Entry {
 
 /// The chunks of all sequences that have tokens.
 #[derive(Debug, Clone)]
-pub(crate) struct Batch {
+pub(crate) struct PrefillBatch {
     pub(crate) problem: Problem,
-    pub(crate) entries: Vec<Entry>,
+    pub(crate) entries: Vec<Chunk>,
     /// Rows of the keys of all sequences.
     pub(crate) rows: usize,
     /// Whether the problem's bias is that of [`alibi_of_sinks`](Self::alibi_of_sinks).
@@ -154,7 +154,7 @@ pub(crate) struct Batch {
 
 /// Rows that lie one after the other, in the cache and among the keys of all sequences; all in one tile of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Run {
+pub(crate) struct CopyRun {
     pub(crate) sequence: usize,
     /// The number of the block in the sequence.
     pub(crate) number: usize,
@@ -166,7 +166,7 @@ pub(crate) struct Run {
 
 /// Rows of a block of the cache, and the rows that add up to the first of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Sum {
+pub(crate) struct ScatterSum {
     pub(crate) block: usize,
     pub(crate) row: usize,
     pub(crate) rows: usize,
@@ -177,7 +177,7 @@ pub(crate) struct Sum {
 /// Rows of a run.
 const RUN_ROWS: usize = 64;
 
-impl Batch {
+impl PrefillBatch {
     /// The batch of tokens that come after those that the cache holds. `None` if there are none.
     ///
     /// A rolling cache gives up keys, as tokens are appended, that the first of these tokens still see. So its keys are those from before
@@ -194,9 +194,9 @@ impl Batch {
     pub(crate) fn appended(config: &CacheConfig, prefill: &Prefill, block_table: &BlockTable) -> Result<Option<Self>> {
         check_total(config, &prefill.tokens)?;
         block_table.check_capacity(&prefill.tokens)?;
-        Batch::new(config, prefill, |sequence, tokens| {
+        PrefillBatch::new(config, prefill, |sequence, tokens| {
             let [length, cached] = [block_table.lengths()[sequence], block_table.keys(sequence)];
-            Ok(Entry { sequence, length, cached, keys: cached + tokens, first_row: 0 })
+            Ok(Chunk { sequence, length, cached, keys: cached + tokens, first_row: 0 })
         })
     }
 
@@ -210,13 +210,13 @@ impl Batch {
         if let Some(quantisation) = config.quantisation {
             return invalid("quantisation", format!("{quantisation:?}; quantised keys and values have no gradients"));
         }
-        let batch = Batch::new(config, prefill, |sequence, tokens| {
+        let batch = PrefillBatch::new(config, prefill, |sequence, tokens| {
             let length = block_table.lengths()[sequence];
             if tokens > length {
                 let reason = format!("{tokens} of sequence {sequence}, which has {length}");
                 return Err(Error::InvalidOption { option: "tokens", reason });
             }
-            Ok(Entry { sequence, length, cached: length, keys: length, first_row: 0 })
+            Ok(Chunk { sequence, length, cached: length, keys: length, first_row: 0 })
         });
         batch?.ok_or(Error::ZeroDimension { dimension: "tokens" })
     }
@@ -224,7 +224,7 @@ impl Batch {
     fn new(
         config: &CacheConfig,
         prefill: &Prefill,
-        entry: impl Fn(usize, usize) -> Result<Entry>,
+        entry: impl Fn(usize, usize) -> Result<Chunk>,
     ) -> Result<Option<Self>> {
         let invalid = |option, reason: String| Err(Error::InvalidOption { option, reason });
         let Prefill { heads, tokens, options } = prefill;
@@ -247,7 +247,7 @@ impl Batch {
         let (mut q, mut k) = (vec![0u32], vec![0u32]);
         let mut rows = 0usize;
         for (sequence, &tokens) in tokens.iter().enumerate().filter(|(_, tokens)| **tokens > 0) {
-            let entry = Entry { first_row: rows, ..entry(sequence, tokens)? };
+            let entry = Chunk { first_row: rows, ..entry(sequence, tokens)? };
             rows = rows.saturating_add(entry.keys);
             let (most, value) = (MOST_TOKENS as u64, rows as u64);
             if value > most {
@@ -259,7 +259,7 @@ impl Batch {
         }
         // Only a rolling cache has given up keys, and it takes no other bias.
         let sinks_by_bias =
-            options.alibi && options.sink_tokens > 0 && entries.iter().any(|e: &Entry| e.given_up() > 0);
+            options.alibi && options.sink_tokens > 0 && entries.iter().any(|e: &Chunk| e.given_up() > 0);
         if sinks_by_bias {
             let axes = Axes { batch: entries.len() > 1, heads: true, seq_q: false };
             options = options.bias(axes).bias_dtype(DType::F32);
@@ -279,7 +279,7 @@ impl Batch {
             0 | 1 => Problem::new(shape, options.layout(Layout::Bshd))?,
             _ => Problem::with_lengths(shape, options.layout(Layout::Thd), Lengths::Cumulative { q: &q, k: &k })?,
         };
-        Ok((!entries.is_empty()).then_some(Batch { problem, entries, rows, sinks_by_bias }))
+        Ok((!entries.is_empty()).then_some(PrefillBatch { problem, entries, rows, sinks_by_bias }))
     }
 
     /// The bias that makes positions of places for ALiBi, `[sequences, H, 1, N]`. Behind the sink tokens a ring has given up g keys, so a
@@ -313,14 +313,14 @@ impl Batch {
     }
 
     /// The rows that come from the cache.
-    pub(crate) fn runs(&self, block_table: &BlockTable) -> Vec<Run> {
+    pub(crate) fn runs(&self, block_table: &BlockTable) -> Vec<CopyRun> {
         let mut runs = Vec::new();
-        for &Entry { sequence, length, cached, first_row, .. } in &self.entries {
+        for &Chunk { sequence, length, cached, first_row, .. } in &self.entries {
             let mut place = 0;
             while place < cached {
                 let [number, row, left] = block_table.stretch(length, place);
                 let rows = left.min(cached - place).min(RUN_ROWS);
-                runs.push(Run { sequence, number, row, to: first_row + place, rows });
+                runs.push(CopyRun { sequence, number, row, to: first_row + place, rows });
                 place += rows;
             }
         }
@@ -328,10 +328,10 @@ impl Batch {
     }
 
     /// The destinations of gradients by keys that all come from the cache. Pages that sequences share get the sum over these sequences.
-    pub(crate) fn sums(&self, block_table: &BlockTable) -> Vec<Sum> {
+    pub(crate) fn sums(&self, block_table: &BlockTable) -> Vec<ScatterSum> {
         // For each block: how many of its rows each sequence uses, and where these rows are.
         let mut users: BTreeMap<usize, Vec<[usize; 2]>> = BTreeMap::new();
-        for &Entry { sequence, length, keys, first_row, .. } in &self.entries {
+        for &Chunk { sequence, length, keys, first_row, .. } in &self.entries {
             let mut place = 0;
             while place < keys {
                 let [number, _, rows] = block_table.stretch(length, place);
@@ -347,7 +347,7 @@ impl Batch {
             while let Some(end) = users.iter().map(|[used, _]| *used).filter(|used| *used > row).min() {
                 let rows = (end - row).min(RUN_ROWS);
                 let terms = users.iter().filter(|[used, _]| *used > row).map(|[_, first]| first + row).collect();
-                sums.push(Sum { block, row, rows, terms });
+                sums.push(ScatterSum { block, row, rows, terms });
                 row += rows;
             }
         }
@@ -410,10 +410,10 @@ mod tests {
                         let window_option = Window { left, right: Some(0) };
                         let options = Options::new().window(window_option).sink_tokens(sink_tokens);
                         let prefill = Prefill::new(1, [tokens, 0], options);
-                        let batch = Batch::appended(&config, &prefill, &block_table).unwrap().unwrap();
+                        let batch = PrefillBatch::appended(&config, &prefill, &block_table).unwrap().unwrap();
                         let entry = batch.entries[0];
                         let mut positions = vec![usize::MAX; entry.keys];
-                        for Run { row, to, rows: run, .. } in batch.runs(&block_table) {
+                        for CopyRun { row, to, rows: run, .. } in batch.runs(&block_table) {
                             for n in 0..run {
                                 // The last token that was written to the row.
                                 let of = |p: usize| if p < kept { p } else { kept + (p - kept) % (rows - kept) };
@@ -444,9 +444,9 @@ mod tests {
         let mut block_table = BlockTable::new(&config);
         block_table.assign(0, &[3, 1], 20).unwrap();
         block_table.assign(1, &[3, 1, 7, 8, 0], 75).unwrap();
-        let batch = Batch::held(&config, &Prefill::new(1, [1, 75], Options::new()), &block_table).unwrap();
+        let batch = PrefillBatch::held(&config, &Prefill::new(1, [1, 75], Options::new()), &block_table).unwrap();
         let mut found = BTreeMap::new();
-        for Sum { block, row, rows, terms } in batch.sums(&block_table) {
+        for ScatterSum { block, row, rows, terms } in batch.sums(&block_table) {
             for n in 0..rows {
                 let terms: Vec<usize> = terms.iter().map(|term| term + n).collect();
                 assert_eq!(found.insert((block, row + n), terms), None);

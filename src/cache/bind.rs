@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::gpu::{KvCache, table_row};
 use crate::device::buffer::TensorView;
 use crate::exec::bind::bind_groups;
+use crate::exec::bound_operand::{BoundOperand, check_element_type};
 use crate::exec::pipeline::Pipeline;
-use crate::exec::placed::{Placed, check_element_type};
 use crate::kernel::params::{Operand, Params};
 use crate::kernel::{Binding, Variant};
 use crate::plan::operand::{BindingRange, OperandLayout};
@@ -28,8 +28,8 @@ pub(super) fn params(config: &CacheConfig) -> Params {
         table_row: table_row(config) as u32,
         block_rows: rows as u32,
         block_shift: rows.trailing_zeros(),
-        kept_rows: kept as u32,
-        ring_rows: ring as u32,
+        sink_rows: kept as u32,
+        window_rows: ring as u32,
         scale_size: 1.0,
         negative_infinity: f32::NEG_INFINITY,
         ..Params::default()
@@ -82,10 +82,10 @@ impl Bound {
     }
 }
 
-/// An operand of the caller's, after a check, and the window of it that a kernel binds.
+/// An operand of the caller's, after a check, and the range of it that a kernel binds.
 pub(super) struct Given<'a> {
-    pub(super) placed: Placed<'a>,
-    pub(super) window: BindingRange,
+    pub(super) placed: BoundOperand<'a>,
+    pub(super) range: BindingRange,
     pub(super) buffer: &'a wgpu::Buffer,
 }
 
@@ -99,14 +99,14 @@ impl<'a> Given<'a> {
         element: usize,
     ) -> Result<Self> {
         check_element_type(binding, view, cache.config.dtype, &Options::new())?;
-        let placed = Placed::new(binding, view, extents, layout, element)?;
-        let window = placed.view.window(placed.view.whole(), cache.device.capabilities())?;
+        let placed = BoundOperand::new(binding, view, extents, layout, element)?;
+        let range = placed.view.binding_range(placed.view.whole(), cache.device.capabilities())?;
         for (other, buffer) in [("the cache's keys", &cache.keys), ("the cache's values", &cache.values)] {
             if view.buffer == buffer {
                 return Err(Error::Aliasing { output: binding.name(), other });
             }
         }
-        Ok(Given { placed, window, buffer: view.buffer })
+        Ok(Given { placed, range, buffer: view.buffer })
     }
 
     pub(super) fn view(&self) -> &OperandLayout {
@@ -115,11 +115,11 @@ impl<'a> Given<'a> {
 
     /// The place of the operand, counted in vectors of `width` elements.
     pub(super) fn operand(&self, width: u64) -> Operand {
-        Operand::new(self.view(), self.window, width)
+        Operand::new(self.view(), self.range, width)
     }
 
     pub(super) fn resource(&self) -> wgpu::BindingResource<'a> {
-        self.placed.binding(self.window)
+        self.placed.binding(self.range)
     }
 }
 

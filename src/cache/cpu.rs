@@ -1,6 +1,6 @@
 //! A cache on the CPU.
 
-use super::batch::{Batch, Prefill, PrefillOperands, Run, Sum, check_total};
+use super::batch::{CopyRun, Prefill, PrefillBatch, PrefillOperands, ScatterSum, check_total};
 use super::block_table::BlockTable;
 use crate::plan::decode::Decode;
 use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
@@ -195,7 +195,7 @@ impl<T: Element> KvCache<T> {
         operands: &PrefillOperands<'_, T>,
     ) -> Result<Output<T>> {
         let CacheConfig { kv_heads, head_dim, value_dim, .. } = self.config;
-        let batch = Batch::appended(&self.config, prefill, &self.block_table)?;
+        let batch = PrefillBatch::appended(&self.config, prefill, &self.block_table)?;
         let turned_q = self.config.rotary.map(|_| &*q);
         let turning = self.check_tokens(&prefill.tokens, k, v, turned_q, operands.cos_sin)?;
         let Some(batch) = batch else {
@@ -252,7 +252,7 @@ impl<T: Element> KvCache<T> {
         upstream: &Upstream<'_, T>,
         operands: &PrefillOperands<'_, T>,
     ) -> Result<Gradients<T>> {
-        let batch = Batch::held(&self.config, prefill, &self.block_table)?;
+        let batch = PrefillBatch::held(&self.config, prefill, &self.block_table)?;
         if operands.cos_sin.is_some() {
             let hint = "keys have been rotated as they were appended";
             return Err(Error::UnexpectedOperand { operand: "cos_sin", hint });
@@ -266,7 +266,7 @@ impl<T: Element> KvCache<T> {
         let scatter = |gathered: &[T], len: usize, width: usize| {
             let mut gradient = vec![T::default(); len];
             let (heads, block_rows) = (self.config.kv_heads, self.config.kind.rows());
-            for Sum { block, row, rows, terms } in &sums {
+            for ScatterSum { block, row, rows, terms } in &sums {
                 for (n, head) in (0..*rows).flat_map(|n| (0..heads).map(move |head| (n, head))) {
                     let to = ((block * heads + head) * block_rows + row + n) * width;
                     for (d, to) in gradient[to..to + width].iter_mut().enumerate() {
@@ -285,10 +285,10 @@ impl<T: Element> KvCache<T> {
     }
 
     /// Keys and values of runs of rows, `[rows, G, width]`.
-    fn gather_rows(&self, runs: impl IntoIterator<Item = Run>, all: usize) -> [Vec<T>; 2] {
+    fn gather_rows(&self, runs: impl IntoIterator<Item = CopyRun>, all: usize) -> [Vec<T>; 2] {
         let CacheConfig { kv_heads, head_dim, value_dim, kind, .. } = self.config;
         let mut gathered = [head_dim, value_dim].map(|width| vec![T::default(); all * kv_heads * width]);
-        for Run { sequence, number, row, to, rows } in runs {
+        for CopyRun { sequence, number, row, to, rows } in runs {
             let block = self.block_table.block(sequence, number);
             for (n, head) in (0..rows).flat_map(|n| (0..kv_heads).map(move |head| (n, head))) {
                 let from = (block * kv_heads + head) * kind.rows() + row + n;

@@ -1,11 +1,11 @@
 //! Keys and values out of a cache, one after the other, and gradients by them back into its layout.
 
-use super::batch::{Batch, Run, Sum};
+use super::batch::{CopyRun, PrefillBatch, ScatterSum};
 use super::bind::{Bound, params};
 use super::gpu::GivenBuffer;
 use super::gpu::KvCache;
 use crate::device::buffer::{TensorView, allocate, upload};
-use crate::exec::placed::resource;
+use crate::exec::bound_operand::resource;
 use crate::kernel::cache::CacheOptions;
 use crate::kernel::params::Params;
 use crate::kernel::{Binding, Kernel, Variant};
@@ -42,7 +42,7 @@ pub(super) struct Gathered {
 
 impl Gathered {
     /// Bytes of the keys and of the values, which fit a binding each.
-    fn bytes(cache: &KvCache, batch: &Batch) -> Result<[u64; 2]> {
+    fn bytes(cache: &KvCache, batch: &PrefillBatch) -> Result<[u64; 2]> {
         let bytes = row_bytes(&cache.config).map(|row| row * (cache.config.kv_heads * batch.rows) as u64);
         let limit = cache.device.capabilities().binding_bytes;
         match ["gathered keys", "gathered values"].into_iter().zip(bytes).find(|(_, bytes)| *bytes > limit) {
@@ -51,8 +51,8 @@ impl Gathered {
         }
     }
 
-    /// The windows of keys and values, if both are in one buffer.
-    fn windows(cache: &KvCache, batch: &Batch) -> Result<[BindingRange; 2]> {
+    /// The binding_ranges of keys and values, if both are in one buffer.
+    fn binding_ranges(cache: &KvCache, batch: &PrefillBatch) -> Result<[BindingRange; 2]> {
         let [keys, values] = Gathered::bytes(cache, batch)?;
         let alignment = u64::from(cache.device.capabilities().offset_alignment).max(256);
         let start = keys.next_multiple_of(alignment);
@@ -60,18 +60,18 @@ impl Gathered {
     }
 
     /// Bytes of a buffer that holds keys and values.
-    pub(super) fn scratch_bytes(cache: &KvCache, batch: &Batch) -> Result<u64> {
-        Gathered::windows(cache, batch).map(|[_, values]| values.start + values.len)
+    pub(super) fn scratch_bytes(cache: &KvCache, batch: &PrefillBatch) -> Result<u64> {
+        Gathered::binding_ranges(cache, batch).map(|[_, values]| values.start + values.len)
     }
 
     /// Uses a buffer that is large enough.
-    pub(super) fn within(cache: &KvCache, batch: &Batch, buffer: &wgpu::Buffer) -> Result<Self> {
-        let parts = Gathered::windows(cache, batch)?.map(|part| (buffer.clone(), part));
+    pub(super) fn within(cache: &KvCache, batch: &PrefillBatch, buffer: &wgpu::Buffer) -> Result<Self> {
+        let parts = Gathered::binding_ranges(cache, batch)?.map(|part| (buffer.clone(), part));
         Ok(Gathered::new(cache, batch, parts))
     }
 
     /// Allocates buffers of its own.
-    pub(super) async fn allocate(cache: &KvCache, batch: &Batch) -> Result<Self> {
+    pub(super) async fn allocate(cache: &KvCache, batch: &PrefillBatch) -> Result<Self> {
         let [keys, values] = Gathered::bytes(cache, batch)?;
         let of = |operand, len: u64| -> Result<_> {
             let usage = wgpu::BufferUsages::STORAGE;
@@ -82,7 +82,7 @@ impl Gathered {
         Ok(Gathered::new(cache, batch, parts))
     }
 
-    fn new(cache: &KvCache, batch: &Batch, parts: [(wgpu::Buffer, BindingRange); 2]) -> Self {
+    fn new(cache: &KvCache, batch: &PrefillBatch, parts: [(wgpu::Buffer, BindingRange); 2]) -> Self {
         let element = cache.config.dtype.bytes() as u64;
         Gathered { rows: batch.rows, row_bytes: row_bytes(&cache.config), element, parts }
     }
@@ -101,7 +101,7 @@ impl Gathered {
     }
 
     /// The dispatch that copies runs of rows out of the cache to here. `None` if there are no runs.
-    pub(super) async fn gather(&self, cache: &KvCache, runs: &[Run]) -> Result<Option<Dispatch>> {
+    pub(super) async fn gather(&self, cache: &KvCache, runs: &[CopyRun]) -> Result<Option<Dispatch>> {
         let config = &cache.config;
         let paged = config.addressing() == Addressing::Paged;
         let list = runs.iter().flat_map(|run| {
@@ -115,7 +115,7 @@ impl Gathered {
     pub(super) async fn scatter(
         &self,
         cache: &KvCache,
-        sums: &[Sum],
+        sums: &[ScatterSum],
         into: [&wgpu::Buffer; 2],
     ) -> Result<Option<Dispatch>> {
         let mut list = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::batch::{Batch, Entry, check_counts};
+use super::batch::{Chunk, PrefillBatch, check_counts};
 use super::block_table::{BlockTable, Changes};
 use super::step::{Step, Ticket};
 use crate::attention::Attention;
@@ -277,7 +277,11 @@ impl KvCache {
 
     /// Keys and values of a batch without a copy, in buffers of the cache's layout, if the ordinary passes can read them there: in a batch
     /// of one sequence.
-    pub(super) fn in_place<'a>(&self, batch: &Batch, buffers: [&'a wgpu::Buffer; 2]) -> Option<[TensorView<'a>; 2]> {
+    pub(super) fn in_place<'a>(
+        &self,
+        batch: &PrefillBatch,
+        buffers: [&'a wgpu::Buffer; 2],
+    ) -> Option<[TensorView<'a>; 2]> {
         match batch.entries[..] {
             [entry] => self.rows_of(entry.sequence, buffers),
             _ => None,
@@ -299,8 +303,8 @@ impl KvCache {
     }
 
     /// Checks that the sequences of a batch have the lengths that it was made for.
-    pub(super) fn check_lengths<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> Result<()> {
-        for &Entry { sequence, length, .. } in entries {
+    pub(super) fn check_lengths<'a>(&self, entries: impl IntoIterator<Item = &'a Chunk>) -> Result<()> {
+        for &Chunk { sequence, length, .. } in entries {
             let actual = self.block_table().lengths()[sequence];
             if actual != length {
                 return Err(Error::CacheChanged {

@@ -4,7 +4,7 @@ use bytemuck::cast_slice;
 
 use super::append::AppendBuffers;
 use super::backward::BackwardBuffers;
-use super::batch::{Batch, Prefill, PrefillOperands, check_total};
+use super::batch::{Prefill, PrefillBatch, PrefillOperands, check_total};
 use super::cpu;
 use super::decode::DecodeBuffers;
 use super::gpu::KvCache;
@@ -218,7 +218,7 @@ impl<T: Element> HostCache<T> {
         };
         let config = cache.config;
         let total = check_tokens(&config, &prefill.tokens, kv)?;
-        let batch = Batch::appended(&config, prefill, cache.block_table())?;
+        let batch = PrefillBatch::appended(&config, prefill, cache.block_table())?;
         let Some(batch) = batch else {
             check_length("q", q.len(), &[total, prefill.heads, config.head_dim])?;
             return Ok(Output { o: vec![], o_lo: None, lse: vec![] });
@@ -302,7 +302,7 @@ impl<T: Element> HostCache<T> {
             return Err(Error::UnexpectedOperand { operand: "cos_sin", hint });
         }
         let config = cache.config;
-        let problem = Batch::held(&config, prefill, cache.block_table())?.problem;
+        let problem = PrefillBatch::held(&config, prefill, cache.block_table())?.problem;
         check_length("q", q.len(), &problem.q_shape())?;
         let inputs = operands.inputs(q, [&[]; 2]);
         problem.check_optional_inputs(&inputs)?;

@@ -1,7 +1,7 @@
 //! Tokens into a cache, and their queries against all that it holds by then: prompts, whole or in chunks.
 
 use super::append::{AppendBuffers, PreparedAppend};
-use super::batch::{Batch, Entry, Prefill};
+use super::batch::{Chunk, Prefill, PrefillBatch};
 use super::gather::{Dispatch, Gathered, Source, given, record};
 use super::gpu::{GivenBuffer, KvCache};
 use super::step::{Step, StepPass};
@@ -143,7 +143,7 @@ pub struct PreparedPrefill {
 
 #[derive(Debug, Clone)]
 struct Passes {
-    entries: Vec<Entry>,
+    entries: Vec<Chunk>,
     /// Dispatches before the cache gives up keys: the gathering, and the new tokens behind the gathered rows.
     before: [Option<Dispatch>; 2],
     after: Option<Dispatch>,
@@ -196,7 +196,7 @@ impl KvCache {
     /// # Errors
     /// As [`prepare_prefill`](Self::prepare_prefill), as far as they do not concern buffers.
     pub fn prefill_scratch_bytes(&self, prefill: &Prefill) -> Result<u64> {
-        let batch = Batch::appended(&self.config, prefill, self.block_table())?;
+        let batch = PrefillBatch::appended(&self.config, prefill, self.block_table())?;
         let gathered = batch.filter(|batch| self.in_place(batch, [&self.keys, &self.values]).is_none());
         gathered.map_or(Ok(0), |batch| Gathered::scratch_bytes(self, &batch))
     }
@@ -205,7 +205,7 @@ impl KvCache {
 impl PreparedPrefill {
     pub(crate) async fn new(cache: &KvCache, prefill: &Prefill, buffers: &PrefillBuffers<'_>) -> Result<Self> {
         let config = &cache.config;
-        let batch = Batch::appended(config, prefill, cache.block_table())?;
+        let batch = PrefillBatch::appended(config, prefill, cache.block_table())?;
         let rotated = config.rotary.map(|_| (buffers.q, prefill.heads));
         let operands =
             AppendBuffers { q: rotated, cos_sin: buffers.cos_sin, ..AppendBuffers::new(buffers.k, buffers.v) };
@@ -236,8 +236,8 @@ impl PreparedPrefill {
             }
             (Source::Gathered(gathered), _) => {
                 // The new tokens are gathered, too, because they have been appended by then.
-                let held = |entry: &Entry| Entry { cached: entry.keys, ..*entry };
-                let held = Batch { entries: batch.entries.iter().map(held).collect(), ..batch.clone() };
+                let held = |entry: &Chunk| Chunk { cached: entry.keys, ..*entry };
+                let held = PrefillBatch { entries: batch.entries.iter().map(held).collect(), ..batch.clone() };
                 after = gathered.gather(cache, &held.runs(cache.block_table())).await?;
             }
         }
@@ -303,7 +303,12 @@ impl PreparedPrefill {
 }
 
 /// Checks a buffer of the caller's for gathered keys and values.
-fn check_scratch(cache: &KvCache, batch: &Batch, scratch: &wgpu::Buffer, buffers: &PrefillBuffers<'_>) -> Result<()> {
+fn check_scratch(
+    cache: &KvCache,
+    batch: &PrefillBatch,
+    scratch: &wgpu::Buffer,
+    buffers: &PrefillBuffers<'_>,
+) -> Result<()> {
     let (operand, needed) = ("scratch", Gathered::scratch_bytes(cache, batch)?);
     if scratch.size() < needed {
         return Err(Error::BufferTooSmall { operand, needed, actual: scratch.size() });

@@ -67,7 +67,7 @@ pub fn backward<T: Element>(
     let upstream = Upstream { d_o: &d_o, d_lse: upstream.d_lse };
     let o = match (T::DTYPE.has_rounding_error(), &saved.o_lo) {
         (false, _) => T::widen(&saved.o),
-        (true, Some(o_lo)) => saved.o.par_iter().zip(o_lo).map(|(o, &rest)| o.whole(rest)).collect(),
+        (true, Some(o_lo)) => saved.o.par_iter().zip(o_lo).map(|(o, &rest)| o.with_lo(rest)).collect(),
         (true, None) => forward_widened(problem, &inputs).o.into(),
     };
     let Gradients { d_q, d_k, d_v, d_sink_logits, d_alibi_slopes, d_bias } =

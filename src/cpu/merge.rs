@@ -36,7 +36,7 @@ pub fn finish<T: Element>(problem: &Problem, state: &PartialState, sink_logits: 
 impl PartialState {
     /// The state as the results of a forward pass.
     pub(crate) fn narrow<T: Element>(self) -> Output<T> {
-        let o_lo = T::DTYPE.has_rounding_error().then(|| self.o.par_iter().map(|&o| T::rest(o)).collect());
+        let o_lo = T::DTYPE.has_rounding_error().then(|| self.o.par_iter().map(|&o| T::lo(o)).collect());
         Output { o: T::narrow(self.o), o_lo, lse: self.lse }
     }
 }

@@ -57,7 +57,7 @@ pub fn forward_with_row_max<T: Element>(problem: &Problem, inputs: &Inputs<'_, T
     let bias = inputs.bias.map(widen_bias);
     let inputs = inputs.with_operands([&q, &k, &v], bias.as_deref());
     let (Output { o, lse, .. }, row_max) = widened_with_row_max(problem, &inputs);
-    let o_lo = T::DTYPE.has_rounding_error().then(|| o.par_iter().map(|&o| T::rest(o)).collect());
+    let o_lo = T::DTYPE.has_rounding_error().then(|| o.par_iter().map(|&o| T::lo(o)).collect());
     Ok((Output { o: T::narrow(o), o_lo, lse }, row_max))
 }
 

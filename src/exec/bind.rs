@@ -1,18 +1,18 @@
-//! The bindings of a dispatch: parameters, and windows of buffers.
+//! The bindings of a dispatch: parameters, and binding_ranges of buffers.
 
 use crate::device::Device;
+use crate::exec::bound_operand::resource;
 use crate::exec::pipeline::Pipeline;
-use crate::exec::placed::resource;
 use crate::kernel::params::{Operand, Params, ParamsLayout};
 use crate::kernel::{Binding, Variant};
 use crate::plan::operand::{BindingRange, OperandLayout};
 
 impl Operand {
-    /// Place of an operand, counted in `width` elements from the start of its window. Shaders count in u32, which wraps around as often as
-    /// needed to return to an index within the window.
-    pub(crate) fn new(view: &OperandLayout, window: BindingRange, width: u64) -> Self {
+    /// Place of an operand, counted in `width` elements from the start of its range. Shaders count in u32, which wraps around as often as
+    /// needed to return to an index within the range.
+    pub(crate) fn new(view: &OperandLayout, range: BindingRange, width: u64) -> Self {
         let [batch, head, seq] = view.strides.map(|stride| (stride / width) as u32);
-        let offset = (view.offset / width).wrapping_sub(window.start / view.element / width) as u32;
+        let offset = (view.offset / width).wrapping_sub(range.start / view.element / width) as u32;
         Operand { offset, batch, head, seq }
     }
 }

@@ -53,7 +53,7 @@ pub struct ForwardBuffers<'a> {
     /// Result: attention outputs.
     pub o: TensorView<'a>,
     /// Result, in f16 and bf16 only, where the backward pass is to have it: the rounding error of o, an i16 in the place
-    /// of each of its elements, see [`Element::rest`](crate::Element::rest). Views are as those of o, two bytes an element.
+    /// of each of its elements, see [`Element::lo`](crate::Element::lo). Views are as those of o, two bytes an element.
     pub o_lo: Option<TensorView<'a>>,
     /// Result: log of the denominators, `[batch, heads, seq_q]`, densely packed.
     pub lse: TensorView<'a>,

@@ -193,8 +193,8 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
         return gpu.create_shader_module(descriptor);
     }
     // SAFETY: the text is this crate's own. It keeps these invariants; each names what enforces it.
-    // - Operands of the caller: an index stays within the extents and strides that lie in the buffer. `Placed::new`.
-    // - Slices: a dispatch indexes within the windows that it binds, in whole words. `Pass::slices`; the simulation in
+    // - Operands of the caller: an index stays within the extents and strides that lie in the buffer. `BoundOperand::new`.
+    // - Slices: a dispatch indexes within the binding_ranges that it binds, in whole words. `Pass::slices`; the simulation in
     //   src/plan/slice/tests.rs goes through it, workgroup by workgroup.
     // - Wrapping: an index counts from the start of its window and may wrap on the way there. A window has fewer than 2^32 elements.
     //   `OperandLayout::window`.

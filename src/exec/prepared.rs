@@ -6,9 +6,9 @@ use std::time::Duration;
 use crate::device::Device;
 use crate::device::buffer::{TensorView, allocate, upload};
 use crate::exec::bind::bind_groups;
+use crate::exec::bound_operand::{BoundOperand, check_element_type, resource};
 use crate::exec::buffers::{BackwardBuffers, ForwardBuffers, MergeBuffers};
 use crate::exec::pipeline::{Pipeline, Pipelines};
-use crate::exec::placed::{Placed, check_element_type, resource};
 use crate::kernel::params::{Operand, Params};
 use crate::kernel::spec::mask_blocks;
 use crate::kernel::{Binding, SEQUENCE_WORDS};
@@ -23,7 +23,7 @@ use crate::problem::{Problem, SinkLogits};
 struct Operands<'a> {
     problem: &'a Problem,
     device: &'a Device,
-    placed: Vec<(TensorView<'a>, Placed<'a>)>,
+    placed: Vec<(TensorView<'a>, BoundOperand<'a>)>,
     /// The caller's buffer for the results of the mask's kernel.
     mask_scratch: Option<&'a wgpu::Buffer>,
 }
@@ -40,7 +40,7 @@ impl<'a> Operands<'a> {
         }
         check_element_type(binding, view, self.problem.options().dtype, self.problem.options())?;
         let (extents, layout, element) = binding.extents(self.problem);
-        self.placed.push((*view, Placed::new(binding, view, extents, layout, element)?));
+        self.placed.push((*view, BoundOperand::new(binding, view, extents, layout, element)?));
         Ok(())
     }
 
@@ -85,7 +85,7 @@ impl<'a> Operands<'a> {
         Ok(())
     }
 
-    fn find(&self, binding: Binding) -> Option<&Placed<'a>> {
+    fn find(&self, binding: Binding) -> Option<&BoundOperand<'a>> {
         self.placed.iter().map(|(_, placed)| placed).find(|placed| placed.view.binding == binding)
     }
 
@@ -111,7 +111,7 @@ impl<'a> Operands<'a> {
         let vec4 = self.vec4();
         let operand = |binding: Binding| {
             let view = views.iter().find(|view| view.binding == binding);
-            let window = slice.windows.iter().find(|(b, _)| *b == binding);
+            let window = slice.binding_ranges.iter().find(|(b, _)| *b == binding);
             let width = if vec4 && binding.has_width() { 4 } else { 1 };
             // A pass does not read the place of an operand that it does not bind.
             view.zip(window).map_or(Operand::default(), |(view, (_, window))| Operand::new(view, *window, width))
@@ -347,7 +347,7 @@ impl Prepared {
                     if binding == Binding::Sequences {
                         return sequences.as_ref().map(|buffer| buffer.as_entire_binding());
                     }
-                    let (_, window) = list[n].windows.iter().find(|(b, _)| *b == binding)?;
+                    let (_, window) = list[n].binding_ranges.iter().find(|(b, _)| *b == binding)?;
                     let own = scratch.iter().find(|(b, _)| *b == binding);
                     own.map(|(_, buffer)| resource(buffer, *window))
                         .or_else(|| operands.find(binding).map(|placed| placed.binding(*window)))

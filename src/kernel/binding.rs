@@ -110,7 +110,7 @@ operands! {
     Mask = 20: "mask", Mask, Mask;
     MaskBits = 21: "mask_bits", Own, Words;
     AlibiSlopes = 22: "alibi_slopes", Heads, F32;
-    AlibiMoments = 23: "alibi_moments", Own, Words;
+    DSlopeRows = 23: "d_slope_rows", Own, Words;
     DBias = 24: "d_bias", Bias, F32;
     DAlibiSlopes = 25: "d_alibi_slopes", Heads, F32;
     Sequences = 26: "sequences", Own, Words;

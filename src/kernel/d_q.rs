@@ -1,6 +1,6 @@
 //! The gradient by q.
 
-use crate::kernel::binding::Binding::{AlibiMoments, Bias, DO, DQ, K, MaskBits, Params, Q, RowStats, Sequences, V};
+use crate::kernel::binding::Binding::{Bias, DO, DQ, DSlopeRows, K, MaskBits, Params, Q, RowStats, Sequences, V};
 use crate::kernel::micro_kernel::MicroKernel;
 use crate::kernel::spec::{Body, KernelSpec, Side, Tiled, Width, Work, adjusts_nothing, always, binds_all};
 
@@ -9,7 +9,7 @@ pub(crate) const D_Q: KernelSpec = KernelSpec {
     template: include_str!("../../shaders/d_q.wgsl"),
     wanted: always,
     reads: &[Params, Q, K, V, Bias, MaskBits, Sequences, DO, RowStats],
-    writes: &[DQ, AlibiMoments],
+    writes: &[DQ, DSlopeRows],
     binds: binds_all,
     adjust: adjusts_nothing,
     work: Work::PortableTile(Side::Queries),

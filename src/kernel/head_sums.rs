@@ -1,7 +1,7 @@
 //! Gradients of parameters that have one number a head: sums over the batch and the rows.
 
 use crate::kernel::binding::Binding::{
-    AlibiMoments, DAlibiSlopes, DSinkLogits, Params, RowStats, SinkLogits as Sinks, SinkPartials,
+    DAlibiSlopes, DSinkLogits, DSlopeRows, Params, RowStats, SinkLogits as Sinks, SinkPartials,
 };
 use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
 use crate::kernel::spec::{Body, KernelSpec, OwnOptions, Plain, Work, adjusts_nothing, binds_all};
@@ -49,7 +49,7 @@ pub(crate) const D_ALIBI_SLOPES: KernelSpec = KernelSpec {
     name: "d_alibi_slopes",
     template: include_str!("../../shaders/head_sums.wgsl"),
     wanted: |problem, optional| (problem.options().alibi && optional.d_alibi_slopes).into(),
-    reads: &[Params, AlibiMoments],
+    reads: &[Params, DSlopeRows],
     writes: &[DAlibiSlopes],
     binds: binds_all,
     adjust: adjusts_nothing,

@@ -91,7 +91,7 @@ params! {
         d_lse: DLse,
         /// lse and delta of each row, in half precision also its unit. The ALiBi slope of a head follows its last row.
         row_stats: RowStats,
-        alibi_moments: AlibiMoments,
+        d_slope_rows: DSlopeRows,
         sink_partials: SinkPartials,
         key_scales: KeyScales,
         query_scales: QueryScales,
@@ -165,8 +165,8 @@ params! {
         block_rows: u32,
         block_shift: u32,
         /// Rows of a rolling cache that are never given up, and rows of the ring behind them.
-        kept_rows: u32,
-        ring_rows: u32,
+        sink_rows: u32,
+        window_rows: u32,
         /// Rows of a head among the gathered keys of all sequences.
         gathered_rows: u32,
         /// Appended tokens of all sequences.

@@ -46,7 +46,7 @@ pub struct Variant {
     /// ALiBi is subtracted from scores.
     pub alibi: bool,
     /// Each row keeps the sum that the gradient of the ALiBi slopes needs.
-    pub moments: bool,
+    pub slope_rows: bool,
     /// Element type of the bias that is added to scores.
     pub bias: Option<DType>,
     /// A boolean mask hides pairs.
@@ -160,7 +160,7 @@ impl Variant {
             sink_logits,
             softcap: is_tiled && softcap.is_some(),
             alibi: alibi && (is_tiled || reads(Binding::AlibiSlopes)),
-            moments: alibi && optional.d_alibi_slopes && writes(Binding::AlibiMoments),
+            slope_rows: alibi && optional.d_alibi_slopes && writes(Binding::DSlopeRows),
             bias: bias.map(|_| bias_dtype).filter(|_| reads(Binding::Bias)),
             mask: mask.is_some() && reads(Binding::MaskBits),
             mask_packing: if reads(Binding::Mask) { mask_packing } else { MaskPacking::Bytes },
@@ -192,7 +192,7 @@ impl Variant {
             sink_logits: options.sink_logits,
             softcap: options.softcap,
             alibi: false,
-            moments: false,
+            slope_rows: false,
             bias: None,
             mask: false,
             mask_packing: MaskPacking::Bytes,
@@ -235,7 +235,7 @@ impl Variant {
                 Binding::SinkLogits | Binding::SinkPartials => self.sink_logits == SinkLogits::PerHead,
                 Binding::DLse => self.d_lse,
                 Binding::AlibiSlopes => self.alibi,
-                Binding::AlibiMoments => self.moments || !written,
+                Binding::DSlopeRows => self.slope_rows || !written,
                 Binding::Bias => self.bias.is_some(),
                 Binding::MaskBits => self.mask || *written,
                 Binding::Sequences => self.lengths,
@@ -322,7 +322,7 @@ impl Variant {
         let (d, e) = (self.head_dim, self.value_dim);
         match (self.fragments(), self.tiles()) {
             (Some(fragments), _) => fragments.workgroup_bytes(self.kernel, self.dtype, d, e),
-            (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.moments_len().div_ceil(4),
+            (_, Some(tiles)) => tiles.workgroup_bytes(self.kernel, d, e) + 16 * self.slope_rows_len().div_ceil(4),
             _ => match self.cached() {
                 Some((cached, options)) => (cached.workgroup_bytes)(options),
                 None => self.plain().map_or(0, |plain| plain.workgroup_bytes),
@@ -338,8 +338,8 @@ impl Variant {
     }
 
     /// Numbers that a kernel keeps for the ALiBi slopes' gradient, in addition to its tiles.
-    fn moments_len(&self) -> u32 {
-        let tiles = self.tiles().filter(|_| self.moments);
+    fn slope_rows_len(&self) -> u32 {
+        let tiles = self.tiles().filter(|_| self.slope_rows);
         tiles.map_or(0, |tiles| tiles.tile_rows() * tiles.threads_c)
     }
 
@@ -374,7 +374,7 @@ impl Variant {
         for (part, there) in [
             ("_softcap", self.softcap),
             ("_alibi", self.alibi),
-            ("_moments", self.moments),
+            ("_d_slope_rows", self.slope_rows),
             ("_mask", self.mask),
             ("_bits", self.mask_packing == MaskPacking::Bits),
             ("_lengths", self.lengths),
@@ -476,7 +476,7 @@ impl Variant {
             names => bindings.iter().map(|(b, _)| b.name()).collect::<Vec<_>>(),
             softcap => self.softcap,
             alibi => self.alibi,
-            moments => self.moments,
+            slope_rows => self.slope_rows,
             bias => self.bias.map(|dtype| dtype.to_string()),
             mask => self.mask,
             packed => self.mask_packing == MaskPacking::Bits,
@@ -523,7 +523,7 @@ impl Variant {
             let accumulator_quads: BTreeMap<&str, u32> =
                 operand_quads.iter().map(|(name, quads)| (*name, quads.div_ceil(t.threads_c))).collect();
             let [memory_len, partials_len] = t.arrays(self.kernel, self.head_dim, self.value_dim);
-            let partials_len = partials_len + self.moments_len();
+            let partials_len = partials_len + self.slope_rows_len();
             context = context! {
                 micro_kernel => self.micro_kernel.to_string(),
                 tile_rows => t.tile_rows(),

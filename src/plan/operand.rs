@@ -125,7 +125,7 @@ impl OperandLayout {
     }
 
     /// The window from one element to another. It is an error if the window is larger than the device allows.
-    pub(crate) fn window(&self, [first, end]: [u64; 2], capabilities: &Capabilities) -> Result<BindingRange> {
+    pub(crate) fn binding_range(&self, [first, end]: [u64; 2], capabilities: &Capabilities) -> Result<BindingRange> {
         let operand = self.binding.name();
         // Windows start at a multiple of the bytes that are loaded at once.
         let alignment = u64::from(capabilities.offset_alignment).max(16);
@@ -165,7 +165,7 @@ pub(crate) fn scratch_view(binding: Binding, problem: &Problem, passes: &[Pass])
             let bytes = if problem.options().dtype.multiplies_on_matrices() { 16 } else { 8 };
             rows(s.seq_q + usize::from(problem.options().alibi), bytes)
         }
-        Binding::AlibiMoments => rows(s.seq_q, 4),
+        Binding::DSlopeRows => rows(s.seq_q, 4),
         Binding::SinkPartials => rows(s.seq_q.div_ceil(DELTA_ROWS as usize), 4),
         Binding::MaskBits => mask_bits(problem),
         Binding::Fallback => {

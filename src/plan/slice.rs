@@ -35,7 +35,7 @@ pub(crate) struct Slice {
     /// Workgroups of each sequence, head and tile.
     pub(crate) cells: u32,
     pub(crate) grid: [u32; 2],
-    pub(crate) windows: Vec<(Binding, BindingRange)>,
+    pub(crate) binding_ranges: Vec<(Binding, BindingRange)>,
 }
 
 /// The dispatches of a pass.
@@ -61,11 +61,12 @@ impl Pass {
         let mut list = Vec::with_capacity(parts.len());
         for part in parts {
             let accesses = slicer.accesses(&part);
-            let windows = slicer.views.iter().map(|view| Ok((view.binding, slicer.window(view, &accesses)?)));
-            let mut windows = windows.collect::<Result<Vec<_>>>()?;
-            windows.extend(&slicer.whole);
+            let binding_ranges =
+                slicer.views.iter().map(|view| Ok((view.binding, slicer.binding_range(view, &accesses)?)));
+            let mut binding_ranges = binding_ranges.collect::<Result<Vec<_>>>()?;
+            binding_ranges.extend(&slicer.whole);
             if self.variant.packed {
-                join(&mut windows, [Binding::DK, Binding::DV], capabilities)?;
+                join(&mut binding_ranges, [Binding::DK, Binding::DV], capabilities)?;
             }
             let (workgroups, grid) = slicer.fold(&part)?;
             let [.., places] = &part.axes;
@@ -75,7 +76,7 @@ impl Pass {
                     .sort_by_key(|(visited, _)| std::cmp::Reverse(*visited));
             }
             let cells = slicer.cells as u32;
-            list.push(Slice { part, workgroups, cells, grid, windows });
+            list.push(Slice { part, workgroups, cells, grid, binding_ranges });
         }
         Ok(Slices { list, work: slicer.work.into_iter().map(|(_, work)| work).collect() })
     }
@@ -86,10 +87,14 @@ impl Pass {
     }
 }
 
-/// Gives two operands in one buffer a common window, which covers the windows of both.
-fn join(windows: &mut [(Binding, BindingRange)], operands: [Binding; 2], capabilities: &Capabilities) -> Result<()> {
+/// Gives two operands in one buffer a common window, which covers the binding_ranges of both.
+fn join(
+    binding_ranges: &mut [(Binding, BindingRange)],
+    operands: [Binding; 2],
+    capabilities: &Capabilities,
+) -> Result<()> {
     let own: Vec<&mut BindingRange> =
-        windows.iter_mut().filter(|(b, _)| operands.contains(b)).map(|(_, window)| window).collect();
+        binding_ranges.iter_mut().filter(|(b, _)| operands.contains(b)).map(|(_, window)| window).collect();
     let start = own.iter().map(|window| window.start).min().unwrap_or(0);
     let end = own.iter().map(|window| window.start + window.len).max().unwrap_or(0);
     let (bytes, limit) = (end - start, capabilities.binding_bytes);
@@ -128,7 +133,7 @@ struct Slicer<'a> {
     axes: [u64; 3],
     /// Workgroups of a cell: of one sequence, head and tile.
     cells: u64,
-    /// Operands that do not fit a binding as a whole, and the windows of operands that do.
+    /// Operands that do not fit a binding as a whole, and the binding_ranges of operands that do.
     views: Vec<OperandLayout>,
     whole: Vec<(Binding, BindingRange)>,
     /// The list of tiles, if tiles come from one: the number of column tiles that each tile visits, its sequence and its tile.
@@ -150,7 +155,7 @@ impl<'a> Slicer<'a> {
         let Grid { axes, cells } = grid(&pass.variant, problem);
         let (mut large, mut whole) = (Vec::new(), Vec::new());
         for view in views {
-            match view.window(view.whole(), capabilities) {
+            match view.binding_range(view.whole(), capabilities) {
                 Ok(window) => whole.push((view.binding, window)),
                 Err(_) => large.push(*view),
             }
@@ -158,7 +163,7 @@ impl<'a> Slicer<'a> {
         if pass.variant.lengths {
             let words = problem.sequence_count() * SEQUENCE_WORDS as usize + 2 * work.len();
             let table = OperandLayout::run(Binding::Sequences, words, 4);
-            table.window(table.whole(), capabilities)?;
+            table.binding_range(table.whole(), capabilities)?;
         }
         let most_work =
             budget.as_secs_f64() * capabilities.flops(pass.variant.micro_kernel.properties().needs_matrices);
@@ -233,7 +238,7 @@ impl<'a> Slicer<'a> {
         if !self.views.is_empty() {
             let accesses = self.accesses(part);
             for view in &self.views {
-                self.window(view, &accesses).map_err(Misfit::Limit)?;
+                self.binding_range(view, &accesses).map_err(Misfit::Limit)?;
             }
         }
         if !self.work_before.is_empty() {
@@ -262,7 +267,7 @@ impl<'a> Slicer<'a> {
     }
 
     /// The window of an operand that a dispatch binds. It is not empty even if the dispatch needs nothing of the operand.
-    fn window(&self, view: &OperandLayout, accesses: &[Access]) -> Result<BindingRange> {
+    fn binding_range(&self, view: &OperandLayout, accesses: &[Access]) -> Result<BindingRange> {
         let mut span: Option<[u64; 2]> = None;
         let s = self.problem.shape();
         for access in accesses {
@@ -296,7 +301,7 @@ impl<'a> Slicer<'a> {
             span = Some(span.map_or([first, end], |[a, b]| [a.min(first), b.max(end)]));
         }
         let span = span.unwrap_or([view.offset, view.offset + view.extents[3]]);
-        view.window(span, self.capabilities)
+        view.binding_range(span, self.capabilities)
     }
 
     /// Accesses of the workgroups of a part.

@@ -116,16 +116,16 @@ pub trait Element:
     /// The nearest number of this type, to even in the middle; beyond the largest one, infinity.
     fn from_f32(x: f32) -> Self;
 
-    /// The rounding error of [`from_f32`](Self::from_f32) of x, from which [`whole`](Self::whole) gives x back: 0 where nothing is rounded,
+    /// The rounding error of [`from_f32`](Self::from_f32) of x, from which [`with_lo`](Self::with_lo) gives x back: 0 where nothing is rounded,
     /// as always in f32, and where the rounded number is not finite.
     ///
     /// It is the difference of the bits of |x| and of the rounded |x|, both as f32; for f16 below 2^-14 their own
     /// difference in units of 2^-39.
-    fn rest(x: f32) -> i16;
+    fn lo(x: f32) -> i16;
 
-    /// x, from itself rounded and its [`rest`](Self::rest): exactly, but for the last bit of a tie of bf16, and within 2^-40
+    /// x, from itself rounded and its [`lo`](Self::lo): exactly, but for the last bit of a tie of bf16, and within 2^-40
     /// for f16 below 2^-14.
-    fn whole(self, rest: i16) -> f32;
+    fn with_lo(self, lo: i16) -> f32;
 
     /// [`to_f32`](Self::to_f32) of a whole operand, which is no copy where it is f32 already.
     fn widen(x: &[Self]) -> Cow<'_, [f32]>;
@@ -145,11 +145,11 @@ impl Element for f32 {
         x
     }
 
-    fn rest(_: f32) -> i16 {
+    fn lo(_: f32) -> i16 {
         0
     }
 
-    fn whole(self, _: i16) -> f32 {
+    fn with_lo(self, _: i16) -> f32 {
         self
     }
 
@@ -177,7 +177,7 @@ fn in_chunks<A, B>(into: &mut [A], from: &[B], convert: impl Fn(&mut [A], &[B]))
 }
 
 macro_rules! half_element {
-    ($type:ty, $dtype:expr, $rest:expr, $whole:expr) => {
+    ($type:ty, $dtype:expr, $lo:expr, $with_lo:expr) => {
         impl Element for $type {
             const DTYPE: DType = $dtype;
 
@@ -189,12 +189,12 @@ macro_rules! half_element {
                 <$type>::from_f32(x)
             }
 
-            fn rest(x: f32) -> i16 {
-                $rest(x)
+            fn lo(x: f32) -> i16 {
+                $lo(x)
             }
 
-            fn whole(self, rest: i16) -> f32 {
-                $whole(self, rest)
+            fn with_lo(self, lo: i16) -> f32 {
+                $with_lo(self, lo)
             }
 
             fn widen(x: &[Self]) -> Cow<'_, [f32]> {
@@ -230,12 +230,12 @@ fn f16_lo(x: f32) -> i16 {
     size.to_bits().wrapping_sub(wide.to_bits()) as i16
 }
 
-fn f16_with_lo(x: f16, rest: i16) -> f32 {
+fn f16_with_lo(x: f16, lo: i16) -> f32 {
     let wide = x.to_f32();
     if wide.abs() < f16::MIN_POSITIVE.to_f32() {
-        return (wide.abs() + f32::from(rest) * SUBNORMAL_UNIT).abs().copysign(wide);
+        return (wide.abs() + f32::from(lo) * SUBNORMAL_UNIT).abs().copysign(wide);
     }
-    f32::from_bits(wide.to_bits().wrapping_add_signed(rest.into()))
+    f32::from_bits(wide.to_bits().wrapping_add_signed(lo.into()))
 }
 
 fn bf16_lo(x: f32) -> i16 {
@@ -244,12 +244,12 @@ fn bf16_lo(x: f32) -> i16 {
         return 0;
     }
     // A tie leaves one too many.
-    let rest = x.to_bits().wrapping_sub(rounded.to_f32().to_bits()) as i32;
-    rest.min(i16::MAX.into()) as i16
+    let lo = x.to_bits().wrapping_sub(rounded.to_f32().to_bits()) as i32;
+    lo.min(i16::MAX.into()) as i16
 }
 
-fn bf16_with_lo(x: bf16, rest: i16) -> f32 {
-    f32::from_bits(x.to_f32().to_bits().wrapping_add_signed(rest.into()))
+fn bf16_with_lo(x: bf16, lo: i16) -> f32 {
+    f32::from_bits(x.to_f32().to_bits().wrapping_add_signed(lo.into()))
 }
 
 /// The element type of a [`DeviceBuffer`](crate::device::DeviceBuffer).
@@ -364,38 +364,38 @@ mod tests {
     fn what_rounding_takes_comes_back() {
         let same = |x: f32, y: f32| x.to_bits() == y.to_bits();
         for x in all_sizes() {
-            let (rounded, rest) = (bf16::from_f32(x), <bf16 as Element>::rest(x));
-            let whole = rounded.whole(rest);
+            let (rounded, lo) = (bf16::from_f32(x), <bf16 as Element>::lo(x));
+            let whole = rounded.with_lo(lo);
             if rounded.is_finite() {
-                let last_bit_of_a_tie = rest == i16::MAX && x.to_bits() - whole.to_bits() == 1;
-                assert!(same(whole, x) || last_bit_of_a_tie, "{x:e} comes back as {whole:e} from {rounded} and {rest}");
+                let last_bit_of_a_tie = lo == i16::MAX && x.to_bits() - whole.to_bits() == 1;
+                assert!(same(whole, x) || last_bit_of_a_tie, "{x:e} comes back as {whole:e} from {rounded} and {lo}");
             } else {
-                assert!(rest == 0 && same(whole, rounded.to_f32()), "{x:e} leaves {rest}");
+                assert!(lo == 0 && same(whole, rounded.to_f32()), "{x:e} leaves {lo}");
             }
 
-            let (rounded, rest) = (f16::from_f32(x), <f16 as Element>::rest(x));
-            let whole = rounded.whole(rest);
+            let (rounded, lo) = (f16::from_f32(x), <f16 as Element>::lo(x));
+            let whole = rounded.with_lo(lo);
             if !rounded.is_finite() {
-                assert!(rest == 0 && same(whole, rounded.to_f32()), "{x:e} leaves {rest}");
+                assert!(lo == 0 && same(whole, rounded.to_f32()), "{x:e} leaves {lo}");
             } else if rounded.to_f32().abs() < 2f32.powi(-14) {
                 let close = (whole - x).abs() <= 2f32.powi(-40) && whole.is_sign_negative() == x.is_sign_negative();
-                assert!(close, "{x:e} comes back as {whole:e} from {rounded} and {rest}");
+                assert!(close, "{x:e} comes back as {whole:e} from {rounded} and {lo}");
             } else {
-                assert!(same(whole, x), "{x:e} comes back as {whole:e} from {rounded} and {rest}");
+                assert!(same(whole, x), "{x:e} comes back as {whole:e} from {rounded} and {lo}");
             }
 
-            assert!(f32::rest(x) == 0 && same(x.whole(0), x));
+            assert!(f32::lo(x) == 0 && same(x.with_lo(0), x));
         }
     }
 
     #[test]
     fn any_rest_has_a_whole() {
         for bits in 0..=u16::MAX {
-            for rest in [i16::MIN, i16::MAX] {
+            for lo in [i16::MIN, i16::MAX] {
                 // Another number, and no overflow that a debug build would end at.
                 let (f16, bf16) = (f16::from_bits(bits), bf16::from_bits(bits));
-                assert_ne!(f16.whole(rest).to_bits(), f16.to_f32().to_bits());
-                assert_ne!(bf16.whole(rest).to_bits(), bf16.to_f32().to_bits());
+                assert_ne!(f16.with_lo(lo).to_bits(), f16.to_f32().to_bits());
+                assert_ne!(bf16.with_lo(lo).to_bits(), bf16.to_f32().to_bits());
             }
         }
     }

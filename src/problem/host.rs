@@ -182,7 +182,7 @@ setters! {
 /// assert!((output.lse[0] - 3f32.ln()).abs() < 1e-6);
 /// assert_eq!(output.o, [f16::from_f32(1.0 / 3.0)]); // 0.33325, rounded
 /// for (o, rest) in output.o.iter().zip(output.o_lo.iter().flatten()) {
-///     assert!((o.whole(*rest) - 1.0 / 3.0).abs() < 1e-6); // with o_lo as exact as in f32
+///     assert!((o.with_lo(*rest) - 1.0 / 3.0).abs() < 1e-6); // with o_lo as exact as in f32
 /// }
 /// # Ok::<(), sink_attention::Error>(())
 /// ```
@@ -191,7 +191,7 @@ setters! {
 pub struct Output<T = f32, S = f32> {
     /// Attention outputs, see [`Problem::o_shape`].
     pub o: Vec<T>,
-    /// The rounding error of o: [`Element::rest`] of each element before it was rounded; `None` in f32. With it the
+    /// The rounding error of o: [`Element::lo`] of each element before it was rounded; `None` in f32. With it the
     /// backward pass has o in f32. Without it (`None` in half precision, too) the backward pass computes delta anew.
     pub o_lo: Option<Vec<i16>>,
     /// Log of the softmax's denominator, the sink logit included, natural log, see [`Problem::lse_shape`].

@@ -148,7 +148,7 @@ fn the_cpu_computes_in_f32<T: Element>() {
         let expected = path.forward(&single_problem, &single.operands.inputs()).unwrap();
         let gradients = single.run_with(&path, &single_problem, &expected);
         let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
-        let o_lo = Some(expected.o.iter().map(|&o| T::rest(o)).collect());
+        let o_lo = Some(expected.o.iter().map(|&o| T::lo(o)).collect());
         assert_eq!(output, Output::new(T::narrow(expected.o), expected.lse).o_lo(o_lo), "{problem}");
         let expected = Gradients::new(T::narrow(gradients.d_q), T::narrow(gradients.d_k), T::narrow(gradients.d_v))
             .d_sink_logits(gradients.d_sink_logits);
@@ -199,7 +199,7 @@ fn the_rest_makes_it_f32<T: Element>() {
                 let output = path.forward(&problem, &backward.operands.inputs()).unwrap();
                 let expected = reference::forward(&problem, &backward.operands.inputs()).unwrap();
                 let rest = output.o_lo.as_ref().unwrap();
-                let whole: Vec<f32> = output.o.iter().zip(rest).map(|(o, &rest)| o.whole(rest)).collect();
+                let whole: Vec<f32> = output.o.iter().zip(rest).map(|(o, &rest)| o.with_lo(rest)).collect();
                 let name = format!("{problem}, values of {size}, on {}", path.device_name());
                 compare(&whole, &expected.o, accepted(DType::F32)).unwrap_or_else(|error| panic!("{name}: {error}"));
                 compare(&T::widen(&output.o), &expected.o, accepted(DType::F32)).unwrap_err();

@@ -397,7 +397,7 @@ fn states_in_halves() {
             .collect();
         let expected = cpu::merge(&problem, &states.iter().collect::<Vec<_>>()).unwrap();
         let all: Vec<f32> = states.iter().flat_map(|state| state.o.clone()).collect();
-        let rest: Vec<i16> = all.iter().map(|&x| T::rest(x)).collect();
+        let rest: Vec<i16> = all.iter().map(|&x| T::lo(x)).collect();
         let halves = T::narrow(all);
         let bytes = |x: &[u8]| {
             let mut words = x.to_vec();
@@ -419,7 +419,7 @@ fn states_in_halves() {
             (o, bytemuck::pod_collect_to_vec::<f32, i16>(&read(device, &o_lo))[..o_len].to_vec())
         };
         let (rounded, rest) = run(&with_o_lo);
-        let whole: Vec<f32> = rounded.iter().zip(&rest).map(|(o, &rest)| o.whole(rest)).collect();
+        let whole: Vec<f32> = rounded.iter().zip(&rest).map(|(o, &rest)| o.with_lo(rest)).collect();
         compare(&whole, &expected.o, BOUND).unwrap();
         compare_lse(&read(device, &lse), &expected.lse, BOUND).unwrap();
         let wide = |x: &[T]| x.iter().map(|&x| x.into()).collect::<Vec<f64>>();

@@ -81,7 +81,7 @@ impl Simulation<'_> {
     /// Checks that rows of an operand are within its binding.
     fn access(&self, slice: &Slice, binding: Binding, entry: u64, head: u64, rows: Range<u64>) {
         let Some(view) = self.views.iter().find(|view| view.binding == binding) else { return };
-        let (_, window) = slice.windows.iter().find(|(b, _)| *b == binding).expect("it is bound");
+        let (_, window) = slice.binding_ranges.iter().find(|(b, _)| *b == binding).expect("it is bound");
         for row in [rows.start, rows.end.wrapping_sub(1)].into_iter().filter(|_| !rows.is_empty()) {
             let index = [entry, head, row];
             let at = view.offset + (0..3).map(|axis| view.strides[axis] * index[axis]).sum::<u64>();
@@ -132,7 +132,7 @@ impl Simulation<'_> {
             Work::Heads => {
                 for entry in 0..s.batch as u64 {
                     self.access(slice, Binding::RowStats, entry, head, 0..s.seq_q as u64);
-                    self.access(slice, Binding::AlibiMoments, entry, head, 0..s.seq_q as u64);
+                    self.access(slice, Binding::DSlopeRows, entry, head, 0..s.seq_q as u64);
                     self.access(slice, Binding::SinkPartials, entry, head, 0..s.seq_q.div_ceil(32) as u64);
                 }
             }
@@ -247,7 +247,7 @@ impl Simulation<'_> {
         let Some(view) = self.views.iter().find(|view| view.binding == Binding::MaskBits) else { return };
         self.access(slice, Binding::MaskBits, number, head, rows);
         // The last class of the head, and the words that a tile may read beyond the last key.
-        let (_, window) = slice.windows.iter().find(|(b, _)| *b == Binding::MaskBits).unwrap();
+        let (_, window) = slice.binding_ranges.iter().find(|(b, _)| *b == Binding::MaskBits).unwrap();
         let last = view.strides[0] * number + view.strides[1] * head + view.extents[2] * view.extents[3] + view.tail;
         assert!(4 * last <= window.start + window.len, "{last} words beyond {window:?}");
     }
@@ -256,8 +256,8 @@ impl Simulation<'_> {
     fn queries(&self, slice: &Slice, number: u64, sequence: &Sequence, head: u64, rows: Range<u64>) {
         let entry = sequence.entry as u64;
         let all = shifted(&rows, sequence.q_start, sequence.q_rows);
-        use Binding::{AlibiMoments, DLse, DO, DQ, Lse, O, OLo, Q, RowMax};
-        for binding in [Q, DQ, DO, O, OLo, Lse, DLse, AlibiMoments, RowMax] {
+        use Binding::{DLse, DO, DQ, DSlopeRows, Lse, O, OLo, Q, RowMax};
+        for binding in [Q, DQ, DO, O, OLo, Lse, DLse, DSlopeRows, RowMax] {
             self.access(slice, binding, entry, head, all.clone());
         }
         if self.views.iter().any(|view| view.binding == Binding::RowStats) {
@@ -320,7 +320,7 @@ fn slices_are_whole_and_bind_what_they_access() {
                     }
                     Err(error) => panic!("{problem}: {error}"),
                 };
-                for (binding, window) in slices.list.iter().flat_map(|slice| &slice.windows) {
+                for (binding, window) in slices.list.iter().flat_map(|slice| &slice.binding_ranges) {
                     assert!(window.len <= capabilities.binding_bytes && window.len % 4 == 0, "{binding:?}");
                     assert!(window.start.is_multiple_of(u64::from(capabilities.offset_alignment)));
                 }

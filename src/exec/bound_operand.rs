@@ -9,12 +9,12 @@ use crate::problem::{Layout, Options};
 
 /// A view that has been checked against its buffer.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Placed<'a> {
+pub(crate) struct BoundOperand<'a> {
     buffer: &'a wgpu::Buffer,
     pub(crate) view: OperandLayout,
 }
 
-impl<'a> Placed<'a> {
+impl<'a> BoundOperand<'a> {
     /// Checks a view of an operand against its buffer.
     pub(crate) fn new(
         binding: Binding,
@@ -40,11 +40,11 @@ impl<'a> Placed<'a> {
         if !buffer.usage().contains(needed) {
             return Err(Error::BufferUsage { operand, needed, actual: buffer.usage() });
         }
-        Ok(Placed { buffer, view })
+        Ok(BoundOperand { buffer, view })
     }
 
-    pub(crate) fn binding(&self, window: BindingRange) -> wgpu::BindingResource<'a> {
-        resource(self.buffer, window)
+    pub(crate) fn binding(&self, range: BindingRange) -> wgpu::BindingResource<'a> {
+        resource(self.buffer, range)
     }
 
     /// Checks that no two elements of a result are in one place.
@@ -63,9 +63,9 @@ impl<'a> Placed<'a> {
     }
 }
 
-/// A window of a buffer as a binding.
-pub(crate) fn resource(buffer: &wgpu::Buffer, window: BindingRange) -> wgpu::BindingResource<'_> {
-    let (offset, size) = (window.start, wgpu::BufferSize::new(window.len));
+/// A range of a buffer as a binding.
+pub(crate) fn resource(buffer: &wgpu::Buffer, range: BindingRange) -> wgpu::BindingResource<'_> {
+    let (offset, size) = (range.start, wgpu::BufferSize::new(range.len));
     wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
 }
 
