@@ -141,7 +141,7 @@ fn spirv(
         return Err("the driver, wgpu or who opened the device leaves out PASSTHROUGH_SHADERS".into());
     }
     let version = vulkan().ok_or("wgpu does not tell the version of Vulkan")?;
-    // Major and minor number above the 12 bits of the patch. What each takes is in the appendix "Vulkan Environment for SPIR-V".
+    // Major and minor number stand above the 12 bits of the patch. The appendix "Vulkan Environment for SPIR-V" lists the version that each takes.
     let minor = match ((version >> 22) & 0x7f, (version >> 12) & 0x3ff) {
         (1, 0) => 0,
         (1, 1) => 3,

@@ -186,7 +186,8 @@ setters! {
 }
 
 /// Devices by a part of their names, with some 0.7 of the rate that the slower passes reached on them: without and with cooperative
-/// matrices. An H100 has the multiprocessors of an H200 and less bandwidth, which these kernels do not use up.
+/// matrices. Only the H200 was
+/// measured. An H100 has its multiprocessors and less bandwidth, which these kernels do not use up.
 const MEASURED: [(&str, [f64; 2]); 2] = [("H200", [1.2e13, 1.2e14]), ("H100", [1.2e13, 1.2e14])];
 
 impl Capabilities {
@@ -196,7 +197,9 @@ impl Capabilities {
     /// into dispatches that do not fill a fast device. At a fifteenth of its rate an H200 lost half of the backward pass of 65,536
     /// keys (benches/results/2026-11-29-h200-long.md).
     pub(crate) fn flops(&self, with_matrices: bool) -> f64 {
-        if let Some((_, flops)) = MEASURED.iter().find(|(name, _)| self.name.contains(name)) {
+        // A partition of a device (MIG) has a part of its rate.
+        let whole = |name: &str| self.name.contains(name) && !self.name.contains("MIG");
+        if let Some((_, flops)) = MEASURED.iter().find(|(name, _)| whole(name)) {
             return flops[usize::from(with_matrices)];
         }
         match (self.class, with_matrices) {

@@ -29,7 +29,7 @@ impl Variant {
         Ok(words)
     }
 
-    /// What the driver is told about its loops.
+    /// The hints for its loops.
     pub(crate) fn hints(&self) -> LoopHints {
         self.tiling.map_or(LoopHints::NONE, |tiling| tiling.loops())
     }
@@ -293,7 +293,7 @@ fn last() {
         assert_eq!(changed("loops keep inner unroll").iter().sum::<u32>(), 4 * DONT_UNROLL + 2 * UNROLL);
     }
 
-    /// Whoever asks past the planner is told.
+    /// A variant that the planner did not make gets an error, not other words.
     #[test]
     fn hints_for_loops_that_are_not_there_are_errors() {
         let h200 = &Capabilities::samples()[0];

@@ -1,4 +1,4 @@
-//! The loops of kernels by name, and what a driver is told about them.
+//! The loops of kernels by name, and the hints that a driver gets for them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -56,7 +56,7 @@ impl fmt::Display for LoopName {
     }
 }
 
-/// What a driver is told about a loop. It need not obey. Results have the same bits.
+/// A hint for a loop. The driver may ignore it. Results have the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum LoopHint {
     /// Leave it a loop: `DontUnroll` of SPIR-V.

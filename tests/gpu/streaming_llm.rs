@@ -85,7 +85,7 @@ impl<T: Element> Whole<T> {
     }
 }
 
-fn options() -> [Options; 5] {
+fn options() -> [Options; 6] {
     let per_head = Options::new().sink_logits(SinkLogits::PerHead).causal(true);
     [
         per_head.window(Window::keys(9)).sink_tokens(3),
@@ -95,13 +95,15 @@ fn options() -> [Options; 5] {
         Options::new().causal(true).window(Window::keys(200)).sink_tokens(100),
         // Distances count from true positions, over what the ring has given up.
         per_head.window(Window::keys(5)).sink_tokens(10).alibi(true).softcap(2.0).scale(0.5),
+        // Without sink tokens all distances are those of places.
+        per_head.window(Window::keys(5)).alibi(true),
     ]
 }
 
 fn follows_the_definition<T: Element>(turn: usize) {
     for (n, options) in options().into_iter().enumerate() {
         let whole = Whole::<T>::new(options);
-        let paths = [Some(Attention::cpu()), gpu().cloned().filter(|_| n == 4 || n % 3 == turn)];
+        let paths = [Some(Attention::cpu()), gpu().cloned().filter(|_| n >= 4 || n % 3 == turn)];
         for attention in paths.iter().flatten() {
             for chunks in [&[61][..], &[1, 1, 1, 7, 0, 20, 1, 30], &[2, 2, 2, 55]] {
                 let mut cache = whole.cache(attention);

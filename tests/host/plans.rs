@@ -580,8 +580,10 @@ fn long_sequences_fill_a_measured_device() {
         });
         plans.concat().into_iter().max().unwrap()
     };
-    let [measured, other] = [most(&measured), most(&other)];
+    let part = measured.clone().name("NVIDIA H200 MIG 1g.18gb");
+    let [measured, other, part] = [measured, other, part].map(|device| most(&device));
     assert!(measured <= 8 && other >= 5 * measured, "{measured} dispatches, {other} on another device");
+    assert_eq!(other, part, "a seventh of the device has not its rate");
 }
 
 #[test]

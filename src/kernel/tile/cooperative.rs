@@ -25,7 +25,7 @@ pub(crate) struct CooperativeTile {
     pub(crate) columns: u32,
     /// Tiles of columns in workgroup memory.
     pub(crate) stages: u32,
-    /// What the driver is told about the kernel's loops.
+    /// Hints for the kernel's loops, for the driver.
     pub(crate) loops: LoopHints,
 }
 

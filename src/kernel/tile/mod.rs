@@ -38,7 +38,7 @@ pub enum Tiling {
         columns: u32,
         /// Tiles of columns in workgroup memory: 2, so that one is read while the next is written, or 1.
         stages: u32,
-        /// What the driver is told about the kernel's loops.
+        /// Hints for the kernel's loops, for the driver.
         loops: LoopHints,
     },
 }
@@ -52,7 +52,7 @@ impl Tiling {
         }
     }
 
-    /// What the driver is told about the kernel's loops.
+    /// Hints for the kernel's loops, for the driver.
     pub fn loops(&self) -> LoopHints {
         match self {
             Tiling::Portable(tiles) => tiles.loops,

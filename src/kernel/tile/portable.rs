@@ -26,7 +26,7 @@ pub struct PortableTile {
     pub k_step: u32,
     /// Columns staged at once for an accumulation, a divisor of the tile's columns.
     pub n_step: u32,
-    /// What the driver is told about the kernel's loops.
+    /// Hints for the kernel's loops, for the driver.
     pub loops: LoopHints,
 }
 
