@@ -14,7 +14,7 @@ use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 
 use ash::{khr, vk};
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Plan, Preference, Tiling, Variant};
+use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Plan, Preference, SpirvVersion, Tiling, Variant};
 use sink_attention::{Attention, Axes, DType, DeviceChoice, Options, Problem, Shape, SinkLogits};
 
 /// B=1, N=8192: query heads, key heads, width.
@@ -146,15 +146,16 @@ impl Driver {
     fn statistics(&self, variant: &Variant, out: Option<&Path>) -> Result<String, Box<dyn Error>> {
         let text = variant.wgsl()?;
         let module = naga::front::wgsl::parse_str(&text).map_err(|e| e.emit_to_string(&text))?;
-        let spirv = spirv(&module)?;
-        let bindings: Vec<_> =
-            module.global_variables.iter().filter_map(|(_, v)| Some((v.binding?, v.space))).collect();
-        let bindings: Vec<_> = bindings
-            .iter()
-            .map(|(binding, space)| {
+        let spirv = variant.spirv(SpirvVersion { major: 1, minor: 6 })?;
+        let mut bindings: Vec<_> =
+            module.global_variables.iter().filter_map(|(_, v)| Some((v.binding?.binding, v.space))).collect();
+        bindings.sort_by_key(|(slot, _)| *slot);
+        let bindings: Vec<_> = (0..)
+            .zip(&bindings)
+            .map(|(number, (_, space))| {
                 let uniform = matches!(space, naga::AddressSpace::Uniform);
                 vk::DescriptorSetLayoutBinding::default()
-                    .binding(binding.binding)
+                    .binding(number)
                     .descriptor_count(1)
                     .stage_flags(vk::ShaderStageFlags::COMPUTE)
                     .descriptor_type(if uniform {
@@ -209,29 +210,4 @@ impl Driver {
         });
         Ok(shown.collect::<Vec<_>>().join(", "))
     }
-}
-
-/// As wgpu translates a trusted module.
-fn spirv(module: &naga::Module) -> Result<Vec<u32>, Box<dyn Error>> {
-    use naga::proc::BoundsCheckPolicy::Unchecked;
-    use naga::valid::{Capabilities, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
-    let info = Validator::new(ValidationFlags::all(), Capabilities::all())
-        .subgroup_stages(ShaderStages::all())
-        .subgroup_operations(SubgroupOperationSet::all())
-        .validate(module)?;
-    let options = naga::back::spv::Options {
-        lang_version: (1, 6),
-        bounds_check_policies: naga::proc::BoundsCheckPolicies {
-            index: Unchecked,
-            buffer: Unchecked,
-            image_load: Unchecked,
-            binding_array: Unchecked,
-        },
-        zero_initialize_workgroup_memory: naga::back::spv::ZeroInitializeWorkgroupMemoryMode::None,
-        force_loop_bounding: false,
-        ..Default::default()
-    };
-    let entry =
-        naga::back::spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
-    Ok(naga::back::spv::write_vec(module, &info, &options, Some(&entry))?)
 }

@@ -15,9 +15,9 @@ fn bias_at(seq: Sequence, i: u32, j: u32) -> f32 {
 
 fn bias4(seq: Sequence, row: u32, column: u32) -> vec4<f32> {
 # if rows_are_keys
-  return vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}bias_at(seq, column + {{ e }}u, row){% endfor %});
+  return vec4<f32>({% for step in quad_steps %}{{ ", " if not loop.first }}bias_at(seq, column + {{ step }}u, row){% endfor %});
 # else
-  return vec4<f32>({% for e in range(4) %}{{ ", " if e > 0 }}bias_at(seq, row, column + {{ e }}u){% endfor %});
+  return vec4<f32>({% for step in quad_steps %}{{ ", " if not loop.first }}bias_at(seq, row, column + {{ step }}u){% endfor %});
 # endif
 }
 # if scores_in_powers_of_two

@@ -6,7 +6,7 @@
     Where all queries share a row of the bias, the tile has one row. Softcap's derivative is no factor here, since the bias is added
     after it. -#}
 # include "tiled.wgsl"
-# import micro_kernel ~ "/d_bias.wgsl" as micro
+# import templates ~ "/d_bias.wgsl" as micro
 # from "entry.wgsl" import main
 {{ micro.declare() }}
 

@@ -15,7 +15,7 @@
     in a unit for each row. A walk over the first tiles finds the units before the loop. -#}
 # include "tiled.wgsl"
 # include "probability.wgsl"
-# import micro_kernel ~ "/d_kv.wgsl" as micro
+# import templates ~ "/d_kv.wgsl" as micro
 # from "tile_main.wgsl" import tile_main
 # from "tile_loops.wgsl" import head_loop, query_loop
 {{ micro.declare() }}
@@ -25,7 +25,7 @@
 # if units
 # call head_loop(condition="waits")
     {{ micro.begin_walk() }}
-# call query_loop(walk=true)
+# call(masked) query_loop(walk=true)
       {{ micro.find_units() }}
 # endcall
 # endcall
@@ -35,12 +35,12 @@
 # endif
 # call head_loop()
     {{ micro.begin_head() }}
-# call query_loop()
-      {{ micro.scores() }}
-      {{ micro.probabilities() }}
+# call(masked) query_loop()
+      {{ micro.scores(masked) }}
+      {{ micro.probabilities(masked) }}
       {{ micro.accumulate_d_v() }}
       {{ micro.probability_gradients() }}
-      {{ micro.score_gradients() }}
+      {{ micro.score_gradients(masked) }}
       {{ micro.accumulate_d_k() }}
 # endcall
 # endcall

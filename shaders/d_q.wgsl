@@ -11,7 +11,7 @@
     Cooperative kernels hold dS in f16, in a unit for each row. In bf16 a walk over the first tiles finds the units before the loop. -#}
 # include "tiled.wgsl"
 # include "probability.wgsl"
-# import micro_kernel ~ "/d_q.wgsl" as micro
+# import templates ~ "/d_q.wgsl" as micro
 # from "tile_main.wgsl" import tile_main
 # from "tile_loops.wgsl" import key_loop
 {{ micro.declare() }}
@@ -19,17 +19,17 @@
 # call tile_main()
   {{ micro.begin() }}
 # if units
-# call key_loop(walk=true)
+# call(masked) key_loop(walk=true)
     {{ micro.find_units() }}
 # endcall
 # endif
 # if prefetches_tiles
   {{ micro.begin_tiles() }}
 # endif
-# call key_loop()
-    {{ micro.scores() }}
+# call(masked) key_loop()
+    {{ micro.scores(masked) }}
     {{ micro.probability_gradients() }}
-    {{ micro.score_gradients() }}
+    {{ micro.score_gradients(masked) }}
     {{ micro.accumulate() }}
 # endcall
   {{ micro.finish() }}

@@ -12,7 +12,7 @@
 # include "tiled.wgsl"
 # include "probability.wgsl"
 # include "unit.wgsl"
-# import micro_kernel ~ "/exact_delta.wgsl" as micro
+# import templates ~ "/exact_delta.wgsl" as micro
 # from "tile_main.wgsl" import tile_main
 # from "tile_loops.wgsl" import key_loop
 {{ micro.declare() }}
@@ -37,10 +37,10 @@ fn store_row(work: TileWork, row: u32, total: f32, largest: f32) {
   if (thread == 0u && row0 == 0u) { row_stats[operand_base(params.row_stats, work.batch, work.head) + params.slope_row] = vec4<f32>(slope); }
 # endif
   {{ micro.begin() }}
-# call key_loop()
+# call(masked) key_loop()
     {{ micro.scores() }}
     {{ micro.probability_gradients() }}
-    {{ micro.accumulate() }}
+    {{ micro.accumulate(masked) }}
 # endcall
   {{ micro.finish() }}
 # endcall

@@ -15,17 +15,19 @@
     The micro-kernel forms the products and holds S, P and O. -#}
 # include "tiled.wgsl"
 # include "softmax.wgsl"
-# import micro_kernel ~ "/forward.wgsl" as micro
+# import templates ~ "/forward.wgsl" as micro
 # from "tile_main.wgsl" import tile_main
-# from "tile_loops.wgsl" import key_loop
+# from "tile_loops.wgsl" import key_loop, chunks_of_tile
 {{ micro.declare() }}
 
 # call tile_main()
   {{ micro.begin() }}
-# call key_loop()
-    {{ micro.scores() }}
-    {{ micro.softmax() }}
-    {{ micro.accumulate() }}
+# call(masked) key_loop()
+# call(chunk) chunks_of_tile()
+    {{ micro.scores(masked, chunk) }}
+    {{ micro.softmax(masked) }}
+    {{ micro.accumulate(chunk) }}
+# endcall
 # endcall
   {{ micro.finish() }}
 # endcall

@@ -4,7 +4,7 @@ alias Raw = {{ "vec2<u32>" if vec4 else ("vec4<f16>" if dtype == "f16" else "vec
 # if dtype == "f16"
 
 fn halves4(raw: Raw) -> vec4<f16> {
-  return {{ "vec4<f16>(vec4<f32>(unpack2x16float(raw.x), unpack2x16float(raw.y)))" if vec4 else "raw" }};
+  return {{ "raw" if not vec4 else ("bits_as_halves(raw)" if elements else "vec4<f16>(vec4<f32>(unpack2x16float(raw.x), unpack2x16float(raw.y)))") }};
 }
 # endif
 

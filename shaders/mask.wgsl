@@ -35,12 +35,12 @@ fn load_sequence(index: u32) -> Sequence {
 }
 
 # if rows_are_keys
-// Whether each of the four queries from i on sees key j. The queries that see a key are consecutive.
+// Whether each of the four queries of a quad from i on sees key j. The queries that see a key are consecutive.
 fn visible4(seq: Sequence, j: u32, i: u32) -> vec4<bool> {
   let seq_q = i32(seq.seq_q);
   let start = clamp(i32(j) - seq.upper, 0, seq_q);
   let end = select(clamp(i32(j) + 1 - seq.lower, start, seq_q), seq_q, j < seq.sink_tokens);
-  let queries = vec4<u32>(i - u32(start)) + vec4<u32>(0u, 1u, 2u, 3u);
+  let queries = vec4<u32>(i - u32(start)) + vec4<u32>({{ quad_steps | join("u, ") }}u);
   return (queries < vec4<u32>(u32(end - start))){% if lengths %} & vec4<bool>(j < seq.seq_k){% endif %};
 }
 
@@ -56,12 +56,12 @@ fn query_tiles(seq: Sequence, key0: u32, key_end: u32) -> QueryTiles {
   return QueryTiles(u32(start) / TILE_COLUMNS, (u32(end) + TILE_COLUMNS - 1u) / TILE_COLUMNS);
 }
 # else
-// Whether query i sees each of the four keys from j on: keys of its window, which are consecutive, and sink tokens.
+// Whether query i sees each of the four keys of a quad from j on: keys of its window, which are consecutive, and sink tokens.
 fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
   let end = clamp(i32(i) + 1 + seq.upper, 0, i32(seq.seq_k));
   let start = clamp(i32(i) + seq.lower, 0, end);
   let sinks = min(seq.sink_tokens, u32(end));
-  let keys = vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u);
+  let keys = vec4<u32>(j) + vec4<u32>({{ quad_steps | join("u, ") }}u);
   return ((keys - vec4<u32>(u32(start)) < vec4<u32>(u32(end - start))) | (keys < vec4<u32>(sinks))){% if lengths %} & vec4<bool>(i < seq.seq_q){% endif %};
 }
 
@@ -126,5 +126,26 @@ fn full_tiles(seq: Sequence, row0: u32, row_end: u32) -> FullTiles {
 fn is_full(seq: Sequence, full: FullTiles, column0: u32) -> bool {
   let column_end = column0 + TILE_COLUMNS;
   return column_end <= full.end && (column0 >= full.start || column_end <= seq.sink_tokens);
+}
+# endif
+# if peels
+
+// Full tiles, which are computed first, without a look at pairs. All of them are among the visited tiles.
+struct OpenTiles { first: u32, end: u32 }
+
+fn open_tiles(tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, full: FullTiles) -> OpenTiles {
+  let first = (full.start + TILE_COLUMNS - 1u) / TILE_COLUMNS;
+  let end = full.end / TILE_COLUMNS;
+  if (first >= end || tiles.first >= tiles.end) { return OpenTiles(0u, 0u); }
+# if mirrored
+  return OpenTiles(tiles.mirror + 1u - end, tiles.mirror + 1u - first);
+# else
+  return OpenTiles(first, end);
+# endif
+}
+
+// The first of the other tiles.
+fn first_of_rest(tiles: {{ "QueryTiles" if rows_are_keys else "KeyTiles" }}, open: OpenTiles) -> u32 {
+  return select(tiles.first, open.end, tiles.first == open.first && open.first < open.end);
 }
 # endif

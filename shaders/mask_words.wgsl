@@ -19,9 +19,9 @@ fn mask_word(seq: Sequence, row: u32, word: u32) -> u32 {
 # endif
 }
 
-// The mask of a row and the four columns from `column` on, a multiple of four.
+// The mask of a row and the four columns of a quad from `column` on, which lie in one word.
 fn mask4(seq: Sequence, row: u32, column: u32) -> vec4<bool> {
-  return (vec4<u32>(mask_word(seq, row, column / 32u) >> (column % 32u)) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>();
+  return (vec4<u32>(mask_word(seq, row, column / 32u) >> (column % 32u)) & vec4<u32>({% for step in quad_steps %}{{ ", " if not loop.first }}{{ 2 ** step }}u{% endfor %})) != vec4<u32>();
 }
 # if mask_words
 

@@ -33,19 +33,32 @@
     }
 # endmacro
 
-{#- Whether pairs of the tile are hidden one by one. -#}
-# macro begin_tile(column0, full_arguments, class_ranges)
+{#- The first column of a tile, and that of a chunk of it. A tile that has to say whether it hides pairs is one chunk. -#}
+# macro begin_columns(column0)
+# if chunks > 1
+    let tile_column0 = {{ column0 }};
+# else
     let column0 = {{ column0 }};
+# endif
+# if elements and chunks == 1
+    let tile_column0 = column0;
+    let chunk_column = 0u;
+# endif
+# endmacro
+
+{#- Whether pairs of the tile are hidden one by one, where the loop does not say so. -#}
+# macro begin_tile(column0, full_arguments, class_ranges)
+{{ begin_columns(column0) }}
 # if bias and not scores_in_powers_of_two
     // Any number of the bias may be -infinity.
     let is_partial = true;
 # elif masks_by_spans
-    let is_partial = !is_full({{ full_arguments }});
+    let is_partial = !is_full({{ full_arguments }}, column0);
 # if mask
 {{ next_span() }}
 # endif
 # else
-    let is_partial = !is_full({{ full_arguments }}){% if mask %} || tile_class({{ class_arguments }}, {{ class_ranges }}) != 1u{% endif %};
+    let is_partial = !is_full({{ full_arguments }}, column0){% if mask %} || tile_class({{ class_arguments }}, {{ class_ranges }}) != 1u{% endif %};
 # endif
 # endmacro
 
@@ -54,24 +67,72 @@
 {{ "next_visible" if masks_by_spans and mask else ("next_of_walk" if walk else following) }}
 {%- endmacro -%}
 
+{#- The caller's text for each chunk of a tile's columns, with the `column0` of the chunk. Scores of a chunk are in registers at a time. -#}
+# macro chunks_of_tile()
+# if chunks > 1
+# for chunk in range(chunks)
+    {
+      let chunk_column = {{ chunk * side * column_fragments }}u;
+      let column0 = tile_column0 + chunk_column;
+{{ caller(chunk) }}
+    }
+# endfor
+# else
+{{ caller(0) }}
+# endif
+# endmacro
+
+{#- The full tiles first, then the others: the second loop alone hides pairs, and in the first no column is beyond the end. The caller
+    gets "none" or "all", and "some" where each tile has to say. `following` is the next tile of both loops. -#}
+# macro peeled_loops(column0, after)
+  // Loop: tiles
+  for (var tile = open.first; tile < open.end; tile += 1u) {
+    let following = select(rest, tile + 1u, tile + 1u < open.end);
+{{ begin_columns(column0) }}
+{{ caller("none") }}
+  }
+  // Loop: tiles
+  for (var tile = rest; tile < tiles.end; ) {
+    let after = {{ after }};
+    let following = select(after, open.end, after == open.first && open.first < open.end);
+{{ begin_columns(column0) }}
+{{ caller("all") }}
+    tile = following;
+  }
+# endmacro
+
 {#- A loop over the tiles of keys that a tile of queries sees. `walk` is the first loop of a kernel that finds units. -#}
 # macro key_loop(walk=false)
+# if peels and not walk
+# set body = caller
+# call(masked) peeled_loops("first_column(tiles, tile)", "next_tile(tiles, tile)")
+{{ body(masked) }}
+# endcall
+# else
 # set first = "first_tile" if mask else ("walk_tile" if walk else "tiles.first")
   // Loop: tiles
   for (var tile = {{ first }}; tile < tiles.end; tile = {{ tile_after(walk) }}) {
-{{ begin_tile("first_column(tiles, tile)", "seq, full, column0", "row0, row_end, column0, column0 + TILE_COLUMNS") }}
-{{ caller() }}
+{{ begin_tile("first_column(tiles, tile)", "seq, full", "row0, row_end, column0, column0 + TILE_COLUMNS") }}
+{{ caller("some") }}
   }
+# endif
 # endmacro
 
 {#- A loop over the tiles of queries of one head that see a tile of keys. -#}
 # macro query_loop(walk=false)
+# if peels and not walk
+# set body = caller
+# call(masked) peeled_loops("tile * TILE_COLUMNS", "tile + 1u")
+{{ body(masked) }}
+# endcall
+# else
 # set first = "walk_tile" if walk and not mask else "first_tile"
     // Loop: tiles
     for (var tile = {{ first }}; tile < tiles.end; tile = {{ tile_after(walk) }}) {
-{{ begin_tile("tile * TILE_COLUMNS", "full, column0", "column0, column0 + TILE_COLUMNS, row0, row_end") }}
-{{ caller() }}
+{{ begin_tile("tile * TILE_COLUMNS", "full", "column0, column0 + TILE_COLUMNS, row0, row_end") }}
+{{ caller("some") }}
     }
+# endif
 # endmacro
 
 {#- A loop over the query heads of a group, as long as `condition` holds. It declares the bases of the queries' operands, and the first

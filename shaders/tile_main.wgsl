@@ -68,6 +68,11 @@ fn has_fallback(index: u32) -> bool {
 # if scores_in_powers_of_two or not bias
   let full = full_tiles(seq, row0, row_end);
 # endif
+# if peels
+  let open = open_tiles(tiles, full);
+  let rest = first_of_rest(tiles, open);
+  let first_of_all = select(rest, open.first, open.first < open.end);
+# endif
 {{ body() }}
 # endcall
 # endmacro

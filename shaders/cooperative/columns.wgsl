@@ -2,7 +2,7 @@
     barrier a tile is enough. With one stage more workgroups fit.
     Needs: cooperative/fragments.wgsl, `main` of tile_main.wgsl, in d_kv head_loop of tile_loops.wgsl for the bases of its columns.
     Declares: the macros below; `stage`, a thread's shares of a tile, `scale`; in d_q `shift_R`, `delta_R` and d_q's units. -#}
-# from "cooperative/fragments.wgsl" import shift, halves
+# from "cooperative/fragments.wgsl" import shift, halves, stat_place
 # from "cooperative/mask.wgsl" import fetch_mask
 
 {#- A thread's share of a staged tile, as it was loaded. `put` waits for it, rounds it to halves and stores them. -#}
@@ -28,12 +28,12 @@
 {%- macro if_share(b, n) %}{% set total = tile_columns * staged_quads[b] %}{% if (n + 1) * threads > total %}if (thread < {{ total - n * threads }}u) {% endif %}{% endmacro -%}
 
 {#- Loads a thread's share of the tile of columns from `column` on. Columns beyond the end repeat the last one. They are hidden, but must
-    be finite if the visible columns are. -#}
-# macro fetch(b, column)
+    be finite if the visible columns are. In a full tile no column is `clamped`. -#}
+# macro fetch(b, column, clamped=true)
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
       let quad = {{ share_quad(b, n) }};
-      let source = min({{ column }} + {{ share_row(b, n) }}, last_column);
+      let source = {% if clamped %}min({{ column }} + {{ share_row(b, n) }}, last_column){% else %}{{ column }} + {{ share_row(b, n) }}{% endif %};
       {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
 # if column_scales
       {{ b }}_scale_{{ n }} = {{ column_scales }}[scales_base + source].{{ "x" if b == staged[0] else "y" }};
@@ -70,7 +70,7 @@
 {{ shares(b) }}
 # endfor
 # if mask_words
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   var mask_words_{{ r }} = vec2<u32>();
 # endfor
 # endif
@@ -92,6 +92,10 @@
 # for b in staged
 {{ fetch(b, column) }}
 # endfor
+{{ fetch_stats(column) }}
+# endmacro
+
+# macro fetch_stats(column)
 # if stats_per_column > 0
 # for n in range(column_shares)
     {{ if_column(n) }}{
@@ -117,54 +121,90 @@
 # for b in staged
 {{ put(b, "stage") }}
 # endfor
+{{ put_stats() }}
+    workgroupBarrier();
+# endmacro
+
+# macro put_stats()
 # if stats_per_column > 0
 # for n in range(column_shares)
     {{ if_column(n) }}{
       let item = thread + {{ n * threads }}u;
-      let at = stage * {{ stats_per_column * tile_columns // 4 }}u + item / 4u;
 # if rows_are_keys
 # set lse = "lse_delta_" ~ n ~ ".x"
 # if bias
-      column_stats[at][item % 4u] = select(15.0 - {{ shift(lse) }}, -params.negative_infinity, {{ lse }} <= ABSORBING);
+      {{ stat_place(0) }} = select(15.0 - {{ shift(lse) }}, -params.negative_infinity, {{ lse }} <= ABSORBING);
 # else
-      column_stats[at][item % 4u] = 15.0 - {{ shift(lse) }};
+      {{ stat_place(0) }} = 15.0 - {{ shift(lse) }};
 # endif
-      column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = -lse_delta_{{ n }}.y;
+      {{ stat_place(1) }} = -lse_delta_{{ n }}.y;
 # endif
 # if column_scales
       // A token without finite numbers has no scale to take out.
       let powers = select(token_scale_{{ n }}, vec2<f32>(1.0), token_scale_{{ n }} > vec2<f32>(1e30));
 # set first = 2 if rows_are_keys else 0
-      column_stats[at + {{ first * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.x;
+      {{ stat_place(first) }} = 1.0 / powers.x;
 # if softmax
       // The powers of values are added to the scores, and taken out of the sum of probabilities.
-      column_stats[at + {{ tile_columns // 4 }}u][item % 4u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
-      column_stats[at + {{ 2 * tile_columns // 4 }}u][item % 4u] = powers.y;
+      {{ stat_place(1) }} = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
+      {{ stat_place(2) }} = powers.y;
 # else
-      column_stats[at + {{ (first + 1) * tile_columns // 4 }}u][item % 4u] = 1.0 / powers.y;
+      {{ stat_place(first + 1) }} = 1.0 / powers.y;
 # endif
 # endif
     }
 # endfor
 # endif
-    workgroupBarrier();
 # endmacro
 
 {#- The first column of a tile. -#}
 {%- macro column_of(tile) %}{% if rows_are_keys %}({{ tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ tile }}){% endif %}{% endmacro -%}
 
-{#- Starts to load the first tile. `put_columns` follows once the other operands are under way, too. -#}
-# macro fetch_first(tile="tiles.first")
+{#- Starts to load the first tile. `put_first` follows once the other operands are under way, too. -#}
+# macro fetch_first(tile=first_tile_of_all())
   {
-{{ fetch_columns(column_of("first_tile" if mask else tile)) }}
+{{ fetch_phase(column_of("first_tile" if mask else tile)) }}
   }
 {{ fetch_mask("first_tile") }}
 # endmacro
 
+{%- macro first_tile_of_all() %}{{ "first_of_all" if peels else "tiles.first" }}{% endmacro -%}
+
+{#- What the first product of a tile needs: all columns, or those of the first operand. -#}
+# macro fetch_phase(column)
+# if phased
+{{ fetch(staged[0], column) }}
+{{ fetch_stats(column) }}
+# else
+{{ fetch_columns(column) }}
+# endif
+# endmacro
+
+# macro put_first()
+# if phased
+{{ put(staged[0], "stage") }}
+{{ put_stats() }}
+    workgroupBarrier();
+# else
+{{ put_columns() }}
+# endif
+# endmacro
+
+{#- The first column of the next tile. -#}
+# macro next_column()
+    let next = {{ column_of("next_visible" if mask else ("following" if peels else following)) }};
+# endmacro
+
 {#- Starts to load the next tile, which is needed at the end of this one. -#}
 # macro fetch_next()
-    let next = {{ column_of("next_visible" if mask else following) }};
+{{ next_column() }}
 {{ fetch_columns("next") }}
+# endmacro
+
+{#- Starts to load the first operand of the next tile. -#}
+# macro fetch_next_first()
+{{ next_column() }}
+{{ fetch_phase("next") }}
 # endmacro
 
 {#- The next tile takes the other stage, or the only one when all subgroups have used it. -#}
@@ -179,7 +219,7 @@
 
 {#- The statistics of the subgroup's rows: the shift by lse, delta, and in f16 the unit of d_q. -#}
 # macro row_stats()
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   var shift_{{ r }} = 0.0;
   var delta_{{ r }} = 0.0;
 # if not units

@@ -24,7 +24,7 @@
 # macro find_units()
 {{ columns.put_columns() }}
 {{ matrix.product("s", "k", "q", "stage") }}
-{{ make_p() }}
+{{ make_p("some") }}
 # if column_scales
 {{ unit.set_units("w", "d_v") }}
 # endif
@@ -46,23 +46,20 @@
 {{ columns.put_columns() }}
 # endmacro
 
-# macro scores()
+# macro scores(masked)
     // S = K Q^T.
-{{ fallback.clean_columns() }}
+{{ fallback.clean_columns(staged) }}
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "k", "q", "stage") }}
 # endmacro
 
 {#- P = exp(S - lse) times 2^15, which is within the range of halves and keeps small probabilities. In bf16 also w: P without the token
     scales of d_o, in the unit of d_v. -#}
-# macro make_p()
+# macro make_p(masked)
 {{ score.begin_scores() }}
-# for r in range(row_fragments)
-{{ matrix.store_rows("s", r) }}
-{{ matrix.load_rows("x", r, 0) }}
-# endfor
-{{ score.make_scores("x", "derivative") }}
-# for r, n in pairs(row_fragments, lane_quads)
+{{ matrix.rows_of("x", "s", 0) }}
+{{ score.make_scores("x", "derivative", masked) }}
+# for r, n in pairs(lane_rows, lane_quads)
 # if formed
     var p_{{ r }}_{{ n }} = exp2(x_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 0) }});
 # else
@@ -71,22 +68,22 @@
 # endfor
 # if bias
     // A key that the bias hides keeps probability 0, although the lse of a reported query makes its score NaN.
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     p_{{ r }}_{{ n }} = select(p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(x_{{ r }}_{{ n }}) == vec4<u32>(0xff800000u));
 # endfor
 # endif
 {#- The derivative is hidden together with P. It is computed before, because its ingredients would take more registers. -#}
-{{ masking.hide("p", "0.0", "derivative" if softcap else "") }}
+{{ masking.hide("p", "0.0", masked, "derivative" if softcap else "") }}
 # if column_scales
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     var w_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * {{ matrix.column_inverse(n, 1) }} * d_v_unit_{{ r }};
 # endfor
 # endif
 # endmacro
 
-# macro probabilities()
+# macro probabilities(masked)
     // P, stored as the P tile and kept in registers.
-{{ make_p() }}
+{{ make_p(masked) }}
 # if column_scales
 {{ unit.keep_in_unit("w", "d_v", "d_o") }}
 # else
@@ -98,7 +95,7 @@
 # macro cap_probabilities()
 # if softcap
     // dS needs P times the derivative of softcap.
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     p_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 # endfor
 # endif
@@ -106,7 +103,7 @@
 
 # macro accumulate_d_v()
     // dV += P dO.
-{{ matrix.accumulate("d_v", "d_o", "stage") }}
+{{ matrix.accumulate("d_v", "w" if column_scales else "p", "d_o", "stage") }}
 # endmacro
 
 # macro probability_gradients()
@@ -116,9 +113,8 @@
 
 {#- dS = P (dP - delta), in the unit of d_k. -#}
 # macro make_d_s()
-# for r in range(row_fragments)
-{{ matrix.store_rows("d_p", r) }}
-{{ matrix.load_rows("y", r, 1) }}
+{{ matrix.rows_of("y", "d_p", 1) }}
+# for r in range(lane_rows)
 # for n in range(lane_quads)
 # if column_scales
     var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(v_inverse_{{ r }}), {{ matrix.column_stat(n, 1) }});
@@ -129,32 +125,32 @@
 # endfor
 # if sanitize
     // The delta of a query that sees a nonfinite key may not be finite.
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     d_s_{{ r }}_{{ n }} = select(d_s_{{ r }}_{{ n }}, vec4<f32>(), p_{{ r }}_{{ n }} == vec4<f32>());
 # endfor
 # endif
 # if column_scales
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     d_s_{{ r }}_{{ n }} *= {{ matrix.column_inverse(n, 0) }};
 # endfor
 # endif
 # endmacro
 
-# macro score_gradients()
+# macro score_gradients(masked)
     // dS, stored as the P tile.
 {{ make_d_s() }}
 {{ unit.keep_in_unit("d_s", "d_k", "q") }}
-{{ fallback.find_fallback() }}
+{{ fallback.find_fallback(masked) }}
 # endmacro
 
 # macro accumulate_d_k()
     // dK += dS Q.
-{{ matrix.accumulate("d_k", "q", "stage") }}
+{{ matrix.accumulate("d_k", "d_s", "q", "stage") }}
 {{ columns.next_stage() }}
 # endmacro
 
 # macro finish()
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   let d_k_factor_{{ r }} = params.scale * {{ 1 / 32768 }} / d_k_unit_{{ r }};
   let d_v_factor_{{ r }} = {{ 1 / 32768 }}{{ " / d_v_unit_" ~ r if column_scales }};
 # endfor

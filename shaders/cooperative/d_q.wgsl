@@ -29,7 +29,7 @@
 {{ columns.put_columns() }}
 {{ matrix.product("s", "q", "k", "stage") }}
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
-{{ make_d_s(false) }}
+{{ make_d_s(false, "some") }}
 {{ unit.set_units("d_s", "d_q") }}
 {{ unit.next_units() }}
 # endmacro
@@ -37,7 +37,7 @@
 # macro begin_tiles()
 {{ matrix.accumulator("d_q", "k") }}
 # if slope_rows
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   var d_slope_{{ r }} = 0.0;
 # endfor
 # endif
@@ -47,9 +47,9 @@
 {{ columns.put_columns() }}
 # endmacro
 
-# macro scores()
+# macro scores(masked)
     // S = Q K^T.
-{{ fallback.clean_columns() }}
+{{ fallback.clean_columns(staged) }}
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "q", "k", "stage") }}
 # endmacro
@@ -60,30 +60,24 @@
 # endmacro
 
 {#- dS = exp(S - lse) (dP - delta), in the unit of d_q. Unless the tile belongs to the walk, it `counts` for the gradient by the slopes. -#}
-# macro make_d_s(counts)
+# macro make_d_s(counts, masked)
 {{ score.begin_scores() }}
-# for r in range(row_fragments)
-{{ matrix.store_rows("s", r) }}
-{{ matrix.load_rows("x", r, 0) }}
-# endfor
-{{ score.make_scores("x", "derivative") }}
-# for r in range(row_fragments)
-{{ matrix.store_rows("d_p", r) }}
-{{ matrix.load_rows("y", r, 1) }}
-# endfor
-# for r in range(row_fragments)
+{{ matrix.rows_of("x", "s", 0) }}
+{{ score.make_scores("x", "derivative", masked) }}
+{{ matrix.rows_of("y", "d_p", 1) }}
+# for r in range(lane_rows)
 # for n in range(lane_quads)
     var d_s_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ matrix.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
 # endfor
 # endfor
 # if softcap and not (slope_rows and counts)
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 # endfor
 # endif
-{{ masking.hide("d_s", "0.0") }}
+{{ masking.hide("d_s", "0.0", masked) }}
 # if slope_rows and counts
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     {
       let terms = d_s_{{ r }}_{{ n }} * distance4(seq, row_{{ r }}, {{ matrix.quad_column(n) }});
       d_slope_{{ r }} += (terms.x + terms.y) + (terms.z + terms.w);
@@ -91,39 +85,39 @@
 # endfor
 # endif
 # if softcap and slope_rows and counts
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     d_s_{{ r }}_{{ n }} *= derivative_{{ r }}_{{ n }};
 # endfor
 # endif
 # if column_scales
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     d_s_{{ r }}_{{ n }} *= {{ matrix.column_inverse(n, 0) }};
 # endfor
 # endif
 # endmacro
 
-# macro score_gradients()
+# macro score_gradients(masked)
     // dS, stored as the P tile.
-{{ make_d_s(true) }}
+{{ make_d_s(true, masked) }}
 {{ unit.keep_in_unit("d_s", "d_q", "k", ["d_slope"] if slope_rows else []) }}
-{{ fallback.find_fallback() }}
+{{ fallback.find_fallback(masked) }}
 # endmacro
 
 # macro accumulate()
     // dQ += dS K.
-{{ matrix.accumulate("d_q", "k", "stage") }}
+{{ matrix.accumulate("d_q", "d_s", "k", "stage") }}
 {{ columns.next_stage() }}
 # endmacro
 
 # macro finish()
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   let factor_{{ r }} = params.scale / d_q_unit_{{ r }};
 # endfor
 {{ matrix.store("d_q", "d_q", "factor_") }}
 # if slope_rows
-# for r in range(row_fragments)
+# for r in range(lane_rows)
 {{ matrix.reduce_row("d_slope_" ~ r, "sum") }}
-  if (row_{{ r }} < row_limit && part == 0u) {
+  if (row_{{ r }} < row_limit && lane_column == 0u) {
     let total = d_slope_{{ r }} / d_q_unit_{{ r }};
     fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
     d_slope_rows[slope_rows_base + row_{{ r }}] = total;

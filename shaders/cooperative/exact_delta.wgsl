@@ -15,7 +15,7 @@
 {{ matrix.resident("q") }}
 {{ matrix.resident("d_o") }}
 {{ matrix.row_scales("q") }}
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   var sum_{{ r }} = 0.0;
   var largest_{{ r }} = 0.0;
   var shift_{{ r }} = 0.0;
@@ -42,29 +42,25 @@
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
 # endmacro
 
-# macro accumulate()
+# macro accumulate(masked)
     // sum += P dP. The largest |P dP| of each row leads to the unit of d_q.
 {{ score.begin_scores() }}
-# for r in range(row_fragments)
-{{ matrix.store_rows("s", r) }}
-{{ matrix.load_rows("x", r, 0) }}
-# endfor
-{{ score.make_scores("x", "") }}
-# for r in range(row_fragments)
-{{ matrix.store_rows("d_p", r) }}
-{{ matrix.load_rows("y", r, 1) }}
+{{ matrix.rows_of("x", "s", 0) }}
+{{ score.make_scores("x", "", masked) }}
+{{ matrix.rows_of("y", "d_p", 1) }}
+# for r in range(lane_rows)
 # for n in range(lane_quads)
     var p_d_p_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * y_{{ r }}_{{ n }};
 # endfor
 # endfor
 # if bias
     // A key that the bias hides may hold a NaN, and 0 times it is NaN.
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     p_d_p_{{ r }}_{{ n }} = select(p_d_p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(seq, row_{{ r }}, {{ matrix.quad_column(n) }})) == vec4<u32>(0xff800000u));
 # endfor
 # endif
-{{ masking.hide("p_d_p", "0.0") }}
-# for r in range(row_fragments)
+{{ masking.hide("p_d_p", "0.0", masked) }}
+# for r in range(lane_rows)
     {
       var total = p_d_p_{{ r }}_0;
 # for n in range(1, lane_quads)
@@ -82,10 +78,10 @@
 # endmacro
 
 # macro finish()
-# for r in range(row_fragments)
+# for r in range(lane_rows)
 {{ matrix.reduce_row("sum_" ~ r, "sum") }}
 {{ matrix.reduce_row("largest_" ~ r, "max") }}
-  if (row_{{ r }} < row_limit && part == 0u) {
+  if (row_{{ r }} < row_limit && lane_column == 0u) {
     let total = sum_{{ r }}{{ matrix.inverse("d_o", r) }};
     fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
     store_row(work, seq.q_start + row_{{ r }}, total, largest_{{ r }});

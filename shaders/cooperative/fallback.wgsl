@@ -4,13 +4,13 @@
     and the portable kernel computes these.
     Needs: cooperative/fragments.wgsl, cooperative/mask.wgsl, fallback.wgsl. Declares: the macros below. -#}
 # from "cooperative/mask.wgsl" import hide
-# from "cooperative/fragments.wgsl" import reduce_row, any_subgroup
+# from "cooperative/fragments.wgsl" import reduce_row, any_subgroup, quad_column
 
-{#- In the second run: sets staged quads that are not finite to zeros, and marks their columns behind the features. -#}
-# macro clean_columns()
+{#- In the second run: sets staged quads of `operands` that are not finite to zeros, and marks their columns behind the features. -#}
+# macro clean_columns(operands)
 # if sanitize
       for (var column = thread; column < {{ tile_columns }}u; column += {{ threads }}u) {
-# for b in staged
+# for b in operands
         {
           let at = stage * {{ b | upper }}_TILE + column * {{ b | upper }}_ROW;
           var is_nonfinite = false;
@@ -30,24 +30,24 @@
 # endmacro
 
 {#- In the second run: finds the rows that see a marked column. -#}
-# macro find_fallback()
+# macro find_fallback(masked)
 # if sanitize
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
       var nonfinite_{{ r }}_{{ n }} = vec4<f32>();
       {
-        let column = 4u * ({{ n * lanes // side }}u + part);
+        let column = {{ "chunk_column + " if elements }}{{ quad_offsets[n] }}u + lane_column;
 # for e in range(4)
 # for b in staged
-        nonfinite_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (column + {{ e }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
+        nonfinite_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (column + {{ quad_steps[e] }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
 # endfor
 # endfor
 # if bias
-        nonfinite_{{ r }}_{{ n }} = select(nonfinite_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(seq, row_{{ r }}, column0 + column)) == vec4<u32>(0xff800000u));
+        nonfinite_{{ r }}_{{ n }} = select(nonfinite_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(bias4(seq, row_{{ r }}, {{ quad_column(n) }})) == vec4<u32>(0xff800000u));
 # endif
       }
 # endfor
-{{ hide("nonfinite", "0.0") }}
-# for r in range(row_fragments)
+{{ hide("nonfinite", "0.0", masked) }}
+# for r in range(lane_rows)
       fallback_{{ r }} = fallback_{{ r }}{% for n in range(lane_quads) %} || any(nonfinite_{{ r }}_{{ n }} != vec4<f32>()){% endfor %};
 # endfor
 # endif
@@ -55,7 +55,7 @@
 
 {#- Reports whether rows of the tile need another computation, and then which. -#}
 # macro report_fallback()
-  let subgroup_fallback = subgroupAny({% for r in range(row_fragments) %}{{ " || " if r > 0 }}(fallback_{{ r }} && row_{{ r }} < row_limit){% endfor %});
+  let subgroup_fallback = subgroupAny({% for r in range(lane_rows) %}{{ " || " if r > 0 }}(fallback_{{ r }} && row_{{ r }} < row_limit){% endfor %});
   var any_fallback = false;
 {{ any_subgroup("any_fallback", "subgroup_fallback") }}
   let slot = fallback_slot(seq, work, work.tile);
@@ -65,10 +65,10 @@
     if (!has_any) { break; }
     has_any = false;
     workgroupBarrier();
-# for r in range(row_fragments)
+# for r in range(lane_rows)
     var reported_{{ r }} = select(0.0, 1.0, fallback_{{ r }});
 {{ reduce_row("reported_" ~ r, "max") }}
-    if (part == 0u) { score_rows[row_{{ r }} - row0] = vec4<f32>(reported_{{ r }}); }
+    if (lane_column == 0u) { score_rows[row_{{ r }} - row0] = vec4<f32>(reported_{{ r }}); }
 # endfor
     workgroupBarrier();
     if (thread < {{ (tile_rows + 31) // 32 }}u) {

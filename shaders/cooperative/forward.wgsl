@@ -22,7 +22,7 @@ const SLACK: f32 = 8.0;
 {{ matrix.resident("q") }}
 {{ matrix.row_scales("q") }}
 {{ matrix.accumulator("o", "v") }}
-{{ columns.put_columns() }}
+{{ columns.put_first() }}
   // The first maximum is finite, and so far above hidden scores that their probabilities are zero.
 # if formed
   let floor = LOWEST;
@@ -31,7 +31,7 @@ const SLACK: f32 = 8.0;
   let floor = max(0.5 * HIDDEN * scale, LOWEST);
   let slack = SLACK / scale;
 # endif
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   var row_max_{{ r }} = floor;
   // Scores above the limit raise the maximum.
   var limit_{{ r }} = {{ "LOWEST" if formed else "0.5 * HIDDEN" }};
@@ -43,31 +43,62 @@ const SLACK: f32 = 8.0;
 # endfor
 # endmacro
 
-# macro scores()
+# macro scores(masked, chunk)
     // S = Q K^T.
-{{ fallback.clean_columns() }}
+# if phased
+{{ scores_in_phases(masked, chunk) }}
+# else
+{{ fallback.clean_columns(staged) }}
 {{ columns.fetch_next() }}
 {{ matrix.product("s", "q", "k", "stage") }}
+# endif
+# endmacro
+
+{#- K of a tile is in workgroup memory from the end of the tile before, and V from the first product on. Each has one place there, and
+    needs registers for half of the time. -#}
+# macro scores_in_phases(masked, chunk)
+# if chunk == 0
+{{ fallback.clean_columns(["k"]) }}
+{{ columns.fetch("v", "tile_column0", clamped=masked != "none") }}
+# endif
+# if chunk == chunks - 1 and chunks > 1
+{{ columns.fetch_next_first() }}
+# endif
+{{ matrix.product("s", "q", "k", "stage", chunk) }}
+# if chunk == 0
+{{ columns.put("v", "stage") }}
+    workgroupBarrier();
+{{ fallback.clean_columns(["v"]) }}
+# endif
+# if chunks == 1
+{{ columns.fetch_next_first() }}
+# endif
 # endmacro
 
 {#- The online softmax. row_max follows only when it has grown by more than SLACK, which is rare: a stale maximum is exact up to rounding,
     and P stays within f16. It leaves P as the P tile. -#}
-# macro softmax()
-{{ load_scores() }}
+# macro softmax(masked)
+{{ load_scores(masked) }}
     // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
     // compiler moves the registers of fragments.
     loop {
+# if elements
+      if (!subgroupAny({% for r in range(lane_rows) %}{{ " || " if not loop.first }}(tile_max_{{ r }} > limit_{{ r }}){% endfor %})) { break; }
+# else
       if (!subgroupAny(any({% for r, n in pairs(row_fragments, lane_quads) %}{{ " | " if not loop.first }}(x_{{ r }}_{{ n }} > vec4<f32>(limit_{{ r }})){% endfor %}))) { break; }
-# for r in range(row_fragments)
+# endif
+# for r in range(lane_rows)
 {{ row_max(r) }}
 {{ rescale(r) }}
 # endfor
+# if not elements
       // The first tile finds O = 0.
       if (tile == {{ "first_tile" if mask else "tiles.first" }}) { continue; }
+# endif
 {{ matrix.rescale("o", "v", "rescale_") }}
     }
     // P = exp(S - m);  row_sum += sum of P.
-# for r in range(row_fragments)
+# for r in range(lane_rows)
     var total_{{ r }} = vec4<f32>();
 # for n in range(lane_quads)
 {{ exponentiate(r, n) }}
@@ -76,14 +107,15 @@ const SLACK: f32 = 8.0;
     row_sum_{{ r }} += (total_{{ r }}.x + total_{{ r }}.y) + (total_{{ r }}.z + total_{{ r }}.w);
 # endfor
 {{ matrix.store_p("p") }}
-{{ fallback.find_fallback() }}
+{{ fallback.find_fallback(masked) }}
 # endmacro
 
-{#- S by rows, with softcap, ALiBi and bias, and without hidden pairs. Where nearly all registers are taken, pairs are hidden while the
-    scores are in workgroup memory. -#}
-# macro load_scores()
-# set hides_in_memory = registers > 200 and not (modified or mask or column_scales)
+# macro load_scores(masked)
+# set hides_in_memory = registers > 200 and not (modified or mask or column_scales or elements)
 {{ score.begin_scores() }}
+# if elements
+{{ matrix.rows_of("x", "s", 0) }}
+# else
 # for r in range(row_fragments)
 {{ matrix.store_rows("s", r) }}
 # if hides_in_memory
@@ -98,26 +130,49 @@ const SLACK: f32 = 8.0;
 # endif
 {{ matrix.load_rows("x", r, 0) }}
 # endfor
-{{ score.make_scores("x", "") }}
+# endif
+{{ score.make_scores("x", "", masked) }}
 # if has_row_max
 # if not hides_in_memory
-{{ masking.hide("x", "hidden") }}
+{{ masking.hide("x", "hidden", masked) }}
 # endif
 {{ largest_scores() }}
 # endif
 # if column_scales
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
     x_{{ r }}_{{ n }} += {{ matrix.column_stat(n, 1) }};
 # endfor
 # endif
 # if not (hides_in_memory or has_row_max)
-{{ masking.hide("x", "hidden") }}
+{{ masking.hide("x", "hidden", masked) }}
+# endif
+# if elements
+# for r in range(lane_rows)
+{{ tile_max(r) }}
+# endfor
 # endif
 # endmacro
 
+{#- The largest score of a row's columns of this lane. -#}
+# macro tile_max(r)
+# for n in range(lane_quads)
+    let pair_max_{{ r }}_{{ n }} = max(x_{{ r }}_{{ n }}.xy, x_{{ r }}_{{ n }}.zw);
+# endfor
+    var tile_max_{{ r }} = {{ max_of("pair_max_" ~ r ~ "_", 0, lane_quads) }};
+# endmacro
+
+{#- The maximum of vectors of two, and of their elements. -#}
+{%- macro max_of(stem, first, end) -%}
+{%- if end - first == 1 -%}
+  max({{ stem ~ first }}.x, {{ stem ~ first }}.y)
+{%- else -%}
+  max({{ max_of(stem, first, (first + end) // 2) }}, {{ max_of(stem, (first + end) // 2, end) }})
+{%- endif -%}
+{%- endmacro -%}
+
 {#- The largest score of the columns of this lane so far; `finish` compares the lanes of a row. A row that sees a NaN is reported. -#}
 # macro largest_scores()
-# for r in range(row_fragments)
+# for r in range(lane_rows)
     {
       var largest4 = x_{{ r }}_0;
 # for n in range(1, lane_quads)
@@ -132,11 +187,15 @@ const SLACK: f32 = 8.0;
 # macro row_max(r)
       let old_max_{{ r }} = row_max_{{ r }};
       {
+# if elements
+        var tile_max = tile_max_{{ r }};
+# else
         var tile_max4 = x_{{ r }}_0;
 # for n in range(1, lane_quads)
         tile_max4 = max(tile_max4, x_{{ r }}_{{ n }});
 # endfor
         var tile_max = max(max(tile_max4.x, tile_max4.y), max(tile_max4.z, tile_max4.w));
+# endif
 {{ matrix.reduce_row("tile_max", "max") }}
         // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
         if (tile_max > limit_{{ r }} || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
@@ -167,10 +226,18 @@ const SLACK: f32 = 8.0;
 # endif
 # endmacro
 
-# macro accumulate()
+# macro accumulate(chunk)
     // O += P V.
-{{ matrix.accumulate("o", "v", "stage") }}
+{{ matrix.accumulate("o", "p", "v", "stage", chunk) }}
+# if not phased
 {{ columns.next_stage() }}
+# elif chunk == chunks - 1
+# if chunks > 1 or column_scales or sanitize
+    // All subgroups have used K.
+    workgroupBarrier();
+# endif
+{{ columns.put_first() }}
+# endif
 # endmacro
 
 {#- The denominator of each row takes in the sink logit. Then o = O / row_sum and lse are written. -#}
@@ -182,7 +249,7 @@ const SLACK: f32 = 8.0;
 # else
 # set score_scale, scale_of_largest = "scale", ""
 # endif
-# for r in range(row_fragments)
+# for r in range(lane_rows)
 {{ matrix.reduce_row("row_sum_" ~ r, "sum") }}
 # if bias
   fallback_{{ r }} = fallback_{{ r }} || (row_sum_{{ r }} > 0.0 && row_max_{{ r }} <= LOWEST);
@@ -196,10 +263,10 @@ const SLACK: f32 = 8.0;
 # endif
   let end_{{ r }} = finish_row(row_max_{{ r }} / {{ score_scale }}, row_sum_{{ r }}, work.head);
   let factor_{{ r }} = end_{{ r }}.factor{{ " * lift_" ~ r if column_scales }};
-  if (row_{{ r }} < row_limit && part == 0u) { lse[lse_base + row_{{ r }}] = select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < seq.seq_q); }
+  if (row_{{ r }} < row_limit && lane_column == 0u) { lse[lse_base + row_{{ r }}] = select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < seq.seq_q); }
 # if has_row_max
 {{ matrix.reduce_row("largest_" ~ r, "max") }}
-  if (row_{{ r }} < row_limit && part == 0u) {
+  if (row_{{ r }} < row_limit && lane_column == 0u) {
     let at = operand_base(params.row_max, work.batch, work.head) + seq.q_start + row_{{ r }};
     let largest = largest_score(largest_{{ r }}{{ scale_of_largest }}, row_sum_{{ r }});
     row_max[at] = select(params.negative_infinity, largest, row_{{ r }} < seq.seq_q);

@@ -7,9 +7,13 @@
       product(s, a, b)        s[row, column] = sum over features of a[row] * b[column]
       accumulate(x, b)        x[row] += sum over columns of P[row, column] * b[column]
 
-    WGSL has no arithmetic on a fragment's elements. A score tile therefore goes through workgroup memory: `store_rows` stores a row of
-    fragments, `load_rows` loads it by rows, LANES_A_ROW lanes a row, and `store_p` stores the probabilities in f16 as the P tile. The rows
-    belong to one subgroup, so a subgroup barrier is enough.
+    A lane computes with rows of scores, as quads: `rows_of` takes them out of fragments, and `store_p` makes fragments of probabilities in
+    f16, the left operands of `accumulate`. There are two ways (`elements`):
+
+      strips      WGSL has no arithmetic on a fragment's elements, so a row of fragments goes through workgroup memory, LANES_A_ROW lanes a
+                  row. The rows belong to one subgroup, and a subgroup barrier is enough.
+      elements    SPIR-V has it. Calls of the functions that `declare_elements` declares become its instructions (src/exec/elements.rs),
+                  and scores stay in registers. A lane has the rows and columns that the driver gives it (ElementLayout).
 
     Fragments have no hidden elements. A hidden column that is NaN or infinite makes the results NaN, since 0 times it is NaN
     (cooperative/fallback.wgsl). Halves have less range than the numbers that are multiplied (cooperative/units.wgsl, token_scales.wgsl).
@@ -20,7 +24,7 @@
     address as if it were rounded down.
 
     Needs: `main` of tile_main.wgsl, halves.wgsl, cooperative/columns.wgsl for staged columns.
-    Declares: the macros below; the arrays of workgroup memory, is_finite4; `row_R`, `fallback_R` and the place of a lane. -#}
+    Declares: the macros below; the arrays of workgroup memory, is_finite4; `row_R` and `fallback_R` of each row of a lane, `lane_column`. -#}
 
 {#- Waits for the other lanes of the subgroup, where lanes do not run in step. A barrier of the workgroup would not do: subgroups rescale
     at different tiles. -#}
@@ -37,10 +41,15 @@ const {{ b | upper }}_TILE: u32 = {{ staged_rows[b] * tile_columns }}u;
 var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ stages * staged_rows[b] * tile_columns }}>;
 # endfor
 var<workgroup> score_rows: array<vec4<f32>, {{ subgroups * side * score_row }}>;
-var<workgroup> p_tile: array<vec4<f16>, {{ subgroups * row_fragments * side * p_row }}>;
+# if p_tile > 0
+var<workgroup> p_tile: array<vec4<f16>, {{ p_tile }}>;
+# endif
 # if stats_per_column > 0
 // Numbers of each column: the shifts by lse and delta of a query, and in bf16 the inverse token scales.
-var<workgroup> column_stats: array<vec4<f32>, {{ stages * stats_per_column * tile_columns // 4 }}>;
+var<workgroup> column_stats: array<{{ "f32" if elements else "vec4<f32>" }}, {{ stages * stats_per_column * tile_columns // (1 if elements else 4) }}>;
+# endif
+# if elements
+{{ declare_elements() }}
 # endif
 # if "row_stats" in names
 // In the second run the unit follows dS beyond this size, which is within f16.
@@ -51,6 +60,21 @@ const UNIT_LIMIT: f32 = 32768.0;
 fn is_finite4(x: vec4<f32>) -> bool {
   return all((bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
 }
+# if elements
+
+fn is_finite1(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) < 0x7f800000u; }
+# endif
+# endmacro
+
+{#- Functions whose calls become instructions of SPIR-V. What they return here is never computed. -#}
+# macro declare_elements()
+fn component_c(m: coop_mat{{ side }}x{{ side }}<f32, C>, i: u32) -> f32 { return 0.0; }
+# for role, scalar in [["a", "f16"], ["c", "f32"]]
+fn matrix_of_{{ role }}({% for i in range(components) %}{{ ", " if i > 0 }}x{{ i }}: {{ scalar }}{% endfor %}) -> coop_mat{{ side }}x{{ side }}<{{ scalar }}, {{ role | upper }}> {
+  return coop_mat{{ side }}x{{ side }}<{{ scalar }}, {{ role | upper }}>();
+}
+# endfor
+fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 # endmacro
 
 {#- The shift of scores by an lse, in powers of two. -#}
@@ -68,17 +92,28 @@ fn is_finite4(x: vec4<f32>) -> bool {
   // An empty sequence has a first row that is loaded and never used.
   let last_column = max(column_limit, 1u) - 1u;
   let subgroup_scores = subgroup * {{ side * score_row }}u;
-  // The lane's row within a fragment, and its place among the lanes of that row.
+  // The lane's row within a fragment in workgroup memory, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
   let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
-  let subgroup_p = subgroup * {{ row_fragments * side * p_row }}u;
+  let subgroup_p = subgroup * {{ (1 if elements else row_fragments) * side * p_row }}u;
   let p_at = subgroup_p + lane_row * P_ROW + part;
-# for r in range(row_fragments)
+  // The row and the column of the lane's first element in registers.
+  let element_row = {{ elements.row if elements else "lane_row" }};
+  let lane_column = {{ elements.column if elements else "4u * part" }};
+# for r in range(lane_rows)
   var fallback_{{ r }} = false;
-  let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
+  let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ row_offsets[r] }}u + element_row;
 # endfor
+# if elements
+# for r in range(row_fragments)
+  let strip_row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ r * side }}u + lane_row;
+# endfor
+# endif
 # endmacro
+
+{#- The lane's row while the r-th row of fragments is in workgroup memory. -#}
+{%- macro strip_row(r) %}{{ "strip_row_" if elements else "row_" }}{{ r }}{% endmacro -%}
 
 {#- The n-th step of a lane over its quads of a fragment's row, around the caller's text. A fragment may have fewer quads than lanes. -#}
 # macro each_quad(n)
@@ -102,8 +137,8 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for n in range(fragment_quads)
   var {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = Raw();
 # call each_quad(n)
-    if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
-      {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = raw_{{ a }}({{ a }}_base, row_{{ r }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad);
+    if ({{ strip_row(r) }} < row_limit{% if (f + 1) * side // 4 > operand_quads[a] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[a] }}u{% endif %}) {
+      {{ a }}_raw_{{ r }}_{{ f }}_{{ n }} = raw_{{ a }}({{ a }}_base, {{ strip_row(r) }} * params.{{ a }}.seq, {{ f * side // 4 }}u + quad);
     }
 # endcall
 # endfor
@@ -115,24 +150,55 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # for f, n in pairs(fragments[a], fragment_quads)
   {{ a }}_size_{{ r }} = max({{ a }}_size_{{ r }}, finite_size(widened4({{ a }}_raw_{{ r }}_{{ f }}_{{ n }})));
 # endfor
-{{ reduce_row(a ~ "_size_" ~ r, "max") }}
+{{ reduce_strip(a ~ "_size_" ~ r, "max") }}
   let {{ a }}_scale_{{ r }} = token_scale({{ a }}_size_{{ r }});
+# endfor
+{{ row_inverses(a) }}
+# endif
+# set at_once = 1 if elements else row_fragments
+# for f in range(fragments[a])
+# for first in range(0, row_fragments, at_once)
+# for r in range(first, first + at_once)
+# for n in range(fragment_quads)
+# call each_quad(n)
+    let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
+    {{ p_array }}[p_at - part + {{ (r - first) * side * p_row }}u + quad] = {{ halves("raw", a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign) }};
+# endcall
+# endfor
+# endfor
+  {{ sync() }}
+# for r in range(first, first + at_once)
+  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&{{ p_array }}[subgroup_p + {{ (r - first) * side * p_row }}u], P_ROW);
+# endfor
+  {{ sync() }}
+# endfor
+# endfor
+# if elements
+  // Columns come where the other subgroups' fragments were.
+  workgroupBarrier();
+# endif
+# endmacro
+
+{#- The inverse token scale of each row of a lane. -#}
+# macro row_inverses(a)
+# if elements
+  // By rows in workgroup memory, and from there by the rows of the elements.
+# for r in range(row_fragments)
+  {{ sync() }}
+  if (part == 0u) { score_rows[subgroup_scores + lane_row].x = 1.0 / {{ a }}_scale_{{ r }}; }
+  {{ sync() }}
+# for own in range(lane_rows)
+# if row_fragment[own] == r
+  let {{ a }}_inverse_{{ own }} = score_rows[subgroup_scores + element_row + {{ row_offsets[own] - r * side }}u].x;
+# endif
+# endfor
+  {{ sync() }}
+# endfor
+# else
+# for r in range(row_fragments)
   let {{ a }}_inverse_{{ r }} = 1.0 / {{ a }}_scale_{{ r }};
 # endfor
 # endif
-# for f in range(fragments[a])
-# for r, n in pairs(row_fragments, fragment_quads)
-# call each_quad(n)
-    let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
-    p_tile[p_at - part + {{ r * side * p_row }}u + quad] = {{ halves("raw", a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign) }};
-# endcall
-# endfor
-  {{ sync() }}
-# for r in range(row_fragments)
-  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&p_tile[subgroup_p + {{ r * side * p_row }}u], P_ROW);
-# endfor
-  {{ sync() }}
-# endfor
 # endmacro
 
 # macro accumulator(x, operand)
@@ -144,7 +210,7 @@ fn is_finite4(x: vec4<f32>) -> bool {
 {#- The scales of the rows' products, after `resident` has found the rows' token scales. -#}
 # macro row_scales(a)
 # if column_scales
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   let {{ product_scale(r) }} = {{ "cap_scale" if softcap else "scale" }}{{ inverse(a, r) }};
 # endfor
 # endif
@@ -152,12 +218,28 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 {#- A number of each column of a lane's n-th quad. Of queries: the shift by lse (0) and delta (1). Then, in bf16, the inverse token scales
     of the first and of the second staged operand. -#}
-{%- macro column_stat(n, which) %}column_stats[stage * {{ stats_per_column * tile_columns // 4 }}u + part + {{ n * lanes // side + which * tile_columns // 4 }}u]{% endmacro -%}
+{%- macro column_stat(n, which) -%}
+{%- set at = "stage * " ~ (stats_per_column * tile_columns) ~ "u + (column0 - tile_column0) + lane_column + " -%}
+{%- if elements -%}
+  vec4<f32>({% for step in quad_steps %}{{ ", " if not loop.first }}column_stats[{{ at }}{{ quad_offsets[n] + step + which * tile_columns }}u]{% endfor %})
+{%- else -%}
+  column_stats[stage * {{ stats_per_column * tile_columns // 4 }}u + part + {{ n * lanes // side + which * tile_columns // 4 }}u]
+{%- endif -%}
+{%- endmacro -%}
+
+{#- A number of a column in workgroup memory, by `item`, its place in the tile. -#}
+{%- macro stat_place(which) -%}
+{%- if elements -%}
+  column_stats[stage * {{ stats_per_column * tile_columns }}u + item + {{ which * tile_columns }}u]
+{%- else -%}
+  column_stats[stage * {{ stats_per_column * tile_columns // 4 }}u + item / 4u + {{ which * tile_columns // 4 }}u][item % 4u]
+{%- endif -%}
+{%- endmacro -%}
 
 {%- macro column_inverse(n, which) %}{{ column_stat(n, which + (2 if rows_are_keys else 0)) }}{% endmacro -%}
 
-{#- The first column of a lane's n-th quad. -#}
-{%- macro quad_column(n) %}column0 + 4u * ({{ n * lanes // side }}u + part){% endmacro -%}
+{#- The first column of a lane's n-th quad. The others are `quad_steps` from it. -#}
+{%- macro quad_column(n) %}column0 + {{ quad_offsets[n] }}u + lane_column{% endmacro -%}
 
 {#- The place in the stage of fragment f of an operand's c-th columns, and its pitch. -#}
 {%- macro staged_at(b, stage, c, f) -%}
@@ -165,21 +247,34 @@ fn is_finite4(x: vec4<f32>) -> bool {
   &{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ row }} + {{ f * side // 4 }}u], {{ row }}
 {%- endmacro -%}
 
-{#- s[row, column] = a[row] . b[column]. -#}
-# macro product(s, a, b, stage)
+{#- s[row, column] = a[row] . b[column], for the columns of a chunk of the tile. -#}
+# macro product(s, a, b, stage, chunk=0)
+# if elements
+# for r, c in pairs(row_fragments, column_fragments)
+    var {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+# endfor
+# for f, c in pairs(fragments[a], column_fragments)
+{{ multiply(s, a, b, stage, chunk, c, f) }}
+# endfor
+# else
 # for c in range(column_fragments)
 # for r in range(row_fragments)
     var {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
 # endfor
 # for f in range(fragments[a])
+{{ multiply(s, a, b, stage, chunk, c, f) }}
+# endfor
+# endfor
+# endif
+# endmacro
+
+# macro multiply(s, a, b, stage, chunk, c, f)
     {
-      let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, c, f) }});
+      let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f) }});
 # for r in range(row_fragments)
       {{ s }}_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column, {{ s }}_{{ r }}_{{ c }});
 # endfor
     }
-# endfor
-# endfor
 # endmacro
 
 {#- Stores a row of score fragments, and waits for it. -#}
@@ -198,37 +293,71 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ sync() }}
 # endmacro
 
-{#- Stores P, or dS, in f16 as the P tile for `accumulate`, and waits for it. -#}
+{#- The lane's rows of a score tile as quads. In bf16 the token scales of the columns' first (0) or second (1) operand are taken out. -#}
+# macro rows_of(x, s, which)
+# if elements
+# for r, n in pairs(lane_rows, lane_quads)
+    var {{ x }}_{{ r }}_{{ n }} = vec4<f32>({% for c, i in quad_elements[r % rows_a_lane][n] %}{{ ", " if not loop.first }}component_c({{ s }}_{{ row_fragment[r] }}_{{ c }}, {{ i }}u){% endfor %}){% if column_scales %} * {{ column_inverse(n, which) }}{% endif %};
+# endfor
+# else
+# for r in range(row_fragments)
+{{ store_rows(s, r) }}
+{{ load_rows(x, r, which) }}
+# endfor
+# endif
+# endmacro
+
+{#- Makes P, or dS, in f16 the left operand of `accumulate`: the P tile, or fragments. -#}
 # macro store_p(x)
+# if elements
+# for r, c in pairs(row_fragments, column_fragments)
+    let {{ x }}_left_{{ r }}_{{ c }} = matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}f16({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %});
+# endfor
+# else
 # for r, n in pairs(row_fragments, lane_quads)
     p_tile[p_at + {{ r * side * p_row + n * lanes // side }}u] = vec4<f16>({{ x }}_{{ r }}_{{ n }});
 # endfor
     {{ sync() }}
+# endif
+# endmacro
+
+{#- Combines a number of each lane of a row in workgroup memory, by "max" or "sum". -#}
+# macro reduce_strip(x, op)
+# for n in [1, 2] if n < lanes // side
+{{ combine(x, op, n) }}
+# endfor
 # endmacro
 
 {#- Combines a number of each lane of a row, by "max" or "sum". -#}
 # macro reduce_row(x, op)
-# for n in [1, 2]
-# if n < lanes // side and op == "max"
-  {{ x }} = max({{ x }}, subgroupShuffleXor({{ x }}, {{ n }}u));
-# elif n < lanes // side
-  {{ x }} = {{ x }} + subgroupShuffleXor({{ x }}, {{ n }}u);
-# endif
+# for n in row_lanes
+{{ combine(x, op, n) }}
 # endfor
 # endmacro
 
-{#- x[row] += sum over columns of P[row, column] * b[column]. -#}
-# macro accumulate(x, b, stage)
+# macro combine(x, op, n)
+# if op == "max"
+  {{ x }} = max({{ x }}, subgroupShuffleXor({{ x }}, {{ n }}u));
+# else
+  {{ x }} = {{ x }} + subgroupShuffleXor({{ x }}, {{ n }}u);
+# endif
+# endmacro
+
+{#- x[row] += sum over columns of w[row, column] * b[column], for the columns of a chunk of the tile; w is P or dS, as `store_p` has left
+    it. -#}
+# macro accumulate(x, w, b, stage, chunk=0)
 # for c in range(column_fragments)
     {
+# if not elements
 # for r in range(row_fragments)
-      let left_{{ r }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&p_tile[subgroup_p + {{ r * side * p_row + c * side // 4 }}u], P_ROW);
+      let {{ w }}_left_{{ r }}_{{ c }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&p_tile[subgroup_p + {{ r * side * p_row + c * side // 4 }}u], P_ROW);
 # endfor
+# endif
 # for f in range(fragments[b])
       {
-        let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, c, f) }});
+        let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f) }});
 # for r in range(row_fragments)
-        {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd(left_{{ r }}, column, {{ x }}_{{ r }}_{{ f }});
+        {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd({{ w }}_left_{{ r }}_{{ c }}, column, {{ x }}_{{ r }}_{{ f }});
 # endfor
       }
 # endfor
@@ -243,8 +372,13 @@ fn is_finite4(x: vec4<f32>) -> bool {
     {{ sync() }}
 # endmacro
 
-{#- Multiplies the rows of an accumulator, through workgroup memory. Few tiles need it. -#}
+{#- Multiplies the rows of an accumulator. Few tiles need it. -#}
 # macro rescale(x, operand, factor)
+# if elements
+# for r, f in pairs(row_fragments, fragments[operand])
+      {{ x }}_{{ r }}_{{ f }} = matrix_of_c({% for h, n, e in element_quads[0] %}{{ ", " if not loop.first }}component_c({{ x }}_{{ r }}_{{ f }}, {{ loop.index0 }}u) * {{ factor }}{{ r * rows_a_lane + h }}{% endfor %});
+# endfor
+# else
 # for r, f in pairs(row_fragments, fragments[operand])
 {{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
 # for n in range(fragment_quads)
@@ -256,24 +390,40 @@ fn is_finite4(x: vec4<f32>) -> bool {
       {{ x }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f32, C>>(&score_rows[subgroup_scores], SCORE_ROW);
 # endfor
       {{ sync() }}
+# endif
 # endmacro
 
-{#- Writes an accumulator times `factor`. A factor that ends with "_" is the stem of a name, which each row completes with its number. With
-    `o_lo` the rounding error of o is written, too. -#}
+{#- A factor that ends with "_" is the stem of a name, which each row completes with its number. -#}
+{%- macro factor_of(factor, r) %}{{ factor ~ r if factor is endingwith("_") else factor }}{% endmacro -%}
+
+{#- Writes an accumulator times `factor`. With `o_lo` the rounding error of o is written, too. -#}
 # macro store(x, operand, factor)
 # for r in range(row_fragments)
   {
-    let base = {{ operand }}_base + row_{{ r }} * params.{{ operand }}.seq;
+    let base = {{ operand }}_base + {{ strip_row(r) }} * params.{{ operand }}.seq;
 # if o_lo
-    let rest_base = o_lo_base + row_{{ r }} * params.o_lo.seq;
+    let rest_base = o_lo_base + {{ strip_row(r) }} * params.o_lo.seq;
 # endif
 # for f in range(fragments[operand])
+# if elements
+# for h, n, e in element_quads[0]
+    let result_{{ f }}_{{ loop.index0 }} = component_c({{ x }}_{{ r }}_{{ f }}, {{ loop.index0 }}u) * {{ factor_of(factor, r * rows_a_lane + h) }};
+    fallback_{{ r * rows_a_lane + h }} = fallback_{{ r * rows_a_lane + h }} || !is_finite1(result_{{ f }}_{{ loop.index0 }});
+# endfor
+    let result_{{ f }} = matrix_of_c({% for i in range(components) %}{{ ", " if i > 0 }}result_{{ f }}_{{ i }}{% endfor %});
+{{ store_fragment("result_" ~ f) }}
+# else
 {{ store_fragment(x ~ "_" ~ r ~ "_" ~ f) }}
+# endif
 # for n in range(fragment_quads)
 # call each_quad(n)
-      if (row_{{ r }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
-        let result = score_rows[score_at - part + quad] * {{ factor ~ r if factor is endingwith("_") else factor }};
+      if ({{ strip_row(r) }} < row_limit{% if (f + 1) * side // 4 > operand_quads[operand] %} && {{ f * side // 4 }}u + quad < {{ operand_quads[operand] }}u{% endif %}) {
+# if elements
+        let result = score_rows[score_at - part + quad];
+# else
+        let result = score_rows[score_at - part + quad] * {{ factor_of(factor, r) }};
         fallback_{{ r }} = fallback_{{ r }} || !is_finite4(result);
+# endif
         store_{{ operand }}(base, {{ f * side // 4 }}u + quad, result);
 # if o_lo
         store_o_lo(rest_base, {{ f * side // 4 }}u + quad, result);

@@ -8,7 +8,7 @@
 # if mask_words
   if (span.kind != 1u) {
     let first_word = {{ "(" ~ tile ~ " * TILE_COLUMNS)" if rows_are_keys else "first_column(tiles, " ~ tile ~ ")" }} / 64u * 2u;
-# for r in range(row_fragments)
+# for r in range(lane_rows)
     mask_words_{{ r }} = vec2<u32>(mask_word(seq, row_{{ r }}, first_word), mask_word(seq, row_{{ r }}, first_word + 1u));
 # endfor
   }
@@ -18,7 +18,7 @@
 {#- The bits of the 32 columns around a tile. The next span's bits come after. -#}
 # macro mask_of_tile()
 # if mask_words
-# for r in range(row_fragments)
+# for r in range(lane_rows)
     let mask_{{ r }} = select(mask_words_{{ r }}.x, mask_words_{{ r }}.y, (column0 & 32u) != 0u) >> (column0 % 32u);
 # endfor
 # endif
@@ -27,19 +27,29 @@
 {#- The columns of a lane's n-th quad that its r-th row sees by the band. -#}
 {%- macro visible(r, n) %}visible4(seq, row_{{ r }}, {{ quad_column(n) }}){% endmacro -%}
 
-{#- Sets hidden pairs to `value`, whatever was computed for them, and their numbers in `also` to 0. Written as a loop that runs at most
-    once: with an `if`, NVIDIA's compiler moves the registers of fragments. -#}
-# macro hide(x, value, also="", before="")
+{#- Sets hidden pairs to `value`, whatever was computed for them, and their numbers in `also` to 0. Pairs of all tiles of the loop may be
+    hidden, or of none, or each tile has to say (`masked`). That is written as a loop that runs at most once: with an `if`, NVIDIA's
+    compiler moves the registers of fragments. -#}
+# macro hide(x, value, masked, also="", before="")
+# if masked == "all"
+{{ hide_pairs(x, value, also) }}
+# elif masked == "some"
     var hides_{{ before ~ x }} = is_partial{{ " || mask_partial" if mask }};
     loop {
       if (!hides_{{ before ~ x }}) { break; }
       hides_{{ before ~ x }} = false;
-# for r in range(row_fragments)
+{{ hide_pairs(x, value, also) }}
+    }
+# endif
+# endmacro
+
+# macro hide_pairs(x, value, also)
+# for r in range(lane_rows)
 # if mask_words
       // A bit for each column.
       var visible_{{ r }} = select(0xffffffffu, mask_{{ r }}, mask_partial);
       if (is_partial) { visible_{{ r }} &= visible_bits(seq, row_{{ r }}, column0); }
-      visible_{{ r }} >>= 4u * part;
+      visible_{{ r }} >>= lane_column;
 # endif
 # for n in range(lane_quads)
       {{ x }}_{{ r }}_{{ n }} = select(vec4<f32>({{ value }}), {{ x }}_{{ r }}_{{ n }}, {{ visible_quad(r, n) }});
@@ -48,7 +58,6 @@
 # endif
 # endfor
 # endfor
-    }
 # endmacro
 
 {#- The columns of a lane's n-th quad that the band and the mask leave visible. -#}
@@ -62,5 +71,5 @@
 {%- endif -%}
 {%- endmacro -%}
 
-{#- The bits of a lane's n-th quad. The caller has shifted them by the lane's place in its row. -#}
-{%- macro quad_bits(n) %}vec4<u32>({% for e in [1, 2, 4, 8] %}{{ ", " if e > 1 }}{{ e * 2 ** (4 * n * lanes // side) }}u{% endfor %}){% endmacro -%}
+{#- The bits of a lane's n-th quad. The caller has shifted them by the lane's column. -#}
+{%- macro quad_bits(n) %}vec4<u32>({% for step in quad_steps %}{{ ", " if not loop.first }}{{ 2 ** (quad_offsets[n] + step) }}u{% endfor %}){% endmacro -%}

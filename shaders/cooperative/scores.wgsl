@@ -21,7 +21,7 @@
 # endif
     // A query before its key has a negative p - j.
     let signed_slope = select(slope2, -slope2, before_keys);
-    let column_slopes = vec4<f32>(0.0, 1.0, 2.0, 3.0) * {{ "-signed_slope" if rows_are_keys else "signed_slope" }};
+    let column_slopes = vec4<f32>({{ quad_steps | join(".0, ") }}.0) * {{ "-signed_slope" if rows_are_keys else "signed_slope" }};
 # endif
 # endmacro
 
@@ -30,13 +30,13 @@
 
 {#- Turns products into scores. With ALiBi, bias or token scales they are `formed`, in powers of two. Otherwise the exponential applies
     the scale, or the cap of capped scores. `derivative` names the derivative of softcap, where it is needed. -#}
-# macro make_scores(x, derivative)
+# macro make_scores(x, derivative, masked)
 # if softcap and not bias
 {#- Two scores share a reciprocal, so hidden ones are replaced before. -#}
-{{ hide(x, "0.0", before="capped_") }}
+{{ hide(x, "0.0", masked, before="capped_") }}
 # endif
 # if softcap or formed
-# for r, n in pairs(row_fragments, lane_quads)
+# for r, n in pairs(lane_rows, lane_quads)
 # set name = x ~ "_" ~ r ~ "_" ~ n
 # if softcap
     let e_{{ name }} = exp2(fma({{ name }}, vec4<f32>({{ product_scale(r) }}), vec4<f32>(-60.0)));
@@ -63,8 +63,8 @@
     loop {
       if (!correct_{{ x }}) { break; }
       correct_{{ x }} = false;
-# for r, n in pairs(row_fragments, lane_quads)
-      {{ x }}_{{ r }}_{{ n }} -= 2.0 * slope2 * max(vec4<f32>({{ distance(r, n) }}) {{ "-" if rows_are_keys else "+" }} vec4<f32>(0.0, 1.0, 2.0, 3.0), vec4<f32>());
+# for r, n in pairs(lane_rows, lane_quads)
+      {{ x }}_{{ r }}_{{ n }} -= 2.0 * slope2 * max(vec4<f32>({{ distance(r, n) }}) {{ "-" if rows_are_keys else "+" }} vec4<f32>({{ quad_steps | join(".0, ") }}.0), vec4<f32>());
 # endfor
     }
 # endif

@@ -10,7 +10,7 @@
 # macro begin_units()
 # if units
 # for x in units
-# for r in range(row_fragments)
+# for r in range(lane_rows)
   var {{ x }}_unit_{{ r }} = 1.0;
   var {{ x }}_waits_{{ r }} = row_{{ r }} < min(row_limit, seq.{{ "seq_k" if rows_are_keys else "seq_q" }});
 # endfor
@@ -22,7 +22,7 @@
 {#- Sets the unit of each row for which `condition` holds, by the row's largest dS: it comes to 2^-6 .. 2^-5 in the unit. Then numbers
     down to 2^-8 of it are as precise as halves are, and later ones may be 2^20 times as large. -#}
 # macro follow(w, x, condition, then="")
-# for r in range(row_fragments)
+# for r in range(lane_rows)
       var factor_{{ r }} = 1.0;
       {
         var largest4 = abs({{ w }}_{{ r }}_0);
@@ -57,12 +57,12 @@
     unit follow. -#}
 # macro keep_in_unit(w, x, operand, also=[])
 # if sanitize
-    var grows_{{ x }} = subgroupAny(any({% for r, n in pairs(row_fragments, lane_quads) %}{{ " | " if not loop.first }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(UNIT_LIMIT)){% endfor %}));
+    var grows_{{ x }} = subgroupAny(any({% for r, n in pairs(lane_rows, lane_quads) %}{{ " | " if not loop.first }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(UNIT_LIMIT)){% endfor %}));
     loop {
       if (!grows_{{ x }}) { break; }
       grows_{{ x }} = false;
 {{ follow(w, x, "largest > UNIT_LIMIT") }}
-# for r in range(row_fragments)
+# for r in range(lane_rows)
 # for n in range(lane_quads)
       {{ w }}_{{ r }}_{{ n }} *= factor_{{ r }};
 # endfor
@@ -89,7 +89,7 @@
 
 {#- Ends a tile of the walk. The walk goes on while rows wait for their units. -#}
 # macro next_units()
-    let subgroup_waits = subgroupAny({% for x in units %}{% set first = loop.first %}{% for r in range(row_fragments) %}{{ " || " if r > 0 or not first }}{{ x }}_waits_{{ r }}{% endfor %}{% endfor %});
+    let subgroup_waits = subgroupAny({% for x in units %}{% set first = loop.first %}{% for r in range(lane_rows) %}{{ " || " if r > 0 or not first }}{{ x }}_waits_{{ r }}{% endfor %}{% endfor %});
 {{ any_subgroup("waits", "subgroup_waits") }}
     if (!waits) { break; }
 # if not mask

@@ -13,13 +13,13 @@
 # macro begin_head()
 # endmacro
 
-# macro scores()
+# macro scores(masked)
     // S = K Q^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "k", "q") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
-# macro probabilities()
+# macro probabilities(masked)
     // P = exp(S - lse), stored as the P tile and kept in registers.
 # for c in range(quads)
     var delta_{{ c }} = vec4<f32>();
@@ -59,7 +59,7 @@
 {{ blocks.product("d_p", "v", "d_o") }}
 # endmacro
 
-# macro score_gradients()
+# macro score_gradients(masked)
     // dS = P (dP - delta), stored as the P tile.
 # for c, i in pairs(quads, rows)
     d_p_{{ i }}_{{ c }} = s_{{ i }}_{{ c }} * (d_p_{{ i }}_{{ c }} - delta_{{ c }});

@@ -29,7 +29,7 @@
 # endif
 # endmacro
 
-# macro scores()
+# macro scores(masked)
     // S = Q K^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
@@ -40,7 +40,7 @@
 {{ blocks.product("d_p", "d_o", "v") }}
 # endmacro
 
-# macro score_gradients()
+# macro score_gradients(masked)
     // dS = exp(S - lse) (dP - delta), stored as the P tile. With ALiBi |p - j| dS is summed along each row, too.
 # for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * (d_p_{{ i }}_{{ c }} - delta_{{ i }});

@@ -25,7 +25,7 @@
 {{ blocks.product("d_p", "d_o", "v") }}
 # endmacro
 
-# macro accumulate()
+# macro accumulate(masked)
     // sum += P dP. The largest |P dP| of each row leads to the unit of d_q.
 # for i, c in pairs(rows, quads)
     s_{{ i }}_{{ c }} = exp4(fma(s_{{ i }}_{{ c }}, vec4<f32>(params.score_scale), vec4<f32>(-lse_{{ i }}))) * d_p_{{ i }}_{{ c }};

@@ -13,14 +13,14 @@
 {{ blocks.accumulator("o", "v") }}
 # endmacro
 
-# macro scores()
+# macro scores(masked, chunk)
     // S = Q K^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}
 # endmacro
 
 {#- The online softmax. It leaves P as the P tile. -#}
-# macro softmax()
+# macro softmax(masked)
     // The largest visible score of each row in the tile.
 {{ tile_max() }}
     // m = max(row_max, max of S by rows);  P = exp(S - m).
@@ -102,7 +102,7 @@
       row_sum_{{ i }} = fma(row_sum_{{ i }}, rescale, (total.x + total.y) + (total.z + total.w));
 # endmacro
 
-# macro accumulate()
+# macro accumulate(chunk)
     // O += P V.
 {{ blocks.accumulate("o", "v") }}
 # endmacro

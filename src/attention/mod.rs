@@ -151,6 +151,7 @@ impl Attention {
             MicroKernel::Auto => Ok(()),
             MicroKernel::Portable => Err(Error::NeedsGpu { call: "the portable micro-kernel" }),
             MicroKernel::Cooperative => Err(Error::NeedsGpu { call: "the cooperative micro-kernel" }),
+            MicroKernel::Fragments => Err(Error::NeedsGpu { call: "the micro-kernel on fragments" }),
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::device::elements::ElementLayout;
+
 /// Kinds of devices that want different tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeviceClass {
@@ -45,6 +47,8 @@ pub struct CooperativeMatrices {
     pub lanes: u32,
     /// The lanes of a subgroup run in step, and a barrier of theirs would be one of the workgroup: so it is with llvmpipe.
     pub in_step: bool,
+    /// Where the elements of a fragment are in registers, where kernels can compute with them there.
+    pub elements: Option<ElementLayout>,
 }
 
 setters! {
@@ -53,6 +57,9 @@ setters! {
         side: u32,
         lanes: u32,
         in_step: bool,
+    }
+    optional {
+        elements: ElementLayout,
     }
 }
 
@@ -66,7 +73,8 @@ impl CooperativeMatrices {
 impl fmt::Display for CooperativeMatrices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let CooperativeMatrices { side, lanes, .. } = self;
-        write!(f, "{side}x{side} of f16 with sums in f32, subgroups of {lanes}")
+        write!(f, "{side}x{side} of f16 with sums in f32, subgroups of {lanes}")?;
+        self.elements.map_or(Ok(()), |elements| write!(f, ", {elements}"))
     }
 }
 
@@ -269,10 +277,10 @@ impl Capabilities {
         ];
         for sample in &mut samples {
             sample.cooperative = match sample.class {
-                DeviceClass::Nvidia => Some(CooperativeMatrices { side: 16, lanes: 32, in_step: false }),
-                DeviceClass::Apple => Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false }),
+                DeviceClass::Nvidia => Some(CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements: Some(ElementLayout::NVIDIA) }),
+                DeviceClass::Apple => Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false, elements: None }),
                 // Mesa's from version 26 on.
-                DeviceClass::Software => Some(CooperativeMatrices { side: 8, lanes: 8, in_step: true }),
+                DeviceClass::Software => Some(CooperativeMatrices { side: 8, lanes: 8, in_step: true, elements: Some(ElementLayout::LLVMPIPE) }),
                 // Subgroups of more than one size.
                 _ => None,
             };

@@ -5,14 +5,22 @@ pub(crate) mod adapter;
 #[cfg(feature = "gpu")]
 pub(crate) mod buffer;
 pub(crate) mod capabilities;
+pub(crate) mod elements;
+#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
+pub(crate) mod markers;
 #[cfg(feature = "gpu")]
 mod open;
+#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
+mod probe;
+#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
+pub(crate) mod spirv;
 
 #[cfg(feature = "gpu")]
 pub use self::adapter::{device_descriptor, is_software};
 #[cfg(feature = "gpu")]
 pub use self::buffer::{BufferElement, DeviceBuffer, TensorView};
 pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
+pub use self::elements::ElementLayout;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 pub use self::open::adapters;
 #[cfg(feature = "gpu")]

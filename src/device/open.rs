@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 
 use crate::device::adapter::{device_descriptor, is_software};
 use crate::device::capabilities::Capabilities;
+#[cfg(not(target_family = "wasm"))]
+use crate::device::elements::ElementLayout;
 use crate::problem::error::{Error, Result};
 
 /// Environment variable that names the device of [`DeviceChoice::from_env`].
@@ -202,6 +204,19 @@ pub struct Device {
     capabilities: Capabilities,
 }
 
+/// Adds the layout of fragments' elements, which only the device itself tells.
+#[cfg(not(target_family = "wasm"))]
+fn with_elements(mut capabilities: Capabilities, device: &wgpu::Device, queue: &wgpu::Queue) -> Capabilities {
+    let probed = ElementLayout::probe(device, queue, &capabilities);
+    if let Some(matrices) = &mut capabilities.cooperative {
+        match probed {
+            Ok(layout) => matrices.elements = Some(layout),
+            Err(reason) => log::info!("{}: elements of fragments: {reason}", capabilities.name),
+        }
+    }
+    capabilities
+}
+
 impl Device {
     /// Wraps a device of the host application; see [`device_descriptor`] for what to request.
     pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue) -> Self {
@@ -213,6 +228,8 @@ impl Device {
     /// matrices (tensor cores).
     pub fn from_wgpu_on(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
         let capabilities = Capabilities::of(&device, Some(adapter));
+        #[cfg(not(target_family = "wasm"))]
+        let capabilities = with_elements(capabilities, &device, &queue);
         Device { device, queue, capabilities }
     }
 

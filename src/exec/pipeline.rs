@@ -145,7 +145,7 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
 /// The SPIR-V of a variant that says more than WGSL can; of all others wgpu makes it.
 #[cfg(not(target_family = "wasm"))]
 fn rewritten(device: &Device, variant: &Variant) -> Result<Option<Vec<u32>>> {
-    if variant.hints().is_none() {
+    if !variant.needs_spirv() {
         return Ok(None);
     }
     let Capabilities { spirv, name, .. } = device.capabilities();
@@ -173,8 +173,9 @@ fn passed_module(gpu: &wgpu::Device, label: Option<&str>, words: &[u32], threads
         ..Default::default()
     };
     // SAFETY: wgpu looks at nothing here. Beside what `shader_module` lists, these hold; each names what enforces it.
-    // - The words are valid SPIR-V: naga has validated the module that it wrote them from, and only operands of loops are changed.
-    //   `Variant::spirv`, `set_loop_controls`.
+    // - The words are valid SPIR-V: naga has validated the module that it wrote them from. Calls of markers become instructions on their
+    //   arguments, of the same types, and operands of loops are changed. `Variant::spirv`, `elements::rewrite`, `set_loop_controls`;
+    //   tests/gpu/loops.rs has spirv-val look at them.
     // - The driver takes this version of SPIR-V, and what else the module asks for. `adapter::spirv`; `adapter::cooperative` for kernels
     //   with matrices.
     // - The module binds what the layout has, as the layout has it, under the numbers that wgpu gives the slots. `Variant::bindings`,

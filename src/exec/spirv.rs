@@ -1,17 +1,15 @@
 //! Kernels in SPIR-V: what wgpu would hand to the driver, made here so that it can say more than WGSL.
 
-use naga::back::spv;
-use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
-use naga::valid::{ValidationFlags, Validator};
-
 use crate::device::capabilities::SpirvVersion;
+use crate::device::markers::HEADER;
+use crate::device::spirv::Translation;
 use crate::kernel::Variant;
 use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
 use crate::problem::error::{Error, Result};
 
 impl Variant {
     /// The SPIR-V of this variant: the words that wgpu makes of its [WGSL](Self::wgsl) where it compiles without names for debuggers, with
-    /// the variant's hints for loops. Bindings are numbered as wgpu does, one after the other in the order of their slots.
+    /// arithmetic on the elements of fragments in place of the calls that stand for it, and with the variant's hints for loops. Bindings are numbered as wgpu does, one after the other in the order of their slots.
     ///
     /// # Errors
     /// [`Error::Gpu`] where a hint is for loops that are not there; and if naga refuses the text, which would be a mistake of this crate.
@@ -29,67 +27,25 @@ impl Variant {
         Ok(words)
     }
 
+    /// Whether it says more than WGSL can, so that it has to reach the driver as SPIR-V.
+    pub(crate) fn needs_spirv(&self) -> bool {
+        self.properties().needs_elements || !self.hints().is_none()
+    }
+
     /// The hints for its loops.
     pub(crate) fn hints(&self) -> LoopHints {
         self.tiling.map_or(LoopHints::NONE, |tiling| tiling.loops())
     }
 }
 
-/// From WGSL to SPIR-V with the options of wgpu-hal 30, in its src/vulkan/adapter.rs and device.rs, for a module without run-time checks.
+/// The words of a variant's text, without hints for loops.
 fn translate(variant: &Variant, text: &str, version: SpirvVersion) -> Result<Vec<u32>, String> {
-    use naga::valid::Capabilities as Needs;
-    let has_matrices = variant.micro_kernel.properties().needs_matrices;
-    // unpack2x16float is no extension of WGSL, but naga counts it as one.
-    let mut needs = Needs::SHADER_FLOAT16_IN_FLOAT32;
-    // What every Vulkan offers, of what kernels may need.
-    let mut offered = vec![spv::Capability::Shader, spv::Capability::Matrix];
-    if has_matrices {
-        needs |= Needs::COOPERATIVE_MATRIX | Needs::SHADER_FLOAT16 | Needs::SUBGROUP | Needs::SUBGROUP_BARRIER;
-        offered.extend([
-            spv::Capability::GroupNonUniform,
-            spv::Capability::GroupNonUniformVote,
-            spv::Capability::GroupNonUniformArithmetic,
-            spv::Capability::GroupNonUniformBallot,
-            spv::Capability::GroupNonUniformShuffle,
-            spv::Capability::GroupNonUniformShuffleRelative,
-            spv::Capability::GroupNonUniformQuad,
-            spv::Capability::Float16,
-            spv::Capability::CooperativeMatrixKHR,
-            spv::Capability::VulkanMemoryModel,
-        ]);
-    }
-    let module = naga::front::wgsl::parse_str(text).map_err(|error| error.emit_to_string(text))?;
-    let info = Validator::new(ValidationFlags::all(), needs).validate(&module);
-    let info = info.map_err(|error| error.emit_to_string(text))?;
-
     let mut slots: Vec<u32> = variant.bindings().iter().map(|(binding, _)| binding.slot()).collect();
     slots.sort_unstable();
-    let place = |(number, slot): (u32, u32)| {
-        let info = spv::BindingInfo { descriptor_set: 0, binding: number, binding_array_size: None };
-        (naga::ResourceBinding { group: 0, binding: slot }, info)
-    };
-    let options = spv::Options {
-        lang_version: (version.major, version.minor),
-        flags: spv::WriterFlags::LABEL_VARYINGS | spv::WriterFlags::FORCE_POINT_SIZE,
-        fake_missing_bindings: false,
-        binding_map: (0..).zip(slots).map(place).collect(),
-        capabilities: Some(offered.into_iter().collect()),
-        bounds_check_policies: BoundsCheckPolicies {
-            index: BoundsCheckPolicy::Unchecked,
-            buffer: BoundsCheckPolicy::Unchecked,
-            image_load: BoundsCheckPolicy::Unchecked,
-            binding_array: BoundsCheckPolicy::Unchecked,
-        },
-        // As `compile` of pipeline.rs asks for.
-        zero_initialize_workgroup_memory: spv::ZeroInitializeWorkgroupMemoryMode::None,
-        force_loop_bounding: false,
-        emit_int_div_checks: false,
-        ray_query_initialization_tracking: false,
-        use_storage_input_output_16: false,
-        ..spv::Options::default()
-    };
-    let entry = spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
-    spv::write_vec(&module, &info, &options, Some(&entry)).map_err(|error| error.to_string())
+    let needs = variant.properties();
+    // Decoding has no tiles of this kind.
+    let needs_matrices = variant.micro_kernel.properties().needs_matrices;
+    Translation { slots: &slots, needs_matrices, has_markers: needs.needs_elements }.of(text, version)
 }
 
 /// In front of a loop in WGSL: the rest of the line is its [`LoopName`].
@@ -137,8 +93,6 @@ fn loops_of_main(wgsl: &str) -> Result<Vec<Option<LoopName>>, String> {
     Ok(loops)
 }
 
-/// Words in front of the first instruction.
-const HEADER: usize = 5;
 /// Opcodes, from the section "Instructions" of the SPIR-V specification.
 const OP_ENTRY_POINT: u32 = 15;
 const OP_FUNCTION: u32 = 54;

@@ -19,7 +19,7 @@ pub(crate) const D_KV: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: false,
         sums_pairs: false,
-        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
+        micro_kernels: &MicroKernel::ALL,
         units: |dtype| if dtype.needs_token_scales() { &["d_k", "d_v"] } else { &["d_k"] },
     }),
 };

@@ -19,7 +19,7 @@ pub(crate) const D_Q: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: false,
         sums_pairs: false,
-        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
+        micro_kernels: &MicroKernel::ALL,
         // The delta kernel has found the unit of a query, unless the unit depends on the keys' token scales.
         units: |dtype| if dtype.needs_token_scales() { &["d_q"] } else { &[] },
     }),

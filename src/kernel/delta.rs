@@ -58,7 +58,7 @@ pub(crate) const EXACT_DELTA: KernelSpec = KernelSpec {
         softmax: false,
         sums_rows: true,
         sums_pairs: false,
-        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
+        micro_kernels: &MicroKernel::ALL,
         units: |_| &[],
     }),
 };

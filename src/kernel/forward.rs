@@ -21,7 +21,7 @@ pub(crate) const FORWARD: KernelSpec = KernelSpec {
         softmax: true,
         sums_rows: true,
         sums_pairs: false,
-        micro_kernels: &[MicroKernel::Portable, MicroKernel::Cooperative],
+        micro_kernels: &MicroKernel::ALL,
         units: |_| &[],
     }),
 };

@@ -13,8 +13,16 @@ pub enum MicroKernel {
     Auto,
     /// Multiply-adds in f32, on every device.
     Portable,
-    /// Cooperative matrices (tensor cores).
+    /// Cooperative matrices (tensor cores), with scores in workgroup memory, where rows are computed with.
     Cooperative,
+    /// Cooperative matrices (tensor cores) whose elements are computed with where they are, in the registers of fragments. It needs a device
+    /// that takes SPIR-V and has an [`ElementLayout`](crate::plan::ElementLayout).
+    Fragments,
+}
+
+impl MicroKernel {
+    /// All that a plan can have, the ones that are tried first in front.
+    pub const ALL: [MicroKernel; 3] = [MicroKernel::Fragments, MicroKernel::Cooperative, MicroKernel::Portable];
 }
 
 impl fmt::Display for MicroKernel {
@@ -23,6 +31,7 @@ impl fmt::Display for MicroKernel {
             MicroKernel::Auto => "auto",
             MicroKernel::Portable => "portable",
             MicroKernel::Cooperative => "cooperative",
+            MicroKernel::Fragments => "fragments",
         })
     }
 }
@@ -30,6 +39,12 @@ impl fmt::Display for MicroKernel {
 /// Properties by which the planner, the host and the shared shaders distinguish micro-kernels. A template reads each by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Properties {
+    /// The folder of the micro-kernel's shaders.
+    pub(crate) templates: &'static str,
+    /// Computes with the elements of fragments in registers, by instructions that SPIR-V has and WGSL has not.
+    pub(crate) needs_elements: bool,
+    /// Computes full tiles in a loop of their own, which has nothing to hide.
+    pub(crate) peels_full_tiles: bool,
     /// Multiplies cooperative matrices. The device must have them, WGSL must enable them, and operations take as long as theirs.
     pub(crate) needs_matrices: bool,
     /// Multiplies f16. Operands are read as f16, or rounded to f16 with their token scales. P and dS are rounded to f16, and dS has a unit
@@ -62,6 +77,9 @@ impl MicroKernel {
     pub(crate) const fn properties(self) -> Properties {
         match self {
             MicroKernel::Auto | MicroKernel::Portable => Properties {
+                templates: "portable",
+                needs_elements: false,
+                peels_full_tiles: false,
                 needs_matrices: false,
                 multiplies_halves: false,
                 has_subgroups: false,
@@ -72,7 +90,15 @@ impl MicroKernel {
                 rescales_rarely: false,
                 flags: "memory",
             },
+            MicroKernel::Fragments => Properties {
+                needs_elements: true,
+                peels_full_tiles: true,
+                ..MicroKernel::Cooperative.properties()
+            },
             MicroKernel::Cooperative => Properties {
+                templates: "cooperative",
+                needs_elements: false,
+                peels_full_tiles: false,
                 needs_matrices: true,
                 multiplies_halves: true,
                 has_subgroups: true,
@@ -91,6 +117,9 @@ impl Properties {
     /// The properties that templates read.
     pub(crate) fn context(self) -> Value {
         let Properties {
+            templates,
+            needs_elements: _,
+            peels_full_tiles: _,
             needs_matrices,
             multiplies_halves,
             has_subgroups,
@@ -102,7 +131,7 @@ impl Properties {
             flags,
         } = self;
         context! {
-            needs_matrices, multiplies_halves, has_subgroups, prefetches_tiles, reports_rows, scores_in_powers_of_two, masks_by_spans, flags,
+            templates, needs_matrices, multiplies_halves, has_subgroups, prefetches_tiles, reports_rows, scores_in_powers_of_two, masks_by_spans, flags,
         }
     }
 }

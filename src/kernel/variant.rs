@@ -84,7 +84,7 @@ impl Variant {
     fn tiles(&self) -> Option<PortableTile> {
         match self.tiling? {
             Tiling::Portable(tiles) => Some(tiles),
-            Tiling::Cooperative { .. } => None,
+            Tiling::Cooperative { .. } | Tiling::Fragments { .. } => None,
         }
     }
 
@@ -278,6 +278,11 @@ impl Variant {
         self.kernel.tiled().is_some_and(|tiled| tiled.softmax)
     }
 
+    /// Whether full tiles have a loop of their own. A mask says of each tile whether it hides pairs.
+    fn peels(&self) -> bool {
+        self.properties().peels_full_tiles && !self.mask
+    }
+
     /// The token scales of the columns that the kernel multiplies in f16, if the element type has more range than f16.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
         let needs = self.properties().multiplies_halves && self.dtype.needs_token_scales();
@@ -363,6 +368,7 @@ impl Variant {
         if let Some(f) = self.fragments() {
             let [rows, columns] = [f.tile_rows(), f.tile_columns()];
             let _ = write!(name, "_{rows}x{columns}_s{}r{}n{}f{}", f.subgroups, f.rows, f.stages, f.matrices.side);
+            let _ = f.chunk.map_or(Ok(()), |chunk| write!(name, "c{chunk}"));
         }
         let _ = self.fallback.map_or(Ok(()), |rows| write!(name, "_fallback{rows}"));
         name.push_str(if self.vec4 || self.value_dim == 0 { "" } else { "_scalar" });
@@ -493,6 +499,12 @@ impl Variant {
             softmax => self.softmax(),
             // A mask's words are kept in registers.
             mask_words => self.mask && properties.masks_by_spans && self.tile().is_some_and(|[_, columns]| 32u32.is_multiple_of(columns)),
+            peels => self.peels(),
+            chunks => 1,
+            phased => false,
+            elements => None::<Value>,
+            // The columns of a quad, from its first one on.
+            quad_steps => [0, 1, 2, 3],
             following => match (rows_are_keys, self.mask && !properties.masks_by_spans) {
                 (false, false) => "next_tile(tiles, tile)".into(),
                 (true, false) => "tile + 1u".into(),
@@ -554,12 +566,15 @@ impl Variant {
                 in_step => f.matrices.in_step,
                 subgroups => f.subgroups,
                 row_fragments => f.rows,
-                column_fragments => f.columns,
+                column_fragments => f.column_fragments(),
+                chunks => f.columns / f.column_fragments(),
+                phased => f.chunk.is_some() && self.softmax(),
+                p_tile => f.p_tile(self.head_dim),
+                p_array => if f.p_tile(self.head_dim) == 0 { format!("{}_stage", staged[0]) } else { "p_tile".into() },
                 stages => f.stages,
                 registers => f.registers(self.kernel, self.head_dim, self.value_dim),
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
-                lane_quads => f.tile_columns() / 4 / (f.matrices.lanes / side),
                 fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
                 score_row => f.score_row(),
                 p_row => f.p_row(),
@@ -570,6 +585,7 @@ impl Variant {
                 fragments, staged_rows, staged_quads, staged_shares,
                 ..context
             };
+            context = context! { ..f.lane_context(), ..context };
         }
         if let Some((cached, options)) = self.cached() {
             let own = (cached.context)(options);

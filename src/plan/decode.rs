@@ -6,7 +6,7 @@ use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::{Binding, DECODE_PASS, MicroKernel, Variant};
 use crate::plan::Plan;
 use crate::plan::pass::{Pass, TilesOrigin, check_limits, fold};
-use crate::plan::select::{self, Choice};
+use crate::plan::select;
 use crate::plan::splits::{DecodeTiling, Split, splits};
 use crate::problem::cache::{CacheConfig, CacheKind, MOST_QUERIES};
 use crate::problem::error::{Error, Result};
@@ -254,10 +254,12 @@ fn choose(
     let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
     // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
     let gains = rows > 1 || s.head_dim.max(s.value_dim) <= 64;
-    match select::micro_kernel(micro_kernel, None, gains, capabilities) {
-        Choice::Portable => Ok(portable()),
-        Choice::CooperativeWherePossible => Ok(cooperative().unwrap_or_else(|_| portable())),
-        Choice::Cooperative => cooperative()
+    let wanted = select::micro_kernels(micro_kernel, None, gains, capabilities);
+    match (wanted.contains(&MicroKernel::Portable), wanted.len()) {
+        (true, 1) => Ok(portable()),
+        (true, _) => Ok(cooperative().unwrap_or_else(|_| portable())),
+        // Decoding has one kernel with cooperative matrices.
+        (false, _) => cooperative()
             .map_err(|reason| Error::NoKernel { problem: "decoding on cooperative matrices".into(), reason }),
     }
 }

@@ -14,9 +14,10 @@ pub(crate) mod tuning;
 use std::time::Duration;
 
 pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
+pub use crate::device::elements::ElementLayout;
 pub use crate::kernel::OptionalOperands;
 pub use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
-use crate::kernel::spec::{Body, Plain, Wanted};
+use crate::kernel::spec::{Body, Plain, Tiled, Wanted};
 #[cfg(feature = "gpu")]
 pub use crate::kernel::template::DUMP_VARIABLE;
 pub use crate::kernel::tile::Tiling;
@@ -27,7 +28,6 @@ pub use crate::kernel::{Kernel, MicroKernel, Variant};
 use crate::plan::loop_limit::{check_loop_iterations, loop_iterations};
 use crate::plan::operand::dense_views;
 pub use crate::plan::pass::{Pass, TilesOrigin};
-use crate::plan::select::Choice;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::{Tuning, TuningKey};
 use crate::problem::Problem;
@@ -237,9 +237,7 @@ impl<'a> Passes<'a> {
     fn of(&self, kernel: Kernel) -> Result<Vec<Pass>> {
         match &kernel.spec().body {
             Body::Plain(plain) => return Ok(vec![self.plain(kernel, plain)?]),
-            Body::Tiled(tiled) if !tiled.micro_kernels.contains(&MicroKernel::Cooperative) => {
-                return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]);
-            }
+            Body::Tiled(Tiled { micro_kernels: [only], .. }) => return Ok(vec![self.tiled(kernel, *only, None)?]),
             Body::Tiled(_) => {}
             // A problem has no cache.
             Body::Cached(_) => return Ok(Vec::new()),
@@ -248,14 +246,11 @@ impl<'a> Passes<'a> {
         let measured = self.measured(kernel)?;
         // Measured tiles that do not fit are ignored.
         let fitting = || measured.filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
-        let cooperative = || self.tiled(kernel, MicroKernel::Cooperative, None);
         let given = own.or_else(fitting).map(|tiling| tiling.micro_kernel());
-        let pass = match select::micro_kernel(self.preference.micro_kernel, given, true, self.capabilities) {
-            Choice::Cooperative => Some(cooperative()?),
-            Choice::CooperativeWherePossible => cooperative().ok(),
-            Choice::Portable => None,
-        };
-        let Some(pass) = pass else { return Ok(vec![self.tiled(kernel, MicroKernel::Portable, None)?]) };
+        let wanted = select::micro_kernels(self.preference.micro_kernel, given, true, self.capabilities);
+        let [others @ .., last] = wanted else { return Ok(Vec::new()) };
+        let pass = others.iter().find_map(|micro_kernel| self.tiled(kernel, *micro_kernel, None).ok());
+        let pass = pass.map_or_else(|| self.tiled(kernel, *last, None), Ok)?;
         if !pass.variant.properties().reports_rows {
             return Ok(vec![pass]);
         }
@@ -302,8 +297,13 @@ impl<'a> Passes<'a> {
         let built_in = match micro_kernel {
             MicroKernel::Cooperative => {
                 let matrices = self.matrices(kernel)?;
-                let fragments = table::cooperative(kernel, problem, matrices, capabilities.class);
-                fragments.map(|fragments| fragments.tiling()).collect()
+                let tiles = table::cooperative(kernel, problem, matrices, capabilities.class);
+                tiles.map(|tiles| tiles.tiling()).collect()
+            }
+            MicroKernel::Fragments => {
+                let matrices = self.matrices_with_elements(kernel)?;
+                let tiles = table::fragments(kernel, problem, matrices, capabilities.class);
+                tiles.iter().map(CooperativeTile::tiling).collect()
             }
             MicroKernel::Portable | MicroKernel::Auto => {
                 let tiles = table::portable(kernel, problem, capabilities.class);
@@ -357,6 +357,22 @@ impl<'a> Passes<'a> {
         Ok(matrices)
     }
 
+    /// As [`matrices`](Self::matrices), where their elements can be computed with in registers.
+    fn matrices_with_elements(&self, kernel: Kernel) -> Result<CooperativeMatrices> {
+        let matrices = self.matrices(kernel)?;
+        let lacks = |what: &str| {
+            let reason = format!("{} {what}", self.capabilities.name);
+            Err(Error::NoKernel { problem: self.problem.to_string(), reason })
+        };
+        if self.capabilities.spirv.is_none() {
+            return lacks("takes kernels as WGSL alone, which has no arithmetic on the elements of fragments");
+        }
+        if matrices.elements.is_none() {
+            return lacks("has no known layout of the elements of fragments");
+        }
+        Ok(matrices)
+    }
+
     /// The pass of a kernel with given tiles.
     fn of_tiling(&self, kernel: Kernel, tiling: Tiling, fallback: Option<u32>) -> Result<Pass> {
         let Passes { problem, vec4, optional, capabilities, .. } = *self;
@@ -372,11 +388,15 @@ impl<'a> Passes<'a> {
                 tiles.check().map_err(unfit)?;
                 (None, tiles.loop_iterations(tiled, d, e))
             }
-            Tiling::Cooperative { subgroups, rows, columns, stages, loops } => {
-                let matrices = self.matrices(kernel)?;
-                let fragments = CooperativeTile { matrices, subgroups, rows, columns, stages, loops };
-                fragments.check().map_err(unfit)?;
-                (Some(matrices), fragments.loop_iterations(tiled, d, e))
+            Tiling::Cooperative { .. } | Tiling::Fragments { .. } => {
+                let matrices = match tiling.micro_kernel() {
+                    MicroKernel::Fragments => self.matrices_with_elements(kernel)?,
+                    _ => self.matrices(kernel)?,
+                };
+                let tile = CooperativeTile::new(tiling, matrices).ok_or_else(|| unfit("no fragments".into()))?;
+                let has_mask = problem.options().mask.is_some();
+                tile.check().and_then(|()| tile.check_kernel(kernel, has_mask)).map_err(unfit)?;
+                (Some(matrices), tile.loop_iterations(tiled, d, e))
             }
         };
         self.check_loops(kernel, tiling)?;

@@ -22,10 +22,14 @@ impl Tiling {
         micro_kernel: MicroKernel,
     ) -> Vec<Tiling> {
         let mut found = Vec::new();
-        if micro_kernel != MicroKernel::Portable {
+        let wants = |one: MicroKernel| [one, MicroKernel::Auto].contains(&micro_kernel);
+        if wants(MicroKernel::Fragments) {
+            found.extend(fragments(kernel, problem, capabilities));
+        }
+        if wants(MicroKernel::Cooperative) {
             found.extend(cooperative(kernel, problem, capabilities));
         }
-        if micro_kernel != MicroKernel::Cooperative {
+        if wants(MicroKernel::Portable) {
             let portable = PortableTile::candidates(kernel, problem, capabilities);
             found.extend(portable.into_iter().map(Tiling::Portable));
         }
@@ -77,6 +81,37 @@ fn cooperative(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -
     found
 }
 
+/// The built-in tiles with elements in registers, their hints for loops, and others.
+fn fragments(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<Tiling> {
+    let Some(matrices) = capabilities.cooperative.filter(CooperativeMatrices::is_sound) else { return Vec::new() };
+    let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, capabilities, *tiling).ok();
+    let table = table::fragments(kernel, problem, matrices, capabilities.class);
+    let mut found: Vec<Tiling> = table.iter().map(|tile| tile.tiling()).filter(|t| pass(t).is_some()).collect();
+    found.dedup();
+    let Some(first) = found.first().copied() else { return found };
+    let hinted = with_hints(kernel, Some(&first), capabilities).into_iter().chain([first.with_loops(LoopHints::NONE)]);
+    found.extend(hinted.filter(|tiling| *tiling != first));
+    let mut others = Vec::new();
+    for columns in [1, 2, 4].map(|columns| columns * 16 / matrices.side) {
+        for [subgroups, rows, chunk] in (1..=SUBGROUPS)
+            .flat_map(|subgroups| (1..=ROWS).flat_map(move |rows| (1..=columns).map(move |n| [subgroups, rows, n])))
+        {
+            let tiling = Tiling::Fragments { subgroups, rows, columns, chunk, loops: first.loops() };
+            let Some(pass) = pass(&tiling).filter(|_| !found.contains(&tiling)) else { continue };
+            let (Some([tile_rows, _]), Some(registers)) = (pass.variant.tile(), pass.variant.registers()) else {
+                continue;
+            };
+            if registers <= MOST_LANE_REGISTERS {
+                let rows_in_flight = tile_rows * pass.resident_workgroups(capabilities).unwrap_or(1);
+                others.push((Reverse(rows_in_flight), registers, tiling));
+            }
+        }
+    }
+    others.sort_by_key(|&(rows, registers, _)| (rows, registers));
+    found.extend(others.into_iter().map(|(.., tiling)| tiling));
+    found
+}
+
 /// Registers a thread, by [`PortableTile::registers`], above which tiles are not worth a measurement. GPUs have at most 256, and the
 /// estimate leaves out addresses.
 const MOST_REGISTERS: u32 = 232;
@@ -117,7 +152,7 @@ impl PortableTile {
             built_in..built_in,
             hinted.into_iter().filter_map(|tiling| match tiling {
                 Tiling::Portable(tiles) => Some(tiles),
-                Tiling::Cooperative { .. } => None,
+                Tiling::Cooperative { .. } | Tiling::Fragments { .. } => None,
             }),
         );
         found

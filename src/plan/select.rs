@@ -1,32 +1,25 @@
-//! The choice between the portable micro-kernel and cooperative matrices.
+//! The choice between micro-kernels.
 
 use crate::device::capabilities::{Capabilities, DeviceClass};
 use crate::kernel::MicroKernel;
 
-/// The micro-kernel to plan with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Choice {
-    Portable,
-    /// Cooperative matrices. It is an error if they cannot serve.
-    Cooperative,
-    /// Cooperative matrices, or the portable micro-kernel if they cannot serve.
-    CooperativeWherePossible,
-}
-
-/// Chooses by the caller's request. With [`MicroKernel::Auto`] it takes the micro-kernel of the tiles that the caller or a tuning gives.
+/// The micro-kernels to plan with: the first that can serve. It is an error if the last of them cannot.
+///
+/// They are those of the caller's request. With [`MicroKernel::Auto`] it is the micro-kernel of the tiles that the caller or a tuning gives.
 /// Without tiles it goes by measurements: `gains` says whether cooperative matrices were faster on a device that has them.
-pub(crate) fn micro_kernel(
+pub(crate) fn micro_kernels(
     asked: MicroKernel,
     given: Option<MicroKernel>,
     gains: bool,
     capabilities: &Capabilities,
-) -> Choice {
+) -> &'static [MicroKernel] {
     match (asked, given) {
-        (MicroKernel::Cooperative, _) | (MicroKernel::Auto, Some(MicroKernel::Cooperative)) => Choice::Cooperative,
-        // Other devices use the portable kernel until the kernels have been checked and measured there. `tune` does that.
-        (MicroKernel::Auto, None) if gains && capabilities.class == DeviceClass::Nvidia => {
-            Choice::CooperativeWherePossible
+        (MicroKernel::Fragments, _) | (MicroKernel::Auto, Some(MicroKernel::Fragments)) => &[MicroKernel::Fragments],
+        (MicroKernel::Cooperative, _) | (MicroKernel::Auto, Some(MicroKernel::Cooperative)) => {
+            &[MicroKernel::Cooperative]
         }
-        _ => Choice::Portable,
+        // Other devices use the portable kernel until the kernels have been checked and measured there. `tune` does that.
+        (MicroKernel::Auto, None) if gains && capabilities.class == DeviceClass::Nvidia => &MicroKernel::ALL,
+        _ => &[MicroKernel::Portable],
     }
 }

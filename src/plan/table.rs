@@ -2,7 +2,7 @@
 
 use crate::device::capabilities::{CooperativeMatrices, DeviceClass};
 use crate::kernel::Kernel;
-use crate::kernel::loops::LoopHints;
+use crate::kernel::loops::{LoopHint, LoopHints};
 use crate::kernel::tile::cooperative::CooperativeTile;
 use crate::kernel::tile::portable::PortableTile;
 use crate::plan::tuning::MaskClass;
@@ -178,8 +178,45 @@ pub(crate) fn cooperative(
         rows: rows * smaller,
         columns: columns * smaller,
         stages,
+        chunk: None,
         loops: LoopHints::NONE,
     })
+}
+
+/// Fragments with their elements in registers, to try for a kernel, the best first.
+pub(crate) fn fragments(
+    kernel: Kernel,
+    problem: &Problem,
+    matrices: CooperativeMatrices,
+    class: DeviceClass,
+) -> Vec<CooperativeTile> {
+    let shape = problem.shape();
+    let width = shape.head_dim.max(shape.value_dim);
+    let has_mask = problem.options().mask.is_some();
+    // Subgroups, rows, columns and columns of a chunk, in fragments of 16x16.
+    let table: &[[u32; 4]] = match (class, Family::of(kernel)) {
+        (DeviceClass::Software, _) => &[[2, 1, 2, 2]],
+        (_, Family::Softmax) if width <= 64 && has_mask => &[[4, 2, 2, 2], [4, 1, 2, 2]],
+        (_, Family::Softmax) if width <= 64 => &[[4, 2, 4, 2], [4, 1, 2, 2]],
+        (_, Family::Softmax) if width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1]],
+        (_, Family::Softmax) => &[[4, 1, 1, 1]],
+        _ if width <= 64 => &[[4, 2, 1, 1], [4, 1, 1, 1]],
+        _ => &[[4, 1, 1, 1]],
+    };
+    let smaller = match class {
+        DeviceClass::Software => 2,
+        _ => 16 / matrices.side,
+    };
+    let tile = |&[subgroups, rows, columns, chunk]: &[u32; 4]| CooperativeTile {
+        matrices,
+        subgroups,
+        rows: rows * if class == DeviceClass::Software { 1 } else { smaller },
+        columns: columns * smaller,
+        stages: 1,
+        chunk: Some(chunk * smaller),
+        loops: LoopHints::every(LoopHint::Keep),
+    };
+    table.iter().map(tile).collect()
 }
 
 #[cfg(test)]

@@ -97,6 +97,24 @@ impl Lanes {
     }
 }
 
+/// The adapter with the micro-kernel on fragments, if it has cooperative matrices with a known layout of their elements.
+///
+/// Without them the function says so, and fails under `SINK_ATTENTION_REQUIRE_COOPERATIVE=1`.
+pub fn fragments() -> Option<Attention> {
+    let cooperative = cooperative()?;
+    let has_elements = cooperative.device().is_some_and(|device| {
+        let capabilities = device.capabilities();
+        capabilities.spirv.is_some() && capabilities.cooperative.is_some_and(|matrices| matrices.elements.is_some())
+    });
+    if !has_elements {
+        let required = std::env::var("SINK_ATTENTION_REQUIRE_COOPERATIVE").is_ok_and(|value| value == "1");
+        assert!(!required, "SINK_ATTENTION_REQUIRE_COOPERATIVE=1, but no known layout of the elements of fragments");
+        did_not_run("NO LAYOUT OF ELEMENTS: the part with them");
+        return None;
+    }
+    Some(cooperative.with_micro_kernel(MicroKernel::Fragments))
+}
+
 /// The adapter with the cooperative micro-kernel, if it has cooperative matrices.
 ///
 /// Without them the function says so, and fails under `SINK_ATTENTION_REQUIRE_COOPERATIVE=1`.

@@ -53,6 +53,8 @@ enum Kernel {
     Portable,
     /// Cooperative matrices (tensor cores)
     Cooperative,
+    /// Cooperative matrices whose elements are computed with in registers
+    Fragments,
 }
 
 /// Element type of the operands.
@@ -103,6 +105,7 @@ impl DeviceArgs {
             Kernel::Auto => MicroKernel::Auto,
             Kernel::Portable => MicroKernel::Portable,
             Kernel::Cooperative => MicroKernel::Cooperative,
+            Kernel::Fragments => MicroKernel::Fragments,
         }
     }
 

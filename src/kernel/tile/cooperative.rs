@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use minijinja::{Value, context};
+
 use crate::device::capabilities::CooperativeMatrices;
 use crate::kernel::Kernel;
 use crate::kernel::loops::LoopHints;
@@ -25,6 +27,8 @@ pub(crate) struct CooperativeTile {
     pub(crate) columns: u32,
     /// Tiles of columns in workgroup memory.
     pub(crate) stages: u32,
+    /// Columns of fragments whose scores are in registers at a time, where rows of scores do not go through workgroup memory.
+    pub(crate) chunk: Option<u32>,
     /// Hints for the kernel's loops, for the driver.
     pub(crate) loops: LoopHints,
 }
@@ -35,14 +39,20 @@ impl CooperativeTile {
         match tiling {
             Tiling::Portable(_) => None,
             Tiling::Cooperative { subgroups, rows, columns, stages, loops } => {
-                Some(CooperativeTile { matrices, subgroups, rows, columns, stages, loops })
+                Some(CooperativeTile { matrices, subgroups, rows, columns, stages, chunk: None, loops })
+            }
+            Tiling::Fragments { subgroups, rows, columns, chunk, loops } => {
+                Some(CooperativeTile { matrices, subgroups, rows, columns, stages: 1, chunk: Some(chunk), loops })
             }
         }
     }
 
     pub(crate) fn tiling(&self) -> Tiling {
-        let CooperativeTile { subgroups, rows, columns, stages, loops, .. } = *self;
-        Tiling::Cooperative { subgroups, rows, columns, stages, loops }
+        let CooperativeTile { matrices: _, subgroups, rows, columns, stages, chunk, loops } = *self;
+        match chunk {
+            None => Tiling::Cooperative { subgroups, rows, columns, stages, loops },
+            Some(chunk) => Tiling::Fragments { subgroups, rows, columns, chunk, loops },
+        }
     }
 
     /// Rows of a tile.
@@ -71,21 +81,37 @@ impl CooperativeTile {
         self.across(width) * self.matrices.side / 4 + 2
     }
 
-    /// Vectors of four floats in a row of scores, or of a fragment of an accumulator, in workgroup memory.
-    pub(crate) fn score_row(&self) -> u32 {
-        self.tile_columns() / 4 + 2
+    /// Columns of fragments whose scores a lane computes with at a time.
+    pub(crate) fn column_fragments(&self) -> u32 {
+        self.chunk.unwrap_or(self.columns)
     }
 
-    /// Vectors of four halves in a row of the P tile.
+    /// Vectors of four floats in a row of scores, or of a fragment of an accumulator, in workgroup memory.
+    pub(crate) fn score_row(&self) -> u32 {
+        let columns = if self.chunk.is_some() { self.matrices.side } else { self.tile_columns() };
+        columns / 4 + 2
+    }
+
+    /// Vectors of four halves in a row of the P tile, or of the one fragment that operands are loaded by.
     pub(crate) fn p_row(&self) -> u32 {
-        self.tile_columns() / 4 + 2
+        self.score_row()
+    }
+
+    /// Vectors of four halves of the P tile. Where scores stay in registers it only serves to load the rows' own operands, a fragment of each
+    /// subgroup at a time, and there is none if the first staged operand, whose rows are `head_dim` wide, has the room.
+    pub(crate) fn p_tile(&self, head_dim: u32) -> u32 {
+        if self.chunk.is_none() {
+            return self.tile_rows() * self.p_row();
+        }
+        let loaded = self.subgroups * self.matrices.side * self.p_row();
+        if self.tile_columns() * self.staged_row(head_dim) >= loaded { 0 } else { loaded }
     }
 
     /// Bytes of workgroup memory, for the arrays of shaders/cooperative/fragments.wgsl.
     pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
         let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
         let score_rows = self.subgroups * self.matrices.side * self.score_row() * 16;
-        let p_tile = self.tile_rows() * self.p_row() * 8;
+        let p_tile = self.p_tile(head_dim) * 8;
         let column_stats = self.stats_per_column(kernel, dtype) * self.stages * self.tile_columns() * 4;
         staged + score_rows + p_tile + column_stats
     }
@@ -108,7 +134,7 @@ impl CooperativeTile {
         let across = |widths: &[Width]| widths.iter().map(|width| self.across(width.of([head_dim, value_dim]))).sum();
         let [operands, accumulators]: [u32; 2] =
             kernel.tiled().map_or([0; 2], |tiled| [across(tiled.products), across(tiled.accumulators)]);
-        self.rows * (operands * halves + (accumulators + 2 * self.columns) * floats) + 40
+        self.rows * (operands * halves + (accumulators + 2 * self.column_fragments()) * floats) + 40
     }
 
     /// Loop iterations of a thread for an open and a masked tile, at most: every tile may rescale.
@@ -138,10 +164,102 @@ impl CooperativeTile {
                 return Err(format!("{what} must be 1 to {most}, not {value}"));
             }
         }
+        if let Some(chunk) = self.chunk {
+            return self.check_chunk(chunk);
+        }
         if !(self.tile_columns() / 4).is_multiple_of(lanes / side) {
             return Err(format!("{} columns cannot be shared by {} lanes a row", self.tile_columns(), lanes / side));
         }
         Ok(())
+    }
+}
+
+impl CooperativeTile {
+    fn check_chunk(&self, chunk: u32) -> Result<(), String> {
+        let CooperativeMatrices { side, lanes, elements, .. } = self.matrices;
+        let Some(elements) = elements else {
+            return Err("the device has no layout of the elements of fragments".into());
+        };
+        if elements.components() * lanes != side * side {
+            return Err(format!("{elements} are not those of fragments of {side}x{side} and subgroups of {lanes}"));
+        }
+        if chunk == 0 || !self.columns.is_multiple_of(chunk) {
+            return Err(format!("{} columns of fragments have no chunks of {chunk}", self.columns));
+        }
+        let columns = elements.columns().len() as u32;
+        if !(chunk * columns).is_multiple_of(4) {
+            return Err(format!("{columns} elements of a row in each of {chunk} fragments are no quads"));
+        }
+        Ok(())
+    }
+
+    /// Checks that a tile is one chunk where the kernel takes no other.
+    pub(crate) fn check_kernel(&self, kernel: Kernel, has_mask: bool) -> Result<(), String> {
+        let Some(chunk) = self.chunk else { return Ok(()) };
+        let is_one = has_mask || !kernel.tiled().is_some_and(|tiled| tiled.softmax);
+        if is_one && chunk != self.columns {
+            let with_mask = if has_mask { " with a mask" } else { "" };
+            return Err(format!("{}{with_mask} takes tiles of one chunk, not of {}", kernel.name(), self.columns / chunk));
+        }
+        Ok(())
+    }
+}
+
+impl CooperativeTile {
+    /// Rows and columns of scores that a lane computes with, as quads, for the templates.
+    pub(crate) fn lane_context(&self) -> Value {
+        let CooperativeMatrices { side, lanes, elements, .. } = self.matrices;
+        let fragments = self.column_fragments();
+        let Some(layout) = elements.filter(|_| self.chunk.is_some()) else {
+            // A row of a fragment is shared by neighbouring lanes, a quad each.
+            let sharing = lanes / side;
+            let rows: Vec<u32> = (0..self.rows).collect();
+            return context! {
+                lane_rows => self.rows,
+                rows_a_lane => 1,
+                row_fragment => rows.clone(),
+                row_offsets => rows.iter().map(|row| row * side).collect::<Vec<_>>(),
+                row_lanes => [1u32, 2].into_iter().filter(|mask| *mask < sharing).collect::<Vec<_>>(),
+                lane_quads => fragments * side / 4 / sharing,
+                quad_offsets => (0..fragments * side / 4 / sharing).map(|n| 4 * n * sharing).collect::<Vec<_>>(),
+            };
+        };
+        let (rows, columns) = (layout.rows(), layout.columns());
+        // The columns of a lane's row of the chunk: the fragment, and the place among the lane's columns of it.
+        let places: Vec<(u32, usize)> =
+            (0..fragments).flat_map(|fragment| (0..columns.len()).map(move |place| (fragment, place))).collect();
+        let column = |(fragment, place): (u32, usize)| fragment * side + columns[place];
+        let quads: Vec<&[(u32, usize)]> = places.chunks(4).collect();
+        let lane_rows = || (0..self.rows).flat_map(|fragment| rows.iter().map(move |row| (fragment, *row)));
+        let quad_elements = |row: usize| {
+            let component = |&(fragment, place): &(u32, usize)| (fragment, layout.component(row, place));
+            quads.iter().map(|quad| quad.iter().map(component).collect::<Vec<_>>()).collect::<Vec<_>>()
+        };
+        // Of each component: the lane's row, the quad and the element of it.
+        let element_quads = |fragment: u32| {
+            let of = |component: u32| {
+                let all = (0..rows.len()).flat_map(|row| places.iter().enumerate().map(move |(n, place)| (row, n, *place)));
+                let found = all.clone().find(|(row, _, (of, place))| {
+                    *of == fragment && layout.component(*row, *place) == component
+                });
+                found.map_or((0, 0, 0), |(row, n, _)| (row, n / 4, n % 4))
+            };
+            (0..layout.components()).map(of).collect::<Vec<_>>()
+        };
+        context! {
+            lane_rows => lane_rows().count(),
+            rows_a_lane => rows.len(),
+            row_fragment => lane_rows().map(|(fragment, _)| fragment).collect::<Vec<_>>(),
+            row_offsets => lane_rows().map(|(fragment, row)| fragment * side + row).collect::<Vec<_>>(),
+            row_lanes => layout.row_lanes(),
+            lane_quads => quads.len(),
+            quad_offsets => quads.iter().map(|quad| column(quad[0])).collect::<Vec<_>>(),
+            quad_steps => quads[0].iter().map(|place| column(*place) - column(quads[0][0])).collect::<Vec<_>>(),
+            quad_elements => (0..rows.len()).map(quad_elements).collect::<Vec<_>>(),
+            element_quads => (0..fragments).map(element_quads).collect::<Vec<_>>(),
+            components => layout.components(),
+            elements => context! { row => layout.expression(0), column => layout.expression(1) },
+        }
     }
 }
 
@@ -151,8 +269,14 @@ impl fmt::Display for CooperativeTile {
         let [rows, columns] = [self.tile_rows(), self.tile_columns()];
         write!(
             f,
-            "{rows}x{columns} ({} subgroups of {lanes}, {}x{} fragments of {side}x{side}, {} in workgroup memory)",
-            self.subgroups, self.rows, self.columns, self.stages
+            "{rows}x{columns} ({} subgroups of {lanes}, {}x{} fragments of {side}x{side}, {})",
+            self.subgroups,
+            self.rows,
+            self.columns,
+            match self.chunk {
+                None => format!("{} in workgroup memory", self.stages),
+                Some(chunk) => format!("scores of {} columns in registers", chunk * side),
+            }
         )?;
         self.loops.write_after(f)
     }

@@ -14,7 +14,8 @@ use crate::kernel::tile::portable::PortableTile;
 /// How a kernel divides the score matrix: the micro-kernel with its tile shape.
 ///
 /// As text ([`FromStr`] and [`Display`](fmt::Display)) it is `portable 64x32 (16x8 threads of 4x4), k_step 32, n_step 16`, or
-/// `cooperative 4x3x1x2` for subgroups, row fragments, column fragments and stages. Both may end with hints for loops ([`LoopHints`]), as in
+/// `cooperative 4x3x1x2` for subgroups, row fragments, column fragments and stages, or `fragments 4x2x4x2` for subgroups, row fragments, column
+/// fragments and those of a chunk. All may end with hints for loops ([`LoopHints`]), as in
 /// `cooperative 4x3x1x2, loops keep`.
 ///
 /// ```
@@ -41,6 +42,19 @@ pub enum Tiling {
         /// Hints for the kernel's loops, for the driver.
         loops: LoopHints,
     },
+    /// Cooperative matrices whose elements stay in registers.
+    Fragments {
+        /// Subgroups of a workgroup.
+        subgroups: u32,
+        /// Rows of fragments of a subgroup.
+        rows: u32,
+        /// Columns of fragments of a tile.
+        columns: u32,
+        /// Columns of fragments whose scores are in registers at a time.
+        chunk: u32,
+        /// Hints for the kernel's loops, for the driver.
+        loops: LoopHints,
+    },
 }
 
 impl Tiling {
@@ -49,6 +63,7 @@ impl Tiling {
         match self {
             Tiling::Portable(_) => MicroKernel::Portable,
             Tiling::Cooperative { .. } => MicroKernel::Cooperative,
+            Tiling::Fragments { .. } => MicroKernel::Fragments,
         }
     }
 
@@ -56,7 +71,7 @@ impl Tiling {
     pub fn loops(&self) -> LoopHints {
         match self {
             Tiling::Portable(tiles) => tiles.loops,
-            Tiling::Cooperative { loops, .. } => *loops,
+            Tiling::Cooperative { loops, .. } | Tiling::Fragments { loops, .. } => *loops,
         }
     }
 
@@ -66,6 +81,9 @@ impl Tiling {
             Tiling::Portable(tiles) => Tiling::Portable(PortableTile { loops, ..tiles }),
             Tiling::Cooperative { subgroups, rows, columns, stages, .. } => {
                 Tiling::Cooperative { subgroups, rows, columns, stages, loops }
+            }
+            Tiling::Fragments { subgroups, rows, columns, chunk, .. } => {
+                Tiling::Fragments { subgroups, rows, columns, chunk, loops }
             }
         }
     }
@@ -86,6 +104,10 @@ impl fmt::Display for Tiling {
                 write!(f, "{subgroups}x{rows}x{columns}x{stages}")?;
                 loops.write_after(f)
             }
+            Tiling::Fragments { subgroups, rows, columns, chunk, loops } => {
+                write!(f, "{subgroups}x{rows}x{columns}x{chunk}")?;
+                loops.write_after(f)
+            }
         }
     }
 }
@@ -99,23 +121,27 @@ impl FromStr for Tiling {
         let (name, shape) = text.split_once(' ').unwrap_or((text, ""));
         match name {
             "portable" => shape.trim_start().parse().map(Tiling::Portable),
-            "cooperative" => {
+            "cooperative" | "fragments" => {
                 let (shape, loops) = LoopHints::split_from(shape).map_err(|reason| format!("tiles {reason}"))?;
                 let numbers: Option<Vec<u32>> = shape.split('x').map(|word| word.trim().parse().ok()).collect();
                 // The limit is far above anything useful. The plan decides which tiles fit a device.
                 match numbers.as_deref() {
-                    Some(&[subgroups, rows, columns, stages])
-                        if [subgroups, rows, columns, stages].iter().all(|n| (1..=32).contains(n)) =>
+                    Some(&[subgroups, rows, columns, last])
+                        if [subgroups, rows, columns, last].iter().all(|n| (1..=32).contains(n)) =>
                     {
-                        Ok(Tiling::Cooperative { subgroups, rows, columns, stages, loops })
+                        Ok(match name {
+                            "cooperative" => Tiling::Cooperative { subgroups, rows, columns, stages: last, loops },
+                            _ => Tiling::Fragments { subgroups, rows, columns, chunk: last, loops },
+                        })
                     }
                     _ => Err(format!(
-                        "tiles {text:?}: want subgroups x row fragments x column fragments x stages, each 1 to 32, like \
-                         \"cooperative 4x3x1\""
+                        "tiles {text:?}: want subgroups x row fragments x column fragments x {}, each 1 to 32, like \
+                         \"{name} 4x2x1x1\"",
+                        if name == "cooperative" { "stages" } else { "columns of a chunk" }
                     )),
                 }
             }
-            _ => Err(format!("tiles {text:?}: unknown micro-kernel {name:?}; known: portable, cooperative")),
+            _ => Err(format!("tiles {text:?}: unknown micro-kernel {name:?}; known: portable, cooperative, fragments")),
         }
     }
 }
@@ -159,7 +185,7 @@ mod tests {
     #[test]
     fn what_is_malformed_is_told() {
         for (text, message) in [
-            ("", "unknown micro-kernel \"\"; known: portable, cooperative"),
+            ("", "unknown micro-kernel \"\"; known: portable, cooperative, fragments"),
             ("magic 1x1x1", "unknown micro-kernel \"magic\""),
             ("portable", "tiles \"\""),
             ("portable 4x3x1", "want a form like"),

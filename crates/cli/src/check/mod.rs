@@ -74,7 +74,7 @@ impl Check {
         self.device.check()?;
         let mut cases = self.cases()?;
         let attention = self.device.open()?;
-        if self.device.micro_kernel() == MicroKernel::Cooperative {
+        if [MicroKernel::Cooperative, MicroKernel::Fragments].contains(&self.device.micro_kernel()) {
             leave_out(&mut cases, &attention)?;
         }
         let start = Instant::now();

@@ -1,0 +1,234 @@
+//! Where a driver keeps the elements of a fragment: which lane has which, and in which order.
+
+use std::fmt;
+
+/// Bits of the number of a lane, and of the number of a component, that a layout may have: subgroups of up to 128 lanes, fragments of up
+/// to 256 elements.
+const BITS: usize = 8;
+
+/// The row and the column that the bits of a number add up to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+struct Places {
+    rows: [u8; BITS],
+    columns: [u8; BITS],
+}
+
+impl Places {
+    /// The row and the column of a number.
+    fn of(&self, number: u32) -> [u32; 2] {
+        let sum = |places: &[u8; BITS]| {
+            (0..BITS).filter(|bit| number >> bit & 1 == 1).map(|bit| u32::from(places[bit])).sum()
+        };
+        [sum(&self.rows), sum(&self.columns)]
+    }
+}
+
+/// The layout of a fragment's elements in the registers of a subgroup, as a driver has it: each lane has the same number of components, and
+/// each bit of the lane's number, and of the component's, adds to the row or to the column of the element.
+///
+/// It is that of accumulators (f32) and of left operands (f16) alike, so that results become an operand without leaving their lanes. No
+/// specification says what it is: it is probed on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ElementLayout {
+    lane: Places,
+    component: Places,
+    /// Lanes of a subgroup.
+    lanes: u32,
+    /// Components of a lane.
+    components: u32,
+}
+
+impl ElementLayout {
+    /// The layout of NVIDIA's driver for 16x16 and 32 lanes: component i of lane 4 g + t is in row g + 8 (i / 4 % 2) and in column
+    /// 2 t + i % 2 + 8 (i / 2 % 2).
+    pub const NVIDIA: ElementLayout = ElementLayout {
+        lane: Places { rows: [0, 0, 1, 2, 4, 0, 0, 0], columns: [2, 4, 0, 0, 0, 0, 0, 0] },
+        component: Places { rows: [0, 0, 8, 0, 0, 0, 0, 0], columns: [1, 8, 0, 0, 0, 0, 0, 0] },
+        lanes: 32,
+        components: 8,
+    };
+
+    /// The layout of Mesa's llvmpipe for 8x8 and 8 lanes: a component is a row, and a lane is a column.
+    pub const LLVMPIPE: ElementLayout = ElementLayout {
+        lane: Places { rows: [0; BITS], columns: [1, 2, 4, 0, 0, 0, 0, 0] },
+        component: Places { rows: [1, 2, 4, 0, 0, 0, 0, 0], columns: [0; BITS] },
+        lanes: 8,
+        components: 8,
+    };
+
+    /// The layout in which component `i` of lane `l` is the element `elements[l * components + i]` of a fragment, row by row.
+    ///
+    /// # Errors
+    /// The reason, in words, where the kernels cannot use it.
+    pub fn new(side: u32, lanes: u32, elements: &[u32]) -> Result<Self, String> {
+        let area = side * side;
+        let components = area.checked_div(lanes).unwrap_or(0);
+        if elements.len() as u32 != area || components * lanes != area {
+            return Err(format!("{lanes} lanes do not share {side}x{side} elements evenly"));
+        }
+        if !lanes.is_power_of_two() || !components.is_power_of_two() || lanes > 128 || components > 128 {
+            return Err(format!("{lanes} lanes with {components} elements each are no powers of two up to 128"));
+        }
+        let place = |lane: u32, component: u32| {
+            let element = elements[(lane * components + component) as usize];
+            [element / side, element % side]
+        };
+        if place(0, 0) != [0, 0] {
+            return Err(format!("the first component of the first lane is the element {:?}", place(0, 0)));
+        }
+        let places = |count: u32, of: &dyn Fn(u32) -> [u32; 2]| {
+            let mut places = Places::default();
+            for bit in 0..count.trailing_zeros() as usize {
+                let [row, column] = of(1 << bit);
+                (places.rows[bit], places.columns[bit]) = (row as u8, column as u8);
+            }
+            places
+        };
+        let layout = ElementLayout {
+            lane: places(lanes, &|lane| place(lane, 0)),
+            component: places(components, &|component| place(0, component)),
+            lanes,
+            components,
+        };
+        let both = |places: &Places| (0..BITS).any(|bit| places.rows[bit] > 0 && places.columns[bit] > 0);
+        if both(&layout.lane) || both(&layout.component) {
+            return Err("a bit of the number of a lane or a component adds to the row and to the column".into());
+        }
+        let mut seen = vec![false; area as usize];
+        for (lane, component) in (0..lanes).flat_map(|lane| (0..components).map(move |component| (lane, component))) {
+            let [row, column] = layout.place(lane, component);
+            let found = place(lane, component);
+            if [row, column] != found {
+                return Err(format!(
+                    "component {component} of lane {lane} is the element {found:?}, where {:?} follows from the others",
+                    [row, column]
+                ));
+            }
+            seen[(row * side + column) as usize] = true;
+        }
+        if !seen.iter().all(|seen| *seen) {
+            return Err("some elements are in two lanes, and others in none".into());
+        }
+        let columns = layout.columns().len();
+        if ![1, 2, 4].contains(&columns) {
+            return Err(format!("a lane has {columns} elements of a row, and the kernels take 1, 2 or 4"));
+        }
+        Ok(layout)
+    }
+
+    /// Row and column of a component of a lane.
+    pub fn place(&self, lane: u32, component: u32) -> [u32; 2] {
+        let [row, column] = self.lane.of(lane);
+        let [rows, columns] = self.component.of(component);
+        [row + rows, column + columns]
+    }
+
+    /// Components of a lane.
+    pub(crate) fn components(&self) -> u32 {
+        self.components
+    }
+
+    /// The different rows, or columns, of a lane's components, ascending.
+    fn distinct(&self, axis: usize) -> Vec<u32> {
+        let mut found: Vec<u32> = (0..self.components).map(|i| self.component.of(i)[axis]).collect();
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+
+    /// Rows of a lane's components, from its first one on, ascending.
+    pub(crate) fn rows(&self) -> Vec<u32> {
+        self.distinct(0)
+    }
+
+    /// Columns of a lane's components, from its first one on, ascending.
+    pub(crate) fn columns(&self) -> Vec<u32> {
+        self.distinct(1)
+    }
+
+    /// The component in the n-th of the [`rows`](Self::rows) and the m-th of the [`columns`](Self::columns).
+    pub(crate) fn component(&self, row: usize, column: usize) -> u32 {
+        let wanted = [self.rows()[row], self.columns()[column]];
+        (0..self.components).find(|i| self.component.of(*i) == wanted).unwrap_or_default()
+    }
+
+    /// Bits of the lane's number that tell lanes of a row apart, each as a number.
+    pub(crate) fn row_lanes(&self) -> Vec<u32> {
+        let bits = 0..self.lanes.trailing_zeros() as usize;
+        bits.filter(|bit| self.lane.columns[*bit] > 0).map(|bit| 1 << bit).collect()
+    }
+
+    /// The row, or the column, of a lane's first element as an expression of WGSL.
+    pub(crate) fn expression(&self, axis: usize) -> String {
+        let places = if axis == 0 { &self.lane.rows } else { &self.lane.columns };
+        let mut terms = Vec::new();
+        let mut bit = 0;
+        while bit < BITS {
+            let first = bit;
+            let place = u32::from(places[bit]);
+            bit += 1;
+            if place == 0 {
+                continue;
+            }
+            while bit < BITS && u32::from(places[bit]) == place << (bit - first) {
+                bit += 1;
+            }
+            terms.push(format!("(lane >> {first}u) % {}u * {place}u", 1u32 << (bit - first)));
+        }
+        if terms.is_empty() { "0u".into() } else { terms.join(" + ") }
+    }
+}
+
+impl fmt::Display for ElementLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (rows, columns) = (self.rows().len(), self.columns().len());
+        write!(f, "{rows} rows of {columns} elements in each of {} lanes", self.lanes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn elements(layout: ElementLayout, side: u32) -> Vec<u32> {
+        let all = (0..layout.lanes).flat_map(|lane| (0..layout.components).map(move |i| (lane, i)));
+        all.map(|(lane, i)| layout.place(lane, i)).map(|[row, column]| row * side + column).collect()
+    }
+
+    #[test]
+    fn layouts_from_their_elements() {
+        for (side, layout) in [(16, ElementLayout::NVIDIA), (8, ElementLayout::LLVMPIPE)] {
+            let found = elements(layout, side);
+            assert_eq!(ElementLayout::new(side, layout.lanes, &found), Ok(layout));
+            let mut sorted = found.clone();
+            sorted.sort_unstable();
+            assert!(sorted.iter().copied().eq(0..side * side));
+        }
+        let nvidia = ElementLayout::NVIDIA;
+        assert_eq!((nvidia.rows(), nvidia.columns()), (vec![0, 8], vec![0, 1, 8, 9]));
+        assert_eq!([nvidia.component(0, 2), nvidia.component(1, 1)], [2, 5]);
+        assert_eq!(nvidia.row_lanes(), [1, 2]);
+        assert_eq!(nvidia.expression(0), "(lane >> 2u) % 8u * 1u");
+        assert_eq!(nvidia.expression(1), "(lane >> 0u) % 4u * 2u");
+        assert_eq!(ElementLayout::LLVMPIPE.row_lanes(), [1, 2, 4]);
+        assert_eq!(ElementLayout::LLVMPIPE.expression(0), "0u");
+    }
+
+    #[test]
+    fn what_kernels_cannot_use_is_told() {
+        let refused = |side, lanes, elements: &[u32]| ElementLayout::new(side, lanes, elements).unwrap_err();
+        assert!(refused(8, 7, &[0; 64]).contains("7 lanes do not share 8x8"));
+        assert!(refused(8, 8, &[0; 63]).contains("evenly"));
+        let mut swapped = elements(ElementLayout::NVIDIA, 16);
+        swapped.swap(9, 11);
+        assert!(refused(16, 32, &swapped).contains("component 1 of lane 1"));
+        swapped.swap(0, 1);
+        assert!(refused(16, 32, &swapped).contains("the first component"));
+        // Rows are in one lane, eight elements each.
+        let rows: Vec<u32> = (0..64).collect();
+        assert!(refused(8, 8, &rows).contains("8 elements of a row"));
+        // Two lanes with the same elements, as RDNA 3 has left operands.
+        let twice: Vec<u32> = (0..256).map(|n| n / 8 / 2 * 16 + n % 8).collect();
+        assert!(refused(16, 32, &twice).contains("two lanes"));
+    }
+}

@@ -1,0 +1,214 @@
+//! Asks a device where it keeps the elements of a fragment.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use half::f16;
+use wgpu::util::DeviceExt as _;
+
+use crate::device::capabilities::{Capabilities, CooperativeMatrices, SpirvVersion};
+use crate::device::elements::ElementLayout;
+use crate::device::spirv::Translation;
+
+/// The names of adapter and driver, and side and lanes of a fragment.
+type Key = (String, String, String, [u32; 2]);
+
+impl ElementLayout {
+    /// The layout of the elements of a device's cooperative matrices. The first call of a process for a driver runs a small kernel.
+    ///
+    /// # Errors
+    /// The reason, in words, where kernels cannot compute with elements on this device.
+    pub fn probe(device: &wgpu::Device, queue: &wgpu::Queue, capabilities: &Capabilities) -> Result<Self, String> {
+        static FOUND: OnceLock<Mutex<HashMap<Key, Result<ElementLayout, String>>>> = OnceLock::new();
+        let Some(matrices) = capabilities.cooperative else { return Err("there are no cooperative matrices".into()) };
+        let Some(version) = capabilities.spirv else {
+            return Err("the device takes kernels as WGSL alone, which has no arithmetic on elements".into());
+        };
+        let CooperativeMatrices { side, lanes, .. } = matrices;
+        let info = device.adapter_info();
+        let key = (info.name, info.driver, info.driver_info, [side, lanes]);
+        let mut found = FOUND.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+        let found = found.entry(key).or_insert_with(|| {
+            let numbers = run(device, queue, matrices, version)?;
+            layout_of(side, lanes, &numbers)
+        });
+        found.clone()
+    }
+}
+
+/// The kernel's text for a side and a number of lanes.
+fn text(side: u32, lanes: u32) -> String {
+    let components = side * side / lanes;
+    let list = |of: &dyn Fn(u32) -> String| (0..components).map(of).collect::<Vec<_>>().join(", ");
+    let tell: String =
+        (0..components).map(|i| format!("found[at + {i}u] = component_c(numbers, {i}u);\n  ")).collect();
+    let text = include_str!("probe.wgsl");
+    [
+        ("HALVES", list(&|i| format!("x{i}: f16"))),
+        ("SINGLES", list(&|i| format!("x{i}: f32"))),
+        ("BACK", list(&|i| format!("component_c(numbers, {i}u)"))),
+        ("OPERAND", list(&|i| format!("f16(component_c(numbers, {i}u))"))),
+        ("TELL", tell),
+        ("COMPONENTS", format!("{components}u")),
+        ("LANES", lanes.to_string()),
+        ("AREA: u32 = SIDE * SIDE", format!("AREA: u32 = {}u", side * side)),
+        ("matSIDExSIDE", format!("mat{side}x{side}")),
+        (", SIDE)", format!(", {side}u)")),
+    ]
+    .iter()
+    .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
+}
+
+/// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product.
+fn run(
+    device: &wgpu::Device,
+    queue: &wgpu::Queue,
+    matrices: CooperativeMatrices,
+    version: SpirvVersion,
+) -> Result<Vec<f32>, String> {
+    let CooperativeMatrices { side, lanes, .. } = matrices;
+    let area = side.checked_mul(side).filter(|area| lanes > 0 && area.is_multiple_of(lanes) && *area <= 256);
+    let area = area.ok_or_else(|| format!("{lanes} lanes do not share {side}x{side} elements evenly"))?;
+    let text = text(side, lanes);
+    let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
+    let words = translation.of(&text, version)?;
+    let label = Some("sink-attention probes the elements of fragments");
+    let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation]
+        .map(|filter| device.push_error_scope(filter));
+
+    let numbers: Vec<f32> = (0..area).map(|n| n as f32).collect();
+    let identity: Vec<f16> =
+        (0..area).map(|n| if n / side == n % side { f16::ONE } else { f16::ZERO }).collect();
+    let input = |contents: &[u8]| {
+        device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label, contents, usage: wgpu::BufferUsages::STORAGE })
+    };
+    let inputs = [input(bytemuck::cast_slice(&numbers)), input(bytemuck::cast_slice(&identity))];
+    let size = u64::from(3 * area * 4);
+    let output = |usage| device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
+    let found = output(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC);
+    let read = output(wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ);
+
+    let entry = [wgpu::PassthroughShaderEntryPoint { name: "main".into(), workgroup_size: (lanes, 1, 1) }];
+    let descriptor = wgpu::ShaderModuleDescriptorPassthrough {
+        label,
+        entry_points: (&entry[..]).into(),
+        spirv: Some((&words[..]).into()),
+        ..Default::default()
+    };
+    // SAFETY: wgpu looks at nothing here. naga has validated the module that the words are written from, and `markers::rewrite` puts
+    // instructions in place of calls of the same types. The capabilities say that the device takes the version and has the matrices. The
+    // module binds two buffers of `area` numbers and one of three times as many, as the layout below has them, and a lane writes its own
+    // components.
+    let module = unsafe { device.create_shader_module_passthrough(descriptor) };
+    let entries = [true, true, false].map(|read_only| wgpu::BindingType::Buffer {
+        ty: wgpu::BufferBindingType::Storage { read_only },
+        has_dynamic_offset: false,
+        min_binding_size: None,
+    });
+    let entries: Vec<_> = (0..)
+        .zip(entries)
+        .map(|(binding, ty)| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty,
+            count: None,
+        })
+        .collect();
+    let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+    let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+        label,
+        bind_group_layouts: &[Some(&layout)],
+        ..Default::default()
+    });
+    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        label,
+        layout: Some(&pipeline_layout),
+        module: &module,
+        entry_point: Some("main"),
+        compilation_options: wgpu::PipelineCompilationOptions::default(),
+        cache: None,
+    });
+    let bound: Vec<_> = (0..)
+        .zip(inputs.iter().chain([&found]))
+        .map(|(binding, buffer)| wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() })
+        .collect();
+    let group = device.create_bind_group(&wgpu::BindGroupDescriptor { label, layout: &layout, entries: &bound });
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
+    {
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
+        pass.set_pipeline(&pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        pass.dispatch_workgroups(1, 1, 1);
+    }
+    encoder.copy_buffer_to_buffer(&found, 0, &read, 0, size);
+    queue.submit([encoder.finish()]);
+    let (sender, mapped) = std::sync::mpsc::channel();
+    read.map_async(wgpu::MapMode::Read, .., move |result| drop(sender.send(result)));
+    let polled = device.poll(wgpu::PollType::wait_indefinitely());
+    for scope in scopes.into_iter().rev() {
+        if let Some(error) = pollster::block_on(scope.pop()) {
+            return Err(error.to_string());
+        }
+    }
+    polled.map_err(|error| error.to_string())?;
+    mapped.try_recv().map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+    let bytes = read.get_mapped_range(..).map_err(|error| error.to_string())?;
+    Ok(bytemuck::pod_collect_to_vec(&bytes))
+}
+
+/// The layout by what the kernel has found.
+fn layout_of(side: u32, lanes: u32, found: &[f32]) -> Result<ElementLayout, String> {
+    let area = (side * side) as usize;
+    let (elements, copies) = found.split_at_checked(area).ok_or("the kernel found too little")?;
+    for (copy, what) in copies.chunks(area).zip(["components do not make a fragment", "results do not become operands"]) {
+        if !copy.iter().copied().eq((0..area).map(|n| n as f32)) {
+            return Err(format!("{what}: it has the elements {copy:?}"));
+        }
+    }
+    let is_element = |x: &&f32| x.fract() != 0.0 || !(0.0..area as f32).contains(*x);
+    if let Some(x) = elements.iter().find(is_element) {
+        return Err(format!("a component is the element {x}, of {area}"));
+    }
+    let elements: Vec<u32> = elements.iter().map(|x| *x as u32).collect();
+    ElementLayout::new(side, lanes, &elements)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_right_for_every_size() {
+        for (side, lanes) in [(16, 32), (8, 8), (8, 32), (16, 64)] {
+            let text = text(side, lanes);
+            let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
+            let words = translation.of(&text, SpirvVersion { major: 1, minor: 6 });
+            assert!(words.is_ok(), "{text}\n{}", words.unwrap_err());
+        }
+    }
+
+    #[test]
+    fn what_a_driver_finds_is_checked() {
+        let place = |lane, component| {
+            let [row, column] = ElementLayout::NVIDIA.place(lane, component);
+            (row * 16 + column) as f32
+        };
+        let elements = (0..32).flat_map(|lane| (0..8).map(move |i| place(lane, i)));
+        let copy = || (0..256).map(|n| n as f32);
+        let found: Vec<f32> = elements.chain(copy()).chain(copy()).collect();
+        assert_eq!(layout_of(16, 32, &found), Ok(ElementLayout::NVIDIA));
+        for (at, value, message) in [
+            (5, 0.5, "the element 0.5, of 256"),
+            (5, 256.0, "the element 256"),
+            (5, f32::NAN, "the element NaN"),
+            (300, 0.0, "do not make a fragment"),
+            (600, 0.0, "do not become operands"),
+        ] {
+            let mut found = found.clone();
+            found[at] = value;
+            let reason = layout_of(16, 32, &found).unwrap_err();
+            assert!(reason.contains(message), "{reason}");
+        }
+        assert!(layout_of(16, 32, &found[..9]).unwrap_err().contains("too little"));
+    }
+}

@@ -1,0 +1,26 @@
+// Loads a fragment whose elements are numbered row by row, and tells which of them each component of each lane is. Then the same
+// fragment comes back from its components, and as the left operand of a product with the identity.
+enable f16;
+enable wgpu_cooperative_matrix;
+
+const AREA: u32 = SIDE * SIDE;
+
+@group(0) @binding(0) var<storage, read> singles: array<f32>;
+@group(0) @binding(1) var<storage, read> halves: array<f16>;
+@group(0) @binding(2) var<storage, read_write> found: array<f32>;
+
+fn component_c(m: coop_matSIDExSIDE<f32, C>, i: u32) -> f32 { return 0.0; }
+fn matrix_of_a(HALVES) -> coop_matSIDExSIDE<f16, A> { return coop_matSIDExSIDE<f16, A>(); }
+fn matrix_of_c(SINGLES) -> coop_matSIDExSIDE<f32, C> { return coop_matSIDExSIDE<f32, C>(); }
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(subgroup_invocation_id) lane: u32) {
+  let numbers = coopLoadT<coop_matSIDExSIDE<f32, C>>(&singles[0], SIDE);
+  let identity = coopLoadT<coop_matSIDExSIDE<f16, B>>(&halves[0], SIDE);
+  let at = lane * COMPONENTS;
+  TELL
+  coopStoreT(matrix_of_c(BACK), &found[AREA], SIDE);
+  let operand = matrix_of_a(OPERAND);
+  let product = coopMultiplyAdd(operand, identity, coop_matSIDExSIDE<f32, C>());
+  coopStoreT(product, &found[2u * AREA], SIDE);
+}
