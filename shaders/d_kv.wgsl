@@ -36,7 +36,7 @@
 # call head_loop()
     {{ micro.begin_head() }}
 # call(masked) query_loop()
-      {{ micro.scores(masked) }}
+      {{ micro.scores() }}
       {{ micro.probabilities(masked) }}
       {{ micro.accumulate_d_v() }}
       {{ micro.probability_gradients() }}

@@ -27,7 +27,7 @@
   {{ micro.begin_tiles() }}
 # endif
 # call(masked) key_loop()
-    {{ micro.scores(masked) }}
+    {{ micro.scores() }}
     {{ micro.probability_gradients() }}
     {{ micro.score_gradients(masked) }}
     {{ micro.accumulate() }}

@@ -24,7 +24,7 @@
   {{ micro.begin() }}
 # call(masked) key_loop()
 # call(chunk) chunks_of_tile()
-    {{ micro.scores(masked, chunk) }}
+    {{ micro.scores(chunk) }}
     {{ micro.softmax(masked) }}
     {{ micro.accumulate(chunk) }}
 # endcall

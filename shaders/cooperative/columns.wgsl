@@ -28,12 +28,12 @@
 {%- macro if_share(b, n) %}{% set total = tile_columns * staged_quads[b] %}{% if (n + 1) * threads > total %}if (thread < {{ total - n * threads }}u) {% endif %}{% endmacro -%}
 
 {#- Loads a thread's share of the tile of columns from `column` on. Columns beyond the end repeat the last one. They are hidden, but must
-    be finite if the visible columns are. In a full tile no column is `clamped`. -#}
-# macro fetch(b, column, clamped=true)
+    be finite if the visible columns are. -#}
+# macro fetch(b, column)
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
       let quad = {{ share_quad(b, n) }};
-      let source = {% if clamped %}min({{ column }} + {{ share_row(b, n) }}, last_column){% else %}{{ column }} + {{ share_row(b, n) }}{% endif %};
+      let source = min({{ column }} + {{ share_row(b, n) }}, last_column);
       {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
 # if column_scales
       {{ b }}_scale_{{ n }} = {{ column_scales }}[scales_base + source].{{ "x" if b == staged[0] else "y" }};
@@ -92,10 +92,6 @@
 # for b in staged
 {{ fetch(b, column) }}
 # endfor
-{{ fetch_stats(column) }}
-# endmacro
-
-# macro fetch_stats(column)
 # if stats_per_column > 0
 # for n in range(column_shares)
     {{ if_column(n) }}{
@@ -161,25 +157,14 @@
 {%- macro column_of(tile) %}{% if rows_are_keys %}({{ tile }}) * TILE_COLUMNS{% else %}first_column(tiles, {{ tile }}){% endif %}{% endmacro -%}
 
 {#- Starts to load the first tile. `put_first` follows once the other operands are under way, too. -#}
-# macro fetch_first(tile=first_tile_of_all())
+# macro fetch_first(tile="first_of_all" if peels else "tiles.first")
   {
-{{ fetch_phase(column_of("first_tile" if mask else tile)) }}
+{{ fetch_columns(column_of("first_tile" if mask else tile)) }}
   }
 {{ fetch_mask("first_tile") }}
 # endmacro
 
-{%- macro first_tile_of_all() %}{{ "first_of_all" if peels else "tiles.first" }}{% endmacro -%}
-
-{#- What the first product of a tile needs: all columns, or those of the first operand. -#}
-# macro fetch_phase(column)
-# if phased
-{{ fetch(staged[0], column) }}
-{{ fetch_stats(column) }}
-# else
-{{ fetch_columns(column) }}
-# endif
-# endmacro
-
+{#- Stores what the first product of a tile needs: all columns, or those of the first operand, as long as the second waits. -#}
 # macro put_first()
 # if phased
 {{ put(staged[0], "stage") }}
@@ -190,21 +175,10 @@
 # endif
 # endmacro
 
-{#- The first column of the next tile. -#}
-# macro next_column()
-    let next = {{ column_of("next_visible" if mask else ("following" if peels else following)) }};
-# endmacro
-
 {#- Starts to load the next tile, which is needed at the end of this one. -#}
 # macro fetch_next()
-{{ next_column() }}
+    let next = {{ column_of("next_visible" if mask else ("following" if peels else following)) }};
 {{ fetch_columns("next") }}
-# endmacro
-
-{#- Starts to load the first operand of the next tile. -#}
-# macro fetch_next_first()
-{{ next_column() }}
-{{ fetch_phase("next") }}
 # endmacro
 
 {#- The next tile takes the other stage, or the only one when all subgroups have used it. -#}

@@ -46,7 +46,7 @@
 {{ columns.put_columns() }}
 # endmacro
 
-# macro scores(masked)
+# macro scores()
     // S = K Q^T.
 {{ fallback.clean_columns(staged) }}
 {{ columns.fetch_next() }}

@@ -47,7 +47,7 @@
 {{ columns.put_columns() }}
 # endmacro
 
-# macro scores(masked)
+# macro scores()
     // S = Q K^T.
 {{ fallback.clean_columns(staged) }}
 {{ columns.fetch_next() }}

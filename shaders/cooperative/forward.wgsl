@@ -43,10 +43,10 @@ const SLACK: f32 = 8.0;
 # endfor
 # endmacro
 
-# macro scores(masked, chunk)
+# macro scores(chunk)
     // S = Q K^T.
 # if phased
-{{ scores_in_phases(masked, chunk) }}
+{{ scores_in_phases(chunk) }}
 # else
 {{ fallback.clean_columns(staged) }}
 {{ columns.fetch_next() }}
@@ -54,15 +54,14 @@ const SLACK: f32 = 8.0;
 # endif
 # endmacro
 
-{#- K of a tile is in workgroup memory from the end of the tile before, and V from the first product on. Each has one place there, and
-    needs registers for half of the time. -#}
-# macro scores_in_phases(masked, chunk)
+{#- K and V have one place each in workgroup memory. K of a tile is put there at the end of the tile before, and V behind the first product,
+    when all subgroups have used the V before it. So each barrier has half of a tile between it and the next. -#}
+# macro scores_in_phases(chunk)
 # if chunk == 0
 {{ fallback.clean_columns(["k"]) }}
-{{ columns.fetch("v", "tile_column0", clamped=masked != "none") }}
 # endif
 # if chunk == chunks - 1 and chunks > 1
-{{ columns.fetch_next_first() }}
+{{ columns.fetch_next() }}
 # endif
 {{ matrix.product("s", "q", "k", "stage", chunk) }}
 # if chunk == 0
@@ -71,7 +70,7 @@ const SLACK: f32 = 8.0;
 {{ fallback.clean_columns(["v"]) }}
 # endif
 # if chunks == 1
-{{ columns.fetch_next_first() }}
+{{ columns.fetch_next() }}
 # endif
 # endmacro
 

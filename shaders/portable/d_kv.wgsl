@@ -13,7 +13,7 @@
 # macro begin_head()
 # endmacro
 
-# macro scores(masked)
+# macro scores()
     // S = K Q^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "k", "q") }}
 {{ blocks.make_scores("s") }}

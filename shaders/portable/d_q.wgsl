@@ -29,7 +29,7 @@
 # endif
 # endmacro
 
-# macro scores(masked)
+# macro scores()
     // S = Q K^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}

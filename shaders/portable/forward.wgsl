@@ -13,7 +13,7 @@
 {{ blocks.accumulator("o", "v") }}
 # endmacro
 
-# macro scores(masked, chunk)
+# macro scores(chunk)
     // S = Q K^T{{ ", with softcap, ALiBi or bias" if modified }}.
 {{ blocks.product("s", "q", "k") }}
 {{ blocks.make_scores("s") }}

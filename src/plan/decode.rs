@@ -254,7 +254,7 @@ fn choose(
     let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
     // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
     let gains = rows > 1 || s.head_dim.max(s.value_dim) <= 64;
-    let wanted = select::micro_kernels(micro_kernel, None, gains, capabilities);
+    let wanted = select::micro_kernels(micro_kernel, None, gains, config.dtype, capabilities);
     match (wanted.contains(&MicroKernel::Portable), wanted.len()) {
         (true, 1) => Ok(portable()),
         (true, _) => Ok(cooperative().unwrap_or_else(|_| portable())),

@@ -2,6 +2,7 @@
 
 use crate::device::capabilities::{Capabilities, DeviceClass};
 use crate::kernel::MicroKernel;
+use crate::problem::element::DType;
 
 /// The micro-kernels to plan with: the first that can serve. It is an error if the last of them cannot.
 ///
@@ -11,6 +12,7 @@ pub(crate) fn micro_kernels(
     asked: MicroKernel,
     given: Option<MicroKernel>,
     gains: bool,
+    dtype: DType,
     capabilities: &Capabilities,
 ) -> &'static [MicroKernel] {
     match (asked, given) {
@@ -19,7 +21,11 @@ pub(crate) fn micro_kernels(
             &[MicroKernel::Cooperative]
         }
         // Other devices use the portable kernel until the kernels have been checked and measured there. `tune` does that.
-        (MicroKernel::Auto, None) if gains && capabilities.class == DeviceClass::Nvidia => &MicroKernel::ALL,
+        (MicroKernel::Auto, None) if gains && capabilities.class == DeviceClass::Nvidia => match dtype {
+            DType::F16 => &MicroKernel::ALL,
+            // In bf16 elements in registers have not been measured.
+            _ => &[MicroKernel::Cooperative, MicroKernel::Portable],
+        },
         _ => &[MicroKernel::Portable],
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::device::capabilities::{CooperativeMatrices, DeviceClass};
 use crate::kernel::Kernel;
-use crate::kernel::loops::{LoopHint, LoopHints};
+use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
 use crate::kernel::tile::cooperative::CooperativeTile;
 use crate::kernel::tile::portable::PortableTile;
 use crate::plan::tuning::MaskClass;
@@ -192,29 +192,45 @@ pub(crate) fn fragments(
 ) -> Vec<CooperativeTile> {
     let shape = problem.shape();
     let width = shape.head_dim.max(shape.value_dim);
-    let has_mask = problem.options().mask.is_some();
-    // Subgroups, rows, columns and columns of a chunk, in fragments of 16x16.
-    let table: &[[u32; 4]] = match (class, Family::of(kernel)) {
-        (DeviceClass::Software, _) => &[[2, 1, 2, 2]],
-        (_, Family::Softmax) if width <= 64 && has_mask => &[[4, 2, 2, 2], [4, 1, 2, 2]],
-        (_, Family::Softmax) if width <= 64 => &[[4, 2, 4, 2], [4, 1, 2, 2]],
-        (_, Family::Softmax) if width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1]],
-        (_, Family::Softmax) => &[[4, 1, 1, 1]],
-        _ if width <= 64 => &[[4, 2, 1, 1], [4, 1, 1, 1]],
-        _ => &[[4, 1, 1, 1]],
+    let narrow = MaskClass::of(problem) == Some(MaskClass::Window);
+    let options = problem.options();
+    let has_mask = options.mask.is_some();
+    let modified = options.softcap.is_some() || options.alibi || options.bias.is_some();
+    let keep = LoopHints::every(LoopHint::Keep);
+    let keep_tiles = LoopHints::NONE.with(LoopName::Tiles, LoopHint::Keep);
+    // Subgroups, rows, columns and columns of a chunk in fragments of 16x16, measured on an NVIDIA H200 in f16 without options but windows:
+    // benches/results/2026-11-30-h200-fragments.md. Two workgroups of a multiprocessor have 24 KiB each. A mask's words are of 32 columns.
+    let (table, loops): (&[[u32; 4]], LoopHints) = match (class, Family::of(kernel)) {
+        // Four fragments of 8x8 make quads of llvmpipe's elements.
+        (DeviceClass::Software, _) => (&[[2, 1, 2, 2]], keep),
+        (_, Family::Softmax) if narrow => (&[[4, 1, 2, 1], [4, 1, 1, 1]], keep),
+        (_, Family::Softmax) if has_mask && width <= 64 => (&[[4, 2, 2, 2], [4, 1, 1, 1]], keep),
+        (_, Family::Softmax) if modified && width <= 64 => (&[[4, 2, 4, 2], [4, 1, 2, 1]], keep),
+        (_, Family::Softmax) if width <= 64 => (&[[4, 2, 4, 4], [4, 1, 2, 1]], keep),
+        (_, Family::Softmax) if width <= 128 => (&[[4, 2, 1, 1], [4, 1, 1, 1]], keep),
+        (_, Family::Queries) if narrow && width <= 64 => (&[[2, 2, 1, 1], [2, 1, 1, 1]], keep),
+        (_, Family::Keys) if narrow && width <= 64 => (&[[4, 1, 2, 2], [2, 1, 1, 1]], keep),
+        _ if narrow => (&[[4, 1, 2, 2], [4, 1, 1, 1]], keep),
+        (_, Family::Queries) if width <= 64 => (&[[4, 2, 2, 2], [4, 1, 1, 1]], keep),
+        (_, Family::Keys) if (modified || has_mask) && width <= 64 => (&[[4, 2, 2, 2], [4, 1, 1, 1]], keep),
+        (_, Family::Keys) if width <= 64 => (&[[8, 1, 4, 4], [4, 2, 2, 2], [4, 1, 1, 1]], keep_tiles),
+        (_, Family::Queries) if width <= 128 && !modified && !has_mask => {
+            (&[[8, 1, 4, 4], [8, 1, 2, 2], [4, 1, 1, 1]], keep)
+        }
+        _ if width <= 128 => (&[[8, 1, 2, 2], [4, 1, 1, 1]], keep),
+        _ => (&[[4, 1, 1, 1], [2, 1, 1, 1]], keep),
     };
-    let smaller = match class {
-        DeviceClass::Software => 2,
-        _ => 16 / matrices.side,
-    };
+    let finer = 16 / matrices.side;
+    // llvmpipe takes minutes to compile a kernel with many products.
+    let rows_finer = if class == DeviceClass::Software { 1 } else { finer };
     let tile = |&[subgroups, rows, columns, chunk]: &[u32; 4]| CooperativeTile {
         matrices,
         subgroups,
-        rows: rows * if class == DeviceClass::Software { 1 } else { smaller },
-        columns: columns * smaller,
+        rows: rows * rows_finer,
+        columns: columns * finer,
         stages: 1,
-        chunk: Some(chunk * smaller),
-        loops: LoopHints::every(LoopHint::Keep),
+        chunk: Some(chunk * finer),
+        loops,
     };
     table.iter().map(tile).collect()
 }

@@ -199,7 +199,11 @@ impl CooperativeTile {
         let is_one = has_mask || !kernel.tiled().is_some_and(|tiled| tiled.softmax);
         if is_one && chunk != self.columns {
             let with_mask = if has_mask { " with a mask" } else { "" };
-            return Err(format!("{}{with_mask} takes tiles of one chunk, not of {}", kernel.name(), self.columns / chunk));
+            return Err(format!(
+                "{}{with_mask} takes tiles of one chunk, not of {}",
+                kernel.name(),
+                self.columns / chunk
+            ));
         }
         Ok(())
     }
@@ -238,10 +242,11 @@ impl CooperativeTile {
         // Of each component: the lane's row, the quad and the element of it.
         let element_quads = |fragment: u32| {
             let of = |component: u32| {
-                let all = (0..rows.len()).flat_map(|row| places.iter().enumerate().map(move |(n, place)| (row, n, *place)));
-                let found = all.clone().find(|(row, _, (of, place))| {
-                    *of == fragment && layout.component(*row, *place) == component
-                });
+                let all =
+                    (0..rows.len()).flat_map(|row| places.iter().enumerate().map(move |(n, place)| (row, n, *place)));
+                let found = all
+                    .clone()
+                    .find(|(row, _, (of, place))| *of == fragment && layout.component(*row, *place) == component);
                 found.map_or((0, 0, 0), |(row, n, _)| (row, n / 4, n % 4))
             };
             (0..layout.components()).map(of).collect::<Vec<_>>()
