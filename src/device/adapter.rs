@@ -22,16 +22,17 @@ impl SpirvVersion {
     /// The reason, in words, where kernels reach it as WGSL only.
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Result<Self, String> {
         let features = device_descriptor(adapter).required_features;
-        spirv(&adapter.get_info(), features, || vulkan::version_of_adapter(adapter))
+        spirv(&adapter.get_info(), features, VulkanNumbers::of_adapter(adapter).version)
     }
 }
 
-/// The bounds of the workgroups that run at a time, if they are known.
-fn multiprocessor(class: DeviceClass, backend: wgpu::Backend) -> Option<Multiprocessor> {
-    match (class, backend) {
-        (DeviceClass::Nvidia, wgpu::Backend::Vulkan) => Some(Multiprocessor::NVIDIA_VULKAN),
-        _ => None,
-    }
+/// The bounds of the workgroups that run at a time, if they are known, with the number of multiprocessors that the driver tells.
+fn multiprocessor(class: DeviceClass, backend: wgpu::Backend, count: Option<u32>) -> Option<Multiprocessor> {
+    let known = match (class, backend) {
+        (DeviceClass::Nvidia, wgpu::Backend::Vulkan) => Multiprocessor::NVIDIA_VULKAN,
+        _ => return None,
+    };
+    Some(Multiprocessor { count: count.unwrap_or(known.count), ..known })
 }
 
 impl Capabilities {
@@ -41,21 +42,28 @@ impl Capabilities {
         let matrices =
             |adapter: &wgpu::Adapter| cooperative(&info, features, &adapter.cooperative_matrix_properties()).ok();
         let cooperative = adapter.and_then(matrices);
-        let spirv = spirv(&info, features, || vulkan::version_of_device(device)).ok();
-        Capabilities { cooperative, spirv, ..Capabilities::new(&info, &device.limits(), features) }
+        let VulkanNumbers { version, multiprocessors } = VulkanNumbers::of_device(device);
+        let spirv = spirv(&info, features, version).ok();
+        Capabilities { cooperative, spirv, ..Capabilities::new(&info, &device.limits(), features, multiprocessors) }
     }
 
     /// The capabilities of a device of this adapter that [`device_descriptor`] asks for. Nothing is opened.
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
         let descriptor = device_descriptor(adapter);
         let cooperative = CooperativeMatrices::of_adapter(adapter).ok();
-        let spirv = SpirvVersion::of_adapter(adapter).ok();
-        let capabilities =
-            Capabilities::new(&adapter.get_info(), &descriptor.required_limits, descriptor.required_features);
+        let VulkanNumbers { version, multiprocessors } = VulkanNumbers::of_adapter(adapter);
+        let (info, features) = (adapter.get_info(), descriptor.required_features);
+        let spirv = spirv(&info, features, version).ok();
+        let capabilities = Capabilities::new(&info, &descriptor.required_limits, features, multiprocessors);
         Capabilities { cooperative, spirv, ..capabilities }
     }
 
-    pub(crate) fn new(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Self {
+    pub(crate) fn new(
+        info: &wgpu::AdapterInfo,
+        limits: &wgpu::Limits,
+        features: wgpu::Features,
+        multiprocessors: Option<u32>,
+    ) -> Self {
         Capabilities {
             name: info.name.clone(),
             class: class(info),
@@ -69,7 +77,7 @@ impl Capabilities {
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             cooperative: None,
             spirv: None,
-            multiprocessor: multiprocessor(class(info), info.backend),
+            multiprocessor: multiprocessor(class(info), info.backend, multiprocessors),
             loop_iterations: is_llvmpipe(info).then_some(LLVMPIPE_LOOP_ITERATIONS),
         }
     }
@@ -129,7 +137,7 @@ fn passthrough(backend: wgpu::Backend) -> wgpu::Features {
 fn spirv(
     info: &wgpu::AdapterInfo,
     features: wgpu::Features,
-    vulkan: impl FnOnce() -> Option<u32>,
+    vulkan: Option<u32>,
 ) -> Result<SpirvVersion, String> {
     if cfg!(feature = "checked-shaders") {
         return Err("the feature checked-shaders leaves the checks to wgpu, which makes none of SPIR-V".into());
@@ -140,7 +148,7 @@ fn spirv(
     if !features.contains(wgpu::Features::PASSTHROUGH_SHADERS) {
         return Err("the driver, wgpu or who opened the device leaves out PASSTHROUGH_SHADERS".into());
     }
-    let version = vulkan().ok_or("wgpu does not tell the version of Vulkan")?;
+    let version = vulkan.ok_or("wgpu does not tell the version of Vulkan")?;
     // Major and minor number stand above the 12 bits of the patch. The appendix "Vulkan Environment for SPIR-V" lists the version that each takes.
     let minor = match ((version >> 22) & 0x7f, (version >> 12) & 0x3ff) {
         (1, 0) => 0,
@@ -151,37 +159,63 @@ fn spirv(
     Ok(SpirvVersion { major: 1, minor })
 }
 
-/// The version of Vulkan that a driver implements, which wgpu tells by its own objects only.
-#[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
-mod vulkan {
-    use wgpu::hal::api::Vulkan;
+/// What a driver of Vulkan tells of a device, and wgpu does not.
+#[derive(Debug, Clone, Copy, Default)]
+struct VulkanNumbers {
+    /// The version of Vulkan that it implements, in Vulkan's own encoding.
+    version: Option<u32>,
+    /// Multiprocessors, by an extension that NVIDIA's driver has.
+    multiprocessors: Option<u32>,
+}
 
-    pub(super) fn version_of_device(device: &wgpu::Device) -> Option<u32> {
+#[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
+impl VulkanNumbers {
+    fn of_device(device: &wgpu::Device) -> Self {
         // SAFETY: the guard lives to the end of the function, and nothing is done with the device but to read its numbers.
-        let device = unsafe { device.as_hal::<Vulkan>() }?;
-        let instance = device.shared_instance().raw_instance();
-        // SAFETY: the physical device is one of this instance, which the device keeps alive.
-        Some(unsafe { instance.get_physical_device_properties(device.raw_physical_device()) }.api_version)
+        let device = unsafe { device.as_hal::<wgpu::hal::api::Vulkan>() };
+        device.map_or(VulkanNumbers::default(), |device| {
+            Self::read(device.shared_instance(), device.raw_physical_device())
+        })
     }
 
-    pub(super) fn version_of_adapter(adapter: &wgpu::Adapter) -> Option<u32> {
+    fn of_adapter(adapter: &wgpu::Adapter) -> Self {
         // SAFETY: the guard lives to the end of the function, and nothing is done with the adapter but to read its numbers.
-        let adapter = unsafe { adapter.as_hal::<Vulkan>() }?;
-        let instance = adapter.shared_instance().raw_instance();
-        // SAFETY: the physical device is one of this instance, which the adapter keeps alive.
-        Some(unsafe { instance.get_physical_device_properties(adapter.raw_physical_device()) }.api_version)
+        let adapter = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() };
+        adapter.map_or(VulkanNumbers::default(), |adapter| {
+            Self::read(adapter.shared_instance(), adapter.raw_physical_device())
+        })
+    }
+
+    fn read(shared: &wgpu::hal::vulkan::InstanceShared, device: ash::vk::PhysicalDevice) -> Self {
+        use ash::{nv, vk};
+        let instance = shared.raw_instance();
+        // SAFETY: the physical device is one of this instance, which the caller's device or adapter keeps alive.
+        let version = unsafe { instance.get_physical_device_properties(device) }.api_version;
+        // SAFETY: as above.
+        let extensions = unsafe { instance.enumerate_device_extension_properties(device) }.unwrap_or_default();
+        let has_builtins =
+            extensions.iter().any(|e| e.extension_name_as_c_str() == Ok(nv::shader_sm_builtins::NAME));
+        let mut builtins = vk::PhysicalDeviceShaderSMBuiltinsPropertiesNV::default();
+        // The call is of Vulkan 1.1, of the instance and of the device.
+        if has_builtins && shared.instance_api_version().min(version) >= vk::API_VERSION_1_1 {
+            let mut properties = vk::PhysicalDeviceProperties2::default().push_next(&mut builtins);
+            // SAFETY: as above; the driver has the extension whose structure is chained.
+            unsafe { instance.get_physical_device_properties2(device, &mut properties) };
+        }
+        let multiprocessors = Some(builtins.shader_sm_count).filter(|count| *count > 0);
+        VulkanNumbers { version: Some(version), multiprocessors }
     }
 }
 
 /// wgpu has no Vulkan here.
 #[cfg(not(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd")))]
-mod vulkan {
-    pub(super) fn version_of_device(_: &wgpu::Device) -> Option<u32> {
-        None
+impl VulkanNumbers {
+    fn of_device(_: &wgpu::Device) -> Self {
+        VulkanNumbers::default()
     }
 
-    pub(super) fn version_of_adapter(_: &wgpu::Adapter) -> Option<u32> {
-        None
+    fn of_adapter(_: &wgpu::Adapter) -> Self {
+        VulkanNumbers::default()
     }
 }
 
@@ -256,7 +290,7 @@ mod tests {
         let info = |backend| wgpu::AdapterInfo::new(wgpu::DeviceType::DiscreteGpu, backend);
         let (vulkan, metal) = (info(wgpu::Backend::Vulkan), info(wgpu::Backend::Metal));
         let all = wgpu::Features::all();
-        let of = |info: &wgpu::AdapterInfo, features, version: Option<u32>| spirv(info, features, || version);
+        let of = |info: &wgpu::AdapterInfo, features, version: Option<u32>| spirv(info, features, version);
         let minors = [
             (1 << 22, 0),
             (1 << 22 | 1 << 12 | 7, 3),
@@ -282,6 +316,15 @@ mod tests {
                 assert!(reason.contains(message), "no {message:?} in {reason}");
             }
         }
+    }
+
+    #[test]
+    fn multiprocessors_by_the_driver() {
+        let count = |class, backend, count| multiprocessor(class, backend, count).map(|known| known.count);
+        assert_eq!(count(DeviceClass::Nvidia, wgpu::Backend::Vulkan, Some(46)), Some(46));
+        assert_eq!(count(DeviceClass::Nvidia, wgpu::Backend::Vulkan, None), Some(132));
+        assert_eq!(count(DeviceClass::Nvidia, wgpu::Backend::Dx12, Some(46)), None);
+        assert_eq!(count(DeviceClass::Amd, wgpu::Backend::Vulkan, Some(46)), None);
     }
 
     #[test]

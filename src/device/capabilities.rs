@@ -97,7 +97,7 @@ impl fmt::Display for SpirvVersion {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Multiprocessor {
-    /// Multiprocessors of the device. No interface reports them; this is the number of an H100 or H200.
+    /// Multiprocessors of the device, as NVIDIA's driver tells; where it does not, the number of an H100 or H200.
     pub count: u32,
     /// Bytes of workgroup memory.
     pub workgroup_bytes: u32,
