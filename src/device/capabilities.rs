@@ -277,10 +277,20 @@ impl Capabilities {
         ];
         for sample in &mut samples {
             sample.cooperative = match sample.class {
-                DeviceClass::Nvidia => Some(CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements: Some(ElementLayout::NVIDIA) }),
+                DeviceClass::Nvidia => Some(CooperativeMatrices {
+                    side: 16,
+                    lanes: 32,
+                    in_step: false,
+                    elements: Some(ElementLayout::NVIDIA),
+                }),
                 DeviceClass::Apple => Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false, elements: None }),
                 // Mesa's from version 26 on.
-                DeviceClass::Software => Some(CooperativeMatrices { side: 8, lanes: 8, in_step: true, elements: Some(ElementLayout::LLVMPIPE) }),
+                DeviceClass::Software => Some(CooperativeMatrices {
+                    side: 8,
+                    lanes: 8,
+                    in_step: true,
+                    elements: Some(ElementLayout::LLVMPIPE),
+                }),
                 // Subgroups of more than one size.
                 _ => None,
             };

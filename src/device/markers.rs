@@ -55,8 +55,7 @@ pub(crate) fn instructions(module: &[u32]) -> Result<Vec<Instruction<'_>>, Strin
     while at < module.len() {
         let (op, len) = (module[at] & 0xffff, (module[at] >> 16) as usize);
         let words = module.get(at..at + len).filter(|words| !words.is_empty());
-        let words = words
-            .ok_or_else(|| format!("an instruction of {len} words at word {at} of {}", module.len()))?;
+        let words = words.ok_or_else(|| format!("an instruction of {len} words at word {at} of {}", module.len()))?;
         found.push(Instruction { op, words });
         at += len;
     }
@@ -187,7 +186,8 @@ mod tests {
     fn calls_become_instructions() {
         let [end, constant] = [instruction(OP_FUNCTION_END, &[]), instruction(OP_CONSTANT, &[1, 5, 7])];
         let call = |operands: &[u32]| instruction(OP_FUNCTION_CALL, operands);
-        let names = [named(10, "component_c"), named(11, "matrix_of_a_1"), named(12, "bits_as_halves"), named(13, "main")];
+        let names =
+            [named(10, "component_c"), named(11, "matrix_of_a_1"), named(12, "bits_as_halves"), named(13, "main")];
         let markers = [10, 11, 12].map(|id| [function(id), vec![1 << 16], end.clone()].concat());
         let other = call(&[3, 40, 14, 41]);
         let calls = [
@@ -196,7 +196,14 @@ mod tests {
             call(&[3, 22, 11, 20, 20, 20]),
             call(&[4, 23, 12, 31]),
         ];
-        let text = [&names[..], std::slice::from_ref(&constant), &markers, &[function(13), other.clone()], &calls, std::slice::from_ref(&end)];
+        let text = [
+            &names[..],
+            std::slice::from_ref(&constant),
+            &markers,
+            &[function(13), other.clone()],
+            &calls,
+            std::slice::from_ref(&end),
+        ];
         let (rewritten, count) = rewrite(&module(50, &text.concat())).unwrap();
         let insert = |id, part, matrix, index| instruction(OP_COMPOSITE_INSERT, &[3, id, part, matrix, index]);
         let expected = [

@@ -40,8 +40,7 @@ impl ElementLayout {
 fn text(side: u32, lanes: u32) -> String {
     let components = side * side / lanes;
     let list = |of: &dyn Fn(u32) -> String| (0..components).map(of).collect::<Vec<_>>().join(", ");
-    let tell: String =
-        (0..components).map(|i| format!("found[at + {i}u] = component_c(numbers, {i}u);\n  ")).collect();
+    let tell: String = (0..components).map(|i| format!("found[at + {i}u] = component_c(numbers, {i}u);\n  ")).collect();
     let text = include_str!("probe.wgsl");
     [
         ("HALVES", list(&|i| format!("x{i}: f16"))),
@@ -77,14 +76,18 @@ fn run(
         .map(|filter| device.push_error_scope(filter));
 
     let numbers: Vec<f32> = (0..area).map(|n| n as f32).collect();
-    let identity: Vec<f16> =
-        (0..area).map(|n| if n / side == n % side { f16::ONE } else { f16::ZERO }).collect();
+    let identity: Vec<f16> = (0..area).map(|n| if n / side == n % side { f16::ONE } else { f16::ZERO }).collect();
     let input = |contents: &[u8]| {
-        device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label, contents, usage: wgpu::BufferUsages::STORAGE })
+        device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+            label,
+            contents,
+            usage: wgpu::BufferUsages::STORAGE,
+        })
     };
     let inputs = [input(bytemuck::cast_slice(&numbers)), input(bytemuck::cast_slice(&identity))];
     let size = u64::from(3 * area * 4);
-    let output = |usage| device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
+    let output =
+        |usage| device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
     let found = output(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC);
     let read = output(wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ);
 
@@ -160,7 +163,8 @@ fn run(
 fn layout_of(side: u32, lanes: u32, found: &[f32]) -> Result<ElementLayout, String> {
     let area = (side * side) as usize;
     let (elements, copies) = found.split_at_checked(area).ok_or("the kernel found too little")?;
-    for (copy, what) in copies.chunks(area).zip(["components do not make a fragment", "results do not become operands"]) {
+    for (copy, what) in copies.chunks(area).zip(["components do not make a fragment", "results do not become operands"])
+    {
         if !copy.iter().copied().eq((0..area).map(|n| n as f32)) {
             return Err(format!("{what}: it has the elements {copy:?}"));
         }

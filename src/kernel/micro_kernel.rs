@@ -90,11 +90,9 @@ impl MicroKernel {
                 rescales_rarely: false,
                 flags: "memory",
             },
-            MicroKernel::Fragments => Properties {
-                needs_elements: true,
-                peels_full_tiles: true,
-                ..MicroKernel::Cooperative.properties()
-            },
+            MicroKernel::Fragments => {
+                Properties { needs_elements: true, peels_full_tiles: true, ..MicroKernel::Cooperative.properties() }
+            }
             MicroKernel::Cooperative => Properties {
                 templates: "cooperative",
                 needs_elements: false,

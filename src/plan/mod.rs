@@ -295,14 +295,11 @@ impl<'a> Passes<'a> {
             return Err(none(format!("{kernel} was asked for as {micro_kernel} and with the tiles \"{tiling}\"")));
         }
         let built_in = match micro_kernel {
-            MicroKernel::Cooperative => {
-                let matrices = self.matrices(kernel)?;
-                let tiles = table::cooperative(kernel, problem, matrices, capabilities.class);
-                tiles.map(|tiles| tiles.tiling()).collect()
-            }
-            MicroKernel::Fragments => {
-                let matrices = self.matrices_with_elements(kernel)?;
-                let tiles = table::fragments(kernel, problem, matrices, capabilities.class);
+            MicroKernel::Cooperative | MicroKernel::Fragments => {
+                let needs_elements = micro_kernel.properties().needs_elements;
+                let matrices =
+                    if needs_elements { self.matrices_with_elements(kernel)? } else { self.matrices(kernel)? };
+                let tiles = table::on_matrices(kernel, problem, matrices, capabilities.class, micro_kernel);
                 tiles.iter().map(CooperativeTile::tiling).collect()
             }
             MicroKernel::Portable | MicroKernel::Auto => {

@@ -193,13 +193,23 @@ impl CooperativeTile {
         Ok(())
     }
 
-    /// Checks that a tile is one chunk where the kernel takes no other.
+    /// Checks that a tile is one chunk where the kernel takes no other, and that a word of a mask has the bits of a quad.
     pub(crate) fn check_kernel(&self, kernel: Kernel, has_mask: bool) -> Result<(), String> {
         let Some(chunk) = self.chunk else { return Ok(()) };
         let is_one = has_mask || !kernel.tiled().is_some_and(|tiled| tiled.softmax);
         if is_one && chunk != self.columns {
             let with_mask = if has_mask { " with a mask" } else { "" };
-            return Err(format!("{}{with_mask} takes tiles of one chunk, not of {}", kernel.name(), self.columns / chunk));
+            return Err(format!(
+                "{}{with_mask} takes tiles of one chunk, not of {}",
+                kernel.name(),
+                self.columns / chunk
+            ));
+        }
+        // Their bits are taken from one word.
+        let columns = self.matrices.elements.map_or(4, |elements| elements.columns().len() as u32);
+        let span = self.matrices.side * 4 / columns;
+        if has_mask && span > 32 {
+            return Err(format!("four columns of a lane lie among {span}, and a word of a mask has 32"));
         }
         Ok(())
     }
@@ -238,10 +248,11 @@ impl CooperativeTile {
         // Of each component: the lane's row, the quad and the element of it.
         let element_quads = |fragment: u32| {
             let of = |component: u32| {
-                let all = (0..rows.len()).flat_map(|row| places.iter().enumerate().map(move |(n, place)| (row, n, *place)));
-                let found = all.clone().find(|(row, _, (of, place))| {
-                    *of == fragment && layout.component(*row, *place) == component
-                });
+                let all =
+                    (0..rows.len()).flat_map(|row| places.iter().enumerate().map(move |(n, place)| (row, n, *place)));
+                let found = all
+                    .clone()
+                    .find(|(row, _, (of, place))| *of == fragment && layout.component(*row, *place) == component);
                 found.map_or((0, 0, 0), |(row, n, _)| (row, n / 4, n % 4))
             };
             (0..layout.components()).map(of).collect::<Vec<_>>()
