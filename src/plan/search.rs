@@ -261,7 +261,8 @@ mod tests {
                 all.iter().filter(|tiling| tiling.with_loops(LoopHints::NONE) == table[0].with_loops(LoopHints::NONE));
             let mut hinted: Vec<String> = hinted.map(|tiling| tiling.loops().to_string()).collect();
             assert_eq!(hinted[0], hints[0]);
-            (hinted.sort_unstable(), hints.sort_unstable());
+            hinted.sort_unstable();
+            hints.sort_unstable();
             assert_eq!(hinted, hints);
             // Tiles that the table lacks come in the order of the rows that they keep in flight, the most first.
             let others = all.iter().copied().filter(|tiling| {
