@@ -134,11 +134,7 @@ fn passthrough(backend: wgpu::Backend) -> wgpu::Features {
 
 /// The newest SPIR-V that a driver takes, or the reason why kernels reach it as WGSL only. `vulkan` is the version of Vulkan, in its own
 /// encoding.
-fn spirv(
-    info: &wgpu::AdapterInfo,
-    features: wgpu::Features,
-    vulkan: Option<u32>,
-) -> Result<SpirvVersion, String> {
+fn spirv(info: &wgpu::AdapterInfo, features: wgpu::Features, vulkan: Option<u32>) -> Result<SpirvVersion, String> {
     if cfg!(feature = "checked-shaders") {
         return Err("the feature checked-shaders leaves the checks to wgpu, which makes none of SPIR-V".into());
     }
@@ -193,8 +189,7 @@ impl VulkanNumbers {
         let version = unsafe { instance.get_physical_device_properties(device) }.api_version;
         // SAFETY: as above.
         let extensions = unsafe { instance.enumerate_device_extension_properties(device) }.unwrap_or_default();
-        let has_builtins =
-            extensions.iter().any(|e| e.extension_name_as_c_str() == Ok(nv::shader_sm_builtins::NAME));
+        let has_builtins = extensions.iter().any(|e| e.extension_name_as_c_str() == Ok(nv::shader_sm_builtins::NAME));
         let mut builtins = vk::PhysicalDeviceShaderSMBuiltinsPropertiesNV::default();
         // The call is of Vulkan 1.1, of the instance and of the device.
         if has_builtins && shared.instance_api_version().min(version) >= vk::API_VERSION_1_1 {

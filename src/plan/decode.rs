@@ -6,7 +6,7 @@ use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::{Binding, DECODE_PASS, MicroKernel, Variant};
 use crate::plan::Plan;
 use crate::plan::pass::{Pass, TilesOrigin, check_limits, fold};
-use crate::plan::select;
+use crate::plan::select::{self, Gain};
 use crate::plan::splits::{DecodeTiling, Split, splits};
 use crate::problem::cache::{CacheConfig, CacheKind, MOST_QUERIES};
 use crate::problem::error::{Error, Result};
@@ -253,8 +253,8 @@ fn choose(
     let cooperative = || DecodeTiling::cooperative(config, rows, groups, s.seq_q > 1, capabilities);
     let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
     // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
-    let gains = rows > 1 || s.head_dim.max(s.value_dim) <= 64;
-    let wanted = select::micro_kernels(micro_kernel, None, gains, config.dtype, capabilities);
+    let gain = if rows > 1 || s.head_dim.max(s.value_dim) <= 64 { Gain::Matrices } else { Gain::None };
+    let wanted = select::micro_kernels(micro_kernel, None, gain, capabilities);
     match (wanted.contains(&MicroKernel::Portable), wanted.len()) {
         (true, 1) => Ok(portable()),
         (true, _) => Ok(cooperative().unwrap_or_else(|_| portable())),

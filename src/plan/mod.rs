@@ -28,6 +28,7 @@ pub use crate::kernel::{Kernel, MicroKernel, Variant};
 use crate::plan::loop_limit::{check_loop_iterations, loop_iterations};
 use crate::plan::operand::dense_views;
 pub use crate::plan::pass::{Pass, TilesOrigin};
+use crate::plan::select::Gain;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::{Tuning, TuningKey};
 use crate::problem::Problem;
@@ -247,13 +248,8 @@ impl<'a> Passes<'a> {
         // Measured tiles that do not fit are ignored.
         let fitting = || measured.filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
         let given = own.or_else(fitting).map(|tiling| tiling.micro_kernel());
-        let wanted = select::micro_kernels(
-            self.preference.micro_kernel,
-            given,
-            true,
-            self.problem.options().dtype,
-            self.capabilities,
-        );
+        let wanted =
+            select::micro_kernels(self.preference.micro_kernel, given, Gain::of(self.problem), self.capabilities);
         let [others @ .., last] = wanted else { return Ok(Vec::new()) };
         let pass = others.iter().find_map(|micro_kernel| self.tiled(kernel, *micro_kernel, None).ok());
         let pass = pass.map_or_else(|| self.tiled(kernel, *last, None), Ok)?;
@@ -301,14 +297,11 @@ impl<'a> Passes<'a> {
             return Err(none(format!("{kernel} was asked for as {micro_kernel} and with the tiles \"{tiling}\"")));
         }
         let built_in = match micro_kernel {
-            MicroKernel::Cooperative => {
-                let matrices = self.matrices(kernel)?;
-                let tiles = table::cooperative(kernel, problem, matrices, capabilities.class);
-                tiles.map(|tiles| tiles.tiling()).collect()
-            }
-            MicroKernel::Fragments => {
-                let matrices = self.matrices_with_elements(kernel)?;
-                let tiles = table::fragments(kernel, problem, matrices, capabilities.class);
+            MicroKernel::Cooperative | MicroKernel::Fragments => {
+                let needs_elements = micro_kernel.properties().needs_elements;
+                let matrices =
+                    if needs_elements { self.matrices_with_elements(kernel)? } else { self.matrices(kernel)? };
+                let tiles = table::on_matrices(kernel, problem, matrices, capabilities.class, micro_kernel);
                 tiles.iter().map(CooperativeTile::tiling).collect()
             }
             MicroKernel::Portable | MicroKernel::Auto => {

@@ -23,11 +23,8 @@ impl Tiling {
     ) -> Vec<Tiling> {
         let mut found = Vec::new();
         let wants = |one: MicroKernel| [one, MicroKernel::Auto].contains(&micro_kernel);
-        if wants(MicroKernel::Fragments) {
-            found.extend(fragments(kernel, problem, capabilities));
-        }
-        if wants(MicroKernel::Cooperative) {
-            found.extend(cooperative(kernel, problem, capabilities));
+        for one in [MicroKernel::Fragments, MicroKernel::Cooperative].into_iter().filter(|one| wants(*one)) {
+            found.extend(on_matrices(kernel, problem, capabilities, one));
         }
         if wants(MicroKernel::Portable) {
             let portable = PortableTile::candidates(kernel, problem, capabilities);
@@ -49,59 +46,52 @@ fn with_hints(kernel: Kernel, first: Option<&Tiling>, capabilities: &Capabilitie
 /// Registers a thread, by the estimate, above which cooperative tiles are not worth a measurement. GPUs have at most 255, and a few that do
 /// not fit cost little.
 const MOST_LANE_REGISTERS: u32 = 300;
-/// Most subgroups and rows of fragments that are tried. Columns are as many as in the table, and twice as many.
+/// Most subgroups and rows of fragments that are tried.
 const SUBGROUPS: u32 = 16;
 const ROWS: u32 = 4;
 
-fn cooperative(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<Tiling> {
+/// Tiles of a micro-kernel on cooperative matrices: those of the table, the first of them with hints for loops, and others.
+fn on_matrices(
+    kernel: Kernel,
+    problem: &Problem,
+    capabilities: &Capabilities,
+    micro_kernel: MicroKernel,
+) -> Vec<Tiling> {
     let Some(matrices) = capabilities.cooperative.filter(CooperativeMatrices::is_sound) else { return Vec::new() };
     let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, capabilities, *tiling).ok();
-    let table = table::cooperative(kernel, problem, matrices, capabilities.class).map(|fragments| fragments.tiling());
-    let mut found: Vec<Tiling> = table.filter(|tiling| pass(tiling).is_some()).collect();
-    found.extend(with_hints(kernel, found.first(), capabilities));
+    let mut found: Vec<Tiling> = Vec::new();
+    for tile in table::on_matrices(kernel, problem, matrices, capabilities.class, micro_kernel) {
+        let tiling = tile.tiling();
+        if !found.contains(&tiling) && pass(&tiling).is_some() {
+            found.push(tiling);
+        }
+    }
+    let first = found.first().copied();
+    let loops = first.map_or(LoopHints::NONE, |first| first.loops());
+    // A table may have hints of its own, and then no hints are worth a measurement, too.
+    let hinted = with_hints(kernel, first.as_ref(), capabilities).into_iter();
+    let plain = first.map(|first| first.with_loops(LoopHints::NONE));
+    found.extend(hinted.chain(plain).filter(|tiling| Some(*tiling) != first));
+
+    let columns = [1, 2, 4].map(|columns| columns * 16 / matrices.side);
+    // Scores of a wide tile are many, unless they are taken by chunks.
+    let columns = if micro_kernel == MicroKernel::Fragments { &columns[..] } else { &columns[..2] };
     let mut others = Vec::new();
-    for columns in [16 / matrices.side, 32 / matrices.side] {
-        for [subgroups, rows, stages] in (1..=SUBGROUPS)
-            .flat_map(|subgroups| (1..=ROWS).flat_map(move |rows| [2, 1].map(|stages| [subgroups, rows, stages])))
-        {
-            let tiling = Tiling::Cooperative { subgroups, rows, columns, stages, loops: LoopHints::NONE };
+    for [columns, subgroups, rows] in columns.iter().flat_map(|columns| {
+        (1..=SUBGROUPS).flat_map(move |subgroups| (1..=ROWS).map(move |rows| [*columns, subgroups, rows]))
+    }) {
+        let tilings: Vec<Tiling> = if micro_kernel == MicroKernel::Fragments {
+            (1..=columns).map(|chunk| Tiling::Fragments { subgroups, rows, columns, chunk, loops }).collect()
+        } else {
+            [2, 1].map(|stages| Tiling::Cooperative { subgroups, rows, columns, stages, loops }).to_vec()
+        };
+        for tiling in tilings {
             let Some(pass) = pass(&tiling).filter(|_| !found.contains(&tiling)) else { continue };
             let (Some([tile_rows, _]), Some(registers)) = (pass.variant.tile(), pass.variant.registers()) else {
                 continue;
             };
             if registers <= MOST_LANE_REGISTERS {
                 // Columns are read once for all rows that a workgroup holds. More workgroups hide each other's waits.
-                let rows_in_flight = tile_rows * pass.resident_workgroups(capabilities).unwrap_or(1);
-                others.push((Reverse(rows_in_flight), registers, tiling));
-            }
-        }
-    }
-    others.sort_by_key(|&(rows, registers, _)| (rows, registers));
-    found.extend(others.into_iter().map(|(.., tiling)| tiling));
-    found
-}
-
-/// The built-in tiles with elements in registers, their hints for loops, and others.
-fn fragments(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<Tiling> {
-    let Some(matrices) = capabilities.cooperative.filter(CooperativeMatrices::is_sound) else { return Vec::new() };
-    let pass = |tiling: &Tiling| Pass::with_tiles(kernel, problem, capabilities, *tiling).ok();
-    let table = table::fragments(kernel, problem, matrices, capabilities.class);
-    let mut found: Vec<Tiling> = table.iter().map(|tile| tile.tiling()).filter(|t| pass(t).is_some()).collect();
-    found.dedup();
-    let Some(first) = found.first().copied() else { return found };
-    let hinted = with_hints(kernel, Some(&first), capabilities).into_iter().chain([first.with_loops(LoopHints::NONE)]);
-    found.extend(hinted.filter(|tiling| *tiling != first));
-    let mut others = Vec::new();
-    for columns in [1, 2, 4].map(|columns| columns * 16 / matrices.side) {
-        for [subgroups, rows, chunk] in (1..=SUBGROUPS)
-            .flat_map(|subgroups| (1..=ROWS).flat_map(move |rows| (1..=columns).map(move |n| [subgroups, rows, n])))
-        {
-            let tiling = Tiling::Fragments { subgroups, rows, columns, chunk, loops: first.loops() };
-            let Some(pass) = pass(&tiling).filter(|_| !found.contains(&tiling)) else { continue };
-            let (Some([tile_rows, _]), Some(registers)) = (pass.variant.tile(), pass.variant.registers()) else {
-                continue;
-            };
-            if registers <= MOST_LANE_REGISTERS {
                 let rows_in_flight = tile_rows * pass.resident_workgroups(capabilities).unwrap_or(1);
                 others.push((Reverse(rows_in_flight), registers, tiling));
             }
@@ -235,45 +225,57 @@ mod tests {
         };
         for device in Capabilities::samples() {
             for problem in [problem(DType::F16, 64), problem(DType::F16, 128), problem(DType::F32, 64)] {
-                let both = of(&problem, &device, MicroKernel::Auto);
-                let [cooperative, portable] =
-                    [MicroKernel::Cooperative, MicroKernel::Portable].map(|kernel| of(&problem, &device, kernel));
-                assert_eq!(both, [&cooperative[..], &portable[..]].concat());
+                let all = of(&problem, &device, MicroKernel::Auto);
+                let each = MicroKernel::ALL.map(|kernel| of(&problem, &device, kernel));
+                assert_eq!(all, each.concat());
                 let multiplies = problem.options().dtype.multiplies_on_matrices();
-                assert_eq!(
-                    cooperative.len() > 8,
-                    multiplies && device.cooperative.is_some(),
-                    "{}: {problem}",
-                    device.name
-                );
+                let matrices = device.cooperative.filter(|_| multiplies);
+                let has_elements = matrices.is_some_and(|matrices| matrices.elements.is_some());
+                for (micro_kernel, found, serves) in [
+                    (MicroKernel::Fragments, &each[0], has_elements),
+                    (MicroKernel::Cooperative, &each[1], matrices.is_some()),
+                ] {
+                    assert_eq!(found.len() > 8, serves, "{}: {problem}", device.name);
+                    for (index, tiling) in found.iter().enumerate() {
+                        assert_eq!(tiling.micro_kernel(), micro_kernel);
+                        Pass::with_tiles(Kernel::FORWARD, &problem, &device, *tiling).unwrap();
+                        assert!(!found[..index].contains(tiling), "{tiling} twice");
+                    }
+                }
                 let plan = crate::plan::Plan::forward(&problem, &device).unwrap();
                 let variant = plan.passes[0].variant;
-                let first = both.iter().find(|tiling| tiling.micro_kernel() == variant.micro_kernel);
+                let first = all.iter().find(|tiling| tiling.micro_kernel() == variant.micro_kernel);
                 assert_eq!(variant.tiling.as_ref(), first, "the built-in choice comes first");
-                for (index, tiling) in cooperative.iter().enumerate() {
-                    assert_eq!(tiling.micro_kernel(), MicroKernel::Cooperative);
-                    Pass::with_tiles(Kernel::FORWARD, &problem, &device, *tiling).unwrap();
-                    assert!(!cooperative[..index].contains(tiling));
-                }
             }
         }
-        // Tiles that the table lacks come in the order of the rows that they keep in flight, the most first.
         let (device, narrow) = (&Capabilities::samples()[0], problem(DType::F16, 64));
-        let table = table::cooperative(Kernel::FORWARD, &narrow, device.cooperative.unwrap(), device.class);
-        let table: Vec<Tiling> = table.map(|fragments| fragments.tiling()).collect();
-        let all = of(&narrow, device, MicroKernel::Cooperative);
-        let others = all.iter().copied().filter(|tiling| !table.contains(tiling) && tiling.loops().is_none());
-        let rows: Vec<u32> = others
-            .map(|tiling| {
-                let pass = Pass::with_tiles(Kernel::FORWARD, &narrow, device, tiling).unwrap();
-                pass.variant.tile().unwrap()[0] * pass.resident_workgroups(device).unwrap()
-            })
-            .collect();
-        assert!(rows.is_sorted_by(|a, b| a >= b) && rows.first() > rows.last(), "{rows:?}");
-        // The table's first choice has hints for its loops.
-        let hinted: Vec<String> = all.iter().filter(|t| !t.loops().is_none()).map(Tiling::to_string).collect();
-        let hints = ["loops keep", "loops unroll", "loops tiles keep", "loops tiles unroll"];
-        assert_eq!(hinted, hints.map(|hints| format!("{}, {hints}", table[0])));
-        assert_eq!(of(&problem(DType::F16, 257), device, MicroKernel::Cooperative), []);
+        let matrices = device.cooperative.unwrap();
+        for micro_kernel in [MicroKernel::Fragments, MicroKernel::Cooperative] {
+            let table = table::on_matrices(Kernel::FORWARD, &narrow, matrices, device.class, micro_kernel);
+            let table: Vec<Tiling> = table.iter().map(|tile| tile.tiling()).collect();
+            let all = of(&narrow, device, micro_kernel);
+            // The table's first choice has every hint for its loops, and none.
+            let mut hints = ["loops", "loops keep", "loops unroll", "loops tiles keep", "loops tiles unroll"];
+            hints.sort_unstable_by_key(|hints| *hints != table[0].loops().to_string());
+            let hinted =
+                all.iter().filter(|tiling| tiling.with_loops(LoopHints::NONE) == table[0].with_loops(LoopHints::NONE));
+            let mut hinted: Vec<String> = hinted.map(|tiling| tiling.loops().to_string()).collect();
+            assert_eq!(hinted[0], hints[0]);
+            hinted.sort_unstable();
+            hints.sort_unstable();
+            assert_eq!(hinted, hints);
+            // Tiles that the table lacks come in the order of the rows that they keep in flight, the most first.
+            let others = all.iter().copied().filter(|tiling| {
+                !table.contains(tiling) && tiling.with_loops(LoopHints::NONE) != table[0].with_loops(LoopHints::NONE)
+            });
+            let rows: Vec<u32> = others
+                .map(|tiling| {
+                    let pass = Pass::with_tiles(Kernel::FORWARD, &narrow, device, tiling).unwrap();
+                    pass.variant.tile().unwrap()[0] * pass.resident_workgroups(device).unwrap()
+                })
+                .collect();
+            assert!(rows.is_sorted_by(|a, b| a >= b) && rows.first() > rows.last(), "{rows:?}");
+            assert_eq!(of(&problem(DType::F16, 257), device, micro_kernel), []);
+        }
     }
 }

@@ -2,17 +2,38 @@
 
 use crate::device::capabilities::{Capabilities, DeviceClass};
 use crate::kernel::MicroKernel;
+use crate::problem::Problem;
 use crate::problem::element::DType;
+
+/// Whether cooperative matrices were faster on a device that has them, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gain {
+    None,
+    /// With scores in workgroup memory.
+    Matrices,
+    /// With scores in registers, where elements can be computed with.
+    Elements,
+}
+
+impl Gain {
+    /// That of the kernels of a problem. Elements in registers have been measured in f16, for widths of 64 and 128, without options but windows
+    /// and sinks (benches/results/2026-11-30-h200-fragments.md). A kernel whose registers spill takes several times as long, so that a guess will not do.
+    pub(crate) fn of(problem: &Problem) -> Self {
+        let (shape, options) = (problem.shape(), problem.options());
+        let is_plain = options.softcap.is_none() && !options.alibi && options.bias.is_none() && options.mask.is_none();
+        let is_measured = is_plain && options.dtype == DType::F16 && shape.head_dim.max(shape.value_dim) <= 128;
+        if is_measured { Gain::Elements } else { Gain::Matrices }
+    }
+}
 
 /// The micro-kernels to plan with: the first that can serve. It is an error if the last of them cannot.
 ///
 /// They are those of the caller's request. With [`MicroKernel::Auto`] it is the micro-kernel of the tiles that the caller or a tuning gives.
-/// Without tiles it goes by measurements: `gains` says whether cooperative matrices were faster on a device that has them.
+/// Without tiles it goes by measurements.
 pub(crate) fn micro_kernels(
     asked: MicroKernel,
     given: Option<MicroKernel>,
-    gains: bool,
-    dtype: DType,
+    gain: Gain,
     capabilities: &Capabilities,
 ) -> &'static [MicroKernel] {
     match (asked, given) {
@@ -21,10 +42,10 @@ pub(crate) fn micro_kernels(
             &[MicroKernel::Cooperative]
         }
         // Other devices use the portable kernel until the kernels have been checked and measured there. `tune` does that.
-        (MicroKernel::Auto, None) if gains && capabilities.class == DeviceClass::Nvidia => match dtype {
-            DType::F16 => &MicroKernel::ALL,
-            // In bf16 elements in registers have not been measured.
-            _ => &[MicroKernel::Cooperative, MicroKernel::Portable],
+        (MicroKernel::Auto, None) if capabilities.class == DeviceClass::Nvidia => match gain {
+            Gain::Elements => &MicroKernel::ALL,
+            Gain::Matrices => &[MicroKernel::Cooperative, MicroKernel::Portable],
+            Gain::None => &[MicroKernel::Portable],
         },
         _ => &[MicroKernel::Portable],
     }

@@ -1,10 +1,10 @@
 //! Measured tiles: the tables from which tiles are chosen.
 
 use crate::device::capabilities::{CooperativeMatrices, DeviceClass};
-use crate::kernel::Kernel;
 use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
 use crate::kernel::tile::cooperative::CooperativeTile;
 use crate::kernel::tile::portable::PortableTile;
+use crate::kernel::{Kernel, MicroKernel};
 use crate::plan::tuning::MaskClass;
 use crate::problem::Problem;
 
@@ -130,8 +130,23 @@ fn window_cost(tiles: &PortableTile, band: u32) -> f32 {
     (band + rows + columns) / band * (inner + global)
 }
 
+/// Tiles to try for a kernel with a micro-kernel on cooperative matrices, the best first.
+pub(crate) fn on_matrices(
+    kernel: Kernel,
+    problem: &Problem,
+    matrices: CooperativeMatrices,
+    class: DeviceClass,
+    micro_kernel: MicroKernel,
+) -> Vec<CooperativeTile> {
+    match micro_kernel {
+        MicroKernel::Fragments => fragments(kernel, problem, matrices, class),
+        MicroKernel::Cooperative => cooperative(kernel, problem, matrices, class).collect(),
+        MicroKernel::Auto | MicroKernel::Portable => Vec::new(),
+    }
+}
+
 /// Fragments to try for a kernel, the best first.
-pub(crate) fn cooperative(
+fn cooperative(
     kernel: Kernel,
     problem: &Problem,
     matrices: CooperativeMatrices,
@@ -184,7 +199,7 @@ pub(crate) fn cooperative(
 }
 
 /// Fragments with their elements in registers, to try for a kernel, the best first.
-pub(crate) fn fragments(
+fn fragments(
     kernel: Kernel,
     problem: &Problem,
     matrices: CooperativeMatrices,

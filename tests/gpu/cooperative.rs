@@ -63,12 +63,17 @@ fn with_matrices(test: fn(&Attention)) {
 /// Every kernel that has tiles is cooperative, run again without what is not finite where it mixes columns, and followed by the
 /// portable one that fallback.
 fn is_cooperative(plan: &Plan) -> bool {
+    is_on_matrices(plan, MicroKernel::Cooperative)
+}
+
+/// The same of a micro-kernel on cooperative matrices.
+pub fn is_on_matrices(plan: &Plan, micro_kernel: MicroKernel) -> bool {
     let of = |kernel| plan.passes.iter().filter(move |pass| pass.variant.kernel == kernel);
     [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV].into_iter().all(|kernel| {
         let passes: Vec<_> = of(kernel)
             .map(|pass| (pass.variant.micro_kernel, pass.variant.sanitize, pass.variant.fallback.is_some()))
             .collect();
-        let (first, again) = ((MicroKernel::Cooperative, false, false), (MicroKernel::Cooperative, true, false));
+        let (first, again) = ((micro_kernel, false, false), (micro_kernel, true, false));
         let fallback = (MicroKernel::Portable, false, true);
         passes.is_empty()
             || passes
@@ -77,7 +82,7 @@ fn is_cooperative(plan: &Plan) -> bool {
 }
 
 /// The problem in an element type, with operands.
-fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
+pub fn random<T: Element>(problem: &Problem, seed: u64) -> (Problem, Backward<T>) {
     let problem = Problem::new(*problem.shape(), problem.options().dtype(T::DTYPE)).unwrap();
     let operands = Backward::random(&problem, seed).cast();
     (problem, operands)
@@ -97,9 +102,14 @@ fn check<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T
 }
 
 fn check_forward<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) -> Output<T> {
-    let inputs = case.operands.inputs();
     assert!(is_cooperative(&attention.plan_forward(problem).unwrap()), "{problem}");
     assert!(is_cooperative(&attention.plan_backward(problem).unwrap()), "{problem}");
+    forward_agrees(attention, problem, case)
+}
+
+/// Holds the forward pass against the definition by norm, row by row.
+pub fn forward_agrees<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) -> Output<T> {
+    let inputs = case.operands.inputs();
     let output = attention.forward(problem, &inputs).unwrap();
     let (expected, _, magnitudes) = reference::with_magnitudes(problem, &inputs, None).unwrap();
     agree(&output, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
@@ -109,7 +119,7 @@ fn check_forward<T: Element>(attention: &Attention, problem: &Problem, case: &Ba
 }
 
 /// Holds every element to twice the worst error of a computation that rounds p and d_s, too.
-fn explained<T: Element>(problem: &Problem, case: &Backward<T>, output: &Output<T>, gradients: &Gradients<T>) {
+pub fn explained<T: Element>(problem: &Problem, case: &Backward<T>, output: &Output<T>, gradients: &Gradients<T>) {
     let (inputs, round) = (case.operands.inputs(), low_precision::to_half::<T>);
     let low_o = low_precision::forward_with(problem, &inputs, round).o;
     let low = low_precision::backward_with(problem, &inputs, &case.upstream(), round);
@@ -128,7 +138,7 @@ fn explained<T: Element>(problem: &Problem, case: &Backward<T>, output: &Output<
 }
 
 /// Without what rounding took from o, so that delta is summed anew, as precise as f32.
-fn exact<T: Element>(output: &Output<T>) -> Output<T> {
+pub fn exact<T: Element>(output: &Output<T>) -> Output<T> {
     output.clone().o_lo(None)
 }
 

@@ -25,6 +25,7 @@ mod cooperative;
 mod device_buffers;
 mod errors;
 mod forward;
+mod fragments;
 mod half;
 mod host_cache;
 mod loops;

@@ -3,6 +3,7 @@
 //! After a change that is meant, `UPDATE_PLANS=1 cargo test --test suites plans::` rewrites tests/plans.txt;
 //! the difference belongs into the review.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -267,10 +268,15 @@ fn micro_kernels_are_as_asked_for() {
             for pass in plans(MicroKernel::Auto).into_iter().flat_map(|plan| plan.unwrap().passes) {
                 assert_ne!(pass.variant.micro_kernel, MicroKernel::Auto);
             }
-            for plan in plans(MicroKernel::Cooperative) {
+            let on_matrices = [MicroKernel::Cooperative, MicroKernel::Fragments]
+                .into_iter()
+                .flat_map(|micro_kernel| plans(micro_kernel).map(|plan| (micro_kernel, plan)));
+            for (micro_kernel, plan) in on_matrices {
+                let has_elements = device.spirv.is_some() && device.cooperative.is_some_and(|c| c.elements.is_some());
                 let reason = match (dtype, device.cooperative) {
                     (DType::F32, _) => "f32 operands need the portable micro-kernel",
                     (_, None) => "has no cooperative matrices",
+                    (_, Some(_)) if micro_kernel == MicroKernel::Fragments && !has_elements => "elements of fragments",
                     (_, Some(_)) => {
                         // Each is followed by what computes again: itself, where a column could spoil others, and the portable one.
                         let all = &plan.as_ref().unwrap().passes;
@@ -284,7 +290,7 @@ fn micro_kernels_are_as_asked_for() {
                         let passes: Vec<Pass> = plan.unwrap().passes.into_iter().filter(tiled).collect();
                         for pair in passes.chunks(2) {
                             let [first, second] = pair else { panic!("{pair:?}") };
-                            assert_eq!(first.variant.micro_kernel, MicroKernel::Cooperative, "{first}");
+                            assert_eq!(first.variant.micro_kernel, micro_kernel, "{first}");
                             assert_eq!(second.variant.fallback, first.variant.tile().map(|[rows, _]| rows), "{second}");
                             assert_eq!(second.variant.kernel, first.variant.kernel);
                         }
@@ -304,11 +310,16 @@ fn micro_kernels_are_as_asked_for() {
 fn token_scales_are_found_before_they_are_read() {
     // Of a class whose cooperative kernels have to be asked for.
     let device = &Capabilities::samples().swap_remove(0).class(DeviceClass::Other);
-    let cooperative = Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2, loops: LoopHints::NONE };
-    for dtype in [DType::F16, DType::Bf16] {
+    let loops = LoopHints::NONE;
+    let tilings = [
+        Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2, loops },
+        Tiling::Fragments { subgroups: 4, rows: 1, columns: 1, chunk: 1, loops },
+    ];
+    for (dtype, tiling) in [DType::F16, DType::Bf16].into_iter().flat_map(|dtype| tilings.map(|tiling| (dtype, tiling)))
+    {
         let problem = problem([1, 2, 1], [100, 100], [64, 64], Options::new().dtype(dtype));
         for kernel in [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV] {
-            let tiles = [(kernel, cooperative)];
+            let tiles = [(kernel, tiling)];
             let preference = Preference::default().tiles(&tiles);
             let (optional, plan) = (OptionalOperands::default(), if kernel == Kernel::FORWARD { 0 } else { 1 });
             let plans = [
@@ -375,25 +386,39 @@ fn hints_for_loops_are_refused_where_they_say_nothing() {
     assert_eq!(seen, 3);
 }
 
-/// Where they have been measured, cooperative kernels are the choice for halves; of other devices, of f32 and of widths that have
-/// none, portable ones.
+/// Where they have been measured, kernels on cooperative matrices are the choice for halves, with elements in registers where the device
+/// has them; of other devices, of f32 and of widths that have none, portable ones.
 #[test]
 fn auto_is_cooperative_where_that_is_known_to_be_faster() {
     let nvidia = Capabilities::samples().swap_remove(0);
     let other = nvidia.clone().class(DeviceClass::Other);
-    for (device, dtype, width, cooperative) in [
-        (&nvidia, DType::F16, 64, true),
-        (&nvidia, DType::Bf16, 128, true),
-        (&nvidia, DType::F16, 300, false),
-        (&nvidia, DType::F32, 64, false),
-        (&other, DType::F16, 64, false),
+    let without_elements = nvidia.clone().cooperative(nvidia.cooperative.map(|matrices| matrices.elements(None)));
+    let without_spirv = nvidia.clone().spirv(None);
+    let (fragments, cooperative) = (Some(MicroKernel::Fragments), Some(MicroKernel::Cooperative));
+    for (device, dtype, width, expected) in [
+        (&nvidia, DType::F16, 64, fragments),
+        (&nvidia, DType::Bf16, 128, fragments),
+        (&without_elements, DType::F16, 64, cooperative),
+        (&without_spirv, DType::Bf16, 128, cooperative),
+        (&nvidia, DType::F16, 300, None),
+        (&nvidia, DType::F32, 64, None),
+        (&other, DType::F16, 64, None),
     ] {
         let problem = problem([1, 2, 1], [100, 100], [width, width], Options::new().dtype(dtype));
         let plans = [Plan::forward(&problem, device), Plan::backward(&problem, device)];
         for plan in plans {
             let passes = plan.unwrap().passes;
-            let found = passes.iter().any(|pass| pass.variant.micro_kernel == MicroKernel::Cooperative);
-            assert_eq!(found, cooperative, "{} {dtype} {width}", device.name);
+            let found: HashSet<_> = passes
+                .iter()
+                .filter(|pass| pass.variant.tiling.is_some() && pass.variant.fallback.is_none())
+                .map(|pass| pass.variant.micro_kernel)
+                .collect();
+            assert_eq!(
+                found,
+                HashSet::from([expected.unwrap_or(MicroKernel::Portable)]),
+                "{} {dtype} {width}",
+                device.name
+            );
         }
     }
 }
@@ -524,7 +549,7 @@ fn nothing_is_divided_by_what_a_device_does_not_offer() {
             for zero in zero {
                 let mut lacking = device.clone();
                 zero(&mut lacking);
-                for micro_kernel in [MicroKernel::Auto, MicroKernel::Portable, MicroKernel::Cooperative] {
+                for micro_kernel in [&[MicroKernel::Auto][..], &MicroKernel::ALL].concat() {
                     let preference = Preference::default().micro_kernel(micro_kernel);
                     let optional = OptionalOperands::default();
                     let plans = [
@@ -607,11 +632,18 @@ fn tiles_without_a_side_are_refused() {
         stages,
         loops: LoopHints::NONE,
     };
+    let fragments = |[subgroups, rows, columns, chunk]: [u32; 4]| Tiling::Fragments {
+        subgroups,
+        rows,
+        columns,
+        chunk,
+        loops: LoopHints::NONE,
+    };
     let mut all: Vec<Tiling> = (0..4)
-        .map(|axis| {
+        .flat_map(|axis| {
             let mut numbers = [4, 1, 1, 1];
             numbers[axis] = 0;
-            cooperative(numbers)
+            [cooperative(numbers), fragments(numbers)]
         })
         .collect();
     all.extend(zero.map(|zero| {

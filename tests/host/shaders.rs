@@ -13,7 +13,8 @@ use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
-    Capabilities, Kernel, LoopHint, LoopHints, LoopName, OptionalOperands, Pass, Plan, Preference, TilesOrigin, Variant,
+    Capabilities, CooperativeMatrices, ElementLayout, Kernel, LoopHint, LoopHints, LoopName, OptionalOperands, Pass,
+    Plan, Preference, SpirvVersion, TilesOrigin, Tiling, Variant,
 };
 use sink_attention::testing::cases::texts;
 use sink_attention::testing::folder::Folder;
@@ -97,13 +98,13 @@ fn reachable() -> &'static [Planned] {
                             let optional = OptionalOperands::default()
                                 .d_lse(seq % 2 == 0)
                                 .o_lo(o_lo && dtype.has_rounding_error());
-                            for micro_kernel in [MicroKernel::Portable, MicroKernel::Cooperative] {
+                            for micro_kernel in MicroKernel::ALL {
                                 let preference = Preference::default().micro_kernel(micro_kernel);
                                 let (Ok(forward), Ok(backward)) = (
                                     Plan::forward_with(&problem, optional.scalar(!vec4), &device, &preference),
                                     Plan::backward_with(&problem, optional.scalar(!vec4), &device, &preference),
                                 ) else {
-                                    assert_eq!(micro_kernel, MicroKernel::Cooperative, "{problem}");
+                                    assert_ne!(micro_kernel, MicroKernel::Portable, "{problem}");
                                     continue;
                                 };
                                 let merge = plan_merge(&problem, vec4, optional, &device);
@@ -159,6 +160,7 @@ fn with_options() -> Vec<Planned> {
                     (MicroKernel::Portable, false),
                     (MicroKernel::Portable, dtype.has_rounding_error()),
                     (MicroKernel::Cooperative, false),
+                    (MicroKernel::Fragments, false),
                 ] {
                     let (d_alibi_slopes, d_bias, packed) = (true, true, n % 2 == 0);
                     // A merge with all that is optional binds more than 8 buffers.
@@ -180,7 +182,7 @@ fn with_options() -> Vec<Planned> {
                             let (device, problem) = (device.clone(), problem.clone());
                             planned.push(Planned { device, problem, vec4, optional, forward, backward, merge });
                         }
-                        _ if micro_kernel == MicroKernel::Cooperative => {}
+                        _ if micro_kernel != MicroKernel::Portable => {}
                         [Err(error), _] | [_, Err(error)] => {
                             // One option beside the sink logits has a plan on every WebGPU device.
                             let (few, buffers) =
@@ -203,8 +205,14 @@ fn variants() -> Vec<Variant> {
     all.filter(|variant| seen.insert(*variant)).collect()
 }
 
-fn is_cooperative(variant: &Variant) -> bool {
-    variant.micro_kernel == MicroKernel::Cooperative
+/// Whether it multiplies cooperative matrices.
+fn on_matrices(variant: &Variant) -> bool {
+    variant.micro_kernel != MicroKernel::Portable
+}
+
+/// Whether it computes with the elements of fragments, which reaches drivers as SPIR-V alone.
+fn on_elements(variant: &Variant) -> bool {
+    variant.micro_kernel == MicroKernel::Fragments
 }
 
 /// Parses and validates with what WebGPU guarantees; a cooperative kernel with its extensions, too.
@@ -217,7 +225,7 @@ fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     // unpack2x16float, which is no extension: naga counts it as one for the sake of OpenGL ES 3.0.
     let mut guaranteed = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     let mut subgroups = (ShaderStages::empty(), SubgroupOperationSet::empty());
-    if is_cooperative(variant) {
+    if on_matrices(variant) {
         guaranteed |= naga::valid::Capabilities::COOPERATIVE_MATRIX
             | naga::valid::Capabilities::SHADER_FLOAT16
             | naga::valid::Capabilities::SUBGROUP
@@ -264,6 +272,12 @@ fn the_list_reaches_every_class() {
 fn translates(variant: &Variant, module: &Module, info: &ModuleInfo) {
     let entry = |name: &str| panic!("{}: no {name}", variant.name());
     let name = || variant.name();
+    if on_elements(variant) {
+        // Marker functions mean nothing but to the translation of the crate.
+        let words = variant.spirv(SpirvVersion { major: 1, minor: 3 }).unwrap();
+        assert_eq!((words[0], words[1]), (0x0723_0203, 0x0001_0300), "{}: SPIR-V's magic number", name());
+        return;
+    }
 
     let options = spv::Options { lang_version: (1, 3), ..Default::default() };
     let words = spv::write_vec(module, info, &options, None).unwrap_or_else(|e| panic!("{}: {e}", name()));
@@ -380,14 +394,14 @@ fn bindings_stay_where_they_are(variant: &Variant, module: &Module) {
     let options = [variant.alibi, variant.bias.is_some(), variant.mask, variant.lengths];
     let options = options.iter().filter(|there| **there).count();
     let most = match variant.kernel {
-        _ if is_cooperative(variant) || variant.fallback.is_some() => 10 + options,
+        _ if on_matrices(variant) || variant.fallback.is_some() => 10 + options,
         // With o_lo, sink logits and d_lse it has no room for slopes.
         kernel if kernel == Kernel::DELTA => 8 + options,
         // One option goes with everything else on every WebGPU device.
         _ => 7 + options.max(1),
     };
     assert!(storage <= most, "{name}: {storage} storage buffers");
-    assert_eq!(written.contains(&"fallback"), is_cooperative(variant), "{name}");
+    assert_eq!(written.contains(&"fallback"), on_matrices(variant), "{name}");
     written.retain(|operand| *operand != "fallback");
     written.sort_unstable();
     let results: &[&str] = match variant.kernel.name() {
@@ -416,6 +430,55 @@ fn variants_validate_and_translate() {
     });
 }
 
+/// Layouts of the elements of fragments that no sample has, and tiles that no table has.
+#[test]
+fn elements_of_every_layout() {
+    let h200 = &Capabilities::samples()[0];
+    // Side and lanes; element of each component of each lane, row by row: neighbours in a row, in a column, and far apart.
+    let layout = |side: u32, lanes: u32, element: &dyn Fn(u32, u32) -> [u32; 2]| -> CooperativeMatrices {
+        let components = side * side / lanes;
+        let all = (0..lanes).flat_map(|lane| (0..components).map(move |i| (lane, i)));
+        let elements: Vec<u32> =
+            all.map(|(lane, i)| element(lane, i)).map(|[row, column]| row * side + column).collect();
+        let layout = ElementLayout::new(side, lanes, &elements).unwrap();
+        h200.cooperative.unwrap().side(side).lanes(lanes).elements(layout)
+    };
+    let matrices = [
+        layout(8, 32, &|lane, i| [lane / 4, 2 * (lane % 4) + i]),
+        layout(8, 32, &|lane, i| [lane / 8 + 4 * i, lane % 8]),
+        layout(16, 64, &|lane, i| [lane / 16 + 4 * i, lane % 16]),
+        layout(16, 32, &|lane, i| [lane / 16 * 8 + i, lane % 16]),
+        layout(16, 64, &|lane, i| [lane / 4, lane % 4 * 4 + i]),
+        layout(16, 32, &|lane, i| [lane / 16 + 2 * i, lane % 16]),
+    ];
+    let new = Options::new().causal(true).window(Window::keys(128)).sink_logits(SinkLogits::PerHead);
+    let mut seen = 0;
+    for matrices in matrices.into_iter().chain([h200.cooperative.unwrap()]) {
+        let device = &h200.clone().cooperative(matrices);
+        let one_a_fragment = matrices.to_string().contains("rows of 1 elements");
+        for (n, options) in
+            [new, new.softcap(1.0).alibi(true), new.mask(Axes::ALL), new.bias(Axes::KEYS)].into_iter().enumerate()
+        {
+            let dtype = [DType::F16, DType::Bf16][n % 2];
+            let problem = problem([1, 2, 1], [1000, 1000], [48, 40], options.dtype(dtype));
+            for kernel in [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV] {
+                let tilings = Tiling::candidates(kernel, &problem, device, MicroKernel::Fragments);
+                // Four columns of a lane are in four fragments, and a mask has them in two words.
+                let is_far = options.mask.is_some() && matrices.side == 16 && one_a_fragment;
+                assert_eq!(tilings.is_empty(), is_far, "{kernel:?} with {matrices}");
+                for tiling in texts(tilings.into_iter().skip(n)).into_iter().step_by(8) {
+                    let variant = Pass::with_tiles(kernel, &problem, device, tiling).unwrap().variant;
+                    let (module, info) = validated(&variant);
+                    keeps_the_planners_promises(&variant, &module);
+                    translates(&variant, &module, &info);
+                    seen += 1;
+                }
+            }
+        }
+    }
+    assert!(seen >= 6 * 4 * 4, "{seen} texts");
+}
+
 /// Each loop that a kernel is said to have is there, and a driver that takes SPIR-V gets a hint for it. Where `SINK_ATTENTION_SPIRV_VAL`
 /// says how to run a current spirv-val, that has nothing against the words that it has not against those without hints.
 #[test]
@@ -426,7 +489,10 @@ fn spirv_takes_hints_for_loops() {
     let planned = reachable().iter().filter_map(|planned| Some((planned, planned.device.spirv?)));
     let all = planned.flat_map(|(planned, version)| planned.passes().map(move |pass| (pass.variant, version)));
     let tiled: Vec<_> = all.filter(|(v, _)| v.tiling.is_some() && seen.insert(*v)).collect();
-    assert!(tiled.iter().any(|(variant, _)| is_cooperative(variant)) && tiled.iter().any(|(v, _)| v.sanitize));
+    for micro_kernel in MicroKernel::ALL {
+        assert!(tiled.iter().any(|(variant, _)| variant.micro_kernel == micro_kernel));
+    }
+    assert!(tiled.iter().any(|(variant, _)| variant.sanitize));
     texts(tiled.into_iter().enumerate()).par_iter().for_each(|&(number, (plain, version))| {
         let names = LoopName::of(plain.kernel, plain.micro_kernel);
         let text = plain.wgsl().unwrap();
@@ -456,7 +522,7 @@ fn spirv_takes_hints_for_loops() {
             let told = validate("", &words);
             // naga 30 leaves out a capability for atomics, and a class of memory for subgroups' barriers, under the memory model that
             // matrices want. wgpu gets these words, too.
-            let is_known = told.is_some() && is_cooperative(&plain);
+            let is_known = told.is_some() && on_matrices(&plain);
             let known = is_known.then(|| validate("plain", &plain.spirv(version).unwrap())).flatten();
             assert_eq!(told, known, "{}", variant.name());
         }
@@ -480,7 +546,7 @@ fn loops(words: &[u32]) -> [usize; 3] {
     [entries, merges, hinted]
 }
 
-/// Three composed texts as files, so that a change of a template shows in a review as what it does to WGSL. After a change that is
+/// Four composed texts as files, so that a change of a template shows in a review as what it does to WGSL. After a change that is
 /// meant, `UPDATE_SNAPSHOTS=1 cargo test --test suites shaders::` rewrites tests/snapshots.
 #[test]
 fn composed_texts_are_the_reviewed_ones() {
@@ -490,17 +556,23 @@ fn composed_texts_are_the_reviewed_ones() {
     let plain = problem([1, 32, 8], [4096, 4096], [64, 64], causal);
     let device = |name: &str| Capabilities::samples().into_iter().find(|device| device.name == name).unwrap();
     let forward = |problem: &Problem, device| Plan::forward(problem, device).unwrap();
+    let cooperative = Preference::default().micro_kernel(MicroKernel::Cooperative);
+    let cooperative = |plan: fn(&_, _, &_, &_) -> _, device: &Capabilities| -> Plan {
+        let plan: sink_attention::Result<Plan> = plan(&gpt_oss, OptionalOperands::default(), device, &cooperative);
+        plan.unwrap()
+    };
     let (h200, least) = (device("NVIDIA H200"), device("WebGPU defaults"));
     let snapshots = [
-        ("forward_gpt_oss_f16_cooperative", Kernel::FORWARD, forward(&gpt_oss, &h200)),
+        ("forward_gpt_oss_f16_fragments", Kernel::FORWARD, forward(&gpt_oss, &h200)),
+        ("forward_gpt_oss_f16_cooperative", Kernel::FORWARD, cooperative(Plan::forward_with, &h200)),
         ("forward_causal_f32_portable", Kernel::FORWARD, forward(&plain, &least)),
-        ("d_kv_gpt_oss_f16_cooperative", Kernel::D_KV, Plan::backward(&gpt_oss, &h200).unwrap()),
+        ("d_kv_gpt_oss_f16_cooperative", Kernel::D_KV, cooperative(Plan::backward_with, &h200)),
     ];
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots");
     for (name, kernel, plan) in snapshots {
         // The first pass of a cooperative kernel: neither its second run nor the portable one for the rows that remain.
         let pass = plan.passes.iter().find(|pass| pass.variant.kernel == kernel).unwrap();
-        assert_eq!(is_cooperative(&pass.variant), name.ends_with("cooperative"), "{name}: {pass}");
+        assert!(name.ends_with(&pass.variant.micro_kernel.to_string()), "{name}: {pass}");
         let composed = pass.variant.wgsl().unwrap();
         let path = folder.join(name).with_extension("wgsl");
         if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
@@ -621,7 +693,7 @@ fn variants_build_on_every_device() {
         let own: Vec<_> = reachable().iter().filter(|planned| planned.device == *capabilities).collect();
         assert!(!own.is_empty());
         // It has no matrices.
-        let portable = |planned: &&Planned| !planned.passes().any(|pass| is_cooperative(&pass.variant));
+        let portable = |planned: &&Planned| !planned.passes().any(|pass| on_matrices(&pass.variant));
         texts(own.into_iter().filter(portable)).into_iter().for_each(|planned| build(&attention, planned));
     });
 }

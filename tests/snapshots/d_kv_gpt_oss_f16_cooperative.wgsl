@@ -108,7 +108,7 @@ fn load_sequence(index: u32) -> Sequence {
   );
 }
 
-// Whether each of the four queries from i on sees key j. The queries that see a key are consecutive.
+// Whether each of the four queries of a quad from i on sees key j. The queries that see a key are consecutive.
 fn visible4(seq: Sequence, j: u32, i: u32) -> vec4<bool> {
   let seq_q = i32(seq.seq_q);
   let start = clamp(i32(j) - seq.upper, 0, seq_q);
@@ -307,14 +307,17 @@ fn main(
   // An empty sequence has a first row that is loaded and never used.
   let last_column = max(column_limit, 1u) - 1u;
   let subgroup_scores = subgroup * 96u;
-  // The lane's row within a fragment, and its place among the lanes of that row.
+  // The lane's row within a fragment in workgroup memory, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
   let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
   let subgroup_p = subgroup * 96u;
   let p_at = subgroup_p + lane_row * P_ROW + part;
+  // The row and the column of the lane's first element in registers.
+  let element_row = lane_row;
+  let lane_column = 4u * part;
   var fallback_0 = false;
-  let row_0 = row0 + subgroup * 16u + 0u + lane_row;
+  let row_0 = row0 + subgroup * 16u + 0u + element_row;
   var k_raw_0_0_0 = Raw();
   {
     let quad = part + 0u;
@@ -702,9 +705,8 @@ fn main(
       }
       if (thread < 16u) {
         let item = thread + 0u;
-        let at = stage * 8u + item / 4u;
-        column_stats[at][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
-        column_stats[at + 4u][item % 4u] = -lse_delta_0.y;
+        column_stats[stage * 8u + item / 4u + 0u][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
+        column_stats[stage * 8u + item / 4u + 4u][item % 4u] = -lse_delta_0.y;
       }
       workgroupBarrier();
       var s_0_0 = coop_mat16x16<f32, C>();
@@ -735,8 +737,8 @@ fn main(
       loop {
         if (!hides_p) { break; }
         hides_p = false;
-        p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(seq, row_0, column0 + 4u * (0u + part)));
-        p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
+        p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
+        p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(seq, row_0, column0 + 8u + lane_column));
       }
       var d_p_0_0 = coop_mat16x16<f32, C>();
       {
@@ -921,9 +923,8 @@ fn main(
     }
     if (thread < 16u) {
       let item = thread + 0u;
-      let at = stage * 8u + item / 4u;
-      column_stats[at][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
-      column_stats[at + 4u][item % 4u] = -lse_delta_0.y;
+      column_stats[stage * 8u + item / 4u + 0u][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
+      column_stats[stage * 8u + item / 4u + 4u][item % 4u] = -lse_delta_0.y;
     }
     workgroupBarrier();
 
@@ -1008,8 +1009,8 @@ fn main(
       loop {
         if (!hides_p) { break; }
         hides_p = false;
-        p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(seq, row_0, column0 + 4u * (0u + part)));
-        p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
+        p_0_0 = select(vec4<f32>(0.0), p_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
+        p_0_1 = select(vec4<f32>(0.0), p_0_1, visible4(seq, row_0, column0 + 8u + lane_column));
       }
       p_tile[p_at + 0u] = vec4<f16>(p_0_0);
       p_tile[p_at + 2u] = vec4<f16>(p_0_1);
@@ -1017,22 +1018,22 @@ fn main(
 
       // dV += P dO.
       {
-        let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
+        let p_left_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 0u], D_O_ROW);
-          d_v_0_0 = coopMultiplyAdd(left_0, column, d_v_0_0);
+          d_v_0_0 = coopMultiplyAdd(p_left_0_0, column, d_v_0_0);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 4u], D_O_ROW);
-          d_v_0_1 = coopMultiplyAdd(left_0, column, d_v_0_1);
+          d_v_0_1 = coopMultiplyAdd(p_left_0_0, column, d_v_0_1);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 8u], D_O_ROW);
-          d_v_0_2 = coopMultiplyAdd(left_0, column, d_v_0_2);
+          d_v_0_2 = coopMultiplyAdd(p_left_0_0, column, d_v_0_2);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&d_o_stage[stage * D_O_TILE + 0u * D_O_ROW + 12u], D_O_ROW);
-          d_v_0_3 = coopMultiplyAdd(left_0, column, d_v_0_3);
+          d_v_0_3 = coopMultiplyAdd(p_left_0_0, column, d_v_0_3);
         }
       }
 
@@ -1069,22 +1070,22 @@ fn main(
 
       // dK += dS Q.
       {
-        let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
+        let d_s_left_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 0u], Q_ROW);
-          d_k_0_0 = coopMultiplyAdd(left_0, column, d_k_0_0);
+          d_k_0_0 = coopMultiplyAdd(d_s_left_0_0, column, d_k_0_0);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 4u], Q_ROW);
-          d_k_0_1 = coopMultiplyAdd(left_0, column, d_k_0_1);
+          d_k_0_1 = coopMultiplyAdd(d_s_left_0_0, column, d_k_0_1);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 8u], Q_ROW);
-          d_k_0_2 = coopMultiplyAdd(left_0, column, d_k_0_2);
+          d_k_0_2 = coopMultiplyAdd(d_s_left_0_0, column, d_k_0_2);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&q_stage[stage * Q_TILE + 0u * Q_ROW + 12u], Q_ROW);
-          d_k_0_3 = coopMultiplyAdd(left_0, column, d_k_0_3);
+          d_k_0_3 = coopMultiplyAdd(d_s_left_0_0, column, d_k_0_3);
         }
       }
       workgroupBarrier();
@@ -1114,9 +1115,8 @@ fn main(
       }
       if (thread < 16u) {
         let item = thread + 0u;
-        let at = stage * 8u + item / 4u;
-        column_stats[at][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
-        column_stats[at + 4u][item % 4u] = -lse_delta_0.y;
+        column_stats[stage * 8u + item / 4u + 0u][item % 4u] = 15.0 - lse_delta_0.x * LOG2_E;
+        column_stats[stage * 8u + item / 4u + 4u][item % 4u] = -lse_delta_0.y;
       }
       workgroupBarrier();
     }
@@ -1329,7 +1329,7 @@ fn main(
     workgroupBarrier();
     var reported_0 = select(0.0, 1.0, fallback_0);
     reported_0 = max(reported_0, subgroupShuffleXor(reported_0, 1u));
-    if (part == 0u) { score_rows[row_0 - row0] = vec4<f32>(reported_0); }
+    if (lane_column == 0u) { score_rows[row_0 - row0] = vec4<f32>(reported_0); }
     workgroupBarrier();
     if (thread < 1u) {
       var bits = 0u;

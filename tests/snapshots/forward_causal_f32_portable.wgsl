@@ -102,7 +102,7 @@ fn load_sequence(index: u32) -> Sequence {
   );
 }
 
-// Whether query i sees each of the four keys from j on: keys of its window, which are consecutive, and sink tokens.
+// Whether query i sees each of the four keys of a quad from j on: keys of its window, which are consecutive, and sink tokens.
 fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
   let end = clamp(i32(i) + 1 + seq.upper, 0, i32(seq.seq_k));
   let start = clamp(i32(i) + seq.lower, 0, end);

@@ -109,7 +109,7 @@ fn load_sequence(index: u32) -> Sequence {
   );
 }
 
-// Whether query i sees each of the four keys from j on: keys of its window, which are consecutive, and sink tokens.
+// Whether query i sees each of the four keys of a quad from j on: keys of its window, which are consecutive, and sink tokens.
 fn visible4(seq: Sequence, i: u32, j: u32) -> vec4<bool> {
   let end = clamp(i32(i) + 1 + seq.upper, 0, i32(seq.seq_k));
   let start = clamp(i32(i) + seq.lower, 0, end);
@@ -326,14 +326,17 @@ fn main(
   // An empty sequence has a first row that is loaded and never used.
   let last_column = max(column_limit, 1u) - 1u;
   let subgroup_scores = subgroup * 96u;
-  // The lane's row within a fragment, and its place among the lanes of that row.
+  // The lane's row within a fragment in workgroup memory, and its place among the lanes of that row.
   let lane_row = lane / LANES_A_ROW;
   let part = lane % LANES_A_ROW;
   let score_at = subgroup_scores + lane_row * SCORE_ROW + part;
   let subgroup_p = subgroup * 96u;
   let p_at = subgroup_p + lane_row * P_ROW + part;
+  // The row and the column of the lane's first element in registers.
+  let element_row = lane_row;
+  let lane_column = 4u * part;
   var fallback_0 = false;
-  let row_0 = row0 + subgroup * 16u + 0u + lane_row;
+  let row_0 = row0 + subgroup * 16u + 0u + element_row;
   let hidden = HIDDEN;
   // The scale is never zero, so hidden scores stay hidden.
   let scale = max(params.scale_size * LOG2_E, 1e-25);
@@ -587,8 +590,8 @@ fn main(
     loop {
       if (!hides_x) { break; }
       hides_x = false;
-      x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 4u * (0u + part)));
-      x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 4u * (2u + part)));
+      x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
+      x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 8u + lane_column));
     }
 
     // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
@@ -698,22 +701,22 @@ fn main(
 
     // O += P V.
     {
-      let left_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
+      let p_left_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&p_tile[subgroup_p + 0u], P_ROW);
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 0u], V_ROW);
-        o_0_0 = coopMultiplyAdd(left_0, column, o_0_0);
+        o_0_0 = coopMultiplyAdd(p_left_0_0, column, o_0_0);
       }
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 4u], V_ROW);
-        o_0_1 = coopMultiplyAdd(left_0, column, o_0_1);
+        o_0_1 = coopMultiplyAdd(p_left_0_0, column, o_0_1);
       }
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 8u], V_ROW);
-        o_0_2 = coopMultiplyAdd(left_0, column, o_0_2);
+        o_0_2 = coopMultiplyAdd(p_left_0_0, column, o_0_2);
       }
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 12u], V_ROW);
-        o_0_3 = coopMultiplyAdd(left_0, column, o_0_3);
+        o_0_3 = coopMultiplyAdd(p_left_0_0, column, o_0_3);
       }
     }
     workgroupBarrier();
@@ -734,7 +737,7 @@ fn main(
   row_sum_0 = row_sum_0 + subgroupShuffleXor(row_sum_0, 1u);
   let end_0 = finish_row(row_max_0 / scale, row_sum_0, work.head);
   let factor_0 = end_0.factor;
-  if (row_0 < row_limit && part == 0u) { lse[lse_base + row_0] = select(params.negative_infinity, end_0.lse, row_0 < seq.seq_q); }
+  if (row_0 < row_limit && lane_column == 0u) { lse[lse_base + row_0] = select(params.negative_infinity, end_0.lse, row_0 < seq.seq_q); }
   {
     let base = o_base + row_0 * params.o.seq;
     subgroupBarrier();
@@ -846,7 +849,7 @@ fn main(
     workgroupBarrier();
     var reported_0 = select(0.0, 1.0, fallback_0);
     reported_0 = max(reported_0, subgroupShuffleXor(reported_0, 1u));
-    if (part == 0u) { score_rows[row_0 - row0] = vec4<f32>(reported_0); }
+    if (lane_column == 0u) { score_rows[row_0 - row0] = vec4<f32>(reported_0); }
     workgroupBarrier();
     if (thread < 2u) {
       var bits = 0u;

@@ -193,7 +193,7 @@ impl CooperativeTile {
         Ok(())
     }
 
-    /// Checks that a tile is one chunk where the kernel takes no other.
+    /// Checks that a tile is one chunk where the kernel takes no other, and that a word of a mask has the bits of a quad.
     pub(crate) fn check_kernel(&self, kernel: Kernel, has_mask: bool) -> Result<(), String> {
         let Some(chunk) = self.chunk else { return Ok(()) };
         let is_one = has_mask || !kernel.tiled().is_some_and(|tiled| tiled.softmax);
@@ -204,6 +204,12 @@ impl CooperativeTile {
                 kernel.name(),
                 self.columns / chunk
             ));
+        }
+        // Their bits are taken from one word.
+        let columns = self.matrices.elements.map_or(4, |elements| elements.columns().len() as u32);
+        let span = self.matrices.side * 4 / columns;
+        if has_mask && span > 32 {
+            return Err(format!("four columns of a lane lie among {span}, and a word of a mask has 32"));
         }
         Ok(())
     }

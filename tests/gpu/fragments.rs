@@ -1,0 +1,144 @@
+//! The micro-kernel that computes with the elements of fragments, against the definition.
+//!
+//! It takes an adapter with cooperative matrices whose elements have a known layout: the driver that tests/software-vulkan.sh installs has
+//! them. That driver compiles one of these kernels for seconds, and a wide one for minutes, so that the widths are narrow here and the
+//! variants few. Nothing but numbers differs between the problems of a variant.
+
+use crate::common::views::run_at;
+use crate::common::{fragments, with_others};
+use crate::cooperative::{exact, explained, forward_agrees, is_on_matrices, random};
+use sink_attention::cpu::reference;
+use sink_attention::half::{bf16, f16};
+use sink_attention::plan::{DeviceClass, ElementLayout, Kernel, LoopHints, MicroKernel, Tiling};
+use sink_attention::testing::gradients::Backward;
+use sink_attention::testing::operands::{agree, problem};
+use sink_attention::{
+    Attention, Axes, DType, Element, Gradients, Layout, Lengths, Options, Output, Problem, Shape, SinkLogits, Window,
+};
+
+/// Both passes, with gradients whose delta is summed anew.
+fn run<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) -> (Output<T>, Gradients<T>) {
+    let output = attention.forward(problem, &case.operands.inputs()).unwrap();
+    let gradients = case.run_with(attention, problem, &exact(&output));
+    (output, gradients)
+}
+
+fn bits<T: Element>((output, gradients): &(Output<T>, Gradients<T>)) -> (Vec<u16>, Vec<u32>) {
+    let halves = [&output.o[..], &gradients.d_q, &gradients.d_k, &gradients.d_v].concat();
+    let singles = [&output.lse[..], gradients.d_sink_logits.as_deref().unwrap_or_default()].concat();
+    (bytemuck::cast_slice::<T, u16>(&halves).to_vec(), bytemuck::cast_slice::<f32, u32>(&singles).to_vec())
+}
+
+/// Holds both passes against the definition: by norm, and by element as far as low precision explains.
+fn check<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) {
+    let plans = [attention.plan_forward(problem), attention.plan_backward(problem)];
+    assert!(plans.iter().all(|plan| is_on_matrices(plan.as_ref().unwrap(), MicroKernel::Fragments)), "{problem}");
+    let output = forward_agrees(attention, problem, case);
+    let gradients = case.run_with(attention, problem, &exact(&output));
+    case.agree(&gradients, &case.expected(problem)).unwrap_or_else(|error| panic!("{problem}: {error}"));
+    explained(problem, case, &output, &gradients);
+}
+
+/// What the driver says of the elements where it says it itself, by a kernel that asks it.
+#[test]
+fn the_layout_that_a_driver_has_is_found() {
+    let Some(attention) = fragments() else { return };
+    let device = attention.device().unwrap();
+    let capabilities = device.capabilities();
+    let found = ElementLayout::probe(device.wgpu(), device.queue(), capabilities).unwrap();
+    assert_eq!(capabilities.cooperative.unwrap().elements, Some(found));
+    match capabilities.class {
+        DeviceClass::Software => assert_eq!(found, ElementLayout::LLVMPIPE),
+        DeviceClass::Nvidia => assert_eq!(found, ElementLayout::NVIDIA),
+        _ => {}
+    }
+}
+
+/// Bands, sizes and heads of all kinds, with one pipeline for each kernel.
+#[test]
+fn bands_and_sizes() {
+    let Some(attention) = &fragments() else { return };
+    let new = Options::new().sink_logits(SinkLogits::PerHead);
+    let window = new.window(Window::keys(17)).sink_tokens(3);
+    for (seed, (heads, seq, options)) in (0..).zip([
+        ([1, 4, 2], [45, 70], new.causal(true)),
+        ([2, 2, 1], [70, 70], window),
+        ([1, 2, 1], [63, 65], new),
+        ([1, 1, 1], [1, 130], window.layout(Layout::Bhsd)),
+        ([1, 2, 2], [40, 130], new.window(Window::new(9, 4)).layout(Layout::Bhsd)),
+        // Whole tiles are hidden between the window and the sink tokens, and full ones are few.
+        ([1, 2, 1], [130, 130], new.window(Window::keys(66)).sink_tokens(33)),
+        // The first 30 queries see nothing.
+        ([1, 2, 1], [50, 40], new.causal(true).query_offset(-30)),
+        ([1, 2, 1], [3, 3], new.causal(true)),
+    ]) {
+        let (problem, case) = random::<f16>(&problem(heads, seq, [8, 8], options), seed);
+        check(attention, &problem, &case);
+    }
+    hidden_keys_leave_no_trace(attention, window.query_offset(-10));
+    chunks_and_rows(attention, new.window(Window::keys(70)).sink_tokens(3));
+    let (problem, case) = random::<f16>(&problem([2, 4, 2], [150, 150], [8, 8], new.causal(true)), 1);
+    the_largest_scores(attention, &problem, &case);
+    let first = bits(&run(attention, &problem, &case));
+    assert!((0..2).all(|_| bits(&run(attention, &problem, &case)) == first), "other bits of the same problem");
+}
+
+/// row_max, and o and lse with the bits that they have without it.
+fn the_largest_scores(attention: &Attention, problem: &Problem, case: &Backward<f16>) {
+    let inputs = case.operands.inputs();
+    let (output, row_max) = attention.forward_with_row_max(problem, &inputs).unwrap();
+    let expected = reference::row_max(problem, &inputs).unwrap();
+    let off = row_max.iter().zip(&expected).find(|(actual, expected)| (f64::from(**actual) - *expected).abs() > 1e-5);
+    assert_eq!(off, None);
+    assert!(output == attention.forward(problem, &inputs).unwrap(), "other bits with row_max");
+}
+
+/// Keys that no query sees are no numbers: a second run computes their tiles, with the bits of finite keys.
+fn hidden_keys_leave_no_trace(attention: &Attention, options: Options) {
+    let (problem, mut case) = random::<f16>(&problem([1, 2, 1], [70, 70], [8, 8], options), 4);
+    let clean = run(attention, &problem, &case);
+    // The last query sees keys up to 59.
+    for j in 60..70 {
+        let bad = f16::from_f32([f32::NAN, f32::INFINITY, f32::NEG_INFINITY][j % 3]);
+        case.operands.key(&problem, 0, 0, j).fill(bad);
+        case.operands.value(&problem, 0, 0, j).fill(bad);
+    }
+    let found = run(attention, &problem, &case);
+    agree(&found.0, &reference::forward(&problem, &case.operands.inputs()).unwrap()).unwrap();
+    assert!(bits(&found) == bits(&clean), "{problem}: hidden keys that are not finite show");
+}
+
+/// Scores in several chunks. Two rows of fragments take the driver long.
+fn chunks_and_rows(attention: &Attention, options: Options) {
+    let (problem, case) = random::<f16>(&problem([1, 2, 1], [70, 150], [8, 8], options), 2);
+    let tiling = |rows, columns| Tiling::Fragments { subgroups: 1, rows, columns, chunk: 4, loops: LoopHints::NONE };
+    let others = [(Kernel::FORWARD, tiling(2, 8)), (Kernel::D_Q, tiling(2, 4)), (Kernel::D_KV, tiling(2, 4))];
+    for tiles in with_others([&[(Kernel::FORWARD, tiling(1, 8))][..]], [&others[..]]) {
+        run_at(attention, &problem, &case, [0, 0], tiles, false);
+    }
+}
+
+/// Scores that are more than products, of sequences that differ in length. bf16 has token scales.
+#[test]
+fn softcap_alibi_bias_and_lengths_in_bf16() {
+    let Some(attention) = &fragments() else { return };
+    let options = Options::new().softcap(1.3).alibi(true).bias(Axes::KEYS.heads()).layout(Layout::Thd);
+    let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: 110, seq_k: 110, head_dim: 8, value_dim: 8 };
+    let cumulative = &[0, 70, 70, 110][..];
+    for (seed, options) in (0..).zip([options, options.causal(true).window(Window::keys(20)).sink_tokens(2)]) {
+        let lengths = Lengths::Cumulative { q: cumulative, k: cumulative };
+        let problem = Problem::with_lengths(shape, options.dtype(DType::Bf16), lengths).unwrap();
+        check(attention, &problem, &Backward::random(&problem, seed).cast::<bf16>());
+    }
+}
+
+/// Widths that are no multiples of four, so that elements are read and written one by one, under a mask.
+#[test]
+fn odd_widths_under_a_mask() {
+    let Some(attention) = &fragments() else { return };
+    let options = Options::new().mask(Axes::KEYS.seq_q()).sink_logits(SinkLogits::OffByOne);
+    for (seed, options) in (0..).zip([options, options.causal(true)]) {
+        let (problem, case) = random::<f16>(&problem([1, 2, 1], [70, 130], [5, 3], options), seed);
+        check(attention, &problem, &case);
+    }
+}
