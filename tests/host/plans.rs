@@ -386,8 +386,8 @@ fn hints_for_loops_are_refused_where_they_say_nothing() {
     assert_eq!(seen, 3);
 }
 
-/// Where they have been measured, kernels on cooperative matrices are the choice for halves, with elements in registers where the device
-/// has them; of other devices, of f32 and of widths that have none, portable ones.
+/// Where they have been measured, kernels on cooperative matrices are the choice for halves, with elements in registers where these have
+/// been measured and the device has them; of other devices, of f32 and of widths that have none, portable ones.
 #[test]
 fn auto_is_cooperative_where_that_is_known_to_be_faster() {
     let nvidia = Capabilities::samples().swap_remove(0);
@@ -395,16 +395,23 @@ fn auto_is_cooperative_where_that_is_known_to_be_faster() {
     let without_elements = nvidia.clone().cooperative(nvidia.cooperative.map(|matrices| matrices.elements(None)));
     let without_spirv = nvidia.clone().spirv(None);
     let (fragments, cooperative) = (Some(MicroKernel::Fragments), Some(MicroKernel::Cooperative));
-    for (device, dtype, width, expected) in [
-        (&nvidia, DType::F16, 64, fragments),
-        (&nvidia, DType::Bf16, 128, fragments),
-        (&without_elements, DType::F16, 64, cooperative),
-        (&without_spirv, DType::Bf16, 128, cooperative),
-        (&nvidia, DType::F16, 300, None),
-        (&nvidia, DType::F32, 64, None),
-        (&other, DType::F16, 64, None),
+    let f16 = Options::new().dtype(DType::F16);
+    for (device, options, width, expected) in [
+        (&nvidia, f16, 64, fragments),
+        (&nvidia, f16.causal(true).window(Window::keys(9)).sink_logits(SinkLogits::PerHead), 128, fragments),
+        (&nvidia, f16, 160, cooperative),
+        (&nvidia, f16.softcap(9.0), 64, cooperative),
+        (&nvidia, f16.alibi(true), 64, cooperative),
+        (&nvidia, f16.mask(Axes::KEYS), 64, cooperative),
+        (&nvidia, f16.bias(Axes::KEYS), 64, cooperative),
+        (&nvidia, f16.dtype(DType::Bf16), 128, cooperative),
+        (&without_elements, f16, 64, cooperative),
+        (&without_spirv, f16, 128, cooperative),
+        (&nvidia, f16, 300, None),
+        (&nvidia, Options::new(), 64, None),
+        (&other, f16, 64, None),
     ] {
-        let problem = problem([1, 2, 1], [100, 100], [width, width], Options::new().dtype(dtype));
+        let problem = problem([1, 2, 1], [100, 100], [width, width], options);
         let plans = [Plan::forward(&problem, device), Plan::backward(&problem, device)];
         for plan in plans {
             let passes = plan.unwrap().passes;
@@ -416,7 +423,7 @@ fn auto_is_cooperative_where_that_is_known_to_be_faster() {
             assert_eq!(
                 found,
                 HashSet::from([expected.unwrap_or(MicroKernel::Portable)]),
-                "{} {dtype} {width}",
+                "{} {problem}",
                 device.name
             );
         }

@@ -73,8 +73,8 @@ fn decode_work(index: u32) -> WorkIndex {
   return at;
 }
 
-const TILE_ROWS: u32 = 128u;
-const TILE_COLUMNS: u32 = 64u;
+const TILE_ROWS: u32 = 64u;
+const TILE_COLUMNS: u32 = 32u;
 
 // `batch` is the place along the batch axis, `sequence` the number of the sequence. They differ only in batches of sequences of
 // different lengths. In a kernel whose rows are keys, `head` is the first query head of the group.
@@ -172,10 +172,10 @@ fn first_of_rest(tiles: KeyTiles, open: OpenTiles) -> u32 {
   return select(tiles.first, open.end, tiles.first == open.first && open.first < open.end);
 }
 
-// The first word of the report of a tile of 128 rows. The word is zero where no row is reported. Otherwise a bit for each
+// The first word of the report of a tile of 64 rows. The word is zero where no row is reported. Otherwise a bit for each
 // row follows.
 fn fallback_slot(seq: Sequence, work: TileWork, tile: u32) -> u32 {
-  return ((tile * params.batch + work.batch) * params.heads + work.head) * 5u;
+  return ((tile * params.batch + work.batch) * params.heads + work.head) * 3u;
 }
 
 // IEEE 754 half precision, two numbers a word, without the extension that has a type for it.
@@ -294,11 +294,11 @@ const LANES_A_ROW: u32 = 2u;
 const SCORE_ROW: u32 = 6u;
 const P_ROW: u32 = 6u;
 const K_ROW: u32 = 18u;
-const K_TILE: u32 = 1152u;
-var<workgroup> k_stage: array<vec4<f16>, 1152>;
+const K_TILE: u32 = 576u;
+var<workgroup> k_stage: array<vec4<f16>, 576>;
 const V_ROW: u32 = 18u;
-const V_TILE: u32 = 1152u;
-var<workgroup> v_stage: array<vec4<f16>, 1152>;
+const V_TILE: u32 = 576u;
+var<workgroup> v_stage: array<vec4<f16>, 576>;
 var<workgroup> score_rows: array<vec4<f32>, 384>;
 
 fn component_c(m: coop_mat16x16<f32, C>, i: u32) -> f32 { return 0.0; }
@@ -367,15 +367,10 @@ fn main(
   let element_row = (lane >> 2u) % 8u * 1u;
   let lane_column = (lane >> 0u) % 4u * 2u;
   var fallback_0 = false;
-  let row_0 = row0 + subgroup * 32u + 0u + element_row;
+  let row_0 = row0 + subgroup * 16u + 0u + element_row;
   var fallback_1 = false;
-  let row_1 = row0 + subgroup * 32u + 8u + element_row;
-  var fallback_2 = false;
-  let row_2 = row0 + subgroup * 32u + 16u + element_row;
-  var fallback_3 = false;
-  let row_3 = row0 + subgroup * 32u + 24u + element_row;
-  let strip_row_0 = row0 + subgroup * 32u + 0u + lane_row;
-  let strip_row_1 = row0 + subgroup * 32u + 16u + lane_row;
+  let row_1 = row0 + subgroup * 16u + 8u + element_row;
+  let strip_row_0 = row0 + subgroup * 16u + 0u + lane_row;
   let hidden = HIDDEN;
   // The scale is never zero, so hidden scores stay hidden.
   let scale = max(params.scale_size * LOG2_E, 1e-25);
@@ -386,20 +381,12 @@ fn main(
   var k_share_1 = Raw();
   var k_share_2 = Raw();
   var k_share_3 = Raw();
-  var k_share_4 = Raw();
-  var k_share_5 = Raw();
-  var k_share_6 = Raw();
-  var k_share_7 = Raw();
   let v_row = thread / 16u;
   let v_quad = thread % 16u;
   var v_share_0 = Raw();
   var v_share_1 = Raw();
   var v_share_2 = Raw();
   var v_share_3 = Raw();
-  var v_share_4 = Raw();
-  var v_share_5 = Raw();
-  var v_share_6 = Raw();
-  var v_share_7 = Raw();
   {
     {
       let quad = k_quad;
@@ -422,24 +409,24 @@ fn main(
       { k_share_3 = raw_k(k_base, source * params.k.seq, quad); }
     }
     {
-      let quad = k_quad;
-      let source = min(first_column(tiles, first_of_all) + k_row + 32u, last_column);
-      { k_share_4 = raw_k(k_base, source * params.k.seq, quad); }
+      let quad = v_quad;
+      let source = min(first_column(tiles, first_of_all) + v_row + 0u, last_column);
+      { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
     }
     {
-      let quad = k_quad;
-      let source = min(first_column(tiles, first_of_all) + k_row + 40u, last_column);
-      { k_share_5 = raw_k(k_base, source * params.k.seq, quad); }
+      let quad = v_quad;
+      let source = min(first_column(tiles, first_of_all) + v_row + 8u, last_column);
+      { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
     }
     {
-      let quad = k_quad;
-      let source = min(first_column(tiles, first_of_all) + k_row + 48u, last_column);
-      { k_share_6 = raw_k(k_base, source * params.k.seq, quad); }
+      let quad = v_quad;
+      let source = min(first_column(tiles, first_of_all) + v_row + 16u, last_column);
+      { v_share_2 = raw_v(v_base, source * params.v.seq, quad); }
     }
     {
-      let quad = k_quad;
-      let source = min(first_column(tiles, first_of_all) + k_row + 56u, last_column);
-      { k_share_7 = raw_k(k_base, source * params.k.seq, quad); }
+      let quad = v_quad;
+      let source = min(first_column(tiles, first_of_all) + v_row + 24u, last_column);
+      { v_share_3 = raw_v(v_base, source * params.v.seq, quad); }
     }
   }
   var q_raw_0_0_0 = Raw();
@@ -514,78 +501,6 @@ fn main(
       }
     }
   }
-  var q_raw_1_0_0 = Raw();
-  {
-    let quad = part + 0u;
-    {
-      if (strip_row_1 < row_limit) {
-        q_raw_1_0_0 = raw_q(q_base, strip_row_1 * params.q.seq, 0u + quad);
-      }
-    }
-  }
-  var q_raw_1_0_1 = Raw();
-  {
-    let quad = part + 2u;
-    {
-      if (strip_row_1 < row_limit) {
-        q_raw_1_0_1 = raw_q(q_base, strip_row_1 * params.q.seq, 0u + quad);
-      }
-    }
-  }
-  var q_raw_1_1_0 = Raw();
-  {
-    let quad = part + 0u;
-    {
-      if (strip_row_1 < row_limit) {
-        q_raw_1_1_0 = raw_q(q_base, strip_row_1 * params.q.seq, 4u + quad);
-      }
-    }
-  }
-  var q_raw_1_1_1 = Raw();
-  {
-    let quad = part + 2u;
-    {
-      if (strip_row_1 < row_limit) {
-        q_raw_1_1_1 = raw_q(q_base, strip_row_1 * params.q.seq, 4u + quad);
-      }
-    }
-  }
-  var q_raw_1_2_0 = Raw();
-  {
-    let quad = part + 0u;
-    {
-      if (strip_row_1 < row_limit) {
-        q_raw_1_2_0 = raw_q(q_base, strip_row_1 * params.q.seq, 8u + quad);
-      }
-    }
-  }
-  var q_raw_1_2_1 = Raw();
-  {
-    let quad = part + 2u;
-    {
-      if (strip_row_1 < row_limit) {
-        q_raw_1_2_1 = raw_q(q_base, strip_row_1 * params.q.seq, 8u + quad);
-      }
-    }
-  }
-  var q_raw_1_3_0 = Raw();
-  {
-    let quad = part + 0u;
-    {
-      if (strip_row_1 < row_limit) {
-        q_raw_1_3_0 = raw_q(q_base, strip_row_1 * params.q.seq, 12u + quad);
-      }
-    }
-  }
-  var q_raw_1_3_1 = Raw();
-  {
-    let quad = part + 2u;
-    {
-      if (strip_row_1 < row_limit) {
-        q_raw_1_3_1 = raw_q(q_base, strip_row_1 * params.q.seq, 12u + quad);
-      }
-    }
-  }
   {
     let quad = part + 0u;
     {
@@ -602,23 +517,6 @@ fn main(
   }
   subgroupBarrier();
   let q_0_0 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
-  subgroupBarrier();
-  {
-    let quad = part + 0u;
-    {
-      let raw = q_raw_1_0_0;
-      k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    }
-  }
-  {
-    let quad = part + 2u;
-    {
-      let raw = q_raw_1_0_1;
-      k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    }
-  }
-  subgroupBarrier();
-  let q_1_0 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
@@ -640,23 +538,6 @@ fn main(
   {
     let quad = part + 0u;
     {
-      let raw = q_raw_1_1_0;
-      k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    }
-  }
-  {
-    let quad = part + 2u;
-    {
-      let raw = q_raw_1_1_1;
-      k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    }
-  }
-  subgroupBarrier();
-  let q_1_1 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
-  subgroupBarrier();
-  {
-    let quad = part + 0u;
-    {
       let raw = q_raw_0_2_0;
       k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
     }
@@ -670,23 +551,6 @@ fn main(
   }
   subgroupBarrier();
   let q_0_2 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
-  subgroupBarrier();
-  {
-    let quad = part + 0u;
-    {
-      let raw = q_raw_1_2_0;
-      k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    }
-  }
-  {
-    let quad = part + 2u;
-    {
-      let raw = q_raw_1_2_1;
-      k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    }
-  }
-  subgroupBarrier();
-  let q_1_2 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
   {
     let quad = part + 0u;
@@ -705,33 +569,12 @@ fn main(
   subgroupBarrier();
   let q_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
-  {
-    let quad = part + 0u;
-    {
-      let raw = q_raw_1_3_0;
-      k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    }
-  }
-  {
-    let quad = part + 2u;
-    {
-      let raw = q_raw_1_3_1;
-      k_stage[p_at - part + 0u + quad] = half4(raw, params.scale_sign);
-    }
-  }
-  subgroupBarrier();
-  let q_1_3 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
-  subgroupBarrier();
   // Columns come where the other subgroups' fragments were.
   workgroupBarrier();
   var o_0_0 = coop_mat16x16<f32, C>();
   var o_0_1 = coop_mat16x16<f32, C>();
   var o_0_2 = coop_mat16x16<f32, C>();
   var o_0_3 = coop_mat16x16<f32, C>();
-  var o_1_0 = coop_mat16x16<f32, C>();
-  var o_1_1 = coop_mat16x16<f32, C>();
-  var o_1_2 = coop_mat16x16<f32, C>();
-  var o_1_3 = coop_mat16x16<f32, C>();
   {
     k_stage[stage * K_TILE + (k_row + 0u) * K_ROW + k_quad] = halves4(k_share_0);
   }
@@ -743,18 +586,6 @@ fn main(
   }
   {
     k_stage[stage * K_TILE + (k_row + 24u) * K_ROW + k_quad] = halves4(k_share_3);
-  }
-  {
-    k_stage[stage * K_TILE + (k_row + 32u) * K_ROW + k_quad] = halves4(k_share_4);
-  }
-  {
-    k_stage[stage * K_TILE + (k_row + 40u) * K_ROW + k_quad] = halves4(k_share_5);
-  }
-  {
-    k_stage[stage * K_TILE + (k_row + 48u) * K_ROW + k_quad] = halves4(k_share_6);
-  }
-  {
-    k_stage[stage * K_TILE + (k_row + 56u) * K_ROW + k_quad] = halves4(k_share_7);
   }
   workgroupBarrier();
 
@@ -769,14 +600,6 @@ fn main(
   // Scores above the limit raise the maximum.
   var limit_1 = 0.5 * HIDDEN;
   var row_sum_1 = 0.0;
-  var row_max_2 = floor;
-  // Scores above the limit raise the maximum.
-  var limit_2 = 0.5 * HIDDEN;
-  var row_sum_2 = 0.0;
-  var row_max_3 = floor;
-  // Scores above the limit raise the maximum.
-  var limit_3 = 0.5 * HIDDEN;
-  var row_sum_3 = 0.0;
 
   // Loop: tiles
   for (var tile = open.first; tile < open.end; tile += 1u) {
@@ -786,89 +609,22 @@ fn main(
       let chunk_column = 0u;
       let column0 = tile_column0 + chunk_column;
       // S = Q K^T.
-      {
-        let quad = v_quad;
-        let source = tile_column0 + v_row + 0u;
-        { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = tile_column0 + v_row + 8u;
-        { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = tile_column0 + v_row + 16u;
-        { v_share_2 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = tile_column0 + v_row + 24u;
-        { v_share_3 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = tile_column0 + v_row + 32u;
-        { v_share_4 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = tile_column0 + v_row + 40u;
-        { v_share_5 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = tile_column0 + v_row + 48u;
-        { v_share_6 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = tile_column0 + v_row + 56u;
-        { v_share_7 = raw_v(v_base, source * params.v.seq, quad); }
-      }
       var s_0_0 = coop_mat16x16<f32, C>();
-      var s_0_1 = coop_mat16x16<f32, C>();
-      var s_1_0 = coop_mat16x16<f32, C>();
-      var s_1_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 0u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_0, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_0, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 0u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_0, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_0, column, s_1_1);
       }
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 4u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_1, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_1, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 4u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_1, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_1, column, s_1_1);
       }
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 8u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_2, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_2, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 8u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_2, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_2, column, s_1_1);
       }
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 12u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_3, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 12u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_3, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_3, column, s_1_1);
       }
       {
         v_stage[stage * V_TILE + (v_row + 0u) * V_ROW + v_quad] = halves4(v_share_0);
@@ -882,44 +638,18 @@ fn main(
       {
         v_stage[stage * V_TILE + (v_row + 24u) * V_ROW + v_quad] = halves4(v_share_3);
       }
-      {
-        v_stage[stage * V_TILE + (v_row + 32u) * V_ROW + v_quad] = halves4(v_share_4);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 40u) * V_ROW + v_quad] = halves4(v_share_5);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 48u) * V_ROW + v_quad] = halves4(v_share_6);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 56u) * V_ROW + v_quad] = halves4(v_share_7);
-      }
       workgroupBarrier();
       var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u));
-      var x_0_1 = vec4<f32>(component_c(s_0_1, 0u), component_c(s_0_1, 1u), component_c(s_0_1, 2u), component_c(s_0_1, 3u));
       var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u));
-      var x_1_1 = vec4<f32>(component_c(s_0_1, 4u), component_c(s_0_1, 5u), component_c(s_0_1, 6u), component_c(s_0_1, 7u));
-      var x_2_0 = vec4<f32>(component_c(s_1_0, 0u), component_c(s_1_0, 1u), component_c(s_1_0, 2u), component_c(s_1_0, 3u));
-      var x_2_1 = vec4<f32>(component_c(s_1_1, 0u), component_c(s_1_1, 1u), component_c(s_1_1, 2u), component_c(s_1_1, 3u));
-      var x_3_0 = vec4<f32>(component_c(s_1_0, 4u), component_c(s_1_0, 5u), component_c(s_1_0, 6u), component_c(s_1_0, 7u));
-      var x_3_1 = vec4<f32>(component_c(s_1_1, 4u), component_c(s_1_1, 5u), component_c(s_1_1, 6u), component_c(s_1_1, 7u));
       let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
-      let pair_max_0_1 = max(x_0_1.xy, x_0_1.zw);
-      var tile_max_0 = max(max(pair_max_0_0.x, pair_max_0_0.y), max(pair_max_0_1.x, pair_max_0_1.y));
+      var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
       let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);
-      let pair_max_1_1 = max(x_1_1.xy, x_1_1.zw);
-      var tile_max_1 = max(max(pair_max_1_0.x, pair_max_1_0.y), max(pair_max_1_1.x, pair_max_1_1.y));
-      let pair_max_2_0 = max(x_2_0.xy, x_2_0.zw);
-      let pair_max_2_1 = max(x_2_1.xy, x_2_1.zw);
-      var tile_max_2 = max(max(pair_max_2_0.x, pair_max_2_0.y), max(pair_max_2_1.x, pair_max_2_1.y));
-      let pair_max_3_0 = max(x_3_0.xy, x_3_0.zw);
-      let pair_max_3_1 = max(x_3_1.xy, x_3_1.zw);
-      var tile_max_3 = max(max(pair_max_3_0.x, pair_max_3_0.y), max(pair_max_3_1.x, pair_max_3_1.y));
+      var tile_max_1 = max(pair_max_1_0.x, pair_max_1_0.y);
 
       // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
       // compiler moves the registers of fragments.
       loop {
-        if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1) || (tile_max_2 > limit_2) || (tile_max_3 > limit_3))) { break; }
+        if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
         let old_max_0 = row_max_0;
         {
           var tile_max = tile_max_0;
@@ -952,125 +682,44 @@ fn main(
         // A row that keeps its maximum keeps its bits.
         let rescale_1 = select(exp2(old_max_1 - row_max_1), 1.0, old_max_1 == row_max_1);
         row_sum_1 *= rescale_1;
-        let old_max_2 = row_max_2;
-        {
-          var tile_max = tile_max_2;
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_2 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-            row_max_2 = tile_max * scale;
-            limit_2 = tile_max + slack;
-          }
-        }
-
-        // A row that keeps its maximum keeps its bits.
-        let rescale_2 = select(exp2(old_max_2 - row_max_2), 1.0, old_max_2 == row_max_2);
-        row_sum_2 *= rescale_2;
-        let old_max_3 = row_max_3;
-        {
-          var tile_max = tile_max_3;
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_3 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-            row_max_3 = tile_max * scale;
-            limit_3 = tile_max + slack;
-          }
-        }
-
-        // A row that keeps its maximum keeps its bits.
-        let rescale_3 = select(exp2(old_max_3 - row_max_3), 1.0, old_max_3 == row_max_3);
-        row_sum_3 *= rescale_3;
         o_0_0 = matrix_of_c(component_c(o_0_0, 0u) * rescale_0, component_c(o_0_0, 1u) * rescale_0, component_c(o_0_0, 2u) * rescale_0, component_c(o_0_0, 3u) * rescale_0, component_c(o_0_0, 4u) * rescale_1, component_c(o_0_0, 5u) * rescale_1, component_c(o_0_0, 6u) * rescale_1, component_c(o_0_0, 7u) * rescale_1);
         o_0_1 = matrix_of_c(component_c(o_0_1, 0u) * rescale_0, component_c(o_0_1, 1u) * rescale_0, component_c(o_0_1, 2u) * rescale_0, component_c(o_0_1, 3u) * rescale_0, component_c(o_0_1, 4u) * rescale_1, component_c(o_0_1, 5u) * rescale_1, component_c(o_0_1, 6u) * rescale_1, component_c(o_0_1, 7u) * rescale_1);
         o_0_2 = matrix_of_c(component_c(o_0_2, 0u) * rescale_0, component_c(o_0_2, 1u) * rescale_0, component_c(o_0_2, 2u) * rescale_0, component_c(o_0_2, 3u) * rescale_0, component_c(o_0_2, 4u) * rescale_1, component_c(o_0_2, 5u) * rescale_1, component_c(o_0_2, 6u) * rescale_1, component_c(o_0_2, 7u) * rescale_1);
         o_0_3 = matrix_of_c(component_c(o_0_3, 0u) * rescale_0, component_c(o_0_3, 1u) * rescale_0, component_c(o_0_3, 2u) * rescale_0, component_c(o_0_3, 3u) * rescale_0, component_c(o_0_3, 4u) * rescale_1, component_c(o_0_3, 5u) * rescale_1, component_c(o_0_3, 6u) * rescale_1, component_c(o_0_3, 7u) * rescale_1);
-        o_1_0 = matrix_of_c(component_c(o_1_0, 0u) * rescale_2, component_c(o_1_0, 1u) * rescale_2, component_c(o_1_0, 2u) * rescale_2, component_c(o_1_0, 3u) * rescale_2, component_c(o_1_0, 4u) * rescale_3, component_c(o_1_0, 5u) * rescale_3, component_c(o_1_0, 6u) * rescale_3, component_c(o_1_0, 7u) * rescale_3);
-        o_1_1 = matrix_of_c(component_c(o_1_1, 0u) * rescale_2, component_c(o_1_1, 1u) * rescale_2, component_c(o_1_1, 2u) * rescale_2, component_c(o_1_1, 3u) * rescale_2, component_c(o_1_1, 4u) * rescale_3, component_c(o_1_1, 5u) * rescale_3, component_c(o_1_1, 6u) * rescale_3, component_c(o_1_1, 7u) * rescale_3);
-        o_1_2 = matrix_of_c(component_c(o_1_2, 0u) * rescale_2, component_c(o_1_2, 1u) * rescale_2, component_c(o_1_2, 2u) * rescale_2, component_c(o_1_2, 3u) * rescale_2, component_c(o_1_2, 4u) * rescale_3, component_c(o_1_2, 5u) * rescale_3, component_c(o_1_2, 6u) * rescale_3, component_c(o_1_2, 7u) * rescale_3);
-        o_1_3 = matrix_of_c(component_c(o_1_3, 0u) * rescale_2, component_c(o_1_3, 1u) * rescale_2, component_c(o_1_3, 2u) * rescale_2, component_c(o_1_3, 3u) * rescale_2, component_c(o_1_3, 4u) * rescale_3, component_c(o_1_3, 5u) * rescale_3, component_c(o_1_3, 6u) * rescale_3, component_c(o_1_3, 7u) * rescale_3);
       }
       // P = exp(S - m);  row_sum += sum of P.
       var total_0 = vec4<f32>();
       let p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), vec4<f32>(-row_max_0)));
       total_0 += p_0_0;
-      let p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), vec4<f32>(-row_max_0)));
-      total_0 += p_0_1;
       row_sum_0 += (total_0.x + total_0.y) + (total_0.z + total_0.w);
       var total_1 = vec4<f32>();
       let p_1_0 = exp2(fma(x_1_0, vec4<f32>(scale), vec4<f32>(-row_max_1)));
       total_1 += p_1_0;
-      let p_1_1 = exp2(fma(x_1_1, vec4<f32>(scale), vec4<f32>(-row_max_1)));
-      total_1 += p_1_1;
       row_sum_1 += (total_1.x + total_1.y) + (total_1.z + total_1.w);
-      var total_2 = vec4<f32>();
-      let p_2_0 = exp2(fma(x_2_0, vec4<f32>(scale), vec4<f32>(-row_max_2)));
-      total_2 += p_2_0;
-      let p_2_1 = exp2(fma(x_2_1, vec4<f32>(scale), vec4<f32>(-row_max_2)));
-      total_2 += p_2_1;
-      row_sum_2 += (total_2.x + total_2.y) + (total_2.z + total_2.w);
-      var total_3 = vec4<f32>();
-      let p_3_0 = exp2(fma(x_3_0, vec4<f32>(scale), vec4<f32>(-row_max_3)));
-      total_3 += p_3_0;
-      let p_3_1 = exp2(fma(x_3_1, vec4<f32>(scale), vec4<f32>(-row_max_3)));
-      total_3 += p_3_1;
-      row_sum_3 += (total_3.x + total_3.y) + (total_3.z + total_3.w);
       let p_left_0_0 = matrix_of_a(f16(p_0_0.x), f16(p_0_0.y), f16(p_0_0.z), f16(p_0_0.w), f16(p_1_0.x), f16(p_1_0.y), f16(p_1_0.z), f16(p_1_0.w));
-      let p_left_0_1 = matrix_of_a(f16(p_0_1.x), f16(p_0_1.y), f16(p_0_1.z), f16(p_0_1.w), f16(p_1_1.x), f16(p_1_1.y), f16(p_1_1.z), f16(p_1_1.w));
-      let p_left_1_0 = matrix_of_a(f16(p_2_0.x), f16(p_2_0.y), f16(p_2_0.z), f16(p_2_0.w), f16(p_3_0.x), f16(p_3_0.y), f16(p_3_0.z), f16(p_3_0.w));
-      let p_left_1_1 = matrix_of_a(f16(p_2_1.x), f16(p_2_1.y), f16(p_2_1.z), f16(p_2_1.w), f16(p_3_1.x), f16(p_3_1.y), f16(p_3_1.z), f16(p_3_1.w));
 
       // O += P V.
       {
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 0u], V_ROW);
           o_0_0 = coopMultiplyAdd(p_left_0_0, column, o_0_0);
-          o_1_0 = coopMultiplyAdd(p_left_1_0, column, o_1_0);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 4u], V_ROW);
           o_0_1 = coopMultiplyAdd(p_left_0_0, column, o_0_1);
-          o_1_1 = coopMultiplyAdd(p_left_1_0, column, o_1_1);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 8u], V_ROW);
           o_0_2 = coopMultiplyAdd(p_left_0_0, column, o_0_2);
-          o_1_2 = coopMultiplyAdd(p_left_1_0, column, o_1_2);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 12u], V_ROW);
           o_0_3 = coopMultiplyAdd(p_left_0_0, column, o_0_3);
-          o_1_3 = coopMultiplyAdd(p_left_1_0, column, o_1_3);
-        }
-      }
-      {
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 0u], V_ROW);
-          o_0_0 = coopMultiplyAdd(p_left_0_1, column, o_0_0);
-          o_1_0 = coopMultiplyAdd(p_left_1_1, column, o_1_0);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 4u], V_ROW);
-          o_0_1 = coopMultiplyAdd(p_left_0_1, column, o_0_1);
-          o_1_1 = coopMultiplyAdd(p_left_1_1, column, o_1_1);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 8u], V_ROW);
-          o_0_2 = coopMultiplyAdd(p_left_0_1, column, o_0_2);
-          o_1_2 = coopMultiplyAdd(p_left_1_1, column, o_1_2);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 12u], V_ROW);
-          o_0_3 = coopMultiplyAdd(p_left_0_1, column, o_0_3);
-          o_1_3 = coopMultiplyAdd(p_left_1_1, column, o_1_3);
         }
       }
     }
     {
-      let chunk_column = 32u;
+      let chunk_column = 16u;
       let column0 = tile_column0 + chunk_column;
       // S = Q K^T.
       let next = first_column(tiles, following);
@@ -1095,94 +744,53 @@ fn main(
         { k_share_3 = raw_k(k_base, source * params.k.seq, quad); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 32u, last_column);
-        { k_share_4 = raw_k(k_base, source * params.k.seq, quad); }
+        let quad = v_quad;
+        let source = min(next + v_row + 0u, last_column);
+        { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 40u, last_column);
-        { k_share_5 = raw_k(k_base, source * params.k.seq, quad); }
+        let quad = v_quad;
+        let source = min(next + v_row + 8u, last_column);
+        { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 48u, last_column);
-        { k_share_6 = raw_k(k_base, source * params.k.seq, quad); }
+        let quad = v_quad;
+        let source = min(next + v_row + 16u, last_column);
+        { v_share_2 = raw_v(v_base, source * params.v.seq, quad); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 56u, last_column);
-        { k_share_7 = raw_k(k_base, source * params.k.seq, quad); }
+        let quad = v_quad;
+        let source = min(next + v_row + 24u, last_column);
+        { v_share_3 = raw_v(v_base, source * params.v.seq, quad); }
       }
       var s_0_0 = coop_mat16x16<f32, C>();
-      var s_0_1 = coop_mat16x16<f32, C>();
-      var s_1_0 = coop_mat16x16<f32, C>();
-      var s_1_1 = coop_mat16x16<f32, C>();
       {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 32u * K_ROW + 0u], K_ROW);
+        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 0u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_0, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_0, column, s_1_0);
       }
       {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 48u * K_ROW + 0u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_0, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_0, column, s_1_1);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 32u * K_ROW + 4u], K_ROW);
+        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 4u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_1, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_1, column, s_1_0);
       }
       {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 48u * K_ROW + 4u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_1, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_1, column, s_1_1);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 32u * K_ROW + 8u], K_ROW);
+        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 8u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_2, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_2, column, s_1_0);
       }
       {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 48u * K_ROW + 8u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_2, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_2, column, s_1_1);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 32u * K_ROW + 12u], K_ROW);
+        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 12u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_3, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 48u * K_ROW + 12u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_3, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_3, column, s_1_1);
       }
       var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u));
-      var x_0_1 = vec4<f32>(component_c(s_0_1, 0u), component_c(s_0_1, 1u), component_c(s_0_1, 2u), component_c(s_0_1, 3u));
       var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u));
-      var x_1_1 = vec4<f32>(component_c(s_0_1, 4u), component_c(s_0_1, 5u), component_c(s_0_1, 6u), component_c(s_0_1, 7u));
-      var x_2_0 = vec4<f32>(component_c(s_1_0, 0u), component_c(s_1_0, 1u), component_c(s_1_0, 2u), component_c(s_1_0, 3u));
-      var x_2_1 = vec4<f32>(component_c(s_1_1, 0u), component_c(s_1_1, 1u), component_c(s_1_1, 2u), component_c(s_1_1, 3u));
-      var x_3_0 = vec4<f32>(component_c(s_1_0, 4u), component_c(s_1_0, 5u), component_c(s_1_0, 6u), component_c(s_1_0, 7u));
-      var x_3_1 = vec4<f32>(component_c(s_1_1, 4u), component_c(s_1_1, 5u), component_c(s_1_1, 6u), component_c(s_1_1, 7u));
       let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
-      let pair_max_0_1 = max(x_0_1.xy, x_0_1.zw);
-      var tile_max_0 = max(max(pair_max_0_0.x, pair_max_0_0.y), max(pair_max_0_1.x, pair_max_0_1.y));
+      var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
       let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);
-      let pair_max_1_1 = max(x_1_1.xy, x_1_1.zw);
-      var tile_max_1 = max(max(pair_max_1_0.x, pair_max_1_0.y), max(pair_max_1_1.x, pair_max_1_1.y));
-      let pair_max_2_0 = max(x_2_0.xy, x_2_0.zw);
-      let pair_max_2_1 = max(x_2_1.xy, x_2_1.zw);
-      var tile_max_2 = max(max(pair_max_2_0.x, pair_max_2_0.y), max(pair_max_2_1.x, pair_max_2_1.y));
-      let pair_max_3_0 = max(x_3_0.xy, x_3_0.zw);
-      let pair_max_3_1 = max(x_3_1.xy, x_3_1.zw);
-      var tile_max_3 = max(max(pair_max_3_0.x, pair_max_3_0.y), max(pair_max_3_1.x, pair_max_3_1.y));
+      var tile_max_1 = max(pair_max_1_0.x, pair_max_1_0.y);
 
       // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
       // compiler moves the registers of fragments.
       loop {
-        if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1) || (tile_max_2 > limit_2) || (tile_max_3 > limit_3))) { break; }
+        if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
         let old_max_0 = row_max_0;
         {
           var tile_max = tile_max_0;
@@ -1215,120 +823,39 @@ fn main(
         // A row that keeps its maximum keeps its bits.
         let rescale_1 = select(exp2(old_max_1 - row_max_1), 1.0, old_max_1 == row_max_1);
         row_sum_1 *= rescale_1;
-        let old_max_2 = row_max_2;
-        {
-          var tile_max = tile_max_2;
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_2 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-            row_max_2 = tile_max * scale;
-            limit_2 = tile_max + slack;
-          }
-        }
-
-        // A row that keeps its maximum keeps its bits.
-        let rescale_2 = select(exp2(old_max_2 - row_max_2), 1.0, old_max_2 == row_max_2);
-        row_sum_2 *= rescale_2;
-        let old_max_3 = row_max_3;
-        {
-          var tile_max = tile_max_3;
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_3 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-            row_max_3 = tile_max * scale;
-            limit_3 = tile_max + slack;
-          }
-        }
-
-        // A row that keeps its maximum keeps its bits.
-        let rescale_3 = select(exp2(old_max_3 - row_max_3), 1.0, old_max_3 == row_max_3);
-        row_sum_3 *= rescale_3;
         o_0_0 = matrix_of_c(component_c(o_0_0, 0u) * rescale_0, component_c(o_0_0, 1u) * rescale_0, component_c(o_0_0, 2u) * rescale_0, component_c(o_0_0, 3u) * rescale_0, component_c(o_0_0, 4u) * rescale_1, component_c(o_0_0, 5u) * rescale_1, component_c(o_0_0, 6u) * rescale_1, component_c(o_0_0, 7u) * rescale_1);
         o_0_1 = matrix_of_c(component_c(o_0_1, 0u) * rescale_0, component_c(o_0_1, 1u) * rescale_0, component_c(o_0_1, 2u) * rescale_0, component_c(o_0_1, 3u) * rescale_0, component_c(o_0_1, 4u) * rescale_1, component_c(o_0_1, 5u) * rescale_1, component_c(o_0_1, 6u) * rescale_1, component_c(o_0_1, 7u) * rescale_1);
         o_0_2 = matrix_of_c(component_c(o_0_2, 0u) * rescale_0, component_c(o_0_2, 1u) * rescale_0, component_c(o_0_2, 2u) * rescale_0, component_c(o_0_2, 3u) * rescale_0, component_c(o_0_2, 4u) * rescale_1, component_c(o_0_2, 5u) * rescale_1, component_c(o_0_2, 6u) * rescale_1, component_c(o_0_2, 7u) * rescale_1);
         o_0_3 = matrix_of_c(component_c(o_0_3, 0u) * rescale_0, component_c(o_0_3, 1u) * rescale_0, component_c(o_0_3, 2u) * rescale_0, component_c(o_0_3, 3u) * rescale_0, component_c(o_0_3, 4u) * rescale_1, component_c(o_0_3, 5u) * rescale_1, component_c(o_0_3, 6u) * rescale_1, component_c(o_0_3, 7u) * rescale_1);
-        o_1_0 = matrix_of_c(component_c(o_1_0, 0u) * rescale_2, component_c(o_1_0, 1u) * rescale_2, component_c(o_1_0, 2u) * rescale_2, component_c(o_1_0, 3u) * rescale_2, component_c(o_1_0, 4u) * rescale_3, component_c(o_1_0, 5u) * rescale_3, component_c(o_1_0, 6u) * rescale_3, component_c(o_1_0, 7u) * rescale_3);
-        o_1_1 = matrix_of_c(component_c(o_1_1, 0u) * rescale_2, component_c(o_1_1, 1u) * rescale_2, component_c(o_1_1, 2u) * rescale_2, component_c(o_1_1, 3u) * rescale_2, component_c(o_1_1, 4u) * rescale_3, component_c(o_1_1, 5u) * rescale_3, component_c(o_1_1, 6u) * rescale_3, component_c(o_1_1, 7u) * rescale_3);
-        o_1_2 = matrix_of_c(component_c(o_1_2, 0u) * rescale_2, component_c(o_1_2, 1u) * rescale_2, component_c(o_1_2, 2u) * rescale_2, component_c(o_1_2, 3u) * rescale_2, component_c(o_1_2, 4u) * rescale_3, component_c(o_1_2, 5u) * rescale_3, component_c(o_1_2, 6u) * rescale_3, component_c(o_1_2, 7u) * rescale_3);
-        o_1_3 = matrix_of_c(component_c(o_1_3, 0u) * rescale_2, component_c(o_1_3, 1u) * rescale_2, component_c(o_1_3, 2u) * rescale_2, component_c(o_1_3, 3u) * rescale_2, component_c(o_1_3, 4u) * rescale_3, component_c(o_1_3, 5u) * rescale_3, component_c(o_1_3, 6u) * rescale_3, component_c(o_1_3, 7u) * rescale_3);
       }
       // P = exp(S - m);  row_sum += sum of P.
       var total_0 = vec4<f32>();
       let p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), vec4<f32>(-row_max_0)));
       total_0 += p_0_0;
-      let p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), vec4<f32>(-row_max_0)));
-      total_0 += p_0_1;
       row_sum_0 += (total_0.x + total_0.y) + (total_0.z + total_0.w);
       var total_1 = vec4<f32>();
       let p_1_0 = exp2(fma(x_1_0, vec4<f32>(scale), vec4<f32>(-row_max_1)));
       total_1 += p_1_0;
-      let p_1_1 = exp2(fma(x_1_1, vec4<f32>(scale), vec4<f32>(-row_max_1)));
-      total_1 += p_1_1;
       row_sum_1 += (total_1.x + total_1.y) + (total_1.z + total_1.w);
-      var total_2 = vec4<f32>();
-      let p_2_0 = exp2(fma(x_2_0, vec4<f32>(scale), vec4<f32>(-row_max_2)));
-      total_2 += p_2_0;
-      let p_2_1 = exp2(fma(x_2_1, vec4<f32>(scale), vec4<f32>(-row_max_2)));
-      total_2 += p_2_1;
-      row_sum_2 += (total_2.x + total_2.y) + (total_2.z + total_2.w);
-      var total_3 = vec4<f32>();
-      let p_3_0 = exp2(fma(x_3_0, vec4<f32>(scale), vec4<f32>(-row_max_3)));
-      total_3 += p_3_0;
-      let p_3_1 = exp2(fma(x_3_1, vec4<f32>(scale), vec4<f32>(-row_max_3)));
-      total_3 += p_3_1;
-      row_sum_3 += (total_3.x + total_3.y) + (total_3.z + total_3.w);
       let p_left_0_0 = matrix_of_a(f16(p_0_0.x), f16(p_0_0.y), f16(p_0_0.z), f16(p_0_0.w), f16(p_1_0.x), f16(p_1_0.y), f16(p_1_0.z), f16(p_1_0.w));
-      let p_left_0_1 = matrix_of_a(f16(p_0_1.x), f16(p_0_1.y), f16(p_0_1.z), f16(p_0_1.w), f16(p_1_1.x), f16(p_1_1.y), f16(p_1_1.z), f16(p_1_1.w));
-      let p_left_1_0 = matrix_of_a(f16(p_2_0.x), f16(p_2_0.y), f16(p_2_0.z), f16(p_2_0.w), f16(p_3_0.x), f16(p_3_0.y), f16(p_3_0.z), f16(p_3_0.w));
-      let p_left_1_1 = matrix_of_a(f16(p_2_1.x), f16(p_2_1.y), f16(p_2_1.z), f16(p_2_1.w), f16(p_3_1.x), f16(p_3_1.y), f16(p_3_1.z), f16(p_3_1.w));
 
       // O += P V.
       {
         {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 32u * V_ROW + 0u], V_ROW);
+          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 0u], V_ROW);
           o_0_0 = coopMultiplyAdd(p_left_0_0, column, o_0_0);
-          o_1_0 = coopMultiplyAdd(p_left_1_0, column, o_1_0);
         }
         {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 32u * V_ROW + 4u], V_ROW);
+          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 4u], V_ROW);
           o_0_1 = coopMultiplyAdd(p_left_0_0, column, o_0_1);
-          o_1_1 = coopMultiplyAdd(p_left_1_0, column, o_1_1);
         }
         {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 32u * V_ROW + 8u], V_ROW);
+          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 8u], V_ROW);
           o_0_2 = coopMultiplyAdd(p_left_0_0, column, o_0_2);
-          o_1_2 = coopMultiplyAdd(p_left_1_0, column, o_1_2);
         }
         {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 32u * V_ROW + 12u], V_ROW);
+          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 12u], V_ROW);
           o_0_3 = coopMultiplyAdd(p_left_0_0, column, o_0_3);
-          o_1_3 = coopMultiplyAdd(p_left_1_0, column, o_1_3);
-        }
-      }
-      {
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 48u * V_ROW + 0u], V_ROW);
-          o_0_0 = coopMultiplyAdd(p_left_0_1, column, o_0_0);
-          o_1_0 = coopMultiplyAdd(p_left_1_1, column, o_1_0);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 48u * V_ROW + 4u], V_ROW);
-          o_0_1 = coopMultiplyAdd(p_left_0_1, column, o_0_1);
-          o_1_1 = coopMultiplyAdd(p_left_1_1, column, o_1_1);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 48u * V_ROW + 8u], V_ROW);
-          o_0_2 = coopMultiplyAdd(p_left_0_1, column, o_0_2);
-          o_1_2 = coopMultiplyAdd(p_left_1_1, column, o_1_2);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 48u * V_ROW + 12u], V_ROW);
-          o_0_3 = coopMultiplyAdd(p_left_0_1, column, o_0_3);
-          o_1_3 = coopMultiplyAdd(p_left_1_1, column, o_1_3);
         }
       }
 
@@ -1345,18 +872,6 @@ fn main(
       }
       {
         k_stage[stage * K_TILE + (k_row + 24u) * K_ROW + k_quad] = halves4(k_share_3);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 32u) * K_ROW + k_quad] = halves4(k_share_4);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 40u) * K_ROW + k_quad] = halves4(k_share_5);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 48u) * K_ROW + k_quad] = halves4(k_share_6);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 56u) * K_ROW + k_quad] = halves4(k_share_7);
       }
       workgroupBarrier();
     }
@@ -1370,89 +885,22 @@ fn main(
       let chunk_column = 0u;
       let column0 = tile_column0 + chunk_column;
       // S = Q K^T.
-      {
-        let quad = v_quad;
-        let source = min(tile_column0 + v_row + 0u, last_column);
-        { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(tile_column0 + v_row + 8u, last_column);
-        { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(tile_column0 + v_row + 16u, last_column);
-        { v_share_2 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(tile_column0 + v_row + 24u, last_column);
-        { v_share_3 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(tile_column0 + v_row + 32u, last_column);
-        { v_share_4 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(tile_column0 + v_row + 40u, last_column);
-        { v_share_5 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(tile_column0 + v_row + 48u, last_column);
-        { v_share_6 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(tile_column0 + v_row + 56u, last_column);
-        { v_share_7 = raw_v(v_base, source * params.v.seq, quad); }
-      }
       var s_0_0 = coop_mat16x16<f32, C>();
-      var s_0_1 = coop_mat16x16<f32, C>();
-      var s_1_0 = coop_mat16x16<f32, C>();
-      var s_1_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 0u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_0, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_0, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 0u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_0, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_0, column, s_1_1);
       }
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 4u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_1, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_1, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 4u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_1, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_1, column, s_1_1);
       }
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 8u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_2, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_2, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 8u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_2, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_2, column, s_1_1);
       }
       {
         let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 12u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_3, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 12u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_3, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_3, column, s_1_1);
       }
       {
         v_stage[stage * V_TILE + (v_row + 0u) * V_ROW + v_quad] = halves4(v_share_0);
@@ -1466,52 +914,20 @@ fn main(
       {
         v_stage[stage * V_TILE + (v_row + 24u) * V_ROW + v_quad] = halves4(v_share_3);
       }
-      {
-        v_stage[stage * V_TILE + (v_row + 32u) * V_ROW + v_quad] = halves4(v_share_4);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 40u) * V_ROW + v_quad] = halves4(v_share_5);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 48u) * V_ROW + v_quad] = halves4(v_share_6);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 56u) * V_ROW + v_quad] = halves4(v_share_7);
-      }
       workgroupBarrier();
       var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u));
-      var x_0_1 = vec4<f32>(component_c(s_0_1, 0u), component_c(s_0_1, 1u), component_c(s_0_1, 2u), component_c(s_0_1, 3u));
       var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u));
-      var x_1_1 = vec4<f32>(component_c(s_0_1, 4u), component_c(s_0_1, 5u), component_c(s_0_1, 6u), component_c(s_0_1, 7u));
-      var x_2_0 = vec4<f32>(component_c(s_1_0, 0u), component_c(s_1_0, 1u), component_c(s_1_0, 2u), component_c(s_1_0, 3u));
-      var x_2_1 = vec4<f32>(component_c(s_1_1, 0u), component_c(s_1_1, 1u), component_c(s_1_1, 2u), component_c(s_1_1, 3u));
-      var x_3_0 = vec4<f32>(component_c(s_1_0, 4u), component_c(s_1_0, 5u), component_c(s_1_0, 6u), component_c(s_1_0, 7u));
-      var x_3_1 = vec4<f32>(component_c(s_1_1, 4u), component_c(s_1_1, 5u), component_c(s_1_1, 6u), component_c(s_1_1, 7u));
       x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
-      x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 16u + lane_column));
       x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
-      x_1_1 = select(vec4<f32>(hidden), x_1_1, visible4(seq, row_1, column0 + 16u + lane_column));
-      x_2_0 = select(vec4<f32>(hidden), x_2_0, visible4(seq, row_2, column0 + 0u + lane_column));
-      x_2_1 = select(vec4<f32>(hidden), x_2_1, visible4(seq, row_2, column0 + 16u + lane_column));
-      x_3_0 = select(vec4<f32>(hidden), x_3_0, visible4(seq, row_3, column0 + 0u + lane_column));
-      x_3_1 = select(vec4<f32>(hidden), x_3_1, visible4(seq, row_3, column0 + 16u + lane_column));
       let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
-      let pair_max_0_1 = max(x_0_1.xy, x_0_1.zw);
-      var tile_max_0 = max(max(pair_max_0_0.x, pair_max_0_0.y), max(pair_max_0_1.x, pair_max_0_1.y));
+      var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
       let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);
-      let pair_max_1_1 = max(x_1_1.xy, x_1_1.zw);
-      var tile_max_1 = max(max(pair_max_1_0.x, pair_max_1_0.y), max(pair_max_1_1.x, pair_max_1_1.y));
-      let pair_max_2_0 = max(x_2_0.xy, x_2_0.zw);
-      let pair_max_2_1 = max(x_2_1.xy, x_2_1.zw);
-      var tile_max_2 = max(max(pair_max_2_0.x, pair_max_2_0.y), max(pair_max_2_1.x, pair_max_2_1.y));
-      let pair_max_3_0 = max(x_3_0.xy, x_3_0.zw);
-      let pair_max_3_1 = max(x_3_1.xy, x_3_1.zw);
-      var tile_max_3 = max(max(pair_max_3_0.x, pair_max_3_0.y), max(pair_max_3_1.x, pair_max_3_1.y));
+      var tile_max_1 = max(pair_max_1_0.x, pair_max_1_0.y);
 
       // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
       // compiler moves the registers of fragments.
       loop {
-        if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1) || (tile_max_2 > limit_2) || (tile_max_3 > limit_3))) { break; }
+        if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
         let old_max_0 = row_max_0;
         {
           var tile_max = tile_max_0;
@@ -1544,125 +960,44 @@ fn main(
         // A row that keeps its maximum keeps its bits.
         let rescale_1 = select(exp2(old_max_1 - row_max_1), 1.0, old_max_1 == row_max_1);
         row_sum_1 *= rescale_1;
-        let old_max_2 = row_max_2;
-        {
-          var tile_max = tile_max_2;
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_2 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-            row_max_2 = tile_max * scale;
-            limit_2 = tile_max + slack;
-          }
-        }
-
-        // A row that keeps its maximum keeps its bits.
-        let rescale_2 = select(exp2(old_max_2 - row_max_2), 1.0, old_max_2 == row_max_2);
-        row_sum_2 *= rescale_2;
-        let old_max_3 = row_max_3;
-        {
-          var tile_max = tile_max_3;
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_3 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-            row_max_3 = tile_max * scale;
-            limit_3 = tile_max + slack;
-          }
-        }
-
-        // A row that keeps its maximum keeps its bits.
-        let rescale_3 = select(exp2(old_max_3 - row_max_3), 1.0, old_max_3 == row_max_3);
-        row_sum_3 *= rescale_3;
         o_0_0 = matrix_of_c(component_c(o_0_0, 0u) * rescale_0, component_c(o_0_0, 1u) * rescale_0, component_c(o_0_0, 2u) * rescale_0, component_c(o_0_0, 3u) * rescale_0, component_c(o_0_0, 4u) * rescale_1, component_c(o_0_0, 5u) * rescale_1, component_c(o_0_0, 6u) * rescale_1, component_c(o_0_0, 7u) * rescale_1);
         o_0_1 = matrix_of_c(component_c(o_0_1, 0u) * rescale_0, component_c(o_0_1, 1u) * rescale_0, component_c(o_0_1, 2u) * rescale_0, component_c(o_0_1, 3u) * rescale_0, component_c(o_0_1, 4u) * rescale_1, component_c(o_0_1, 5u) * rescale_1, component_c(o_0_1, 6u) * rescale_1, component_c(o_0_1, 7u) * rescale_1);
         o_0_2 = matrix_of_c(component_c(o_0_2, 0u) * rescale_0, component_c(o_0_2, 1u) * rescale_0, component_c(o_0_2, 2u) * rescale_0, component_c(o_0_2, 3u) * rescale_0, component_c(o_0_2, 4u) * rescale_1, component_c(o_0_2, 5u) * rescale_1, component_c(o_0_2, 6u) * rescale_1, component_c(o_0_2, 7u) * rescale_1);
         o_0_3 = matrix_of_c(component_c(o_0_3, 0u) * rescale_0, component_c(o_0_3, 1u) * rescale_0, component_c(o_0_3, 2u) * rescale_0, component_c(o_0_3, 3u) * rescale_0, component_c(o_0_3, 4u) * rescale_1, component_c(o_0_3, 5u) * rescale_1, component_c(o_0_3, 6u) * rescale_1, component_c(o_0_3, 7u) * rescale_1);
-        o_1_0 = matrix_of_c(component_c(o_1_0, 0u) * rescale_2, component_c(o_1_0, 1u) * rescale_2, component_c(o_1_0, 2u) * rescale_2, component_c(o_1_0, 3u) * rescale_2, component_c(o_1_0, 4u) * rescale_3, component_c(o_1_0, 5u) * rescale_3, component_c(o_1_0, 6u) * rescale_3, component_c(o_1_0, 7u) * rescale_3);
-        o_1_1 = matrix_of_c(component_c(o_1_1, 0u) * rescale_2, component_c(o_1_1, 1u) * rescale_2, component_c(o_1_1, 2u) * rescale_2, component_c(o_1_1, 3u) * rescale_2, component_c(o_1_1, 4u) * rescale_3, component_c(o_1_1, 5u) * rescale_3, component_c(o_1_1, 6u) * rescale_3, component_c(o_1_1, 7u) * rescale_3);
-        o_1_2 = matrix_of_c(component_c(o_1_2, 0u) * rescale_2, component_c(o_1_2, 1u) * rescale_2, component_c(o_1_2, 2u) * rescale_2, component_c(o_1_2, 3u) * rescale_2, component_c(o_1_2, 4u) * rescale_3, component_c(o_1_2, 5u) * rescale_3, component_c(o_1_2, 6u) * rescale_3, component_c(o_1_2, 7u) * rescale_3);
-        o_1_3 = matrix_of_c(component_c(o_1_3, 0u) * rescale_2, component_c(o_1_3, 1u) * rescale_2, component_c(o_1_3, 2u) * rescale_2, component_c(o_1_3, 3u) * rescale_2, component_c(o_1_3, 4u) * rescale_3, component_c(o_1_3, 5u) * rescale_3, component_c(o_1_3, 6u) * rescale_3, component_c(o_1_3, 7u) * rescale_3);
       }
       // P = exp(S - m);  row_sum += sum of P.
       var total_0 = vec4<f32>();
       let p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), vec4<f32>(-row_max_0)));
       total_0 += p_0_0;
-      let p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), vec4<f32>(-row_max_0)));
-      total_0 += p_0_1;
       row_sum_0 += (total_0.x + total_0.y) + (total_0.z + total_0.w);
       var total_1 = vec4<f32>();
       let p_1_0 = exp2(fma(x_1_0, vec4<f32>(scale), vec4<f32>(-row_max_1)));
       total_1 += p_1_0;
-      let p_1_1 = exp2(fma(x_1_1, vec4<f32>(scale), vec4<f32>(-row_max_1)));
-      total_1 += p_1_1;
       row_sum_1 += (total_1.x + total_1.y) + (total_1.z + total_1.w);
-      var total_2 = vec4<f32>();
-      let p_2_0 = exp2(fma(x_2_0, vec4<f32>(scale), vec4<f32>(-row_max_2)));
-      total_2 += p_2_0;
-      let p_2_1 = exp2(fma(x_2_1, vec4<f32>(scale), vec4<f32>(-row_max_2)));
-      total_2 += p_2_1;
-      row_sum_2 += (total_2.x + total_2.y) + (total_2.z + total_2.w);
-      var total_3 = vec4<f32>();
-      let p_3_0 = exp2(fma(x_3_0, vec4<f32>(scale), vec4<f32>(-row_max_3)));
-      total_3 += p_3_0;
-      let p_3_1 = exp2(fma(x_3_1, vec4<f32>(scale), vec4<f32>(-row_max_3)));
-      total_3 += p_3_1;
-      row_sum_3 += (total_3.x + total_3.y) + (total_3.z + total_3.w);
       let p_left_0_0 = matrix_of_a(f16(p_0_0.x), f16(p_0_0.y), f16(p_0_0.z), f16(p_0_0.w), f16(p_1_0.x), f16(p_1_0.y), f16(p_1_0.z), f16(p_1_0.w));
-      let p_left_0_1 = matrix_of_a(f16(p_0_1.x), f16(p_0_1.y), f16(p_0_1.z), f16(p_0_1.w), f16(p_1_1.x), f16(p_1_1.y), f16(p_1_1.z), f16(p_1_1.w));
-      let p_left_1_0 = matrix_of_a(f16(p_2_0.x), f16(p_2_0.y), f16(p_2_0.z), f16(p_2_0.w), f16(p_3_0.x), f16(p_3_0.y), f16(p_3_0.z), f16(p_3_0.w));
-      let p_left_1_1 = matrix_of_a(f16(p_2_1.x), f16(p_2_1.y), f16(p_2_1.z), f16(p_2_1.w), f16(p_3_1.x), f16(p_3_1.y), f16(p_3_1.z), f16(p_3_1.w));
 
       // O += P V.
       {
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 0u], V_ROW);
           o_0_0 = coopMultiplyAdd(p_left_0_0, column, o_0_0);
-          o_1_0 = coopMultiplyAdd(p_left_1_0, column, o_1_0);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 4u], V_ROW);
           o_0_1 = coopMultiplyAdd(p_left_0_0, column, o_0_1);
-          o_1_1 = coopMultiplyAdd(p_left_1_0, column, o_1_1);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 8u], V_ROW);
           o_0_2 = coopMultiplyAdd(p_left_0_0, column, o_0_2);
-          o_1_2 = coopMultiplyAdd(p_left_1_0, column, o_1_2);
         }
         {
           let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 12u], V_ROW);
           o_0_3 = coopMultiplyAdd(p_left_0_0, column, o_0_3);
-          o_1_3 = coopMultiplyAdd(p_left_1_0, column, o_1_3);
-        }
-      }
-      {
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 0u], V_ROW);
-          o_0_0 = coopMultiplyAdd(p_left_0_1, column, o_0_0);
-          o_1_0 = coopMultiplyAdd(p_left_1_1, column, o_1_0);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 4u], V_ROW);
-          o_0_1 = coopMultiplyAdd(p_left_0_1, column, o_0_1);
-          o_1_1 = coopMultiplyAdd(p_left_1_1, column, o_1_1);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 8u], V_ROW);
-          o_0_2 = coopMultiplyAdd(p_left_0_1, column, o_0_2);
-          o_1_2 = coopMultiplyAdd(p_left_1_1, column, o_1_2);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 12u], V_ROW);
-          o_0_3 = coopMultiplyAdd(p_left_0_1, column, o_0_3);
-          o_1_3 = coopMultiplyAdd(p_left_1_1, column, o_1_3);
         }
       }
     }
     {
-      let chunk_column = 32u;
+      let chunk_column = 16u;
       let column0 = tile_column0 + chunk_column;
       // S = Q K^T.
       let next = first_column(tiles, following);
@@ -1687,102 +1022,55 @@ fn main(
         { k_share_3 = raw_k(k_base, source * params.k.seq, quad); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 32u, last_column);
-        { k_share_4 = raw_k(k_base, source * params.k.seq, quad); }
+        let quad = v_quad;
+        let source = min(next + v_row + 0u, last_column);
+        { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 40u, last_column);
-        { k_share_5 = raw_k(k_base, source * params.k.seq, quad); }
+        let quad = v_quad;
+        let source = min(next + v_row + 8u, last_column);
+        { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 48u, last_column);
-        { k_share_6 = raw_k(k_base, source * params.k.seq, quad); }
+        let quad = v_quad;
+        let source = min(next + v_row + 16u, last_column);
+        { v_share_2 = raw_v(v_base, source * params.v.seq, quad); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 56u, last_column);
-        { k_share_7 = raw_k(k_base, source * params.k.seq, quad); }
+        let quad = v_quad;
+        let source = min(next + v_row + 24u, last_column);
+        { v_share_3 = raw_v(v_base, source * params.v.seq, quad); }
       }
       var s_0_0 = coop_mat16x16<f32, C>();
-      var s_0_1 = coop_mat16x16<f32, C>();
-      var s_1_0 = coop_mat16x16<f32, C>();
-      var s_1_1 = coop_mat16x16<f32, C>();
       {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 32u * K_ROW + 0u], K_ROW);
+        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 0u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_0, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_0, column, s_1_0);
       }
       {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 48u * K_ROW + 0u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_0, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_0, column, s_1_1);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 32u * K_ROW + 4u], K_ROW);
+        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 4u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_1, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_1, column, s_1_0);
       }
       {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 48u * K_ROW + 4u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_1, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_1, column, s_1_1);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 32u * K_ROW + 8u], K_ROW);
+        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 8u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_2, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_2, column, s_1_0);
       }
       {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 48u * K_ROW + 8u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_2, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_2, column, s_1_1);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 32u * K_ROW + 12u], K_ROW);
+        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 12u], K_ROW);
         s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
-        s_1_0 = coopMultiplyAdd(q_1_3, column, s_1_0);
-      }
-      {
-        let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 48u * K_ROW + 12u], K_ROW);
-        s_0_1 = coopMultiplyAdd(q_0_3, column, s_0_1);
-        s_1_1 = coopMultiplyAdd(q_1_3, column, s_1_1);
       }
       var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u));
-      var x_0_1 = vec4<f32>(component_c(s_0_1, 0u), component_c(s_0_1, 1u), component_c(s_0_1, 2u), component_c(s_0_1, 3u));
       var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u));
-      var x_1_1 = vec4<f32>(component_c(s_0_1, 4u), component_c(s_0_1, 5u), component_c(s_0_1, 6u), component_c(s_0_1, 7u));
-      var x_2_0 = vec4<f32>(component_c(s_1_0, 0u), component_c(s_1_0, 1u), component_c(s_1_0, 2u), component_c(s_1_0, 3u));
-      var x_2_1 = vec4<f32>(component_c(s_1_1, 0u), component_c(s_1_1, 1u), component_c(s_1_1, 2u), component_c(s_1_1, 3u));
-      var x_3_0 = vec4<f32>(component_c(s_1_0, 4u), component_c(s_1_0, 5u), component_c(s_1_0, 6u), component_c(s_1_0, 7u));
-      var x_3_1 = vec4<f32>(component_c(s_1_1, 4u), component_c(s_1_1, 5u), component_c(s_1_1, 6u), component_c(s_1_1, 7u));
       x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
-      x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 16u + lane_column));
       x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
-      x_1_1 = select(vec4<f32>(hidden), x_1_1, visible4(seq, row_1, column0 + 16u + lane_column));
-      x_2_0 = select(vec4<f32>(hidden), x_2_0, visible4(seq, row_2, column0 + 0u + lane_column));
-      x_2_1 = select(vec4<f32>(hidden), x_2_1, visible4(seq, row_2, column0 + 16u + lane_column));
-      x_3_0 = select(vec4<f32>(hidden), x_3_0, visible4(seq, row_3, column0 + 0u + lane_column));
-      x_3_1 = select(vec4<f32>(hidden), x_3_1, visible4(seq, row_3, column0 + 16u + lane_column));
       let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
-      let pair_max_0_1 = max(x_0_1.xy, x_0_1.zw);
-      var tile_max_0 = max(max(pair_max_0_0.x, pair_max_0_0.y), max(pair_max_0_1.x, pair_max_0_1.y));
+      var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
       let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);
-      let pair_max_1_1 = max(x_1_1.xy, x_1_1.zw);
-      var tile_max_1 = max(max(pair_max_1_0.x, pair_max_1_0.y), max(pair_max_1_1.x, pair_max_1_1.y));
-      let pair_max_2_0 = max(x_2_0.xy, x_2_0.zw);
-      let pair_max_2_1 = max(x_2_1.xy, x_2_1.zw);
-      var tile_max_2 = max(max(pair_max_2_0.x, pair_max_2_0.y), max(pair_max_2_1.x, pair_max_2_1.y));
-      let pair_max_3_0 = max(x_3_0.xy, x_3_0.zw);
-      let pair_max_3_1 = max(x_3_1.xy, x_3_1.zw);
-      var tile_max_3 = max(max(pair_max_3_0.x, pair_max_3_0.y), max(pair_max_3_1.x, pair_max_3_1.y));
+      var tile_max_1 = max(pair_max_1_0.x, pair_max_1_0.y);
 
       // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
       // compiler moves the registers of fragments.
       loop {
-        if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1) || (tile_max_2 > limit_2) || (tile_max_3 > limit_3))) { break; }
+        if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
         let old_max_0 = row_max_0;
         {
           var tile_max = tile_max_0;
@@ -1815,120 +1103,39 @@ fn main(
         // A row that keeps its maximum keeps its bits.
         let rescale_1 = select(exp2(old_max_1 - row_max_1), 1.0, old_max_1 == row_max_1);
         row_sum_1 *= rescale_1;
-        let old_max_2 = row_max_2;
-        {
-          var tile_max = tile_max_2;
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_2 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-            row_max_2 = tile_max * scale;
-            limit_2 = tile_max + slack;
-          }
-        }
-
-        // A row that keeps its maximum keeps its bits.
-        let rescale_2 = select(exp2(old_max_2 - row_max_2), 1.0, old_max_2 == row_max_2);
-        row_sum_2 *= rescale_2;
-        let old_max_3 = row_max_3;
-        {
-          var tile_max = tile_max_3;
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-          tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_3 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-            row_max_3 = tile_max * scale;
-            limit_3 = tile_max + slack;
-          }
-        }
-
-        // A row that keeps its maximum keeps its bits.
-        let rescale_3 = select(exp2(old_max_3 - row_max_3), 1.0, old_max_3 == row_max_3);
-        row_sum_3 *= rescale_3;
         o_0_0 = matrix_of_c(component_c(o_0_0, 0u) * rescale_0, component_c(o_0_0, 1u) * rescale_0, component_c(o_0_0, 2u) * rescale_0, component_c(o_0_0, 3u) * rescale_0, component_c(o_0_0, 4u) * rescale_1, component_c(o_0_0, 5u) * rescale_1, component_c(o_0_0, 6u) * rescale_1, component_c(o_0_0, 7u) * rescale_1);
         o_0_1 = matrix_of_c(component_c(o_0_1, 0u) * rescale_0, component_c(o_0_1, 1u) * rescale_0, component_c(o_0_1, 2u) * rescale_0, component_c(o_0_1, 3u) * rescale_0, component_c(o_0_1, 4u) * rescale_1, component_c(o_0_1, 5u) * rescale_1, component_c(o_0_1, 6u) * rescale_1, component_c(o_0_1, 7u) * rescale_1);
         o_0_2 = matrix_of_c(component_c(o_0_2, 0u) * rescale_0, component_c(o_0_2, 1u) * rescale_0, component_c(o_0_2, 2u) * rescale_0, component_c(o_0_2, 3u) * rescale_0, component_c(o_0_2, 4u) * rescale_1, component_c(o_0_2, 5u) * rescale_1, component_c(o_0_2, 6u) * rescale_1, component_c(o_0_2, 7u) * rescale_1);
         o_0_3 = matrix_of_c(component_c(o_0_3, 0u) * rescale_0, component_c(o_0_3, 1u) * rescale_0, component_c(o_0_3, 2u) * rescale_0, component_c(o_0_3, 3u) * rescale_0, component_c(o_0_3, 4u) * rescale_1, component_c(o_0_3, 5u) * rescale_1, component_c(o_0_3, 6u) * rescale_1, component_c(o_0_3, 7u) * rescale_1);
-        o_1_0 = matrix_of_c(component_c(o_1_0, 0u) * rescale_2, component_c(o_1_0, 1u) * rescale_2, component_c(o_1_0, 2u) * rescale_2, component_c(o_1_0, 3u) * rescale_2, component_c(o_1_0, 4u) * rescale_3, component_c(o_1_0, 5u) * rescale_3, component_c(o_1_0, 6u) * rescale_3, component_c(o_1_0, 7u) * rescale_3);
-        o_1_1 = matrix_of_c(component_c(o_1_1, 0u) * rescale_2, component_c(o_1_1, 1u) * rescale_2, component_c(o_1_1, 2u) * rescale_2, component_c(o_1_1, 3u) * rescale_2, component_c(o_1_1, 4u) * rescale_3, component_c(o_1_1, 5u) * rescale_3, component_c(o_1_1, 6u) * rescale_3, component_c(o_1_1, 7u) * rescale_3);
-        o_1_2 = matrix_of_c(component_c(o_1_2, 0u) * rescale_2, component_c(o_1_2, 1u) * rescale_2, component_c(o_1_2, 2u) * rescale_2, component_c(o_1_2, 3u) * rescale_2, component_c(o_1_2, 4u) * rescale_3, component_c(o_1_2, 5u) * rescale_3, component_c(o_1_2, 6u) * rescale_3, component_c(o_1_2, 7u) * rescale_3);
-        o_1_3 = matrix_of_c(component_c(o_1_3, 0u) * rescale_2, component_c(o_1_3, 1u) * rescale_2, component_c(o_1_3, 2u) * rescale_2, component_c(o_1_3, 3u) * rescale_2, component_c(o_1_3, 4u) * rescale_3, component_c(o_1_3, 5u) * rescale_3, component_c(o_1_3, 6u) * rescale_3, component_c(o_1_3, 7u) * rescale_3);
       }
       // P = exp(S - m);  row_sum += sum of P.
       var total_0 = vec4<f32>();
       let p_0_0 = exp2(fma(x_0_0, vec4<f32>(scale), vec4<f32>(-row_max_0)));
       total_0 += p_0_0;
-      let p_0_1 = exp2(fma(x_0_1, vec4<f32>(scale), vec4<f32>(-row_max_0)));
-      total_0 += p_0_1;
       row_sum_0 += (total_0.x + total_0.y) + (total_0.z + total_0.w);
       var total_1 = vec4<f32>();
       let p_1_0 = exp2(fma(x_1_0, vec4<f32>(scale), vec4<f32>(-row_max_1)));
       total_1 += p_1_0;
-      let p_1_1 = exp2(fma(x_1_1, vec4<f32>(scale), vec4<f32>(-row_max_1)));
-      total_1 += p_1_1;
       row_sum_1 += (total_1.x + total_1.y) + (total_1.z + total_1.w);
-      var total_2 = vec4<f32>();
-      let p_2_0 = exp2(fma(x_2_0, vec4<f32>(scale), vec4<f32>(-row_max_2)));
-      total_2 += p_2_0;
-      let p_2_1 = exp2(fma(x_2_1, vec4<f32>(scale), vec4<f32>(-row_max_2)));
-      total_2 += p_2_1;
-      row_sum_2 += (total_2.x + total_2.y) + (total_2.z + total_2.w);
-      var total_3 = vec4<f32>();
-      let p_3_0 = exp2(fma(x_3_0, vec4<f32>(scale), vec4<f32>(-row_max_3)));
-      total_3 += p_3_0;
-      let p_3_1 = exp2(fma(x_3_1, vec4<f32>(scale), vec4<f32>(-row_max_3)));
-      total_3 += p_3_1;
-      row_sum_3 += (total_3.x + total_3.y) + (total_3.z + total_3.w);
       let p_left_0_0 = matrix_of_a(f16(p_0_0.x), f16(p_0_0.y), f16(p_0_0.z), f16(p_0_0.w), f16(p_1_0.x), f16(p_1_0.y), f16(p_1_0.z), f16(p_1_0.w));
-      let p_left_0_1 = matrix_of_a(f16(p_0_1.x), f16(p_0_1.y), f16(p_0_1.z), f16(p_0_1.w), f16(p_1_1.x), f16(p_1_1.y), f16(p_1_1.z), f16(p_1_1.w));
-      let p_left_1_0 = matrix_of_a(f16(p_2_0.x), f16(p_2_0.y), f16(p_2_0.z), f16(p_2_0.w), f16(p_3_0.x), f16(p_3_0.y), f16(p_3_0.z), f16(p_3_0.w));
-      let p_left_1_1 = matrix_of_a(f16(p_2_1.x), f16(p_2_1.y), f16(p_2_1.z), f16(p_2_1.w), f16(p_3_1.x), f16(p_3_1.y), f16(p_3_1.z), f16(p_3_1.w));
 
       // O += P V.
       {
         {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 32u * V_ROW + 0u], V_ROW);
+          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 0u], V_ROW);
           o_0_0 = coopMultiplyAdd(p_left_0_0, column, o_0_0);
-          o_1_0 = coopMultiplyAdd(p_left_1_0, column, o_1_0);
         }
         {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 32u * V_ROW + 4u], V_ROW);
+          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 4u], V_ROW);
           o_0_1 = coopMultiplyAdd(p_left_0_0, column, o_0_1);
-          o_1_1 = coopMultiplyAdd(p_left_1_0, column, o_1_1);
         }
         {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 32u * V_ROW + 8u], V_ROW);
+          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 8u], V_ROW);
           o_0_2 = coopMultiplyAdd(p_left_0_0, column, o_0_2);
-          o_1_2 = coopMultiplyAdd(p_left_1_0, column, o_1_2);
         }
         {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 32u * V_ROW + 12u], V_ROW);
+          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 12u], V_ROW);
           o_0_3 = coopMultiplyAdd(p_left_0_0, column, o_0_3);
-          o_1_3 = coopMultiplyAdd(p_left_1_0, column, o_1_3);
-        }
-      }
-      {
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 48u * V_ROW + 0u], V_ROW);
-          o_0_0 = coopMultiplyAdd(p_left_0_1, column, o_0_0);
-          o_1_0 = coopMultiplyAdd(p_left_1_1, column, o_1_0);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 48u * V_ROW + 4u], V_ROW);
-          o_0_1 = coopMultiplyAdd(p_left_0_1, column, o_0_1);
-          o_1_1 = coopMultiplyAdd(p_left_1_1, column, o_1_1);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 48u * V_ROW + 8u], V_ROW);
-          o_0_2 = coopMultiplyAdd(p_left_0_1, column, o_0_2);
-          o_1_2 = coopMultiplyAdd(p_left_1_1, column, o_1_2);
-        }
-        {
-          let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 48u * V_ROW + 12u], V_ROW);
-          o_0_3 = coopMultiplyAdd(p_left_0_1, column, o_0_3);
-          o_1_3 = coopMultiplyAdd(p_left_1_1, column, o_1_3);
         }
       }
 
@@ -1945,18 +1152,6 @@ fn main(
       }
       {
         k_stage[stage * K_TILE + (k_row + 24u) * K_ROW + k_quad] = halves4(k_share_3);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 32u) * K_ROW + k_quad] = halves4(k_share_4);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 40u) * K_ROW + k_quad] = halves4(k_share_5);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 48u) * K_ROW + k_quad] = halves4(k_share_6);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 56u) * K_ROW + k_quad] = halves4(k_share_7);
       }
       workgroupBarrier();
     }
@@ -1972,16 +1167,6 @@ fn main(
   let end_1 = finish_row(row_max_1 / scale, row_sum_1, work.head);
   let factor_1 = end_1.factor;
   if (row_1 < row_limit && lane_column == 0u) { lse[lse_base + row_1] = select(params.negative_infinity, end_1.lse, row_1 < seq.seq_q); }
-  row_sum_2 = row_sum_2 + subgroupShuffleXor(row_sum_2, 1u);
-  row_sum_2 = row_sum_2 + subgroupShuffleXor(row_sum_2, 2u);
-  let end_2 = finish_row(row_max_2 / scale, row_sum_2, work.head);
-  let factor_2 = end_2.factor;
-  if (row_2 < row_limit && lane_column == 0u) { lse[lse_base + row_2] = select(params.negative_infinity, end_2.lse, row_2 < seq.seq_q); }
-  row_sum_3 = row_sum_3 + subgroupShuffleXor(row_sum_3, 1u);
-  row_sum_3 = row_sum_3 + subgroupShuffleXor(row_sum_3, 2u);
-  let end_3 = finish_row(row_max_3 / scale, row_sum_3, work.head);
-  let factor_3 = end_3.factor;
-  if (row_3 < row_limit && lane_column == 0u) { lse[lse_base + row_3] = select(params.negative_infinity, end_3.lse, row_3 < seq.seq_q); }
   {
     let base = o_base + strip_row_0 * params.o.seq;
     let result_0_0 = component_c(o_0_0, 0u) * factor_0;
@@ -2137,162 +1322,7 @@ fn main(
       }
     }
   }
-  {
-    let base = o_base + strip_row_1 * params.o.seq;
-    let result_0_0 = component_c(o_1_0, 0u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_0_0);
-    let result_0_1 = component_c(o_1_0, 1u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_0_1);
-    let result_0_2 = component_c(o_1_0, 2u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_0_2);
-    let result_0_3 = component_c(o_1_0, 3u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_0_3);
-    let result_0_4 = component_c(o_1_0, 4u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_0_4);
-    let result_0_5 = component_c(o_1_0, 5u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_0_5);
-    let result_0_6 = component_c(o_1_0, 6u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_0_6);
-    let result_0_7 = component_c(o_1_0, 7u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_0_7);
-    let result_0 = matrix_of_c(result_0_0, result_0_1, result_0_2, result_0_3, result_0_4, result_0_5, result_0_6, result_0_7);
-    subgroupBarrier();
-    coopStoreT(result_0, &score_rows[subgroup_scores], SCORE_ROW);
-    subgroupBarrier();
-    {
-      let quad = part + 0u;
-      {
-        if (strip_row_1 < row_limit) {
-          let result = score_rows[score_at - part + quad];
-          store_o(base, 0u + quad, result);
-        }
-      }
-    }
-    {
-      let quad = part + 2u;
-      {
-        if (strip_row_1 < row_limit) {
-          let result = score_rows[score_at - part + quad];
-          store_o(base, 0u + quad, result);
-        }
-      }
-    }
-    let result_1_0 = component_c(o_1_1, 0u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_1_0);
-    let result_1_1 = component_c(o_1_1, 1u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_1_1);
-    let result_1_2 = component_c(o_1_1, 2u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_1_2);
-    let result_1_3 = component_c(o_1_1, 3u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_1_3);
-    let result_1_4 = component_c(o_1_1, 4u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_1_4);
-    let result_1_5 = component_c(o_1_1, 5u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_1_5);
-    let result_1_6 = component_c(o_1_1, 6u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_1_6);
-    let result_1_7 = component_c(o_1_1, 7u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_1_7);
-    let result_1 = matrix_of_c(result_1_0, result_1_1, result_1_2, result_1_3, result_1_4, result_1_5, result_1_6, result_1_7);
-    subgroupBarrier();
-    coopStoreT(result_1, &score_rows[subgroup_scores], SCORE_ROW);
-    subgroupBarrier();
-    {
-      let quad = part + 0u;
-      {
-        if (strip_row_1 < row_limit) {
-          let result = score_rows[score_at - part + quad];
-          store_o(base, 4u + quad, result);
-        }
-      }
-    }
-    {
-      let quad = part + 2u;
-      {
-        if (strip_row_1 < row_limit) {
-          let result = score_rows[score_at - part + quad];
-          store_o(base, 4u + quad, result);
-        }
-      }
-    }
-    let result_2_0 = component_c(o_1_2, 0u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_2_0);
-    let result_2_1 = component_c(o_1_2, 1u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_2_1);
-    let result_2_2 = component_c(o_1_2, 2u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_2_2);
-    let result_2_3 = component_c(o_1_2, 3u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_2_3);
-    let result_2_4 = component_c(o_1_2, 4u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_2_4);
-    let result_2_5 = component_c(o_1_2, 5u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_2_5);
-    let result_2_6 = component_c(o_1_2, 6u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_2_6);
-    let result_2_7 = component_c(o_1_2, 7u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_2_7);
-    let result_2 = matrix_of_c(result_2_0, result_2_1, result_2_2, result_2_3, result_2_4, result_2_5, result_2_6, result_2_7);
-    subgroupBarrier();
-    coopStoreT(result_2, &score_rows[subgroup_scores], SCORE_ROW);
-    subgroupBarrier();
-    {
-      let quad = part + 0u;
-      {
-        if (strip_row_1 < row_limit) {
-          let result = score_rows[score_at - part + quad];
-          store_o(base, 8u + quad, result);
-        }
-      }
-    }
-    {
-      let quad = part + 2u;
-      {
-        if (strip_row_1 < row_limit) {
-          let result = score_rows[score_at - part + quad];
-          store_o(base, 8u + quad, result);
-        }
-      }
-    }
-    let result_3_0 = component_c(o_1_3, 0u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_3_0);
-    let result_3_1 = component_c(o_1_3, 1u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_3_1);
-    let result_3_2 = component_c(o_1_3, 2u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_3_2);
-    let result_3_3 = component_c(o_1_3, 3u) * factor_2;
-    fallback_2 = fallback_2 || !is_finite1(result_3_3);
-    let result_3_4 = component_c(o_1_3, 4u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_3_4);
-    let result_3_5 = component_c(o_1_3, 5u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_3_5);
-    let result_3_6 = component_c(o_1_3, 6u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_3_6);
-    let result_3_7 = component_c(o_1_3, 7u) * factor_3;
-    fallback_3 = fallback_3 || !is_finite1(result_3_7);
-    let result_3 = matrix_of_c(result_3_0, result_3_1, result_3_2, result_3_3, result_3_4, result_3_5, result_3_6, result_3_7);
-    subgroupBarrier();
-    coopStoreT(result_3, &score_rows[subgroup_scores], SCORE_ROW);
-    subgroupBarrier();
-    {
-      let quad = part + 0u;
-      {
-        if (strip_row_1 < row_limit) {
-          let result = score_rows[score_at - part + quad];
-          store_o(base, 12u + quad, result);
-        }
-      }
-    }
-    {
-      let quad = part + 2u;
-      {
-        if (strip_row_1 < row_limit) {
-          let result = score_rows[score_at - part + quad];
-          store_o(base, 12u + quad, result);
-        }
-      }
-    }
-  }
-  let subgroup_fallback = subgroupAny((fallback_0 && row_0 < row_limit) || (fallback_1 && row_1 < row_limit) || (fallback_2 && row_2 < row_limit) || (fallback_3 && row_3 < row_limit));
+  let subgroup_fallback = subgroupAny((fallback_0 && row_0 < row_limit) || (fallback_1 && row_1 < row_limit));
   var any_fallback = false;
   workgroupBarrier();
   if (lane == 0u) { score_rows[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_fallback)); }
@@ -2314,18 +1344,10 @@ fn main(
     reported_1 = max(reported_1, subgroupShuffleXor(reported_1, 1u));
     reported_1 = max(reported_1, subgroupShuffleXor(reported_1, 2u));
     if (lane_column == 0u) { score_rows[row_1 - row0] = vec4<f32>(reported_1); }
-    var reported_2 = select(0.0, 1.0, fallback_2);
-    reported_2 = max(reported_2, subgroupShuffleXor(reported_2, 1u));
-    reported_2 = max(reported_2, subgroupShuffleXor(reported_2, 2u));
-    if (lane_column == 0u) { score_rows[row_2 - row0] = vec4<f32>(reported_2); }
-    var reported_3 = select(0.0, 1.0, fallback_3);
-    reported_3 = max(reported_3, subgroupShuffleXor(reported_3, 1u));
-    reported_3 = max(reported_3, subgroupShuffleXor(reported_3, 2u));
-    if (lane_column == 0u) { score_rows[row_3 - row0] = vec4<f32>(reported_3); }
     workgroupBarrier();
-    if (thread < 4u) {
+    if (thread < 2u) {
       var bits = 0u;
-      for (var n = 0u; n < min(128u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
+      for (var n = 0u; n < min(64u - thread * 32u, 32u); n += 1u) { bits |= u32(score_rows[thread * 32u + n].x) << n; }
       fallback[slot + 1u + thread] = bits;
     }
   }
