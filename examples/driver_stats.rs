@@ -126,8 +126,10 @@ impl Driver {
             let mut cooperative = vk::PhysicalDeviceCooperativeMatrixFeaturesKHR::default()
                 .cooperative_matrix(has(khr::cooperative_matrix::NAME));
             let mut vulkan_1_1 = vk::PhysicalDeviceVulkan11Features::default().storage_buffer16_bit_access(true);
-            let mut vulkan_1_2 =
-                vk::PhysicalDeviceVulkan12Features::default().shader_float16(true).vulkan_memory_model(true);
+            let mut vulkan_1_2 = vk::PhysicalDeviceVulkan12Features::default()
+                .shader_float16(true)
+                .vulkan_memory_model(true)
+                .vulkan_memory_model_device_scope(true);
             let mut info = vk::DeviceCreateInfo::default()
                 .queue_create_infos(&queue)
                 .enabled_extension_names(&extensions)

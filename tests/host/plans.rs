@@ -420,12 +420,7 @@ fn auto_is_cooperative_where_that_is_known_to_be_faster() {
                 .filter(|pass| pass.variant.tiling.is_some() && pass.variant.fallback.is_none())
                 .map(|pass| pass.variant.micro_kernel)
                 .collect();
-            assert_eq!(
-                found,
-                HashSet::from([expected.unwrap_or(MicroKernel::Portable)]),
-                "{} {problem}",
-                device.name
-            );
+            assert_eq!(found, HashSet::from([expected.unwrap_or(MicroKernel::Portable)]), "{} {problem}", device.name);
         }
     }
 }
