@@ -58,6 +58,19 @@ fn text(side: u32, lanes: u32) -> String {
     .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
 }
 
+/// The elements of a fragment that lanes can share.
+fn area(side: u32, lanes: u32) -> Result<u32, String> {
+    let area = side.checked_mul(side).filter(|area| lanes > 0 && area.is_multiple_of(lanes) && *area <= 256);
+    area.ok_or_else(|| format!("{lanes} lanes do not share {side}x{side} elements evenly"))
+}
+
+/// The kernel's words for a side and a number of lanes.
+pub(crate) fn spirv(side: u32, lanes: u32, version: SpirvVersion) -> Result<Vec<u32>, String> {
+    area(side, lanes)?;
+    let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
+    translation.of(&text(side, lanes), version)
+}
+
 /// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product.
 fn run(
     device: &wgpu::Device,
@@ -66,11 +79,8 @@ fn run(
     version: SpirvVersion,
 ) -> Result<Vec<f32>, String> {
     let CooperativeMatrices { side, lanes, .. } = matrices;
-    let area = side.checked_mul(side).filter(|area| lanes > 0 && area.is_multiple_of(lanes) && *area <= 256);
-    let area = area.ok_or_else(|| format!("{lanes} lanes do not share {side}x{side} elements evenly"))?;
-    let text = text(side, lanes);
-    let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
-    let words = translation.of(&text, version)?;
+    let area = area(side, lanes)?;
+    let words = spirv(side, lanes, version)?;
     let label = Some("sink-attention probes the elements of fragments");
     let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation]
         .map(|filter| device.push_error_scope(filter));
@@ -184,11 +194,10 @@ mod tests {
     #[test]
     fn the_kernel_is_right_for_every_size() {
         for (side, lanes) in [(16, 32), (8, 8), (8, 32), (16, 64)] {
-            let text = text(side, lanes);
-            let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
-            let words = translation.of(&text, SpirvVersion { major: 1, minor: 6 });
-            assert!(words.is_ok(), "{text}\n{}", words.unwrap_err());
+            let words = spirv(side, lanes, SpirvVersion { major: 1, minor: 6 });
+            assert!(words.is_ok(), "{}\n{}", text(side, lanes), words.unwrap_err());
         }
+        assert!(spirv(16, 24, SpirvVersion { major: 1, minor: 6 }).unwrap_err().contains("evenly"));
     }
 
     #[test]
