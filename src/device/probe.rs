@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use half::f16;
 use wgpu::util::DeviceExt as _;
 
+use crate::device::adapter::device_descriptor;
 use crate::device::capabilities::{Capabilities, CooperativeMatrices, SpirvVersion};
 use crate::device::elements::ElementLayout;
 use crate::device::spirv::Translation;
@@ -20,10 +21,7 @@ impl ElementLayout {
     /// The reason, in words, where kernels cannot compute with elements on this device.
     pub fn probe(device: &wgpu::Device, queue: &wgpu::Queue, capabilities: &Capabilities) -> Result<Self, String> {
         static FOUND: OnceLock<Mutex<HashMap<Key, Result<ElementLayout, String>>>> = OnceLock::new();
-        let Some(matrices) = capabilities.cooperative else { return Err("there are no cooperative matrices".into()) };
-        let Some(version) = capabilities.spirv else {
-            return Err("the device takes kernels as WGSL alone, which has no arithmetic on elements".into());
-        };
+        let (matrices, version) = needs(capabilities)?;
         let CooperativeMatrices { side, lanes, .. } = matrices;
         let info = device.adapter_info();
         let key = (info.name, info.driver, info.driver_info, [side, lanes]);
@@ -34,6 +32,27 @@ impl ElementLayout {
         });
         found.clone()
     }
+
+    /// The layout of the elements of a device of this adapter that [`device_descriptor`] asks for. A device is opened and runs a small
+    /// kernel, unless the adapter says that kernels could not use the answer.
+    ///
+    /// # Errors
+    /// As [`probe`](Self::probe), and why no device could be opened.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Result<Self, String> {
+        let capabilities = Capabilities::of_adapter(adapter);
+        needs(&capabilities)?;
+        let opened = pollster::block_on(adapter.request_device(&device_descriptor(adapter)));
+        let (device, queue) = opened.map_err(|error| error.to_string())?;
+        Self::probe(&device, &queue, &capabilities)
+    }
+}
+
+/// What a device must have to be asked, or the reason why no kernel could use the answer.
+fn needs(capabilities: &Capabilities) -> Result<(CooperativeMatrices, SpirvVersion), String> {
+    let matrices = capabilities.cooperative.ok_or("there are no cooperative matrices")?;
+    let version =
+        capabilities.spirv.ok_or("the device takes kernels as WGSL alone, which has no arithmetic on elements")?;
+    Ok((matrices, version))
 }
 
 /// The kernel's text for a side and a number of lanes.
