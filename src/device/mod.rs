@@ -8,10 +8,12 @@ pub(crate) mod capabilities;
 pub(crate) mod elements;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 pub(crate) mod markers;
+#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
+pub(crate) mod memory_model;
 #[cfg(feature = "gpu")]
 mod open;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
-mod probe;
+pub(crate) mod probe;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 pub(crate) mod spirv;
 

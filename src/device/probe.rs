@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use half::f16;
 use wgpu::util::DeviceExt as _;
 
+use crate::device::adapter::device_descriptor;
 use crate::device::capabilities::{Capabilities, CooperativeMatrices, SpirvVersion};
 use crate::device::elements::ElementLayout;
 use crate::device::spirv::Translation;
@@ -20,10 +21,7 @@ impl ElementLayout {
     /// The reason, in words, where kernels cannot compute with elements on this device.
     pub fn probe(device: &wgpu::Device, queue: &wgpu::Queue, capabilities: &Capabilities) -> Result<Self, String> {
         static FOUND: OnceLock<Mutex<HashMap<Key, Result<ElementLayout, String>>>> = OnceLock::new();
-        let Some(matrices) = capabilities.cooperative else { return Err("there are no cooperative matrices".into()) };
-        let Some(version) = capabilities.spirv else {
-            return Err("the device takes kernels as WGSL alone, which has no arithmetic on elements".into());
-        };
+        let (matrices, version) = needs(capabilities)?;
         let CooperativeMatrices { side, lanes, .. } = matrices;
         let info = device.adapter_info();
         let key = (info.name, info.driver, info.driver_info, [side, lanes]);
@@ -34,6 +32,27 @@ impl ElementLayout {
         });
         found.clone()
     }
+
+    /// The layout of the elements of a device of this adapter that [`device_descriptor`] asks for. A device is opened and runs a small
+    /// kernel, unless the adapter says that kernels could not use the answer.
+    ///
+    /// # Errors
+    /// As [`probe`](Self::probe), and why no device could be opened.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Result<Self, String> {
+        let capabilities = Capabilities::of_adapter(adapter);
+        needs(&capabilities)?;
+        let opened = pollster::block_on(adapter.request_device(&device_descriptor(adapter)));
+        let (device, queue) = opened.map_err(|error| error.to_string())?;
+        Self::probe(&device, &queue, &capabilities)
+    }
+}
+
+/// What a device must have to be asked, or the reason why no kernel could use the answer.
+fn needs(capabilities: &Capabilities) -> Result<(CooperativeMatrices, SpirvVersion), String> {
+    let matrices = capabilities.cooperative.ok_or("there are no cooperative matrices")?;
+    let version =
+        capabilities.spirv.ok_or("the device takes kernels as WGSL alone, which has no arithmetic on elements")?;
+    Ok((matrices, version))
 }
 
 /// The kernel's text for a side and a number of lanes.
@@ -58,6 +77,19 @@ fn text(side: u32, lanes: u32) -> String {
     .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
 }
 
+/// The elements of a fragment that lanes can share.
+fn area(side: u32, lanes: u32) -> Result<u32, String> {
+    let area = side.checked_mul(side).filter(|area| lanes > 0 && area.is_multiple_of(lanes) && *area <= 256);
+    area.ok_or_else(|| format!("{lanes} lanes do not share {side}x{side} elements evenly"))
+}
+
+/// The kernel's words for a side and a number of lanes.
+pub(crate) fn spirv(side: u32, lanes: u32, version: SpirvVersion) -> Result<Vec<u32>, String> {
+    area(side, lanes)?;
+    let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
+    translation.of(&text(side, lanes), version)
+}
+
 /// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product.
 fn run(
     device: &wgpu::Device,
@@ -66,11 +98,8 @@ fn run(
     version: SpirvVersion,
 ) -> Result<Vec<f32>, String> {
     let CooperativeMatrices { side, lanes, .. } = matrices;
-    let area = side.checked_mul(side).filter(|area| lanes > 0 && area.is_multiple_of(lanes) && *area <= 256);
-    let area = area.ok_or_else(|| format!("{lanes} lanes do not share {side}x{side} elements evenly"))?;
-    let text = text(side, lanes);
-    let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
-    let words = translation.of(&text, version)?;
+    let area = area(side, lanes)?;
+    let words = spirv(side, lanes, version)?;
     let label = Some("sink-attention probes the elements of fragments");
     let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation]
         .map(|filter| device.push_error_scope(filter));
@@ -184,11 +213,10 @@ mod tests {
     #[test]
     fn the_kernel_is_right_for_every_size() {
         for (side, lanes) in [(16, 32), (8, 8), (8, 32), (16, 64)] {
-            let text = text(side, lanes);
-            let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
-            let words = translation.of(&text, SpirvVersion { major: 1, minor: 6 });
-            assert!(words.is_ok(), "{text}\n{}", words.unwrap_err());
+            let words = spirv(side, lanes, SpirvVersion { major: 1, minor: 6 });
+            assert!(words.is_ok(), "{}\n{}", text(side, lanes), words.unwrap_err());
         }
+        assert!(spirv(16, 24, SpirvVersion { major: 1, minor: 6 }).unwrap_err().contains("evenly"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{ValidationFlags, Validator};
 
 use crate::device::capabilities::SpirvVersion;
-use crate::device::markers;
+use crate::device::{markers, memory_model};
 
 /// What a text is translated with.
 pub(crate) struct Translation<'a> {
@@ -19,7 +19,7 @@ pub(crate) struct Translation<'a> {
 
 impl Translation<'_> {
     /// The words of a text, with the options of wgpu-hal 30, in its src/vulkan/adapter.rs and device.rs, for a module without run-time
-    /// checks.
+    /// checks. [`memory_model`] adds what naga leaves out.
     ///
     /// # Errors
     /// The reason why naga refuses the text, or why a marker does not fit.
@@ -79,6 +79,7 @@ impl Translation<'_> {
         };
         let entry = spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
         let words = spv::write_vec(&module, &info, &options, Some(&entry)).map_err(|error| error.to_string())?;
-        if self.has_markers { markers::rewrite(&words).map(|(words, _)| words) } else { Ok(words) }
+        let words = if self.has_markers { markers::rewrite(&words)?.0 } else { words };
+        memory_model::mend(&words)
     }
 }

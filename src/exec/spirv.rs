@@ -9,7 +9,9 @@ use crate::problem::error::{Error, Result};
 
 impl Variant {
     /// The SPIR-V of this variant: the words that wgpu makes of its [WGSL](Self::wgsl) where it compiles without names for debuggers, with
-    /// arithmetic on the elements of fragments in place of the calls that stand for it, and with the variant's hints for loops. Bindings are numbered as wgpu does, one after the other in the order of their slots.
+    /// arithmetic on the elements of fragments in place of the calls that stand for it, and with the variant's hints for loops. Where it
+    /// multiplies cooperative matrices, barriers of subgroups order workgroup memory, and scopes of the device are declared, which naga
+    /// leaves out. Bindings are numbered as wgpu does, one after the other in the order of their slots.
     ///
     /// # Errors
     /// [`Error::Gpu`] where a hint is for loops that are not there; and if naga refuses the text, which would be a mistake of this crate.

@@ -23,3 +23,5 @@ pub mod hidden;
 #[cfg(not(target_family = "wasm"))]
 pub mod operands;
 pub mod random;
+#[cfg(not(target_family = "wasm"))]
+pub mod spirv;

@@ -8,6 +8,7 @@ use crate::common::views::run_at;
 use crate::common::{fragments, with_others};
 use crate::cooperative::{exact, explained, forward_agrees, is_on_matrices, random};
 use sink_attention::cpu::reference;
+use sink_attention::device::adapters;
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::{DeviceClass, ElementLayout, Kernel, LoopHints, MicroKernel, Tiling};
 use sink_attention::testing::gradients::Backward;
@@ -47,6 +48,9 @@ fn the_layout_that_a_driver_has_is_found() {
     let capabilities = device.capabilities();
     let found = ElementLayout::probe(device.wgpu(), device.queue(), capabilities).unwrap();
     assert_eq!(capabilities.cooperative.unwrap().elements, Some(found));
+    let adapters = adapters();
+    let adapter = adapters.iter().find(|adapter| adapter.get_info().name == capabilities.name).unwrap();
+    assert_eq!(ElementLayout::of_adapter(adapter), Ok(found), "as another device of the adapter says");
     match capabilities.class {
         DeviceClass::Software => assert_eq!(found, ElementLayout::LLVMPIPE),
         DeviceClass::Nvidia => assert_eq!(found, ElementLayout::NVIDIA),

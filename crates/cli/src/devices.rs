@@ -6,16 +6,17 @@ use std::fmt;
 use clap::Args;
 use serde::Serialize;
 use sink_attention::device::{ADAPTER_VARIABLE, adapters, describe, is_software};
-use sink_attention::plan::{Capabilities, CooperativeMatrices, Plan, SpirvVersion};
+use sink_attention::plan::{Capabilities, CooperativeMatrices, ElementLayout, Plan, SpirvVersion};
 use sink_attention::wgpu::{self, Adapter};
 use sink_attention::{DeviceChoice, Options, Problem, Shape};
 
-use crate::shared::{bytes, print_summary};
+use crate::shared::{bytes, print_summary, with_elements};
 
 /// List the devices there are, what they offer, and which kernels they would run
 ///
 /// Adapters come in the order of preference. The number in front of an adapter, or a part of its name, is what
-/// --adapter and the environment variable SINK_ATTENTION_ADAPTER take. Nothing is opened or computed.
+/// --adapter and the environment variable SINK_ATTENTION_ADAPTER take. Nothing is computed. A device with cooperative
+/// matrices is opened, because it alone can say where it keeps their elements.
 #[derive(Debug, Args)]
 pub struct Devices {
     /// Print the list as a JSON object
@@ -68,6 +69,10 @@ struct Entry {
     matrices: Option<CooperativeMatrices>,
     /// The reason why there are none.
     cooperative_error: Option<String>,
+    /// The layout of the elements of fragments in registers, with which kernels compute. Absent where they cannot.
+    elements: Option<String>,
+    /// Why they cannot.
+    elements_error: Option<String>,
     /// The newest SPIR-V that the driver takes; absent where kernels reach it as WGSL only.
     spirv: Option<String>,
     /// Why they do.
@@ -80,8 +85,9 @@ struct Entry {
 impl Entry {
     fn new(index: usize, adapter: &Adapter) -> Self {
         let info = adapter.get_info();
-        let capabilities = Capabilities::of_adapter(adapter);
         let cooperative = CooperativeMatrices::of_adapter(adapter);
+        let elements = ElementLayout::of_adapter(adapter);
+        let capabilities = with_elements(Capabilities::of_adapter(adapter), elements.clone().ok());
         let spirv = SpirvVersion::of_adapter(adapter);
         Entry {
             index,
@@ -107,6 +113,8 @@ impl Entry {
             matrices: cooperative.as_ref().ok().copied(),
             cooperative_matrices: cooperative.as_ref().ok().map(|matrices| [matrices.side, matrices.lanes]),
             cooperative_error: cooperative.err(),
+            elements: elements.as_ref().ok().map(ToString::to_string),
+            elements_error: elements.err(),
             spirv: spirv.as_ref().ok().map(ToString::to_string),
             spirv_error: spirv.err(),
             kernels: [64, 128].map(|head_dim| Kernel::new(head_dim, &capabilities)).into(),
@@ -217,6 +225,10 @@ impl fmt::Display for Entry {
         match (self.matrices, &self.cooperative_error) {
             (Some(matrices), _) => writeln!(f, "   matrices    {matrices}")?,
             (None, reason) => writeln!(f, "   matrices    none: {}", reason.as_deref().unwrap_or_default())?,
+        }
+        match (&self.elements, &self.elements_error) {
+            (Some(layout), _) => writeln!(f, "   elements    {layout}")?,
+            (None, reason) => writeln!(f, "   elements    none: {}", reason.as_deref().unwrap_or_default())?,
         }
         match (&self.spirv, &self.spirv_error) {
             (Some(version), _) => writeln!(f, "   SPIR-V      {version}: tiles may have hints for loops")?,

@@ -8,15 +8,15 @@ use serde::Serialize;
 use sink_attention::cache::{CacheConfig, CacheKind, Decode, Quantisation};
 use sink_attention::device::{Selection, adapters, describe};
 use sink_attention::plan::MicroKernel;
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Pass, Plan, Preference};
+use sink_attention::plan::{Capabilities, ElementLayout, Kernel, OptionalOperands, Pass, Plan, Preference};
 use sink_attention::tuning::Tuning;
 use sink_attention::{Alignment, DType, DeviceChoice, Layout, Options, Problem, Shape, SinkLogits, Window};
 
-use crate::shared::{DeviceArgs, ElementType, bytes, print_summary};
+use crate::shared::{DeviceArgs, ElementType, bytes, print_summary, with_elements};
 
 /// Explain how a problem would be computed: kernel, tiles, work and memory
 ///
-/// Nothing is opened or computed. With --device the answer is for a device that need not be here.
+/// Nothing is computed. With --device the answer is for a device that need not be here.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     /// Explain the passes of the backward pass, too
@@ -321,7 +321,10 @@ impl PlanArgs {
         let Selection { adapter, reason, .. } = choice.select(&infos)?;
         Ok(match adapter {
             Some(index) => {
-                (format!("{}: {reason}", describe(&infos[index])), Some(Capabilities::of_adapter(&adapters[index])))
+                let adapter = &adapters[index];
+                let elements = ElementLayout::of_adapter(adapter).ok();
+                let capabilities = with_elements(Capabilities::of_adapter(adapter), elements);
+                (format!("{}: {reason}", describe(&infos[index])), Some(capabilities))
             }
             None => (format!("CPU ({} threads): {reason}", rayon::current_num_threads()), None),
         })

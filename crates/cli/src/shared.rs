@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sink_attention::plan::MicroKernel;
+use sink_attention::plan::{Capabilities, ElementLayout, MicroKernel};
 use sink_attention::tuning::Tuning;
 use sink_attention::{Attention, DType, DeviceChoice, file};
 
@@ -245,6 +245,12 @@ pub fn bytes(bytes: u64) -> String {
     // There are up to four digits, and no more than needed.
     let decimals = if value.fract() == 0.0 || value >= 100.0 { 0 } else { 1 };
     format!("{value:.decimals$} {}", units[unit])
+}
+
+/// The capabilities of an adapter with what a device of it says of the elements of fragments.
+pub fn with_elements(mut capabilities: Capabilities, elements: Option<ElementLayout>) -> Capabilities {
+    capabilities.cooperative = capabilities.cooperative.map(|matrices| matrices.elements(elements));
+    capabilities
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use crate::binary::{command, fails, sink_attention, succeeds, wrong_usage};
 use serde_json::{Value, json};
 use sink_attention::Device;
 use sink_attention::device::{ADAPTER_VARIABLE, adapters};
-use sink_attention::plan::Capabilities;
+use sink_attention::plan::{Capabilities, ElementLayout};
 use sink_attention::testing::cases::all_cases;
 use sink_attention::testing::devices::gpu;
 
@@ -40,6 +40,9 @@ fn devices_lists_what_the_library_finds() {
         let matrices = offered.cooperative.map(|matrices| [matrices.side, matrices.lanes]);
         assert_eq!(entry["cooperative_matrices"], serde_json::json!(matrices));
         assert_eq!(entry["cooperative_error"].is_null(), matrices.is_some(), "either they are there, or the reason");
+        let elements = ElementLayout::of_adapter(adapter);
+        assert_eq!(entry["elements"], json!(elements.as_ref().ok().map(ToString::to_string)));
+        assert_eq!(entry["elements_error"], json!(elements.err()));
         let spirv = offered.spirv.map(|version| version.to_string());
         assert_eq!(entry["spirv"], serde_json::json!(spirv));
         assert_eq!(entry["spirv_error"].is_null(), spirv.is_some(), "either it is taken, or the reason");
@@ -56,6 +59,11 @@ fn devices_lists_what_the_library_finds() {
             None => format!("matrices    {}\n", Capabilities::of_adapter(adapter).cooperative.unwrap()),
         };
         assert!(people.contains(&matrices), "no {matrices:?} in {people}");
+        let elements = match (entry["elements"].as_str(), entry["elements_error"].as_str()) {
+            (Some(layout), _) => format!("elements    {layout}\n"),
+            (None, reason) => format!("elements    none: {}\n", reason.unwrap()),
+        };
+        assert!(people.contains(&elements), "no {elements:?} in {people}");
         let spirv = match (entry["spirv"].as_str(), entry["spirv_error"].as_str()) {
             (Some(version), _) => format!("SPIR-V      {version}: "),
             (None, reason) => format!("SPIR-V      no, so that tiles have no hints for loops: {}\n", reason.unwrap()),
@@ -69,7 +77,9 @@ fn devices_lists_what_the_library_finds() {
 fn capabilities_are_known_before_a_device_is_opened() {
     for adapter in adapters() {
         if let Ok(device) = Device::open(&adapter) {
-            assert_eq!(Capabilities::of_adapter(&adapter), *device.capabilities());
+            let mut known = Capabilities::of_adapter(&adapter);
+            known.cooperative = known.cooperative.map(|c| c.elements(ElementLayout::of_adapter(&adapter).ok()));
+            assert_eq!(known, *device.capabilities());
         }
     }
 }
