@@ -125,7 +125,7 @@
 //! | row_max | 1e-5 | 1e-5 | 1e-5 | of each element, relative to max(1, size of exact) |
 //! | gradient of ALiBi slopes | 1e-4 | 1e-4 | 1e-4 | as o |
 //!
-//! On cooperative matrices ([`MicroKernel::Cooperative`]) P and d_s are rounded to f16 before they are multiplied. Results stay
+//! On cooperative matrices ([`MicroKernel::Cooperative`], [`MicroKernel::Fragments`]) P and d_s are rounded to f16 before they are multiplied. Results stay
 //! within the bounds above, but with o_lo the gradients of the sink logits and of a bias have the bound of o, and those of ALiBi
 //! slopes twice as much, and row_max of capped scores may be off by 2^-19 of the cap besides. Cases outside the bounds, rules of scales and their derivations: docs/precision.md in the repository.
 //!
@@ -351,6 +351,7 @@
 //! [`KvCache::prepare_decode`]: cache::KvCache::prepare_decode
 //! [`KvCache::prepare_prefill`]: cache::KvCache::prepare_prefill
 //! [`MicroKernel::Cooperative`]: plan::MicroKernel::Cooperative
+//! [`MicroKernel::Fragments`]: plan::MicroKernel::Fragments
 //! [`Step`]: cache::Step
 //! [`Timer`]: timing::Timer
 //! [`Tuning`]: tuning::Tuning
