@@ -12,7 +12,7 @@
 
       strips      WGSL has no arithmetic on a fragment's elements, so a row of fragments goes through workgroup memory, LANES_A_ROW lanes a
                   row. The rows belong to one subgroup, and a subgroup barrier is enough.
-      elements    SPIR-V has it. Calls of the functions that `declare_elements` declares become its instructions (src/exec/elements.rs),
+      elements    SPIR-V has it. Calls of the functions that `declare_elements` declares become its instructions (src/device/markers.rs),
                   and scores stay in registers. A lane has the rows and columns that the driver gives it (ElementLayout).
 
     Fragments have no hidden elements. A hidden column that is NaN or infinite makes the results NaN, since 0 times it is NaN
@@ -66,7 +66,7 @@ fn is_finite1(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) < 0x7f800
 # endif
 # endmacro
 
-{#- Functions whose calls become instructions of SPIR-V. What they return here is never computed. -#}
+{#- Marker functions: calls of them become instructions of SPIR-V (src/device/markers.rs), and their bodies are never run. -#}
 # macro declare_elements()
 fn component_c(m: coop_mat{{ side }}x{{ side }}<f32, C>, i: u32) -> f32 { return 0.0; }
 # for role, scalar in [["a", "f16"], ["c", "f32"]]

@@ -26,8 +26,8 @@ impl Places {
 /// The layout of a fragment's elements in the registers of a subgroup, as a driver has it: each lane has the same number of components, and
 /// each bit of the lane's number, and of the component's, adds to the row or to the column of the element.
 ///
-/// It is that of accumulators (f32) and of left operands (f16) alike, so that results become an operand without leaving their lanes. No
-/// specification says what it is: it is probed on the device.
+/// Accumulators (f32) and left operands (f16) have the same layout, so that results become an operand without leaving their lanes. No
+/// specification says which: the device is probed for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ElementLayout {
     lane: Places,

@@ -1,7 +1,6 @@
 //! Arithmetic on the elements of fragments, which WGSL lacks: calls of marker functions become instructions of SPIR-V.
 //!
-//! A marker is a function of the text whose name, before an underscore and the role of a matrix, is one of these. What its body returns is
-//! of no account.
+//! A marker is a function of WGSL. Its name is one of these, then an underscore and the role of a matrix. Its body is never run.
 //!
 //!   component(matrix, i) -> scalar              the i-th component of the lane; i is a constant
 //!   matrix_of(scalars) -> matrix                a matrix whose components these are
@@ -69,11 +68,11 @@ fn text(words: &[u32]) -> String {
 }
 
 /// A module without its marker functions, with instructions in place of their calls, and without names. It needs the names of its
-/// functions. Returns the module and the number of calls.
+/// functions.
 ///
 /// # Errors
 /// A call whose arguments do not fit the marker.
-pub(crate) fn rewrite(module: &[u32]) -> Result<(Vec<u32>, usize), String> {
+pub(crate) fn rewrite(module: &[u32]) -> Result<Vec<u32>, String> {
     let all = instructions(module)?;
     let mut markers: HashMap<u32, Marker> = HashMap::new();
     let mut constants: HashMap<u32, u32> = HashMap::new();
@@ -107,7 +106,6 @@ pub(crate) fn rewrite(module: &[u32]) -> Result<(Vec<u32>, usize), String> {
     let (mut globals, mut bodies) = (header.to_vec(), Vec::with_capacity(module.len()));
     let mut zeros: BTreeMap<u32, u32> = BTreeMap::new();
     let mut in_marker = false;
-    let mut calls = 0;
     for Instruction { op, words } in &all {
         match (*op, *words) {
             (OP_NAME | OP_MEMBER_NAME, _) => continue,
@@ -129,7 +127,6 @@ pub(crate) fn rewrite(module: &[u32]) -> Result<(Vec<u32>, usize), String> {
             out.extend_from_slice(words);
             continue;
         };
-        calls += 1;
         let mut write = |op: u32, operands: &[u32]| {
             bodies.push(((operands.len() as u32 + 1) << 16) | op);
             bodies.extend_from_slice(operands);
@@ -156,7 +153,7 @@ pub(crate) fn rewrite(module: &[u32]) -> Result<(Vec<u32>, usize), String> {
         globals.extend([(3 << 16) | OP_CONSTANT_NULL, kind, id]);
     }
     globals[3] = bound;
-    Ok(([globals, bodies].concat(), calls))
+    Ok([globals, bodies].concat())
 }
 
 #[cfg(test)]
@@ -204,7 +201,7 @@ mod tests {
             &calls,
             std::slice::from_ref(&end),
         ];
-        let (rewritten, count) = rewrite(&module(50, &text.concat())).unwrap();
+        let rewritten = rewrite(&module(50, &text.concat())).unwrap();
         let insert = |id, part, matrix, index| instruction(OP_COMPOSITE_INSERT, &[3, id, part, matrix, index]);
         let expected = [
             constant,
@@ -221,7 +218,7 @@ mod tests {
             instruction(OP_BITCAST, &[4, 23, 31]),
             end,
         ];
-        assert_eq!((rewritten, count), (module(55, &expected), 4));
+        assert_eq!(rewritten, module(55, &expected));
     }
 
     #[test]

@@ -20,17 +20,19 @@ impl ElementLayout {
     /// # Errors
     /// The reason, in words, where kernels cannot compute with elements on this device.
     pub fn probe(device: &wgpu::Device, queue: &wgpu::Queue, capabilities: &Capabilities) -> Result<Self, String> {
-        static FOUND: OnceLock<Mutex<HashMap<Key, Result<ElementLayout, String>>>> = OnceLock::new();
+        static FOUND: OnceLock<Mutex<HashMap<Key, ElementLayout>>> = OnceLock::new();
         let (matrices, version) = needs(capabilities)?;
         let CooperativeMatrices { side, lanes, .. } = matrices;
         let info = device.adapter_info();
         let key = (info.name, info.driver, info.driver_info, [side, lanes]);
         let mut found = FOUND.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-        let found = found.entry(key).or_insert_with(|| {
-            let numbers = run(device, queue, matrices, version)?;
-            layout_of(side, lanes, &numbers)
-        });
-        found.clone()
+        if let Some(layout) = found.get(&key) {
+            return Ok(*layout);
+        }
+        // A failure is not kept: memory that lacks now may be there for the next device.
+        let layout = layout_of(side, lanes, &run(device, queue, matrices, version)?)?;
+        found.insert(key, layout);
+        Ok(layout)
     }
 
     /// The layout of the elements of a device of this adapter that [`device_descriptor`] asks for. A device is opened and runs a small
@@ -176,13 +178,15 @@ fn run(
     queue.submit([encoder.finish()]);
     let (sender, mapped) = std::sync::mpsc::channel();
     read.map_async(wgpu::MapMode::Read, .., move |result| drop(sender.send(result)));
-    let polled = device.poll(wgpu::PollType::wait_indefinitely());
+    // wgpu panics where the driver has lost the device meanwhile.
+    let poll = || device.poll(wgpu::PollType::wait_indefinitely());
+    let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(poll));
     for scope in scopes.into_iter().rev() {
         if let Some(error) = pollster::block_on(scope.pop()) {
             return Err(error.to_string());
         }
     }
-    polled.map_err(|error| error.to_string())?;
+    polled.map_err(|_| "the driver gave up")?.map_err(|error| error.to_string())?;
     mapped.try_recv().map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
     let bytes = read.get_mapped_range(..).map_err(|error| error.to_string())?;
     Ok(bytemuck::pod_collect_to_vec(&bytes))

@@ -7,7 +7,7 @@ use naga::valid::{ValidationFlags, Validator};
 use crate::device::capabilities::SpirvVersion;
 use crate::device::{markers, memory_model};
 
-/// What a text is translated with.
+/// A translation of one text of WGSL.
 pub(crate) struct Translation<'a> {
     /// The slots of its bindings, ascending. They are numbered one after the other.
     pub(crate) slots: &'a [u32],
@@ -54,7 +54,7 @@ impl Translation<'_> {
         };
         let options = spv::Options {
             lang_version: (version.major, version.minor),
-            // Markers are told apart by their names.
+            // Names tell markers apart.
             flags: match self.has_markers {
                 true => spv::WriterFlags::DEBUG,
                 false => spv::WriterFlags::empty(),
@@ -79,7 +79,7 @@ impl Translation<'_> {
         };
         let entry = spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
         let words = spv::write_vec(&module, &info, &options, Some(&entry)).map_err(|error| error.to_string())?;
-        let words = if self.has_markers { markers::rewrite(&words)?.0 } else { words };
+        let words = if self.has_markers { markers::rewrite(&words)? } else { words };
         memory_model::mend(&words)
     }
 }
