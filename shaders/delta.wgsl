@@ -4,8 +4,8 @@
       row statistics = (lse, delta)                      half precision: also the unit of d_q
       partial sum = sum over the rows of -exp(sink - lse) delta
 
-    The product is summed in the order in which the other kernels sum d_o . v. In a row that one key dominates the two cancel, and then
-    they cancel exactly. -#}
+    The product is summed quad by quad, as the other kernels sum d_o . v. In a row that one key dominates the two cancel, and then they
+    cancel exactly. -#}
 # include "params.wgsl"
 # include "operands.wgsl"
 # include "exp.wgsl"
@@ -16,12 +16,20 @@
 # from "entry.wgsl" import main
 
 const ROWS: u32 = {{ delta_rows }}u;
-// Feature quads staged at once, one for each thread of a row.
+// Threads of a row. Each has every LANES-th feature quad.
 const LANES: u32 = {{ lanes }}u;
-const LANE_ROW: u32 = LANES + 1u;
-var<workgroup> o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
-var<workgroup> d_o_stage: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
+// Padding lets neighbouring rows start in different banks.
+const STEP_QUADS: u32 = {{ lanes * steps }}u;
+const STEP_ROW: u32 = STEP_QUADS + 1u;
+const PART_ROW: u32 = LANES + 1u;
+var<workgroup> products: array<f32, {{ delta_rows * (lanes * steps + 1) }}>;
+# if sinks == "per_head" or stats_have_units
+// Of each thread: its share of the exact sum, and the sum of |d_o| and the largest |o| of its features.
+var<workgroup> parts: array<vec4<f32>, {{ delta_rows * (lanes + 1) }}>;
+# endif
+# if sinks == "per_head"
 var<workgroup> partials: array<f32, {{ delta_rows }}>;
+# endif
 
 # if sinks == "per_head"
 // sum + a b. The second number keeps the rounding errors of the product and of the sum (Dot2 of Ogita, Rump and Oishi). The gradient of
@@ -31,6 +39,13 @@ fn add_product(sum: vec2<f32>, a: f32, b: f32) -> vec2<f32> {
   let next = sum.x + product;
   let kept = next - sum.x;
   return vec2<f32>(next, sum.y + (fma(a, b, -product) + ((sum.x - (next - kept)) + (product - kept))));
+}
+
+// sum + other, both of this kind.
+fn add_sum(sum: vec2<f32>, other: vec2<f32>) -> vec2<f32> {
+  let next = sum.x + other.x;
+  let kept = next - sum.x;
+  return vec2<f32>(next, sum.y + (other.y + ((sum.x - (next - kept)) + (other.x - kept))));
 }
 # endif
 
@@ -59,14 +74,30 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   if (thread == 0u && row0 == 0u) { row_stats[operand_base(params.row_stats, batch, head) + params.slope_row] = {{ "vec4" if stats_have_units else "vec2" }}<f32>(alibi_slopes[params.slope_offset + head]); }
 # endif
 
-  // Neighbouring threads load a row together. Then thread r sums row r.
+  // Neighbouring threads load a row together. Then thread r sums the products of row r.
   let loaded = row0 + thread / LANES;
+  let part = thread % LANES;
   let o_base = operand_base(params.o, batch, head) + loaded * params.o.seq;
   let d_o_base = operand_base(params.d_o, batch, head) + loaded * params.d_o.seq;
 # if o_lo
   let o_lo_base = operand_base(params.o_lo, batch, head) + loaded * params.o_lo.seq;
 # endif
-  let stage = thread / LANES * LANE_ROW + thread % LANES;
+  // The loads of a row's numbers are under way, too.
+  let row = row0 + thread;
+  let has_row = thread < ROWS && row < params.seq_q;
+  var row_lse = 0.0;
+# if d_lse
+  var row_d_lse = 0.0;
+# endif
+  if (has_row) {
+    row_lse = lse[operand_base(params.lse, batch, head) + row];
+# if d_lse
+    row_d_lse = d_lse[operand_base(params.d_lse, batch, head) + row];
+# endif
+  }
+# if sinks == "per_head"
+  let sink = sink_logits[params.sink_offset + head];
+# endif
   var row_delta = 0.0;
 # if sinks == "per_head"
   var exact = vec2<f32>();
@@ -76,66 +107,76 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
   var d_o_sum = 0.0;
   var o_max = 0.0;
 # endif
-  for (var quad0 = 0u; quad0 < {{ operand_quads.o }}u; quad0 += LANES) {
-    let quad = quad0 + thread % LANES;
-    workgroupBarrier();
-    if (loaded < params.seq_q && quad < {{ operand_quads.o }}u) {
+# for first in range(0, operand_quads.o, lanes * steps)
+# set count = ([operand_quads.o - first, lanes * steps] | min + lanes - 1) // lanes
+  {
+# for n in range(count)
+    var o_{{ n }} = vec4<f32>();
+    var d_o_{{ n }} = vec4<f32>();
+# endfor
+    // All loads are under way before the first is needed.
+# for n in range(count)
+# set quad = "part + " ~ (first + n * lanes) ~ "u"
+    if (loaded < params.seq_q{% if first + (n + 1) * lanes > operand_quads.o %} && {{ quad }} < {{ operand_quads.o }}u{% endif %}) {
 # if o_lo
-      o_stage[stage] = with_lo4(load_o(o_base, quad), load_o_lo(o_lo_base, quad));
+      o_{{ n }} = with_lo4(load_o(o_base, {{ quad }}), load_o_lo(o_lo_base, {{ quad }}));
 # else
-      o_stage[stage] = load_o(o_base, quad);
+      o_{{ n }} = load_o(o_base, {{ quad }});
 # endif
-      d_o_stage[stage] = load_d_o(d_o_base, quad);
-# if stats_have_units
-      let sizes = abs(d_o_stage[stage]);
-      d_o_sum += (sizes.x + sizes.y) + (sizes.z + sizes.w);
-      let o_sizes = abs(o_stage[stage]);
-      o_max = max(o_max, max(max(o_sizes.x, o_sizes.y), max(o_sizes.z, o_sizes.w)));
-# endif
-    } else {
-      o_stage[stage] = vec4<f32>();
-      d_o_stage[stage] = vec4<f32>();
+      d_o_{{ n }} = load_d_o(d_o_base, {{ quad }});
     }
+# endfor
+# if first > 0
     workgroupBarrier();
-    if (thread < ROWS) {
-      for (var lane = 0u; lane < LANES; lane += 1u) {
-        let a = d_o_stage[thread * LANE_ROW + lane];
-        let b = o_stage[thread * LANE_ROW + lane];
-        row_delta += fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, a.x * b.x)));
+# endif
+# for n in range(count)
+    {
+      let a = d_o_{{ n }};
+      let b = o_{{ n }};
+      products[thread / LANES * STEP_ROW + part + {{ n * lanes }}u] = fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, a.x * b.x)));
 # if sinks == "per_head"
 # for e in xyzw
-        exact = add_product(exact, a.{{ e }}, b.{{ e }});
+      exact = add_product(exact, a.{{ e }}, b.{{ e }});
 # endfor
 # endif
-      }
+# if stats_have_units
+      let sizes = abs(a);
+      d_o_sum += (sizes.x + sizes.y) + (sizes.z + sizes.w);
+      let o_sizes = abs(b);
+      o_max = max(o_max, max(max(o_sizes.x, o_sizes.y), max(o_sizes.z, o_sizes.w)));
+# endif
+    }
+# endfor
+    workgroupBarrier();
+    if (thread < ROWS) {
+      for (var quad = 0u; quad < {{ [operand_quads.o - first, lanes * steps] | min }}u; quad += 1u) { row_delta += products[thread * STEP_ROW + quad]; }
     }
   }
-
-# if stats_have_units
-  workgroupBarrier();
-  o_stage[stage] = vec4<f32>(d_o_sum, o_max, 0.0, 0.0);
+# endfor
+# if sinks == "per_head" or stats_have_units
+  parts[thread / LANES * PART_ROW + part] = vec4<f32>({{ "exact" if sinks == "per_head" else "0.0, 0.0" }}, {{ "d_o_sum, o_max" if stats_have_units else "0.0, 0.0" }});
   workgroupBarrier();
 # endif
 
-  let row = row0 + thread;
   var sink_share = 0.0;
-  if (thread < ROWS && row < params.seq_q) {
-    let row_lse = lse[operand_base(params.lse, batch, head) + row];
+  if (has_row) {
+# if sinks == "per_head"
+    exact = vec2<f32>();
+    for (var lane = 0u; lane < LANES; lane += 1u) { exact = add_sum(exact, parts[thread * PART_ROW + lane].xy); }
+# endif
     if (row_lse == params.negative_infinity) {
       // The row sees nothing, and its lse depends on nothing.
       row_delta = 0.0;
     } else {
 # if d_lse
-      let row_d_lse = d_lse[operand_base(params.d_lse, batch, head) + row];
       row_delta -= row_d_lse;
 # endif
 # if sinks == "per_head"
-      let sink = sink_logits[params.sink_offset + head];
       if (sink == row_lse && is_zero_o(batch, head, row)) {
         // The row saw nothing, so its d_o has no effect, even if it is NaN. Its results decide, because the keys may be a shard of those
         // that the row saw.
         exact = vec2<f32>();
-        row_delta = {{ "-d_lse[operand_base(params.d_lse, batch, head) + row]" if d_lse else "0.0" }};
+        row_delta = {{ "-row_d_lse" if d_lse else "0.0" }};
       }
       // Equal terms give exp(0), even where both are infinite.
       let p_sink = select(exp1(sink - row_lse), 1.0, sink == row_lse);
@@ -154,8 +195,8 @@ fn is_zero_{{ operand }}(batch: u32, head: u32, row: u32) -> bool {
 # else
     var sizes = vec2<f32>();
     for (var lane = 0u; lane < LANES; lane += 1u) {
-      let part = o_stage[thread * LANE_ROW + lane];
-      sizes = vec2<f32>(sizes.x + part.x, max(sizes.y, part.y));
+      let of_lane = parts[thread * PART_ROW + lane];
+      sizes = vec2<f32>(sizes.x + of_lane.z, max(sizes.y, of_lane.w));
     }
     // A number that rounds to 0 in o may still be as large as 2^-24.
     let exponent = exponent_of(sizes.x) + exponent_of(max(sizes.y, {{ 2 ** -24 }})) + 1;

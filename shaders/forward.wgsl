@@ -23,11 +23,17 @@
 # call tile_main()
   {{ micro.begin() }}
 # call(masked) key_loop()
+# if masked == "raise"
+    {{ micro.raise() }}
+# elif masked == "none" and optimistic
+    {{ micro.optimistic_tile() }}
+# else
 # call(chunk) chunks_of_tile()
     {{ micro.scores(chunk) }}
     {{ micro.softmax(masked) }}
     {{ micro.accumulate(chunk) }}
 # endcall
+# endif
 # endcall
   {{ micro.finish() }}
 # endcall

@@ -67,13 +67,20 @@
 {{ "next_visible" if masks_by_spans and mask else ("next_of_walk" if walk else following) }}
 {%- endmacro -%}
 
+{#- The first column of a chunk, and its place in the tile. -#}
+# macro chunk_columns(chunk)
+# if chunks > 1
+      let chunk_column = {{ chunk * side * column_fragments }}u;
+      let column0 = tile_column0 + chunk_column;
+# endif
+# endmacro
+
 {#- The caller's text for each chunk of a tile's columns, with the `column0` of the chunk. Scores of a chunk are in registers at a time. -#}
 # macro chunks_of_tile()
 # if chunks > 1
 # for chunk in range(chunks)
     {
-      let chunk_column = {{ chunk * side * column_fragments }}u;
-      let column0 = tile_column0 + chunk_column;
+{{ chunk_columns(chunk) }}
 {{ caller(chunk) }}
     }
 # endfor
@@ -83,14 +90,26 @@
 # endmacro
 
 {#- The full tiles first, then the others: the second loop alone hides pairs, and in the first no column is beyond the end. The caller
-    gets "none" or "all", and "some" where each tile has to say. `following` is the next tile of both loops. -#}
+    gets "none" or "all", and "some" where each tile has to say. `following` is the next tile of both loops. An `optimistic` caller may
+    leave the loop over full tiles. It gets "raise" before it enters the loop, at the tile where it has left it. -#}
 # macro peeled_loops(column0, after)
+# if optimistic
+  for (var tile = open.first; tile < open.end; ) {
+    {
+{{ begin_columns(column0) }}
+{{ caller("raise") }}
+    }
+    let raised = tile;
+# endif
   // Loop: tiles
-  for (var tile = open.first; tile < open.end; tile += 1u) {
+  for ({{ "" if optimistic else "var tile = open.first" }}; tile < open.end; tile += 1u) {
     let following = select(rest, tile + 1u, tile + 1u < open.end);
 {{ begin_columns(column0) }}
 {{ caller("none") }}
   }
+# if optimistic
+  }
+# endif
   // Loop: tiles
   for (var tile = rest; tile < tiles.end; ) {
     let after = {{ after }};

@@ -5,6 +5,7 @@
 # import "cooperative/columns.wgsl" as columns
 # import "cooperative/scores.wgsl" as score
 # import "cooperative/fallback.wgsl" as fallback
+# from "tile_loops.wgsl" import chunk_columns
 
 # macro declare()
 {{ matrix.declare() }}
@@ -12,6 +13,10 @@
 const HIDDEN: f32 = {{ "-3e38" if softcap else "-1e30" }};
 // row_max may lag behind by this power of two, within the range of f16, before O is rescaled.
 const SLACK: f32 = 8.0;
+# if optimistic
+// Probabilities of a lane's columns may have this sum before row_max follows. So each is within f16.
+const MOST: f32 = 32768.0;
+# endif
 # endmacro
 
 # macro begin()
@@ -74,10 +79,132 @@ const SLACK: f32 = 8.0;
 # endif
 # endmacro
 
+{#- A full tile, `optimistic`: P is formed with the maxima so far, and then tested. Where a sum of P is too large, all subgroups leave the
+    loop over tiles. `raise` forms S once more and raises the maxima, and the loop begins again at the same tile. So the loop neither
+    looks for maxima nor changes O but by products: NVIDIA's compiler would copy registers of O in every tile. A row's maximum follows
+    its own sums alone, so other rows do not change its bits. -#}
+# macro optimistic_tile()
+# for r in range(lane_rows)
+    var total_{{ r }} = vec4<f32>();
+# endfor
+# for chunk in range(chunks)
+# for r, c in pairs(row_fragments, column_fragments)
+    var p{{ chunk }}_left_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f16, A>();
+# endfor
+# endfor
+# for chunk in range(chunks)
+    // S = Q K^T.
+# if chunk == 0
+{{ fallback.clean_columns(["k"]) }}
+# endif
+{{ matrix.product("s" ~ chunk ~ "_", "q", "k", "stage", chunk) }}
+# if chunk == 0
+{{ columns.put("v", "stage") }}
+{{ columns.fetch_next() }}
+# endif
+{{ optimistic_chunk(chunk) }}
+# endfor
+# for r in range(lane_rows)
+    let sum_{{ r }} = {{ sum_of_four("total_" ~ r) }};
+# endfor
+    if ({% for r in range(lane_rows) %}{{ " || " if r > 0 }}sum_{{ r }} > MOST{% endfor %}) { score_rows[0].x = 1.0; }
+    workgroupBarrier();
+    // No tile is left twice, whatever its numbers are.
+    if (score_rows[0].x > 0.0 && tile != raised) {
+      // `raise` stores this tile's K again, and the tile that begins again its V.
+{{ columns.fetch_columns("tile_column0") }}
+      break;
+    }
+# for r in range(lane_rows)
+    row_sum_{{ r }} += sum_{{ r }};
+# endfor
+# if sanitize
+{{ fallback.clean_columns(["v"]) }}
+# for chunk in range(chunks)
+    {
+{{ chunk_columns(chunk) }}
+{{ fallback.find_fallback("none") }}
+    }
+# endfor
+# endif
+    // O += P V.
+# for chunk in range(chunks)
+{{ matrix.accumulate("o", "p" ~ chunk, "v", "stage", chunk) }}
+# endfor
+{{ columns.put_first() }}
+# endmacro
+
+{#- P = exp(S - m) of a chunk;  total += P. -#}
+# macro optimistic_chunk(chunk)
+    {
+{{ chunk_columns(chunk) }}
+{{ load_scores("none", "s" ~ chunk ~ "_") }}
+# for r in range(lane_rows)
+{{ probabilities(r) }}
+# endfor
+# for r, c in pairs(row_fragments, column_fragments)
+      p{{ chunk }}_left_{{ r }}_{{ c }} = {{ matrix.left("p", r, c) }};
+# endfor
+    }
+# endmacro
+
+{#- row_max of a full tile, of which K and V have been loaded, for rows whose sums of P are too large. It leaves K in the stage. -#}
+# macro raise()
+    // All subgroups have used K, and have seen the flag.
+    workgroupBarrier();
+    if (thread == 0u) { score_rows[0] = vec4<f32>(); }
+{{ columns.put_first() }}
+# for r in range(lane_rows)
+    var total_{{ r }} = vec4<f32>();
+    var largest_of_tile_{{ r }} = {{ "LOWEST" if formed else "HIDDEN" }};
+    let old_max_{{ r }} = row_max_{{ r }};
+# endfor
+# for chunk in range(chunks)
+    {
+{{ chunk_columns(chunk) }}
+{{ matrix.product("s", "q", "k", "stage", chunk) }}
+{{ load_scores("none") }}
+# for r in range(lane_rows)
+{{ tile_max(r) }}
+      largest_of_tile_{{ r }} = max(largest_of_tile_{{ r }}, tile_max_{{ r }});
+{{ probabilities(r) }}
+# endfor
+    }
+# endfor
+# for r in range(lane_rows)
+    {
+      var sum = {{ sum_of_four("total_" ~ r) }};
+{{ matrix.reduce_row("sum", "max") }}
+{{ matrix.reduce_row("largest_of_tile_" ~ r, "max") }}
+      if (sum > MOST || (bitcast<u32>(sum) & 0x7fffffffu) > 0x7f800000u) {
+        row_max_{{ r }} = largest_of_tile_{{ r }}{{ " * scale" if not formed }};
+        limit_{{ r }} = largest_of_tile_{{ r }} + slack;
+      }
+    }
+{{ rescale(r) }}
+# endfor
+{{ matrix.rescale("o", "v", "rescale_") }}
+# endmacro
+
+{#- P of a row of a chunk, and its sum over this lane's columns as four. -#}
+# macro probabilities(r)
+# for n in range(lane_quads)
+{{ exponentiate(r, n) }}
+{{ row_sum(r, n) }}
+# endfor
+# endmacro
+
+{%- macro sum_of_four(x) %}({{ x }}.x + {{ x }}.y) + ({{ x }}.z + {{ x }}.w){% endmacro -%}
+
 {#- The online softmax. row_max follows only when it has grown by more than SLACK, which is rare: a stale maximum is exact up to rounding,
     and P stays within f16. It leaves P as the P tile. -#}
 # macro softmax(masked)
 {{ load_scores(masked) }}
+# if elements
+# for r in range(lane_rows)
+{{ tile_max(r) }}
+# endfor
+# endif
     // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
     // compiler moves the registers of fragments.
     loop {
@@ -99,21 +226,18 @@ const SLACK: f32 = 8.0;
     // P = exp(S - m);  row_sum += sum of P.
 # for r in range(lane_rows)
     var total_{{ r }} = vec4<f32>();
-# for n in range(lane_quads)
-{{ exponentiate(r, n) }}
-{{ row_sum(r, n) }}
-# endfor
-    row_sum_{{ r }} += (total_{{ r }}.x + total_{{ r }}.y) + (total_{{ r }}.z + total_{{ r }}.w);
+{{ probabilities(r) }}
+    row_sum_{{ r }} += {{ sum_of_four("total_" ~ r) }};
 # endfor
 {{ matrix.store_p("p") }}
 {{ fallback.find_fallback(masked) }}
 # endmacro
 
-# macro load_scores(masked)
+# macro load_scores(masked, s="s")
 # set hides_in_memory = registers > 200 and not (modified or mask or column_scales or elements)
 {{ score.begin_scores() }}
 # if elements
-{{ matrix.rows_of("x", "s", 0) }}
+{{ matrix.rows_of("x", s, 0) }}
 # else
 # for r in range(row_fragments)
 {{ matrix.store_rows("s", r) }}
@@ -144,11 +268,6 @@ const SLACK: f32 = 8.0;
 # endif
 # if not (hides_in_memory or has_row_max)
 {{ masking.hide("x", "hidden", masked) }}
-# endif
-# if elements
-# for r in range(lane_rows)
-{{ tile_max(r) }}
-# endfor
 # endif
 # endmacro
 

@@ -307,11 +307,14 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 # endif
 # endmacro
 
+{#- Elements of P, or of dS, as a left operand. -#}
+{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}f16({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %}){% endmacro -%}
+
 {#- Makes P, or dS, in f16 the left operand of `accumulate`: the P tile, or fragments. -#}
 # macro store_p(x)
 # if elements
 # for r, c in pairs(row_fragments, column_fragments)
-    let {{ x }}_left_{{ r }}_{{ c }} = matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}f16({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %});
+    let {{ x }}_left_{{ r }}_{{ c }} = {{ left(x, r, c) }};
 # endfor
 # else
 # for r, n in pairs(row_fragments, lane_quads)

@@ -5,7 +5,7 @@ use crate::kernel::binding::Binding::{
     SinkPartials, V,
 };
 use crate::kernel::micro_kernel::MicroKernel;
-use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS};
+use crate::kernel::sizes::{DELTA_LANES, DELTA_ROWS, DELTA_STEPS};
 use crate::kernel::spec::{
     Body, KernelSpec, OptionalOperands, Plain, Side, Tiled, Width, Work, adjusts_nothing, binds_all,
 };
@@ -33,13 +33,11 @@ pub(crate) const DELTA: KernelSpec = KernelSpec {
     work: Work::Rows(Side::Queries),
     body: Body::Plain(Plain {
         threads: DELTA_ROWS * DELTA_LANES,
-        // The kernel stages two operands.
-        workgroup_bytes: 2 * 16 * DELTA_ROWS * (DELTA_LANES + 1) + 4 * DELTA_ROWS * DELTA_LANES,
+        // Products of a step, four sums of each thread, and a share of each row.
+        workgroup_bytes: DELTA_ROWS * (4 * (DELTA_LANES * DELTA_STEPS + 1) + 16 * (DELTA_LANES + 1) + 4),
         flops: |problem| 8.0 * f64::from(DELTA_ROWS) * problem.shape().value_dim as f64,
-        loop_iterations: |problem, _| {
-            let lanes = problem.shape().value_dim.div_ceil(4).div_ceil(DELTA_LANES as usize);
-            (lanes * (1 + DELTA_LANES as usize)) as u64 + 8
-        },
+        // Quads of a row, of o and of d_o where they are looked at for zeros, and lanes.
+        loop_iterations: |problem, _| 3 * problem.shape().value_dim.div_ceil(4) as u64 + 2 * u64::from(DELTA_LANES) + 8,
     }),
 };
 

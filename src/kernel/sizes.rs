@@ -1,8 +1,9 @@
 //! Sizes that host and shaders agree on.
 
-/// Rows of a workgroup of the delta kernel, and the threads that load one row together.
+/// Rows of a workgroup of the delta kernel, the threads that load one row together, and the feature quads that each loads at a time.
 pub(crate) const DELTA_ROWS: u32 = 32;
 pub(crate) const DELTA_LANES: u32 = 8;
+pub(crate) const DELTA_STEPS: u32 = 4;
 /// Threads of a workgroup of a kernel that moves rows of a cache. The widest row has as many quads.
 pub(crate) const ROW_THREADS: u32 = 128;
 /// Rows of a block of a boolean mask, and its words of 32 keys. A block has one class.

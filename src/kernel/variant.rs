@@ -10,8 +10,8 @@ use crate::kernel::cache::CacheOptions;
 use crate::kernel::micro_kernel::{MicroKernel, Properties};
 use crate::kernel::names::Kernel;
 use crate::kernel::sizes::{
-    DELTA_LANES, DELTA_ROWS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_STEP_WORDS, SEQUENCE_WORDS,
-    report_words,
+    DELTA_LANES, DELTA_ROWS, DELTA_STEPS, MASK_BLOCK_ROWS, MASK_BLOCK_WORDS, MASK_GROUP, MASK_STEP_WORDS,
+    SEQUENCE_WORDS, report_words,
 };
 use crate::kernel::spec::{Body, Cached, Digit, OptionalOperands, OwnOptions, Plain};
 use crate::kernel::template::render;
@@ -283,6 +283,14 @@ impl Variant {
         self.properties().peels_full_tiles && !self.mask
     }
 
+    /// Whether the loop over full tiles forms P with the maxima so far, and is left where they are too small. That pays where a lane has many
+    /// elements of O: in a second row of fragments on NVIDIA (benches/results/2026-11-30-h200-forward.md). The powers of values that token
+    /// scales add to scores need the maxima of every tile.
+    fn is_optimistic(&self, tile: &CooperativeTile) -> bool {
+        let rows = tile.matrices.elements.map_or(0, |layout| tile.rows as usize * layout.rows().len());
+        rows > 2 && self.properties().needs_elements && self.softmax() && self.peels() && self.column_scales().is_none()
+    }
+
     /// The token scales of the columns that the kernel multiplies in f16, if the element type has more range than f16.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
         let needs = self.properties().multiplies_halves && self.dtype.needs_token_scales();
@@ -502,6 +510,7 @@ impl Variant {
             peels => self.peels(),
             chunks => 1,
             phased => false,
+            optimistic => false,
             elements => None::<Value>,
             // The columns of a quad, from its first one on.
             quad_steps => [0, 1, 2, 3],
@@ -525,6 +534,7 @@ impl Variant {
             units => self.units().to_vec(),
             batch => self.batch,
             lanes => DELTA_LANES,
+            steps => DELTA_STEPS,
             delta_rows => DELTA_ROWS,
             threads => self.threads(),
             order => work.order(self.lengths).iter().map(digit).collect::<Vec<_>>(),
@@ -569,6 +579,7 @@ impl Variant {
                 column_fragments => f.column_fragments(),
                 chunks => f.columns / f.column_fragments(),
                 phased => f.chunk.is_some() && self.softmax(),
+                optimistic => self.is_optimistic(&f),
                 p_tile => f.p_tile(self.head_dim),
                 p_array => if f.p_tile(self.head_dim) == 0 { format!("{}_stage", staged[0]) } else { "p_tile".into() },
                 stages => f.stages,

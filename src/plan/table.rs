@@ -221,7 +221,7 @@ fn fragments(
         (_, Family::Softmax) if narrow => (&[[4, 1, 2, 1], [4, 1, 1, 1]], keep),
         (_, Family::Softmax) if has_mask && width <= 64 => (&[[4, 2, 2, 2], [4, 1, 1, 1]], keep),
         (_, Family::Softmax) if modified && width <= 64 => (&[[4, 2, 4, 2], [4, 1, 2, 1]], keep),
-        (_, Family::Softmax) if width <= 64 => (&[[4, 2, 4, 4], [4, 1, 2, 1]], keep),
+        (_, Family::Softmax) if width <= 64 => (&[[4, 2, 4, 1], [4, 1, 2, 1]], keep),
         (_, Family::Softmax) if width <= 128 => (&[[4, 2, 1, 1], [4, 1, 1, 1]], keep),
         (_, Family::Queries) if narrow && width <= 64 => (&[[2, 2, 1, 1], [2, 1, 1, 1]], keep),
         (_, Family::Keys) if narrow && width <= 64 => (&[[4, 1, 2, 2], [2, 1, 1, 1]], keep),

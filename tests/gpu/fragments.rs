@@ -80,6 +80,7 @@ fn bands_and_sizes() {
         check(attention, &problem, &case);
     }
     hidden_keys_leave_no_trace(attention, window.query_offset(-10));
+    maxima_are_raised_in_full_tiles(attention, new);
     chunks_and_rows(attention, new.window(Window::keys(70)).sink_tokens(3));
     let (problem, case) = random::<f16>(&problem([2, 4, 2], [150, 150], [8, 8], new.causal(true)), 1);
     the_largest_scores(attention, &problem, &case);
@@ -110,6 +111,31 @@ fn hidden_keys_leave_no_trace(attention: &Attention, options: Options) {
     let found = run(attention, &problem, &case);
     agree(&found.0, &reference::forward(&problem, &case.operands.inputs()).unwrap()).unwrap();
     assert!(bits(&found) == bits(&clean), "{problem}: hidden keys that are not finite show");
+}
+
+/// Scores that grow from tile to tile, by more than halves can hold: the loop over full tiles is left at many of them. A row has the same
+/// bits whatever the other rows of its tile do.
+fn maxima_are_raised_in_full_tiles(attention: &Attention, options: Options) {
+    let (problem, mut case) = random::<f16>(&problem([1, 1, 1], [40, 300], [8, 8], options.scale(1.0)), 3);
+    // Keys grow by steps, so that positive products leave the range of P, and negative ones never do.
+    for j in 0..300 {
+        let size = (1 + j / 40) as f32;
+        case.operands.key(&problem, 0, 0, j).iter_mut().for_each(|x| *x = f16::from_f32(x.to_f32() * size));
+    }
+    let forward = |case: &Backward<f16>| attention.forward(&problem, &case.operands.inputs()).unwrap();
+    forward_agrees(attention, &problem, &case);
+    let first = forward(&case);
+    assert!(forward(&case) == first, "other bits of the same problem");
+    // Other rows reach their limits elsewhere.
+    let mut other = case.clone();
+    let half = other.operands.q.len() / 2;
+    other.operands.q[half..].iter_mut().for_each(|x| *x = f16::from_f32(x.to_f32() * -3.0));
+    let second = forward(&other);
+    assert!(second.o[half..] != first.o[half..]);
+    assert!(second.o[..half] == first.o[..half] && second.lse[..20] == first.lse[..20], "rows change others");
+    // A key that is no number shows in every row.
+    case.operands.key(&problem, 0, 0, 100)[0] = f16::NAN;
+    assert!(forward(&case).o.iter().all(|x| x.is_nan()));
 }
 
 /// Scores in several chunks. Two rows of fragments take the driver long.

@@ -608,6 +608,7 @@ fn main(
     {
       let chunk_column = 0u;
       let column0 = tile_column0 + chunk_column;
+
       // S = Q K^T.
       var s_0_0 = coop_mat16x16<f32, C>();
       {
@@ -721,6 +722,7 @@ fn main(
     {
       let chunk_column = 16u;
       let column0 = tile_column0 + chunk_column;
+
       // S = Q K^T.
       let next = first_column(tiles, following);
       {
@@ -884,6 +886,7 @@ fn main(
     {
       let chunk_column = 0u;
       let column0 = tile_column0 + chunk_column;
+
       // S = Q K^T.
       var s_0_0 = coop_mat16x16<f32, C>();
       {
@@ -999,6 +1002,7 @@ fn main(
     {
       let chunk_column = 16u;
       let column0 = tile_column0 + chunk_column;
+
       // S = Q K^T.
       let next = first_column(tiles, following);
       {
