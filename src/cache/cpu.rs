@@ -450,7 +450,7 @@ impl<T: Element> KvCache<T> {
         self.block_table.assign(sequence, pages, length)
     }
 
-    fn copy_block(&mut self, from: usize, to: usize) {
+    pub(super) fn copy_block(&mut self, from: usize, to: usize) {
         let rows = self.config.kv_heads * self.config.kind.rows();
         for (cached, width) in [(&mut self.keys, self.config.head_dim), (&mut self.values, self.config.value_dim)] {
             let len = rows * width;
@@ -489,7 +489,7 @@ fn hold<T: Element>(
 }
 
 /// Scales of a row.
-fn scales_of(width: usize) -> usize {
+pub(super) fn scales_of(width: usize) -> usize {
     width.div_ceil(BLOCK)
 }
 

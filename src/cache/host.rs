@@ -470,6 +470,30 @@ impl<T: Element> HostCache<T> {
         }
     }
 
+    /// Of the tokens from `first` on, keeps those with these ascending numbers, which count from `first`, and forgets the others.
+    ///
+    /// # Errors
+    /// As [`KvCache::keep`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn keep(&mut self, sequence: usize, first: usize, numbers: &[usize]) -> Result<()> {
+        pollster::block_on(self.keep_async(sequence, first, numbers))
+    }
+
+    /// As [`keep`](Self::keep), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep).
+    pub async fn keep_async(&mut self, sequence: usize, first: usize, numbers: &[usize]) -> Result<()> {
+        match &mut self.on {
+            On::Cpu(cache) => cache.keep(sequence, first, numbers),
+            On::Gpu(cache) => {
+                let mut step = step(cache, "keep")?;
+                cache.keep(&mut step, sequence, first, numbers)?;
+                step.submit_async().await.map(|_| ())
+            }
+        }
+    }
+
     /// Makes sequence `to` a copy of `from`. In a paged cache they share pages until one of them writes to a shared one.
     ///
     /// # Errors

@@ -22,6 +22,8 @@ mod gather;
 mod gpu;
 #[cfg(feature = "gpu")]
 mod host;
+#[cfg(feature = "cpu")]
+mod keep;
 #[cfg(feature = "gpu")]
 mod prefill;
 #[cfg(feature = "cpu")]

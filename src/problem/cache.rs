@@ -332,6 +332,20 @@ impl CacheConfig {
         Ok(())
     }
 
+    /// Checks that a token's key may move to another place of its sequence.
+    pub(crate) fn check_keep(&self, numbers: &[usize]) -> Result<()> {
+        let moved = numbers.iter().enumerate().find(|(to, from)| to != *from);
+        match moved.filter(|_| self.rotary.is_some() && !self.is_relative()) {
+            Some((to, from)) => {
+                let reason = format!(
+                    "keys are rotated by their places as they are appended, so token {from} cannot become token {to}"
+                );
+                Err(Error::InvalidOption { option: "rotary", reason })
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The bounds of the keys that queries of a decoding step see.
     pub(crate) fn bounds(&self, queries: usize, options: &Options) -> Result<Bounds> {
         let reason = "decoding from a cache does not take it; Decode::tree_mask is a mask among new tokens";

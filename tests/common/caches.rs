@@ -190,6 +190,20 @@ impl<T: Element> Both<T> {
         Ok(())
     }
 
+    pub fn keep(&mut self, sequence: usize, first: usize, numbers: &[usize]) -> Result<(), String> {
+        let on_cpu = self.cpu.keep(sequence, first, numbers).map_err(|error| error.to_string());
+        let on_gpu = self.record(|cache, step| cache.keep(step, sequence, first, numbers));
+        assert!(on_gpu.is_none_or(|on_gpu| on_gpu == on_cpu));
+        assert!(self.gpu.as_ref().is_none_or(|gpu| gpu.lengths() == self.cpu.lengths()));
+        assert!(self.gpu.as_ref().is_none_or(|gpu| gpu.free_pages() == self.cpu.free_pages()));
+        on_cpu?;
+        let tokens = &mut self.model.sequences[sequence];
+        let kept: Vec<Token> = numbers.iter().map(|n| tokens[first + n].clone()).collect();
+        tokens.truncate(first);
+        tokens.extend(kept);
+        Ok(())
+    }
+
     pub fn fork(&mut self, from: usize, to: usize) -> Result<(), String> {
         let on_cpu = self.cpu.fork(from, to).map_err(|error| error.to_string());
         let on_gpu = self.record(|cache, step| cache.fork(step, from, to));

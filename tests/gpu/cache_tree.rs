@@ -156,32 +156,92 @@ fn hidden_new_tokens_change_no_bit() {
     hides::<f32>(ROLLING, [16, 8], true);
 }
 
-/// Two guesses after a token, of which the second is taken: its tokens are appended again, behind what was there before the guesses.
-#[test]
-fn an_accepted_path_is_appended_again() {
-    let config = CacheConfig::new(CONTIGUOUS, 1, 1, 4);
-    let mut rng = StdRng::seed_from_u64(5);
-    let mut random = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
-    let [k, v, q] = [random(4 * 34), random(4 * 34), random(2 * 4 * 4)];
-    let rows = |x: &[f32], rows: &[usize]| rows.iter().flat_map(|row| x[4 * row..][..4].to_vec()).collect::<Vec<_>>();
-    let options = Options::new().causal(true).alibi(true);
-    let operands = DecodeOperands::default().alibi_slopes(&[0.4, 0.05][..]);
-    for cache in &mut host_caches::<f32>(&config) {
-        cache.append(&[34], &k, &v, None, None).unwrap();
-        let words = TreeMask::of_parents(&[None, None, Some(0), Some(1)]).unwrap();
-        let tree = Decode::new(2, options).queries(4).tree_mask(TreeMask::Shared);
-        let guesses = cache.decode(&tree, &q, &operands.tree_mask(&words[..])).unwrap();
-        cache.truncate(0, 30).unwrap();
-        cache.append(&[2], &rows(&k, &[31, 33]), &rows(&v, &[31, 33]), None, None).unwrap();
-        let accepted: Vec<f32> = [1, 3].iter().flat_map(|query| q[8 * query..][..8].to_vec()).collect();
-        let chain = cache.decode(&Decode::new(2, options).queries(2), &accepted, &operands).unwrap();
-        for (n, query) in [1, 3].into_iter().enumerate() {
-            for i in 0..8 {
-                let [a, b] = [guesses.o[8 * query + i], chain.o[8 * n + i]];
-                assert!((a - b).abs() < 1e-5, "{a} {b}");
-            }
+/// Guesses after some tokens; some of them are kept, more are appended, and so on.
+fn keeps<T: Element>(config: CacheConfig, lengths: [usize; 2]) {
+    let mut both = Both::<T>::new(config);
+    let options = Options::new().causal(true).dtype(T::DTYPE).alibi(true);
+    let tree = Decode::new(2 * config.kv_heads, options).queries(5).tree_mask(TreeMask::PerSequence);
+    let one = Decode::new(2 * config.kv_heads, options);
+    both.append(&[lengths[0], lengths[1], 3]);
+    for numbers in [&[1, 3][..], &[0, 2, 4], &[4], &[1], &[0, 1, 2, 3, 4], &[2, 3, 4]] {
+        both.append(&[5, 5, 0]);
+        both.check(&tree);
+        for sequence in [0, 1] {
+            let first = both.cpu.lengths()[sequence] - 5;
+            both.keep(sequence, first, numbers).unwrap();
         }
+        both.check(&one);
     }
+}
+
+#[test]
+fn an_accepted_path_is_kept() {
+    keeps::<f32>(config::<f32>(CONTIGUOUS, 2, [16, 8]), [30, 0]);
+    // Within a page, and from one to the next.
+    keeps::<f16>(config::<f16>(PAGED, 1, [16, 24]), [13, 33]);
+    keeps::<bf16>(config::<bf16>(ROLLING, 1, [16, 16]), [100, 2]);
+    keeps::<f32>(config::<f32>(PAGED, 1, [32, 64]).quantisation(Quantisation::Q8_0), [30, 14]);
+}
+
+/// A fork keeps another path than the sequence that it shares pages with.
+#[test]
+fn forks_keep_what_they_want() {
+    let mut both = Both::<f32>::new(config::<f32>(PAGED, 1, [8, 8]));
+    both.append(&[14, 0, 0]);
+    both.append(&[5, 0, 0]);
+    both.fork(0, 1).unwrap();
+    both.fork(0, 2).unwrap();
+    both.keep(1, 14, &[1, 3, 4]).unwrap();
+    both.keep(2, 14, &[2]).unwrap();
+    both.keep(0, 14, &[]).unwrap();
+    let decode = Decode::new(1, Options::new());
+    both.check(&decode);
+    both.append(&[1, 1, 1]);
+    both.check(&decode);
+}
+
+#[test]
+fn what_cannot_be_kept() {
+    let refused = |both: &mut Both<f32>, [sequence, first]: [usize; 2], numbers: &[usize], text: &str| {
+        let lengths = both.cpu.lengths().to_vec();
+        let error = both.keep(sequence, first, numbers).unwrap_err();
+        assert!(error.contains(text), "{error}, expected: {text}");
+        assert_eq!(both.cpu.lengths(), lengths);
+        both.check(&Decode::new(1, Options::new()));
+    };
+    let mut both = Both::<f32>::new(config::<f32>(CONTIGUOUS, 1, [4, 4]));
+    both.append(&[9, 0, 3]);
+    refused(&mut both, [3, 0], &[0], "sequence 3 is out of range");
+    refused(&mut both, [0, 10], &[], "cannot have the length 10, the most is 9");
+    refused(&mut both, [0, 5], &[1, 1], "1 before 1; their numbers ascend");
+    refused(&mut both, [0, 5], &[2, 0], "2 before 0; their numbers ascend");
+    refused(&mut both, [0, 5], &[0, 4], "4; sequence 0 has 4 tokens from 5 on");
+    refused(&mut both, [0, 0], &[usize::MAX], "sequence 0 has 9 tokens from 0 on");
+    let mut both = Both::<f32>::new(config::<f32>(CONTIGUOUS, 1, [4, 4]).rotary(Rotary {
+        dim: 4,
+        style: RotaryStyle::HalfSplit,
+        positions: RotaryPositions::Absolute,
+    }));
+    both.append(&[9, 0, 3]);
+    refused(&mut both, [0, 5], &[0, 2], "so token 2 cannot become token 1");
+    both.keep(0, 5, &[0, 1]).unwrap();
+    // The ring has given up what would move, or what would come back.
+    let ring = CacheKind::Rolling { sink_tokens: 2, window: 4, queries: 3 };
+    let mut both = Both::<f32>::new(config::<f32>(ring, 1, [4, 4]));
+    both.append(&[20, 0, 0]);
+    refused(&mut both, [0, 13], &[1, 2, 3, 4, 5, 6], "cannot go back to 13 tokens, the least is 14");
+    refused(&mut both, [0, 17], &[], "cannot go back to 17 tokens, the least is 18");
+    both.keep(0, 17, &[2]).unwrap();
+    both.check(&Decode::new(1, Options::new()));
+    // Two free pages do not do for copies of three shared ones.
+    let pages = CacheKind::Paged { page_size: 16, pages: 5, sequence_pages: 4 };
+    let mut both = Both::<f32>::new(config::<f32>(pages, 1, [4, 4]));
+    both.append(&[40, 0, 0]);
+    both.fork(0, 1).unwrap();
+    let all: Vec<usize> = (1..40).collect();
+    refused(&mut both, [0, 0], &all, "the cache needs 3 pages more, 2 of its 5 are free");
+    both.keep(0, 20, &all[..18]).unwrap();
+    both.check(&Decode::new(1, Options::new()));
 }
 
 fn says<T>(result: Result<T, Error>, text: &str) {
@@ -208,8 +268,8 @@ fn mistakes() {
             none.tree_mask(&[1, 3, 7][..]),
             "tree_mask was given, but the options do not use it: set Decode::tree_mask",
         );
-        decode(&shared, none.tree_mask(&[1; 6][..]), "tree_mask has 6 elements, shape [1, 3] needs 3");
-        decode(&own, none.tree_mask(&[1; 3][..]), "tree_mask has 3 elements, shape [2, 3] needs 6");
+        decode(&shared, none.tree_mask(&[1; 6][..]), "tree_mask has 6 elements, its shape [1, 3] needs 3");
+        decode(&own, none.tree_mask(&[1; 3][..]), "tree_mask has 3 elements, its shape [2, 3] needs 6");
         decode(&own.clone().queries(17), none, "queries is 17, the most is 16");
         decode(&alibi, none, "alibi_slopes, but none was given");
         decode(
@@ -217,9 +277,9 @@ fn mistakes() {
             none.alibi_slopes(&[0.5; 2][..]),
             "alibi_slopes was given, but the options do not use it: set Options::alibi",
         );
-        decode(&alibi, none.alibi_slopes(&[0.5; 3][..]), "alibi_slopes has 3 elements, shape [2] needs 2");
+        decode(&alibi, none.alibi_slopes(&[0.5; 3][..]), "alibi_slopes has 3 elements, its shape [2] needs 2");
     }
-    let rotary = |positions| Rotary { dim: 4, style: RotaryStyle::HalfSplit, positions };
+    let rotary = |positions| Rotary { dim: 4, style: RotaryStyle::Interleaved, positions };
     let absolute = config.rotary(rotary(RotaryPositions::Absolute));
     let ring = CacheKind::Rolling { sink_tokens: 2, window: 8, queries: 1 };
     let relative = config.kind(ring).rotary(rotary(RotaryPositions::CacheRelative));
@@ -248,11 +308,11 @@ fn mistakes() {
         buffers.tree_mask(TensorView::from(&words)),
         "tree_mask was given, but the options do not use it: set Decode::tree_mask",
     );
-    prepare(&own, buffers.tree_mask(TensorView::from(&words)), "buffer of tree_mask has 12 bytes");
-    prepare(&shared, buffers.tree_mask(TensorView::from(&words).offset(1)), "buffer of tree_mask has 12 bytes");
-    prepare(&shared, buffers.tree_mask(TensorView::from(&words).strides([3, 3, 1])), "tree_mask");
+    prepare(&own, buffers.tree_mask(TensorView::from(&words)), "buffer of tree_mask has");
+    prepare(&shared, buffers.tree_mask(TensorView::from(&words).offset(2)), "buffer of tree_mask has");
+    prepare(&shared, buffers.tree_mask(TensorView::from(&words).strides([3, 3, 1])), "must be densely packed");
     let floats = device.upload("floats", &[1f32, 3.0, 7.0]).unwrap();
-    prepare(&shared, buffers.tree_mask(TensorView::from(&floats)), "tree_mask");
+    prepare(&shared, buffers.tree_mask(TensorView::from(&floats)), "u32");
     prepare(&shared, buffers.tree_mask(TensorView::new(&o)), "o shares its buffer with tree_mask");
     prepare(&alibi, buffers, "alibi_slopes, but none was given");
     prepare(
