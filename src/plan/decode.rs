@@ -157,7 +157,8 @@ impl Decode {
 /// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 1, 1, 1))?;
 /// cache.append(&[2], &[0.0f32; 2], &[9.0, 5.0], None, None)?;
 /// // A key one token back weighs a third of the query's own.
-/// let operands = DecodeOperands::default().alibi_slopes(&[3f32.ln()][..]);
+/// let slopes = [3f32.ln()];
+/// let operands = DecodeOperands::default().alibi_slopes(&slopes[..]);
 /// let output = cache.decode(&Decode::new(1, Options::new().alibi(true)), &[0.0], &operands)?;
 /// assert!((output.o[0] - 6.0).abs() < 1e-5); // (9 / 3 + 5) / (1 / 3 + 1)
 /// # Ok::<(), sink_attention::Error>(())
