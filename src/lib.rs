@@ -233,6 +233,9 @@
 //! windows and sink tokens count from the start of a sequence. A rolling cache of sink tokens S and window W shows the query at
 //! position p the keys j with p - W < j <= p, and j < S; narrower windows are possible, wider ones an error.
 //!
+//! Several continuations of a sequence are decoded in one step: [`Decode::tree_mask`] says which new tokens see each other, and
+//! [`KvCache::keep`] keeps those that were accepted.
+//!
 //! The keys of a sequence are split over workgroups, by its length on the GPU; splits are put together in a fixed order, in f32,
 //! and the sink logit enters once. Results depend on the lengths, the [`DecodeTiling`] and the cache's sequences, not on what
 //! lies in other sequences; the kinds of cache give the same bits only where they have the same capacity.
@@ -342,10 +345,12 @@
 //! - [`SINK_ATTENTION_DUMP_SHADERS`](plan::DUMP_VARIABLE): an existing folder that receives every composed shader.
 //!
 //! [`CacheKind`]: cache::CacheKind
+//! [`Decode::tree_mask`]: field@cache::Decode::tree_mask
 //! [`DecodeBuffers::row_max`]: cache::DecodeBuffers::row_max
 //! [`DecodeTiling`]: cache::DecodeTiling
 //! [`DeviceBuffer::download`]: device::DeviceBuffer::download
 //! [`KvCache`]: cache::KvCache
+//! [`KvCache::keep`]: cache::KvCache::keep
 //! [`KvCache::prepare_append`]: cache::KvCache::prepare_append
 //! [`KvCache::prepare_backward`]: cache::KvCache::prepare_backward
 //! [`KvCache::prepare_decode`]: cache::KvCache::prepare_decode

@@ -3,8 +3,8 @@
 use std::error::Error;
 
 use sink_attention::cache::{
-    AppendBuffers, CacheConfig, Decode, DecodeBuffers, HostCache, KvCache, PreparedAppend, PreparedDecode,
-    RotaryPositions,
+    AppendBuffers, CacheConfig, Decode, DecodeBuffers, DecodeOperands, HostCache, KvCache, PreparedAppend,
+    PreparedDecode, RotaryPositions,
 };
 use sink_attention::device::DeviceBuffer;
 use sink_attention::{Attention, DType, Device, Options, SinkLogits, TensorView};
@@ -85,7 +85,11 @@ impl<'a> Decoder<'a> {
         for ((q, k), v) in q.chunks(q_row).zip(k.chunks(k_row)).zip(v.chunks(v_row)) {
             let mut q = q.to_vec();
             self.cache.append(&[1], k, v, Some(&mut q), Some(cos_sin))?;
-            let output = self.cache.decode(&decode, &q, Some(sink_logits), when_read)?;
+            let output = self.cache.decode(
+                &decode,
+                &q,
+                &DecodeOperands::default().sink_logits(sink_logits).cos_sin(when_read),
+            )?;
             steps.o.extend(output.o);
             steps.lse.extend(output.lse);
         }

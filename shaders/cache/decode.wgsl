@@ -5,6 +5,7 @@
       for each tile of keys of the split, and for each round, EXCHANGED keys of each slot:
         S = Q K^T                                        products
         S *= scale                                       score: softcap where asked for
+        S -= slope |p - j|                               subtract_alibi: where asked for
         S = hidden where the rule hides                  mask
         m = max(row_max, max of S)                       row_max
         P = exp(S - m);  row_max = m                     exponentiate
@@ -23,6 +24,9 @@
 # include "cache/range.wgsl"
 # if relative
 # include "cache/rotary.wgsl"
+# endif
+# if tree
+# include "cache/tree.wgsl"
 # endif
 
 const THREADS: u32 = {{ threads }}u;
@@ -169,7 +173,17 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 # macro begin_softmax()
 # for n in range(owned)
   let row_{{ n }} = lane + {{ n * lanes }}u;
+# if tree
+  // Rows beyond the last query have its word.
+  let query_{{ n }} = min((first_row + row_{{ n }}) / heads_per_kv, params.queries - 1u);
+  let sees_{{ n }} = tree_mask[tree + query_{{ n }}];
+  let position_{{ n }} = offset + tree_depth(sees_{{ n }}, query_{{ n }});
+# else
   let position_{{ n }} = offset + i32((first_row + row_{{ n }}) / heads_per_kv);
+# endif
+# if alibi
+  let slope_{{ n }} = alibi_slopes[params.slope_offset + kv_head * heads_per_kv + (first_row + row_{{ n }}) % heads_per_kv];
+# endif
   var row_max_{{ n }} = LOWEST;
   var row_sum_{{ n }} = 0.0;
 # if has_row_max
@@ -289,6 +303,7 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
 {{ score(x) }}
       var hidden_{{ x }} = false;
 # endfor
+{{ subtract_alibi(round, n) }}
 {{ mask(round, n) }}
 {{ row_max(n) }}
 {{ exponentiate(n) }}
@@ -315,10 +330,30 @@ fn tile_base(block: u32, kv_head: u32, start: u32) -> u32 {
       }
 # endmacro
 
+{#- The place of an exchanged key. -#}
+{%- macro place_of(round, x) %}start + slot + {{ (round * exchanged + x) * slots }}u{% endmacro -%}
+
+{#- S -= slope |p - j|, by positions in the sequence, exact below 2^24. -#}
+# macro subtract_alibi(round, n)
+# if alibi
+# for x in range(exchanged)
+      {
+        let place = {{ place_of(round, x) }};
+        let key = {{ "key_position(place, tree, offset)" if tree else "i32(place)" }}{{ " - select(0, given_up, place < params.sink_rows)" if rolling }};
+        s_{{ x }} -= slope_{{ n }} * f32(abs(position_{{ n }} - key));
+      }
+# endfor
+# endif
+# endmacro
+
 # macro mask(round, n)
       if (is_partial) {
 # for x in range(exchanged)
-        hidden_{{ x }} = !visible(position_{{ n }}, start + slot + {{ (round * exchanged + x) * slots }}u, range.keys);
+# if tree
+        hidden_{{ x }} = !tree_visible(position_{{ n }}, sees_{{ n }}, {{ place_of(round, x) }}, range.keys, tree, offset);
+# else
+        hidden_{{ x }} = !visible(position_{{ n }}, {{ place_of(round, x) }}, range.keys);
+# endif
         s_{{ x }} = select(s_{{ x }}, LOWEST, hidden_{{ x }});
 # endfor
       }
@@ -519,9 +554,16 @@ fn main(
   let row_end = heads_per_kv * params.queries;
   // Position of query 0.
   let offset = i32(range.keys) - i32(params.queries);
+# if tree
+  let tree = params.tree_offset + entry * params.tree_batch;
+# endif
 # if rolling
   let total = state[params.current + sequence];
   let oldest = select((total - params.sink_rows) % params.window_rows, 0u, total <= params.sink_rows + params.window_rows);
+# if alibi
+  // Keys that the ring has given up: sink tokens are so much further from all others than their places say.
+  let given_up = i32(total - range.keys);
+# endif
 # endif
 
 {{ load_q() }}
@@ -535,7 +577,7 @@ fn main(
 # endif
     // Whether some row does not see some key of the tile.
     let is_partial = start + TILE > range.keys || i32(start + TILE) - 1 > offset + params.right
-      || (i32(start) < last_position - params.left && start + TILE > params.sink_tokens);
+      || (i32(start) < last_position - params.left && start + TILE > params.sink_tokens){{ " || i32(start + TILE) > offset" if tree }};
 # for round in range(steps // exchanged)
 {{ products(round) }}
     workgroupBarrier();

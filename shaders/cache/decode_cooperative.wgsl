@@ -6,7 +6,7 @@
       for each tile of keys of the split:
         K and V from registers to workgroup memory       stage: hidden values are zeroed before
         load K and V, `ahead` tiles on                   load
-        S = Q K^T                                        scores: softcap where asked for
+        S = Q K^T                                        scores: softcap and ALiBi where asked for
         S = hidden where the rule hides                  mask
         m = max(row_max, max of S by rows)               row_max
         O *= exp(row_max - m);  row_sum *= the same      rescale
@@ -24,6 +24,8 @@ enable wgpu_cooperative_matrix;
 # include "exp.wgsl"
 # include "cache/range.wgsl"
 
+{#- Scores are more than products, which the exponential scales. -#}
+# set formed = softcap or alibi
 const LANES_A_ROW: u32 = {{ lanes // rows }}u;
 // Vectors of 16 bytes in a row of keys and of values.
 const KEY_ROW: u32 = {{ row_vectors.k }}u;
@@ -223,6 +225,13 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
     s_{{ n }} *= abs(params.scale) / params.softcap;
     // Drivers' own functions overflow for large numbers.
     s_{{ n }} = params.softcap * tanh(select(s_{{ n }}, sign(s_{{ n }}) * 20.0, abs(s_{{ n }}) > vec4<f32>(20.0)));
+# elif alibi
+    s_{{ n }} *= abs(params.scale);
+# endif
+# if alibi
+    // S -= slope |p - j|, exact below 2^24.
+    let places_{{ n }} = vec4<i32>(i32(first + 4u * (part + {{ n * lanes // rows }}u))) + vec4<i32>(0, 1, 2, 3);
+    s_{{ n }} -= slope * vec4<f32>(abs(vec4<i32>(position) - places_{{ n }}));
 # endif
 # endfor
 # endmacro
@@ -318,7 +327,7 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 {{ reduce_row("row_sum", "sum") }}
 # if has_row_max
 {{ reduce_row("largest", "max") }}
-  largest = select(largest{{ " * abs(params.scale)" if not softcap }}, LOWEST, row_sum == 0.0);
+  largest = select(largest{{ " * abs(params.scale)" if not formed }}, LOWEST, row_sum == 0.0);
 # endif
   let index = (entry * params.heads + kv_head * heads_per_kv + first_row + row) * params.most_splits + split;
   let writes = first_row + row < heads_per_kv && split < range.splits;
@@ -329,7 +338,7 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
   }
 # endfor
   // The maximum as a score, for `combine` takes powers of e. It is LOWEST where nothing has been seen.
-  let score = select(row_max{{ " * abs(params.scale)" if not softcap }}, LOWEST, row_sum == 0.0);
+  let score = select(row_max{{ " * abs(params.scale)" if not formed }}, LOWEST, row_sum == 0.0);
   if (writes && part == 0u) {
     partials[index * {{ operand_quads.o + 1 }}u + {{ operand_quads.o }}u] = vec4<f32>(score, row_sum, {{ "largest" if has_row_max else "0.0" }}, 0.0);
   }
@@ -357,7 +366,11 @@ fn main(
   let row_at = row * TILE_ROW + part;
   // Position of the query.
   let position = i32(range.keys) - 1;
-# if softcap
+# if alibi
+  // Rows beyond the last query head have its slope.
+  let slope = alibi_slopes[params.slope_offset + kv_head * heads_per_kv + min(first_row + row, heads_per_kv - 1u)];
+# endif
+# if formed
   let scale = LOG2_E;
 # else
   // Never zero, so that hidden scores stay hidden.

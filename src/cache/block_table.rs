@@ -43,6 +43,9 @@ pub(crate) struct Changes {
     pub(crate) tables: Vec<(usize, usize, u32)>,
 }
 
+/// A row that moves: block and row of its old place and of its new one.
+pub(crate) type Move = [[usize; 2]; 2];
+
 impl BlockTable {
     pub(crate) fn new(config: &CacheConfig) -> Self {
         let pages = match config.kind {
@@ -343,6 +346,56 @@ impl BlockTable {
         }
         self.lengths[sequence] = length;
         Ok(())
+    }
+
+    /// Of the tokens from `first` on, keeps those with these ascending numbers, one behind the other, and forgets the others. The moves are
+    /// to be made in their order, after the changes: no row is written before it has been read.
+    pub(crate) fn keep(&mut self, sequence: usize, first: usize, numbers: &[usize]) -> Result<(Changes, Vec<Move>)> {
+        self.check_sequence(sequence)?;
+        let most = self.lengths[sequence];
+        if first > most {
+            return Err(Error::CacheLength { sequence, length: first, most });
+        }
+        let invalid = |reason: String| Err(Error::InvalidOption { option: "kept tokens", reason });
+        if let Some(pair) = numbers.windows(2).find(|pair| pair[0] >= pair[1]) {
+            return invalid(format!("{} before {}; their numbers ascend", pair[0], pair[1]));
+        }
+        if let Some(&last) = numbers.last().filter(|last| **last >= most - first) {
+            return invalid(format!("{last}; sequence {sequence} has {} tokens from {first} on", most - first));
+        }
+        if let CacheKind::Rolling { sink_tokens, .. } = self.kind {
+            // The first token that no later one has overwritten.
+            let (written, rows) = (self.written[sequence], self.kind.rows());
+            let least = if written > rows { written - (rows - sink_tokens) } else { 0 };
+            if first < least && numbers.iter().enumerate().any(|(to, from)| to != *from) {
+                return Err(Error::CacheEvicted { sequence, length: first, least });
+            }
+        }
+        let mut kept = self.clone();
+        kept.lengths[sequence] = first;
+        let mut added = vec![0; self.lengths.len()];
+        added[sequence] = numbers.len();
+        let changes = kept.reserve(&added)?;
+        let moves = numbers
+            .iter()
+            .enumerate()
+            .map(|(to, from)| [self.row_of_token(sequence, first + from), kept.row_of_token(sequence, first + to)]);
+        let moves = moves.filter(|[from, to]| from != to).collect();
+        kept.lengths[sequence] = most;
+        kept.truncate(sequence, first + numbers.len())?;
+        *self = kept;
+        Ok((changes, moves))
+    }
+
+    /// Block and row in it of a token that the cache holds.
+    fn row_of_token(&self, sequence: usize, token: usize) -> [usize; 2] {
+        match self.kind {
+            CacheKind::Rolling { sink_tokens, .. } if token >= sink_tokens => {
+                [sequence, sink_tokens + (token - sink_tokens) % (self.kind.rows() - sink_tokens)]
+            }
+            CacheKind::Rolling { .. } => [sequence, token],
+            _ => self.row(sequence, token),
+        }
     }
 
     /// Makes `to` the same sequence as `from`. They share pages.

@@ -2,10 +2,11 @@
 
 use super::batch::{CopyRun, Prefill, PrefillBatch, PrefillOperands, ScatterSum, check_total};
 use super::block_table::BlockTable;
-use crate::plan::decode::Decode;
+use super::tree::Pairs;
+use crate::plan::decode::{Decode, DecodeOperands};
 use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
-use crate::problem::row_format::Quantisation;
-use crate::problem::row_format::{BLOCK, UNBOUNDED};
+use crate::problem::row_format::{BLOCK, Quantisation, UNBOUNDED};
+use crate::problem::tree::TreeMask;
 use half::f16;
 
 use crate::cpu;
@@ -18,7 +19,7 @@ use crate::problem::{Gradients, Inputs, Options, Output, Problem, Shape, SinkLog
 ///
 /// ```
 /// use sink_attention::cpu::KvCache;
-/// use sink_attention::cache::{CacheConfig, CacheKind, Decode};
+/// use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeOperands};
 /// use sink_attention::Options;
 ///
 /// // Two sequences of one key/value head, with the first token and the last two.
@@ -31,7 +32,8 @@ use crate::problem::{Gradients, Inputs, Options, Output, Problem, Shape, SinkLog
 /// assert_eq!(cache.lengths(), [0, 5]);
 ///
 /// // Keys of zero weigh the same: the mean of the values 0, 3 and 4 that are left.
-/// let output = cache.decode(&Decode::new(1, Options::new()).sequences([1]), &[1.0, 1.0], None, None)?;
+/// let decode = Decode::new(1, Options::new()).sequences([1]);
+/// let output = cache.decode(&decode, &[1.0, 1.0], &DecodeOperands::default())?;
 /// assert!((output.o[0] - 7.0 / 3.0).abs() < 1e-6);
 /// # Ok::<(), sink_attention::Error>(())
 /// ```
@@ -302,20 +304,13 @@ impl<T: Element> KvCache<T> {
         gathered
     }
 
-    /// A decoding step: q, and o of the result, `[B, M, H, D]` or in the options' layout; lse is `[B, H, M]`. `cos_sin` where keys
-    /// are rotated as they are read.
+    /// A decoding step: q, and o of the result, `[B, M, H, D]` or in the options' layout; lse is `[B, H, M]`.
     ///
     /// # Errors
     /// As [`KvCache::prepare_decode`](crate::cache::KvCache::prepare_decode) and
     /// [`PreparedDecode::encode`](crate::cache::PreparedDecode::encode); [`Error::OperandLength`].
-    pub fn decode(
-        &self,
-        decode: &Decode,
-        q: &[T],
-        sink_logits: Option<&[f32]>,
-        cos_sin: Option<&[f32]>,
-    ) -> Result<Output<T>> {
-        Ok(self.decode_with_row_max(decode, q, sink_logits, cos_sin)?.0)
+    pub fn decode(&self, decode: &Decode, q: &[T], operands: &DecodeOperands<'_>) -> Result<Output<T>> {
+        Ok(self.decode_with_row_max(decode, q, operands)?.0)
     }
 
     /// As [`decode`](Self::decode), and the largest score of each row, `[B, H, M]`; see
@@ -327,9 +322,9 @@ impl<T: Element> KvCache<T> {
         &self,
         decode: &Decode,
         q: &[T],
-        sink_logits: Option<&[f32]>,
-        cos_sin: Option<&[f32]>,
+        operands: &DecodeOperands<'_>,
     ) -> Result<(Output<T>, Vec<f32>)> {
+        let DecodeOperands { sink_logits, alibi_slopes, tree_mask, cos_sin } = *operands;
         let (problem, bounds) = decode.problem(&self.config)?;
         let entries = decode.entries(&self.config)?;
         for &sequence in &entries {
@@ -345,6 +340,8 @@ impl<T: Element> KvCache<T> {
             let shape = problem.q_shape().to_vec();
             return Err(Error::OperandLength { operand: "q", expected, actual: q.len(), shape });
         }
+        problem.check_optional_inputs(&Inputs::new(q, &[], &[]).sink_logits(sink_logits).alibi_slopes(alibi_slopes))?;
+        decode.check_tree_mask(s.batch, tree_mask.map(<[u32]>::len))?;
         let relative = self.config.is_relative();
         if let (false, Some(_)) = (relative, cos_sin) {
             let hint = "keys have been rotated as they were appended";
@@ -367,10 +364,16 @@ impl<T: Element> KvCache<T> {
             let keys = self.block_table.keys(sequence);
             let shape = Shape { batch: 1, seq_k: keys.max(1), ..s };
             // Without keys, the checks use one.
-            let problem = Problem::new(shape, options)?;
+            let words = tree_mask.map(|words| match decode.tree_mask {
+                Some(TreeMask::PerSequence) => &words[entry * s.seq_q..][..s.seq_q],
+                _ => words,
+            });
+            let length = self.block_table.lengths()[sequence];
+            let pairs = Pairs::new(&self.config, &shape, length, (options, &bounds), words, alibi_slopes);
+            let problem = Problem::new(shape, pairs.options)?;
             let q = &q[entry * s.heads * s.seq_q * s.head_dim..][..s.heads * s.seq_q * s.head_dim];
             let [k, v] = self.gather(sequence, keys, &problem, turning.as_ref());
-            let inputs = Inputs::new(q, &k, &v).sink_logits(sink_logits);
+            let inputs = pairs.inputs(q, [&k, &v], operands);
             problem.check_inputs(&inputs)?;
             if keys == 0 {
                 output.o.extend(std::iter::repeat_n(T::default(), s.heads * s.seq_q * s.value_dim));
@@ -447,7 +450,7 @@ impl<T: Element> KvCache<T> {
         self.block_table.assign(sequence, pages, length)
     }
 
-    fn copy_block(&mut self, from: usize, to: usize) {
+    pub(super) fn copy_block(&mut self, from: usize, to: usize) {
         let rows = self.config.kv_heads * self.config.kind.rows();
         for (cached, width) in [(&mut self.keys, self.config.head_dim), (&mut self.values, self.config.value_dim)] {
             let len = rows * width;
@@ -486,7 +489,7 @@ fn hold<T: Element>(
 }
 
 /// Scales of a row.
-fn scales_of(width: usize) -> usize {
+pub(super) fn scales_of(width: usize) -> usize {
     width.div_ceil(BLOCK)
 }
 

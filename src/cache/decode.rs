@@ -49,6 +49,11 @@ pub struct DecodeBuffers<'a> {
     pub lse: TensorView<'a>,
     /// One logit per query head, where the options say [`SinkLogits::PerHead`]; densely packed.
     pub sink_logits: Option<TensorView<'a>>,
+    /// One slope per query head, f32, where the options say [`Options::alibi`](crate::Options::alibi); densely packed.
+    pub alibi_slopes: Option<TensorView<'a>>,
+    /// The words of [`Decode::tree_mask`], `[M]` or `[B, M]`, u32, densely packed. They are read when the step runs, so a later tree may
+    /// have been written by then. Any bits are valid.
+    pub tree_mask: Option<TensorView<'a>>,
     /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin), where keys are rotated as they are read.
     pub cos_sin: Option<&'a wgpu::Buffer>,
     /// Result, where it is wanted: the largest score of each row, f32, `[B, H, M]` as lse, densely packed; see
@@ -59,7 +64,16 @@ pub struct DecodeBuffers<'a> {
 impl<'a> DecodeBuffers<'a> {
     /// The operands and results of every step. Those that go with options are `None`.
     pub fn new(q: impl Into<TensorView<'a>>, o: impl Into<TensorView<'a>>, lse: impl Into<TensorView<'a>>) -> Self {
-        DecodeBuffers { q: q.into(), o: o.into(), lse: lse.into(), sink_logits: None, cos_sin: None, row_max: None }
+        DecodeBuffers {
+            q: q.into(),
+            o: o.into(),
+            lse: lse.into(),
+            sink_logits: None,
+            alibi_slopes: None,
+            tree_mask: None,
+            cos_sin: None,
+            row_max: None,
+        }
     }
 }
 
@@ -72,6 +86,8 @@ setters! {
     }
     optional {
         sink_logits: TensorView<'a>,
+        alibi_slopes: TensorView<'a>,
+        tree_mask: TensorView<'a>,
         row_max: TensorView<'a>,
         cos_sin: &'a wgpu::Buffer,
     }
@@ -128,6 +144,8 @@ impl PreparedDecode {
         for (binding, view) in [
             (Binding::Lse, Some(&buffers.lse)),
             (Binding::SinkLogits, buffers.sink_logits.as_ref()),
+            (Binding::AlibiSlopes, buffers.alibi_slopes.as_ref()),
+            (Binding::TreeMask, buffers.tree_mask.as_ref()),
             (Binding::RowMax, buffers.row_max.as_ref()),
         ] {
             if view.is_some_and(|view| view.strides.is_some()) {
@@ -138,19 +156,25 @@ impl PreparedDecode {
         let rows = |binding, view| place(binding, view, [s.batch, s.heads, s.seq_q, 1], Layout::Bhsd, 4);
         let lse = rows(Binding::Lse, &buffers.lse)?;
         let row_max = buffers.row_max.as_ref().map(|view| rows(Binding::RowMax, view)).transpose()?;
-        let sinks = match (&buffers.sink_logits, options.sink_logits == SinkLogits::PerHead) {
-            (Some(view), true) => Some(place(Binding::SinkLogits, view, [1, 1, 1, s.heads], Layout::Bhsd, 4)?),
-            (None, false) => None,
-            (None, true) => return Err(Error::MissingOperand { operand: "sink_logits" }),
-            (Some(_), false) => {
-                let hint = "set Options::sink_logits to SinkLogits::PerHead";
-                return Err(Error::UnexpectedOperand { operand: "sink_logits", hint });
-            }
+        let optional = |binding: Binding, view: Option<_>, is_wanted, extents, hint| match (view, is_wanted) {
+            (Some(view), true) => place(binding, view, extents, Layout::Bhsd, 4).map(Some),
+            (None, false) => Ok(None),
+            (None, true) => Err(Error::MissingOperand { operand: binding.name() }),
+            (Some(_), false) => Err(Error::UnexpectedOperand { operand: binding.name(), hint }),
         };
-        check_result(&o, &[Some(&q), Some(&lse), sinks.as_ref()])?;
-        check_result(&lse, &[Some(&q), Some(&o), sinks.as_ref()])?;
+        let (per_head, hint) = ([1, 1, 1, s.heads], "set Options::sink_logits to SinkLogits::PerHead");
+        let has_sinks = options.sink_logits == SinkLogits::PerHead;
+        let sinks = optional(Binding::SinkLogits, buffers.sink_logits.as_ref(), has_sinks, per_head, hint)?;
+        let (view, hint) = (buffers.alibi_slopes.as_ref(), "set Options::alibi");
+        let slopes = optional(Binding::AlibiSlopes, view, options.alibi, per_head, hint)?;
+        let [trees, words] = decode.tree_mask.map_or([1, 1], |mask| mask.shape(s.batch, s.seq_q));
+        let (view, hint) = (buffers.tree_mask.as_ref(), "set Decode::tree_mask");
+        let tree = optional(Binding::TreeMask, view, decode.tree_mask.is_some(), [trees, 1, 1, words], hint)?;
+        let optional = [sinks.as_ref(), slopes.as_ref(), tree.as_ref()];
+        check_result(&o, &[&[Some(&q), Some(&lse)], &optional[..]].concat())?;
+        check_result(&lse, &[&[Some(&q), Some(&o)], &optional[..]].concat())?;
         if let Some(row_max) = &row_max {
-            check_result(row_max, &[Some(&q), Some(&o), Some(&lse), sinks.as_ref()])?;
+            check_result(row_max, &[&[Some(&q), Some(&o), Some(&lse)], &optional[..]].concat())?;
         }
         match (config.rotary.filter(|_| config.is_relative()), buffers.cos_sin) {
             (Some(rotary), table) => {
@@ -192,6 +216,10 @@ impl PreparedDecode {
             lse_offset: lse.operand(1).offset,
             row_max: row_max.as_ref().map_or(Operand::default(), |row_max| row_max.operand(1)),
             sink_offset: sinks.as_ref().map_or(0, |sinks| sinks.operand(1).offset),
+            slope_offset: slopes.as_ref().map_or(0, |slopes| slopes.operand(1).offset),
+            tree_offset: tree.as_ref().map_or(0, |tree| tree.operand(1).offset),
+            // One tree is for all sequences.
+            tree_batch: if trees > 1 { words as u32 } else { 0 },
             scale: problem.scale(),
             softcap: options.softcap.unwrap_or(0.0),
             ..params(config)
@@ -210,7 +238,9 @@ impl PreparedDecode {
             (Binding::Entries, list.as_entire_binding()),
         ];
         operands.extend(row_max.as_ref().map(|row_max| (Binding::RowMax, row_max.resource())));
-        operands.extend(sinks.as_ref().map(|sinks| (Binding::SinkLogits, sinks.resource())));
+        for given in [&sinks, &slopes, &tree].into_iter().flatten() {
+            operands.push((given.view().binding, given.resource()));
+        }
         operands.extend(buffers.cos_sin.map(|table| (Binding::CosSin, table.as_entire_binding())));
         let mut kernels = Vec::with_capacity(plan.passes.len());
         for pass in &plan.passes {

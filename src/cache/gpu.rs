@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batch::{Chunk, PrefillBatch, check_counts};
-use super::block_table::{BlockTable, Changes};
+use super::block_table::{BlockTable, Changes, Move};
 use super::step::{Step, Ticket};
 use crate::attention::Attention;
 use crate::device::Device;
@@ -341,6 +341,43 @@ impl KvCache {
         Ok(())
     }
 
+    /// Of the tokens from `first` on, keeps some, and forgets the others: the path of a tree of new tokens that was accepted. `numbers`
+    /// count from `first`, and ascend. The kept tokens move together, and are the last ones of the sequence then. Shared pages are copied
+    /// before they change.
+    ///
+    /// ```
+    /// use sink_attention::cache::{AppendBuffers, CacheConfig, CacheKind};
+    /// use sink_attention::{Attention, DeviceChoice, Error};
+    ///
+    /// # fn main() -> Result<(), Error> {
+    /// # let attention = match Attention::open(&DeviceChoice::Gpu) { Err(Error::NoAdapter) => return Ok(()), opened => opened? };
+    /// let Some(device) = attention.device() else { return Ok(()) };
+    /// let mut cache = attention.create_cache(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 1, 1, 1))?;
+    /// let rows = device.upload("k and v", &[0.5, 1.5, 2.5, 3.5, 4.5])?;
+    /// let append = cache.prepare_append(&[5], &AppendBuffers::new(&rows, &rows))?;
+    /// let mut step = attention.step()?;
+    /// append.encode(&mut cache, &mut step)?;
+    /// cache.keep(&mut step, 0, 1, &[1, 3])?; // of the tokens 1 to 4 the second and the fourth: 0.5, 2.5, 4.5
+    /// step.submit()?;
+    /// assert_eq!(cache.lengths(), [3]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::SequenceOutOfRange`]; [`Error::CacheLength`] where the sequence is shorter than `first`; [`Error::InvalidOption`] for
+    /// numbers that do not ascend or that it does not have, and where a key that was rotated by its place would move;
+    /// [`Error::CacheEvicted`] where a rolling cache has given up what would move or come back; [`Error::PagesExhausted`]: nothing has
+    /// changed then; [`Error::CacheBusy`], [`Error::OtherDevice`].
+    pub fn keep(&mut self, step: &mut Step, sequence: usize, first: usize, numbers: &[usize]) -> Result<()> {
+        self.config.check_keep(numbers)?;
+        let (changes, moves) = self.write_in(step.ticket())?.block_table.keep(sequence, first, numbers)?;
+        self.record(step.encoder(), &changes);
+        self.move_rows(step.encoder(), &moves);
+        self.record_length(step.encoder(), sequence);
+        Ok(())
+    }
+
     /// Makes sequence `to` a copy of `from`. In a paged cache they share pages until one of them writes to a shared one.
     ///
     /// # Errors
@@ -412,6 +449,19 @@ impl KvCache {
         // The buffer is fresh, so the write may happen at any time before the copy.
         self.device.queue().write_buffer(&staged, 0, bytemuck::cast_slice(words));
         encoder.copy_buffer_to_buffer(&staged, 0, &self.state, 4 * word as u64, staged.size());
+    }
+
+    /// Moves rows of all heads, one after the other, through the buffer through which blocks are copied.
+    fn move_rows(&self, encoder: &mut wgpu::CommandEncoder, moves: &[Move]) {
+        let (heads, rows) = (self.config.kv_heads as u64, self.config.kind.rows() as u64);
+        for (buffer, vectors) in [&self.keys, &self.values].into_iter().zip(self.config.row_vectors()) {
+            let bytes = 16 * u64::from(vectors);
+            for (places, head) in moves.iter().flat_map(|places| (0..heads).map(move |head| (places, head))) {
+                let [from, to] = places.map(|[block, row]| ((block as u64 * heads + head) * rows + row as u64) * bytes);
+                encoder.copy_buffer_to_buffer(buffer, from, &self.between, 0, bytes);
+                encoder.copy_buffer_to_buffer(&self.between, 0, buffer, to, bytes);
+            }
+        }
     }
 
     /// Copies blocks in pieces through a buffer of their own, because wgpu does not copy within one buffer.

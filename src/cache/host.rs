@@ -13,11 +13,11 @@ use super::step::Step;
 use crate::attention::{Attention, HostBuffers, HostOperand, gradients_of, of_inputs, of_results};
 use crate::exec::buffers::ForwardBuffers;
 use crate::kernel::Binding;
-use crate::plan::decode::Decode;
+use crate::plan::decode::{Decode, DecodeOperands};
 use crate::problem::cache::CacheConfig;
 use crate::problem::element::Element;
 use crate::problem::error::{Error, Result};
-use crate::problem::{Gradients, Output, Upstream, check_length};
+use crate::problem::{Gradients, Inputs, Output, Upstream, check_length};
 
 /// Keys and values of a number of sequences on the device of the operator, a GPU or the CPU, with operands and results in host
 /// memory: the same calls on both.
@@ -26,7 +26,7 @@ use crate::problem::{Gradients, Output, Upstream, check_length};
 /// operands in buffers: [`gpu`](Self::gpu) is the cache for that, and both kinds of calls may take turns.
 ///
 /// ```
-/// use sink_attention::cache::{CacheConfig, CacheKind, Decode};
+/// use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeOperands};
 /// use sink_attention::{Attention, Options};
 ///
 /// // Two sequences of one key/value head, with the first token and the last two.
@@ -40,7 +40,8 @@ use crate::problem::{Gradients, Output, Upstream, check_length};
 /// assert_eq!(cache.lengths(), [0, 5]);
 ///
 /// // Keys of zero weigh the same: the mean of the values 0, 3 and 4 that are left.
-/// let output = cache.decode(&Decode::new(1, Options::new()).sequences([1]), &[1.0, 1.0], None, None)?;
+/// let decode = Decode::new(1, Options::new()).sequences([1]);
+/// let output = cache.decode(&decode, &[1.0, 1.0], &DecodeOperands::default())?;
 /// assert!((output.o[0] - 7.0 / 3.0).abs() < 1e-6);
 /// # Ok::<(), sink_attention::Error>(())
 /// ```
@@ -350,34 +351,21 @@ impl<T: Element> HostCache<T> {
         })
     }
 
-    /// A decoding step: q, and o of the result, `[B, M, H, D]` or in the options' layout; lse is `[B, H, M]`. `cos_sin` where keys
-    /// are rotated as they are read.
+    /// A decoding step: q, and o of the result, `[B, M, H, D]` or in the options' layout; lse is `[B, H, M]`.
     ///
     /// # Errors
     /// As [`cpu::KvCache::decode`](crate::cpu::KvCache::decode), and on a GPU what the driver reports.
     #[cfg(not(target_family = "wasm"))]
-    pub fn decode(
-        &self,
-        decode: &Decode,
-        q: &[T],
-        sink_logits: Option<&[f32]>,
-        cos_sin: Option<&[f32]>,
-    ) -> Result<Output<T>> {
-        pollster::block_on(self.decode_async(decode, q, sink_logits, cos_sin))
+    pub fn decode(&self, decode: &Decode, q: &[T], operands: &DecodeOperands<'_>) -> Result<Output<T>> {
+        pollster::block_on(self.decode_async(decode, q, operands))
     }
 
     /// As [`decode`](Self::decode), for browsers and async hosts.
     ///
     /// # Errors
     /// As [`decode`](Self::decode).
-    pub async fn decode_async(
-        &self,
-        decode: &Decode,
-        q: &[T],
-        sink_logits: Option<&[f32]>,
-        cos_sin: Option<&[f32]>,
-    ) -> Result<Output<T>> {
-        Ok(self.decode_whole(decode, q, sink_logits, cos_sin, false).await?.0)
+    pub async fn decode_async(&self, decode: &Decode, q: &[T], operands: &DecodeOperands<'_>) -> Result<Output<T>> {
+        Ok(self.decode_whole(decode, q, operands, false).await?.0)
     }
 
     /// As [`decode`](Self::decode), and the largest score of each row, `[B, H, M]`; see
@@ -390,10 +378,9 @@ impl<T: Element> HostCache<T> {
         &self,
         decode: &Decode,
         q: &[T],
-        sink_logits: Option<&[f32]>,
-        cos_sin: Option<&[f32]>,
+        operands: &DecodeOperands<'_>,
     ) -> Result<(Output<T>, Vec<f32>)> {
-        pollster::block_on(self.decode_with_row_max_async(decode, q, sink_logits, cos_sin))
+        pollster::block_on(self.decode_with_row_max_async(decode, q, operands))
     }
 
     /// As [`decode_with_row_max`](Self::decode_with_row_max), for browsers and async hosts.
@@ -404,10 +391,9 @@ impl<T: Element> HostCache<T> {
         &self,
         decode: &Decode,
         q: &[T],
-        sink_logits: Option<&[f32]>,
-        cos_sin: Option<&[f32]>,
+        operands: &DecodeOperands<'_>,
     ) -> Result<(Output<T>, Vec<f32>)> {
-        let (output, row_max) = self.decode_whole(decode, q, sink_logits, cos_sin, true).await?;
+        let (output, row_max) = self.decode_whole(decode, q, operands, true).await?;
         Ok((output, row_max.unwrap_or_default()))
     }
 
@@ -416,13 +402,12 @@ impl<T: Element> HostCache<T> {
         &self,
         decode: &Decode,
         q: &[T],
-        sink_logits: Option<&[f32]>,
-        cos_sin: Option<&[f32]>,
+        operands: &DecodeOperands<'_>,
         has_row_max: bool,
     ) -> Result<(Output<T>, Option<Vec<f32>>)> {
         let cache = match &self.on {
             On::Cpu(cache) => {
-                let (output, row_max) = cache.decode_with_row_max(decode, q, sink_logits, cos_sin)?;
+                let (output, row_max) = cache.decode_with_row_max(decode, q, operands)?;
                 return Ok((output, has_row_max.then_some(row_max)));
             }
             On::Gpu(cache) => cache,
@@ -430,16 +415,25 @@ impl<T: Element> HostCache<T> {
         let (problem, _) = decode.problem(&cache.config)?;
         decode.entries(&cache.config)?;
         check_length("q", q.len(), &problem.q_shape())?;
-        problem.check_sink_logits(sink_logits)?;
+        let DecodeOperands { sink_logits, alibi_slopes, tree_mask, cos_sin } = *operands;
+        problem.check_optional_inputs(&Inputs::new(q, &[], &[]).sink_logits(sink_logits).alibi_slopes(alibi_slopes))?;
+        decode.check_tree_mask(problem.shape().batch, tree_mask.map(<[u32]>::len))?;
         let device = cache.device.clone();
-        let given =
-            [(Binding::Q, Some(cast_slice(q))), (Binding::SinkLogits, sink_logits.map(cast_slice)), table(cos_sin)];
+        let given = [
+            (Binding::Q, Some(cast_slice(q))),
+            (Binding::SinkLogits, sink_logits.map(cast_slice)),
+            (Binding::AlibiSlopes, alibi_slopes.map(cast_slice)),
+            (Binding::TreeMask, tree_mask.map(cast_slice)),
+            table(cos_sin),
+        ];
         let row_max = has_row_max.then_some(Binding::RowMax);
         let results = [Binding::O, Binding::Lse].into_iter().chain(row_max);
         let create = || HostBuffers::new(&device).upload(given)?.results(&problem, results);
         let buffers = device.scoped_async("uploading operands", create).await??;
         let given = DecodeBuffers {
             sink_logits: buffers.view(Binding::SinkLogits),
+            alibi_slopes: buffers.view(Binding::AlibiSlopes),
+            tree_mask: buffers.view(Binding::TreeMask),
             cos_sin: buffers.buffer(Binding::CosSin),
             row_max: buffers.view(Binding::RowMax),
             ..DecodeBuffers::new(buffers.given(Binding::Q)?, buffers.given(Binding::O)?, buffers.given(Binding::Lse)?)
@@ -471,6 +465,30 @@ impl<T: Element> HostCache<T> {
             On::Gpu(cache) => {
                 let mut step = step(cache, "truncate")?;
                 cache.truncate(&mut step, sequence, length)?;
+                step.submit_async().await.map(|_| ())
+            }
+        }
+    }
+
+    /// Of the tokens from `first` on, keeps those with these ascending numbers, which count from `first`, and forgets the others.
+    ///
+    /// # Errors
+    /// As [`KvCache::keep`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn keep(&mut self, sequence: usize, first: usize, numbers: &[usize]) -> Result<()> {
+        pollster::block_on(self.keep_async(sequence, first, numbers))
+    }
+
+    /// As [`keep`](Self::keep), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep).
+    pub async fn keep_async(&mut self, sequence: usize, first: usize, numbers: &[usize]) -> Result<()> {
+        match &mut self.on {
+            On::Cpu(cache) => cache.keep(sequence, first, numbers),
+            On::Gpu(cache) => {
+                let mut step = step(cache, "keep")?;
+                cache.keep(&mut step, sequence, first, numbers)?;
                 step.submit_async().await.map(|_| ())
             }
         }

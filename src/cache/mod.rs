@@ -22,6 +22,8 @@ mod gather;
 mod gpu;
 #[cfg(feature = "gpu")]
 mod host;
+#[cfg(feature = "cpu")]
+mod keep;
 #[cfg(feature = "gpu")]
 mod prefill;
 #[cfg(feature = "cpu")]
@@ -30,6 +32,8 @@ mod rotary;
 mod shaders;
 #[cfg(feature = "gpu")]
 mod step;
+#[cfg(feature = "cpu")]
+mod tree;
 
 #[cfg(feature = "gpu")]
 pub use self::append::{AppendBuffers, PreparedAppend};
@@ -50,7 +54,8 @@ pub use self::rotary::{RotaryFrequencies, RotaryScaling, Yarn};
 #[cfg(feature = "gpu")]
 pub use self::step::{Step, StepPass};
 pub use crate::kernel::tile::decode::DecodeTiles;
-pub use crate::plan::decode::Decode;
+pub use crate::plan::decode::{Decode, DecodeOperands};
 pub use crate::plan::splits::DecodeTiling;
 pub use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, RotaryStyle};
 pub use crate::problem::row_format::Quantisation;
+pub use crate::problem::tree::TreeMask;

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use crate::device::capabilities::Capabilities;
 use crate::kernel::cache::CacheOptions;
+use crate::kernel::tile::decode::DecodeTiles;
 use crate::kernel::{Kernel, Variant};
 use crate::plan::pass::check_limits;
 use crate::plan::splits::DecodeTiling;
@@ -59,6 +60,9 @@ fn variants() -> Vec<(Variant, Capabilities)> {
                     let matrices = device.cooperative;
                     let sink_logits = [SinkLogits::None, SinkLogits::OffByOne, SinkLogits::PerHead][turn % 3];
                     let softcap = turn.is_multiple_of(5);
+                    let alibi = turn % 4 > 1;
+                    let portable = matches!(tiling.tiles, DecodeTiles::Portable { .. });
+                    let tree = turn.is_multiple_of(3) && portable && rotary.is_none();
                     let rotates_q = rotary.is_some() && !turn.is_multiple_of(5);
                     let vec4 = [head_dim, value_dim].iter().all(|n: &usize| n.is_multiple_of(4)) && turn % 7 > 0;
                     let moved = CacheOptions { rotary, ..CacheOptions::new(&config, vec4) };
@@ -66,8 +70,10 @@ fn variants() -> Vec<(Variant, Capabilities)> {
                         tiles: Some(tiling.tiles),
                         tile: tiling.tiles.keys(matrices),
                         matrices,
-                        several,
+                        several: several || tree,
+                        tree,
                         softcap,
+                        alibi: alibi && !config.is_relative(),
                         sink_logits,
                         row_max: turn % 4 < 2,
                         rotary: rotary.filter(|_| config.is_relative()),

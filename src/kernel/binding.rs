@@ -57,6 +57,8 @@ pub(crate) enum ElementOf {
     Bias,
     /// Bytes, or words of 32 bits.
     Mask,
+    /// Words of a caller's bits.
+    Bits,
     /// Words that only kernels read.
     Words,
 }
@@ -128,6 +130,7 @@ operands! {
     GatheredValues = 38: "gathered_values", Own, Words;
     RowMax = 39: "row_max", Rows, F32;
     StatesRowMax = 40: "states_row_max", StateRows, F32;
+    TreeMask = 41: "tree_mask", Own, Bits;
 }
 
 impl Binding {
@@ -174,6 +177,7 @@ impl Binding {
                 MaskPacking::Bytes => BufferType::U8,
                 MaskPacking::Bits => BufferType::U32,
             },
+            ElementOf::Bits => BufferType::U32,
             ElementOf::F32 | ElementOf::Words => BufferType::F32,
         }
     }

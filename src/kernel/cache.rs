@@ -29,7 +29,10 @@ pub(crate) struct CacheOptions {
     pub(crate) gathered: bool,
     /// Decoding: several queries of a sequence.
     pub(crate) several: bool,
+    /// Decoding: a mask among the new tokens.
+    pub(crate) tree: bool,
     pub(crate) softcap: bool,
+    pub(crate) alibi: bool,
     pub(crate) sink_logits: SinkLogits,
     /// Decoding and combining: the largest score of each row is a result.
     pub(crate) row_max: bool,
@@ -54,7 +57,9 @@ impl CacheOptions {
             rotates_q: false,
             gathered: false,
             several: false,
+            tree: false,
             softcap: false,
+            alibi: false,
             sink_logits: SinkLogits::None,
             row_max: false,
             tiles: None,
@@ -112,7 +117,9 @@ impl CacheOptions {
             ("_q", self.rotates_q),
             ("_gathered", self.gathered),
             ("_several", self.several),
+            ("_tree", self.tree),
             ("_softcap", self.softcap),
+            ("_alibi", self.alibi),
             ("_scalar", !self.vec4),
             ("_indexed", self.indexed),
             ("_row_max", self.row_max),
@@ -139,7 +146,7 @@ impl CacheOptions {
                 (_, false, Access::GatheredQuads) => "array<vec4<f32>>",
             },
             Binding::GatheredKeys | Binding::GatheredValues => "array<vec4<u32>>",
-            Binding::CacheState | Binding::Tokens | Binding::Entries => "array<u32>",
+            Binding::CacheState | Binding::Tokens | Binding::Entries | Binding::TreeMask => "array<u32>",
             Binding::Partials => "array<vec4<f32>>",
             _ => return None,
         })

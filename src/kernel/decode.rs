@@ -3,7 +3,8 @@
 use minijinja::{Value, context};
 
 use crate::kernel::binding::Binding::{
-    CacheState, CachedKeys, CachedValues, CosSin, Entries, Lse, O, Params, Partials, Q, RowMax, SinkLogits as Sinks,
+    AlibiSlopes, CacheState, CachedKeys, CachedValues, CosSin, Entries, Lse, O, Params, Partials, Q, RowMax,
+    SinkLogits as Sinks, TreeMask,
 };
 use crate::kernel::cache::{Access, CacheOptions, named};
 use crate::kernel::spec::{Body, Cached, KernelSpec, Work, adjusts_nothing, always, binds_all};
@@ -20,7 +21,7 @@ pub(crate) const DECODE: KernelSpec = KernelSpec {
     name: "decode",
     template: include_str!("../../shaders/cache/decode_main.wgsl"),
     wanted: always,
-    reads: &[Params, Q, CachedKeys, CachedValues, CacheState, Entries, CosSin],
+    reads: &[Params, Q, AlibiSlopes, TreeMask, CachedKeys, CachedValues, CacheState, Entries, CosSin],
     writes: &[Partials],
     binds: binds_all,
     adjust: adjusts_nothing,
@@ -51,6 +52,7 @@ pub(crate) const DECODE: KernelSpec = KernelSpec {
         },
         binds: |options, binding| match binding {
             CosSin => options.is_relative(),
+            TreeMask => options.tree,
             Entries => options.indexed,
             _ => true,
         },
@@ -80,6 +82,7 @@ fn decode_context(options: &CacheOptions) -> Value {
                 lanes, rows, steps, exchanged, row_pitch, slot_pitch, exchange_len, merged_rows, softcap,
                 slots => threads / lanes,
                 queries => if options.several { "several" } else { "one" },
+                tree => options.tree,
                 relative => options.is_relative(),
                 vector_quads => options.vector_quads(),
                 lane_vectors => named(lane_vectors),
@@ -130,7 +133,9 @@ pub(crate) const COMBINE: KernelSpec = KernelSpec {
             head_dim: 0,
             rotary: None,
             several: false,
+            tree: false,
             softcap: false,
+            alibi: false,
             tiles: None,
             matrices: None,
             ..options

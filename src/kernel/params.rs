@@ -174,6 +174,9 @@ params! {
         /// Keys that a query sees to either side of itself.
         left: i32,
         right: i32,
+        /// First word of the tree mask, and words from one sequence's to the next.
+        tree_offset: u32,
+        tree_batch: u32,
         /// Row tiles of the query heads of a key head.
         row_tiles: u32,
         /// Key heads of all sequences of a decoding step.

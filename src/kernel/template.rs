@@ -22,6 +22,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("cache/range.wgsl", include_str!("../../shaders/cache/range.wgsl")),
     ("cache/rotary.wgsl", include_str!("../../shaders/cache/rotary.wgsl")),
     ("cache/scales.wgsl", include_str!("../../shaders/cache/scales.wgsl")),
+    ("cache/tree.wgsl", include_str!("../../shaders/cache/tree.wgsl")),
     ("cooperative/columns.wgsl", include_str!("../../shaders/cooperative/columns.wgsl")),
     ("cooperative/d_kv.wgsl", include_str!("../../shaders/cooperative/d_kv.wgsl")),
     ("cooperative/d_q.wgsl", include_str!("../../shaders/cooperative/d_q.wgsl")),

@@ -191,7 +191,7 @@ impl Variant {
             vec4: options.vec4,
             sink_logits: options.sink_logits,
             softcap: options.softcap,
-            alibi: false,
+            alibi: options.alibi,
             slope_rows: false,
             bias: None,
             mask: false,

@@ -11,20 +11,21 @@ use crate::plan::splits::{DecodeTiling, Split, splits};
 use crate::problem::cache::{CacheConfig, CacheKind, MOST_QUERIES};
 use crate::problem::error::{Error, Result};
 use crate::problem::row_format::Bounds;
-use crate::problem::{Options, Problem, Shape};
+use crate::problem::tree::TreeMask;
+use crate::problem::{Options, Problem, Shape, check_length};
 
 /// The computation of a decoding step.
 ///
 /// ```
 /// use sink_attention::Options;
-/// use sink_attention::cache::{CacheConfig, CacheKind, Decode};
+/// use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeOperands};
 /// use sink_attention::cpu::KvCache;
 ///
 /// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 2, 1, 1))?;
 /// cache.append(&[0, 3], &[1.0f32; 3], &[1.0, 2.0, 6.0], None, None)?;
 /// // The queries of the last two tokens of the second sequence, as speculative decoding checks them.
 /// let decode = Decode::new(1, Options::new().causal(true)).queries(2).sequences([1]);
-/// let output = cache.decode(&decode, &[0.0; 2], None, None)?;
+/// let output = cache.decode(&decode, &[0.0; 2], &DecodeOperands::default())?;
 /// assert_eq!(output.o, [1.5, 3.0]); // scores of zero: means of the values so far
 /// # Ok::<(), sink_attention::Error>(())
 /// ```
@@ -37,10 +38,14 @@ pub struct Decode {
     pub queries: usize,
     /// The sequences, a batch in this order; `None` is all of the cache.
     pub sequences: Option<Vec<usize>>,
-    /// Window, sink tokens, sink logits, scale and softcap as in a forward pass. Several queries see each other's keys unless they
-    /// are causal. `layout` and `dtype` are those of q and o, `dtype` the cache's. A rolling cache implies its window and sink
-    /// tokens.
+    /// Window, sink tokens, sink logits, scale, softcap and ALiBi as in a forward pass. Several queries see each other's keys unless
+    /// they are causal. `layout` and `dtype` are those of q and o, `dtype` the cache's. A rolling cache implies its window and sink
+    /// tokens. Positions count from the start of a sequence, also in a rolling cache; where keys are rotated as they are read, by
+    /// other positions, ALiBi is an error.
     pub options: Options,
+    /// A mask among the M new tokens; an operand goes with it. It is an error in a cache with a rotary embedding, whose appends rotate
+    /// tokens by their places: the caller rotates the tokens of a tree, by their [positions](TreeMask).
+    pub tree_mask: Option<TreeMask>,
     /// How the kernel divides its work; `None` leaves that to the planner.
     pub tiling: Option<DecodeTiling>,
     /// The caller has rotated q. Otherwise, if the cache has a rotary embedding, the appends must have rotated the queries of the last
@@ -57,6 +62,7 @@ setters! {
         q_rotated: bool,
     }
     optional {
+        tree_mask: TreeMask,
         tiling: DecodeTiling,
     }
 }
@@ -64,7 +70,7 @@ setters! {
 impl Decode {
     /// One query of each sequence.
     pub fn new(heads: usize, options: Options) -> Self {
-        Decode { heads, queries: 1, sequences: None, options, tiling: None, q_rotated: false }
+        Decode { heads, queries: 1, sequences: None, options, tree_mask: None, tiling: None, q_rotated: false }
     }
 
     /// Sets [`Decode::sequences`].
@@ -86,6 +92,37 @@ impl Decode {
         }
     }
 
+    /// Whether each row has keys of its own that it does not see.
+    pub(crate) fn several(&self) -> bool {
+        self.queries > 1 || self.tree_mask.is_some()
+    }
+
+    /// Checks that the positions of tokens are those of the options.
+    fn check_positions(&self, config: &CacheConfig) -> Result<()> {
+        let invalid = |option, reason: &str| Err(Error::InvalidOption { option, reason: reason.into() });
+        if self.options.alibi && config.is_relative() {
+            let reason = "this cache rotates keys by their places as they are read, and ALiBi counts from the start of a sequence";
+            return invalid("alibi", reason);
+        }
+        if self.tree_mask.is_some() && config.rotary.is_some() {
+            let reason = "appends to this cache rotate new tokens by their places, not by their depths in a tree: rotate q and k \
+                          beforehand, and leave CacheConfig::rotary out";
+            return invalid("tree_mask", reason);
+        }
+        Ok(())
+    }
+
+    /// Checks that the words of a tree mask are there if they are wanted, `[M]` or `[B, M]`.
+    pub(crate) fn check_tree_mask(&self, sequences: usize, words: Option<usize>) -> Result<()> {
+        let operand = "tree_mask";
+        match (self.tree_mask, words) {
+            (Some(mask), Some(words)) => check_length(operand, words, &mask.shape(sequences, self.queries)),
+            (Some(_), None) => Err(Error::MissingOperand { operand }),
+            (None, Some(_)) => Err(Error::UnexpectedOperand { operand, hint: "set Decode::tree_mask" }),
+            (None, None) => Ok(()),
+        }
+    }
+
     /// The step as a forward pass over as many keys as there can be, which checks options and sizes.
     pub(crate) fn problem(&self, config: &CacheConfig) -> Result<(Problem, Bounds)> {
         if self.options.dtype != config.dtype {
@@ -96,6 +133,7 @@ impl Decode {
             return Err(Error::DimensionTooLarge { dimension: "queries", value, most });
         }
         let bounds = config.bounds(self.queries, &self.options)?;
+        self.check_positions(config)?;
         let shape = Shape {
             batch: self.sequences.as_ref().map_or(config.sequences, Vec::len),
             heads: self.heads,
@@ -106,6 +144,45 @@ impl Decode {
             value_dim: config.value_dim,
         };
         Ok((Problem::new(shape, self.options)?, bounds))
+    }
+}
+
+/// The operands of a decoding step in host memory that go with options.
+///
+/// ```
+/// use sink_attention::Options;
+/// use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeOperands};
+/// use sink_attention::cpu::KvCache;
+///
+/// let mut cache = KvCache::new(&CacheConfig::new(CacheKind::Contiguous { capacity: 8 }, 1, 1, 1))?;
+/// cache.append(&[2], &[0.0f32; 2], &[9.0, 5.0], None, None)?;
+/// // A key one token back weighs a third of the query's own.
+/// let slopes = [3f32.ln()];
+/// let operands = DecodeOperands::default().alibi_slopes(&slopes[..]);
+/// let output = cache.decode(&Decode::new(1, Options::new().alibi(true)), &[0.0], &operands)?;
+/// assert!((output.o[0] - 6.0).abs() < 1e-5); // (9 / 3 + 5) / (1 / 3 + 1)
+/// # Ok::<(), sink_attention::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, Default)]
+#[non_exhaustive]
+pub struct DecodeOperands<'a> {
+    /// One logit per query head, where the options say [`SinkLogits::PerHead`](crate::SinkLogits::PerHead).
+    pub sink_logits: Option<&'a [f32]>,
+    /// One slope per query head, where the options say [`Options::alibi`].
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// The words of [`Decode::tree_mask`], `[M]` or `[B, M]`.
+    pub tree_mask: Option<&'a [u32]>,
+    /// The table of [`AppendBuffers::cos_sin`](crate::cache::AppendBuffers::cos_sin), where keys are rotated as they are read.
+    pub cos_sin: Option<&'a [f32]>,
+}
+
+setters! {
+    impl['a] DecodeOperands['a]
+    optional {
+        sink_logits: &'a [f32],
+        alibi_slopes: &'a [f32],
+        tree_mask: &'a [u32],
+        cos_sin: &'a [f32],
     }
 }
 
@@ -143,17 +220,19 @@ impl DecodePlan {
         let group_count = s.batch * config.kv_heads;
         let tiling = match decode.tiling {
             Some(tiling) => tiling,
-            None => choose(config, &problem, micro_kernel, capabilities)?,
+            None => choose(config, decode, &problem, micro_kernel, capabilities)?,
         };
         // The tiles are checked before anything is computed from their numbers.
-        tiling.check(config, s.seq_q > 1, capabilities)?;
+        tiling.check(config, decode.several(), capabilities)?;
         let matrices = capabilities.cooperative;
         let tile = tiling.tiles.keys(matrices);
         let all = CacheOptions {
             rotary: config.rotary.filter(|_| config.is_relative()),
             indexed: decode.sequences.is_some(),
-            several: s.seq_q > 1,
+            several: decode.several(),
+            tree: decode.tree_mask.is_some(),
             softcap: options.softcap.is_some(),
+            alibi: options.alibi,
             sink_logits: options.sink_logits,
             row_max,
             tiles: Some(tiling.tiles),
@@ -243,6 +322,7 @@ fn partial_vectors(problem: &Problem) -> usize {
 /// The built-in tiles.
 fn choose(
     config: &CacheConfig,
+    decode: &Decode,
     problem: &Problem,
     micro_kernel: MicroKernel,
     capabilities: &Capabilities,
@@ -250,7 +330,7 @@ fn choose(
     let s = problem.shape();
     let rows = problem.heads_per_kv() * s.seq_q;
     let groups = s.batch * config.kv_heads;
-    let cooperative = || DecodeTiling::cooperative(config, rows, groups, s.seq_q > 1, capabilities);
+    let cooperative = || DecodeTiling::cooperative(config, rows, groups, decode.several(), capabilities);
     let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
     // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
     let gain = if rows > 1 || s.head_dim.max(s.value_dim) <= 64 { Gain::Matrices } else { Gain::None };

@@ -332,16 +332,31 @@ impl CacheConfig {
         Ok(())
     }
 
+    /// Checks that a token's key may move to another place of its sequence.
+    pub(crate) fn check_keep(&self, numbers: &[usize]) -> Result<()> {
+        let moved = numbers.iter().enumerate().find(|(to, from)| to != *from);
+        match moved.filter(|_| self.rotary.is_some() && !self.is_relative()) {
+            Some((to, from)) => {
+                let reason = format!(
+                    "keys are rotated by their places as they are appended, so token {from} cannot become token {to}"
+                );
+                Err(Error::InvalidOption { option: "rotary", reason })
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The bounds of the keys that queries of a decoding step see.
     pub(crate) fn bounds(&self, queries: usize, options: &Options) -> Result<Bounds> {
-        check_absent(options, "decoding from a cache does not take it")?;
+        let reason = "decoding from a cache does not take it; Decode::tree_mask is a mask among new tokens";
+        check_absent(&options.alibi(false), reason)?;
         if let CacheKind::Rolling { queries: most, .. } = self.kind
             && queries > most
         {
             let reason = format!("{queries}; the rolling cache was made for {most} at most");
             return Err(Error::InvalidOption { option: "queries", reason });
         }
-        // `check_absent` refuses ALiBi, bias and mask; the plan and the parameters of a step take the others.
+        // `check_absent` refuses bias and mask; the plan and the parameters of a step take the others.
         let Options {
             causal,
             window,

@@ -9,6 +9,7 @@ pub(crate) mod options;
 pub(crate) mod row_format;
 pub(crate) mod shape;
 pub(crate) mod sizes;
+pub(crate) mod tree;
 pub mod varlen;
 
 pub(crate) use host::mask_word;

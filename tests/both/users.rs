@@ -2,8 +2,8 @@
 //! endless chat, keys over two devices. A layer of GPT-OSS is examples/gpt_oss_layer.
 
 use sink_attention::cache::{
-    CacheConfig, CacheKind, Decode, HostCache, Prefill, PrefillOperands, Rotary, RotaryFrequencies, RotaryPositions,
-    RotaryStyle,
+    CacheConfig, CacheKind, Decode, DecodeOperands, HostCache, Prefill, PrefillOperands, Rotary, RotaryFrequencies,
+    RotaryPositions, RotaryStyle,
 };
 use sink_attention::half::f16;
 use sink_attention::testing::random::Random;
@@ -94,7 +94,11 @@ fn a_server_prefills_forks_and_takes_back() -> Result<()> {
             seen.iter_mut().zip(&tokens).for_each(|(seen, token)| seen.push(*token));
             let all = |name, heads| tokens.iter().flat_map(|token| row::<f16>(*token, name, heads)).collect::<Vec<_>>();
             cache.append(&[1; 4], &all("k", G), &all("v", G), None, None)?;
-            let output = cache.decode(&Decode::new(H, options), &all("q", H), Some(&sinks), None)?;
+            let output = cache.decode(
+                &Decode::new(H, options),
+                &all("q", H),
+                &DecodeOperands::default().sink_logits(&sinks[..]),
+            )?;
             for (sequence, seen) in seen.iter().enumerate() {
                 let all = |name| seen.iter().flat_map(|token| row::<f16>(*token, name, G)).collect::<Vec<_>>();
                 let shape =
@@ -122,7 +126,7 @@ fn an_endless_chat_is_resumed() -> Result<()> {
     let say = |cache: &mut HostCache<f32>, token: u64| {
         let mut q = row(token, "q", H);
         cache.append(&[1], &row(token, "k", G), &row(token, "v", G), Some(&mut q), Some(&table))?;
-        cache.decode(&decode, &q, None, Some(&table))
+        cache.decode(&decode, &q, &DecodeOperands::default().cos_sin(&table[..]))
     };
     for attention in crate::paths() {
         let mut chat = attention.create_host_cache::<f32>(&config)?;

@@ -3,12 +3,14 @@
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sink_attention::cache::{
-    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, KvCache, Rotary, RotaryPositions, RotaryStyle, Step,
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeOperands, KvCache, Rotary, RotaryPositions,
+    RotaryStyle, Step, TreeMask,
 };
 use sink_attention::cpu::{self, reference};
 use sink_attention::half::f16;
 use sink_attention::{
-    Attention, DType, Device, Element, Error, Inputs, Output, Problem, Shape, SinkLogits, TensorView, Window, wgpu,
+    Attention, Axes, Bias, DType, Device, Element, Error, Inputs, Output, Problem, Shape, SinkLogits, TensorView,
+    Window, wgpu,
 };
 
 use super::{compare, compare_lse, gpu};
@@ -57,6 +59,46 @@ pub struct Both<T> {
 pub fn numbers(rng: &mut StdRng, len: usize) -> Vec<f32> {
     let half_width = 3f32.sqrt();
     (0..len).map(|_| rng.random_range(-half_width..half_width)).collect()
+}
+
+/// Random operands of a decoding step.
+#[derive(Debug)]
+pub struct Random {
+    sinks: Vec<f32>,
+    slopes: Vec<f32>,
+    words: Vec<u32>,
+}
+
+impl Random {
+    pub fn new(rng: &mut StdRng, decode: &Decode, sequences: usize) -> Self {
+        let Decode { heads, queries, options, tree_mask, .. } = decode;
+        let sinks = numbers(rng, *heads);
+        let slopes = if options.alibi { (0..*heads).map(|_| rng.random_range(-0.02..0.2)).collect() } else { vec![] };
+        let trees = match tree_mask {
+            Some(TreeMask::PerSequence) => sequences,
+            Some(TreeMask::Shared) => 1,
+            None => 0,
+        };
+        let mut tree = |n: usize| -> Vec<u32> {
+            // A tree, and any bits.
+            if n.is_multiple_of(2) {
+                let parents: Vec<Option<usize>> =
+                    (0..*queries).map(|token| rng.random_range(0..=token).checked_sub(1)).collect();
+                TreeMask::of_parents(&parents).unwrap()
+            } else {
+                (0..*queries).map(|_| rng.random()).collect()
+            }
+        };
+        let words = (0..trees).flat_map(&mut tree).collect();
+        Random { sinks, slopes, words }
+    }
+
+    pub fn operands(&self, decode: &Decode) -> DecodeOperands<'_> {
+        DecodeOperands::default()
+            .sink_logits((decode.options.sink_logits == SinkLogits::PerHead).then_some(&self.sinks[..]))
+            .alibi_slopes(decode.options.alibi.then_some(&self.slopes[..]))
+            .tree_mask(decode.tree_mask.map(|_| &self.words[..]))
+    }
 }
 
 pub fn wide<T: Element>(x: &[T]) -> Vec<f32> {
@@ -148,6 +190,20 @@ impl<T: Element> Both<T> {
         Ok(())
     }
 
+    pub fn keep(&mut self, sequence: usize, first: usize, numbers: &[usize]) -> Result<(), String> {
+        let on_cpu = self.cpu.keep(sequence, first, numbers).map_err(|error| error.to_string());
+        let on_gpu = self.record(|cache, step| cache.keep(step, sequence, first, numbers));
+        assert!(on_gpu.is_none_or(|on_gpu| on_gpu == on_cpu));
+        assert!(self.gpu.as_ref().is_none_or(|gpu| gpu.lengths() == self.cpu.lengths()));
+        assert!(self.gpu.as_ref().is_none_or(|gpu| gpu.free_pages() == self.cpu.free_pages()));
+        on_cpu?;
+        let tokens = &mut self.model.sequences[sequence];
+        let kept: Vec<Token> = numbers.iter().map(|n| tokens[first + n].clone()).collect();
+        tokens.truncate(first);
+        tokens.extend(kept);
+        Ok(())
+    }
+
     pub fn fork(&mut self, from: usize, to: usize) -> Result<(), String> {
         let on_cpu = self.cpu.fork(from, to).map_err(|error| error.to_string());
         let on_gpu = self.record(|cache, step| cache.fork(step, from, to));
@@ -174,11 +230,12 @@ impl<T: Element> Both<T> {
         let entries = decode.sequences.as_ref().map_or(self.config.sequences, Vec::len);
         let rows = entries * decode.heads * decode.queries;
         let (q, lens) = (vec![T::default(); rows * self.config.head_dim], [rows * self.config.value_dim, rows]);
-        let on_cpu = self.cpu.decode(decode, &q, None, None).err();
+        let none = DecodeOperands::default();
+        let on_cpu = self.cpu.decode(decode, &q, &none).err();
         assert!(on_cpu.as_ref().is_none_or(|error| matches!(error, Error::CacheEvicted { .. })), "{on_cpu:?}");
         let on_cpu = on_cpu.map(|error| error.to_string());
         if let (Some(cache), Some(attention)) = (&self.gpu, gpu()) {
-            let on_gpu = decode_on(attention.device().unwrap(), cache, decode, &q, lens, None, None).err();
+            let on_gpu = decode_on(attention.device().unwrap(), cache, decode, &q, lens, &none).err();
             assert_eq!(on_gpu.map(|error| error.to_string()), on_cpu, "{decode:?} {:?}", self.config);
         }
         on_cpu.is_some()
@@ -190,12 +247,12 @@ impl<T: Element> Both<T> {
         let decode = &decode.clone().q_rotated(true);
         let entries = decode.sequences.clone().unwrap_or_else(|| (0..self.config.sequences).collect());
         let CacheConfig { head_dim, value_dim, .. } = self.config;
-        let Decode { heads, queries, options, .. } = *decode;
+        let Decode { heads, queries, .. } = *decode;
         let q = T::narrow(numbers(&mut self.rng, entries.len() * heads * queries * head_dim));
-        let sinks = numbers(&mut self.rng, heads);
-        let sinks = (options.sink_logits == SinkLogits::PerHead).then_some(&sinks[..]);
+        let random = Random::new(&mut self.rng, decode, entries.len());
         let table = self.table.as_deref().filter(|_| is_relative(&self.config));
-        let expected = self.expected(decode, &entries, &q, sinks);
+        let operands = random.operands(decode).cos_sin(table);
+        let expected = self.expected(decode, &entries, &q, &operands);
         let (o_bound, lse_bound) = self.bounds();
         let compared = |what: &str, output: &Output<T>| {
             let about = || format!("{what}: {decode:?} of {:?}, lengths {:?}", self.config, self.cpu.lengths());
@@ -203,12 +260,12 @@ impl<T: Element> Both<T> {
             compare_lse(&output.lse, &expected.lse, lse_bound)
                 .unwrap_or_else(|error| panic!("{}: lse {error}", about()));
         };
-        compared("CPU", &self.cpu.decode(decode, &q, sinks, table).unwrap());
+        compared("CPU", &self.cpu.decode(decode, &q, &operands).unwrap());
         if let (Some(cache), Some(attention)) = (&self.gpu, gpu()) {
             let shape = [entries.len() * heads * queries * value_dim, entries.len() * heads * queries];
-            let first = decode_on(attention.device().unwrap(), cache, decode, &q, shape, sinks, table).unwrap();
+            let first = decode_on(attention.device().unwrap(), cache, decode, &q, shape, &operands).unwrap();
             compared("GPU", &first);
-            let second = decode_on(attention.device().unwrap(), cache, decode, &q, shape, sinks, table).unwrap();
+            let second = decode_on(attention.device().unwrap(), cache, decode, &q, shape, &operands).unwrap();
             assert!(first == second, "the same bits twice");
         }
     }
@@ -237,9 +294,9 @@ impl<T: Element> Both<T> {
         let entries = decode.sequences.clone().unwrap_or_else(|| (0..self.config.sequences).collect());
         let rows = entries.len() * decode.heads * decode.queries;
         let q = T::narrow(numbers(&mut self.rng, rows * self.config.head_dim));
-        let sinks = numbers(&mut self.rng, decode.heads);
-        let sinks = (decode.options.sink_logits == SinkLogits::PerHead).then_some(&sinks[..]);
-        let (_, expected) = self.expected_with_row_max(decode, &entries, &q, sinks);
+        let random = Random::new(&mut self.rng, decode, entries.len());
+        let operands = random.operands(decode);
+        let (_, expected) = self.expected_with_row_max(decode, &entries, &q, &operands);
         let compared = |what: &str, row_max: &[f32]| {
             assert_eq!(row_max.len(), expected.len());
             for (n, (&actual, &expected)) in row_max.iter().zip(&expected).enumerate() {
@@ -251,24 +308,30 @@ impl<T: Element> Both<T> {
                 );
             }
         };
-        let (output, row_max) = self.cpu.decode_with_row_max(decode, &q, sinks, None).unwrap();
-        assert_eq!(output, self.cpu.decode(decode, &q, sinks, None).unwrap());
+        let (output, row_max) = self.cpu.decode_with_row_max(decode, &q, &operands).unwrap();
+        assert_eq!(output, self.cpu.decode(decode, &q, &operands).unwrap());
         compared("CPU", &row_max);
         if let (Some(cache), Some(attention)) = (&self.gpu, gpu()) {
             let device = attention.device().unwrap();
             let lens = [rows * self.config.value_dim, rows];
             let row_max = filled(device, &vec![777f32; rows]);
             let with = Some(TensorView::new(&row_max));
-            let output = decode_with(device, cache, decode, &q, lens, (sinks, None), with).unwrap();
+            let output = decode_with(device, cache, decode, &q, lens, &operands, with).unwrap();
             compared("GPU", &read::<f32>(device, &row_max, rows));
-            let without = decode_on(device, cache, decode, &q, lens, sinks, None).unwrap();
+            let without = decode_on(device, cache, decode, &q, lens, &operands).unwrap();
             assert!(output == without, "other bits with row_max: {decode:?}");
         }
     }
 
     /// Each sequence by itself, each query by itself: the visible tokens in the order of time.
-    pub fn expected(&self, decode: &Decode, entries: &[usize], q: &[T], sinks: Option<&[f32]>) -> Output<f64, f64> {
-        self.expected_with_row_max(decode, entries, q, sinks).0
+    pub fn expected(
+        &self,
+        decode: &Decode,
+        entries: &[usize],
+        q: &[T],
+        operands: &DecodeOperands<'_>,
+    ) -> Output<f64, f64> {
+        self.expected_with_row_max(decode, entries, q, operands).0
     }
 
     fn expected_with_row_max(
@@ -276,8 +339,9 @@ impl<T: Element> Both<T> {
         decode: &Decode,
         entries: &[usize],
         q: &[T],
-        sinks: Option<&[f32]>,
+        operands: &DecodeOperands<'_>,
     ) -> (Output<f64, f64>, Vec<f64>) {
+        let sinks = operands.sink_logits;
         let CacheConfig { kv_heads, head_dim, value_dim, kind, rotary, quantisation, .. } = self.config;
         let Decode { heads, queries, options, .. } = *decode;
         let (q_strides, o_strides) =
@@ -287,8 +351,21 @@ impl<T: Element> Both<T> {
         let mut row_max = lse.clone();
         for (entry, &sequence) in entries.iter().enumerate() {
             let tokens = &self.model.sequences[sequence];
+            let first = tokens.len() as i64 - queries as i64;
+            // The word of a new token, by its number.
+            let word = |n: i64| match (operands.tree_mask?, decode.tree_mask?) {
+                (words, TreeMask::Shared) => Some(words[n as usize]),
+                (words, TreeMask::PerSequence) => Some(words[entry * queries + n as usize]),
+            };
+            // A new token stands behind those that it sees, and all before them.
+            let position_of = |t: i64| match (t - first, word((t - first).max(0))) {
+                (n @ 0.., Some(word)) => {
+                    first + (0..queries as i64).filter(|j| *j != n && word >> j & 1 == 1).count() as i64
+                }
+                _ => t,
+            };
             for m in 0..queries {
-                let position = tokens.len() as i64 - queries as i64 + m as i64;
+                let position = position_of(first + m as i64);
                 let (mut left, mut sink_tokens) = (options.window.left, options.sink_tokens);
                 if let (CacheKind::Rolling { sink_tokens: kept, window, .. }, None) = (kind, left) {
                     (left, sink_tokens) = (Some(window - 1), kept);
@@ -296,9 +373,11 @@ impl<T: Element> Both<T> {
                 let right = if options.causal { Some(0) } else { options.window.right };
                 let seen: Vec<usize> = (0..tokens.len())
                     .filter(|&t| {
-                        let j = t as i64;
-                        right.is_none_or(|right| j <= position + right as i64)
-                            && (left.is_none_or(|left| j >= position - left as i64) || t < sink_tokens)
+                        let (n, j) = (t as i64 - first, position_of(t as i64));
+                        let hidden = n >= 0 && word(m as i64).is_some_and(|word| word >> n & 1 == 0);
+                        !hidden
+                            && right.is_none_or(|right| j <= position + right as i64)
+                            && (left.is_none_or(|left| j >= position - left as i64) || j < sink_tokens as i64)
                     })
                     .collect();
                 // What a rolling cache has kept, if keys are rotated by their place there.
@@ -339,11 +418,18 @@ impl<T: Element> Both<T> {
                     let values: Vec<f32> = seen.iter().flat_map(value).collect();
                     let shape =
                         Shape { batch: 1, heads: 1, kv_heads: 1, seq_q: 1, seq_k: seen.len(), head_dim, value_dim };
-                    let dense = options.window(Window::FULL).causal(false).sink_tokens(0).dtype(DType::F32);
+                    let dense =
+                        options.window(Window::FULL).causal(false).sink_tokens(0).dtype(DType::F32).alibi(false);
+                    let bias: Option<Vec<f32>> = operands.alibi_slopes.map(|slopes| {
+                        let distance = |t: &usize| (position - position_of(*t as i64)).abs() as f64;
+                        seen.iter().map(|t| (-f64::from(slopes[head]) * distance(t)) as f32).collect()
+                    });
+                    let dense = if bias.is_some() { dense.bias(Axes::KEYS) } else { dense };
                     let problem = Problem::new(shape, dense).unwrap();
                     let query = wide(&q[row..row + head_dim]);
-                    let inputs =
-                        Inputs::new(&query, &keys, &values).sink_logits(sinks.map(|sinks| &sinks[head..=head]));
+                    let inputs = Inputs::new(&query, &keys, &values)
+                        .sink_logits(sinks.map(|sinks| &sinks[head..=head]))
+                        .bias(bias.as_deref().map(Bias::F32));
                     let output = reference::forward(&problem, &inputs).unwrap();
                     o[o_row..o_row + value_dim].copy_from_slice(&output.o);
                     lse[lse_row] = output.lse[0];
@@ -432,10 +518,9 @@ pub fn decode_on<T: Element>(
     decode: &Decode,
     q: &[T],
     [o_len, lse_len]: [usize; 2],
-    sinks: Option<&[f32]>,
-    table: Option<&[f32]>,
+    operands: &DecodeOperands<'_>,
 ) -> Result<Output<T>, Error> {
-    decode_with(device, cache, decode, q, [o_len, lse_len], (sinks, table), None)
+    decode_with(device, cache, decode, q, [o_len, lse_len], operands, None)
 }
 
 /// The same, with a view for row_max.
@@ -445,17 +530,20 @@ fn decode_with<T: Element>(
     decode: &Decode,
     q: &[T],
     [o_len, lse_len]: [usize; 2],
-    (sinks, table): (Option<&[f32]>, Option<&[f32]>),
+    operands: &DecodeOperands<'_>,
     row_max: Option<TensorView<'_>>,
 ) -> Result<Output<T>, Error> {
     let q = filled(device, q);
     // What is not written stays.
     let o = filled(device, &vec![T::from_f32(777.0); o_len]);
     let lse = filled(device, &vec![777f32; lse_len]);
-    let sinks = sinks.map(|sinks| filled(device, sinks));
-    let table = table.map(|table| filled(device, table));
+    let [sinks, slopes, table] = [operands.sink_logits, operands.alibi_slopes, operands.cos_sin]
+        .map(|operand| operand.map(|operand| filled(device, operand)));
+    let words = operands.tree_mask.map(|words| device.upload("tree_mask", words).unwrap());
     let buffers = DecodeBuffers::new(&q, &o, &lse)
         .sink_logits(sinks.as_ref().map(TensorView::new))
+        .alibi_slopes(slopes.as_ref().map(TensorView::new))
+        .tree_mask(words.as_ref().map(TensorView::from))
         .cos_sin(table.as_ref())
         .row_max(row_max);
     let prepared = cache.prepare_decode(decode, &buffers)?;

@@ -1,7 +1,8 @@
 //! Prefills of the caches under test, and their gradients, against the dense reference.
 
 use sink_attention::cache::{
-    BackwardBuffers as CacheBackwardBuffers, CacheConfig, CacheKind, Decode, KvCache, Prefill, PrefillBuffers,
+    BackwardBuffers as CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeOperands, KvCache, Prefill,
+    PrefillBuffers,
 };
 use sink_attention::cpu::{PrefillOperands, reference};
 use sink_attention::testing::compare::accepted;
@@ -162,7 +163,8 @@ impl<T: Element> Both<T> {
         for (sequence, n) in tokens.iter().copied().enumerate().filter(|(_, n)| *n > 0) {
             let decode = Decode::new(*heads, options.layout(Layout::Bshd)).queries(n);
             let q = &q[token * heads * head_dim..(token + n) * heads * head_dim];
-            let output = self.expected(&decode, &[sequence], q, extras.sinks.as_deref());
+            let output =
+                self.expected(&decode, &[sequence], q, &DecodeOperands::default().sink_logits(extras.sinks.as_deref()));
             o.extend(output.o);
             for (row, x) in output.lse.into_iter().enumerate() {
                 lse[row / n * total + token + row % n] = x;

@@ -5,8 +5,8 @@ use crate::common::{compare, gpu, with_others};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use sink_attention::cache::{
-    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, Prefill, Quantisation, Rotary, RotaryFrequencies,
-    RotaryPositions, RotaryScaling, RotaryStyle, Yarn,
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeOperands, Prefill, Quantisation, Rotary,
+    RotaryFrequencies, RotaryPositions, RotaryScaling, RotaryStyle, Yarn,
 };
 use sink_attention::half::{bf16, f16};
 use sink_attention::{
@@ -84,12 +84,12 @@ fn sizes_of_quantised_numbers() {
         let decode = Decode::new(1, Options::new());
         on_cpu.truncate(0, 0).unwrap();
         on_cpu.append(&[1], &[0.0; 4], &value, None, None).unwrap();
-        let mut outputs = vec![on_cpu.decode(&decode, &[1.0; 4], None, None).unwrap().o];
+        let mut outputs = vec![on_cpu.decode(&decode, &[1.0; 4], &DecodeOperands::default()).unwrap().o];
         if let Some(attention) = gpu() {
             let device = attention.device().unwrap();
             let mut cache = attention.create_cache(&config).unwrap();
             append_on(device, &mut cache, &[1], &[0.0; 4], &value, None).unwrap();
-            outputs.push(decode_on(device, &cache, &decode, &[1.0; 4], [64, 1], None, None).unwrap().o);
+            outputs.push(decode_on(device, &cache, &decode, &[1.0; 4], [64, 1], &DecodeOperands::default()).unwrap().o);
         }
         for o in outputs {
             for (n, (o, value)) in o.iter().zip(&value).enumerate() {
@@ -182,7 +182,7 @@ fn any_tiling_gives_the_same() {
         let decode = Decode::new(5, Options::new().dtype(DType::F16))
             .tiling(unfit.parse::<sink_attention::cache::DecodeTiling>().unwrap());
         let q = vec![f16::ZERO; 3 * 5 * 32];
-        let error = decode_on(device, cache, &decode, &q, [3 * 5 * 24, 15], None, None).unwrap_err();
+        let error = decode_on(device, cache, &decode, &q, [3 * 5 * 24, 15], &DecodeOperands::default()).unwrap_err();
         assert!(matches!(error, Error::NoKernel { .. }) && error.to_string().contains(unfit), "{unfit}: {error}");
     }
 }
@@ -340,17 +340,18 @@ fn what_is_hidden_may_be_nan() {
     append(&mut cache, &[nan; 9]);
     submit(device, |step| cache.truncate(step, 0, 20).unwrap());
     let decode = Decode::new(1, Options::new().causal(true));
-    let output = decode_on(device, &cache, &decode, &one, [4, 1], None, None).unwrap();
+    let output = decode_on(device, &cache, &decode, &one, [4, 1], &DecodeOperands::default()).unwrap();
     assert_eq!(output.o, one, "behind the end");
 
     // The second query sees the NaN, the first does not.
     append(&mut cache, &[one, nan]);
-    let output = decode_on(device, &cache, &decode.clone().queries(2), &[1.0; 8], [8, 2], None, None).unwrap();
+    let output =
+        decode_on(device, &cache, &decode.clone().queries(2), &[1.0; 8], [8, 2], &DecodeOperands::default()).unwrap();
     assert_eq!(output.o[..4], one, "a key of the next query's");
     assert!(output.o[4..].iter().all(|x| x.is_nan()));
     append(&mut cache, &[one; 3]);
     let windowed = Decode::new(1, Options::new().window(Window::keys(3)).sink_tokens(2));
-    let output = decode_on(device, &cache, &windowed, &one, [4, 1], None, None).unwrap();
+    let output = decode_on(device, &cache, &windowed, &one, [4, 1], &DecodeOperands::default()).unwrap();
     assert_eq!(output.o, one, "outside of the window");
 }
 
@@ -410,7 +411,7 @@ fn pages_of_the_callers_choice() {
     // The second page alone, with the tokens 16 to 19.
     submit(device, |step| cache.assign(step, 1, &[3], 4).unwrap());
     let decode = Decode::new(1, Options::new());
-    let output = decode_on(device, &cache, &decode, &[1.0; 8], [8, 2], None, None).unwrap();
+    let output = decode_on(device, &cache, &decode, &[1.0; 8], [8, 2], &DecodeOperands::default()).unwrap();
     compare(&output.o, &[9.5, 9.5, 9.5, 9.5, 17.5, 17.5, 17.5, 17.5], 1e-6).unwrap();
 
     let mut step = step_on(device);
@@ -447,7 +448,7 @@ fn many_tokens_in_one_step() {
             on_cpu.append(&[1, 1], &k, &k, None, None).unwrap();
         }
         assert_eq!(cache.lengths(), [35, 35]);
-        let expected = on_cpu.decode(&decode, &[0.5; 8], None, None).unwrap();
+        let expected = on_cpu.decode(&decode, &[0.5; 8], &DecodeOperands::default()).unwrap();
         compare(&read::<f32>(device, &o, 8), &expected.o, 1e-6).unwrap();
     }
 }
@@ -475,7 +476,7 @@ fn prompts_in_chunks_by_the_forward_pass() {
     let forward = attention.prepare_forward(&problem, &ForwardBuffers::new(&q, k, v, &o, &lse)).unwrap();
     submit(device, |step| forward.encode(step.encoder()));
     let decode = Decode::new(2, options).queries(16);
-    let expected = on_cpu.decode(&decode, &numbers(2 * 16 * 2 * 8), None, None).unwrap();
+    let expected = on_cpu.decode(&decode, &numbers(2 * 16 * 2 * 8), &DecodeOperands::default()).unwrap();
     compare(&read::<f32>(device, &o, 512), &expected.o, 1e-5).unwrap();
     compare(&read::<f32>(device, &lse, 64), &expected.lse, 1e-5).unwrap();
 }
@@ -516,7 +517,8 @@ fn queries_after_tokens_were_taken_back() {
     both.check(&decode(3).sequences([1, 2]));
     for queries in [2, 3] {
         assert!(both.refuses(&decode(queries)), "{queries}");
-        let error = both.cpu.decode(&decode(queries), &vec![0.0; 48 * queries], None, None).unwrap_err();
+        let error =
+            both.cpu.decode(&decode(queries), &vec![0.0; 48 * queries], &DecodeOperands::default()).unwrap_err();
         let text = "sequence 0 of the rolling cache cannot go back to";
         assert_eq!(error.to_string(), format!("{text} {} tokens, the least is 38, or 0", 39 - queries));
     }

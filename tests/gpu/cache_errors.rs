@@ -5,8 +5,8 @@ use crate::common::buffers::gpu_with;
 use crate::common::caches::{Both, append_on, config, decode_on, filled, step_on};
 use crate::common::gpu;
 use sink_attention::cache::{
-    AppendBuffers, BackwardBuffers as CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, KvCache,
-    Prefill, PrefillBuffers, Quantisation, Rotary, RotaryPositions, RotaryStyle,
+    AppendBuffers, BackwardBuffers as CacheBackwardBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers,
+    DecodeOperands, KvCache, Prefill, PrefillBuffers, Quantisation, Rotary, RotaryPositions, RotaryStyle,
 };
 use sink_attention::cpu::PrefillOperands;
 use sink_attention::half::f16;
@@ -231,8 +231,11 @@ fn rotary_embeddings() {
     let config = common::caches::config::<f32>(CONTIGUOUS, 1, [8, 4]).kind(kind).rotary(rotary);
     let on_cpu = cpu::KvCache::<f32>::new(&config).unwrap();
     let decode = Decode::new(1, Options::new());
-    says(on_cpu.decode(&decode, &[0.0; 24], None, None), "cos_sin, but none was given");
-    says(on_cpu.decode(&decode, &[0.0; 24], None, Some(&[0.0; 24])), "of position 3, the table has 3 positions");
+    says(on_cpu.decode(&decode, &[0.0; 24], &DecodeOperands::default()), "cos_sin, but none was given");
+    says(
+        on_cpu.decode(&decode, &[0.0; 24], &DecodeOperands::default().cos_sin(&[0.0; 24][..])),
+        "of position 3, the table has 3 positions",
+    );
     with_gpu(
         |device, cache, [q, o, lse, _]| {
             let short = filled(device, &[0f32; 24]);
@@ -262,23 +265,28 @@ fn decoding() {
         (Decode::new(2, options).sequences([]), "batch is 0"),
         (Decode::new(2, options.window(Window::keys(6))), "5 keys to the left; the rolling cache keeps 4"),
         (Decode::new(2, options.window(Window::keys(3)).sink_tokens(3)), "3; the rolling cache keeps 2"),
-        (Decode::new(2, options.alibi(true)), "option alibi"),
         (Decode::new(2, options.bias(Axes::KEYS)), "option bias"),
-        (Decode::new(2, options.mask(Axes::KEYS)), "option mask"),
+        (Decode::new(2, options.mask(Axes::KEYS)), "Decode::tree_mask is a mask among new tokens"),
         (Decode::new(2, options.query_offset(3)), "option alignment"),
         (Decode::new(2, options.scale(f32::NAN)), "NaN is not finite"),
         (Decode::new(2, options.softcap(0.0)), "option softcap"),
         (Decode::new(2, options.layout(Layout::Thd)), "option layout"),
     ] {
-        says(on_cpu.decode(&decode, &[0.0; 24], None, None), text);
+        says(on_cpu.decode(&decode, &[0.0; 24], &DecodeOperands::default()), text);
         with_gpu(
             |_, cache, [q, o, lse, _]| says(cache.prepare_decode(&decode, &DecodeBuffers::new(q, o, lse)), text),
             &config,
         );
     }
-    says(on_cpu.decode(&Decode::new(2, options), &[0.0; 23], None, None), "q has 23 elements");
-    says(on_cpu.decode(&Decode::new(2, per_head), &[0.0; 24], None, None), "sink_logits, but none was given");
-    says(on_cpu.decode(&Decode::new(2, options), &[0.0; 24], Some(&[0.0; 2]), None), "sink_logits was given");
+    says(on_cpu.decode(&Decode::new(2, options), &[0.0; 23], &DecodeOperands::default()), "q has 23 elements");
+    says(
+        on_cpu.decode(&Decode::new(2, per_head), &[0.0; 24], &DecodeOperands::default()),
+        "sink_logits, but none was given",
+    );
+    says(
+        on_cpu.decode(&Decode::new(2, options), &[0.0; 24], &DecodeOperands::default().sink_logits(&[0.0; 2][..])),
+        "sink_logits was given",
+    );
     with_gpu(
         |device, cache, [q, o, lse, sinks]| {
             let good = DecodeBuffers::new(q, o, lse);
@@ -508,7 +516,7 @@ fn a_failed_append_changes_nothing() {
     let error = append_on(device, &mut cache, &[16, 0, 0], &[3.0; 64], &[3.0; 64], None).unwrap_err();
     assert!(matches!(error, Error::PagesExhausted { needed: 1, free: 0, pages: 4 }), "{error}");
     let decode = Decode::new(1, Options::new());
-    let output = decode_on(device, &cache, &decode, &[1.0; 12], [12, 3], None, None).unwrap();
+    let output = decode_on(device, &cache, &decode, &[1.0; 12], [12, 3], &DecodeOperands::default()).unwrap();
     assert_eq!(output.o, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0]);
     assert_eq!(output.lse[2], f32::NEG_INFINITY);
 }

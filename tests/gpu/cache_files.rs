@@ -5,7 +5,9 @@ use crate::common::gpu;
 use crate::common::saved::{EarlierCache, each_earlier_cache, saved};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
-use sink_attention::cache::{CacheConfig, CacheKind, Decode, Quantisation, Rotary, RotaryPositions, RotaryStyle};
+use sink_attention::cache::{
+    CacheConfig, CacheKind, Decode, DecodeOperands, Quantisation, Rotary, RotaryPositions, RotaryStyle,
+};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{DType, Element, Error, Options, Output, SinkLogits, cpu};
 
@@ -25,7 +27,13 @@ fn empty<T: Element>(config: &CacheConfig) -> cpu::KvCache<T> {
 /// Two query heads to a key head, all sequences.
 fn on_cpu<T: Element>(cache: &cpu::KvCache<T>) -> Output<T> {
     let (decode, q, table) = step::<T>(cache.config());
-    cache.decode(&decode, &q, Some(&[0.5; 4][..2 * cache.config().kv_heads]), table.as_deref()).unwrap()
+    cache
+        .decode(
+            &decode,
+            &q,
+            &DecodeOperands::default().sink_logits(&[0.5; 4][..2 * cache.config().kv_heads]).cos_sin(table.as_deref()),
+        )
+        .unwrap()
 }
 
 fn on_gpu<T: Element>(cache: &sink_attention::cache::KvCache) -> Output<T> {
@@ -33,7 +41,15 @@ fn on_gpu<T: Element>(cache: &sink_attention::cache::KvCache) -> Output<T> {
     let config = cache.config();
     let lens = [decode.heads * config.sequences * config.value_dim, decode.heads * config.sequences];
     let device = gpu().unwrap().device().unwrap();
-    decode_on(device, cache, &decode, &q, lens, Some(&[0.5; 4][..decode.heads]), table.as_deref()).unwrap()
+    decode_on(
+        device,
+        cache,
+        &decode,
+        &q,
+        lens,
+        &DecodeOperands::default().sink_logits(&[0.5; 4][..decode.heads]).cos_sin(table.as_deref()),
+    )
+    .unwrap()
 }
 
 fn step<T: Element>(config: &CacheConfig) -> (Decode, Vec<T>, Option<Vec<f32>>) {
@@ -147,7 +163,7 @@ fn any_quantised_numbers() {
         prop_assert!(restored.to_safetensors().unwrap() == file);
         let [a, b] = [&cache, &restored].map(|cache| {
             let decode = Decode::new(1, Options::new().dtype(T::DTYPE));
-            let output = cache.decode(&decode, &[T::default(); 4], None, None).unwrap();
+            let output = cache.decode(&decode, &[T::default(); 4], &DecodeOperands::default()).unwrap();
             output.o.iter().map(|x| x.to_f32().to_bits() & 0x7fff_ffff).collect::<Vec<_>>()
         });
         prop_assert_eq!(a, b);

@@ -72,8 +72,11 @@ pub fn holds<T: Element>(
     let lse_len = DECODED.len() * heads * queries;
     let [q, o] = [filled(device, &q), filled(device, &vec![T::default(); o_len])];
     let (lse, sinks) = (filled(device, &vec![0f32; lse_len]), filled(device, &vec![0.3f32; heads]));
+    let slopes = filled(device, &vec![0.1f32; heads]);
     let decode = Decode::new(heads, options).queries(queries).sequences(DECODED).tiling(tiling);
-    let buffers = DecodeBuffers::new(&q, &o, &lse).sink_logits(TensorView::new(&sinks));
+    let buffers = DecodeBuffers::new(&q, &o, &lse)
+        .sink_logits(TensorView::new(&sinks))
+        .alibi_slopes(options.alibi.then(|| TensorView::new(&slopes)));
     let prepared = cache.prepare_decode(&decode, &buffers).unwrap();
     let words = [cache.keys(), cache.values()]
         .map(|buffer| read::<f32>(device, buffer, usize::MAX).iter().map(|x| x.to_bits()).collect::<Vec<_>>());
@@ -158,6 +161,7 @@ fn hidden_rows_change_no_bit() {
     holds::<f16>(attention, of::<f16>(CONTIGUOUS, [16, 8]), 3, narrow.softcap(2.0), None);
     holds::<f16>(attention, of::<f16>(ROLLING, [16, 8]), 1, full, None);
     holds::<bf16>(attention, of::<bf16>(ROLLING, [16, 8]), 3, full, None);
+    holds::<f32>(attention, of::<f32>(ROLLING, [8, 8]), 3, full.alibi(true), None);
     holds::<bf16>(attention, of::<bf16>(PAGED, [16, 8]), 1, narrow, None);
     let quantisation = Quantisation::Q8_0;
     holds::<f32>(attention, of::<f32>(CONTIGUOUS, [32, 32]).quantisation(quantisation), 3, narrow, None);
@@ -170,4 +174,5 @@ pub fn hold_on_matrices(attention: &Attention) {
     let narrow = Options::new().window(Window::keys(7)).sink_tokens(1);
     holds::<f16>(attention, of::<f16>(CONTIGUOUS, [16, 16]), 1, Options::new(), None);
     holds::<f16>(attention, of::<f16>(PAGED, [16, 16]), 1, narrow, None);
+    holds::<f16>(attention, of::<f16>(PAGED, [16, 16]), 1, narrow.alibi(true), None);
 }

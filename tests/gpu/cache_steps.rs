@@ -3,8 +3,8 @@
 use crate::common::caches::{config, decode_on, filled, read, step_on, submit};
 use crate::common::gpu;
 use sink_attention::cache::{
-    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, KvCache, Prefill, PrefillBuffers, PreparedAppend,
-    PreparedDecode, Rotary, RotaryPositions, RotaryStyle, Step,
+    AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeOperands, KvCache, Prefill, PrefillBuffers,
+    PreparedAppend, PreparedDecode, Rotary, RotaryPositions, RotaryStyle, Step,
 };
 use sink_attention::wgpu;
 use sink_attention::{Attention, Device, Error, Options, Result, cpu};
@@ -260,7 +260,9 @@ fn every_change_is_taken_back() {
             rig.token(n as f32).unwrap();
         }
         let decode = Decode::new(1, Options::new());
-        let output = |cache: &KvCache| decode_on(device, cache, &decode, &[0f32; 32], [32, 2], None, None).unwrap();
+        let output = |cache: &KvCache| {
+            decode_on(device, cache, &decode, &[0f32; 32], [32, 2], &DecodeOperands::default()).unwrap()
+        };
         let (pages, before) = (rig.pages(), output(&rig.cache));
         let [q, k, v, o] = [0; 4].map(|_| filled(device, &[7f32; 4 * WIDTH]));
         let lse = filled(device, &[0f32; 4]);
@@ -354,10 +356,13 @@ fn queries_that_were_not_rotated() {
         let mut q = q_of(given.unwrap_or(0), 1);
         on_cpu.append(&[1; 2], &token, &token, given.map(|_| &mut q[..]), Some(&table)).unwrap();
         let decode = decode(heads).queries(queries);
-        let found = on_cpu.decode(&decode, &q_of(heads, queries), None, None).err().map(|error| error.to_string());
+        let found = on_cpu
+            .decode(&decode, &q_of(heads, queries), &DecodeOperands::default())
+            .err()
+            .map(|error| error.to_string());
         assert_eq!(found.is_some(), wanted.is_some(), "{found:?}, wanted {wanted:?}");
         assert!(found.iter().zip(&wanted).all(|(found, wanted)| found.contains(wanted)), "{found:?}, {wanted:?}");
-        on_cpu.decode(&decode.clone().q_rotated(true), &q_of(heads, queries), None, None).unwrap();
+        on_cpu.decode(&decode.clone().q_rotated(true), &q_of(heads, queries), &DecodeOperands::default()).unwrap();
         let Some((device, cache)) = &mut on_gpu else { continue };
         let [k, v, cos_sin] = [&token[..], &token, &table].map(|x| filled(device, x));
         let q = filled(device, &q_of(given.unwrap_or(1), 1));
@@ -365,16 +370,16 @@ fn queries_that_were_not_rotated() {
         let append = cache.prepare_append(&[1; 2], &buffers).unwrap();
         submit(device, |step| append.encode(cache, step).unwrap());
         let lens = [SEQUENCES * heads * queries * WIDTH, SEQUENCES * heads * queries];
-        let on = |decode| decode_on(device, cache, decode, &q_of(heads, queries), lens, None, None);
+        let on = |decode| decode_on(device, cache, decode, &q_of(heads, queries), lens, &DecodeOperands::default());
         assert_eq!(on(&decode).err().map(|error| error.to_string()), found);
         on(&decode.clone().q_rotated(true)).unwrap();
     }
     // What was taken back counts no more.
     let mut q = q_of(4, 1);
     on_cpu.append(&[1; 2], &token, &token, Some(&mut q), Some(&table)).unwrap();
-    on_cpu.decode(&decode(4), &q_of(4, 1), None, None).unwrap();
+    on_cpu.decode(&decode(4), &q_of(4, 1), &DecodeOperands::default()).unwrap();
     (0..2).for_each(|sequence| on_cpu.truncate(sequence, 6).unwrap());
-    says(on_cpu.decode(&decode(4), &q_of(4, 1), None, None), &text(1, 4, 0, 0));
+    says(on_cpu.decode(&decode(4), &q_of(4, 1), &DecodeOperands::default()), &text(1, 4, 0, 0));
 }
 
 /// More sequences, key heads and rows than a dimension of a grid has workgroups, whatever the device says that is.
@@ -393,7 +398,7 @@ fn more_sequences_than_a_grid_is_long() {
         let decode = Decode::new(heads, Options::new());
         let q = vec![0f32; sequences * heads * 4];
         let lens = [sequences * heads; 2];
-        let output = decode_on(device, &cache, &decode, &q, lens, None, None).unwrap();
+        let output = decode_on(device, &cache, &decode, &q, lens, &DecodeOperands::default()).unwrap();
         assert!(output.o.iter().enumerate().all(|(n, o)| *o == (n / 2) as f32), "{:?}", &output.o[..16]);
         assert!(output.lse.iter().all(|lse| *lse == 0.0));
     }

@@ -8,7 +8,7 @@ use crate::common::gpu;
 use crate::common::prefills::{Extras, prefill_on};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use sink_attention::cache::{CacheConfig, CacheKind, Decode, Prefill, Quantisation};
+use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeOperands, Prefill, Quantisation};
 use sink_attention::cpu::{self, PrefillOperands};
 use sink_attention::half::{bf16, f16};
 use sink_attention::{Element, Options, Output, SinkLogits, Window};
@@ -142,7 +142,7 @@ impl Setting {
         self.fill(given, end, &mut cache, append, |cache, sequence| cache.truncate(sequence, 0).unwrap());
         if self.path == Path::CpuDecode {
             let decode = Decode::new(self.heads(), self.options).queries(self.counts[0]);
-            return cache.decode(&decode, &given.q, Some(&sinks), None).unwrap();
+            return cache.decode(&decode, &given.q, &DecodeOperands::default().sink_logits(&sinks[..])).unwrap();
         }
         let operands = PrefillOperands::default().sink_logits(&sinks[..]);
         cache.prefill(&prefill, &mut given.q.clone(), [&k, &v], &operands).unwrap()

@@ -429,9 +429,12 @@ fn decodes_from_caches(attention: &Attention) {
             new.scale(-0.7),
             per_head.window(Window::keys(100)).sink_tokens(3),
             new.softcap(1.1).window(Window::keys(10)),
+            per_head.alibi(true).scale(-0.7),
+            new.alibi(true).softcap(1.1),
         ] {
             both.check(&Decode::new(heads, options));
         }
+        both.check_row_max(&Decode::new(heads, per_head.alibi(true)));
         // Drivers take their time for every kernel.
         let tilings = if kind == paged { &[(1, 3, 2)][..] } else { &[(2, 2, 3), (1, 1, 1)] };
         let shared = |columns: u32| (columns * matrices.side / 4).is_multiple_of(matrices.lanes / 8);

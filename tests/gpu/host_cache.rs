@@ -3,7 +3,8 @@
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use sink_attention::cache::{
-    CacheConfig, CacheKind, Decode, HostCache, Prefill, PrefillOperands, Rotary, RotaryPositions, RotaryStyle,
+    CacheConfig, CacheKind, Decode, DecodeOperands, HostCache, Prefill, PrefillOperands, Rotary, RotaryPositions,
+    RotaryStyle,
 };
 use sink_attention::cpu::reference;
 use sink_attention::half::f16;
@@ -84,7 +85,10 @@ impl<T: Element> Pair<T> {
         let config = *self.caches[0].config();
         let decode = Decode::new(HEADS, Self::options()).sequences([2, 0]);
         let q = self.numbers(2 * HEADS * config.head_dim);
-        let results = self.caches.each_ref().map(|cache| cache.decode(&decode, &q, Some(&self.sinks), None).unwrap());
+        let results = self
+            .caches
+            .each_ref()
+            .map(|cache| cache.decode(&decode, &q, &DecodeOperands::default().sink_logits(&self.sinks[..])).unwrap());
         assert!(results[0].o.iter().any(|x| x.to_f32() != 0.0), "there is something to attend to");
         self.same_output("decode", &results);
     }
@@ -175,9 +179,14 @@ fn row_max_is_the_definition() {
         let row = queries * HEADS * WIDTH;
         let q = pair.numbers(entries.len() * row);
         let sinks = Some(&pair.sinks[..]);
-        let results = pair.caches.each_ref().map(|cache| cache.decode_with_row_max(&decode, &q, sinks, None).unwrap());
+        let results = pair.caches.each_ref().map(|cache| {
+            cache.decode_with_row_max(&decode, &q, &DecodeOperands::default().sink_logits(sinks)).unwrap()
+        });
         for (cache, (output, _)) in pair.caches.iter().zip(&results) {
-            assert!(*output == cache.decode(&decode, &q, sinks, None).unwrap(), "{kind:?}: other bits with row_max");
+            assert!(
+                *output == cache.decode(&decode, &q, &DecodeOperands::default().sink_logits(sinks)).unwrap(),
+                "{kind:?}: other bits with row_max"
+            );
         }
         let expected = entries.iter().zip(q.chunks(row)).flat_map(|(&sequence, q)| {
             let of = |n: usize| lengths[..n].iter().sum::<usize>() * KV_HEADS * WIDTH;
@@ -244,8 +253,11 @@ fn mistakes_are_the_same_errors_and_change_nothing() {
             cache.append(&[1, 0, 0], &[0.0; 15], &[0.0; 16], None, None).unwrap_err().to_string(),
             cache.append(&[1, 0, 0], &[0.0; 16], &[0.0; 16], Some(&mut q), None).unwrap_err().to_string(),
             cache.append(&[41, 0, 0], &[0.0; 41 * 16], &[0.0; 41 * 16], None, None).unwrap_err().to_string(),
-            cache.decode(&decode, &q, Some(&[0.0; HEADS]), None).unwrap_err().to_string(),
-            cache.decode(&decode, &[0.0; 96], None, None).unwrap_err().to_string(),
+            cache
+                .decode(&decode, &q, &DecodeOperands::default().sink_logits(&[0.0; HEADS][..]))
+                .unwrap_err()
+                .to_string(),
+            cache.decode(&decode, &[0.0; 96], &DecodeOperands::default()).unwrap_err().to_string(),
             cache.prefill(&prefill, &mut q, [&[0.0; 16], &[0.0; 16]], &operands).unwrap_err().to_string(),
             cache.prefill(&prefill, &mut q[1..], [&[0.0; 16], &[0.0; 16]], &operands).unwrap_err().to_string(),
             cache.truncate(3, 0).unwrap_err().to_string(),

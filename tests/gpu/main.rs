@@ -18,6 +18,7 @@ mod cache_files;
 mod cache_hidden;
 mod cache_prefill;
 mod cache_steps;
+mod cache_tree;
 mod cache_unseen;
 mod concurrency;
 mod conformance;

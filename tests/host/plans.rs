@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiles, DecodeTiling, Quantisation};
+use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiles, DecodeTiling, Quantisation, TreeMask};
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
     Capabilities, DeviceClass, Kernel, LoopHint, LoopHints, LoopName, OptionalOperands, Pass, Plan, PortableTile,
@@ -81,6 +81,12 @@ fn decodings() -> Vec<(&'static str, CacheConfig, Decode)> {
             contiguous(8192, 1, 8, 128).dtype(DType::Bf16),
             Decode::new(32, sinks.dtype(DType::Bf16)).queries(4),
         ),
+        (
+            "a tree of 8 tokens with ALiBi",
+            contiguous(8192, 1, 8, 128).dtype(DType::F16),
+            Decode::new(32, f16(sinks.alibi(true))).queries(8).tree_mask(TreeMask::PerSequence),
+        ),
+        ("one token with ALiBi", contiguous(8192, 1, 8, 64).dtype(DType::F16), Decode::new(32, f16(sinks.alibi(true)))),
         ("StreamingLLM", contiguous(1, 1, 32, 128).kind(rolling), Decode::new(32, sinks)),
         ("wide heads of a query each", contiguous(4096, 4, 16, 192).value_dim(128), Decode::new(16, sinks)),
         ("tiny", contiguous(1, 1, 1, 1), Decode::new(1, Options::new())),

@@ -7,7 +7,7 @@ use std::fmt;
 use serde::Serialize;
 use sink_attention::cache::{
     AppendBuffers, CacheConfig, CacheKind, Decode, DecodeBuffers, DecodeTiling, KvCache, PreparedAppend,
-    PreparedDecode, Quantisation, Rotary, RotaryPositions, RotaryStyle,
+    PreparedDecode, Quantisation, Rotary, RotaryPositions, RotaryStyle, TreeMask,
 };
 use sink_attention::device::is_software;
 use sink_attention::timing::{Clock, Series, Timer};
@@ -42,6 +42,8 @@ struct Row {
     value_dim: usize,
     dtype: String,
     cache: String,
+    alibi: bool,
+    tree: bool,
     tiling: String,
     workgroups: u64,
     decode: Times,
@@ -205,7 +207,7 @@ impl Case<'_> {
         CacheConfig::new(kind, self.batch, self.kv_heads, head_dim)
             .value_dim(value_dim)
             .dtype(self.dtype)
-            .rotary((rotary.dim > 0).then_some(rotary))
+            .rotary((rotary.dim > 0 && !self.args.tree).then_some(rotary))
             .quantisation(self.args.quantised.then_some(Quantisation::Q8_0))
     }
 
@@ -225,6 +227,7 @@ impl Case<'_> {
             .window(shape.window.map_or(Window::FULL, Window::keys))
             .sink_tokens(shape.sink_tokens)
             .sink_logits(SinkLogits::from(shape.sinks))
+            .alibi(self.args.alibi)
             .dtype(self.dtype)
     }
 
@@ -292,7 +295,17 @@ impl Case<'_> {
         let decode = Decode::new(self.heads, self.options()).queries(self.queries).q_rotated(true);
         let decode = decode.tiling(self.args.decode_tiling);
         let per_head = decode.options.sink_logits == SinkLogits::PerHead;
-        let operands = DecodeBuffers::new(&q, &o, &lse).sink_logits(per_head.then(|| sinks.view()));
+        let decode = decode.tree_mask(self.args.tree.then_some(TreeMask::Shared));
+        let parents: Vec<Option<usize>> = (0..self.queries).map(|token| token.checked_sub(1).map(|n| n / 2)).collect();
+        let words = if self.args.tree { TreeMask::of_parents(&parents)? } else { vec![0] };
+        let words = device.upload("tree_mask", &words)?;
+        let slopes: Vec<f32> =
+            (0..self.heads).map(|head| (-8.0 * (head + 1) as f32 / self.heads as f32).exp2()).collect();
+        let slopes = device.upload("alibi_slopes", &slopes)?;
+        let operands = DecodeBuffers::new(&q, &o, &lse)
+            .sink_logits(per_head.then(|| sinks.view()))
+            .alibi_slopes(self.args.alibi.then(|| slopes.view()))
+            .tree_mask(self.args.tree.then(|| words.view()));
         let decoding = cache.prepare_decode(&decode, &operands)?;
         let q = config.rotary.map(|_| (q.view(), self.heads));
         let appending = cache.prepare_append(&vec![self.queries; self.batch], &buffers.q(q))?;
@@ -339,6 +352,8 @@ impl Case<'_> {
             value_dim,
             dtype: format!("{}{}", self.dtype, if self.args.quantised { " q8_0" } else { "" }),
             cache: cache_name(page_size),
+            alibi: self.args.alibi,
+            tree: self.args.tree,
             tiling: tiling.to_string(),
             workgroups: decoding.workgroups(&cache.borrow()),
             gb_per_s: self.bytes() / decode.median().as_secs_f64() * 1e-9,

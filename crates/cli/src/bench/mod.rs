@@ -77,6 +77,14 @@ pub struct Bench {
     #[arg(long, requires = "decode")]
     quantised: bool,
 
+    /// Decode with ALiBi
+    #[arg(long, requires = "decode")]
+    alibi: bool,
+
+    /// Decode with a mask among the new tokens, a tree in which each has two successors; the caches have no rotary embedding then
+    #[arg(long, requires = "decode")]
+    tree: bool,
+
     /// How the decode kernel divides its work: "32x8 rows 8, steps 4 by 2, splits 330" (threads of a workgroup x threads that
     /// share a key, rows of a workgroup, keys that a thread loads at a time and exchanges at once, splits of the keys at most)
     #[arg(long, value_name = "TILING", requires = "decode")]

@@ -241,6 +241,10 @@ fn bench_of_decoding() {
     let quantised = small("gpu", &["--decode", "--quantised", "--decode-tiling", tiling]);
     assert_eq!(quantised["rows"][0]["dtype"], "f32 q8_0");
     assert_eq!(quantised["rows"][0]["tiling"], tiling);
+    let tree = small("gpu", &["--decode", "--alibi", "--tree"]);
+    assert!(
+        tree["rows"][0]["tree"] == true && tree["rows"][0]["alibi"] == true && quantised["rows"][0]["tree"] == false
+    );
     let stderr = fails(&["bench", "--decode", "--page-size", "24", "--heads", "2", "--kv-heads", "1", "--seq-k", "9"]);
     assert!(stderr.contains("24; it must be a power of two"), "{stderr}");
     let stderr = fails(&["bench", "--decode", "--seq-k", &usize::MAX.to_string()]);
@@ -251,6 +255,8 @@ fn bench_of_decoding() {
 fn bench_refuses() {
     wrong_usage(&["bench", "--decode", "--full"], "cannot be used with");
     wrong_usage(&["bench", "--page-size", "16"], "--decode");
+    wrong_usage(&["bench", "--tree"], "--decode");
+    wrong_usage(&["bench", "--alibi"], "--decode");
     wrong_usage(&["bench", "--decode", "--decode-tiling", "32x8"], "splits 330");
     let stderr = fails(&["bench", "--decode", "--backend", "cpu"]);
     assert!(stderr.contains("bench --decode needs a GPU"), "{stderr}");
