@@ -12,6 +12,10 @@
 const HIDDEN: f32 = {{ "-3e38" if softcap else "-1e30" }};
 // row_max may lag behind by this power of two, within the range of f16, before O is rescaled.
 const SLACK: f32 = 8.0;
+# if splits
+// A new row_max is this power of two below the largest score, so that small probabilities have both halves. SLACK is within the range still.
+const LIFT: f32 = 7.0;
+# endif
 # endmacro
 
 # macro begin()
@@ -198,7 +202,7 @@ const SLACK: f32 = 8.0;
 {{ matrix.reduce_row("tile_max", "max") }}
         // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
         if (tile_max > limit_{{ r }} || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-          row_max_{{ r }} = tile_max{{ " * scale" if not formed }};
+          row_max_{{ r }} = tile_max{{ " * scale" if not formed }}{{ " - LIFT" if splits }};
           limit_{{ r }} = tile_max + slack;
         }
       }

@@ -108,7 +108,7 @@ impl Variant {
     pub fn registers(&self) -> Option<u32> {
         let (d, e) = (self.head_dim, self.value_dim);
         let portable = self.tiles().map(|tiles| tiles.registers(self.kernel, d, e));
-        portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, d, e)))
+        portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, self.dtype, d, e)))
     }
 
     /// A kernel's variant for a problem, before tiles are chosen. Options of operands that the kernel does not bind are left out, so that
@@ -523,6 +523,8 @@ impl Variant {
             column_scales => self.column_scales().map(Binding::name),
             sanitize => self.sanitize,
             units => self.units().to_vec(),
+            // Each number is two halves, `hi` and `lo`.
+            splits => properties.multiplies_halves && self.dtype.is_split_on_matrices(),
             batch => self.batch,
             lanes => DELTA_LANES,
             delta_rows => DELTA_ROWS,
@@ -572,7 +574,7 @@ impl Variant {
                 p_tile => f.p_tile(self.head_dim),
                 p_array => if f.p_tile(self.head_dim) == 0 { format!("{}_stage", staged[0]) } else { "p_tile".into() },
                 stages => f.stages,
-                registers => f.registers(self.kernel, self.head_dim, self.value_dim),
+                registers => f.registers(self.kernel, self.dtype, self.head_dim, self.value_dim),
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),

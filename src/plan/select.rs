@@ -1,7 +1,7 @@
 //! The choice between micro-kernels.
 
 use crate::device::capabilities::{Capabilities, DeviceClass};
-use crate::kernel::MicroKernel;
+use crate::kernel::{MicroKernel, Precision};
 use crate::problem::Problem;
 use crate::problem::element::DType;
 
@@ -29,13 +29,17 @@ impl Gain {
 /// The micro-kernels to plan with: the first that can serve. It is an error if the last of them cannot.
 ///
 /// They are those of the caller's request. With [`MicroKernel::Auto`] it is the micro-kernel of the tiles that the caller or a tuning gives.
-/// Without tiles it goes by measurements.
+/// Without tiles it goes by measurements. Split numbers have one micro-kernel, whatever tiles there are.
 pub(crate) fn micro_kernels(
     asked: MicroKernel,
+    precision: Precision,
     given: Option<MicroKernel>,
     gain: Gain,
     capabilities: &Capabilities,
 ) -> &'static [MicroKernel] {
+    if precision == Precision::Split {
+        return &[MicroKernel::Fragments];
+    }
     match (asked, given) {
         (MicroKernel::Fragments, _) | (MicroKernel::Auto, Some(MicroKernel::Fragments)) => &[MicroKernel::Fragments],
         (MicroKernel::Cooperative, _) | (MicroKernel::Auto, Some(MicroKernel::Cooperative)) => {

@@ -109,7 +109,8 @@ impl CooperativeTile {
 
     /// Bytes of workgroup memory, for the arrays of shaders/cooperative/fragments.wgsl.
     pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
-        let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
+        let staged_rows = dtype.matrix_parts() * (self.staged_row(head_dim) + self.staged_row(value_dim));
+        let staged = self.stages * self.tile_columns() * staged_rows * 8;
         let score_rows = self.subgroups * self.matrices.side * self.score_row() * 16;
         let p_tile = self.p_tile(head_dim) * 8;
         let column_stats = self.stats_per_column(kernel, dtype) * self.stages * self.tile_columns() * 4;
@@ -128,13 +129,14 @@ impl CooperativeTile {
     }
 
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
-    pub(crate) fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+    pub(crate) fn registers(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
         let CooperativeMatrices { side, lanes, .. } = self.matrices;
         let (halves, floats) = (side * side / 2 / lanes, side * side / lanes);
         let across = |widths: &[Width]| widths.iter().map(|width| self.across(width.of([head_dim, value_dim]))).sum();
         let [operands, accumulators]: [u32; 2] =
             kernel.tiled().map_or([0; 2], |tiled| [across(tiled.products), across(tiled.accumulators)]);
-        self.rows * (operands * halves + (accumulators + 2 * self.column_fragments()) * floats) + 40
+        let parts = dtype.matrix_parts();
+        self.rows * (operands * parts * halves + (accumulators + 2 * parts * self.column_fragments()) * floats) + 40
     }
 
     /// Loop iterations of a thread for an open and a masked tile, at most: every tile may rescale.
