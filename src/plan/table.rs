@@ -219,7 +219,7 @@ fn fragments(
         // Four fragments of 8x8 make quads of llvmpipe's elements.
         (DeviceClass::Software, _) => (&[[2, 1, 2, 2]], keep),
         // Split numbers take twice the registers and the memory. Estimates, not measured.
-        (_, family) if options.dtype.is_split_on_matrices() => (split_fragments(family, width), keep),
+        _ if options.dtype.is_split_on_matrices() => (split_fragments(width, narrow), keep),
         (_, Family::Softmax) if narrow => (&[[4, 1, 2, 1], [4, 1, 1, 1]], keep),
         (_, Family::Softmax) if has_mask && width <= 64 => (&[[4, 2, 2, 2], [4, 1, 1, 1]], keep),
         (_, Family::Softmax) if modified && width <= 64 => (&[[4, 2, 4, 2], [4, 1, 2, 1]], keep),
@@ -253,12 +253,12 @@ fn fragments(
 }
 
 /// Fragments of split numbers, in the same form.
-fn split_fragments(family: Family, width: usize) -> &'static [[u32; 4]] {
-    match family {
-        Family::Softmax if width <= 64 => &[[4, 2, 2, 1], [4, 1, 2, 2], [4, 1, 1, 1]],
-        _ if width <= 64 => &[[4, 1, 2, 2], [4, 1, 1, 1]],
-        Family::Softmax if width <= 128 => &[[8, 1, 1, 1], [4, 1, 1, 1]],
-        _ if width <= 128 => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+fn split_fragments(width: usize, narrow: bool) -> &'static [[u32; 4]] {
+    match (width, narrow) {
+        (..=64, true) => &[[4, 1, 2, 2], [4, 1, 1, 1]],
+        (..=64, false) => &[[8, 1, 2, 2], [4, 1, 1, 1]],
+        (..=128, true) => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (..=128, false) => &[[8, 1, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         _ => &[[4, 1, 1, 1], [2, 1, 1, 1], [1, 1, 1, 1]],
     }
 }

@@ -99,12 +99,12 @@ impl CooperativeTile {
 
     /// Vectors of four halves of the P tile. Where scores stay in registers it only serves to load the rows' own operands, a fragment of each
     /// subgroup at a time, and there is none if the first staged operand, whose rows are `head_dim` wide, has the room.
-    pub(crate) fn p_tile(&self, head_dim: u32) -> u32 {
+    pub(crate) fn p_tile(&self, dtype: DType, head_dim: u32) -> u32 {
         if self.chunk.is_none() {
             return self.tile_rows() * self.p_row();
         }
         let loaded = self.subgroups * self.matrices.side * self.p_row();
-        if self.tile_columns() * self.staged_row(head_dim) >= loaded { 0 } else { loaded }
+        if dtype.matrix_parts() * self.tile_columns() * self.staged_row(head_dim) >= loaded { 0 } else { loaded }
     }
 
     /// Bytes of workgroup memory, for the arrays of shaders/cooperative/fragments.wgsl.
@@ -112,7 +112,7 @@ impl CooperativeTile {
         let staged_rows = dtype.matrix_parts() * (self.staged_row(head_dim) + self.staged_row(value_dim));
         let staged = self.stages * self.tile_columns() * staged_rows * 8;
         let score_rows = self.subgroups * self.matrices.side * self.score_row() * 16;
-        let p_tile = self.p_tile(head_dim) * 8;
+        let p_tile = self.p_tile(dtype, head_dim) * 8;
         let column_stats = self.stats_per_column(kernel, dtype) * self.stages * self.tile_columns() * 4;
         staged + score_rows + p_tile + column_stats
     }
