@@ -578,7 +578,7 @@ impl Variant {
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
-                score_row => f.score_row(),
+                score_row => f.score_row(self.dtype),
                 p_row => f.p_row(),
                 column_shares => f.tile_columns().div_ceil(f.threads()),
                 stats_per_column => f.stats_per_column(self.kernel, self.dtype),

@@ -86,15 +86,21 @@ impl CooperativeTile {
         self.chunk.unwrap_or(self.columns)
     }
 
-    /// Vectors of four floats in a row of scores, or of a fragment of an accumulator, in workgroup memory.
-    pub(crate) fn score_row(&self) -> u32 {
-        let columns = if self.chunk.is_some() { self.matrices.side } else { self.tile_columns() };
-        columns / 4 + 2
+    /// Vectors of four floats in a row of scores, or of a fragment of an accumulator, in workgroup memory. Split numbers leave less room, and
+    /// one vector more than a fragment's row has is enough. A fragment's rows have a vector for each row of a subgroup's flags.
+    pub(crate) fn score_row(&self, dtype: DType) -> u32 {
+        let side = self.matrices.side;
+        match self.chunk {
+            Some(_) if dtype.is_split_on_matrices() => (side / 4 + 1).max(self.rows),
+            Some(_) => side / 4 + 2,
+            None => self.tile_columns() / 4 + 2,
+        }
     }
 
     /// Vectors of four halves in a row of the P tile, or of the one fragment that operands are loaded by.
     pub(crate) fn p_row(&self) -> u32 {
-        self.score_row()
+        let columns = if self.chunk.is_some() { self.matrices.side } else { self.tile_columns() };
+        columns / 4 + 2
     }
 
     /// Vectors of four halves of the P tile. Where scores stay in registers it only serves to load the rows' own operands, a fragment of each
@@ -111,7 +117,7 @@ impl CooperativeTile {
     pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
         let staged_rows = dtype.matrix_parts() * (self.staged_row(head_dim) + self.staged_row(value_dim));
         let staged = self.stages * self.tile_columns() * staged_rows * 8;
-        let score_rows = self.subgroups * self.matrices.side * self.score_row() * 16;
+        let score_rows = self.subgroups * self.matrices.side * self.score_row(dtype) * 16;
         let p_tile = self.p_tile(dtype, head_dim) * 8;
         let column_stats = self.stats_per_column(kernel, dtype) * self.stages * self.tile_columns() * 4;
         staged + score_rows + p_tile + column_stats
