@@ -585,7 +585,10 @@ fn composed_texts_are_the_reviewed_ones() {
         plan.unwrap()
     };
     let (h200, least) = (device("NVIDIA H200"), device("WebGPU defaults"));
+    let split = Preference::default().precision(Precision::Split);
+    let split = Plan::forward_with(&plain, OptionalOperands::default(), &h200, &split).unwrap();
     let snapshots = [
+        ("forward_causal_f32_fragments", Kernel::FORWARD, split),
         ("forward_gpt_oss_f16_fragments", Kernel::FORWARD, forward(&gpt_oss, &h200)),
         ("forward_gpt_oss_f16_cooperative", Kernel::FORWARD, cooperative(Plan::forward_with, &h200)),
         ("forward_causal_f32_portable", Kernel::FORWARD, forward(&plain, &least)),
