@@ -212,7 +212,7 @@ impl<'a> Passes<'a> {
         preference: &'a Preference<'a>,
     ) -> Result<Self> {
         optional.check(problem)?;
-        check_precision(problem, preference)?;
+        select::check_precision(problem, preference.precision, preference.micro_kernel)?;
         let widths = [problem.shape().head_dim, problem.shape().value_dim].map(|width| width as u32);
         let operands = kernels.iter().flat_map(|kernel| kernel.spec().reads.iter().chain(kernel.spec().writes));
         let dense = operands.filter_map(|binding| binding.width(widths)).all(|width| width.is_multiple_of(4));
@@ -430,22 +430,6 @@ impl<'a> Passes<'a> {
         let needed = |_| (plain.loop_iterations)(problem, &variant.own_options());
         check_loop_iterations(kernel, problem, capabilities, needed)?;
         Pass::new(problem, variant, capabilities)
-    }
-}
-
-/// Refuses operands and micro-kernels that have no products of split numbers.
-fn check_precision(problem: &Problem, preference: &Preference<'_>) -> Result<()> {
-    let none = |reason: String| Err(Error::NoKernel { problem: problem.to_string(), reason });
-    let (dtype, micro_kernel) = (problem.options().dtype, preference.micro_kernel);
-    match preference.precision {
-        Precision::Full => Ok(()),
-        Precision::Split if !dtype.is_split_on_matrices() => {
-            none(format!("the precision split divides numbers of f32 into halves; the operands are {dtype}"))
-        }
-        Precision::Split if ![MicroKernel::Auto, MicroKernel::Fragments].contains(&micro_kernel) => {
-            none(format!("the precision split has the micro-kernel fragments alone; {micro_kernel} was asked for"))
-        }
-        Precision::Split => Ok(()),
     }
 }
 

@@ -4,6 +4,7 @@ use crate::device::capabilities::{Capabilities, DeviceClass};
 use crate::kernel::{MicroKernel, Precision};
 use crate::problem::Problem;
 use crate::problem::element::DType;
+use crate::problem::error::{Error, Result};
 
 /// Whether cooperative matrices were faster on a device that has them, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +24,22 @@ impl Gain {
         let is_plain = options.softcap.is_none() && !options.alibi && options.bias.is_none() && options.mask.is_none();
         let is_measured = is_plain && options.dtype == DType::F16 && shape.head_dim.max(shape.value_dim) <= 128;
         if is_measured { Gain::Elements } else { Gain::Matrices }
+    }
+}
+
+/// Refuses operands and micro-kernels that have no products of split numbers.
+pub(crate) fn check_precision(problem: &Problem, precision: Precision, micro_kernel: MicroKernel) -> Result<()> {
+    let none = |reason: String| Err(Error::NoKernel { problem: problem.to_string(), reason });
+    let dtype = problem.options().dtype;
+    match precision {
+        Precision::Full => Ok(()),
+        Precision::Split if !dtype.is_split_on_matrices() => {
+            none(format!("the precision split divides numbers of f32 into halves; the operands are {dtype}"))
+        }
+        Precision::Split if ![MicroKernel::Auto, MicroKernel::Fragments].contains(&micro_kernel) => {
+            none(format!("the precision split has the micro-kernel fragments alone; {micro_kernel} was asked for"))
+        }
+        Precision::Split => Ok(()),
     }
 }
 
