@@ -348,6 +348,7 @@ impl Bench {
             effort.runs = effort.runs.min(5);
         }
         let mut report = Report::new(&attention, timer.as_ref().map(Timer::clock), shortened);
+        report.peaks = report.peaks.map(|peaks| peaks.in_precision(self.device.precision()));
         let progress = Progress::new(problems.len())?;
         let mut failed = None;
         'problems: for (Case { name, with, .. }, problem) in &problems {
