@@ -1,7 +1,7 @@
 //! What a Vulkan driver makes of the kernels: registers, spills, workgroup memory, size of the code.
 //!
 //! ```sh
-//! cargo run --release --example driver_stats -- [--dtype f16] [--with OPTION] [--tiles KERNEL=TILES]... [--out FOLDER]
+//! cargo run --release --example driver_stats -- [--dtype f16] [--precision full] [--with OPTION] [--tiles KERNEL=TILES]... [--out FOLDER]
 //! ```
 //!
 //! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
@@ -14,7 +14,9 @@ use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 
 use ash::{khr, vk};
-use sink_attention::plan::{Capabilities, Kernel, OptionalOperands, Plan, Preference, SpirvVersion, Tiling, Variant};
+use sink_attention::plan::{
+    Capabilities, Kernel, OptionalOperands, Plan, Precision, Preference, SpirvVersion, Variant,
+};
 use sink_attention::{Attention, Axes, DType, DeviceChoice, Options, Problem, Shape, SinkLogits};
 
 /// B=1, N=8192: query heads, key heads, width.
@@ -22,6 +24,7 @@ const SHAPES: [[usize; 3]; 2] = [[64, 8, 64], [32, 8, 128]];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut dtype = DType::F16;
+    let mut precision = Precision::Full;
     let mut out: Option<PathBuf> = None;
     let mut tiles = Vec::new();
     let mut options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
@@ -32,6 +35,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--dtype" => {
                 let known = [DType::F32, DType::F16, DType::Bf16].into_iter().find(|d| d.to_string() == value);
                 dtype = known.ok_or_else(|| format!("no element type {value}"))?;
+            }
+            "--precision" => {
+                let known = Precision::ALL.into_iter().find(|precision| precision.to_string() == value);
+                precision = known.ok_or_else(|| format!("no precision {value}"))?;
             }
             "--tiles" => {
                 let (name, tiling) = value.split_once('=').ok_or("--tiles wants KERNEL=TILES")?;
@@ -62,7 +69,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{}", attention.device_name());
     let driver = Driver::new()?;
     for [heads, kv_heads, width] in SHAPES {
-        for variant in variants([heads, kv_heads, width], options.dtype(dtype), device.capabilities(), &tiles)? {
+        let preference = Preference::default().precision(precision).tiles(&tiles);
+        for variant in variants([heads, kv_heads, width], options.dtype(dtype), device.capabilities(), &preference)? {
             println!("{:80} {}", variant.name(), driver.statistics(&variant, out.as_deref())?);
         }
     }
@@ -74,16 +82,15 @@ fn variants(
     [heads, kv_heads, width]: [usize; 3],
     options: Options,
     capabilities: &Capabilities,
-    tiles: &[(Kernel, Tiling)],
+    preference: &Preference<'_>,
 ) -> Result<Vec<Variant>, Box<dyn Error>> {
     let (batch, seq) = (1, 8192);
     let shape = Shape { batch, heads, kv_heads, seq_q: seq, seq_k: seq, head_dim: width, value_dim: width };
     let problem = Problem::new(shape, options)?;
-    let preference = Preference::default().tiles(tiles);
     let optional = OptionalOperands::default().o_lo(options.dtype.has_rounding_error());
     let plans = [
-        Plan::forward_with(&problem, optional, capabilities, &preference)?,
-        Plan::backward_with(&problem, optional, capabilities, &preference)?,
+        Plan::forward_with(&problem, optional, capabilities, preference)?,
+        Plan::backward_with(&problem, optional, capabilities, preference)?,
     ];
     Ok(plans.into_iter().flat_map(|plan| plan.passes).map(|pass| pass.variant).collect())
 }

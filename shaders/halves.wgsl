@@ -1,6 +1,23 @@
 {#- Four neighbours of a row for fragments: loaded as they lie in memory, and rounded to halves later.
-    Needs: operands.wgsl, `loads`. Declares: Raw, raw_X of each operand that is loaded, half4; in f16 halves4, in bf16 widened4. -#}
-alias Raw = {{ "vec2<u32>" if vec4 else ("vec4<f16>" if dtype == "f16" else "vec4<f32>") }};
+    Needs: operands.wgsl, `loads`. Declares: Raw, raw_X of each operand that is loaded, half4; in f16 halves4, with token scales widened4;
+    of split numbers hi4, lo4, LO_SCALE and LO_UNIT. -#}
+alias Raw = {{ "vec2<u32>" if vec4 and is_half else ("vec4<f16>" if dtype == "f16" else "vec4<f32>") }};
+# if splits
+// A number x is hi and lo = f16((x - hi) LO_SCALE), so that lo is as large as hi or smaller, and both have the same range.
+const LO_SCALE: f32 = 2048.0;
+const LO_UNIT: f32 = {{ 1 / 2048 }};
+
+// x to the nearest number of 11 significant bits, which f16 holds, and 0 below the normal numbers of f16. Bits are rounded, because
+// compilers may take a conversion to f16 and back for no change.
+fn hi4(x: vec4<f32>) -> vec4<f32> {
+  let rounded = bitcast<vec4<f32>>((bitcast<vec4<u32>>(x) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u));
+  return select(rounded, vec4<f32>(), abs(x) < vec4<f32>({{ 2 ** -14 }}));
+}
+
+fn lo4(x: vec4<f32>) -> vec4<f32> {
+  return (x - hi4(x)) * LO_SCALE;
+}
+# endif
 # if dtype == "f16"
 
 fn halves4(raw: Raw) -> vec4<f16> {
@@ -10,14 +27,14 @@ fn halves4(raw: Raw) -> vec4<f16> {
 
 # if column_scales
 fn widened4(raw: Raw) -> vec4<f32> {
-  return {{ "vec4<f32>(widen2(raw.x), widen2(raw.y))" if vec4 else "raw" }};
+  return {{ "vec4<f32>(widen2(raw.x), widen2(raw.y))" if vec4 and is_half else "raw" }};
 }
 
 # endif
 fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 # if dtype == "f16"
   return halves4(raw) * f16(factor);
-# elif vec4
+# elif vec4 and is_half
   return vec4<f16>(vec4<f32>(widen2(raw.x), widen2(raw.y)) * factor);
 # else
   return vec4<f16>(raw * factor);

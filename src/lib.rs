@@ -129,6 +129,9 @@
 //! within the bounds above, but with o_lo the gradients of the sink logits and of a bias have the bound of o, and those of ALiBi
 //! slopes twice as much, and row_max of capped scores may be off by 2^-19 of the cap besides. Cases outside the bounds, rules of scales and their derivations: docs/precision.md in the repository.
 //!
+//! f32 is multiplied in full, unless [`Attention::with_precision`] asks for [`Precision::Split`]: then cooperative matrices multiply each
+//! number as two halves, within the bounds of f32.
+//!
 //! There are no float atomics: equal inputs give equal bits on the same device, driver and version of this crate. Across
 //! devices the order of sums differs.
 //!
@@ -357,6 +360,7 @@
 //! [`KvCache::prepare_prefill`]: cache::KvCache::prepare_prefill
 //! [`MicroKernel::Cooperative`]: plan::MicroKernel::Cooperative
 //! [`MicroKernel::Fragments`]: plan::MicroKernel::Fragments
+//! [`Precision::Split`]: plan::Precision::Split
 //! [`Step`]: cache::Step
 //! [`Timer`]: timing::Timer
 //! [`Tuning`]: tuning::Tuning

@@ -42,11 +42,18 @@
 # endfor
 # endmacro
 
-{#- Stores a thread's share of a tile as halves. -#}
+{#- Stores a thread's share of a tile as halves. The lower halves of split numbers have a place behind all stages. -#}
 # macro put(b, stage)
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
+# if splits
+      let at = {{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }};
+      let x = {{ b }}_share_{{ n }} * {{ b }}_scale_{{ n }};
+      {{ b }}_stage[at] = vec4<f16>(hi4(x));
+      {{ b }}_stage[at + {{ b | upper }}_LO] = vec4<f16>(lo4(x));
+# else
       {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }}] = {{ halves(b ~ "_share_" ~ n, b ~ "_scale_" ~ n if column_scales else "1.0") }};
+# endif
     }
 # endfor
 # endmacro

@@ -16,8 +16,14 @@
           var is_nonfinite = false;
           for (var quad = 0u; quad < {{ staged_quads[b] }}u; quad += 1u) {
             let x = vec4<f32>({{ b }}_stage[at + quad]);
-            if (!is_finite4(x)) {
+# if splits
+            let lo = vec4<f32>({{ b }}_stage[at + {{ b | upper }}_LO + quad]);
+# endif
+            if (!is_finite4(x){{ " || !is_finite4(lo)" if splits }}) {
               {{ b }}_stage[at + quad] = vec4<f16>();
+# if splits
+              {{ b }}_stage[at + {{ b | upper }}_LO + quad] = vec4<f16>();
+# endif
               is_nonfinite = true;
             }
           }

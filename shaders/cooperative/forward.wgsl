@@ -17,6 +17,10 @@ const SLACK: f32 = 8.0;
 // Probabilities of a lane's columns may have this sum before row_max follows. So each is within f16.
 const MOST: f32 = 32768.0;
 # endif
+# if splits
+// A new row_max is this power of two below the largest score, so that small probabilities have both halves. SLACK is within the range still.
+const LIFT: f32 = 7.0;
+# endif
 # endmacro
 
 # macro begin()
@@ -317,7 +321,7 @@ const MOST: f32 = 32768.0;
 {{ matrix.reduce_row("tile_max", "max") }}
         // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
         if (tile_max > limit_{{ r }} || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-          row_max_{{ r }} = tile_max{{ " * scale" if not formed }};
+          row_max_{{ r }} = tile_max{{ " * scale" if not formed }}{{ " - LIFT" if splits }};
           limit_{{ r }} = tile_max + slack;
         }
       }

@@ -15,6 +15,9 @@
       elements    SPIR-V has it. Calls of the functions that `declare_elements` declares become its instructions (src/device/markers.rs),
                   and scores stay in registers. A lane has the rows and columns that the driver gives it (ElementLayout).
 
+    Numbers of f32 are split: each is two halves (halves.wgsl), and each product is three, of which two belong to sums in LO_UNIT. That is
+    written for `elements`.
+
     Fragments have no hidden elements. A hidden column that is NaN or infinite makes the results NaN, since 0 times it is NaN
     (cooperative/fallback.wgsl). Halves have less range than the numbers that are multiplied (cooperative/units.wgsl, token_scales.wgsl).
 
@@ -38,7 +41,10 @@ const P_ROW: u32 = {{ p_row }}u;
 # for b in staged
 const {{ b | upper }}_ROW: u32 = {{ staged_rows[b] }}u;
 const {{ b | upper }}_TILE: u32 = {{ staged_rows[b] * tile_columns }}u;
-var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ stages * staged_rows[b] * tile_columns }}>;
+# if splits
+const {{ b | upper }}_LO: u32 = {{ stages * staged_rows[b] * tile_columns }}u;
+# endif
+var<workgroup> {{ b }}_stage: array<vec4<f16>, {{ (2 if splits else 1) * stages * staged_rows[b] * tile_columns }}>;
 # endfor
 var<workgroup> score_rows: array<vec4<f32>, {{ subgroups * side * score_row }}>;
 # if p_tile > 0
@@ -158,17 +164,23 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 # set at_once = 1 if elements else row_fragments
 # for f in range(fragments[a])
 # for first in range(0, row_fragments, at_once)
+# for half in (["hi", "lo"] if splits else [""])
 # for r in range(first, first + at_once)
+# set factor = a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign
 # for n in range(fragment_quads)
 # call each_quad(n)
     let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
-    {{ p_array }}[p_at - part + {{ (r - first) * side * p_row }}u + quad] = {{ halves("raw", a ~ "_scale_" ~ r ~ " * " ~ sign if column_scales else sign) }};
+    {{ p_array }}[p_at - part + {{ (r - first) * side * p_row }}u + quad] = {% if splits %}vec4<f16>({{ half }}4(raw * ({{ factor }}))){% else %}{{ halves("raw", factor) }}{% endif %};
 # endcall
 # endfor
 # endfor
   {{ sync() }}
 # for r in range(first, first + at_once)
-  let {{ a }}_{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&{{ p_array }}[subgroup_p + {{ (r - first) * side * p_row }}u], P_ROW);
+  let {{ a }}_{{ "lo_" if half == "lo" }}{{ r }}_{{ f }} = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, A>>(&{{ p_array }}[subgroup_p + {{ (r - first) * side * p_row }}u], P_ROW);
+# endfor
+# if half == "hi"
+  {{ sync() }}
+# endif
 # endfor
   {{ sync() }}
 # endfor
@@ -241,10 +253,10 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 {#- The first column of a lane's n-th quad. The others are `quad_steps` from it. -#}
 {%- macro quad_column(n) %}column0 + {{ quad_offsets[n] }}u + lane_column{% endmacro -%}
 
-{#- The place in the stage of fragment f of an operand's c-th columns, and its pitch. -#}
-{%- macro staged_at(b, stage, c, f) -%}
+{#- The place in the stage of fragment f of an operand's c-th columns, and its pitch; with `half` that of lower halves. -#}
+{%- macro staged_at(b, stage, c, f, half="") -%}
 {%- set row = (b | upper) ~ "_ROW" -%}
-  &{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ c * side }}u * {{ row }} + {{ f * side // 4 }}u], {{ row }}
+  &{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ (b | upper) ~ "_LO + " if half }}{{ c * side }}u * {{ row }} + {{ f * side // 4 }}u], {{ row }}
 {%- endmacro -%}
 
 {#- s[row, column] = a[row] . b[column], for the columns of a chunk of the tile. -#}
@@ -252,10 +264,18 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 # if elements
 # for r, c in pairs(row_fragments, column_fragments)
     var {{ s }}_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+# if splits
+    var {{ s }}_lo_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+# endif
 # endfor
 # for f, c in pairs(fragments[a], column_fragments)
 {{ multiply(s, a, b, stage, chunk, c, f) }}
 # endfor
+# if splits
+# for r, c in pairs(row_fragments, column_fragments)
+    {{ s }}_{{ r }}_{{ c }} = {{ s }}_{{ r }}_{{ c }} + {{ s }}_lo_{{ r }}_{{ c }} * LO_UNIT;
+# endfor
+# endif
 # else
 # for c in range(column_fragments)
 # for r in range(row_fragments)
@@ -271,7 +291,14 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 # macro multiply(s, a, b, stage, chunk, c, f)
     {
       let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f) }});
+# if splits
+      let column_lo = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f, "lo") }});
+# endif
 # for r in range(row_fragments)
+# if splits
+      {{ s }}_lo_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column_lo, {{ s }}_lo_{{ r }}_{{ c }});
+      {{ s }}_lo_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_lo_{{ r }}_{{ f }}, column, {{ s }}_lo_{{ r }}_{{ c }});
+# endif
       {{ s }}_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column, {{ s }}_{{ r }}_{{ c }});
 # endfor
     }
@@ -313,8 +340,16 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 {#- Makes P, or dS, in f16 the left operand of `accumulate`: the P tile, or fragments. -#}
 # macro store_p(x)
 # if elements
+# if splits
+# for r, n in pairs(lane_rows, lane_quads)
+    let {{ x }}_hi_{{ r }}_{{ n }} = hi4({{ x }}_{{ r }}_{{ n }});
+    let {{ x }}_lo_{{ r }}_{{ n }} = lo4({{ x }}_{{ r }}_{{ n }});
+# endfor
+# endif
+# for half in (["_hi", "_lo"] if splits else [""])
 # for r, c in pairs(row_fragments, column_fragments)
-    let {{ x }}_left_{{ r }}_{{ c }} = {{ left(x, r, c) }};
+    let {{ x }}{{ half }}_left_{{ r }}_{{ c }} = {{ left(x ~ half, r, c) }};
+# endfor
 # endfor
 # else
 # for r, n in pairs(row_fragments, lane_quads)
@@ -349,6 +384,9 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 {#- x[row] += sum over columns of w[row, column] * b[column], for the columns of a chunk of the tile; w is P or dS, as `store_p` has left
     it. -#}
 # macro accumulate(x, w, b, stage, chunk=0)
+# if splits
+{{ accumulate_split(x, w, b, stage, chunk) }}
+# else
 # for c in range(column_fragments)
     {
 # if not elements
@@ -363,6 +401,34 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
         {{ x }}_{{ r }}_{{ f }} = coopMultiplyAdd({{ w }}_left_{{ r }}_{{ c }}, column, {{ x }}_{{ r }}_{{ f }});
 # endfor
       }
+# endfor
+    }
+# endfor
+# endif
+# endmacro
+
+{#- `accumulate` of split numbers. The tile has sums of its own, which are added to those of all tiles by one addition each: matrices may
+    round each sum towards zero, and over thousands of columns that would show. -#}
+# macro accumulate_split(x, w, b, stage, chunk)
+# for f in range(fragments[b])
+    {
+# for r in range(row_fragments)
+      var sum_{{ r }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+      var sum_lo_{{ r }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+# endfor
+# for c in range(column_fragments)
+      {
+        let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f) }});
+        let column_lo = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f, "lo") }});
+# for r in range(row_fragments)
+        sum_lo_{{ r }} = coopMultiplyAdd({{ w }}_hi_left_{{ r }}_{{ c }}, column_lo, sum_lo_{{ r }});
+        sum_lo_{{ r }} = coopMultiplyAdd({{ w }}_lo_left_{{ r }}_{{ c }}, column, sum_lo_{{ r }});
+        sum_{{ r }} = coopMultiplyAdd({{ w }}_hi_left_{{ r }}_{{ c }}, column, sum_{{ r }});
+# endfor
+      }
+# endfor
+# for r in range(row_fragments)
+      {{ x }}_{{ r }}_{{ f }} = {{ x }}_{{ r }}_{{ f }} + (sum_{{ r }} + sum_lo_{{ r }} * LO_UNIT);
 # endfor
     }
 # endfor

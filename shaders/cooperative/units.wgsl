@@ -20,7 +20,8 @@
 # endmacro
 
 {#- Sets the unit of each row for which `condition` holds, by the row's largest dS: it comes to 2^-6 .. 2^-5 in the unit. Then numbers
-    down to 2^-8 of it are as precise as halves are, and later ones may be 2^20 times as large. -#}
+    down to 2^-8 of it are as precise as halves are, and later ones may be 2^20 times as large. Two halves keep 11 bits of smaller numbers.
+    They come to 2^-3 .. 2^-2, so that even a driver that flushes small halves to zero errs by less than 2^-22 of the largest. -#}
 # macro follow(w, x, condition, then="")
 # for r in range(lane_rows)
       var factor_{{ r }} = 1.0;
@@ -34,7 +35,7 @@
         let exponent = i32(bitcast<u32>(largest) >> 23u) - 127;
         // No unit brings infinity or NaN within range. The row is reported.
         if (exponent < 128 && {{ condition | replace("ROW", r) }}) {
-          factor_{{ r }} = bitcast<f32>(u32(127 + clamp(-6 - exponent, -100, 100)) << 23u);
+          factor_{{ r }} = bitcast<f32>(u32(127 + clamp({{ -3 if splits else -6 }} - exponent, -100, 100)) << 23u);
 # if then
           {{ then | replace("ROW", r) }}
 # endif

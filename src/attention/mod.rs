@@ -16,7 +16,7 @@ use crate::exec::buffers::{BackwardBuffers, ForwardBuffers};
 use crate::exec::pipeline::Pipelines;
 use crate::exec::prepared::Prepared;
 use crate::kernel::tile::Tiling;
-use crate::kernel::{Binding, Kernel, MicroKernel};
+use crate::kernel::{Binding, Kernel, MicroKernel, Precision};
 use crate::plan::operand::mask_scratch_bytes;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::Tuning;
@@ -46,6 +46,7 @@ pub struct Attention {
     backend: Backend,
     reason: DeviceReason,
     micro_kernel: MicroKernel,
+    precision: Precision,
     dispatch_budget: Duration,
 }
 
@@ -127,13 +128,21 @@ impl Attention {
         Attention { micro_kernel, ..self }
     }
 
+    /// With another precision of products of f32, on tensor cores with [`Precision::Split`]. Where a problem or the device has no kernel
+    /// for that, passes fail with [`Error::NoKernel`], as they do for operands of f16 and bf16; on the CPU with [`Error::NeedsGpu`].
+    /// It concerns the passes of whole problems and prefills: decoding steps are computed in full precision.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Attention { precision, ..self }
+    }
+
     pub(crate) fn micro_kernel(&self) -> MicroKernel {
         self.micro_kernel
     }
 
     fn of(backend: Backend) -> Self {
         let reason = DeviceReason::Asked;
-        Attention { backend, reason, micro_kernel: MicroKernel::Auto, dispatch_budget: DISPATCH_BUDGET }
+        let (micro_kernel, precision) = (MicroKernel::Auto, Precision::Full);
+        Attention { backend, reason, micro_kernel, precision, dispatch_budget: DISPATCH_BUDGET }
     }
 
     /// How long a dispatch may hold the GPU, 250 ms unless set: a pass whose time is estimated longer is cut into several
@@ -145,8 +154,11 @@ impl Attention {
         Attention { dispatch_budget: budget, ..self }
     }
 
-    /// The CPU has no micro-kernels to choose from.
+    /// The CPU has no micro-kernels to choose from, and no tensor cores.
     pub(crate) fn check_cpu(&self) -> Result<()> {
+        if self.precision == Precision::Split {
+            return Err(Error::NeedsGpu { call: "the precision split" });
+        }
         match self.micro_kernel {
             MicroKernel::Auto => Ok(()),
             MicroKernel::Portable => Err(Error::NeedsGpu { call: "the portable micro-kernel" }),
@@ -268,7 +280,11 @@ impl Attention {
         tiles: &'a [(Kernel, Tiling)],
     ) -> Result<(&'a Device, Preference<'a>)> {
         let device = self.device().ok_or(Error::NeedsGpu { call })?;
-        Ok((device, Preference { micro_kernel: self.micro_kernel, tiles, tuning: self.tuning() }))
+        Ok((device, self.preference(tiles, self.tuning())))
+    }
+
+    fn preference<'a>(&self, tiles: &'a [(Kernel, Tiling)], tuning: Option<&'a Tuning>) -> Preference<'a> {
+        Preference { micro_kernel: self.micro_kernel, precision: self.precision, tiles, tuning }
     }
 
     /// The name of the device, for people.
@@ -483,7 +499,7 @@ impl Attention {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_forward" }),
             Backend::Gpu { device, pipelines, tuning } => {
-                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
+                let preference = self.preference(tiles, tuning.as_deref());
                 Prepared::forward(device, pipelines, problem, buffers, &preference, self.dispatch_budget).await
             }
         }
@@ -541,7 +557,7 @@ impl Attention {
         match &self.backend {
             Backend::Cpu => Err(Error::NeedsGpu { call: "prepare_backward" }),
             Backend::Gpu { device, pipelines, tuning } => {
-                let preference = Preference { micro_kernel: self.micro_kernel, tiles, tuning: tuning.as_deref() };
+                let preference = self.preference(tiles, tuning.as_deref());
                 Prepared::backward(device, pipelines, problem, buffers, &preference, self.dispatch_budget).await
             }
         }

@@ -108,7 +108,7 @@ impl Variant {
     pub fn registers(&self) -> Option<u32> {
         let (d, e) = (self.head_dim, self.value_dim);
         let portable = self.tiles().map(|tiles| tiles.registers(self.kernel, d, e));
-        portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, d, e)))
+        portable.or_else(|| self.fragments().map(|fragments| fragments.registers(self.kernel, self.dtype, d, e)))
     }
 
     /// A kernel's variant for a problem, before tiles are chosen. Options of operands that the kernel does not bind are left out, so that
@@ -532,6 +532,8 @@ impl Variant {
             column_scales => self.column_scales().map(Binding::name),
             sanitize => self.sanitize,
             units => self.units().to_vec(),
+            // Each number is two halves, `hi` and `lo`.
+            splits => properties.multiplies_halves && self.dtype.is_split_on_matrices(),
             batch => self.batch,
             lanes => DELTA_LANES,
             steps => DELTA_STEPS,
@@ -580,14 +582,14 @@ impl Variant {
                 chunks => f.columns / f.column_fragments(),
                 phased => f.chunk.is_some() && self.softmax(),
                 optimistic => self.is_optimistic(&f),
-                p_tile => f.p_tile(self.head_dim),
-                p_array => if f.p_tile(self.head_dim) == 0 { format!("{}_stage", staged[0]) } else { "p_tile".into() },
+                p_tile => f.p_tile(self.dtype, self.head_dim),
+                p_array => if f.p_tile(self.dtype, self.head_dim) == 0 { format!("{}_stage", staged[0]) } else { "p_tile".into() },
                 stages => f.stages,
-                registers => f.registers(self.kernel, self.head_dim, self.value_dim),
+                registers => f.registers(self.kernel, self.dtype, self.head_dim, self.value_dim),
                 tile_rows => f.tile_rows(),
                 tile_columns => f.tile_columns(),
                 fragment_quads => (side / 4).div_ceil(f.matrices.lanes / side),
-                score_row => f.score_row(),
+                score_row => f.score_row(self.dtype),
                 p_row => f.p_row(),
                 column_shares => f.tile_columns().div_ceil(f.threads()),
                 stats_per_column => f.stats_per_column(self.kernel, self.dtype),

@@ -3,7 +3,7 @@
 use crate::device::capabilities::Capabilities;
 use crate::kernel::cache::CacheOptions;
 use crate::kernel::tile::decode::DecodeTiles;
-use crate::kernel::{Binding, DECODE_PASS, MicroKernel, Variant};
+use crate::kernel::{Binding, DECODE_PASS, MicroKernel, Precision, Variant};
 use crate::plan::Plan;
 use crate::plan::pass::{Pass, TilesOrigin, check_limits, fold};
 use crate::plan::select::{self, Gain};
@@ -334,7 +334,7 @@ fn choose(
     let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
     // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
     let gain = if rows > 1 || s.head_dim.max(s.value_dim) <= 64 { Gain::Matrices } else { Gain::None };
-    let wanted = select::micro_kernels(micro_kernel, None, gain, capabilities);
+    let wanted = select::micro_kernels(micro_kernel, Precision::Full, None, gain, capabilities);
     match (wanted.contains(&MicroKernel::Portable), wanted.len()) {
         (true, 1) => Ok(portable()),
         (true, _) => Ok(cooperative().unwrap_or_else(|_| portable())),

@@ -24,7 +24,7 @@ pub use crate::kernel::tile::Tiling;
 use crate::kernel::tile::cooperative::CooperativeTile;
 pub use crate::kernel::tile::portable::PortableTile;
 use crate::kernel::{BACKWARD_PASS, Binding, FORWARD_PASS, MERGE_PASS};
-pub use crate::kernel::{Kernel, MicroKernel, Variant};
+pub use crate::kernel::{Kernel, MicroKernel, Precision, Variant};
 use crate::plan::loop_limit::{check_loop_iterations, loop_iterations};
 use crate::plan::operand::dense_views;
 pub use crate::plan::pass::{Pass, TilesOrigin};
@@ -42,6 +42,9 @@ pub use crate::problem::varlen::Sequence;
 pub struct Preference<'a> {
     /// The caller's choice. It is an error if no kernel of it fits the problem.
     pub micro_kernel: MicroKernel,
+    /// How products of f32 are formed. [`Precision::Split`] is an error with operands of another type, with another micro-kernel than
+    /// [`MicroKernel::Fragments`] or [`MicroKernel::Auto`], and where the problem or the device has no kernel of that micro-kernel.
+    pub precision: Precision,
     /// The caller's own tiles, for measuring candidates. It is an error if they do not fit. Under [`MicroKernel::Auto`] the first tiles of
     /// a kernel also decide on its micro-kernel.
     pub tiles: &'a [(Kernel, Tiling)],
@@ -53,6 +56,7 @@ setters! {
     impl['a] Preference['a]
     plain {
         micro_kernel: MicroKernel,
+        precision: Precision,
         tiles: &'a [(Kernel, Tiling)],
     }
     optional {
@@ -208,6 +212,7 @@ impl<'a> Passes<'a> {
         preference: &'a Preference<'a>,
     ) -> Result<Self> {
         optional.check(problem)?;
+        select::check_precision(problem, preference.precision, preference.micro_kernel)?;
         let widths = [problem.shape().head_dim, problem.shape().value_dim].map(|width| width as u32);
         let operands = kernels.iter().flat_map(|kernel| kernel.spec().reads.iter().chain(kernel.spec().writes));
         let dense = operands.filter_map(|binding| binding.width(widths)).all(|width| width.is_multiple_of(4));
@@ -248,8 +253,9 @@ impl<'a> Passes<'a> {
         // Measured tiles that do not fit are ignored.
         let fitting = || measured.filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
         let given = own.or_else(fitting).map(|tiling| tiling.micro_kernel());
-        let wanted =
-            select::micro_kernels(self.preference.micro_kernel, given, Gain::of(self.problem), self.capabilities);
+        let gain = Gain::of(self.problem);
+        let Preference { micro_kernel, precision, .. } = *self.preference;
+        let wanted = select::micro_kernels(micro_kernel, precision, given, gain, self.capabilities);
         let [others @ .., last] = wanted else { return Ok(Vec::new()) };
         let pass = others.iter().find_map(|micro_kernel| self.tiled(kernel, *micro_kernel, None).ok());
         let pass = pass.map_or_else(|| self.tiled(kernel, *last, None), Ok)?;
@@ -336,9 +342,10 @@ impl<'a> Passes<'a> {
         if !kernel.tiled().is_some_and(|tiled| tiled.micro_kernels.contains(&MicroKernel::Cooperative)) {
             return Err(none(format!("{} has a portable kernel only", kernel.name())));
         }
-        if !problem.options().dtype.multiplies_on_matrices() {
+        if !problem.options().dtype.multiplies_on_matrices() && self.preference.precision == Precision::Full {
             return Err(none(
-                "cooperative matrices multiply halves; f32 operands need the portable micro-kernel".into(),
+                "cooperative matrices multiply halves; f32 operands need the portable micro-kernel, or the precision split"
+                    .into(),
             ));
         }
         let Some(matrices) = capabilities.cooperative else {

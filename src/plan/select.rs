@@ -1,9 +1,10 @@
 //! The choice between micro-kernels.
 
 use crate::device::capabilities::{Capabilities, DeviceClass};
-use crate::kernel::MicroKernel;
+use crate::kernel::{MicroKernel, Precision};
 use crate::problem::Problem;
 use crate::problem::element::DType;
+use crate::problem::error::{Error, Result};
 
 /// Whether cooperative matrices were faster on a device that has them, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,16 +27,36 @@ impl Gain {
     }
 }
 
+/// Refuses operands and micro-kernels that have no products of split numbers.
+pub(crate) fn check_precision(problem: &Problem, precision: Precision, micro_kernel: MicroKernel) -> Result<()> {
+    let none = |reason: String| Err(Error::NoKernel { problem: problem.to_string(), reason });
+    let dtype = problem.options().dtype;
+    match precision {
+        Precision::Full => Ok(()),
+        Precision::Split if !dtype.is_split_on_matrices() => {
+            none(format!("the precision split divides numbers of f32 into halves; the operands are {dtype}"))
+        }
+        Precision::Split if ![MicroKernel::Auto, MicroKernel::Fragments].contains(&micro_kernel) => {
+            none(format!("the precision split has the micro-kernel fragments alone; {micro_kernel} was asked for"))
+        }
+        Precision::Split => Ok(()),
+    }
+}
+
 /// The micro-kernels to plan with: the first that can serve. It is an error if the last of them cannot.
 ///
 /// They are those of the caller's request. With [`MicroKernel::Auto`] it is the micro-kernel of the tiles that the caller or a tuning gives.
-/// Without tiles it goes by measurements.
+/// Without tiles it goes by measurements. Split numbers have one micro-kernel, whatever tiles there are.
 pub(crate) fn micro_kernels(
     asked: MicroKernel,
+    precision: Precision,
     given: Option<MicroKernel>,
     gain: Gain,
     capabilities: &Capabilities,
 ) -> &'static [MicroKernel] {
+    if precision == Precision::Split {
+        return &[MicroKernel::Fragments];
+    }
     match (asked, given) {
         (MicroKernel::Fragments, _) | (MicroKernel::Auto, Some(MicroKernel::Fragments)) => &[MicroKernel::Fragments],
         (MicroKernel::Cooperative, _) | (MicroKernel::Auto, Some(MicroKernel::Cooperative)) => {

@@ -64,6 +64,19 @@ impl DType {
         }
     }
 
+    /// Whether cooperative matrices multiply it as two halves a number, with the error of f32 or nearly so, where the caller asks for that.
+    pub(crate) const fn is_split_on_matrices(self) -> bool {
+        match self {
+            DType::F32 => true,
+            DType::F16 | DType::Bf16 => false,
+        }
+    }
+
+    /// Halves that are multiplied in place of a number on cooperative matrices.
+    pub(crate) const fn matrix_parts(self) -> u32 {
+        if self.is_split_on_matrices() { 2 } else { 1 }
+    }
+
     /// Whether its elements are operands of cooperative matrices as they lie in memory.
     pub(crate) const fn is_matrix_operand(self) -> bool {
         match self {

@@ -36,6 +36,7 @@ mod partial;
 mod properties;
 mod row_max;
 mod size;
+mod split;
 mod streaming_llm;
 mod tuning;
 mod unseen;

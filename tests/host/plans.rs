@@ -11,7 +11,7 @@ use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiles, DecodeT
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
     Capabilities, DeviceClass, Kernel, LoopHint, LoopHints, LoopName, OptionalOperands, Pass, Plan, PortableTile,
-    Preference, Tiling, Variant,
+    Precision, Preference, Tiling, Variant,
 };
 use sink_attention::testing::operands::problem;
 use sink_attention::tuning::{Tuning, TuningKey};
@@ -123,6 +123,27 @@ fn plans() -> String {
             }
         }
         write_plans(&mut text, plans);
+    }
+    let split = ["GPT-OSS prefill, full layer", "GPT-OSS prefill, sliding layer", "Llama 3 8B prefill", "odd widths"];
+    for (name, problem) in problems().into_iter().filter(|(name, _)| split.contains(name)) {
+        let vec4 = [problem.shape().head_dim, problem.shape().value_dim].iter().all(|width| width % 4 == 0);
+        let (optional, split) =
+            (OptionalOperands::default().scalar(!vec4), Preference::default().precision(Precision::Split));
+        let mut plans: Vec<(Vec<Pass>, Vec<String>)> = Vec::new();
+        for device in Capabilities::samples() {
+            let forward = Plan::forward_with(&problem, optional, &device, &split);
+            let backward = Plan::backward_with(&problem, optional, &device, &split);
+            let (Ok(forward), Ok(backward)) = (forward, backward) else { continue };
+            let passes = [forward.passes, backward.passes].concat();
+            match plans.iter_mut().find(|(other, _)| *other == passes) {
+                Some((_, devices)) => devices.push(device.name),
+                None => plans.push((passes, vec![device.name])),
+            }
+        }
+        if !plans.is_empty() {
+            writeln!(text, "\nIn split precision, {name}: {problem}").unwrap();
+            write_plans(&mut text, plans);
+        }
     }
     for (name, config, decode) in decodings() {
         let CacheConfig { kind, sequences, kv_heads, head_dim, value_dim, dtype, .. } = config;

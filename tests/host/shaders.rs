@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
     Capabilities, CooperativeMatrices, ElementLayout, Kernel, LoopHint, LoopHints, LoopName, OptionalOperands, Pass,
-    Plan, Preference, SpirvVersion, TilesOrigin, Tiling, Variant,
+    Plan, Precision, Preference, SpirvVersion, TilesOrigin, Tiling, Variant,
 };
 use sink_attention::testing::cases::texts;
 use sink_attention::testing::folder::Folder;
@@ -84,6 +84,14 @@ impl Planned {
     }
 }
 
+/// Numbers of f32 are split on fragments.
+fn precision(dtype: DType, micro_kernel: MicroKernel) -> Precision {
+    match (dtype, micro_kernel) {
+        (DType::F32, MicroKernel::Fragments) => Precision::Split,
+        _ => Precision::Full,
+    }
+}
+
 /// Problems that reach every variant that some sample device can get.
 fn reachable() -> &'static [Planned] {
     static REACHABLE: OnceLock<Vec<Planned>> = OnceLock::new();
@@ -108,6 +116,7 @@ fn reachable() -> &'static [Planned] {
                                     continue;
                                 }
                                 let preference = Preference::default().micro_kernel(micro_kernel);
+                                let preference = preference.precision(precision(dtype, micro_kernel));
                                 let (Ok(forward), Ok(backward)) = (
                                     Plan::forward_with(&problem, optional.scalar(!vec4), &device, &preference),
                                     Plan::backward_with(&problem, optional.scalar(!vec4), &device, &preference),
@@ -180,6 +189,7 @@ fn with_options() -> Vec<Planned> {
                         .packed(packed)
                         .row_max(row_max);
                     let preference = Preference::default().micro_kernel(micro_kernel);
+                    let preference = preference.precision(precision(dtype, micro_kernel));
                     let plans = [
                         Plan::forward_with(&problem, optional.scalar(!vec4), device, &preference),
                         Plan::backward_with(&problem, optional.scalar(!vec4), device, &preference),
@@ -575,7 +585,10 @@ fn composed_texts_are_the_reviewed_ones() {
         plan.unwrap()
     };
     let (h200, least) = (device("NVIDIA H200"), device("WebGPU defaults"));
+    let split = Preference::default().precision(Precision::Split);
+    let split = Plan::forward_with(&plain, OptionalOperands::default(), &h200, &split).unwrap();
     let snapshots = [
+        ("forward_causal_f32_fragments", Kernel::FORWARD, split),
         ("forward_gpt_oss_f16_fragments", Kernel::FORWARD, forward(&gpt_oss, &h200)),
         ("forward_gpt_oss_f16_cooperative", Kernel::FORWARD, cooperative(Plan::forward_with, &h200)),
         ("forward_causal_f32_portable", Kernel::FORWARD, forward(&plain, &least)),

@@ -225,6 +225,7 @@ impl PlanArgs {
         self.target.check()?;
         let problem = Problem::new(self.shape.shape(self.decode), self.options.options())?;
         if self.decode {
+            self.target.check_full_precision("--decode")?;
             return self.explain_decoding(&problem);
         }
         let o_lo = self.backward && !self.without_o_lo && problem.options().dtype.has_rounding_error();
@@ -234,7 +235,10 @@ impl PlanArgs {
             Some(capabilities) => {
                 check_limits(&operands, &capabilities)?;
                 let tuning = self.tuning(&capabilities)?;
-                let preference = Preference::default().micro_kernel(self.target.micro_kernel()).tuning(tuning.as_ref());
+                let preference = Preference::default()
+                    .micro_kernel(self.target.micro_kernel())
+                    .precision(self.target.precision())
+                    .tuning(tuning.as_ref());
                 let optional = OptionalOperands::default().o_lo(o_lo);
                 let mut plans = vec![Plan::forward_with(&problem, optional, &capabilities, &preference)?];
                 if self.backward {
@@ -248,8 +252,8 @@ impl PlanArgs {
                 }
                 Explanation::new(&problem, device, self.backward, operands, launches)
             }
-            None if self.target.micro_kernel() != MicroKernel::Auto => {
-                return Err(sink_attention::Error::NeedsGpu { call: "--kernel" }.into());
+            None if let Some(call) = self.target.special() => {
+                return Err(sink_attention::Error::NeedsGpu { call }.into());
             }
             None => Explanation::new(&problem, device, self.backward, operands, Vec::new()),
         };

@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sink_attention::plan::{Capabilities, ElementLayout, MicroKernel};
+use sink_attention::plan::{Capabilities, ElementLayout, MicroKernel, Precision};
 use sink_attention::tuning::Tuning;
 use sink_attention::{Attention, DType, DeviceChoice, file};
 
@@ -27,6 +27,10 @@ pub struct DeviceArgs {
     /// How kernels form matrix products; all but auto need a GPU
     #[arg(long, value_enum, default_value_t)]
     kernel: Kernel,
+
+    /// How products of f32 are formed; split needs a GPU and operands of f32
+    #[arg(long, value_enum, default_value_t)]
+    precision: PrecisionArg,
 
     /// File with tiles measured by `tune` on this device [default: $SINK_ATTENTION_TUNING]
     #[arg(long, value_name = "FILE")]
@@ -55,6 +59,15 @@ enum Kernel {
     Cooperative,
     /// Cooperative matrices whose elements are computed with in registers
     Fragments,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum PrecisionArg {
+    /// Multiply-adds in f32
+    #[default]
+    Full,
+    /// Cooperative matrices (tensor cores): each number is two halves, and each product is three, with the bounds of f32
+    Split,
 }
 
 /// Element type of the operands.
@@ -90,8 +103,21 @@ impl DeviceArgs {
                 let message = "the argument '--kernel' cannot be used with '--backend cpu'";
                 Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
             }
+            (Backend::Cpu, None) if self.precision != PrecisionArg::Full => {
+                let message = "the argument '--precision split' cannot be used with '--backend cpu'";
+                Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
+            }
             _ => Ok(()),
         }
+    }
+
+    /// Refuses another precision than the full one, for a command whose results say nothing of it.
+    pub fn check_full_precision(&self, command: &str) -> Result<(), clap::Error> {
+        if self.precision == PrecisionArg::Full {
+            return Ok(());
+        }
+        let message = format!("the argument '--precision split' cannot be used with {command}");
+        Err(clap::Error::raw(ErrorKind::ArgumentConflict, message))
     }
 
     /// Whether the arguments ask for the CPU.
@@ -106,6 +132,23 @@ impl DeviceArgs {
             Kernel::Portable => MicroKernel::Portable,
             Kernel::Cooperative => MicroKernel::Cooperative,
             Kernel::Fragments => MicroKernel::Fragments,
+        }
+    }
+
+    /// The precision of products of f32 that the arguments ask for.
+    pub fn precision(&self) -> Precision {
+        match self.precision {
+            PrecisionArg::Full => Precision::Full,
+            PrecisionArg::Split => Precision::Split,
+        }
+    }
+
+    /// Whether the arguments ask for kernels that not every problem and device has. The name of the argument if they do.
+    pub fn special(&self) -> Option<&'static str> {
+        match (self.kernel, self.precision) {
+            (_, PrecisionArg::Split) => Some("--precision split"),
+            (Kernel::Auto, PrecisionArg::Full) => None,
+            _ => Some("--kernel"),
         }
     }
 
@@ -131,7 +174,7 @@ impl DeviceArgs {
             Some(path) => Attention::open_untuned(choice)?.with_tuning(Tuning::load(path)?)?,
             None => Attention::open(choice)?,
         };
-        Ok(attention.with_micro_kernel(self.micro_kernel()))
+        Ok(attention.with_micro_kernel(self.micro_kernel()).with_precision(self.precision()))
     }
 
     /// Whether the arguments name measured tiles.

@@ -264,6 +264,8 @@ impl Tune {
     /// Measures, checks, writes, and prints a summary.
     pub fn execute(self) -> Result<(), Box<dyn Error>> {
         self.device.check()?;
+        // An entry of a tuning is of full precision: its key names none.
+        self.device.check_full_precision("tune")?;
         check_writable(&self.out)?;
         let start = Instant::now();
         // Candidates are compared with the built-in table, whatever the environment prefers.

@@ -86,32 +86,39 @@ impl CooperativeTile {
         self.chunk.unwrap_or(self.columns)
     }
 
-    /// Vectors of four floats in a row of scores, or of a fragment of an accumulator, in workgroup memory.
-    pub(crate) fn score_row(&self) -> u32 {
-        let columns = if self.chunk.is_some() { self.matrices.side } else { self.tile_columns() };
-        columns / 4 + 2
+    /// Vectors of four floats in a row of scores, or of a fragment of an accumulator, in workgroup memory. Split numbers leave less room, and
+    /// one vector more than a fragment's row has is enough. A fragment's rows have a vector for each row of a subgroup's flags.
+    pub(crate) fn score_row(&self, dtype: DType) -> u32 {
+        let side = self.matrices.side;
+        match self.chunk {
+            Some(_) if dtype.is_split_on_matrices() => (side / 4 + 1).max(self.rows),
+            Some(_) => side / 4 + 2,
+            None => self.tile_columns() / 4 + 2,
+        }
     }
 
     /// Vectors of four halves in a row of the P tile, or of the one fragment that operands are loaded by.
     pub(crate) fn p_row(&self) -> u32 {
-        self.score_row()
+        let columns = if self.chunk.is_some() { self.matrices.side } else { self.tile_columns() };
+        columns / 4 + 2
     }
 
     /// Vectors of four halves of the P tile. Where scores stay in registers it only serves to load the rows' own operands, a fragment of each
     /// subgroup at a time, and there is none if the first staged operand, whose rows are `head_dim` wide, has the room.
-    pub(crate) fn p_tile(&self, head_dim: u32) -> u32 {
+    pub(crate) fn p_tile(&self, dtype: DType, head_dim: u32) -> u32 {
         if self.chunk.is_none() {
             return self.tile_rows() * self.p_row();
         }
         let loaded = self.subgroups * self.matrices.side * self.p_row();
-        if self.tile_columns() * self.staged_row(head_dim) >= loaded { 0 } else { loaded }
+        if dtype.matrix_parts() * self.tile_columns() * self.staged_row(head_dim) >= loaded { 0 } else { loaded }
     }
 
     /// Bytes of workgroup memory, for the arrays of shaders/cooperative/fragments.wgsl.
     pub(crate) fn workgroup_bytes(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
-        let staged = self.stages * self.tile_columns() * (self.staged_row(head_dim) + self.staged_row(value_dim)) * 8;
-        let score_rows = self.subgroups * self.matrices.side * self.score_row() * 16;
-        let p_tile = self.p_tile(head_dim) * 8;
+        let staged_rows = dtype.matrix_parts() * (self.staged_row(head_dim) + self.staged_row(value_dim));
+        let staged = self.stages * self.tile_columns() * staged_rows * 8;
+        let score_rows = self.subgroups * self.matrices.side * self.score_row(dtype) * 16;
+        let p_tile = self.p_tile(dtype, head_dim) * 8;
         let column_stats = self.stats_per_column(kernel, dtype) * self.stages * self.tile_columns() * 4;
         staged + score_rows + p_tile + column_stats
     }
@@ -128,13 +135,14 @@ impl CooperativeTile {
     }
 
     /// 32-bit registers that a lane's share of the fragments takes, roughly.
-    pub(crate) fn registers(&self, kernel: Kernel, head_dim: u32, value_dim: u32) -> u32 {
+    pub(crate) fn registers(&self, kernel: Kernel, dtype: DType, head_dim: u32, value_dim: u32) -> u32 {
         let CooperativeMatrices { side, lanes, .. } = self.matrices;
         let (halves, floats) = (side * side / 2 / lanes, side * side / lanes);
         let across = |widths: &[Width]| widths.iter().map(|width| self.across(width.of([head_dim, value_dim]))).sum();
         let [operands, accumulators]: [u32; 2] =
             kernel.tiled().map_or([0; 2], |tiled| [across(tiled.products), across(tiled.accumulators)]);
-        self.rows * (operands * halves + (accumulators + 2 * self.column_fragments()) * floats) + 40
+        let parts = dtype.matrix_parts();
+        self.rows * (operands * parts * halves + (accumulators + 2 * parts * self.column_fragments()) * floats) + 40
     }
 
     /// Loop iterations of a thread for an open and a masked tile, at most: every tile may rescale.

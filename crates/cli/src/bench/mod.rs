@@ -320,6 +320,9 @@ impl Bench {
             let message = "the argument '--tiles <KERNEL=TILES>' cannot be used with '--backend cpu'";
             return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message).into());
         }
+        if self.decode {
+            self.device.check_full_precision("--decode")?;
+        }
         // The CPU path measures neither.
         let needs_gpu = self.decode || !self.tiles.is_empty();
         let attention = if needs_gpu { self.device.open_gpu() } else { self.device.open() }?;
@@ -353,6 +356,7 @@ impl Bench {
             effort.runs = effort.runs.min(5);
         }
         let mut report = Report::new(&attention, timer.as_ref().map(Timer::clock), shortened);
+        report.peaks = report.peaks.map(|peaks| peaks.in_precision(self.device.precision()));
         let progress = Progress::new(problems.len())?;
         let mut failed = None;
         'problems: for (Case { name, with, .. }, problem) in &problems {
@@ -391,6 +395,7 @@ impl Bench {
     ) -> Vec<sink_attention::Result<Result<measure::Timing, String>>> {
         let preference = Preference::default()
             .micro_kernel(self.device.micro_kernel())
+            .precision(self.device.precision())
             .tiles(&self.tiles)
             .tuning(attention.tuning());
         match timer {

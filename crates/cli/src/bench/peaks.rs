@@ -1,6 +1,7 @@
 //! The peak performance of devices, by their makers' figures.
 
 use sink_attention::DType;
+use sink_attention::plan::Precision;
 
 /// Peaks of a device. Operations are those of dense matrices, without sparsity, and f16 and bf16 have f32 sums.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,6 +53,14 @@ impl Peaks {
         KNOWN.iter().find(known).copied()
     }
 
+    /// The peaks of a precision of f32: split numbers take three products of halves each.
+    pub fn in_precision(self, precision: Precision) -> Self {
+        match (precision, self.half) {
+            (Precision::Split, Some(half)) => Peaks { f32: half / 3.0, ..self },
+            _ => self,
+        }
+    }
+
     /// TFLOP/s with operands of a type.
     pub fn tflops(&self, dtype: DType) -> f64 {
         match dtype {
@@ -71,6 +80,8 @@ mod tests {
         assert_eq!(Peaks::of("NVIDIA H100 PCIe").unwrap().tflops(DType::F32), 51.0);
         assert_eq!(Peaks::of("NVIDIA H100 80GB HBM3").unwrap().bandwidth, 3350.0);
         assert_eq!(Peaks::of("Apple M2").unwrap().tflops(DType::Bf16), 3.6);
+        let split = |name| Peaks::of(name).unwrap().in_precision(Precision::Split).tflops(DType::F32);
+        assert_eq!([split("NVIDIA H200"), split("Apple M2")], [989.0 / 3.0, 3.6]);
         assert_eq!(Peaks::of("Apple M2 Max"), None);
         assert_eq!(Peaks::of("llvmpipe (LLVM 15.0.6, 256 bits)"), None);
     }

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use sink_attention::half::{bf16, f16};
-use sink_attention::plan::MicroKernel;
+use sink_attention::plan::{MicroKernel, Precision};
 use sink_attention::{Attention, DType, Element};
 
 use self::grid::{Case, grid};
@@ -74,7 +74,8 @@ impl Check {
         self.device.check()?;
         let mut cases = self.cases()?;
         let attention = self.device.open()?;
-        if [MicroKernel::Cooperative, MicroKernel::Fragments].contains(&self.device.micro_kernel()) {
+        let on_matrices = [MicroKernel::Cooperative, MicroKernel::Fragments].contains(&self.device.micro_kernel());
+        if on_matrices || self.device.precision() == Precision::Split {
             leave_out(&mut cases, &attention)?;
         }
         let start = Instant::now();

@@ -381,6 +381,10 @@ fn wrong_usage_exits_with_2() {
     wrong_usage(&["run", &input, &output, "--fast"], "--fast");
     wrong_usage(&["run", &input, &output, "--backend", "cpu", "--adapter", "x"], "cannot be used with '--backend cpu'");
     wrong_usage(&["run", &input, &output, "--backend", "cpu", "--kernel", "portable"], "cannot be used with");
+    wrong_usage(&["run", &input, &output, "--backend", "cpu", "--precision", "split"], "cannot be used with");
+    wrong_usage(&["run", &input, &output, "--precision", "double"], "double");
+    wrong_usage(&["tune", "--precision", "split"], "cannot be used with tune");
+    wrong_usage(&["plan", "--decode", "--precision", "split"], "cannot be used with --decode");
     wrong_usage(&["run", &input, ""], "OUT");
     wrong_usage(&["walk"], "walk");
     assert_eq!(folder.names(), ["in"]);
@@ -401,6 +405,15 @@ fn kernels_that_there_are_not() {
     assert!(stderr.contains("Intel Arc A770 has no cooperative matrices"), "{stderr}");
     succeeds(&plan(&["H200", "--dtype", "f16", "--backward"]));
     succeeds(&["plan", "--device", "H200", "--kernel", "portable", "--backward"]);
+    let split = |arguments: &[&'static str]| [&["plan", "--precision", "split", "--device"], arguments].concat();
+    let (stdout, _) = succeeds(&split(&["H200", "--backward"]));
+    assert!(stdout.contains("d_kv_fragments_f32_d64_e64"), "{stdout}");
+    let stderr = fails(&split(&["H200", "--dtype", "f16"]));
+    assert!(stderr.contains("the operands are f16"), "{stderr}");
+    let stderr = fails(&split(&["A770"]));
+    assert!(stderr.contains("Intel Arc A770 has no cooperative matrices"), "{stderr}");
+    let stderr = fails(&split(&["H200", "--kernel", "cooperative"]));
+    assert!(stderr.contains("the micro-kernel fragments alone"), "{stderr}");
 }
 
 #[test]
