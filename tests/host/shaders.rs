@@ -505,8 +505,10 @@ fn spirv_val(folder: &Folder, name: &str, words: &[u32]) -> Option<String> {
 fn spirv_of_the_probe_is_valid() {
     let folder = Folder::new(env!("CARGO_TARGET_TMPDIR"), "probe");
     for (side, lanes) in [(16, 32), (8, 8), (8, 32), (16, 64)] {
-        let words = probe_kernel(side, lanes, SpirvVersion { major: 1, minor: 3 }).unwrap();
-        assert_eq!(spirv_val(&folder, &format!("{side} {lanes}"), &words), None);
+        for bf16 in [false, true] {
+            let words = probe_kernel(side, lanes, bf16, SpirvVersion { major: 1, minor: 3 }).unwrap();
+            assert_eq!(spirv_val(&folder, &format!("{side} {lanes} {bf16}"), &words), None);
+        }
     }
 }
 
