@@ -1,10 +1,28 @@
-{#- Four neighbours of a row for fragments: loaded as they lie in memory, and rounded to halves later.
-    Needs: operands.wgsl, `loads`. Declares: Raw, raw_X of each operand that is loaded, half4; in f16 halves4, in bf16 widened4. -#}
+{#- Four neighbours of a row for fragments: loaded as they lie in memory, and rounded to halves later. Where bf16 is multiplied as itself,
+    the halves are its bits.
+    Needs: operands.wgsl, `loads`. Declares: Raw, raw_X of each operand that is loaded, half4; in f16 and where bf16 is multiplied halves4;
+    with token scales widened4. -#}
 alias Raw = {{ "vec2<u32>" if vec4 else ("vec4<f16>" if dtype == "f16" else "vec4<f32>") }};
 # if dtype == "f16"
 
 fn halves4(raw: Raw) -> vec4<f16> {
   return {{ "raw" if not vec4 else ("bits_as_halves(raw)" if elements else "vec4<f16>(vec4<f32>(unpack2x16float(raw.x), unpack2x16float(raw.y)))") }};
+}
+# endif
+
+# if multiplies_bf16
+
+fn words(raw: Raw) -> vec2<u32> {
+# if vec4
+  return raw;
+# else
+  let numbers = narrow4(raw);
+  return numbers.xz | (numbers.yw << vec2<u32>(16u));
+# endif
+}
+
+fn halves4(raw: Raw) -> vec4<f16> {
+  return bits_as_halves(words(raw));
 }
 # endif
 
@@ -17,6 +35,10 @@ fn widened4(raw: Raw) -> vec4<f32> {
 fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 # if dtype == "f16"
   return halves4(raw) * f16(factor);
+# elif multiplies_bf16
+  // The factor is 1 or -1: its sign is that of two numbers in a word.
+  let sign = bitcast<u32>(factor) & 0x80000000u;
+  return bits_as_halves(words(raw) ^ vec2<u32>(sign | (sign >> 16u)));
 # elif vec4
   return vec4<f16>(vec4<f32>(widen2(raw.x), widen2(raw.y)) * factor);
 # else

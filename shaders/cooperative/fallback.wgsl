@@ -15,8 +15,7 @@
           let at = stage * {{ b | upper }}_TILE + column * {{ b | upper }}_ROW;
           var is_nonfinite = false;
           for (var quad = 0u; quad < {{ staged_quads[b] }}u; quad += 1u) {
-            let x = vec4<f32>({{ b }}_stage[at + quad]);
-            if (!is_finite4(x)) {
+            if (!is_finite_staged({{ b }}_stage[at + quad])) {
               {{ b }}_stage[at + quad] = vec4<f16>();
               is_nonfinite = true;
             }

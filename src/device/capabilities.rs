@@ -287,7 +287,7 @@ impl Capabilities {
                     lanes: 32,
                     in_step: false,
                     elements: Some(ElementLayout::NVIDIA),
-                    bf16: false,
+                    bf16: true,
                 }),
                 DeviceClass::Apple => {
                     Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false, elements: None, bf16: false })

@@ -47,7 +47,8 @@ fn translate(variant: &Variant, text: &str, version: SpirvVersion) -> Result<Vec
     let needs = variant.properties();
     // Decoding has no tiles of this kind.
     let needs_matrices = variant.micro_kernel.properties().needs_matrices;
-    let markers = needs.needs_elements.then_some(Operands::F16);
+    let operands = if variant.multiplies_bf16() { Operands::Bf16 } else { Operands::F16 };
+    let markers = needs.needs_elements.then_some(operands);
     Translation { slots: &slots, needs_matrices, markers }.of(text, version)
 }
 

@@ -248,8 +248,12 @@ impl<'a> Passes<'a> {
         // Measured tiles that do not fit are ignored.
         let fitting = || measured.filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
         let given = own.or_else(fitting).map(|tiling| tiling.micro_kernel());
-        let wanted =
-            select::micro_kernels(self.preference.micro_kernel, given, Gain::of(self.problem), self.capabilities);
+        let wanted = select::micro_kernels(
+            self.preference.micro_kernel,
+            given,
+            Gain::of(self.problem, self.capabilities),
+            self.capabilities,
+        );
         let [others @ .., last] = wanted else { return Ok(Vec::new()) };
         let pass = others.iter().find_map(|micro_kernel| self.tiled(kernel, *micro_kernel, None).ok());
         let pass = pass.map_or_else(|| self.tiled(kernel, *last, None), Ok)?;

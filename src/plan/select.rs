@@ -16,12 +16,14 @@ pub(crate) enum Gain {
 }
 
 impl Gain {
-    /// That of the kernels of a problem. Elements in registers have been measured in f16, for widths of 64 and 128, without options but windows
-    /// and sinks (benches/results/2026-11-30-h200-fragments.md). A kernel whose registers spill takes several times as long, so that a guess will not do.
-    pub(crate) fn of(problem: &Problem) -> Self {
+    /// That of the kernels of a problem. Elements in registers have been measured in f16, and in bf16 where the device multiplies it, for
+    /// widths of 64 and 128, without options but windows and sinks (benches/results/2026-11-30-h200-fragments.md). A kernel whose registers spill takes several times as long, so that a guess will not do.
+    pub(crate) fn of(problem: &Problem, capabilities: &Capabilities) -> Self {
         let (shape, options) = (problem.shape(), problem.options());
         let is_plain = options.softcap.is_none() && !options.alibi && options.bias.is_none() && options.mask.is_none();
-        let is_measured = is_plain && options.dtype == DType::F16 && shape.head_dim.max(shape.value_dim) <= 128;
+        let has_bf16 = capabilities.cooperative.is_some_and(|matrices| matrices.bf16);
+        let is_multiplied = options.dtype == DType::F16 || options.dtype == DType::Bf16 && has_bf16;
+        let is_measured = is_plain && is_multiplied && shape.head_dim.max(shape.value_dim) <= 128;
         if is_measured { Gain::Elements } else { Gain::Matrices }
     }
 }
