@@ -325,11 +325,14 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # endif
 # endmacro
 
+{#- Elements of P, or of dS, as a left operand, which rounds f32 to bf16 itself. -#}
+{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ "f32" if multiplies_bf16 else "f16" }}({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %}){% endmacro -%}
+
 {#- Makes P, or dS, rounded to 16 bits, the left operand of `accumulate`: the P tile, or fragments. -#}
 # macro store_p(x)
 # if elements
 # for r, c in pairs(row_fragments, column_fragments)
-    let {{ x }}_left_{{ r }}_{{ c }} = matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ "f32" if multiplies_bf16 else "f16" }}({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %});
+    let {{ x }}_left_{{ r }}_{{ c }} = {{ left(x, r, c) }};
 # endfor
 # else
 # for r, n in pairs(row_fragments, lane_quads)

@@ -5,12 +5,13 @@
 //! variants few. Nothing but numbers differs between the problems of a variant.
 
 use crate::common::views::run_at;
-use crate::common::{fragments, with_others};
+use crate::common::{bf16_fragments, fragments, with_others};
 use crate::cooperative::{exact, explained, forward_agrees, is_on_matrices, random};
 use sink_attention::cpu::reference;
 use sink_attention::device::adapters;
 use sink_attention::half::{bf16, f16};
 use sink_attention::plan::{DeviceClass, ElementLayout, Kernel, LoopHints, MicroKernel, Tiling};
+use sink_attention::testing::compare::accepted;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{agree, problem};
 use sink_attention::{
@@ -61,7 +62,95 @@ fn the_layout_that_a_driver_has_is_found() {
 /// Bands, sizes and heads of all kinds, with one pipeline for each kernel.
 #[test]
 fn bands_and_sizes() {
-    let Some(attention) = &fragments() else { return };
+    if let Some(attention) = &fragments() {
+        bands::<f16>(attention);
+    }
+}
+
+/// bf16 without scales and units, where the device multiplies it as itself.
+mod bf16_as_itself {
+    use super::*;
+
+    #[test]
+    fn bands_and_sizes() {
+        if let Some(attention) = &bf16_fragments() {
+            bands::<bf16>(attention);
+        }
+    }
+
+    /// Operands are multiplied with powers of two of which results know nothing but the last: q and k, the scale of their products, v and
+    /// d_o. Visible products go to the ends of f32, below all that a kernel might hide scores with.
+    #[test]
+    fn operands_to_the_ends_of_the_range() {
+        let Some(attention) = &bf16_fragments() else { return };
+        let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+        for (seed, ([q, k, v, d_o], scale)) in (0..).zip([
+            ([100, -100, 20, 0], 1.0),
+            ([-100, 100, -20, 0], 1.0),
+            ([10, -10, 108, -60], 1.0),
+            ([-10, 10, -60, -30], 1.0),
+            ([60, 60, 0, 0], 2f32.powi(-120)),
+            ([-20, -20, 3, 60], 2f32.powi(40)),
+        ]) {
+            for sign in [0f32, 1.0, -1.0] {
+                let scaled = options.scale(0.3 * scale * if sign < 0.0 { -1.0 } else { 1.0 });
+                let (problem, mut case) = random::<bf16>(&problem([1, 2, 1], [40, 70], [8, 8], scaled), seed);
+                let multiply = |operand: &mut [bf16], power: i32, sign: f32| {
+                    let size = |x: f32| if sign == 0.0 { x } else { sign * x.abs() };
+                    operand.iter_mut().for_each(|x| *x = bf16::from_f32(size(x.to_f32()) * 2f32.powi(power)));
+                };
+                multiply(&mut case.operands.q, q, sign.abs());
+                // All products have one sign: that of hidden scores, or the other one.
+                multiply(&mut case.operands.k, k, sign);
+                multiply(&mut case.operands.v, v, 0.0);
+                multiply(&mut case.d_o, d_o, 0.0);
+                check(attention, &problem, &case);
+            }
+        }
+        // A scale that the kernels cannot take for a factor: the portable ones compute all rows.
+        let (problem, case) = random::<bf16>(&problem([1, 2, 1], [40, 70], [8, 8], options.scale(0.0)), 9);
+        check(attention, &problem, &case);
+    }
+
+    /// Gradients of one row that differ by 2^80 in size, without units; one element at a time, under a mask.
+    #[test]
+    fn gradients_of_all_sizes() {
+        let Some(attention) = &bf16_fragments() else { return };
+        let (problem, mut case) = random::<bf16>(&problem([1, 2, 1], [48, 48], [8, 8], Options::new().causal(true)), 3);
+        for (i, d_o) in case.d_o.chunks_mut(2 * 8).enumerate() {
+            let factor = 2f32.powi(if i < 32 { -40 } else { 40 });
+            d_o.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() * factor));
+        }
+        check(attention, &problem, &case);
+        case.rows_agree(accepted(DType::Bf16), &problem, &case.run(attention, &problem));
+        let options = Options::new().mask(Axes::KEYS.seq_q()).sink_logits(SinkLogits::OffByOne);
+        let (problem, case) = random::<bf16>(&self::problem([1, 2, 1], [70, 130], [5, 3], options), 5);
+        check(attention, &problem, &case);
+    }
+
+    /// The tiles of models, for which a software driver would compile for minutes.
+    #[test]
+    fn widths_of_models() {
+        let Some(attention) = &bf16_fragments() else { return };
+        if attention.device().unwrap().capabilities().class == DeviceClass::Software {
+            return;
+        }
+        let options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
+        for (seed, width) in (0..).zip([[64, 64], [128, 128], [80, 80], [64, 128], [256, 256], [33, 20]]) {
+            for options in [options, options.window(Window::keys(70)).sink_tokens(4), options.scale(-0.2)] {
+                let (problem, case) = random::<bf16>(&problem([1, 4, 2], [190, 333], width, options), seed);
+                check(attention, &problem, &case);
+                hidden_keys_leave_no_trace::<bf16>(
+                    attention,
+                    options.window(Window::keys(17)).query_offset(-10),
+                    width,
+                );
+            }
+        }
+    }
+}
+
+fn bands<T: Element>(attention: &Attention) {
     let new = Options::new().sink_logits(SinkLogits::PerHead);
     let window = new.window(Window::keys(17)).sink_tokens(3);
     for (seed, (heads, seq, options)) in (0..).zip([
@@ -76,19 +165,19 @@ fn bands_and_sizes() {
         ([1, 2, 1], [50, 40], new.causal(true).query_offset(-30)),
         ([1, 2, 1], [3, 3], new.causal(true)),
     ]) {
-        let (problem, case) = random::<f16>(&problem(heads, seq, [8, 8], options), seed);
+        let (problem, case) = random::<T>(&problem(heads, seq, [8, 8], options), seed);
         check(attention, &problem, &case);
     }
-    hidden_keys_leave_no_trace(attention, window.query_offset(-10));
-    chunks_and_rows(attention, new.window(Window::keys(70)).sink_tokens(3));
-    let (problem, case) = random::<f16>(&problem([2, 4, 2], [150, 150], [8, 8], new.causal(true)), 1);
+    hidden_keys_leave_no_trace::<T>(attention, window.query_offset(-10), [8, 8]);
+    chunks_and_rows::<T>(attention, new.window(Window::keys(70)).sink_tokens(3));
+    let (problem, case) = random::<T>(&problem([2, 4, 2], [150, 150], [8, 8], new.causal(true)), 1);
     the_largest_scores(attention, &problem, &case);
     let first = bits(&run(attention, &problem, &case));
     assert!((0..2).all(|_| bits(&run(attention, &problem, &case)) == first), "other bits of the same problem");
 }
 
 /// row_max, and o and lse with the bits that they have without it.
-fn the_largest_scores(attention: &Attention, problem: &Problem, case: &Backward<f16>) {
+fn the_largest_scores<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) {
     let inputs = case.operands.inputs();
     let (output, row_max) = attention.forward_with_row_max(problem, &inputs).unwrap();
     let expected = reference::row_max(problem, &inputs).unwrap();
@@ -98,12 +187,12 @@ fn the_largest_scores(attention: &Attention, problem: &Problem, case: &Backward<
 }
 
 /// Keys that no query sees are no numbers: a second run computes their tiles, with the bits of finite keys.
-fn hidden_keys_leave_no_trace(attention: &Attention, options: Options) {
-    let (problem, mut case) = random::<f16>(&problem([1, 2, 1], [70, 70], [8, 8], options), 4);
+fn hidden_keys_leave_no_trace<T: Element>(attention: &Attention, options: Options, width: [usize; 2]) {
+    let (problem, mut case) = random::<T>(&problem([1, 2, 1], [70, 70], width, options), 4);
     let clean = run(attention, &problem, &case);
     // The last query sees keys up to 59.
     for j in 60..70 {
-        let bad = f16::from_f32([f32::NAN, f32::INFINITY, f32::NEG_INFINITY][j % 3]);
+        let bad = T::from_f32([f32::NAN, f32::INFINITY, f32::NEG_INFINITY][j % 3]);
         case.operands.key(&problem, 0, 0, j).fill(bad);
         case.operands.value(&problem, 0, 0, j).fill(bad);
     }
@@ -113,8 +202,8 @@ fn hidden_keys_leave_no_trace(attention: &Attention, options: Options) {
 }
 
 /// Scores in several chunks. Two rows of fragments take the driver long.
-fn chunks_and_rows(attention: &Attention, options: Options) {
-    let (problem, case) = random::<f16>(&problem([1, 2, 1], [70, 150], [8, 8], options), 2);
+fn chunks_and_rows<T: Element>(attention: &Attention, options: Options) {
+    let (problem, case) = random::<T>(&problem([1, 2, 1], [70, 150], [8, 8], options), 2);
     let tiling = |rows, columns| Tiling::Fragments { subgroups: 1, rows, columns, chunk: 4, loops: LoopHints::NONE };
     let others = [(Kernel::FORWARD, tiling(2, 8)), (Kernel::D_Q, tiling(2, 4)), (Kernel::D_KV, tiling(2, 4))];
     for tiles in with_others([&[(Kernel::FORWARD, tiling(1, 8))][..]], [&others[..]]) {
@@ -122,7 +211,7 @@ fn chunks_and_rows(attention: &Attention, options: Options) {
     }
 }
 
-/// Scores that are more than products, of sequences that differ in length. bf16 has token scales.
+/// Scores that are more than products, of sequences that differ in length. bf16 has token scales where it is converted to f16.
 #[test]
 fn softcap_alibi_bias_and_lengths_in_bf16() {
     let Some(attention) = &fragments() else { return };
