@@ -54,6 +54,13 @@
 
 {#- Reports whether rows of the tile need another computation, and then which. -#}
 # macro report_fallback()
+# if wide_products
+  // Products may be so large that the smallest scale that `begin_columns` takes is too large.
+  let is_scaled = params.scale_size * LOG2_E >= 1.2e-38;
+# for r in range(lane_rows)
+  fallback_{{ r }} = fallback_{{ r }} || !is_scaled;
+# endfor
+# endif
   let subgroup_fallback = subgroupAny({% for r in range(lane_rows) %}{{ " || " if r > 0 }}(fallback_{{ r }} && row_{{ r }} < row_limit){% endfor %});
   var any_fallback = false;
 {{ any_subgroup("any_fallback", "subgroup_fallback") }}

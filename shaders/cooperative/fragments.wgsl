@@ -119,8 +119,7 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
   let element_row = {{ elements.row if elements else "lane_row" }};
   let lane_column = {{ elements.column if elements else "4u * part" }};
 # for r in range(lane_rows)
-{#- Where scores are products times the scale, the scale is kept from zero (columns.wgsl). Rows with a smaller one are computed without it. -#}
-  var fallback_{{ r }} = {{ "params.scale_size * LOG2_E < 1.2e-38" if wide_products else "false" }};
+  var fallback_{{ r }} = false;
   let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ row_offsets[r] }}u + element_row;
 # endfor
 # if elements
