@@ -8,14 +8,16 @@ use crate::common::views::run_at;
 use crate::common::{bf16_fragments, fragments, with_others};
 use crate::cooperative::{exact, explained, forward_agrees, is_on_matrices, random};
 use sink_attention::cpu::reference;
-use sink_attention::device::adapters;
+use sink_attention::device::{adapters, device_descriptor};
 use sink_attention::half::{bf16, f16};
-use sink_attention::plan::{DeviceClass, ElementLayout, Kernel, LoopHints, MicroKernel, Tiling};
+use sink_attention::plan::{CooperativeMatrices, DeviceClass, ElementLayout, Kernel, LoopHints, MicroKernel, Tiling};
 use sink_attention::testing::compare::accepted;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{agree, problem};
+use sink_attention::wgpu;
 use sink_attention::{
-    Attention, Axes, DType, Element, Gradients, Layout, Lengths, Options, Output, Problem, Shape, SinkLogits, Window,
+    Attention, Axes, DType, Device, Element, Error, Gradients, Layout, Lengths, Options, Output, Problem, Shape,
+    SinkLogits, Window,
 };
 
 /// Both passes, with gradients whose delta is summed anew.
@@ -56,6 +58,36 @@ fn the_layout_that_a_driver_has_is_found() {
         DeviceClass::Software => assert_eq!(found, ElementLayout::LLVMPIPE),
         DeviceClass::Nvidia => assert_eq!(found, ElementLayout::NVIDIA),
         _ => {}
+    }
+}
+
+/// A device multiplies bf16 as itself where the crate has opened it with what that needs, and only there. A host's descriptor is obeyed.
+#[test]
+fn bf16_is_there_where_the_crate_has_asked_for_it() {
+    if fragments().is_none() {
+        return;
+    }
+    let bf16 = |device: &Device| device.capabilities().cooperative.is_some_and(|matrices| matrices.bf16);
+    for adapter in adapters() {
+        let offered = CooperativeMatrices::bf16_of_adapter(&adapter);
+        assert_eq!(bf16(&Device::open(&adapter).unwrap()), offered.is_ok(), "{offered:?}");
+        let descriptor = device_descriptor(&adapter);
+        assert_eq!(bf16(&Device::open_with(&adapter, &descriptor).unwrap()), offered.is_ok(), "{offered:?}");
+        let by_wgpu = || pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+        let (device, queue) = by_wgpu();
+        assert!(!bf16(&Device::from_wgpu_on(&adapter, device, queue)), "of a device that wgpu has opened");
+        if offered.is_err() {
+            let (device, queue) = by_wgpu();
+            // SAFETY: the adapter has no bf16, so that the device is not taken for one that has it.
+            assert!(!bf16(&unsafe { Device::from_wgpu_with_bf16(&adapter, device, queue) }));
+        }
+        let plain = wgpu::DeviceDescriptor { required_features: wgpu::Features::empty(), ..descriptor.clone() };
+        let plain = Device::open_with(&adapter, &plain).unwrap();
+        assert_eq!((plain.capabilities().cooperative, plain.capabilities().timestamps), (None, false));
+        let required_limits = wgpu::Limits { max_bind_groups: 1 << 20, ..descriptor.required_limits.clone() };
+        let too_much = wgpu::DeviceDescriptor { required_limits, ..descriptor.clone() };
+        let error = Device::open_with(&adapter, &too_much).unwrap_err();
+        assert!(matches!(error, Error::DeviceRequest { .. }) && error.to_string().contains("1048576"), "{error}");
     }
 }
 
