@@ -67,6 +67,14 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 fn is_finite1(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) < 0x7f800000u; }
 # endif
+# if multiplies_bf16
+
+// x rounded to the 8 significant bits of bf16, to nearest, ties to even: NVIDIA's driver would cut bits off, and with them a part of every sum
+// of probabilities. 2^16 x + x is rounded to multiples of the last bit that x keeps, and 2^16 x is such a multiple.
+fn rounded(x: f32) -> f32 {
+  return fma(x, -65536.0, fma(x, 65536.0, x));
+}
+# endif
 # if sanitize
 
 fn is_finite_staged(x: vec4<f16>) -> bool {
@@ -324,8 +332,8 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # endif
 # endmacro
 
-{#- Elements of P, or of dS, as a left operand, which rounds f32 to bf16 itself. -#}
-{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ "f32" if multiplies_bf16 else "f16" }}({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %}){% endmacro -%}
+{#- Elements of P, or of dS, rounded to 16 bits, as a left operand. -#}
+{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ "rounded" if multiplies_bf16 else "f16" }}({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %}){% endmacro -%}
 
 {#- Makes P, or dS, rounded to 16 bits, the left operand of `accumulate`: the P tile, or fragments. -#}
 # macro store_p(x)

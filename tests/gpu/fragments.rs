@@ -158,6 +158,11 @@ mod bf16_as_itself {
         let options = Options::new().mask(Axes::KEYS.seq_q()).sink_logits(SinkLogits::OffByOne);
         let (problem, case) = random::<bf16>(&self::problem([1, 2, 1], [70, 130], [5, 3], options), 5);
         check(attention, &problem, &case);
+        // Distances multiply what is left of gradients that cancel.
+        for options in [Options::new(), Options::new().causal(true)] {
+            let (problem, case) = random::<bf16>(&self::problem([2, 4, 2], [70, 130], [8, 8], options.alibi(true)), 6);
+            check(attention, &problem, &case);
+        }
     }
 
     /// The tiles of models, for which a software driver would compile for minutes.
