@@ -70,9 +70,10 @@ fn is_finite1(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) < 0x7f800
 # if multiplies_bf16
 
 // x rounded to the 8 significant bits of bf16, to nearest, ties to even: NVIDIA's driver would cut bits off, and with them a part of every sum
-// of probabilities. 2^16 x + x is rounded to multiples of the last bit that x keeps, and 2^16 x is such a multiple.
+// of probabilities. 2^16 x - x is rounded to multiples of the last bit that x keeps, and 2^16 x is such a multiple. (A sum would reach the next
+// power of two before x does, and be rounded to multiples of the bit above.)
 fn rounded(x: f32) -> f32 {
-  return fma(x, -65536.0, fma(x, 65536.0, x));
+  return fma(x, 65536.0, -fma(x, 65536.0, -x));
 }
 # endif
 # if sanitize
