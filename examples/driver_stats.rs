@@ -10,7 +10,7 @@
 //! code of the length at byte 0x4c begins 8 bytes after the offset at byte 0x50, and `nvdisasm -b SM90` reads it.
 
 use std::error::Error;
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::path::{Path, PathBuf};
 
 use ash::{khr, vk};
@@ -67,7 +67,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let attention = Attention::open(&choice)?;
     let device = attention.device().ok_or("no GPU adapter")?;
     println!("{}", attention.device_name());
-    let driver = Driver::new()?;
+    let needs_bf16 = device.capabilities().cooperative.is_some_and(|matrices| matrices.bf16);
+    let driver = Driver::new(needs_bf16)?;
     for [heads, kv_heads, width] in SHAPES {
         let preference = Preference::default().precision(precision).tiles(&tiles);
         for variant in variants([heads, kv_heads, width], options.dtype(dtype), device.capabilities(), &preference)? {
@@ -95,6 +96,20 @@ fn variants(
     Ok(plans.into_iter().flat_map(|plan| plan.passes).map(|pass| pass.variant).collect())
 }
 
+/// VK_KHR_shader_bfloat16, which ash does not know yet.
+const BFLOAT16: &CStr = c"VK_KHR_shader_bfloat16";
+
+/// VkPhysicalDeviceShaderBfloat16FeaturesKHR: the type, its dot product and its matrices.
+#[repr(C)]
+struct Bfloat16Features {
+    s_type: vk::StructureType,
+    p_next: *mut c_void,
+    features: [vk::Bool32; 3],
+}
+
+// SAFETY: the structure begins with type and next structure, and extends this one.
+unsafe impl vk::ExtendsDeviceCreateInfo for Bfloat16Features {}
+
 /// A Vulkan device of its own, as wgpu's does not ask for statistics.
 struct Driver {
     _entry: ash::Entry,
@@ -104,7 +119,8 @@ struct Driver {
 }
 
 impl Driver {
-    fn new() -> Result<Self, Box<dyn Error>> {
+    /// With bf16 on cooperative matrices where kernels ask for them.
+    fn new(needs_bf16: bool) -> Result<Self, Box<dyn Error>> {
         // SAFETY: plain use of Vulkan; every structure lives as long as the call that reads it, and what is created here is
         // never destroyed before the process ends.
         unsafe {
@@ -127,6 +143,14 @@ impl Driver {
             if has(khr::cooperative_matrix::NAME) {
                 extensions.push(khr::cooperative_matrix::NAME.as_ptr());
             }
+            if needs_bf16 {
+                extensions.push(BFLOAT16.as_ptr());
+            }
+            let mut bfloat16 = Bfloat16Features {
+                s_type: vk::StructureType::from_raw(1_000_141_000),
+                p_next: std::ptr::null_mut(),
+                features: [vk::TRUE, vk::FALSE, vk::TRUE],
+            };
             let queue = [vk::DeviceQueueCreateInfo::default().queue_family_index(0).queue_priorities(&[1.0])];
             let mut executable =
                 vk::PhysicalDevicePipelineExecutablePropertiesFeaturesKHR::default().pipeline_executable_info(true);
@@ -145,6 +169,9 @@ impl Driver {
                 .push_next(&mut vulkan_1_2);
             if has(khr::cooperative_matrix::NAME) {
                 info = info.push_next(&mut cooperative);
+            }
+            if needs_bf16 {
+                info = info.push_next(&mut bfloat16);
             }
             let device = instance.create_device(physical, &info, None)?;
             let executables = khr::pipeline_executable_properties::Device::new(&instance, &device);

@@ -1,6 +1,7 @@
-{#- Four neighbours of a row for fragments: loaded as they lie in memory, and rounded to halves later.
-    Needs: operands.wgsl, `loads`. Declares: Raw, raw_X of each operand that is loaded, half4; in f16 halves4, with token scales widened4;
-    of split numbers hi4, lo4, LO_SCALE and LO_UNIT. -#}
+{#- Four neighbours of a row for fragments: loaded as they lie in memory, and rounded to halves later. Where bf16 is multiplied as itself,
+    the halves are its bits.
+    Needs: operands.wgsl, `loads`. Declares: Raw, raw_X of each operand that is loaded, half4; in f16 and where bf16 is multiplied halves4;
+    with token scales widened4; of split numbers hi4, lo4, LO_SCALE and LO_UNIT. -#}
 alias Raw = {{ "vec2<u32>" if vec4 and is_half else ("vec4<f16>" if dtype == "f16" else "vec4<f32>") }};
 # if splits
 // A number x is hi and lo = f16((x - hi) LO_SCALE), so that lo is as large as hi or smaller, and both have the same range.
@@ -25,6 +26,22 @@ fn halves4(raw: Raw) -> vec4<f16> {
 }
 # endif
 
+# if multiplies_bf16
+
+fn words(raw: Raw) -> vec2<u32> {
+# if vec4
+  return raw;
+# else
+  let numbers = narrow4(raw);
+  return numbers.xz | (numbers.yw << vec2<u32>(16u));
+# endif
+}
+
+fn halves4(raw: Raw) -> vec4<f16> {
+  return bits_as_halves(words(raw));
+}
+# endif
+
 # if column_scales
 fn widened4(raw: Raw) -> vec4<f32> {
   return {{ "vec4<f32>(widen2(raw.x), widen2(raw.y))" if vec4 and is_half else "raw" }};
@@ -34,6 +51,10 @@ fn widened4(raw: Raw) -> vec4<f32> {
 fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 # if dtype == "f16"
   return halves4(raw) * f16(factor);
+# elif multiplies_bf16
+  // The factor is 1 or -1: its sign is that of two numbers in a word.
+  let sign = bitcast<u32>(factor) & 0x80000000u;
+  return bits_as_halves(words(raw) ^ vec2<u32>(sign | (sign >> 16u)));
 # elif vec4 and is_half
   return vec4<f16>(vec4<f32>(widen2(raw.x), widen2(raw.y)) * factor);
 # else

@@ -70,7 +70,7 @@
   let scale = params.scale * params.scale_sign * LOG2_E;
 # else
   // The scale is never zero, so hidden scores stay hidden.
-  let scale = max(params.scale_size * LOG2_E, 1e-25);
+  let scale = max(params.scale_size * LOG2_E, {{ "1.2e-38" if wide_products else "1e-25" }});
 # endif
   var stage = 0u;
 # for b in staged
@@ -136,9 +136,9 @@
 # if rows_are_keys
 # set lse = "lse_delta_" ~ n ~ ".x"
 # if bias
-      {{ stat_place(0) }} = select(15.0 - {{ shift(lse) }}, -params.negative_infinity, {{ lse }} <= ABSORBING);
+      {{ stat_place(0) }} = select({{ p_exponent }}.0 - {{ shift(lse) }}, -params.negative_infinity, {{ lse }} <= ABSORBING);
 # else
-      {{ stat_place(0) }} = 15.0 - {{ shift(lse) }};
+      {{ stat_place(0) }} = {{ p_exponent }}.0 - {{ shift(lse) }};
 # endif
       {{ stat_place(1) }} = -lse_delta_{{ n }}.y;
 # endif
@@ -203,14 +203,14 @@
 # for r in range(lane_rows)
   var shift_{{ r }} = 0.0;
   var delta_{{ r }} = 0.0;
-# if not units
+# if has_query_unit
   var d_q_unit_{{ r }} = 1.0;
 # endif
   if (row_{{ r }} < row_limit) {
     let own = row_stats[stats_base + row_{{ r }}];
     shift_{{ r }} = {{ shift("own.x") }};
     delta_{{ r }} = own.y;
-# if not units
+# if has_query_unit
     d_q_unit_{{ r }} = own.z;
 # endif
 # if bias

@@ -53,7 +53,7 @@
 {{ matrix.product("s", "k", "q", "stage") }}
 # endmacro
 
-{#- P = exp(S - lse) times 2^15, which is within the range of halves and keeps small probabilities. In bf16 also w: P without the token
+{#- P = exp(S - lse) times 2^15, which is within the range of f16 and keeps small probabilities; bf16 has the range of P. With token scales also w: P without the token
     scales of d_o, in the unit of d_v. -#}
 # macro make_p(masked)
 {{ score.begin_scores() }}
@@ -119,7 +119,7 @@
 # if column_scales
     var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(v_inverse_{{ r }}), {{ matrix.column_stat(n, 1) }});
 # else
-    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }} * d_k_unit_{{ r }} * (y_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 1) }});
+    var d_s_{{ r }}_{{ n }} = p_{{ r }}_{{ n }}{{ " * d_k_unit_" ~ r if not multiplies_bf16 }} * (y_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 1) }});
 # endif
 # endfor
 # endfor
@@ -151,8 +151,8 @@
 
 # macro finish()
 # for r in range(lane_rows)
-  let d_k_factor_{{ r }} = params.scale * {{ 1 / 32768 }} / d_k_unit_{{ r }};
-  let d_v_factor_{{ r }} = {{ 1 / 32768 }}{{ " / d_v_unit_" ~ r if column_scales }};
+  let d_k_factor_{{ r }} = params.scale * {{ 1 / 2 ** p_exponent }}{{ " / d_k_unit_" ~ r if not multiplies_bf16 }};
+  let d_v_factor_{{ r }} = {{ 1 / 2 ** p_exponent }}{{ " / d_v_unit_" ~ r if column_scales }};
 # endfor
 {{ matrix.store("d_k", "d_k", "d_k_factor_") }}
 {{ matrix.store("d_v", "d_v", "d_v_factor_") }}

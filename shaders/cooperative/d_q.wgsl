@@ -59,6 +59,15 @@
 {{ matrix.product("d_p", "d_o", "v", "stage") }}
 # endmacro
 
+{#- dP - delta, in the unit of d_q. -#}
+{%- macro in_unit(r, n) -%}
+{%- if multiplies_bf16 -%}
+  (y_{{ r }}_{{ n }} - vec4<f32>(delta_{{ r }}))
+{%- else -%}
+  fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ matrix.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}))
+{%- endif -%}
+{%- endmacro -%}
+
 {#- dS = exp(S - lse) (dP - delta), in the unit of d_q. Unless the tile belongs to the walk, it `counts` for the gradient by the slopes. -#}
 # macro make_d_s(counts, masked)
 {{ score.begin_scores() }}
@@ -67,7 +76,7 @@
 {{ matrix.rows_of("y", "d_p", 1) }}
 # for r in range(lane_rows)
 # for n in range(lane_quads)
-    var d_s_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * fma(y_{{ r }}_{{ n }}, vec4<f32>(d_q_unit_{{ r }}{{ matrix.inverse("d_o", r) }}), vec4<f32>(-delta_{{ r }} * d_q_unit_{{ r }}));
+    var d_s_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * {{ in_unit(r, n) }};
 # endfor
 # endfor
 # if softcap and not (slope_rows and counts)
@@ -111,14 +120,14 @@
 
 # macro finish()
 # for r in range(lane_rows)
-  let factor_{{ r }} = params.scale / d_q_unit_{{ r }};
+  let factor_{{ r }} = params.scale{{ " / d_q_unit_" ~ r if not multiplies_bf16 }};
 # endfor
 {{ matrix.store("d_q", "d_q", "factor_") }}
 # if slope_rows
 # for r in range(lane_rows)
 {{ matrix.reduce_row("d_slope_" ~ r, "sum") }}
   if (row_{{ r }} < row_limit && lane_column == 0u) {
-    let total = d_slope_{{ r }} / d_q_unit_{{ r }};
+    let total = d_slope_{{ r }}{{ " / d_q_unit_" ~ r if not multiplies_bf16 }};
     fallback_{{ r }} = fallback_{{ r }} || !is_finite4(vec4<f32>(total));
     d_slope_rows[slope_rows_base + row_{{ r }}] = total;
   }

@@ -15,11 +15,10 @@
           let at = stage * {{ b | upper }}_TILE + column * {{ b | upper }}_ROW;
           var is_nonfinite = false;
           for (var quad = 0u; quad < {{ staged_quads[b] }}u; quad += 1u) {
-            let x = vec4<f32>({{ b }}_stage[at + quad]);
 # if splits
             let lo = vec4<f32>({{ b }}_stage[at + {{ b | upper }}_LO + quad]);
 # endif
-            if (!is_finite4(x){{ " || !is_finite4(lo)" if splits }}) {
+            if (!is_finite_staged({{ b }}_stage[at + quad]){{ " || !is_finite4(lo)" if splits }}) {
               {{ b }}_stage[at + quad] = vec4<f16>();
 # if splits
               {{ b }}_stage[at + {{ b | upper }}_LO + quad] = vec4<f16>();
@@ -61,6 +60,13 @@
 
 {#- Reports whether rows of the tile need another computation, and then which. -#}
 # macro report_fallback()
+# if wide_products
+  // Products may be so large that the smallest scale that `begin_columns` takes is too large.
+  let is_scaled = params.scale_size * LOG2_E >= 1.2e-38;
+# for r in range(lane_rows)
+  fallback_{{ r }} = fallback_{{ r }} || !is_scaled;
+# endfor
+# endif
   let subgroup_fallback = subgroupAny({% for r in range(lane_rows) %}{{ " || " if r > 0 }}(fallback_{{ r }} && row_{{ r }} < row_limit){% endfor %});
   var any_fallback = false;
 {{ any_subgroup("any_fallback", "subgroup_fallback") }}

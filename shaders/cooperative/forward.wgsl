@@ -9,8 +9,10 @@
 
 # macro declare()
 {{ matrix.declare() }}
+# if not wide_products
 // Below every product of halves{{ ", and below every capped one" if softcap else ", and far from the end of f32" }}.
 const HIDDEN: f32 = {{ "-3e38" if softcap else "-1e30" }};
+# endif
 // row_max may lag behind by this power of two, within the range of f16, before O is rescaled.
 const SLACK: f32 = 8.0;
 # if optimistic
@@ -25,7 +27,7 @@ const LIFT: f32 = 7.0;
 
 # macro begin()
 {{ matrix.begin() }}
-  let hidden = {{ "params.negative_infinity" if formed else "HIDDEN" }};
+  let hidden = {{ "params.negative_infinity" if formed or wide_products else "HIDDEN" }};
 {{ columns.begin_columns() }}
 {{ columns.fetch_first() }}
 {{ matrix.resident("q") }}
@@ -37,17 +39,17 @@ const LIFT: f32 = 7.0;
   let floor = LOWEST;
   let slack = SLACK;
 # else
-  let floor = max(0.5 * HIDDEN * scale, LOWEST);
+  let floor = {{ "LOWEST" if wide_products else "max(0.5 * HIDDEN * scale, LOWEST)" }};
   let slack = SLACK / scale;
 # endif
 # for r in range(lane_rows)
   var row_max_{{ r }} = floor;
   // Scores above the limit raise the maximum.
-  var limit_{{ r }} = {{ "LOWEST" if formed else "0.5 * HIDDEN" }};
+  var limit_{{ r }} = {{ "LOWEST" if formed or wide_products else "0.5 * HIDDEN" }};
   var row_sum_{{ r }} = 0.0;
 # if has_row_max
   // The largest visible score of this lane's columns: row_max lags behind, and in bf16 has the scales of values.
-  var largest_{{ r }} = {{ "LOWEST" if formed else "HIDDEN" }};
+  var largest_{{ r }} = {{ "LOWEST" if formed or wide_products else "HIDDEN" }};
 # endif
 # endfor
 # endmacro

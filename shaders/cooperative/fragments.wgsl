@@ -19,7 +19,10 @@
     written for `elements`.
 
     Fragments have no hidden elements. A hidden column that is NaN or infinite makes the results NaN, since 0 times it is NaN
-    (cooperative/fallback.wgsl). Halves have less range than the numbers that are multiplied (cooperative/units.wgsl, token_scales.wgsl).
+    (cooperative/fallback.wgsl). f16 has less range than the numbers that are multiplied (cooperative/units.wgsl, token_scales.wgsl).
+
+    bf16 is multiplied as itself where the device can (`multiplies_bf16`), and has no scales and no units then. WGSL has no type for it:
+    vec4<f16> holds the bits of four numbers, and the SPIR-V of `coop_mat<f16>` is a matrix of bf16 (src/device/markers.rs).
 
     Workgroup memory decides how many workgroups run at a time, and how much the driver has for registers that spill. So rows of fragments
     share one place for scores, P and dS share the P tile, and flags and results on their way out use the place of the scores. The size
@@ -57,7 +60,7 @@ var<workgroup> column_stats: array<{{ "f32" if elements else "vec4<f32>" }}, {{ 
 # if elements
 {{ declare_elements() }}
 # endif
-# if "row_stats" in names
+# if "row_stats" in names and not multiplies_bf16
 // In the second run the unit follows dS beyond this size, which is within f16.
 const UNIT_LIMIT: f32 = 32768.0;
 # endif
@@ -70,17 +73,40 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 fn is_finite1(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) < 0x7f800000u; }
 # endif
+# if multiplies_bf16
+
+// x rounded to the 8 significant bits of bf16, to nearest, ties to even: NVIDIA's driver would cut bits off, and with them a part of every sum
+// of probabilities. 2^16 x - x is rounded to multiples of the last bit that x keeps, and 2^16 x is such a multiple. (A sum would reach the next
+// power of two before x does, and be rounded to multiples of the bit above.)
+fn rounded(x: f32) -> f32 {
+  return fma(x, 65536.0, -fma(x, 65536.0, -x));
+}
+# endif
+# if sanitize
+
+fn is_finite_staged(x: vec4<f16>) -> bool {
+# if multiplies_bf16
+  let bits = bits_as_words(x);
+  return all((vec4<u32>(bits, bits << vec2<u32>(16u)) & vec4<u32>(0x7f800000u)) < vec4<u32>(0x7f800000u));
+# else
+  return is_finite4(vec4<f32>(x));
+# endif
+}
+# endif
 # endmacro
 
 {#- Marker functions: calls of them become instructions of SPIR-V (src/device/markers.rs), and their bodies are never run. -#}
 # macro declare_elements()
 fn component_c(m: coop_mat{{ side }}x{{ side }}<f32, C>, i: u32) -> f32 { return 0.0; }
 # for role, scalar in [["a", "f16"], ["c", "f32"]]
-fn matrix_of_{{ role }}({% for i in range(components) %}{{ ", " if i > 0 }}x{{ i }}: {{ scalar }}{% endfor %}) -> coop_mat{{ side }}x{{ side }}<{{ scalar }}, {{ role | upper }}> {
+fn matrix_of_{{ role }}({% for i in range(components) %}{{ ", " if i > 0 }}x{{ i }}: {{ "f32" if multiplies_bf16 else scalar }}{% endfor %}) -> coop_mat{{ side }}x{{ side }}<{{ scalar }}, {{ role | upper }}> {
   return coop_mat{{ side }}x{{ side }}<{{ scalar }}, {{ role | upper }}>();
 }
 # endfor
 fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
+# if multiplies_bf16
+fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
+# endif
 # endmacro
 
 {#- The shift of scores by an lse, in powers of two. -#}
@@ -131,8 +157,8 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
   }
 # endmacro
 
-{#- Loaded numbers as halves, times `factor`. -#}
-{%- macro halves(x, factor) %}{% if dtype == "f16" and factor == "1.0" %}halves4({{ x }}){% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
+{#- Loaded numbers as halves, times `factor`. Where bf16 is multiplied as itself, that is 1 or -1. -#}
+{%- macro halves(x, factor) %}{% if (dtype == "f16" or multiplies_bf16) and factor == "1.0" %}halves4({{ x }}){% else %}half4({{ x }}, {{ factor }}){% endif %}{% endmacro -%}
 
 {#- Loads the subgroup's rows of an operand as fragments, with zeros beyond its end. In bf16 rows are multiplied with their token scales.
     The sign of the scale goes to the rows of scores. All loads are under way before the first is needed. -#}
@@ -334,10 +360,10 @@ fn bits_as_halves(x: vec2<u32>) -> vec4<f16> { return vec4<f16>(); }
 # endif
 # endmacro
 
-{#- Elements of P, or of dS, as a left operand. -#}
-{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}f16({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %}){% endmacro -%}
+{#- Elements of P, or of dS, rounded to 16 bits, as a left operand. -#}
+{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ "rounded" if multiplies_bf16 else "f16" }}({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %}){% endmacro -%}
 
-{#- Makes P, or dS, in f16 the left operand of `accumulate`: the P tile, or fragments. -#}
+{#- Makes P, or dS, rounded to 16 bits, the left operand of `accumulate`: the P tile, or fragments. -#}
 # macro store_p(x)
 # if elements
 # if splits

@@ -1,4 +1,4 @@
-{#- Units of dS. Halves have less range than dS, so the dS of an accumulator's row are multiplied with the row's unit, a power of two. The
+{#- Units of dS. f16 has less range than dS, so the dS of an accumulator's row are multiplied with the row's unit, a power of two. The
     first dS that the row sees set its unit, in a walk over few tiles before the loop over all of them. The unit of d_q in f16 comes
     with delta (unit.wgsl). A row is scaled by nothing that it does not see.
     Needs: cooperative/fragments.wgsl, cooperative/columns.wgsl, the loops of tile_loops.wgsl.
@@ -57,7 +57,7 @@
     (16 to 25 % of d_kv). A number beyond that range becomes infinite, and so does its row, which is reported. The second run lets the
     unit follow. -#}
 # macro keep_in_unit(w, x, operand, also=[])
-# if sanitize
+# if sanitize and not multiplies_bf16
     var grows_{{ x }} = subgroupAny(any({% for r, n in pairs(lane_rows, lane_quads) %}{{ " | " if not loop.first }}(abs({{ w }}_{{ r }}_{{ n }}) > vec4<f32>(UNIT_LIMIT)){% endfor %}));
     loop {
       if (!grows_{{ x }}) { break; }

@@ -49,6 +49,9 @@ pub struct CooperativeMatrices {
     pub in_step: bool,
     /// Where the elements of a fragment are in registers, where kernels can compute with them there.
     pub elements: Option<ElementLayout>,
+    /// Matrices of the same size multiply bf16 with sums in f32, and have their elements in the same places. Elsewhere bf16 is converted to
+    /// f16 with a scale for each token.
+    pub bf16: bool,
 }
 
 setters! {
@@ -57,6 +60,7 @@ setters! {
         side: u32,
         lanes: u32,
         in_step: bool,
+        bf16: bool,
     }
     optional {
         elements: ElementLayout,
@@ -74,7 +78,8 @@ impl fmt::Display for CooperativeMatrices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let CooperativeMatrices { side, lanes, .. } = self;
         write!(f, "{side}x{side} of f16 with sums in f32, subgroups of {lanes}")?;
-        self.elements.map_or(Ok(()), |elements| write!(f, ", {elements}"))
+        self.elements.map_or(Ok(()), |elements| write!(f, ", {elements}"))?;
+        f.write_str(if self.bf16 { ", bf16 as itself" } else { "" })
     }
 }
 
@@ -282,14 +287,18 @@ impl Capabilities {
                     lanes: 32,
                     in_step: false,
                     elements: Some(ElementLayout::NVIDIA),
+                    bf16: true,
                 }),
-                DeviceClass::Apple => Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false, elements: None }),
+                DeviceClass::Apple => {
+                    Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false, elements: None, bf16: false })
+                }
                 // Mesa's from version 26 on.
                 DeviceClass::Software => Some(CooperativeMatrices {
                     side: 8,
                     lanes: 8,
                     in_step: true,
                     elements: Some(ElementLayout::LLVMPIPE),
+                    bf16: false,
                 }),
                 // Subgroups of more than one size.
                 _ => None,

@@ -5,6 +5,10 @@
 //!   component(matrix, i) -> scalar              the i-th component of the lane; i is a constant
 //!   matrix_of(scalars) -> matrix                a matrix whose components these are
 //!   bits_as(x) -> another type                  the same bits
+//!
+//! WGSL has no bf16 either. Where operands of matrices are bf16, the text says f16: arrays of f16 hold the bits, which nothing but loads of
+//! fragments reads as numbers, and `matrix_of_a` takes f32. [`Operands::Bf16`] makes matrices of bf16 from those of f16, and converts what
+//! `matrix_of_a` takes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -13,6 +17,9 @@ pub(crate) const HEADER: usize = 5;
 /// Opcodes, from the section "Instructions" of the SPIR-V specification.
 const OP_NAME: u32 = 5;
 const OP_MEMBER_NAME: u32 = 6;
+const OP_EXTENSION: u32 = 10;
+const OP_CAPABILITY: u32 = 17;
+const OP_TYPE_FLOAT: u32 = 22;
 const OP_CONSTANT: u32 = 43;
 const OP_CONSTANT_NULL: u32 = 46;
 const OP_FUNCTION: u32 = 54;
@@ -20,7 +27,20 @@ const OP_FUNCTION_END: u32 = 56;
 const OP_FUNCTION_CALL: u32 = 57;
 const OP_COMPOSITE_EXTRACT: u32 = 81;
 const OP_COMPOSITE_INSERT: u32 = 82;
+const OP_F_CONVERT: u32 = 115;
 const OP_BITCAST: u32 = 124;
+const OP_TYPE_COOPERATIVE_MATRIX: u32 = 4456;
+/// Of SPV_KHR_bfloat16: two capabilities, and the encoding of a type of 16 bits.
+const BFLOAT16_TYPE: u32 = 5116;
+const BFLOAT16_COOPERATIVE_MATRIX: u32 = 5118;
+const BFLOAT16_ENCODING: u32 = 0;
+
+/// The numbers that a module's matrices multiply, which the text calls f16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Operands {
+    F16,
+    Bf16,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Marker {
@@ -67,16 +87,30 @@ fn text(words: &[u32]) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// The words of a text, with the zero that ends it.
+fn words_of(text: &str) -> Vec<u32> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.resize(text.len() / 4 * 4 + 4, 0);
+    bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
+}
+
+/// An instruction by its opcode and operands.
+fn write(out: &mut Vec<u32>, op: u32, operands: &[u32]) {
+    out.push(((operands.len() as u32 + 1) << 16) | op);
+    out.extend_from_slice(operands);
+}
+
 /// A module without its marker functions, with instructions in place of their calls, and without names. It needs the names of its
 /// functions.
 ///
 /// # Errors
 /// A call whose arguments do not fit the marker.
-pub(crate) fn rewrite(module: &[u32]) -> Result<Vec<u32>, String> {
+pub(crate) fn rewrite(module: &[u32], operands: Operands) -> Result<Vec<u32>, String> {
     let all = instructions(module)?;
     let mut markers: HashMap<u32, Marker> = HashMap::new();
     let mut constants: HashMap<u32, u32> = HashMap::new();
     let mut functions: HashSet<u32> = HashSet::new();
+    let mut half = None;
     for Instruction { op, words } in &all {
         match (*op, *words) {
             (OP_NAME, [_, id, name @ ..]) => {
@@ -90,6 +124,7 @@ pub(crate) fn rewrite(module: &[u32]) -> Result<Vec<u32>, String> {
             (OP_FUNCTION, [_, _, id, ..]) => {
                 functions.insert(*id);
             }
+            (OP_TYPE_FLOAT, [_, id, 16]) => half = Some(*id),
             _ => {}
         }
     }
@@ -106,9 +141,35 @@ pub(crate) fn rewrite(module: &[u32]) -> Result<Vec<u32>, String> {
     let (mut globals, mut bodies) = (header.to_vec(), Vec::with_capacity(module.len()));
     let mut zeros: BTreeMap<u32, u32> = BTreeMap::new();
     let mut in_marker = false;
+    // The type of bf16, and those of the matrices of it.
+    let (mut bfloat, mut of_bfloat): (Option<u32>, HashSet<u32>) = (None, HashSet::new());
+    let mut declares = operands == Operands::Bf16;
     for Instruction { op, words } in &all {
         match (*op, *words) {
             (OP_NAME | OP_MEMBER_NAME, _) => continue,
+            // Extensions follow the last capability.
+            (OP_CAPABILITY, _) => {}
+            _ if declares => {
+                declares = false;
+                write(&mut globals, OP_CAPABILITY, &[BFLOAT16_TYPE]);
+                write(&mut globals, OP_CAPABILITY, &[BFLOAT16_COOPERATIVE_MATRIX]);
+                write(&mut globals, OP_EXTENSION, &words_of("SPV_KHR_bfloat16"));
+            }
+            _ => {}
+        }
+        match (*op, *words) {
+            (OP_TYPE_COOPERATIVE_MATRIX, [_, id, scalar, size @ ..])
+                if operands == Operands::Bf16 && half == Some(*scalar) =>
+            {
+                let bfloat = *bfloat.get_or_insert_with(|| {
+                    let id = fresh();
+                    write(&mut globals, OP_TYPE_FLOAT, &[id, 16, BFLOAT16_ENCODING]);
+                    id
+                });
+                write(&mut globals, *op, &[&[*id, bfloat], size].concat());
+                of_bfloat.insert(*id);
+                continue;
+            }
             (OP_FUNCTION, [_, _, id, ..]) => in_marker = markers.contains_key(id),
             _ => {}
         }
@@ -127,23 +188,27 @@ pub(crate) fn rewrite(module: &[u32]) -> Result<Vec<u32>, String> {
             out.extend_from_slice(words);
             continue;
         };
-        let mut write = |op: u32, operands: &[u32]| {
-            bodies.push(((operands.len() as u32 + 1) << 16) | op);
-            bodies.extend_from_slice(operands);
-        };
+        let mut write = |op: u32, operands: &[u32]| write(&mut bodies, op, operands);
         match (marker, arguments) {
             (Marker::Component, [matrix, index]) => {
                 let index = constants.get(index).ok_or("the index of a component is no constant")?;
                 write(OP_COMPOSITE_EXTRACT, &[kind, id, *matrix, *index]);
             }
-            (Marker::MatrixOf, [others @ .., last]) => {
+            (Marker::MatrixOf, [_, ..]) => {
+                let mut components = arguments.to_vec();
+                if let Some(bfloat) = bfloat.filter(|_| of_bfloat.contains(&kind)) {
+                    for component in &mut components {
+                        let single = std::mem::replace(component, fresh());
+                        write(OP_F_CONVERT, &[bfloat, *component, single]);
+                    }
+                }
                 let mut matrix = *zeros.entry(kind).or_insert_with(&mut fresh);
-                for (component, index) in others.iter().zip(0..) {
-                    let next = fresh();
-                    write(OP_COMPOSITE_INSERT, &[kind, next, *component, matrix, index]);
+                let last = components.len() - 1;
+                for (index, component) in components.into_iter().enumerate() {
+                    let next = if index == last { id } else { fresh() };
+                    write(OP_COMPOSITE_INSERT, &[kind, next, component, matrix, index as u32]);
                     matrix = next;
                 }
-                write(OP_COMPOSITE_INSERT, &[kind, id, *last, matrix, others.len() as u32]);
             }
             (Marker::BitsAs, [bits]) => write(OP_BITCAST, &[kind, id, *bits]),
             (marker, arguments) => return Err(format!("{marker:?} with {} arguments", arguments.len())),
@@ -165,10 +230,7 @@ mod tests {
     }
 
     fn named(id: u32, name: &str) -> Vec<u32> {
-        let mut bytes = name.as_bytes().to_vec();
-        bytes.resize(name.len() / 4 * 4 + 4, 0);
-        let words = bytes.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap()));
-        instruction(OP_NAME, &[&[id][..], &words.collect::<Vec<_>>()].concat())
+        instruction(OP_NAME, &[&[id][..], &words_of(name)].concat())
     }
 
     fn function(id: u32) -> Vec<u32> {
@@ -201,7 +263,7 @@ mod tests {
             &calls,
             std::slice::from_ref(&end),
         ];
-        let rewritten = rewrite(&module(50, &text.concat())).unwrap();
+        let rewritten = rewrite(&module(50, &text.concat()), Operands::F16).unwrap();
         let insert = |id, part, matrix, index| instruction(OP_COMPOSITE_INSERT, &[3, id, part, matrix, index]);
         let expected = [
             constant,
@@ -221,13 +283,52 @@ mod tests {
         assert_eq!(rewritten, module(55, &expected));
     }
 
+    /// Matrices of f16 become matrices of bf16, and their components are converted from f32. Other types stay.
+    #[test]
+    fn operands_in_bf16() {
+        let end = instruction(OP_FUNCTION_END, &[]);
+        let [half, single] = [instruction(OP_TYPE_FLOAT, &[2, 16]), instruction(OP_TYPE_FLOAT, &[3, 32])];
+        let matrix = |id, scalar, role| instruction(OP_TYPE_COOPERATIVE_MATRIX, &[id, scalar, 40, 41, 41, role]);
+        let start = |added: &[Vec<u32>]| {
+            let [first, last] = [1, 9].map(|capability| instruction(OP_CAPABILITY, &[capability]));
+            [vec![first, last], added.to_vec(), vec![instruction(OP_EXTENSION, &words_of("SPV_KHR_other"))]].concat()
+        };
+        let make = |id, kind, components: [u32; 2]| {
+            instruction(OP_FUNCTION_CALL, &[kind, id, if kind == 6 { 11 } else { 10 }, components[0], components[1]])
+        };
+        let text = [
+            start(&[]),
+            vec![named(10, "matrix_of_a"), named(11, "matrix_of_c")],
+            vec![half.clone(), single.clone(), matrix(4, 2, 0), matrix(5, 2, 1), matrix(6, 3, 2)],
+            vec![function(10), end.clone(), function(11), end.clone()],
+            vec![function(13), make(20, 4, [30, 31]), make(21, 6, [30, 31]), end.clone()],
+        ];
+        let rewritten = rewrite(&module(50, &text.concat()), Operands::Bf16).unwrap();
+        let declared = [
+            instruction(OP_CAPABILITY, &[BFLOAT16_TYPE]),
+            instruction(OP_CAPABILITY, &[BFLOAT16_COOPERATIVE_MATRIX]),
+            instruction(OP_EXTENSION, &words_of("SPV_KHR_bfloat16")),
+        ];
+        let convert = |id, single| instruction(OP_F_CONVERT, &[50, id, single]);
+        let insert = |kind, id, part, matrix, index| instruction(OP_COMPOSITE_INSERT, &[kind, id, part, matrix, index]);
+        let expected = [
+            start(&declared),
+            vec![half, single, instruction(OP_TYPE_FLOAT, &[50, 16, BFLOAT16_ENCODING])],
+            vec![matrix(4, 50, 0), matrix(5, 50, 1), matrix(6, 3, 2)],
+            vec![instruction(OP_CONSTANT_NULL, &[4, 53]), instruction(OP_CONSTANT_NULL, &[6, 55])],
+            vec![function(13), convert(51, 30), convert(52, 31), insert(4, 54, 51, 53, 0), insert(4, 20, 52, 54, 1)],
+            vec![insert(6, 56, 30, 55, 0), insert(6, 21, 31, 56, 1), end],
+        ];
+        assert_eq!(rewritten, module(57, &expected.concat()));
+    }
+
     #[test]
     fn what_does_not_fit_is_told() {
         let start = [named(10, "component_c"), function(10), instruction(OP_FUNCTION_END, &[]), function(13)].concat();
-        let told = |rest: Vec<u32>| rewrite(&module(50, &[start.clone(), rest])).unwrap_err();
+        let told = |rest: Vec<u32>| rewrite(&module(50, &[start.clone(), rest]), Operands::F16).unwrap_err();
         assert_eq!(told(instruction(OP_FUNCTION_CALL, &[2, 20, 10, 30, 5])), "the index of a component is no constant");
         assert_eq!(told(instruction(OP_FUNCTION_CALL, &[2, 20, 10, 30])), "Component with 1 arguments");
         assert_eq!(told(vec![9 << 16 | 43]), "an instruction of 9 words at word 21 of 22");
-        assert_eq!(rewrite(&[1, 2, 3]).unwrap_err(), "the module has no header");
+        assert_eq!(rewrite(&[1, 2, 3], Operands::Bf16).unwrap_err(), "the module has no header");
     }
 }

@@ -3,6 +3,8 @@
 #[cfg(feature = "gpu")]
 pub(crate) mod adapter;
 #[cfg(feature = "gpu")]
+mod bfloat16;
+#[cfg(feature = "gpu")]
 pub(crate) mod buffer;
 pub(crate) mod capabilities;
 pub(crate) mod elements;

@@ -6,9 +6,12 @@ use std::fmt;
 use std::sync::OnceLock;
 
 use crate::device::adapter::{device_descriptor, is_software};
-use crate::device::capabilities::Capabilities;
+use crate::device::bfloat16;
+use crate::device::capabilities::{Capabilities, CooperativeMatrices};
 #[cfg(not(target_family = "wasm"))]
 use crate::device::elements::ElementLayout;
+#[cfg(not(target_family = "wasm"))]
+use crate::device::markers::Operands;
 use crate::problem::error::{Error, Result};
 
 /// Environment variable that names the device of [`DeviceChoice::from_env`].
@@ -204,17 +207,56 @@ pub struct Device {
     capabilities: Capabilities,
 }
 
-/// Adds the layout of fragments' elements, which only the device itself tells.
+/// Adds the layout of fragments' elements, which only the device itself tells. `has_bf16` says that the device was opened with bf16 on
+/// matrices, which are probed, too.
 #[cfg(not(target_family = "wasm"))]
-fn with_elements(mut capabilities: Capabilities, device: &wgpu::Device, queue: &wgpu::Queue) -> Capabilities {
-    let probed = ElementLayout::probe(device, queue, &capabilities);
+fn with_elements(
+    mut capabilities: Capabilities,
+    device: &wgpu::Device,
+    queue: &wgpu::Queue,
+    has_bf16: bool,
+) -> Capabilities {
+    let layout = ElementLayout::probe(device, queue, &capabilities);
+    let bf16 = has_bf16.then(|| probe_bf16(&capabilities, device, queue));
     if let Some(matrices) = &mut capabilities.cooperative {
-        match probed {
+        match layout {
             Ok(layout) => matrices.elements = Some(layout),
             Err(reason) => log::info!("{}: elements of fragments: {reason}", capabilities.name),
         }
+        match bf16 {
+            Some(Ok(())) => matrices.bf16 = true,
+            Some(Err(reason)) => log::info!("{}: bf16 on matrices: {reason}", capabilities.name),
+            None => {}
+        }
     }
     capabilities
+}
+
+/// Whether a device that was opened with bf16 on matrices has their elements where it has those of f16, and multiplies them.
+#[cfg(not(target_family = "wasm"))]
+fn probe_bf16(
+    capabilities: &Capabilities,
+    device: &wgpu::Device,
+    queue: &wgpu::Queue,
+) -> std::result::Result<(), String> {
+    let [f16, bf16] =
+        [Operands::F16, Operands::Bf16].map(|of| ElementLayout::probe_of(device, queue, capabilities, of));
+    let (f16, bf16) = (f16?, bf16?);
+    if f16 == bf16 { Ok(()) } else { Err(format!("lanes have {bf16} and not {f16}, as in f16")) }
+}
+
+impl CooperativeMatrices {
+    /// Whether a device of this adapter that [`Device::open`] opens multiplies bf16 as itself. One is opened, and runs a small kernel, unless the
+    /// driver says that it does not.
+    ///
+    /// # Errors
+    /// The reason, in words, where it does not.
+    #[cfg(not(target_family = "wasm"))]
+    pub fn bf16_of_adapter(adapter: &wgpu::Adapter) -> std::result::Result<(), String> {
+        bfloat16::offered(adapter, CooperativeMatrices::of_adapter(adapter)?)?;
+        let (device, queue) = bfloat16::open(adapter, &device_descriptor(adapter))?;
+        probe_bf16(&Capabilities::of(&device, Some(adapter)), &device, &queue)
+    }
 }
 
 impl Device {
@@ -227,13 +269,32 @@ impl Device {
     /// As [`from_wgpu`](Self::from_wgpu) with the adapter that the device is of. Only the adapter knows whether there are cooperative
     /// matrices (tensor cores).
     pub fn from_wgpu_on(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        Device::wrap(adapter, device, queue, false)
+    }
+
+    /// As [`from_wgpu_on`](Self::from_wgpu_on) with a device that was opened, through wgpu-hal, with bf16 on cooperative matrices, which wgpu
+    /// does not enable. [`open_with`](Self::open_with) opens such a device, safely.
+    ///
+    /// # Safety
+    /// The device was created with the extension `VK_KHR_shader_bfloat16` and its features `shaderBFloat16Type` and
+    /// `shaderBFloat16CooperativeMatrix`. Nothing tells a device that was not, and what its driver does with kernels that multiply bf16 is
+    /// undefined.
+    pub unsafe fn from_wgpu_with_bf16(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let offered =
+            CooperativeMatrices::of_adapter(adapter).and_then(|matrices| bfloat16::offered(adapter, matrices));
+        Device::wrap(adapter, device, queue, offered.is_ok())
+    }
+
+    fn wrap(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue, has_bf16: bool) -> Self {
         let capabilities = Capabilities::of(&device, Some(adapter));
         #[cfg(not(target_family = "wasm"))]
-        let capabilities = with_elements(capabilities, &device, &queue);
+        let capabilities = with_elements(capabilities, &device, &queue, has_bf16);
+        #[cfg(target_family = "wasm")]
+        let _ = has_bf16;
         Device { device, queue, capabilities }
     }
 
-    /// Opens an adapter.
+    /// Opens an adapter by its [`device_descriptor`], and with bf16 on cooperative matrices where its driver has them (Vulkan).
     ///
     /// # Errors
     /// [`Error::DeviceRequest`].
@@ -247,11 +308,37 @@ impl Device {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn open_async(adapter: &wgpu::Adapter) -> Result<Self> {
+        Device::open_with_async(adapter, &device_descriptor(adapter)).await
+    }
+
+    /// As [`open`](Self::open) by a descriptor of the host application, which asks for more features or other limits than
+    /// [`device_descriptor`] does. A host that wants a device with bf16 on cooperative matrices opens it here and takes
+    /// [`wgpu`](Self::wgpu) and [`queue`](Self::queue) from it, because wgpu does not enable the extension that they need.
+    ///
+    /// # Errors
+    /// [`Error::DeviceRequest`].
+    #[cfg(not(target_family = "wasm"))]
+    pub fn open_with(adapter: &wgpu::Adapter, descriptor: &wgpu::DeviceDescriptor<'_>) -> Result<Self> {
+        pollster::block_on(Device::open_with_async(adapter, descriptor))
+    }
+
+    /// As [`open_with`](Self::open_with), for browsers and async hosts.
+    ///
+    /// # Errors
+    /// As [`open_with`](Self::open_with).
+    pub async fn open_with_async(adapter: &wgpu::Adapter, descriptor: &wgpu::DeviceDescriptor<'_>) -> Result<Self> {
+        let opened = CooperativeMatrices::of_adapter(adapter)
+            .and_then(|matrices| bfloat16::offered(adapter, matrices))
+            .and_then(|()| bfloat16::open(adapter, descriptor));
+        match opened {
+            Ok((device, queue)) => return Ok(Device::wrap(adapter, device, queue, true)),
+            Err(reason) => log::info!("{}: bf16 on matrices: {reason}", adapter.get_info().name),
+        }
         let (device, queue) = adapter
-            .request_device(&device_descriptor(adapter))
+            .request_device(descriptor)
             .await
             .map_err(|e| Error::DeviceRequest { adapter: adapter.get_info().name, reason: e.to_string() })?;
-        Ok(Device::from_wgpu_on(adapter, device, queue))
+        Ok(Device::wrap(adapter, device, queue, false))
     }
 
     /// Opens the device that a choice selects, and gives the reason; `None` is the CPU path.

@@ -3,16 +3,17 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use half::f16;
+use half::{bf16, f16};
 use wgpu::util::DeviceExt as _;
 
 use crate::device::adapter::device_descriptor;
 use crate::device::capabilities::{Capabilities, CooperativeMatrices, SpirvVersion};
 use crate::device::elements::ElementLayout;
+use crate::device::markers::Operands;
 use crate::device::spirv::Translation;
 
-/// The names of adapter and driver, and side and lanes of a fragment.
-type Key = (String, String, String, [u32; 2]);
+/// The names of adapter and driver, side and lanes of a fragment, and the numbers that are multiplied.
+type Key = (String, String, String, [u32; 2], Operands);
 
 impl ElementLayout {
     /// The layout of the elements of a device's cooperative matrices. The first call of a process for a driver runs a small kernel.
@@ -20,17 +21,27 @@ impl ElementLayout {
     /// # Errors
     /// The reason, in words, where kernels cannot compute with elements on this device.
     pub fn probe(device: &wgpu::Device, queue: &wgpu::Queue, capabilities: &Capabilities) -> Result<Self, String> {
+        Self::probe_of(device, queue, capabilities, Operands::F16)
+    }
+
+    /// As [`probe`](Self::probe), of matrices that multiply these numbers. The device must have them.
+    pub(crate) fn probe_of(
+        device: &wgpu::Device,
+        queue: &wgpu::Queue,
+        capabilities: &Capabilities,
+        operands: Operands,
+    ) -> Result<Self, String> {
         static FOUND: OnceLock<Mutex<HashMap<Key, ElementLayout>>> = OnceLock::new();
         let (matrices, version) = needs(capabilities)?;
         let CooperativeMatrices { side, lanes, .. } = matrices;
         let info = device.adapter_info();
-        let key = (info.name, info.driver, info.driver_info, [side, lanes]);
+        let key = (info.name, info.driver, info.driver_info, [side, lanes], operands);
         let mut found = FOUND.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(layout) = found.get(&key) {
             return Ok(*layout);
         }
         // A failure is not kept: memory that lacks now may be there for the next device.
-        let layout = layout_of(side, lanes, &run(device, queue, matrices, version)?)?;
+        let layout = layout_of(side, lanes, &run(device, queue, matrices, version, operands)?)?;
         found.insert(key, layout);
         Ok(layout)
     }
@@ -57,17 +68,21 @@ fn needs(capabilities: &Capabilities) -> Result<(CooperativeMatrices, SpirvVersi
     Ok((matrices, version))
 }
 
-/// The kernel's text for a side and a number of lanes.
-fn text(side: u32, lanes: u32) -> String {
+/// The kernel's text for a side and a number of lanes. A matrix of bf16 takes its components in f32.
+fn text(side: u32, lanes: u32, operands: Operands) -> String {
     let components = side * side / lanes;
     let list = |of: &dyn Fn(u32) -> String| (0..components).map(of).collect::<Vec<_>>().join(", ");
     let tell: String = (0..components).map(|i| format!("found[at + {i}u] = component_c(numbers, {i}u);\n  ")).collect();
+    let taken = match operands {
+        Operands::F16 => "f16",
+        Operands::Bf16 => "f32",
+    };
     let text = include_str!("probe.wgsl");
     [
-        ("HALVES", list(&|i| format!("x{i}: f16"))),
+        ("OPERANDS", list(&|i| format!("x{i}: {taken}"))),
         ("SINGLES", list(&|i| format!("x{i}: f32"))),
         ("BACK", list(&|i| format!("component_c(numbers, {i}u)"))),
-        ("OPERAND", list(&|i| format!("f16(component_c(numbers, {i}u))"))),
+        ("OPERAND", list(&|i| format!("{taken}(component_c(numbers, {i}u))"))),
         ("TELL", tell),
         ("COMPONENTS", format!("{components}u")),
         ("LANES", lanes.to_string()),
@@ -86,10 +101,10 @@ fn area(side: u32, lanes: u32) -> Result<u32, String> {
 }
 
 /// The kernel's words for a side and a number of lanes.
-pub(crate) fn spirv(side: u32, lanes: u32, version: SpirvVersion) -> Result<Vec<u32>, String> {
+pub(crate) fn spirv(side: u32, lanes: u32, operands: Operands, version: SpirvVersion) -> Result<Vec<u32>, String> {
     area(side, lanes)?;
-    let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, has_markers: true };
-    translation.of(&text(side, lanes), version)
+    let translation = Translation { slots: &[0, 1, 2], needs_matrices: true, markers: Some(operands) };
+    translation.of(&text(side, lanes, operands), version)
 }
 
 /// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product.
@@ -98,16 +113,21 @@ fn run(
     queue: &wgpu::Queue,
     matrices: CooperativeMatrices,
     version: SpirvVersion,
+    operands: Operands,
 ) -> Result<Vec<f32>, String> {
     let CooperativeMatrices { side, lanes, .. } = matrices;
     let area = area(side, lanes)?;
-    let words = spirv(side, lanes, version)?;
+    let words = spirv(side, lanes, operands, version)?;
     let label = Some("sink-attention probes the elements of fragments");
     let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation]
         .map(|filter| device.push_error_scope(filter));
 
     let numbers: Vec<f32> = (0..area).map(|n| n as f32).collect();
-    let identity: Vec<f16> = (0..area).map(|n| if n / side == n % side { f16::ONE } else { f16::ZERO }).collect();
+    let one = match operands {
+        Operands::F16 => f16::ONE.to_bits(),
+        Operands::Bf16 => bf16::ONE.to_bits(),
+    };
+    let identity: Vec<u16> = (0..area).map(|n| if n / side == n % side { one } else { 0 }).collect();
     let input = |contents: &[u8]| {
         device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
             label,
@@ -216,11 +236,14 @@ mod tests {
 
     #[test]
     fn the_kernel_is_right_for_every_size() {
+        let version = SpirvVersion { major: 1, minor: 6 };
         for (side, lanes) in [(16, 32), (8, 8), (8, 32), (16, 64)] {
-            let words = spirv(side, lanes, SpirvVersion { major: 1, minor: 6 });
-            assert!(words.is_ok(), "{}\n{}", text(side, lanes), words.unwrap_err());
+            for operands in [Operands::F16, Operands::Bf16] {
+                let words = spirv(side, lanes, operands, version);
+                assert!(words.is_ok(), "{}\n{}", text(side, lanes, operands), words.unwrap_err());
+            }
         }
-        assert!(spirv(16, 24, SpirvVersion { major: 1, minor: 6 }).unwrap_err().contains("evenly"));
+        assert!(spirv(16, 24, Operands::F16, version).unwrap_err().contains("evenly"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ const AREA: u32 = SIDE * SIDE;
 @group(0) @binding(2) var<storage, read_write> found: array<f32>;
 
 fn component_c(m: coop_matSIDExSIDE<f32, C>, i: u32) -> f32 { return 0.0; }
-fn matrix_of_a(HALVES) -> coop_matSIDExSIDE<f16, A> { return coop_matSIDExSIDE<f16, A>(); }
+fn matrix_of_a(OPERANDS) -> coop_matSIDExSIDE<f16, A> { return coop_matSIDExSIDE<f16, A>(); }
 fn matrix_of_c(SINGLES) -> coop_matSIDExSIDE<f32, C> { return coop_matSIDExSIDE<f32, C>(); }
 
 @compute @workgroup_size(LANES)

@@ -5,7 +5,8 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{ValidationFlags, Validator};
 
 use crate::device::capabilities::SpirvVersion;
-use crate::device::{markers, memory_model};
+use crate::device::markers::{self, Operands};
+use crate::device::memory_model;
 
 /// A translation of one text of WGSL.
 pub(crate) struct Translation<'a> {
@@ -13,8 +14,8 @@ pub(crate) struct Translation<'a> {
     pub(crate) slots: &'a [u32],
     /// It multiplies cooperative matrices.
     pub(crate) needs_matrices: bool,
-    /// It calls functions that stand for instructions of SPIR-V.
-    pub(crate) has_markers: bool,
+    /// It calls functions that stand for instructions of SPIR-V, and its matrices multiply these numbers.
+    pub(crate) markers: Option<Operands>,
 }
 
 impl Translation<'_> {
@@ -55,7 +56,7 @@ impl Translation<'_> {
         let options = spv::Options {
             lang_version: (version.major, version.minor),
             // Names tell markers apart.
-            flags: match self.has_markers {
+            flags: match self.markers.is_some() {
                 true => spv::WriterFlags::DEBUG,
                 false => spv::WriterFlags::empty(),
             } | spv::WriterFlags::LABEL_VARYINGS
@@ -79,7 +80,10 @@ impl Translation<'_> {
         };
         let entry = spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
         let words = spv::write_vec(&module, &info, &options, Some(&entry)).map_err(|error| error.to_string())?;
-        let words = if self.has_markers { markers::rewrite(&words)? } else { words };
+        let words = match self.markers {
+            Some(operands) => markers::rewrite(&words, operands)?,
+            None => words,
+        };
         memory_model::mend(&words)
     }
 }

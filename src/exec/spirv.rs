@@ -1,7 +1,7 @@
 //! Kernels in SPIR-V: what wgpu would hand to the driver, made here so that it can say more than WGSL.
 
 use crate::device::capabilities::SpirvVersion;
-use crate::device::markers::HEADER;
+use crate::device::markers::{HEADER, Operands};
 use crate::device::spirv::Translation;
 use crate::kernel::Variant;
 use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
@@ -47,7 +47,9 @@ fn translate(variant: &Variant, text: &str, version: SpirvVersion) -> Result<Vec
     let needs = variant.properties();
     // Decoding has no tiles of this kind.
     let needs_matrices = variant.micro_kernel.properties().needs_matrices;
-    Translation { slots: &slots, needs_matrices, has_markers: needs.needs_elements }.of(text, version)
+    let operands = if variant.multiplies_bf16() { Operands::Bf16 } else { Operands::F16 };
+    let markers = needs.needs_elements.then_some(operands);
+    Translation { slots: &slots, needs_matrices, markers }.of(text, version)
 }
 
 /// In front of a loop in WGSL: the rest of the line is its [`LoopName`].

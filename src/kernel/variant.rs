@@ -263,14 +263,24 @@ impl Variant {
     /// Accumulators of sums in f16 whose rows have units that the kernel finds itself, in a first walk over the tiles.
     fn units(&self) -> &'static [&'static str] {
         match self.kernel.tiled() {
-            Some(tiled) if self.properties().multiplies_halves => (tiled.units)(self.dtype),
+            Some(tiled) if self.properties().multiplies_halves && !self.multiplies_bf16() => (tiled.units)(self.dtype),
             _ => &[],
         }
+    }
+
+    /// Whether fragments of bf16 are multiplied as they lie in memory. Else they are converted to f16.
+    pub(crate) fn multiplies_bf16(&self) -> bool {
+        self.fragments().is_some_and(|fragments| fragments.multiplies_bf16(self.dtype))
     }
 
     /// Whether the row statistics hold the unit of d_q, because matrices may multiply the row's weights.
     fn stats_have_units(&self) -> bool {
         self.dtype.multiplies_on_matrices()
+    }
+
+    /// Whether scores are formed in full before the exponential, as with ALiBi, bias or token scales. Softcap is applied on the way to it.
+    fn formed(&self) -> bool {
+        self.alibi || self.bias.is_some() || (self.softmax() && self.column_scales().is_some())
     }
 
     /// Whether the kernel keeps an online softmax.
@@ -293,7 +303,7 @@ impl Variant {
 
     /// The token scales of the columns that the kernel multiplies in f16, if the element type has more range than f16.
     pub(crate) fn column_scales(&self) -> Option<Binding> {
-        let needs = self.properties().multiplies_halves && self.dtype.needs_token_scales();
+        let needs = self.properties().multiplies_halves && self.dtype.needs_token_scales() && !self.multiplies_bf16();
         needs.then_some(if self.rows_are_keys() { Binding::QueryScales } else { Binding::KeyScales })
     }
 
@@ -393,6 +403,7 @@ impl Variant {
             ("_bits", self.mask_packing == MaskPacking::Bits),
             ("_lengths", self.lengths),
             ("_packed", self.packed),
+            ("_native", self.multiplies_bf16()),
             ("_sanitize", self.sanitize),
             ("_one_by_one", self.batch == 1 && (self.sanitize || self.fallback.is_some())),
         ] {
@@ -435,6 +446,8 @@ impl Variant {
         let operand_quads: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, quads(width))).collect();
         let properties = self.properties();
         let rows_are_keys = self.rows_are_keys();
+        let multiplies_bf16 = self.multiplies_bf16();
+        let formed = self.formed();
         let work = self.kernel.spec().work;
         let classes = if properties.masks_by_spans { "seq, &classes, class_base" } else { "seq, class_base" };
         let fallback_rows = self.fallback.or_else(|| self.reported_rows());
@@ -498,8 +511,13 @@ impl Variant {
             // `modified`: scores are more than products times the scale. `hides`: pairs are hidden one by one.
             modified => self.softcap || self.alibi || self.bias.is_some(),
             hides => self.mask || self.bias.is_some(),
-            // Softcap is applied on the way to the exponential. Scores with ALiBi, bias or token scales are formed in full.
-            formed => self.alibi || self.bias.is_some() || (self.softmax() && self.column_scales().is_some()),
+            formed,
+            multiplies_bf16,
+            // Products of bf16 go to the ends of f32 where they are scores but for the scale.
+            wide_products => multiplies_bf16 && !formed && !self.softcap,
+            // The power of two that P has in d_kv.
+            p_exponent => if multiplies_bf16 { 0 } else { 15 },
+            has_query_unit => self.units().is_empty() && !multiplies_bf16,
             lengths => self.lengths,
             class_arguments => classes,
             // ALiBi raises scores towards the diagonal. Tiles are visited from the diagonal back, so that the maximum hardly grows.

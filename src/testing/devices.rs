@@ -115,6 +115,20 @@ pub fn fragments() -> Option<Attention> {
     Some(cooperative.with_micro_kernel(MicroKernel::Fragments))
 }
 
+/// The adapter with the micro-kernel on fragments, if its matrices multiply bf16 as itself.
+///
+/// Without them the function says so, and fails under `SINK_ATTENTION_REQUIRE_BF16=1`: drivers without bf16 are many.
+pub fn bf16_fragments() -> Option<Attention> {
+    let matrices = |attention: &Attention| attention.device()?.capabilities().cooperative;
+    let found = fragments().filter(|attention| matrices(attention).is_some_and(|matrices| matrices.bf16));
+    if found.is_none() {
+        let required = std::env::var("SINK_ATTENTION_REQUIRE_BF16").is_ok_and(|value| value == "1");
+        assert!(!required, "SINK_ATTENTION_REQUIRE_BF16=1, but no matrices that multiply bf16 as itself");
+        did_not_run("NO MATRICES OF BF16: the part with them");
+    }
+    found
+}
+
 /// The adapter with the cooperative micro-kernel, if it has cooperative matrices.
 ///
 /// Without them the function says so, and fails under `SINK_ATTENTION_REQUIRE_COOPERATIVE=1`.

@@ -18,4 +18,4 @@ pub use sink_attention::testing::cases::{all_cases, every, this_many, with_other
 pub use sink_attention::testing::compare::{
     low_precision as compare_low_precision, lse as compare_lse, tensor as compare,
 };
-pub use sink_attention::testing::devices::{another_gpu, cooperative, fragments, gpu};
+pub use sink_attention::testing::devices::{another_gpu, bf16_fragments, cooperative, fragments, gpu};

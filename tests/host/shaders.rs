@@ -11,6 +11,7 @@ use naga::back::{hlsl, msl, spv};
 use naga::valid::{ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 use rayon::prelude::*;
+use sink_attention::half::bf16;
 use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{
     Capabilities, CooperativeMatrices, ElementLayout, Kernel, LoopHint, LoopHints, LoopName, OptionalOperands, Pass,
@@ -515,8 +516,10 @@ fn spirv_val(folder: &Folder, name: &str, words: &[u32]) -> Option<String> {
 fn spirv_of_the_probe_is_valid() {
     let folder = Folder::new(env!("CARGO_TARGET_TMPDIR"), "probe");
     for (side, lanes) in [(16, 32), (8, 8), (8, 32), (16, 64)] {
-        let words = probe_kernel(side, lanes, SpirvVersion { major: 1, minor: 3 }).unwrap();
-        assert_eq!(spirv_val(&folder, &format!("{side} {lanes}"), &words), None);
+        for bf16 in [false, true] {
+            let words = probe_kernel(side, lanes, bf16, SpirvVersion { major: 1, minor: 3 }).unwrap();
+            assert_eq!(spirv_val(&folder, &format!("{side} {lanes} {bf16}"), &words), None);
+        }
     }
 }
 
@@ -567,6 +570,33 @@ fn loops(words: &[u32]) -> [usize; 3] {
     }
     assert_eq!(at, words.len());
     [entries, merges, hinted]
+}
+
+/// Kernels round P and dS to bf16 by two multiply-adds, with the bits of the type's own rounding up to 2^111.
+#[test]
+fn two_multiply_adds_round_to_bf16() {
+    let native = variants().into_iter().filter(|variant| variant.name().contains("_native"));
+    let kernels: HashSet<Kernel> = native
+        .filter(|variant| !variant.kernel.name().contains("delta"))
+        .map(|variant| {
+            let text = variant.wgsl().unwrap();
+            assert!(text.contains("return fma(x, 65536.0, -fma(x, 65536.0, -x));"), "{}", variant.name());
+            assert!(text.contains("= matrix_of_a(rounded("), "{}", variant.name());
+            variant.kernel
+        })
+        .collect();
+    assert_eq!(kernels, HashSet::from([Kernel::FORWARD, Kernel::D_Q, Kernel::D_KV]));
+    // Every mantissa next to a bf16 number or to a tie, in many exponents.
+    for exponent in (1..=238).step_by(3) {
+        for (high, low) in (0..128).flat_map(|high| [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(move |low| (high, low)))
+        {
+            let x = f32::from_bits(exponent << 23 | high << 16 | low);
+            for x in [x, -x] {
+                let rounded = x.mul_add(65536.0, -x.mul_add(65536.0, -x));
+                assert_eq!(rounded, bf16::from_f32(x).to_f32(), "{x:e}");
+            }
+        }
+    }
 }
 
 /// Four composed texts as files, so that a change of a template shows in a review as what it does to WGSL. After a change that is

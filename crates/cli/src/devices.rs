@@ -73,6 +73,10 @@ struct Entry {
     elements: Option<String>,
     /// Why they cannot.
     elements_error: Option<String>,
+    /// Matrices multiply bf16 as itself.
+    bf16: bool,
+    /// Why they do not, so that kernels convert bf16 to f16.
+    bf16_error: Option<String>,
     /// The newest SPIR-V that the driver takes; absent where kernels reach it as WGSL only.
     spirv: Option<String>,
     /// Why they do.
@@ -87,7 +91,8 @@ impl Entry {
         let info = adapter.get_info();
         let cooperative = CooperativeMatrices::of_adapter(adapter);
         let elements = ElementLayout::of_adapter(adapter);
-        let capabilities = with_elements(Capabilities::of_adapter(adapter), elements.clone().ok());
+        let bf16 = CooperativeMatrices::bf16_of_adapter(adapter);
+        let capabilities = with_elements(Capabilities::of_adapter(adapter), elements.clone().ok(), bf16.is_ok());
         let spirv = SpirvVersion::of_adapter(adapter);
         Entry {
             index,
@@ -115,6 +120,8 @@ impl Entry {
             cooperative_error: cooperative.err(),
             elements: elements.as_ref().ok().map(ToString::to_string),
             elements_error: elements.err(),
+            bf16: bf16.is_ok(),
+            bf16_error: bf16.err(),
             spirv: spirv.as_ref().ok().map(ToString::to_string),
             spirv_error: spirv.err(),
             kernels: [64, 128].map(|head_dim| Kernel::new(head_dim, &capabilities)).into(),
@@ -229,6 +236,10 @@ impl fmt::Display for Entry {
         match (&self.elements, &self.elements_error) {
             (Some(layout), _) => writeln!(f, "   elements    {layout}")?,
             (None, reason) => writeln!(f, "   elements    none: {}", reason.as_deref().unwrap_or_default())?,
+        }
+        match &self.bf16_error {
+            None => writeln!(f, "   bf16        on matrices as itself")?,
+            Some(reason) => writeln!(f, "   bf16        converted to f16 for matrices: {reason}")?,
         }
         match (&self.spirv, &self.spirv_error) {
             (Some(version), _) => writeln!(f, "   SPIR-V      {version}: tiles may have hints for loops")?,

@@ -7,8 +7,8 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use sink_attention::cache::{CacheConfig, CacheKind, Decode, Quantisation};
 use sink_attention::device::{Selection, adapters, describe};
-use sink_attention::plan::MicroKernel;
 use sink_attention::plan::{Capabilities, ElementLayout, Kernel, OptionalOperands, Pass, Plan, Preference};
+use sink_attention::plan::{CooperativeMatrices, MicroKernel};
 use sink_attention::tuning::Tuning;
 use sink_attention::{Alignment, DType, DeviceChoice, Layout, Options, Problem, Shape, SinkLogits, Window};
 
@@ -327,7 +327,8 @@ impl PlanArgs {
             Some(index) => {
                 let adapter = &adapters[index];
                 let elements = ElementLayout::of_adapter(adapter).ok();
-                let capabilities = with_elements(Capabilities::of_adapter(adapter), elements);
+                let bf16 = CooperativeMatrices::bf16_of_adapter(adapter).is_ok();
+                let capabilities = with_elements(Capabilities::of_adapter(adapter), elements, bf16);
                 (format!("{}: {reason}", describe(&infos[index])), Some(capabilities))
             }
             None => (format!("CPU ({} threads): {reason}", rayon::current_num_threads()), None),

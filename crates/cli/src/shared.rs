@@ -290,9 +290,9 @@ pub fn bytes(bytes: u64) -> String {
     format!("{value:.decimals$} {}", units[unit])
 }
 
-/// The capabilities of an adapter with what a device of it says of the elements of fragments.
-pub fn with_elements(mut capabilities: Capabilities, elements: Option<ElementLayout>) -> Capabilities {
-    capabilities.cooperative = capabilities.cooperative.map(|matrices| matrices.elements(elements));
+/// The capabilities of an adapter with what a device of it says of the elements of fragments, and whether its matrices multiply bf16.
+pub fn with_elements(mut capabilities: Capabilities, elements: Option<ElementLayout>, bf16: bool) -> Capabilities {
+    capabilities.cooperative = capabilities.cooperative.map(|matrices| matrices.elements(elements).bf16(bf16));
     capabilities
 }
 

@@ -123,10 +123,16 @@ impl CooperativeTile {
         staged + score_rows + p_tile + column_stats
     }
 
+    /// Whether bf16 is multiplied as itself. Else it is converted to f16, with a scale for each token.
+    pub(crate) fn multiplies_bf16(&self, dtype: DType) -> bool {
+        dtype == DType::Bf16 && self.chunk.is_some() && self.matrices.bf16
+    }
+
     /// Numbers that are staged with each column: the shifts by lse and delta of a query, and the inverse token scales.
     pub(crate) fn stats_per_column(&self, kernel: Kernel, dtype: DType) -> u32 {
         let row_stats = if kernel.spec().work.rows_are_keys() { 2 } else { 0 };
-        let scales = match (dtype.needs_token_scales(), kernel.tiled().is_some_and(|tiled| tiled.softmax)) {
+        let has_scales = dtype.needs_token_scales() && !self.multiplies_bf16(dtype);
+        let scales = match (has_scales, kernel.tiled().is_some_and(|tiled| tiled.softmax)) {
             (true, true) => 3,
             (true, false) => 2,
             (false, _) => 0,

@@ -6,7 +6,7 @@ use crate::binary::{command, fails, sink_attention, succeeds, wrong_usage};
 use serde_json::{Value, json};
 use sink_attention::Device;
 use sink_attention::device::{ADAPTER_VARIABLE, adapters};
-use sink_attention::plan::{Capabilities, ElementLayout};
+use sink_attention::plan::{Capabilities, CooperativeMatrices, ElementLayout};
 use sink_attention::testing::cases::all_cases;
 use sink_attention::testing::devices::gpu;
 
@@ -43,6 +43,8 @@ fn devices_lists_what_the_library_finds() {
         let elements = ElementLayout::of_adapter(adapter);
         assert_eq!(entry["elements"], json!(elements.as_ref().ok().map(ToString::to_string)));
         assert_eq!(entry["elements_error"], json!(elements.err()));
+        let bf16 = CooperativeMatrices::bf16_of_adapter(adapter);
+        assert_eq!((&entry["bf16"], &entry["bf16_error"]), (&json!(bf16.is_ok()), &json!(bf16.err())));
         let spirv = offered.spirv.map(|version| version.to_string());
         assert_eq!(entry["spirv"], serde_json::json!(spirv));
         assert_eq!(entry["spirv_error"].is_null(), spirv.is_some(), "either it is taken, or the reason");
@@ -64,6 +66,11 @@ fn devices_lists_what_the_library_finds() {
             (None, reason) => format!("elements    none: {}\n", reason.unwrap()),
         };
         assert!(people.contains(&elements), "no {elements:?} in {people}");
+        let bf16 = match entry["bf16_error"].as_str() {
+            None => "bf16        on matrices as itself\n".into(),
+            Some(reason) => format!("bf16        converted to f16 for matrices: {reason}\n"),
+        };
+        assert!(people.contains(&bf16), "no {bf16:?} in {people}");
         let spirv = match (entry["spirv"].as_str(), entry["spirv_error"].as_str()) {
             (Some(version), _) => format!("SPIR-V      {version}: "),
             (None, reason) => format!("SPIR-V      no, so that tiles have no hints for loops: {}\n", reason.unwrap()),
@@ -78,7 +85,9 @@ fn capabilities_are_known_before_a_device_is_opened() {
     for adapter in adapters() {
         if let Ok(device) = Device::open(&adapter) {
             let mut known = Capabilities::of_adapter(&adapter);
-            known.cooperative = known.cooperative.map(|c| c.elements(ElementLayout::of_adapter(&adapter).ok()));
+            let bf16 = CooperativeMatrices::bf16_of_adapter(&adapter).is_ok();
+            known.cooperative =
+                known.cooperative.map(|c| c.elements(ElementLayout::of_adapter(&adapter).ok()).bf16(bf16));
             assert_eq!(known, *device.capabilities());
         }
     }
