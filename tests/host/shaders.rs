@@ -489,6 +489,16 @@ fn elements_of_every_layout() {
                 let two = tilings.iter().skip(n).step_by(tilings.len() / 2 + 1);
                 variants.extend(two.map(|tiling| Pass::with_tiles(kernel, &problem, device, *tiling).unwrap().variant));
             }
+            let problem = self::problem([1, 2, 1], [1000, 1000], [48, 40], options);
+            let split = Preference::default().precision(Precision::Split);
+            for plan in [Plan::forward_with, Plan::backward_with] {
+                let plan = plan(&problem, OptionalOperands::default(), device, &split);
+                // The table has no four fragments for a quad.
+                let has_no_quads = matrices.side == 16 && one_a_fragment;
+                assert_eq!(plan.is_err(), has_no_quads, "split numbers with {matrices}: {plan:?}");
+                let passes = plan.into_iter().flat_map(|plan| plan.passes).map(|pass| pass.variant);
+                variants.extend(passes.filter(on_elements));
+            }
         }
     }
     assert!(variants.len() >= 6 * 4 * 4, "{} texts", variants.len());
