@@ -162,7 +162,7 @@ const LIFT: f32 = 7.0;
 {{ columns.put_first() }}
 # for r in range(lane_rows)
     var total_{{ r }} = vec4<f32>();
-    var largest_of_tile_{{ r }} = {{ "LOWEST" if formed else "HIDDEN" }};
+    var largest_of_tile_{{ r }} = hidden;
     let old_max_{{ r }} = row_max_{{ r }};
 # endfor
 # for chunk in range(chunks)
