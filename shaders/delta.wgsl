@@ -19,8 +19,7 @@ const ROWS: u32 = {{ delta_rows }}u;
 // Threads of a row. Each has every LANES-th feature quad.
 const LANES: u32 = {{ lanes }}u;
 // Padding lets neighbouring rows start in different banks.
-const STEP_QUADS: u32 = {{ lanes * steps }}u;
-const STEP_ROW: u32 = STEP_QUADS + 1u;
+const STEP_ROW: u32 = {{ lanes * steps + 1 }}u;
 const PART_ROW: u32 = LANES + 1u;
 var<workgroup> products: array<f32, {{ delta_rows * (lanes * steps + 1) }}>;
 # if sinks == "per_head" or stats_have_units

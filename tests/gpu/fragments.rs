@@ -21,16 +21,17 @@ use sink_attention::{
 };
 
 /// Both passes, with gradients whose delta is summed anew.
-fn run<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) -> (Output<T>, Gradients<T>) {
+pub fn run<T: Element>(attention: &Attention, problem: &Problem, case: &Backward<T>) -> (Output<T>, Gradients<T>) {
     let output = attention.forward(problem, &case.operands.inputs()).unwrap();
     let gradients = case.run_with(attention, problem, &exact(&output));
     (output, gradients)
 }
 
-fn bits<T: Element>((output, gradients): &(Output<T>, Gradients<T>)) -> (Vec<u16>, Vec<u32>) {
-    let halves = [&output.o[..], &gradients.d_q, &gradients.d_k, &gradients.d_v].concat();
+/// The bits of all results.
+pub fn bits<T: Element>((output, gradients): &(Output<T>, Gradients<T>)) -> [Vec<u8>; 2] {
+    let elements = [&output.o[..], &gradients.d_q, &gradients.d_k, &gradients.d_v].concat();
     let singles = [&output.lse[..], gradients.d_sink_logits.as_deref().unwrap_or_default()].concat();
-    (bytemuck::cast_slice::<T, u16>(&halves).to_vec(), bytemuck::cast_slice::<f32, u32>(&singles).to_vec())
+    [bytemuck::cast_slice(&elements).to_vec(), bytemuck::cast_slice(&singles).to_vec()]
 }
 
 /// Holds both passes against the definition: by norm, and by element as far as low precision explains.
@@ -225,7 +226,7 @@ fn the_largest_scores<T: Element>(attention: &Attention, problem: &Problem, case
 }
 
 /// Keys that no query sees are no numbers: a second run computes their tiles, with the bits of finite keys.
-fn hidden_keys_leave_no_trace<T: Element>(attention: &Attention, options: Options, width: [usize; 2]) {
+pub fn hidden_keys_leave_no_trace<T: Element>(attention: &Attention, options: Options, width: [usize; 2]) {
     let (problem, mut case) = random::<T>(&problem([1, 2, 1], [70, 70], width, options), 4);
     let clean = run(attention, &problem, &case);
     // The last query sees keys up to 59.
@@ -274,27 +275,35 @@ fn chunks_and_rows<T: Element>(attention: &Attention, options: Options) {
     }
 }
 
-/// Scores that are more than products, of sequences that differ in length. bf16 has token scales where it is converted to f16.
-#[test]
-fn softcap_alibi_bias_and_lengths_in_bf16() {
-    let Some(attention) = &fragments() else { return };
-    let options = Options::new().softcap(1.3).alibi(true).bias(Axes::KEYS.heads()).layout(Layout::Thd);
+/// Scores that are more than products, of sequences that differ in length.
+pub fn softcap_alibi_bias_and_lengths<T: Element>() -> [(Problem, Backward<T>); 2] {
+    let options = Options::new().softcap(1.3).alibi(true).bias(Axes::KEYS.heads()).layout(Layout::Thd).dtype(T::DTYPE);
     let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: 110, seq_k: 110, head_dim: 8, value_dim: 8 };
     let cumulative = &[0, 70, 70, 110][..];
-    for (seed, options) in (0..).zip([options, options.causal(true).window(Window::keys(20)).sink_tokens(2)]) {
+    [(0, options), (1, options.causal(true).window(Window::keys(20)).sink_tokens(2))].map(|(seed, options)| {
         let lengths = Lengths::Cumulative { q: cumulative, k: cumulative };
-        let problem = Problem::with_lengths(shape, options.dtype(DType::Bf16), lengths).unwrap();
-        check(attention, &problem, &Backward::random(&problem, seed).cast::<bf16>());
-    }
+        let problem = Problem::with_lengths(shape, options, lengths).unwrap();
+        let case = Backward::random(&problem, seed).cast();
+        (problem, case)
+    })
 }
 
 /// Widths that are no multiples of four, so that elements are read and written one by one, under a mask.
+pub fn odd_widths<T: Element>() -> [(Problem, Backward<T>); 2] {
+    let options = Options::new().mask(Axes::KEYS.seq_q()).sink_logits(SinkLogits::OffByOne);
+    let of = |(seed, options)| random(&problem([1, 2, 1], [70, 130], [5, 3], options), seed);
+    [(0, options), (1, options.causal(true))].map(of)
+}
+
+/// bf16 has token scales where it is converted to f16.
+#[test]
+fn softcap_alibi_bias_and_lengths_in_bf16() {
+    let Some(attention) = &fragments() else { return };
+    softcap_alibi_bias_and_lengths::<bf16>().iter().for_each(|(problem, case)| check(attention, problem, case));
+}
+
 #[test]
 fn odd_widths_under_a_mask() {
     let Some(attention) = &fragments() else { return };
-    let options = Options::new().mask(Axes::KEYS.seq_q()).sink_logits(SinkLogits::OffByOne);
-    for (seed, options) in (0..).zip([options, options.causal(true)]) {
-        let (problem, case) = random::<f16>(&problem([1, 2, 1], [70, 130], [5, 3], options), seed);
-        check(attention, &problem, &case);
-    }
+    odd_widths::<f16>().iter().for_each(|(problem, case)| check(attention, problem, case));
 }

@@ -5,15 +5,14 @@
 
 use crate::common::{fragments, gpu};
 use crate::cooperative::{forward_agrees, is_on_matrices, random};
+use crate::fragments::{bits, hidden_keys_leave_no_trace, odd_widths, run, softcap_alibi_bias_and_lengths};
 use sink_attention::cpu::reference;
 use sink_attention::half::f16;
 use sink_attention::plan::{Capabilities, MicroKernel, OptionalOperands, Plan, Precision, Preference};
 use sink_attention::testing::compare::accepted;
 use sink_attention::testing::gradients::Backward;
 use sink_attention::testing::operands::{agree, problem};
-use sink_attention::{
-    Attention, Axes, DType, Error, Gradients, Layout, Lengths, Options, Output, Problem, Shape, SinkLogits, Window,
-};
+use sink_attention::{Attention, DType, Error, Layout, Options, Problem, SinkLogits, Window};
 
 fn split() -> Option<Attention> {
     fragments().map(|attention| attention.with_micro_kernel(MicroKernel::Auto).with_precision(Precision::Split))
@@ -27,18 +26,6 @@ fn check(attention: &Attention, problem: &Problem, case: &Backward<f32>) {
     let gradients = case.run(attention, problem);
     let expected = case.rows_agree(accepted(DType::F32), problem, &gradients);
     case.agree(&gradients, &expected).unwrap_or_else(|error| panic!("{problem}: {error}"));
-}
-
-fn run(attention: &Attention, problem: &Problem, case: &Backward<f32>) -> (Output<f32>, Gradients<f32>) {
-    let output = attention.forward(problem, &case.operands.inputs()).unwrap();
-    let gradients = case.run_with(attention, problem, &output);
-    (output, gradients)
-}
-
-fn bits((output, gradients): &(Output<f32>, Gradients<f32>)) -> Vec<u32> {
-    let results = [&output.o, &output.lse, &gradients.d_q, &gradients.d_k, &gradients.d_v].map(|x| &x[..]);
-    let all = [&results[..], &[gradients.d_sink_logits.as_deref().unwrap_or_default()]].concat().concat();
-    bytemuck::cast_slice::<f32, u32>(&all).to_vec()
 }
 
 /// Bands, sizes, heads and ranges of all kinds, with one pipeline for each kernel.
@@ -64,7 +51,7 @@ fn bands_sizes_and_ranges() {
     tokens_of_all_sizes(attention, new.causal(true));
     gradients_beyond_halves(attention, new.causal(true));
     small_probabilities_count(attention, new);
-    hidden_keys_leave_no_trace(attention, window.query_offset(-10));
+    hidden_keys_leave_no_trace::<f32>(attention, window.query_offset(-10), [8, 8]);
     visible_keys_do(attention, new.causal(true));
     let (problem, case) = random::<f32>(&problem([2, 4, 2], [150, 150], [8, 8], new.causal(true)), 1);
     let first = bits(&run(attention, &problem, &case));
@@ -123,21 +110,6 @@ fn small_probabilities_count(attention: &Attention, options: Options) {
     check(attention, &problem, &case);
 }
 
-/// Keys that no query sees are no numbers: a second run computes their tiles, with the bits of finite keys.
-fn hidden_keys_leave_no_trace(attention: &Attention, options: Options) {
-    let (problem, mut case) = random::<f32>(&problem([1, 2, 1], [70, 70], [8, 8], options), 4);
-    let clean = run(attention, &problem, &case);
-    // The last query sees keys up to 59.
-    for j in 60..70 {
-        let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][j % 3];
-        case.operands.key(&problem, 0, 0, j).fill(bad);
-        case.operands.value(&problem, 0, 0, j).fill(bad);
-    }
-    let found = run(attention, &problem, &case);
-    agree(&found.0, &reference::forward(&problem, &case.operands.inputs()).unwrap()).unwrap();
-    assert!(bits(&found) == bits(&clean), "{problem}: hidden keys that are not finite show");
-}
-
 /// A visible key that is no number reaches the rows that see it, as in full precision, and no others.
 fn visible_keys_do(attention: &Attention, options: Options) {
     let full = gpu().unwrap().clone().with_micro_kernel(MicroKernel::Portable);
@@ -152,29 +124,16 @@ fn visible_keys_do(attention: &Attention, options: Options) {
     }
 }
 
-/// Scores that are more than products, of sequences that differ in length.
 #[test]
-fn softcap_alibi_bias_and_lengths() {
+fn modified_scores_of_sequences_that_differ() {
     let Some(attention) = &split() else { return };
-    let options = Options::new().softcap(1.3).alibi(true).bias(Axes::KEYS.heads()).layout(Layout::Thd);
-    let shape = Shape { batch: 1, heads: 4, kv_heads: 2, seq_q: 110, seq_k: 110, head_dim: 8, value_dim: 8 };
-    let cumulative = &[0, 70, 70, 110][..];
-    for (seed, options) in (0..).zip([options, options.causal(true).window(Window::keys(20)).sink_tokens(2)]) {
-        let lengths = Lengths::Cumulative { q: cumulative, k: cumulative };
-        let problem = Problem::with_lengths(shape, options, lengths).unwrap();
-        check(attention, &problem, &Backward::random(&problem, seed));
-    }
+    softcap_alibi_bias_and_lengths().iter().for_each(|(problem, case)| check(attention, problem, case));
 }
 
-/// Widths that are no multiples of four, so that elements are read and written one by one, under a mask.
 #[test]
 fn odd_widths_under_a_mask() {
     let Some(attention) = &split() else { return };
-    let options = Options::new().mask(Axes::KEYS.seq_q()).sink_logits(SinkLogits::OffByOne);
-    for (seed, options) in (0..).zip([options, options.causal(true)]) {
-        let (problem, case) = random::<f32>(&problem([1, 2, 1], [70, 130], [5, 3], options), seed);
-        check(attention, &problem, &case);
-    }
+    odd_widths().iter().for_each(|(problem, case)| check(attention, problem, case));
 }
 
 /// Operands of halves, another micro-kernel, a device without matrices or elements: the planner names what stands in the way. The CPU does,
