@@ -1,22 +1,14 @@
 {#- Four neighbours of a row for fragments: loaded as they lie in memory, and rounded to halves later. Where bf16 is multiplied as itself,
     the halves are its bits.
     Needs: operands.wgsl, `loads`. Declares: Raw, raw_X of each operand that is loaded, half4; in f16 and where bf16 is multiplied halves4;
-    with token scales widened4; of split numbers hi4, lo4, LO_SCALE and LO_UNIT. -#}
+    with token scales widened4; of split numbers hi4. -#}
 alias Raw = {{ "vec2<u32>" if vec4 and is_half else ("vec4<f16>" if dtype == "f16" else "vec4<f32>") }};
 # if splits
-// A number x is hi and lo = f16((x - hi) LO_SCALE), so that lo is as large as hi or smaller, and both have the same range.
-const LO_SCALE: f32 = 2048.0;
-const LO_UNIT: f32 = {{ 1 / 2048 }};
-
-// x to the nearest number of 11 significant bits, which f16 holds, and 0 below the normal numbers of f16. Bits are rounded, because
-// compilers may take a conversion to f16 and back for no change.
+// A number x is hi, the nearest number of 11 significant bits, and lo = x - hi. hi is formed by rounding errors: compilers may take a conversion
+// to f16 and back for no change, and NVIDIA's does.
 fn hi4(x: vec4<f32>) -> vec4<f32> {
-  let rounded = bitcast<vec4<f32>>((bitcast<vec4<u32>>(x) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u));
-  return select(rounded, vec4<f32>(), abs(x) < vec4<f32>({{ 2 ** -14 }}));
-}
-
-fn lo4(x: vec4<f32>) -> vec4<f32> {
-  return (x - hi4(x)) * LO_SCALE;
+  let far = vec4<f32>({{ 2 ** 13 }}.0);
+  return fma(x, far, -fma(x, far, -x));
 }
 # endif
 # if dtype == "f16"

@@ -49,8 +49,9 @@
 # if splits
       let at = {{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }};
       let x = {{ b }}_share_{{ n }} * {{ b }}_scale_{{ n }};
-      {{ b }}_stage[at] = vec4<f16>(hi4(x));
-      {{ b }}_stage[at + {{ b | upper }}_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      {{ b }}_stage[at] = vec4<f16>(hi);
+      {{ b }}_stage[at + {{ b | upper }}_LO] = vec4<f16>(x - hi);
 # else
       {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }}] = {{ halves(b ~ "_share_" ~ n, b ~ "_scale_" ~ n if column_scales else "1.0") }};
 # endif

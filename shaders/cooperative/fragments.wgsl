@@ -15,8 +15,7 @@
       elements    SPIR-V has it. Calls of the functions that `declare_elements` declares become its instructions (src/device/markers.rs),
                   and scores stay in registers. A lane has the rows and columns that the driver gives it (ElementLayout).
 
-    Numbers of f32 are split: each is two halves (halves.wgsl), and each product is three, of which two belong to sums in LO_UNIT. That is
-    written for `elements`.
+    Numbers of f32 are split: each is two halves (halves.wgsl), and each product is three. That is written for `elements`.
 
     Fragments have no hidden elements. A hidden column that is NaN or infinite makes the results NaN, since 0 times it is NaN
     (cooperative/fallback.wgsl). f16 has less range than the numbers that are multiplied (cooperative/units.wgsl, token_scales.wgsl).
@@ -196,7 +195,10 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # for n in range(fragment_quads)
 # call each_quad(n)
     let raw = {{ a }}_raw_{{ r }}_{{ f }}_{{ n }};
-    {{ p_array }}[p_at - part + {{ (r - first) * side * p_row }}u + quad] = {% if splits %}vec4<f16>({{ half }}4(raw * ({{ factor }}))){% else %}{{ halves("raw", factor) }}{% endif %};
+# if splits
+    let x = raw * ({{ factor }});
+# endif
+    {{ p_array }}[p_at - part + {{ (r - first) * side * p_row }}u + quad] = {{ {"hi": "vec4<f16>(hi4(x))", "lo": "vec4<f16>(x - hi4(x))"}[half] if splits else halves("raw", factor) }};
 # endcall
 # endfor
 # endfor
@@ -285,7 +287,9 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
   &{{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + {{ (b | upper) ~ "_LO + " if half }}{{ c * side }}u * {{ row }} + {{ f * side // 4 }}u], {{ row }}
 {%- endmacro -%}
 
-{#- s[row, column] = a[row] . b[column], for the columns of a chunk of the tile. -#}
+{#- s[row, column] = a[row] . b[column], for the columns of a chunk of the tile. Products with lower halves have a sum of their own, because
+    matrices may round each sum towards zero. Where the gradient by slopes multiplies such errors by distances, so has each fragment of
+    features: d_alibi of one problem came from 1.5e-5 to 3.4e-6 (NVIDIA H200). -#}
 # macro product(s, a, b, stage, chunk=0)
 # if elements
 # for r, c in pairs(row_fragments, column_fragments)
@@ -295,11 +299,23 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # endif
 # endfor
 # for f, c in pairs(fragments[a], column_fragments)
+# if splits and slope_rows
+    {
+# for r in range(row_fragments)
+      var part_{{ r }}_{{ c }} = coop_mat{{ side }}x{{ side }}<f32, C>();
+# endfor
+{{ multiply("part", a, b, stage, chunk, c, f, s) }}
+# for r in range(row_fragments)
+      {{ s }}_{{ r }}_{{ c }} = {{ s }}_{{ r }}_{{ c }} + part_{{ r }}_{{ c }};
+# endfor
+    }
+# else
 {{ multiply(s, a, b, stage, chunk, c, f) }}
+# endif
 # endfor
 # if splits
 # for r, c in pairs(row_fragments, column_fragments)
-    {{ s }}_{{ r }}_{{ c }} = {{ s }}_{{ r }}_{{ c }} + {{ s }}_lo_{{ r }}_{{ c }} * LO_UNIT;
+    {{ s }}_{{ r }}_{{ c }} = {{ s }}_{{ r }}_{{ c }} + {{ s }}_lo_{{ r }}_{{ c }};
 # endfor
 # endif
 # else
@@ -314,7 +330,9 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # endif
 # endmacro
 
-# macro multiply(s, a, b, stage, chunk, c, f)
+{#- Adds the product of a fragment of features to s, and of split numbers the products with lower halves to s_lo, or LO_lo. -#}
+# macro multiply(s, a, b, stage, chunk, c, f, lo="")
+# set lo = lo or s
     {
       let column = coopLoad<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f) }});
 # if splits
@@ -322,8 +340,8 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # endif
 # for r in range(row_fragments)
 # if splits
-      {{ s }}_lo_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column_lo, {{ s }}_lo_{{ r }}_{{ c }});
-      {{ s }}_lo_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_lo_{{ r }}_{{ f }}, column, {{ s }}_lo_{{ r }}_{{ c }});
+      {{ lo }}_lo_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column_lo, {{ lo }}_lo_{{ r }}_{{ c }});
+      {{ lo }}_lo_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_lo_{{ r }}_{{ f }}, column, {{ lo }}_lo_{{ r }}_{{ c }});
 # endif
       {{ s }}_{{ r }}_{{ c }} = coopMultiplyAdd({{ a }}_{{ r }}_{{ f }}, column, {{ s }}_{{ r }}_{{ c }});
 # endfor
@@ -369,7 +387,7 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # if splits
 # for r, n in pairs(lane_rows, lane_quads)
     let {{ x }}_hi_{{ r }}_{{ n }} = hi4({{ x }}_{{ r }}_{{ n }});
-    let {{ x }}_lo_{{ r }}_{{ n }} = lo4({{ x }}_{{ r }}_{{ n }});
+    let {{ x }}_lo_{{ r }}_{{ n }} = {{ x }}_{{ r }}_{{ n }} - {{ x }}_hi_{{ r }}_{{ n }};
 # endfor
 # endif
 # for half in (["_hi", "_lo"] if splits else [""])
@@ -440,21 +458,20 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
     {
 # for r in range(row_fragments)
       var sum_{{ r }} = coop_mat{{ side }}x{{ side }}<f32, C>();
-      var sum_lo_{{ r }} = coop_mat{{ side }}x{{ side }}<f32, C>();
 # endfor
 # for c in range(column_fragments)
       {
         let column = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f) }});
         let column_lo = coopLoadT<coop_mat{{ side }}x{{ side }}<f16, B>>({{ staged_at(b, stage, chunk * column_fragments + c, f, "lo") }});
 # for r in range(row_fragments)
-        sum_lo_{{ r }} = coopMultiplyAdd({{ w }}_hi_left_{{ r }}_{{ c }}, column_lo, sum_lo_{{ r }});
-        sum_lo_{{ r }} = coopMultiplyAdd({{ w }}_lo_left_{{ r }}_{{ c }}, column, sum_lo_{{ r }});
+        sum_{{ r }} = coopMultiplyAdd({{ w }}_hi_left_{{ r }}_{{ c }}, column_lo, sum_{{ r }});
+        sum_{{ r }} = coopMultiplyAdd({{ w }}_lo_left_{{ r }}_{{ c }}, column, sum_{{ r }});
         sum_{{ r }} = coopMultiplyAdd({{ w }}_hi_left_{{ r }}_{{ c }}, column, sum_{{ r }});
 # endfor
       }
 # endfor
 # for r in range(row_fragments)
-      {{ x }}_{{ r }}_{{ f }} = {{ x }}_{{ r }}_{{ f }} + (sum_{{ r }} + sum_lo_{{ r }} * LO_UNIT);
+      {{ x }}_{{ r }}_{{ f }} = {{ x }}_{{ r }}_{{ f }} + sum_{{ r }};
 # endfor
     }
 # endfor

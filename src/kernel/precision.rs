@@ -10,8 +10,8 @@ pub enum Precision {
     /// Multiply-adds in f32, by the portable micro-kernel.
     #[default]
     Full,
-    /// Cooperative matrices (tensor cores), which multiply f16. A number x is two halves, `hi = f16(x)` and `lo = f16((x - hi) 2^11)`, and
-    /// a product is the three products `hi hi + (hi lo + lo hi) 2^-11`, summed in f32. So it has 22 significant bits in place of 24.
+    /// Cooperative matrices (tensor cores), which multiply f16. A number x is two halves, `hi = f16(x)` and `lo = f16(x - hi)`, and a product
+    /// is the three products `hi hi + (hi lo + lo hi)`, summed in f32. So it has 22 significant bits in place of 24.
     ///
     /// Numbers of a token (a row of a head) count in the unit of its largest one, by a token scale, and probabilities and the gradients by
     /// scores in that of their row. Results are within the bound of f32, a relative error of 1e-5 of the norm. A row that sees numbers

@@ -218,8 +218,8 @@ fn fragments(
     let (table, loops): (&[[u32; 4]], LoopHints) = match (class, Family::of(kernel)) {
         // Four fragments of 8x8 make quads of llvmpipe's elements.
         (DeviceClass::Software, _) => (&[[2, 1, 2, 2]], keep),
-        // Split numbers take twice the registers and the memory. Estimates, not measured.
-        _ if options.dtype.is_split_on_matrices() => (split_fragments(width, narrow), keep),
+        // Split numbers take twice the registers and the memory.
+        (_, family) if options.dtype.is_split_on_matrices() => (split_fragments(family, width, narrow), keep),
         (_, Family::Softmax) if narrow => (&[[4, 1, 2, 1], [4, 1, 1, 1]], keep),
         (_, Family::Softmax) if has_mask && width <= 64 => (&[[4, 2, 2, 2], [4, 1, 1, 1]], keep),
         (_, Family::Softmax) if modified && width <= 64 => (&[[4, 2, 4, 2], [4, 1, 2, 1]], keep),
@@ -252,13 +252,14 @@ fn fragments(
     table.iter().map(tile).collect()
 }
 
-/// Fragments of split numbers, in the same form.
-fn split_fragments(width: usize, narrow: bool) -> &'static [[u32; 4]] {
-    match (width, narrow) {
-        (..=64, true) => &[[4, 1, 2, 2], [4, 1, 1, 1]],
-        (..=64, false) => &[[8, 1, 2, 2], [4, 1, 1, 1]],
-        (..=128, true) => &[[4, 1, 1, 1], [2, 1, 1, 1]],
-        (..=128, false) => &[[8, 1, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+/// Fragments of split numbers, in the same form, measured the same way.
+fn split_fragments(family: Family, width: usize, narrow: bool) -> &'static [[u32; 4]] {
+    match (family, width, narrow) {
+        (_, ..=64, true) => &[[4, 1, 2, 2], [4, 1, 1, 1]],
+        (Family::Softmax, ..=64, false) => &[[4, 2, 1, 1], [4, 1, 1, 1]],
+        (_, ..=64, false) => &[[8, 1, 2, 2], [4, 1, 1, 1]],
+        (_, ..=128, true) => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+        (_, ..=128, false) => &[[8, 1, 2, 2], [8, 1, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         _ => &[[4, 1, 1, 1], [2, 1, 1, 1], [1, 1, 1, 1]],
     }
 }
