@@ -13,7 +13,7 @@ pub(crate) mod tuning;
 
 use std::time::Duration;
 
-pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
+pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, Rounding, SpirvVersion};
 pub use crate::device::elements::ElementLayout;
 pub use crate::kernel::OptionalOperands;
 pub use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
