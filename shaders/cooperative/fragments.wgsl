@@ -367,8 +367,10 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # endif
 # endmacro
 
-{#- Elements of P, or of dS, rounded to 16 bits, as a left operand. -#}
-{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ "rounded" if rounds_p else ("f16" if not multiplies_bf16) }}({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %}){% endmacro -%}
+{#- Elements of P, or of dS, as a left operand of 16 bits. `matrix_of_a` makes bf16 of f32. -#}
+{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ to_16_bits(x ~ "_" ~ (r * rows_a_lane + h) ~ "_" ~ n ~ "." ~ xyzw[e]) }}{% endfor %}){% endmacro -%}
+
+{%- macro to_16_bits(x) %}{% if rounds_p %}rounded({{ x }}){% elif multiplies_bf16 %}{{ x }}{% else %}f16({{ x }}){% endif %}{% endmacro -%}
 
 {#- Makes P, or dS, rounded to 16 bits, the left operand of `accumulate`: the P tile, or fragments. -#}
 # macro store_p(x)

@@ -291,7 +291,11 @@ pub fn bytes(bytes: u64) -> String {
 }
 
 /// The capabilities of an adapter with what a device of it says of the elements of fragments, and whether its matrices multiply bf16.
-pub fn with_elements(mut capabilities: Capabilities, elements: Option<ElementLayout>, bf16: Option<Rounding>) -> Capabilities {
+pub fn with_elements(
+    mut capabilities: Capabilities,
+    elements: Option<ElementLayout>,
+    bf16: Option<Rounding>,
+) -> Capabilities {
     capabilities.cooperative = capabilities.cooperative.map(|matrices| matrices.elements(elements).bf16(bf16));
     capabilities
 }
