@@ -121,8 +121,9 @@ fn sample(n: u32, operands: Operands) -> f32 {
     };
     let half = 1 << (cut - 1);
     let rest = [half, 1, half - 1, half + 1, 2 * half - 1][n as usize % 5];
-    let exponent = 127 - 10 + n * 7 % 21;
-    f32::from_bits(n / 10 % 2 << 31 | exponent << 23 | (n * 37 << cut & 0x7f_ffff) | rest)
+    let [sign, exponent] = [n / 10 % 2, 127 - 10 + n * 7 % 21];
+    let mantissa = ((n * 37) << cut) & 0x7f_ffff;
+    f32::from_bits(sign << 31 | exponent << 23 | mantissa | rest)
 }
 
 /// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product, and the

@@ -269,7 +269,7 @@ impl Variant {
     }
 
     /// Whether fragments of bf16 are multiplied as they lie in memory. Else they are converted to f16.
-    pub(crate) fn multiplies_bf16(&self) -> bool {
+    pub fn multiplies_bf16(&self) -> bool {
         self.fragments().is_some_and(|fragments| fragments.multiplies_bf16(self.dtype))
     }
 
