@@ -67,7 +67,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let attention = Attention::open(&choice)?;
     let device = attention.device().ok_or("no GPU adapter")?;
     println!("{}", attention.device_name());
-    let needs_bf16 = device.capabilities().cooperative.is_some_and(|matrices| matrices.bf16);
+    let needs_bf16 = device.capabilities().cooperative.is_some_and(|matrices| matrices.bf16.is_some());
     let driver = Driver::new(needs_bf16)?;
     for [heads, kv_heads, width] in SHAPES {
         let preference = Preference::default().precision(precision).tiles(&tiles);

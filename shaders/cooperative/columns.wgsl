@@ -129,6 +129,9 @@
     workgroupBarrier();
 # endmacro
 
+{#- The logarithm of what P is multiplied with in d_kv. -#}
+{%- macro p_lift() %}{{ "LIFT" if lifts_p else p_exponent ~ ".0" }}{% endmacro -%}
+
 # macro put_stats()
 # if stats_per_column > 0
 # for n in range(column_shares)
@@ -137,9 +140,9 @@
 # if rows_are_keys
 # set lse = "lse_delta_" ~ n ~ ".x"
 # if bias
-      {{ stat_place(0) }} = select({{ p_exponent }}.0 - {{ shift(lse) }}, -params.negative_infinity, {{ lse }} <= ABSORBING);
+      {{ stat_place(0) }} = select({{ p_lift() }} - {{ shift(lse) }}, -params.negative_infinity, {{ lse }} <= ABSORBING);
 # else
-      {{ stat_place(0) }} = {{ p_exponent }}.0 - {{ shift(lse) }};
+      {{ stat_place(0) }} = {{ p_lift() }} - {{ shift(lse) }};
 # endif
       {{ stat_place(1) }} = -lse_delta_{{ n }}.y;
 # endif
@@ -209,7 +212,7 @@
 # endif
   if (row_{{ r }} < row_limit) {
     let own = row_stats[stats_base + row_{{ r }}];
-    shift_{{ r }} = {{ shift("own.x") }};
+    shift_{{ r }} = {{ shift("own.x") }}{{ " - LIFT" if lifts_p }};
     delta_{{ r }} = own.y;
 # if has_query_unit
     d_q_unit_{{ r }} = own.z;

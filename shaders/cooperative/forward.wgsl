@@ -183,7 +183,7 @@ const LIFT: f32 = 7.0;
 {{ matrix.reduce_row("sum", "max") }}
 {{ matrix.reduce_row("largest_of_tile_" ~ r, "max") }}
       if (sum > MOST || (bitcast<u32>(sum) & 0x7fffffffu) > 0x7f800000u) {
-        row_max_{{ r }} = largest_of_tile_{{ r }}{{ " * scale" if not formed }};
+        row_max_{{ r }} = largest_of_tile_{{ r }}{{ " * scale" if not formed }}{{ " - LIFT" if lifts_p }};
         limit_{{ r }} = largest_of_tile_{{ r }} + slack;
       }
     }
@@ -323,7 +323,7 @@ const LIFT: f32 = 7.0;
 {{ matrix.reduce_row("tile_max", "max") }}
         // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
         if (tile_max > limit_{{ r }} || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-          row_max_{{ r }} = tile_max{{ " * scale" if not formed }}{{ " - LIFT" if splits }};
+          row_max_{{ r }} = tile_max{{ " * scale" if not formed }}{{ " - LIFT" if splits or lifts_p }};
           limit_{{ r }} = tile_max + slack;
         }
       }
@@ -386,7 +386,7 @@ const LIFT: f32 = 7.0;
   row_sum_{{ r }} *= lift_{{ r }};
 # endif
   let end_{{ r }} = finish_row(row_max_{{ r }} / {{ score_scale }}, row_sum_{{ r }}, work.head);
-  let factor_{{ r }} = end_{{ r }}.factor{{ " * lift_" ~ r if column_scales }};
+  let factor_{{ r }} = end_{{ r }}.factor{{ " * lift_" ~ r if column_scales }}{{ " * GAIN" if lifts_p }};
   if (row_{{ r }} < row_limit && lane_column == 0u) { lse[lse_base + row_{{ r }}] = select(params.negative_infinity, end_{{ r }}.lse, row_{{ r }} < seq.seq_q); }
 # if has_row_max
 {{ matrix.reduce_row("largest_" ~ r, "max") }}

@@ -20,7 +20,8 @@
     Fragments have no hidden elements. A hidden column that is NaN or infinite makes the results NaN, since 0 times it is NaN
     (cooperative/fallback.wgsl). f16 has less range than the numbers that are multiplied (cooperative/units.wgsl, token_scales.wgsl).
 
-    bf16 is multiplied as itself where the device can (`multiplies_bf16`), and has no scales and no units then. WGSL has no type for it:
+    bf16 is multiplied as itself where the device can (`multiplies_bf16`), and has no scales and no units then. Drivers differ in how they make
+    bf16 of P and dS: they are larger before by what is cut off (`lifts_p`), or rounded by the kernel (`rounds_p`). WGSL has no type for it:
     vec4<f16> holds the bits of four numbers, and the SPIR-V of `coop_mat<f16>` is a matrix of bf16 (src/device/markers.rs).
 
     Workgroup memory decides how many workgroups run at a time, and how much the driver has for registers that spill. So rows of fragments
@@ -63,6 +64,12 @@ var<workgroup> column_stats: array<{{ "f32" if elements else "vec4<f32>" }}, {{ 
 // In the second run the unit follows dS beyond this size, which is within f16.
 const UNIT_LIMIT: f32 = 32768.0;
 # endif
+# if lifts_p
+// The driver cuts bits off where it makes bf16 of P and dS, which takes 2^-8 ln 2 of numbers of all sizes on average. So they are larger by as
+// much before, times GAIN, without an operation: P = exp2(S - shift + LIFT), with LIFT in the shift, and dS = P (dP - delta). A P of 1 stays 1.
+const GAIN: f32 = 1.0027076;
+const LIFT: f32 = 0.003900971;
+# endif
 
 // Bits are compared: compilers may assume that a float comparison meets no NaN.
 fn is_finite4(x: vec4<f32>) -> bool {
@@ -72,11 +79,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 
 fn is_finite1(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) < 0x7f800000u; }
 # endif
-# if multiplies_bf16
+# if rounds_p
 
-// x rounded to the 8 significant bits of bf16, to nearest, ties to even: NVIDIA's driver would cut bits off, and with them a part of every sum
-// of probabilities. 2^16 x - x is rounded to multiples of the last bit that x keeps, and 2^16 x is such a multiple. (A sum would reach the next
-// power of two before x does, and be rounded to multiples of the bit above.)
+// x rounded to the 8 significant bits of bf16, to nearest, ties to even, where the driver rounds in another way. 2^16 x - x is rounded to
+// multiples of the last bit that x keeps, and 2^16 x is such a multiple. (A sum would reach the next power of two before x does, and be rounded
+// to multiples of the bit above.)
 fn rounded(x: f32) -> f32 {
   return fma(x, 65536.0, -fma(x, 65536.0, -x));
 }
@@ -378,8 +385,10 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
 # endif
 # endmacro
 
-{#- Elements of P, or of dS, rounded to 16 bits, as a left operand. -#}
-{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ "rounded" if multiplies_bf16 else "f16" }}({{ x }}_{{ r * rows_a_lane + h }}_{{ n }}.{{ xyzw[e] }}){% endfor %}){% endmacro -%}
+{#- Elements of P, or of dS, as a left operand of 16 bits. `matrix_of_a` makes bf16 of f32. -#}
+{%- macro left(x, r, c) %}matrix_of_a({% for h, n, e in element_quads[c] %}{{ ", " if not loop.first }}{{ to_16_bits(x ~ "_" ~ (r * rows_a_lane + h) ~ "_" ~ n ~ "." ~ xyzw[e]) }}{% endfor %}){% endmacro -%}
+
+{%- macro to_16_bits(x) %}{% if rounds_p %}rounded({{ x }}){% elif multiplies_bf16 %}{{ x }}{% else %}f16({{ x }}){% endif %}{% endmacro -%}
 
 {#- Makes P, or dS, rounded to 16 bits, the left operand of `accumulate`: the P tile, or fragments. -#}
 # macro store_p(x)

@@ -247,7 +247,7 @@ fn cooperative(
     };
     let side = offered.iter().filter(is_usable).map(|p| p.m_size).max();
     let in_step = is_llvmpipe(info);
-    side.map(|side| CooperativeMatrices { side, lanes, in_step, elements: None, bf16: false }).ok_or_else(|| {
+    side.map(|side| CooperativeMatrices { side, lanes, in_step, elements: None, bf16: None }).ok_or_else(|| {
         let name = |p: &wgpu::CooperativeMatrixProperties| {
             format!("{}x{}x{} of {:?} in {:?}", p.m_size, p.n_size, p.k_size, p.ab_type, p.cr_type)
         };
@@ -336,7 +336,7 @@ mod tests {
             saturating_accumulation: false,
         };
         let all = cooperative_features();
-        let matrices = |side| Ok(CooperativeMatrices { side, lanes: 32, in_step: false, elements: None, bf16: false });
+        let matrices = |side| Ok(CooperativeMatrices { side, lanes: 32, in_step: false, elements: None, bf16: None });
         assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F32), of(16, F16)]), matrices(16));
         assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F16), of(32, F32)]), matrices(8));
         let told = |info: &_, features, offered: &[_], message: &str| {

@@ -49,9 +49,30 @@ pub struct CooperativeMatrices {
     pub in_step: bool,
     /// Where the elements of a fragment are in registers, where kernels can compute with them there.
     pub elements: Option<ElementLayout>,
-    /// Matrices of the same size multiply bf16 with sums in f32, and have their elements in the same places. Elsewhere bf16 is converted to
-    /// f16 with a scale for each token.
-    pub bf16: bool,
+    /// How bf16 is made of f32, where matrices of the same size multiply bf16 with sums in f32 and have their elements in the same places.
+    /// Elsewhere bf16 is converted to f16 with a scale for each token.
+    pub bf16: Option<Rounding>,
+}
+
+/// How a driver makes bf16 of f32. SPIR-V leaves it open, and kernels that make operands of their own numbers have to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Rounding {
+    /// To nearest, ties to even.
+    Nearest,
+    /// Bits are cut off, as NVIDIA's driver does it.
+    TowardsZero,
+    /// In another way. Numbers of bf16 stay what they are.
+    Other,
+}
+
+impl fmt::Display for Rounding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Rounding::Nearest => "rounded to nearest",
+            Rounding::TowardsZero => "rounded towards zero",
+            Rounding::Other => "rounded in a way of its own",
+        })
+    }
 }
 
 setters! {
@@ -60,10 +81,10 @@ setters! {
         side: u32,
         lanes: u32,
         in_step: bool,
-        bf16: bool,
     }
     optional {
         elements: ElementLayout,
+        bf16: Rounding,
     }
 }
 
@@ -79,7 +100,7 @@ impl fmt::Display for CooperativeMatrices {
         let CooperativeMatrices { side, lanes, .. } = self;
         write!(f, "{side}x{side} of f16 with sums in f32, subgroups of {lanes}")?;
         self.elements.map_or(Ok(()), |elements| write!(f, ", {elements}"))?;
-        f.write_str(if self.bf16 { ", bf16 as itself" } else { "" })
+        self.bf16.map_or(Ok(()), |rounding| write!(f, ", bf16 as itself, {rounding}"))
     }
 }
 
@@ -287,10 +308,10 @@ impl Capabilities {
                     lanes: 32,
                     in_step: false,
                     elements: Some(ElementLayout::NVIDIA),
-                    bf16: true,
+                    bf16: Some(Rounding::TowardsZero),
                 }),
                 DeviceClass::Apple => {
-                    Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false, elements: None, bf16: false })
+                    Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false, elements: None, bf16: None })
                 }
                 // Mesa's from version 26 on.
                 DeviceClass::Software => Some(CooperativeMatrices {
@@ -298,7 +319,7 @@ impl Capabilities {
                     lanes: 8,
                     in_step: true,
                     elements: Some(ElementLayout::LLVMPIPE),
-                    bf16: false,
+                    bf16: None,
                 }),
                 // Subgroups of more than one size.
                 _ => None,

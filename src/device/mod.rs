@@ -23,7 +23,7 @@ pub(crate) mod spirv;
 pub use self::adapter::{device_descriptor, is_software};
 #[cfg(feature = "gpu")]
 pub use self::buffer::{BufferElement, DeviceBuffer, TensorView};
-pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
+pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, Rounding, SpirvVersion};
 pub use self::elements::ElementLayout;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 pub use self::open::adapters;

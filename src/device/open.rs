@@ -7,11 +7,13 @@ use std::sync::OnceLock;
 
 use crate::device::adapter::{device_descriptor, is_software};
 use crate::device::bfloat16;
-use crate::device::capabilities::{Capabilities, CooperativeMatrices};
+use crate::device::capabilities::{Capabilities, CooperativeMatrices, Rounding};
 #[cfg(not(target_family = "wasm"))]
 use crate::device::elements::ElementLayout;
 #[cfg(not(target_family = "wasm"))]
 use crate::device::markers::Operands;
+#[cfg(not(target_family = "wasm"))]
+use crate::device::probe;
 use crate::problem::error::{Error, Result};
 
 /// Environment variable that names the device of [`DeviceChoice::from_env`].
@@ -224,7 +226,7 @@ fn with_elements(
             Err(reason) => log::info!("{}: elements of fragments: {reason}", capabilities.name),
         }
         match bf16 {
-            Some(Ok(())) => matrices.bf16 = true,
+            Some(Ok(rounding)) => matrices.bf16 = Some(rounding),
             Some(Err(reason)) => log::info!("{}: bf16 on matrices: {reason}", capabilities.name),
             None => {}
         }
@@ -232,27 +234,27 @@ fn with_elements(
     capabilities
 }
 
-/// Whether a device that was opened with bf16 on matrices has their elements where it has those of f16, and multiplies them.
+/// How a device that was opened with bf16 on matrices makes bf16 of f32, if it has their elements where it has those of f16, and multiplies
+/// them.
 #[cfg(not(target_family = "wasm"))]
 fn probe_bf16(
     capabilities: &Capabilities,
     device: &wgpu::Device,
     queue: &wgpu::Queue,
-) -> std::result::Result<(), String> {
-    let [f16, bf16] =
-        [Operands::F16, Operands::Bf16].map(|of| ElementLayout::probe_of(device, queue, capabilities, of));
-    let (f16, bf16) = (f16?, bf16?);
-    if f16 == bf16 { Ok(()) } else { Err(format!("lanes have {bf16} and not {f16}, as in f16")) }
+) -> std::result::Result<Rounding, String> {
+    let (f16, _) = probe::ask(device, queue, capabilities, Operands::F16)?;
+    let (bf16, rounding) = probe::ask(device, queue, capabilities, Operands::Bf16)?;
+    if f16 == bf16 { Ok(rounding) } else { Err(format!("lanes have {bf16} and not {f16}, as in f16")) }
 }
 
 impl CooperativeMatrices {
-    /// Whether a device of this adapter that [`Device::open`] opens multiplies bf16 as itself. One is opened, and runs a small kernel, unless the
-    /// driver says that it does not.
+    /// How a device of this adapter that [`Device::open`] opens makes bf16 of f32, if it multiplies bf16 as itself. One is opened, and runs a
+    /// small kernel, unless the driver says that it does not.
     ///
     /// # Errors
     /// The reason, in words, where it does not.
     #[cfg(not(target_family = "wasm"))]
-    pub fn bf16_of_adapter(adapter: &wgpu::Adapter) -> std::result::Result<(), String> {
+    pub fn bf16_of_adapter(adapter: &wgpu::Adapter) -> std::result::Result<Rounding, String> {
         bfloat16::offered(adapter, CooperativeMatrices::of_adapter(adapter)?)?;
         let (device, queue) = bfloat16::open(adapter, &device_descriptor(adapter))?;
         probe_bf16(&Capabilities::of(&device, Some(adapter)), &device, &queue)

@@ -1,4 +1,4 @@
-//! Asks a device where it keeps the elements of a fragment.
+//! Asks a device where it keeps the elements of a fragment, and how it makes operands of f32.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use wgpu::util::DeviceExt as _;
 
 use crate::device::adapter::device_descriptor;
-use crate::device::capabilities::{Capabilities, CooperativeMatrices, SpirvVersion};
+use crate::device::capabilities::{Capabilities, CooperativeMatrices, Rounding, SpirvVersion};
 use crate::device::elements::ElementLayout;
 use crate::device::markers::Operands;
 use crate::device::spirv::Translation;
@@ -21,29 +21,7 @@ impl ElementLayout {
     /// # Errors
     /// The reason, in words, where kernels cannot compute with elements on this device.
     pub fn probe(device: &wgpu::Device, queue: &wgpu::Queue, capabilities: &Capabilities) -> Result<Self, String> {
-        Self::probe_of(device, queue, capabilities, Operands::F16)
-    }
-
-    /// As [`probe`](Self::probe), of matrices that multiply these numbers. The device must have them.
-    pub(crate) fn probe_of(
-        device: &wgpu::Device,
-        queue: &wgpu::Queue,
-        capabilities: &Capabilities,
-        operands: Operands,
-    ) -> Result<Self, String> {
-        static FOUND: OnceLock<Mutex<HashMap<Key, ElementLayout>>> = OnceLock::new();
-        let (matrices, version) = needs(capabilities)?;
-        let CooperativeMatrices { side, lanes, .. } = matrices;
-        let info = device.adapter_info();
-        let key = (info.name, info.driver, info.driver_info, [side, lanes], operands);
-        let mut found = FOUND.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(layout) = found.get(&key) {
-            return Ok(*layout);
-        }
-        // A failure is not kept: memory that lacks now may be there for the next device.
-        let layout = layout_of(side, lanes, &run(device, queue, matrices, version, operands)?)?;
-        found.insert(key, layout);
-        Ok(layout)
+        ask(device, queue, capabilities, Operands::F16).map(|(layout, _)| layout)
     }
 
     /// The layout of the elements of a device of this adapter that [`device_descriptor`] asks for. A device is opened and runs a small
@@ -58,6 +36,32 @@ impl ElementLayout {
         let (device, queue) = opened.map_err(|error| error.to_string())?;
         Self::probe(&device, &queue, &capabilities)
     }
+}
+
+/// The layout of matrices that multiply these numbers, and the rounding of f32 to them. The device must have the matrices.
+///
+/// # Errors
+/// As [`ElementLayout::probe`].
+pub(crate) fn ask(
+    device: &wgpu::Device,
+    queue: &wgpu::Queue,
+    capabilities: &Capabilities,
+    operands: Operands,
+) -> Result<(ElementLayout, Rounding), String> {
+    static FOUND: OnceLock<Mutex<HashMap<Key, (ElementLayout, Rounding)>>> = OnceLock::new();
+    let (matrices, version) = needs(capabilities)?;
+    let CooperativeMatrices { side, lanes, .. } = matrices;
+    let info = device.adapter_info();
+    let key = (info.name, info.driver, info.driver_info, [side, lanes], operands);
+    let mut found = FOUND.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = found.get(&key) {
+        return Ok(*known);
+    }
+    // A failure is not kept: memory that lacks now may be there for the next device.
+    let told = run(device, queue, matrices, version, operands)?;
+    let answer = (layout_of(side, lanes, &told)?, rounding_of(side, operands, &told)?);
+    found.insert(key, answer);
+    Ok(answer)
 }
 
 /// What a device must have to be asked, or the reason why no kernel could use the answer.
@@ -83,6 +87,7 @@ fn text(side: u32, lanes: u32, operands: Operands) -> String {
         ("SINGLES", list(&|i| format!("x{i}: f32"))),
         ("BACK", list(&|i| format!("component_c(numbers, {i}u)"))),
         ("OPERAND", list(&|i| format!("{taken}(component_c(numbers, {i}u))"))),
+        ("SAMPLE", list(&|i| format!("{taken}(component_c(samples, {i}u))"))),
         ("TELL", tell),
         ("COMPONENTS", format!("{components}u")),
         ("LANES", lanes.to_string()),
@@ -107,7 +112,22 @@ pub(crate) fn spirv(side: u32, lanes: u32, operands: Operands, version: SpirvVer
     translation.of(&text(side, lanes, operands), version)
 }
 
-/// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product.
+/// The n-th number whose rounding is asked for: ties and numbers next to them and to what a type holds, of either sign.
+fn sample(n: u32, operands: Operands) -> f32 {
+    // The bits of f32 that the type has not.
+    let cut = match operands {
+        Operands::F16 => 13,
+        Operands::Bf16 => 16,
+    };
+    let half = 1 << (cut - 1);
+    let rest = [half, 1, half - 1, half + 1, 2 * half - 1][n as usize % 5];
+    let [sign, exponent] = [n / 10 % 2, 127 - 10 + n * 7 % 21];
+    let mantissa = ((n * 37) << cut) & 0x7f_ffff;
+    f32::from_bits(sign << 31 | exponent << 23 | mantissa | rest)
+}
+
+/// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product, and the
+/// samples as operands.
 fn run(
     device: &wgpu::Device,
     queue: &wgpu::Queue,
@@ -122,7 +142,7 @@ fn run(
     let scopes = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation]
         .map(|filter| device.push_error_scope(filter));
 
-    let numbers: Vec<f32> = (0..area).map(|n| n as f32).collect();
+    let numbers: Vec<f32> = (0..area).map(|n| n as f32).chain((0..area).map(|n| sample(n, operands))).collect();
     let one = match operands {
         Operands::F16 => f16::ONE.to_bits(),
         Operands::Bf16 => bf16::ONE.to_bits(),
@@ -136,7 +156,7 @@ fn run(
         })
     };
     let inputs = [input(bytemuck::cast_slice(&numbers)), input(bytemuck::cast_slice(&identity))];
-    let size = u64::from(3 * area * 4);
+    let size = u64::from(4 * area * 4);
     let output =
         |usage| device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
     let found = output(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC);
@@ -230,6 +250,28 @@ fn layout_of(side: u32, lanes: u32, found: &[f32]) -> Result<ElementLayout, Stri
     ElementLayout::new(side, lanes, &elements)
 }
 
+/// The rounding by what the kernel has found.
+fn rounding_of(side: u32, operands: Operands, found: &[f32]) -> Result<Rounding, String> {
+    let area = side * side;
+    let rounded = found.get(3 * area as usize..).filter(|rounded| rounded.len() == area as usize);
+    let rounded = rounded.ok_or("the kernel found too little")?;
+    let nearest = |x: f32| match operands {
+        Operands::F16 => f16::from_f32(x).to_f32(),
+        Operands::Bf16 => bf16::from_f32(x).to_f32(),
+    };
+    // Samples are normal numbers of both types.
+    let towards_zero = |x: f32| match operands {
+        Operands::F16 => f32::from_bits(x.to_bits() >> 13 << 13),
+        Operands::Bf16 => f32::from_bits(x.to_bits() >> 16 << 16),
+    };
+    let is = |rounds: &dyn Fn(f32) -> f32| (0..area).zip(rounded).all(|(n, x)| rounds(sample(n, operands)) == *x);
+    Ok(match (is(&nearest), is(&towards_zero)) {
+        (true, _) => Rounding::Nearest,
+        (_, true) => Rounding::TowardsZero,
+        _ => Rounding::Other,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,5 +311,29 @@ mod tests {
             assert!(reason.contains(message), "{reason}");
         }
         assert!(layout_of(16, 32, &found[..9]).unwrap_err().contains("too little"));
+    }
+
+    #[test]
+    fn the_rounding_of_a_driver_is_found() {
+        for (side, operands) in [(8, Operands::F16), (8, Operands::Bf16), (16, Operands::F16), (16, Operands::Bf16)] {
+            let area = side * side;
+            let cut = if operands == Operands::F16 { 13 } else { 16 };
+            let with = |carry: &dyn Fn(u32) -> u32| {
+                let rounded = |n| {
+                    let bits = sample(n, operands).to_bits();
+                    f32::from_bits((bits + carry(bits)) >> cut << cut)
+                };
+                let found: Vec<f32> = vec![0.0; 3 * area as usize].into_iter().chain((0..area).map(rounded)).collect();
+                rounding_of(side, operands, &found).unwrap()
+            };
+            let half = 1 << (cut - 1);
+            assert_eq!(with(&|bits| half - 1 + (bits >> cut & 1)), Rounding::Nearest);
+            assert_eq!(with(&|_| 0), Rounding::TowardsZero);
+            assert_eq!(with(&|_| half), Rounding::Other, "ties away from zero");
+            assert_eq!(with(&|_| half - 1), Rounding::Other, "ties towards zero");
+            assert_eq!(with(&|_| 2 * half - 1), Rounding::Other, "away from zero");
+            assert_eq!(with(&|bits| if bits >> 31 == 1 { 2 * half - 1 } else { 0 }), Rounding::Other, "down");
+            assert!(rounding_of(side, operands, &[0.0; 3]).is_err());
+        }
     }
 }

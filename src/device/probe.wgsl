@@ -1,5 +1,6 @@
 // Loads a fragment whose elements are numbered row by row, and tells which of them each component of each lane is. Then the same
-// fragment comes back from its components, and as the left operand of a product with the identity.
+// fragment comes back from its components, and as the left operand of a product with the identity. A second fragment, of numbers that
+// operands do not hold, becomes such an operand, too.
 enable f16;
 enable wgpu_cooperative_matrix;
 
@@ -23,4 +24,7 @@ fn main(@builtin(subgroup_invocation_id) lane: u32) {
   let operand = matrix_of_a(OPERAND);
   let product = coopMultiplyAdd(operand, identity, coop_matSIDExSIDE<f32, C>());
   coopStoreT(product, &found[2u * AREA], SIDE);
+  let samples = coopLoadT<coop_matSIDExSIDE<f32, C>>(&singles[AREA], SIDE);
+  let rounded = coopMultiplyAdd(matrix_of_a(SAMPLE), identity, coop_matSIDExSIDE<f32, C>());
+  coopStoreT(rounded, &found[3u * AREA], SIDE);
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use minijinja::{Value, context};
 
-use crate::device::capabilities::CooperativeMatrices;
+use crate::device::capabilities::{CooperativeMatrices, Rounding};
 use crate::kernel::binding::Binding;
 use crate::kernel::cache::CacheOptions;
 use crate::kernel::micro_kernel::{MicroKernel, Properties};
@@ -269,8 +269,24 @@ impl Variant {
     }
 
     /// Whether fragments of bf16 are multiplied as they lie in memory. Else they are converted to f16.
-    pub(crate) fn multiplies_bf16(&self) -> bool {
+    pub fn multiplies_bf16(&self) -> bool {
         self.fragments().is_some_and(|fragments| fragments.multiplies_bf16(self.dtype))
+    }
+
+    /// Whether P and dS are larger by what the driver's conversion to bf16 cuts off on average. The gradient of ALiBi's slopes multiplies what
+    /// is left of their errors by distances: there the average is not enough.
+    fn lifts_p(&self) -> bool {
+        self.bf16_rounding() == Some(Rounding::TowardsZero) && !self.alibi
+    }
+
+    /// Whether the kernel itself rounds P and dS to nearest before the driver's conversion to bf16.
+    fn rounds_p(&self) -> bool {
+        self.bf16_rounding().is_some_and(|rounding| rounding != Rounding::Nearest) && !self.lifts_p()
+    }
+
+    /// How the driver makes bf16 of f32, where that is multiplied as itself.
+    fn bf16_rounding(&self) -> Option<Rounding> {
+        self.matrices.filter(|_| self.multiplies_bf16())?.bf16
     }
 
     /// Whether the row statistics hold the unit of d_q, because matrices may multiply the row's weights.
@@ -404,6 +420,8 @@ impl Variant {
             ("_lengths", self.lengths),
             ("_packed", self.packed),
             ("_native", self.multiplies_bf16()),
+            ("_lifted", self.lifts_p()),
+            ("_rounded", self.rounds_p()),
             ("_sanitize", self.sanitize),
             ("_one_by_one", self.batch == 1 && (self.sanitize || self.fallback.is_some())),
         ] {
@@ -513,6 +531,8 @@ impl Variant {
             hides => self.mask || self.bias.is_some(),
             formed,
             multiplies_bf16,
+            lifts_p => self.lifts_p(),
+            rounds_p => self.rounds_p(),
             // Products of bf16 go to the ends of f32 where they are scores but for the scale.
             wide_products => multiplies_bf16 && !formed && !self.softcap,
             // The power of two that P has in d_kv.

@@ -13,7 +13,9 @@ pub(crate) mod tuning;
 
 use std::time::Duration;
 
-pub use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, SpirvVersion};
+pub use crate::device::capabilities::{
+    Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, Rounding, SpirvVersion,
+};
 pub use crate::device::elements::ElementLayout;
 pub use crate::kernel::OptionalOperands;
 pub use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
@@ -253,7 +255,7 @@ impl<'a> Passes<'a> {
         // Measured tiles that do not fit are ignored.
         let fitting = || measured.filter(|tiling| self.of_tiling(kernel, *tiling, None).is_ok());
         let given = own.or_else(fitting).map(|tiling| tiling.micro_kernel());
-        let gain = Gain::of(self.problem);
+        let gain = Gain::of(self.problem, self.capabilities);
         let Preference { micro_kernel, precision, .. } = *self.preference;
         let wanted = select::micro_kernels(micro_kernel, precision, given, gain, self.capabilities);
         let [others @ .., last] = wanted else { return Ok(Vec::new()) };

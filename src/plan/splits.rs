@@ -202,7 +202,7 @@ mod tests {
     fn a_tiling_reads_what_it_writes() {
         let config = CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).dtype(DType::F16);
         let plain = Capabilities::webgpu_defaults();
-        let matrices = CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements: None, bf16: false };
+        let matrices = CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements: None, bf16: None };
         let fast = Capabilities { cooperative: Some(matrices), ..plain.clone() };
         for (tiling, text) in [
             (DecodeTiling::portable(&config, 8, 8, &plain), "32x8 rows 8, steps 4 by 2, splits 128"),
@@ -221,7 +221,7 @@ mod tests {
         let config =
             CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).value_dim(48).dtype(DType::F16);
         let matrices =
-            |side, lanes| Some(CooperativeMatrices { side, lanes, in_step: false, elements: None, bf16: false });
+            |side, lanes| Some(CooperativeMatrices { side, lanes, in_step: false, elements: None, bf16: None });
         let lacks = |[rows, columns, ahead]: [u32; 3], config: &CacheConfig, several, matrices| {
             DecodeTiles::Cooperative { rows, columns, ahead }.lacks(config, several, matrices)
         };

@@ -120,7 +120,7 @@ pub fn fragments() -> Option<Attention> {
 /// Without them the function says so, and fails under `SINK_ATTENTION_REQUIRE_BF16=1`: drivers without bf16 are many.
 pub fn bf16_fragments() -> Option<Attention> {
     let matrices = |attention: &Attention| attention.device()?.capabilities().cooperative;
-    let found = fragments().filter(|attention| matrices(attention).is_some_and(|matrices| matrices.bf16));
+    let found = fragments().filter(|attention| matrices(attention).is_some_and(|matrices| matrices.bf16.is_some()));
     if found.is_none() {
         let required = std::env::var("SINK_ATTENTION_REQUIRE_BF16").is_ok_and(|value| value == "1");
         assert!(!required, "SINK_ATTENTION_REQUIRE_BF16=1, but no matrices that multiply bf16 as itself");

@@ -68,19 +68,19 @@ fn bf16_is_there_where_the_crate_has_asked_for_it() {
     if fragments().is_none() {
         return;
     }
-    let bf16 = |device: &Device| device.capabilities().cooperative.is_some_and(|matrices| matrices.bf16);
+    let bf16 = |device: &Device| device.capabilities().cooperative.and_then(|matrices| matrices.bf16);
     for adapter in adapters() {
         let offered = CooperativeMatrices::bf16_of_adapter(&adapter);
-        assert_eq!(bf16(&Device::open(&adapter).unwrap()), offered.is_ok(), "{offered:?}");
+        assert_eq!(bf16(&Device::open(&adapter).unwrap()), offered.clone().ok(), "{offered:?}");
         let descriptor = device_descriptor(&adapter);
-        assert_eq!(bf16(&Device::open_with(&adapter, &descriptor).unwrap()), offered.is_ok(), "{offered:?}");
+        assert_eq!(bf16(&Device::open_with(&adapter, &descriptor).unwrap()), offered.clone().ok(), "{offered:?}");
         let by_wgpu = || pollster::block_on(adapter.request_device(&descriptor)).unwrap();
         let (device, queue) = by_wgpu();
-        assert!(!bf16(&Device::from_wgpu_on(&adapter, device, queue)), "of a device that wgpu has opened");
+        assert_eq!(bf16(&Device::from_wgpu_on(&adapter, device, queue)), None, "of a device that wgpu has opened");
         if offered.is_err() {
             let (device, queue) = by_wgpu();
             // SAFETY: the adapter has no bf16, so that the device is not taken for one that has it.
-            assert!(!bf16(&unsafe { Device::from_wgpu_with_bf16(&adapter, device, queue) }));
+            assert_eq!(bf16(&unsafe { Device::from_wgpu_with_bf16(&adapter, device, queue) }), None);
         }
         let plain = wgpu::DeviceDescriptor { required_features: wgpu::Features::empty(), ..descriptor.clone() };
         let plain = Device::open_with(&adapter, &plain).unwrap();

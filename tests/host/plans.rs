@@ -337,7 +337,7 @@ fn micro_kernels_are_as_asked_for() {
 fn token_scales_are_found_before_they_are_read() {
     // Of a class whose cooperative kernels have to be asked for.
     let native = &Capabilities::samples().swap_remove(0).class(DeviceClass::Other);
-    let device = &native.clone().cooperative(native.cooperative.map(|matrices| matrices.bf16(false)));
+    let device = &native.clone().cooperative(native.cooperative.map(|matrices| matrices.bf16(None)));
     let loops = LoopHints::NONE;
     let tilings = [
         Tiling::Cooperative { subgroups: 4, rows: 1, columns: 1, stages: 2, loops },
@@ -345,7 +345,8 @@ fn token_scales_are_found_before_they_are_read() {
     ];
     let of_dtypes = [(DType::F16, device), (DType::Bf16, device), (DType::Bf16, native)];
     for ((dtype, device), tiling) in of_dtypes.into_iter().flat_map(|dtype| tilings.map(|tiling| (dtype, tiling))) {
-        let multiplies_bf16 = device.cooperative.unwrap().bf16 && tiling.micro_kernel() == MicroKernel::Fragments;
+        let multiplies_bf16 =
+            device.cooperative.unwrap().bf16.is_some() && tiling.micro_kernel() == MicroKernel::Fragments;
         let problem = problem([1, 2, 1], [100, 100], [64, 64], Options::new().dtype(dtype));
         for kernel in [Kernel::FORWARD, Kernel::EXACT_DELTA, Kernel::D_Q, Kernel::D_KV] {
             let tiles = [(kernel, tiling)];
@@ -423,7 +424,7 @@ fn auto_is_cooperative_where_that_is_known_to_be_faster() {
     let nvidia = Capabilities::samples().swap_remove(0);
     let other = nvidia.clone().class(DeviceClass::Other);
     let without_elements = nvidia.clone().cooperative(nvidia.cooperative.map(|matrices| matrices.elements(None)));
-    let without_bf16 = nvidia.clone().cooperative(nvidia.cooperative.map(|matrices| matrices.bf16(false)));
+    let without_bf16 = nvidia.clone().cooperative(nvidia.cooperative.map(|matrices| matrices.bf16(None)));
     let without_spirv = nvidia.clone().spirv(None);
     let (fragments, cooperative) = (Some(MicroKernel::Fragments), Some(MicroKernel::Cooperative));
     let f16 = Options::new().dtype(DType::F16);
@@ -435,7 +436,8 @@ fn auto_is_cooperative_where_that_is_known_to_be_faster() {
         (&nvidia, f16.alibi(true), 64, cooperative),
         (&nvidia, f16.mask(Axes::KEYS), 64, cooperative),
         (&nvidia, f16.bias(Axes::KEYS), 64, cooperative),
-        (&nvidia, f16.dtype(DType::Bf16), 128, cooperative),
+        (&nvidia, f16.dtype(DType::Bf16), 128, fragments),
+        (&nvidia, f16.dtype(DType::Bf16).softcap(9.0), 128, cooperative),
         (&without_bf16, f16.dtype(DType::Bf16), 128, cooperative),
         (&without_bf16, f16, 128, fragments),
         (&without_elements, f16, 64, cooperative),

@@ -75,6 +75,8 @@ struct Entry {
     elements_error: Option<String>,
     /// Matrices multiply bf16 as itself.
     bf16: bool,
+    /// How the driver makes bf16 of f32 then.
+    bf16_rounding: Option<String>,
     /// Why they do not, so that kernels convert bf16 to f16.
     bf16_error: Option<String>,
     /// The newest SPIR-V that the driver takes; absent where kernels reach it as WGSL only.
@@ -92,7 +94,7 @@ impl Entry {
         let cooperative = CooperativeMatrices::of_adapter(adapter);
         let elements = ElementLayout::of_adapter(adapter);
         let bf16 = CooperativeMatrices::bf16_of_adapter(adapter);
-        let capabilities = with_elements(Capabilities::of_adapter(adapter), elements.clone().ok(), bf16.is_ok());
+        let capabilities = with_elements(Capabilities::of_adapter(adapter), elements.clone().ok(), bf16.clone().ok());
         let spirv = SpirvVersion::of_adapter(adapter);
         Entry {
             index,
@@ -121,6 +123,7 @@ impl Entry {
             elements: elements.as_ref().ok().map(ToString::to_string),
             elements_error: elements.err(),
             bf16: bf16.is_ok(),
+            bf16_rounding: bf16.as_ref().ok().map(ToString::to_string),
             bf16_error: bf16.err(),
             spirv: spirv.as_ref().ok().map(ToString::to_string),
             spirv_error: spirv.err(),
@@ -237,9 +240,12 @@ impl fmt::Display for Entry {
             (Some(layout), _) => writeln!(f, "   elements    {layout}")?,
             (None, reason) => writeln!(f, "   elements    none: {}", reason.as_deref().unwrap_or_default())?,
         }
-        match &self.bf16_error {
-            None => writeln!(f, "   bf16        on matrices as itself")?,
-            Some(reason) => writeln!(f, "   bf16        converted to f16 for matrices: {reason}")?,
+        match (&self.bf16_rounding, &self.bf16_error) {
+            (Some(rounding), _) => writeln!(f, "   bf16        on matrices as itself; f32 is {rounding}")?,
+            (None, reason) => {
+                let reason = reason.as_deref().unwrap_or_default();
+                writeln!(f, "   bf16        converted to f16 for matrices: {reason}")?;
+            }
         }
         match (&self.spirv, &self.spirv_error) {
             (Some(version), _) => writeln!(f, "   SPIR-V      {version}: tiles may have hints for loops")?,

@@ -327,7 +327,7 @@ impl PlanArgs {
             Some(index) => {
                 let adapter = &adapters[index];
                 let elements = ElementLayout::of_adapter(adapter).ok();
-                let bf16 = CooperativeMatrices::bf16_of_adapter(adapter).is_ok();
+                let bf16 = CooperativeMatrices::bf16_of_adapter(adapter).ok();
                 let capabilities = with_elements(Capabilities::of_adapter(adapter), elements, bf16);
                 (format!("{}: {reason}", describe(&infos[index])), Some(capabilities))
             }

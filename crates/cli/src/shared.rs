@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sink_attention::plan::{Capabilities, ElementLayout, MicroKernel, Precision};
+use sink_attention::plan::{Capabilities, ElementLayout, MicroKernel, Precision, Rounding};
 use sink_attention::tuning::Tuning;
 use sink_attention::{Attention, DType, DeviceChoice, file};
 
@@ -291,7 +291,11 @@ pub fn bytes(bytes: u64) -> String {
 }
 
 /// The capabilities of an adapter with what a device of it says of the elements of fragments, and whether its matrices multiply bf16.
-pub fn with_elements(mut capabilities: Capabilities, elements: Option<ElementLayout>, bf16: bool) -> Capabilities {
+pub fn with_elements(
+    mut capabilities: Capabilities,
+    elements: Option<ElementLayout>,
+    bf16: Option<Rounding>,
+) -> Capabilities {
     capabilities.cooperative = capabilities.cooperative.map(|matrices| matrices.elements(elements).bf16(bf16));
     capabilities
 }

@@ -125,7 +125,7 @@ impl CooperativeTile {
 
     /// Whether bf16 is multiplied as itself. Else it is converted to f16, with a scale for each token.
     pub(crate) fn multiplies_bf16(&self, dtype: DType) -> bool {
-        dtype == DType::Bf16 && self.chunk.is_some() && self.matrices.bf16
+        dtype == DType::Bf16 && self.chunk.is_some() && self.matrices.bf16.is_some()
     }
 
     /// Numbers that are staged with each column: the shifts by lse and delta of a query, and the inverse token scales.

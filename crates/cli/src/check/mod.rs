@@ -184,12 +184,14 @@ mod tests {
 
     use sink_attention::cpu::reference;
     use sink_attention::testing::compare::accepted;
+    use sink_attention::testing::operands::row;
     use sink_attention::{
         Attention, Error, Gradients, Inputs, Options, Output, Problem, Result, SinkLogits, Upstream, Window,
     };
 
     use super::Passes::{Forward, ForwardAndBackward};
     use super::grid::{rows, with_options};
+    use super::measure::RoundsP;
     use super::*;
 
     fn round<T: Element>(x: Vec<f64>) -> Vec<T> {
@@ -539,6 +541,119 @@ mod tests {
         assert!(beyond.len() == 4 && !within.is_empty());
         // The arithmetic of `saturated` itself does not fail.
         assert_eq!(failed(&within), 0);
+    }
+
+    /// A dense computation in f64 whose P and d_s become bf16 on the way into the second products, as on matrices that multiply bf16 as
+    /// itself: bits are cut off, and the numbers are larger by 2^-8 ln 2 before. Scores are products.
+    struct CutOff;
+
+    impl CutOff {
+        fn compute(
+            problem: &Problem,
+            inputs: &Inputs<'_, bf16>,
+            upstream: Option<&Upstream<'_, bf16>>,
+        ) -> (Output<bf16>, Gradients<bf16>) {
+            let (shape, gain) = (problem.shape(), 1.0 + 2f64.powi(-8) * std::f64::consts::LN_2);
+            let cut = |x: f64| f64::from(f32::from_bits((x as f32).to_bits() >> 16 << 16));
+            let wide = |x: &[bf16]| x.iter().map(|x| x.to_f64()).collect::<Vec<_>>();
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let add =
+                |to: &mut [f64], factor: f64, x: &[f64]| to.iter_mut().zip(x).for_each(|(to, x)| *to += factor * x);
+            let mut o = vec![0.0; problem.o_shape().iter().product()];
+            let mut lse = Vec::new();
+            let [mut d_q, mut d_k, mut d_v] = [inputs.q, inputs.k, inputs.v].map(|x| vec![0.0; x.len()]);
+            let mut d_sink = vec![0.0; shape.heads];
+            let band = problem.sequences().next().unwrap().band;
+            let all = (0..shape.batch * shape.heads * shape.seq_q).enumerate();
+            for (n, [b, h, i]) in all
+                .map(|(n, at)| (n, [at / shape.seq_q / shape.heads, at / shape.seq_q % shape.heads, at % shape.seq_q]))
+            {
+                let query = |width| row(problem, [shape.heads, shape.seq_q, width], [b, h, i]);
+                let key =
+                    |width, j| row(problem, [shape.kv_heads, shape.seq_k, width], [b, h / problem.heads_per_kv(), j]);
+                let q = wide(&inputs.q[query(shape.head_dim)]);
+                let score = |j| f64::from(problem.scale()) * dot(&q, &wide(&inputs.k[key(shape.head_dim, j)]));
+                let scores: Vec<_> = band.visible_keys(i).into_iter().flatten().map(|j| (j, score(j))).collect();
+                let sink = match problem.options().sink_logits {
+                    SinkLogits::None => f64::NEG_INFINITY,
+                    SinkLogits::OffByOne => 0.0,
+                    SinkLogits::PerHead => inputs.sink_logits.unwrap()[h].into(),
+                };
+                let largest = scores.iter().map(|(_, s)| *s).fold(f64::MIN, f64::max);
+                let sum = scores.iter().map(|(_, s)| (s - largest).exp()).sum::<f64>();
+                // Neither term may exceed f64.
+                let top = if scores.is_empty() { sink } else { (largest + sum.ln()).max(sink) };
+                let own = if top == f64::NEG_INFINITY {
+                    top
+                } else {
+                    top + (scores.iter().map(|(_, s)| (s - top).exp()).sum::<f64>() + (sink - top).exp()).ln()
+                };
+                lse.push(own as f32);
+                let place = query(shape.value_dim);
+                let weight = (largest - own).exp();
+                for (j, s) in &scores {
+                    let p = cut((s - largest).exp() * gain) * weight;
+                    add(&mut o[place.clone()], p, &wide(&inputs.v[key(shape.value_dim, *j)]));
+                }
+                let Some(upstream) = upstream else { continue };
+                let d_o = wide(&upstream.d_o[place.clone()]);
+                let seen = if scores.is_empty() { 0.0 } else { dot(&d_o, &o[place]) };
+                let delta = seen - upstream.d_lse.map_or(0.0, |d_lse| d_lse[n].into());
+                for (j, s) in scores {
+                    let p = (s - own).exp() * gain;
+                    let value = key(shape.value_dim, j);
+                    let d_s =
+                        cut(p * (dot(&d_o, &wide(&inputs.v[value.clone()])) - delta)) * f64::from(problem.scale());
+                    add(&mut d_v[value], cut(p), &d_o);
+                    add(&mut d_q[query(shape.head_dim)], d_s, &wide(&inputs.k[key(shape.head_dim, j)]));
+                    add(&mut d_k[key(shape.head_dim, j)], d_s, &q);
+                }
+                d_sink[h] -= if own == f64::NEG_INFINITY { 0.0 } else { (sink - own).exp() * delta };
+            }
+            let per_head = problem.options().sink_logits == SinkLogits::PerHead;
+            let gradients = Gradients::new(round(d_q), round(d_k), round(d_v));
+            (Output::new(round(o), lse), gradients.d_sink_logits(per_head.then(|| round(d_sink))))
+        }
+    }
+
+    impl Operator<bf16> for CutOff {
+        fn forward(&self, problem: &Problem, inputs: &Inputs<'_, bf16>) -> Result<Output<bf16>> {
+            Ok(CutOff::compute(problem, inputs, None).0)
+        }
+
+        fn backward(
+            &self,
+            problem: &Problem,
+            inputs: &Inputs<'_, bf16>,
+            _saved: &Output<bf16>,
+            upstream: &Upstream<'_, bf16>,
+        ) -> Result<Gradients<bf16>> {
+            Ok(CutOff::compute(problem, inputs, Some(upstream)).1)
+        }
+
+        fn rounds_p(&self, _problem: &Problem) -> RoundsP {
+            RoundsP::ToBf16
+        }
+    }
+
+    #[test]
+    fn probabilities_that_are_cut_off_to_bf16_pass() {
+        let is_plain = |case: &Case| {
+            let options = case.problem.options();
+            let is_modified =
+                options.softcap.is_some() || options.alibi || options.bias.is_some() || options.mask.is_some();
+            !is_modified && !case.problem.has_lengths() && !case.hidden
+        };
+        let cases: Vec<Case> =
+            cases().iter().filter(|case| is_plain(case)).map(|case| case.with_dtype(DType::Bf16)).collect();
+        assert!(cases.len() > 50, "{}", cases.len());
+        let outcomes = run(&cases, 0, ForwardAndBackward, &CutOff);
+        let failing: Vec<String> = cases
+            .iter()
+            .zip(outcomes)
+            .filter_map(|(case, outcome)| Some(format!("{}: {case}: {}", case.group, outcome.failure?)))
+            .collect();
+        assert!(failing.is_empty(), "{failing:#?}");
     }
 
     #[test]

@@ -44,7 +44,9 @@ fn devices_lists_what_the_library_finds() {
         assert_eq!(entry["elements"], json!(elements.as_ref().ok().map(ToString::to_string)));
         assert_eq!(entry["elements_error"], json!(elements.err()));
         let bf16 = CooperativeMatrices::bf16_of_adapter(adapter);
-        assert_eq!((&entry["bf16"], &entry["bf16_error"]), (&json!(bf16.is_ok()), &json!(bf16.err())));
+        let rounding = bf16.as_ref().ok().map(ToString::to_string);
+        assert_eq!((&entry["bf16"], &entry["bf16_rounding"]), (&json!(bf16.is_ok()), &json!(rounding)));
+        assert_eq!(entry["bf16_error"], json!(bf16.err()));
         let spirv = offered.spirv.map(|version| version.to_string());
         assert_eq!(entry["spirv"], serde_json::json!(spirv));
         assert_eq!(entry["spirv_error"].is_null(), spirv.is_some(), "either it is taken, or the reason");
@@ -66,9 +68,9 @@ fn devices_lists_what_the_library_finds() {
             (None, reason) => format!("elements    none: {}\n", reason.unwrap()),
         };
         assert!(people.contains(&elements), "no {elements:?} in {people}");
-        let bf16 = match entry["bf16_error"].as_str() {
-            None => "bf16        on matrices as itself\n".into(),
-            Some(reason) => format!("bf16        converted to f16 for matrices: {reason}\n"),
+        let bf16 = match (entry["bf16_rounding"].as_str(), entry["bf16_error"].as_str()) {
+            (Some(rounding), _) => format!("bf16        on matrices as itself; f32 is {rounding}\n"),
+            (None, reason) => format!("bf16        converted to f16 for matrices: {}\n", reason.unwrap()),
         };
         assert!(people.contains(&bf16), "no {bf16:?} in {people}");
         let spirv = match (entry["spirv"].as_str(), entry["spirv_error"].as_str()) {
@@ -85,7 +87,7 @@ fn capabilities_are_known_before_a_device_is_opened() {
     for adapter in adapters() {
         if let Ok(device) = Device::open(&adapter) {
             let mut known = Capabilities::of_adapter(&adapter);
-            let bf16 = CooperativeMatrices::bf16_of_adapter(&adapter).is_ok();
+            let bf16 = CooperativeMatrices::bf16_of_adapter(&adapter).ok();
             known.cooperative =
                 known.cooperative.map(|c| c.elements(ElementLayout::of_adapter(&adapter).ok()).bf16(bf16));
             assert_eq!(known, *device.capabilities());
