@@ -1,5 +1,6 @@
 {#- Token scales: powers of two that bring numbers of bf16, or split numbers of f32, to the range of halves. Split numbers come near its upper
-    end: numbers down to 2^-15 of a token's largest have all bits of their lower half, and smaller ones err by 2^-37 of it. Needs: nothing. Declares: finite_size, token_scale. -#}
+    end: numbers down to 2^-15 of a token's largest have all bits of their lower half, and smaller ones err by 2^-37 of it.
+    Needs: nothing. Declares: finite_size, token_scale. -#}
 # set lift = 12 if dtype == "f32" else 0
 // The largest finite size of four numbers. Bits are compared: compilers may assume that a float comparison meets no NaN.
 fn finite_size(x: vec4<f32>) -> f32 {

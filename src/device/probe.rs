@@ -242,7 +242,8 @@ fn run(
 fn layout_of(side: u32, lanes: u32, found: &[f32]) -> Result<ElementLayout, String> {
     let area = (side * side) as usize;
     let (elements, copies) = found.split_at_checked(area).ok_or("the kernel found too little")?;
-    for (copy, what) in copies.chunks(area).zip(["components do not make a fragment", "small results do not become operands"])
+    for (copy, what) in
+        copies.chunks(area).zip(["components do not make a fragment", "small results do not become operands"])
     {
         if !copy.iter().copied().eq((0..area).map(|n| n as f32)) {
             return Err(format!("{what}: it has the elements {copy:?}"));
