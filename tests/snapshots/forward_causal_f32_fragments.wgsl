@@ -74,7 +74,7 @@ fn decode_work(index: u32) -> WorkIndex {
 }
 
 const TILE_ROWS: u32 = 128u;
-const TILE_COLUMNS: u32 = 32u;
+const TILE_COLUMNS: u32 = 16u;
 
 // `batch` is the place along the batch axis, `sequence` the number of the sequence. They differ only in batches of sequences of
 // different lengths. In a kernel whose rows are keys, `head` is the first query head of the group.
@@ -203,30 +203,22 @@ fn finite_size(x: vec4<f32>) -> f32 {
   return max(max(size.x, size.y), max(size.z, size.w));
 }
 
-// The power of two that brings a token's largest number to 1 .. 2, or 1 for a token of zeros. Beyond 2^60 and below 2^-60, where the
+// The power of two that brings a token's largest number to 2^12 .. 2^13, or 1 for a token of zeros. Beyond 2^60 and below 2^-60, where the
 // product of several powers would leave the range of f32, it is infinite. Such a token is no longer finite, and the portable kernel
 // computes the rows that see it.
 fn token_scale(size: f32) -> f32 {
   let exponent = i32(bitcast<u32>(size) >> 23u) - 127;
   if (size == 0.0) { return 1.0; }
-  return bitcast<f32>(select(0x7f800000u, u32(127 - exponent) << 23u, abs(exponent) <= 60));
+  return bitcast<f32>(select(0x7f800000u, u32(139 - exponent) << 23u, abs(exponent) <= 60));
 }
 
 alias Raw = vec4<f32>;
 
-// A number x is hi and lo = f16((x - hi) LO_SCALE), so that lo is as large as hi or smaller, and both have the same range.
-const LO_SCALE: f32 = 2048.0;
-const LO_UNIT: f32 = 0.00048828125;
-
-// x to the nearest number of 11 significant bits, which f16 holds, and 0 below the normal numbers of f16. Bits are rounded, because
-// compilers may take a conversion to f16 and back for no change.
+// A number x is hi, the nearest number of 11 significant bits, and lo = x - hi. hi is formed by rounding errors: compilers may take a conversion
+// to f16 and back for no change, and NVIDIA's does.
 fn hi4(x: vec4<f32>) -> vec4<f32> {
-  let rounded = bitcast<vec4<f32>>((bitcast<vec4<u32>>(x) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u));
-  return select(rounded, vec4<f32>(), abs(x) < vec4<f32>(0.00006103515625));
-}
-
-fn lo4(x: vec4<f32>) -> vec4<f32> {
-  return (x - hi4(x)) * LO_SCALE;
+  let far = vec4<f32>(8192.0);
+  return fma(x, far, -fma(x, far, -x));
 }
 
 fn widened4(raw: Raw) -> vec4<f32> {
@@ -317,17 +309,17 @@ const LANES_A_ROW: u32 = 2u;
 const SCORE_ROW: u32 = 5u;
 const P_ROW: u32 = 6u;
 const K_ROW: u32 = 18u;
-const K_TILE: u32 = 576u;
-const K_LO: u32 = 576u;
-var<workgroup> k_stage: array<vec4<f16>, 1152>;
+const K_TILE: u32 = 288u;
+const K_LO: u32 = 288u;
+var<workgroup> k_stage: array<vec4<f16>, 576>;
 const V_ROW: u32 = 18u;
-const V_TILE: u32 = 576u;
-const V_LO: u32 = 576u;
-var<workgroup> v_stage: array<vec4<f16>, 1152>;
-var<workgroup> score_rows: array<vec4<f32>, 640>;
+const V_TILE: u32 = 288u;
+const V_LO: u32 = 288u;
+var<workgroup> v_stage: array<vec4<f16>, 576>;
+var<workgroup> score_rows: array<vec4<f32>, 320>;
 
 // Numbers of each column: the shifts by lse and delta of a query, and in bf16 the inverse token scales.
-var<workgroup> column_stats: array<f32, 96>;
+var<workgroup> column_stats: array<f32, 48>;
 
 fn component_c(m: coop_mat16x16<f32, C>, i: u32) -> f32 { return 0.0; }
 
@@ -357,7 +349,7 @@ const SLACK: f32 = 8.0;
 // A new row_max is this power of two below the largest score, so that small probabilities have both halves. SLACK is within the range still.
 const LIFT: f32 = 7.0;
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(128)
 fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
   @builtin(num_workgroups) grid: vec3<u32>,
@@ -399,10 +391,15 @@ fn main(
   let element_row = (lane >> 2u) % 8u * 1u;
   let lane_column = (lane >> 0u) % 4u * 2u;
   var fallback_0 = false;
-  let row_0 = row0 + subgroup * 16u + 0u + element_row;
+  let row_0 = row0 + subgroup * 32u + 0u + element_row;
   var fallback_1 = false;
-  let row_1 = row0 + subgroup * 16u + 8u + element_row;
-  let strip_row_0 = row0 + subgroup * 16u + 0u + lane_row;
+  let row_1 = row0 + subgroup * 32u + 8u + element_row;
+  var fallback_2 = false;
+  let row_2 = row0 + subgroup * 32u + 16u + element_row;
+  var fallback_3 = false;
+  let row_3 = row0 + subgroup * 32u + 24u + element_row;
+  let strip_row_0 = row0 + subgroup * 32u + 0u + lane_row;
+  let strip_row_1 = row0 + subgroup * 32u + 16u + lane_row;
   let hidden = params.negative_infinity;
   let scale = params.scale * params.scale_sign * LOG2_E;
   var stage = 0u;
@@ -428,7 +425,7 @@ fn main(
     }
     {
       let quad = k_quad;
-      let source = min(first_column(tiles, first_of_all) + k_row + 16u, last_column);
+      let source = min(first_column(tiles, first_of_all) + k_row + 8u, last_column);
       { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
       k_scale_1 = key_scales[scales_base + source].x;
     }
@@ -440,11 +437,11 @@ fn main(
     }
     {
       let quad = v_quad;
-      let source = min(first_column(tiles, first_of_all) + v_row + 16u, last_column);
+      let source = min(first_column(tiles, first_of_all) + v_row + 8u, last_column);
       { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
       v_scale_1 = key_scales[scales_base + source].y;
     }
-    if (thread < 32u) {
+    if (thread < 16u) {
       let source = min(first_column(tiles, first_of_all) + thread + 0u, last_column);
       token_scale_0 = key_scales[scales_base + source];
     }
@@ -521,6 +518,78 @@ fn main(
       }
     }
   }
+  var q_raw_1_0_0 = Raw();
+  {
+    let quad = part + 0u;
+    {
+      if (strip_row_1 < row_limit) {
+        q_raw_1_0_0 = raw_q(q_base, strip_row_1 * params.q.seq, 0u + quad);
+      }
+    }
+  }
+  var q_raw_1_0_1 = Raw();
+  {
+    let quad = part + 2u;
+    {
+      if (strip_row_1 < row_limit) {
+        q_raw_1_0_1 = raw_q(q_base, strip_row_1 * params.q.seq, 0u + quad);
+      }
+    }
+  }
+  var q_raw_1_1_0 = Raw();
+  {
+    let quad = part + 0u;
+    {
+      if (strip_row_1 < row_limit) {
+        q_raw_1_1_0 = raw_q(q_base, strip_row_1 * params.q.seq, 4u + quad);
+      }
+    }
+  }
+  var q_raw_1_1_1 = Raw();
+  {
+    let quad = part + 2u;
+    {
+      if (strip_row_1 < row_limit) {
+        q_raw_1_1_1 = raw_q(q_base, strip_row_1 * params.q.seq, 4u + quad);
+      }
+    }
+  }
+  var q_raw_1_2_0 = Raw();
+  {
+    let quad = part + 0u;
+    {
+      if (strip_row_1 < row_limit) {
+        q_raw_1_2_0 = raw_q(q_base, strip_row_1 * params.q.seq, 8u + quad);
+      }
+    }
+  }
+  var q_raw_1_2_1 = Raw();
+  {
+    let quad = part + 2u;
+    {
+      if (strip_row_1 < row_limit) {
+        q_raw_1_2_1 = raw_q(q_base, strip_row_1 * params.q.seq, 8u + quad);
+      }
+    }
+  }
+  var q_raw_1_3_0 = Raw();
+  {
+    let quad = part + 0u;
+    {
+      if (strip_row_1 < row_limit) {
+        q_raw_1_3_0 = raw_q(q_base, strip_row_1 * params.q.seq, 12u + quad);
+      }
+    }
+  }
+  var q_raw_1_3_1 = Raw();
+  {
+    let quad = part + 2u;
+    {
+      if (strip_row_1 < row_limit) {
+        q_raw_1_3_1 = raw_q(q_base, strip_row_1 * params.q.seq, 12u + quad);
+      }
+    }
+  }
   var q_size_0 = 0.0;
   q_size_0 = max(q_size_0, finite_size(widened4(q_raw_0_0_0)));
   q_size_0 = max(q_size_0, finite_size(widened4(q_raw_0_0_1)));
@@ -532,6 +601,17 @@ fn main(
   q_size_0 = max(q_size_0, finite_size(widened4(q_raw_0_3_1)));
   q_size_0 = max(q_size_0, subgroupShuffleXor(q_size_0, 1u));
   let q_scale_0 = token_scale(q_size_0);
+  var q_size_1 = 0.0;
+  q_size_1 = max(q_size_1, finite_size(widened4(q_raw_1_0_0)));
+  q_size_1 = max(q_size_1, finite_size(widened4(q_raw_1_0_1)));
+  q_size_1 = max(q_size_1, finite_size(widened4(q_raw_1_1_0)));
+  q_size_1 = max(q_size_1, finite_size(widened4(q_raw_1_1_1)));
+  q_size_1 = max(q_size_1, finite_size(widened4(q_raw_1_2_0)));
+  q_size_1 = max(q_size_1, finite_size(widened4(q_raw_1_2_1)));
+  q_size_1 = max(q_size_1, finite_size(widened4(q_raw_1_3_0)));
+  q_size_1 = max(q_size_1, finite_size(widened4(q_raw_1_3_1)));
+  q_size_1 = max(q_size_1, subgroupShuffleXor(q_size_1, 1u));
+  let q_scale_1 = token_scale(q_size_1);
   // By rows in workgroup memory, and from there by the rows of the elements.
   subgroupBarrier();
   if (part == 0u) { score_rows[subgroup_scores + lane_row].x = 1.0 / q_scale_0; }
@@ -539,18 +619,26 @@ fn main(
   let q_inverse_0 = score_rows[subgroup_scores + element_row + 0u].x;
   let q_inverse_1 = score_rows[subgroup_scores + element_row + 8u].x;
   subgroupBarrier();
+  subgroupBarrier();
+  if (part == 0u) { score_rows[subgroup_scores + lane_row].x = 1.0 / q_scale_1; }
+  subgroupBarrier();
+  let q_inverse_2 = score_rows[subgroup_scores + element_row + 0u].x;
+  let q_inverse_3 = score_rows[subgroup_scores + element_row + 8u].x;
+  subgroupBarrier();
   {
     let quad = part + 0u;
     {
       let raw = q_raw_0_0_0;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
     }
   }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_0_1;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
     }
   }
   subgroupBarrier();
@@ -560,14 +648,16 @@ fn main(
     let quad = part + 0u;
     {
       let raw = q_raw_0_0_0;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(lo4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
     }
   }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_0_1;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(lo4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
     }
   }
   subgroupBarrier();
@@ -576,15 +666,55 @@ fn main(
   {
     let quad = part + 0u;
     {
+      let raw = q_raw_1_0_0;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
+    }
+  }
+  {
+    let quad = part + 2u;
+    {
+      let raw = q_raw_1_0_1;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
+    }
+  }
+  subgroupBarrier();
+  let q_1_0 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
+  subgroupBarrier();
+  {
+    let quad = part + 0u;
+    {
+      let raw = q_raw_1_0_0;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
+    }
+  }
+  {
+    let quad = part + 2u;
+    {
+      let raw = q_raw_1_0_1;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
+    }
+  }
+  subgroupBarrier();
+  let q_lo_1_0 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
+  subgroupBarrier();
+  {
+    let quad = part + 0u;
+    {
       let raw = q_raw_0_1_0;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
     }
   }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_1_1;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
     }
   }
   subgroupBarrier();
@@ -594,14 +724,16 @@ fn main(
     let quad = part + 0u;
     {
       let raw = q_raw_0_1_0;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(lo4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
     }
   }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_1_1;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(lo4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
     }
   }
   subgroupBarrier();
@@ -610,15 +742,55 @@ fn main(
   {
     let quad = part + 0u;
     {
+      let raw = q_raw_1_1_0;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
+    }
+  }
+  {
+    let quad = part + 2u;
+    {
+      let raw = q_raw_1_1_1;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
+    }
+  }
+  subgroupBarrier();
+  let q_1_1 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
+  subgroupBarrier();
+  {
+    let quad = part + 0u;
+    {
+      let raw = q_raw_1_1_0;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
+    }
+  }
+  {
+    let quad = part + 2u;
+    {
+      let raw = q_raw_1_1_1;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
+    }
+  }
+  subgroupBarrier();
+  let q_lo_1_1 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
+  subgroupBarrier();
+  {
+    let quad = part + 0u;
+    {
       let raw = q_raw_0_2_0;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
     }
   }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_2_1;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
     }
   }
   subgroupBarrier();
@@ -628,14 +800,16 @@ fn main(
     let quad = part + 0u;
     {
       let raw = q_raw_0_2_0;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(lo4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
     }
   }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_2_1;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(lo4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
     }
   }
   subgroupBarrier();
@@ -644,15 +818,55 @@ fn main(
   {
     let quad = part + 0u;
     {
+      let raw = q_raw_1_2_0;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
+    }
+  }
+  {
+    let quad = part + 2u;
+    {
+      let raw = q_raw_1_2_1;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
+    }
+  }
+  subgroupBarrier();
+  let q_1_2 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
+  subgroupBarrier();
+  {
+    let quad = part + 0u;
+    {
+      let raw = q_raw_1_2_0;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
+    }
+  }
+  {
+    let quad = part + 2u;
+    {
+      let raw = q_raw_1_2_1;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
+    }
+  }
+  subgroupBarrier();
+  let q_lo_1_2 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
+  subgroupBarrier();
+  {
+    let quad = part + 0u;
+    {
       let raw = q_raw_0_3_0;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
     }
   }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_3_1;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
     }
   }
   subgroupBarrier();
@@ -662,47 +876,95 @@ fn main(
     let quad = part + 0u;
     {
       let raw = q_raw_0_3_0;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(lo4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
     }
   }
   {
     let quad = part + 2u;
     {
       let raw = q_raw_0_3_1;
-      k_stage[p_at - part + 0u + quad] = vec4<f16>(lo4(raw * (q_scale_0 * params.scale_sign)));
+      let x = raw * (q_scale_0 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
     }
   }
   subgroupBarrier();
   let q_lo_0_3 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
   subgroupBarrier();
+  {
+    let quad = part + 0u;
+    {
+      let raw = q_raw_1_3_0;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
+    }
+  }
+  {
+    let quad = part + 2u;
+    {
+      let raw = q_raw_1_3_1;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(hi4(x));
+    }
+  }
+  subgroupBarrier();
+  let q_1_3 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
+  subgroupBarrier();
+  {
+    let quad = part + 0u;
+    {
+      let raw = q_raw_1_3_0;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
+    }
+  }
+  {
+    let quad = part + 2u;
+    {
+      let raw = q_raw_1_3_1;
+      let x = raw * (q_scale_1 * params.scale_sign);
+      k_stage[p_at - part + 0u + quad] = vec4<f16>(x - hi4(x));
+    }
+  }
+  subgroupBarrier();
+  let q_lo_1_3 = coopLoadT<coop_mat16x16<f16, A>>(&k_stage[subgroup_p + 0u], P_ROW);
+  subgroupBarrier();
   // Columns come where the other subgroups' fragments were.
   workgroupBarrier();
   let scale_0 = scale * q_inverse_0;
   let scale_1 = scale * q_inverse_1;
+  let scale_2 = scale * q_inverse_2;
+  let scale_3 = scale * q_inverse_3;
   var o_0_0 = coop_mat16x16<f32, C>();
   var o_0_1 = coop_mat16x16<f32, C>();
   var o_0_2 = coop_mat16x16<f32, C>();
   var o_0_3 = coop_mat16x16<f32, C>();
+  var o_1_0 = coop_mat16x16<f32, C>();
+  var o_1_1 = coop_mat16x16<f32, C>();
+  var o_1_2 = coop_mat16x16<f32, C>();
+  var o_1_3 = coop_mat16x16<f32, C>();
   {
     let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_quad;
     let x = k_share_0 * k_scale_0;
-    k_stage[at] = vec4<f16>(hi4(x));
-    k_stage[at + K_LO] = vec4<f16>(lo4(x));
+    let hi = hi4(x);
+    k_stage[at] = vec4<f16>(hi);
+    k_stage[at + K_LO] = vec4<f16>(x - hi);
   }
   {
-    let at = stage * K_TILE + (k_row + 16u) * K_ROW + k_quad;
+    let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_quad;
     let x = k_share_1 * k_scale_1;
-    k_stage[at] = vec4<f16>(hi4(x));
-    k_stage[at + K_LO] = vec4<f16>(lo4(x));
+    let hi = hi4(x);
+    k_stage[at] = vec4<f16>(hi);
+    k_stage[at + K_LO] = vec4<f16>(x - hi);
   }
-  if (thread < 32u) {
+  if (thread < 16u) {
     let item = thread + 0u;
     // A token without finite numbers has no scale to take out.
     let powers = select(token_scale_0, vec2<f32>(1.0), token_scale_0 > vec2<f32>(1e30));
-    column_stats[stage * 96u + item + 0u] = 1.0 / powers.x;
+    column_stats[stage * 48u + item + 0u] = 1.0 / powers.x;
     // The powers of values are added to the scores, and taken out of the sum of probabilities.
-    column_stats[stage * 96u + item + 32u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
-    column_stats[stage * 96u + item + 64u] = powers.y;
+    column_stats[stage * 48u + item + 16u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
+    column_stats[stage * 48u + item + 32u] = powers.y;
   }
   workgroupBarrier();
 
@@ -717,6 +979,14 @@ fn main(
   // Scores above the limit raise the maximum.
   var limit_1 = LOWEST;
   var row_sum_1 = 0.0;
+  var row_max_2 = floor;
+  // Scores above the limit raise the maximum.
+  var limit_2 = LOWEST;
+  var row_sum_2 = 0.0;
+  var row_max_3 = floor;
+  // Scores above the limit raise the maximum.
+  var limit_3 = LOWEST;
+  var row_sum_3 = 0.0;
 
   // Loop: tiles
   for (var tile = open.first; tile < open.end; tile += 1u) {
@@ -728,21 +998,17 @@ fn main(
     // S = Q K^T.
     var s_0_0 = coop_mat16x16<f32, C>();
     var s_lo_0_0 = coop_mat16x16<f32, C>();
-    var s_0_1 = coop_mat16x16<f32, C>();
-    var s_lo_0_1 = coop_mat16x16<f32, C>();
+    var s_1_0 = coop_mat16x16<f32, C>();
+    var s_lo_1_0 = coop_mat16x16<f32, C>();
     {
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 0u], K_ROW);
       let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 0u * K_ROW + 0u], K_ROW);
       s_lo_0_0 = coopMultiplyAdd(q_0_0, column_lo, s_lo_0_0);
       s_lo_0_0 = coopMultiplyAdd(q_lo_0_0, column, s_lo_0_0);
       s_0_0 = coopMultiplyAdd(q_0_0, column, s_0_0);
-    }
-    {
-      let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 0u], K_ROW);
-      let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 16u * K_ROW + 0u], K_ROW);
-      s_lo_0_1 = coopMultiplyAdd(q_0_0, column_lo, s_lo_0_1);
-      s_lo_0_1 = coopMultiplyAdd(q_lo_0_0, column, s_lo_0_1);
-      s_0_1 = coopMultiplyAdd(q_0_0, column, s_0_1);
+      s_lo_1_0 = coopMultiplyAdd(q_1_0, column_lo, s_lo_1_0);
+      s_lo_1_0 = coopMultiplyAdd(q_lo_1_0, column, s_lo_1_0);
+      s_1_0 = coopMultiplyAdd(q_1_0, column, s_1_0);
     }
     {
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 4u], K_ROW);
@@ -750,13 +1016,9 @@ fn main(
       s_lo_0_0 = coopMultiplyAdd(q_0_1, column_lo, s_lo_0_0);
       s_lo_0_0 = coopMultiplyAdd(q_lo_0_1, column, s_lo_0_0);
       s_0_0 = coopMultiplyAdd(q_0_1, column, s_0_0);
-    }
-    {
-      let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 4u], K_ROW);
-      let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 16u * K_ROW + 4u], K_ROW);
-      s_lo_0_1 = coopMultiplyAdd(q_0_1, column_lo, s_lo_0_1);
-      s_lo_0_1 = coopMultiplyAdd(q_lo_0_1, column, s_lo_0_1);
-      s_0_1 = coopMultiplyAdd(q_0_1, column, s_0_1);
+      s_lo_1_0 = coopMultiplyAdd(q_1_1, column_lo, s_lo_1_0);
+      s_lo_1_0 = coopMultiplyAdd(q_lo_1_1, column, s_lo_1_0);
+      s_1_0 = coopMultiplyAdd(q_1_1, column, s_1_0);
     }
     {
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 8u], K_ROW);
@@ -764,13 +1026,9 @@ fn main(
       s_lo_0_0 = coopMultiplyAdd(q_0_2, column_lo, s_lo_0_0);
       s_lo_0_0 = coopMultiplyAdd(q_lo_0_2, column, s_lo_0_0);
       s_0_0 = coopMultiplyAdd(q_0_2, column, s_0_0);
-    }
-    {
-      let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 8u], K_ROW);
-      let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 16u * K_ROW + 8u], K_ROW);
-      s_lo_0_1 = coopMultiplyAdd(q_0_2, column_lo, s_lo_0_1);
-      s_lo_0_1 = coopMultiplyAdd(q_lo_0_2, column, s_lo_0_1);
-      s_0_1 = coopMultiplyAdd(q_0_2, column, s_0_1);
+      s_lo_1_0 = coopMultiplyAdd(q_1_2, column_lo, s_lo_1_0);
+      s_lo_1_0 = coopMultiplyAdd(q_lo_1_2, column, s_lo_1_0);
+      s_1_0 = coopMultiplyAdd(q_1_2, column, s_1_0);
     }
     {
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 12u], K_ROW);
@@ -778,27 +1036,25 @@ fn main(
       s_lo_0_0 = coopMultiplyAdd(q_0_3, column_lo, s_lo_0_0);
       s_lo_0_0 = coopMultiplyAdd(q_lo_0_3, column, s_lo_0_0);
       s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
+      s_lo_1_0 = coopMultiplyAdd(q_1_3, column_lo, s_lo_1_0);
+      s_lo_1_0 = coopMultiplyAdd(q_lo_1_3, column, s_lo_1_0);
+      s_1_0 = coopMultiplyAdd(q_1_3, column, s_1_0);
     }
-    {
-      let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 12u], K_ROW);
-      let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 16u * K_ROW + 12u], K_ROW);
-      s_lo_0_1 = coopMultiplyAdd(q_0_3, column_lo, s_lo_0_1);
-      s_lo_0_1 = coopMultiplyAdd(q_lo_0_3, column, s_lo_0_1);
-      s_0_1 = coopMultiplyAdd(q_0_3, column, s_0_1);
-    }
-    s_0_0 = s_0_0 + s_lo_0_0 * LO_UNIT;
-    s_0_1 = s_0_1 + s_lo_0_1 * LO_UNIT;
+    s_0_0 = s_0_0 + s_lo_0_0;
+    s_1_0 = s_1_0 + s_lo_1_0;
     {
       let at = stage * V_TILE + (v_row + 0u) * V_ROW + v_quad;
       let x = v_share_0 * v_scale_0;
-      v_stage[at] = vec4<f16>(hi4(x));
-      v_stage[at + V_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      v_stage[at] = vec4<f16>(hi);
+      v_stage[at + V_LO] = vec4<f16>(x - hi);
     }
     {
-      let at = stage * V_TILE + (v_row + 16u) * V_ROW + v_quad;
+      let at = stage * V_TILE + (v_row + 8u) * V_ROW + v_quad;
       let x = v_share_1 * v_scale_1;
-      v_stage[at] = vec4<f16>(hi4(x));
-      v_stage[at + V_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      v_stage[at] = vec4<f16>(hi);
+      v_stage[at + V_LO] = vec4<f16>(x - hi);
     }
     workgroupBarrier();
     let next = first_column(tiles, following);
@@ -810,7 +1066,7 @@ fn main(
     }
     {
       let quad = k_quad;
-      let source = min(next + k_row + 16u, last_column);
+      let source = min(next + k_row + 8u, last_column);
       { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
       k_scale_1 = key_scales[scales_base + source].x;
     }
@@ -822,37 +1078,39 @@ fn main(
     }
     {
       let quad = v_quad;
-      let source = min(next + v_row + 16u, last_column);
+      let source = min(next + v_row + 8u, last_column);
       { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
       v_scale_1 = key_scales[scales_base + source].y;
     }
-    if (thread < 32u) {
+    if (thread < 16u) {
       let source = min(next + thread + 0u, last_column);
       token_scale_0 = key_scales[scales_base + source];
     }
-    var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u)) * vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 9u]);
-    var x_0_1 = vec4<f32>(component_c(s_0_1, 0u), component_c(s_0_1, 1u), component_c(s_0_1, 2u), component_c(s_0_1, 3u)) * vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 25u]);
-    var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u)) * vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 9u]);
-    var x_1_1 = vec4<f32>(component_c(s_0_1, 4u), component_c(s_0_1, 5u), component_c(s_0_1, 6u), component_c(s_0_1, 7u)) * vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 25u]);
+    var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u)) * vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 9u]);
+    var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u)) * vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 9u]);
+    var x_2_0 = vec4<f32>(component_c(s_1_0, 0u), component_c(s_1_0, 1u), component_c(s_1_0, 2u), component_c(s_1_0, 3u)) * vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 9u]);
+    var x_3_0 = vec4<f32>(component_c(s_1_0, 4u), component_c(s_1_0, 5u), component_c(s_1_0, 6u), component_c(s_1_0, 7u)) * vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 9u]);
     x_0_0 *= scale_0;
-    x_0_1 *= scale_0;
     x_1_0 *= scale_1;
-    x_1_1 *= scale_1;
-    x_0_0 += vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 41u]);
-    x_0_1 += vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 48u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 49u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 56u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 57u]);
-    x_1_0 += vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 41u]);
-    x_1_1 += vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 48u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 49u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 56u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 57u]);
+    x_2_0 *= scale_2;
+    x_3_0 *= scale_3;
+    x_0_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
+    x_1_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
+    x_2_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
+    x_3_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
     let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
-    let pair_max_0_1 = max(x_0_1.xy, x_0_1.zw);
-    var tile_max_0 = max(max(pair_max_0_0.x, pair_max_0_0.y), max(pair_max_0_1.x, pair_max_0_1.y));
+    var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
     let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);
-    let pair_max_1_1 = max(x_1_1.xy, x_1_1.zw);
-    var tile_max_1 = max(max(pair_max_1_0.x, pair_max_1_0.y), max(pair_max_1_1.x, pair_max_1_1.y));
+    var tile_max_1 = max(pair_max_1_0.x, pair_max_1_0.y);
+    let pair_max_2_0 = max(x_2_0.xy, x_2_0.zw);
+    var tile_max_2 = max(pair_max_2_0.x, pair_max_2_0.y);
+    let pair_max_3_0 = max(x_3_0.xy, x_3_0.zw);
+    var tile_max_3 = max(pair_max_3_0.x, pair_max_3_0.y);
 
     // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
     // compiler moves the registers of fragments.
     loop {
-      if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
+      if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1) || (tile_max_2 > limit_2) || (tile_max_3 > limit_3))) { break; }
       let old_max_0 = row_max_0;
       {
         var tile_max = tile_max_0;
@@ -885,113 +1143,141 @@ fn main(
       // A row that keeps its maximum keeps its bits.
       let rescale_1 = select(exp2(old_max_1 - row_max_1), 1.0, old_max_1 == row_max_1);
       row_sum_1 *= rescale_1;
+      let old_max_2 = row_max_2;
+      {
+        var tile_max = tile_max_2;
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
+
+        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
+        if (tile_max > limit_2 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          row_max_2 = tile_max - LIFT;
+          limit_2 = tile_max + slack;
+        }
+      }
+
+      // A row that keeps its maximum keeps its bits.
+      let rescale_2 = select(exp2(old_max_2 - row_max_2), 1.0, old_max_2 == row_max_2);
+      row_sum_2 *= rescale_2;
+      let old_max_3 = row_max_3;
+      {
+        var tile_max = tile_max_3;
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
+
+        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
+        if (tile_max > limit_3 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          row_max_3 = tile_max - LIFT;
+          limit_3 = tile_max + slack;
+        }
+      }
+
+      // A row that keeps its maximum keeps its bits.
+      let rescale_3 = select(exp2(old_max_3 - row_max_3), 1.0, old_max_3 == row_max_3);
+      row_sum_3 *= rescale_3;
       o_0_0 = matrix_of_c(component_c(o_0_0, 0u) * rescale_0, component_c(o_0_0, 1u) * rescale_0, component_c(o_0_0, 2u) * rescale_0, component_c(o_0_0, 3u) * rescale_0, component_c(o_0_0, 4u) * rescale_1, component_c(o_0_0, 5u) * rescale_1, component_c(o_0_0, 6u) * rescale_1, component_c(o_0_0, 7u) * rescale_1);
       o_0_1 = matrix_of_c(component_c(o_0_1, 0u) * rescale_0, component_c(o_0_1, 1u) * rescale_0, component_c(o_0_1, 2u) * rescale_0, component_c(o_0_1, 3u) * rescale_0, component_c(o_0_1, 4u) * rescale_1, component_c(o_0_1, 5u) * rescale_1, component_c(o_0_1, 6u) * rescale_1, component_c(o_0_1, 7u) * rescale_1);
       o_0_2 = matrix_of_c(component_c(o_0_2, 0u) * rescale_0, component_c(o_0_2, 1u) * rescale_0, component_c(o_0_2, 2u) * rescale_0, component_c(o_0_2, 3u) * rescale_0, component_c(o_0_2, 4u) * rescale_1, component_c(o_0_2, 5u) * rescale_1, component_c(o_0_2, 6u) * rescale_1, component_c(o_0_2, 7u) * rescale_1);
       o_0_3 = matrix_of_c(component_c(o_0_3, 0u) * rescale_0, component_c(o_0_3, 1u) * rescale_0, component_c(o_0_3, 2u) * rescale_0, component_c(o_0_3, 3u) * rescale_0, component_c(o_0_3, 4u) * rescale_1, component_c(o_0_3, 5u) * rescale_1, component_c(o_0_3, 6u) * rescale_1, component_c(o_0_3, 7u) * rescale_1);
+      o_1_0 = matrix_of_c(component_c(o_1_0, 0u) * rescale_2, component_c(o_1_0, 1u) * rescale_2, component_c(o_1_0, 2u) * rescale_2, component_c(o_1_0, 3u) * rescale_2, component_c(o_1_0, 4u) * rescale_3, component_c(o_1_0, 5u) * rescale_3, component_c(o_1_0, 6u) * rescale_3, component_c(o_1_0, 7u) * rescale_3);
+      o_1_1 = matrix_of_c(component_c(o_1_1, 0u) * rescale_2, component_c(o_1_1, 1u) * rescale_2, component_c(o_1_1, 2u) * rescale_2, component_c(o_1_1, 3u) * rescale_2, component_c(o_1_1, 4u) * rescale_3, component_c(o_1_1, 5u) * rescale_3, component_c(o_1_1, 6u) * rescale_3, component_c(o_1_1, 7u) * rescale_3);
+      o_1_2 = matrix_of_c(component_c(o_1_2, 0u) * rescale_2, component_c(o_1_2, 1u) * rescale_2, component_c(o_1_2, 2u) * rescale_2, component_c(o_1_2, 3u) * rescale_2, component_c(o_1_2, 4u) * rescale_3, component_c(o_1_2, 5u) * rescale_3, component_c(o_1_2, 6u) * rescale_3, component_c(o_1_2, 7u) * rescale_3);
+      o_1_3 = matrix_of_c(component_c(o_1_3, 0u) * rescale_2, component_c(o_1_3, 1u) * rescale_2, component_c(o_1_3, 2u) * rescale_2, component_c(o_1_3, 3u) * rescale_2, component_c(o_1_3, 4u) * rescale_3, component_c(o_1_3, 5u) * rescale_3, component_c(o_1_3, 6u) * rescale_3, component_c(o_1_3, 7u) * rescale_3);
     }
     // P = exp(S - m);  row_sum += sum of P.
     var total_0 = vec4<f32>();
     let p_0_0 = exp2(x_0_0 - vec4<f32>(row_max_0));
-    total_0 = fma(p_0_0, vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 64u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 65u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 72u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 73u]), total_0);
-    let p_0_1 = exp2(x_0_1 - vec4<f32>(row_max_0));
-    total_0 = fma(p_0_1, vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 80u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 81u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 88u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 89u]), total_0);
+    total_0 = fma(p_0_0, vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 41u]), total_0);
     row_sum_0 += (total_0.x + total_0.y) + (total_0.z + total_0.w);
     var total_1 = vec4<f32>();
     let p_1_0 = exp2(x_1_0 - vec4<f32>(row_max_1));
-    total_1 = fma(p_1_0, vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 64u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 65u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 72u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 73u]), total_1);
-    let p_1_1 = exp2(x_1_1 - vec4<f32>(row_max_1));
-    total_1 = fma(p_1_1, vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 80u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 81u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 88u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 89u]), total_1);
+    total_1 = fma(p_1_0, vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 41u]), total_1);
     row_sum_1 += (total_1.x + total_1.y) + (total_1.z + total_1.w);
+    var total_2 = vec4<f32>();
+    let p_2_0 = exp2(x_2_0 - vec4<f32>(row_max_2));
+    total_2 = fma(p_2_0, vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 41u]), total_2);
+    row_sum_2 += (total_2.x + total_2.y) + (total_2.z + total_2.w);
+    var total_3 = vec4<f32>();
+    let p_3_0 = exp2(x_3_0 - vec4<f32>(row_max_3));
+    total_3 = fma(p_3_0, vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 41u]), total_3);
+    row_sum_3 += (total_3.x + total_3.y) + (total_3.z + total_3.w);
     let p_hi_0_0 = hi4(p_0_0);
-    let p_lo_0_0 = lo4(p_0_0);
-    let p_hi_0_1 = hi4(p_0_1);
-    let p_lo_0_1 = lo4(p_0_1);
+    let p_lo_0_0 = p_0_0 - p_hi_0_0;
     let p_hi_1_0 = hi4(p_1_0);
-    let p_lo_1_0 = lo4(p_1_0);
-    let p_hi_1_1 = hi4(p_1_1);
-    let p_lo_1_1 = lo4(p_1_1);
+    let p_lo_1_0 = p_1_0 - p_hi_1_0;
+    let p_hi_2_0 = hi4(p_2_0);
+    let p_lo_2_0 = p_2_0 - p_hi_2_0;
+    let p_hi_3_0 = hi4(p_3_0);
+    let p_lo_3_0 = p_3_0 - p_hi_3_0;
     let p_hi_left_0_0 = matrix_of_a(f16(p_hi_0_0.x), f16(p_hi_0_0.y), f16(p_hi_0_0.z), f16(p_hi_0_0.w), f16(p_hi_1_0.x), f16(p_hi_1_0.y), f16(p_hi_1_0.z), f16(p_hi_1_0.w));
-    let p_hi_left_0_1 = matrix_of_a(f16(p_hi_0_1.x), f16(p_hi_0_1.y), f16(p_hi_0_1.z), f16(p_hi_0_1.w), f16(p_hi_1_1.x), f16(p_hi_1_1.y), f16(p_hi_1_1.z), f16(p_hi_1_1.w));
+    let p_hi_left_1_0 = matrix_of_a(f16(p_hi_2_0.x), f16(p_hi_2_0.y), f16(p_hi_2_0.z), f16(p_hi_2_0.w), f16(p_hi_3_0.x), f16(p_hi_3_0.y), f16(p_hi_3_0.z), f16(p_hi_3_0.w));
     let p_lo_left_0_0 = matrix_of_a(f16(p_lo_0_0.x), f16(p_lo_0_0.y), f16(p_lo_0_0.z), f16(p_lo_0_0.w), f16(p_lo_1_0.x), f16(p_lo_1_0.y), f16(p_lo_1_0.z), f16(p_lo_1_0.w));
-    let p_lo_left_0_1 = matrix_of_a(f16(p_lo_0_1.x), f16(p_lo_0_1.y), f16(p_lo_0_1.z), f16(p_lo_0_1.w), f16(p_lo_1_1.x), f16(p_lo_1_1.y), f16(p_lo_1_1.z), f16(p_lo_1_1.w));
+    let p_lo_left_1_0 = matrix_of_a(f16(p_lo_2_0.x), f16(p_lo_2_0.y), f16(p_lo_2_0.z), f16(p_lo_2_0.w), f16(p_lo_3_0.x), f16(p_lo_3_0.y), f16(p_lo_3_0.z), f16(p_lo_3_0.w));
 
     // O += P V.
     {
       var sum_0 = coop_mat16x16<f32, C>();
-      var sum_lo_0 = coop_mat16x16<f32, C>();
+      var sum_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 0u], V_ROW);
         let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 0u * V_ROW + 0u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_lo_0);
+        sum_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_0);
+        sum_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_0);
         sum_0 = coopMultiplyAdd(p_hi_left_0_0, column, sum_0);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column_lo, sum_1);
+        sum_1 = coopMultiplyAdd(p_lo_left_1_0, column, sum_1);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column, sum_1);
       }
-      {
-        let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 0u], V_ROW);
-        let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 16u * V_ROW + 0u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_1, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_1, column, sum_lo_0);
-        sum_0 = coopMultiplyAdd(p_hi_left_0_1, column, sum_0);
-      }
-      o_0_0 = o_0_0 + (sum_0 + sum_lo_0 * LO_UNIT);
+      o_0_0 = o_0_0 + sum_0;
+      o_1_0 = o_1_0 + sum_1;
     }
     {
       var sum_0 = coop_mat16x16<f32, C>();
-      var sum_lo_0 = coop_mat16x16<f32, C>();
+      var sum_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 4u], V_ROW);
         let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 0u * V_ROW + 4u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_lo_0);
+        sum_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_0);
+        sum_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_0);
         sum_0 = coopMultiplyAdd(p_hi_left_0_0, column, sum_0);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column_lo, sum_1);
+        sum_1 = coopMultiplyAdd(p_lo_left_1_0, column, sum_1);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column, sum_1);
       }
-      {
-        let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 4u], V_ROW);
-        let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 16u * V_ROW + 4u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_1, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_1, column, sum_lo_0);
-        sum_0 = coopMultiplyAdd(p_hi_left_0_1, column, sum_0);
-      }
-      o_0_1 = o_0_1 + (sum_0 + sum_lo_0 * LO_UNIT);
+      o_0_1 = o_0_1 + sum_0;
+      o_1_1 = o_1_1 + sum_1;
     }
     {
       var sum_0 = coop_mat16x16<f32, C>();
-      var sum_lo_0 = coop_mat16x16<f32, C>();
+      var sum_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 8u], V_ROW);
         let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 0u * V_ROW + 8u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_lo_0);
+        sum_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_0);
+        sum_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_0);
         sum_0 = coopMultiplyAdd(p_hi_left_0_0, column, sum_0);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column_lo, sum_1);
+        sum_1 = coopMultiplyAdd(p_lo_left_1_0, column, sum_1);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column, sum_1);
       }
-      {
-        let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 8u], V_ROW);
-        let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 16u * V_ROW + 8u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_1, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_1, column, sum_lo_0);
-        sum_0 = coopMultiplyAdd(p_hi_left_0_1, column, sum_0);
-      }
-      o_0_2 = o_0_2 + (sum_0 + sum_lo_0 * LO_UNIT);
+      o_0_2 = o_0_2 + sum_0;
+      o_1_2 = o_1_2 + sum_1;
     }
     {
       var sum_0 = coop_mat16x16<f32, C>();
-      var sum_lo_0 = coop_mat16x16<f32, C>();
+      var sum_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 12u], V_ROW);
         let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 0u * V_ROW + 12u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_lo_0);
+        sum_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_0);
+        sum_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_0);
         sum_0 = coopMultiplyAdd(p_hi_left_0_0, column, sum_0);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column_lo, sum_1);
+        sum_1 = coopMultiplyAdd(p_lo_left_1_0, column, sum_1);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column, sum_1);
       }
-      {
-        let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 12u], V_ROW);
-        let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 16u * V_ROW + 12u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_1, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_1, column, sum_lo_0);
-        sum_0 = coopMultiplyAdd(p_hi_left_0_1, column, sum_0);
-      }
-      o_0_3 = o_0_3 + (sum_0 + sum_lo_0 * LO_UNIT);
+      o_0_3 = o_0_3 + sum_0;
+      o_1_3 = o_1_3 + sum_1;
     }
 
     // All subgroups have used K.
@@ -999,23 +1285,25 @@ fn main(
     {
       let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_quad;
       let x = k_share_0 * k_scale_0;
-      k_stage[at] = vec4<f16>(hi4(x));
-      k_stage[at + K_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      k_stage[at] = vec4<f16>(hi);
+      k_stage[at + K_LO] = vec4<f16>(x - hi);
     }
     {
-      let at = stage * K_TILE + (k_row + 16u) * K_ROW + k_quad;
+      let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_quad;
       let x = k_share_1 * k_scale_1;
-      k_stage[at] = vec4<f16>(hi4(x));
-      k_stage[at + K_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      k_stage[at] = vec4<f16>(hi);
+      k_stage[at + K_LO] = vec4<f16>(x - hi);
     }
-    if (thread < 32u) {
+    if (thread < 16u) {
       let item = thread + 0u;
       // A token without finite numbers has no scale to take out.
       let powers = select(token_scale_0, vec2<f32>(1.0), token_scale_0 > vec2<f32>(1e30));
-      column_stats[stage * 96u + item + 0u] = 1.0 / powers.x;
+      column_stats[stage * 48u + item + 0u] = 1.0 / powers.x;
       // The powers of values are added to the scores, and taken out of the sum of probabilities.
-      column_stats[stage * 96u + item + 32u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
-      column_stats[stage * 96u + item + 64u] = powers.y;
+      column_stats[stage * 48u + item + 16u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
+      column_stats[stage * 48u + item + 32u] = powers.y;
     }
     workgroupBarrier();
   }
@@ -1030,21 +1318,17 @@ fn main(
     // S = Q K^T.
     var s_0_0 = coop_mat16x16<f32, C>();
     var s_lo_0_0 = coop_mat16x16<f32, C>();
-    var s_0_1 = coop_mat16x16<f32, C>();
-    var s_lo_0_1 = coop_mat16x16<f32, C>();
+    var s_1_0 = coop_mat16x16<f32, C>();
+    var s_lo_1_0 = coop_mat16x16<f32, C>();
     {
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 0u], K_ROW);
       let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 0u * K_ROW + 0u], K_ROW);
       s_lo_0_0 = coopMultiplyAdd(q_0_0, column_lo, s_lo_0_0);
       s_lo_0_0 = coopMultiplyAdd(q_lo_0_0, column, s_lo_0_0);
       s_0_0 = coopMultiplyAdd(q_0_0, column, s_0_0);
-    }
-    {
-      let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 0u], K_ROW);
-      let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 16u * K_ROW + 0u], K_ROW);
-      s_lo_0_1 = coopMultiplyAdd(q_0_0, column_lo, s_lo_0_1);
-      s_lo_0_1 = coopMultiplyAdd(q_lo_0_0, column, s_lo_0_1);
-      s_0_1 = coopMultiplyAdd(q_0_0, column, s_0_1);
+      s_lo_1_0 = coopMultiplyAdd(q_1_0, column_lo, s_lo_1_0);
+      s_lo_1_0 = coopMultiplyAdd(q_lo_1_0, column, s_lo_1_0);
+      s_1_0 = coopMultiplyAdd(q_1_0, column, s_1_0);
     }
     {
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 4u], K_ROW);
@@ -1052,13 +1336,9 @@ fn main(
       s_lo_0_0 = coopMultiplyAdd(q_0_1, column_lo, s_lo_0_0);
       s_lo_0_0 = coopMultiplyAdd(q_lo_0_1, column, s_lo_0_0);
       s_0_0 = coopMultiplyAdd(q_0_1, column, s_0_0);
-    }
-    {
-      let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 4u], K_ROW);
-      let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 16u * K_ROW + 4u], K_ROW);
-      s_lo_0_1 = coopMultiplyAdd(q_0_1, column_lo, s_lo_0_1);
-      s_lo_0_1 = coopMultiplyAdd(q_lo_0_1, column, s_lo_0_1);
-      s_0_1 = coopMultiplyAdd(q_0_1, column, s_0_1);
+      s_lo_1_0 = coopMultiplyAdd(q_1_1, column_lo, s_lo_1_0);
+      s_lo_1_0 = coopMultiplyAdd(q_lo_1_1, column, s_lo_1_0);
+      s_1_0 = coopMultiplyAdd(q_1_1, column, s_1_0);
     }
     {
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 8u], K_ROW);
@@ -1066,13 +1346,9 @@ fn main(
       s_lo_0_0 = coopMultiplyAdd(q_0_2, column_lo, s_lo_0_0);
       s_lo_0_0 = coopMultiplyAdd(q_lo_0_2, column, s_lo_0_0);
       s_0_0 = coopMultiplyAdd(q_0_2, column, s_0_0);
-    }
-    {
-      let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 8u], K_ROW);
-      let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 16u * K_ROW + 8u], K_ROW);
-      s_lo_0_1 = coopMultiplyAdd(q_0_2, column_lo, s_lo_0_1);
-      s_lo_0_1 = coopMultiplyAdd(q_lo_0_2, column, s_lo_0_1);
-      s_0_1 = coopMultiplyAdd(q_0_2, column, s_0_1);
+      s_lo_1_0 = coopMultiplyAdd(q_1_2, column_lo, s_lo_1_0);
+      s_lo_1_0 = coopMultiplyAdd(q_lo_1_2, column, s_lo_1_0);
+      s_1_0 = coopMultiplyAdd(q_1_2, column, s_1_0);
     }
     {
       let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 0u * K_ROW + 12u], K_ROW);
@@ -1080,27 +1356,25 @@ fn main(
       s_lo_0_0 = coopMultiplyAdd(q_0_3, column_lo, s_lo_0_0);
       s_lo_0_0 = coopMultiplyAdd(q_lo_0_3, column, s_lo_0_0);
       s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
+      s_lo_1_0 = coopMultiplyAdd(q_1_3, column_lo, s_lo_1_0);
+      s_lo_1_0 = coopMultiplyAdd(q_lo_1_3, column, s_lo_1_0);
+      s_1_0 = coopMultiplyAdd(q_1_3, column, s_1_0);
     }
-    {
-      let column = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + 16u * K_ROW + 12u], K_ROW);
-      let column_lo = coopLoad<coop_mat16x16<f16, B>>(&k_stage[stage * K_TILE + K_LO + 16u * K_ROW + 12u], K_ROW);
-      s_lo_0_1 = coopMultiplyAdd(q_0_3, column_lo, s_lo_0_1);
-      s_lo_0_1 = coopMultiplyAdd(q_lo_0_3, column, s_lo_0_1);
-      s_0_1 = coopMultiplyAdd(q_0_3, column, s_0_1);
-    }
-    s_0_0 = s_0_0 + s_lo_0_0 * LO_UNIT;
-    s_0_1 = s_0_1 + s_lo_0_1 * LO_UNIT;
+    s_0_0 = s_0_0 + s_lo_0_0;
+    s_1_0 = s_1_0 + s_lo_1_0;
     {
       let at = stage * V_TILE + (v_row + 0u) * V_ROW + v_quad;
       let x = v_share_0 * v_scale_0;
-      v_stage[at] = vec4<f16>(hi4(x));
-      v_stage[at + V_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      v_stage[at] = vec4<f16>(hi);
+      v_stage[at + V_LO] = vec4<f16>(x - hi);
     }
     {
-      let at = stage * V_TILE + (v_row + 16u) * V_ROW + v_quad;
+      let at = stage * V_TILE + (v_row + 8u) * V_ROW + v_quad;
       let x = v_share_1 * v_scale_1;
-      v_stage[at] = vec4<f16>(hi4(x));
-      v_stage[at + V_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      v_stage[at] = vec4<f16>(hi);
+      v_stage[at + V_LO] = vec4<f16>(x - hi);
     }
     workgroupBarrier();
     let next = first_column(tiles, following);
@@ -1112,7 +1386,7 @@ fn main(
     }
     {
       let quad = k_quad;
-      let source = min(next + k_row + 16u, last_column);
+      let source = min(next + k_row + 8u, last_column);
       { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
       k_scale_1 = key_scales[scales_base + source].x;
     }
@@ -1124,41 +1398,43 @@ fn main(
     }
     {
       let quad = v_quad;
-      let source = min(next + v_row + 16u, last_column);
+      let source = min(next + v_row + 8u, last_column);
       { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
       v_scale_1 = key_scales[scales_base + source].y;
     }
-    if (thread < 32u) {
+    if (thread < 16u) {
       let source = min(next + thread + 0u, last_column);
       token_scale_0 = key_scales[scales_base + source];
     }
-    var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u)) * vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 9u]);
-    var x_0_1 = vec4<f32>(component_c(s_0_1, 0u), component_c(s_0_1, 1u), component_c(s_0_1, 2u), component_c(s_0_1, 3u)) * vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 25u]);
-    var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u)) * vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 9u]);
-    var x_1_1 = vec4<f32>(component_c(s_0_1, 4u), component_c(s_0_1, 5u), component_c(s_0_1, 6u), component_c(s_0_1, 7u)) * vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 25u]);
+    var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u)) * vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 9u]);
+    var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u)) * vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 9u]);
+    var x_2_0 = vec4<f32>(component_c(s_1_0, 0u), component_c(s_1_0, 1u), component_c(s_1_0, 2u), component_c(s_1_0, 3u)) * vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 9u]);
+    var x_3_0 = vec4<f32>(component_c(s_1_0, 4u), component_c(s_1_0, 5u), component_c(s_1_0, 6u), component_c(s_1_0, 7u)) * vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 0u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 1u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 8u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 9u]);
     x_0_0 *= scale_0;
-    x_0_1 *= scale_0;
     x_1_0 *= scale_1;
-    x_1_1 *= scale_1;
-    x_0_0 += vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 41u]);
-    x_0_1 += vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 48u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 49u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 56u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 57u]);
-    x_1_0 += vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 41u]);
-    x_1_1 += vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 48u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 49u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 56u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 57u]);
+    x_2_0 *= scale_2;
+    x_3_0 *= scale_3;
+    x_0_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
+    x_1_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
+    x_2_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
+    x_3_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
     x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
-    x_0_1 = select(vec4<f32>(hidden), x_0_1, visible4(seq, row_0, column0 + 16u + lane_column));
     x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
-    x_1_1 = select(vec4<f32>(hidden), x_1_1, visible4(seq, row_1, column0 + 16u + lane_column));
+    x_2_0 = select(vec4<f32>(hidden), x_2_0, visible4(seq, row_2, column0 + 0u + lane_column));
+    x_3_0 = select(vec4<f32>(hidden), x_3_0, visible4(seq, row_3, column0 + 0u + lane_column));
     let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
-    let pair_max_0_1 = max(x_0_1.xy, x_0_1.zw);
-    var tile_max_0 = max(max(pair_max_0_0.x, pair_max_0_0.y), max(pair_max_0_1.x, pair_max_0_1.y));
+    var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
     let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);
-    let pair_max_1_1 = max(x_1_1.xy, x_1_1.zw);
-    var tile_max_1 = max(max(pair_max_1_0.x, pair_max_1_0.y), max(pair_max_1_1.x, pair_max_1_1.y));
+    var tile_max_1 = max(pair_max_1_0.x, pair_max_1_0.y);
+    let pair_max_2_0 = max(x_2_0.xy, x_2_0.zw);
+    var tile_max_2 = max(pair_max_2_0.x, pair_max_2_0.y);
+    let pair_max_3_0 = max(x_3_0.xy, x_3_0.zw);
+    var tile_max_3 = max(pair_max_3_0.x, pair_max_3_0.y);
 
     // m = max(row_max, max of S by rows);  O and row_sum *= exp(row_max - m). Runs at most once; a loop, because with an `if` NVIDIA's
     // compiler moves the registers of fragments.
     loop {
-      if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
+      if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1) || (tile_max_2 > limit_2) || (tile_max_3 > limit_3))) { break; }
       let old_max_0 = row_max_0;
       {
         var tile_max = tile_max_0;
@@ -1191,113 +1467,141 @@ fn main(
       // A row that keeps its maximum keeps its bits.
       let rescale_1 = select(exp2(old_max_1 - row_max_1), 1.0, old_max_1 == row_max_1);
       row_sum_1 *= rescale_1;
+      let old_max_2 = row_max_2;
+      {
+        var tile_max = tile_max_2;
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
+
+        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
+        if (tile_max > limit_2 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          row_max_2 = tile_max - LIFT;
+          limit_2 = tile_max + slack;
+        }
+      }
+
+      // A row that keeps its maximum keeps its bits.
+      let rescale_2 = select(exp2(old_max_2 - row_max_2), 1.0, old_max_2 == row_max_2);
+      row_sum_2 *= rescale_2;
+      let old_max_3 = row_max_3;
+      {
+        var tile_max = tile_max_3;
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
+        tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
+
+        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
+        if (tile_max > limit_3 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          row_max_3 = tile_max - LIFT;
+          limit_3 = tile_max + slack;
+        }
+      }
+
+      // A row that keeps its maximum keeps its bits.
+      let rescale_3 = select(exp2(old_max_3 - row_max_3), 1.0, old_max_3 == row_max_3);
+      row_sum_3 *= rescale_3;
       o_0_0 = matrix_of_c(component_c(o_0_0, 0u) * rescale_0, component_c(o_0_0, 1u) * rescale_0, component_c(o_0_0, 2u) * rescale_0, component_c(o_0_0, 3u) * rescale_0, component_c(o_0_0, 4u) * rescale_1, component_c(o_0_0, 5u) * rescale_1, component_c(o_0_0, 6u) * rescale_1, component_c(o_0_0, 7u) * rescale_1);
       o_0_1 = matrix_of_c(component_c(o_0_1, 0u) * rescale_0, component_c(o_0_1, 1u) * rescale_0, component_c(o_0_1, 2u) * rescale_0, component_c(o_0_1, 3u) * rescale_0, component_c(o_0_1, 4u) * rescale_1, component_c(o_0_1, 5u) * rescale_1, component_c(o_0_1, 6u) * rescale_1, component_c(o_0_1, 7u) * rescale_1);
       o_0_2 = matrix_of_c(component_c(o_0_2, 0u) * rescale_0, component_c(o_0_2, 1u) * rescale_0, component_c(o_0_2, 2u) * rescale_0, component_c(o_0_2, 3u) * rescale_0, component_c(o_0_2, 4u) * rescale_1, component_c(o_0_2, 5u) * rescale_1, component_c(o_0_2, 6u) * rescale_1, component_c(o_0_2, 7u) * rescale_1);
       o_0_3 = matrix_of_c(component_c(o_0_3, 0u) * rescale_0, component_c(o_0_3, 1u) * rescale_0, component_c(o_0_3, 2u) * rescale_0, component_c(o_0_3, 3u) * rescale_0, component_c(o_0_3, 4u) * rescale_1, component_c(o_0_3, 5u) * rescale_1, component_c(o_0_3, 6u) * rescale_1, component_c(o_0_3, 7u) * rescale_1);
+      o_1_0 = matrix_of_c(component_c(o_1_0, 0u) * rescale_2, component_c(o_1_0, 1u) * rescale_2, component_c(o_1_0, 2u) * rescale_2, component_c(o_1_0, 3u) * rescale_2, component_c(o_1_0, 4u) * rescale_3, component_c(o_1_0, 5u) * rescale_3, component_c(o_1_0, 6u) * rescale_3, component_c(o_1_0, 7u) * rescale_3);
+      o_1_1 = matrix_of_c(component_c(o_1_1, 0u) * rescale_2, component_c(o_1_1, 1u) * rescale_2, component_c(o_1_1, 2u) * rescale_2, component_c(o_1_1, 3u) * rescale_2, component_c(o_1_1, 4u) * rescale_3, component_c(o_1_1, 5u) * rescale_3, component_c(o_1_1, 6u) * rescale_3, component_c(o_1_1, 7u) * rescale_3);
+      o_1_2 = matrix_of_c(component_c(o_1_2, 0u) * rescale_2, component_c(o_1_2, 1u) * rescale_2, component_c(o_1_2, 2u) * rescale_2, component_c(o_1_2, 3u) * rescale_2, component_c(o_1_2, 4u) * rescale_3, component_c(o_1_2, 5u) * rescale_3, component_c(o_1_2, 6u) * rescale_3, component_c(o_1_2, 7u) * rescale_3);
+      o_1_3 = matrix_of_c(component_c(o_1_3, 0u) * rescale_2, component_c(o_1_3, 1u) * rescale_2, component_c(o_1_3, 2u) * rescale_2, component_c(o_1_3, 3u) * rescale_2, component_c(o_1_3, 4u) * rescale_3, component_c(o_1_3, 5u) * rescale_3, component_c(o_1_3, 6u) * rescale_3, component_c(o_1_3, 7u) * rescale_3);
     }
     // P = exp(S - m);  row_sum += sum of P.
     var total_0 = vec4<f32>();
     let p_0_0 = exp2(x_0_0 - vec4<f32>(row_max_0));
-    total_0 = fma(p_0_0, vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 64u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 65u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 72u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 73u]), total_0);
-    let p_0_1 = exp2(x_0_1 - vec4<f32>(row_max_0));
-    total_0 = fma(p_0_1, vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 80u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 81u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 88u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 89u]), total_0);
+    total_0 = fma(p_0_0, vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 41u]), total_0);
     row_sum_0 += (total_0.x + total_0.y) + (total_0.z + total_0.w);
     var total_1 = vec4<f32>();
     let p_1_0 = exp2(x_1_0 - vec4<f32>(row_max_1));
-    total_1 = fma(p_1_0, vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 64u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 65u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 72u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 73u]), total_1);
-    let p_1_1 = exp2(x_1_1 - vec4<f32>(row_max_1));
-    total_1 = fma(p_1_1, vec4<f32>(column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 80u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 81u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 88u], column_stats[stage * 96u + (column0 - tile_column0) + lane_column + 89u]), total_1);
+    total_1 = fma(p_1_0, vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 41u]), total_1);
     row_sum_1 += (total_1.x + total_1.y) + (total_1.z + total_1.w);
+    var total_2 = vec4<f32>();
+    let p_2_0 = exp2(x_2_0 - vec4<f32>(row_max_2));
+    total_2 = fma(p_2_0, vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 41u]), total_2);
+    row_sum_2 += (total_2.x + total_2.y) + (total_2.z + total_2.w);
+    var total_3 = vec4<f32>();
+    let p_3_0 = exp2(x_3_0 - vec4<f32>(row_max_3));
+    total_3 = fma(p_3_0, vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 32u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 33u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 40u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 41u]), total_3);
+    row_sum_3 += (total_3.x + total_3.y) + (total_3.z + total_3.w);
     let p_hi_0_0 = hi4(p_0_0);
-    let p_lo_0_0 = lo4(p_0_0);
-    let p_hi_0_1 = hi4(p_0_1);
-    let p_lo_0_1 = lo4(p_0_1);
+    let p_lo_0_0 = p_0_0 - p_hi_0_0;
     let p_hi_1_0 = hi4(p_1_0);
-    let p_lo_1_0 = lo4(p_1_0);
-    let p_hi_1_1 = hi4(p_1_1);
-    let p_lo_1_1 = lo4(p_1_1);
+    let p_lo_1_0 = p_1_0 - p_hi_1_0;
+    let p_hi_2_0 = hi4(p_2_0);
+    let p_lo_2_0 = p_2_0 - p_hi_2_0;
+    let p_hi_3_0 = hi4(p_3_0);
+    let p_lo_3_0 = p_3_0 - p_hi_3_0;
     let p_hi_left_0_0 = matrix_of_a(f16(p_hi_0_0.x), f16(p_hi_0_0.y), f16(p_hi_0_0.z), f16(p_hi_0_0.w), f16(p_hi_1_0.x), f16(p_hi_1_0.y), f16(p_hi_1_0.z), f16(p_hi_1_0.w));
-    let p_hi_left_0_1 = matrix_of_a(f16(p_hi_0_1.x), f16(p_hi_0_1.y), f16(p_hi_0_1.z), f16(p_hi_0_1.w), f16(p_hi_1_1.x), f16(p_hi_1_1.y), f16(p_hi_1_1.z), f16(p_hi_1_1.w));
+    let p_hi_left_1_0 = matrix_of_a(f16(p_hi_2_0.x), f16(p_hi_2_0.y), f16(p_hi_2_0.z), f16(p_hi_2_0.w), f16(p_hi_3_0.x), f16(p_hi_3_0.y), f16(p_hi_3_0.z), f16(p_hi_3_0.w));
     let p_lo_left_0_0 = matrix_of_a(f16(p_lo_0_0.x), f16(p_lo_0_0.y), f16(p_lo_0_0.z), f16(p_lo_0_0.w), f16(p_lo_1_0.x), f16(p_lo_1_0.y), f16(p_lo_1_0.z), f16(p_lo_1_0.w));
-    let p_lo_left_0_1 = matrix_of_a(f16(p_lo_0_1.x), f16(p_lo_0_1.y), f16(p_lo_0_1.z), f16(p_lo_0_1.w), f16(p_lo_1_1.x), f16(p_lo_1_1.y), f16(p_lo_1_1.z), f16(p_lo_1_1.w));
+    let p_lo_left_1_0 = matrix_of_a(f16(p_lo_2_0.x), f16(p_lo_2_0.y), f16(p_lo_2_0.z), f16(p_lo_2_0.w), f16(p_lo_3_0.x), f16(p_lo_3_0.y), f16(p_lo_3_0.z), f16(p_lo_3_0.w));
 
     // O += P V.
     {
       var sum_0 = coop_mat16x16<f32, C>();
-      var sum_lo_0 = coop_mat16x16<f32, C>();
+      var sum_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 0u], V_ROW);
         let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 0u * V_ROW + 0u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_lo_0);
+        sum_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_0);
+        sum_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_0);
         sum_0 = coopMultiplyAdd(p_hi_left_0_0, column, sum_0);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column_lo, sum_1);
+        sum_1 = coopMultiplyAdd(p_lo_left_1_0, column, sum_1);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column, sum_1);
       }
-      {
-        let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 0u], V_ROW);
-        let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 16u * V_ROW + 0u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_1, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_1, column, sum_lo_0);
-        sum_0 = coopMultiplyAdd(p_hi_left_0_1, column, sum_0);
-      }
-      o_0_0 = o_0_0 + (sum_0 + sum_lo_0 * LO_UNIT);
+      o_0_0 = o_0_0 + sum_0;
+      o_1_0 = o_1_0 + sum_1;
     }
     {
       var sum_0 = coop_mat16x16<f32, C>();
-      var sum_lo_0 = coop_mat16x16<f32, C>();
+      var sum_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 4u], V_ROW);
         let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 0u * V_ROW + 4u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_lo_0);
+        sum_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_0);
+        sum_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_0);
         sum_0 = coopMultiplyAdd(p_hi_left_0_0, column, sum_0);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column_lo, sum_1);
+        sum_1 = coopMultiplyAdd(p_lo_left_1_0, column, sum_1);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column, sum_1);
       }
-      {
-        let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 4u], V_ROW);
-        let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 16u * V_ROW + 4u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_1, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_1, column, sum_lo_0);
-        sum_0 = coopMultiplyAdd(p_hi_left_0_1, column, sum_0);
-      }
-      o_0_1 = o_0_1 + (sum_0 + sum_lo_0 * LO_UNIT);
+      o_0_1 = o_0_1 + sum_0;
+      o_1_1 = o_1_1 + sum_1;
     }
     {
       var sum_0 = coop_mat16x16<f32, C>();
-      var sum_lo_0 = coop_mat16x16<f32, C>();
+      var sum_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 8u], V_ROW);
         let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 0u * V_ROW + 8u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_lo_0);
+        sum_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_0);
+        sum_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_0);
         sum_0 = coopMultiplyAdd(p_hi_left_0_0, column, sum_0);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column_lo, sum_1);
+        sum_1 = coopMultiplyAdd(p_lo_left_1_0, column, sum_1);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column, sum_1);
       }
-      {
-        let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 8u], V_ROW);
-        let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 16u * V_ROW + 8u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_1, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_1, column, sum_lo_0);
-        sum_0 = coopMultiplyAdd(p_hi_left_0_1, column, sum_0);
-      }
-      o_0_2 = o_0_2 + (sum_0 + sum_lo_0 * LO_UNIT);
+      o_0_2 = o_0_2 + sum_0;
+      o_1_2 = o_1_2 + sum_1;
     }
     {
       var sum_0 = coop_mat16x16<f32, C>();
-      var sum_lo_0 = coop_mat16x16<f32, C>();
+      var sum_1 = coop_mat16x16<f32, C>();
       {
         let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 0u * V_ROW + 12u], V_ROW);
         let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 0u * V_ROW + 12u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_lo_0);
+        sum_0 = coopMultiplyAdd(p_hi_left_0_0, column_lo, sum_0);
+        sum_0 = coopMultiplyAdd(p_lo_left_0_0, column, sum_0);
         sum_0 = coopMultiplyAdd(p_hi_left_0_0, column, sum_0);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column_lo, sum_1);
+        sum_1 = coopMultiplyAdd(p_lo_left_1_0, column, sum_1);
+        sum_1 = coopMultiplyAdd(p_hi_left_1_0, column, sum_1);
       }
-      {
-        let column = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + 16u * V_ROW + 12u], V_ROW);
-        let column_lo = coopLoadT<coop_mat16x16<f16, B>>(&v_stage[stage * V_TILE + V_LO + 16u * V_ROW + 12u], V_ROW);
-        sum_lo_0 = coopMultiplyAdd(p_hi_left_0_1, column_lo, sum_lo_0);
-        sum_lo_0 = coopMultiplyAdd(p_lo_left_0_1, column, sum_lo_0);
-        sum_0 = coopMultiplyAdd(p_hi_left_0_1, column, sum_0);
-      }
-      o_0_3 = o_0_3 + (sum_0 + sum_lo_0 * LO_UNIT);
+      o_0_3 = o_0_3 + sum_0;
+      o_1_3 = o_1_3 + sum_1;
     }
 
     // All subgroups have used K.
@@ -1305,23 +1609,25 @@ fn main(
     {
       let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_quad;
       let x = k_share_0 * k_scale_0;
-      k_stage[at] = vec4<f16>(hi4(x));
-      k_stage[at + K_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      k_stage[at] = vec4<f16>(hi);
+      k_stage[at + K_LO] = vec4<f16>(x - hi);
     }
     {
-      let at = stage * K_TILE + (k_row + 16u) * K_ROW + k_quad;
+      let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_quad;
       let x = k_share_1 * k_scale_1;
-      k_stage[at] = vec4<f16>(hi4(x));
-      k_stage[at + K_LO] = vec4<f16>(lo4(x));
+      let hi = hi4(x);
+      k_stage[at] = vec4<f16>(hi);
+      k_stage[at + K_LO] = vec4<f16>(x - hi);
     }
-    if (thread < 32u) {
+    if (thread < 16u) {
       let item = thread + 0u;
       // A token without finite numbers has no scale to take out.
       let powers = select(token_scale_0, vec2<f32>(1.0), token_scale_0 > vec2<f32>(1e30));
-      column_stats[stage * 96u + item + 0u] = 1.0 / powers.x;
+      column_stats[stage * 48u + item + 0u] = 1.0 / powers.x;
       // The powers of values are added to the scores, and taken out of the sum of probabilities.
-      column_stats[stage * 96u + item + 32u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
-      column_stats[stage * 96u + item + 64u] = powers.y;
+      column_stats[stage * 48u + item + 16u] = f32(127 - i32(bitcast<u32>(powers.y) >> 23u));
+      column_stats[stage * 48u + item + 32u] = powers.y;
     }
     workgroupBarrier();
     tile = following;
@@ -1348,6 +1654,28 @@ fn main(
   let end_1 = finish_row(row_max_1 / LOG2_E, row_sum_1, work.head);
   let factor_1 = end_1.factor * lift_1;
   if (row_1 < row_limit && lane_column == 0u) { lse[lse_base + row_1] = select(params.negative_infinity, end_1.lse, row_1 < seq.seq_q); }
+  row_sum_2 = row_sum_2 + subgroupShuffleXor(row_sum_2, 1u);
+  row_sum_2 = row_sum_2 + subgroupShuffleXor(row_sum_2, 2u);
+
+  // The powers of values may have taken the sum anywhere: a power of two brings it to 1 .. 2.
+  let power_2 = select(0, i32(bitcast<u32>(row_sum_2) >> 23u) - 127, row_sum_2 > 0.0);
+  let lift_2 = bitcast<f32>(u32(127 - clamp(power_2, -126, 126)) << 23u);
+  row_max_2 += f32(power_2);
+  row_sum_2 *= lift_2;
+  let end_2 = finish_row(row_max_2 / LOG2_E, row_sum_2, work.head);
+  let factor_2 = end_2.factor * lift_2;
+  if (row_2 < row_limit && lane_column == 0u) { lse[lse_base + row_2] = select(params.negative_infinity, end_2.lse, row_2 < seq.seq_q); }
+  row_sum_3 = row_sum_3 + subgroupShuffleXor(row_sum_3, 1u);
+  row_sum_3 = row_sum_3 + subgroupShuffleXor(row_sum_3, 2u);
+
+  // The powers of values may have taken the sum anywhere: a power of two brings it to 1 .. 2.
+  let power_3 = select(0, i32(bitcast<u32>(row_sum_3) >> 23u) - 127, row_sum_3 > 0.0);
+  let lift_3 = bitcast<f32>(u32(127 - clamp(power_3, -126, 126)) << 23u);
+  row_max_3 += f32(power_3);
+  row_sum_3 *= lift_3;
+  let end_3 = finish_row(row_max_3 / LOG2_E, row_sum_3, work.head);
+  let factor_3 = end_3.factor * lift_3;
+  if (row_3 < row_limit && lane_column == 0u) { lse[lse_base + row_3] = select(params.negative_infinity, end_3.lse, row_3 < seq.seq_q); }
   {
     let base = o_base + strip_row_0 * params.o.seq;
     let result_0_0 = component_c(o_0_0, 0u) * factor_0;
@@ -1503,13 +1831,168 @@ fn main(
       }
     }
   }
-  let subgroup_fallback = subgroupAny((fallback_0 && row_0 < row_limit) || (fallback_1 && row_1 < row_limit));
+  {
+    let base = o_base + strip_row_1 * params.o.seq;
+    let result_0_0 = component_c(o_1_0, 0u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_0_0);
+    let result_0_1 = component_c(o_1_0, 1u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_0_1);
+    let result_0_2 = component_c(o_1_0, 2u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_0_2);
+    let result_0_3 = component_c(o_1_0, 3u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_0_3);
+    let result_0_4 = component_c(o_1_0, 4u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_0_4);
+    let result_0_5 = component_c(o_1_0, 5u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_0_5);
+    let result_0_6 = component_c(o_1_0, 6u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_0_6);
+    let result_0_7 = component_c(o_1_0, 7u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_0_7);
+    let result_0 = matrix_of_c(result_0_0, result_0_1, result_0_2, result_0_3, result_0_4, result_0_5, result_0_6, result_0_7);
+    subgroupBarrier();
+    coopStoreT(result_0, &score_rows[subgroup_scores], SCORE_ROW);
+    subgroupBarrier();
+    {
+      let quad = part + 0u;
+      {
+        if (strip_row_1 < row_limit) {
+          let result = score_rows[score_at - part + quad];
+          store_o(base, 0u + quad, result);
+        }
+      }
+    }
+    {
+      let quad = part + 2u;
+      {
+        if (strip_row_1 < row_limit) {
+          let result = score_rows[score_at - part + quad];
+          store_o(base, 0u + quad, result);
+        }
+      }
+    }
+    let result_1_0 = component_c(o_1_1, 0u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_1_0);
+    let result_1_1 = component_c(o_1_1, 1u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_1_1);
+    let result_1_2 = component_c(o_1_1, 2u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_1_2);
+    let result_1_3 = component_c(o_1_1, 3u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_1_3);
+    let result_1_4 = component_c(o_1_1, 4u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_1_4);
+    let result_1_5 = component_c(o_1_1, 5u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_1_5);
+    let result_1_6 = component_c(o_1_1, 6u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_1_6);
+    let result_1_7 = component_c(o_1_1, 7u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_1_7);
+    let result_1 = matrix_of_c(result_1_0, result_1_1, result_1_2, result_1_3, result_1_4, result_1_5, result_1_6, result_1_7);
+    subgroupBarrier();
+    coopStoreT(result_1, &score_rows[subgroup_scores], SCORE_ROW);
+    subgroupBarrier();
+    {
+      let quad = part + 0u;
+      {
+        if (strip_row_1 < row_limit) {
+          let result = score_rows[score_at - part + quad];
+          store_o(base, 4u + quad, result);
+        }
+      }
+    }
+    {
+      let quad = part + 2u;
+      {
+        if (strip_row_1 < row_limit) {
+          let result = score_rows[score_at - part + quad];
+          store_o(base, 4u + quad, result);
+        }
+      }
+    }
+    let result_2_0 = component_c(o_1_2, 0u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_2_0);
+    let result_2_1 = component_c(o_1_2, 1u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_2_1);
+    let result_2_2 = component_c(o_1_2, 2u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_2_2);
+    let result_2_3 = component_c(o_1_2, 3u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_2_3);
+    let result_2_4 = component_c(o_1_2, 4u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_2_4);
+    let result_2_5 = component_c(o_1_2, 5u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_2_5);
+    let result_2_6 = component_c(o_1_2, 6u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_2_6);
+    let result_2_7 = component_c(o_1_2, 7u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_2_7);
+    let result_2 = matrix_of_c(result_2_0, result_2_1, result_2_2, result_2_3, result_2_4, result_2_5, result_2_6, result_2_7);
+    subgroupBarrier();
+    coopStoreT(result_2, &score_rows[subgroup_scores], SCORE_ROW);
+    subgroupBarrier();
+    {
+      let quad = part + 0u;
+      {
+        if (strip_row_1 < row_limit) {
+          let result = score_rows[score_at - part + quad];
+          store_o(base, 8u + quad, result);
+        }
+      }
+    }
+    {
+      let quad = part + 2u;
+      {
+        if (strip_row_1 < row_limit) {
+          let result = score_rows[score_at - part + quad];
+          store_o(base, 8u + quad, result);
+        }
+      }
+    }
+    let result_3_0 = component_c(o_1_3, 0u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_3_0);
+    let result_3_1 = component_c(o_1_3, 1u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_3_1);
+    let result_3_2 = component_c(o_1_3, 2u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_3_2);
+    let result_3_3 = component_c(o_1_3, 3u) * factor_2;
+    fallback_2 = fallback_2 || !is_finite1(result_3_3);
+    let result_3_4 = component_c(o_1_3, 4u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_3_4);
+    let result_3_5 = component_c(o_1_3, 5u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_3_5);
+    let result_3_6 = component_c(o_1_3, 6u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_3_6);
+    let result_3_7 = component_c(o_1_3, 7u) * factor_3;
+    fallback_3 = fallback_3 || !is_finite1(result_3_7);
+    let result_3 = matrix_of_c(result_3_0, result_3_1, result_3_2, result_3_3, result_3_4, result_3_5, result_3_6, result_3_7);
+    subgroupBarrier();
+    coopStoreT(result_3, &score_rows[subgroup_scores], SCORE_ROW);
+    subgroupBarrier();
+    {
+      let quad = part + 0u;
+      {
+        if (strip_row_1 < row_limit) {
+          let result = score_rows[score_at - part + quad];
+          store_o(base, 12u + quad, result);
+        }
+      }
+    }
+    {
+      let quad = part + 2u;
+      {
+        if (strip_row_1 < row_limit) {
+          let result = score_rows[score_at - part + quad];
+          store_o(base, 12u + quad, result);
+        }
+      }
+    }
+  }
+  let subgroup_fallback = subgroupAny((fallback_0 && row_0 < row_limit) || (fallback_1 && row_1 < row_limit) || (fallback_2 && row_2 < row_limit) || (fallback_3 && row_3 < row_limit));
   var any_fallback = false;
   workgroupBarrier();
   if (lane == 0u) { score_rows[subgroup] = vec4<f32>(select(0.0, 1.0, subgroup_fallback)); }
   workgroupBarrier();
   any_fallback = false;
-  for (var n = 0u; n < 8u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
+  for (var n = 0u; n < 4u; n += 1u) { any_fallback = any_fallback || score_rows[n].x > 0.0; }
   let slot = fallback_slot(seq, work, work.tile);
   if (thread == 0u) { fallback[slot] = u32(any_fallback); }
   var has_any = any_fallback;
@@ -1525,6 +2008,14 @@ fn main(
     reported_1 = max(reported_1, subgroupShuffleXor(reported_1, 1u));
     reported_1 = max(reported_1, subgroupShuffleXor(reported_1, 2u));
     if (lane_column == 0u) { score_rows[row_1 - row0] = vec4<f32>(reported_1); }
+    var reported_2 = select(0.0, 1.0, fallback_2);
+    reported_2 = max(reported_2, subgroupShuffleXor(reported_2, 1u));
+    reported_2 = max(reported_2, subgroupShuffleXor(reported_2, 2u));
+    if (lane_column == 0u) { score_rows[row_2 - row0] = vec4<f32>(reported_2); }
+    var reported_3 = select(0.0, 1.0, fallback_3);
+    reported_3 = max(reported_3, subgroupShuffleXor(reported_3, 1u));
+    reported_3 = max(reported_3, subgroupShuffleXor(reported_3, 2u));
+    if (lane_column == 0u) { score_rows[row_3 - row0] = vec4<f32>(reported_3); }
     workgroupBarrier();
     if (thread < 4u) {
       var bits = 0u;
