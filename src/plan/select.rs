@@ -17,13 +17,12 @@ pub(crate) enum Gain {
 }
 
 impl Gain {
-    /// That of the kernels of a problem. Elements in registers have been measured in f16, for widths of 64 and 128, without options but windows
-    /// and sinks (benches/results/2026-11-30-h200-fragments.md). A kernel whose registers spill takes several times as long, so that a guess will not do.
-    /// bf16 as itself has not passed `check` on a device yet.
+    /// That of the kernels of a problem. Elements in registers have been measured in f16, for widths of 64 and 128
+    /// (benches/results/2026-11-30-h200-fragments.md, with options 2026-11-30-h200-options.md). A kernel whose registers spill takes several times as
+    /// long, so that a guess will not do. bf16 as itself has not passed `check` on a device yet.
     pub(crate) fn of(problem: &Problem) -> Self {
         let (shape, options) = (problem.shape(), problem.options());
-        let is_plain = options.softcap.is_none() && !options.alibi && options.bias.is_none() && options.mask.is_none();
-        let is_measured = is_plain && options.dtype == DType::F16 && shape.head_dim.max(shape.value_dim) <= 128;
+        let is_measured = options.dtype == DType::F16 && shape.head_dim.max(shape.value_dim) <= 128;
         if is_measured { Gain::Elements } else { Gain::Matrices }
     }
 }
