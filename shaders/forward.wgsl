@@ -24,9 +24,9 @@
   {{ micro.begin() }}
 # call(masked) key_loop()
 # if masked == "raise"
-    {{ micro.raise() }}
-# elif masked == "none" and optimistic
-    {{ micro.optimistic_tile() }}
+    {{ micro.raise("some" if mask else "none") }}
+# elif optimistic and (mask or masked != "all")
+    {{ micro.optimistic_tile(masked) }}
 # else
 # call(chunk) chunks_of_tile()
     {{ micro.scores(chunk) }}

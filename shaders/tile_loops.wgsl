@@ -17,10 +17,8 @@
 # endif
 # endmacro
 
-{#- The mask's bits of a tile, and the next tile that the mask leaves visible: where a span ends, the one after it. -#}
+{#- The next tile that the mask leaves visible: where a span ends, the one after it. -#}
 # macro next_span()
-    let mask_partial = span.kind != 1u;
-{{ masking.mask_of_tile() }}
     next_visible = tile + 1u;
     var span_ends = next_visible >= span.end;
     // A loop that runs at most once, as in `hide`.
@@ -47,15 +45,19 @@
 # endmacro
 
 {#- Whether pairs of the tile are hidden one by one, where the loop does not say so. -#}
-# macro begin_tile(column0, full_arguments, class_ranges)
+# macro begin_tile(column0, full_arguments, class_ranges, advances=true)
 {{ begin_columns(column0) }}
 # if bias and not scores_in_powers_of_two
     // Any number of the bias may be -infinity.
     let is_partial = true;
 # elif masks_by_spans
-    let is_partial = !is_full({{ full_arguments }}, column0);
+    let is_partial = !is_full({{ full_arguments }}, {{ "tile_column0" if elements else "column0" }});
 # if mask
+    let mask_partial = span.kind != 1u;
+{{ masking.mask_of_tile() }}
+# if advances
 {{ next_span() }}
+# endif
 # endif
 # else
     let is_partial = !is_full({{ full_arguments }}, column0){% if mask %} || tile_class({{ class_arguments }}, {{ class_ranges }}) != 1u{% endif %};
@@ -129,11 +131,39 @@
 # endcall
 # else
 # set first = "first_tile" if mask else ("walk_tile" if walk else "tiles.first")
+# set body = caller
+# set ranges = "row0, row_end, column0, column0 + TILE_COLUMNS"
+# if optimistic
+{#- Two loops in turn, for tiles that hide nothing and for others, in the order of tiles. -#}
+# set hides_tile = "(span.kind != 1u || !is_full(seq, full, first_column(tiles, tile)))"
+  var raises = true;
+  var raised = 0u;
+  for (var tile = {{ first }}; tile < tiles.end; ) {
+    loop {
+      if (!raises) { break; }
+      raises = false;
+      raised = tile;
+      // The span may have been left.
+      span = visible_span({{ class_arguments }}, tiles, row0, row_end, tile);
+{{ masking.fetch_mask("tile") }}
+{{ begin_tile("first_column(tiles, tile)", "seq, full", ranges, advances=false) }}
+{{ body("raise") }}
+    }
+# for masked in ["none", "all"]
+  // Loop: tiles
+  for (; tile < tiles.end && {{ "!" if masked == "none" else "!raises && " }}{{ hides_tile }}; tile = {{ tile_after(walk) }}) {
+{{ begin_tile("first_column(tiles, tile)", "seq, full", ranges) }}
+{{ body(masked) }}
+  }
+# endfor
+  }
+# else
   // Loop: tiles
   for (var tile = {{ first }}; tile < tiles.end; tile = {{ tile_after(walk) }}) {
-{{ begin_tile("first_column(tiles, tile)", "seq, full", "row0, row_end, column0, column0 + TILE_COLUMNS") }}
-{{ caller("some") }}
+{{ begin_tile("first_column(tiles, tile)", "seq, full", ranges) }}
+{{ body("some") }}
   }
+# endif
 # endif
 # endmacro
 

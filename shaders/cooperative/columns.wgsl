@@ -10,6 +10,9 @@
 # if threads % staged_quads[b] == 0
   let {{ b }}_row = thread / {{ staged_quads[b] }}u;
   let {{ b }}_quad = thread % {{ staged_quads[b] }}u;
+# if reorders and share_columns[b]
+  let {{ b }}_column = {{ share_columns[b] }};
+# endif
 # endif
 # for n in range(staged_shares[b])
   var {{ b }}_share_{{ n }} = Raw();
@@ -22,6 +25,18 @@
 {#- The row and the quad of a thread's n-th share within the tile. -#}
 {%- macro share_row(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_row + {{ n * threads // staged_quads[b] }}u{% else %}(thread + {{ n * threads }}u) / {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
 
+{#- The column of the tile that comes to that row. Bits of the thread's row and of those before it are apart, unless rows are shared by other
+    numbers than powers of two. -#}
+{%- macro share_column(b, n) -%}
+{%- if not reorders -%}
+  {{ share_row(b, n) }}
+{%- elif share_columns[b] -%}
+  {{ b }}_column + {{ columns_at[n * threads // staged_quads[b]] }}u
+{%- else -%}
+  column_at({{ share_row(b, n) }})
+{%- endif -%}
+{%- endmacro -%}
+
 {%- macro share_quad(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_quad{% else %}(thread + {{ n * threads }}u) % {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
 
 {#- The condition under which a thread has an n-th share. -#}
@@ -33,7 +48,7 @@
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
       let quad = {{ share_quad(b, n) }};
-      let source = min({{ column }} + {{ share_row(b, n) }}, last_column);
+      let source = min({{ column }} + {{ share_column(b, n) }}, last_column);
       {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
 # if column_scales
       {{ b }}_scale_{{ n }} = {{ column_scales }}[scales_base + source].{{ "x" if b == staged[0] else "y" }};
@@ -67,6 +82,9 @@
   let cap = params.softcap * LOG2_E;
   let cap_scale = 2.0 * params.scale / params.softcap * LOG2_E;
   let scale = max(1.7347234759768071e-18 * cap, 1e-33);
+# elif joins_bias
+  // The scale is never zero, so hidden scores stay hidden.
+  let scale = max(params.scale_size * LOG2_E, 1.2e-38);
 # elif formed
   let scale = params.scale * params.scale_sign * LOG2_E;
 # else
@@ -140,7 +158,8 @@
 # if rows_are_keys
 # set lse = "lse_delta_" ~ n ~ ".x"
 # if bias
-      {{ stat_place(0) }} = select({{ p_lift() }} - {{ shift(lse) }}, -params.negative_infinity, {{ lse }} <= ABSORBING);
+{#- With a bias of -infinity it adds up to -infinity, and with another one to so much that the row is reported. -#}
+      {{ stat_place(0) }} = select({{ p_lift() }} - {{ shift(lse) }}, {{ "1e38" if joins_bias else "-params.negative_infinity" }}, {{ lse }} <= ABSORBING);
 # else
       {{ stat_place(0) }} = {{ p_lift() }} - {{ shift(lse) }};
 # endif

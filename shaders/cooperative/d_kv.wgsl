@@ -58,15 +58,18 @@
 # macro make_p(masked)
 {{ score.begin_scores() }}
 {{ matrix.rows_of("x", "s", 0) }}
-{{ score.make_scores("x", "derivative", masked) }}
+{{ score.make_scores("x", "derivative", masked, joins_bias) }}
+{{ score.fetch_bias("bias") }}
 # for r, n in pairs(lane_rows, lane_quads)
-# if formed
+# if joins_bias
+    var p_{{ r }}_{{ n }} = {{ score.joined_exponential("x_" ~ r ~ "_" ~ n, "bias_" ~ r ~ "_" ~ n, matrix.column_stat(n, 0), r) }};
+# elif formed
     var p_{{ r }}_{{ n }} = exp2(x_{{ r }}_{{ n }} + {{ matrix.column_stat(n, 0) }});
 # else
     var p_{{ r }}_{{ n }} = exp2(fma(x_{{ r }}_{{ n }}, vec4<f32>({{ matrix.score_scale(r) }}), {{ matrix.column_stat(n, 0) }}));
 # endif
 # endfor
-# if bias
+# if bias and not joins_bias
     // A key that the bias hides keeps probability 0, although the lse of a reported query makes its score NaN.
 # for r, n in pairs(lane_rows, lane_quads)
     p_{{ r }}_{{ n }} = select(p_{{ r }}_{{ n }}, vec4<f32>(), bitcast<vec4<u32>>(x_{{ r }}_{{ n }}) == vec4<u32>(0xff800000u));

@@ -51,6 +51,7 @@
     // S = Q K^T.
 {{ fallback.clean_columns(staged) }}
 {{ columns.fetch_next() }}
+{{ score.fetch_bias("bias") }}
 {{ matrix.product("s", "q", "k", "stage") }}
 # endmacro
 
@@ -72,11 +73,13 @@
 # macro make_d_s(counts, masked)
 {{ score.begin_scores() }}
 {{ matrix.rows_of("x", "s", 0) }}
-{{ score.make_scores("x", "derivative", masked) }}
+{{ score.make_scores("x", "derivative", masked, joins_bias) }}
 {{ matrix.rows_of("y", "d_p", 1) }}
 # for r in range(lane_rows)
 # for n in range(lane_quads)
-    var d_s_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "shift_" ~ r, r) }} * {{ in_unit(r, n) }};
+# set x = "x_" ~ r ~ "_" ~ n
+# set joined = score.joined_exponential(x, "bias_" ~ r ~ "_" ~ n, "vec4<f32>(-shift_" ~ r ~ ")", r)
+    var d_s_{{ r }}_{{ n }} = {{ joined if joins_bias else score.exponential(x, "shift_" ~ r, r) }} * {{ in_unit(r, n) }};
 # endfor
 # endfor
 # if softcap and not (slope_rows and counts)

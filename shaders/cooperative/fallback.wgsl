@@ -40,10 +40,10 @@
 # for r, n in pairs(lane_rows, lane_quads)
       var nonfinite_{{ r }}_{{ n }} = vec4<f32>();
       {
-        let column = {{ "chunk_column + " if elements }}{{ quad_offsets[n] }}u + lane_column;
+        let place = {{ "chunk_column + " if elements }}{{ quad_offsets[n] }}u + {{ "lane_place" if elements else "lane_column" }};
 # for e in range(4)
 # for b in staged
-        nonfinite_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (column + {{ quad_steps[e] }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
+        nonfinite_{{ r }}_{{ n }}.{{ xyzw[e] }} += f32({{ b }}_stage[stage * {{ b | upper }}_TILE + (place + {{ place_steps[e] if elements else e }}u) * {{ b | upper }}_ROW + {{ staged_quads[b] }}u].x);
 # endfor
 # endfor
 # if bias
@@ -60,9 +60,14 @@
 
 {#- Reports whether rows of the tile need another computation, and then which. -#}
 # macro report_fallback()
+# if wide_products or joins_bias
 # if wide_products
   // Products may be so large that the smallest scale that `begin_columns` takes is too large.
   let is_scaled = params.scale_size * LOG2_E >= 1.2e-38;
+# else
+  // Scores of larger scales may leave the range of f32.
+  let is_scaled = params.scale_size <= 1e20;
+# endif
 # for r in range(lane_rows)
   fallback_{{ r }} = fallback_{{ r }} || !is_scaled;
 # endfor

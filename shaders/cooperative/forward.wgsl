@@ -7,6 +7,9 @@
 # import "cooperative/fallback.wgsl" as fallback
 # from "tile_loops.wgsl" import chunk_columns
 
+{#- Whether exponentials of `optimistic_tile` take in the bias. Their scores are not formed. -#}
+# set joined = joins_bias and not has_row_max
+
 # macro declare()
 {{ matrix.declare() }}
 # if not wide_products
@@ -89,7 +92,8 @@ const LIFT: f32 = 7.0;
     loop over tiles. `raise` forms S once more and raises the maxima, and the loop begins again at the same tile. So the loop neither
     looks for maxima nor changes O but by products: NVIDIA's compiler would copy registers of O in every tile. A row's maximum follows
     its own sums alone, so other rows do not change its bits. -#}
-# macro optimistic_tile()
+# macro optimistic_tile(masked)
+{{ score.fetch_bias("bias0", "tile_column0") if joined }}
 # for r in range(lane_rows)
     var total_{{ r }} = vec4<f32>();
 # endfor
@@ -108,7 +112,8 @@ const LIFT: f32 = 7.0;
 {{ columns.put("v", "stage") }}
 {{ columns.fetch_next() }}
 # endif
-{{ optimistic_chunk(chunk) }}
+{{ score.fetch_bias("bias" ~ (chunk + 1), "tile_column0 + " ~ ((chunk + 1) * side * column_fragments) ~ "u") if joined and chunk < chunks - 1 }}
+{{ optimistic_chunk(chunk, masked) }}
 # endfor
 # for r in range(lane_rows)
     let sum_{{ r }} = {{ sum_of_four("total_" ~ r) }};
@@ -119,6 +124,7 @@ const LIFT: f32 = 7.0;
     if (score_rows[0].x > 0.0 && tile != raised) {
       // `raise` stores this tile's K again, and the tile that begins again its V.
 {{ columns.fetch_columns("tile_column0") }}
+      {{ "raises = true;" if mask }}
       break;
     }
 # for r in range(lane_rows)
@@ -129,7 +135,7 @@ const LIFT: f32 = 7.0;
 # for chunk in range(chunks)
     {
 {{ chunk_columns(chunk) }}
-{{ fallback.find_fallback("none") }}
+{{ fallback.find_fallback(masked) }}
     }
 # endfor
 # endif
@@ -141,12 +147,12 @@ const LIFT: f32 = 7.0;
 # endmacro
 
 {#- P = exp(S - m) of a chunk;  total += P. -#}
-# macro optimistic_chunk(chunk)
+# macro optimistic_chunk(chunk, masked)
     {
 {{ chunk_columns(chunk) }}
-{{ load_scores("none", "s" ~ chunk ~ "_") }}
+{{ load_scores(masked, "s" ~ chunk ~ "_", joined) }}
 # for r in range(lane_rows)
-{{ probabilities(r) }}
+{{ probabilities(r, "bias" ~ chunk if joined else "") }}
 # endfor
 # for r, c in pairs(row_fragments, column_fragments)
       p{{ chunk }}_left_{{ r }}_{{ c }} = {{ matrix.left("p", r, c) }};
@@ -155,7 +161,7 @@ const LIFT: f32 = 7.0;
 # endmacro
 
 {#- row_max of a full tile, of which K and V have been loaded, for rows whose sums of P are too large. It leaves K in the stage. -#}
-# macro raise()
+# macro raise(masked)
     // All subgroups have used K, and have seen the flag.
     workgroupBarrier();
     if (thread == 0u) { score_rows[0] = vec4<f32>(); }
@@ -169,7 +175,7 @@ const LIFT: f32 = 7.0;
     {
 {{ chunk_columns(chunk) }}
 {{ matrix.product("s", "q", "k", "stage", chunk) }}
-{{ load_scores("none") }}
+{{ load_scores(masked) }}
 # for r in range(lane_rows)
 {{ tile_max(r) }}
       largest_of_tile_{{ r }} = max(largest_of_tile_{{ r }}, tile_max_{{ r }});
@@ -193,9 +199,9 @@ const LIFT: f32 = 7.0;
 # endmacro
 
 {#- P of a row of a chunk, and its sum over this lane's columns as four. -#}
-# macro probabilities(r)
+# macro probabilities(r, bias="")
 # for n in range(lane_quads)
-{{ exponentiate(r, n) }}
+{{ exponentiate(r, n, bias) }}
 {{ row_sum(r, n) }}
 # endfor
 # endmacro
@@ -239,7 +245,7 @@ const LIFT: f32 = 7.0;
 {{ fallback.find_fallback(masked) }}
 # endmacro
 
-# macro load_scores(masked, s="s")
+# macro load_scores(masked, s="s", joined=false)
 # set hides_in_memory = registers > 200 and not (modified or mask or column_scales or elements)
 {{ score.begin_scores() }}
 # if elements
@@ -260,7 +266,7 @@ const LIFT: f32 = 7.0;
 {{ matrix.load_rows("x", r, 0) }}
 # endfor
 # endif
-{{ score.make_scores("x", "", masked) }}
+{{ score.make_scores("x", "", masked, joined) }}
 # if has_row_max
 # if not hides_in_memory
 {{ masking.hide("x", "hidden", masked) }}
@@ -337,8 +343,10 @@ const LIFT: f32 = 7.0;
 # endmacro
 
 {#- P = exp(S - m). -#}
-# macro exponentiate(r, n)
-    let p_{{ r }}_{{ n }} = {{ score.exponential("x_" ~ r ~ "_" ~ n, "row_max_" ~ r, r) }};
+# macro exponentiate(r, n, bias)
+# set x = "x_" ~ r ~ "_" ~ n
+# set joined = score.joined_exponential(x, bias ~ "_" ~ r ~ "_" ~ n, "vec4<f32>(-row_max_" ~ r ~ ")", r)
+    let p_{{ r }}_{{ n }} = {{ joined if bias else score.exponential(x, "row_max_" ~ r, r) }};
 # endmacro
 
 {#- The sum of P of the columns of this lane; `finish` adds up the lanes of a row. -#}

@@ -13,7 +13,8 @@
       strips      WGSL has no arithmetic on a fragment's elements, so a row of fragments goes through workgroup memory, LANES_A_ROW lanes a
                   row. The rows belong to one subgroup, and a subgroup barrier is enough.
       elements    SPIR-V has it. Calls of the functions that `declare_elements` declares become its instructions (src/device/markers.rs),
-                  and scores stay in registers. A lane has the rows and columns that the driver gives it (ElementLayout).
+                  and scores stay in registers. A lane has the rows and columns that the driver gives it (ElementLayout). Where a bias
+                  is read by quads (`column_at`), columns are staged in an order in which a lane's quads are neighbours.
 
     Numbers of f32 are split: each is two halves (halves.wgsl), and each product is three. That is written for `elements`.
 
@@ -78,6 +79,11 @@ fn is_finite4(x: vec4<f32>) -> bool {
 # if elements
 
 fn is_finite1(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) < 0x7f800000u; }
+# if elements and elements.column_at
+
+// The column of the tile in a row of the stage.
+fn column_at(place: u32) -> u32 { return {{ elements.column_at }}; }
+# endif
 # endif
 # if rounds_p
 
@@ -139,6 +145,9 @@ fn bits_as_words(x: vec4<f16>) -> vec2<u32> { return vec2<u32>(); }
   // The row and the column of the lane's first element in registers.
   let element_row = {{ elements.row if elements else "lane_row" }};
   let lane_column = {{ elements.column if elements else "4u * part" }};
+# if elements and sanitize
+  let lane_place = {{ elements.place }};
+# endif
 # for r in range(lane_rows)
   var fallback_{{ r }} = false;
   let row_{{ r }} = row0 + subgroup * {{ row_fragments * side }}u + {{ row_offsets[r] }}u + element_row;

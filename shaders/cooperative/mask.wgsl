@@ -15,11 +15,16 @@
 # endif
 # endmacro
 
-{#- The bits of the 32 columns around a tile. The next span's bits come after. -#}
+{#- The bits of the tile's columns, a word or two for each row. The next span's bits come after. -#}
 # macro mask_of_tile()
 # if mask_words
 # for r in range(lane_rows)
-    let mask_{{ r }} = select(mask_words_{{ r }}.x, mask_words_{{ r }}.y, (column0 & 32u) != 0u) >> (column0 % 32u);
+# set first = "tile_column0" if elements else "column0"
+# if tile_columns > 32
+    let mask_{{ r }} = mask_words_{{ r }};
+# else
+    let mask_{{ r }} = select(mask_words_{{ r }}.x, mask_words_{{ r }}.y, ({{ first }} & 32u) != 0u) >> ({{ first }} % 32u);
+# endif
 # endfor
 # endif
 # endmacro
@@ -43,11 +48,22 @@
 # endif
 # endmacro
 
+{#- A row's bits from the first column of the chunk on. -#}
+{%- macro mask_of_chunk(r) -%}
+{%- if not elements -%}
+  mask_{{ r }}
+{%- elif tile_columns > 32 -%}
+  (select(mask_{{ r }}.x, mask_{{ r }}.y, chunk_column >= 32u) >> (chunk_column % 32u))
+{%- else -%}
+  (mask_{{ r }} >> chunk_column)
+{%- endif -%}
+{%- endmacro -%}
+
 # macro hide_pairs(x, value, also)
 # for r in range(lane_rows)
 # if mask_words
       // A bit for each column.
-      var visible_{{ r }} = select(0xffffffffu, mask_{{ r }}, mask_partial);
+      var visible_{{ r }} = select(0xffffffffu, {{ mask_of_chunk(r) }}, mask_partial);
       if (is_partial) { visible_{{ r }} &= visible_bits(seq, row_{{ r }}, column0); }
       visible_{{ r }} >>= lane_column;
 # endif

@@ -7,6 +7,18 @@
 {#- exp(S - shift of the row), both in powers of two. -#}
 {%- macro exponential(x, shift, r) %}{% if formed %}exp2({{ x }} - vec4<f32>({{ shift }})){% else %}exp2(fma({{ x }}, vec4<f32>({{ score_scale(r) }}), vec4<f32>(-{{ shift }}))){% endif %}{% endmacro -%}
 
+{#- The same of a product and of the bias of its pair, where the exponential takes it in. -#}
+{%- macro joined_exponential(x, bias, shift, r) %}exp2(fma({{ x }}, vec4<f32>(scale), fma(bias_of({{ bias }}), vec4<f32>(LOG2_E), {{ shift }}))){% endmacro -%}
+
+{#- Loads the bias of a lane's pairs with the columns from `column` on, where the exponential takes it in. -#}
+# macro fetch_bias(stem, column="column0")
+# if joins_bias
+# for r, n in pairs(lane_rows, lane_quads)
+    let {{ stem }}_{{ r }}_{{ n }} = bias_quad(seq, row_{{ r }}, {{ column }} + {{ quad_offsets[n] }}u + lane_column);
+# endfor
+# endif
+# endmacro
+
 {#- The slope of ALiBi times the sign of p - j. Most tiles have one sign. In a tile with both, `make_scores` corrects the pairs of the
     other sign, where the band leaves them visible. -#}
 # macro begin_scores()
@@ -29,13 +41,13 @@
 {%- macro distance(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - seq.offset){% endmacro -%}
 
 {#- Turns products into scores. With ALiBi, bias or token scales they are `formed`, in powers of two. Otherwise the exponential applies
-    the scale, or the cap of capped scores. `derivative` names the derivative of softcap, where it is needed. -#}
-# macro make_scores(x, derivative, masked)
+    the scale, or the cap of capped scores. With `joined` it also takes in the bias, and nothing is formed. `derivative` names the derivative of softcap, where it is needed. -#}
+# macro make_scores(x, derivative, masked, joined=false)
 # if softcap and not bias
 {#- Two scores share a reciprocal, so hidden ones are replaced before. -#}
 {{ hide(x, "0.0", masked, before="capped_") }}
 # endif
-# if softcap or formed
+# if (softcap or formed) and not joined
 # for r, n in pairs(lane_rows, lane_quads)
 # set name = x ~ "_" ~ r ~ "_" ~ n
 # if softcap
@@ -54,7 +66,9 @@
 # else
     {{ name }} *= {{ product_scale(r) }};
 # endif
-# if bias
+# if joins_bias
+    {{ name }} = fma(bias4(seq, row_{{ r }}, {{ quad_column(n) }}), vec4<f32>(LOG2_E), {{ name }});
+# elif bias
     {{ name }} = biased4({{ name }}, bias4(seq, row_{{ r }}, {{ quad_column(n) }}));
 # endif
 # endfor

@@ -78,13 +78,17 @@
 {{ store_p(w) }}
 # endmacro
 
-{#- The walk begins at a tile that all rows see, if there is one, goes on from the first tile, and ends when all rows have a unit. A row
+{#- The walk begins at a tile that all rows see, if there is one, or with ALiBi at the diagonal, where a key's probabilities are largest. It goes on from the first tile, and ends when all rows have a unit. A row
     whose dS are all zero has none to the end. -#}
 # macro begin_walk()
 # if not mask
+# if alibi and rows_are_keys
+  let walk_tile = tiles.first;
+# else
   let walk_tile = clamp({{ "full.start" if rows_are_keys else "(max(full.end, 1u) - 1u)" }} / TILE_COLUMNS, tiles.first, max(tiles.end, 1u) - 1u);
+# endif
   var next_of_walk = tiles.first;
-  var is_first = true;
+  var is_first = {{ "false" if alibi and rows_are_keys else "true" }};
 # endif
 {{ fetch_first("walk_tile") }}
 # endmacro

@@ -160,23 +160,72 @@ impl ElementLayout {
 
     /// The row, or the column, of a lane's first element as an expression of WGSL.
     pub(crate) fn expression(&self, axis: usize) -> String {
-        let places = if axis == 0 { &self.lane.rows } else { &self.lane.columns };
-        let mut terms = Vec::new();
-        let mut bit = 0;
-        while bit < BITS {
-            let first = bit;
-            let place = u32::from(places[bit]);
-            bit += 1;
-            if place == 0 {
-                continue;
-            }
-            while bit < BITS && u32::from(places[bit]) == place << (bit - first) {
-                bit += 1;
-            }
-            terms.push(format!("(lane >> {first}u) % {}u * {place}u", 1u32 << (bit - first)));
-        }
-        if terms.is_empty() { "0u".into() } else { terms.join(" + ") }
+        let places = if axis == 0 { self.lane.rows } else { self.lane.columns };
+        sum_of_bits("lane", &places.map(u32::from))
     }
+
+    /// The first of a lane's columns of a tile, where each lane has four neighbours, as an expression of WGSL.
+    pub(crate) fn quad_expression(&self) -> String {
+        let mut places = [0; BITS];
+        let (mut bits, mut place) = (self.lane.columns.iter().enumerate().collect::<Vec<_>>(), 4);
+        bits.sort_unstable_by_key(|(_, column)| **column);
+        for (bit, _) in bits.into_iter().filter(|(_, column)| **column > 0) {
+            places[bit] = place;
+            place *= 2;
+        }
+        sum_of_bits("lane", &places)
+    }
+
+    /// The columns of a tile that the bits of a place in the stage add up to, so that a lane has four neighbours: its elements are the lowest
+    /// bits of a column, and lanes the next ones. Places are the columns of neighbouring fragments of `side`. Further bits are as they are.
+    fn columns_of_bits(&self, side: u32) -> Vec<u32> {
+        let of_bits = |places: &[u8; BITS]| {
+            let mut found: Vec<u32> = places.iter().map(|place| u32::from(*place)).filter(|place| *place > 0).collect();
+            found.sort_unstable();
+            found
+        };
+        let own = of_bits(&self.component.columns);
+        let fragments = (0..2 - own.len() as u32).map(|bit| side << bit);
+        let places: Vec<u32> = own.iter().copied().chain(fragments).chain(of_bits(&self.lane.columns)).collect();
+        let column = |bit: usize| places.iter().position(|place| *place == 1 << bit).map_or(0, |bit| 1 << bit);
+        (0..places.len()).map(column).collect()
+    }
+
+    /// The column of the tile at a place of the stage ([`columns_of_bits`](Self::columns_of_bits)).
+    pub(crate) fn column_at(&self, side: u32, place: u32) -> u32 {
+        let columns = self.columns_of_bits(side);
+        let low: u32 = columns.iter().enumerate().map(|(bit, column)| (place >> bit & 1) * column).sum();
+        low + (place >> columns.len() << columns.len())
+    }
+
+    /// The same as an expression of WGSL, of a place below `end`, a power of two, or of any.
+    pub(crate) fn column_at_expression(&self, side: u32, place: &str, end: Option<u32>) -> String {
+        let mut columns = self.columns_of_bits(side);
+        let moved = 1 << columns.len();
+        if let Some(end) = end {
+            columns.truncate(end.trailing_zeros() as usize);
+        }
+        let low = sum_of_bits(place, &columns);
+        if end.is_some_and(|end| end <= moved) { low } else { format!("{place} / {moved}u * {moved}u + {low}") }
+    }
+}
+
+/// The sum of the places of a number's bits, as an expression of WGSL.
+fn sum_of_bits(number: &str, places: &[u32]) -> String {
+    let mut terms = Vec::new();
+    let mut bit = 0;
+    while bit < places.len() {
+        let (first, place) = (bit, places[bit]);
+        bit += 1;
+        if place == 0 {
+            continue;
+        }
+        while bit < places.len() && places[bit] == place << (bit - first) {
+            bit += 1;
+        }
+        terms.push(format!("({number} >> {first}u) % {}u * {place}u", 1u32 << (bit - first)));
+    }
+    if terms.is_empty() { "0u".into() } else { terms.join(" + ") }
 }
 
 impl fmt::Display for ElementLayout {
@@ -212,6 +261,35 @@ mod tests {
         assert_eq!(nvidia.expression(1), "(lane >> 0u) % 4u * 2u");
         assert_eq!(ElementLayout::LLVMPIPE.row_lanes(), [1, 2, 4]);
         assert_eq!(ElementLayout::LLVMPIPE.expression(0), "0u");
+    }
+
+    /// A lane's columns are neighbours, and no two columns of a tile have one place.
+    #[test]
+    fn lanes_have_neighbouring_columns() {
+        for (side, layout) in [(16, ElementLayout::NVIDIA), (8, ElementLayout::LLVMPIPE)] {
+            let own = layout.columns();
+            let in_group = 4 / own.len() as u32 * side;
+            let mut columns: Vec<u32> = (0..4 * in_group).map(|place| layout.column_at(side, place)).collect();
+            for (place, column) in (0..).zip(&columns) {
+                assert_eq!(column / in_group, place / in_group);
+            }
+            // The four elements of a lane are neighbours.
+            let steps: Vec<u32> =
+                (0..4 / own.len() as u32).flat_map(|n| own.iter().map(move |c| n * side + c)).collect();
+            for lane in 0..layout.lanes {
+                let first = layout.place(lane, 0)[1];
+                let of_lane: Vec<u32> = steps.iter().map(|step| columns[(first + step) as usize]).collect();
+                assert!(of_lane[0] % 4 == 0 && (0..4).all(|n| of_lane[n] == of_lane[0] + n as u32), "{of_lane:?}");
+            }
+            columns.sort_unstable();
+            assert!(columns.into_iter().eq(0..4 * in_group));
+        }
+        let nvidia = ElementLayout::NVIDIA;
+        assert_eq!(nvidia.quad_expression(), "(lane >> 0u) % 4u * 4u");
+        let bits = "(place >> 0u) % 2u * 1u + (place >> 1u) % 4u * 4u";
+        assert_eq!(nvidia.column_at_expression(16, "place", Some(8)), bits);
+        let all = format!("place / 16u * 16u + {bits} + (place >> 3u) % 2u * 2u");
+        assert_eq!(nvidia.column_at_expression(16, "place", None), all);
     }
 
     #[test]

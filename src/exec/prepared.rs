@@ -90,7 +90,10 @@ impl<'a> Operands<'a> {
     }
 
     fn vec4(&self) -> bool {
-        self.placed.iter().filter(|(_, p)| p.view.binding.has_width()).all(|(_, p)| p.view.vec4())
+        let by_width = |view: &OperandLayout| view.binding.has_width();
+        // A bias of another number of keys is read one by one anyway.
+        let by_keys = |view: &OperandLayout| view.binding == Binding::Bias && view.extents[3].is_multiple_of(4);
+        self.placed.iter().filter(|(_, p)| by_width(&p.view) || by_keys(&p.view)).all(|(_, p)| p.view.vec4())
     }
 
     /// The layout of an operand of a pass, which is the caller's or the crate's own.

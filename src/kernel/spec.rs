@@ -31,8 +31,8 @@ pub struct OptionalOperands {
     pub mask_bits: bool,
     /// The gradients by k and v lie in one buffer.
     pub packed: bool,
-    /// Rows of the operands cannot be read four neighbours at a time, because an offset or a stride is no multiple of 4. A width that is no
-    /// multiple of 4 need not be stated here.
+    /// Rows of the operands, or of a bias, cannot be read four neighbours at a time, because an offset or a stride is no multiple of 4. A width,
+    /// or a number of keys, that is no multiple of 4 need not be stated here.
     pub scalar: bool,
     /// The forward pass, or a merge, writes the largest score of each row.
     pub row_max: bool,

@@ -49,6 +49,8 @@ pub struct Variant {
     pub slope_rows: bool,
     /// Element type of the bias that is added to scores.
     pub bias: Option<DType>,
+    /// The bias is read four neighbours at a time.
+    pub bias_vec4: bool,
     /// A boolean mask hides pairs.
     pub mask: bool,
     /// Packing of the caller's mask, for the kernel that reads it.
@@ -162,6 +164,7 @@ impl Variant {
             alibi: alibi && (is_tiled || reads(Binding::AlibiSlopes)),
             slope_rows: alibi && optional.d_alibi_slopes && writes(Binding::DSlopeRows),
             bias: bias.map(|_| bias_dtype).filter(|_| reads(Binding::Bias)),
+            bias_vec4: false,
             mask: mask.is_some() && reads(Binding::MaskBits),
             mask_packing: if reads(Binding::Mask) { mask_packing } else { MaskPacking::Bytes },
             axes: bias.filter(|_| writes(Binding::DBias)),
@@ -194,6 +197,7 @@ impl Variant {
             alibi: options.alibi,
             slope_rows: false,
             bias: None,
+            bias_vec4: false,
             mask: false,
             mask_packing: MaskPacking::Bytes,
             axes: None,
@@ -309,12 +313,27 @@ impl Variant {
         self.properties().peels_full_tiles && !self.mask
     }
 
-    /// Whether the loop over full tiles forms P with the maxima so far, and is left where they are too small. That pays where a lane has many
-    /// elements of O: in a second row of fragments on NVIDIA (benches/results/2026-11-30-h200-forward.md). The powers of values that token
-    /// scales add to scores need the maxima of every tile.
+    /// Whether the bits of a mask for a row of a tile are words in registers. A span of tiles of one class, whose words are loaded together,
+    /// is of 64 keys, or of 32 queries.
+    fn has_mask_words(&self, columns: u32) -> bool {
+        let in_chunk = |tile: CooperativeTile| tile.column_fragments() * tile.matrices.side <= 32;
+        let has_two = columns == 64 && !self.rows_are_keys() && self.properties().needs_elements;
+        32u32.is_multiple_of(columns) || (has_two && self.fragments().is_some_and(in_chunk))
+    }
+
+    /// Whether the exponential takes in the bias, so that no score is formed. A bias in f16 is far from the ends of f32, so that no sum
+    /// becomes infinite where the bias is not.
+    fn joins_bias(&self) -> bool {
+        let alone = !self.softcap && !self.alibi && self.column_scales().is_none();
+        alone && self.bias == Some(DType::F16) && self.properties().needs_elements
+    }
+
+    /// Whether the loop over full tiles, or with a mask that over all tiles, forms P with the maxima so far, and is left where they are too
+    /// small. That pays where a lane has many elements of O: in a second row of fragments on NVIDIA
+    /// (benches/results/2026-11-30-h200-forward.md). The powers of values that token scales add to scores need the maxima of every tile.
     fn is_optimistic(&self, tile: &CooperativeTile) -> bool {
         let rows = tile.matrices.elements.map_or(0, |layout| tile.rows as usize * layout.rows().len());
-        rows > 2 && self.properties().needs_elements && self.softmax() && self.peels() && self.column_scales().is_none()
+        rows > 2 && self.properties().needs_elements && self.softmax() && self.column_scales().is_none()
     }
 
     /// The token scales of the columns that the kernel multiplies in f16, if the element type has more range than f16.
@@ -427,7 +446,8 @@ impl Variant {
         ] {
             name.push_str(if there { part } else { "" });
         }
-        let _ = self.bias.map_or(Ok(()), |dtype| write!(name, "_bias_{dtype}"));
+        let vec4 = if self.bias_vec4 { "_vec4" } else { "" };
+        let _ = self.bias.map_or(Ok(()), |dtype| write!(name, "_bias_{dtype}{vec4}"));
         let _ = self.axes.map_or(Ok(()), |Axes { batch, heads, seq_q }| {
             write!(name, "_own{}{}{}", u8::from(batch), u8::from(heads), u8::from(seq_q))
         });
@@ -484,7 +504,12 @@ impl Variant {
                     (Binding::RowStats, ..) if self.stats_have_units() => "array<vec4<f32>>",
                     (Binding::RowStats | Binding::KeyScales | Binding::QueryScales, ..) => "array<vec2<f32>>",
                     (Binding::Fallback | Binding::Mask | Binding::MaskBits | Binding::Sequences, ..) => "array<u32>",
-                    (Binding::Bias, ..) if self.bias.is_some_and(DType::is_half) => "array<u32>",
+                    (Binding::Bias, ..) => match (self.bias.is_some_and(DType::is_half), self.bias_vec4) {
+                        (true, true) => "array<vec2<u32>>",
+                        (true, false) => "array<u32>",
+                        (false, true) => "array<vec4<f32>>",
+                        (false, false) => "array<f32>",
+                    },
                     (_, None, _) => {
                         let of_cache = |(cached, options): (&Cached, &CacheOptions)| {
                             options.buffer_type(*b, (cached.access)(options))
@@ -523,6 +548,8 @@ impl Variant {
             alibi => self.alibi,
             slope_rows => self.slope_rows,
             bias => self.bias.map(|dtype| dtype.to_string()),
+            bias_vec4 => self.bias_vec4,
+            joins_bias => self.joins_bias(),
             mask => self.mask,
             packed => self.mask_packing == MaskPacking::Bits,
             axes => self.axes.map(|Axes { batch, heads, seq_q }| context! { batch, heads, seq_q }),
@@ -544,7 +571,7 @@ impl Variant {
             mirrored => properties.rescales_rarely && self.softmax() && self.alibi,
             softmax => self.softmax(),
             // A mask's words are kept in registers.
-            mask_words => self.mask && properties.masks_by_spans && self.tile().is_some_and(|[_, columns]| 32u32.is_multiple_of(columns)),
+            mask_words => self.mask && properties.masks_by_spans && self.tile().is_some_and(|[_, columns]| self.has_mask_words(columns)),
             peels => self.peels(),
             chunks => 1,
             phased => false,
@@ -609,6 +636,7 @@ impl Variant {
             let staged_quads: BTreeMap<&str, u32> = fragments.iter().map(|(name, n)| (*name, n * side / 4)).collect();
             let shares = |quads: u32| (f.tile_columns() * quads).div_ceil(f.threads());
             let staged_shares: BTreeMap<&str, u32> = staged_quads.iter().map(|(name, n)| (*name, shares(*n))).collect();
+            let fragments_of = staged_quads.clone();
             context = context! {
                 micro_kernel => self.micro_kernel.to_string(),
                 side,
@@ -636,7 +664,18 @@ impl Variant {
                 fragments, staged_rows, staged_quads, staged_shares,
                 ..context
             };
-            context = context! { ..f.lane_context(), ..context };
+            // The column that comes to a thread's first row of the stage, where rows are shared by a power of two.
+            let shared_rows = |quads: u32| {
+                (f.threads() % quads == 0).then_some(f.threads() / quads).filter(|rows| rows.is_power_of_two())
+            };
+            let share_column = |name: &str, quads: u32| {
+                let (layout, rows) = f.matrices.elements.zip(shared_rows(quads))?;
+                Some(layout.column_at_expression(side, &format!("{name}_row"), Some(rows)))
+            };
+            let share_columns: BTreeMap<&str, Option<String>> =
+                fragments_of.iter().map(|(name, quads)| (*name, share_column(name, *quads))).collect();
+            context = context! { reorders => self.bias_vec4, share_columns, ..context };
+            context = context! { ..f.lane_context(self.bias_vec4), ..context };
         }
         if let Some((cached, options)) = self.cached() {
             let own = (cached.context)(options);

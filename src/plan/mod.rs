@@ -411,7 +411,13 @@ impl<'a> Passes<'a> {
         let variant = Variant::new(kernel, problem, vec4, optional);
         let micro_kernel = tiling.micro_kernel();
         let batch = if fallback.is_some() { self.batch() } else { 1 };
-        let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, fallback, batch, ..variant };
+        // Neighbours of a row of the bias are keys.
+        let bias_keys = variant.bias.and(problem.bias_shape()).map(|[_, _, _, keys]| keys);
+        let bias_vec4 = bias_keys.is_some_and(|keys| keys.is_multiple_of(4))
+            && !optional.scalar
+            && micro_kernel.properties().needs_elements
+            && !kernel.spec().work.rows_are_keys();
+        let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, fallback, batch, bias_vec4, ..variant };
         let tile = variant.tile().unwrap_or([1; 2]);
         check_loop_iterations(kernel, problem, capabilities, |most| {
             loop_iterations(kernel, problem, tile, iterations, most)

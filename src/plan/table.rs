@@ -213,16 +213,14 @@ fn fragments(
     let modified = options.softcap.is_some() || options.alibi || options.bias.is_some();
     let keep = LoopHints::every(LoopHint::Keep);
     let keep_tiles = LoopHints::NONE.with(LoopName::Tiles, LoopHint::Keep);
-    // Subgroups, rows, columns and columns of a chunk in fragments of 16x16, measured on an NVIDIA H200 in f16 without options but windows:
-    // benches/results/2026-11-30-h200-fragments.md. Two workgroups of a multiprocessor have 24 KiB each. A mask's words are of 32 columns.
+    // Subgroups, rows, columns and columns of a chunk in fragments of 16x16, measured on an NVIDIA H200 in f16:
+    // benches/results/2026-11-30-h200-fragments.md and 2026-11-30-h200-options.md. Two workgroups of a multiprocessor have 24 KiB each. A mask's words are of 32 columns.
     let (table, loops): (&[[u32; 4]], LoopHints) = match (class, Family::of(kernel)) {
         // Four fragments of 8x8 make quads of llvmpipe's elements.
         (DeviceClass::Software, _) => (&[[2, 1, 2, 2]], keep),
         // Split numbers take twice the registers and the memory.
         (_, family) if options.dtype.is_split_on_matrices() => (split_fragments(family, width, narrow), keep),
         (_, Family::Softmax) if narrow => (&[[4, 1, 2, 1], [4, 1, 1, 1]], keep),
-        (_, Family::Softmax) if has_mask && width <= 64 => (&[[4, 2, 2, 2], [4, 1, 1, 1]], keep),
-        (_, Family::Softmax) if modified && width <= 64 => (&[[4, 2, 4, 2], [4, 1, 2, 1]], keep),
         (_, Family::Softmax) if width <= 64 => (&[[4, 2, 4, 1], [4, 1, 2, 1]], keep),
         (_, Family::Softmax) if width <= 128 => (&[[4, 2, 1, 1], [4, 1, 1, 1]], keep),
         (_, Family::Queries) if narrow && width <= 64 => (&[[2, 2, 1, 1], [2, 1, 1, 1]], keep),

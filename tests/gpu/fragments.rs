@@ -302,6 +302,19 @@ fn softcap_alibi_bias_and_lengths_in_bf16() {
     softcap_alibi_bias_and_lengths::<bf16>().iter().for_each(|(problem, case)| check(attention, problem, case));
 }
 
+/// A bias in f16 enters the exponential: by quads of neighbouring keys, and one by one, where the number of keys is no multiple of four.
+#[test]
+fn a_bias_in_halves() {
+    let Some(attention) = &fragments() else { return };
+    let options = Options::new().bias(Axes::KEYS.seq_q()).bias_dtype(DType::F16).sink_logits(SinkLogits::PerHead);
+    for (seed, (keys, options)) in
+        (0..).zip([(132, options.causal(true)), (130, options.mask(Axes::KEYS.seq_q())), (132, options.scale(0.0))])
+    {
+        let (problem, case) = random::<f16>(&problem([1, 2, 1], [70, keys], [8, 8], options), seed);
+        check(attention, &problem, &case);
+    }
+}
+
 #[test]
 fn odd_widths_under_a_mask() {
     let Some(attention) = &fragments() else { return };

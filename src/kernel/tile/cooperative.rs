@@ -207,17 +207,12 @@ impl CooperativeTile {
         Ok(())
     }
 
-    /// Checks that a tile is one chunk where the kernel takes no other, and that a word of a mask has the bits of a quad.
+    /// Checks that a tile is one chunk where the kernel takes no other, and that a word of a mask has the bits of a chunk's lanes.
     pub(crate) fn check_kernel(&self, kernel: Kernel, has_mask: bool) -> Result<(), String> {
         let Some(chunk) = self.chunk else { return Ok(()) };
-        let is_one = has_mask || !kernel.tiled().is_some_and(|tiled| tiled.softmax);
+        let is_one = !kernel.tiled().is_some_and(|tiled| tiled.softmax);
         if is_one && chunk != self.columns {
-            let with_mask = if has_mask { " with a mask" } else { "" };
-            return Err(format!(
-                "{}{with_mask} takes tiles of one chunk, not of {}",
-                kernel.name(),
-                self.columns / chunk
-            ));
+            return Err(format!("{} takes tiles of one chunk, not of {}", kernel.name(), self.columns / chunk));
         }
         // Their bits are taken from one word.
         let columns = self.matrices.elements.map_or(4, |elements| elements.columns().len() as u32);
@@ -230,8 +225,9 @@ impl CooperativeTile {
 }
 
 impl CooperativeTile {
-    /// Rows and columns of scores that a lane computes with, as quads, for the templates.
-    pub(crate) fn lane_context(&self) -> Value {
+    /// Rows and columns of scores that a lane computes with, as quads, for the templates. Where columns are reordered, those of a quad are
+    /// neighbours.
+    pub(crate) fn lane_context(&self, reorders: bool) -> Value {
         let CooperativeMatrices { side, lanes, elements, .. } = self.matrices;
         let fragments = self.column_fragments();
         let Some(layout) = elements.filter(|_| self.chunk.is_some()) else {
@@ -279,11 +275,19 @@ impl CooperativeTile {
             row_lanes => layout.row_lanes(),
             lane_quads => quads.len(),
             quad_offsets => quads.iter().map(|quad| column(quad[0])).collect::<Vec<_>>(),
-            quad_steps => quads[0].iter().map(|place| column(*place) - column(quads[0][0])).collect::<Vec<_>>(),
+            // Places in the stage of a quad's columns, from its first one on.
+            place_steps => quads[0].iter().map(|place| column(*place) - column(quads[0][0])).collect::<Vec<_>>(),
+            quad_steps => quads[0].iter().zip(0..).map(|(place, n)| if reorders { n } else { column(*place) - column(quads[0][0]) }).collect::<Vec<_>>(),
+            columns_at => (0..self.tile_columns()).map(|place| layout.column_at(side, place)).collect::<Vec<_>>(),
             quad_elements => (0..rows.len()).map(quad_elements).collect::<Vec<_>>(),
             element_quads => (0..fragments).map(element_quads).collect::<Vec<_>>(),
             components => layout.components(),
-            elements => context! { row => layout.expression(0), column => layout.expression(1) },
+            elements => context! {
+                row => layout.expression(0),
+                column => if reorders { layout.quad_expression() } else { layout.expression(1) },
+                place => layout.expression(1),
+                column_at => reorders.then(|| layout.column_at_expression(side, "place", None)),
+            },
         }
     }
 }
