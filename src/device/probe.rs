@@ -107,7 +107,7 @@ pub(crate) fn spirv(side: u32, lanes: u32, operands: Operands, version: SpirvVer
     translation.of(&text(side, lanes, operands), version)
 }
 
-/// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product.
+/// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its products.
 fn run(
     device: &wgpu::Device,
     queue: &wgpu::Queue,
@@ -136,7 +136,7 @@ fn run(
         })
     };
     let inputs = [input(bytemuck::cast_slice(&numbers)), input(bytemuck::cast_slice(&identity))];
-    let size = u64::from(3 * area * 4);
+    let size = u64::from(4 * area * 4);
     let output =
         |usage| device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
     let found = output(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC);
@@ -151,7 +151,7 @@ fn run(
     };
     // SAFETY: wgpu looks at nothing here. naga has validated the module that the words are written from, and `markers::rewrite` puts
     // instructions in place of calls of the same types. The capabilities say that the device takes the version and has the matrices. The
-    // module binds two buffers of `area` numbers and one of three times as many, as the layout below has them, and a lane writes its own
+    // module binds two buffers of `area` numbers and one of four times as many, as the layout below has them, and a lane writes its own
     // components.
     let module = unsafe { device.create_shader_module_passthrough(descriptor) };
     let entries = [true, true, false].map(|read_only| wgpu::BindingType::Buffer {
@@ -215,7 +215,9 @@ fn run(
 /// The layout by what the kernel has found.
 fn layout_of(side: u32, lanes: u32, found: &[f32]) -> Result<ElementLayout, String> {
     let area = (side * side) as usize;
-    let (elements, copies) = found.split_at_checked(area).ok_or("the kernel found too little")?;
+    let too_little = "the kernel found too little";
+    let (elements, copies) = found.split_at_checked(area).ok_or(too_little)?;
+    let (copies, right) = copies.split_at_checked(2 * area).ok_or(too_little)?;
     for (copy, what) in copies.chunks(area).zip(["components do not make a fragment", "results do not become operands"])
     {
         if !copy.iter().copied().eq((0..area).map(|n| n as f32)) {
@@ -227,7 +229,9 @@ fn layout_of(side: u32, lanes: u32, found: &[f32]) -> Result<ElementLayout, Stri
         return Err(format!("a component is the element {x}, of {area}"));
     }
     let elements: Vec<u32> = elements.iter().map(|x| *x as u32).collect();
-    ElementLayout::new(side, lanes, &elements)
+    // A right operand of another layout is no obstacle to kernels that load it as a fragment.
+    let right: Vec<u32> = right.iter().map(|x| *x as u32).collect();
+    Ok(ElementLayout::new(side, lanes, &elements)?.with_right(side, &right))
 }
 
 #[cfg(test)]
@@ -254,7 +258,8 @@ mod tests {
         };
         let elements = (0..32).flat_map(|lane| (0..8).map(move |i| place(lane, i)));
         let copy = || (0..256).map(|n| n as f32);
-        let found: Vec<f32> = elements.chain(copy()).chain(copy()).collect();
+        let transpose = (0..256).map(|n| (n % 16 * 16 + n / 16) as f32);
+        let found: Vec<f32> = elements.chain(copy()).chain(copy()).chain(transpose).collect();
         assert_eq!(layout_of(16, 32, &found), Ok(ElementLayout::NVIDIA));
         for (at, value, message) in [
             (5, 0.5, "the element 0.5, of 256"),

@@ -1,5 +1,5 @@
 // Loads a fragment whose elements are numbered row by row, and tells which of them each component of each lane is. Then the same
-// fragment comes back from its components, and as the left operand of a product with the identity.
+// fragment comes back from its components, and as the left and as the right operand of a product with the identity.
 enable f16;
 enable wgpu_cooperative_matrix;
 
@@ -11,6 +11,7 @@ const AREA: u32 = SIDE * SIDE;
 
 fn component_c(m: coop_matSIDExSIDE<f32, C>, i: u32) -> f32 { return 0.0; }
 fn matrix_of_a(OPERANDS) -> coop_matSIDExSIDE<f16, A> { return coop_matSIDExSIDE<f16, A>(); }
+fn matrix_of_b(OPERANDS) -> coop_matSIDExSIDE<f16, B> { return coop_matSIDExSIDE<f16, B>(); }
 fn matrix_of_c(SINGLES) -> coop_matSIDExSIDE<f32, C> { return coop_matSIDExSIDE<f32, C>(); }
 
 @compute @workgroup_size(LANES)
@@ -23,4 +24,8 @@ fn main(@builtin(subgroup_invocation_id) lane: u32) {
   let operand = matrix_of_a(OPERAND);
   let product = coopMultiplyAdd(operand, identity, coop_matSIDExSIDE<f32, C>());
   coopStoreT(product, &found[2u * AREA], SIDE);
+  let left_identity = coopLoadT<coop_matSIDExSIDE<f16, A>>(&halves[0], SIDE);
+  let right = matrix_of_b(OPERAND);
+  let other_product = coopMultiplyAdd(left_identity, right, coop_matSIDExSIDE<f32, C>());
+  coopStoreT(other_product, &found[3u * AREA], SIDE);
 }
