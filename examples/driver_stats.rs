@@ -2,6 +2,7 @@
 //!
 //! ```sh
 //! cargo run --release --example driver_stats -- [--dtype f16] [--precision full] [--with OPTION] [--tiles KERNEL=TILES]... [--out FOLDER]
+//! cargo run --release --example driver_stats -- --decode "fragments 4x1 rows 8, columns 1, ahead 2, splits 33" [--decode ...]
 //! ```
 //!
 //! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
@@ -14,8 +15,9 @@ use std::ffi::{CStr, c_void};
 use std::path::{Path, PathBuf};
 
 use ash::{khr, vk};
+use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiling};
 use sink_attention::plan::{
-    Capabilities, Kernel, OptionalOperands, Plan, Precision, Preference, SpirvVersion, Variant,
+    Capabilities, Kernel, MicroKernel, OptionalOperands, Plan, Precision, Preference, SpirvVersion, Variant,
 };
 use sink_attention::{Attention, Axes, DType, DeviceChoice, Options, Problem, Shape, SinkLogits};
 
@@ -27,6 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut precision = Precision::Full;
     let mut out: Option<PathBuf> = None;
     let mut tiles = Vec::new();
+    let mut decodes: Vec<DecodeTiling> = Vec::new();
     let mut options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -45,6 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let kernel = Kernel::TILED.into_iter().find(|kernel| kernel.name() == name);
                 tiles.push((kernel.ok_or_else(|| format!("no kernel {name} with tiles"))?, tiling.parse()?));
             }
+            "--decode" => decodes.push(value.parse()?),
             "--with" => {
                 let pairs = Axes::KEYS.seq_q();
                 options = match value.as_str() {
@@ -69,7 +73,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{}", attention.device_name());
     let needs_bf16 = device.capabilities().cooperative.is_some_and(|matrices| matrices.bf16.is_some());
     let driver = Driver::new(needs_bf16)?;
-    for [heads, kv_heads, width] in SHAPES {
+    for ([heads, kv_heads, width], tiling) in
+        SHAPES.iter().flat_map(|shape| decodes.iter().map(move |tiling| (*shape, *tiling)))
+    {
+        let config = CacheConfig::new(CacheKind::Contiguous { capacity: 131_072 }, 1, kv_heads, width).dtype(dtype);
+        let decode = Decode::new(heads, options.dtype(dtype)).tiling(tiling);
+        for pass in Plan::decode(&config, &decode, device.capabilities(), MicroKernel::Auto)?.passes {
+            println!("{:80} {}", pass.variant.name(), driver.statistics(&pass.variant, out.as_deref())?);
+        }
+    }
+    for [heads, kv_heads, width] in SHAPES.into_iter().filter(|_| decodes.is_empty()) {
         let preference = Preference::default().precision(precision).tiles(&tiles);
         for variant in variants([heads, kv_heads, width], options.dtype(dtype), device.capabilities(), &preference)? {
             println!("{:80} {}", variant.name(), driver.statistics(&variant, out.as_deref())?);

@@ -42,11 +42,13 @@ var<workgroup> thread_o: array<vec4<f32>, {{ threads }}>;
   m = thread_max[0];
 # endmacro
 
-{#- Begins the loads of the a-th split of several: their loads are under way together. Those beyond the last split load the last one. -#}
+{#- Begins the loads of the a-th split of several: they are under way together. Those beyond the last split load the last one. -#}
 # macro load_split(a)
-    let at_{{ a }} = (first + min(n + {{ a }}u * SLOTS, range.splits - 1u)) * (QUADS + 1u);
-    let state_{{ a }} = partials[at_{{ a }} + QUADS];
-    let o_{{ a }} = partials[at_{{ a }} + min(lane, QUADS - 1u)];
+    {
+      let at = (first + min(n + {{ a }}u * SLOTS, last)) * (QUADS + 1u);
+      state_{{ a }} = partials[at + QUADS];
+      o_{{ a }} = partials[at + min(lane, QUADS - 1u)];
+    }
 # endmacro
 
 {#- row_sum += exp(row_max_n - m) row_sum_n, and the same of O. -#}
@@ -98,21 +100,33 @@ var<workgroup> thread_o: array<vec4<f32>, {{ threads }}>;
   let entry = at.batch;
   let range = key_range({{ "entries[entry]" if indexed else "entry" }});
   let first = index * params.most_splits;
-{{ combined_max() }}
+  let last = max(range.splits, 1u) - 1u;
   let slot = thread / LANES;
   let lane = thread % LANES;
+  // The loads of the first splits are under way while the maximum is found.
+  var n = slot;
+# for a in range(ahead)
+  var state_{{ a }} = vec4<f32>();
+  var o_{{ a }} = vec4<f32>();
+# endfor
+# for a in range(ahead)
+{{ load_split(a) }}
+# endfor
+{{ combined_max() }}
   var row_sum = 0.0;
   var o_sum = vec4<f32>();
 # if has_row_max
   // row_max_n may lag behind the largest score of its split.
   var largest = LOWEST;
 # endif
-  for (var n = slot; n < range.splits; n += {{ ahead }}u * SLOTS) {
-# for a in range(ahead)
-{{ load_split(a) }}
-# endfor
+  loop {
 # for a in range(ahead)
 {{ add_split(a) }}
+# endfor
+    n += {{ ahead }}u * SLOTS;
+    if (n >= range.splits) { break; }
+# for a in range(ahead)
+{{ load_split(a) }}
 # endfor
   }
 {{ add_slots() }}

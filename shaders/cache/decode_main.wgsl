@@ -1,5 +1,7 @@
 {#- Chooses the micro-kernel that decodes. Each is an entry shader of its own. -#}
-# if decode_cooperative
+# if decode == "fragments"
+# include "cache/decode_fragments.wgsl"
+# elif decode == "cooperative"
 # include "cache/decode_cooperative.wgsl"
 # else
 # include "cache/decode.wgsl"

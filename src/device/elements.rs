@@ -27,7 +27,7 @@ impl Places {
 /// each bit of the lane's number, and of the component's, adds to the row or to the column of the element.
 ///
 /// Accumulators (f32) and left operands (f16) have the same layout, so that results become an operand without leaving their lanes. No
-/// specification says which: the device is probed for it.
+/// specification says which: the device is probed for it. Right operands may have the layout of the transpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ElementLayout {
     lane: Places,
@@ -36,6 +36,33 @@ pub struct ElementLayout {
     lanes: u32,
     /// Components of a lane.
     components: u32,
+    /// Right operands have each element where left operands have it of the transpose. Else it is not known where they have it.
+    transposes_right: bool,
+}
+
+/// How lanes and components share the rows or the columns of a right operand. A row, or a column, belongs to the lanes of a part, and has
+/// the same rank in each of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Shares {
+    /// The first place of a lane as an expression of WGSL.
+    pub(crate) first: String,
+    /// The other places by their ranks, from the first on, ascending.
+    pub(crate) offsets: Vec<u32>,
+    /// The rank of each component.
+    pub(crate) ranks: Vec<usize>,
+    /// Parts, and the part of a lane as an expression of WGSL.
+    pub(crate) parts: u32,
+    pub(crate) part: String,
+    /// Part and rank of `place` as expressions of WGSL.
+    pub(crate) part_of_place: String,
+    pub(crate) rank_of_place: String,
+}
+
+/// The sum of `1 << n`, for each n-th number, where `of` a bit is set.
+fn packed(bits: impl IntoIterator<Item = String>) -> String {
+    let terms: Vec<String> =
+        bits.into_iter().enumerate().map(|(n, bit)| if n == 0 { bit } else { format!("({bit} << {n}u)") }).collect();
+    if terms.is_empty() { "0u".into() } else { terms.join(" + ") }
 }
 
 impl ElementLayout {
@@ -46,6 +73,7 @@ impl ElementLayout {
         component: Places { rows: [0, 0, 8, 0, 0, 0, 0, 0], columns: [1, 8, 0, 0, 0, 0, 0, 0] },
         lanes: 32,
         components: 8,
+        transposes_right: true,
     };
 
     /// The layout of Mesa's llvmpipe for 8x8 and 8 lanes: a component is a row, and a lane is a column.
@@ -54,6 +82,7 @@ impl ElementLayout {
         component: Places { rows: [1, 2, 4, 0, 0, 0, 0, 0], columns: [0; BITS] },
         lanes: 8,
         components: 8,
+        transposes_right: true,
     };
 
     /// The layout in which component `i` of lane `l` is the element `elements[l * components + i]` of a fragment, row by row.
@@ -89,6 +118,7 @@ impl ElementLayout {
             component: places(components, &|component| place(0, component)),
             lanes,
             components,
+            transposes_right: false,
         };
         let both = |places: &Places| (0..BITS).any(|bit| places.rows[bit] > 0 && places.columns[bit] > 0);
         if both(&layout.lane) || both(&layout.component) {
@@ -114,6 +144,47 @@ impl ElementLayout {
             return Err(format!("a lane has {columns} elements of a row, and the kernels take 1, 2 or 4"));
         }
         Ok(layout)
+    }
+
+    /// With the layout of right operands. A right operand was made of the components of a fragment whose elements are numbered row by row,
+    /// and `elements` are those that it had then.
+    #[must_use]
+    pub fn with_right(self, side: u32, elements: &[u32]) -> Self {
+        let transpose = (0..side).flat_map(|row| (0..side).map(move |column| column * side + row));
+        ElementLayout { transposes_right: transpose.eq(elements.iter().copied()), ..self }
+    }
+
+    /// How lanes and components share the rows (0) or the columns (1) of right operands, where their layout is known.
+    pub(crate) fn right_shares(&self, axis: usize) -> Option<Shares> {
+        if !self.transposes_right {
+            return None;
+        }
+        let axis = 1 - axis;
+        let places = |places: &Places| if axis == 0 { places.rows } else { places.columns };
+        // Bits of a number that add to the place, by what they add.
+        let bits = |of: &Places| {
+            let places = places(of);
+            let mut bits: Vec<(u32, usize)> =
+                (0..BITS).filter(|bit| places[*bit] > 0).map(|bit| (u32::from(places[bit]), bit)).collect();
+            bits.sort_unstable();
+            bits
+        };
+        let (lane_bits, component_bits) = (bits(&self.lane), bits(&self.component));
+        let of_place = |bits: &[(u32, usize)]| packed(bits.iter().map(|(adds, _)| format!("(place / {adds}u % 2u)")));
+        let offsets = self.distinct(axis);
+        let rank = |component: u32| {
+            let offset = self.component.of(component)[axis];
+            offsets.iter().position(|found| *found == offset).unwrap_or_default()
+        };
+        Some(Shares {
+            first: self.expression(axis),
+            ranks: (0..self.components).map(rank).collect(),
+            parts: 1 << lane_bits.len(),
+            part: packed(lane_bits.iter().map(|(_, bit)| format!("((lane >> {bit}u) & 1u)"))),
+            part_of_place: of_place(&lane_bits),
+            rank_of_place: of_place(&component_bits),
+            offsets,
+        })
     }
 
     /// Row and column of a component of a lane.
@@ -248,7 +319,12 @@ mod tests {
     fn layouts_from_their_elements() {
         for (side, layout) in [(16, ElementLayout::NVIDIA), (8, ElementLayout::LLVMPIPE)] {
             let found = elements(layout, side);
-            assert_eq!(ElementLayout::new(side, layout.lanes, &found), Ok(layout));
+            let right: Vec<u32> = (0..side * side).map(|n| n % side * side + n / side).collect();
+            let new = ElementLayout::new(side, layout.lanes, &found).unwrap();
+            assert_eq!(new.with_right(side, &right), layout);
+            let straight: Vec<u32> = (0..side * side).collect();
+            assert_eq!(new.with_right(side, &straight), new);
+            assert_eq!(new.right_shares(0), None);
             let mut sorted = found.clone();
             sorted.sort_unstable();
             assert!(sorted.iter().copied().eq(0..side * side));
@@ -259,6 +335,16 @@ mod tests {
         assert_eq!(nvidia.row_lanes(), [1, 2]);
         assert_eq!(nvidia.expression(0), "(lane >> 2u) % 8u * 1u");
         assert_eq!(nvidia.expression(1), "(lane >> 0u) % 4u * 2u");
+        let rows = nvidia.right_shares(0).unwrap();
+        assert_eq!((rows.offsets, rows.ranks), (vec![0, 1, 8, 9], vec![0, 1, 2, 3, 0, 1, 2, 3]));
+        assert_eq!((rows.parts, rows.part.as_str()), (4, "((lane >> 0u) & 1u) + (((lane >> 1u) & 1u) << 1u)"));
+        assert_eq!(rows.part_of_place, "(place / 2u % 2u) + ((place / 4u % 2u) << 1u)");
+        assert_eq!(rows.rank_of_place, "(place / 1u % 2u) + ((place / 8u % 2u) << 1u)");
+        let columns = ElementLayout::LLVMPIPE.right_shares(1).unwrap();
+        assert_eq!((columns.offsets.len(), columns.parts, columns.part.as_str()), (8, 1, "0u"));
+        let rows = ElementLayout::LLVMPIPE.right_shares(0).unwrap();
+        assert_eq!((rows.offsets, rows.ranks, rows.parts), (vec![0], vec![0; 8], 8));
+        assert_eq!(rows.rank_of_place, "0u");
         assert_eq!(ElementLayout::LLVMPIPE.row_lanes(), [1, 2, 4]);
         assert_eq!(ElementLayout::LLVMPIPE.expression(0), "0u");
     }

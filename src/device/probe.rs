@@ -130,8 +130,8 @@ fn sample(n: u32, operands: Operands) -> f32 {
 /// them for zero has no fragments.
 const SMALL: f32 = 1.0 / (1 << 24) as f32;
 
-/// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its product, and the
-/// samples as operands.
+/// What the kernel finds: the element of each component of each lane, the fragment from its components, and from its products,
+/// and the samples as operands.
 fn run(
     device: &wgpu::Device,
     queue: &wgpu::Queue,
@@ -160,7 +160,7 @@ fn run(
         })
     };
     let inputs = [input(bytemuck::cast_slice(&numbers)), input(bytemuck::cast_slice(&identity))];
-    let size = u64::from(4 * area * 4);
+    let size = u64::from(5 * area * 4);
     let output =
         |usage| device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
     let found = output(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC);
@@ -175,7 +175,7 @@ fn run(
     };
     // SAFETY: wgpu looks at nothing here. naga has validated the module that the words are written from, and `markers::rewrite` puts
     // instructions in place of calls of the same types. The capabilities say that the device takes the version and has the matrices. The
-    // module binds two buffers of `area` numbers and one of three times as many, as the layout below has them, and a lane writes its own
+    // module binds two buffers of `area` numbers and one of five times as many, as the layout below has them, and a lane writes its own
     // components.
     let module = unsafe { device.create_shader_module_passthrough(descriptor) };
     let entries = [true, true, false].map(|read_only| wgpu::BindingType::Buffer {
@@ -234,14 +234,17 @@ fn run(
     mapped.try_recv().map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
     let bytes = read.get_mapped_range(..).map_err(|error| error.to_string())?;
     let mut found: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
-    found.iter_mut().take(3 * area as usize).for_each(|x| *x /= SMALL);
+    found.iter_mut().take(4 * area as usize).for_each(|x| *x /= SMALL);
     Ok(found)
 }
 
 /// The layout by what the kernel has found.
 fn layout_of(side: u32, lanes: u32, found: &[f32]) -> Result<ElementLayout, String> {
     let area = (side * side) as usize;
-    let (elements, copies) = found.split_at_checked(area).ok_or("the kernel found too little")?;
+    let too_little = "the kernel found too little";
+    let (elements, copies) = found.split_at_checked(area).ok_or(too_little)?;
+    let (copies, right) = copies.split_at_checked(2 * area).ok_or(too_little)?;
+    let (right, _) = right.split_at_checked(area).ok_or(too_little)?;
     for (copy, what) in
         copies.chunks(area).zip(["components do not make a fragment", "small results do not become operands"])
     {
@@ -254,13 +257,15 @@ fn layout_of(side: u32, lanes: u32, found: &[f32]) -> Result<ElementLayout, Stri
         return Err(format!("a component is the element {x}, of {area}"));
     }
     let elements: Vec<u32> = elements.iter().map(|x| *x as u32).collect();
-    ElementLayout::new(side, lanes, &elements)
+    // A right operand of another layout is no obstacle to kernels that load it as a fragment.
+    let right: Vec<u32> = right.iter().map(|x| *x as u32).collect();
+    Ok(ElementLayout::new(side, lanes, &elements)?.with_right(side, &right))
 }
 
 /// The rounding by what the kernel has found.
 fn rounding_of(side: u32, operands: Operands, found: &[f32]) -> Result<Rounding, String> {
     let area = side * side;
-    let rounded = found.get(3 * area as usize..).filter(|rounded| rounded.len() == area as usize);
+    let rounded = found.get(4 * area as usize..).filter(|rounded| rounded.len() == area as usize);
     let rounded = rounded.ok_or("the kernel found too little")?;
     let nearest = |x: f32| match operands {
         Operands::F16 => f16::from_f32(x).to_f32(),
@@ -303,7 +308,8 @@ mod tests {
         };
         let elements = (0..32).flat_map(|lane| (0..8).map(move |i| place(lane, i)));
         let copy = || (0..256).map(|n| n as f32);
-        let found: Vec<f32> = elements.chain(copy()).chain(copy()).collect();
+        let transpose = (0..256).map(|n| (n % 16 * 16 + n / 16) as f32);
+        let found: Vec<f32> = elements.chain(copy()).chain(copy()).chain(transpose).collect();
         assert_eq!(layout_of(16, 32, &found), Ok(ElementLayout::NVIDIA));
         for (at, value, message) in [
             (5, 0.5, "the element 0.5, of 256"),
@@ -330,7 +336,7 @@ mod tests {
                     let bits = sample(n, operands).to_bits();
                     f32::from_bits((bits + carry(bits)) >> cut << cut)
                 };
-                let found: Vec<f32> = vec![0.0; 3 * area as usize].into_iter().chain((0..area).map(rounded)).collect();
+                let found: Vec<f32> = vec![0.0; 4 * area as usize].into_iter().chain((0..area).map(rounded)).collect();
                 rounding_of(side, operands, &found).unwrap()
             };
             let half = 1 << (cut - 1);

@@ -5,6 +5,7 @@ use crate::device::markers::{HEADER, Operands};
 use crate::device::spirv::Translation;
 use crate::kernel::Variant;
 use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
+use crate::kernel::tile::decode::DecodeTiles;
 use crate::problem::error::{Error, Result};
 
 impl Variant {
@@ -31,12 +32,16 @@ impl Variant {
 
     /// Whether it says more than WGSL can, so that it has to reach the driver as SPIR-V.
     pub(crate) fn needs_spirv(&self) -> bool {
-        self.properties().needs_elements || !self.hints().is_none()
+        self.micro_kernel.properties().needs_elements || !self.hints().is_none()
     }
 
-    /// The hints for its loops.
+    /// The hints for its loops. Decoding on elements keeps all: unrolled by the driver, its loop took 94 us where it takes 82 (H200,
+    /// benches/results/2026-11-30-h200-decode.md).
     pub(crate) fn hints(&self) -> LoopHints {
-        self.tiling.map_or(LoopHints::NONE, |tiling| tiling.loops())
+        match self.decode_tiles() {
+            Some(DecodeTiles::Fragments { .. }) => LoopHints::every(LoopHint::Keep),
+            _ => self.tiling.map_or(LoopHints::NONE, |tiling| tiling.loops()),
+        }
     }
 }
 
@@ -44,12 +49,11 @@ impl Variant {
 fn translate(variant: &Variant, text: &str, version: SpirvVersion) -> Result<Vec<u32>, String> {
     let mut slots: Vec<u32> = variant.bindings().iter().map(|(binding, _)| binding.slot()).collect();
     slots.sort_unstable();
-    let needs = variant.properties();
-    // Decoding has no tiles of this kind.
-    let needs_matrices = variant.micro_kernel.properties().needs_matrices;
+    // Decoding has tiles of its own.
+    let needs = variant.micro_kernel.properties();
     let operands = if variant.multiplies_bf16() { Operands::Bf16 } else { Operands::F16 };
     let markers = needs.needs_elements.then_some(operands);
-    Translation { slots: &slots, needs_matrices, markers }.of(text, version)
+    Translation { slots: &slots, needs_matrices: needs.needs_matrices, markers }.of(text, version)
 }
 
 /// In front of a loop in WGSL: the rest of the line is its [`LoopName`].

@@ -2,13 +2,17 @@
 
 use minijinja::{Value, context};
 
+use crate::device::capabilities::CooperativeMatrices;
+use crate::device::elements::Shares;
 use crate::kernel::binding::Binding::{
     AlibiSlopes, CacheState, CachedKeys, CachedValues, CosSin, Entries, Lse, O, Params, Partials, Q, RowMax,
     SinkLogits as Sinks, TreeMask,
 };
 use crate::kernel::cache::{Access, CacheOptions, named};
 use crate::kernel::spec::{Body, Cached, KernelSpec, Work, adjusts_nothing, always, binds_all};
-use crate::kernel::tile::decode::{DecodeTiles, cooperative_bytes, exchange, lane_vectors, tile_row};
+use crate::kernel::tile::decode::{
+    DecodeTiles, FragmentShares, cooperative_bytes, exchange, fragments_bytes, lane_vectors, merged_fragments, tile_row,
+};
 use crate::problem::SinkLogits;
 
 /// Threads of a workgroup of the combine kernel.
@@ -29,6 +33,9 @@ pub(crate) const DECODE: KernelSpec = KernelSpec {
     body: Body::Cached(Cached {
         threads: |options| match (options.tiles, options.matrices) {
             (Some(DecodeTiles::Portable { threads, .. }), _) => threads,
+            (Some(DecodeTiles::Fragments { key_parts, row_parts, .. }), Some(matrices)) => {
+                matrices.lanes * key_parts * row_parts
+            }
             (_, Some(matrices)) => matrices.lanes,
             _ => 0,
         },
@@ -41,6 +48,10 @@ pub(crate) const DECODE: KernelSpec = KernelSpec {
             Some(DecodeTiles::Cooperative { .. }) => {
                 let side = options.matrices.map_or(16, |matrices| matrices.side);
                 cooperative_bytes([options.head_dim, options.value_dim], options.tile, side)
+            }
+            Some(DecodeTiles::Fragments { key_parts, row_parts, rows, .. }) => {
+                let side = options.matrices.map_or(16, |matrices| matrices.side);
+                fragments_bytes(key_parts, row_parts, rows, options.value_dim, side)
             }
             None => 0,
         },
@@ -78,7 +89,7 @@ fn decode_context(options: &CacheOptions) -> Value {
             let [row_pitch, slot_pitch, exchange_len, merged_rows] =
                 exchange(threads, lanes, rows, exchanged, value_quads(options, lanes));
             context! {
-                decode_cooperative => false,
+                decode => "portable",
                 lanes, rows, steps, exchanged, row_pitch, slot_pitch, exchange_len, merged_rows, softcap,
                 slots => threads / lanes,
                 queries => if options.several { "several" } else { "one" },
@@ -95,7 +106,7 @@ fn decode_context(options: &CacheOptions) -> Value {
             let (side, lanes) = (matrices.side, matrices.lanes);
             let widths = [options.head_dim, options.value_dim];
             context! {
-                decode_cooperative => true,
+                decode => "cooperative",
                 rows, columns, ahead, softcap, side, lanes,
                 in_step => matrices.in_step,
                 relative => false,
@@ -108,7 +119,78 @@ fn decode_context(options: &CacheOptions) -> Value {
                 ..common
             }
         }
+        (Some(DecodeTiles::Fragments { key_parts, row_parts, rows, columns, ahead }), Some(matrices)) => {
+            let own = context! {
+                decode => "fragments",
+                key_parts, row_parts, rows, columns, ahead, softcap,
+                several => options.several,
+                tree => options.tree,
+                lanes => matrices.lanes,
+                side => matrices.side,
+            };
+            let widths = [options.head_dim, options.value_dim];
+            context! { ..own, ..lanes_context(matrices, widths, [key_parts, row_parts, rows, columns]), ..common }
+        }
         _ => common,
+    }
+}
+
+/// What the lanes of a subgroup have of fragments, for the kernel on fragments.
+fn lanes_context(matrices: CooperativeMatrices, widths: [u32; 2], tile: [u32; 4]) -> Value {
+    let [key_parts, row_parts, rows, columns] = tile;
+    let side = matrices.side;
+    let shares = FragmentShares::new(matrices, widths.map(|width| width as usize));
+    let (Some(layout), Some(shares)) = (matrices.elements, shares) else { return context! {} };
+    let of = |shares: &Shares| {
+        let Shares { first, offsets, ranks, parts, part, part_of_place, rank_of_place } = shares.clone();
+        context! { first, offsets, ranks, parts, part, part_of_place, rank_of_place }
+    };
+    let vectors = shares.vectors.unwrap_or_default();
+    let k = context! { keys => of(&shares.columns), features => of(&shares.rows), vectors => vectors[0] };
+    let v = context! { keys => of(&shares.rows), features => of(&shares.columns), vectors => vectors[1] };
+    let (lane_rows, lane_columns) = (layout.rows(), layout.columns());
+    let rank = |axis: usize, component: u32| {
+        let [rows, columns] = [lane_rows.len(), lane_columns.len()];
+        let places = (0..rows).flat_map(|row| (0..columns).map(move |column| [row, column]));
+        places
+            .into_iter()
+            .find(|[row, column]| layout.component(*row, *column) == component)
+            .map_or(0, |found| found[axis])
+    };
+    let components = 0..layout.components();
+    let row_ranks: Vec<usize> = components.clone().map(|i| rank(0, i)).collect();
+    let column_ranks: Vec<usize> = components.clone().map(|i| rank(1, i)).collect();
+    // Of one fragment, 8 rows of 16 may be used.
+    let used_ranks = lane_rows.iter().filter(|offset| **offset < rows).count();
+    let row_fragments = rows.div_ceil(side);
+    let used: Vec<(u32, u32, u32)> = (0..row_fragments)
+        .flat_map(|r| (0..columns).map(move |c| (r, c)))
+        .flat_map(|(r, c)| components.clone().map(move |i| (r, c, i)))
+        .filter(|(.., i)| row_ranks[*i as usize] < used_ranks)
+        .collect();
+    let row_offsets: Vec<u32> = (0..row_fragments)
+        .flat_map(|r| lane_rows.iter().take(used_ranks).map(move |offset| r * side + offset))
+        .collect();
+    let lane_rows_count = row_offsets.len();
+    let across = widths[1] / side;
+    let merged = merged_fragments(key_parts * row_parts, row_fragments * across, side);
+    let fragments: Vec<(u32, u32)> = (0..row_fragments).flat_map(|r| (0..across).map(move |f| (r, f))).collect();
+    let columns_a_lane = lane_columns.len();
+    context! {
+        k => k.clone(), v => v.clone(),
+        shares => context! { k, v },
+        components => layout.components(),
+        row_fragments, row_offsets, used, used_ranks, row_ranks, column_ranks, merged, columns_a_lane,
+        lane_rows => lane_rows_count,
+        rows_a_lane => used_ranks,
+        column_offsets => lane_columns,
+        row_lanes => layout.row_lanes(),
+        elements => context! { row => layout.expression(0), column => layout.expression(1) },
+        // A lane's columns of Q are its features of K. Quads of them are quads of features.
+        query_is_key => columns_a_lane.is_multiple_of(4),
+        query_quads => columns_a_lane.div_ceil(4),
+        features => named(widths.map(|width| width / side)),
+        chunks => fragments.chunks(merged as usize).map(<[_]>::to_vec).collect::<Vec<_>>(),
     }
 }
 

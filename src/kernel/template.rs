@@ -18,6 +18,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("bias.wgsl", include_str!("../../shaders/bias.wgsl")),
     ("bindings.wgsl", include_str!("../../shaders/bindings.wgsl")),
     ("cache/decode_cooperative.wgsl", include_str!("../../shaders/cache/decode_cooperative.wgsl")),
+    ("cache/decode_fragments.wgsl", include_str!("../../shaders/cache/decode_fragments.wgsl")),
     ("cache/decode.wgsl", include_str!("../../shaders/cache/decode.wgsl")),
     ("cache/range.wgsl", include_str!("../../shaders/cache/range.wgsl")),
     ("cache/rotary.wgsl", include_str!("../../shaders/cache/rotary.wgsl")),

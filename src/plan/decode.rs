@@ -332,16 +332,32 @@ fn choose(
     let groups = s.batch * config.kv_heads;
     let cooperative = || DecodeTiling::cooperative(config, rows, groups, decode.several(), capabilities);
     let portable = || DecodeTiling::portable(config, rows, groups, capabilities);
-    // A wide row that one head reads alone is faster without matrices (H200, benches/results/).
-    let gain = if rows > 1 || s.head_dim.max(s.value_dim) <= 64 { Gain::Matrices } else { Gain::None };
-    let wanted = select::micro_kernels(micro_kernel, Precision::Full, None, gain, capabilities);
-    match (wanted.contains(&MicroKernel::Portable), wanted.len()) {
-        (true, 1) => Ok(portable()),
-        (true, _) => Ok(cooperative().unwrap_or_else(|_| portable())),
-        // Decoding has one kernel with cooperative matrices.
-        (false, _) => cooperative()
-            .map_err(|reason| Error::NoKernel { problem: "decoding on cooperative matrices".into(), reason }),
+    let fragments = || match capabilities.spirv {
+        Some(_) => DecodeTiling::fragments(config, rows, groups, capabilities),
+        None => Err("the device takes kernels as WGSL alone, which has no arithmetic on elements".into()),
+    };
+    // A wide row that one head reads alone is faster without matrices than with scores in workgroup memory, and has not been measured with scores
+    // in registers (H200, benches/results/2026-11-20-h200-decode.md).
+    let is_slow = rows == 1 && s.head_dim.max(s.value_dim) > 64;
+    let mut lacks = None;
+    for wanted in select::micro_kernels(micro_kernel, Precision::Full, None, Gain::Elements, capabilities) {
+        let found = match wanted {
+            MicroKernel::Auto | MicroKernel::Portable => Ok(portable()),
+            _ if micro_kernel == MicroKernel::Auto && is_slow => continue,
+            MicroKernel::Cooperative => cooperative(),
+            // Where decoding has no kernel on elements, it has one on matrices.
+            MicroKernel::Fragments if micro_kernel == MicroKernel::Fragments => {
+                fragments().or_else(|reason| cooperative().map_err(|_| reason))
+            }
+            MicroKernel::Fragments => fragments(),
+        };
+        match found {
+            Ok(tiling) => return Ok(tiling),
+            Err(reason) => lacks = Some(reason),
+        }
     }
+    let reason = lacks.unwrap_or_default();
+    Err(Error::NoKernel { problem: "decoding on cooperative matrices".into(), reason })
 }
 
 impl DecodeTiling {
@@ -353,7 +369,10 @@ impl DecodeTiling {
             DecodeTiles::Portable { threads, lanes, rows, steps, exchanged } => {
                 (threads, lanes, rows, steps, exchanged)
             }
-            DecodeTiles::Cooperative { .. } => {
+            DecodeTiles::Cooperative { .. } | DecodeTiles::Fragments { .. } => {
+                if matches!(self.tiles, DecodeTiles::Fragments { .. }) && capabilities.spirv.is_none() {
+                    return unfit("the device takes kernels as WGSL alone, which has no arithmetic on elements".into());
+                }
                 return match self.tiles.lacks(config, several, matrices) {
                     Some(reason) => unfit(reason),
                     None if splits == 0 => unfit("splits are at least 1".into()),

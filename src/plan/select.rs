@@ -9,7 +9,6 @@ use crate::problem::error::{Error, Result};
 /// Whether cooperative matrices were faster on a device that has them, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Gain {
-    None,
     /// With scores in workgroup memory.
     Matrices,
     /// With scores in registers, where elements can be computed with.
@@ -71,7 +70,6 @@ pub(crate) fn micro_kernels(
         (MicroKernel::Auto, None) if capabilities.class == DeviceClass::Nvidia => match gain {
             Gain::Elements => &MicroKernel::ALL,
             Gain::Matrices => &[MicroKernel::Cooperative, MicroKernel::Portable],
-            Gain::None => &[MicroKernel::Portable],
         },
         _ => &[MicroKernel::Portable],
     }

@@ -8,8 +8,8 @@ use crate::kernel::tile::decode::{DecodeTiles, cooperative_bytes};
 use crate::problem::cache::CacheConfig;
 use crate::problem::row_format::Bounds;
 
-/// How the decode kernel divides its work. Its text is `32x8 rows 8, steps 4 by 2, splits 330` or `cooperative rows 8, columns 1, ahead 2,
-/// splits 330`.
+/// How the decode kernel divides its work. Its text is `32x8 rows 8, steps 4 by 2, splits 330`, `cooperative rows 8, columns 1, ahead 2,
+/// splits 330` or `fragments 4x1 rows 8, columns 1, ahead 2, splits 33`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DecodeTiling {
     /// A workgroup's share.
@@ -23,6 +23,16 @@ pub struct DecodeTiling {
 const HELD: u32 = 64;
 /// Words of tiles that a lane of the cooperative kernel loads at a time.
 const UNDER_WAY: u32 = 96;
+/// The same of the kernel on fragments, where Q and O take registers, too.
+const FRAGMENTS_UNDER_WAY: u32 = 64;
+/// Subgroups of a workgroup of the kernel on fragments, and workgroups that a multiprocessor runs at a time (H200,
+/// benches/results/2026-11-30-h200-decode.md). A few narrow rows take many subgroups with one tile ahead each, one workgroup at a time: the driver
+/// then keeps to 128 registers.
+const SUBGROUPS: u32 = 4;
+const FRAGMENTS_RESIDENT: u32 = 2;
+const MANY_SUBGROUPS: u32 = 16;
+/// Widths of keys and values together with which two rows of fragments fit the registers.
+const NARROW: u32 = 128;
 /// Fewer keys than this are not worth a workgroup of their own.
 const LEAST_KEYS: u32 = 64;
 /// With more keys than this, the start and the end of a workgroup take little time, and more workgroups share the work more evenly.
@@ -67,6 +77,45 @@ impl DecodeTiling {
         Ok(DecodeTiling { tiles, splits })
     }
 
+    /// A tiling on fragments, for the rows of a group and `groups` groups in all. An error says why they cannot serve.
+    pub(crate) fn fragments(
+        config: &CacheConfig,
+        total_rows: usize,
+        groups: usize,
+        capabilities: &Capabilities,
+    ) -> Result<Self, String> {
+        let matrices = capabilities.cooperative.filter(CooperativeMatrices::is_sound);
+        let [side, lanes] = matrices.map_or([16, 32], |matrices| [matrices.side, matrices.lanes]);
+        let width = (config.head_dim + config.value_dim) as u32;
+        let is_software = capabilities.class == DeviceClass::Software;
+        // A second row of fragments fits the registers of narrow rows. llvmpipe takes seconds to compile a kernel, the longer the more products
+        // it has.
+        let most = if width > NARROW || is_software { side } else { 2 * side };
+        let rows = if total_rows <= 8 { 8 } else { (total_rows as u32).next_multiple_of(side).min(most) };
+        let is_small = total_rows <= 8 && width <= NARROW && !is_software;
+        let fitting = (capabilities.workgroup_threads / lanes).max(1);
+        let subgroups = if is_small { MANY_SUBGROUPS } else { SUBGROUPS }.min(1 << fitting.ilog2());
+        let row_parts = (total_rows as u32).div_ceil(rows).next_power_of_two().min(subgroups);
+        let key_parts = if is_software { 2 } else { subgroups / row_parts };
+        let words = side * width / 2 / lanes;
+        let ahead =
+            if is_software || is_small || rows > side { 1 } else { (FRAGMENTS_UNDER_WAY / words.max(1)).clamp(1, 3) };
+        let tiles = DecodeTiles::Fragments { key_parts, row_parts, rows, columns: 1, ahead };
+        if let Some(reason) = tiles.lacks(config, true, matrices) {
+            return Err(reason);
+        }
+        let groups = groups.max(1) * total_rows.div_ceil(tiles.rows() as usize);
+        let splits = match capabilities.multiprocessor {
+            Some(multiprocessor) => {
+                let resident = if is_small { 1 } else { FRAGMENTS_RESIDENT };
+                let at_a_time = multiprocessor.count.max(1).saturating_mul(resident) as usize;
+                even_splits(groups, at_a_time).max((at_a_time / groups) as u32)
+            }
+            None => (capabilities.small_workgroups() / u64::from(key_parts * row_parts) / groups as u64).max(1) as u32,
+        };
+        Ok(DecodeTiling { tiles, splits })
+    }
+
     /// A tiling in plain WGSL, for the rows of a group and `groups` groups in all.
     pub(crate) fn portable(
         config: &CacheConfig,
@@ -107,6 +156,8 @@ impl DecodeTiling {
             (DecodeTiles::Cooperative { .. }, Some(CooperativeMatrices { side, .. })) => {
                 4 + config.value_dim as u64 / u64::from(side) * (1 + u64::from(side) / 4)
             }
+            // The same loops; values that are not finite are added key by key.
+            (DecodeTiles::Fragments { .. }, _) => 4 + u64::from(tile),
             _ => 1,
         };
         let needed =
@@ -114,7 +165,7 @@ impl DecodeTiling {
         let splits = self.splits.max(needed.min(u32::MAX.into()) as u32).min(sensible);
         let most = match self.tiles {
             DecodeTiles::Portable { .. } => splits.saturating_mul(MORE_SPLITS).min(sensible),
-            DecodeTiles::Cooperative { .. } => splits,
+            DecodeTiles::Cooperative { .. } | DecodeTiles::Fragments { .. } => splits,
         };
         Split { splits, most, long_tiles: LONG_KEYS.div_ceil(tile), least_tiles }
     }
@@ -132,8 +183,8 @@ impl FromStr for DecodeTiling {
     fn from_str(text: &str) -> Result<Self, String> {
         let want = || {
             format!(
-                "{text:?}: want such as \"32x8 rows 8, steps 4 by 2, splits 330\" or \"cooperative rows 8, columns 1, ahead 2, \
-                 splits 330\""
+                "{text:?}: want such as \"32x8 rows 8, steps 4 by 2, splits 330\", \"cooperative rows 8, columns 1, ahead 2, \
+                 splits 330\" or \"fragments 4x1 rows 8, columns 1, ahead 2, splits 33\""
             )
         };
         let numbers: Vec<u32> = text
@@ -142,6 +193,9 @@ impl FromStr for DecodeTiling {
             .map(|part| part.parse().map_err(|_| want()))
             .collect::<Result<_, _>>()?;
         let tiling = match numbers[..] {
+            [key_parts, row_parts, rows, columns, ahead, splits] if text.starts_with("fragments") => {
+                DecodeTiling { tiles: DecodeTiles::Fragments { key_parts, row_parts, rows, columns, ahead }, splits }
+            }
             [threads, lanes, rows, steps, exchanged, splits] => {
                 DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged }, splits }
             }
@@ -194,7 +248,8 @@ pub(crate) struct Split {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::cache::CacheKind;
+    use crate::device::elements::ElementLayout;
+    use crate::problem::cache::{CacheKind, Rotary, RotaryPositions, RotaryStyle};
     use crate::problem::element::DType;
     use crate::problem::row_format::{Quantisation, UNBOUNDED};
 
@@ -204,11 +259,16 @@ mod tests {
         let plain = Capabilities::webgpu_defaults();
         let matrices = CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements: None, bf16: None };
         let fast = Capabilities { cooperative: Some(matrices), ..plain.clone() };
+        let elements = Capabilities { cooperative: Some(matrices.elements(ElementLayout::NVIDIA)), ..plain.clone() };
         for (tiling, text) in [
             (DecodeTiling::portable(&config, 8, 8, &plain), "32x8 rows 8, steps 4 by 2, splits 128"),
             (
                 DecodeTiling::cooperative(&config, 8, 8, false, &fast).unwrap(),
                 "cooperative rows 8, columns 1, ahead 3, splits 128",
+            ),
+            (
+                DecodeTiling::fragments(&config, 8, 8, &elements).unwrap(),
+                "fragments 8x1 rows 8, columns 1, ahead 1, splits 16",
             ),
         ] {
             assert_eq!(tiling.to_string(), text);
@@ -254,6 +314,41 @@ mod tests {
     }
 
     #[test]
+    fn what_fragments_cannot_do() {
+        let config = CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).dtype(DType::F16);
+        let matrices = |elements| CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements, bf16: true };
+        let known = Some(ElementLayout::NVIDIA);
+        let lacks = |[key_parts, row_parts, rows, columns, ahead]: [u32; 5], config: &CacheConfig, elements| {
+            let tiles = DecodeTiles::Fragments { key_parts, row_parts, rows, columns, ahead };
+            tiles.lacks(config, true, Some(matrices(elements)))
+        };
+        for tiles in [[4, 1, 8, 1, 2], [16, 1, 64, 2, 4], [1, 4, 16, 1, 1]] {
+            assert_eq!(lacks(tiles, &config, known), None, "{tiles:?}");
+        }
+        let loaded = ElementLayout::NVIDIA.with_right(16, &[0; 256]);
+        let rotary = Rotary { dim: 64, style: RotaryStyle::HalfSplit, positions: RotaryPositions::CacheRelative };
+        for (tiles, config, elements, reason) in [
+            ([3, 1, 8, 1, 1], config, known, "powers of two"),
+            ([8, 4, 8, 1, 1], config, known, "at most 16"),
+            ([1, 1, 24, 1, 1], config, known, "rows 8 or"),
+            ([1, 1, 8, 4, 1], config, known, "columns are 1 or 2"),
+            ([1, 1, 8, 1, 5], config, known, "1 to 4"),
+            ([1, 1, 8, 1, 1], config, None, "no layout of elements"),
+            ([1, 1, 8, 1, 1], config, Some(loaded), "no layout of right operands"),
+            ([1, 1, 8, 1, 1], config.dtype(DType::Bf16), known, "f16"),
+            ([1, 1, 8, 1, 1], config.quantisation(Some(Quantisation::Q8_0)), known, "f16"),
+            ([1, 1, 8, 1, 1], config.head_dim(80), known, "multiples of 32 and 64 up to 128, not 80 and 64"),
+            ([1, 1, 8, 1, 1], config.value_dim(96), known, "not 64 and 96"),
+            ([1, 1, 8, 1, 1], config.head_dim(256), known, "up to 128"),
+            ([1, 1, 8, 1, 1], config.rotary(Some(rotary)), known, "rotated as they are read"),
+            ([1, 1, 8, 2, 1], config.kind(CacheKind::Contiguous { capacity: 31 }), known, "capacity, 31"),
+        ] {
+            let found = lacks(tiles, &config, elements);
+            assert!(found.as_ref().is_some_and(|found| found.contains(reason)), "{reason}: {found:?}");
+        }
+    }
+
+    #[test]
     fn fewer_tiles_of_wide_rows_are_under_way() {
         let samples = Capabilities::samples();
         let h200 = samples.iter().find(|device| device.name.contains("H200")).unwrap();
@@ -264,6 +359,26 @@ mod tests {
         ] {
             let config = CacheConfig::new(CacheKind::Contiguous { capacity: 1 << 16 }, 1, 8, width).dtype(DType::F16);
             assert_eq!(DecodeTiling::cooperative(&config, 8, 8, false, h200).unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn fragments_of_few_rows_and_of_many() {
+        let samples = Capabilities::samples();
+        let h200 = samples.iter().find(|device| device.name.contains("H200")).unwrap();
+        for (width, rows, groups, text) in [
+            (64, 8, 8, "fragments 16x1 rows 8, columns 1, ahead 1, splits 16"),
+            (64, 8, 64, "fragments 16x1 rows 8, columns 1, ahead 1, splits 2"),
+            (64, 16, 8, "fragments 4x1 rows 16, columns 1, ahead 2, splits 33"),
+            (64, 32, 8, "fragments 4x1 rows 32, columns 1, ahead 1, splits 33"),
+            (64, 64, 8, "fragments 2x2 rows 32, columns 1, ahead 1, splits 33"),
+            (64, 128, 8, "fragments 1x4 rows 32, columns 1, ahead 1, splits 33"),
+            (64, 200, 8, "fragments 1x4 rows 32, columns 1, ahead 1, splits 16"),
+            (128, 4, 8, "fragments 4x1 rows 8, columns 1, ahead 1, splits 33"),
+            (128, 16, 8, "fragments 4x1 rows 16, columns 1, ahead 1, splits 33"),
+        ] {
+            let config = CacheConfig::new(CacheKind::Contiguous { capacity: 1 << 16 }, 1, 8, width).dtype(DType::F16);
+            assert_eq!(DecodeTiling::fragments(&config, rows, groups, h200).unwrap().to_string(), text);
         }
     }
 

@@ -176,3 +176,11 @@ pub fn hold_on_matrices(attention: &Attention) {
     holds::<f16>(attention, of::<f16>(PAGED, [16, 16]), 1, narrow, None);
     holds::<f16>(attention, of::<f16>(PAGED, [16, 16]), 1, narrow.alibi(true), None);
 }
+
+/// On fragments; for tests/gpu/fragments.rs.
+pub fn hold_on_fragments(attention: &Attention, widths: [usize; 2]) {
+    let narrow = Options::new().window(Window::keys(7)).sink_tokens(1);
+    let shared = "fragments 2x2 rows 8, columns 1, ahead 1, splits 3".parse().unwrap();
+    holds::<f16>(attention, of::<f16>(CONTIGUOUS, widths), 1, Options::new(), None);
+    holds::<f16>(attention, of::<f16>(PAGED, widths), 3, narrow, Some(shared));
+}

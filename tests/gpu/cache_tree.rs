@@ -101,6 +101,15 @@ fn host_caches<T: Element>(config: &CacheConfig) -> Vec<HostCache<T>> {
 
 /// New tokens that are hidden from a query may be no numbers: its results have the same bits.
 fn hides<T: Element>(kind: CacheKind, widths: [usize; 2], alibi: bool) {
+    hides_in(kind, widths, alibi, host_caches::<T>);
+}
+
+fn hides_in<T: Element>(
+    kind: CacheKind,
+    widths: [usize; 2],
+    alibi: bool,
+    caches: impl Fn(&CacheConfig) -> Vec<HostCache<T>>,
+) {
     let [head_dim, value_dim] = widths;
     let (heads, kv_heads, queries, before) = (4, 2, 6, 45);
     let config = CacheConfig::new(kind, 1, kv_heads, head_dim).value_dim(value_dim).dtype(T::DTYPE);
@@ -130,7 +139,7 @@ fn hides<T: Element>(kind: CacheKind, widths: [usize; 2], alibi: bool) {
         };
         (0..queries).map(bits).collect::<Vec<_>>()
     };
-    for cache in &mut host_caches::<T>(&config) {
+    for cache in &mut caches(&config) {
         let plain = run(cache, &k, &v);
         assert!(plain.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()), "{kind:?}");
         for token in 0..queries {
@@ -146,6 +155,11 @@ fn hides<T: Element>(kind: CacheKind, widths: [usize; 2], alibi: bool) {
             }
         }
     }
+}
+
+/// On fragments; for tests/gpu/fragments.rs.
+pub fn hold_on_fragments(attention: &Attention, widths: [usize; 2]) {
+    hides_in::<f16>(CONTIGUOUS, widths, true, |config| vec![attention.create_host_cache(config).unwrap()]);
 }
 
 #[test]

@@ -4,9 +4,11 @@
 //! them. That driver compiles one of these kernels for seconds, and a wide one for minutes, so that the widths are narrow here and the
 //! variants few. Nothing but numbers differs between the problems of a variant.
 
+use crate::common::caches::{Both, config, filled};
 use crate::common::views::run_at;
 use crate::common::{bf16_fragments, fragments, with_others};
 use crate::cooperative::{exact, explained, forward_agrees, is_on_matrices, random};
+use sink_attention::cache::{CacheKind, Decode, DecodeBuffers, DecodeTiles, DecodeTiling, TreeMask};
 use sink_attention::cpu::reference;
 use sink_attention::device::{adapters, device_descriptor};
 use sink_attention::half::{bf16, f16};
@@ -319,4 +321,65 @@ fn a_bias_in_halves() {
 fn odd_widths_under_a_mask() {
     let Some(attention) = &fragments() else { return };
     odd_widths::<f16>().iter().for_each(|(problem, case)| check(attention, problem, case));
+}
+
+/// Widths of keys and values that the lanes of every device can share.
+const CACHED: [usize; 2] = [64, 64];
+
+/// One query and several against keys of every length, whatever hides some of them, and whatever lies beyond the last. The driver compiles
+/// a kernel of several queries for ten seconds, so there are few.
+#[test]
+fn decodes_from_caches() {
+    let Some(attention) = fragments() else { return };
+    let paged = CacheKind::Paged { page_size: 32, pages: 40, sequence_pages: 20 };
+    let rolling = CacheKind::Rolling { sink_tokens: 3, window: 37, queries: 16 };
+    let contiguous = CacheKind::Contiguous { capacity: 301 };
+    let new = Options::new().dtype(DType::F16).causal(true);
+    let per_head = new.sink_logits(SinkLogits::PerHead);
+    let narrow = per_head.window(Window::keys(30)).sink_tokens(3);
+    for (kind, heads, kv_heads, queries) in
+        [(contiguous, 4, 2, 1), (paged, 10, 1, 1), (paged, 4, 2, 5), (rolling, 4, 2, 3)]
+    {
+        let mut both = Both::<f16>::new(config::<f16>(kind, kv_heads, CACHED));
+        both.gpu = Some(attention.create_cache(&both.config).unwrap());
+        let decode = |options| Decode::new(heads, options).queries(queries);
+        let len = heads * queries * 3;
+        let buffers = [0, 1].map(|n| filled(attention.device().unwrap(), &vec![f16::ZERO; len * CACHED[n]]));
+        let lse = filled(attention.device().unwrap(), &vec![0f32; len]);
+        let buffers = DecodeBuffers::new(&buffers[0], &buffers[1], &lse);
+        let tiling = both.gpu.as_ref().unwrap().prepare_decode(&decode(new), &buffers).unwrap().tiling();
+        assert!(matches!(tiling.tiles, DecodeTiles::Fragments { .. }), "{tiling}");
+        both.append(&[181, 17, 1]);
+        both.check(&decode(per_head.scale(-0.7)));
+        if kind == rolling {
+            both.check_row_max(&decode(per_head.alibi(true)));
+        } else {
+            both.check(&decode(narrow));
+        }
+        if kind == contiguous {
+            both.check(&decode(new.softcap(1.1)));
+            both.check(&decode(new.alibi(true)));
+        } else if queries == 5 {
+            // Subgroups that share keys and rows, with a tile under way behind the next one.
+            let shared: DecodeTiling = "fragments 2x2 rows 8, columns 1, ahead 2, splits 3".parse().unwrap();
+            both.check(&decode(narrow).tiling(shared));
+            both.check(&decode(narrow.alibi(true)).tree_mask(TreeMask::PerSequence));
+        }
+        both.append(&[110, 200, 14]);
+        both.check(&decode(per_head).sequences([2, 1]));
+    }
+}
+
+/// What a query does not see changes no bit.
+#[test]
+fn decoding_sees_nothing_that_is_hidden() {
+    let Some(attention) = fragments() else { return };
+    crate::cache_hidden::hold_on_fragments(&attention, CACHED);
+}
+
+/// The same of new tokens in a tree.
+#[test]
+fn decoding_a_tree_sees_nothing_that_is_hidden() {
+    let Some(attention) = fragments() else { return };
+    crate::cache_tree::hold_on_fragments(&attention, CACHED);
 }

@@ -538,6 +538,13 @@ fn strange_decode_tiles_are_refused() {
     let portable =
         |threads, lanes, rows, steps, exchanged| DecodeTiles::Portable { threads, lanes, rows, steps, exchanged };
     let cooperative = |rows, columns, ahead| DecodeTiles::Cooperative { rows, columns, ahead };
+    let fragments = |key_parts, row_parts, rows, columns, ahead| DecodeTiles::Fragments {
+        key_parts,
+        row_parts,
+        rows,
+        columns,
+        ahead,
+    };
     for (tiles, splits) in [
         (portable(32, 0, 1, 2, 2), 8),
         (portable(0, 4, 1, 2, 2), 8),
@@ -551,6 +558,17 @@ fn strange_decode_tiles_are_refused() {
         (cooperative(8, 1, 0), 8),
         (cooperative(8, 1, 1), 0),
         (cooperative(u32::MAX, u32::MAX, u32::MAX), u32::MAX),
+        (fragments(0, 1, 8, 1, 1), 8),
+        (fragments(1, 0, 8, 1, 1), 8),
+        (fragments(3, 1, 8, 1, 1), 8),
+        (fragments(8, 4, 8, 1, 1), 8),
+        (fragments(1, 1, 0, 1, 1), 8),
+        (fragments(1, 1, 24, 1, 1), 8),
+        (fragments(1, 1, 80, 1, 1), 8),
+        (fragments(1, 1, 8, 0, 1), 8),
+        (fragments(1, 1, 8, 1, 0), 8),
+        (fragments(1, 1, 8, 1, 1), 0),
+        (fragments(u32::MAX, u32::MAX, u32::MAX, u32::MAX, u32::MAX), u32::MAX),
     ] {
         let mut decode = Decode::new(4, Options::new().dtype(DType::F16));
         decode.tiling = Some(DecodeTiling { tiles, splits });

@@ -3,8 +3,10 @@
 use std::fmt;
 
 use crate::device::capabilities::CooperativeMatrices;
+use crate::device::elements::Shares;
 use crate::kernel::micro_kernel::MicroKernel;
-use crate::problem::cache::{CacheConfig, CacheKind};
+use crate::problem::cache::{CacheConfig, CacheKind, RotaryPositions};
+use crate::problem::element::DType;
 
 /// The share of a workgroup of the decode kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -31,6 +33,19 @@ pub enum DecodeTiles {
         /// Tiles that a lane loads at a time: 1 to 4.
         ahead: u32,
     },
+    /// Cooperative matrices of f16 whose elements are computed with in registers: queries of the query heads of a group.
+    Fragments {
+        /// Subgroups that share the tiles of a split, a power of two.
+        key_parts: u32,
+        /// Subgroups that share the rows of a workgroup, a power of two.
+        row_parts: u32,
+        /// Rows of a subgroup: 8, or up to four times the side of a fragment.
+        rows: u32,
+        /// Fragments of keys of a tile: 1 or 2.
+        columns: u32,
+        /// Tiles that a lane loads at a time: 1 to 4.
+        ahead: u32,
+    },
 }
 
 /// Wider rows of fragments would not stay in registers.
@@ -41,6 +56,7 @@ impl DecodeTiles {
     pub(crate) fn rows(&self) -> u32 {
         match *self {
             DecodeTiles::Portable { rows, .. } | DecodeTiles::Cooperative { rows, .. } => rows,
+            DecodeTiles::Fragments { row_parts, rows, .. } => row_parts.saturating_mul(rows),
         }
     }
 
@@ -48,7 +64,9 @@ impl DecodeTiles {
     pub(crate) fn keys(&self, matrices: Option<CooperativeMatrices>) -> u32 {
         match *self {
             DecodeTiles::Portable { threads, lanes, steps, .. } => threads / lanes * steps,
-            DecodeTiles::Cooperative { columns, .. } => columns * matrices.map_or(16, |matrices| matrices.side),
+            DecodeTiles::Cooperative { columns, .. } | DecodeTiles::Fragments { columns, .. } => {
+                columns * matrices.map_or(16, |matrices| matrices.side)
+            }
         }
     }
 
@@ -59,6 +77,9 @@ impl DecodeTiles {
                 format!("{threads}x{lanes}_r{rows}_s{steps}x{exchanged}")
             }
             DecodeTiles::Cooperative { rows, columns, ahead } => format!("cooperative_r{rows}_c{columns}_a{ahead}"),
+            DecodeTiles::Fragments { key_parts, row_parts, rows, columns, ahead } => {
+                format!("fragments_{key_parts}x{row_parts}_r{rows}_c{columns}_a{ahead}")
+            }
         }
     }
 
@@ -67,6 +88,7 @@ impl DecodeTiles {
         match self {
             DecodeTiles::Portable { .. } => MicroKernel::Portable,
             DecodeTiles::Cooperative { .. } => MicroKernel::Cooperative,
+            DecodeTiles::Fragments { .. } => MicroKernel::Fragments,
         }
     }
 
@@ -80,7 +102,11 @@ impl DecodeTiles {
         let Some(CooperativeMatrices { side, lanes, .. }) = matrices else {
             return Some("the device has no cooperative matrices".into());
         };
-        let &DecodeTiles::Cooperative { rows, columns, ahead } = self else { return None };
+        let (rows, columns, ahead) = match *self {
+            DecodeTiles::Portable { .. } => return None,
+            DecodeTiles::Cooperative { rows, columns, ahead } => (rows, columns, ahead),
+            DecodeTiles::Fragments { .. } => return self.fragments_lack(config, matrices?),
+        };
         if ![8, 16].contains(&rows) || rows > side || ![1, 2, 4].contains(&columns) || !(1..=4).contains(&ahead) {
             return Some(format!(
                 "rows are 8 or 16 and at most {side}, columns 1, 2 or 4, tiles ahead 1 to 4, not {rows}, {columns}, {ahead}"
@@ -111,6 +137,86 @@ impl DecodeTiles {
             _ => None,
         }
     }
+
+    /// The reason why the kernel on fragments cannot serve a cache, if it cannot.
+    fn fragments_lack(&self, config: &CacheConfig, matrices: CooperativeMatrices) -> Option<String> {
+        let CooperativeMatrices { side, elements, .. } = matrices;
+        let &DecodeTiles::Fragments { key_parts, row_parts, rows, columns, ahead } = self else { return None };
+        let of_two = |n: u32| n.is_power_of_two() && n <= 16;
+        let [fragments, rest] = [rows / side, rows % side];
+        let has_rows = rows == 8 || (rest == 0 && (1..=4).contains(&fragments));
+        if !of_two(key_parts) || !of_two(row_parts) || key_parts * row_parts > 16 || !has_rows {
+            return Some(format!(
+                "subgroups are powers of two and at most 16, rows 8 or one to four times {side}, not {key_parts}x{row_parts}, {rows}"
+            ));
+        }
+        if ![1, 2].contains(&columns) || !(1..=4).contains(&ahead) {
+            return Some(format!("columns are 1 or 2, tiles ahead 1 to 4, not {columns}, {ahead}"));
+        }
+        let Some(shares) = FragmentShares::new(matrices, [config.head_dim, config.value_dim]) else {
+            let known = elements.map_or("no layout of elements", |_| "no layout of right operands");
+            return Some(format!("the device has {known} that the kernel can use"));
+        };
+        if config.dtype != DType::F16 || config.quantisation.is_some() {
+            return Some("it reads f16".into());
+        }
+        let [d, e] = [config.head_dim, config.value_dim];
+        let most = MOST_COOPERATIVE_WIDTH;
+        if shares.vectors.is_none() || d.max(e) > most {
+            let [keys, values] = shares.steps;
+            return Some(format!("widths are multiples of {keys} and {values} up to {most}, not {d} and {e}"));
+        }
+        if config.rotary.is_some_and(|rotary| rotary.positions == RotaryPositions::CacheRelative) {
+            return Some("keys are rotated as they are read".into());
+        }
+        match config.kind {
+            CacheKind::Contiguous { capacity } if capacity < (columns * side) as usize => {
+                Some(format!("a tile of {} keys is more than the cache's capacity, {capacity}", columns * side))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// How the lanes of a subgroup share keys and values, which they load as vectors of eight numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct FragmentShares {
+    /// Of the rows and columns of right operands: those of K^T are features and keys, those of V are keys and features.
+    pub(crate) rows: Shares,
+    pub(crate) columns: Shares,
+    /// Widths of keys and values that lanes can share are multiples of these.
+    pub(crate) steps: [u32; 2],
+    /// Vectors that a lane has of a key, and of a value, where it can share them.
+    pub(crate) vectors: Option<[u32; 2]>,
+}
+
+impl FragmentShares {
+    /// `None` where the device's layout is not known, or lanes have no quads of elements.
+    pub(crate) fn new(matrices: CooperativeMatrices, widths: [usize; 2]) -> Option<Self> {
+        let layout = matrices.elements.filter(|layout| layout.components().is_multiple_of(4))?;
+        let [rows, columns] = [layout.right_shares(0)?, layout.right_shares(1)?];
+        // Lanes whose parts differ have vectors of their own.
+        let steps = [8 * rows.parts, 8 * columns.parts].map(|step| step.max(matrices.side));
+        let [d, e] = widths.map(|width| width as u32);
+        let fits = d > 0 && e > 0 && d.is_multiple_of(steps[0]) && e.is_multiple_of(steps[1]);
+        let vectors = fits.then(|| [d / (8 * rows.parts), e / (8 * columns.parts)]);
+        Some(FragmentShares { rows, columns, steps, vectors })
+    }
+}
+
+/// Fragments of O that the subgroups of a workgroup exchange at a time: as many as take 16 KiB.
+pub(crate) fn merged_fragments(subgroups: u32, fragments: u32, side: u32) -> u32 {
+    (16384 / (4 * side * side * subgroups)).clamp(1, fragments.max(1))
+}
+
+/// Bytes of workgroup memory of the kernel on fragments.
+pub(crate) fn fragments_bytes(key_parts: u32, row_parts: u32, rows: u32, value_dim: u32, side: u32) -> u32 {
+    if key_parts == 1 {
+        return 0;
+    }
+    let (subgroups, row_fragments) = (key_parts * row_parts, rows.div_ceil(side));
+    let merged = merged_fragments(subgroups, row_fragments * value_dim / side, side);
+    subgroups * (merged * side * side * 4 + row_fragments * side * 16)
 }
 
 impl fmt::Display for DecodeTiles {
@@ -121,6 +227,9 @@ impl fmt::Display for DecodeTiles {
             }
             DecodeTiles::Cooperative { rows, columns, ahead } => {
                 write!(f, "cooperative rows {rows}, columns {columns}, ahead {ahead}")
+            }
+            DecodeTiles::Fragments { key_parts, row_parts, rows, columns, ahead } => {
+                write!(f, "fragments {key_parts}x{row_parts} rows {rows}, columns {columns}, ahead {ahead}")
             }
         }
     }
