@@ -84,7 +84,8 @@
   let scale = max(1.7347234759768071e-18 * cap, 1e-33);
 # elif joins_bias
   // The scale is never zero, so hidden scores stay hidden.
-  let scale = max(params.scale_size * LOG2_E, 1.2e-38);
+  let signed_scale = params.scale * params.scale_sign * LOG2_E;
+  let scale = select(signed_scale, 1.2e-38, signed_scale == 0.0);
 # elif formed
   let scale = params.scale * params.scale_sign * LOG2_E;
 # else

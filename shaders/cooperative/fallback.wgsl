@@ -66,7 +66,7 @@
   let is_scaled = params.scale_size * LOG2_E >= 1.2e-38;
 # else
   // Scores of larger scales may leave the range of f32.
-  let is_scaled = params.scale_size <= 1e20;
+  let is_scaled = abs(params.scale) <= 1e20;
 # endif
 # for r in range(lane_rows)
   fallback_{{ r }} = fallback_{{ r }} || !is_scaled;

@@ -32,6 +32,10 @@ const LIFT: f32 = 7.0;
 {{ matrix.begin() }}
   let hidden = {{ "params.negative_infinity" if formed or wide_products else "HIDDEN" }};
 {{ columns.begin_columns() }}
+# if joined
+  // The exponential multiplies hidden products with the scale.
+  let hidden_product = select(hidden, -hidden, scale < 0.0);
+# endif
 {{ columns.fetch_first() }}
 {{ matrix.resident("q") }}
 {{ matrix.row_scales("q") }}
@@ -246,6 +250,7 @@ const LIFT: f32 = 7.0;
 # endmacro
 
 # macro load_scores(masked, s="s", joined=false)
+# set hidden_value = "hidden_product" if joined else "hidden"
 # set hides_in_memory = registers > 200 and not (modified or mask or column_scales or elements)
 {{ score.begin_scores() }}
 # if elements
@@ -269,7 +274,7 @@ const LIFT: f32 = 7.0;
 {{ score.make_scores("x", "", masked, joined) }}
 # if has_row_max
 # if not hides_in_memory
-{{ masking.hide("x", "hidden", masked) }}
+{{ masking.hide("x", hidden_value, masked) }}
 # endif
 {{ largest_scores() }}
 # endif
@@ -279,7 +284,7 @@ const LIFT: f32 = 7.0;
 # endfor
 # endif
 # if not (hides_in_memory or has_row_max)
-{{ masking.hide("x", "hidden", masked) }}
+{{ masking.hide("x", hidden_value, masked) }}
 # endif
 # endmacro
 

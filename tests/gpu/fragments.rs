@@ -308,10 +308,13 @@ fn softcap_alibi_bias_and_lengths_in_bf16() {
 #[test]
 fn a_bias_in_halves() {
     let Some(attention) = &fragments() else { return };
-    let options = Options::new().bias(Axes::KEYS.seq_q()).bias_dtype(DType::F16).sink_logits(SinkLogits::PerHead);
-    for (seed, (keys, options)) in
-        (0..).zip([(132, options.causal(true)), (130, options.mask(Axes::KEYS.seq_q())), (132, options.scale(0.0))])
-    {
+    let options = Options::new().dtype(DType::F16).bias(Axes::KEYS.seq_q()).bias_dtype(DType::F16);
+    for (seed, (keys, options)) in (0..).zip([
+        (132, options.causal(true)),
+        (130, options.mask(Axes::KEYS.seq_q())),
+        (132, options.scale(0.0)),
+        (132, options.scale(-0.4).mask(Axes::KEYS.seq_q())),
+    ]) {
         let (problem, case) = random::<f16>(&problem([1, 2, 1], [70, keys], [8, 8], options), seed);
         check(attention, &problem, &case);
     }
