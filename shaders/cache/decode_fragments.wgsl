@@ -158,7 +158,10 @@ matrix_of_b(
 # if reduction == "sum"
   {{ x }} += subgroupShuffleXor({{ x }}, {{ n }}u);
 # else
-  {{ x }} = max({{ x }}, subgroupShuffleXor({{ x }}, {{ n }}u));
+  {
+    let other = subgroupShuffleXor({{ x }}, {{ n }}u);
+    {{ x }} = select({{ x }}, other, other > {{ x }});
+  }
 # endif
 # endfor
 # endmacro
@@ -391,19 +394,19 @@ visible(position_{{ h }}, {{ place }}, range.keys)
 # endif
 # endmacro
 
-{#- m = max(row_max, max of S by rows), for rows that have passed their limit. `rescale_H` is exp(row_max - m). -#}
+{#- m = max(row_max, max of S by rows), for rows that have passed their limit. `rescale_H` is exp(row_max - m). A NaN among scores makes the row
+    NaN, but not its maximum: a maximum below another score would not end the loop. -#}
 # macro row_max()
 # for h in range(lane_rows)
       var tile_max_{{ h }} = HIDDEN;
 # endfor
 # for r, c, i in used
-      tile_max_{{ row_of(r, i) }} = max(tile_max_{{ row_of(r, i) }}, s_{{ r }}_{{ c }}_{{ i }});
+      tile_max_{{ row_of(r, i) }} = select(tile_max_{{ row_of(r, i) }}, s_{{ r }}_{{ c }}_{{ i }}, s_{{ r }}_{{ c }}_{{ i }} > tile_max_{{ row_of(r, i) }});
 # endfor
 # for h in range(lane_rows)
 {{ reduce_row("tile_max_" ~ h, "max") }}
       var rescale_{{ h }} = 1.0;
-      // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-      if (tile_max_{{ h }} > limit_{{ h }} || (bitcast<u32>(tile_max_{{ h }}) & 0x7fffffffu) > 0x7f800000u) {
+      if (tile_max_{{ h }} > limit_{{ h }}) {
         rescale_{{ h }} = exp2((row_max_{{ h }} - tile_max_{{ h }}) * scale);
         row_max_{{ h }} = tile_max_{{ h }};
         limit_{{ h }} = tile_max_{{ h }} + SLACK / scale;
