@@ -9,11 +9,11 @@ fn finite_size(x: vec4<f32>) -> f32 {
   return max(max(size.x, size.y), max(size.z, size.w));
 }
 
-// The power of two that brings a token's largest number to {{ "2^12 .. 2^13" if lift else "1 .. 2" }}, or 1 for a token of zeros. Beyond 2^60 and below 2^-60, where the
-// product of several powers would leave the range of f32, it is infinite. Such a token is no longer finite, and the portable kernel
-// computes the rows that see it.
+// The power of two that brings a token's largest number to {{ "2^12 .. 2^13" if lift else "1 .. 2" }}. A token of zeros has that of 1. Beyond 2^60 and below
+// 2^-60, where the product of several powers would leave the range of f32, it is infinite. Such a token is no longer finite, and the
+// portable kernel computes the rows that see it.
 fn token_scale(size: f32) -> f32 {
   let exponent = i32(bitcast<u32>(size) >> 23u) - 127;
-  if (size == 0.0) { return 1.0; }
+  if (size == 0.0) { return {{ 2 ** lift }}.0; }
   return bitcast<f32>(select(0x7f800000u, u32({{ 127 + lift }} - exponent) << 23u, abs(exponent) <= 60));
 }

@@ -37,7 +37,9 @@
     compiler moves the registers of fragments. -#}
 # macro hide(x, value, masked, also="", before="")
 # if masked == "all"
+    {
 {{ hide_pairs(x, value, also) }}
+    }
 # elif masked == "some"
     var hides_{{ before ~ x }} = is_partial{{ " || mask_partial" if mask }};
     loop {
