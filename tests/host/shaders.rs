@@ -148,6 +148,7 @@ fn with_options() -> Vec<Planned> {
     let (new, keys) = (Options::new().sink_logits(SinkLogits::PerHead), Axes::KEYS);
     let options = [
         new.softcap(1.0),
+        new.softcap(1.0).mask(Axes::ALL),
         new.alibi(true),
         new.bias(Axes::ALL),
         new.bias(keys.heads()),

@@ -203,12 +203,12 @@ fn finite_size(x: vec4<f32>) -> f32 {
   return max(max(size.x, size.y), max(size.z, size.w));
 }
 
-// The power of two that brings a token's largest number to 2^12 .. 2^13, or 1 for a token of zeros. Beyond 2^60 and below 2^-60, where the
-// product of several powers would leave the range of f32, it is infinite. Such a token is no longer finite, and the portable kernel
-// computes the rows that see it.
+// The power of two that brings a token's largest number to 2^12 .. 2^13. A token of zeros has that of 1. Beyond 2^60 and below
+// 2^-60, where the product of several powers would leave the range of f32, it is infinite. Such a token is no longer finite, and the
+// portable kernel computes the rows that see it.
 fn token_scale(size: f32) -> f32 {
   let exponent = i32(bitcast<u32>(size) >> 23u) - 127;
-  if (size == 0.0) { return 1.0; }
+  if (size == 0.0) { return 4096.0; }
   return bitcast<f32>(select(0x7f800000u, u32(139 - exponent) << 23u, abs(exponent) <= 60));
 }
 
@@ -1418,10 +1418,12 @@ fn main(
     x_1_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
     x_2_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
     x_3_0 += vec4<f32>(column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 16u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 17u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 24u], column_stats[stage * 48u + (column0 - tile_column0) + lane_column + 25u]);
-    x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
-    x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
-    x_2_0 = select(vec4<f32>(hidden), x_2_0, visible4(seq, row_2, column0 + 0u + lane_column));
-    x_3_0 = select(vec4<f32>(hidden), x_3_0, visible4(seq, row_3, column0 + 0u + lane_column));
+    {
+      x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
+      x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
+      x_2_0 = select(vec4<f32>(hidden), x_2_0, visible4(seq, row_2, column0 + 0u + lane_column));
+      x_3_0 = select(vec4<f32>(hidden), x_3_0, visible4(seq, row_3, column0 + 0u + lane_column));
+    }
     let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
     var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
     let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);

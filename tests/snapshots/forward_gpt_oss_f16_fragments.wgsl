@@ -920,8 +920,10 @@ fn main(
       workgroupBarrier();
       var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u));
       var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u));
-      x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
-      x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
+      {
+        x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
+        x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
+      }
       let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
       var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
       let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);
@@ -1064,8 +1066,10 @@ fn main(
       }
       var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u));
       var x_1_0 = vec4<f32>(component_c(s_0_0, 4u), component_c(s_0_0, 5u), component_c(s_0_0, 6u), component_c(s_0_0, 7u));
-      x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
-      x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
+      {
+        x_0_0 = select(vec4<f32>(hidden), x_0_0, visible4(seq, row_0, column0 + 0u + lane_column));
+        x_1_0 = select(vec4<f32>(hidden), x_1_0, visible4(seq, row_1, column0 + 0u + lane_column));
+      }
       let pair_max_0_0 = max(x_0_0.xy, x_0_0.zw);
       var tile_max_0 = max(pair_max_0_0.x, pair_max_0_0.y);
       let pair_max_1_0 = max(x_1_0.xy, x_1_0.zw);
