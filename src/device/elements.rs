@@ -365,7 +365,10 @@ mod tests {
             for lane in 0..layout.lanes {
                 let first = layout.place(lane, 0)[1];
                 let of_lane: Vec<u32> = steps.iter().map(|step| columns[(first + step) as usize]).collect();
-                assert!(of_lane[0] % 4 == 0 && (0..4).all(|n| of_lane[n] == of_lane[0] + n as u32), "{of_lane:?}");
+                assert!(
+                    of_lane[0].is_multiple_of(4) && (0..4).all(|n| of_lane[n] == of_lane[0] + n as u32),
+                    "{of_lane:?}"
+                );
             }
             columns.sort_unstable();
             assert!(columns.into_iter().eq(0..4 * in_group));

@@ -316,7 +316,7 @@ mod tests {
     #[test]
     fn what_fragments_cannot_do() {
         let config = CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).dtype(DType::F16);
-        let matrices = |elements| CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements, bf16: true };
+        let matrices = |elements| CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements, bf16: None };
         let known = Some(ElementLayout::NVIDIA);
         let lacks = |[key_parts, row_parts, rows, columns, ahead]: [u32; 5], config: &CacheConfig, elements| {
             let tiles = DecodeTiles::Fragments { key_parts, row_parts, rows, columns, ahead };
