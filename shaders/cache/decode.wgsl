@@ -22,6 +22,7 @@
 # include "operands.wgsl"
 # include "exp.wgsl"
 # include "cache/range.wgsl"
+# from "cache/group.wgsl" import begin_group, begin_sequence
 # if relative
 # include "cache/rotary.wgsl"
 # endif
@@ -538,33 +539,13 @@ fn main(
   @builtin(num_workgroups) grid: vec3<u32>,
   @builtin(local_invocation_index) thread: u32,
 ) {
-  let split = workgroup.x / params.row_tiles;
+{{ begin_group() }}
   let first_row = workgroup.x % params.row_tiles * ROWS;
-  // Key heads of sequences are numbered along both of the other axes.
-  let group = workgroup.y + workgroup.z * grid.y;
-  if (group >= params.groups) { return; }
-  let kv_head = group % params.kv_heads;
-  let entry = group / params.kv_heads;
-  let sequence = {{ "entries[entry]" if indexed else "entry" }};
-  let range = key_range(sequence);
   if (split >= range.splits) { return; }
   let slot = thread / LANES;
   let lane = thread % LANES;
-  let heads_per_kv = params.heads / params.kv_heads;
   let row_end = heads_per_kv * params.queries;
-  // Position of query 0.
-  let offset = i32(range.keys) - i32(params.queries);
-# if tree
-  let tree = params.tree_offset + entry * params.tree_batch;
-# endif
-# if rolling
-  let total = state[params.current + sequence];
-  let oldest = select((total - params.sink_rows) % params.window_rows, 0u, total <= params.sink_rows + params.window_rows);
-# if alibi
-  // Keys that the ring has given up: sink tokens are so much further from all others than their places say.
-  let given_up = i32(total - range.keys);
-# endif
-# endif
+{{ begin_sequence() }}
 
 {{ load_q() }}
 {{ begin_softmax() }}

@@ -23,6 +23,7 @@ enable wgpu_cooperative_matrix;
 # include "operands.wgsl"
 # include "exp.wgsl"
 # include "cache/range.wgsl"
+# from "cache/group.wgsl" import begin_group
 
 {#- Scores are more than products, which the exponential scales. -#}
 # set formed = softcap or alibi
@@ -350,15 +351,7 @@ fn main(
   @builtin(num_workgroups) grid: vec3<u32>,
   @builtin(subgroup_invocation_id) lane: u32,
 ) {
-  let split = workgroup.x / params.row_tiles;
-  // Key heads of sequences are numbered along both of the other axes.
-  let group = workgroup.y + workgroup.z * grid.y;
-  if (group >= params.groups) { return; }
-  let kv_head = group % params.kv_heads;
-  let entry = group / params.kv_heads;
-  let sequence = {{ "entries[entry]" if indexed else "entry" }};
-  let range = key_range(sequence);
-  let heads_per_kv = params.heads / params.kv_heads;
+{{ begin_group() }}
   let first_row = workgroup.x % params.row_tiles * {{ rows }}u;
   // A lane's row, and its place among the lanes of that row.
   let row = lane / LANES_A_ROW;

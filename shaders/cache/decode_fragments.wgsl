@@ -29,6 +29,7 @@ enable wgpu_cooperative_matrix;
 # include "operands.wgsl"
 # include "exp.wgsl"
 # include "cache/range.wgsl"
+# from "cache/group.wgsl" import begin_group, begin_sequence
 # if tree
 # include "cache/tree.wgsl"
 # endif
@@ -571,15 +572,7 @@ fn main(
   @builtin(subgroup_id) subgroup: u32,
   @builtin(subgroup_invocation_id) lane: u32,
 ) {
-  let split = workgroup.x / params.row_tiles;
-  // Key heads of sequences are numbered along both of the other axes.
-  let group = workgroup.y + workgroup.z * grid.y;
-  if (group >= params.groups) { return; }
-  let kv_head = group % params.kv_heads;
-  let entry = group / params.kv_heads;
-  let sequence = {{ "entries[entry]" if indexed else "entry" }};
-  let range = key_range(sequence);
-  let heads_per_kv = params.heads / params.kv_heads;
+{{ begin_group() }}
   let key_part = subgroup % KEY_PARTS;
   let row_part = subgroup / KEY_PARTS;
   let first_row = workgroup.x % params.row_tiles * {{ rows * row_parts }}u + row_part * ROWS;
@@ -591,19 +584,7 @@ fn main(
   let {{ x }}_key = {{ shares[x].keys.first }};
   let {{ x }}_part = {{ shares[x].features.part }};
 # endfor
-  // Position of query 0.
-  let offset = i32(range.keys) - i32(params.queries);
-# if tree
-  let tree = params.tree_offset + entry * params.tree_batch;
-# endif
-# if rolling
-  let total = state[params.current + sequence];
-  let oldest = select((total - params.sink_rows) % params.window_rows, 0u, total <= params.sink_rows + params.window_rows);
-# if alibi
-  // Keys that the ring has given up: sink tokens are so much further from all others than their places say.
-  let given_up = i32(total - range.keys);
-# endif
-# endif
+{{ begin_sequence() }}
 # if formed
   let scale = LOG2_E;
 # else

@@ -149,7 +149,7 @@
 # endmacro
 
 {#- The logarithm of what P is multiplied with in d_kv. -#}
-{%- macro p_lift() %}{{ "LIFT" if lifts_p else p_exponent ~ ".0" }}{% endmacro -%}
+{%- macro log2_of_p_factor() %}{{ "LOG2_GAIN" if lifts_p else p_exponent ~ ".0" }}{% endmacro -%}
 
 # macro put_stats()
 # if stats_per_column > 0
@@ -160,9 +160,9 @@
 # set lse = "lse_delta_" ~ n ~ ".x"
 # if bias
 {#- With a bias of -infinity it adds up to -infinity, and with another one to so much that the row is reported. -#}
-      {{ stat_place(0) }} = select({{ p_lift() }} - {{ shift(lse) }}, {{ "1e38" if joins_bias else "-params.negative_infinity" }}, {{ lse }} <= ABSORBING);
+      {{ stat_place(0) }} = select({{ log2_of_p_factor() }} - {{ shift(lse) }}, {{ "1e38" if joins_bias else "-params.negative_infinity" }}, {{ lse }} <= ABSORBING);
 # else
-      {{ stat_place(0) }} = {{ p_lift() }} - {{ shift(lse) }};
+      {{ stat_place(0) }} = {{ log2_of_p_factor() }} - {{ shift(lse) }};
 # endif
       {{ stat_place(1) }} = -lse_delta_{{ n }}.y;
 # endif
@@ -232,7 +232,7 @@
 # endif
   if (row_{{ r }} < row_limit) {
     let own = row_stats[stats_base + row_{{ r }}];
-    shift_{{ r }} = {{ shift("own.x") }}{{ " - LIFT" if lifts_p }};
+    shift_{{ r }} = {{ shift("own.x") }}{{ " - LOG2_GAIN" if lifts_p }};
     delta_{{ r }} = own.y;
 # if has_query_unit
     d_q_unit_{{ r }} = own.z;

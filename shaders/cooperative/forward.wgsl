@@ -193,7 +193,7 @@ const LIFT: f32 = 7.0;
 {{ matrix.reduce_row("sum", "max") }}
 {{ matrix.reduce_row("largest_of_tile_" ~ r, "max") }}
       if (sum > MOST || (bitcast<u32>(sum) & 0x7fffffffu) > 0x7f800000u) {
-        row_max_{{ r }} = largest_of_tile_{{ r }}{{ " * scale" if not formed }}{{ " - LIFT" if lifts_p }};
+        row_max_{{ r }} = largest_of_tile_{{ r }}{{ " * scale" if not formed }}{{ " - LOG2_GAIN" if lifts_p }};
         limit_{{ r }} = largest_of_tile_{{ r }} + slack;
       }
     }
@@ -334,7 +334,7 @@ const LIFT: f32 = 7.0;
 {{ matrix.reduce_row("tile_max", "max") }}
         // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
         if (tile_max > limit_{{ r }} || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
-          row_max_{{ r }} = tile_max{{ " * scale" if not formed }}{{ " - LIFT" if splits or lifts_p }};
+          row_max_{{ r }} = tile_max{{ " * scale" if not formed }}{{ " - LIFT" if splits }}{{ " - LOG2_GAIN" if lifts_p }};
           limit_{{ r }} = tile_max + slack;
         }
       }

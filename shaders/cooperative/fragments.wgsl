@@ -67,9 +67,9 @@ const UNIT_LIMIT: f32 = 32768.0;
 # endif
 # if lifts_p
 // The driver cuts bits off where it makes bf16 of P and dS, which takes 2^-8 ln 2 of numbers of all sizes on average. So they are larger by as
-// much before, times GAIN, without an operation: P = exp2(S - shift + LIFT), with LIFT in the shift, and dS = P (dP - delta). A P of 1 stays 1.
+// much before, times GAIN, without an operation: P = exp2(S - shift + LOG2_GAIN), with LOG2_GAIN in the shift, and dS = P (dP - delta). A P of 1 stays 1.
 const GAIN: f32 = 1.0027076;
-const LIFT: f32 = 0.003900971;
+const LOG2_GAIN: f32 = 0.003900971;
 # endif
 
 // Bits are compared: compilers may assume that a float comparison meets no NaN.

@@ -41,7 +41,8 @@
 {%- macro distance(r, n) %}f32({% if rows_are_keys %}i32(row_{{ r }}) - i32({{ quad_column(n) }}){% else %}i32({{ quad_column(n) }}) - i32(row_{{ r }}){% endif %} - seq.offset){% endmacro -%}
 
 {#- Turns products into scores. With ALiBi, bias or token scales they are `formed`, in powers of two. Otherwise the exponential applies
-    the scale, or the cap of capped scores. With `joined` it also takes in the bias, and nothing is formed. `derivative` names the derivative of softcap, where it is needed. -#}
+    the scale, or the cap of capped scores. With `joined` it also takes in the bias, and nothing is formed. `derivative` names the derivative
+    of softcap, where it is needed. -#}
 # macro make_scores(x, derivative, masked, joined=false)
 # if softcap and not bias
 {#- Two scores share a reciprocal, so hidden ones are replaced before. -#}

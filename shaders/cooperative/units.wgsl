@@ -20,8 +20,8 @@
 # endmacro
 
 {#- Sets the unit of each row for which `condition` holds, by the row's largest dS: it comes to 2^-6 .. 2^-5 in the unit. Then numbers
-    down to 2^-8 of it are as precise as halves are, and later ones may be 2^20 times as large. Two halves err
-    by no more than 2^-25, whatever the number. Numbers come to 2^-3 .. 2^-2, so that this is 2^-22 of the largest; at 2^3 one row of llama's
+    down to 2^-8 of it are as precise as halves are, and later ones may be 2^20 times as large. Two halves err by
+    no more than 2^-25, whatever the number. Numbers come to 2^-3 .. 2^-2, so that this is 2^-22 of the largest; at 2^3 one row of llama's
     8192 keys left the range, which took 18 ms (NVIDIA H200). -#}
 # macro follow(w, x, condition, then="")
 # for r in range(lane_rows)
@@ -78,8 +78,8 @@
 {{ store_p(w) }}
 # endmacro
 
-{#- The walk begins at a tile that all rows see, if there is one, or with ALiBi at the diagonal, where a key's probabilities are largest. It goes on from the first tile, and ends when all rows have a unit. A row
-    whose dS are all zero has none to the end. -#}
+{#- The walk begins at a tile that all rows see, if there is one, or with ALiBi at the diagonal, where a key's probabilities are largest. It
+    goes on from the first tile, and ends when all rows have a unit. A row whose dS are all zero has none to the end. -#}
 # macro begin_walk()
 # if not mask
 # if alibi and rows_are_keys

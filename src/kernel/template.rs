@@ -20,6 +20,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("cache/decode_cooperative.wgsl", include_str!("../../shaders/cache/decode_cooperative.wgsl")),
     ("cache/decode_fragments.wgsl", include_str!("../../shaders/cache/decode_fragments.wgsl")),
     ("cache/decode.wgsl", include_str!("../../shaders/cache/decode.wgsl")),
+    ("cache/group.wgsl", include_str!("../../shaders/cache/group.wgsl")),
     ("cache/range.wgsl", include_str!("../../shaders/cache/range.wgsl")),
     ("cache/rotary.wgsl", include_str!("../../shaders/cache/rotary.wgsl")),
     ("cache/scales.wgsl", include_str!("../../shaders/cache/scales.wgsl")),

@@ -611,8 +611,8 @@ fn probabilities_become_bf16() {
             let round = "fn rounded(x: f32) -> f32 {\n  return fma(x, 65536.0, -fma(x, 65536.0, -x));\n}";
             let calls = text.matches("rounded(").count();
             assert_eq!((text.contains(round), calls > 1), (rounded, rounded), "{name}");
-            let lift = if variant.kernel == Kernel::D_KV { "LIFT - " } else { " - LIFT;" };
-            assert_eq!(text.contains(lift), lifted, "{name}");
+            let gain = if variant.kernel == Kernel::D_KV { "LOG2_GAIN - " } else { " - LOG2_GAIN;" };
+            assert_eq!(text.contains(gain), lifted, "{name}");
             assert_eq!(text.contains(".factor * GAIN;"), lifted && variant.kernel == Kernel::FORWARD, "{name}");
             kernels.insert(variant.kernel);
         }
