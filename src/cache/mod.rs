@@ -28,7 +28,7 @@ mod keep;
 mod prefill;
 #[cfg(feature = "cpu")]
 mod rotary;
-#[cfg(all(test, feature = "gpu"))]
+#[cfg(all(test, feature = "testing"))]
 mod shaders;
 #[cfg(feature = "gpu")]
 mod step;

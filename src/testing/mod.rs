@@ -25,3 +25,4 @@ pub mod operands;
 pub mod random;
 #[cfg(not(target_family = "wasm"))]
 pub mod spirv;
+pub mod variants;
