@@ -28,8 +28,6 @@ mod keep;
 mod prefill;
 #[cfg(feature = "cpu")]
 mod rotary;
-#[cfg(all(test, feature = "testing"))]
-mod shaders;
 #[cfg(feature = "gpu")]
 mod step;
 #[cfg(feature = "cpu")]
