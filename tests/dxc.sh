@@ -21,7 +21,7 @@ if [[ ! -e $library ]]; then
     mkdir -p "$dir"
     temp=$(mktemp -d)
     trap 'rm -rf "$temp"' EXIT
-    # DXC 1.8 of May 2024, by its hash.
+    # Built in May 2024, by its hash.
     echo "compushady==0.17.5 --hash=sha256:5052caf9e955d8e7a48e22f536e82b44b72e83af46e824a9e99157c7809de691" >"$temp/requirements"
     python3 -m pip -q download --no-deps --no-binary :all: --require-hashes -r "$temp/requirements" -d "$temp" </dev/null >&2 ||
         unavailable "pip cannot download compushady"
