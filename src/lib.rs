@@ -422,7 +422,7 @@ pub mod timing;
 
 /// Tiles that were measured on a device, and the file that keeps them.
 pub mod tuning {
-    pub use crate::plan::tuning::{MaskClass, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
+    pub use crate::plan::tuning::{MaskClass, REPORT_FORMAT, TUNING_VARIABLE, Tuning, TuningError, TuningKey};
 }
 
 #[cfg(feature = "gpu")]

@@ -65,4 +65,18 @@ case $? in
         ;;
 esac
 
+# Microsoft's compiler of HLSL: each sixteenth kernel that Direct3D 12 gets.
+unset SINK_ATTENTION_SHADERS
+echo
+echo "== tests/dxc.sh"
+library=$(bash tests/dxc.sh "$CARGO_TARGET_DIR/dxc" 2> >(tee "$temp/dxc" >&2))
+case $? in
+    0) SINK_ATTENTION_DXC=$library tests "${core[@]}" --test host -- vendors::dxc ;;
+    3) skip "HLSL by DXC: $(tail -n 1 "$temp/dxc")" ;;
+    *)
+        failed=$((failed + 1))
+        echo "FAILED: tests/dxc.sh" >&2
+        ;;
+esac
+
 finish

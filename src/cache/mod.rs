@@ -28,8 +28,6 @@ mod keep;
 mod prefill;
 #[cfg(feature = "cpu")]
 mod rotary;
-#[cfg(all(test, feature = "gpu"))]
-mod shaders;
 #[cfg(feature = "gpu")]
 mod step;
 #[cfg(feature = "cpu")]

@@ -80,6 +80,12 @@ impl Pipelines {
     }
 }
 
+/// Whether workgroup memory has to be zeroed although nothing reads the zeros. Metal's compiler moves the load of a flag before the barrier
+/// in front of it, unless the memory was zeroed: wgpu's issue 4500. Kernels that repair others load such flags.
+fn needs_zeroed_memory(backend: wgpu::Backend, text: &str) -> bool {
+    backend == wgpu::Backend::Metal && text.contains("workgroupUniformLoad")
+}
+
 async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCache>) -> Result<Pipeline> {
     let (name, text) = (variant.name(), variant.wgsl()?);
     if let Some(folder) = std::env::var_os(DUMP_VARIABLE) {
@@ -107,6 +113,7 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
         .collect();
     let params = ParamsLayout::of(&text)?;
     let words = rewritten(device, variant)?;
+    let zeroed = needs_zeroed_memory(device.wgpu().adapter_info().backend, &text);
     device
         .scoped_async("compiling a kernel", || {
             let gpu = device.wgpu();
@@ -132,7 +139,7 @@ async fn compile(device: &Device, variant: &Variant, cache: Option<&PipelineCach
                 compilation_options: wgpu::PipelineCompilationOptions {
                     // Kernels write workgroup memory before they read it. The only exception is the padding of the rows of an n_step, whose
                     // sums are never stored.
-                    zero_initialize_workgroup_memory: false,
+                    zero_initialize_workgroup_memory: zeroed,
                     ..Default::default()
                 },
                 cache: cache.map(PipelineCache::wgpu),
@@ -213,4 +220,17 @@ fn shader_module(gpu: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_
     // - Gathered and scattered rows are runs of such rows, and are recorded for a book with the same lengths and, where gradients
     //   are written, the same pages. `Batch`, `KvCache::check_lengths`, `PreparedBackward::encode`.
     unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::needs_zeroed_memory;
+    use wgpu::Backend;
+
+    #[test]
+    fn flags_on_metal_lie_in_zeroed_memory() {
+        let (flag, none) = ("if (workgroupUniformLoad(&flags[0]).x == 0.0) { return; }", "workgroupBarrier();");
+        assert!(needs_zeroed_memory(Backend::Metal, flag));
+        assert!(!needs_zeroed_memory(Backend::Metal, none) && !needs_zeroed_memory(Backend::Vulkan, flag));
+    }
 }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
+use serde_json::Value;
+
 use crate::file;
 use crate::kernel::Kernel;
 use crate::kernel::tile::Tiling;
@@ -16,8 +18,11 @@ use crate::problem::error::{Error, Result};
 pub const TUNING_VARIABLE: &str = "SINK_ATTENTION_TUNING";
 
 const FIRST_LINE: &str = "sink-attention tuning 1";
-/// A file with every possible entry has some 20 KiB. The rest is for remarks.
-const MOST_BYTES: u64 = 1 << 20;
+/// The format of the report that `sink-attention check --report` and `sink-attention tune --report` write, in JSON. It holds a [`Tuning`],
+/// too.
+pub const REPORT_FORMAT: &str = "sink-attention report 1";
+/// A table with every possible entry has some 20 KiB. The rest is for remarks, and for the failures in a report.
+const MOST_BYTES: u64 = 16 << 20;
 /// Widths up to each of these share tiles.
 const WIDTHS: [u32; 4] = [32, 64, 128, 256];
 /// Fewer queries than this are decoding, which has no class.
@@ -131,7 +136,8 @@ fn unknown(what: &str, word: &str, known: impl IntoIterator<Item: fmt::Display>)
 ///
 /// Its text ([`FromStr`] and [`Display`](fmt::Display)) is the one that `sink-attention tune` writes: three lines for the format, the
 /// device and the driver, then a line for each entry, `kernel dtype width WIDTH mask: tiles`. The tiles are a [`Tiling`], which names the
-/// micro-kernel that won. Empty lines, and lines that begin with `#`, are ignored.
+/// micro-kernel that won. Empty lines, and lines that begin with `#`, are ignored. The report of a device, which `sink-attention tune
+/// --report` writes in JSON, is read as the table that it holds.
 ///
 /// ```
 /// let text = "sink-attention tuning 1
@@ -204,6 +210,17 @@ impl Tuning {
         }
     }
 
+    /// Adds an entry from its line.
+    fn add(&mut self, line: &str) -> Result<(), String> {
+        let (key, tiles) = line.split_once(':').ok_or_else(|| format!("no \":\" between key and tiles in {line:?}"))?;
+        let key = key.parse()?;
+        if self.get(&key).is_some() {
+            return Err(format!("a second entry for {key}"));
+        }
+        self.insert(key, tiles.parse::<Tiling>()?);
+        Ok(())
+    }
+
     /// The tiles for a key.
     pub fn get(&self, key: &TuningKey) -> Option<Tiling> {
         self.entries.iter().find(|(other, _)| other == key).map(|(_, tiles)| *tiles)
@@ -243,6 +260,9 @@ impl FromStr for Tuning {
     type Err = TuningError;
 
     fn from_str(text: &str) -> Result<Self, TuningError> {
+        if text.trim_start().starts_with('{') {
+            return of_report(text);
+        }
         let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
         let mut lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
         let end = text.lines().count() + 1;
@@ -256,17 +276,44 @@ impl FromStr for Tuning {
         let driver = header("\"driver: NAME\"".into(), &|line| field("driver", line))?;
         let mut tuning = Tuning::new(&device, &driver);
         for (line, text) in lines {
-            let failed = |reason: String| TuningError { line, reason };
-            let (key, tiles) =
-                text.split_once(':').ok_or_else(|| failed(format!("no \":\" between key and tiles in {text:?}")))?;
-            let key = key.parse().map_err(failed)?;
-            if tuning.get(&key).is_some() {
-                return Err(failed(format!("a second entry for {key}")));
-            }
-            tuning.insert(key, tiles.parse::<Tiling>().map_err(failed)?);
+            tuning.add(text).map_err(|reason| TuningError { line, reason })?;
         }
         Ok(tuning)
     }
+}
+
+/// The table in a report, in JSON.
+fn of_report(text: &str) -> Result<Tuning, TuningError> {
+    let report: Value =
+        serde_json::from_str(text).map_err(|error| TuningError { line: error.line(), reason: error.to_string() })?;
+    // The line of a value, for a report is written with a line for each.
+    let line = |value: &str| text.lines().position(|line| line.contains(value)).map_or(1, |index| index + 1);
+    let missing = |key: &str, kind: &str| TuningError {
+        line: line(&format!("{key:?}")),
+        reason: format!("{key:?} of the report is {}, not {kind}", report[key]),
+    };
+    let field = |key: &str| report[key].as_str().ok_or_else(|| missing(key, "a text"));
+    if field("format")? != REPORT_FORMAT {
+        return Err(missing("format", &format!("{REPORT_FORMAT:?}")));
+    }
+    let mut tuning = Tuning::new(field("device")?, field("driver")?);
+    if tuning.device.is_empty() {
+        return Err(missing("device", "a name"));
+    }
+    let entries = report["tuning"].as_array().ok_or_else(|| missing("tuning", "a list"))?;
+    if entries.is_empty() {
+        let reason = "the report has no tiles; `sink-attention tune --report` adds them".into();
+        return Err(TuningError { line: line("\"tuning\""), reason });
+    }
+    for (n, entry) in entries.iter().enumerate() {
+        let failed = |reason: String| TuningError {
+            line: line(&entry.to_string()),
+            reason: format!("entry {} of \"tuning\": {reason}", n + 1),
+        };
+        let entry = entry.as_str().ok_or_else(|| failed(format!("{entry} is no text")))?;
+        tuning.add(entry).map_err(failed)?;
+    }
+    Ok(tuning)
 }
 
 #[cfg(test)]
@@ -381,6 +428,58 @@ mod tests {
             let error = text.parse::<Tuning>().unwrap_err();
             assert_eq!(error.line, line, "{error}");
             assert!(error.to_string().contains(message), "no {message:?} in {error}");
+        }
+    }
+
+    /// A report as the command writes it, with the fields of a tuning and one more.
+    fn report(tuning: &Tuning) -> String {
+        let entries: Vec<String> = tuning.entries().iter().map(|(key, tiles)| format!("{key}: {tiles}")).collect();
+        let report = serde_json::json!({
+            "format": REPORT_FORMAT,
+            "device": tuning.device(),
+            "driver": tuning.driver(),
+            "tuning": entries,
+            "runs": [{ "command": "check", "result": { "failed": 0 } }],
+        });
+        serde_json::to_string_pretty(&report).unwrap()
+    }
+
+    #[test]
+    fn a_report_is_read_as_its_table() {
+        let tuning = sample();
+        assert_eq!(report(&tuning).parse(), Ok(tuning.clone()));
+        let in_one_line = report(&tuning).lines().map(str::trim).collect::<String>();
+        assert_eq!(in_one_line.parse(), Ok(tuning));
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_report_is_told_with_its_line() {
+        let mut tuning = sample();
+        tuning.entries.truncate(2);
+        let good = report(&tuning);
+        let first = tuning.entries[0].0.to_string();
+        let with = |from: &str, to: &str| {
+            assert!(good.contains(from), "{from:?} in {good}");
+            good.replace(from, to)
+        };
+        for (text, line, message) in [
+            ("{".into(), 1, "EOF"),
+            (good[..good.len() / 2].into(), 0, "EOF"),
+            (with("report 1", "report 2"), 4, "\"format\" of the report is \"sink-attention report 2\""),
+            (with("\"format\"", "\"kind\""), 1, "\"format\" of the report is null, not a text"),
+            (with("Some GPU", " "), 2, "\"device\""),
+            (with("\"1.2 (Mesa)\"", "12"), 3, "\"driver\" of the report is 12"),
+            (with("\"tuning\": [", "\"tuning\": 7, \"other\": ["), 0, "\"tuning\" of the report is 7"),
+            (report(&Tuning::new("x", "")), 0, "has no tiles"),
+            (with(&first, "forward f64 width 64 long"), 0, "entry 1 of \"tuning\": unknown dtype \"f64\""),
+            (with(&tuning.entries[1].0.to_string(), &first), 0, "entry 2 of \"tuning\": a second entry"),
+            (with("\"tuning\": [", "\"tuning\": [ 7,"), 0, "entry 1 of \"tuning\": 7 is no text"),
+            (format!("{good} more"), 0, "trailing"),
+        ] {
+            let error = text.parse::<Tuning>().unwrap_err();
+            assert!(error.to_string().contains(message), "no {message:?} in {error}");
+            assert!(line == 0 || error.line == line, "{error} of {text}");
+            assert!((1..=text.lines().count()).contains(&error.line), "{error}");
         }
     }
 

@@ -23,5 +23,9 @@ pub mod hidden;
 #[cfg(not(target_family = "wasm"))]
 pub mod operands;
 pub mod random;
+#[cfg(test)]
+mod shaders;
 #[cfg(not(target_family = "wasm"))]
 pub mod spirv;
+#[cfg(not(target_family = "wasm"))]
+pub mod variants;

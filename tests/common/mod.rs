@@ -5,6 +5,7 @@
 pub mod buffers;
 pub mod caches;
 pub mod conformance;
+pub mod dxc;
 pub mod low_precision;
 pub mod prefills;
 pub mod properties;

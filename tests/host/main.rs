@@ -19,6 +19,7 @@ mod readme;
 mod saved_files;
 mod shaders;
 mod unseen;
+mod vendors;
 
 /// Where the suites of both programs run in this one.
 fn paths() -> Vec<sink_attention::Attention> {

@@ -231,7 +231,7 @@ fn endless_files_are_refused() {
         }
     }
     let error = Tuning::load(&huge).unwrap_err().to_string();
-    assert!(error.contains("it has 1099511627776 bytes, the most is 1048576"), "{error}");
+    assert!(error.contains("it has 1099511627776 bytes, the most is 16777216"), "{error}");
     let error = cache().load(&huge).unwrap_err();
     assert!(matches!(&error, Error::SavedFile { .. }) && error.to_string().contains("the header: "), "{error}");
 }

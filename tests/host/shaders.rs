@@ -219,24 +219,24 @@ fn with_options() -> Vec<Planned> {
 }
 
 /// The variants of [`reachable`], each once.
-fn variants() -> Vec<Variant> {
+pub fn variants() -> Vec<Variant> {
     let mut seen = HashSet::new();
     let all = reachable().iter().flat_map(|planned| planned.passes().map(|pass| pass.variant));
     all.filter(|variant| seen.insert(*variant)).collect()
 }
 
 /// Whether it multiplies cooperative matrices.
-fn on_matrices(variant: &Variant) -> bool {
+pub fn on_matrices(variant: &Variant) -> bool {
     variant.micro_kernel != MicroKernel::Portable
 }
 
 /// Whether it computes with the elements of fragments, which reaches drivers as SPIR-V alone.
-fn on_elements(variant: &Variant) -> bool {
+pub fn on_elements(variant: &Variant) -> bool {
     variant.micro_kernel == MicroKernel::Fragments
 }
 
 /// Parses and validates with what WebGPU guarantees; a cooperative kernel with its extensions, too.
-fn validated(variant: &Variant) -> (Module, ModuleInfo) {
+pub fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     let text = variant.wgsl().unwrap();
     // Of another extension than browsers' where it is cooperative, but in the same grammar.
     assert_eq!(mixed_operators(&text), [""; 0], "{}", variant.name());

@@ -135,6 +135,13 @@ impl Entry {
     }
 }
 
+/// What the list says of the adapter of this name, for a report.
+pub fn describe_adapter(name: &str) -> Option<serde_json::Value> {
+    let adapters = adapters();
+    let (index, adapter) = adapters.iter().enumerate().find(|(_, adapter)| adapter.get_info().name == name)?;
+    serde_json::to_value(Entry::new(index, adapter)).ok()
+}
+
 /// The kernels that a device would run for a width that is common in models.
 #[derive(Debug, Serialize)]
 struct Kernel {

@@ -6,6 +6,7 @@ mod bench;
 mod check;
 mod devices;
 mod plan;
+mod report_file;
 mod run;
 mod shared;
 mod tune;

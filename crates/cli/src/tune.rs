@@ -19,6 +19,7 @@ use sink_attention::{
     Attention, DType, Device, Element, Options, Prepared, Problem, Shape, SinkLogits, Upstream, Window,
 };
 
+use crate::report_file::ReportFile;
 use crate::shared::{DeviceArgs, ElementType, Progress, check_writable, print_summary, write_file};
 
 /// Most time of a forward pass of the largest problem, estimated from the problem before.
@@ -72,6 +73,10 @@ pub struct Tune {
     /// Print the summary as a JSON object
     #[arg(long)]
     json: bool,
+
+    /// Add tiles and times to this file, too, which `check --report` adds to; it is a tuning file as well
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -267,12 +272,16 @@ impl Tune {
         // An entry of a tuning is of full precision: its key names none.
         self.device.check_full_precision("tune")?;
         check_writable(&self.out)?;
+        if self.report.as_ref() == Some(&self.out) {
+            return Err(format!("--report and --out both name {}", self.out.display()).into());
+        }
         let start = Instant::now();
         // Candidates are compared with the built-in table, whatever the environment prefers.
         let attention = self.device.open_gpu_untuned()?;
         let device = attention.device().ok_or("tune needs a GPU: the CPU path has no tiles")?.clone();
         let timer = Timer::new(&device)?;
         let mut tuning = self.table(&device)?;
+        let mut report = self.report.as_deref().map(|path| ReportFile::open(path, &attention)).transpose()?;
         self.write(&tuning)?;
         let mut summary = Summary {
             device: attention.device_name(),
@@ -309,9 +318,14 @@ impl Tune {
                                 let dropped = &mut summary.dropped;
                                 let entry = search(&attention, &timer, &bench, choice, until, dropped, right)?;
                                 tuning.insert(key, entry.tiles);
-                                summary.entries.push(entry.named(key));
                                 // Measurements are written at once, so that they stay whatever happens next.
                                 self.write(&tuning)?;
+                                let tiles = entry.tiles;
+                                summary.entries.push(entry.named(key));
+                                if let Some(report) = &mut report {
+                                    report.insert(key, tiles);
+                                    report.write(&summary)?;
+                                }
                             }
                         }
                         progress.end();
@@ -320,6 +334,9 @@ impl Tune {
             }
         }
         progress.finish();
+        if let Some(report) = &mut report {
+            report.write(&summary)?;
+        }
         print_summary(&summary, self.json)
     }
 
@@ -329,6 +346,13 @@ impl Tune {
         if !self.out.exists() {
             let info = device.wgpu().adapter_info();
             return Ok(Tuning::new(name, &format!("{} {}", info.driver, info.driver_info)));
+        }
+        // A report is a tuning, too, but this would replace it with less.
+        if sink_attention::file::read(&self.out, u64::MAX).is_ok_and(|bytes| bytes.trim_ascii_start().starts_with(b"{"))
+        {
+            return Err(
+                format!("{} is a report: name it by --report, and a tuning file by --out", self.out.display()).into()
+            );
         }
         let tuning = Tuning::load(&self.out)?;
         let other = |error| format!("{}: {error}; name another file by --out", self.out.display());

@@ -6,6 +6,7 @@ mod report;
 
 use std::error::Error;
 use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -16,6 +17,7 @@ use sink_attention::{Attention, DType, Element};
 use self::grid::{Case, grid};
 use self::measure::{Operator, Outcome, Passes, measure};
 use self::report::Report;
+use crate::report_file::ReportFile;
 use crate::shared::{DeviceArgs, print_summary};
 
 /// Check the results of this device against the definition in f64
@@ -56,6 +58,11 @@ pub struct Check {
     /// Print the report as a JSON object
     #[arg(long)]
     json: bool,
+
+    /// Add the report to this file, with what `devices` says of the device, to be attached to a bug report; `tune --report`
+    /// adds to the same file
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 /// The element types to check.
@@ -74,6 +81,7 @@ impl Check {
         self.device.check()?;
         let mut cases = self.cases()?;
         let attention = self.device.open()?;
+        let file = self.report.as_deref().map(|path| ReportFile::open(path, &attention)).transpose()?;
         let on_matrices = [MicroKernel::Cooperative, MicroKernel::Fragments].contains(&self.device.micro_kernel());
         if on_matrices || self.device.precision() == Precision::Split {
             leave_out(&mut cases, &attention)?;
@@ -89,7 +97,10 @@ impl Check {
             })
             .collect();
         let report = Report::new(&attention, self.seed, passes, start.elapsed(), &cases, &outcomes);
+        // The reader of what is printed may have left, and the file may be gone: neither keeps the other from being written.
+        let written = file.map_or(Ok(()), |mut file| file.write(&report));
         print_summary(&report, self.json)?;
+        written?;
         Ok(report.verdict()?)
     }
 

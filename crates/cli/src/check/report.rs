@@ -127,7 +127,7 @@ impl Report {
         match self.failed {
             0 => Ok(()),
             failed => Err(format!(
-                "{failed} of {} cases failed on {}; please report what is above, and what `sink-attention devices` prints",
+                "{failed} of {} cases failed on {}; please report what is above, and what `sink-attention devices` prints, or the file of --report",
                 self.cases, self.device.name
             )),
         }

@@ -8,7 +8,7 @@ use crate::binary::{command, fails, sink_attention, succeeds, wrong_usage};
 use serde_json::{Value, json};
 use sink_attention::plan::Capabilities;
 use sink_attention::testing::devices::gpu;
-use sink_attention::tuning::{TUNING_VARIABLE, Tuning};
+use sink_attention::tuning::{REPORT_FORMAT, TUNING_VARIABLE, Tuning};
 
 /// A shape that takes no time.
 const SMALL: [&str; 10] = ["--heads", "2", "--kv-heads", "1", "--seq-k", "48", "--head-dim", "16", "--runs", "3"];
@@ -318,6 +318,98 @@ fn tune_writes_what_the_library_loads() {
     assert!(String::from_utf8_lossy(&environment.stdout).contains("from the tuning"));
     let checked = succeeds(&["check", "--backend", "gpu", "--only", "scale", "--tuning", &file]).0;
     assert!(checked.trim_end().ends_with("all passed"), "{checked}");
+}
+
+/// Both commands add to one file, which is a table of tiles, too.
+#[test]
+fn check_and_tune_write_one_report() {
+    let Some(gpu) = gpu() else { return };
+    let name = gpu.device().unwrap().capabilities().name.clone();
+    let folder = Folder::new("report");
+    let (report, out) = (folder.file("report.json"), folder.file("device.tuning"));
+    let read = || -> Value { serde_json::from_str(&fs::read_to_string(&report).unwrap()).unwrap() };
+    let check = ["check", "--backend", "gpu", "--only", "scale", "--report", &report];
+    succeeds(&check);
+    let first = read();
+    assert_eq!((&first["format"], &first["device"]), (&json!(REPORT_FORMAT), &json!(name)));
+    assert_eq!(first["adapter"]["name"], json!(name));
+    assert!(first["adapter"]["workgroup_bytes"].is_number() && first["driver"].is_string(), "{first}");
+    assert_eq!(first["runs"][0]["command"], "check --backend gpu --only scale");
+    assert_eq!((&first["runs"][0]["result"]["failed"], &first["tuning"]), (&json!(0), &json!([])));
+    // A table without entries would be no use.
+    let plan = ["plan", "--backend", "gpu", "--heads", "2", "--seq-k", "400", "--head-dim", "20", "--causal"];
+    let with_report = [&plan[..], &["--tuning", &report]].concat();
+    assert!(fails(&with_report).contains("the report has no tiles; `sink-attention tune --report` adds them"));
+
+    let summary = tune(&out, &["--masks", "short", "--kernels", "forward", "--report", &report]);
+    let tiles = &summary["entries"][0]["tiles"];
+    let both = read();
+    assert_eq!(both["runs"].as_array().unwrap().len(), 2);
+    assert_eq!(both["runs"][0], first["runs"][0]);
+    assert_eq!(both["runs"][1]["result"]["entries"], summary["entries"]);
+    assert_eq!(both["tuning"], json!([format!("forward f32 width 32 short: {}", tiles.as_str().unwrap())]));
+    // The table of both files is one.
+    assert_eq!(Tuning::load(&report).unwrap(), Tuning::load(&out).unwrap());
+    assert!(succeeds(&with_report).0.contains("from the tuning"));
+    let environment = command(&plan).env(TUNING_VARIABLE, &report).output().unwrap();
+    assert!(String::from_utf8_lossy(&environment.stdout).contains("from the tuning"));
+
+    // Again: in the place of the last time, and the tiles stay.
+    succeeds(&check);
+    let again = read();
+    let commands: Vec<_> = again["runs"].as_array().unwrap().iter().map(|run| &run["command"]).collect();
+    assert_eq!((commands.len(), commands[1]), (2, &json!("check --backend gpu --only scale")));
+    assert_eq!(again["tuning"], both["tuning"]);
+
+    // A report is not replaced by a table.
+    let stderr = fails(&["tune", "--backend", "gpu", "--out", &report]);
+    assert!(stderr.contains("is a report: name it by --report"), "{stderr}");
+    let stderr = fails(&["tune", "--backend", "gpu", "--out", &report, "--report", &report]);
+    assert!(stderr.contains("--report and --out both name"), "{stderr}");
+    assert_eq!(read(), again);
+}
+
+#[test]
+fn reports_that_are_wrong() {
+    let folder = Folder::new("wrong-report");
+    let file = folder.file("report.json");
+    let check = ["check", "--backend", "cpu", "--only", "scale", "--report", &file];
+    let report = |device: &str, entry: &str| {
+        let tuning: Vec<&str> = Some(entry).filter(|entry| !entry.is_empty()).into_iter().collect();
+        json!({ "format": REPORT_FORMAT, "device": device, "driver": "", "tuning": tuning, "runs": [] }).to_string()
+    };
+    for (text, message) in [
+        (report("Voodoo 2", ""), "is a report of \"Voodoo 2\", and this device is \"CPU ("),
+        ("{ \"format\": \"sink-attention report 2\" }".into(), "its format is \"sink-attention report 2\", not"),
+        ("{ \"format\": \"sink-attention report 1\" }".into(), "missing field `device`"),
+        ("[1, 2]".into(), "its format is null"),
+        ("{".into(), "line 1 column 1"),
+        ("sink-attention tuning 1\n".into(), "is no report"),
+        (report("Voodoo 2", "forward f32 width 65 long: portable"), "line 4: unknown width \"65\""),
+    ] {
+        fs::write(&file, &text).unwrap();
+        let stderr = fails(&check);
+        assert!(stderr.contains(message) && stderr.contains("report.json"), "no {message:?} in {stderr}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), text, "a file that is none of ours is left as it is");
+    }
+    // As a tuning.
+    fs::write(&file, report("Voodoo 2", "forward f32 width 65 long: portable")).unwrap();
+    let stderr = fails(&["plan", "--device", "H200", "--tuning", &file]);
+    assert!(stderr.contains("entry 1 of \"tuning\": unknown width \"65\"; known: 32, 64, 128, 256"), "{stderr}");
+    let tiles = "forward f32 width 64 long: portable 32x32 (8x8 threads of 4x4), k_step 16, n_step 16";
+    fs::write(&file, report("Voodoo 2", tiles)).unwrap();
+    let stderr = fails(&["plan", "--device", "H200", "--tuning", &file]);
+    assert!(stderr.contains("Voodoo 2"), "{stderr}");
+    // A report of the CPU, which has no tiles; a run of one seed is another than that of another.
+    fs::remove_file(&file).unwrap();
+    succeeds(&check);
+    succeeds(&[&check[..], &["--seed", "3"]].concat());
+    let written: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!((written["runs"].as_array().unwrap().len(), &written["adapter"]), (2, &Value::Null));
+    for path in ["/dev/full", &folder.file("no/file")] {
+        let stderr = fails(&["check", "--backend", "cpu", "--only", "scale", "--report", path]);
+        assert!(stderr.contains(&format!("cannot write {path}")), "{stderr}");
+    }
 }
 
 #[test]

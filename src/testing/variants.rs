@@ -1,9 +1,4 @@
-//! Every variant of the kernels of caches parses, validates, translates and fits.
-
-use naga::AddressSpace;
-use naga::back::{hlsl, msl, spv};
-use naga::valid::{Capabilities as Wgsl, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
-use rayon::prelude::*;
+//! The kernels of caches, for tests of their texts.
 
 use crate::device::capabilities::Capabilities;
 use crate::kernel::cache::CacheOptions;
@@ -16,9 +11,6 @@ use crate::problem::cache::{CacheConfig, CacheKind, Rotary, RotaryPositions, Rot
 use crate::problem::element::DType;
 use crate::problem::row_format::Quantisation;
 
-#[path = "../../tests/common/tint.rs"]
-mod tint;
-
 const KINDS: [CacheKind; 3] = [
     CacheKind::Contiguous { capacity: 1000 },
     CacheKind::Paged { page_size: 16, pages: 64, sequence_pages: 64 },
@@ -26,7 +18,7 @@ const KINDS: [CacheKind; 3] = [
 ];
 
 /// The planner's variants for widths, types, kinds and groups on any device. Every option occurs in one of them.
-fn variants() -> Vec<(Variant, Capabilities)> {
+pub fn cache_variants() -> Vec<(Variant, Capabilities)> {
     let mut found = Vec::new();
     let widths = [[1, 1], [5, 33], [64, 64], [80, 16], [128, 128], [192, 128], [256, 256], [512, 1], [512, 512]];
     let mut turn = 0;
@@ -100,59 +92,4 @@ fn variants() -> Vec<(Variant, Capabilities)> {
         }
     }
     found
-}
-
-#[test]
-fn every_variant_validates_translates_and_fits() {
-    variants().into_par_iter().for_each(|(variant, device)| {
-        let name = variant.name();
-        let text = variant.wgsl().unwrap();
-        assert_eq!(tint::mixed_operators(&text), [""; 0], "{name}");
-        let module = naga::front::wgsl::parse_str(&text)
-            .unwrap_or_else(|error| panic!("{name}: {}\n{text}", error.emit_to_string(&text)));
-        let needs_matrices = variant.micro_kernel.properties().needs_matrices;
-        let matrices = Wgsl::COOPERATIVE_MATRIX | Wgsl::SHADER_FLOAT16 | Wgsl::SUBGROUP | Wgsl::SUBGROUP_BARRIER;
-        let needed = if needs_matrices { matrices } else { Wgsl::empty() };
-        let mut validator = Validator::new(ValidationFlags::all(), Wgsl::SHADER_FLOAT16_IN_FLOAT32 | needed);
-        if needs_matrices {
-            validator.subgroup_stages(ShaderStages::COMPUTE).subgroup_operations(SubgroupOperationSet::all());
-        } else {
-            validator.subgroup_stages(ShaderStages::empty()).subgroup_operations(SubgroupOperationSet::empty());
-        }
-        let info = validator.validate(&module).unwrap_or_else(|error| panic!("{name}: {error:?}"));
-
-        let spv = spv::Options { lang_version: (1, 3), ..Default::default() };
-        spv::write_vec(&module, &info, &spv, None).unwrap_or_else(|error| panic!("{name}: {error}"));
-        if let Some(version) = device.spirv {
-            variant.spirv(version).unwrap();
-        }
-        let msl = msl::Options { lang_version: (2, 4), ..Default::default() };
-        msl::write_string(&module, &info, &msl, &msl::PipelineOptions::default())
-            .unwrap_or_else(|error| panic!("{name}: {error}"));
-        // DX12 has no cooperative matrices.
-        if !needs_matrices {
-            let options = hlsl::Options {
-                shader_model: hlsl::ShaderModel::V6_0,
-                special_constants_binding: Some(hlsl::BindTarget { register: 0, space: 1, ..Default::default() }),
-                ..Default::default()
-            };
-            hlsl::Writer::new(&mut String::new(), &options, &hlsl::PipelineOptions::default())
-                .write(&module, &info, None)
-                .unwrap_or_else(|error| panic!("{name}: {error}"));
-        }
-
-        let mut layouter = naga::proc::Layouter::default();
-        layouter.update(module.to_ctx()).unwrap();
-        let variables = || module.global_variables.iter();
-        let memory: u32 = variables()
-            .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
-            .map(|(_, variable)| layouter[variable.ty].size)
-            .sum();
-        assert_eq!(memory, variant.workgroup_bytes(), "{name}");
-        assert!(memory <= device.workgroup_bytes, "{name}: {memory} bytes of workgroup memory");
-        let storage = variables().filter(|(_, v)| matches!(v.space, AddressSpace::Storage { .. })).count();
-        assert!(storage <= 8, "{name}: {storage} storage buffers");
-        let bound = variables().filter(|(_, variable)| variable.binding.is_some()).count();
-        assert_eq!(bound, variant.bindings().len(), "{name}");
-    });
 }
