@@ -67,6 +67,10 @@ pub(crate) fn micro_kernels(
         (MicroKernel::Cooperative, _) | (MicroKernel::Auto, Some(MicroKernel::Cooperative)) => {
             &[MicroKernel::Cooperative]
         }
+        // Fragments are not measured there, and RDNA's layouts are none that they take.
+        (MicroKernel::Auto, None) if capabilities.class == DeviceClass::Amd => {
+            &[MicroKernel::Cooperative, MicroKernel::Portable]
+        }
         // Other devices use the portable kernel until the kernels have been checked and measured there. `tune` does that.
         (MicroKernel::Auto, None) if capabilities.class == DeviceClass::Nvidia => match gain {
             Gain::Elements => &MicroKernel::ALL,
