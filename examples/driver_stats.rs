@@ -7,7 +7,7 @@
 //!
 //! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
 //! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. OPTION is softcap, alibi, bias or mask. `--lanes` builds kernels on
-//! matrices for subgroups of another size than the device has told. With `--out`, the WGSL, the SPIR-V and the
+//! matrices for subgroups of another size than the device has told, and asks the driver for that size. With `--out`, the WGSL, the SPIR-V and the
 //! driver's pipeline cache are written there. `--tiles` is that of `sink-attention bench`. The cache holds the machine code: NVIDIA's is a zstd frame after 100 bytes or so, in it
 //! code of the length at byte 0x4c begins 8 bytes after the offset at byte 0x50, and `nvdisasm -b SM90` reads it.
 
@@ -80,7 +80,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let capabilities = &capabilities;
     let needs_bf16 = capabilities.cooperative.is_some_and(|matrices| matrices.bf16.is_some());
-    let driver = Driver::new(needs_bf16)?;
+    let driver = Driver::new(needs_bf16, lanes)?;
     for ([heads, kv_heads, width], tiling) in
         SHAPES.iter().flat_map(|shape| decodes.iter().map(move |tiling| (*shape, *tiling)))
     {
@@ -137,11 +137,13 @@ struct Driver {
     _instance: ash::Instance,
     device: ash::Device,
     executables: khr::pipeline_executable_properties::Device,
+    /// The size of subgroups to ask for, for kernels on matrices.
+    lanes: Option<u32>,
 }
 
 impl Driver {
     /// With bf16 on cooperative matrices where kernels ask for them.
-    fn new(needs_bf16: bool) -> Result<Self, Box<dyn Error>> {
+    fn new(needs_bf16: bool, lanes: Option<u32>) -> Result<Self, Box<dyn Error>> {
         // SAFETY: plain use of Vulkan; every structure lives as long as the call that reads it, and what is created here is
         // never destroyed before the process ends.
         unsafe {
@@ -182,11 +184,14 @@ impl Driver {
                 .shader_float16(true)
                 .vulkan_memory_model(true)
                 .vulkan_memory_model_device_scope(true);
+            let mut sizes =
+                vk::PhysicalDeviceSubgroupSizeControlFeatures::default().subgroup_size_control(lanes.is_some());
             let mut info = vk::DeviceCreateInfo::default()
                 .queue_create_infos(&queue)
                 .enabled_extension_names(&extensions)
                 .push_next(&mut executable)
                 .push_next(&mut vulkan_1_1)
+                .push_next(&mut sizes)
                 .push_next(&mut vulkan_1_2);
             if has(khr::cooperative_matrix::NAME) {
                 info = info.push_next(&mut cooperative);
@@ -196,7 +201,7 @@ impl Driver {
             }
             let device = instance.create_device(physical, &info, None)?;
             let executables = khr::pipeline_executable_properties::Device::new(&instance, &device);
-            Ok(Driver { _entry: entry, _instance: instance, device, executables })
+            Ok(Driver { _entry: entry, _instance: instance, device, executables, lanes })
         }
     }
 
@@ -232,10 +237,14 @@ impl Driver {
             )?;
             let layout =
                 device.create_pipeline_layout(&vk::PipelineLayoutCreateInfo::default().set_layouts(&[set]), None)?;
+            let asked = self.lanes.filter(|_| variant.matrices.is_some());
+            let mut size = vk::PipelineShaderStageRequiredSubgroupSizeCreateInfo::default()
+                .required_subgroup_size(asked.unwrap_or_default());
             let stage = vk::PipelineShaderStageCreateInfo::default()
                 .stage(vk::ShaderStageFlags::COMPUTE)
                 .module(shader)
                 .name(c"main");
+            let stage = if asked.is_some() { stage.push_next(&mut size) } else { stage };
             let info = vk::ComputePipelineCreateInfo::default()
                 .flags(vk::PipelineCreateFlags::CAPTURE_STATISTICS_KHR)
                 .stage(stage)
