@@ -668,6 +668,7 @@ impl Variant {
                 p_row => f.p_row(),
                 column_shares => f.tile_columns().div_ceil(f.threads()),
                 stats_per_column => f.stats_per_column(self.kernel, self.dtype),
+                stages_scales => f.stages_scales(self.kernel, self.dtype),
                 signed => if rows_are_keys { "k" } else { "q" },
                 staged => staged.to_vec(),
                 fragments, staged_rows, staged_quads, staged_shares,
