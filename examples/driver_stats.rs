@@ -1,12 +1,13 @@
 //! What a Vulkan driver makes of the kernels: registers, spills, workgroup memory, size of the code.
 //!
 //! ```sh
-//! cargo run --release --example driver_stats -- [--dtype f16] [--precision full] [--with OPTION] [--tiles KERNEL=TILES]... [--out FOLDER]
+//! cargo run --release --example driver_stats -- [--dtype f16] [--precision full] [--with OPTION] [--tiles KERNEL=TILES]... [--lanes LANES] [--out FOLDER]
 //! cargo run --release --example driver_stats -- --decode "fragments 4x1 rows 8, columns 1, ahead 2, splits 33" [--decode ...]
 //! ```
 //!
 //! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
-//! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. OPTION is softcap, alibi, bias or mask. With `--out`, the WGSL, the SPIR-V and the
+//! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. OPTION is softcap, alibi, bias or mask. `--lanes` builds kernels on
+//! matrices for subgroups of another size than the device has told, and asks the driver for that size. With `--out`, the WGSL, the SPIR-V and the
 //! driver's pipeline cache are written there. `--tiles` is that of `sink-attention bench`. The cache holds the machine code: NVIDIA's is a zstd frame after 100 bytes or so, in it
 //! code of the length at byte 0x4c begins 8 bytes after the offset at byte 0x50, and `nvdisasm -b SM90` reads it.
 
@@ -29,6 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut precision = Precision::Full;
     let mut out: Option<PathBuf> = None;
     let mut tiles = Vec::new();
+    let mut lanes = None;
     let mut decodes: Vec<DecodeTiling> = Vec::new();
     let mut options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     let mut arguments = std::env::args().skip(1);
@@ -59,6 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     _ => return Err(format!("no option {value}").into()),
                 };
             }
+            "--lanes" => lanes = Some(value.parse()?),
             "--out" => out = Some(value.into()),
             _ => return Err(format!("unknown argument {argument}").into()),
         }
@@ -71,20 +74,25 @@ fn main() -> Result<(), Box<dyn Error>> {
     let attention = Attention::open(&choice)?;
     let device = attention.device().ok_or("no GPU adapter")?;
     println!("{}", attention.device_name());
-    let needs_bf16 = device.capabilities().cooperative.is_some_and(|matrices| matrices.bf16.is_some());
-    let driver = Driver::new(needs_bf16)?;
+    let mut capabilities = device.capabilities().clone();
+    if let Some(lanes) = lanes {
+        capabilities.cooperative = capabilities.cooperative.map(|matrices| matrices.lanes(lanes));
+    }
+    let capabilities = &capabilities;
+    let needs_bf16 = capabilities.cooperative.is_some_and(|matrices| matrices.bf16.is_some());
+    let driver = Driver::new(needs_bf16, lanes)?;
     for ([heads, kv_heads, width], tiling) in
         SHAPES.iter().flat_map(|shape| decodes.iter().map(move |tiling| (*shape, *tiling)))
     {
         let config = CacheConfig::new(CacheKind::Contiguous { capacity: 131_072 }, 1, kv_heads, width).dtype(dtype);
         let decode = Decode::new(heads, options.dtype(dtype)).tiling(tiling);
-        for pass in Plan::decode(&config, &decode, device.capabilities(), MicroKernel::Auto)?.passes {
+        for pass in Plan::decode(&config, &decode, capabilities, MicroKernel::Auto)?.passes {
             println!("{:80} {}", pass.variant.name(), driver.statistics(&pass.variant, out.as_deref())?);
         }
     }
     for [heads, kv_heads, width] in SHAPES.into_iter().filter(|_| decodes.is_empty()) {
         let preference = Preference::default().precision(precision).tiles(&tiles);
-        for variant in variants([heads, kv_heads, width], options.dtype(dtype), device.capabilities(), &preference)? {
+        for variant in variants([heads, kv_heads, width], options.dtype(dtype), capabilities, &preference)? {
             println!("{:80} {}", variant.name(), driver.statistics(&variant, out.as_deref())?);
         }
     }
@@ -129,11 +137,13 @@ struct Driver {
     _instance: ash::Instance,
     device: ash::Device,
     executables: khr::pipeline_executable_properties::Device,
+    /// The size of subgroups to ask for, for kernels on matrices.
+    lanes: Option<u32>,
 }
 
 impl Driver {
     /// With bf16 on cooperative matrices where kernels ask for them.
-    fn new(needs_bf16: bool) -> Result<Self, Box<dyn Error>> {
+    fn new(needs_bf16: bool, lanes: Option<u32>) -> Result<Self, Box<dyn Error>> {
         // SAFETY: plain use of Vulkan; every structure lives as long as the call that reads it, and what is created here is
         // never destroyed before the process ends.
         unsafe {
@@ -174,11 +184,14 @@ impl Driver {
                 .shader_float16(true)
                 .vulkan_memory_model(true)
                 .vulkan_memory_model_device_scope(true);
+            let mut sizes =
+                vk::PhysicalDeviceSubgroupSizeControlFeatures::default().subgroup_size_control(lanes.is_some());
             let mut info = vk::DeviceCreateInfo::default()
                 .queue_create_infos(&queue)
                 .enabled_extension_names(&extensions)
                 .push_next(&mut executable)
                 .push_next(&mut vulkan_1_1)
+                .push_next(&mut sizes)
                 .push_next(&mut vulkan_1_2);
             if has(khr::cooperative_matrix::NAME) {
                 info = info.push_next(&mut cooperative);
@@ -188,7 +201,7 @@ impl Driver {
             }
             let device = instance.create_device(physical, &info, None)?;
             let executables = khr::pipeline_executable_properties::Device::new(&instance, &device);
-            Ok(Driver { _entry: entry, _instance: instance, device, executables })
+            Ok(Driver { _entry: entry, _instance: instance, device, executables, lanes })
         }
     }
 
@@ -215,7 +228,7 @@ impl Driver {
             })
             .collect();
         // SAFETY: as in `new`.
-        let (statistics, cache) = unsafe {
+        let (lanes, statistics, cache) = unsafe {
             let device = &self.device;
             let shader = device.create_shader_module(&vk::ShaderModuleCreateInfo::default().code(&spirv), None)?;
             let set = device.create_descriptor_set_layout(
@@ -224,10 +237,14 @@ impl Driver {
             )?;
             let layout =
                 device.create_pipeline_layout(&vk::PipelineLayoutCreateInfo::default().set_layouts(&[set]), None)?;
+            let asked = self.lanes.filter(|_| variant.matrices.is_some());
+            let mut size = vk::PipelineShaderStageRequiredSubgroupSizeCreateInfo::default()
+                .required_subgroup_size(asked.unwrap_or_default());
             let stage = vk::PipelineShaderStageCreateInfo::default()
                 .stage(vk::ShaderStageFlags::COMPUTE)
                 .module(shader)
                 .name(c"main");
+            let stage = if asked.is_some() { stage.push_next(&mut size) } else { stage };
             let info = vk::ComputePipelineCreateInfo::default()
                 .flags(vk::PipelineCreateFlags::CAPTURE_STATISTICS_KHR)
                 .stage(stage)
@@ -236,7 +253,10 @@ impl Driver {
             let pipelines = device.create_compute_pipelines(cache, &[info], None).map_err(|(_, e)| e)?;
             let pipeline = *pipelines.first().ok_or("no pipeline")?;
             let executable = vk::PipelineExecutableInfoKHR::default().pipeline(pipeline);
-            (self.executables.get_pipeline_executable_statistics(&executable)?, device.get_pipeline_cache_data(cache)?)
+            let properties = vk::PipelineInfoKHR::default().pipeline(pipeline);
+            let properties = self.executables.get_pipeline_executable_properties(&properties)?;
+            let statistics = self.executables.get_pipeline_executable_statistics(&executable)?;
+            (properties.first().map_or(0, |p| p.subgroup_size), statistics, device.get_pipeline_cache_data(cache)?)
         };
         if let Some(out) = out {
             let write = |ending: &str, bytes: &[u8]| std::fs::write(out.join(variant.name() + ending), bytes);
@@ -257,6 +277,6 @@ impl Driver {
             };
             format!("{name} {value}")
         });
-        Ok(shown.collect::<Vec<_>>().join(", "))
+        Ok(std::iter::once(format!("Lanes {lanes}")).chain(shown).collect::<Vec<_>>().join(", "))
     }
 }

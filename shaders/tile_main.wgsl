@@ -1,5 +1,5 @@
 {#- The entry point of a kernel with tiles.
-    Needs: tiled.wgsl, entry.wgsl; `loads`, `stores` and the options.
+    Needs: tiled.wgsl, entry.wgsl; `loads`, `stores` and the options. Where `has_lanes` is false, nothing behind it may run.
     Declares: `main`, around the caller's text, with the workgroup's tile (`work`, `row0`, `row_end`, `row_limit`), the base of each
     operand of its rows, and the tiles of columns that its rows see (`tiles`, `full`, `column_limit`). A tile of keys has columns of
     several query heads: head_loop of tile_loops.wgsl declares their bases. -#}
@@ -35,6 +35,14 @@ fn has_fallback(index: u32) -> bool {
 # if batch == 1 and (sanitize or fallback_tile)
   if (thread == 0u) { {{ flags }}[0] = vec4<f32>(select(0.0, 1.0, has_fallback(index))); }
   if (workgroupUniformLoad(&{{ flags }}[0]).x == 0.0) { return; }
+# endif
+# if guarded_lanes and not sanitize
+  if (!has_lanes) {
+    // The portable kernel computes all rows.
+    let slot = fallback_slot(seq, work, work.tile);
+    for (var word = thread; word < {{ report_words }}u; word += {{ threads }}u) { fallback[slot + word] = 0xffffffffu; }
+    return;
+  }
 # endif
 # for operand in (loads + stores) if not (rows_are_keys and operand.name in ["q", "d_o"])
 # set head, start = ("kv_head", "k_start") if operand.name in ["k", "v", "d_k", "d_v"] else ("head", "q_start")

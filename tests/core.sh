@@ -51,7 +51,7 @@ case $? in
         # Of other suites what takes long is left out.
         few=(--skip size:: --skip properties::)
         [[ ${SINK_ATTENTION_TESTS:-} == all ]] && few=()
-        tests "${core[@]}" --test gpu -- cooperative fragments:: split:: ${few[@]+"${few[@]}"}
+        tests "${core[@]}" --test gpu -- cooperative fragments:: split:: subgroups:: ${few[@]+"${few[@]}"}
         mkdir "$temp/modules"
         MESA_SPIRV_DUMP_PATH=$temp/modules tests "${core[@]}" --test gpu -- loops::the_driver_gets
         # The kernels that go to the driver as SPIR-V, by spirv-val of the same Debian: each sixteenth, for it takes long.

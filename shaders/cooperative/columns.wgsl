@@ -16,7 +16,7 @@
 # endif
 # for n in range(staged_shares[b])
   var {{ b }}_share_{{ n }} = Raw();
-# if column_scales
+# if column_scales and not stages_scales
   var {{ b }}_scale_{{ n }} = 1.0;
 # endif
 # endfor
@@ -50,7 +50,7 @@
       let quad = {{ share_quad(b, n) }};
       let source = min({{ column }} + {{ share_column(b, n) }}, last_column);
       {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
-# if column_scales
+# if column_scales and not stages_scales
       {{ b }}_scale_{{ n }} = {{ column_scales }}[scales_base + source].{{ "x" if b == staged[0] else "y" }};
 # endif
     }
@@ -61,6 +61,10 @@
 # macro put(b, stage)
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
+# if stages_scales
+      let item = {{ share_column(b, n) }};
+      let {{ b }}_scale_{{ n }} = {{ stat_place(4 if b == staged[0] else 5) }};
+# endif
 # if splits
       let at = {{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }};
       let x = {{ b }}_share_{{ n }} * {{ b }}_scale_{{ n }};
@@ -139,8 +143,25 @@
 # endif
 # endmacro
 
-{#- Stores the loaded shares and statistics in the stage. -#}
-# macro put_columns()
+{#- Leaves the token scales of the next tile where `put` finds them behind a barrier: all threads have read those of this tile. -#}
+# macro put_scales()
+# if stages_scales
+# for n in range(column_shares)
+    {{ if_column(n) }}{
+      let item = thread + {{ n * threads }}u;
+      {{ stat_place(4) }} = token_scale_{{ n }}.x;
+      {{ stat_place(5) }} = token_scale_{{ n }}.y;
+    }
+# endfor
+# endif
+# endmacro
+
+{#- Stores the loaded shares and statistics in the stage. `has_scales` says that `put_scales` and a barrier have been. -#}
+# macro put_columns(has_scales=false)
+# if stages_scales and not has_scales
+{{ put_scales() }}
+    workgroupBarrier();
+# endif
 # for b in staged
 {{ put(b, "stage") }}
 # endfor
@@ -219,7 +240,7 @@
 # else
     workgroupBarrier();
 # endif
-{{ put_columns() }}
+{{ put_columns(has_scales=true) }}
 # endmacro
 
 {#- The statistics of the subgroup's rows: the shift by lse, delta, and in f16 the unit of d_q. -#}

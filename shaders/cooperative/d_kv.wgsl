@@ -111,6 +111,7 @@
 
 # macro probability_gradients()
     // dP = V dO^T.
+{{ columns.put_scales() }}
 {{ matrix.product("d_p", "v", "d_o", "stage") }}
 # endmacro
 

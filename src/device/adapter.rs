@@ -222,8 +222,9 @@ pub(crate) fn cooperative_features() -> wgpu::Features {
         | wgpu::Features::SUBGROUP_BARRIER
 }
 
-/// The largest fragments of f16 with sums in f32, where subgroups have one size only: a kernel cannot ask for one. The
-/// reason where there are none.
+/// The largest fragments of f16 with sums in f32. A kernel cannot ask for a size of subgroups (wgpu's issue 10049). Where there are several, the
+/// largest that shares a fragment is a first guess, which the device itself corrects (`subgroups`) and each kernel checks. The reason where
+/// there are no fragments.
 fn cooperative(
     info: &wgpu::AdapterInfo,
     features: wgpu::Features,
@@ -235,25 +236,29 @@ fn cooperative(
         let names: Vec<&str> = missing.iter_names().map(|(name, _)| name).collect();
         return Err(format!("the driver or wgpu lacks {}", names.join(", ")));
     }
-    let [least, lanes] = [info.subgroup_min_size, info.subgroup_max_size];
-    if least != lanes {
-        return Err(format!("subgroups have {least} to {lanes} lanes, and a kernel cannot ask for one size"));
-    }
+    let [least, most] = [info.subgroup_min_size, info.subgroup_max_size];
+    let guarded = least != most;
     let is_usable = |p: &&wgpu::CooperativeMatrixProperties| {
-        let side = p.m_size;
-        // A row of a fragment is shared by 1 to 4 lanes.
-        let fits = [8, 16].contains(&side) && [1, 2, 4].iter().any(|n| n * side == lanes);
-        fits && [p.n_size, p.k_size] == [side; 2] && (p.ab_type, p.cr_type) == (F16, F32)
+        [8, 16].contains(&p.m_size) && [p.n_size, p.k_size] == [p.m_size; 2] && (p.ab_type, p.cr_type) == (F16, F32)
     };
-    let side = offered.iter().filter(is_usable).map(|p| p.m_size).max();
+    // Of a side, the largest size of subgroups whose lanes share a row of a fragment by 1 to 4.
+    let shared = |side: u32| {
+        let lanes = [4, 2, 1].into_iter().map(|n| n * side).find(|lanes| (least..=most).contains(lanes))?;
+        Some((side, lanes))
+    };
+    let found = offered.iter().filter(is_usable).filter_map(|p| shared(p.m_size)).max();
     let in_step = is_llvmpipe(info);
-    side.map(|side| CooperativeMatrices { side, lanes, in_step, elements: None, bf16: None }).ok_or_else(|| {
+    let matrices = |(side, lanes)| CooperativeMatrices { side, lanes, guarded, in_step, elements: None, bf16: None };
+    found.map(matrices).ok_or_else(|| {
         let name = |p: &wgpu::CooperativeMatrixProperties| {
             format!("{}x{}x{} of {:?} in {:?}", p.m_size, p.n_size, p.k_size, p.ab_type, p.cr_type)
         };
         let offered: Vec<String> = offered.iter().map(name).collect();
         let offered = if offered.is_empty() { "none".into() } else { offered.join(", ") };
-        format!("of f16 with sums in f32, 8x8x8 or 16x16x16 by 1 to 4 lanes a row are needed; for {lanes} lanes there are {offered}")
+        let lanes = if guarded { format!("{least} to {most}") } else { most.to_string() };
+        // Intel's driver has 8x16x16.
+        let rest = if class(info) == DeviceClass::Intel { "; wgpu loads square ones alone (its PR 10414)" } else { "" };
+        format!("of f16 with sums in f32, 8x8x8 or 16x16x16 by 1 to 4 lanes a row are needed; for {lanes} lanes there are {offered}{rest}")
     })
 }
 
@@ -336,7 +341,9 @@ mod tests {
             saturating_accumulation: false,
         };
         let all = cooperative_features();
-        let matrices = |side| Ok(CooperativeMatrices { side, lanes: 32, in_step: false, elements: None, bf16: None });
+        let (lanes, in_step) = (32, false);
+        let matrices =
+            |side| Ok(CooperativeMatrices { side, lanes, guarded: false, in_step, elements: None, bf16: None });
         assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F32), of(16, F16)]), matrices(16));
         assert_eq!(cooperative(&info, all, &[of(8, F32), of(16, F16), of(32, F32)]), matrices(8));
         let told = |info: &_, features, offered: &[_], message: &str| {
@@ -347,6 +354,13 @@ mod tests {
         told(&info, all, &[of(16, F16)], "16x16x16 of F16 in F16");
         told(&info, all - wgpu::Features::SHADER_F16, &[of(16, F32)], "lacks SHADER_F16");
         info.subgroup_max_size = 64;
-        told(&info, all, &[of(16, F32)], "32 to 64 lanes");
+        let several = |side, lanes| matrices(side).map(|matrices| matrices.lanes(lanes).guarded(true));
+        assert_eq!(cooperative(&info, all, &[of(16, F32)]), several(16, 64));
+        assert_eq!(cooperative(&info, all, &[of(8, F32)]), several(8, 32));
+        info.vendor = 0x8086;
+        (info.subgroup_min_size, info.subgroup_max_size) = (8, 32);
+        assert_eq!(cooperative(&info, all, &[of(16, F32)]), several(16, 32));
+        let wide = wgpu::CooperativeMatrixProperties { m_size: 8, ..of(16, F32) };
+        told(&info, all, &[wide], "for 8 to 32 lanes there are 8x16x16 of F16 in F32; wgpu loads square ones alone");
     }
 }

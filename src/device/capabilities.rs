@@ -43,8 +43,11 @@ pub(crate) const LLVMPIPE_LOOP_ITERATIONS: u64 = 65535;
 pub struct CooperativeMatrices {
     /// Rows and columns of a fragment, 8 or 16.
     pub side: u32,
-    /// Lanes of a subgroup, which holds a fragment together; the same for every kernel.
+    /// Lanes of a subgroup, which holds a fragment together.
     pub lanes: u32,
+    /// Subgroups of the device have several sizes, and the driver chooses one for a kernel. `lanes` is the size that kernels are built for: a
+    /// kernel looks at the size it has got before it multiplies, and leaves its rows to the portable kernel where it is another.
+    pub guarded: bool,
     /// The lanes of a subgroup run in step, and a barrier of theirs would be one of the workgroup: so it is with llvmpipe.
     pub in_step: bool,
     /// Where the elements of a fragment are in registers, where kernels can compute with them there.
@@ -80,6 +83,7 @@ setters! {
     plain {
         side: u32,
         lanes: u32,
+        guarded: bool,
         in_step: bool,
     }
     optional {
@@ -97,8 +101,9 @@ impl CooperativeMatrices {
 
 impl fmt::Display for CooperativeMatrices {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let CooperativeMatrices { side, lanes, .. } = self;
+        let CooperativeMatrices { side, lanes, guarded, .. } = self;
         write!(f, "{side}x{side} of f16 with sums in f32, subgroups of {lanes}")?;
+        f.write_str(if *guarded { " (a kernel that gets others leaves its rows to the portable one)" } else { "" })?;
         self.elements.map_or(Ok(()), |elements| write!(f, ", {elements}"))?;
         self.bf16.map_or(Ok(()), |rounding| write!(f, ", bf16 as itself, {rounding}"))
     }
@@ -306,22 +311,34 @@ impl Capabilities {
                 DeviceClass::Nvidia => Some(CooperativeMatrices {
                     side: 16,
                     lanes: 32,
+                    guarded: false,
                     in_step: false,
                     elements: Some(ElementLayout::NVIDIA),
                     bf16: Some(Rounding::TowardsZero),
                 }),
                 DeviceClass::Apple => {
-                    Some(CooperativeMatrices { side: 8, lanes: 32, in_step: false, elements: None, bf16: None })
+                    let (guarded, in_step) = (false, false);
+                    Some(CooperativeMatrices { side: 8, lanes: 32, guarded, in_step, elements: None, bf16: None })
                 }
+                // Of 32 or 64 lanes: RADV takes 64 for workgroups of more than 32 threads.
+                DeviceClass::Amd => Some(CooperativeMatrices {
+                    side: 16,
+                    lanes: 64,
+                    guarded: true,
+                    in_step: false,
+                    elements: None,
+                    bf16: None,
+                }),
                 // Mesa's from version 26 on.
                 DeviceClass::Software => Some(CooperativeMatrices {
                     side: 8,
                     lanes: 8,
+                    guarded: false,
                     in_step: true,
                     elements: Some(ElementLayout::LLVMPIPE),
                     bf16: None,
                 }),
-                // Subgroups of more than one size.
+                // Intel's are 8x16x16, which WGSL cannot load.
                 _ => None,
             };
             // By Vulkan 1.3.

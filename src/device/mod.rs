@@ -18,6 +18,8 @@ mod open;
 pub(crate) mod probe;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 pub(crate) mod spirv;
+#[cfg(all(feature = "gpu", not(target_family = "wasm")))]
+pub(crate) mod subgroups;
 
 #[cfg(feature = "gpu")]
 pub use self::adapter::{device_descriptor, is_software};

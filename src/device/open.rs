@@ -209,8 +209,8 @@ pub struct Device {
     capabilities: Capabilities,
 }
 
-/// Adds the layout of fragments' elements, which only the device itself tells. `has_bf16` says that the device was opened with bf16 on
-/// matrices, which are probed, too.
+/// Adds the layout of fragments' elements, which only the device itself tells, and where subgroups have several sizes the one that kernels get.
+/// `has_bf16` says that the device was opened with bf16 on matrices, which are probed, too.
 #[cfg(not(target_family = "wasm"))]
 fn with_elements(
     mut capabilities: Capabilities,
@@ -218,6 +218,13 @@ fn with_elements(
     queue: &wgpu::Queue,
     has_bf16: bool,
 ) -> Capabilities {
+    if let Some(matrices) = capabilities.cooperative.filter(|matrices| matrices.guarded) {
+        let found = matrices.probe(device, queue, &capabilities);
+        if let Err(reason) = &found {
+            log::warn!("{}: no cooperative matrices: {reason}", capabilities.name);
+        }
+        capabilities.cooperative = found.ok();
+    }
     let layout = ElementLayout::probe(device, queue, &capabilities);
     let bf16 = has_bf16.then(|| probe_bf16(&capabilities, device, queue));
     if let Some(matrices) = &mut capabilities.cooperative {
@@ -294,6 +301,14 @@ impl Device {
         #[cfg(target_family = "wasm")]
         let _ = has_bf16;
         Device { device, queue, capabilities }
+    }
+
+    /// With other cooperative matrices than the device has, so that a test can build kernels for subgroups of a size that none gets.
+    #[cfg(feature = "testing")]
+    #[must_use]
+    pub fn with_matrices(mut self, matrices: Option<CooperativeMatrices>) -> Self {
+        self.capabilities.cooperative = matrices;
+        self
     }
 
     /// Opens an adapter by its [`device_descriptor`], and with bf16 on cooperative matrices where its driver has them (Vulkan).

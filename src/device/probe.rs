@@ -34,7 +34,11 @@ impl ElementLayout {
         needs(&capabilities)?;
         let opened = pollster::block_on(adapter.request_device(&device_descriptor(adapter)));
         let (device, queue) = opened.map_err(|error| error.to_string())?;
-        Self::probe(&device, &queue, &capabilities)
+        let cooperative = match capabilities.cooperative {
+            Some(matrices) if matrices.guarded => Some(matrices.probe(&device, &queue, &capabilities)?),
+            matrices => matrices,
+        };
+        Self::probe(&device, &queue, &Capabilities { cooperative, ..capabilities })
     }
 }
 

@@ -8,7 +8,8 @@ use minijinja::{Value, context};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum MicroKernel {
     /// The micro-kernel that a [`Tuning`](crate::tuning::Tuning) has found faster. Without a tuning, cooperative matrices where they have
-    /// been measured (NVIDIA through Vulkan, f16 and bf16), and the portable micro-kernel elsewhere.
+    /// been measured (NVIDIA through Vulkan, f16 and bf16), and on AMD's GPUs by what its driver's compiler makes of them (widths to 128), and the
+    /// portable micro-kernel elsewhere.
     #[default]
     Auto,
     /// Multiply-adds in f32, on every device.

@@ -353,6 +353,13 @@ impl Variant {
         self.tile().filter(|_| self.properties().reports_rows).map(|[rows, _]| rows)
     }
 
+    /// The lanes that the kernel is built for, where it has to look whether its subgroups have as many.
+    fn guarded_lanes(&self) -> Option<u32> {
+        self.matrices
+            .filter(|matrices| matrices.guarded && self.properties().needs_matrices)
+            .map(|matrices| matrices.lanes)
+    }
+
     /// Words of the kernel's report of a tile.
     pub(crate) fn report_words(&self) -> Option<u32> {
         self.reported_rows().map(report_words)
@@ -446,6 +453,7 @@ impl Variant {
         ] {
             name.push_str(if there { part } else { "" });
         }
+        let _ = self.guarded_lanes().map_or(Ok(()), |lanes| write!(name, "_lanes{lanes}"));
         let vec4 = if self.bias_vec4 { "_vec4" } else { "" };
         let _ = self.bias.map_or(Ok(()), |dtype| write!(name, "_bias_{dtype}{vec4}"));
         let _ = self.axes.map_or(Ok(()), |Axes { batch, heads, seq_q }| {
@@ -596,6 +604,7 @@ impl Variant {
             score_size => if self.column_scales().is_some() { "1.0" } else { "params.scale_size" },
             column_scales => self.column_scales().map(Binding::name),
             sanitize => self.sanitize,
+            guarded_lanes => self.guarded_lanes(),
             units => self.units().to_vec(),
             // Each number is two halves, `hi` and `lo`.
             splits => properties.multiplies_halves && self.dtype.is_split_on_matrices(),
@@ -659,6 +668,7 @@ impl Variant {
                 p_row => f.p_row(),
                 column_shares => f.tile_columns().div_ceil(f.threads()),
                 stats_per_column => f.stats_per_column(self.kernel, self.dtype),
+                stages_scales => f.stages_scales(self.kernel, self.dtype),
                 signed => if rows_are_keys { "k" } else { "q" },
                 staged => staged.to_vec(),
                 fragments, staged_rows, staged_quads, staged_shares,

@@ -9,6 +9,8 @@ use crate::problem::error::{Error, Result};
 /// Whether cooperative matrices were faster on a device that has them, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Gain {
+    /// They were not, or nobody knows.
+    None,
     /// With scores in workgroup memory.
     Matrices,
     /// With scores in registers, where elements can be computed with.
@@ -22,12 +24,18 @@ impl Gain {
     /// device yet.
     pub(crate) fn of(problem: &Problem, capabilities: &Capabilities) -> Self {
         let (shape, options) = (problem.shape(), problem.options());
+        let width = shape.head_dim.max(shape.value_dim);
+        // Nothing is measured on AMD's GPUs. By ACO's statistics the backward pass of wider heads spills on RDNA3
+        // (benches/results/2026-11-30-aco-strips.md). Elements are left out: RDNA has them in places of which no operand can be made.
+        if capabilities.class == DeviceClass::Amd {
+            return if width <= 128 { Gain::Matrices } else { Gain::None };
+        }
         let has_type = match options.dtype {
             DType::F16 => true,
             DType::Bf16 => capabilities.cooperative.is_some_and(|matrices| matrices.bf16.is_some()),
             DType::F32 => false,
         };
-        let is_measured = has_type && options.bias.is_none() && shape.head_dim.max(shape.value_dim) <= 128;
+        let is_measured = has_type && options.bias.is_none() && width <= 128;
         if is_measured { Gain::Elements } else { Gain::Matrices }
     }
 }
@@ -68,9 +76,11 @@ pub(crate) fn micro_kernels(
             &[MicroKernel::Cooperative]
         }
         // Other devices use the portable kernel until the kernels have been checked and measured there. `tune` does that.
-        (MicroKernel::Auto, None) if capabilities.class == DeviceClass::Nvidia => match gain {
+        (MicroKernel::Auto, None) if matches!(capabilities.class, DeviceClass::Nvidia | DeviceClass::Amd) => match gain
+        {
             Gain::Elements => &MicroKernel::ALL,
             Gain::Matrices => &[MicroKernel::Cooperative, MicroKernel::Portable],
+            Gain::None => &[MicroKernel::Portable],
         },
         _ => &[MicroKernel::Portable],
     }

@@ -257,7 +257,8 @@ mod tests {
     fn a_tiling_reads_what_it_writes() {
         let config = CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).dtype(DType::F16);
         let plain = Capabilities::webgpu_defaults();
-        let matrices = CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements: None, bf16: None };
+        let matrices =
+            CooperativeMatrices { side: 16, lanes: 32, guarded: false, in_step: false, elements: None, bf16: None };
         let fast = Capabilities { cooperative: Some(matrices), ..plain.clone() };
         let elements = Capabilities { cooperative: Some(matrices.elements(ElementLayout::NVIDIA)), ..plain.clone() };
         for (tiling, text) in [
@@ -280,8 +281,9 @@ mod tests {
     fn what_cooperative_matrices_cannot_do() {
         let config =
             CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).value_dim(48).dtype(DType::F16);
-        let matrices =
-            |side, lanes| Some(CooperativeMatrices { side, lanes, in_step: false, elements: None, bf16: None });
+        let matrices = |side, lanes| {
+            Some(CooperativeMatrices { side, lanes, guarded: false, in_step: false, elements: None, bf16: None })
+        };
         let lacks = |[rows, columns, ahead]: [u32; 3], config: &CacheConfig, several, matrices| {
             DecodeTiles::Cooperative { rows, columns, ahead }.lacks(config, several, matrices)
         };
@@ -316,7 +318,14 @@ mod tests {
     #[test]
     fn what_fragments_cannot_do() {
         let config = CacheConfig::new(CacheKind::Contiguous { capacity: 100 }, 1, 8, 64).dtype(DType::F16);
-        let matrices = |elements| CooperativeMatrices { side: 16, lanes: 32, in_step: false, elements, bf16: None };
+        let matrices = |elements| CooperativeMatrices {
+            side: 16,
+            lanes: 32,
+            guarded: false,
+            in_step: false,
+            elements,
+            bf16: None,
+        };
         let known = Some(ElementLayout::NVIDIA);
         let lacks = |[key_parts, row_parts, rows, columns, ahead]: [u32; 5], config: &CacheConfig, elements| {
             let tiles = DecodeTiles::Fragments { key_parts, row_parts, rows, columns, ahead };

@@ -164,6 +164,7 @@ fn cooperative(
     let changed = modified || options.mask.is_some();
     let table: &[[u32; 4]] = match (class, Family::of(kernel)) {
         (DeviceClass::Software, _) => &[[2, 1, 1, 2]],
+        (DeviceClass::Amd, family) => amd_strips(family, width),
         (_, Family::Softmax) if modified && !narrow && width <= 128 => &[[4, 2, 1, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
         (_, Family::Softmax) if narrow => &[[4, 1, 1, 1], [2, 1, 1, 1]],
         (_, Family::Queries) if narrow && width <= 64 => &[[2, 2, 1, 1], [2, 1, 1, 1]],
@@ -196,6 +197,17 @@ fn cooperative(
         chunk: None,
         loops: LoopHints::NONE,
     })
+}
+
+/// Subgroups, rows, columns and stages for AMD's GPUs, unmeasured. By ACO's statistics for RDNA3 and RDNA4 in subgroups of 64 they spill nothing and
+/// keep 4 to 16 waves (benches/results/2026-11-30-aco-strips.md). RDNA3 holds operands twice, so that a second row of fragments spills in the
+/// backward pass.
+fn amd_strips(family: Family, width: usize) -> &'static [[u32; 4]] {
+    match family {
+        _ if width <= 64 => &[[4, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        Family::Softmax if width <= 128 => &[[4, 1, 2, 1], [4, 1, 1, 1], [2, 1, 1, 1]],
+        _ => &[[4, 1, 1, 1], [2, 1, 1, 1]],
+    }
 }
 
 /// Fragments with their elements in registers, to try for a kernel, the best first.

@@ -38,6 +38,7 @@ mod row_max;
 mod size;
 mod split;
 mod streaming_llm;
+mod subgroups;
 mod tuning;
 mod unseen;
 

@@ -450,6 +450,32 @@ fn variants_validate_and_translate() {
     });
 }
 
+/// Where subgroups have several sizes, every kernel on matrices looks at its own before the first of them, and reports what it leaves to the
+/// portable kernel. Elsewhere the text has nothing of it.
+#[test]
+fn kernels_on_matrices_look_at_their_subgroups() {
+    let looks = |variant: &Variant| {
+        let text = variant.wgsl().unwrap();
+        let main = &text[text.find("fn main(").unwrap()..];
+        let matrices = variant.matrices.unwrap();
+        if !matrices.guarded {
+            assert!(!text.contains("has_lanes") && !text.contains("subgroup_size"), "{}", variant.name());
+            return false;
+        }
+        let place = |part: &str| main.find(part).unwrap_or_else(|| panic!("no {part} in {}", variant.name()));
+        let count = variant.threads() / matrices.lanes;
+        let looks = place(&format!("subgroup_size == {}u && subgroup_count == {count}u", matrices.lanes));
+        let leaves = place("if (!has_lanes) {");
+        let ends = leaves + main[leaves..].find("return;").unwrap();
+        assert!(looks < leaves && ends < place("coop"), "{}", variant.name());
+        assert_ne!(variant.sanitize, main[leaves..ends].contains("fallback[slot + word] = 0xffffffffu"));
+        true
+    };
+    let variants: Vec<Variant> = texts(variants().into_iter().filter(on_matrices));
+    let guarded = variants.par_iter().filter(|variant| looks(variant)).count();
+    assert!(guarded > 10 && variants.len() - guarded > 10, "{guarded} of {} texts", variants.len());
+}
+
 /// Layouts of the elements of fragments that no sample has, and tiles that no table has.
 #[test]
 fn elements_of_every_layout() {
@@ -461,7 +487,7 @@ fn elements_of_every_layout() {
         let elements: Vec<u32> =
             all.map(|(lane, i)| element(lane, i)).map(|[row, column]| row * side + column).collect();
         let layout = ElementLayout::new(side, lanes, &elements).unwrap();
-        h200.cooperative.unwrap().side(side).lanes(lanes).elements(layout)
+        h200.cooperative.unwrap().side(side).lanes(lanes).guarded(lanes == 64).elements(layout)
     };
     let matrices = [
         layout(8, 32, &|lane, i| [lane / 4, 2 * (lane % 4) + i]),

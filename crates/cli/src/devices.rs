@@ -8,7 +8,7 @@ use serde::Serialize;
 use sink_attention::device::{ADAPTER_VARIABLE, adapters, describe, is_software};
 use sink_attention::plan::{Capabilities, CooperativeMatrices, ElementLayout, Plan, SpirvVersion};
 use sink_attention::wgpu::{self, Adapter};
-use sink_attention::{DeviceChoice, Options, Problem, Shape};
+use sink_attention::{Device, DeviceChoice, Options, Problem, Shape};
 
 use crate::shared::{bytes, print_summary, with_elements};
 
@@ -91,10 +91,11 @@ struct Entry {
 impl Entry {
     fn new(index: usize, adapter: &Adapter) -> Self {
         let info = adapter.get_info();
-        let cooperative = CooperativeMatrices::of_adapter(adapter);
+        let cooperative = CooperativeMatrices::of_adapter(adapter).and_then(|matrices| sized(matrices, adapter));
         let elements = ElementLayout::of_adapter(adapter);
         let bf16 = CooperativeMatrices::bf16_of_adapter(adapter);
-        let capabilities = with_elements(Capabilities::of_adapter(adapter), elements.clone().ok(), bf16.clone().ok());
+        let capabilities = Capabilities::of_adapter(adapter).cooperative(cooperative.as_ref().ok().copied());
+        let capabilities = with_elements(capabilities, elements.clone().ok(), bf16.clone().ok());
         let spirv = SpirvVersion::of_adapter(adapter);
         Entry {
             index,
@@ -140,6 +141,15 @@ pub fn describe_adapter(name: &str) -> Option<serde_json::Value> {
     let adapters = adapters();
     let (index, adapter) = adapters.iter().enumerate().find(|(_, adapter)| adapter.get_info().name == name)?;
     serde_json::to_value(Entry::new(index, adapter)).ok()
+}
+
+/// The matrices with the size of subgroups that kernels get, where the driver chooses among several.
+fn sized(matrices: CooperativeMatrices, adapter: &Adapter) -> Result<CooperativeMatrices, String> {
+    if !matrices.guarded {
+        return Ok(matrices);
+    }
+    let device = Device::open(adapter).map_err(|error| error.to_string())?;
+    matrices.probe(device.wgpu(), device.queue(), device.capabilities())
 }
 
 /// The kernels that a device would run for a width that is common in models.

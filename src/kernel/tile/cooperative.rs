@@ -131,13 +131,21 @@ impl CooperativeTile {
     /// Numbers that are staged with each column: the shifts by lse and delta of a query, and the inverse token scales.
     pub(crate) fn stats_per_column(&self, kernel: Kernel, dtype: DType) -> u32 {
         let row_stats = if kernel.spec().work.rows_are_keys() { 2 } else { 0 };
+        let staged_scales = if self.stages_scales(kernel, dtype) { 2 } else { 0 };
         let has_scales = dtype.needs_token_scales() && !self.multiplies_bf16(dtype);
         let scales = match (has_scales, kernel.tiled().is_some_and(|tiled| tiled.softmax)) {
             (true, true) => 3,
             (true, false) => 2,
             (false, _) => 0,
         };
-        row_stats + scales
+        row_stats + scales + staged_scales
+    }
+
+    /// Whether the token scales of the next tile wait in workgroup memory, and not in the registers of all lanes, of which few are left in d_kv
+    /// where a driver holds operands twice (RDNA3).
+    pub(crate) fn stages_scales(&self, kernel: Kernel, dtype: DType) -> bool {
+        let has_scales = dtype.needs_token_scales() && !self.multiplies_bf16(dtype);
+        self.matrices.guarded && has_scales && kernel.spec().work.rows_are_keys() && self.stages == 1
     }
 
     /// 32-bit registers that a lane's share of the fragments takes, roughly.

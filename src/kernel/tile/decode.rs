@@ -102,6 +102,9 @@ impl DecodeTiles {
         let Some(CooperativeMatrices { side, lanes, .. }) = matrices else {
             return Some("the device has no cooperative matrices".into());
         };
+        if self.micro_kernel().properties().needs_matrices && matrices.is_some_and(|matrices| matrices.guarded) {
+            return Some("subgroups have several sizes, and no other kernel takes over where it gets another than it is built for".into());
+        }
         let (rows, columns, ahead) = match *self {
             DecodeTiles::Portable { .. } => return None,
             DecodeTiles::Cooperative { rows, columns, ahead } => (rows, columns, ahead),
