@@ -56,7 +56,7 @@ fn half4(raw: Raw, factor: f32) -> vec4<f16> {
 # for operand in loads
 
 // Zero beyond the width.
-fn raw_{{ operand.name }}(base: u32, row: u32, quad: u32) -> Raw {
+fn raw_{{ operand.name }}(base: u32, row: u32, quad: u32) -> {{ "vec4<u32>" if operand.eight else "Raw" }} {
 # if vec4
   // The row is added last, because only it changes from tile to tile.
   return {{ operand.name }}[base + quad + row];

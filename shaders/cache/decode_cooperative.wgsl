@@ -117,14 +117,6 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
 # endfor
 # endmacro
 
-{#- The largest of a lane's scores, in a vector. -#}
-# macro largest_quad(name)
-        var {{ name }} = s_0;
-# for n in range(1, lane_quads)
-        {{ name }} = max({{ name }}, s_{{ n }});
-# endfor
-# endmacro
-
 {#- The fragment f of O by rows in `score_rows`. -#}
 # macro store_rows(f)
       {{ sync() }}
@@ -251,21 +243,27 @@ fn halves4(raw: vec2<u32>) -> vec4<f16> {
     }
 # if has_row_max
     {
-{{ largest_quad("largest4") }}
+      var largest4 = s_0;
+# for n in range(1, lane_quads)
+      largest4 = max(largest4, s_{{ n }});
+# endfor
       largest = max(largest, max(max(largest4.x, largest4.y), max(largest4.z, largest4.w)));
     }
 # endif
 # endmacro
 
-{#- m = max(row_max, max of S by rows), for rows that have passed their limit. -#}
+{#- m = max(row_max, max of S by rows), for rows that have passed their limit. A NaN among scores makes the row NaN, but not its maximum: a
+    maximum below another score would not end the loop. -#}
 # macro row_max()
       let old_max = row_max;
       {
-{{ largest_quad("tile_max4") }}
+        var tile_max4 = vec4<f32>(limit);
+# for n in range(lane_quads)
+        tile_max4 = select(tile_max4, s_{{ n }}, s_{{ n }} > tile_max4);
+# endfor
         var tile_max = max(max(tile_max4.x, tile_max4.y), max(tile_max4.z, tile_max4.w));
 {{ reduce_row("tile_max", "max") }}
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit) {
           row_max = tile_max;
           limit = tile_max + SLACK / scale;
         }

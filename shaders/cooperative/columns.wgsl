@@ -5,25 +5,26 @@
 # from "cooperative/fragments.wgsl" import shift, halves, stat_place
 # from "cooperative/mask.wgsl" import fetch_mask
 
-{#- A thread's share of a staged tile, as it was loaded. `put` waits for it, rounds it to halves and stores them. -#}
+{#- A thread's share of a staged tile, as it was loaded: parts of rows, of four neighbours or of eight. `put` waits for it, rounds it to halves
+    and stores them. -#}
 # macro shares(b)
-# if threads % staged_quads[b] == 0
-  let {{ b }}_row = thread / {{ staged_quads[b] }}u;
-  let {{ b }}_quad = thread % {{ staged_quads[b] }}u;
+# if threads % share_parts[b] == 0
+  let {{ b }}_row = thread / {{ share_parts[b] }}u;
+  let {{ b }}_part = thread % {{ share_parts[b] }}u;
 # if reorders and share_columns[b]
   let {{ b }}_column = {{ share_columns[b] }};
 # endif
 # endif
 # for n in range(staged_shares[b])
-  var {{ b }}_share_{{ n }} = Raw();
+  var {{ b }}_share_{{ n }} = {{ "vec4<u32>" if loads_eight else "Raw" }}();
 # if column_scales and not stages_scales
   var {{ b }}_scale_{{ n }} = 1.0;
 # endif
 # endfor
 # endmacro
 
-{#- The row and the quad of a thread's n-th share within the tile. -#}
-{%- macro share_row(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_row + {{ n * threads // staged_quads[b] }}u{% else %}(thread + {{ n * threads }}u) / {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
+{#- The row and the part of it of a thread's n-th share within the tile. -#}
+{%- macro share_row(b, n) %}{% if threads % share_parts[b] == 0 %}{{ b }}_row + {{ n * threads // share_parts[b] }}u{% else %}(thread + {{ n * threads }}u) / {{ share_parts[b] }}u{% endif %}{% endmacro -%}
 
 {#- The column of the tile that comes to that row. Bits of the thread's row and of those before it are apart, unless rows are shared by other
     numbers than powers of two. -#}
@@ -31,25 +32,25 @@
 {%- if not reorders -%}
   {{ share_row(b, n) }}
 {%- elif share_columns[b] -%}
-  {{ b }}_column + {{ columns_at[n * threads // staged_quads[b]] }}u
+  {{ b }}_column + {{ columns_at[n * threads // share_parts[b]] }}u
 {%- else -%}
   column_at({{ share_row(b, n) }})
 {%- endif -%}
 {%- endmacro -%}
 
-{%- macro share_quad(b, n) %}{% if threads % staged_quads[b] == 0 %}{{ b }}_quad{% else %}(thread + {{ n * threads }}u) % {{ staged_quads[b] }}u{% endif %}{% endmacro -%}
+{%- macro share_part(b, n) %}{% if threads % share_parts[b] == 0 %}{{ b }}_part{% else %}(thread + {{ n * threads }}u) % {{ share_parts[b] }}u{% endif %}{% endmacro -%}
 
 {#- The condition under which a thread has an n-th share. -#}
-{%- macro if_share(b, n) %}{% set total = tile_columns * staged_quads[b] %}{% if (n + 1) * threads > total %}if (thread < {{ total - n * threads }}u) {% endif %}{% endmacro -%}
+{%- macro if_share(b, n) %}{% set total = tile_columns * share_parts[b] %}{% if (n + 1) * threads > total %}if (thread < {{ total - n * threads }}u) {% endif %}{% endmacro -%}
 
 {#- Loads a thread's share of the tile of columns from `column` on. Columns beyond the end repeat the last one. They are hidden, but must
     be finite if the visible columns are. -#}
 # macro fetch(b, column)
 # for n in range(staged_shares[b])
     {{ if_share(b, n) }}{
-      let quad = {{ share_quad(b, n) }};
+      let part = {{ share_part(b, n) }};
       let source = min({{ column }} + {{ share_column(b, n) }}, last_column);
-      {% if staged_quads[b] > operand_quads[b] %}if (quad < {{ operand_quads[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, quad); }
+      {% if staged_quads[b] > operand_quads[b] %}if (part < {{ operand_parts[b] }}u) {% endif %}{ {{ b }}_share_{{ n }} = raw_{{ b }}({{ b }}_base, source * params.{{ b }}.seq, part); }
 # if column_scales and not stages_scales
       {{ b }}_scale_{{ n }} = {{ column_scales }}[scales_base + source].{{ "x" if b == staged[0] else "y" }};
 # endif
@@ -66,13 +67,17 @@
       let {{ b }}_scale_{{ n }} = {{ stat_place(4 if b == staged[0] else 5) }};
 # endif
 # if splits
-      let at = {{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }};
+      let at = {{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_part(b, n) }};
       let x = {{ b }}_share_{{ n }} * {{ b }}_scale_{{ n }};
       let hi = hi4(x);
       {{ b }}_stage[at] = vec4<f16>(hi);
       {{ b }}_stage[at + {{ b | upper }}_LO] = vec4<f16>(x - hi);
+# elif loads_eight
+      let at = {{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + 2u * ({{ share_part(b, n) }});
+      {{ b }}_stage[at] = bits_as_halves({{ b }}_share_{{ n }}.xy);
+      {{ b }}_stage[at + 1u] = bits_as_halves({{ b }}_share_{{ n }}.zw);
 # else
-      {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_quad(b, n) }}] = {{ halves(b ~ "_share_" ~ n, b ~ "_scale_" ~ n if column_scales else "1.0") }};
+      {{ b }}_stage[{{ stage }} * {{ b | upper }}_TILE + ({{ share_row(b, n) }}) * {{ b | upper }}_ROW + {{ share_part(b, n) }}] = {{ halves(b ~ "_share_" ~ n, b ~ "_scale_" ~ n if column_scales else "1.0") }};
 # endif
     }
 # endfor

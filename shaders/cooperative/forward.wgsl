@@ -318,22 +318,22 @@ const LIFT: f32 = 7.0;
 # endfor
 # endmacro
 
-{#- m = max(row_max, max of S by rows), for rows that have passed their limit. -#}
+{#- m = max(row_max, max of S by rows), for rows that have passed their limit. A NaN among scores makes the row NaN, but not its maximum: a
+    maximum below another score would not end the loop. -#}
 # macro row_max(r)
       let old_max_{{ r }} = row_max_{{ r }};
       {
 # if elements
-        var tile_max = tile_max_{{ r }};
+        var tile_max = select(limit_{{ r }}, tile_max_{{ r }}, tile_max_{{ r }} > limit_{{ r }});
 # else
-        var tile_max4 = x_{{ r }}_0;
-# for n in range(1, lane_quads)
-        tile_max4 = max(tile_max4, x_{{ r }}_{{ n }});
+        var tile_max4 = vec4<f32>(limit_{{ r }});
+# for n in range(lane_quads)
+        tile_max4 = select(tile_max4, x_{{ r }}_{{ n }}, x_{{ r }}_{{ n }} > tile_max4);
 # endfor
         var tile_max = max(max(tile_max4.x, tile_max4.y), max(tile_max4.z, tile_max4.w));
 # endif
 {{ matrix.reduce_row("tile_max", "max") }}
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_{{ r }} || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_{{ r }}) {
           row_max_{{ r }} = tile_max{{ " * scale" if not formed }}{{ " - LIFT" if splits }}{{ " - LOG2_GAIN" if lifts_p }};
           limit_{{ r }} = tile_max + slack;
         }

@@ -11,7 +11,7 @@ use crate::exec::buffers::{BackwardBuffers, ForwardBuffers, MergeBuffers};
 use crate::exec::pipeline::{Pipeline, Pipelines};
 use crate::kernel::params::{Operand, Params};
 use crate::kernel::spec::mask_blocks;
-use crate::kernel::{Binding, SEQUENCE_WORDS};
+use crate::kernel::{Binding, SEQUENCE_WORDS, Variant};
 use crate::plan::operand::{OperandLayout, scratch_view};
 use crate::plan::slice::{Part, Slice, Slices};
 use crate::plan::{OptionalOperands, Pass, Plan, Preference};
@@ -96,6 +96,11 @@ impl<'a> Operands<'a> {
         self.placed.iter().filter(|(_, p)| by_width(&p.view) || by_keys(&p.view)).all(|(_, p)| p.view.vec4())
     }
 
+    /// Whether rows of the operands whose tiles are staged can be read eight neighbours at a time.
+    fn vec8(&self) -> bool {
+        [Binding::Q, Binding::K, Binding::V, Binding::DO].iter().filter_map(|b| self.find(*b)).all(|p| p.view.vec8())
+    }
+
     /// The layout of an operand of a pass, which is the caller's or the crate's own.
     fn view(&self, binding: Binding, plan: &Plan) -> Option<OperandLayout> {
         let own = || scratch_view(binding, self.problem, &plan.passes);
@@ -108,14 +113,13 @@ impl<'a> Operands<'a> {
         bindings.chain(packed).filter_map(|binding| self.view(binding, plan)).collect()
     }
 
-    fn params(&self, views: &[OperandLayout], slice: &Slice) -> Params {
+    fn params(&self, variant: &Variant, views: &[OperandLayout], slice: &Slice) -> Params {
         let (problem, s, o) = (self.problem, self.problem.shape(), self.problem.options());
         let band = problem.sequence(0).band;
-        let vec4 = self.vec4();
         let operand = |binding: Binding| {
             let view = views.iter().find(|view| view.binding == binding);
             let window = slice.binding_ranges.iter().find(|(b, _)| *b == binding);
-            let width = if vec4 && binding.has_width() { 4 } else { 1 };
+            let width = variant.neighbours(binding);
             // A pass does not read the place of an operand that it does not bind.
             view.zip(window).map_or(Operand::default(), |(view, (_, window))| Operand::new(view, *window, width))
         };
@@ -236,6 +240,7 @@ impl Prepared {
             o_lo: buffers.o_lo.is_some(),
             row_max: buffers.row_max.is_some(),
             scalar: !operands.vec4(),
+            quads: !operands.vec8(),
             ..OptionalOperands::default()
         };
         let plan = Plan::forward_with(problem, optional, device.capabilities(), preference)?;
@@ -286,6 +291,7 @@ impl Prepared {
             packed: buffers.d_k.buffer == buffers.d_v.buffer,
             row_max: false,
             scalar: !operands.vec4(),
+            quads: !operands.vec8(),
         };
         let plan = Plan::backward_with(problem, optional, device.capabilities(), preference)?;
         Prepared::new(pipelines, operands, plan, budget).await
@@ -342,7 +348,7 @@ impl Prepared {
         let compiled = pipelines.get_all(device, &plan).await?;
         let mut dispatches = Vec::with_capacity(plan.passes.len());
         for ((pass, pipeline), (views, Slices { list, work })) in plan.passes.iter().zip(compiled).zip(slices) {
-            let params = list.iter().map(|slice| operands.params(&views, slice));
+            let params = list.iter().map(|slice| operands.params(&pass.variant, &views, slice));
             let sequences = pass.variant.lengths.then(|| sequence_table(problem, work));
             let bind = || -> Result<_> {
                 let sequences = sequences.map(|words| upload(device, Binding::Sequences.name(), &words)).transpose()?;

@@ -34,6 +34,9 @@ pub struct OptionalOperands {
     /// Rows of the operands, or of a bias, cannot be read four neighbours at a time, because an offset or a stride is no multiple of 4. A width,
     /// or a number of keys, that is no multiple of 4 need not be stated here.
     pub scalar: bool,
+    /// Rows of q, k, v or d_o cannot be read eight neighbours at a time, because an offset or a stride is no multiple of 8. `scalar` implies it, and
+    /// a width that is no multiple of 8 need not be stated here.
+    pub quads: bool,
     /// The forward pass, or a merge, writes the largest score of each row.
     pub row_max: bool,
 }
@@ -48,6 +51,7 @@ setters! {
         mask_bits: bool,
         packed: bool,
         scalar: bool,
+        quads: bool,
         row_max: bool,
     }
 }
@@ -63,6 +67,7 @@ impl OptionalOperands {
             mask_bits: false,
             packed: false,
             scalar: false,
+            quads: false,
             row_max: false,
         }
     }

@@ -51,6 +51,8 @@ pub struct Variant {
     pub bias: Option<DType>,
     /// The bias is read four neighbours at a time.
     pub bias_vec4: bool,
+    /// Rows of the operands whose tiles are staged are read eight neighbours at a time, not four.
+    pub vec8: bool,
     /// A boolean mask hides pairs.
     pub mask: bool,
     /// Packing of the caller's mask, for the kernel that reads it.
@@ -165,6 +167,7 @@ impl Variant {
             slope_rows: alibi && optional.d_alibi_slopes && writes(Binding::DSlopeRows),
             bias: bias.map(|_| bias_dtype).filter(|_| reads(Binding::Bias)),
             bias_vec4: false,
+            vec8: false,
             mask: mask.is_some() && reads(Binding::MaskBits),
             mask_packing: if reads(Binding::Mask) { mask_packing } else { MaskPacking::Bytes },
             axes: bias.filter(|_| writes(Binding::DBias)),
@@ -198,6 +201,7 @@ impl Variant {
             slope_rows: false,
             bias: None,
             bias_vec4: false,
+            vec8: false,
             mask: false,
             mask_packing: MaskPacking::Bytes,
             axes: None,
@@ -270,6 +274,20 @@ impl Variant {
             Some(tiled) if self.properties().multiplies_halves && !self.multiplies_bf16() => (tiled.units)(self.dtype),
             _ => &[],
         }
+    }
+
+    /// Neighbours of an operand's row that are read at a time.
+    pub(crate) fn neighbours(&self, binding: Binding) -> u64 {
+        match binding {
+            _ if self.vec8 && self.staged().contains(&binding) => 8,
+            _ if self.vec4 && binding.has_width() => 4,
+            _ => 1,
+        }
+    }
+
+    /// The operands whose tiles are staged in workgroup memory, where matrices multiply: those of the columns.
+    fn staged(&self) -> [Binding; 2] {
+        if self.rows_are_keys() { [Binding::Q, Binding::DO] } else { [Binding::K, Binding::V] }
     }
 
     /// Whether fragments of bf16 are multiplied as they lie in memory. Else they are converted to f16.
@@ -445,6 +463,7 @@ impl Variant {
             ("_bits", self.mask_packing == MaskPacking::Bits),
             ("_lengths", self.lengths),
             ("_packed", self.packed),
+            ("_vec8", self.vec8),
             ("_native", self.multiplies_bf16()),
             ("_lifted", self.lifts_p()),
             ("_rounded", self.rounds_p()),
@@ -484,7 +503,8 @@ impl Variant {
                 w == written && b.width([self.head_dim, self.value_dim]).is_some()
             };
             let value = |&(b, buffer, _): &(Binding, Binding, bool)| {
-                context! { name => b.name(), buffer => buffer.name(), width => b.width([self.head_dim, self.value_dim]) }
+                let width = b.width([self.head_dim, self.value_dim]);
+                context! { name => b.name(), buffer => buffer.name(), width, eight => self.neighbours(b) == 8 }
             };
             named.iter().filter(of).map(value).collect()
         };
@@ -524,6 +544,7 @@ impl Variant {
                         };
                         self.cached().and_then(of_cache).unwrap_or("array<f32>")
                     }
+                    (b, Some(_), _) if self.neighbours(*b) == 8 => "array<vec4<u32>>",
                     (_, Some(_), vec4) if properties.multiplies_halves && self.dtype.is_matrix_operand() && !written => {
                         if vec4 { "array<vec2<u32>>" } else { "array<f16>" }
                     }
@@ -640,12 +661,17 @@ impl Variant {
         if let Some(f) = self.fragments() {
             let side = f.matrices.side;
             let fragments: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.across(width))).collect();
-            let staged: &[&str] = if rows_are_keys { &["q", "d_o"] } else { &["k", "v"] };
+            let staged = self.staged().map(Binding::name);
             let staged_rows: BTreeMap<&str, u32> = widths().map(|(name, width)| (name, f.staged_row(width))).collect();
             let staged_quads: BTreeMap<&str, u32> = fragments.iter().map(|(name, n)| (*name, n * side / 4)).collect();
-            let shares = |quads: u32| (f.tile_columns() * quads).div_ceil(f.threads());
-            let staged_shares: BTreeMap<&str, u32> = staged_quads.iter().map(|(name, n)| (*name, shares(*n))).collect();
-            let fragments_of = staged_quads.clone();
+            let shares = |parts: u32| (f.tile_columns() * parts).div_ceil(f.threads());
+            // Parts of a row that threads load: quads, or eight neighbours.
+            let parts = |quads: &BTreeMap<&'static str, u32>| -> BTreeMap<&str, u32> {
+                quads.iter().map(|(name, n)| (*name, if self.vec8 { n / 2 } else { *n })).collect()
+            };
+            let (share_parts, operand_parts) = (parts(&staged_quads), parts(&operand_quads));
+            let staged_shares: BTreeMap<&str, u32> = share_parts.iter().map(|(name, n)| (*name, shares(*n))).collect();
+            let parts_of = share_parts.clone();
             context = context! {
                 micro_kernel => self.micro_kernel.to_string(),
                 side,
@@ -671,19 +697,20 @@ impl Variant {
                 stages_scales => f.stages_scales(self.kernel, self.dtype),
                 signed => if rows_are_keys { "k" } else { "q" },
                 staged => staged.to_vec(),
-                fragments, staged_rows, staged_quads, staged_shares,
+                fragments, staged_rows, staged_quads, staged_shares, share_parts, operand_parts,
+                loads_eight => self.vec8,
                 ..context
             };
             // The column that comes to a thread's first row of the stage, where rows are shared by a power of two.
-            let shared_rows = |quads: u32| {
-                (f.threads() % quads == 0).then_some(f.threads() / quads).filter(|rows| rows.is_power_of_two())
+            let shared_rows = |parts: u32| {
+                (f.threads() % parts == 0).then_some(f.threads() / parts).filter(|rows| rows.is_power_of_two())
             };
-            let share_column = |name: &str, quads: u32| {
-                let (layout, rows) = f.matrices.elements.zip(shared_rows(quads))?;
+            let share_column = |name: &str, parts: u32| {
+                let (layout, rows) = f.matrices.elements.zip(shared_rows(parts))?;
                 Some(layout.column_at_expression(side, &format!("{name}_row"), Some(rows)))
             };
             let share_columns: BTreeMap<&str, Option<String>> =
-                fragments_of.iter().map(|(name, quads)| (*name, share_column(name, *quads))).collect();
+                parts_of.iter().map(|(name, parts)| (*name, share_column(name, *parts))).collect();
             context = context! { reorders => self.bias_vec4, share_columns, ..context };
             context = context! { ..f.lane_context(self.bias_vec4), ..context };
         }

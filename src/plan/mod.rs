@@ -34,6 +34,7 @@ use crate::plan::select::Gain;
 use crate::plan::slice::DISPATCH_BUDGET;
 use crate::plan::tuning::{Tuning, TuningKey};
 use crate::problem::Problem;
+use crate::problem::element::DType;
 use crate::problem::error::{Error, Result};
 pub use crate::problem::mask::{Band, KeyTiles};
 pub use crate::problem::varlen::Sequence;
@@ -418,6 +419,16 @@ impl<'a> Passes<'a> {
             && micro_kernel.properties().needs_elements
             && !kernel.spec().work.rows_are_keys();
         let variant = Variant { micro_kernel, tiling: Some(tiling), matrices, fallback, batch, bias_vec4, ..variant };
+        // Halves that are copied as they are fill a load of 16 bytes. Forward gains 3 % at a width of 64 and loses 2 % at 128, d_q gains 1 %,
+        // d_k/d_v nothing (benches/results/2026-12-01-h200-limits.md).
+        let copies = variant.dtype == DType::F16 || variant.multiplies_bf16();
+        let vec8 = variant.vec4
+            && !optional.quads
+            && copies
+            && micro_kernel.properties().needs_elements
+            && !kernel.spec().work.rows_are_keys()
+            && [d, e].iter().all(|width| width.is_multiple_of(8) && *width <= 64);
+        let variant = Variant { vec8, ..variant };
         let tile = variant.tile().unwrap_or([1; 2]);
         check_loop_iterations(kernel, problem, capabilities, |most| {
             loop_iterations(kernel, problem, tile, iterations, most)

@@ -106,7 +106,16 @@ impl OperandLayout {
 
     /// Whether rows can be read four neighbours at a time. Windows start at multiples of 16 bytes.
     pub(crate) fn vec4(&self) -> bool {
-        [self.offset, self.extents[3]].iter().chain(&self.strides).all(|n| n.is_multiple_of(4))
+        self.reads_together(4)
+    }
+
+    /// As [`vec4`](Self::vec4), eight neighbours at a time. In half precision they are 16 bytes.
+    pub(crate) fn vec8(&self) -> bool {
+        self.reads_together(8)
+    }
+
+    fn reads_together(&self, neighbours: u64) -> bool {
+        [self.offset, self.extents[3]].iter().chain(&self.strides).all(|n| n.is_multiple_of(neighbours))
     }
 
     /// First element within ranges of batch, heads and rows, and the element behind the last one.

@@ -151,7 +151,17 @@ impl fmt::Display for Pass {
         let v = &self.variant;
         write!(f, "{:?}, {} {}", v.kernel, v.micro_kernel, v.dtype)?;
         if v.value_dim > 0 {
-            write!(f, ", {} loads", if v.vec4 { "vec4" } else { "scalar" })?;
+            write!(
+                f,
+                ", {} loads",
+                if v.vec8 {
+                    "vec8"
+                } else if v.vec4 {
+                    "vec4"
+                } else {
+                    "scalar"
+                }
+            )?;
         }
         match (v.fragments(), v.tiling) {
             (Some(fragments), _) => write!(f, ", tiles {fragments}")?,

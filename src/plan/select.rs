@@ -20,8 +20,7 @@ pub(crate) enum Gain {
 impl Gain {
     /// That of the kernels of a problem. Elements in registers have been measured in f16, and in bf16 where the device multiplies it as itself,
     /// for widths of 64 and 128 (benches/results/2026-11-30-h200-fragments.md, with options 2026-11-30-h200-options.md). A kernel whose
-    /// registers spill takes several times as long, so that a guess will not do. With a bias the present text has not passed `check` on a
-    /// device yet.
+    /// registers spill takes several times as long, so that a guess will not do.
     pub(crate) fn of(problem: &Problem, capabilities: &Capabilities) -> Self {
         let (shape, options) = (problem.shape(), problem.options());
         let width = shape.head_dim.max(shape.value_dim);
@@ -35,7 +34,7 @@ impl Gain {
             DType::Bf16 => capabilities.cooperative.is_some_and(|matrices| matrices.bf16.is_some()),
             DType::F32 => false,
         };
-        let is_measured = has_type && options.bias.is_none() && width <= 128;
+        let is_measured = has_type && width <= 128;
         if is_measured { Gain::Elements } else { Gain::Matrices }
     }
 }

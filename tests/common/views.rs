@@ -1,10 +1,10 @@
 //! Operands in half precision wherever they may lie in a buffer.
 
 use sink_attention::cpu::reference;
-use sink_attention::plan::{Kernel, Tiling};
+use sink_attention::plan::{Kernel, MicroKernel, Tiling};
 use sink_attention::wgpu::{self, BufferUsages};
 use sink_attention::{
-    Attention, BackwardBuffers, Device, Element, ForwardBuffers, Gradients, Layout, Output, Problem, TensorView,
+    Attention, BackwardBuffers, DType, Device, Element, ForwardBuffers, Gradients, Layout, Output, Problem, TensorView,
 };
 
 use super::buffers::{empty, submit};
@@ -119,11 +119,13 @@ pub fn run_at<T: Element>(
         .d_sink_logits(at(&d_sinks));
     let forward = gpu.prepare_forward_with(problem, &forward, tiles).unwrap();
     let backward = gpu.prepare_backward_with(problem, &backward, tiles).unwrap();
-    let vec4 = [offset, pad, s.head_dim, s.value_dim].iter().all(|n| n % 4 == 0);
-    assert!(
-        forward.plan().passes.iter().any(|pass| pass.variant.kernel == Kernel::FORWARD && pass.variant.vec4 == vec4),
-        "{problem}, offset {offset}, pad {pad}"
-    );
+    let multiples_of = |n: usize| [offset, pad, s.head_dim, s.value_dim].iter().all(|number| number % n == 0);
+    let variant = &forward.plan().passes.iter().find(|pass| pass.variant.kernel == Kernel::FORWARD).unwrap().variant;
+    assert_eq!(variant.vec4, multiples_of(4), "{problem}, offset {offset}, pad {pad}");
+    let copies =
+        variant.micro_kernel == MicroKernel::Fragments && (T::DTYPE == DType::F16 || variant.multiplies_bf16());
+    let vec8 = copies && multiples_of(8) && s.head_dim.max(s.value_dim) <= 64;
+    assert_eq!(variant.vec8, vec8, "{problem}, offset {offset}, pad {pad}");
     submit(device, |encoder| {
         forward.encode(encoder);
         backward.encode(encoder);

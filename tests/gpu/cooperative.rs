@@ -50,6 +50,7 @@ both! {
     hidden_keys_never_come_through
     visible_keys_do
     nan_stays_in_its_row
+    larger_scores_before_a_nan
     same_bits_every_time
     through_caches
 }
@@ -356,6 +357,21 @@ fn nan_stays_in_its_row<T: Element>(attention: &Attention) {
     case.operands.q[12 * 16 + 2] = T::from_f32(f32::INFINITY);
     let output = as_portable(attention, &problem, &case);
     assert!(output.lse[11].is_nan() && output.lse[10].is_finite());
+}
+
+/// A maximum may drop the larger of two numbers beside a NaN. The loop that raises maxima ends all the same, and rows that do not see the NaN are as
+/// ever.
+fn larger_scores_before_a_nan<T: Element>(attention: &Attention) {
+    for bad in [17, 18, 20, 21, 24, 30] {
+        let (problem, mut case) = random::<T>(&problem([1, 1, 1], [40, 40], [16, 16], Options::new().causal(true)), 7);
+        case.operands.q.fill(T::from_f32(3.0));
+        for j in 16..32 {
+            case.operands.key(&problem, 0, 0, j).fill(T::from_f32(0.5 * (32 - j) as f32));
+        }
+        case.operands.key(&problem, 0, 0, bad).fill(T::from_f32(f32::NAN));
+        let output = as_portable(attention, &problem, &case);
+        assert!(output.lse[bad].is_nan() && output.lse[..bad].iter().all(|lse| lse.is_finite()), "{bad}");
+    }
 }
 
 fn same_bits_every_time<T: Element>(attention: &Attention) {

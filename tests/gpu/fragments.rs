@@ -320,6 +320,17 @@ fn a_bias_in_halves() {
     }
 }
 
+/// Rows of keys and values are read eight neighbours at a time only where offsets and strides are multiples of eight.
+#[test]
+fn offsets_and_strides() {
+    let Some(attention) = &fragments() else { return };
+    let options = Options::new().dtype(DType::F16).causal(true).sink_logits(SinkLogits::PerHead);
+    let (problem, case) = random::<f16>(&problem([2, 2, 1], [37, 37], [8, 8], options), 3);
+    for place in [[0, 0], [8, 16], [4, 8], [8, 4], [3, 0]] {
+        run_at(attention, &problem, &case, place, &[], true);
+    }
+}
+
 #[test]
 fn odd_widths_under_a_mask() {
     let Some(attention) = &fragments() else { return };

@@ -435,7 +435,7 @@ fn auto_is_cooperative_where_that_is_known_to_be_faster() {
         (&nvidia, f16.softcap(9.0), 64, fragments),
         (&nvidia, f16.alibi(true), 64, fragments),
         (&nvidia, f16.mask(Axes::KEYS), 64, fragments),
-        (&nvidia, f16.bias(Axes::KEYS), 64, cooperative),
+        (&nvidia, f16.bias(Axes::KEYS), 64, fragments),
         (&nvidia, f16.dtype(DType::Bf16), 128, fragments),
         (&nvidia, f16.dtype(DType::Bf16).softcap(9.0), 128, fragments),
         (&without_bf16, f16.dtype(DType::Bf16), 128, cooperative),

@@ -606,13 +606,13 @@ fn main(
   let scale = max(params.scale_size * LOG2_E, 1e-25);
   var stage = 0u;
   let q_row = thread / 16u;
-  let q_quad = thread % 16u;
+  let q_part = thread % 16u;
   var q_share_0 = Raw();
   var q_share_1 = Raw();
   var q_share_2 = Raw();
   var q_share_3 = Raw();
   let d_o_row = thread / 16u;
-  let d_o_quad = thread % 16u;
+  let d_o_part = thread % 16u;
   var d_o_share_0 = Raw();
   var d_o_share_1 = Raw();
   var d_o_share_2 = Raw();
@@ -630,44 +630,44 @@ fn main(
     var is_first = true;
     {
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min((walk_tile) * TILE_COLUMNS + q_row + 0u, last_column);
-        { q_share_0 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_0 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min((walk_tile) * TILE_COLUMNS + q_row + 4u, last_column);
-        { q_share_1 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_1 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min((walk_tile) * TILE_COLUMNS + q_row + 8u, last_column);
-        { q_share_2 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_2 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min((walk_tile) * TILE_COLUMNS + q_row + 12u, last_column);
-        { q_share_3 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_3 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min((walk_tile) * TILE_COLUMNS + d_o_row + 0u, last_column);
-        { d_o_share_0 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_0 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min((walk_tile) * TILE_COLUMNS + d_o_row + 4u, last_column);
-        { d_o_share_1 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_1 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min((walk_tile) * TILE_COLUMNS + d_o_row + 8u, last_column);
-        { d_o_share_2 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_2 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min((walk_tile) * TILE_COLUMNS + d_o_row + 12u, last_column);
-        { d_o_share_3 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_3 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       if (thread < 16u) {
         let source = min((walk_tile) * TILE_COLUMNS + thread + 0u, last_column);
@@ -680,28 +680,28 @@ fn main(
       let column0 = tile * TILE_COLUMNS;
       let is_partial = !is_full(full, column0);
       {
-        q_stage[stage * Q_TILE + (q_row + 0u) * Q_ROW + q_quad] = halves4(q_share_0);
+        q_stage[stage * Q_TILE + (q_row + 0u) * Q_ROW + q_part] = halves4(q_share_0);
       }
       {
-        q_stage[stage * Q_TILE + (q_row + 4u) * Q_ROW + q_quad] = halves4(q_share_1);
+        q_stage[stage * Q_TILE + (q_row + 4u) * Q_ROW + q_part] = halves4(q_share_1);
       }
       {
-        q_stage[stage * Q_TILE + (q_row + 8u) * Q_ROW + q_quad] = halves4(q_share_2);
+        q_stage[stage * Q_TILE + (q_row + 8u) * Q_ROW + q_part] = halves4(q_share_2);
       }
       {
-        q_stage[stage * Q_TILE + (q_row + 12u) * Q_ROW + q_quad] = halves4(q_share_3);
+        q_stage[stage * Q_TILE + (q_row + 12u) * Q_ROW + q_part] = halves4(q_share_3);
       }
       {
-        d_o_stage[stage * D_O_TILE + (d_o_row + 0u) * D_O_ROW + d_o_quad] = halves4(d_o_share_0);
+        d_o_stage[stage * D_O_TILE + (d_o_row + 0u) * D_O_ROW + d_o_part] = halves4(d_o_share_0);
       }
       {
-        d_o_stage[stage * D_O_TILE + (d_o_row + 4u) * D_O_ROW + d_o_quad] = halves4(d_o_share_1);
+        d_o_stage[stage * D_O_TILE + (d_o_row + 4u) * D_O_ROW + d_o_part] = halves4(d_o_share_1);
       }
       {
-        d_o_stage[stage * D_O_TILE + (d_o_row + 8u) * D_O_ROW + d_o_quad] = halves4(d_o_share_2);
+        d_o_stage[stage * D_O_TILE + (d_o_row + 8u) * D_O_ROW + d_o_part] = halves4(d_o_share_2);
       }
       {
-        d_o_stage[stage * D_O_TILE + (d_o_row + 12u) * D_O_ROW + d_o_quad] = halves4(d_o_share_3);
+        d_o_stage[stage * D_O_TILE + (d_o_row + 12u) * D_O_ROW + d_o_part] = halves4(d_o_share_3);
       }
       if (thread < 16u) {
         let item = thread + 0u;
@@ -791,44 +791,44 @@ fn main(
       is_first = false;
       let next = (next_of_walk) * TILE_COLUMNS;
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min(next + q_row + 0u, last_column);
-        { q_share_0 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_0 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min(next + q_row + 4u, last_column);
-        { q_share_1 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_1 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min(next + q_row + 8u, last_column);
-        { q_share_2 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_2 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min(next + q_row + 12u, last_column);
-        { q_share_3 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_3 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min(next + d_o_row + 0u, last_column);
-        { d_o_share_0 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_0 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min(next + d_o_row + 4u, last_column);
-        { d_o_share_1 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_1 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min(next + d_o_row + 8u, last_column);
-        { d_o_share_2 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_2 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min(next + d_o_row + 12u, last_column);
-        { d_o_share_3 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_3 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       if (thread < 16u) {
         let source = min(next + thread + 0u, last_column);
@@ -853,44 +853,44 @@ fn main(
     let first_tile = tiles.first;
     {
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min((tiles.first) * TILE_COLUMNS + q_row + 0u, last_column);
-        { q_share_0 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_0 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min((tiles.first) * TILE_COLUMNS + q_row + 4u, last_column);
-        { q_share_1 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_1 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min((tiles.first) * TILE_COLUMNS + q_row + 8u, last_column);
-        { q_share_2 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_2 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min((tiles.first) * TILE_COLUMNS + q_row + 12u, last_column);
-        { q_share_3 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_3 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min((tiles.first) * TILE_COLUMNS + d_o_row + 0u, last_column);
-        { d_o_share_0 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_0 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min((tiles.first) * TILE_COLUMNS + d_o_row + 4u, last_column);
-        { d_o_share_1 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_1 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min((tiles.first) * TILE_COLUMNS + d_o_row + 8u, last_column);
-        { d_o_share_2 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_2 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min((tiles.first) * TILE_COLUMNS + d_o_row + 12u, last_column);
-        { d_o_share_3 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_3 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       if (thread < 16u) {
         let source = min((tiles.first) * TILE_COLUMNS + thread + 0u, last_column);
@@ -898,28 +898,28 @@ fn main(
       }
     }
     {
-      q_stage[stage * Q_TILE + (q_row + 0u) * Q_ROW + q_quad] = halves4(q_share_0);
+      q_stage[stage * Q_TILE + (q_row + 0u) * Q_ROW + q_part] = halves4(q_share_0);
     }
     {
-      q_stage[stage * Q_TILE + (q_row + 4u) * Q_ROW + q_quad] = halves4(q_share_1);
+      q_stage[stage * Q_TILE + (q_row + 4u) * Q_ROW + q_part] = halves4(q_share_1);
     }
     {
-      q_stage[stage * Q_TILE + (q_row + 8u) * Q_ROW + q_quad] = halves4(q_share_2);
+      q_stage[stage * Q_TILE + (q_row + 8u) * Q_ROW + q_part] = halves4(q_share_2);
     }
     {
-      q_stage[stage * Q_TILE + (q_row + 12u) * Q_ROW + q_quad] = halves4(q_share_3);
+      q_stage[stage * Q_TILE + (q_row + 12u) * Q_ROW + q_part] = halves4(q_share_3);
     }
     {
-      d_o_stage[stage * D_O_TILE + (d_o_row + 0u) * D_O_ROW + d_o_quad] = halves4(d_o_share_0);
+      d_o_stage[stage * D_O_TILE + (d_o_row + 0u) * D_O_ROW + d_o_part] = halves4(d_o_share_0);
     }
     {
-      d_o_stage[stage * D_O_TILE + (d_o_row + 4u) * D_O_ROW + d_o_quad] = halves4(d_o_share_1);
+      d_o_stage[stage * D_O_TILE + (d_o_row + 4u) * D_O_ROW + d_o_part] = halves4(d_o_share_1);
     }
     {
-      d_o_stage[stage * D_O_TILE + (d_o_row + 8u) * D_O_ROW + d_o_quad] = halves4(d_o_share_2);
+      d_o_stage[stage * D_O_TILE + (d_o_row + 8u) * D_O_ROW + d_o_part] = halves4(d_o_share_2);
     }
     {
-      d_o_stage[stage * D_O_TILE + (d_o_row + 12u) * D_O_ROW + d_o_quad] = halves4(d_o_share_3);
+      d_o_stage[stage * D_O_TILE + (d_o_row + 12u) * D_O_ROW + d_o_part] = halves4(d_o_share_3);
     }
     if (thread < 16u) {
       let item = thread + 0u;
@@ -936,44 +936,44 @@ fn main(
       // S = K Q^T.
       let next = (tile + 1u) * TILE_COLUMNS;
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min(next + q_row + 0u, last_column);
-        { q_share_0 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_0 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min(next + q_row + 4u, last_column);
-        { q_share_1 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_1 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min(next + q_row + 8u, last_column);
-        { q_share_2 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_2 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = q_quad;
+        let part = q_part;
         let source = min(next + q_row + 12u, last_column);
-        { q_share_3 = raw_q(q_base, source * params.q.seq, quad); }
+        { q_share_3 = raw_q(q_base, source * params.q.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min(next + d_o_row + 0u, last_column);
-        { d_o_share_0 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_0 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min(next + d_o_row + 4u, last_column);
-        { d_o_share_1 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_1 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min(next + d_o_row + 8u, last_column);
-        { d_o_share_2 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_2 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       {
-        let quad = d_o_quad;
+        let part = d_o_part;
         let source = min(next + d_o_row + 12u, last_column);
-        { d_o_share_3 = raw_d_o(d_o_base, source * params.d_o.seq, quad); }
+        { d_o_share_3 = raw_d_o(d_o_base, source * params.d_o.seq, part); }
       }
       if (thread < 16u) {
         let source = min(next + thread + 0u, last_column);
@@ -1090,28 +1090,28 @@ fn main(
       }
       workgroupBarrier();
       {
-        q_stage[stage * Q_TILE + (q_row + 0u) * Q_ROW + q_quad] = halves4(q_share_0);
+        q_stage[stage * Q_TILE + (q_row + 0u) * Q_ROW + q_part] = halves4(q_share_0);
       }
       {
-        q_stage[stage * Q_TILE + (q_row + 4u) * Q_ROW + q_quad] = halves4(q_share_1);
+        q_stage[stage * Q_TILE + (q_row + 4u) * Q_ROW + q_part] = halves4(q_share_1);
       }
       {
-        q_stage[stage * Q_TILE + (q_row + 8u) * Q_ROW + q_quad] = halves4(q_share_2);
+        q_stage[stage * Q_TILE + (q_row + 8u) * Q_ROW + q_part] = halves4(q_share_2);
       }
       {
-        q_stage[stage * Q_TILE + (q_row + 12u) * Q_ROW + q_quad] = halves4(q_share_3);
+        q_stage[stage * Q_TILE + (q_row + 12u) * Q_ROW + q_part] = halves4(q_share_3);
       }
       {
-        d_o_stage[stage * D_O_TILE + (d_o_row + 0u) * D_O_ROW + d_o_quad] = halves4(d_o_share_0);
+        d_o_stage[stage * D_O_TILE + (d_o_row + 0u) * D_O_ROW + d_o_part] = halves4(d_o_share_0);
       }
       {
-        d_o_stage[stage * D_O_TILE + (d_o_row + 4u) * D_O_ROW + d_o_quad] = halves4(d_o_share_1);
+        d_o_stage[stage * D_O_TILE + (d_o_row + 4u) * D_O_ROW + d_o_part] = halves4(d_o_share_1);
       }
       {
-        d_o_stage[stage * D_O_TILE + (d_o_row + 8u) * D_O_ROW + d_o_quad] = halves4(d_o_share_2);
+        d_o_stage[stage * D_O_TILE + (d_o_row + 8u) * D_O_ROW + d_o_part] = halves4(d_o_share_2);
       }
       {
-        d_o_stage[stage * D_O_TILE + (d_o_row + 12u) * D_O_ROW + d_o_quad] = halves4(d_o_share_3);
+        d_o_stage[stage * D_O_TILE + (d_o_row + 12u) * D_O_ROW + d_o_part] = halves4(d_o_share_3);
       }
       if (thread < 16u) {
         let item = thread + 0u;

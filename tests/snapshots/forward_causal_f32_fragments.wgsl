@@ -404,13 +404,13 @@ fn main(
   let scale = params.scale * params.scale_sign * LOG2_E;
   var stage = 0u;
   let k_row = thread / 16u;
-  let k_quad = thread % 16u;
+  let k_part = thread % 16u;
   var k_share_0 = Raw();
   var k_scale_0 = 1.0;
   var k_share_1 = Raw();
   var k_scale_1 = 1.0;
   let v_row = thread / 16u;
-  let v_quad = thread % 16u;
+  let v_part = thread % 16u;
   var v_share_0 = Raw();
   var v_scale_0 = 1.0;
   var v_share_1 = Raw();
@@ -418,27 +418,27 @@ fn main(
   var token_scale_0 = vec2<f32>();
   {
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(first_column(tiles, first_of_all) + k_row + 0u, last_column);
-      { k_share_0 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_0 = raw_k(k_base, source * params.k.seq, part); }
       k_scale_0 = key_scales[scales_base + source].x;
     }
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(first_column(tiles, first_of_all) + k_row + 8u, last_column);
-      { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_1 = raw_k(k_base, source * params.k.seq, part); }
       k_scale_1 = key_scales[scales_base + source].x;
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(first_column(tiles, first_of_all) + v_row + 0u, last_column);
-      { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_0 = raw_v(v_base, source * params.v.seq, part); }
       v_scale_0 = key_scales[scales_base + source].y;
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(first_column(tiles, first_of_all) + v_row + 8u, last_column);
-      { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_1 = raw_v(v_base, source * params.v.seq, part); }
       v_scale_1 = key_scales[scales_base + source].y;
     }
     if (thread < 16u) {
@@ -944,14 +944,14 @@ fn main(
   var o_1_2 = coop_mat16x16<f32, C>();
   var o_1_3 = coop_mat16x16<f32, C>();
   {
-    let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_quad;
+    let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_part;
     let x = k_share_0 * k_scale_0;
     let hi = hi4(x);
     k_stage[at] = vec4<f16>(hi);
     k_stage[at + K_LO] = vec4<f16>(x - hi);
   }
   {
-    let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_quad;
+    let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_part;
     let x = k_share_1 * k_scale_1;
     let hi = hi4(x);
     k_stage[at] = vec4<f16>(hi);
@@ -1043,14 +1043,14 @@ fn main(
     s_0_0 = s_0_0 + s_lo_0_0;
     s_1_0 = s_1_0 + s_lo_1_0;
     {
-      let at = stage * V_TILE + (v_row + 0u) * V_ROW + v_quad;
+      let at = stage * V_TILE + (v_row + 0u) * V_ROW + v_part;
       let x = v_share_0 * v_scale_0;
       let hi = hi4(x);
       v_stage[at] = vec4<f16>(hi);
       v_stage[at + V_LO] = vec4<f16>(x - hi);
     }
     {
-      let at = stage * V_TILE + (v_row + 8u) * V_ROW + v_quad;
+      let at = stage * V_TILE + (v_row + 8u) * V_ROW + v_part;
       let x = v_share_1 * v_scale_1;
       let hi = hi4(x);
       v_stage[at] = vec4<f16>(hi);
@@ -1059,27 +1059,27 @@ fn main(
     workgroupBarrier();
     let next = first_column(tiles, following);
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(next + k_row + 0u, last_column);
-      { k_share_0 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_0 = raw_k(k_base, source * params.k.seq, part); }
       k_scale_0 = key_scales[scales_base + source].x;
     }
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(next + k_row + 8u, last_column);
-      { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_1 = raw_k(k_base, source * params.k.seq, part); }
       k_scale_1 = key_scales[scales_base + source].x;
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(next + v_row + 0u, last_column);
-      { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_0 = raw_v(v_base, source * params.v.seq, part); }
       v_scale_0 = key_scales[scales_base + source].y;
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(next + v_row + 8u, last_column);
-      { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_1 = raw_v(v_base, source * params.v.seq, part); }
       v_scale_1 = key_scales[scales_base + source].y;
     }
     if (thread < 16u) {
@@ -1113,12 +1113,10 @@ fn main(
       if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1) || (tile_max_2 > limit_2) || (tile_max_3 > limit_3))) { break; }
       let old_max_0 = row_max_0;
       {
-        var tile_max = tile_max_0;
+        var tile_max = select(limit_0, tile_max_0, tile_max_0 > limit_0);
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_0) {
           row_max_0 = tile_max - LIFT;
           limit_0 = tile_max + slack;
         }
@@ -1129,12 +1127,10 @@ fn main(
       row_sum_0 *= rescale_0;
       let old_max_1 = row_max_1;
       {
-        var tile_max = tile_max_1;
+        var tile_max = select(limit_1, tile_max_1, tile_max_1 > limit_1);
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_1 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_1) {
           row_max_1 = tile_max - LIFT;
           limit_1 = tile_max + slack;
         }
@@ -1145,12 +1141,10 @@ fn main(
       row_sum_1 *= rescale_1;
       let old_max_2 = row_max_2;
       {
-        var tile_max = tile_max_2;
+        var tile_max = select(limit_2, tile_max_2, tile_max_2 > limit_2);
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_2 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_2) {
           row_max_2 = tile_max - LIFT;
           limit_2 = tile_max + slack;
         }
@@ -1161,12 +1155,10 @@ fn main(
       row_sum_2 *= rescale_2;
       let old_max_3 = row_max_3;
       {
-        var tile_max = tile_max_3;
+        var tile_max = select(limit_3, tile_max_3, tile_max_3 > limit_3);
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_3 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_3) {
           row_max_3 = tile_max - LIFT;
           limit_3 = tile_max + slack;
         }
@@ -1283,14 +1275,14 @@ fn main(
     // All subgroups have used K.
     workgroupBarrier();
     {
-      let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_quad;
+      let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_part;
       let x = k_share_0 * k_scale_0;
       let hi = hi4(x);
       k_stage[at] = vec4<f16>(hi);
       k_stage[at + K_LO] = vec4<f16>(x - hi);
     }
     {
-      let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_quad;
+      let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_part;
       let x = k_share_1 * k_scale_1;
       let hi = hi4(x);
       k_stage[at] = vec4<f16>(hi);
@@ -1363,14 +1355,14 @@ fn main(
     s_0_0 = s_0_0 + s_lo_0_0;
     s_1_0 = s_1_0 + s_lo_1_0;
     {
-      let at = stage * V_TILE + (v_row + 0u) * V_ROW + v_quad;
+      let at = stage * V_TILE + (v_row + 0u) * V_ROW + v_part;
       let x = v_share_0 * v_scale_0;
       let hi = hi4(x);
       v_stage[at] = vec4<f16>(hi);
       v_stage[at + V_LO] = vec4<f16>(x - hi);
     }
     {
-      let at = stage * V_TILE + (v_row + 8u) * V_ROW + v_quad;
+      let at = stage * V_TILE + (v_row + 8u) * V_ROW + v_part;
       let x = v_share_1 * v_scale_1;
       let hi = hi4(x);
       v_stage[at] = vec4<f16>(hi);
@@ -1379,27 +1371,27 @@ fn main(
     workgroupBarrier();
     let next = first_column(tiles, following);
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(next + k_row + 0u, last_column);
-      { k_share_0 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_0 = raw_k(k_base, source * params.k.seq, part); }
       k_scale_0 = key_scales[scales_base + source].x;
     }
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(next + k_row + 8u, last_column);
-      { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_1 = raw_k(k_base, source * params.k.seq, part); }
       k_scale_1 = key_scales[scales_base + source].x;
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(next + v_row + 0u, last_column);
-      { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_0 = raw_v(v_base, source * params.v.seq, part); }
       v_scale_0 = key_scales[scales_base + source].y;
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(next + v_row + 8u, last_column);
-      { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_1 = raw_v(v_base, source * params.v.seq, part); }
       v_scale_1 = key_scales[scales_base + source].y;
     }
     if (thread < 16u) {
@@ -1439,12 +1431,10 @@ fn main(
       if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1) || (tile_max_2 > limit_2) || (tile_max_3 > limit_3))) { break; }
       let old_max_0 = row_max_0;
       {
-        var tile_max = tile_max_0;
+        var tile_max = select(limit_0, tile_max_0, tile_max_0 > limit_0);
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_0) {
           row_max_0 = tile_max - LIFT;
           limit_0 = tile_max + slack;
         }
@@ -1455,12 +1445,10 @@ fn main(
       row_sum_0 *= rescale_0;
       let old_max_1 = row_max_1;
       {
-        var tile_max = tile_max_1;
+        var tile_max = select(limit_1, tile_max_1, tile_max_1 > limit_1);
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_1 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_1) {
           row_max_1 = tile_max - LIFT;
           limit_1 = tile_max + slack;
         }
@@ -1471,12 +1459,10 @@ fn main(
       row_sum_1 *= rescale_1;
       let old_max_2 = row_max_2;
       {
-        var tile_max = tile_max_2;
+        var tile_max = select(limit_2, tile_max_2, tile_max_2 > limit_2);
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_2 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_2) {
           row_max_2 = tile_max - LIFT;
           limit_2 = tile_max + slack;
         }
@@ -1487,12 +1473,10 @@ fn main(
       row_sum_2 *= rescale_2;
       let old_max_3 = row_max_3;
       {
-        var tile_max = tile_max_3;
+        var tile_max = select(limit_3, tile_max_3, tile_max_3 > limit_3);
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_3 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_3) {
           row_max_3 = tile_max - LIFT;
           limit_3 = tile_max + slack;
         }
@@ -1609,14 +1593,14 @@ fn main(
     // All subgroups have used K.
     workgroupBarrier();
     {
-      let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_quad;
+      let at = stage * K_TILE + (k_row + 0u) * K_ROW + k_part;
       let x = k_share_0 * k_scale_0;
       let hi = hi4(x);
       k_stage[at] = vec4<f16>(hi);
       k_stage[at + K_LO] = vec4<f16>(x - hi);
     }
     {
-      let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_quad;
+      let at = stage * K_TILE + (k_row + 8u) * K_ROW + k_part;
       let x = k_share_1 * k_scale_1;
       let hi = hi4(x);
       k_stage[at] = vec4<f16>(hi);

@@ -342,33 +342,33 @@ fn main(
   let scale = max(params.scale_size * LOG2_E, 1e-25);
   var stage = 0u;
   let k_row = thread / 16u;
-  let k_quad = thread % 16u;
+  let k_part = thread % 16u;
   var k_share_0 = Raw();
   var k_share_1 = Raw();
   let v_row = thread / 16u;
-  let v_quad = thread % 16u;
+  let v_part = thread % 16u;
   var v_share_0 = Raw();
   var v_share_1 = Raw();
   {
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(first_column(tiles, tiles.first) + k_row + 0u, last_column);
-      { k_share_0 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_0 = raw_k(k_base, source * params.k.seq, part); }
     }
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(first_column(tiles, tiles.first) + k_row + 8u, last_column);
-      { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_1 = raw_k(k_base, source * params.k.seq, part); }
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(first_column(tiles, tiles.first) + v_row + 0u, last_column);
-      { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_0 = raw_v(v_base, source * params.v.seq, part); }
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(first_column(tiles, tiles.first) + v_row + 8u, last_column);
-      { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_1 = raw_v(v_base, source * params.v.seq, part); }
     }
   }
   var q_raw_0_0_0 = Raw();
@@ -516,16 +516,16 @@ fn main(
   var o_0_2 = coop_mat16x16<f32, C>();
   var o_0_3 = coop_mat16x16<f32, C>();
   {
-    k_stage[stage * K_TILE + (k_row + 0u) * K_ROW + k_quad] = halves4(k_share_0);
+    k_stage[stage * K_TILE + (k_row + 0u) * K_ROW + k_part] = halves4(k_share_0);
   }
   {
-    k_stage[stage * K_TILE + (k_row + 8u) * K_ROW + k_quad] = halves4(k_share_1);
+    k_stage[stage * K_TILE + (k_row + 8u) * K_ROW + k_part] = halves4(k_share_1);
   }
   {
-    v_stage[stage * V_TILE + (v_row + 0u) * V_ROW + v_quad] = halves4(v_share_0);
+    v_stage[stage * V_TILE + (v_row + 0u) * V_ROW + v_part] = halves4(v_share_0);
   }
   {
-    v_stage[stage * V_TILE + (v_row + 8u) * V_ROW + v_quad] = halves4(v_share_1);
+    v_stage[stage * V_TILE + (v_row + 8u) * V_ROW + v_part] = halves4(v_share_1);
   }
   workgroupBarrier();
 
@@ -545,24 +545,24 @@ fn main(
     // S = Q K^T.
     let next = first_column(tiles, next_tile(tiles, tile));
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(next + k_row + 0u, last_column);
-      { k_share_0 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_0 = raw_k(k_base, source * params.k.seq, part); }
     }
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(next + k_row + 8u, last_column);
-      { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_1 = raw_k(k_base, source * params.k.seq, part); }
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(next + v_row + 0u, last_column);
-      { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_0 = raw_v(v_base, source * params.v.seq, part); }
     }
     {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(next + v_row + 8u, last_column);
-      { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_1 = raw_v(v_base, source * params.v.seq, part); }
     }
     var s_0_0 = coop_mat16x16<f32, C>();
     {
@@ -600,13 +600,12 @@ fn main(
       if (!subgroupAny(any((x_0_0 > vec4<f32>(limit_0)) | (x_0_1 > vec4<f32>(limit_0))))) { break; }
       let old_max_0 = row_max_0;
       {
-        var tile_max4 = x_0_0;
-        tile_max4 = max(tile_max4, x_0_1);
+        var tile_max4 = vec4<f32>(limit_0);
+        tile_max4 = select(tile_max4, x_0_0, x_0_0 > tile_max4);
+        tile_max4 = select(tile_max4, x_0_1, x_0_1 > tile_max4);
         var tile_max = max(max(tile_max4.x, tile_max4.y), max(tile_max4.z, tile_max4.w));
         tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
-
-        // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-        if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+        if (tile_max > limit_0) {
           row_max_0 = tile_max * scale;
           limit_0 = tile_max + slack;
         }
@@ -721,16 +720,16 @@ fn main(
     }
     workgroupBarrier();
     {
-      k_stage[stage * K_TILE + (k_row + 0u) * K_ROW + k_quad] = halves4(k_share_0);
+      k_stage[stage * K_TILE + (k_row + 0u) * K_ROW + k_part] = halves4(k_share_0);
     }
     {
-      k_stage[stage * K_TILE + (k_row + 8u) * K_ROW + k_quad] = halves4(k_share_1);
+      k_stage[stage * K_TILE + (k_row + 8u) * K_ROW + k_part] = halves4(k_share_1);
     }
     {
-      v_stage[stage * V_TILE + (v_row + 0u) * V_ROW + v_quad] = halves4(v_share_0);
+      v_stage[stage * V_TILE + (v_row + 0u) * V_ROW + v_part] = halves4(v_share_0);
     }
     {
-      v_stage[stage * V_TILE + (v_row + 8u) * V_ROW + v_quad] = halves4(v_share_1);
+      v_stage[stage * V_TILE + (v_row + 8u) * V_ROW + v_part] = halves4(v_share_1);
     }
     workgroupBarrier();
   }

@@ -41,8 +41,8 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec2<u32>>;
-@group(0) @binding(2) var<storage, read> k: array<vec2<u32>>;
-@group(0) @binding(3) var<storage, read> v: array<vec2<u32>>;
+@group(0) @binding(2) var<storage, read> k: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> v: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read> sink_logits: array<f32>;
 @group(0) @binding(4) var<storage, read_write> o: array<vec2<u32>>;
 @group(0) @binding(5) var<storage, read_write> lse: array<f32>;
@@ -214,13 +214,13 @@ fn raw_q(base: u32, row: u32, quad: u32) -> Raw {
 }
 
 // Zero beyond the width.
-fn raw_k(base: u32, row: u32, quad: u32) -> Raw {
+fn raw_k(base: u32, row: u32, quad: u32) -> vec4<u32> {
   // The row is added last, because only it changes from tile to tile.
   return k[base + quad + row];
 }
 
 // Zero beyond the width.
-fn raw_v(base: u32, row: u32, quad: u32) -> Raw {
+fn raw_v(base: u32, row: u32, quad: u32) -> vec4<u32> {
   // The row is added last, because only it changes from tile to tile.
   return v[base + quad + row];
 }
@@ -375,58 +375,34 @@ fn main(
   // The scale is never zero, so hidden scores stay hidden.
   let scale = max(params.scale_size * LOG2_E, 1e-25);
   var stage = 0u;
-  let k_row = thread / 16u;
-  let k_quad = thread % 16u;
-  var k_share_0 = Raw();
-  var k_share_1 = Raw();
-  var k_share_2 = Raw();
-  var k_share_3 = Raw();
-  let v_row = thread / 16u;
-  let v_quad = thread % 16u;
-  var v_share_0 = Raw();
-  var v_share_1 = Raw();
-  var v_share_2 = Raw();
-  var v_share_3 = Raw();
+  let k_row = thread / 8u;
+  let k_part = thread % 8u;
+  var k_share_0 = vec4<u32>();
+  var k_share_1 = vec4<u32>();
+  let v_row = thread / 8u;
+  let v_part = thread % 8u;
+  var v_share_0 = vec4<u32>();
+  var v_share_1 = vec4<u32>();
   {
     {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(first_column(tiles, first_of_all) + k_row + 0u, last_column);
-      { k_share_0 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_0 = raw_k(k_base, source * params.k.seq, part); }
     }
     {
-      let quad = k_quad;
-      let source = min(first_column(tiles, first_of_all) + k_row + 8u, last_column);
-      { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
-    }
-    {
-      let quad = k_quad;
+      let part = k_part;
       let source = min(first_column(tiles, first_of_all) + k_row + 16u, last_column);
-      { k_share_2 = raw_k(k_base, source * params.k.seq, quad); }
+      { k_share_1 = raw_k(k_base, source * params.k.seq, part); }
     }
     {
-      let quad = k_quad;
-      let source = min(first_column(tiles, first_of_all) + k_row + 24u, last_column);
-      { k_share_3 = raw_k(k_base, source * params.k.seq, quad); }
-    }
-    {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(first_column(tiles, first_of_all) + v_row + 0u, last_column);
-      { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_0 = raw_v(v_base, source * params.v.seq, part); }
     }
     {
-      let quad = v_quad;
-      let source = min(first_column(tiles, first_of_all) + v_row + 8u, last_column);
-      { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
-    }
-    {
-      let quad = v_quad;
+      let part = v_part;
       let source = min(first_column(tiles, first_of_all) + v_row + 16u, last_column);
-      { v_share_2 = raw_v(v_base, source * params.v.seq, quad); }
-    }
-    {
-      let quad = v_quad;
-      let source = min(first_column(tiles, first_of_all) + v_row + 24u, last_column);
-      { v_share_3 = raw_v(v_base, source * params.v.seq, quad); }
+      { v_share_1 = raw_v(v_base, source * params.v.seq, part); }
     }
   }
   var q_raw_0_0_0 = Raw();
@@ -576,16 +552,14 @@ fn main(
   var o_0_2 = coop_mat16x16<f32, C>();
   var o_0_3 = coop_mat16x16<f32, C>();
   {
-    k_stage[stage * K_TILE + (k_row + 0u) * K_ROW + k_quad] = halves4(k_share_0);
+    let at = stage * K_TILE + (k_row + 0u) * K_ROW + 2u * (k_part);
+    k_stage[at] = bits_as_halves(k_share_0.xy);
+    k_stage[at + 1u] = bits_as_halves(k_share_0.zw);
   }
   {
-    k_stage[stage * K_TILE + (k_row + 8u) * K_ROW + k_quad] = halves4(k_share_1);
-  }
-  {
-    k_stage[stage * K_TILE + (k_row + 16u) * K_ROW + k_quad] = halves4(k_share_2);
-  }
-  {
-    k_stage[stage * K_TILE + (k_row + 24u) * K_ROW + k_quad] = halves4(k_share_3);
+    let at = stage * K_TILE + (k_row + 16u) * K_ROW + 2u * (k_part);
+    k_stage[at] = bits_as_halves(k_share_1.xy);
+    k_stage[at + 1u] = bits_as_halves(k_share_1.zw);
   }
   workgroupBarrier();
 
@@ -628,16 +602,14 @@ fn main(
         s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
       }
       {
-        v_stage[stage * V_TILE + (v_row + 0u) * V_ROW + v_quad] = halves4(v_share_0);
+        let at = stage * V_TILE + (v_row + 0u) * V_ROW + 2u * (v_part);
+        v_stage[at] = bits_as_halves(v_share_0.xy);
+        v_stage[at + 1u] = bits_as_halves(v_share_0.zw);
       }
       {
-        v_stage[stage * V_TILE + (v_row + 8u) * V_ROW + v_quad] = halves4(v_share_1);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 16u) * V_ROW + v_quad] = halves4(v_share_2);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 24u) * V_ROW + v_quad] = halves4(v_share_3);
+        let at = stage * V_TILE + (v_row + 16u) * V_ROW + 2u * (v_part);
+        v_stage[at] = bits_as_halves(v_share_1.xy);
+        v_stage[at + 1u] = bits_as_halves(v_share_1.zw);
       }
       workgroupBarrier();
       var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u));
@@ -653,12 +625,10 @@ fn main(
         if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
         let old_max_0 = row_max_0;
         {
-          var tile_max = tile_max_0;
+          var tile_max = select(limit_0, tile_max_0, tile_max_0 > limit_0);
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          if (tile_max > limit_0) {
             row_max_0 = tile_max * scale;
             limit_0 = tile_max + slack;
           }
@@ -669,12 +639,10 @@ fn main(
         row_sum_0 *= rescale_0;
         let old_max_1 = row_max_1;
         {
-          var tile_max = tile_max_1;
+          var tile_max = select(limit_1, tile_max_1, tile_max_1 > limit_1);
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_1 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          if (tile_max > limit_1) {
             row_max_1 = tile_max * scale;
             limit_1 = tile_max + slack;
           }
@@ -726,44 +694,24 @@ fn main(
       // S = Q K^T.
       let next = first_column(tiles, following);
       {
-        let quad = k_quad;
+        let part = k_part;
         let source = min(next + k_row + 0u, last_column);
-        { k_share_0 = raw_k(k_base, source * params.k.seq, quad); }
+        { k_share_0 = raw_k(k_base, source * params.k.seq, part); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 8u, last_column);
-        { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
-      }
-      {
-        let quad = k_quad;
+        let part = k_part;
         let source = min(next + k_row + 16u, last_column);
-        { k_share_2 = raw_k(k_base, source * params.k.seq, quad); }
+        { k_share_1 = raw_k(k_base, source * params.k.seq, part); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 24u, last_column);
-        { k_share_3 = raw_k(k_base, source * params.k.seq, quad); }
-      }
-      {
-        let quad = v_quad;
+        let part = v_part;
         let source = min(next + v_row + 0u, last_column);
-        { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
+        { v_share_0 = raw_v(v_base, source * params.v.seq, part); }
       }
       {
-        let quad = v_quad;
-        let source = min(next + v_row + 8u, last_column);
-        { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
+        let part = v_part;
         let source = min(next + v_row + 16u, last_column);
-        { v_share_2 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(next + v_row + 24u, last_column);
-        { v_share_3 = raw_v(v_base, source * params.v.seq, quad); }
+        { v_share_1 = raw_v(v_base, source * params.v.seq, part); }
       }
       var s_0_0 = coop_mat16x16<f32, C>();
       {
@@ -795,12 +743,10 @@ fn main(
         if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
         let old_max_0 = row_max_0;
         {
-          var tile_max = tile_max_0;
+          var tile_max = select(limit_0, tile_max_0, tile_max_0 > limit_0);
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          if (tile_max > limit_0) {
             row_max_0 = tile_max * scale;
             limit_0 = tile_max + slack;
           }
@@ -811,12 +757,10 @@ fn main(
         row_sum_0 *= rescale_0;
         let old_max_1 = row_max_1;
         {
-          var tile_max = tile_max_1;
+          var tile_max = select(limit_1, tile_max_1, tile_max_1 > limit_1);
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_1 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          if (tile_max > limit_1) {
             row_max_1 = tile_max * scale;
             limit_1 = tile_max + slack;
           }
@@ -864,16 +808,14 @@ fn main(
       // All subgroups have used K.
       workgroupBarrier();
       {
-        k_stage[stage * K_TILE + (k_row + 0u) * K_ROW + k_quad] = halves4(k_share_0);
+        let at = stage * K_TILE + (k_row + 0u) * K_ROW + 2u * (k_part);
+        k_stage[at] = bits_as_halves(k_share_0.xy);
+        k_stage[at + 1u] = bits_as_halves(k_share_0.zw);
       }
       {
-        k_stage[stage * K_TILE + (k_row + 8u) * K_ROW + k_quad] = halves4(k_share_1);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 16u) * K_ROW + k_quad] = halves4(k_share_2);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 24u) * K_ROW + k_quad] = halves4(k_share_3);
+        let at = stage * K_TILE + (k_row + 16u) * K_ROW + 2u * (k_part);
+        k_stage[at] = bits_as_halves(k_share_1.xy);
+        k_stage[at + 1u] = bits_as_halves(k_share_1.zw);
       }
       workgroupBarrier();
     }
@@ -906,16 +848,14 @@ fn main(
         s_0_0 = coopMultiplyAdd(q_0_3, column, s_0_0);
       }
       {
-        v_stage[stage * V_TILE + (v_row + 0u) * V_ROW + v_quad] = halves4(v_share_0);
+        let at = stage * V_TILE + (v_row + 0u) * V_ROW + 2u * (v_part);
+        v_stage[at] = bits_as_halves(v_share_0.xy);
+        v_stage[at + 1u] = bits_as_halves(v_share_0.zw);
       }
       {
-        v_stage[stage * V_TILE + (v_row + 8u) * V_ROW + v_quad] = halves4(v_share_1);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 16u) * V_ROW + v_quad] = halves4(v_share_2);
-      }
-      {
-        v_stage[stage * V_TILE + (v_row + 24u) * V_ROW + v_quad] = halves4(v_share_3);
+        let at = stage * V_TILE + (v_row + 16u) * V_ROW + 2u * (v_part);
+        v_stage[at] = bits_as_halves(v_share_1.xy);
+        v_stage[at + 1u] = bits_as_halves(v_share_1.zw);
       }
       workgroupBarrier();
       var x_0_0 = vec4<f32>(component_c(s_0_0, 0u), component_c(s_0_0, 1u), component_c(s_0_0, 2u), component_c(s_0_0, 3u));
@@ -935,12 +875,10 @@ fn main(
         if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
         let old_max_0 = row_max_0;
         {
-          var tile_max = tile_max_0;
+          var tile_max = select(limit_0, tile_max_0, tile_max_0 > limit_0);
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          if (tile_max > limit_0) {
             row_max_0 = tile_max * scale;
             limit_0 = tile_max + slack;
           }
@@ -951,12 +889,10 @@ fn main(
         row_sum_0 *= rescale_0;
         let old_max_1 = row_max_1;
         {
-          var tile_max = tile_max_1;
+          var tile_max = select(limit_1, tile_max_1, tile_max_1 > limit_1);
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_1 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          if (tile_max > limit_1) {
             row_max_1 = tile_max * scale;
             limit_1 = tile_max + slack;
           }
@@ -1008,44 +944,24 @@ fn main(
       // S = Q K^T.
       let next = first_column(tiles, following);
       {
-        let quad = k_quad;
+        let part = k_part;
         let source = min(next + k_row + 0u, last_column);
-        { k_share_0 = raw_k(k_base, source * params.k.seq, quad); }
+        { k_share_0 = raw_k(k_base, source * params.k.seq, part); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 8u, last_column);
-        { k_share_1 = raw_k(k_base, source * params.k.seq, quad); }
-      }
-      {
-        let quad = k_quad;
+        let part = k_part;
         let source = min(next + k_row + 16u, last_column);
-        { k_share_2 = raw_k(k_base, source * params.k.seq, quad); }
+        { k_share_1 = raw_k(k_base, source * params.k.seq, part); }
       }
       {
-        let quad = k_quad;
-        let source = min(next + k_row + 24u, last_column);
-        { k_share_3 = raw_k(k_base, source * params.k.seq, quad); }
-      }
-      {
-        let quad = v_quad;
+        let part = v_part;
         let source = min(next + v_row + 0u, last_column);
-        { v_share_0 = raw_v(v_base, source * params.v.seq, quad); }
+        { v_share_0 = raw_v(v_base, source * params.v.seq, part); }
       }
       {
-        let quad = v_quad;
-        let source = min(next + v_row + 8u, last_column);
-        { v_share_1 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
+        let part = v_part;
         let source = min(next + v_row + 16u, last_column);
-        { v_share_2 = raw_v(v_base, source * params.v.seq, quad); }
-      }
-      {
-        let quad = v_quad;
-        let source = min(next + v_row + 24u, last_column);
-        { v_share_3 = raw_v(v_base, source * params.v.seq, quad); }
+        { v_share_1 = raw_v(v_base, source * params.v.seq, part); }
       }
       var s_0_0 = coop_mat16x16<f32, C>();
       {
@@ -1081,12 +997,10 @@ fn main(
         if (!subgroupAny((tile_max_0 > limit_0) || (tile_max_1 > limit_1))) { break; }
         let old_max_0 = row_max_0;
         {
-          var tile_max = tile_max_0;
+          var tile_max = select(limit_0, tile_max_0, tile_max_0 > limit_0);
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_0 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          if (tile_max > limit_0) {
             row_max_0 = tile_max * scale;
             limit_0 = tile_max + slack;
           }
@@ -1097,12 +1011,10 @@ fn main(
         row_sum_0 *= rescale_0;
         let old_max_1 = row_max_1;
         {
-          var tile_max = tile_max_1;
+          var tile_max = select(limit_1, tile_max_1, tile_max_1 > limit_1);
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 1u));
           tile_max = max(tile_max, subgroupShuffleXor(tile_max, 2u));
-
-          // A NaN, which a maximum may keep, becomes the limit, so that the loop ends.
-          if (tile_max > limit_1 || (bitcast<u32>(tile_max) & 0x7fffffffu) > 0x7f800000u) {
+          if (tile_max > limit_1) {
             row_max_1 = tile_max * scale;
             limit_1 = tile_max + slack;
           }
@@ -1150,16 +1062,14 @@ fn main(
       // All subgroups have used K.
       workgroupBarrier();
       {
-        k_stage[stage * K_TILE + (k_row + 0u) * K_ROW + k_quad] = halves4(k_share_0);
+        let at = stage * K_TILE + (k_row + 0u) * K_ROW + 2u * (k_part);
+        k_stage[at] = bits_as_halves(k_share_0.xy);
+        k_stage[at + 1u] = bits_as_halves(k_share_0.zw);
       }
       {
-        k_stage[stage * K_TILE + (k_row + 8u) * K_ROW + k_quad] = halves4(k_share_1);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 16u) * K_ROW + k_quad] = halves4(k_share_2);
-      }
-      {
-        k_stage[stage * K_TILE + (k_row + 24u) * K_ROW + k_quad] = halves4(k_share_3);
+        let at = stage * K_TILE + (k_row + 16u) * K_ROW + 2u * (k_part);
+        k_stage[at] = bits_as_halves(k_share_1.xy);
+        k_stage[at + 1u] = bits_as_halves(k_share_1.zw);
       }
       workgroupBarrier();
     }
