@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo run --release --example driver_stats -- [--dtype f16] [--precision full] [--with OPTION] [--tiles KERNEL=TILES]... [--lanes LANES] [--out FOLDER]
 //! cargo run --release --example driver_stats -- --decode "fragments 4x1 rows 8, columns 1, ahead 2, splits 33" [--decode ...]
+//! cargo run --release --example driver_stats -- --list standard|sweep|every
 //! ```
 //!
 //! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
@@ -10,6 +11,13 @@
 //! matrices for subgroups of another size than the device has told, and asks the driver for that size. With `--out`, the WGSL, the SPIR-V and the
 //! driver's pipeline cache are written there. `--tiles` is that of `sink-attention bench`. The cache holds the machine code: NVIDIA's is a zstd frame after 100 bytes or so, in it
 //! code of the length at byte 0x4c begins 8 bytes after the offset at byte 0x50, and `nvdisasm -b SM90` reads it.
+//!
+//! `--list standard` prints a line for each kernel of the standard problems, in the form of tests/compilers.txt (tests/compilers.sh compares them). `--list sweep` does the same for
+//! many portable tiles of other widths, with a cost. `--list every` compiles the kernels of every option and type. They plan for what the adapter tells, and run nothing, as drivers
+//! of tests/vendor-compilers.sh compute nothing.
+
+#[path = "driver_stats/list.rs"]
+mod list;
 
 use std::error::Error;
 use std::ffi::{CStr, c_void};
@@ -17,6 +25,7 @@ use std::path::{Path, PathBuf};
 
 use ash::{khr, vk};
 use sink_attention::cache::{CacheConfig, CacheKind, Decode, DecodeTiling};
+use sink_attention::device::{adapters, describe};
 use sink_attention::plan::{
     Capabilities, Kernel, MicroKernel, OptionalOperands, Plan, Precision, Preference, SpirvVersion, Variant,
 };
@@ -32,6 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut tiles = Vec::new();
     let mut lanes = None;
     let mut decodes: Vec<DecodeTiling> = Vec::new();
+    let mut listed: Option<list::List> = None;
     let mut options = Options::new().causal(true).sink_logits(SinkLogits::PerHead);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -63,6 +73,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
             "--lanes" => lanes = Some(value.parse()?),
             "--out" => out = Some(value.into()),
+            "--list" => listed = Some(value.parse()?),
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }
@@ -71,6 +82,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         DeviceChoice::Auto => DeviceChoice::Gpu,
         choice => choice,
     };
+    if let Some(listed) = listed {
+        let adapters = adapters();
+        let infos: Vec<_> = adapters.iter().map(|adapter| adapter.get_info()).collect();
+        let index = choice.select(&infos)?.adapter.ok_or("no GPU adapter")?;
+        println!("{}", describe(&infos[index]));
+        return listed.print(&Capabilities::of_adapter(&adapters[index]), &Driver::new(false, None)?);
+    }
     let attention = Attention::open(&choice)?;
     let device = attention.device().ok_or("no GPU adapter")?;
     println!("{}", attention.device_name());
@@ -205,7 +223,14 @@ impl Driver {
         }
     }
 
+    /// The driver's statistics as text.
     fn statistics(&self, variant: &Variant, out: Option<&Path>) -> Result<String, Box<dyn Error>> {
+        let shown = self.measure(variant, out)?.into_iter().map(|(name, value)| format!("{name} {value}"));
+        Ok(shown.collect::<Vec<_>>().join(", "))
+    }
+
+    /// The driver's statistics, by name.
+    fn measure(&self, variant: &Variant, out: Option<&Path>) -> Result<Vec<(String, String)>, Box<dyn Error>> {
         let text = variant.wgsl()?;
         let module = naga::front::wgsl::parse_str(&text).map_err(|e| e.emit_to_string(&text))?;
         let spirv = variant.spirv(SpirvVersion { major: 1, minor: 6 })?;
@@ -265,7 +290,7 @@ impl Driver {
             write(".cache", &cache)?;
         }
         let shown = statistics.iter().map(|statistic| {
-            let name = statistic.name_as_c_str().unwrap_or_default().to_string_lossy();
+            let name = statistic.name_as_c_str().unwrap_or_default().to_string_lossy().into_owned();
             // SAFETY: `format` says which field is there.
             let value = unsafe {
                 match statistic.format {
@@ -275,8 +300,8 @@ impl Driver {
                     _ => statistic.value.u64.to_string(),
                 }
             };
-            format!("{name} {value}")
+            (name, value)
         });
-        Ok(std::iter::once(format!("Lanes {lanes}")).chain(shown).collect::<Vec<_>>().join(", "))
+        Ok(std::iter::once(("Lanes".to_string(), lanes.to_string())).chain(shown).collect())
     }
 }

@@ -16,6 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # A stage a line: its name, and the scripts that run it. Each script ends with a line as the one of this script.
 stages=(
     "core tests/core.sh crates/cli/test.sh"
+    "compilers tests/compilers.sh"
 )
 
 options=()

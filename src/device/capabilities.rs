@@ -34,6 +34,51 @@ impl fmt::Display for DeviceClass {
     }
 }
 
+/// The registers of a class of devices, in 32 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RegisterFile {
+    /// Registers of a thread, at most. Compilers move others to memory.
+    pub thread: u32,
+    /// Registers that the subgroups of an execution unit (a multiprocessor's quarter, a SIMD, a core) share, as lanes times registers of a lane.
+    pub unit: u32,
+    /// Subgroups of an execution unit, at most, and the lanes of each.
+    pub waves: [u32; 2],
+}
+
+impl RegisterFile {
+    /// Subgroups of an execution unit whose threads have so many registers.
+    pub fn waves(&self, registers: u32) -> u32 {
+        let [most, lanes] = self.waves;
+        (self.unit / (registers.clamp(1, self.thread) * lanes)).min(most)
+    }
+}
+
+impl DeviceClass {
+    /// The registers of the class, those of its smaller devices where they differ. `None` for the CPU.
+    pub fn register_file(self) -> Option<RegisterFile> {
+        let [thread, unit, most, lanes] = match self {
+            // CUDA C++ Programming Guide, compute capabilities 7.5 to 9.0: 64 Ki registers and 32 to 64 warps in four quarters.
+            DeviceClass::Nvidia => [255, 16 << 10, 8, 32],
+            // AMD's RDNA 2 Instruction Set Architecture and RADV's ac_gpu_info: 1024 vectors of 32 lanes a SIMD, 256 to a wave.
+            DeviceClass::Amd => [256, 1024 * 32, 16, 32],
+            // Dougall Johnson's G13 reference (256 halves) and Honeykrisp: a core has 384 threads of 256 halves, 1024 of 104 and fewer.
+            DeviceClass::Apple => [128, 384 * 128, 32, 32],
+            // Intel's Xe documents: a thread has 128 registers of 32 bytes, which are 128 to a lane where the compiler takes 8 lanes.
+            DeviceClass::Intel => [128, 8 * 128 * 8, 8, 8],
+            // Adreno 7xx by Turnip: 48 vectors of four to a lane with two waves of 64 lanes in each half of a core. The least that is known is 128.
+            DeviceClass::Other => [128, 2 * 64 * 192, 16, 64],
+            DeviceClass::Software => return None,
+        };
+        Some(RegisterFile { thread, unit, waves: [most, lanes] })
+    }
+
+    /// Whether a thread has so few registers that it takes smaller tiles than NVIDIA's and AMD's GPUs.
+    pub(crate) fn has_few_registers(self) -> bool {
+        self.register_file().is_some_and(|file| file.thread < 255)
+    }
+}
+
 /// LP_MAX_TGSI_LOOP_ITERATIONS of Mesa's llvmpipe.
 pub(crate) const LLVMPIPE_LOOP_ITERATIONS: u64 = 65535;
 
@@ -280,6 +325,43 @@ impl Capabilities {
             multiprocessor: None,
             loop_iterations: None,
         }
+    }
+
+    /// Devices that `plan` knows without having them at hand: the [`samples`](Self::samples), and those whose compilers tests/vendor-compilers.sh
+    /// starts, with their short names.
+    pub fn known() -> Vec<(Option<&'static str>, Self)> {
+        let [nvidia, amd, _, apple, ..] = &Capabilities::samples()[..] else { return Vec::new() };
+        let by_mesa = |device: &Self, name: &str| Capabilities {
+            spirv: Some(SpirvVersion { major: 1, minor: 6 }),
+            ..device.clone().name(name)
+        };
+        let without = |device: &Self| Capabilities { cooperative: None, ..device.clone() };
+        let adreno = Capabilities {
+            class: DeviceClass::Other,
+            binding_bytes: 128 << 20,
+            buffer_bytes: 1 << 30,
+            offset_alignment: 64,
+            workgroup_bytes: 32 << 10,
+            ..without(apple)
+        };
+        // NVK has matrices of f16 whose elements have no layout that kernels can use.
+        let nvk = Capabilities {
+            cooperative: nvidia.cooperative.map(|matrices| matrices.elements(None).bf16(None)),
+            multiprocessor: None,
+            ..nvidia.clone()
+        };
+        let mesa = [
+            ("rx7900xtx", by_mesa(amd, "AMD Radeon RX 7900 XTX (RADV NAVI31)")),
+            ("rx9070xt", by_mesa(amd, "AMD Radeon RX 9070 XT (RADV GFX1201)")),
+            ("rx6800", by_mesa(&without(amd), "AMD Radeon RX 6800 (RADV NAVI21)")),
+            ("m1", by_mesa(&without(apple), "Apple M1 (Honeykrisp)")),
+            ("adreno740", by_mesa(&adreno, "Adreno 740 (Turnip)")),
+            ("adreno830", by_mesa(&adreno, "Adreno 830 (Turnip)")),
+            ("turing", by_mesa(&nvk, "NVIDIA Turing (NVK)")),
+            ("ampere", by_mesa(&nvk, "NVIDIA Ampere (NVK)")),
+        ];
+        let samples = Capabilities::samples().into_iter().map(|sample| (None, sample));
+        samples.chain(mesa.map(|(short, device)| (Some(short), device))).collect()
     }
 
     /// Named devices as they report themselves, for tests and for `plan` without the device at hand.

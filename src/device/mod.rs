@@ -25,7 +25,9 @@ pub(crate) mod subgroups;
 pub use self::adapter::{device_descriptor, is_software};
 #[cfg(feature = "gpu")]
 pub use self::buffer::{BufferElement, DeviceBuffer, TensorView};
-pub use self::capabilities::{Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, Rounding, SpirvVersion};
+pub use self::capabilities::{
+    Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, RegisterFile, Rounding, SpirvVersion,
+};
 pub use self::elements::ElementLayout;
 #[cfg(all(feature = "gpu", not(target_family = "wasm")))]
 pub use self::open::adapters;

@@ -14,7 +14,7 @@ pub(crate) mod tuning;
 use std::time::Duration;
 
 pub use crate::device::capabilities::{
-    Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, Rounding, SpirvVersion,
+    Capabilities, CooperativeMatrices, DeviceClass, Multiprocessor, RegisterFile, Rounding, SpirvVersion,
 };
 pub use crate::device::elements::ElementLayout;
 pub use crate::kernel::OptionalOperands;

@@ -21,6 +21,8 @@ pub struct DecodeTiling {
 
 /// Most numbers of q, and of the result, that a thread holds.
 const HELD: u32 = 64;
+/// The same where threads have 128 registers: M1 and Adreno 740 spill beyond it, and with four keys at a time (tests/compilers.txt).
+const HELD_OF_FEW: u32 = 16;
 /// Words of tiles that a lane of the cooperative kernel loads at a time.
 const UNDER_WAY: u32 = 96;
 /// The same of the kernel on fragments, where Q and O take registers, too.
@@ -127,10 +129,14 @@ impl DecodeTiling {
         let elements = format.elements();
         let vectors = format.vectors(config.head_dim.max(config.value_dim));
         let most_rows = (total_rows.min(8) as u32).next_power_of_two();
+        let few = capabilities.class.has_few_registers();
+        let most_held = if few { HELD_OF_FEW } else { HELD };
         // As many rows as fit, with as few threads a key as hold them. A key has no more threads than its row has vectors.
         let fits = |rows: u32, lanes: u32| {
             let held = vectors.div_ceil(lanes);
-            (held <= 2 || lanes == 32) && rows * held * elements <= HELD && lanes <= vectors.next_power_of_two().max(4)
+            (held <= 2 || lanes == 32)
+                && rows * held * elements <= most_held
+                && lanes <= vectors.next_power_of_two().max(4)
         };
         let shapes = [8, 4, 2, 1].into_iter().flat_map(|rows| [4, 8, 16, 32].map(|lanes| [rows, lanes]));
         let shape = shapes.filter(|[rows, _]| *rows <= most_rows).find(|[rows, lanes]| fits(*rows, *lanes));
@@ -139,7 +145,7 @@ impl DecodeTiling {
         let threads = 32;
         let slots = threads / lanes;
         // The scales of quantised rows take registers.
-        let steps = if slots > 4 || config.quantisation.is_some() { 2 } else { 4 };
+        let steps = if few || slots > 4 || config.quantisation.is_some() { 2 } else { 4 };
         let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
         let splits = (capabilities.small_workgroups() / groups).max(1) as u32;
         DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: 2 }, splits }

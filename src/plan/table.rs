@@ -62,6 +62,43 @@ const D_KV: [Candidate; 9] = [
     LEAST,
 ];
 
+/// For devices of 128 registers a thread (Apple, Intel, unknown ones), where the tables above spill or leave few subgroups. By Mesa's compilers for
+/// Apple's M1 and Adreno 740 in f32 these spill nothing, at the fewest instructions for each multiply-add
+/// (benches/results/2026-12-01-compilers.md). tests/compilers.txt has what the compilers make of them.
+const FEW_FORWARD: [Candidate; 9] = [
+    candidate([16, 8], [2, 2], 4, 16, 64, 33),
+    candidate([8, 8], [2, 2], 4, 16, 64, 1),
+    candidate([16, 8], [2, 2], 4, 16, 128, 33),
+    candidate([16, 8], [2, 2], 4, 8, 128, 33),
+    candidate([8, 8], [2, 2], 4, 8, 128, 1),
+    candidate([16, 16], [2, 2], 4, 8, 256, 33),
+    candidate([16, 8], [1, 1], 4, 8, 256, 1),
+    WIDE,
+    LEAST,
+];
+
+const FEW_D_Q: [Candidate; 9] = [
+    candidate([16, 8], [2, 2], 4, 16, 64, 33),
+    candidate([8, 8], [2, 1], 4, 8, 64, 1),
+    candidate([8, 16], [2, 2], 4, 16, 128, 1),
+    candidate([8, 16], [2, 2], 4, 8, 128, 1),
+    candidate([16, 8], [2, 1], 4, 8, 64, 33),
+    candidate([16, 16], [2, 1], 4, 8, 256, 33),
+    candidate([8, 16], [2, 1], 4, 8, 256, 1),
+    WIDE,
+    LEAST,
+];
+
+const FEW_D_KV: [Candidate; 7] = [
+    candidate([16, 16], [2, 1], 4, 8, 128, 33),
+    candidate([8, 16], [2, 1], 4, 8, 128, 1),
+    candidate([16, 8], [1, 1], 4, 8, 256, 1),
+    candidate([16, 16], [1, 1], 4, 8, 512, 33),
+    candidate([8, 16], [1, 1], 4, 8, 512, 1),
+    WIDE,
+    LEAST,
+];
+
 /// A software driver runs the threads of a workgroup one after the other, a vector at a time.
 const SOFTWARE: [Candidate; 5] =
     [candidate([8, 8], [4, 1], 4, 16, 256, 1), candidate([4, 16], [4, 1], 4, 8, 512, 1), LESS, WIDE, LEAST];
@@ -105,16 +142,24 @@ pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) ->
     let seq = if family == Family::Keys { seq_k } else { seq_q };
     let table: &[Candidate] = match (class, family) {
         (DeviceClass::Software, _) => &SOFTWARE,
+        (class, Family::Softmax) if class.has_few_registers() => &FEW_FORWARD,
+        (class, Family::Queries) if class.has_few_registers() => &FEW_D_Q,
+        (class, Family::Keys) if class.has_few_registers() => &FEW_D_KV,
         (_, Family::Softmax) => &FORWARD,
         (_, Family::Queries) => &D_Q,
         (_, Family::Keys) => &D_KV,
     };
-    let fitting = table.iter().filter(|c| width <= c.width && seq >= c.seq);
-    let mut candidates: Vec<PortableTile> = fitting.map(|c| c.tiles).collect();
+    // Tiles for every width are the last resort.
+    let fitting = |is_last: bool| {
+        let rows = table.iter().filter(move |c| (c.width == u32::MAX) == is_last && width <= c.width && seq >= c.seq);
+        rows.map(|c| c.tiles)
+    };
+    let mut candidates: Vec<PortableTile> = fitting(false).collect();
     if MaskClass::of(problem) == Some(MaskClass::Window) {
         let band = problem.most_visible() as u32;
         candidates.sort_by(|a, b| window_cost(a, band).total_cmp(&window_cost(b, band)));
     }
+    candidates.extend(fitting(true));
     candidates
 }
 

@@ -52,7 +52,8 @@ pub struct PlanArgs {
     #[command(flatten, next_help_heading = "Device")]
     target: DeviceArgs,
 
-    /// Plan for a device that is known to the program, by a part of its name, for example "M2" or "WebGPU defaults"
+    /// Plan for a device that is known to the program, by its short name or a part of its name in any case: m1, rx7900xtx, adreno740, "H200" or
+    /// "WebGPU defaults", for example; an unknown name lists them
     #[arg(long, value_name = "SAMPLE", conflicts_with_all = ["backend", "adapter"])]
     device: Option<String>,
 }
@@ -311,11 +312,20 @@ impl PlanArgs {
     /// The device to plan for: its name, the reason for it, and its capabilities. `None` is the CPU.
     fn capabilities(&self) -> Result<(String, Option<Capabilities>), Box<dyn Error>> {
         if let Some(wanted) = &self.device {
-            let samples = Capabilities::samples();
-            let names: Vec<String> = samples.iter().map(|sample| sample.name.clone()).collect();
-            let found = samples.into_iter().find(|s| s.name.to_lowercase().contains(&wanted.to_lowercase()));
-            let sample =
-                found.ok_or_else(|| format!("no sample device matches {wanted:?}; known: {}", names.join(", ")))?;
+            let known = Capabilities::known();
+            let wanted_lower = wanted.to_lowercase();
+            let name = |(short, device): &(Option<&str>, Capabilities)| match short {
+                Some(short) => format!("{short} ({})", device.name),
+                None => device.name.clone(),
+            };
+            let names: Vec<String> = known.iter().map(name).collect();
+            // A short name comes before a part of another name.
+            let found = known.iter().find(|(short, _)| *short == Some(wanted_lower.as_str()));
+            let found =
+                found.or_else(|| known.iter().find(|(_, device)| device.name.to_lowercase().contains(&wanted_lower)));
+            let (_, sample) =
+                found.ok_or_else(|| format!("no device matches {wanted:?}; known: {}", names.join(", ")))?;
+            let sample = sample.clone();
             return Ok((format!("{} (sample)", sample.name), Some(sample)));
         }
         let choice = self.target.choice();
@@ -471,6 +481,9 @@ struct Tiles {
     rows: u32,
     columns: u32,
     registers: u32,
+    /// Registers of a thread that the class of the device has, and subgroups of an execution unit by the estimate. None on the CPU.
+    registers_offered: Option<u32>,
+    subgroups: Option<u32>,
     /// Counts one head of one sequence, as the next two fields do.
     all: u64,
     visited: u64,
@@ -484,7 +497,7 @@ impl Launch {
         Launch {
             kernel: variant.name(),
             vec4: (variant.value_dim > 0).then_some(variant.vec4),
-            tiles: variant.tile().and_then(|tile| Tiles::new(problem, pass, tile)),
+            tiles: variant.tile().and_then(|tile| Tiles::new(problem, pass, tile, capabilities)),
             decode_tiles: variant.decode_tiles().map(|tiles| tiles.to_string()),
             workgroup_bytes: variant.workgroup_bytes(),
             workgroup_bytes_offered: capabilities.workgroup_bytes,
@@ -498,7 +511,7 @@ impl Launch {
 }
 
 impl Tiles {
-    fn new(problem: &Problem, pass: &Pass, tile: [u32; 2]) -> Option<Self> {
+    fn new(problem: &Problem, pass: &Pass, tile: [u32; 2], capabilities: &Capabilities) -> Option<Self> {
         let variant = &pass.variant;
         let (shape, mask) = (problem.shape(), problem.sequences().next()?.band);
         let rows_are_keys = variant.kernel == Kernel::D_KV;
@@ -516,12 +529,16 @@ impl Tiles {
                 masked += (count - mask.full_tiles(&range, columns)) as u64;
             }
         }
+        let registers = variant.registers().unwrap_or(0);
+        let file = capabilities.class.register_file();
         Some(Tiles {
             shape: variant.tiling.map_or(String::new(), |tiling| tiling.to_string()),
             origin: pass.tiles_origin.to_string(),
             rows: tile[0],
             columns: tile[1],
-            registers: variant.registers().unwrap_or(0),
+            registers,
+            registers_offered: file.map(|file| file.thread),
+            subgroups: file.map(|file| file.waves(registers)),
             all: seq_rows.div_ceil(rows) as u64 * seq_columns.div_ceil(columns) as u64,
             visited,
             masked: (!rows_are_keys).then_some(masked),
@@ -569,6 +586,13 @@ impl fmt::Display for Launch {
                 "tiles      {} ({} x {}), about {} registers a thread, from the {}",
                 tiles.shape, tiles.rows, tiles.columns, tiles.registers, tiles.origin
             )?;
+            if let (Some(offered), Some(subgroups)) = (tiles.registers_offered, tiles.subgroups) {
+                let spills = if tiles.registers > offered { ": the compiler moves some to memory" } else { "" };
+                writeln!(
+                    f,
+                    "registers  {offered} offered{spills}; about {subgroups} subgroups fit the registers of an execution unit"
+                )?;
+            }
             let share = percent(tiles.visited as f64 / tiles.all as f64);
             write!(f, "visits     {} of {} tiles a head ({share})", tiles.visited, tiles.all)?;
             match tiles.masked {
