@@ -6,6 +6,7 @@ use std::str::FromStr;
 use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
 use crate::kernel::tile::decode::{DecodeTiles, cooperative_bytes};
 use crate::problem::cache::CacheConfig;
+use crate::problem::element::DType;
 use crate::problem::row_format::Bounds;
 
 /// How the decode kernel divides its work. Its text is `32x8 rows 8, steps 4 by 2, splits 330`, `cooperative rows 8, columns 1, ahead 2,
@@ -21,8 +22,9 @@ pub struct DecodeTiling {
 
 /// Most numbers of q, and of the result, that a thread holds.
 const HELD: u32 = 64;
-/// The same where threads have 128 registers: M1 and Adreno 740 spill beyond it, and with four keys at a time (tests/compilers.txt).
-const HELD_OF_FEW: u32 = 16;
+/// The same in vectors of 16 bytes of operands, where threads have 128 registers: M1 and Adreno 740 spill beyond it, and with four keys at a time, in
+/// bf16 with two (benches/results/2026-12-01-compilers.md).
+const HELD_BY_FEW: u32 = 4;
 /// Words of tiles that a lane of the cooperative kernel loads at a time.
 const UNDER_WAY: u32 = 96;
 /// The same of the kernel on fragments, where Q and O take registers, too.
@@ -130,12 +132,11 @@ impl DecodeTiling {
         let vectors = format.vectors(config.head_dim.max(config.value_dim));
         let most_rows = (total_rows.min(8) as u32).next_power_of_two();
         let few = capabilities.class.has_few_registers();
-        let most_held = if few { HELD_OF_FEW } else { HELD };
         // As many rows as fit, with as few threads a key as hold them. A key has no more threads than its row has vectors.
         let fits = |rows: u32, lanes: u32| {
             let held = vectors.div_ceil(lanes);
             (held <= 2 || lanes == 32)
-                && rows * held * elements <= most_held
+                && if few { rows * held <= HELD_BY_FEW } else { rows * held * elements <= HELD }
                 && lanes <= vectors.next_power_of_two().max(4)
         };
         let shapes = [8, 4, 2, 1].into_iter().flat_map(|rows| [4, 8, 16, 32].map(|lanes| [rows, lanes]));
@@ -145,10 +146,14 @@ impl DecodeTiling {
         let threads = 32;
         let slots = threads / lanes;
         // The scales of quantised rows take registers.
-        let steps = if few || slots > 4 || config.quantisation.is_some() { 2 } else { 4 };
+        let steps = match () {
+            () if few && config.dtype == DType::Bf16 => 1,
+            () if few || slots > 4 || config.quantisation.is_some() => 2,
+            () => 4,
+        };
         let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
         let splits = (capabilities.small_workgroups() / groups).max(1) as u32;
-        DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: 2 }, splits }
+        DecodeTiling { tiles: DecodeTiles::Portable { threads, lanes, rows, steps, exchanged: steps.min(2) }, splits }
     }
 
     /// The division of the keys into splits, if partial results of at most `fitting` splits fit.
@@ -256,7 +261,7 @@ mod tests {
     use super::*;
     use crate::device::elements::ElementLayout;
     use crate::problem::cache::{CacheKind, Rotary, RotaryPositions, RotaryStyle};
-    use crate::problem::element::DType;
+
     use crate::problem::row_format::{Quantisation, UNBOUNDED};
 
     #[test]
@@ -268,7 +273,7 @@ mod tests {
         let fast = Capabilities { cooperative: Some(matrices), ..plain.clone() };
         let elements = Capabilities { cooperative: Some(matrices.elements(ElementLayout::NVIDIA)), ..plain.clone() };
         for (tiling, text) in [
-            (DecodeTiling::portable(&config, 8, 8, &plain), "32x8 rows 8, steps 4 by 2, splits 128"),
+            (DecodeTiling::portable(&config, 8, 8, &plain), "32x8 rows 4, steps 2 by 2, splits 64"),
             (
                 DecodeTiling::cooperative(&config, 8, 8, false, &fast).unwrap(),
                 "cooperative rows 8, columns 1, ahead 3, splits 128",

@@ -66,8 +66,8 @@ fn decode_work(index: u32) -> WorkIndex {
   return at;
 }
 
-const TILE_ROWS: u32 = 64u;
-const TILE_COLUMNS: u32 = 32u;
+const TILE_ROWS: u32 = 32u;
+const TILE_COLUMNS: u32 = 64u;
 
 // `batch` is the place along the batch axis, `sequence` the number of the sequence. They differ only in batches of sequences of
 // different lengths. In a kernel whose rows are keys, `head` is the first query head of the group.
@@ -229,18 +229,18 @@ const THREADS_R: u32 = 16u;
 const THREADS: u32 = 128u;
 
 // Feature quads staged at once for a product, and columns staged at once for an accumulation.
-const K_STEP: u32 = 8u;
+const K_STEP: u32 = 4u;
 const N_STEP: u32 = 16u;
-const K_STEP_ROW: u32 = 9u;
-const P_ROW: u32 = 9u;
+const K_STEP_ROW: u32 = 5u;
+const P_ROW: u32 = 17u;
 
 // A product stages columns, then rows. An accumulation has the P tile, then a step of columns.
-const ROW_STAGE: u32 = 288u;
-const N_STAGE: u32 = 576u;
-var<workgroup> memory: array<vec4<f32>, 864>;
+const ROW_STAGE: u32 = 320u;
+const N_STAGE: u32 = 544u;
+var<workgroup> memory: array<vec4<f32>, 800>;
 
 // One number for each row and tx. Scalars, because threads that write components of one vector may race.
-var<workgroup> partials: array<f32, 512>;
+var<workgroup> partials: array<f32, 256>;
 
 // 1 + the last step of a partial tile in which a staged column was NaN or infinite.
 var<workgroup> nonfinite_step: atomic<u32>;
@@ -287,24 +287,14 @@ fn main(
   if (thread == 0u) { atomicStore(&nonfinite_step, 0u); }
   let row_0 = row0 + ty + 0u * THREADS_R;
   let row_1 = row0 + ty + 1u * THREADS_R;
-  let row_2 = row0 + ty + 2u * THREADS_R;
-  let row_3 = row0 + ty + 3u * THREADS_R;
   var row_max_0 = LOWEST;
   var row_sum_0 = 0.0;
   var row_max_1 = LOWEST;
   var row_sum_1 = 0.0;
-  var row_max_2 = LOWEST;
-  var row_sum_2 = 0.0;
-  var row_max_3 = LOWEST;
-  var row_sum_3 = 0.0;
   var o_0_0 = vec4<f32>();
   var o_0_1 = vec4<f32>();
   var o_1_0 = vec4<f32>();
   var o_1_1 = vec4<f32>();
-  var o_2_0 = vec4<f32>();
-  var o_2_1 = vec4<f32>();
-  var o_3_0 = vec4<f32>();
-  var o_3_1 = vec4<f32>();
 
   // Loop: tiles
   for (var tile = tiles.first; tile < tiles.end; tile = next_tile(tiles, tile)) {
@@ -313,16 +303,16 @@ fn main(
 
     // S = Q K^T.
     var s_0_0 = vec4<f32>();
+    var s_0_1 = vec4<f32>();
     var s_1_0 = vec4<f32>();
-    var s_2_0 = vec4<f32>();
-    var s_3_0 = vec4<f32>();
+    var s_1_1 = vec4<f32>();
     // Loop: k_steps
     for (var quad0 = 0u; quad0 < 16u; quad0 += K_STEP) {
       var column_share_0 = vec4<f32>();
       {
         let item = thread + 0u;
-        let staged = item / 8u;
-        let quad = quad0 + item % 8u;
+        let staged = item / 4u;
+        let quad = quad0 + item % 4u;
         let source = column0 + staged_column(staged);
         if (source < column_limit) {
           column_share_0 = load_k(k_base + source * params.k.seq, quad);
@@ -331,8 +321,8 @@ fn main(
       var column_share_1 = vec4<f32>();
       {
         let item = thread + 128u;
-        let staged = item / 8u;
-        let quad = quad0 + item % 8u;
+        let staged = item / 4u;
+        let quad = quad0 + item % 4u;
         let source = column0 + staged_column(staged);
         if (source < column_limit) {
           column_share_1 = load_k(k_base + source * params.k.seq, quad);
@@ -341,67 +331,25 @@ fn main(
       var row_share_0 = vec4<f32>();
       {
         let item = thread + 0u;
-        let staged = item / 8u;
-        let quad = quad0 + item % 8u;
+        let staged = item / 4u;
+        let quad = quad0 + item % 4u;
         let source = row0 + staged;
         if (source < row_limit) {
           row_share_0 = load_q(q_base + source * params.q.seq, quad);
         }
       }
-      var row_share_1 = vec4<f32>();
-      {
-        let item = thread + 128u;
-        let staged = item / 8u;
-        let quad = quad0 + item % 8u;
-        let source = row0 + staged;
-        if (source < row_limit) {
-          row_share_1 = load_q(q_base + source * params.q.seq, quad);
-        }
-      }
-      var row_share_2 = vec4<f32>();
-      {
-        let item = thread + 256u;
-        let staged = item / 8u;
-        let quad = quad0 + item % 8u;
-        let source = row0 + staged;
-        if (source < row_limit) {
-          row_share_2 = load_q(q_base + source * params.q.seq, quad);
-        }
-      }
-      var row_share_3 = vec4<f32>();
-      {
-        let item = thread + 384u;
-        let staged = item / 8u;
-        let quad = quad0 + item % 8u;
-        let source = row0 + staged;
-        if (source < row_limit) {
-          row_share_3 = load_q(q_base + source * params.q.seq, quad);
-        }
-      }
       workgroupBarrier();
       {
         let item = thread + 0u;
-        { memory[0u + item / 8u * K_STEP_ROW + item % 8u] = column_share_0; }
+        { memory[0u + item / 4u * K_STEP_ROW + item % 4u] = column_share_0; }
       }
       {
         let item = thread + 128u;
-        { memory[0u + item / 8u * K_STEP_ROW + item % 8u] = column_share_1; }
+        { memory[0u + item / 4u * K_STEP_ROW + item % 4u] = column_share_1; }
       }
       {
         let item = thread + 0u;
-        { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_0; }
-      }
-      {
-        let item = thread + 128u;
-        { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_1; }
-      }
-      {
-        let item = thread + 256u;
-        { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_2; }
-      }
-      {
-        let item = thread + 384u;
-        { memory[ROW_STAGE + item / 8u * K_STEP_ROW + item % 8u] = row_share_3; }
+        { memory[ROW_STAGE + item / 4u * K_STEP_ROW + item % 4u] = row_share_0; }
       }
       workgroupBarrier();
       // Loop: inner
@@ -409,8 +357,6 @@ fn main(
         {
           let a_0 = memory[ROW_STAGE + (ty + 0u * THREADS_R) * K_STEP_ROW + quad + 0u];
           let a_1 = memory[ROW_STAGE + (ty + 1u * THREADS_R) * K_STEP_ROW + quad + 0u];
-          let a_2 = memory[ROW_STAGE + (ty + 2u * THREADS_R) * K_STEP_ROW + quad + 0u];
-          let a_3 = memory[ROW_STAGE + (ty + 3u * THREADS_R) * K_STEP_ROW + quad + 0u];
           {
             let b_0 = memory[(tx + 0u * THREADS_C) * K_STEP_ROW + quad + 0u];
             let b_1 = memory[(tx + 1u * THREADS_C) * K_STEP_ROW + quad + 0u];
@@ -422,15 +368,23 @@ fn main(
             let b_w = vec4<f32>(b_0.w, b_1.w, b_2.w, b_3.w);
             s_0_0 += fma(vec4<f32>(a_0.w), b_w, fma(vec4<f32>(a_0.z), b_z, fma(vec4<f32>(a_0.y), b_y, a_0.x * b_x)));
             s_1_0 += fma(vec4<f32>(a_1.w), b_w, fma(vec4<f32>(a_1.z), b_z, fma(vec4<f32>(a_1.y), b_y, a_1.x * b_x)));
-            s_2_0 += fma(vec4<f32>(a_2.w), b_w, fma(vec4<f32>(a_2.z), b_z, fma(vec4<f32>(a_2.y), b_y, a_2.x * b_x)));
-            s_3_0 += fma(vec4<f32>(a_3.w), b_w, fma(vec4<f32>(a_3.z), b_z, fma(vec4<f32>(a_3.y), b_y, a_3.x * b_x)));
+          }
+          {
+            let b_0 = memory[(tx + 4u * THREADS_C) * K_STEP_ROW + quad + 0u];
+            let b_1 = memory[(tx + 5u * THREADS_C) * K_STEP_ROW + quad + 0u];
+            let b_2 = memory[(tx + 6u * THREADS_C) * K_STEP_ROW + quad + 0u];
+            let b_3 = memory[(tx + 7u * THREADS_C) * K_STEP_ROW + quad + 0u];
+            let b_x = vec4<f32>(b_0.x, b_1.x, b_2.x, b_3.x);
+            let b_y = vec4<f32>(b_0.y, b_1.y, b_2.y, b_3.y);
+            let b_z = vec4<f32>(b_0.z, b_1.z, b_2.z, b_3.z);
+            let b_w = vec4<f32>(b_0.w, b_1.w, b_2.w, b_3.w);
+            s_0_1 += fma(vec4<f32>(a_0.w), b_w, fma(vec4<f32>(a_0.z), b_z, fma(vec4<f32>(a_0.y), b_y, a_0.x * b_x)));
+            s_1_1 += fma(vec4<f32>(a_1.w), b_w, fma(vec4<f32>(a_1.z), b_z, fma(vec4<f32>(a_1.y), b_y, a_1.x * b_x)));
           }
         }
         {
           let a_0 = memory[ROW_STAGE + (ty + 0u * THREADS_R) * K_STEP_ROW + quad + 1u];
           let a_1 = memory[ROW_STAGE + (ty + 1u * THREADS_R) * K_STEP_ROW + quad + 1u];
-          let a_2 = memory[ROW_STAGE + (ty + 2u * THREADS_R) * K_STEP_ROW + quad + 1u];
-          let a_3 = memory[ROW_STAGE + (ty + 3u * THREADS_R) * K_STEP_ROW + quad + 1u];
           {
             let b_0 = memory[(tx + 0u * THREADS_C) * K_STEP_ROW + quad + 1u];
             let b_1 = memory[(tx + 1u * THREADS_C) * K_STEP_ROW + quad + 1u];
@@ -442,8 +396,18 @@ fn main(
             let b_w = vec4<f32>(b_0.w, b_1.w, b_2.w, b_3.w);
             s_0_0 += fma(vec4<f32>(a_0.w), b_w, fma(vec4<f32>(a_0.z), b_z, fma(vec4<f32>(a_0.y), b_y, a_0.x * b_x)));
             s_1_0 += fma(vec4<f32>(a_1.w), b_w, fma(vec4<f32>(a_1.z), b_z, fma(vec4<f32>(a_1.y), b_y, a_1.x * b_x)));
-            s_2_0 += fma(vec4<f32>(a_2.w), b_w, fma(vec4<f32>(a_2.z), b_z, fma(vec4<f32>(a_2.y), b_y, a_2.x * b_x)));
-            s_3_0 += fma(vec4<f32>(a_3.w), b_w, fma(vec4<f32>(a_3.z), b_z, fma(vec4<f32>(a_3.y), b_y, a_3.x * b_x)));
+          }
+          {
+            let b_0 = memory[(tx + 4u * THREADS_C) * K_STEP_ROW + quad + 1u];
+            let b_1 = memory[(tx + 5u * THREADS_C) * K_STEP_ROW + quad + 1u];
+            let b_2 = memory[(tx + 6u * THREADS_C) * K_STEP_ROW + quad + 1u];
+            let b_3 = memory[(tx + 7u * THREADS_C) * K_STEP_ROW + quad + 1u];
+            let b_x = vec4<f32>(b_0.x, b_1.x, b_2.x, b_3.x);
+            let b_y = vec4<f32>(b_0.y, b_1.y, b_2.y, b_3.y);
+            let b_z = vec4<f32>(b_0.z, b_1.z, b_2.z, b_3.z);
+            let b_w = vec4<f32>(b_0.w, b_1.w, b_2.w, b_3.w);
+            s_0_1 += fma(vec4<f32>(a_0.w), b_w, fma(vec4<f32>(a_0.z), b_z, fma(vec4<f32>(a_0.y), b_y, a_0.x * b_x)));
+            s_1_1 += fma(vec4<f32>(a_1.w), b_w, fma(vec4<f32>(a_1.z), b_z, fma(vec4<f32>(a_1.y), b_y, a_1.x * b_x)));
           }
         }
       }
@@ -452,55 +416,35 @@ fn main(
     // The largest visible score of each row in the tile.
     var thread_max_0 = 0.0;
     var thread_max_1 = 0.0;
-    var thread_max_2 = 0.0;
-    var thread_max_3 = 0.0;
     if (is_partial) {
       {
         var largest = vec4<f32>(LOWEST);
         largest = max(largest, select(vec4<f32>(LOWEST), s_0_0 * params.scale_sign, visible4(seq, row_0, column0 + 4u * (tx + 0u * THREADS_C))));
+        largest = max(largest, select(vec4<f32>(LOWEST), s_0_1 * params.scale_sign, visible4(seq, row_0, column0 + 4u * (tx + 1u * THREADS_C))));
         thread_max_0 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
         var largest = vec4<f32>(LOWEST);
         largest = max(largest, select(vec4<f32>(LOWEST), s_1_0 * params.scale_sign, visible4(seq, row_1, column0 + 4u * (tx + 0u * THREADS_C))));
+        largest = max(largest, select(vec4<f32>(LOWEST), s_1_1 * params.scale_sign, visible4(seq, row_1, column0 + 4u * (tx + 1u * THREADS_C))));
         thread_max_1 = max(max(largest.x, largest.y), max(largest.z, largest.w));
-      }
-      {
-        var largest = vec4<f32>(LOWEST);
-        largest = max(largest, select(vec4<f32>(LOWEST), s_2_0 * params.scale_sign, visible4(seq, row_2, column0 + 4u * (tx + 0u * THREADS_C))));
-        thread_max_2 = max(max(largest.x, largest.y), max(largest.z, largest.w));
-      }
-      {
-        var largest = vec4<f32>(LOWEST);
-        largest = max(largest, select(vec4<f32>(LOWEST), s_3_0 * params.scale_sign, visible4(seq, row_3, column0 + 4u * (tx + 0u * THREADS_C))));
-        thread_max_3 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
     } else {
       {
         var largest = vec4<f32>(LOWEST);
         largest = max(largest, s_0_0 * params.scale_sign);
+        largest = max(largest, s_0_1 * params.scale_sign);
         thread_max_0 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
       {
         var largest = vec4<f32>(LOWEST);
         largest = max(largest, s_1_0 * params.scale_sign);
+        largest = max(largest, s_1_1 * params.scale_sign);
         thread_max_1 = max(max(largest.x, largest.y), max(largest.z, largest.w));
-      }
-      {
-        var largest = vec4<f32>(LOWEST);
-        largest = max(largest, s_2_0 * params.scale_sign);
-        thread_max_2 = max(max(largest.x, largest.y), max(largest.z, largest.w));
-      }
-      {
-        var largest = vec4<f32>(LOWEST);
-        largest = max(largest, s_3_0 * params.scale_sign);
-        thread_max_3 = max(max(largest.x, largest.y), max(largest.z, largest.w));
       }
     }
     partials[(ty + 0u * THREADS_R) * THREADS_C + tx] = thread_max_0;
     partials[(ty + 1u * THREADS_R) * THREADS_C + tx] = thread_max_1;
-    partials[(ty + 2u * THREADS_R) * THREADS_C + tx] = thread_max_2;
-    partials[(ty + 3u * THREADS_R) * THREADS_C + tx] = thread_max_3;
     workgroupBarrier();
     var tile_max_0 = 0.0;
     {
@@ -528,51 +472,21 @@ fn main(
       x = max(x, partials[at + 7u]);
       tile_max_1 = x;
     }
-    var tile_max_2 = 0.0;
-    {
-      let at = (ty + 2u * THREADS_R) * THREADS_C;
-      var x = partials[at];
-      x = max(x, partials[at + 1u]);
-      x = max(x, partials[at + 2u]);
-      x = max(x, partials[at + 3u]);
-      x = max(x, partials[at + 4u]);
-      x = max(x, partials[at + 5u]);
-      x = max(x, partials[at + 6u]);
-      x = max(x, partials[at + 7u]);
-      tile_max_2 = x;
-    }
-    var tile_max_3 = 0.0;
-    {
-      let at = (ty + 3u * THREADS_R) * THREADS_C;
-      var x = partials[at];
-      x = max(x, partials[at + 1u]);
-      x = max(x, partials[at + 2u]);
-      x = max(x, partials[at + 3u]);
-      x = max(x, partials[at + 4u]);
-      x = max(x, partials[at + 5u]);
-      x = max(x, partials[at + 6u]);
-      x = max(x, partials[at + 7u]);
-      tile_max_3 = x;
-    }
 
     // m = max(row_max, max of S by rows);  P = exp(S - m).
     let old_max_0 = row_max_0;
     row_max_0 = max(old_max_0, tile_max_0);
     s_0_0 = exp4(fma(s_0_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_0)) * params.scale_size);
+    s_0_1 = exp4(fma(s_0_1, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_0)) * params.scale_size);
     let old_max_1 = row_max_1;
     row_max_1 = max(old_max_1, tile_max_1);
     s_1_0 = exp4(fma(s_1_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_1)) * params.scale_size);
-    let old_max_2 = row_max_2;
-    row_max_2 = max(old_max_2, tile_max_2);
-    s_2_0 = exp4(fma(s_2_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_2)) * params.scale_size);
-    let old_max_3 = row_max_3;
-    row_max_3 = max(old_max_3, tile_max_3);
-    s_3_0 = exp4(fma(s_3_0, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_3)) * params.scale_size);
+    s_1_1 = exp4(fma(s_1_1, vec4<f32>(params.scale_sign), vec4<f32>(-row_max_1)) * params.scale_size);
     if (is_partial) {
       s_0_0 = select(vec4<f32>(), s_0_0, visible4(seq, row_0, column0 + 4u * (tx + 0u * THREADS_C)));
+      s_0_1 = select(vec4<f32>(), s_0_1, visible4(seq, row_0, column0 + 4u * (tx + 1u * THREADS_C)));
       s_1_0 = select(vec4<f32>(), s_1_0, visible4(seq, row_1, column0 + 4u * (tx + 0u * THREADS_C)));
-      s_2_0 = select(vec4<f32>(), s_2_0, visible4(seq, row_2, column0 + 4u * (tx + 0u * THREADS_C)));
-      s_3_0 = select(vec4<f32>(), s_3_0, visible4(seq, row_3, column0 + 4u * (tx + 0u * THREADS_C)));
+      s_1_1 = select(vec4<f32>(), s_1_1, visible4(seq, row_1, column0 + 4u * (tx + 1u * THREADS_C)));
     }
 
     // O *= exp(row_max - m);  row_sum = exp(row_max - m) row_sum + sum of P.
@@ -581,6 +495,7 @@ fn main(
       o_0_0 *= rescale;
       o_0_1 *= rescale;
       var total = s_0_0;
+      total += s_0_1;
       row_sum_0 = fma(row_sum_0, rescale, (total.x + total.y) + (total.z + total.w));
     }
     {
@@ -588,30 +503,17 @@ fn main(
       o_1_0 *= rescale;
       o_1_1 *= rescale;
       var total = s_1_0;
+      total += s_1_1;
       row_sum_1 = fma(row_sum_1, rescale, (total.x + total.y) + (total.z + total.w));
     }
-    {
-      let rescale = exp1((old_max_2 - row_max_2) * params.scale_size);
-      o_2_0 *= rescale;
-      o_2_1 *= rescale;
-      var total = s_2_0;
-      row_sum_2 = fma(row_sum_2, rescale, (total.x + total.y) + (total.z + total.w));
-    }
-    {
-      let rescale = exp1((old_max_3 - row_max_3) * params.scale_size);
-      o_3_0 *= rescale;
-      o_3_1 *= rescale;
-      var total = s_3_0;
-      row_sum_3 = fma(row_sum_3, rescale, (total.x + total.y) + (total.z + total.w));
-    }
     memory[(ty + 0u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_0_0;
+    memory[(ty + 0u * THREADS_R) * P_ROW + tx + 1u * THREADS_C] = s_0_1;
     memory[(ty + 1u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_1_0;
-    memory[(ty + 2u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_2_0;
-    memory[(ty + 3u * THREADS_R) * P_ROW + tx + 0u * THREADS_C] = s_3_0;
+    memory[(ty + 1u * THREADS_R) * P_ROW + tx + 1u * THREADS_C] = s_1_1;
 
     // O += P V.
     // Loop: n_steps
-    for (var first = 0u; first < 32u; first += N_STEP) {
+    for (var first = 0u; first < 64u; first += N_STEP) {
       var share_0 = vec4<f32>();
       {
         let item = thread + 0u;
@@ -658,24 +560,12 @@ fn main(
             o_1_0 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_1_0);
             o_1_1 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_1_1);
           }
-          if (visible4(seq, row_2, column).x) {
-            let p = memory[(ty + 2u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_2_0 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_2_0);
-            o_2_1 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_2_1);
-          }
-          if (visible4(seq, row_3, column).x) {
-            let p = memory[(ty + 3u * THREADS_R) * P_ROW + (first + j) / 4u][(first + j) % 4u];
-            o_3_0 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 0u * THREADS_C], o_3_0);
-            o_3_1 = fma(vec4<f32>(p), memory[N_STAGE + j * 16u + tx + 1u * THREADS_C], o_3_1);
-          }
         }
       } else {
         // Loop: inner
         for (var quad = 0u; quad < N_STEP / 4u; quad += 1u) {
           let p_0 = memory[(ty + 0u * THREADS_R) * P_ROW + first / 4u + quad];
           let p_1 = memory[(ty + 1u * THREADS_R) * P_ROW + first / 4u + quad];
-          let p_2 = memory[(ty + 2u * THREADS_R) * P_ROW + first / 4u + quad];
-          let p_3 = memory[(ty + 3u * THREADS_R) * P_ROW + first / 4u + quad];
           {
             let at = N_STAGE + (quad * 4u + 0u) * 16u + tx;
             let b_0 = memory[at + 0u * THREADS_C];
@@ -684,10 +574,6 @@ fn main(
             o_0_1 = fma(vec4<f32>(p_0.x), b_1, o_0_1);
             o_1_0 = fma(vec4<f32>(p_1.x), b_0, o_1_0);
             o_1_1 = fma(vec4<f32>(p_1.x), b_1, o_1_1);
-            o_2_0 = fma(vec4<f32>(p_2.x), b_0, o_2_0);
-            o_2_1 = fma(vec4<f32>(p_2.x), b_1, o_2_1);
-            o_3_0 = fma(vec4<f32>(p_3.x), b_0, o_3_0);
-            o_3_1 = fma(vec4<f32>(p_3.x), b_1, o_3_1);
           }
           {
             let at = N_STAGE + (quad * 4u + 1u) * 16u + tx;
@@ -697,10 +583,6 @@ fn main(
             o_0_1 = fma(vec4<f32>(p_0.y), b_1, o_0_1);
             o_1_0 = fma(vec4<f32>(p_1.y), b_0, o_1_0);
             o_1_1 = fma(vec4<f32>(p_1.y), b_1, o_1_1);
-            o_2_0 = fma(vec4<f32>(p_2.y), b_0, o_2_0);
-            o_2_1 = fma(vec4<f32>(p_2.y), b_1, o_2_1);
-            o_3_0 = fma(vec4<f32>(p_3.y), b_0, o_3_0);
-            o_3_1 = fma(vec4<f32>(p_3.y), b_1, o_3_1);
           }
           {
             let at = N_STAGE + (quad * 4u + 2u) * 16u + tx;
@@ -710,10 +592,6 @@ fn main(
             o_0_1 = fma(vec4<f32>(p_0.z), b_1, o_0_1);
             o_1_0 = fma(vec4<f32>(p_1.z), b_0, o_1_0);
             o_1_1 = fma(vec4<f32>(p_1.z), b_1, o_1_1);
-            o_2_0 = fma(vec4<f32>(p_2.z), b_0, o_2_0);
-            o_2_1 = fma(vec4<f32>(p_2.z), b_1, o_2_1);
-            o_3_0 = fma(vec4<f32>(p_3.z), b_0, o_3_0);
-            o_3_1 = fma(vec4<f32>(p_3.z), b_1, o_3_1);
           }
           {
             let at = N_STAGE + (quad * 4u + 3u) * 16u + tx;
@@ -723,10 +601,6 @@ fn main(
             o_0_1 = fma(vec4<f32>(p_0.w), b_1, o_0_1);
             o_1_0 = fma(vec4<f32>(p_1.w), b_0, o_1_0);
             o_1_1 = fma(vec4<f32>(p_1.w), b_1, o_1_1);
-            o_2_0 = fma(vec4<f32>(p_2.w), b_0, o_2_0);
-            o_2_1 = fma(vec4<f32>(p_2.w), b_1, o_2_1);
-            o_3_0 = fma(vec4<f32>(p_3.w), b_0, o_3_0);
-            o_3_1 = fma(vec4<f32>(p_3.w), b_1, o_3_1);
           }
         }
       }
@@ -736,8 +610,6 @@ fn main(
   workgroupBarrier();
   partials[(ty + 0u * THREADS_R) * THREADS_C + tx] = row_sum_0;
   partials[(ty + 1u * THREADS_R) * THREADS_C + tx] = row_sum_1;
-  partials[(ty + 2u * THREADS_R) * THREADS_C + tx] = row_sum_2;
-  partials[(ty + 3u * THREADS_R) * THREADS_C + tx] = row_sum_3;
   workgroupBarrier();
   var total_0 = 0.0;
   {
@@ -765,44 +637,12 @@ fn main(
     x += partials[at + 7u];
     total_1 = x;
   }
-  var total_2 = 0.0;
-  {
-    let at = (ty + 2u * THREADS_R) * THREADS_C;
-    var x = partials[at];
-    x += partials[at + 1u];
-    x += partials[at + 2u];
-    x += partials[at + 3u];
-    x += partials[at + 4u];
-    x += partials[at + 5u];
-    x += partials[at + 6u];
-    x += partials[at + 7u];
-    total_2 = x;
-  }
-  var total_3 = 0.0;
-  {
-    let at = (ty + 3u * THREADS_R) * THREADS_C;
-    var x = partials[at];
-    x += partials[at + 1u];
-    x += partials[at + 2u];
-    x += partials[at + 3u];
-    x += partials[at + 4u];
-    x += partials[at + 5u];
-    x += partials[at + 6u];
-    x += partials[at + 7u];
-    total_3 = x;
-  }
   let end_0 = finish_row(row_max_0, total_0, work.head);
   let factor_0 = end_0.factor;
   if (tx == 0u && row_0 < row_limit) { lse[lse_base + row_0] = select(params.negative_infinity, end_0.lse, row_0 < seq.seq_q); }
   let end_1 = finish_row(row_max_1, total_1, work.head);
   let factor_1 = end_1.factor;
   if (tx == 0u && row_1 < row_limit) { lse[lse_base + row_1] = select(params.negative_infinity, end_1.lse, row_1 < seq.seq_q); }
-  let end_2 = finish_row(row_max_2, total_2, work.head);
-  let factor_2 = end_2.factor;
-  if (tx == 0u && row_2 < row_limit) { lse[lse_base + row_2] = select(params.negative_infinity, end_2.lse, row_2 < seq.seq_q); }
-  let end_3 = finish_row(row_max_3, total_3, work.head);
-  let factor_3 = end_3.factor;
-  if (tx == 0u && row_3 < row_limit) { lse[lse_base + row_3] = select(params.negative_infinity, end_3.lse, row_3 < seq.seq_q); }
   if (row_0 < row_limit) {
     let base = o_base + row_0 * params.o.seq;
     if (tx + 0u * THREADS_C < 16u) {
@@ -819,24 +659,6 @@ fn main(
     }
     if (tx + 1u * THREADS_C < 16u) {
       store_o(base, tx + 1u * THREADS_C, o_1_1 * factor_1);
-    }
-  }
-  if (row_2 < row_limit) {
-    let base = o_base + row_2 * params.o.seq;
-    if (tx + 0u * THREADS_C < 16u) {
-      store_o(base, tx + 0u * THREADS_C, o_2_0 * factor_2);
-    }
-    if (tx + 1u * THREADS_C < 16u) {
-      store_o(base, tx + 1u * THREADS_C, o_2_1 * factor_2);
-    }
-  }
-  if (row_3 < row_limit) {
-    let base = o_base + row_3 * params.o.seq;
-    if (tx + 0u * THREADS_C < 16u) {
-      store_o(base, tx + 0u * THREADS_C, o_3_0 * factor_3);
-    }
-    if (tx + 1u * THREADS_C < 16u) {
-      store_o(base, tx + 1u * THREADS_C, o_3_1 * factor_3);
     }
   }
 }

@@ -146,6 +146,31 @@ fn plan_explains() {
     assert!(number("masked") < number("visited"));
     assert!(number("visited") < number("all"));
     assert!(launch["workgroup_bytes"].as_u64().unwrap() <= launch["workgroup_bytes_offered"].as_u64().unwrap());
+    // Devices of Mesa's compilers, by their short names in any case; registers fit those of the class.
+    for (device, name, kernel) in [
+        ("M1", "Apple M1 (Honeykrisp)", "portable"),
+        ("rx7900XTX", "AMD Radeon RX 7900 XTX (RADV NAVI31)", "cooperative"),
+        ("rx9070xt", "AMD Radeon RX 9070 XT (RADV GFX1201)", "cooperative"),
+        ("rx6800", "AMD Radeon RX 6800 (RADV NAVI21)", "portable"),
+        ("adreno740", "Adreno 740 (Turnip)", "portable"),
+        ("Adreno830", "Adreno 830 (Turnip)", "portable"),
+        ("turing", "NVIDIA Turing (NVK)", "cooperative"),
+        ("ampere", "NVIDIA Ampere (NVK)", "cooperative"),
+    ] {
+        let arguments = ["plan", "--device", device, "--causal", "--dtype", "f16", "--backward"];
+        let (people, _) = succeeds(&arguments);
+        assert!(people.contains(name), "no {name:?} in\n{people}");
+        let plan = json_of(&arguments);
+        let launches: Vec<_> = plan["launches"].as_array().unwrap().iter().filter(|l| l["tiles"].is_object()).collect();
+        assert!(launches.iter().any(|launch| launch["kernel"].as_str().unwrap().contains(kernel)), "{device}: {plan}");
+        for launch in launches {
+            let number = |key: &str| launch["tiles"][key].as_u64().unwrap();
+            // The estimate for fragments is a rough one.
+            let fits = number("registers") <= number("registers_offered")
+                || !launch["kernel"].as_str().unwrap().contains("portable");
+            assert!(fits && number("subgroups") > 0, "{device}: {launch}");
+        }
+    }
 }
 
 #[test]
@@ -219,7 +244,7 @@ fn plan_for_the_cpu_and_for_what_is_here() {
 #[test]
 fn unfit_plans_are_errors() {
     for (arguments, message) in [
-        (&["--device", "Voodoo2"][..], "no sample device matches \"Voodoo2\"; known: NVIDIA H200, "),
+        (&["--device", "Voodoo2"][..], "no device matches \"Voodoo2\"; known: NVIDIA H200, "),
         (&["--device", "H200", "--heads", "5", "--kv-heads", "2"], "heads (5) must be a multiple of kv_heads (2)"),
         (&["--device", "H200", "--seq-q", "1", "--seq-k", "0"], "seq_k is 0"),
         (&["--device", "H200", "--seq-q", "0"], "seq_q is 0"),
