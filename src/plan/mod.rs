@@ -314,7 +314,7 @@ impl<'a> Passes<'a> {
                 tiles.iter().map(CooperativeTile::tiling).collect()
             }
             MicroKernel::Portable | MicroKernel::Auto => {
-                let tiles = table::portable(kernel, problem, capabilities.class);
+                let tiles = table::portable(kernel, problem, capabilities);
                 // Fallback tiles are rarely needed. Small tiles let many workgroups run at once, so that nothing to do costs little.
                 let slim = |tiles: &PortableTile| PortableTile {
                     k_step: tiles.k_step.min(4),

@@ -116,7 +116,7 @@ impl PortableTile {
         let shape = problem.shape();
         let fits = |tiles: &PortableTile| Pass::with_tiles(kernel, problem, capabilities, *tiles).is_ok();
         let mut found: Vec<PortableTile> = Vec::new();
-        for tiles in table::portable(kernel, problem, capabilities.class) {
+        for tiles in table::portable(kernel, problem, capabilities) {
             if !found.contains(&tiles) && fits(&tiles) {
                 found.push(tiles);
             }
@@ -137,14 +137,13 @@ impl PortableTile {
             index += 1;
         }
         let first = found.first().copied().map(Tiling::Portable);
-        let hinted = with_hints(kernel, first.as_ref(), capabilities);
-        found.splice(
-            built_in..built_in,
-            hinted.into_iter().filter_map(|tiling| match tiling {
-                Tiling::Portable(tiles) => Some(tiles),
-                Tiling::Cooperative { .. } | Tiling::Fragments { .. } => None,
-            }),
-        );
+        let hinted = with_hints(kernel, first.as_ref(), capabilities).into_iter().filter_map(|tiling| match tiling {
+            Tiling::Portable(tiles) => Some(tiles),
+            Tiling::Cooperative { .. } | Tiling::Fragments { .. } => None,
+        });
+        // The table may have hints of its own.
+        let hinted: Vec<PortableTile> = hinted.filter(|tiles| !found.contains(tiles)).collect();
+        found.splice(built_in..built_in, hinted);
         found
     }
 

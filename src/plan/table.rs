@@ -1,12 +1,13 @@
 //! Measured tiles: the tables from which tiles are chosen.
 
-use crate::device::capabilities::{CooperativeMatrices, DeviceClass};
+use crate::device::capabilities::{Capabilities, CooperativeMatrices, DeviceClass};
 use crate::kernel::loops::{LoopHint, LoopHints, LoopName};
 use crate::kernel::tile::cooperative::CooperativeTile;
 use crate::kernel::tile::portable::PortableTile;
 use crate::kernel::{Kernel, MicroKernel};
 use crate::plan::tuning::MaskClass;
 use crate::problem::Problem;
+use crate::problem::element::DType;
 
 /// A row of the tuning table: tiles, and the problems they are good for.
 struct Candidate {
@@ -131,8 +132,37 @@ impl Family {
     }
 }
 
+/// The first tiles in f32 on NVIDIA's GPUs, if the driver gets hints for loops: the innermost ones unrolled, which the driver does not do by itself.
+/// Measured on an NVIDIA H200 (benches/results/2026-12-01-h200-f32.md). Narrow windows lose by it.
+fn unrolled(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Option<PortableTile> {
+    let (shape, narrow) = (problem.shape(), MaskClass::of(problem) == Some(MaskClass::Window));
+    let wide = match shape.head_dim.max(shape.value_dim) {
+        ..=64 => false,
+        ..=128 => true,
+        _ => return None,
+    };
+    let is_measured = capabilities.class == DeviceClass::Nvidia && problem.options().dtype == DType::F32 && !narrow;
+    if !is_measured || capabilities.spirv.is_none() {
+        return None;
+    }
+    let [least, _] = problem.longest();
+    let tile = match (kernel.name(), wide) {
+        ("forward", false) => candidate([16, 8], [4, 1], 8, 16, 64, 65),
+        ("forward" | "d_q", true) => candidate([32, 8], [4, 2], 8, 16, 128, 65),
+        ("d_q", false) => candidate([16, 8], [4, 2], 8, 16, 64, 65),
+        ("d_kv", false) if problem.options().mask.is_none() && problem.options().bias.is_none() => {
+            candidate([16, 16], [4, 1], 8, 16, 128, 65)
+        }
+        ("d_kv", _) => candidate([16, 16], [4, 2], 8, 16, 256, 65),
+        _ => return None,
+    };
+    let loops = LoopHints::NONE.with(LoopName::Inner, LoopHint::Unroll);
+    (least >= tile.seq).then_some(PortableTile { loops, ..tile.tiles })
+}
+
 /// Tiles to try for a kernel, the best first. One of them fits every WebGPU device.
-pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) -> Vec<PortableTile> {
+pub(crate) fn portable(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> Vec<PortableTile> {
+    let class = capabilities.class;
     let shape = problem.shape();
     let widths = [shape.head_dim as u32, shape.value_dim as u32];
     let accumulators = kernel.tiled().map_or(&[][..], |tiled| tiled.accumulators);
@@ -160,7 +190,7 @@ pub(crate) fn portable(kernel: Kernel, problem: &Problem, class: DeviceClass) ->
         candidates.sort_by(|a, b| window_cost(a, band).total_cmp(&window_cost(b, band)));
     }
     candidates.extend(fitting(true));
-    candidates
+    unrolled(kernel, problem, capabilities).into_iter().chain(candidates).collect()
 }
 
 /// The cost of a visible key under a band of keys: the area of the visited tiles divided by the area of the band, times the cost of an
@@ -322,7 +352,6 @@ fn split_fragments(family: Family, width: usize, narrow: bool) -> &'static [[u32
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::capabilities::Capabilities;
     use crate::problem::{Options, Shape, SinkLogits, Window};
 
     fn problem(seq: usize, width: usize, options: Options) -> Problem {
@@ -339,7 +368,7 @@ mod tests {
         for (kernel, window, smaller) in
             [(Kernel::D_KV, 128, true), (Kernel::D_Q, 128, true), (Kernel::D_KV, 2048, false)]
         {
-            let first = |options| portable(kernel, &problem(8192, 64, options), h200.class)[0];
+            let first = |options| portable(kernel, &problem(8192, 64, options), h200)[0];
             let area = |tiles: PortableTile| tiles.tile_rows() * tiles.tile_columns();
             let (long, narrow) = (first(causal), first(causal.window(Window::keys(window))));
             assert_eq!(area(narrow) < area(long), smaller, "{kernel:?} {window}: {narrow} and {long}");

@@ -809,14 +809,19 @@ fn build(attention: &Attention, planned: &Planned) {
         .d_bias(optional.d_bias.then(|| at(&d_bias)).filter(|_| options.bias.is_some()))
         .d_lse(optional.d_lse.then(|| at(&flows_into_lse)))
         .d_sink_logits(per_head.then(|| at(&d_sinks)));
+    // wgpu's validation sees WGSL, which has no hints for loops.
+    let plain = |tiling: Option<Tiling>| tiling.map(|tiling| tiling.with_loops(LoopHints::NONE));
     let tiles = |plan: &Plan| -> Vec<_> {
-        plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, pass.variant.tiling?))).collect()
+        plan.passes.iter().filter_map(|pass| Some((pass.variant.kernel, plain(pass.variant.tiling)?))).collect()
     };
     let [forward_tiles, backward_tiles] = [tiles(forward), tiles(backward)];
     // The same passes, but for where their tiles come from.
     let passes = |plan: &Plan| {
         let mut passes = plan.passes.clone();
-        passes.iter_mut().for_each(|pass| pass.tiles_origin = TilesOrigin::Caller);
+        passes.iter_mut().for_each(|pass| {
+            pass.tiles_origin = TilesOrigin::Caller;
+            pass.variant.tiling = plain(pass.variant.tiling);
+        });
         passes
     };
     let prepared = attention.prepare_forward_with_async(problem, &forward_buffers, &forward_tiles);
