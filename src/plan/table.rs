@@ -138,7 +138,7 @@ fn unrolled(kernel: Kernel, problem: &Problem, capabilities: &Capabilities) -> O
     let (shape, narrow) = (problem.shape(), MaskClass::of(problem) == Some(MaskClass::Window));
     let wide = match shape.head_dim.max(shape.value_dim) {
         ..=64 => false,
-        ..=128 => true,
+        65..=128 => true,
         _ => return None,
     };
     let is_measured = capabilities.class == DeviceClass::Nvidia && problem.options().dtype == DType::F32 && !narrow;
