@@ -63,10 +63,15 @@ const D_KV: [Candidate; 9] = [
     LEAST,
 ];
 
+/// Accumulators of a row in kernels of narrow heads.
+const NARROW: u32 = 32;
+
 /// For devices of 128 registers a thread (Apple, Intel, unknown ones), where the tables above spill or leave few subgroups. By Mesa's compilers for
 /// Apple's M1 and Adreno 740 in f32 these spill nothing, at the fewest instructions for each multiply-add
 /// (benches/results/2026-12-01-compilers.md). tests/compilers.txt has what the compilers make of them.
-const FEW_FORWARD: [Candidate; 9] = [
+const FEW_FORWARD: [Candidate; 10] = [
+    // The M1's compiler unrolls the short loops of narrow rows, which takes registers.
+    candidate([8, 8], [2, 2], 4, 16, NARROW, 1),
     candidate([16, 8], [2, 2], 4, 16, 64, 33),
     candidate([8, 8], [2, 2], 4, 16, 64, 1),
     candidate([16, 8], [2, 2], 4, 16, 128, 33),
@@ -78,7 +83,8 @@ const FEW_FORWARD: [Candidate; 9] = [
     LEAST,
 ];
 
-const FEW_D_Q: [Candidate; 9] = [
+const FEW_D_Q: [Candidate; 10] = [
+    candidate([16, 8], [2, 1], 4, 8, NARROW, 33),
     candidate([16, 8], [2, 2], 4, 16, 64, 33),
     candidate([8, 8], [2, 1], 4, 8, 64, 1),
     candidate([8, 16], [2, 2], 4, 16, 128, 1),
@@ -90,7 +96,8 @@ const FEW_D_Q: [Candidate; 9] = [
     LEAST,
 ];
 
-const FEW_D_KV: [Candidate; 7] = [
+const FEW_D_KV: [Candidate; 8] = [
+    candidate([16, 8], [1, 1], 4, 8, 96, 1),
     candidate([16, 16], [2, 1], 4, 8, 128, 33),
     candidate([8, 16], [2, 1], 4, 8, 128, 1),
     candidate([16, 8], [1, 1], 4, 8, 256, 1),
@@ -179,10 +186,10 @@ pub(crate) fn portable(kernel: Kernel, problem: &Problem, capabilities: &Capabil
         (_, Family::Queries) => &D_Q,
         (_, Family::Keys) => &D_KV,
     };
-    // Tiles for every width are the last resort.
+    // Tiles for every width are the last resort, and those of narrow rows suit kernels that have such rows.
     let fitting = |is_last: bool| {
-        let rows = table.iter().filter(move |c| (c.width == u32::MAX) == is_last && width <= c.width && seq >= c.seq);
-        rows.map(|c| c.tiles)
+        let suits = move |c: &&Candidate| (c.width == u32::MAX) == is_last && (width > 0 || c.width > NARROW);
+        table.iter().filter(suits).filter(move |c| width <= c.width && seq >= c.seq).map(|c| c.tiles)
     };
     let mut candidates: Vec<PortableTile> = fitting(false).collect();
     if MaskClass::of(problem) == Some(MaskClass::Window) {
