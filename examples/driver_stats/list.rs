@@ -152,13 +152,14 @@ fn standard(capabilities: &Capabilities, driver: &Driver) -> Result<(), Box<dyn 
 }
 
 /// Portable tiles: the planner's choice and others for each kernel and width. The cost is that of a useful multiply-add in the innermost loops:
-/// ACO's cycles of a subgroup, elsewhere instructions.
+/// ACO's cycles of a subgroup, elsewhere instructions. Environment variables choose: SWEEP_DTYPES and SWEEP_WIDTHS (lists with commas), SWEEP_REGISTERS
+/// (the largest estimate), and SWEEP_CHOSEN the planner's choice alone.
 fn sweep(capabilities: &Capabilities, driver: &Driver) -> Result<(), Box<dyn Error>> {
     let setting = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
     let numbers = |name: &str, default: &str| -> Vec<u32> {
         setting(name, default).split(',').filter_map(|number| number.parse().ok()).collect()
     };
-    let most = numbers("SWEEP_REGISTERS", "200")[0];
+    let most = numbers("SWEEP_REGISTERS", "200").first().copied().unwrap_or(u32::MAX);
     let mut compiled = Compiled { driver, known: HashMap::new() };
     println!("kernel dtype width tiles\testimate\tregisters\tspills\twaves\tinstructions\tcost\tchosen\tbytes\tlocal");
     let dtypes = setting("SWEEP_DTYPES", "f16");
