@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Plans the forward and the backward pass of GPT-OSS's and Llama's heads (causal, N=8192) for the device, compiles every kernel with
-//! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. OPTION is softcap, alibi, bias or mask. `--lanes` builds kernels on
-//! matrices for subgroups of another size than the device has told, and asks the driver for that size. With `--out`, the WGSL, the SPIR-V and the
+//! `VK_KHR_pipeline_executable_properties`, and prints the driver's own statistics. OPTION is softcap, alibi, bias or mask. `--lanes N` builds the kernels on
+//! matrices for subgroups of N lanes, and asks the driver for that size. With `--out`, the WGSL, the SPIR-V and the
 //! driver's pipeline cache are written there. `--tiles` is that of `sink-attention bench`. The cache holds the machine code: NVIDIA's is a zstd frame after 100 bytes or so, in it
 //! code of the length at byte 0x4c begins 8 bytes after the offset at byte 0x50, and `nvdisasm -b SM90` reads it.
 //!

@@ -151,17 +151,12 @@ impl fmt::Display for Pass {
         let v = &self.variant;
         write!(f, "{:?}, {} {}", v.kernel, v.micro_kernel, v.dtype)?;
         if v.value_dim > 0 {
-            write!(
-                f,
-                ", {} loads",
-                if v.vec8 {
-                    "vec8"
-                } else if v.vec4 {
-                    "vec4"
-                } else {
-                    "scalar"
-                }
-            )?;
+            let loads = match (v.vec8, v.vec4) {
+                (true, _) => "vec8",
+                (_, true) => "vec4",
+                _ => "scalar",
+            };
+            write!(f, ", {loads} loads")?;
         }
         match (v.fragments(), v.tiling) {
             (Some(fragments), _) => write!(f, ", tiles {fragments}")?,

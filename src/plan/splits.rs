@@ -146,10 +146,12 @@ impl DecodeTiling {
         let threads = 32;
         let slots = threads / lanes;
         // The scales of quantised rows take registers.
-        let steps = match () {
-            () if few && config.dtype == DType::Bf16 => 1,
-            () if few || slots > 4 || config.quantisation.is_some() => 2,
-            () => 4,
+        let steps = if few && config.dtype == DType::Bf16 {
+            1
+        } else if few || slots > 4 || config.quantisation.is_some() {
+            2
+        } else {
+            4
         };
         let groups = (groups as u64 * (total_rows as u64).div_ceil(rows.into())).max(1);
         let splits = (capabilities.small_workgroups() / groups).max(1) as u32;
@@ -261,7 +263,6 @@ mod tests {
     use super::*;
     use crate::device::elements::ElementLayout;
     use crate::problem::cache::{CacheKind, Rotary, RotaryPositions, RotaryStyle};
-
     use crate::problem::row_format::{Quantisation, UNBOUNDED};
 
     #[test]

@@ -359,8 +359,8 @@ fn nan_stays_in_its_row<T: Element>(attention: &Attention) {
     assert!(output.lse[11].is_nan() && output.lse[10].is_finite());
 }
 
-/// A maximum may drop the larger of two numbers beside a NaN. The loop that raises maxima ends all the same, and rows that do not see the NaN are as
-/// ever.
+/// The `max` of WGSL may return either number if one is NaN. The loop that raises maxima ends all the same, and rows that do not see the NaN
+/// keep finite results.
 fn larger_scores_before_a_nan<T: Element>(attention: &Attention) {
     for bad in [17, 18, 20, 21, 24, 30] {
         let (problem, mut case) = random::<T>(&problem([1, 1, 1], [40, 40], [16, 16], Options::new().causal(true)), 7);

@@ -1,7 +1,7 @@
 //! Kernels on matrices where subgroups have several sizes: they look at the size that they have got, and leave their rows to the portable kernel
 //! where it is another than they are built for.
 //!
-//! A device of one size is told that it has several, and kernels are built for its own size and for one that it never gives.
+//! The tests tell the crate that a device with one size of subgroups has several. Kernels are built for the size it has, and for one that it never gives.
 
 use crate::common::{cooperative, fragments};
 use sink_attention::device::{BufferElement, DeviceBuffer};
